@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 import vilu
-from benchmarks.answers import LEFT_OUT, Arrays, Cell, Division, halves
+from benchmarks.answers import LEFT_OUT, Arrays, Cell, Division, split_in_halves
 from benchmarks.mixes import BATCH, linear_probe
 from vilu.calibration.thresholds import upper_bound
 from vilu.metrics.counts import Floats, Ints
@@ -47,7 +47,7 @@ from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.predictors.contract.predictor import FailurePredictor
 
 MAX_RISK = 0.05
-ALLOWED = 0.05
+MAX_SHARE_BROKEN = 0.05
 """Share of the rules that may be broken."""
 
 N_CALIBRATION = 500
@@ -89,7 +89,7 @@ class Problem(NamedTuple):
     text: Floats
     fit: tuple[Floats, Ints]  # rows for the fit of methods that judge their own answers
     fit_of_judge: tuple[Floats, Ints]  # rows for the fit of the judge of given answers
-    elsewhere: tuple[Floats, Ints]  # rows for the fit of the model with the given answers
+    answer_fit_rows: tuple[Floats, Ints]  # rows for the fit of the model with the given answers
     population: tuple[Floats, Ints]
     outside: Floats  # images of none of the classes, a fifth of all rows of the population
 
@@ -109,13 +109,13 @@ class Problem(NamedTuple):
         return np.concatenate([image, self.outside]), np.concatenate([target, of_no_class])
 
 
-def simulated(seed: int = 0) -> Problem:
+def simulated_problem(seed: int = 0) -> Problem:
     """A simulated problem; a second world provides the images of none of the classes."""
     world = World(seed)
     outside, _ = World(seed + 1).draw(n_outside(N_POPULATION))
     fit = world.draw(N_FIT)
-    elsewhere = world.draw(N_FIT)
-    return Problem(world.text, fit, fit, elsewhere, world.draw(N_POPULATION), outside)
+    answer_fit_rows = world.draw(N_FIT)
+    return Problem(world.text, fit, fit, answer_fit_rows, world.draw(N_POPULATION), outside)
 
 
 def n_outside(n: int) -> int:
@@ -123,12 +123,12 @@ def n_outside(n: int) -> int:
     return round(n * OUTSIDE_SHARE / (1 - OUTSIDE_SHARE))
 
 
-def real(name: str, sets: dict[str, Arrays], division: int) -> Problem:
+def real_problem(name: str, sets: dict[str, Arrays], division: int) -> Problem:
     """The problem of a set; the next set provides the images of none of the classes."""
     arrays = sets[name]
     rows = Division.of(arrays.target, Cell(name, LABELS, division))
     rng = np.random.default_rng([division, 2])
-    fit_of_judge, elsewhere = halves(arrays.target, rows.labelled, rng)
+    fit_of_judge, answer_fit_rows = split_in_halves(arrays.target, rows.labelled, rng)
     names = list(sets)
     next_name = names[(names.index(name) + 1) % len(names)]
     images = sets[next_name].image
@@ -143,13 +143,13 @@ def real(name: str, sets: dict[str, Arrays], division: int) -> Problem:
         arrays.text,
         labelled(rows.labelled),
         labelled(fit_of_judge),
-        labelled(elsewhere),
+        labelled(answer_fit_rows),
         labelled(rows.second),
         images[drawn],
     )
 
 
-def answers(predictor: FailurePredictor, data: vilu.Embeddings) -> Ints:
+def answers_of(predictor: FailurePredictor, data: vilu.Embeddings) -> Ints:
     """(N,) the most likely candidate of each row, by the posterior of the predictor."""
     parts = [predictor.log_posterior(batch).argmax(dim=1) for batch in data.batches(BATCH)]
     return torch.cat(parts).numpy()
@@ -164,11 +164,11 @@ def judged_kinds(problem: Problem, seed: int) -> Iterator[tuple[str, JudgedAnswe
     }
     for name, predictor in own.items():
         yield name, _judged(predictor.fit(problem.data(problem.fit)), everything)
-    another = linear_probe().fit(problem.data(problem.elsewhere))
+    another = linear_probe().fit(problem.data(problem.answer_fit_rows))
     given_train = problem.data(
-        problem.fit_of_judge, answers(another, problem.data(problem.fit_of_judge))
+        problem.fit_of_judge, answers_of(another, problem.data(problem.fit_of_judge))
     )
-    given_all = problem.data(problem.everything, answers(another, everything))
+    given_all = problem.data(problem.everything, answers_of(another, everything))
     plus = vilu.ViLUPlus(seed=seed, answer="given").fit(given_train)
     yield "given", _judged(plus, given_all)
 
@@ -178,7 +178,7 @@ def _judged(predictor: FailurePredictor, data: vilu.Embeddings) -> JudgedAnswers
     return JudgedAnswers(outcomes.uncertainty, outcomes.failure)
 
 
-class Broken(NamedTuple):
+class BrokenRules(NamedTuple):
     """Numbers of rules and of broken rules, and the coverage of the rules."""
 
     n: int
@@ -191,7 +191,7 @@ class Broken(NamedTuple):
         return f"{100 * self.coverage:.1f} | {100 * share:.2f} (≤ {100 * bound:.2f}) | {self.n:,}"
 
 
-def calibrate_often(population: JudgedAnswers, n_rules: int, seed: int) -> Broken:
+def calibrate_often(population: JudgedAnswers, n_rules: int, seed: int) -> BrokenRules:
     """Calibrate ``n_rules`` times, and measure the rules on the population."""
     rng = np.random.default_rng(seed)
     order = population.uncertainty.argsort(kind="stable")
@@ -215,7 +215,7 @@ def calibrate_often(population: JudgedAnswers, n_rules: int, seed: int) -> Broke
         n_wrong = n_wrong_before[end] - n_wrong_before[first]
         n_broken += bool(n_wrong > MAX_RISK * n_accepted)
         coverages.append(n_accepted / len(order))
-    return Broken(n_rules, n_broken, float(np.mean(coverages)))
+    return BrokenRules(n_rules, n_broken, float(np.mean(coverages)))
 
 
 def both_populations(problem: Problem, judged: JudgedAnswers) -> dict[str, JudgedAnswers]:
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore", UserWarning)  # the warnings are about classes with few rows
     torch.set_num_threads(1)
-    total: dict[tuple[str, str], list[Broken]] = {}
+    total: dict[tuple[str, str], list[BrokenRules]] = {}
     for name, division, problem in problems(options.arrays, options.divisions):
         for kind, judged in judged_kinds(problem, division):
             for share, population in both_populations(problem, judged).items():
@@ -248,13 +248,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         n = sum(part.n for part in parts)
         n_broken = sum(part.n_broken for part in parts)
         coverage = float(np.mean([part.coverage for part in parts]))
-        print(f"| {kind} | {share} | {Broken(n, n_broken, coverage)} |")
+        print(f"| {kind} | {share} | {BrokenRules(n, n_broken, coverage)} |")
 
 
 def problems(folder: Path | None, divisions: int) -> Iterator[tuple[str, int, Problem]]:
     """Yield the simulated problem, or the problems of all sets, division by division."""
     if folder is None:
-        yield "simulated", 0, simulated()
+        yield "simulated", 0, simulated_problem()
         return
     sets = {}
     for path in sorted(folder.glob("*.npz")):
@@ -262,7 +262,7 @@ def problems(folder: Path | None, divisions: int) -> Iterator[tuple[str, int, Pr
             sets[path.stem] = Arrays.load(path)
     for division in range(divisions):
         for name in sets:
-            yield name, division, real(name, sets, division)
+            yield name, division, real_problem(name, sets, division)
 
 
 if __name__ == "__main__":

@@ -93,25 +93,25 @@ class Arrays:
         return vilu.Embeddings(self.image[rows], self.text)
 
 
-def few_per_class(target: Ints, rows: Ints, n: int, rng: np.random.Generator) -> Ints:
+def draw_per_class(target: Ints, rows: Ints, n: int, rng: np.random.Generator) -> Ints:
     """At most ``n`` random rows of every class from ``rows``; if n is 0, all of ``rows``."""
     if n == 0:
         return np.sort(rows)
-    chosen = []
+    drawn_rows = []
     for label in np.unique(target[rows]):
-        of_class = rows[target[rows] == label]
-        chosen.append(rng.permutation(of_class)[:n])
-    return np.sort(np.concatenate(chosen))
+        rows_of_class = rows[target[rows] == label]
+        drawn_rows.append(rng.permutation(rows_of_class)[:n])
+    return np.sort(np.concatenate(drawn_rows))
 
 
-def halves(target: Ints, rows: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+def split_in_halves(target: Ints, rows: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
     """Divide ``rows`` into two halves with equal shares of every class."""
     shuffled = rng.permutation(rows)
-    by_class = shuffled[np.argsort(target[shuffled], kind="stable")]
-    return np.sort(by_class[0::2]), np.sort(by_class[1::2])
+    rows_by_class = shuffled[np.argsort(target[shuffled], kind="stable")]
+    return np.sort(rows_by_class[0::2]), np.sort(rows_by_class[1::2])
 
 
-class Measured(NamedTuple):
+class FitAnswers(NamedTuple):
     """The answers of every method for some rows, with times and notes of the fits."""
 
     judged: dict[str, JudgedAnswers]
@@ -119,38 +119,40 @@ class Measured(NamedTuple):
     notes: dict[str, Any]
 
 
-def measure(arrays: Arrays, fitted_on: Ints, beside: Ints, new_rows: Ints, seed: int) -> Measured:
-    """Fit all methods, and judge ``new_rows``; ``beside`` are the images without labels."""
-    train = arrays.labelled(fitted_on)
-    images = arrays.images(beside)
-    new = arrays.labelled(new_rows)
-    judged = {"mcm": outcomes_of(vilu.MCM(), new)}
+def measure(
+    arrays: Arrays, fit_rows: Ints, unlabelled_rows: Ints, new_rows: Ints, seed: int
+) -> FitAnswers:
+    """Fit all methods, and judge ``new_rows``; ``unlabelled_rows`` have no labels in the fit."""
+    train = arrays.labelled(fit_rows)
+    images = arrays.images(unlabelled_rows)
+    new_data = arrays.labelled(new_rows)
+    judged = {"mcm": outcomes_of(vilu.MCM(), new_data)}
     seconds = {"mcm": 0.0}
     notes: dict[str, Any] = {}
     for suffix, unlabelled in (("", None), ("_images", images)):
         start = time.perf_counter()
         plus = vilu.ViLUPlus(seed=seed).fit(train, unlabelled=unlabelled)
-        fitted = time.perf_counter()
+        time_fitted = time.perf_counter()
         choice = choose_answer(plus, train, RISK_OF_CHOICE, unlabelled=unlabelled)
-        chosen = time.perf_counter()
-        judged[f"zero_shot{suffix}"] = outcomes_of(plus, new)
-        judged[f"adapted{suffix}"] = outcomes_of(plus.judging("adapted"), new)
+        time_chosen = time.perf_counter()
+        judged[f"zero_shot{suffix}"] = outcomes_of(plus, new_data)
+        judged[f"adapted{suffix}"] = outcomes_of(plus.judging("adapted"), new_data)
         judged[f"chosen{suffix}"] = judged[f"{choice.answer}{suffix}"]
-        seconds[f"zero_shot{suffix}"] = fitted - start
-        seconds[f"adapted{suffix}"] = fitted - start
-        seconds[f"chosen{suffix}"] = chosen - start
+        seconds[f"zero_shot{suffix}"] = time_fitted - start
+        seconds[f"adapted{suffix}"] = time_fitted - start
+        seconds[f"chosen{suffix}"] = time_chosen - start
         notes[f"choice{suffix}"] = (choice.answer, choice.reason)
     start = time.perf_counter()
     probe = linear_probe().fit(train)
-    fitted = time.perf_counter()
-    weights = fit_weights(train, arrays.target[fitted_on], seed)
-    mixed = time.perf_counter()
-    judged["probe"] = outcomes_of(probe, new)
-    judged |= judged_by_mixes(experts(probe, new), weights, arrays.target[new_rows])
-    seconds |= {"probe": fitted - start, "mix": mixed - start, "pool": mixed - start}
+    time_fitted = time.perf_counter()
+    weights = fit_weights(train, arrays.target[fit_rows], seed)
+    time_mixed = time.perf_counter()
+    judged["probe"] = outcomes_of(probe, new_data)
+    judged |= judged_by_mixes(experts(probe, new_data), weights, arrays.target[new_rows])
+    seconds |= {"probe": time_fitted - start, "mix": time_mixed - start, "pool": time_mixed - start}
     notes |= {"mix": weights.mix, "pool": weights.pool.tolist()}
     notes["cross_fitted"] = weights.cross_fitted
-    return Measured(judged, seconds, notes)
+    return FitAnswers(judged, seconds, notes)
 
 
 def outcomes_of(predictor: FailurePredictor, new: vilu.Embeddings) -> JudgedAnswers:
@@ -159,7 +161,9 @@ def outcomes_of(predictor: FailurePredictor, new: vilu.Embeddings) -> JudgedAnsw
     return JudgedAnswers(outcomes.uncertainty, outcomes.failure)
 
 
-def certified(calibration: JudgedAnswers, new: JudgedAnswers) -> list[dict[str, float | None]]:
+def certified_rules(
+    calibration: JudgedAnswers, new: JudgedAnswers
+) -> list[dict[str, float | None]]:
     """For each risk, coverage and risk of a rule on new rows; risk None if no row is accepted."""
     rules = []
     for max_risk in RISKS:
@@ -188,9 +192,9 @@ class Division(NamedTuple):
         order = rng.permutation(len(target))
         middle = len(order) // 2
         first = np.sort(order[:middle])
-        labelled = few_per_class(target, first, cell.n_labels, rng)
+        labelled = draw_per_class(target, first, cell.n_labels, rng)
         # A separate generator, so that equal labelled rows have equal halves.
-        fit_half, calibration_half = halves(
+        fit_half, calibration_half = split_in_halves(
             target, labelled, np.random.default_rng([cell.division, 1])
         )
         return cls(first, np.sort(order[middle:]), labelled, fit_half, calibration_half)
@@ -198,22 +202,22 @@ class Division(NamedTuple):
 
 def results_of(arrays: Arrays, rows: Division, seed: int) -> dict[str, Any]:
     """The content of the line of a cell."""
-    whole = measure(arrays, rows.labelled, rows.first, rows.second, seed)
-    beside = np.setdiff1d(rows.first, rows.calibration_half)
-    both = np.concatenate([rows.calibration_half, rows.second])
-    half = measure(arrays, rows.fit_half, beside, both, seed)
+    fit_on_all = measure(arrays, rows.labelled, rows.first, rows.second, seed)
+    unlabelled_rows = np.setdiff1d(rows.first, rows.calibration_half)
+    rows_to_judge = np.concatenate([rows.calibration_half, rows.second])
+    fit_on_half = measure(arrays, rows.fit_half, unlabelled_rows, rows_to_judge, seed)
     n = len(rows.calibration_half)
     methods = {}
-    for name, judged in whole.judged.items():
-        u, failure = half.judged[name]
+    for name, judged in fit_on_all.judged.items():
+        u, failure = fit_on_half.judged[name]
         calibration = JudgedAnswers(u[:n], failure[:n])
         new = JudgedAnswers(u[n:], failure[n:])
         _, rank = np.unique(judged.uncertainty, return_inverse=True)
         methods[name] = {
             "rank": rank.tolist(),
             "failure": "".join(map(str, judged.failure)),
-            "certified": certified(calibration, new),
-            "seconds": whole.seconds[name],
+            "certified": certified_rules(calibration, new),
+            "seconds": fit_on_all.seconds[name],
         }
     return {
         "n": len(arrays.target),
@@ -221,8 +225,8 @@ def results_of(arrays: Arrays, rows: Division, seed: int) -> dict[str, Any]:
         "n_labelled": len(rows.labelled),
         "rows": rows.second.tolist(),
         "methods": methods,
-        "notes": whole.notes,
-        "notes_of_half": half.notes,
+        "notes": fit_on_all.notes,
+        "notes_of_half": fit_on_half.notes,
     }
 
 
@@ -232,12 +236,12 @@ def cells_in(path: Path) -> set[Cell]:
         return set()
     cells = set()
     for line in path.read_text().splitlines():
-        written = json.loads(line)
-        cells.add(Cell(written["name"], written["n_labels"], written["division"]))
+        cell_line = json.loads(line)
+        cells.add(Cell(cell_line["name"], cell_line["n_labels"], cell_line["division"]))
     return cells
 
 
-def wanted(names: Sequence[str], labels: Sequence[int], divisions: int) -> Iterator[Cell]:
+def planned_cells(names: Sequence[str], labels: Sequence[int], divisions: int) -> Iterator[Cell]:
     """Yield all cells, division by division."""
     for division in range(divisions):
         for name in names:
@@ -261,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sets[path.stem] = Arrays.load(path)
     present = cells_in(options.cells)
     measured: dict[tuple[str, int, bytes], dict[str, Any]] = {}
-    for cell in wanted(list(sets), options.labels, options.divisions):
+    for cell in planned_cells(list(sets), options.labels, options.divisions):
         if cell in present:
             continue
         start = time.perf_counter()

@@ -36,12 +36,12 @@ BASELINES = (
     "gda_and_zero_shot",
     "tip_adapter",
 )
-IN_VIEW = ("pets among 123", "caltech66", "food9", "dtd")
+DEVELOPMENT_SETS = ("pets among 123", "caltech66", "food9", "dtd")
 """Sets used during the development of ``vilu_plus``."""
 PROTOTYPES = ("ucf101", "dtd", "oxford pets")
 """Sets with means of images as texts."""
 N_RESAMPLES = 2_000
-SEES = {
+TITLES_OF_SEEING = {
     "otter_sees": "otter, seeing the rows that are read",
     "stata_sees": "stata, seeing the rows that are read",
 }
@@ -82,30 +82,30 @@ class Cells(NamedTuple):
         """The columns with a cell of every set."""
         complete = []
         for column, lines in self.lines.items():
-            measured = {name for name, _ in lines}
-            if measured >= set(names):
+            measured_sets = {name for name, _ in lines}
+            if measured_sets >= set(names):
                 complete.append(column)
         return complete
 
 
 def mean_over_sets(values: dict[tuple[str, int], Floats], names: Sequence[str]) -> Floats:
     """The mean over sets of the mean over divisions."""
-    of_sets = []
+    means_of_sets = []
     for name in names:
-        of_divisions = [value for (of_set, _), value in values.items() if of_set == name]
-        of_sets.append(np.mean(of_divisions, axis=0))
-    mean: Floats = np.mean(of_sets, axis=0)
+        values_of_divisions = [value for (of_set, _), value in values.items() if of_set == name]
+        means_of_sets.append(np.mean(values_of_divisions, axis=0))
+    mean: Floats = np.mean(means_of_sets, axis=0)
     return mean
 
 
-def interval(resamples: Floats) -> str:
+def interval_text(resamples: Floats) -> str:
     """The 95 % interval of resampled means, in percent."""
     ends = 100 * np.nanpercentile(resamples, [2.5, 97.5])
     low, high = np.round(ends, 1) + 0.0  # no -0.0
     return f"[{low:.1f}, {high:.1f}]"
 
 
-def entry(cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> str:
+def entry_text(cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> str:
     """AUROC with an interval, and FPR95."""
     names = sorted({name for name, _ in keys})
     lines = {key: cells.lines[column][key] for key in keys}
@@ -114,7 +114,7 @@ def entry(cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> str:
         {key: np.array(line["resampled"]) for key, line in lines.items()}, names
     )
     fpr = mean_over_sets({key: np.array(line["fpr95"]) for key, line in lines.items()}, names)
-    return f"{100 * area:.1f} <sub>{interval(resamples)}</sub> / {100 * fpr:.0f}"
+    return f"{100 * area:.1f} <sub>{interval_text(resamples)}</sub> / {100 * fpr:.0f}"
 
 
 class Gains(NamedTuple):
@@ -149,7 +149,7 @@ class Gains(NamedTuple):
         """Means on resamples of sets, divisions and rows."""
         rng = np.random.default_rng(0)
         names = self.names
-        of_set = {
+        gains_of_set = {
             name: [values for (of, _), values in self.resampled.items() if of == name]
             for name in names
         }
@@ -157,7 +157,7 @@ class Gains(NamedTuple):
         for resample in range(N_RESAMPLES):
             drawn = []
             for name in rng.choice(names, size=len(names)):
-                divisions = of_set[name]
+                divisions = gains_of_set[name]
                 chosen = rng.integers(len(divisions), size=len(divisions))
                 row_resample = rng.integers(len(divisions[0]))
                 drawn.append(np.mean([divisions[number][row_resample] for number in chosen]))
@@ -165,26 +165,27 @@ class Gains(NamedTuple):
         return means
 
 
-def lead(cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> str:
+def gain_text(cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> str:
     """How far ViLU+ is above a method on the same rows, with the interval over rows."""
     gains = Gains.over(cells, column, keys)
-    return f"{gains.mean:+.1f} <sub>{interval(mean_over_sets(gains.resampled, gains.names))}</sub>"
+    interval = interval_text(mean_over_sets(gains.resampled, gains.names))
+    return f"{gains.mean:+.1f} <sub>{interval}</sub>"
 
 
-def lead_over_the_best(cells: Cells, n_labels: int, keys: Sequence[tuple[str, int]]) -> str:
+def gain_over_best_text(cells: Cells, n_labels: int, keys: Sequence[tuple[str, int]]) -> str:
     """How far ViLU+ is above the best baseline, with the interval over sets, divisions and rows."""
     gains_over = {method: Gains.over(cells, Column(method, n_labels), keys) for method in BASELINES}
     best = min(gains_over, key=lambda method: gains_over[method].mean)
     gains = gains_over[best]
-    return f"{gains.mean:+.1f} <sub>{interval(gains.over_sets())}</sub> ({best})"
+    return f"{gains.mean:+.1f} <sub>{interval_text(gains.over_sets())}</sub> ({best})"
 
 
-def heading(n_labels: int) -> str:
+def heading_text(n_labels: int) -> str:
     """Text for a number of labels."""
     return {WITHOUT_LABELS: "no label", 0: "all labels"}.get(n_labels, f"{n_labels} a class")
 
 
-def table(cells: Cells, names: Sequence[str]) -> None:
+def print_tables(cells: Cells, names: Sequence[str]) -> None:
     """Print all tables for some sets."""
     complete = set(cells.columns(names))
     budgets = [
@@ -194,37 +195,37 @@ def table(cells: Cells, names: Sequence[str]) -> None:
     n_divisions = len(keys) / len(names)
     read = sum(cells.lines[next(iter(complete))][key]["n_wrong"] for key in keys)
     print(f"\n{len(names)} sets, {n_divisions:g} divisions, {read:,} wrong answers read\n")
-    header = " | ".join(heading(n_labels) for n_labels in budgets)
+    header = " | ".join(heading_text(n_labels) for n_labels in budgets)
     rule = "|---" * (len(budgets) + 1) + "|"
     print(f"| AUROC / FPR95 | {header} |\n{rule}")
     for method in [*FREE, *LABELLED]:
         entries = []
         for n_labels in budgets:
             column = Column(method, n_labels)
-            entries.append(entry(cells, column, keys) if column in complete else "")
+            entries.append(entry_text(cells, column, keys) if column in complete else "")
         if any(entries):
-            print(f"| {SEES.get(method, method)} | {' | '.join(entries)} |")
+            print(f"| {TITLES_OF_SEEING.get(method, method)} | {' | '.join(entries)} |")
     labelled = [n for n in budgets if Column(OURS, n) in complete]
     if not labelled:
         return
-    header = " | ".join(heading(n_labels) for n_labels in labelled)
+    header = " | ".join(heading_text(n_labels) for n_labels in labelled)
     print(f"\n| {OURS} above | {header} |\n{'|---' * (len(labelled) + 1)}|")
     for method in LABELLED:
         entries = []
         for n_labels in labelled:
             column = Column(method, n_labels)
-            entries.append(lead(cells, column, keys) if column in complete else "")
+            entries.append(gain_text(cells, column, keys) if column in complete else "")
         if method != OURS and any(entries):
             print(f"| {method} | {' | '.join(entries)} |")
     groups = {
         f"all {len(names)} sets": names,
-        "not in view": [name for name in names if name not in IN_VIEW],
+        "not in view": [name for name in names if name not in DEVELOPMENT_SETS],
         "texts are no prototypes": [name for name in names if name not in PROTOTYPES],
     }
     print(f"\n| above the best baseline | {header} |\n{'|---' * (len(labelled) + 1)}|")
     for title, group in groups.items():
         of_group = [key for key in keys if key[0] in group]
-        entries = [lead_over_the_best(cells, n_labels, of_group) for n_labels in labelled]
+        entries = [gain_over_best_text(cells, n_labels, of_group) for n_labels in labelled]
         print(f"| {title} | {' | '.join(entries)} |")
 
 
@@ -238,7 +239,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     names = [name for name in NAMES if name not in options.without]
-    table(Cells.read(options.cells, options.divisions), names)
+    print_tables(Cells.read(options.cells, options.divisions), names)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ import numpy as np
 import torch
 
 import vilu
-from benchmarks.answers import Arrays, few_per_class
-from benchmarks.never_below import SETS, WITHOUT_LABELS, resampled, rows_of
+from benchmarks.answers import Arrays, draw_per_class
+from benchmarks.never_below import SETS, WITHOUT_LABELS, resampled_aurocs, rows_of
 from benchmarks.never_below import Cell as Division
 from vilu.metrics import auroc, fpr_at_tpr
 from vilu.metrics.counts import Floats, Ints
@@ -67,37 +67,37 @@ class Halves(NamedTuple):
 
     arrays: Arrays
     labelled: Ints  # rows with a label
-    fitted_on: Ints  # all rows of the first half
-    read: Ints
+    fit_rows: Ints  # all rows of the first half
+    test_rows: Ints
 
     def without_fit(self) -> Floats:
         """Uncertainties by MCM."""
-        return vilu.MCM().predict_uncertainty(self.arrays.labelled(self.read))
+        return vilu.MCM().predict_uncertainty(self.arrays.labelled(self.test_rows))
 
     def with_labels(self, name: str) -> Floats:
         """Uncertainties by a method fitted on the labelled rows."""
         predictor = vilu.PREDICTORS[name]().fit(self.arrays.labelled(self.labelled))
-        return predictor.predict_uncertainty(self.arrays.labelled(self.read))
+        return predictor.predict_uncertainty(self.arrays.labelled(self.test_rows))
 
     def with_images(self) -> Floats:
         """Uncertainties by ViLU+, fitted on the labelled rows and all images of the first half."""
-        images = self.arrays.images(self.fitted_on)
+        images = self.arrays.images(self.fit_rows)
         predictor = vilu.ViLUPlus().fit(self.arrays.labelled(self.labelled), unlabelled=images)
-        return predictor.predict_uncertainty(self.arrays.labelled(self.read))
+        return predictor.predict_uncertainty(self.arrays.labelled(self.test_rows))
 
     def without_labels(self, name: str) -> Floats:
         """Uncertainties by a method fitted on the images of the first half."""
-        predictor = vilu.PREDICTORS[name]().fit(self.arrays.images(self.fitted_on))
-        return predictor.predict_uncertainty(self.arrays.labelled(self.read))
+        predictor = vilu.PREDICTORS[name]().fit(self.arrays.images(self.fit_rows))
+        return predictor.predict_uncertainty(self.arrays.labelled(self.test_rows))
 
     def otter_sees(self) -> Floats:
         """Uncertainties by OTTER, fitted on the test images."""
-        data = self.arrays.images(self.read)
+        data = self.arrays.images(self.test_rows)
         return vilu.PREDICTORS["otter"]().fit(data).predict_uncertainty(data)
 
     def stata_sees(self) -> Floats:
         """Uncertainties by StatA's own posterior of the test images, neighbour terms included."""
-        data = self.arrays.images(self.read)
+        data = self.arrays.images(self.test_rows)
         rows = torch.arange(len(data))
         (batch,) = data.batches(len(data))
         settings = StatA()
@@ -133,7 +133,7 @@ LABELLED: dict[str, Callable[[Halves], Floats]] = {
 }
 
 
-def cells(names: Sequence[str], methods: Sequence[str], divisions: int) -> Iterator[Cell]:
+def cells_in_order(names: Sequence[str], methods: Sequence[str], divisions: int) -> Iterator[Cell]:
     """Yield the cells in the order of measurement."""
     for division in range(divisions):
         for name in names:
@@ -152,20 +152,22 @@ def measure(folder: Path, cell: Cell) -> dict[str, Any]:
     if rows is None:
         raise ValueError(f"{cell.name} has no rows for {cell}")
     rng = np.random.default_rng([cell.division, max(cell.n_labels, 0)])
-    labelled = few_per_class(rows.arrays.target, rows.fitted_on, max(cell.n_labels, 0), rng)
-    halves = Halves(rows.arrays, labelled, rows.fitted_on, rows.read)
+    labelled = draw_per_class(rows.arrays.target, rows.fit_rows, max(cell.n_labels, 0), rng)
+    halves = Halves(rows.arrays, labelled, rows.fit_rows, rows.test_rows)
     score = (FREE | LABELLED)[cell.method]
     begin = time.perf_counter()
     uncertainty = score(halves)
     seconds = time.perf_counter() - begin
-    failure = vilu.score(vilu.MCM(), rows.arrays.labelled(rows.read)).failure
+    failure = vilu.score(vilu.MCM(), rows.arrays.labelled(rows.test_rows)).failure
     return {
         "n_labelled": len(labelled) if cell.n_labels != WITHOUT_LABELS else 0,
-        "n_read": len(rows.read),
+        "n_read": len(rows.test_rows),
         "n_wrong": int(failure.sum()),
         "auroc": auroc(uncertainty, failure),
         "fpr95": fpr_at_tpr(uncertainty, failure),
-        "resampled": resampled({cell.method: uncertainty}, failure, cell.division)[cell.method],
+        "resampled": resampled_aurocs({cell.method: uncertainty}, failure, cell.division)[
+            cell.method
+        ],
         "seconds": round(seconds, 2),
     }
 
@@ -189,7 +191,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # fits to few rows warn, and few rows are intended here
     known = known_cells(options.cells)
-    for cell in cells(options.sets, options.methods, options.divisions):
+    for cell in cells_in_order(options.sets, options.methods, options.divisions):
         if cell in known:
             continue
         result = measure(options.arrays, cell)

@@ -3,8 +3,8 @@
 The command is a fit of ``vilu_plus`` (3,000 rows, 200 classes). The command runs alone, and beside
 a program of another session. This program uses all cores except the last, so at least two cores are
 needed. Both cases are timed with two settings, in turn: the default wait of torch's OpenMP
-(libgomp), and the wait set by vilu (``GOMP_SPINCOUNT=3000``). A fit of more than ``MOST`` seconds
-is ended.
+(libgomp), and the wait set by vilu (``GOMP_SPINCOUNT=3000``). A fit of more than ``MAX_SECONDS``
+seconds is ended.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-WAITS = {"as torch waits": "300000", "as vilu waits": "3000"}  # 300000 is the default of libgomp
-ROWS, K, D, REPEATS, MOST = 3_000, 200, 256, 3, 60.0
+SPIN_COUNTS = {
+    "as torch waits": "300000",
+    "as vilu waits": "3000",
+}  # 300000 is the default of libgomp
+ROWS, K, D, REPEATS, MAX_SECONDS = 3_000, 200, 256, 3, 60.0
 
 
 def run(folder: Path, spins: str, *arguments: str) -> float:
@@ -33,16 +36,16 @@ def run(folder: Path, spins: str, *arguments: str) -> float:
             check=True,
             cwd=folder,
             env={**os.environ, "GOMP_SPINCOUNT": spins},
-            timeout=MOST,
+            timeout=MAX_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return MOST
+        return MAX_SECONDS
     return time.perf_counter() - begun
 
 
 def main() -> dict[str, float]:
     """Print and return the medians."""
-    rng, found = np.random.default_rng(0), dict[str, float]()
+    rng, figures = np.random.default_rng(0), dict[str, float]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text, target = rng.normal(size=(K, D)), rng.integers(K, size=ROWS)
@@ -63,32 +66,34 @@ def main() -> dict[str, float]:
             "--logit-bias",
             "0",
         )
-        for beside in (0, max((os.cpu_count() or 2) - 1, 1)):
-            one = [sys.executable, "-c", "while True: pass"]
-            others = [subprocess.Popen(one, start_new_session=True) for _ in range(beside)]
-            times: dict[str, list[float]] = {wait: [] for wait in WAITS}
+        for n_busy in (0, max((os.cpu_count() or 2) - 1, 1)):
+            busy_command = [sys.executable, "-c", "while True: pass"]
+            busy_processes = [
+                subprocess.Popen(busy_command, start_new_session=True) for _ in range(n_busy)
+            ]
+            times: dict[str, list[float]] = {wait: [] for wait in SPIN_COUNTS}
             for turn in range(REPEATS):
-                for wait, spins in WAITS.items():
+                for wait, spins in SPIN_COUNTS.items():
                     fit = (
                         "fit",
                         "store",
                         "-o",
-                        f"{beside}-{turn}-{spins}",
+                        f"{n_busy}-{turn}-{spins}",
                         "--method",
                         "vilu_plus",
                     )
                     times[wait].append(run(folder, spins, *fit))
-            for other in others:
-                other.kill()
-                other.wait()
+            for process in busy_processes:
+                process.kill()
+                process.wait()
             for wait, seconds in times.items():
-                found[f"{wait}, {beside} beside"] = median = statistics.median(seconds)
+                figures[f"{wait}, {n_busy} beside"] = median = statistics.median(seconds)
                 print(
-                    f"{wait}, {beside} beside: {median:.1f} s ({min(seconds):.1f} to "
+                    f"{wait}, {n_busy} beside: {median:.1f} s ({min(seconds):.1f} to "
                     f"{max(seconds):.1f})",
                     flush=True,
                 )
-    return found
+    return figures
 
 
 if __name__ == "__main__":

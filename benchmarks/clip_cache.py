@@ -35,10 +35,10 @@ def tensor(path: Path) -> Tensor:
     """The tensor of a ``.pt`` or ``.npy`` file."""
     if path.suffix == ".npy":
         return torch.from_numpy(np.load(path, allow_pickle=False))
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(found, Tensor):
-        raise DataError(f"{path} must hold one tensor. Got {type(found).__name__} instead.")
-    return found.detach()
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, Tensor):
+        raise DataError(f"{path} must hold one tensor. Got {type(loaded).__name__} instead.")
+    return loaded.detach()
 
 
 def class_means(folder: Path, shots: int) -> Tensor:
@@ -56,15 +56,15 @@ def class_means(folder: Path, shots: int) -> Tensor:
 
 def text_matrix(path: Path, width: int) -> Tensor:
     """(K, D) texts from a file with texts (K, D) or (D, K)."""
-    found = tensor(path)
+    texts = tensor(path)
     if (
-        found.ndim != 2 or list(found.shape).count(width) != 1
+        texts.ndim != 2 or list(texts.shape).count(width) != 1
     ):  # in a square matrix the side D is unknown
         raise DataError(
             f"{path} must be ({width}, K) or (K, {width}), K not {width}. "
-            f"Got {tuple(found.shape)} instead."
+            f"Got {tuple(texts.shape)} instead."
         )
-    return found if found.shape[1] == width else found.T
+    return texts if texts.shape[1] == width else texts.T
 
 
 def main() -> None:
@@ -87,31 +87,31 @@ def main() -> None:
         help="embeddings of texts, .pt or .npy, in place of the training images",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="store to make")
-    given = parser.parse_args()
+    options = parser.parse_args()
     splits, names = (
-        given.splits.split(","),
-        [name.strip() for name in given.classes.read_text().splitlines()],
+        options.splits.split(","),
+        [name.strip() for name in options.classes.read_text().splitlines()],
     )
     image, target = (
-        torch.cat([tensor(given.folder / f"{one}_{kind}.pt") for one in splits]) for kind in "fl"
+        torch.cat([tensor(options.folder / f"{one}_{kind}.pt") for one in splits]) for kind in "fl"
     )
     text = (
-        text_matrix(given.texts, image.shape[1])
-        if given.texts
-        else class_means(given.folder, given.shots)
+        text_matrix(options.texts, image.shape[1])
+        if options.texts
+        else class_means(options.folder, options.shots)
     )
     with tempfile.TemporaryDirectory() as place:
         for name, values in {"image": image, "target": target.long(), "text": text}.items():
             np.save(Path(place) / f"{name}.npy", np.ascontiguousarray(values.numpy()))
         import_arrays(
             place,
-            given.output,
+            options.output,
             logit_scale=100,
             logit_bias=0,
             class_names=[name for name in names if name],
-            split=given.splits,
+            split=options.splits,
         )
-    print(given.output)
+    print(options.output)
 
 
 if __name__ == "__main__":

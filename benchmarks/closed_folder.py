@@ -14,7 +14,7 @@ be broken. The output has the share of broken folders, and a one-sided 95 % boun
 (Clopper and Pearson). It also has the largest share of a folder accepted without a label at a look,
 as a mean over the folders. Three tests are compared:
 
-- ``bets``: ``ClosedLooks``, valid at any time and at all thresholds;
+- ``bets``: ``ClosedSetTests``, valid at any time and at all thresholds;
 - ``one look``: the exact test of the limit, made once: at the first look at the first predictor;
 - ``every look``: the same exact test, repeated at every look; this is not valid.
 """
@@ -31,11 +31,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import vilu
-from vilu.calibration.anytime import grid_of, level_of
-from vilu.calibration.closed_set import ClosedCounts, ClosedLooks
+from vilu.calibration.anytime import level_of, threshold_grid
+from vilu.calibration.closed_set import ClosedCounts, ClosedSetTests
 from vilu.calibration.thresholds import upper_bound
 from vilu.metrics.counts import Floats, Ints
-from vilu.triage.choose import choose_to_fit
+from vilu.triage.choose import choose_rows_to_fit
 
 DELTA = 0.05
 SIZES = (50, 200, 1_000)
@@ -45,16 +45,16 @@ DIM = 3
 LIMIT = 0.6
 """Share of the population up to the limit of the draws."""
 
-PICKED = 0.1
+SHARE_PICKED = 0.1
 """Share of the folder picked for the fit of each predictor."""
 
-MOST_PICKED = 40
+MAX_PICKED = 40
 """Largest number of photos picked for the fit of each predictor."""
 
 LOOKS = 3
 """Number of looks for each predictor; an eighth of the folder is labelled before each look."""
 
-WIDTH = 0.3
+KERNEL_WIDTH = 0.3
 """In the predictor, a label at this distance has exp(-1/2) of the weight at distance 0."""
 
 Rate = Callable[[Floats, float], Floats]
@@ -107,38 +107,38 @@ class Folder:
     def uncertainty(self, picked: Ints) -> Floats:
         """(N,) smoothed share of wrong answers among the picked photos (M,) near each photo."""
         distance = np.linalg.norm(self.image[:, None] - self.image[picked], axis=2)
-        weight = np.exp(-0.5 * (distance / WIDTH) ** 2)
+        weight = np.exp(-0.5 * (distance / KERNEL_WIDTH) ** 2)
         prior = 0.1 + 0.01 * self.first_uncertainty  # the value where no picked photo is near
         smoothed: Floats = (weight @ self.wrong[picked] + prior) / (weight.sum(axis=1) + 1)
         return smoothed
 
 
-class Seen(NamedTuple):
+class LookResults(NamedTuple):
     """The results of a test at all looks at a folder."""
 
     broken: bool = False
     accepted: float = 0.0  # largest share of the folder accepted at a look without a label
 
-    def after(self, folder: Folder, left: NDArray[np.bool_]) -> Seen:
-        """The results after a further look: the unlabelled photos ``left`` (N,) are accepted."""
-        is_false = bool(folder.wrong[left].sum() > folder.max_risk * left.sum())
-        return Seen(self.broken or is_false, max(self.accepted, float(left.mean())))
+    def with_look(self, folder: Folder, is_left: NDArray[np.bool_]) -> LookResults:
+        """The results after a further look: the unlabelled photos ``is_left`` (N,) are accepted."""
+        is_false = bool(folder.wrong[is_left].sum() > folder.max_risk * is_left.sum())
+        return LookResults(self.broken or is_false, max(self.accepted, float(is_left.mean())))
 
 
-def look_often(folder: Folder) -> dict[str, Seen]:
+def look_results(folder: Folder) -> dict[str, LookResults]:
     """Fit both predictors, draw labels, and look by every test after every draw."""
     n = len(folder.wrong)
     source = vilu.Embeddings(folder.image, np.eye(DIM))
     is_picked = np.zeros(n, np.bool_)
     uncertainty = folder.first_uncertainty
-    seen = dict.fromkeys(TESTS, Seen())
-    n_picks = min(max(int(PICKED * n), 5), MOST_PICKED)
+    results = dict.fromkeys(TESTS, LookResults())
+    n_picks = min(max(int(SHARE_PICKED * n), 5), MAX_PICKED)
     for attempt in (1, 2):
         # Photos already drawn may be picked, too. Otherwise only photos without a label would be
         # taken out of the population, and the rest of these photos would differ from the drawn
         # photos.
         rows = np.flatnonzero(~is_picked)
-        picks = choose_to_fit(source, rows, uncertainty, n_picks, folder.seed)
+        picks = choose_rows_to_fit(source, rows, uncertainty, n_picks, folder.seed)
         is_picked[picks] = True
         uncertainty = folder.uncertainty(np.flatnonzero(is_picked))
         looks = tests_of(folder, uncertainty[~is_picked], attempt)
@@ -146,16 +146,16 @@ def look_often(folder: Folder) -> dict[str, Seen]:
         for look in range(1, LOOKS + 1):
             n_looks = (attempt - 1) * LOOKS + look
             drawn = is_below & (folder.position < n_looks * n // 8)
-            left = is_below & ~drawn
-            at = looks.certified(uncertainty[drawn], folder.wrong[drawn])
+            is_left = is_below & ~drawn
+            at = looks.index_of_laxest_certified_threshold(uncertainty[drawn], folder.wrong[drawn])
             if at is not None:
-                is_accepted = left & (uncertainty <= looks.grid[at])
-                seen["bets"] = seen["bets"].after(folder, is_accepted)
-            if is_shown_exactly(folder, drawn, left):
-                seen["every look"] = seen["every look"].after(folder, left)
+                is_accepted = is_left & (uncertainty <= looks.grid[at])
+                results["bets"] = results["bets"].with_look(folder, is_accepted)
+            if is_shown_exactly(folder, drawn, is_left):
+                results["every look"] = results["every look"].with_look(folder, is_left)
                 if n_looks == 1:
-                    seen["one look"] = seen["one look"].after(folder, left)
-    return seen
+                    results["one look"] = results["one look"].with_look(folder, is_left)
+    return results
 
 
 def exact_tail(wrong: int, drawn: int, n_photos: int, total: int) -> float:
@@ -178,26 +178,28 @@ def exact_tail(wrong: int, drawn: int, n_photos: int, total: int) -> float:
     return ways / math.comb(n_photos, drawn)
 
 
-def is_shown_exactly(folder: Folder, drawn: NDArray[np.bool_], left: NDArray[np.bool_]) -> bool:
-    """Whether the exact test, made once, shows the guarantee about the photos ``left``."""
+def is_shown_exactly(folder: Folder, drawn: NDArray[np.bool_], is_left: NDArray[np.bool_]) -> bool:
+    """Whether the exact test, made once, shows the guarantee about the photos ``is_left``."""
     n_wrong = int(folder.wrong[drawn].sum())
     n_drawn = int(drawn.sum())
-    n_left = int(left.sum())
+    n_left = int(is_left.sum())
     if not n_left:
         return False
     total = n_wrong + math.floor(folder.max_risk * n_left) + 1
     return exact_tail(n_wrong, n_drawn, n_drawn + n_left, total) <= DELTA
 
 
-def tests_of(folder: Folder, population: Floats, attempt: int) -> ClosedLooks:
+def tests_of(folder: Folder, population: Floats, attempt: int) -> ClosedSetTests:
     """The tests of a predictor on the uncertainties (M,) of a population."""
     limit = float(np.quantile(population, LIMIT, method="higher"))
-    grid = grid_of(population, limit)
-    closed = ClosedCounts.of(grid, population, aside=np.zeros(0), failure=np.zeros(0, np.int64))
-    return ClosedLooks(grid, folder.max_risk, level_of(attempt, DELTA), closed, limit)
+    grid = threshold_grid(population, limit)
+    closed = ClosedCounts.of(
+        grid, population, aside_scores=np.zeros(0), aside_failure=np.zeros(0, np.int64)
+    )
+    return ClosedSetTests(grid, folder.max_risk, level_of(attempt, DELTA), closed, limit)
 
 
-class Broken(NamedTuple):
+class BrokenFolders(NamedTuple):
     """Number of broken folders, and the accepted share."""
 
     n: int
@@ -210,17 +212,17 @@ class Broken(NamedTuple):
         return f"{100 * self.accepted:.1f} | {100 * share:.2f} (≤ {100 * bound:.2f}) | {self.n:,}"
 
 
-def measure(world: str, n_photos: int, max_risk: float, n_folders: int) -> dict[str, Broken]:
+def measure(world: str, n_photos: int, max_risk: float, n_folders: int) -> dict[str, BrokenFolders]:
     """Look at many folders of a world, and evaluate every test."""
-    all_seen = []
+    all_results = []
     for seed in range(n_folders):
         folder = Folder(world, n_photos, seed, max_risk)
-        all_seen.append(look_often(folder))
+        all_results.append(look_results(folder))
     broken = {}
     for test in TESTS:
-        n_broken = sum(seen[test].broken for seen in all_seen)
-        accepted = float(np.mean([seen[test].accepted for seen in all_seen]))
-        broken[test] = Broken(n_folders, n_broken, accepted)
+        n_broken = sum(results[test].broken for results in all_results)
+        accepted = float(np.mean([results[test].accepted for results in all_results]))
+        broken[test] = BrokenFolders(n_folders, n_broken, accepted)
     return broken
 
 
@@ -232,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--risks", type=float, nargs="+", default=RISKS, help="largest risks")
     options = parser.parse_args(arguments)
-    total: dict[tuple[str, float], list[Broken]] = {}
+    total: dict[tuple[str, float], list[BrokenFolders]] = {}
     for max_risk in options.risks:
         for world in WORLDS:
             for n_photos in SIZES:
@@ -246,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         n = sum(part.n for part in parts)
         n_broken = sum(part.n_broken for part in parts)
         accepted = float(np.mean([part.accepted for part in parts]))
-        print(f"| {test} | {max_risk} | {Broken(n, n_broken, accepted)} |")
+        print(f"| {test} | {max_risk} | {BrokenFolders(n, n_broken, accepted)} |")
 
 
 if __name__ == "__main__":

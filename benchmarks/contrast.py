@@ -24,31 +24,31 @@ from benchmarks.floor import per_step, products
 from benchmarks.memory import peak_mb
 from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.rows import Rows
-from vilu.embeddings.similarity import TILE_CELLS, TILE_ROWS
-from vilu.predictors.nn.head import HIDDEN, FailureHead, fused_attention
+from vilu.embeddings.similarity import MAX_TILE_LOGITS, TILE_ROWS
+from vilu.predictors.nn.head import HIDDEN_WIDTHS, FailureHead, fused_attention
 from vilu.predictors.nn.losses import FailureWeight, bce_loss, weighted_bce
 from vilu.predictors.nn.train import HeadTrainer, TrainConfig
 
 D, SCALE, REPEATS = 512, 100.0, 5
-LARGE, LABELS, TIMED = 32_768, 8_192, 4_096
+MEMORY_POOL, LABEL_POOL, TIME_POOL = 32_768, 8_192, 4_096
 """Sizes of the pools to measure memory, to compare labels, and to compare times."""
 
 LIMIT_MB, TOLERANCE = 1_536, 1e-5
 
 
-def pairs(n: int) -> PairEmbeddings:
+def random_pairs(n: int) -> PairEmbeddings:
     """A pool of random captions and images, made in blocks, so that memory has no peak before."""
     rng = np.random.default_rng(0)
     image, text = np.empty((n, D), np.float32), np.empty((n, D), np.float32)
     for start in range(0, n, 1024):
         block = slice(start, start + 1024)
-        text[block] = unit(rng.standard_normal(text[block].shape, np.float32))
-        noise = unit(rng.standard_normal(text[block].shape, np.float32))
-        image[block] = unit(text[block] + noise * 8 * rng.random((len(noise), 1), np.float32))
+        text[block] = unit_rows(rng.standard_normal(text[block].shape, np.float32))
+        noise = unit_rows(rng.standard_normal(text[block].shape, np.float32))
+        image[block] = unit_rows(text[block] + noise * 8 * rng.random((len(noise), 1), np.float32))
     return PairEmbeddings(image, text, n, SCALE)
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
+def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Rows of unit norm."""
     normed: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return normed
@@ -59,7 +59,7 @@ def config(pool: int, device: str) -> TrainConfig:
     return TrainConfig(1, pool, 1e-3, 0.9, 5e-4, 1, 0, None, "fp32", 0, torch.device(device))
 
 
-def ours(data: PairEmbeddings, device: str = "cpu") -> Callable[[], float]:
+def tiled_step(data: PairEmbeddings, device: str = "cpu") -> Callable[[], float]:
     """A function that makes a training step of the library and returns the loss.
 
     The step has batch, answers, head, weighted BCE, backward pass and SGD.
@@ -68,7 +68,7 @@ def ours(data: PairEmbeddings, device: str = "cpu") -> Callable[[], float]:
     trainer = HeadTrainer(
         FailureHead(D), bce_loss(FailureWeight("batch", 0.5)), config(len(data), device)
     )
-    trainer.thaw()
+    trainer.unfreeze_attention()
     rows = Rows(data, torch.arange(len(data)))
     return lambda: float(trainer.step(next(rows.steps(len(data))), 1e-3))
 
@@ -82,7 +82,7 @@ class Dense(nn.Module):
         torch.manual_seed(0)
         head = FailureHead(D)
         self.query, self.key = nn.Parameter(torch.eye(D)), nn.Parameter(torch.eye(D))
-        self.first = nn.Linear(3 * D, HIDDEN[0])
+        self.first = nn.Linear(3 * D, HIDDEN_WIDTHS[0])
         with torch.no_grad():
             self.first.weight.copy_(
                 torch.cat([head.first[part] for part in ("image", "attended", "caption")], dim=1)
@@ -100,7 +100,7 @@ class Dense(nn.Module):
         return logit.squeeze(1), answer
 
 
-def dense(data: PairEmbeddings) -> Callable[[], float]:
+def dense_step(data: PairEmbeddings) -> Callable[[], float]:
     """A function that makes a training step of the dense head and returns the loss."""
     head, weight, target = Dense(SCALE), FailureWeight("batch", 0.5), torch.arange(len(data))
     optimizer = torch.optim.SGD(
@@ -119,7 +119,7 @@ def dense(data: PairEmbeddings) -> Callable[[], float]:
     return step
 
 
-def child(what: str) -> None:
+def child(step_name: str) -> None:
     """Run a step; print seconds, peak memory above the data, and seconds of the products.
 
     A step has six products of pool x D x pool, here in tiles: similarities for the answers, for the
@@ -128,34 +128,41 @@ def child(what: str) -> None:
     """
     import vilu
 
-    small, data = pairs(1024), pairs(LARGE)  # the small pool warms up thread pools and libraries
+    small, data = (
+        random_pairs(1024),
+        random_pairs(MEMORY_POOL),
+    )  # the small pool warms up thread pools and libraries
     vilu_fitted = vilu.ViLU(epochs=1).fit(PairEmbeddings(small.image, small.text, 128, SCALE))
     vilu_fitted.similarity_ = None  # more candidates have larger cosines with the same model
     runs: dict[str, Callable[[PairEmbeddings], object]] = {
-        "step": lambda pool: ours(pool)(),
+        "step": lambda pool: tiled_step(pool)(),
         "vilu": vilu_fitted.predict_uncertainty,
         "mcm": vilu.MCM().predict_uncertainty,
     }
-    runs[what](small)
+    runs[step_name](small)
     Path("/proc/self/clear_refs").write_text("5")
     before, start = peak_mb(), time.perf_counter()
-    runs[what](data)
+    runs[step_name](data)
     seconds, peak = time.perf_counter() - start, peak_mb() - before
-    rows, columns = TILE_ROWS, TILE_CELLS // TILE_ROWS
+    rows, columns = TILE_ROWS, MAX_TILE_LOGITS // TILE_ROWS
     tiles = [*[(rows, D, columns)] * 4, *[(rows, columns, D)] * 2]
-    floor = per_step(products(tiles, LARGE**2 // TILE_CELLS), 1) if what == "step" else math.nan
+    floor = (
+        per_step(products(tiles, MEMORY_POOL**2 // MAX_TILE_LOGITS), 1)
+        if step_name == "step"
+        else math.nan
+    )
     print(seconds, peak, floor)
 
 
 def memory() -> dict[str, float]:
     """Peak memory above the data; each step runs in a separate process."""
     figures = {}
-    for what, name in (
+    for step_name, name in (
         ("step", "training step"),
         ("vilu", "scoring by ViLU"),
         ("mcm", "scoring by MCM"),
     ):
-        command = f"from benchmarks.contrast import child; child({what!r})"
+        command = f"from benchmarks.contrast import child; child({step_name!r})"
         done = subprocess.run(
             [sys.executable, "-c", command], capture_output=True, text=True, check=True
         )
@@ -163,22 +170,23 @@ def memory() -> dict[str, float]:
         share = (
             ""
             if math.isnan(floor)
-            else f", {floor / seconds:.2f} of its products, {6 * LARGE**2 * D * 2e-12:.1f} TFLOP"
+            else f", {floor / seconds:.2f} of its products, "
+            f"{6 * MEMORY_POOL**2 * D * 2e-12:.1f} TFLOP"
         )
         print(
-            f"  pool {LARGE:,}, {name}: {seconds:.1f} s{share}, "
+            f"  pool {MEMORY_POOL:,}, {name}: {seconds:.1f} s{share}, "
             f"{peak:,.0f} MB above the data (at most {LIMIT_MB:,})"
         )
-        figures[f"contrast_{what}_mb"] = peak
-        if what == "step":
+        figures[f"contrast_{step_name}_mb"] = peak
+        if step_name == "step":
             figures["contrast_step_products"] = floor / seconds
     return figures
 
 
 def times() -> dict[str, float]:
     """Seconds of a training step, dense and ours in turn; the first pair warms up."""
-    data = pairs(TIMED)
-    steps = {"dense": dense(data), "ours": ours(data)}
+    data = random_pairs(TIME_POOL)
+    steps = {"dense": dense_step(data), "ours": tiled_step(data)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses = {}
     for repeat in range(REPEATS + 1):
@@ -192,7 +200,7 @@ def times() -> dict[str, float]:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = statistics.median(o / d for o, d in zip(seconds["ours"], seconds["dense"], strict=True))
     print(
-        f"  pool {TIMED:,}, training step: dense {medians['dense']:.2f} s, "
+        f"  pool {TIME_POOL:,}, training step: dense {medians['dense']:.2f} s, "
         f"ours {medians['ours']:.2f} s, ours / dense "
         f"{ratio:.2f} (at most 1); first losses {losses['dense']:.7f} and {losses['ours']:.7f}"
     )
@@ -201,36 +209,36 @@ def times() -> dict[str, float]:
 
 def agreement() -> dict[str, float]:
     """Number of labels that differ from dense labels; errors of the attention and the gradient."""
-    data = pairs(LABELS)
-    (batch,) = data.steps(LABELS)
+    data = random_pairs(LABEL_POOL)
+    (batch,) = data.steps(LABEL_POOL)
     answer = (SCALE * data.image @ data.text.T).argmax(dim=1)
-    failure = (answer != torch.arange(LABELS)).long()
-    differ = int((answer != batch.prediction).sum() + (failure != batch.failure).sum())
-    image, text = data.image[:TIMED], data.text[:TIMED]
-    towards = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    failure = (answer != torch.arange(LABEL_POOL)).long()
+    n_different = int((answer != batch.prediction).sum() + (failure != batch.failure).sum())
+    image, text = data.image[:TIME_POOL], data.text[:TIME_POOL]
+    output_gradient = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     results = {}
-    for dtype, attention in ((torch.float32, fused_attention), (torch.float64, plain)):
+    for dtype, attention in ((torch.float32, fused_attention), (torch.float64, plain_attention)):
         query = image.to(dtype, copy=True).requires_grad_()
         keys = text.to(dtype)
         attended = attention(query, keys, keys, SCALE)
-        (gradient,) = torch.autograd.grad(attended, query, towards.to(dtype))
+        (gradient,) = torch.autograd.grad(attended, query, output_gradient.to(dtype))
         results[dtype] = attended.detach().double(), gradient.double() / gradient.abs().max()
     errors = [float((a - b).abs().max()) for a, b in zip(*results.values(), strict=True)]
     print(
-        f"  pool {LABELS:,}: {differ} labels differ from dense ones ({int(failure.sum()):,} "
-        f"failures); pool {TIMED:,}: "
+        f"  pool {LABEL_POOL:,}: {n_different} labels differ from dense ones "
+        f"({int(failure.sum()):,} failures); pool {TIME_POOL:,}: "
         f"attention within {errors[0]:.1e} of float64, its gradient within {errors[1]:.1e} of the "
         "largest "
         f"(at most {TOLERANCE})"
     )
     return {
-        "contrast_labels_differ": differ,
+        "contrast_labels_differ": n_different,
         "contrast_attention_error": errors[0],
         "contrast_gradient": errors[1],
     }
 
 
-def plain(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def plain_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """The attention by the formula, without tiles."""
     return functional.softmax(scale * query @ keys.T, dim=1) @ values
 

@@ -62,8 +62,8 @@ RANKS: Final = (np.arange(100_000) + 0.5) / 100_000
 class World:
     """Claimed (ascending) and true error rates (M,) at all ranks, and the numbers of rows."""
 
-    claimed: Floats
-    true: Floats
+    claimed_rate: Floats
+    true_rate: Floats
     n_fit: int = 500
     n_calibration: int = 2_000
     by_same_rows: bool = False
@@ -71,7 +71,7 @@ class World:
     @cached_property
     def _errors(self) -> Floats:
         """(M,) sums of the true error rates up to every rank."""
-        return np.cumsum(self.true)
+        return np.cumsum(self.true_rate)
 
     def risk(self, n_accepted: int) -> float:
         """True risk if the ``n_accepted`` most trusted ranks are accepted."""
@@ -85,38 +85,38 @@ def _worlds() -> dict[str, World]:
     trusted = np.where(RANKS < 0.1, 0.06, 0.01 + rising)
     ten_values = np.ceil(10 * RANKS) / 10
     return {
-        "flat": World(claimed=0.04 * RANKS, true=np.full(len(RANKS), 0.0501)),
-        "honest": World(claimed=rising, true=rising),
-        "too sure": World(claimed=rising, true=doubled),
-        "trusted": World(claimed=rising, true=trusted),
-        "few": World(claimed=rising, true=rising, n_fit=40, n_calibration=400),
-        "tied": World(claimed=0.5 * ten_values**3, true=doubled),
-        "same rows": World(claimed=rising, true=doubled, by_same_rows=True),
+        "flat": World(claimed_rate=0.04 * RANKS, true_rate=np.full(len(RANKS), 0.0501)),
+        "honest": World(claimed_rate=rising, true_rate=rising),
+        "too sure": World(claimed_rate=rising, true_rate=doubled),
+        "trusted": World(claimed_rate=rising, true_rate=trusted),
+        "few": World(claimed_rate=rising, true_rate=rising, n_fit=40, n_calibration=400),
+        "tied": World(claimed_rate=0.5 * ten_values**3, true_rate=doubled),
+        "same rows": World(claimed_rate=rising, true_rate=doubled, by_same_rows=True),
     }
 
 
 WORLDS: Final = _worlds()
 
 
-def simulated(world: World, rng: np.random.Generator) -> tuple[float, float]:
+def simulate_draw(world: World, rng: np.random.Generator) -> tuple[float, float]:
     """Share and true risk of the answers accepted after a draw; (0, 0) without a threshold."""
     rank = rng.integers(len(RANKS), size=world.n_calibration)
-    uncertainty = world.claimed[rank]
-    chooses = world.claimed[rng.integers(len(RANKS), size=world.n_fit)]
+    uncertainty = world.claimed_rate[rank]
+    scores_to_choose = world.claimed_rate[rng.integers(len(RANKS), size=world.n_fit)]
     if world.by_same_rows:
-        chooses = uncertainty
-    limit, _ = choose_limit_of_draw(chooses, N_LABELS, MAX_RISK, DELTA)
-    below = np.flatnonzero(uncertainty <= limit)
-    drawn = rng.permutation(below)[:N_LABELS]
-    failure = (rng.random(len(drawn)) < world.true[rank[drawn]]).astype(np.int64)
-    threshold = certified(uncertainty[drawn], failure)
-    n_accepted = int(np.searchsorted(world.claimed, threshold, side="right"))
+        scores_to_choose = uncertainty
+    limit, _ = choose_limit_of_draw(scores_to_choose, N_LABELS, MAX_RISK, DELTA)
+    rows_up_to_limit = np.flatnonzero(uncertainty <= limit)
+    drawn_rows = rng.permutation(rows_up_to_limit)[:N_LABELS]
+    failure = (rng.random(len(drawn_rows)) < world.true_rate[rank[drawn_rows]]).astype(np.int64)
+    threshold = certified_threshold(uncertainty[drawn_rows], failure)
+    n_accepted = int(np.searchsorted(world.claimed_rate, threshold, side="right"))
     if not n_accepted:
         return 0.0, 0.0
     return n_accepted / len(RANKS), world.risk(n_accepted)
 
 
-def certified(uncertainty: Floats, failure: Ints) -> float:
+def certified_threshold(uncertainty: Floats, failure: Ints) -> float:
     """The threshold certified by the drawn labels; -inf if there is none."""
     if not len(uncertainty):
         return -math.inf
@@ -135,7 +135,7 @@ def simulate(names: Iterable[str], n_draws: int) -> None:
         shares = []
         n_broken = 0
         for _ in range(n_draws):
-            share, risk = simulated(world, rng)
+            share, risk = simulate_draw(world, rng)
             shares.append(share)
             n_broken += risk > MAX_RISK
         bound = upper_bound(n_broken, n_draws, 0.05)
@@ -149,19 +149,19 @@ def simulate(names: Iterable[str], n_draws: int) -> None:
 
 
 @dataclass(frozen=True)
-class Tested:
+class DrawResult:
     """Results of the certified threshold of a draw, on the whole calibration side."""
 
     coverage: float
     risk: float
 
 
-def tested(uncertainty: Floats, failure: Ints, rows: Ints) -> Tested:
+def test_rows(uncertainty: Floats, failure: Ints, rows: Ints) -> DrawResult:
     """Test the labels of ``rows`` (M,), drawn from all rows (N,) of the calibration side."""
-    is_accepted = uncertainty <= certified(uncertainty[rows], failure[rows])
+    is_accepted = uncertainty <= certified_threshold(uncertainty[rows], failure[rows])
     if not is_accepted.any():
-        return Tested(coverage=0.0, risk=0.0)
-    return Tested(float(is_accepted.mean()), float(failure[is_accepted].mean()))
+        return DrawResult(coverage=0.0, risk=0.0)
+    return DrawResult(float(is_accepted.mean()), float(failure[is_accepted].mean()))
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ class Fit:
     """The tests of a fit: for every draw with labels up to the limit, and with uniform labels."""
 
     hindsight: float
-    drawn: list[Tested]
-    uniform: list[Tested]
+    drawn: list[DrawResult]
+    uniform: list[DrawResult]
 
     @classmethod
     def of(cls, path: Path, n_draws: int) -> Fit:
@@ -188,13 +188,13 @@ class Fit:
         for seed in range(n_draws):
             order = np.random.default_rng(seed).permutation(len(uncertainty))
             below = order[uncertainty[order] <= limit]
-            drawn.append(tested(uncertainty, failure, below[:N_LABELS]))
-            uniform.append(tested(uncertainty, failure, order[:N_LABELS]))
+            drawn.append(test_rows(uncertainty, failure, below[:N_LABELS]))
+            uniform.append(test_rows(uncertainty, failure, order[:N_LABELS]))
         hindsight = vilu.metrics.coverage_at_risk(uncertainty, failure, MAX_RISK)
         return cls(hindsight, drawn, uniform)
 
 
-def mean_coverage(tests: Iterable[Tested]) -> float:
+def mean_coverage(tests: Iterable[DrawResult]) -> float:
     """Mean coverage of tests."""
     return float(np.mean([test.coverage for test in tests]))
 

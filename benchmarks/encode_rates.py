@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vilu.backbones.base import with_bf16_members
 from vilu.backbones.catalog import load_backbone, named_backbones
 from vilu.backbones.products import fast_products
-from vilu.extras import import_extra, quiet
+from vilu.extras import import_extra, suppress_messages
 from vilu.process import keep_freed_memory
 
 IMAGES, TEXTS = 16, 16
@@ -54,17 +54,17 @@ class Towers:
     parameters: str
 
 
-def noise(size: int) -> Tensor:
+def noise_images(size: int) -> Tensor:
     return torch.rand(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def named(name: str) -> Towers:
+def named_towers(name: str) -> Towers:
     """A named backbone with random weights, as open_clip builds it."""
     entry = named_backbones()[name]
     open_clip = import_extra("open_clip", "clip")
     model_name, _, tag = entry.open_clip.partition("/")
     wants = open_clip.get_pretrained_cfg(model_name, tag)
-    with quiet():
+    with suppress_messages():
         model: Any = open_clip.create_model(
             model_name, force_quick_gelu=bool(wants.get("quick_gelu"))
         ).eval()
@@ -72,7 +72,7 @@ def named(name: str) -> Towers:
     tokens = torch.randint(
         1, vocabulary, (TEXTS, entry.context_length), generator=torch.Generator().manual_seed(0)
     )
-    pixels = noise(entry.image_size)
+    pixels = noise_images(entry.image_size)
     rounded = with_bf16_members(model, ["visual"])
 
     def encode_in_float32() -> Tensor:
@@ -90,12 +90,12 @@ def named(name: str) -> Towers:
     )
 
 
-def compact(name: str) -> Towers:
+def compact_towers(name: str) -> Towers:
     """The compact model with the real weights; the texts are prompts."""
     size = COMPACT_SIZES[name]
     backbone = load_backbone(name, device="cpu")
     rounded = load_backbone(name, device="cpu", precision="bf16")
-    pixels, texts = noise(size), [f"a photo of thing number {i}." for i in range(TEXTS)]
+    pixels, texts = noise_images(size), [f"a photo of thing number {i}." for i in range(TEXTS)]
     return Towers(
         name,
         size,
@@ -139,7 +139,9 @@ def main(*names: str, repeats: int = 6) -> dict[str, float]:
     torch.set_num_threads(1)
     chosen = names or (*named_backbones(), *COMPACT_SIZES)
     with torch.inference_mode():
-        models = [compact(name) if name in COMPACT_SIZES else named(name) for name in chosen]
+        models = [
+            compact_towers(name) if name in COMPACT_SIZES else named_towers(name) for name in chosen
+        ]
         work = [
             (gflop(model.run_images, IMAGES), gflop(model.run_texts, TEXTS)) for model in models
         ]

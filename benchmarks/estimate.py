@@ -80,40 +80,40 @@ WORLDS: dict[str, Callable[[Floats], tuple[Floats, Floats]]] = {
 }
 
 
-class Held:
+class IntervalCoverage:
     """How often an interval contained the truth, and the sum of the widths."""
 
     def __init__(self) -> None:
         self.n = 0
-        self.hits = 0
+        self.n_held = 0
         self.width = 0.0
 
     def add(self, low: float, high: float, truth: float) -> None:
         """Count an interval."""
         self.n += 1
-        self.hits += low <= truth <= high
+        self.n_held += low <= truth <= high
         self.width += high - low
 
-    def in_words(self, plain: Held) -> str:
+    def in_words(self, plain: IntervalCoverage) -> str:
         """Text with the share of draws, the exact 95 % interval of this share, and the width."""
-        low = lower_bound(self.hits, self.n, 0.025)
-        high = upper_bound(self.hits, self.n, 0.025)
-        held = f"held {self.hits / self.n:.1%} ({low:.1%} to {high:.1%})"
+        low = lower_bound(self.n_held, self.n, 0.025)
+        high = upper_bound(self.n_held, self.n, 0.025)
+        held = f"held {self.n_held / self.n:.1%} ({low:.1%} to {high:.1%})"
         return f"{held}, width {self.width / plain.width:.2f}"
 
 
-def repeated(
+def estimate_often(
     probability: Floats, failure: Ints, draws: int, labels: int, random: np.random.Generator
-) -> dict[str, Held]:
+) -> dict[str, IntervalCoverage]:
     """Estimate the error rate of rows ``draws`` times, each time from ``labels`` random labels."""
-    held = {name: Held() for name in ("predictions", "plain exact", "plain normal")}
+    held = {name: IntervalCoverage() for name in ("predictions", "plain exact", "plain normal")}
     for _ in range(draws):
         add_estimate(held, probability, failure, labels, random)
     return held
 
 
 def add_estimate(
-    held: dict[str, Held],
+    held: dict[str, IntervalCoverage],
     probability: Floats,
     failure: Ints,
     labels: int,
@@ -132,12 +132,12 @@ def add_estimate(
     held["plain normal"].add(share - half, share + half, truth)
 
 
-def in_worlds(names: list[str], seed: int, draws: int, labels: int) -> Iterator[str]:
+def world_lines(names: list[str], seed: int, draws: int, labels: int) -> Iterator[str]:
     """Lines for every world; every draw has new rows."""
     for name in names:
         world = WORLDS[name]
         random = np.random.default_rng(seed)
-        held = {way: Held() for way in ("predictions", "plain exact", "plain normal")}
+        held = {way: IntervalCoverage() for way in ("predictions", "plain exact", "plain normal")}
         for _ in range(draws):
             probability, predicted = world(random.random(ROWS))
             failure = (random.random(ROWS) < probability).astype(np.int64)
@@ -147,7 +147,7 @@ def in_worlds(names: list[str], seed: int, draws: int, labels: int) -> Iterator[
             yield f"  {way}: {counted.in_words(held['plain exact'])}"
 
 
-def on_set(path: Path, seed: int, seeds: int, labels: int) -> str:
+def set_line(path: Path, seed: int, seeds: int, labels: int) -> str:
     """A line for a set of real embeddings."""
     arrays = np.load(path, allow_pickle=False)
     image = arrays["image"].astype(np.float32)
@@ -162,7 +162,7 @@ def on_set(path: Path, seed: int, seeds: int, labels: int) -> str:
     fit_rows, rest = halves
     outcomes = vilu.score(vilu.ViLUPlus().fit(fit_rows), rest)
     random = np.random.default_rng(seed + 1)
-    held = repeated(outcomes.uncertainty, outcomes.failure, seeds, labels, random)
+    held = estimate_often(outcomes.uncertainty, outcomes.failure, seeds, labels, random)
     words = held["predictions"].in_words(held["plain exact"])
     return f"{path.stem}: {len(rest):,} rows, {outcomes.failure.mean():.1%} wrong: {words}"
 
@@ -181,10 +181,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     worlds = options.world or list(WORLDS)
     if not options.sets:
-        for line in in_worlds(worlds, options.seed, options.draws, options.labels):
+        for line in world_lines(worlds, options.seed, options.draws, options.labels):
             print(line, flush=True)
     for path in options.sets:
-        print(on_set(path, options.seed, options.seeds, options.labels), flush=True)
+        print(set_line(path, options.seed, options.seeds, options.labels), flush=True)
 
 
 if __name__ == "__main__":

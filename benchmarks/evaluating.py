@@ -29,7 +29,7 @@ def rows(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass
-class Counted:
+class HistogramOutcomes:
     """Rows with a histogram made part by part, as for a folder of scores."""
 
     uncertainty: np.ndarray
@@ -48,15 +48,15 @@ class Counted:
 
 def seconds(run: Callable[[], object], repeats: int = 1) -> float:
     """The shortest time of several runs."""
-    found = []
+    times = []
     for _ in range(repeats):
         start = time.perf_counter()
         run()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
-def others(
+def other_libraries(
     uncertainty: np.ndarray, failure: np.ndarray
 ) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     """Maps the name of a metric to the functions of vilu and of the other library."""
@@ -81,13 +81,13 @@ def others(
         # is low. Class 0 is right if there is no failure.
         doubt = torch.from_numpy(uncertainty / 2)
         probability, right = torch.stack([1 - doubt, doubt], dim=1), torch.from_numpy(failure)
-        for name, kind, of in (
+        for name, metric_class, of in (
             ("aurc", uncertain.AURC, ours.aurc),
             ("augrc", uncertain.AUGRC, ours.augrc),
         ):
 
-            def run(kind: type = kind) -> object:
-                metric = kind()
+            def run(metric_class: type = metric_class) -> object:
+                metric = metric_class()
                 metric.update(probability, right)
                 return metric.compute()
 
@@ -106,16 +106,19 @@ def main() -> dict[str, float]:
         "evaluate, 100,000 rows, default metrics, 1,000 resamples: "
         f"{figures['evaluate_1e5_seconds']:.1f} s"
     )
-    many = Counted(*rows(10**7))
+    many = HistogramOutcomes(*rows(10**7))
     figures["evaluate_1e7_seconds"] = seconds(lambda: vilu.evaluate(many, n_resamples=1_000))
     print(
         "the same of 10,000,000 rows, counted and evaluated: "
         f"{figures['evaluate_1e7_seconds']:.1f} s"
     )
-    for name, (ours, theirs) in others(*rows(10**6)).items():
-        mine, other = seconds(ours, 3), seconds(theirs, 3)
-        figures[f"times_{name.replace(', ', '_')}"] = other / mine
-        print(f"{name}, 1,000,000 rows: {other:.2f} s, ours {mine:.2f} s: {other / mine:.1f} times")
+    for name, (ours, theirs) in other_libraries(*rows(10**6)).items():
+        our_seconds, their_seconds = seconds(ours, 3), seconds(theirs, 3)
+        figures[f"times_{name.replace(', ', '_')}"] = their_seconds / our_seconds
+        print(
+            f"{name}, 1,000,000 rows: {their_seconds:.2f} s, ours {our_seconds:.2f} s: "
+            f"{their_seconds / our_seconds:.1f} times"
+        )
     return figures
 
 

@@ -16,15 +16,15 @@ def products(
     shapes: list[Shape], times: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Callable[[], None]:
     """A function that computes all products ``times`` times, into memory allocated before."""
-    where: dict[str, Any] = {"device": device, "dtype": dtype}
-    made = [
-        (torch.randn(m, k, **where), torch.randn(k, n, **where), torch.empty(m, n, **where))
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    operands = [
+        (torch.randn(m, k, **options), torch.randn(k, n, **options), torch.empty(m, n, **options))
         for m, k, n in shapes
     ]
 
     def run() -> None:
         for _ in range(times):
-            for a, b, out in made:
+            for a, b, out in operands:
                 torch.mm(a, b, out=out)
 
     return run

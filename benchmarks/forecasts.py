@@ -20,43 +20,43 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from benchmarks.procedures import DEFAULT, coverage_at
+from benchmarks.procedures import DEFAULT_PROCEDURE, coverage_at
 from benchmarks.replays import DELTA, MAX_RISK, Chain, Replay
 from vilu.calibration.anytime import level_of
 from vilu.metrics.counts import Floats
-from vilu.triage.forecast import BUDGETS, Forecast
+from vilu.triage.forecast import LABEL_BUDGETS, Forecast
 from vilu.triage.guarantee import PhotoSplit
 
-MIDDLE: Final = (0.1, 0.9)
+MIDDLE_QUANTILES: Final = (0.1, 0.9)
 """The quantiles at the ends of the middle 80 % of the outcomes."""
 
-ROUNDED: Final = 0.02
+TOLERANCE: Final = 0.02
 """A forecast holds if the outcome is at most this far outside: readers see whole percents."""
 
 STAGES: Final = {"without a label": 0, "after 50 labels": 1}
 """Maps a stage to the index of the fit in a chain: the forecast is made from this fit."""
 
 
-class Made(NamedTuple):
+class JudgedForecast(NamedTuple):
     """A forecast for a chain and a number of labels.
 
     Attributes:
         width: Upper end minus lower end.
-        held: Share of the outcomes within the forecast.
+        share_held: Share of the outcomes within the forecast.
     """
 
     width: float
-    held: float
+    share_held: float
 
 
 def outcomes_of(chain: Chain, n_orders: int) -> dict[int, Floats]:
     """For each number of labels, the reached coverages (n_orders,)."""
-    reached = defaultdict(list)
+    coverages_of_budget = defaultdict(list)
     for number in range(n_orders):
-        curve = list(Replay(chain.in_another_order(number), DEFAULT).rounds())
-        for n_labels in BUDGETS:
-            reached[n_labels].append(coverage_at(curve, n_labels))
-    return {n_labels: np.array(coverages) for n_labels, coverages in reached.items()}
+        curve = list(Replay(chain.in_another_order(number), DEFAULT_PROCEDURE).rounds())
+        for n_labels in LABEL_BUDGETS:
+            coverages_of_budget[n_labels].append(coverage_at(curve, n_labels))
+    return {n_labels: np.array(coverages) for n_labels, coverages in coverages_of_budget.items()}
 
 
 def forecast_of(path: Path, chain: Chain, stage: int) -> Forecast:
@@ -73,53 +73,57 @@ def forecast_of(path: Path, chain: Chain, stage: int) -> Forecast:
         n_labels=n_fit,
         max_risk=MAX_RISK,
         level=level_of(1, DELTA),
-        make_looks=PhotoSplit.looks_before_labels,
+        make_tests=PhotoSplit.tests_before_labels,
     )
 
 
-def judged(forecast: Forecast, outcomes: dict[int, Floats]) -> dict[int, Made]:
+def judge_forecast(forecast: Forecast, outcomes: dict[int, Floats]) -> dict[int, JudgedForecast]:
     """For each number of labels, the width of the forecast, and how often the forecast held."""
-    made = {}
+    judged_forecasts = {}
     for expected in forecast.expected:
         if expected.n_labels not in outcomes:
             continue
         outcome = outcomes[expected.n_labels]
-        is_above = outcome >= expected.lowest - ROUNDED
-        is_below = outcome <= expected.highest + ROUNDED
+        is_above = outcome >= expected.lowest - TOLERANCE
+        is_below = outcome <= expected.highest + TOLERANCE
         width = expected.highest - expected.lowest
-        made[expected.n_labels] = Made(width, float((is_above & is_below).mean()))
-    return made
+        judged_forecasts[expected.n_labels] = JudgedForecast(
+            width, float((is_above & is_below).mean())
+        )
+    return judged_forecasts
 
 
 def show(paths: Sequence[Path], n_orders: int) -> None:
     """Replay all chains, and print both tables."""
-    of_set: dict[tuple[str, int], list[Floats]] = defaultdict(list)
-    made: dict[tuple[str, int], list[Made]] = defaultdict(list)
+    coverages_of_set: dict[tuple[str, int], list[Floats]] = defaultdict(list)
+    judged_forecasts: dict[tuple[str, int], list[JudgedForecast]] = defaultdict(list)
     for path in paths:
         chain = Chain.load(path)
         outcomes = outcomes_of(chain, n_orders)
         for n_labels, coverages in outcomes.items():
-            of_set[chain.name, n_labels].append(coverages)
+            coverages_of_set[chain.name, n_labels].append(coverages)
         for stage, index in STAGES.items():
-            for n_labels, one in judged(forecast_of(path, chain, index), outcomes).items():
-                made[stage, n_labels].append(one)
+            for n_labels, one in judge_forecast(forecast_of(path, chain, index), outcomes).items():
+                judged_forecasts[stage, n_labels].append(one)
     print("| set | labels | mean | width of the middle 80 % |\n|---|---|---|---|")
     widths = defaultdict(list)
-    for (name, n_labels), parts in sorted(of_set.items()):
+    for (name, n_labels), parts in sorted(coverages_of_set.items()):
         coverages = np.concatenate(parts)
-        low, high = np.quantile(coverages, MIDDLE)
+        low, high = np.quantile(coverages, MIDDLE_QUANTILES)
         widths[n_labels].append(high - low)
         print(f"| {name} | {n_labels} | {coverages.mean():.2f} | {high - low:.2f} |")
-    for n_labels, of_sets in widths.items():
-        print(f"{n_labels} labels: median width of the middle 80 % {np.median(of_sets):.2f}")
+    for n_labels, widths_of_sets in widths.items():
+        print(f"{n_labels} labels: median width of the middle 80 % {np.median(widths_of_sets):.2f}")
     print("\n| forecast | labels | ranges | held | median width |\n|---|---|---|---|---|")
-    for (stage, n_labels), ranges in made.items():
-        held = np.mean([one.held for one in ranges])
+    for (stage, n_labels), ranges in judged_forecasts.items():
+        held = np.mean([one.share_held for one in ranges])
         width = np.median([one.width for one in ranges])
         print(f"| {stage} | {n_labels} | {len(ranges)} | {held:.2f} | {width:.2f} |")
     for stage in STAGES:
-        ranges = [one for (name, _), some in made.items() if name == stage for one in some]
-        held = np.mean([one.held for one in ranges])
+        ranges = [
+            one for (name, _), some in judged_forecasts.items() if name == stage for one in some
+        ]
+        held = np.mean([one.share_held for one in ranges])
         width = np.median([one.width for one in ranges])
         print(f"| {stage} | all | {len(ranges)} | {held:.2f} | {width:.2f} |")
 

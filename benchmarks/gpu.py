@@ -20,43 +20,44 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vilu
 from benchmarks import contrast, head_training, plus_speed
 from benchmarks.floor import products
-from vilu.predictors.contract.parameters import build
+from vilu.predictors.contract.parameters import build_predictor
 
 REPEATS = 5
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
     """The shortest time of several runs; a run ends when the device has finished."""
-    found = []
+    times = []
     for _ in range(REPEATS + 1):
-        wait(device)
+        wait_for_device(device)
         start = time.perf_counter()
         run()
-        wait(device)
-        found.append(time.perf_counter() - start)
-    return min(found[1:])
+        wait_for_device(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
-def wait(device: str) -> None:
+def wait_for_device(device: str) -> None:
     """Wait until the device has finished."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
 
 
-def say(what: str, found: float, floor: float, device: str) -> float:
-    """Print and return the time of plain products, ``floor``, divided by the time ``found``."""
+def report_rate(title: str, seconds: float, floor: float, device: str) -> float:
+    """Print and return the time of plain products, ``floor``, divided by the time ``seconds``."""
     memory = (
         f", {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MB at most"
         if device.startswith("cuda")
         else ""
     )
     print(
-        f"  {what}: {found * 1e3:,.2f} ms, {floor / found:.2f} of its products{memory}", flush=True
+        f"  {title}: {seconds * 1e3:,.2f} ms, {floor / seconds:.2f} of its products{memory}",
+        flush=True,
     )
-    return floor / found
+    return floor / seconds
 
 
-def heads(device: str) -> dict[str, float]:
+def head_steps(device: str) -> dict[str, float]:
     """Training steps of the head in float32, in TF32 and in bfloat16."""
     figures: dict[str, float] = {}
     data, k = head_training.embeddings(10), 10
@@ -69,9 +70,9 @@ def heads(device: str) -> dict[str, float]:
         ):
             torch.backends.cuda.matmul.allow_tf32 = allowed
             dtype = torch.bfloat16 if name == "bf16" else torch.float32
-            floor = products(head_training.executed(b, k), steps, device, dtype)
-            step = head_training.training(data, b, precision, device)
-            figures[f"gpu_head_{name}_{b}"] = say(
+            floor = products(head_training.executed_products(b, k), steps, device, dtype)
+            step = head_training.library_epoch(data, b, precision, device)
+            figures[f"gpu_head_{name}_{b}"] = report_rate(
                 f"head, batch {b:,}, {name}, {steps} steps",
                 seconds(step, device),
                 seconds(floor, device),
@@ -81,17 +82,17 @@ def heads(device: str) -> dict[str, float]:
     return figures
 
 
-def plus(device: str, n: int, k: int) -> dict[str, float]:
+def plus_scores(device: str, n: int, k: int) -> dict[str, float]:
     """Time scores and a fit of ``vilu_plus``; scores from logits alone stay on the processor."""
     test, train = plus_speed.data(k, n, 2), plus_speed.data(k, n // 4, 1)
     start = time.perf_counter()
-    predictor = build(vilu.PREDICTORS["vilu_plus"], {"device": device}).fit(train)
+    predictor = build_predictor(vilu.PREDICTORS["vilu_plus"], {"device": device}).fit(train)
     print(f"  vilu_plus, fit of {n // 4:,} rows, K = {k:,}: {time.perf_counter() - start:.1f} s")
     d, h = plus_speed.D, plus_speed.HIDDEN
     floor = seconds(products([(n, d, k), (n, d + 1, k), (n, d, h), (n, h, k)], 1, device), device)
     run = seconds(lambda: predictor.predict_uncertainty(test), device)
     return {
-        "gpu_score_vilu_plus": say(
+        "gpu_score_vilu_plus": report_rate(
             f"vilu_plus, scores of {n:,} rows, K = {k:,}", run, floor, device
         )
     }
@@ -119,7 +120,7 @@ class Downloads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def bare(device: str, n: int, k: int) -> dict[str, float]:
+def bare_tensors(device: str, n: int, k: int) -> dict[str, float]:
     """Time scores of tensors on a device, and check that embeddings and scores stay there."""
     test = plus_speed.data(k, n, 2)
     image = test.image.to(device)
@@ -135,14 +136,16 @@ def bare(device: str, n: int, k: int) -> dict[str, float]:
     floor = seconds(products([(n, plus_speed.D, k)], 1, device), device)
     run = seconds(lambda: predictor.predict_uncertainty(image, text), device)
     what = f"mcm, bare tensors of {n:,} rows, K = {k:,}"
-    return {"gpu_bare_mcm": say(what, run, floor, device)}
+    return {"gpu_bare_mcm": report_rate(what, run, floor, device)}
 
 
-def pool(device: str, n: int) -> dict[str, float]:
+def pool_step(device: str, n: int) -> dict[str, float]:
     """Time a step on a pool of captions, compared with the six products of pool x pool."""
-    step = contrast.ours(contrast.pairs(n), device)
+    step = contrast.tiled_step(contrast.random_pairs(n), device)
     floor = seconds(products([(n, contrast.D, n)] * 6, 1, device), device)
-    return {"gpu_pool": say(f"pool of {n:,}, one step", seconds(step, device), floor, device)}
+    return {
+        "gpu_pool": report_rate(f"pool of {n:,}, one step", seconds(step, device), floor, device)
+    }
 
 
 def main(arguments: list[str]) -> dict[str, float]:
@@ -156,10 +159,10 @@ def main(arguments: list[str]) -> dict[str, float]:
         )
     card = torch.cuda.get_device_name(device) if device.startswith("cuda") else "no accelerator"
     print(f"{card}, torch {torch.__version__}")
-    figures = {} if small else heads(device)
-    figures |= plus(device, 8_000 if small else 200_000, 20 if small else 1_000)
-    figures |= bare(device, 8_000 if small else 200_000, 20 if small else 1_000)
-    return figures | pool(device, 512 if small else 32_768)
+    figures = {} if small else head_steps(device)
+    figures |= plus_scores(device, 8_000 if small else 200_000, 20 if small else 1_000)
+    figures |= bare_tensors(device, 8_000 if small else 200_000, 20 if small else 1_000)
+    return figures | pool_step(device, 512 if small else 32_768)
 
 
 if __name__ == "__main__":

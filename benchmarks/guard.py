@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from vilu.backbones.zeroshot import class_texts
+from vilu.backbones.zeroshot import embed_class_names
 from vilu.cli.demo import PROMPT_NAMES
 from vilu.datasets.images import decode_image
 from vilu.embeddings.memory import Embeddings
@@ -34,16 +34,16 @@ def main() -> None:
     """Print the rates."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--images", type=int, default=960)
-    given = parser.parse_args()
+    options = parser.parse_args()
     with resources.as_file(resources.files("vilu").joinpath("assets", "clothing.parquet")) as path:
-        table = pq.read_table(path, columns=["image", "label"]).slice(0, given.images)
-    blobs: list[bytes] = [
+        table = pq.read_table(path, columns=["image", "label"]).slice(0, options.images)
+    image_files: list[bytes] = [
         one["bytes"] if isinstance(one, dict) else one for one in table["image"].to_pylist()
     ]
     model = BackboneSpec("compact").load()
-    pixels = torch.stack([model.preprocess(decode_image(blob).image) for blob in blobs])
+    pixels = torch.stack([model.preprocess(decode_image(blob).image) for blob in image_files])
     image = torch.cat([model.encode_images(batch) for batch in pixels.split(32)])
-    text = class_texts(model, PROMPT_NAMES)
+    text = embed_class_names(model, PROMPT_NAMES)
     data = Embeddings(
         image,
         text,
@@ -57,22 +57,23 @@ def main() -> None:
         guard = Guard(folder, backbone=model)
         rates: dict[str, list[float]] = {"bare": [], "guard": []}
         for _ in range(TURNS):
-            began = time.perf_counter()
+            start = time.perf_counter()
             for batch in pixels.split(32):
                 model.encode_images(batch)
-            rates["bare"].append(len(blobs) / (time.perf_counter() - began))
-            began = time.perf_counter()
-            n = sum(1 for _ in guard.stream(blobs))
-            rates["guard"].append(n / (time.perf_counter() - began))
+            rates["bare"].append(len(image_files) / (time.perf_counter() - start))
+            start = time.perf_counter()
+            n = sum(1 for _ in guard.stream(image_files))
+            rates["guard"].append(n / (time.perf_counter() - start))
     ratios = [mine / bare for mine, bare in zip(rates["guard"], rates["bare"], strict=True)]
-    for name, found in rates.items():
+    for name, rates_of_turns in rates.items():
         print(
-            f"{name}: {statistics.median(found):.1f} images/s ({min(found):.1f} to "
-            f"{max(found):.1f})"
+            f"{name}: {statistics.median(rates_of_turns):.1f} images/s "
+            f"({min(rates_of_turns):.1f} to "
+            f"{max(rates_of_turns):.1f})"
         )
     print(
         f"guard / bare: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), "
-        f"n = {len(blobs)}"
+        f"n = {len(image_files)}"
     )
 
 

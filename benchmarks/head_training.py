@@ -20,7 +20,7 @@ from benchmarks.contrast import Dense
 from benchmarks.floor import Shape, per_step, products
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.rows import Rows
-from vilu.predictors.nn.head import HIDDEN, FailureHead
+from vilu.predictors.nn.head import HIDDEN_WIDTHS, FailureHead
 from vilu.predictors.nn.losses import FailureWeight, bce_loss, weighted_bce
 from vilu.predictors.nn.processes import World
 from vilu.predictors.nn.train import HeadTrainer, TrainConfig, with_zero_shot_answers
@@ -30,14 +30,14 @@ D, N, REPEATS = 512, 8_192, 5
 
 def mlp_tail(b: int) -> list[Shape]:
     """Products after the first layer: forward, gradient of the input, gradient of the weight."""
-    widths = [*HIDDEN, 1]
+    widths = [*HIDDEN_WIDTHS, 1]
     pairs = list(itertools.pairwise(widths))
     return [shape for i, o in pairs for shape in ((b, i, o), (b, o, i), (o, b, i))]
 
 
-def executed(b: int, k: int) -> list[Shape]:
+def executed_products(b: int, k: int) -> list[Shape]:
     """(rows, inner, columns) of every product of a training step, gradients included."""
-    h = HIDDEN[0]
+    h = HIDDEN_WIDTHS[0]
     row_projection, weight_gradient = (b, D, D), (D, b, D)
     attention = [(b, D, k), (b, k, D)]
     attention_gradient = [(b, D, k), (b, D, k), (b, k, D), (k, b, D), (k, b, D)]
@@ -68,12 +68,14 @@ def embeddings(k: int) -> Embeddings:
     return Embeddings(image, text, target=rng.integers(k, size=N))
 
 
-def training(data: Embeddings, b: int, precision: str, device: str = "cpu") -> Callable[[], None]:
+def library_epoch(
+    data: Embeddings, b: int, precision: str, device: str = "cpu"
+) -> Callable[[], None]:
     """A function that runs an epoch of the library's training loop."""
     config = TrainConfig(1, b, 1e-3, 0.9, 5e-4, 1, 0, None, precision, 0, torch.device(device))
     torch.manual_seed(0)
     trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.9)), config)
-    trainer.thaw()
+    trainer.unfreeze_attention()
     rows = with_zero_shot_answers(Rows(data, torch.arange(N)), config.device, World())
     generator = torch.Generator().manual_seed(0)
 
@@ -84,7 +86,7 @@ def training(data: Embeddings, b: int, precision: str, device: str = "cpu") -> C
     return run
 
 
-def plain(data: Embeddings, b: int) -> Callable[[], None]:
+def plain_epoch(data: Embeddings, b: int) -> Callable[[], None]:
     """A function that runs an epoch of the head as in the paper."""
     head, weight = Dense(data.space.logit_scale), FailureWeight("batch", 0.9)
     optimizer = torch.optim.SGD(
@@ -106,10 +108,10 @@ def measure(b: int, k: int) -> dict[str, float]:
     """Medians over interleaved repeats, in seconds per step."""
     steps, data = N // b, embeddings(k)
     runs: dict[str, Callable[[], None]] = {
-        "fp32": training(data, b, "fp32"),
-        "bf16": training(data, b, "bf16"),
-        "plain": plain(data, b),
-        "executed": products(executed(b, k), steps),
+        "fp32": library_epoch(data, b, "fp32"),
+        "bf16": library_epoch(data, b, "bf16"),
+        "plain": plain_epoch(data, b),
+        "executed": products(executed_products(b, k), steps),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(REPEATS + 1):
@@ -126,7 +128,7 @@ def main() -> dict[str, float]:
     print(f"head training, D={D}, {torch.get_num_threads()} threads, medians of {REPEATS}")
     for k, b in itertools.product((10, 1_000), (128, 1_024)):
         t, name = measure(b, k), f"head_{k}_{b}"
-        floor = sum(2 * math.prod(shape) for shape in executed(b, k))
+        floor = sum(2 * math.prod(shape) for shape in executed_products(b, k))
         found = {
             f"{name}_executed": t["executed"] / t["fp32"],
             f"{name}_plain": t["plain"] / t["fp32"],

@@ -48,7 +48,7 @@ import numpy as np
 from scipy import stats
 
 from vilu.artifacts.tables import csv_rows
-from vilu.calibration.anytime import BETS, Looks, grid_of, level_of
+from vilu.calibration.anytime import BETS_WITH_SHARES, ThresholdTests, level_of, threshold_grid
 from vilu.calibration.rules import certify
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
@@ -62,8 +62,8 @@ from vilu.triage.run import advance
 from vilu.triage.state import TriageSettings, TriageState
 
 SIZES = (200, 300, 400, 600, 800, 1_200, 1_600, 2_000)
-DIVIDED = (400, 800, 2_000)
-ROUND, LATER, MANY = 50, 100, 400
+DIVIDED_SIZES = (400, 800, 2_000)
+LABELS_PER_ROUND, LABELS_PER_LATER_ROUND, LABELS_BEFORE_LATER_ROUNDS = 50, 100, 400
 """Labels of a round, labels of a later round, and the number of labels where later rounds begin."""
 MAX_RISK, DELTA = 0.05, 0.05
 COLUMNS = ("store", "arm", "seed", "labels", "coverage", "risk")
@@ -71,10 +71,10 @@ COLUMNS = ("store", "arm", "seed", "labels", "coverage", "risk")
 
 def failures(source: EmbeddingSource) -> Ints:
     """(N,) whether the zero-shot answer is wrong."""
-    found = np.zeros(len(source), dtype=np.int64)
+    failure = np.zeros(len(source), dtype=np.int64)
     for batch in source.batches(4096):
-        found[batch.index.numpy()] = batch.failure.numpy()
-    return found
+        failure[batch.index.numpy()] = batch.failure.numpy()
+    return failure
 
 
 def fitted_scores(source: EmbeddingSource, rows: Ints, seed: int) -> Floats:
@@ -82,31 +82,38 @@ def fitted_scores(source: EmbeddingSource, rows: Ints, seed: int) -> Floats:
     return ViLUPlus(seed=seed).fit(source.take(rows)).predict_uncertainty(source)
 
 
-def one_look(
+def single_look_arms(
     source: EmbeddingSource, wrong: Ints, seed: int, n: int
 ) -> Iterator[tuple[str, float, float]]:
     """Yield the arms with a single look at ``n`` labels: name, coverage and error rate."""
     order = np.random.default_rng([seed, n]).permutation(len(source))
-    fit, rest = order[: n // 2], order[n // 2 :]
-    u = fitted_scores(source, fit, seed)
-    held_out = rest[: n - n // 2]
+    fit_rows, rest = order[: n // 2], order[n // 2 :]
+    u = fitted_scores(source, fit_rows, seed)
+    held_out_rows = rest[: n - n // 2]
     yield (
         "random, exact",
-        *judged(
-            certify(Outcomes(u[held_out], wrong[held_out]), max_risk=MAX_RISK).accept(u), wrong
+        *coverage_and_risk(
+            certify(Outcomes(u[held_out_rows], wrong[held_out_rows]), max_risk=MAX_RISK).accept(u),
+            wrong,
         ),
     )
-    yield "random, one look", *judged(u <= certified(u, wrong, held_out), wrong)
-    u = fitted_scores(source, fit[: n // 4], seed)
-    others = np.setdiff1d(order, fit[: n // 4])
-    doubtful = others[np.argsort(-u[others], kind="stable")][: n // 2 - n // 4]
-    fit = np.concatenate([fit[: n // 4], doubtful])
-    held_out = order[~np.isin(order, fit)][: n - n // 2]
-    u = fitted_scores(source, fit, seed)
-    yield "uncertain, one look", *judged(u <= certified(u, wrong, held_out), wrong)
+    yield (
+        "random, one look",
+        *coverage_and_risk(u <= certified_threshold(u, wrong, held_out_rows), wrong),
+    )
+    u = fitted_scores(source, fit_rows[: n // 4], seed)
+    others = np.setdiff1d(order, fit_rows[: n // 4])
+    most_uncertain = others[np.argsort(-u[others], kind="stable")][: n // 2 - n // 4]
+    fit_rows = np.concatenate([fit_rows[: n // 4], most_uncertain])
+    held_out_rows = order[~np.isin(order, fit_rows)][: n - n // 2]
+    u = fitted_scores(source, fit_rows, seed)
+    yield (
+        "uncertain, one look",
+        *coverage_and_risk(u <= certified_threshold(u, wrong, held_out_rows), wrong),
+    )
 
 
-def divided(
+def divided_arms(
     source: EmbeddingSource, wrong: Ints, seed: int, n: int
 ) -> Iterator[tuple[str, float, float]]:
     """Yield the ways to divide ``n`` random labels: name, coverage and error rate."""
@@ -123,47 +130,50 @@ def divided(
                 whole = certify(
                     Outcomes(u[fold], wrong[fold]), max_risk=MAX_RISK, confidence=1 - DELTA
                 )
-                yield "half", *judged(whole.accept(u), wrong)
-        yield f"{k} folds", *mixed(accepted, wrong, np.ones(k))
+                yield "half", *coverage_and_risk(whole.accept(u), wrong)
+        yield f"{k} folds", *mixture_coverage_and_risk(accepted, wrong, np.ones(k))
     blocks = np.array_split(order[n // 2 :], 4)
     before = [np.concatenate([order[: n // 2], *blocks[:number]]) for number in range(len(blocks))]
     scores = [fitted_scores(source, rows, seed) for rows in before]
     for share in (0.3, 0.5, 0.7):
-        wealth, accepted = np.zeros(len(BETS)), []
+        wealth, accepted = np.zeros(len(BETS_WITH_SHARES)), []
         for u, rows in zip(scores, blocks, strict=True):
             ordered = np.sort(u)
             few = np.flatnonzero(np.cumsum(ordered) / np.arange(1, len(u) + 1) <= share * MAX_RISK)
             accepted.append(u <= (ordered[few[-1]] if len(few) else -np.inf))
-            taken = rows[accepted[-1][rows]]
-            k, m = int(wrong[taken].sum()), len(taken)
-            bet = np.array(BETS)[:, 0]
+            accepted_rows = rows[accepted[-1][rows]]
+            k, m = int(wrong[accepted_rows].sum()), len(accepted_rows)
+            bet = np.array(BETS_WITH_SHARES)[:, 0]
             wealth += k * np.log1p(-bet) + (m - k) * np.log1p(bet * MAX_RISK / (1 - MAX_RISK))
-        shown = np.logaddexp.reduce(wealth + np.log(np.array(BETS)[:, 1])) >= -math.log(DELTA)
-        found = mixed(accepted, wrong, np.array([len(rows) for rows in blocks]))
-        yield f"progressive, {share} of the risk", *(found if shown else (0.0, 0.0))
+        log_mean_wealth = np.logaddexp.reduce(wealth + np.log(np.array(BETS_WITH_SHARES)[:, 1]))
+        is_shown = log_mean_wealth >= -math.log(DELTA)
+        found = mixture_coverage_and_risk(accepted, wrong, np.array([len(rows) for rows in blocks]))
+        yield f"progressive, {share} of the risk", *(found if is_shown else (0.0, 0.0))
 
 
-def mixed(accepted: list[Any], wrong: Ints, weight: Any) -> tuple[float, float]:  # noqa: ANN401 - arrays of numbers
+def mixture_coverage_and_risk(accepted: list[Any], wrong: Ints, weight: Any) -> tuple[float, float]:  # noqa: ANN401
     """Coverage and error rate of a mixture of rules with the probabilities ``weight``."""
-    coverage = np.average([one.mean() for one in accepted], weights=weight)
-    risk = np.average([(one & (wrong == 1)).mean() for one in accepted], weights=weight)
+    coverage = np.average([is_accepted.mean() for is_accepted in accepted], weights=weight)
+    risk = np.average(
+        [(is_accepted & (wrong == 1)).mean() for is_accepted in accepted], weights=weight
+    )
     return float(coverage), float(risk / coverage) if coverage else 0.0
 
 
-def certified(u: Floats, wrong: Ints, rows: Ints) -> float:
+def certified_threshold(u: Floats, wrong: Ints, rows: Ints) -> float:
     """The threshold certified by the labels of ``rows``, with the whole level."""
-    looks = Looks(grid_of(u, float(np.median(u))), MAX_RISK, level_of(1, DELTA))
-    at = looks.certified(u[rows], wrong[rows])
+    looks = ThresholdTests(threshold_grid(u, float(np.median(u))), MAX_RISK, level_of(1, DELTA))
+    at = looks.index_of_laxest_certified_threshold(u[rows], wrong[rows])
     return -np.inf if at is None else float(looks.grid[at])
 
 
-def judged(accepted: Any, wrong: Ints) -> tuple[float, float]:  # noqa: ANN401 - an array of truth values
+def coverage_and_risk(accepted: Any, wrong: Ints) -> tuple[float, float]:  # noqa: ANN401 - a mask
     """Share of accepted rows, and the error rate of these rows."""
     return float(accepted.mean()), float(wrong[accepted].mean()) if accepted.any() else 0.0
 
 
-def by_triage(
-    store: EmbeddingStore, wrong: Ints, seed: int, most: int, *, at_random: bool
+def triage_rounds(
+    store: EmbeddingStore, wrong: Ints, seed: int, max_labels: int, *, at_random: bool
 ) -> Iterator[tuple[int, float, float]]:
     """Yield the number of labels, coverage and error rate after every round of a triage.
 
@@ -182,41 +192,45 @@ def by_triage(
         root = Path(folder) / "out"
         root.mkdir()
         settings = TriageSettings(
-            Path(folder), embedding, max_risk=MAX_RISK, n_next=ROUND, seed=seed
+            Path(folder), embedding, max_risk=MAX_RISK, n_next=LABELS_PER_ROUND, seed=seed
         )
         state = TriageState(settings=settings.recorded_settings)
-        book = LabelBook()
+        label_book = LabelBook()
         while True:
-            if len(book.labels) >= MANY:
-                settings = replace(settings, n_next=LATER)
-            state, found = advance(root, settings, state, photos, book)
+            if len(label_book.labels) >= LABELS_BEFORE_LATER_ROUNDS:
+                settings = replace(settings, n_next=LABELS_PER_LATER_ROUND)
+            state, found = advance(root, settings, state, photos, label_book)
             rule = None if found.rule is None else found.rule.threshold
             yield (
-                len(book.labels),
-                *judged(found.outcomes.uncertainty <= (-np.inf if rule is None else rule), wrong),
+                len(label_book.labels),
+                *coverage_and_risk(
+                    found.outcomes.uncertainty <= (-np.inf if rule is None else rule), wrong
+                ),
             )
-            n = len(book.labels)
-            asked = [one.path for one in found.asked]
-            asked = (order[n : n + settings.n_next] if at_random else asked)[: most - n]
-            if not asked:
+            n = len(label_book.labels)
+            paths_to_label = [one.path for one in found.entries_to_label]
+            paths_to_label = (order[n : n + settings.n_next] if at_random else paths_to_label)[
+                : max_labels - n
+            ]
+            if not paths_to_label:
                 return
-            book.answer({path: truth[path] for path in asked})
+            label_book.note_labels({path: truth[path] for path in paths_to_label})
 
 
-def lines(path: Path, seeds: int, *, divisions: bool) -> Iterator[dict[str, object]]:
+def result_lines(path: Path, seeds: int, *, divisions: bool) -> Iterator[dict[str, object]]:
     """Yield the lines of a store."""
     store = EmbeddingStore(path)
     if int((store.target < 0).sum()):
         sys.exit(f"{path} must have a label for every row.")
     wrong = failures(store)
-    sizes = [n for n in (DIVIDED if divisions else SIZES) if n <= 0.7 * len(store)]
+    sizes = [n for n in (DIVIDED_SIZES if divisions else SIZES) if n <= 0.7 * len(store)]
     for seed in range(seeds):
         found: list[tuple[str, int, float, float]] = []
         for arm in () if divisions else ("next", "random"):
-            rounds = by_triage(store, wrong, seed, max(sizes), at_random=arm == "random")
+            rounds = triage_rounds(store, wrong, seed, max(sizes), at_random=arm == "random")
             found += [(arm, *one) for one in rounds]
         for n in sizes:
-            once = divided if divisions else one_look
+            once = divided_arms if divisions else single_look_arms
             found += [
                 (arm, n, coverage, risk) for arm, coverage, risk in once(store, wrong, seed, n)
             ]
@@ -231,7 +245,7 @@ def lines(path: Path, seeds: int, *, divisions: bool) -> Iterator[dict[str, obje
             }
 
 
-def shown(path: Path) -> Iterator[str]:
+def result_tables(path: Path) -> Iterator[str]:
     """Tables of results: mean coverage with a 95 % interval (t), and labels until half-way.
 
     Below every row of ``next`` is the difference from ``random``, paired by seed.
@@ -249,7 +263,7 @@ def shown(path: Path) -> Iterator[str]:
         most = max(n for of in curves.values() for curve in of.values() for n, _ in curve)
         sizes = [n for n in SIZES if n <= most]
         at = {
-            arm: np.array([[reached(c, n) for n in sizes] for c in of.values()])
+            arm: np.array([[coverage_reached(c, n) for n in sizes] for c in of.values()])
             for arm, of in curves.items()
         }
         yield f"{store}, {len(next(iter(at.values())))} seeds | " + " | ".join(
@@ -266,11 +280,14 @@ def shown(path: Path) -> Iterator[str]:
             f"{m:+.3f} ± {h:.3f}" for m, h in zip(*interval(apart), strict=True)
         )
         half = at["random"][:, -1].mean() / 2
-        takes = {arm: first(curves[arm], half) for arm in ("next", "random", "random, one look")}
+        takes = {
+            arm: labels_to_reach(curves[arm], half)
+            for arm in ("next", "random", "random, one look")
+        }
         yield f"half-way ({half:.3f}): " + ", ".join(f"{arm} {n:,.0f}" for arm, n in takes.items())
 
 
-def reached(curve: Sequence[tuple[int, float]], n: int) -> float:
+def coverage_reached(curve: Sequence[tuple[int, float]], n: int) -> float:
     """Coverage reached with at most ``n`` labels."""
     return max([(labels, coverage) for labels, coverage in curve if labels <= n], default=(0, 0.0))[
         1
@@ -288,11 +305,15 @@ def interval(found: Floats) -> tuple[Floats, Floats]:
     return found.mean(axis=0), half
 
 
-def first(curves: dict[str, list[tuple[int, float]]], coverage: float) -> float:
+def labels_to_reach(curves: dict[str, list[tuple[int, float]]], coverage: float) -> float:
     """Number of labels for a mean coverage over seeds; infinite if this coverage is not reached."""
     sizes = sorted({n for curve in curves.values() for n, _ in curve})
     return next(
-        (n for n in sizes if np.mean([reached(c, n) for c in curves.values()]) >= coverage),
+        (
+            n
+            for n in sizes
+            if np.mean([coverage_reached(c, n) for c in curves.values()]) >= coverage
+        ),
         math.inf,
     )
 
@@ -309,19 +330,19 @@ def main() -> None:
     parser.add_argument(
         "--divided", action="store_true", help="Ways to divide labels that are looked at once."
     )
-    given = parser.parse_args()
-    if given.show:
-        print("\n".join(shown(given.out)))
+    options = parser.parse_args()
+    if options.show:
+        print("\n".join(result_tables(options.out)))
         return
     warnings.simplefilter("ignore")
     logging.getLogger("vilu").setLevel(logging.ERROR)
-    given.out.parent.mkdir(exist_ok=True, parents=True)
-    with given.out.open("a", newline="") as file:
+    options.out.parent.mkdir(exist_ok=True, parents=True)
+    with options.out.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if not file.tell():
             writer.writeheader()
-        for path in given.stores:
-            for line in lines(path, given.seeds, divisions=given.divided):
+        for path in options.stores:
+            for line in result_lines(path, options.seeds, divisions=options.divided):
                 writer.writerow(line)
                 file.flush()
 

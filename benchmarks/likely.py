@@ -32,11 +32,11 @@ from vilu.metrics.counts import Ints
 from vilu.predictors.contract.cross_fit import cross_fitted, labelled_folds
 from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.scoring.score import score
-from vilu.triage.choose import choose_to_fit
+from vilu.triage.choose import choose_rows_to_fit
 
 MAX_RISK = 0.05
-CHOOSING = ("caltech66", "food9", "pets_in123", "proto_dtd")
-READ = ("proto_ucf101", "proto_oxfordpets", "cifar10", "cars_text")
+CHOOSING_SETS = ("caltech66", "food9", "pets_in123", "proto_dtd")
+TEST_SETS = ("proto_ucf101", "proto_oxfordpets", "cifar10", "cars_text")
 SUFFIX = "_b32"
 ROUND = 50
 
@@ -53,7 +53,7 @@ class Cell(NamedTuple):
         return folder / f"{self.name}-{self.n_labels}-{self.seed}.npz"
 
 
-class Measured(NamedTuple):
+class JudgedCell(NamedTuple):
     """Answers of the chosen kind: cross-fitted labels, and rows without a label."""
 
     held_out: JudgedAnswers
@@ -72,7 +72,7 @@ class Measured(NamedTuple):
         unfinished.rename(path)
 
     @classmethod
-    def load(cls, path: Path) -> Measured:
+    def load(cls, path: Path) -> JudgedCell:
         """Read the file of a cell."""
         with np.load(path, allow_pickle=False) as arrays:
             return cls(
@@ -96,7 +96,7 @@ def asked_rows(arrays: Arrays, cell: Cell) -> Ints:
     while True:
         free = np.setdiff1d(fit_side, chosen)
         n = min(ROUND, cell.n_labels - len(chosen))
-        chosen = np.append(chosen, choose_to_fit(source, free, uncertainty, n, cell.seed))
+        chosen = np.append(chosen, choose_rows_to_fit(source, free, uncertainty, n, cell.seed))
         if len(chosen) >= cell.n_labels:
             return chosen
         predictor = vilu.ViLUPlus(seed=cell.seed).fit(source.take(chosen))
@@ -108,7 +108,7 @@ def shuffled(arrays: Arrays, cell: Cell) -> Ints:
     return np.random.default_rng([cell.seed, cell.n_labels]).permutation(len(arrays.target))
 
 
-def measure(arrays: Arrays, cell: Cell, chosen: Ints) -> Measured:
+def measure(arrays: Arrays, cell: Cell, chosen: Ints) -> JudgedCell:
     """Fit on the labels of the chosen rows, and judge all rows without a label."""
     rest = np.setdiff1d(np.arange(len(arrays.target)), chosen)
     labelled = arrays.labelled(chosen)
@@ -117,14 +117,14 @@ def measure(arrays: Arrays, cell: Cell, chosen: Ints) -> Measured:
     predictor.held_out_ = cross_fitted(predictor, labelled, labelled_folds(labelled))
     choice = choose_answer(predictor, labelled, MAX_RISK)
     outcomes = score(predictor.judging(choice.answer), unlabelled)
-    held_out = predictor.held_out_.judged(choice.answer)
-    return Measured(held_out, JudgedAnswers(outcomes.uncertainty, outcomes.failure))
+    held_out = predictor.held_out_.of_kind(choice.answer)
+    return JudgedCell(held_out, JudgedAnswers(outcomes.uncertainty, outcomes.failure))
 
 
 def cells(seeds: int, labels: Sequence[int]) -> Iterator[Cell]:
     """Yield all cells, seed by seed."""
     for seed in range(seeds):
-        for name in (*CHOOSING, *READ):
+        for name in (*CHOOSING_SETS, *TEST_SETS):
             for n_labels in labels:
                 yield Cell(name, n_labels, seed)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from benchmarks.likely import CHOOSING, MAX_RISK, READ, Measured
+from benchmarks.likely import CHOOSING_SETS, MAX_RISK, TEST_SETS, JudgedCell
 from vilu.calibration.likely import WIDENING, LikelyRight
 from vilu.metrics.selective import coverage_at_risk
 
@@ -28,7 +28,7 @@ Group = tuple[str, int]
 """A set, and a number of labels."""
 
 
-class Marked(NamedTuple):
+class MarkedAnswers(NamedTuple):
     """The answers of a cell marked as likely right by an estimate."""
 
     coverage: float  # share of likely right answers among the rows without a label
@@ -36,7 +36,7 @@ class Marked(NamedTuple):
     hindsight: float  # largest possible coverage at the risk, known from all labels
 
 
-def marked(cell: Measured, widening: float) -> Marked | None:
+def mark_likely(cell: JudgedCell, widening: float) -> MarkedAnswers | None:
     """The answers marked as likely right by the estimate; None if there is no estimate."""
     uncertainty, failure = cell.unlabelled
     likely_right = LikelyRight.estimate(cell.held_out, uncertainty, MAX_RISK)
@@ -46,15 +46,15 @@ def marked(cell: Measured, widening: float) -> Marked | None:
     is_likely = np.array(widened.flags_by_own_threshold(uncertainty), dtype=np.bool_)
     wrong = float(failure[is_likely].mean()) if is_likely.any() else np.nan
     hindsight = coverage_at_risk(uncertainty, failure, risk=MAX_RISK)
-    return Marked(float(is_likely.mean()), wrong, hindsight)
+    return MarkedAnswers(float(is_likely.mean()), wrong, hindsight)
 
 
-def read_cells(folder: Path) -> dict[Group, list[Measured]]:
+def read_cells(folder: Path) -> dict[Group, list[JudgedCell]]:
     """The cells of every set and number of labels."""
     cells = defaultdict(list)
     for path in sorted(folder.glob("*.npz")):
         name, n_labels, _ = path.stem.rsplit("-", 2)
-        cells[name, int(n_labels)].append(Measured.load(path))
+        cells[name, int(n_labels)].append(JudgedCell.load(path))
     return cells
 
 
@@ -69,35 +69,36 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(known.mean()), float(half)
 
 
-def choice_rows(cells: dict[Group, list[Measured]]) -> Iterator[str]:
+def choice_rows(cells: dict[Group, list[JudgedCell]]) -> Iterator[str]:
     """A row for every widening: the largest mean share of wrong answers on the choosing sets."""
     for widening in WIDENINGS:
         means = {}
         for group, of_group in cells.items():
             name, _ = group
-            if name in CHOOSING:
-                found = [marked(cell, widening) for cell in of_group]
-                mean, _ = interval([one.wrong for one in found if one is not None])
+            if name in CHOOSING_SETS:
+                marked_cells = [mark_likely(cell, widening) for cell in of_group]
+                mean, _ = interval([marked.wrong for marked in marked_cells if marked is not None])
                 means[group] = mean
         worst = max(means, key=lambda group: np.nan_to_num(means[group]))
         name, n_labels = worst
         yield f"| {widening:g} | {means[worst]:.1%} | {name}, {n_labels} labels |"
 
 
-def result_rows(cells: dict[Group, list[Measured]]) -> Iterator[str]:
+def result_rows(cells: dict[Group, list[JudgedCell]]) -> Iterator[str]:
     """A row for every set and number of labels, at the widening in use."""
-    order = (*CHOOSING, *READ)
+    order = (*CHOOSING_SETS, *TEST_SETS)
     for group in sorted(cells, key=lambda group: (order.index(group[0]), group[1])):
         name, n_labels = group
-        found = [marked(cell, WIDENING) for cell in cells[group]]
-        known = [one for one in found if one is not None]
+        marked_cells = [mark_likely(cell, WIDENING) for cell in cells[group]]
+        estimated_cells = [marked for marked in marked_cells if marked is not None]
         n_rows = len(cells[group][0].unlabelled.failure)
-        role = "chose" if name in CHOOSING else "read"
-        wrong, wrong_half = interval([one.wrong for one in known])
-        coverage, coverage_half = interval([one.coverage for one in known])
-        hindsight, _ = interval([one.hindsight for one in known])
+        role = "chose" if name in CHOOSING_SETS else "read"
+        wrong, wrong_half = interval([marked.wrong for marked in estimated_cells])
+        coverage, coverage_half = interval([marked.coverage for marked in estimated_cells])
+        hindsight, _ = interval([marked.hindsight for marked in estimated_cells])
         yield (
-            f"| {name} ({role}) | {n_labels} | {n_rows:,} | {len(known)} of {len(found)} | "
+            f"| {name} ({role}) | {n_labels} | {n_rows:,} "
+            f"| {len(estimated_cells)} of {len(marked_cells)} | "
             f"{100 * wrong:.1f} ± {100 * wrong_half:.1f} | "
             f"{100 * coverage:.1f} ± {100 * coverage_half:.1f} | {100 * hindsight:.1f} | "
             f"{coverage / hindsight:.2f} |"

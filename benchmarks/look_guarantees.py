@@ -27,11 +27,11 @@ from typing import Final
 
 import numpy as np
 
-from vilu.calibration.anytime import STEPS, Looks, level_of
+from vilu.calibration.anytime import N_THRESHOLDS_UP_TO_LIMIT, ThresholdTests, level_of
 from vilu.calibration.thresholds import upper_bound
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.triage.guarantee import POSITIONS, GuaranteeProgress, PhotoSplit
+from vilu.triage.guarantee import N_POSITIONS, GuaranteeProgress, PhotoSplit
 from vilu.triage.run import state_after_test, trial_with_raised_limit
 from vilu.triage.state import TriageState
 from vilu.triage.trial import Trial
@@ -86,11 +86,11 @@ def tested(
     state: TriageState, trial: Trial, outcomes: Outcomes, split: PhotoSplit
 ) -> GuaranteeProgress:
     """The test of a trial, without an estimate of the number of labels still needed."""
-    rows = split.drawn_rows(outcomes.uncertainty, trial.limit)
+    rows = split.counted_rows(outcomes.uncertainty, trial.limit)
     level = trial.level or level_of(state.n_tested + 1, DELTA)
-    looks = Looks(np.array(trial.grid), MAX_RISK, level, trial.limit)
+    looks = ThresholdTests(np.array(trial.grid), MAX_RISK, level, trial.limit)
     counted = outcomes.take(rows)
-    certified = looks.certified(counted.uncertainty, counted.failure)
+    certified = looks.index_of_laxest_certified_threshold(counted.uncertainty, counted.failure)
     nothing: Ints = np.zeros(0, np.int64)
     return GuaranteeProgress(
         looks, rows, counted, nothing, certified, n_more_labels=None, n_photos_left=0
@@ -113,17 +113,17 @@ def run(world: str, n_photos: int, rng: np.random.Generator) -> tuple[bool, int]
     none = np.zeros(n_photos, np.bool_)
     luck = rng.random(n_photos)
     predictors = [Predictor(world, number, luck, rng) for number in range(N_PREDICTORS)]
-    position = rng.permutation(n_photos) * (POSITIONS // n_photos)
+    position = rng.permutation(n_photos) * (N_POSITIONS // n_photos)
     answered = none.copy()
     split = PhotoSplit(
-        usable=~none,
+        is_usable=~none,
         is_calibration=~none,
-        position=position,
-        labelled=answered,
-        answered=answered,
-        skipped=none,
-        unasked=none,
-        awaited=none,
+        random_position=position,
+        is_labelled=answered,
+        is_answered=answered,
+        is_skipped=none,
+        has_given_label=none,
+        has_open_request=none,
     )
     state = TriageState(settings={})
     number = 0
@@ -140,7 +140,8 @@ def run(world: str, n_photos: int, rng: np.random.Generator) -> tuple[bool, int]
         if progress.certified_index is not None:
             is_broken |= predictor.risk(progress.threshold) > MAX_RISK
         is_limit_certified = (
-            progress.certified_index is not None and progress.certified_index >= STEPS - 1
+            progress.certified_index is not None
+            and progress.certified_index >= N_THRESHOLDS_UP_TO_LIMIT - 1
         )
         n_certified += int(is_limit_certified)
         is_over = is_limit_certified or n_waited > PATIENCE
@@ -151,7 +152,7 @@ def run(world: str, n_photos: int, rng: np.random.Generator) -> tuple[bool, int]
             continue
         trial = trial_with_raised_limit(state.trial or trial, progress, outcomes.uncertainty)
         state = state.with_trial(trial)
-        answered[split.open_rows(outcomes.uncertainty, trial.limit)[:ROUND]] = True
+        answered[split.unanswered_rows(outcomes.uncertainty, trial.limit)[:ROUND]] = True
     return is_broken, n_certified
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.encode_rates import IMAGES, named, seconds
+from benchmarks.encode_rates import IMAGES, named_towers, seconds
 from vilu.backbones.catalog import named_backbones
 from vilu.datasets.known import KNOWN
 from vilu.embeddings.memory import Embeddings
@@ -54,7 +54,7 @@ def training(classes: int) -> tuple[float, float]:
     torch.manual_seed(0)
     config = TrainConfig(1, BATCH, 1e-3, 0.9, 5e-4, 1, 0, None, "fp32", 0, torch.device("cpu"))
     trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.9)), config)
-    trainer.thaw()
+    trainer.unfreeze_attention()
     rows, generator = Rows(data, torch.arange(n)), torch.Generator().manual_seed(0)
     with FlopCounterMode(display=False) as counter:
         trainer.step(next(rows.steps(BATCH, generator)), 1e-3)
@@ -70,7 +70,7 @@ def training(classes: int) -> tuple[float, float]:
 def encoding() -> float:
     """Images per second of the backbone's image tower."""
     with torch.inference_mode():
-        tower = named(BACKBONE)
+        tower = named_towers(BACKBONE)
         tower.run_images()
         return IMAGES / min(seconds(tower.run_images) for _ in range(REPEATS))
 

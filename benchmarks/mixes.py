@@ -22,7 +22,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu_bench.methods.few_shot import FOLDS, MIN_PROBABILITY, class_folds, pool_weights
+from vilu_bench.methods.few_shot import MIN_PROBABILITY, N_FOLDS, class_folds, fit_mix_weights
 
 GRID = np.linspace(0, 1, 21)
 BATCH = 4_096
@@ -81,7 +81,7 @@ def fit_weights(train: vilu.Embeddings, target: Ints, seed: int) -> Weights:
     parts = []
     targets = []
     fold = class_folds(target, seed)
-    for number in range(FOLDS):
+    for number in range(N_FOLDS):
         is_held_out = (fold == number) & ~is_only_label
         if not is_held_out.any():
             continue
@@ -96,7 +96,7 @@ def fit_weights(train: vilu.Embeddings, target: Ints, seed: int) -> Weights:
     held_out_target = np.concatenate(targets)
     return Weights(
         mix=_mix_weight(held_out_experts, held_out_target),
-        pool=pool_weights(held_out_experts.both, held_out_target),
+        pool=fit_mix_weights(held_out_experts.both, held_out_target),
         cross_fitted=True,
     )
 

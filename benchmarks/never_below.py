@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import vilu
-from benchmarks.answers import Arrays, few_per_class
+from benchmarks.answers import Arrays, draw_per_class
 from vilu.metrics import auroc, fpr_at_tpr
 from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.predictor import FailurePredictor
@@ -47,36 +47,38 @@ BATCH = 4_096
 
 
 @dataclass(frozen=True)
-class Source:
+class SetPart:
     """A set: some rows and candidates of a file."""
 
     file: str
-    fitted: float = 0.5  # share of the rows for fits
-    occurring: float = 1.0  # share of the classes with used rows, drawn by the division
-    only_occurring: bool = False  # whether only the classes with rows in the file are candidates
+    share_to_fit: float = 0.5  # share of the rows for fits
+    share_of_classes: float = 1.0  # share of the classes with used rows, drawn by the division
+    has_only_occurring_classes: bool = (
+        False  # whether only the classes with rows in the file are candidates
+    )
 
 
-CHOOSING = {
-    "cars": Source("cars_text"),
-    "cars 80/20": Source("cars_text", fitted=0.8),
-    "cars 25 %": Source("cars_text", occurring=0.25),
-    "cars 50 %": Source("cars_text", occurring=0.5),
-    "cars 75 %": Source("cars_text", occurring=0.75),
-    "pets among 123": Source("pets_in123"),
-    "pets among 24": Source("pets_in123", only_occurring=True),
-    "caltech66": Source("caltech66"),
-    "food9": Source("food9"),
-    "dtd": Source("proto_dtd"),
+CHOOSING_SETS = {
+    "cars": SetPart("cars_text"),
+    "cars 80/20": SetPart("cars_text", share_to_fit=0.8),
+    "cars 25 %": SetPart("cars_text", share_of_classes=0.25),
+    "cars 50 %": SetPart("cars_text", share_of_classes=0.5),
+    "cars 75 %": SetPart("cars_text", share_of_classes=0.75),
+    "pets among 123": SetPart("pets_in123"),
+    "pets among 24": SetPart("pets_in123", has_only_occurring_classes=True),
+    "caltech66": SetPart("caltech66"),
+    "food9": SetPart("food9"),
+    "dtd": SetPart("proto_dtd"),
 }
 """Sets used to choose settings of the method."""
-CONFIRMING = {
-    "ucf101": Source("proto_ucf101"),
-    "oxford pets": Source("proto_oxfordpets"),
-    "cifar10": Source("cifar10"),
-    "imagenet": Source("imagenet1k"),
+CONFIRMING_SETS = {
+    "ucf101": SetPart("proto_ucf101"),
+    "oxford pets": SetPart("proto_oxfordpets"),
+    "cifar10": SetPart("cifar10"),
+    "imagenet": SetPart("imagenet1k"),
 }
 """Sets tested once, after the choice."""
-SETS = CHOOSING | CONFIRMING
+SETS = CHOOSING_SETS | CONFIRMING_SETS
 
 
 class Cell(NamedTuple):
@@ -92,30 +94,30 @@ class Rows(NamedTuple):
     """The rows of a cell."""
 
     arrays: Arrays
-    fitted_on: Ints
-    read: Ints
+    fit_rows: Ints
+    test_rows: Ints
 
 
 def rows_of(folder: Path, cell: Cell) -> Rows | None:
     """The rows of a cell; None if the set has fewer images than the cell needs."""
     source = SETS[cell.name]
     arrays = Arrays.load(folder / f"{source.file}_b32.npz")
-    occurring = np.unique(arrays.target)
-    if source.only_occurring:
-        target = np.searchsorted(occurring, arrays.target)
-        arrays = Arrays(arrays.image, arrays.text[occurring], target)
-        occurring = np.arange(len(occurring))
+    occurring_classes = np.unique(arrays.target)
+    if source.has_only_occurring_classes:
+        target = np.searchsorted(occurring_classes, arrays.target)
+        arrays = Arrays(arrays.image, arrays.text[occurring_classes], target)
+        occurring_classes = np.arange(len(occurring_classes))
     rows = np.arange(len(arrays.target))
-    if source.occurring < 1:
+    if source.share_of_classes < 1:
         rng = np.random.default_rng([cell.division, 1])
-        n_kept = round(source.occurring * len(occurring))
-        occurring = rng.permutation(occurring)[:n_kept]
-        rows = np.flatnonzero(np.isin(arrays.target, occurring))
+        n_kept = round(source.share_of_classes * len(occurring_classes))
+        occurring_classes = rng.permutation(occurring_classes)[:n_kept]
+        rows = np.flatnonzero(np.isin(arrays.target, occurring_classes))
     shuffled = np.random.default_rng(cell.division).permutation(rows)
-    n_part = round(source.fitted * len(rows))
+    n_part = round(source.share_to_fit * len(rows))
     n_fitted = n_part
     if cell.size:
-        n_fitted = cell.size * len(occurring)
+        n_fitted = cell.size * len(occurring_classes)
     if n_fitted > n_part:
         return None
     return Rows(arrays, shuffled[:n_fitted], shuffled[n_part:])
@@ -123,29 +125,29 @@ def rows_of(folder: Path, cell: Cell) -> Rows | None:
 
 def measure(rows: Rows, cell: Cell) -> dict[str, Any]:
     """Fit the methods of a cell, and measure them on the test rows."""
-    data = rows.arrays.labelled(rows.read)
+    data = rows.arrays.labelled(rows.test_rows)
     mcm = vilu.MCM()
     failure = vilu.score(mcm, data).failure
     methods: dict[str, FailurePredictor] = {"mcm": mcm}
-    images = rows.arrays.images(rows.fitted_on)
+    images = rows.arrays.images(rows.fit_rows)
     methods["vilu_zero"] = vilu.PREDICTORS["vilu_zero"]().fit(images)
     if cell.n_labels != WITHOUT_LABELS:
         rng = np.random.default_rng([cell.division, cell.n_labels])
-        chosen = few_per_class(rows.arrays.target, rows.fitted_on, cell.n_labels, rng)
-        train = rows.arrays.labelled(chosen)
+        labelled_rows = draw_per_class(rows.arrays.target, rows.fit_rows, cell.n_labels, rng)
+        train = rows.arrays.labelled(labelled_rows)
         methods["vilu_plus"] = vilu.ViLUPlus().fit(train)
         methods["vilu_plus_images"] = vilu.ViLUPlus().fit(train, unlabelled=images)
     uncertainties = {name: method.predict_uncertainty(data) for name, method in methods.items()}
-    target = rows.arrays.target[rows.read]
+    target = rows.arrays.target[rows.test_rows]
     return {
-        "n_fitted": len(rows.fitted_on),
-        "n_read": len(rows.read),
+        "n_fitted": len(rows.fit_rows),
+        "n_read": len(rows.test_rows),
         "n_wrong": int(failure.sum()),
         "n_candidates": len(rows.arrays.text),
         "auroc": {name: auroc(u, failure) for name, u in uncertainties.items()},
         "fpr95": {name: fpr_at_tpr(u, failure) for name, u in uncertainties.items()},
         "accuracy": {name: accuracy(method, data, target) for name, method in methods.items()},
-        "resampled": resampled(uncertainties, failure, cell.division),
+        "resampled": resampled_aurocs(uncertainties, failure, cell.division),
         "notes": methods["vilu_zero"].notes_,
     }
 
@@ -154,37 +156,39 @@ def accuracy(method: FailurePredictor, data: vilu.Embeddings, target: Ints) -> f
     """Accuracy of the answers of the method's own posterior; for MCM, of the zero-shot answers."""
     n_right = 0
     for batch in data.batches(BATCH):
-        of_candidates = batch.logits
+        log_scores = batch.logits
         if method.name != "mcm":
-            of_candidates = method.log_posterior(batch)
-        answer = of_candidates.argmax(dim=1).numpy()
+            log_scores = method.log_posterior(batch)
+        answer = log_scores.argmax(dim=1).numpy()
         n_right += int((answer == target[batch.index.numpy()]).sum())
     return n_right / len(target)
 
 
-def resampled(
+def resampled_aurocs(
     uncertainties: dict[str, Floats], failure: Ints, division: int
 ) -> dict[str, list[float]]:
     """AUROCs of bootstrap resamples of the rows, the same rows for all methods."""
     rng = np.random.default_rng([division, 2])
     values: dict[str, list[float]] = {name: [] for name in uncertainties}
     for _ in range(N_RESAMPLES):
-        drawn = rng.integers(len(failure), size=len(failure))
+        drawn_rows = rng.integers(len(failure), size=len(failure))
         for name, uncertainty in uncertainties.items():
-            values[name].append(round(float(auroc(uncertainty[drawn], failure[drawn])), 5))
+            values[name].append(
+                round(float(auroc(uncertainty[drawn_rows], failure[drawn_rows])), 5)
+            )
     return values
 
 
-def cells(names: Sequence[str], divisions: int, *, plus: bool) -> Iterator[Cell]:
+def cells_in_order(names: Sequence[str], divisions: int, *, has_labels: bool) -> Iterator[Cell]:
     """Yield the cells in the order of measurement.
 
-    With ``plus``, cells have labels and all images. With one label per class there are also cells
-    with fewer images.
+    With ``has_labels``, cells have labels and all images. With one label per class there are also
+    cells with fewer images.
     """
     for division in range(divisions):
         for name in names:
             for size in SIZES:
-                if not plus:
+                if not has_labels:
                     yield Cell(name, size, WITHOUT_LABELS, division)
                     continue
                 budgets: tuple[int, ...] = LABELS
@@ -213,7 +217,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # fits to few rows warn, and few rows are intended here
     known = known_cells(options.cells)
-    for cell in cells(options.sets, options.divisions, plus=options.plus):
+    for cell in cells_in_order(options.sets, options.divisions, has_labels=options.plus):
         if cell in known:
             continue
         rows = rows_of(options.arrays, cell)

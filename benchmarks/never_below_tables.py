@@ -31,17 +31,17 @@ class Group(NamedTuple):
     n_labels: int
 
 
-def read(file: Path) -> dict[Group, list[Line]]:
+def read_groups(file: Path) -> dict[Group, list[Line]]:
     """The cells of a file by group, in the order of the sets."""
     groups: dict[Group, list[Line]] = {}
     for text in file.read_text().splitlines():
         line = json.loads(text)
         group = Group(*line["cell"][:3])
         groups.setdefault(group, []).append(line)
-    return {group: groups[group] for group in sorted(groups, key=place)}
+    return {group: groups[group] for group in sorted(groups, key=sort_key)}
 
 
-def place(group: Group) -> tuple[int, int, int]:
+def sort_key(group: Group) -> tuple[int, int, int]:
     """Sort key of a group in a table: set, then images, then labels, where "all" comes last."""
     set_order = list(SETS)
     label_order = [WITHOUT_LABELS, *LABELS]
@@ -67,12 +67,12 @@ def interval(lines: Sequence[Line], method: str, baseline: str) -> str:
     return f"[{low:+.1f}, {high:+.1f}]"
 
 
-def size_of(size: int) -> str:
+def size_text(size: int) -> str:
     """Text for a number of images per class."""
     return str(size) if size else "all"
 
 
-def counts(lines: Sequence[Line]) -> str:
+def counts_text(lines: Sequence[Line]) -> str:
     """Text with the numbers of images to fit on, candidates, test rows and wrong answers."""
     first = lines[0]
     n_wrong = np.mean([line["n_wrong"] for line in lines])
@@ -97,7 +97,8 @@ def table_without_labels(cells: dict[Group, list[Line]], before: dict[Group, lis
             old_auroc = f"{mean(before[group], 'auroc', 'vilu_zero'):.1f}"
             old_fpr = f"{mean(before[group], 'fpr95', 'vilu_zero'):.0f}"
         print(
-            f"| {group.name} | {size_of(group.size)} | {counts(lines)} | {mcm:.1f} | {old_auroc} "
+            f"| {group.name} | {size_text(group.size)} | {counts_text(lines)} "
+            f"| {mcm:.1f} | {old_auroc} "
             f"| {zero:.1f} | {zero - mcm:+.1f} {interval(lines, 'vilu_zero', 'mcm')} "
             f"| {mean(lines, 'fpr95', 'mcm'):.0f} | {old_fpr} "
             f"| {mean(lines, 'fpr95', 'vilu_zero'):.0f} "
@@ -120,9 +121,9 @@ def table_with_labels(cells: dict[Group, list[Line]], before: dict[Group, list[L
         old = "–"
         if group in before:
             old = f"{mean(before[group], 'auroc', 'vilu_plus_images'):.1f}"
-        _, read_rows = counts(lines).split(" | ")
+        _, read_rows = counts_text(lines).split(" | ")
         print(
-            f"| {group.name} | {size_of(group.size)} | {size_of(group.n_labels)} | {read_rows} "
+            f"| {group.name} | {size_text(group.size)} | {size_text(group.n_labels)} | {read_rows} "
             f"| {values['mcm']:.1f} | {values['vilu_zero']:.1f} | {values['vilu_plus']:.1f} "
             f"| {old} | {images:.1f} "
             f"| {images - values['vilu_plus']:+.1f} "
@@ -138,10 +139,10 @@ def main() -> None:
     parser.add_argument("cells", type=Path)
     parser.add_argument("--before", type=Path, help="cells of an earlier version")
     options = parser.parse_args()
-    cells = read(options.cells)
+    cells = read_groups(options.cells)
     before: dict[Group, list[Line]] = {}
     if options.before:
-        before = read(options.before)
+        before = read_groups(options.before)
     divisions = sorted({len(lines) for lines in cells.values()})
     print(f"divisions: {', '.join(map(str, divisions))}\n")
     labelled = {group.n_labels != WITHOUT_LABELS for group in cells}

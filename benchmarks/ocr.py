@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import vilu
-from benchmarks.ocr_pages import MOST_WORDS, Page, snippets
+from benchmarks.ocr_pages import MOST_WORDS, Page, words_of_pages
 from vilu.calibration.clusters import correlation
 from vilu.calibration.thresholds import lower_bound, upper_bound
 from vilu.metrics.counts import Floats
@@ -41,7 +41,7 @@ from vilu.tables.sources import Converted, Word, word_answers
 N_PAGES = 1_200
 N_SPLITS = 20
 MAX_RISKS = (0.01, 0.02, 0.05)
-LARGEST = MOST_WORDS
+MAX_PAGE_WORDS = MOST_WORDS
 """The guarantee by page is for pages of at most this many words; a few pages are read as more."""
 
 CONFIDENCE, PROBE = "confidence", "answer_probe"
@@ -79,7 +79,7 @@ def read_pages(folder: Path, n_pages: int, seed: int) -> Converted:
     folder.mkdir(parents=True, exist_ok=True)
     truth: dict[str, tuple[Word, ...]] = {}
     files = []
-    for number, words in enumerate(snippets(n_pages, seed)):
+    for number, words in enumerate(words_of_pages(n_pages, seed)):
         page = Page(words, (seed, number))
         file = folder / f"{number:04}.tsv"
         if not file.is_file():
@@ -89,11 +89,11 @@ def read_pages(folder: Path, n_pages: int, seed: int) -> Converted:
     return word_answers(files, truth=truth, dictionary=dictionary())
 
 
-def thirds(table: vilu.AnswerTable, seed: int) -> list[vilu.AnswerTable]:
+def split_in_thirds(table: vilu.AnswerTable, seed: int) -> list[vilu.AnswerTable]:
     """Divide the table into three parts with the same number of pages."""
-    of_row = np.array(table.cluster)
+    page_of_row = np.array(table.cluster)
     pages_of_parts = np.array_split(_shuffled_pages(table, seed), 3)
-    return [table[np.isin(of_row, pages)] for pages in pages_of_parts]
+    return [table[np.isin(page_of_row, pages)] for pages in pages_of_parts]
 
 
 def _shuffled_pages(table: vilu.AnswerTable, seed: int) -> NDArray[np.str_]:
@@ -103,31 +103,35 @@ def _shuffled_pages(table: vilu.AnswerTable, seed: int) -> NDArray[np.str_]:
 
 def split_result(table: vilu.AnswerTable, seed: int) -> Result:
     """The results of a division into thirds."""
-    fit, calibration, test = thirds(table, seed)
+    fit, calibration, test = split_in_thirds(table, seed)
     methods = {
         CONFIDENCE: AnswerScore(column="score_confidence"),
         PROBE: AnswerProbe().fit(fit),
     }
     result: Result = {"seed": seed}
     for name, method in methods.items():
-        calibrated = vilu.score(method, calibration)
-        tested = vilu.score(method, test)
-        wrong = tested.failure == 1
-        result[f"{name} best"] = [best_coverage(tested, risk) for risk in MAX_RISKS]
-        result["correlation of all"] = page_correlation(test, wrong, wrong | ~wrong)
+        calibration_outcomes = vilu.score(method, calibration)
+        test_outcomes = vilu.score(method, test)
+        is_wrong = test_outcomes.failure == 1
+        result[f"{name} best"] = [best_coverage(test_outcomes, risk) for risk in MAX_RISKS]
+        result["correlation of all"] = page_correlation(test, is_wrong, is_wrong | ~is_wrong)
         for risk in MAX_RISKS:
-            by_row = vilu.certify(calibrated, max_risk=risk)
+            by_row = vilu.certify(calibration_outcomes, max_risk=risk)
             by_page = vilu.certify_clusters(
-                calibrated, calibration.cluster or (), "ratio", max_risk=risk, largest=LARGEST
+                calibration_outcomes,
+                calibration.cluster or (),
+                "ratio",
+                max_risk=risk,
+                largest=MAX_PAGE_WORDS,
             )
             masks = {
-                ROWS: by_row.accept(tested.uncertainty),
-                PAGES: by_page.accept(tested.uncertainty, clusters=test.cluster),
+                ROWS: by_row.accept(test_outcomes.uncertainty),
+                PAGES: by_page.accept(test_outcomes.uncertainty, clusters=test.cluster),
             }
-            for way, mask in masks.items():
-                result[f"{name} {way} {risk}"] = [mask.mean(), risk_of(wrong, mask)]
-            together = page_correlation(test, wrong, masks[ROWS])
-            result[f"{name} correlation {risk}"] = together
+            for unit, mask in masks.items():
+                result[f"{name} {unit} {risk}"] = [mask.mean(), risk_of(is_wrong, mask)]
+            correlation_of_accepted = page_correlation(test, is_wrong, masks[ROWS])
+            result[f"{name} correlation {risk}"] = correlation_of_accepted
     return result
 
 
@@ -138,8 +142,8 @@ def best_coverage(outcomes: vilu.Outcomes, risk: float) -> float:
     n_accepted = np.arange(1, len(order) + 1)
     risks = np.cumsum(outcomes.failure[order]) / n_accepted
     is_last_of_ties = np.append(uncertainty[1:] > uncertainty[:-1], True)
-    within = n_accepted[is_last_of_ties & (risks <= risk)]
-    return float(within.max(initial=0) / len(order))
+    n_accepted_within_risk = n_accepted[is_last_of_ties & (risks <= risk)]
+    return float(n_accepted_within_risk.max(initial=0) / len(order))
 
 
 def risk_of(wrong: Mask, accepted: Mask) -> float:
@@ -168,7 +172,7 @@ def split_results(table: vilu.AnswerTable, file: Path, n_splits: int) -> list[Re
     return results
 
 
-def spread(values: Floats) -> str:
+def percent_range(values: Floats) -> str:
     """Text with the mean over divisions, and the range of 95 % of the divisions, in percent."""
     if not values.any():
         return "0"
@@ -186,14 +190,15 @@ def tables(results: list[Result]) -> Iterator[str]:
             by_row = np.array([result[f"{name} {ROWS} {risk}"] for result in results])
             by_page = np.array([result[f"{name} {PAGES} {risk}"] for result in results])
             cells = [*by_row.T, *by_page.T]
-            yield f"| {risk:.0%} | {name} | {' | '.join(spread(values) for values in cells)} |"
+            texts = [percent_range(values) for values in cells]
+            yield f"| {risk:.0%} | {name} | {' | '.join(texts)} |"
     yield ""
     yield "| at most wrong | gain by row | gain by page | gain where the errors are known |"
     yield "|---|---|---|---|"
     for place, risk in enumerate(MAX_RISKS):
-        gains = [gain(results, f"{way} {risk}", 0) for way in (ROWS, PAGES)]
-        gains.append(gain(results, "best", place))
-        yield f"| {risk:.0%} | {' | '.join(spread(values) for values in gains)} |"
+        gains = [gain_of_probe(results, f"{way} {risk}", 0) for way in (ROWS, PAGES)]
+        gains.append(gain_of_probe(results, "best", place))
+        yield f"| {risk:.0%} | {' | '.join(percent_range(values) for values in gains)} |"
     yield ""
     yield f"correlation within a page, of all words: {mean_of(results, 'correlation of all'):.2f}"
     for risk in MAX_RISKS:
@@ -206,25 +211,27 @@ def mean_of(results: list[Result], key: str) -> float:
     return float(np.nanmean([result[key] for result in results]))
 
 
-def breaks(table: vilu.AnswerTable, n_draws: int) -> Iterator[str]:
+def broken_lines(table: vilu.AnswerTable, n_draws: int) -> Iterator[str]:
     """How often a guarantee by row is broken, calibrated on a third of the pages.
 
     The test is on all other pages.
     """
     outcomes = vilu.score(AnswerScore(column="score_confidence"), table)
-    of_row = np.array(table.cluster)
-    pages = np.unique(of_row)
+    page_of_row = np.array(table.cluster)
+    pages = np.unique(page_of_row)
     for risk in MAX_RISKS:
         n_broken = 0
         for seed in range(n_draws):
-            chosen = np.random.default_rng(seed).permutation(pages)[: len(pages) // 3]
-            calibrates = np.isin(of_row, chosen)
+            calibration_pages = np.random.default_rng(seed).permutation(pages)[: len(pages) // 3]
+            is_calibration = np.isin(page_of_row, calibration_pages)
             rule = vilu.certify(
-                vilu.Outcomes(outcomes.uncertainty[calibrates], outcomes.failure[calibrates]),
+                vilu.Outcomes(
+                    outcomes.uncertainty[is_calibration], outcomes.failure[is_calibration]
+                ),
                 max_risk=risk,
             )
-            accepted = rule.accept(outcomes.uncertainty[~calibrates])
-            n_broken += int(risk_of(outcomes.failure[~calibrates] == 1, accepted) > risk)
+            accepted = rule.accept(outcomes.uncertainty[~is_calibration])
+            n_broken += int(risk_of(outcomes.failure[~is_calibration] == 1, accepted) > risk)
         low = lower_bound(n_broken, n_draws, 0.025)
         high = upper_bound(n_broken, n_draws, 0.025)
         yield (
@@ -236,38 +243,41 @@ def breaks(table: vilu.AnswerTable, n_draws: int) -> Iterator[str]:
 def by_page_of_two_thirds(table: vilu.AnswerTable, n_splits: int) -> Iterator[str]:
     """The confidence by page, calibrated on two thirds of the pages, since no fit is needed."""
     outcomes = vilu.score(AnswerScore(column="score_confidence"), table)
-    of_row = np.array(table.cluster)
+    page_of_row = np.array(table.cluster)
     for risk in MAX_RISKS:
         coverages = []
         risks = []
         for seed in range(n_splits):
-            *calibrating, tested = np.array_split(_shuffled_pages(table, seed), 3)
-            calibrates = np.isin(of_row, np.concatenate(calibrating))
-            tests = np.isin(of_row, tested)
+            *calibration_parts, test_pages = np.array_split(_shuffled_pages(table, seed), 3)
+            is_calibration = np.isin(page_of_row, np.concatenate(calibration_parts))
+            is_test = np.isin(page_of_row, test_pages)
             rule = vilu.certify_clusters(
-                outcomes.take(calibrates),
-                of_row[calibrates].tolist(),
+                outcomes.take(is_calibration),
+                page_of_row[is_calibration].tolist(),
                 "ratio",
                 max_risk=risk,
-                largest=LARGEST,
+                largest=MAX_PAGE_WORDS,
             )
-            rest = outcomes.take(tests)
-            accepted = rule.accept(rest.uncertainty, clusters=of_row[tests].tolist())
+            test_outcomes = outcomes.take(is_test)
+            accepted = rule.accept(
+                test_outcomes.uncertainty, clusters=page_of_row[is_test].tolist()
+            )
             coverages.append(accepted.mean())
-            risks.append(risk_of(rest.failure == 1, accepted))
+            risks.append(risk_of(test_outcomes.failure == 1, accepted))
         n_above = sum(share > risk for share in risks)
         yield (
             f"at most {risk:.0%} by page, two thirds calibrate, confidence: accepted "
-            f"{spread(np.array(coverages))}, wrong {spread(np.array(risks))}, above the target in "
+            f"{percent_range(np.array(coverages))}, wrong {percent_range(np.array(risks))}, "
+            "above the target in "
             f"{n_above} of {n_splits}"
         )
 
 
-def gain(results: list[Result], what: str, place: int) -> Floats:
+def gain_of_probe(results: list[Result], key: str, index: int) -> Floats:
     """Coverage with the probe minus coverage with the confidence, in each division."""
-    probe = np.array([result[f"{PROBE} {what}"] for result in results], dtype=np.float64)
-    confidence = np.array([result[f"{CONFIDENCE} {what}"] for result in results], dtype=np.float64)
-    difference: Floats = probe[:, place] - confidence[:, place]
+    probe = np.array([result[f"{PROBE} {key}"] for result in results], dtype=np.float64)
+    confidence = np.array([result[f"{CONFIDENCE} {key}"] for result in results], dtype=np.float64)
+    difference: Floats = probe[:, index] - confidence[:, index]
     return difference
 
 
@@ -293,7 +303,7 @@ def main() -> None:
         print(line, flush=True)
     for line in by_page_of_two_thirds(table, options.splits):
         print(line, flush=True)
-    for line in breaks(table, N_DRAWS):
+    for line in broken_lines(table, N_DRAWS):
         print(line, flush=True)
 
 

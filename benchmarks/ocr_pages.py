@@ -36,7 +36,7 @@ FONTS = (
 
 
 @dataclass(frozen=True)
-class Look:
+class PageStyle:
     """Look of a page, drawn at random."""
 
     font: str
@@ -49,7 +49,7 @@ class Look:
     quality: int  # quality of JPEG
 
     @classmethod
-    def draw(cls, random: np.random.Generator) -> Look:
+    def draw(cls, random: np.random.Generator) -> PageStyle:
         """Draw a look at random: most pages are easy to read, some are hard."""
         paper = int(random.integers(190, 256))
         contrast = int(random.integers(40, 190))
@@ -66,7 +66,7 @@ class Look:
         )
 
 
-def snippets(n_pages: int, seed: int) -> list[list[str]]:
+def words_of_pages(n_pages: int, seed: int) -> list[list[str]]:
     """The words of ``n_pages`` pages; no part of the text is on two pages."""
     words = [word for word in " ".join(topics.values()).split() if PLAIN_WORD.fullmatch(word)]
     random = np.random.default_rng(seed)
@@ -91,8 +91,8 @@ class Page:
 
     def __init__(self, words: list[str], seed: tuple[int, int]) -> None:
         self.random = np.random.default_rng(seed)
-        self.look = Look.draw(self.random)
-        self.font = ImageFont.truetype(_font_file(self.look.font), self.look.size)
+        self.style = PageStyle.draw(self.random)
+        self.font = ImageFont.truetype(_font_file(self.style.font), self.style.size)
         self.upright = _lines(words, self.font)
         _, last_top, _, last_height = self.upright[-1].box
         self.size = (LINE_WIDTH + 2 * MARGIN, round(last_top + last_height) + MARGIN)
@@ -100,16 +100,18 @@ class Page:
     @property
     def words(self) -> tuple[Word, ...]:
         """The words on the page, with upright boxes around the rotated words."""
-        return tuple(_turned(word, self.size, self.look.angle) for word in self.upright)
+        return tuple(_rotated(word, self.size, self.style.angle) for word in self.upright)
 
     def picture(self) -> Image.Image:
         """The grey picture of the page."""
-        image = Image.new("L", self.size, self.look.paper)
+        image = Image.new("L", self.size, self.style.paper)
         canvas = ImageDraw.Draw(image)
         for word in self.upright:
-            canvas.text(word.box[:2], word.text, fill=self.look.ink, font=self.font, anchor="la")
-        turned = image.rotate(self.look.angle, Image.Resampling.BICUBIC, fillcolor=self.look.paper)
-        return _degraded(turned, self.look, self.random)
+            canvas.text(word.box[:2], word.text, fill=self.style.ink, font=self.font, anchor="la")
+        turned = image.rotate(
+            self.style.angle, Image.Resampling.BICUBIC, fillcolor=self.style.paper
+        )
+        return _degrade(turned, self.style, self.random)
 
 
 def _font_file(name: str) -> str:
@@ -132,7 +134,7 @@ def _lines(words: list[str], font: ImageFont.FreeTypeFont) -> list[Word]:
     return placed
 
 
-def _turned(word: Word, size: tuple[int, int], angle: float) -> Word:
+def _rotated(word: Word, size: tuple[int, int], angle: float) -> Word:
     """The upright box around a word after a rotation of the page around the middle."""
     left, top, width, height = word.box
     right = left + width
@@ -146,12 +148,12 @@ def _turned(word: Word, size: tuple[int, int], angle: float) -> Word:
     return Word(word.text, (float(x.min()), float(y.min()), float(np.ptp(x)), float(np.ptp(y))))
 
 
-def _degraded(image: Image.Image, look: Look, random: np.random.Generator) -> Image.Image:
+def _degrade(image: Image.Image, style: PageStyle, random: np.random.Generator) -> Image.Image:
     """The image after blur, then noise of a sensor, then JPEG."""
-    blurred = image.filter(ImageFilter.GaussianBlur(look.blur))
+    blurred = image.filter(ImageFilter.GaussianBlur(style.blur))
     grey = np.asarray(blurred, dtype=np.float64)
-    noisy = grey + look.noise * random.normal(size=grey.shape)
+    noisy = grey + style.noise * random.normal(size=grey.shape)
     clipped = Image.fromarray(np.clip(np.rint(noisy), 0, 255).astype(np.uint8))
     file = io.BytesIO()
-    clipped.save(file, "JPEG", quality=look.quality)
+    clipped.save(file, "JPEG", quality=style.quality)
     return Image.open(file)

@@ -19,7 +19,7 @@ import torch
 
 import vilu
 from vilu.embeddings.memory import Embeddings
-from vilu.predictors.contract.parameters import build
+from vilu.predictors.contract.parameters import build_predictor
 
 D, HIDDEN, MEMORY, REPEATS = 512, 512, 4_000, 5
 FITS = (12_500, 25_000, 50_000)
@@ -87,9 +87,9 @@ def scores() -> dict[str, float]:
     torch.set_num_threads(1)
     figures: dict[str, float] = {}
     for k, n, floor in ((10, MEMORY, memory), (CLASSES, 12_000, products)):
-        predictor = build(vilu.PREDICTORS["vilu_plus"], {"device": "cpu", "epochs": 2}).fit(
-            data(k, n, 1)
-        )
+        predictor = build_predictor(
+            vilu.PREDICTORS["vilu_plus"], {"device": "cpu", "epochs": 2}
+        ).fit(data(k, n, 1))
         test = data(k, 8_192, 2)
         work: dict[str, Callable[..., object]]
         work = {"ours": predictor.predict_uncertainty, "floor": floor, "softmax": softmax}
@@ -114,7 +114,7 @@ def fits() -> dict[str, float]:
         for n in sizes:
             train = data(CLASSES, n, 1)
             start = time.perf_counter()
-            predictor = build(vilu.PREDICTORS[method], {"device": "cpu"}).fit(train)
+            predictor = build_predictor(vilu.PREDICTORS[method], {"device": "cpu"}).fit(train)
             seconds = time.perf_counter() - start
             auroc = 100 * vilu.metrics.auroc(predictor.predict_uncertainty(test), failure)
             figures[f"fit_{method}_{n}_products"] = seconds / (n * product)

@@ -32,39 +32,39 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.replays import (
+    CHOICE_TO_END_OF_DRAWS,
+    CHOICE_TO_FIRST_OPEN,
     DELTA,
-    TO_END_OF_DRAWS,
-    TO_FIRST_OPEN,
     Chain,
     Procedure,
     Reached,
     Replay,
-    follow,
-    further,
-    one_look,
+    exact_look,
+    follow_labels,
+    raise_limit_if_certified,
 )
 from benchmarks.risk_tests import Bets, ExactLook, PlannedLooks, WeightedBets
-from vilu.calibration.anytime import STARTS, level_of
+from vilu.calibration.anytime import SEQUENCE_STARTS, level_of
 from vilu.embeddings.columns import AnswerKind
 from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.scoring.score import score
 from vilu.store.reader import EmbeddingStore
-from vilu.triage.choose import choose_to_fit
-from vilu.triage.fitting import FROM_LABELS, ZERO_SHOT, fit
-from vilu.triage.forecast import ENOUGH_TO_FIT, MOST_TO_FIT, SHARE_WORTH_A_DRAW
+from vilu.triage.choose import choose_rows_to_fit
+from vilu.triage.fitting import METHOD_WITH_LABELS, METHOD_WITHOUT_LABELS, fit_predictor
+from vilu.triage.forecast import LABELS_ENOUGH_FOR_DRAW, MAX_LABELS_BEFORE_DRAW, SHARE_WORTH_A_DRAW
 from vilu.triage.labels import sides_and_positions
 from vilu.triage.photos import Photos
 from vilu.triage.run import CANDIDATE_COVERAGE_FACTOR
 
-SIZES: Final = (100, 150, 200, 300, 400, 600, 800)
-SIZE_OF_SETS: Final = 400
+LABEL_COUNTS: Final = (100, 150, 200, 300, 400, 600, 800)
+LABELS_OF_SET_TABLE: Final = 400
 """Number of labels for the table of single sets."""
 
-STEP: Final = 50
+LABELS_PER_FIT: Final = 50
 """Number of labels from one fit of a chain to the next."""
 
-MOST_TO_KEEP: Final = 500
+MAX_FIT_LABELS: Final = 500
 """Number of labels of the last fit of a chain."""
 
 HALF_OF_RANDOM: Final = {
@@ -78,7 +78,7 @@ HALF_OF_RANDOM: Final = {
 }
 """Maps a set to half of the final coverage of random labels (docs/triage.md)."""
 
-NEVER: Final = 1_600
+LABELS_IF_NEVER: Final = 1_600
 """Assumed number of labels for a set where a procedure does not get half-way."""
 
 
@@ -87,32 +87,32 @@ def harmonic_level(attempt: int, delta: float) -> float:
     return delta / (attempt * (attempt + 1))
 
 
-HANDED_ON: Final = 0.35
+MAX_SHARE_HANDED_ON: Final = 0.35
 """Maximum share of the level that a certified limit passes to the next predictor."""
 
-WHOLE_LEVEL: Final = 1 / dict(STARTS)[64]
+WHOLE_LEVEL: Final = 1 / dict(SEQUENCE_STARTS)[64]
 """With this ``planned_share``, ``Trial.plan`` plans the limit for the whole level."""
 
-DEFAULT: Final = Procedure(
-    test=Bets(STARTS, handed_on=0.0),
+DEFAULT_PROCEDURE: Final = Procedure(
+    test=Bets(SEQUENCE_STARTS, handed_on=0.0),
     level_of=level_of,
     planned_share=1.0,
-    counting=TO_FIRST_OPEN,
-    move_limit=further,
-    most_to_fit=MOST_TO_FIT,
+    label_choice=CHOICE_TO_FIRST_OPEN,
+    move_limit=raise_limit_if_certified,
+    most_to_fit=MAX_LABELS_BEFORE_DRAW,
     share_worth_a_draw=SHARE_WORTH_A_DRAW,
-    enough_to_fit=ENOUGH_TO_FIT,
+    enough_to_fit=LABELS_ENOUGH_FOR_DRAW,
     candidate_part=1.0,
     worth_more=CANDIDATE_COVERAGE_FACTOR,
     grown_before_a_look=1.25,
 )
 
-BEFORE: Final = Procedure(
+PROCEDURE_BEFORE: Final = Procedure(
     test=Bets(((8, 0.1), (16, 0.1), (32, 0.2), (64, 0.6)), handed_on=0.0),
     level_of=harmonic_level,
     planned_share=WHOLE_LEVEL,
-    counting=TO_END_OF_DRAWS,
-    move_limit=further,
+    label_choice=CHOICE_TO_END_OF_DRAWS,
+    move_limit=raise_limit_if_certified,
     most_to_fit=50,
     share_worth_a_draw=0.0,
     enough_to_fit=50,
@@ -130,20 +130,24 @@ An exact test certifies with about as many labels as bets with three times the l
 
 def planned_looks(growth: float, first_share: float, decay: float, n_looks: int) -> Procedure:
     """The default procedure with planned looks in place of bets."""
-    test = PlannedLooks(STARTS, 0.0, growth, first_share, decay, n_looks)
-    return replace(DEFAULT, test=test, planned_share=EXACT_SHARE)
+    test = PlannedLooks(SEQUENCE_STARTS, 0.0, growth, first_share, decay, n_looks)
+    return replace(DEFAULT_PROCEDURE, test=test, planned_share=EXACT_SHARE)
 
 
 def weighted_draws(floor: float) -> Procedure:
     """The default procedure with draws by predicted risk, and weighted bets."""
-    return replace(DEFAULT, test=WeightedBets(STARTS, 0.0, floor))
+    return replace(DEFAULT_PROCEDURE, test=WeightedBets(SEQUENCE_STARTS, 0.0, floor))
 
 
 PROCEDURES: Final = {
-    "before": BEFORE,
-    "default": DEFAULT,
-    "default, levels handed on": replace(DEFAULT, test=Bets(STARTS, HANDED_ON)),
-    "default, labels in the old order": replace(DEFAULT, counting=TO_END_OF_DRAWS),
+    "before": PROCEDURE_BEFORE,
+    "default": DEFAULT_PROCEDURE,
+    "default, levels handed on": replace(
+        DEFAULT_PROCEDURE, test=Bets(SEQUENCE_STARTS, MAX_SHARE_HANDED_ON)
+    ),
+    "default, labels in the old order": replace(
+        DEFAULT_PROCEDURE, label_choice=CHOICE_TO_END_OF_DRAWS
+    ),
     "looks x 1.1, 50 % first": planned_looks(1.1, first_share=0.5, decay=0.9, n_looks=24),
     "looks x 1.15, 30 % first": planned_looks(1.15, first_share=0.3, decay=0.85, n_looks=18),
     "looks x 1.3, 40 % first": planned_looks(1.3, first_share=0.4, decay=0.7, n_looks=10),
@@ -152,11 +156,11 @@ PROCEDURES: Final = {
     "weighted draws, floor 0.8": weighted_draws(floor=0.8),
     "weighted draws, floor 0.5": weighted_draws(floor=0.5),
     "weighted draws, floor 0.25": weighted_draws(floor=0.25),
-    "limit follows the labels": replace(DEFAULT, move_limit=follow),
+    "limit follows the labels": replace(DEFAULT_PROCEDURE, move_limit=follow_labels),
 }
 """Maps the name in the tables to the procedure."""
 
-ONE_LOOK: Final = ExactLook(STARTS, handed_on=0.0)
+ONE_LOOK: Final = ExactLook(SEQUENCE_STARTS, handed_on=0.0)
 ONE_LOOK_NAME: Final = "one exact look"
 
 
@@ -171,19 +175,19 @@ def write_chain(store: EmbeddingStore, seed: int, path: Path) -> None:
     is_calibration, position = sides_and_positions(photos.pictures, seed)
     fit_side = np.flatnonzero(~is_calibration)
     rows: Ints = np.zeros(0, np.int64)
-    zero_shot = fit(ZERO_SHOT, photos, rows, seed)
-    uncertainty, failure = judged(zero_shot, photos, store, "zero_shot")
+    zero_shot = fit_predictor(METHOD_WITHOUT_LABELS, photos, rows, seed)
+    uncertainty, failure = judge_photos(zero_shot, photos, store, "zero_shot")
     uncertainties = [uncertainty]
     failures = [failure]
     n_fit = [0]
-    while len(rows) < min(MOST_TO_KEEP, len(fit_side)):
+    while len(rows) < min(MAX_FIT_LABELS, len(fit_side)):
         open_rows = np.setdiff1d(fit_side, rows)
-        chosen = choose_to_fit(photos, open_rows, uncertainty, STEP, seed)
-        rows = np.sort(np.concatenate([rows, chosen]))
+        rows_to_add = choose_rows_to_fit(photos, open_rows, uncertainty, LABELS_PER_FIT, seed)
+        rows = np.sort(np.concatenate([rows, rows_to_add]))
         labelled = [photos.ids[row] for row in rows.tolist()]
-        photos.label({key: class_of[key] for key in labelled}, ())
-        predictor = fit(FROM_LABELS, photos, rows, seed)
-        uncertainty, failure = judged(predictor, photos, store, "adapted")
+        photos.set_labels({key: class_of[key] for key in labelled}, ())
+        predictor = fit_predictor(METHOD_WITH_LABELS, photos, rows, seed)
+        uncertainty, failure = judge_photos(predictor, photos, store, "adapted")
         uncertainties.append(uncertainty)
         failures.append(failure)
         n_fit.append(len(rows))
@@ -198,7 +202,7 @@ def write_chain(store: EmbeddingStore, seed: int, path: Path) -> None:
     )
 
 
-def judged(
+def judge_photos(
     predictor: FailurePredictor, photos: Photos, store: EmbeddingStore, answer: AnswerKind
 ) -> tuple[Floats, Ints]:
     """Uncertainty (N,) of a kind of answers to all photos, and whether the answers are wrong."""
@@ -232,24 +236,24 @@ Curves = dict[str, list[Curve]]
 """Maps the name of a set to the curves of the set, one for each seed."""
 
 
-def curves_of(chains: Iterable[Chain], replayed: Callable[[Chain], Curve]) -> Curves:
-    """The curves of the chains; ``replayed`` returns the curve of a chain."""
+def curves_of(chains: Iterable[Chain], replay_chain: Callable[[Chain], Curve]) -> Curves:
+    """The curves of the chains; ``replay_chain`` returns the curve of a chain."""
     curves: Curves = {}
     for chain in chains:
-        curves.setdefault(chain.name, []).append(replayed(chain))
+        curves.setdefault(chain.name, []).append(replay_chain(chain))
     return curves
 
 
-def replayed_by(procedure: Procedure) -> Callable[[Chain], Curve]:
+def replay_function(procedure: Procedure) -> Callable[[Chain], Curve]:
     """Function that replays a procedure on a chain, and returns the rounds."""
     return lambda chain: list(Replay(chain, procedure).rounds())
 
 
-def looked_at_once(chain: Chain) -> Curve:
+def exact_look_curve(chain: Chain) -> Curve:
     """An exact look at every number of labels, each as if there were no other look."""
     curve = []
-    for n_labels in SIZES:
-        curve.append(Reached(n_labels, one_look(chain, n_labels, ONE_LOOK, EXACT_SHARE), 0.0))
+    for n_labels in LABEL_COUNTS:
+        curve.append(Reached(n_labels, exact_look(chain, n_labels, ONE_LOOK, EXACT_SHARE), 0.0))
     return curve
 
 
@@ -265,12 +269,12 @@ def mean_coverage(curves: Sequence[Curve], n_labels: int) -> float:
 
 
 def labels_to_half(curves: Sequence[Curve], half: float) -> int:
-    """Smallest number of labels at which the mean over seeds reaches ``half``, or ``NEVER``."""
+    """Smallest number of labels with a mean over seeds of ``half``, or ``LABELS_IF_NEVER``."""
     numbers = {point.n_labels for curve in curves for point in curve}
     for n_labels in sorted(numbers):
         if mean_coverage(curves, n_labels) >= half:
             return n_labels
-    return NEVER
+    return LABELS_IF_NEVER
 
 
 def half_width(differences: Floats) -> float:
@@ -281,25 +285,25 @@ def half_width(differences: Floats) -> float:
     return float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / math.sqrt(n))
 
 
-def rows_of_shares(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
+def share_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
     """Mean coverage over sets at every number of labels, and the difference from ``before``."""
-    yield "| procedure | " + " | ".join(f"{n}" for n in SIZES) + " |"
-    yield "|---" * (len(SIZES) + 1) + "|"
+    yield "| procedure | " + " | ".join(f"{n}" for n in LABEL_COUNTS) + " |"
+    yield "|---" * (len(LABEL_COUNTS) + 1) + "|"
     before = all_curves["before"]
     for name, curves in all_curves.items():
         cells = []
-        for size in SIZES:
+        for size in LABEL_COUNTS:
             share = np.array([mean_coverage(curves[key], size) for key in sets])
             share_before = np.array([mean_coverage(before[key], size) for key in sets])
-            apart = share - share_before
+            difference = share - share_before
             cell = f"{share.mean():.3f}"
             if name != "before":
-                cell += f" ({apart.mean():+.3f} ± {half_width(apart):.3f})"
+                cell += f" ({difference.mean():+.3f} ± {half_width(difference):.3f})"
             cells.append(cell)
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
-def rows_of_halves(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
+def half_way_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
     """Number of labels until half-way on every set, and the mean ratio to ``before``."""
     yield "| procedure | " + " | ".join(sets) + " | mean ratio |"
     yield "|---" * (len(sets) + 2) + "|"
@@ -307,24 +311,26 @@ def rows_of_halves(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Ite
     for name, curves in all_curves.items():
         numbers = [labels_to_half(curves[key], HALF_OF_RANDOM[key]) for key in sets]
         ratio = np.mean(np.array(numbers) / np.array(before))
-        cells = [str(n) if n < NEVER else "–" for n in numbers]
+        cells = [str(n) if n < LABELS_IF_NEVER else "–" for n in numbers]
         yield f"| {name} | " + " | ".join(cells) + f" | {ratio:.2f} |"
 
 
-def rows_of_sets(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
-    """Coverage of every set at ``SIZE_OF_SETS`` labels, and the difference from ``before``."""
+def set_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
+    """Coverage of every set at ``LABELS_OF_SET_TABLE`` labels, and the gain over ``before``."""
     before = all_curves["before"]
     yield "| procedure | " + " | ".join(f"{key} ({len(before[key])})" for key in sets) + " |"
     yield "|---" * (len(sets) + 1) + "|"
     for name, curves in all_curves.items():
         cells = []
         for key in sets:
-            share = np.array([coverage_at(curve, SIZE_OF_SETS) for curve in curves[key]])
-            share_before = np.array([coverage_at(curve, SIZE_OF_SETS) for curve in before[key]])
-            apart = share - share_before
+            share = np.array([coverage_at(curve, LABELS_OF_SET_TABLE) for curve in curves[key]])
+            share_before = np.array(
+                [coverage_at(curve, LABELS_OF_SET_TABLE) for curve in before[key]]
+            )
+            difference = share - share_before
             cell = f"{share.mean():.2f}"
             if name != "before":
-                cell += f" ({apart.mean():+.2f} ± {half_width(apart):.2f})"
+                cell += f" ({difference.mean():+.2f} ± {half_width(difference):.2f})"
             cells.append(cell)
         yield f"| {name} | " + " | ".join(cells) + " |"
 
@@ -350,20 +356,20 @@ def replay(folder: Path, names: Sequence[str], n_orders: int) -> None:
         chains += [chain.in_another_order(number) for number in range(n_orders)]
     all_curves = {}
     for name in ("before", *names):
-        all_curves[name] = curves_of(chains, replayed_by(PROCEDURES[name]))
+        all_curves[name] = curves_of(chains, replay_function(PROCEDURES[name]))
         print(f"{name}: at most {largest_risk(all_curves[name]):.3f} wrong", flush=True)
-    all_curves[ONE_LOOK_NAME] = curves_of(chains, looked_at_once)
+    all_curves[ONE_LOOK_NAME] = curves_of(chains, exact_look_curve)
     sets = list(all_curves["before"])
     sets_with_half = [key for key in sets if key in HALF_OF_RANDOM]
     print(f"\n{len(sets)} sets, {len(chains)} replays, level {DELTA}\n")
-    print("\n".join(rows_of_shares(all_curves, sets)) + "\n")
+    print("\n".join(share_table(all_curves, sets)) + "\n")
     if sets_with_half:
         print(f"{len(sets_with_half)} sets with a known half of the coverage of random labels\n")
-        print("\n".join(rows_of_shares(all_curves, sets_with_half)) + "\n")
-        print("\n".join(rows_of_halves(all_curves, sets_with_half)) + "\n")
+        print("\n".join(share_table(all_curves, sets_with_half)) + "\n")
+        print("\n".join(half_way_table(all_curves, sets_with_half)) + "\n")
     if n_orders == 1:
-        print(f"At {SIZE_OF_SETS} labels, by set (number of seeds)\n")
-        print("\n".join(rows_of_sets(all_curves, sets)))
+        print(f"At {LABELS_OF_SET_TABLE} labels, by set (number of seeds)\n")
+        print("\n".join(set_table(all_curves, sets)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

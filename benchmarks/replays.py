@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from benchmarks.risk_tests import ExactLook, RiskTest
-from vilu.calibration.anytime import STEPS, Looks
+from vilu.calibration.anytime import N_THRESHOLDS_UP_TO_LIMIT, ThresholdTests
 from vilu.metrics.counts import Floats, Ints
 from vilu.triage.choose import choose_limit
 from vilu.triage.fitting import (
@@ -27,20 +27,20 @@ from vilu.triage.fitting import (
     GROWTH_FOR_CANDIDATE,
     GROWTH_FOR_UNLIKELY_CANDIDATE,
 )
-from vilu.triage.forecast import FEWEST_TO_FIT
+from vilu.triage.forecast import MIN_LABELS_BEFORE_DRAW
 from vilu.triage.guarantee import Mask
-from vilu.triage.run import CALIBRATION_PART, THRESHOLDS_PER_STEP
+from vilu.triage.run import CALIBRATION_INTERVAL, THRESHOLDS_PER_STEP
 from vilu.triage.trial import Trial
 
 MAX_RISK: Final = 0.05
 DELTA: Final = 0.05
 
-ROUND: Final = 50
-LATER_ROUND: Final = 100
-MANY: Final = 400
+LABELS_PER_ROUND: Final = 50
+LABELS_PER_LATER_ROUND: Final = 100
+LABELS_BEFORE_LATER_ROUNDS: Final = 400
 """Labels of a round, labels of a later round, and the number of labels where later rounds begin."""
 
-MOST_LABELS: Final = 800
+MAX_LABELS: Final = 800
 
 
 @dataclass(frozen=True)
@@ -98,99 +98,101 @@ class Chain:
         return int(np.searchsorted(self.n_fit, n_labels, side="right")) - 1
 
 
-class Counting(NamedTuple):
+class LabelChoice(NamedTuple):
     """Two functions that choose the labels for a test.
 
     Both functions get a mask (M,) of the drawn photos, a mask (M,) of the photos with a label, and
     the end of the draws so far.
 
     Attributes:
-        counted: Function that returns the rows with used labels.
-        missing: Function that returns the rows to label before any other row.
+        rows_for_test: Function that returns the rows with used labels.
+        rows_missing: Function that returns the rows to label before any other row.
     """
 
-    counted: Callable[[Mask, Mask, int], Ints]
-    missing: Callable[[Mask, Mask, int], Ints]
+    rows_for_test: Callable[[Mask, Mask, int], Ints]
+    rows_missing: Callable[[Mask, Mask, int], Ints]
 
 
-def before_first_open(is_drawn: Mask, answered: Mask, end: int) -> Ints:  # noqa: ARG001 - see Counting
+def rows_before_first_open(is_drawn: Mask, is_labelled: Mask, end: int) -> Ints:  # noqa: ARG001 - see LabelChoice
     """All drawn rows before the first drawn row without a label."""
-    open_rows = np.flatnonzero(is_drawn & ~answered)
+    open_rows = np.flatnonzero(is_drawn & ~is_labelled)
     first_open = int(open_rows[0]) if len(open_rows) else len(is_drawn)
     return np.flatnonzero(is_drawn[:first_open])
 
 
-def nothing_missing(is_drawn: Mask, answered: Mask, end: int) -> Ints:  # noqa: ARG001 - see Counting
+def no_missing_rows(is_drawn: Mask, is_labelled: Mask, end: int) -> Ints:  # noqa: ARG001 - see LabelChoice
     """No row, because in a replay every requested label has arrived."""
     return np.zeros(0, np.int64)
 
 
-def open_before_end(is_drawn: Mask, answered: Mask, end: int) -> Ints:
+def open_rows_before_end(is_drawn: Mask, is_labelled: Mask, end: int) -> Ints:
     """Drawn rows without a label before the end of the draws so far."""
-    return np.flatnonzero(is_drawn[:end] & ~answered[:end])
+    return np.flatnonzero(is_drawn[:end] & ~is_labelled[:end])
 
 
-def complete_before_end(is_drawn: Mask, answered: Mask, end: int) -> Ints:
+def complete_rows_before_end(is_drawn: Mask, is_labelled: Mask, end: int) -> Ints:
     """All drawn rows before the end of the draws; no row while a label of these rows is missing."""
-    if len(open_before_end(is_drawn, answered, end)):
+    if len(open_rows_before_end(is_drawn, is_labelled, end)):
         return np.zeros(0, np.int64)
     return np.flatnonzero(is_drawn[:end])
 
 
-TO_FIRST_OPEN: Final = Counting(before_first_open, nothing_missing)
-TO_END_OF_DRAWS: Final = Counting(complete_before_end, open_before_end)
+CHOICE_TO_FIRST_OPEN: Final = LabelChoice(rows_before_first_open, no_missing_rows)
+CHOICE_TO_END_OF_DRAWS: Final = LabelChoice(complete_rows_before_end, open_rows_before_end)
 
 
-class Counted(NamedTuple):
+class TestResult(NamedTuple):
     """The labels used by a test, and the certified threshold.
 
     Attributes:
         looks: Thresholds, risk, level and limit of the test.
         uncertainty: (N,) uncertainties of the counted photos.
         failure: (N,) whether the answers to the counted photos are wrong.
-        certified: Index of the laxest certified threshold; None if no threshold is certified.
+        certified_index: Index of the laxest certified threshold; None if no threshold is certified.
     """
 
-    looks: Looks
+    looks: ThresholdTests
     uncertainty: Floats
     failure: Ints
-    certified: int | None
+    certified_index: int | None
 
 
-def further(trial: Trial, scores: Floats, counted: Counted) -> Trial:
+def raise_limit_if_certified(trial: Trial, scores: Floats, test_result: TestResult) -> Trial:
     """The trial, with a higher limit if all thresholds up to the limit are certified."""
-    if counted.certified != counted.looks.last:
+    if test_result.certified_index != test_result.looks.last_tested_index:
         return trial
     return trial.with_raised_limit(THRESHOLDS_PER_STEP, scores)
 
 
-LARGEST_STEP: Final = 1.5
+MAX_LIMIT_FACTOR: Final = 1.5
 """A limit that follows the labels includes at most this multiple of the photos before."""
 
-PRIOR: Final = 0.5
+PRIOR_WRONG: Final = 0.5
 """This number is added to the seen and the expected number of wrong answers before the division."""
 
-STRICTEST: Final = 7
+MIN_LIMIT_INDEX: Final = 7
 """A limit that follows the labels is at least the threshold with this index."""
 
 
-def follow(trial: Trial, scores: Floats, counted: Counted) -> Trial:
+def follow_labels(trial: Trial, scores: Floats, test_result: TestResult) -> Trial:
     """The trial with a new limit.
 
     For the new limit, predicted risks are multiplied by the number of wrong answers over the
     expected number.
     """
-    ratio = (counted.failure.sum() + PRIOR) / (counted.uncertainty.sum() + PRIOR)
-    n_labels = min(max(200, len(counted.failure) + 100), len(scores))
-    limit, _ = choose_limit(scores * ratio, n_labels, MAX_RISK, counted.looks.delta / 2)
+    ratio = (test_result.failure.sum() + PRIOR_WRONG) / (
+        test_result.uncertainty.sum() + PRIOR_WRONG
+    )
+    n_labels = min(max(200, len(test_result.failure) + 100), len(scores))
+    limit, _ = choose_limit(scores * ratio, n_labels, MAX_RISK, test_result.looks.delta / 2)
     limit = limit / ratio
     n_included = int((scores <= trial.limit).sum())
-    n_largest = min(math.ceil(LARGEST_STEP * n_included), len(scores))
+    n_largest = min(math.ceil(MAX_LIMIT_FACTOR * n_included), len(scores))
     limit = min(limit, float(np.sort(scores)[n_largest - 1]))
     index = int(np.searchsorted(trial.grid, limit))
-    index = min(max(index, STRICTEST), len(trial.grid) - 1)
+    index = min(max(index, MIN_LIMIT_INDEX), len(trial.grid) - 1)
     is_lower = trial.grid[index] < trial.limit
-    if is_lower and counted.certified is not None:
+    if is_lower and test_result.certified_index is not None:
         return trial
     return trial.model_copy(update={"limit": trial.grid[index]})
 
@@ -204,7 +206,7 @@ class Procedure:
         level_of: Function of k and the level of all predictors. The result is the level of
             predictor number k (from 1).
         planned_share: The limit is planned for this multiple of the level of ``Trial.plan``.
-        counting: Chooses the labels for a test.
+        label_choice: Chooses the labels for a test.
         move_limit: Function that moves the limit after a test.
         most_to_fit: Calibration labels are drawn only after there are enough labels to fit on: one
             per class, but at least 50, and at most this number.
@@ -220,8 +222,8 @@ class Procedure:
     test: RiskTest
     level_of: Callable[[int, float], float]
     planned_share: float
-    counting: Counting
-    move_limit: Callable[[Trial, Floats, Counted], Trial]
+    label_choice: LabelChoice
+    move_limit: Callable[[Trial, Floats, TestResult], Trial]
     most_to_fit: int
     share_worth_a_draw: float
     enough_to_fit: int
@@ -231,7 +233,7 @@ class Procedure:
 
 
 @dataclass
-class Tested:
+class Trialled:
     """A predictor with a trial: the index of the fit in the chain, and the plan of the test."""
 
     fit: int
@@ -269,45 +271,49 @@ class Replay:
     handed_on: float = 0.0
     end_of_draws: int = 0
     n_fit_of_last_candidate: int = 0
-    present: Tested | None = None
-    candidate: Tested | None = None
+    present: Trialled | None = None
+    candidate: Trialled | None = None
     threshold: float | None = None  # the guaranteed threshold of the present predictor
-    answered: Mask = field(init=False)
+    is_labelled: Mask = field(init=False)
 
     def __post_init__(self) -> None:
-        self.answered = np.zeros(len(self.chain.luck), np.bool_)
+        self.is_labelled = np.zeros(len(self.chain.luck), np.bool_)
 
     def rounds(self) -> Iterator[Reached]:
         """Yield the result of every round, until there are enough labels or no photo is left."""
         while True:
             self.choose_predictor()
-            counted = self.test()
-            if counted is not None:
-                self.keep(counted)
+            test_result = self.run_test()
+            if test_result is not None:
+                self.keep_threshold(test_result)
             yield self.reached()
-            n_left = MOST_LABELS - self.n_labels
-            n_round = ROUND if self.n_labels < MANY else LATER_ROUND
+            n_left = MAX_LABELS - self.n_labels
+            n_round = (
+                LABELS_PER_ROUND
+                if self.n_labels < LABELS_BEFORE_LATER_ROUNDS
+                else LABELS_PER_LATER_ROUND
+            )
             n_before = self.n_labels
-            self.ask(min(n_round, n_left), counted)
+            self.ask_for_labels(min(n_round, n_left), test_result)
             if self.n_labels == n_before:
                 return
 
     @property
     def n_labels(self) -> int:
         """Number of labels of both sides."""
-        return self.n_fit + int(self.answered.sum())
+        return self.n_fit + int(self.is_labelled.sum())
 
     @property
-    def tested(self) -> Tested | None:
+    def under_test(self) -> Trialled | None:
         """The candidate; if there is no candidate, the present predictor."""
         return self.present if self.candidate is None else self.candidate
 
     def reached(self) -> Reached:
         """The coverage and the risk of the guarantee after the labels so far."""
-        if self.present is None or self.threshold is None or self.answered.all():
+        if self.present is None or self.threshold is None or self.is_labelled.all():
             return Reached(self.n_labels, 0.0, 0.0)
         is_accepted = self.chain.uncertainty[self.present.fit] <= self.threshold
-        coverage = is_accepted[~self.answered].mean()
+        coverage = is_accepted[~self.is_labelled].mean()
         risk = self.chain.failure[self.present.fit][is_accepted].mean()
         return Reached(self.n_labels, float(coverage), float(risk))
 
@@ -326,34 +332,35 @@ class Replay:
         if not needs_labels or self.n_fit < self.n_labels_for_a_new_fit():
             return
         if self.threshold is None:
-            self.present = Tested(fit, self.plan(fit, least_share=0.0))
+            self.present = Trialled(fit, self.plan(fit, least_share=0.0))
             return
         least_share = min(self.procedure.worth_more * self.share_accepted(), 1.0)
         trial = self.plan(fit, least_share=least_share)
         self.n_fit_of_last_candidate = self.n_fit
-        tested = self.tested
+        under_test = self.under_test
         has_far_more_labels = (
-            tested is not None and self.n_fit >= GROWTH_FOR_UNLIKELY_CANDIDATE * tested.trial.n_fit
+            under_test is not None
+            and self.n_fit >= GROWTH_FOR_UNLIKELY_CANDIDATE * under_test.trial.n_fit
         )
         if trial.likely or has_far_more_labels:
-            self.candidate = Tested(fit, trial)
+            self.candidate = Trialled(fit, trial)
 
     def n_labels_for_a_new_fit(self) -> float:
         """From this number of labels to fit on, a new predictor is taken."""
-        tested = self.tested
-        if tested is None:
+        under_test = self.under_test
+        if under_test is None:
             return 0
         looks_for_a_candidate = self.threshold is not None and self.candidate is None
         if looks_for_a_candidate:
-            n_before = max(tested.trial.n_fit, self.n_fit_of_last_candidate)
+            n_before = max(under_test.trial.n_fit, self.n_fit_of_last_candidate)
             return GROWTH_FOR_CANDIDATE * n_before
-        if tested.is_tested:
-            return GROWTH_AFTER_TEST * tested.trial.n_fit
-        return self.procedure.grown_before_a_look * tested.trial.n_fit
+        if under_test.is_tested:
+            return GROWTH_AFTER_TEST * under_test.trial.n_fit
+        return self.procedure.grown_before_a_look * under_test.trial.n_fit
 
     def plan(self, fit: int, *, least_share: float) -> Trial:
         """The plan of a predictor's test, from the scores alone."""
-        n_answered = int(self.answered.sum())
+        n_answered = int(self.is_labelled.sum())
         return Trial.plan(
             n_fit=self.n_fit,
             scores=self.chain.uncertainty[fit],
@@ -369,47 +376,49 @@ class Replay:
 
     # The second step: the labels certify a threshold.
 
-    def is_drawn(self, tested: Tested) -> Mask:
+    def is_drawn(self, under_test: Trialled) -> Mask:
         """(M,) mask of the photos in the draw for a predictor, with or without a label."""
-        trial = tested.trial
-        uncertainty = self.chain.uncertainty[tested.fit]
-        planned_limit = trial.grid[STEPS - 1]
+        trial = under_test.trial
+        uncertainty = self.chain.uncertainty[under_test.fit]
+        planned_limit = trial.grid[N_THRESHOLDS_UP_TO_LIMIT - 1]
         probability = self.procedure.test.draw_probability(uncertainty, planned_limit)
         is_drawn: Mask = (uncertainty <= trial.limit) & (self.chain.luck < probability)
         return is_drawn
 
-    def test(self) -> Counted | None:
+    def run_test(self) -> TestResult | None:
         """Test the thresholds of the tested predictor; None if there is no predictor."""
-        tested = self.tested
-        if tested is None:
+        under_test = self.under_test
+        if under_test is None:
             return None
         test = self.procedure.test
-        trial = tested.trial
-        is_drawn = self.is_drawn(tested)
-        rows = self.procedure.counting.counted(is_drawn, self.answered, self.end_of_draws)
-        uncertainty = self.chain.uncertainty[tested.fit][rows]
-        failure = self.chain.failure[tested.fit][rows]
+        trial = under_test.trial
+        is_drawn = self.is_drawn(under_test)
+        rows = self.procedure.label_choice.rows_for_test(
+            is_drawn, self.is_labelled, self.end_of_draws
+        )
+        uncertainty = self.chain.uncertainty[under_test.fit][rows]
+        failure = self.chain.failure[under_test.fit][rows]
         level = trial.level or self.next_level()
-        looks = Looks(np.array(trial.grid), MAX_RISK, level, trial.limit)
-        can_certify = test.certified(looks, uncertainty, np.zeros_like(failure)) is not None
-        if can_certify and not tested.is_tested:
-            tested.trial = trial.model_copy(update={"level": level})
+        looks = ThresholdTests(np.array(trial.grid), MAX_RISK, level, trial.limit)
+        can_certify = test.certified_index(looks, uncertainty, np.zeros_like(failure)) is not None
+        if can_certify and not under_test.is_tested:
+            under_test.trial = trial.model_copy(update={"level": level})
             self.n_tested += 1
             self.handed_on = 0.0
-        certified = test.certified(looks, uncertainty, failure)
-        is_limit_certified = certified is not None and certified >= STEPS - 1
-        if is_limit_certified and not tested.has_handed_on:
-            tested.has_handed_on = True
+        certified = test.certified_index(looks, uncertainty, failure)
+        is_limit_certified = certified is not None and certified >= N_THRESHOLDS_UP_TO_LIMIT - 1
+        if is_limit_certified and not under_test.has_handed_on:
+            under_test.has_handed_on = True
             self.handed_on = test.handed_on * level
-        return Counted(looks, uncertainty, failure, certified)
+        return TestResult(looks, uncertainty, failure, certified)
 
     # The third step: keep a certified threshold that accepts more than before.
 
-    def keep(self, counted: Counted) -> None:
+    def keep_threshold(self, test_result: TestResult) -> None:
         """Keep a laxer threshold; a candidate that accepts more becomes the present predictor."""
-        if counted.certified is None:
+        if test_result.certified_index is None:
             return
-        threshold = float(counted.looks.grid[counted.certified])
+        threshold = float(test_result.looks.grid[test_result.certified_index])
         if self.candidate is None:
             is_laxer = self.threshold is None or threshold > self.threshold
             if is_laxer:
@@ -423,30 +432,32 @@ class Replay:
 
     # The last step: ask for labels.
 
-    def ask(self, n: int, counted: Counted | None) -> None:
+    def ask_for_labels(self, n: int, test_result: TestResult | None) -> None:
         """Label ``n`` further photos, of the calibration side and of the fit side."""
         drawn: Ints = np.zeros(0, np.int64)
         waits_for_missing = False
-        tested = self.tested
-        if tested is not None and counted is not None:
-            is_drawn = self.is_drawn(tested)
-            missing = self.procedure.counting.missing(is_drawn, self.answered, self.end_of_draws)
+        under_test = self.under_test
+        if under_test is not None and test_result is not None:
+            is_drawn = self.is_drawn(under_test)
+            missing = self.procedure.label_choice.rows_missing(
+                is_drawn, self.is_labelled, self.end_of_draws
+            )
             drawn = missing[:n]
             waits_for_missing = len(missing) > 0
-            n_draws = self.n_to_draw(tested.trial, n)
+            n_draws = self.n_to_draw(under_test.trial, n)
             if n_draws and not waits_for_missing:
-                drawn = self.draw(tested, counted, n_draws)
-        self.answered[drawn] = True
+                drawn = self.draw_rows(under_test, test_result, n_draws)
+        self.is_labelled[drawn] = True
         is_held_up = waits_for_missing and self.threshold is None
         if not is_held_up:
             n_left = int(self.chain.n_fit[-1]) - self.n_fit
             self.n_fit += min(n - len(drawn), n_left)
 
-    def draw(self, tested: Tested, counted: Counted, n: int) -> Ints:
+    def draw_rows(self, under_test: Trialled, test_result: TestResult, n: int) -> Ints:
         """Move the limit, and draw the next ``n`` photos up to the limit."""
-        scores = self.chain.uncertainty[tested.fit]
-        tested.trial = self.procedure.move_limit(tested.trial, scores, counted)
-        rows = np.flatnonzero(self.is_drawn(tested) & ~self.answered)[:n]
+        scores = self.chain.uncertainty[under_test.fit]
+        under_test.trial = self.procedure.move_limit(under_test.trial, scores, test_result)
+        rows = np.flatnonzero(self.is_drawn(under_test) & ~self.is_labelled)[:n]
         if len(rows):
             self.end_of_draws = max(self.end_of_draws, int(rows[-1]) + 1)
         return rows
@@ -456,20 +467,22 @@ class Replay:
         if self.candidate is not None:
             return int(n * self.procedure.candidate_part)
         if self.threshold is not None:
-            return n // CALIBRATION_PART
+            return n // CALIBRATION_INTERVAL
         return n if self.is_ready_to_draw(trial) else 0
 
     def is_ready_to_draw(self, trial: Trial) -> bool:
         """Whether calibration labels are drawn for a predictor without a guarantee."""
         if self.n_fit == self.chain.n_fit[-1]:
             return True
-        n_wanted = min(max(self.chain.n_classes, FEWEST_TO_FIT), self.procedure.most_to_fit)
+        n_wanted = min(
+            max(self.chain.n_classes, MIN_LABELS_BEFORE_DRAW), self.procedure.most_to_fit
+        )
         is_possible = trial.likely and self.n_fit >= n_wanted
         is_worth_it = trial.share >= self.procedure.share_worth_a_draw
         return is_possible and (is_worth_it or self.n_fit >= self.procedure.enough_to_fit)
 
 
-def one_look(chain: Chain, n_labels: int, test: ExactLook, planned_share: float) -> float:
+def exact_look(chain: Chain, n_labels: int, test: ExactLook, planned_share: float) -> float:
     """Coverage of an exact look: half of the labels to fit on, half drawn up to the limit.
 
     The limit is planned for the multiple ``planned_share`` of the level.
@@ -479,8 +492,8 @@ def one_look(chain: Chain, n_labels: int, test: ExactLook, planned_share: float)
     scores = chain.uncertainty[fit]
     trial = Trial.plan(n_fit, scores, n_labels - n_fit, MAX_RISK, planned_share * DELTA)
     rows = np.flatnonzero(scores <= trial.limit)[: n_labels - n_fit]
-    looks = Looks(np.array(trial.grid), MAX_RISK, DELTA, trial.limit)
-    certified = test.certified(looks, scores[rows], chain.failure[fit][rows])
+    looks = ThresholdTests(np.array(trial.grid), MAX_RISK, DELTA, trial.limit)
+    certified = test.certified_index(looks, scores[rows], chain.failure[fit][rows])
     if certified is None:
         return 0.0
     is_open = np.ones(len(scores), np.bool_)

@@ -1,9 +1,9 @@
 """Tests of "the error rate at a threshold is above max_risk", to compare in ``procedures``.
 
 Each test gets the labels in the order of the draws, and returns the laxest certified threshold.
-Thresholds are tested as in ``vilu.calibration.anytime.Looks``: from strict to lax, in sequences
-from ``starts``, each sequence with a share of the level. A certified limit passes the share
-``handed_on`` of the level to the next predictor.
+Thresholds are tested as in ``vilu.calibration.anytime.ThresholdTests``: from strict to lax, in
+sequences from ``starts``, each sequence with a share of the level. A certified limit passes the
+share ``handed_on`` of the level to the next predictor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from typing import Final
 import numpy as np
 from scipy import stats
 
-from vilu.calibration.anytime import BETS, STEPS, Looks, log_evidence
+from vilu.calibration.anytime import (
+    BETS_WITH_SHARES,
+    N_THRESHOLDS_UP_TO_LIMIT,
+    ThresholdTests,
+    log_evidence,
+)
 from vilu.metrics.counts import Floats, Ints
 
 Starts = tuple[tuple[int, float], ...]
@@ -27,8 +32,8 @@ ROUNDING: Final = 1 + 1e-9
 """A tail may exceed the level by this factor, because float64 sums are rounded."""
 
 
-def laxest(
-    looks: Looks, starts: Starts, handed_on: float, rejects: Callable[[int, float], bool]
+def index_of_laxest_certified_threshold(
+    looks: ThresholdTests, starts: Starts, handed_on: float, rejects: Callable[[int, float], bool]
 ) -> int | None:
     """Index of the laxest threshold reached by sequences from ``starts``; None if there is none.
 
@@ -38,12 +43,12 @@ def laxest(
     share_at_start = dict(starts)
     level = 0.0
     reached = None
-    for index in range(looks.last + 1):
+    for index in range(looks.last_tested_index + 1):
         number = index + 1
         level += looks.delta * share_at_start.get(number, 0.0)
         if level > 0 and rejects(index, level):
             reached = index
-            if number == STEPS:
+            if number == N_THRESHOLDS_UP_TO_LIMIT:
                 level -= handed_on * looks.delta
         else:
             level = 0.0
@@ -58,7 +63,9 @@ class RiskTest(ABC):
     handed_on: float
 
     @abstractmethod
-    def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
+    def certified_index(
+        self, looks: ThresholdTests, uncertainty: Floats, failure: Ints
+    ) -> int | None:
         """Index of the laxest threshold certified by the labels (N,), in the order of the draws."""
 
     def draw_probability(self, uncertainty: Floats, planned_limit: float) -> Floats:  # noqa: ARG002 - a test may weight its draws
@@ -70,15 +77,17 @@ class RiskTest(ABC):
 class Bets(RiskTest):
     """Bets, valid with a look after every label (``anytime.log_evidence``)."""
 
-    def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
-        """Like ``Looks.certified``, but without the built-in constants of ``anytime``."""
-        wrong, accepted = looks.counts(uncertainty, failure)
+    def certified_index(
+        self, looks: ThresholdTests, uncertainty: Floats, failure: Ints
+    ) -> int | None:
+        """Like ``ThresholdTests.index_of_laxest_certified_threshold``, with the starts given."""
+        wrong, accepted = looks.count_wrong_and_accepted(uncertainty, failure)
         evidence = log_evidence(wrong, accepted, looks.max_risk)
 
         def rejects(index: int, level: float) -> bool:
             return bool(evidence[index] >= -math.log(level))
 
-        return laxest(looks, self.starts, self.handed_on, rejects)
+        return index_of_laxest_certified_threshold(looks, self.starts, self.handed_on, rejects)
 
 
 @dataclass(frozen=True)
@@ -101,9 +110,9 @@ class PlannedLooks(RiskTest):
     decay: float
     n_looks: int
 
-    def numbers(self, looks: Looks) -> list[int]:
+    def numbers(self, looks: ThresholdTests) -> list[int]:
         """The numbers of labels n_j before the looks."""
-        share_of_limit = dict(self.starts)[STEPS]
+        share_of_limit = dict(self.starts)[N_THRESHOLDS_UP_TO_LIMIT]
         first_level = looks.delta * share_of_limit * self.first_share
         first = math.ceil(math.log(first_level) / math.log1p(-looks.max_risk))
         numbers = [first]
@@ -117,10 +126,12 @@ class PlannedLooks(RiskTest):
         left[-1] = 0.0
         return 1 - left
 
-    def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
+    def certified_index(
+        self, looks: ThresholdTests, uncertainty: Floats, failure: Ints
+    ) -> int | None:
         """Index of the laxest threshold certified by any look so far."""
         # A look ends at a fixed position in the order of the labels, for every present limit.
-        is_below_planned = uncertainty <= looks.grid[STEPS - 1]
+        is_below_planned = uncertainty <= looks.grid[N_THRESHOLDS_UP_TO_LIMIT - 1]
         n_below = np.cumsum(is_below_planned)
         ends = np.searchsorted(n_below, self.numbers(looks))
         ends = ends[ends < len(uncertainty)]
@@ -136,7 +147,7 @@ class PlannedLooks(RiskTest):
             bounds = boundaries(tuple(accepted.tolist()), tuple(levels), looks.max_risk)
             return bool((wrong <= np.array(bounds)).any())
 
-        return laxest(looks, self.starts, self.handed_on, rejects)
+        return index_of_laxest_certified_threshold(looks, self.starts, self.handed_on, rejects)
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -205,16 +216,18 @@ class WeightedBets(RiskTest):
 
     def log_factors(self, probability: Floats, failure: Ints, max_risk: float) -> Floats:
         """Logarithms (N, B) of the factors of each drawn photo for the wealth of each bet."""
-        bet, _ = np.array(BETS).T
+        bet, _ = np.array(BETS_WITH_SHARES).T
         excess = (failure - max_risk) / (1 - max_risk)
         share_of_largest_weight = self.floor / probability
         factors: Floats = np.log1p(-np.outer(share_of_largest_weight * excess, bet))
         return factors
 
-    def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
+    def certified_index(
+        self, looks: ThresholdTests, uncertainty: Floats, failure: Ints
+    ) -> int | None:
         """Index of the laxest threshold certified by the weighted labels (N,)."""
-        _, share = np.array(BETS).T
-        probability = self.draw_probability(uncertainty, looks.grid[STEPS - 1])
+        _, share = np.array(BETS_WITH_SHARES).T
+        probability = self.draw_probability(uncertainty, looks.grid[N_THRESHOLDS_UP_TO_LIMIT - 1])
         factors = self.log_factors(probability, failure, looks.max_risk)
         is_accepted = uncertainty <= looks.grid[:, None]  # (G, N)
         evidence = np.logaddexp.reduce(is_accepted @ factors + np.log(share), axis=1)
@@ -222,19 +235,21 @@ class WeightedBets(RiskTest):
         def rejects(index: int, level: float) -> bool:
             return bool(evidence[index] >= -math.log(level))
 
-        return laxest(looks, self.starts, self.handed_on, rejects)
+        return index_of_laxest_certified_threshold(looks, self.starts, self.handed_on, rejects)
 
 
 @dataclass(frozen=True)
 class ExactLook(RiskTest):
     """The exact binomial test, valid for a single look only."""
 
-    def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
+    def certified_index(
+        self, looks: ThresholdTests, uncertainty: Floats, failure: Ints
+    ) -> int | None:
         """Index of the laxest threshold certified by the labels (N,) at a single look."""
-        wrong, accepted = looks.counts(uncertainty, failure)
+        wrong, accepted = looks.count_wrong_and_accepted(uncertainty, failure)
         tail = stats.binom.cdf(wrong, accepted, looks.max_risk)
 
         def rejects(index: int, level: float) -> bool:
             return bool(tail[index] <= level)
 
-        return laxest(looks, self.starts, self.handed_on, rejects)
+        return index_of_laxest_certified_threshold(looks, self.starts, self.handed_on, rejects)

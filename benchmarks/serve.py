@@ -43,18 +43,18 @@ if TYPE_CHECKING:
     from vilu.guard.guard import Answer, Guard
 
 CLIENTS: Final = 32
-WATCHED_EVERY: Final = 10
+SECONDS_BETWEEN_READINGS: Final = 10
 """Seconds between two readings of the memory of the service."""
-OVER: Final = 10
+OVERLOAD_FACTOR: Final = 10
 """The step ``overload`` sends this multiple of the images that the service can answer."""
 
 SERVER_CORE: Final = 0
 CLIENT_CORE: Final = 1
 
-HALF_STEP: Final = 2e-3
+MAX_ROUNDING: Final = 2e-3
 """Largest difference of probabilities that comes from rounding in batches of other sizes."""
 
-READY: Final = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+READINESS_REQUEST: Final = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def requests_of(images: Sequence[bytes]) -> list[bytes]:
@@ -109,7 +109,7 @@ class Client:
             self.streams = None
 
 
-class Load:
+class LoadResult:
     """Counts and latencies of the requests of some clients.
 
     Args:
@@ -151,14 +151,14 @@ def is_same(answer: dict[str, Any], expected: Answer) -> bool:
     if probability is None or expected.failure_probability is None:
         return bool(answer["label"] == expected.label)
     difference = abs(probability - expected.failure_probability)
-    if answer["label"] == expected.label and difference < HALF_STEP:
+    if answer["label"] == expected.label and difference < MAX_ROUNDING:
         return True
     # the labels may differ if both are equally likely up to rounding
     return bool(difference < 0.05)
 
 
 async def ask_steadily(
-    port: int, requests: Sequence[bytes], places: Iterator[int], load: Load, seconds: float
+    port: int, requests: Sequence[bytes], places: Iterator[int], load: LoadResult, seconds: float
 ) -> None:
     """Let all clients ask; each client asks again after every answer."""
     end = time.perf_counter() + seconds
@@ -177,16 +177,16 @@ async def ask_and_watch(
     port: int,
     requests: Sequence[bytes],
     places: Iterator[int],
-    load: Load,
+    load: LoadResult,
     seconds: float,
     process: psutil.Process,
 ) -> list[float]:
-    """Like ``ask_steadily``; returns resident MB of the process, every ``WATCHED_EVERY`` s."""
+    """Like ``ask_steadily``; returns readings of the resident MB of the process."""
     sizes: list[float] = []
 
     async def watch() -> None:
         while True:
-            await asyncio.sleep(WATCHED_EVERY)
+            await asyncio.sleep(SECONDS_BETWEEN_READINGS)
             sizes.append(round(process.memory_info().rss / 2**20, 1))
 
     watching = asyncio.create_task(watch())
@@ -196,7 +196,7 @@ async def ask_and_watch(
 
 
 async def overload(
-    port: int, requests: Sequence[bytes], load: Load, rate: float, seconds: float
+    port: int, requests: Sequence[bytes], load: LoadResult, rate: float, seconds: float
 ) -> dict[str, Any]:
     """Send images at ten times the rate over new connections; then single images until quick."""
 
@@ -209,7 +209,7 @@ async def overload(
     n_sent = 0
     began = time.perf_counter()
     for place in cycle(range(len(requests))):
-        due = began + n_sent / (OVER * rate)
+        due = began + n_sent / (OVERLOAD_FACTOR * rate)
         if due > began + seconds:
             break
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
@@ -217,7 +217,7 @@ async def overload(
         n_sent += 1
     await asyncio.gather(*tasks)
     ended = time.perf_counter()
-    quick = Load(load.expected)
+    quick = LoadResult(load.expected)
     while not (quick.seconds and quick.seconds[-1] < 2 / rate + 0.2):
         await quick.ask(Client(port), 0, requests[0])
     return {
@@ -228,7 +228,7 @@ async def overload(
 
 
 async def stop(
-    port: int, requests: Sequence[bytes], load: Load, server: subprocess.Popen[str]
+    port: int, requests: Sequence[bytes], load: LoadResult, server: subprocess.Popen[str]
 ) -> dict[str, Any]:
     """Send SIGTERM while all clients ask; the clients ask until nobody listens (status 0).
 
@@ -277,11 +277,11 @@ def lower_bound(ratios: Sequence[float]) -> float | None:
 
 def steady(
     guard: Guard, images: Sequence[bytes], port: int, server: int, options: argparse.Namespace
-) -> tuple[Load, float]:
+) -> tuple[LoadResult, float]:
     """Run all turns; return the load of the clients, and the median of ``Guard``'s rates."""
     requests = requests_of(images)
     places = cycle(range(len(requests)))
-    load = Load(guard(images))
+    load = LoadResult(guard(images))
     seconds = options.seconds / options.turns
     process = psutil.Process(server)
     sizes: list[list[float]] = []
@@ -304,7 +304,7 @@ def steady(
         "lower bound": lower_bound(ratios),
         "ratios": [round(ratio, 3) for ratio in ratios],
         "p99 in full batches": round(summary["p99"] / full_batch, 2),
-        f"MB every {WATCHED_EVERY} s of each turn": sizes,
+        f"MB every {SECONDS_BETWEEN_READINGS} s of each turn": sizes,
     }
     show("steady", facts)
     return load, float(np.median(rates))
@@ -333,14 +333,14 @@ def main() -> None:
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True) as server:
             began = time.perf_counter()
             port = int(next(iter(server.stdout or ())).rpartition(":")[2])
-            while asyncio.run(Client(port).ask(READY))[0] != 200:
+            while asyncio.run(Client(port).ask(READINESS_REQUEST))[0] != 200:
                 time.sleep(0.05)
             show("ready", {"seconds": round(time.perf_counter() - began, 2)})
             load, rate = steady(guard, images, port, server.pid, options)
             seconds = min(30.0, options.seconds)
-            over = Load(load.expected)
+            over = LoadResult(load.expected)
             show("overload", asyncio.run(overload(port, requests, over, rate, seconds)))
-            ending = Load(load.expected)
+            ending = LoadResult(load.expected)
             show("stop", asyncio.run(stop(port, requests, ending, server)))
 
 

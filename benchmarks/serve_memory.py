@@ -8,8 +8,8 @@ are two readings:
 
 - "any moment": as soon as the part has ended. The service returns freed memory once a minute, so
   this reading may include memory freed in the last minute.
-- "at rest": after ``REST`` seconds without a request, and after the service was told to return
-  freed memory (``benchmarks.returning``).
+- "at rest": after ``REST_SECONDS`` seconds without a request, and after the service was told to
+  return freed memory (``benchmarks.returning``).
 
 Every reading has two numbers:
 
@@ -46,7 +46,7 @@ from scipy import stats
 from benchmarks.serve import Client
 
 PARTS = 20
-REST = 5
+REST_SECONDS = 5
 
 
 def request_of(vectors: np.ndarray) -> bytes:
@@ -96,7 +96,7 @@ def memory_of(process: int) -> dict[str, int]:
 
 def settled_memory_of(process: int) -> dict[str, int]:
     """The memory of a service at rest, after the return of freed memory."""
-    time.sleep(REST)
+    time.sleep(REST_SECONDS)
     os.kill(process, signal.SIGUSR1)
     time.sleep(1)
     return memory_of(process)

@@ -37,24 +37,24 @@ from vilu.calibration.thresholds import PROCEDURES, lower_bound, upper_bound
 from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
 
-ROWS, RISK, DELTA, DRAWN = 2000, 0.05, 0.05, 0.2
+N_CALIBRATION, RISK, DELTA, OOD_SHARE_OF_DRAWS = 2000, 0.05, 0.05, 0.2
 SHARES = (0.0, 0.1, 0.3, 0.5)
 
 
 @dataclass
-class Pot:
+class Population:
     """A large pot of rows within the classes, and a large pot of out-of-distribution rows."""
 
     u: Floats
     wrong: Ints
-    ood_rows: Floats
+    ood_scores: Floats
 
     def __post_init__(self) -> None:
         order = np.argsort(self.u)
-        self.u, self.wrong, self.ood_rows = (
+        self.u, self.wrong, self.ood_scores = (
             self.u[order],
             self.wrong[order],
-            np.sort(self.ood_rows),
+            np.sort(self.ood_scores),
         )
         self.wrong_below = np.concatenate([[0], np.cumsum(self.wrong)])
 
@@ -62,14 +62,14 @@ class Pot:
         """For each threshold, the shares of accepted rows, and of accepted and wrong rows."""
         below = np.searchsorted(self.u, t, side="right")
         foreign = (
-            share * np.searchsorted(self.ood_rows, t, side="right") / max(len(self.ood_rows), 1)
+            share * np.searchsorted(self.ood_scores, t, side="right") / max(len(self.ood_scores), 1)
         )
         inside = (1 - share) / len(self.u)
         return foreign + inside * below, foreign + inside * self.wrong_below[below]
 
     def best(self, share: float) -> float:
         """Coverage of the laxest threshold with a small enough risk."""
-        accepted, wrong = self.rates(np.unique(np.r_[self.u, self.ood_rows]), share)
+        accepted, wrong = self.rates(np.unique(np.r_[self.u, self.ood_scores]), share)
         return float(accepted[wrong <= RISK * accepted].max(initial=0.0))
 
     def of(self, rule: Rule, share: float) -> tuple[float, float]:
@@ -80,24 +80,24 @@ class Pot:
 
     def draw(self, rng: np.random.Generator, share: float) -> Outcomes:
         """Draw calibration rows with replacement; how many are out of distribution is random."""
-        n = int(rng.binomial(ROWS, share))
-        rows = rng.integers(len(self.u), size=ROWS - n)
-        u = np.r_[self.u[rows], rng.choice(self.ood_rows, n)]
-        outside = np.arange(ROWS) >= ROWS - n
+        n = int(rng.binomial(N_CALIBRATION, share))
+        rows = rng.integers(len(self.u), size=N_CALIBRATION - n)
+        u = np.r_[self.u[rows], rng.choice(self.ood_scores, n)]
+        outside = np.arange(N_CALIBRATION) >= N_CALIBRATION - n
         return Outcomes(u, np.r_[self.wrong[rows], np.ones(n, int)], outside=outside)
 
 
-def simulated(rng: np.random.Generator, n: int = 400_000) -> dict[str, Pot]:
+def simulated_populations(rng: np.random.Generator, n: int = 400_000) -> dict[str, Population]:
     """Pots of predictors that do and do not recognise out-of-distribution rows, and edge."""
     u = rng.beta(0.5, 2, n)
     f = (rng.random(n) < 0.9 * u**2).astype(int)
     return {
-        "told apart": Pot(u, f, rng.beta(9, 1.5, n)),
-        "half told apart": Pot(u, f, rng.beta(4, 1.5, n)),
+        "told apart": Population(u, f, rng.beta(9, 1.5, n)),
+        "half told apart": Population(u, f, rng.beta(4, 1.5, n)),
     }
 
 
-def edge(share: float, n: int = 400_000) -> Pot:
+def edge_population(share: float, n: int = 400_000) -> Population:
     """Scores without information; up to every threshold the error rate is 5.01 % or barely more."""
     rate = (0.0501 - share) / (1 - share)
     wrong = np.zeros(n, int)
@@ -105,10 +105,10 @@ def edge(share: float, n: int = 400_000) -> Pot:
         1  # evenly, beginning with the first
     )
     even = np.arange(n) / n
-    return Pot(even, wrong, even)
+    return Population(even, wrong, even)
 
 
-def real(folder: Path, inside: str, outside: str, *, joint: bool) -> Pot:
+def real_population(folder: Path, inside: str, outside: str, *, joint: bool) -> Population:
     """Scores of CLIP: one minus the largest probability of a class.
 
     With ``joint``, everyday words are candidates, too.
@@ -129,11 +129,11 @@ def real(folder: Path, inside: str, outside: str, *, joint: bool) -> Pot:
         p = np.exp(logits - logits.max(1, keepdims=True))
         scores.append((p[:, :k] / p.sum(1, keepdims=True)).astype(np.float64))
     answer = scores[0].argmax(1)
-    return Pot(1 - scores[0].max(1), (answer != target).astype(int), 1 - scores[1].max(1))
+    return Population(1 - scores[0].max(1), (answer != target).astype(int), 1 - scores[1].max(1))
 
 
 def replay(
-    pot: Pot, share: float, drawn: float, stated: float | None, draws: int, seed: int
+    pot: Population, share: float, drawn: float, stated: float | None, draws: int, seed: int
 ) -> tuple[float, float]:
     """Mean coverage, and share of broken guarantees."""
     rng, coverage, broken = np.random.default_rng([seed, int(100 * share)]), 0.0, 0
@@ -146,12 +146,14 @@ def replay(
     return coverage / draws, broken / draws
 
 
-def line(name: str, pot: Pot, share: float, draws: int, seed: int) -> str:
+def line(name: str, pot: Population, share: float, draws: int, seed: int) -> str:
     """The line of a world and a share, with the 95 % bounds of the broken guarantees."""
     best = pot.best(share)
     cells = [f"{name} | {share:.0%} | {best:.1%}"]
     ways = (
-        [(share, None), (0.0, None)] if share == 0 else [(share, None), (DRAWN, share), (0.0, None)]
+        [(share, None), (0.0, None)]
+        if share == 0
+        else [(share, None), (OOD_SHARE_OF_DRAWS, share), (0.0, None)]
     )
     for drawn, stated in ways:
         coverage, broken = replay(pot, share, drawn, stated, draws, seed)
@@ -161,20 +163,20 @@ def line(name: str, pot: Pot, share: float, draws: int, seed: int) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def confident(u: Floats) -> Floats:
+def confident_mistakes_rate(u: Floats) -> Floats:
     """Error rates: 50 % in the most trusted 4 % of the rows, 1 % in the next 60 %, then 50 %."""
     return np.where(u < 0.04, 0.5, np.where(u < 0.64, 0.01, 0.5))
 
 
 RATES: dict[str, Rate] = {
     **PREDICTORS,
-    "confident mistakes": confident,
+    "confident mistakes": confident_mistakes_rate,
     "at the edge": lambda u: np.full_like(u, 0.0501),
 }
 """Error rates by quantile of the uncertainty: worlds of ``benchmarks.thresholds`` and two more."""
 
 
-def certified(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
+def certified_interval(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
     """The interval certified by a procedure, ours or from MAPIE, at 5 % and delta 0.1."""
     if method in PROCEDURES:
         counts = tie_counts(u, f)
@@ -200,7 +202,7 @@ def certified(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
     return (0.0, float(1 - valid.min())) if len(valid) else None
 
 
-def compare(draws: int, method: str) -> None:
+def compare_procedures(draws: int, method: str) -> None:
     """Print coverage and broken guarantees in every world of ``RATES``, at 5 % and delta 0.1."""
     grid = (np.arange(1_000_000) + 0.5) / 1_000_000
     for name, rate in RATES.items():
@@ -210,7 +212,7 @@ def compare(draws: int, method: str) -> None:
             for _ in range(draws):
                 u = rng.random(n)
                 f = (rng.random(n) < rate(u)).astype(int)
-                ends = certified(
+                ends = certified_interval(
                     method, (np.floor(10 * u) + 1) / 10 if name == "tied" else u, f
                 ) or (0.0, 0.0)
                 if name == "tied":  # a score is the upper end of its tenth
@@ -243,17 +245,17 @@ def main() -> None:
     options = parser.parse_args()
     if options.compare:
         for method in options.compare:
-            compare(options.draws, method)
+            compare_procedures(options.draws, method)
         return
     rng = np.random.default_rng(0)
-    worlds: dict[str, Callable[[float], Pot]] = {
-        **{name: lambda _, pot=pot: pot for name, pot in simulated(rng).items()},  # type: ignore[misc]
-        "edge": edge,
+    worlds: dict[str, Callable[[float], Population]] = {
+        **{name: lambda _, pot=pot: pot for name, pot in simulated_populations(rng).items()},  # type: ignore[misc]
+        "edge": edge_population,
     }
     if options.arrays is not None:
         for inside, outside in (("caltech66", "proto_dtd"), ("food9", "caltech66")):
             for joint in (False, True):
-                pot = real(options.arrays, inside, outside, joint=joint)
+                pot = real_population(options.arrays, inside, outside, joint=joint)
                 score = "joint pool" if joint else "mcm"
                 name = f"{inside}, {score}, out-of-distribution rows of {outside}"
                 worlds[name] = lambda _, pot=pot: pot  # type: ignore[misc]

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.artifacts.disk import LOG
+from vilu.artifacts.disk import LOG_FILE
 from vilu.artifacts.documents import read_log
 
 ATTEMPTS = 3
@@ -158,7 +158,7 @@ def seconds_of(store: Path) -> tuple[float, ...]:
     }
     if not found:
         raise SystemExit(
-            f"{store} has no times of parts in its {LOG}: give a store that `vilu embed` wrote"
+            f"{store} has no times of parts in its {LOG_FILE}: give a store that `vilu embed` wrote"
         )
     return tuple(found[part] for part in sorted(found))
 

@@ -16,7 +16,7 @@ import torch
 
 import vilu
 from vilu.embeddings.memory import Embeddings
-from vilu.predictors.contract.parameters import build
+from vilu.predictors.contract.parameters import build_predictor
 
 N, K, D = 1_430, 123, 512
 BEFORE = {"epochs": 300, "batch_size": 128}
@@ -36,7 +36,7 @@ def rows() -> Embeddings:
 
 def seconds(name: str, data: Embeddings, **values: int) -> float:
     """Seconds of processor time for a fit."""
-    predictor = build(vilu.PREDICTORS[name], {"device": "cpu", **values})
+    predictor = build_predictor(vilu.PREDICTORS[name], {"device": "cpu", **values})
     start = time.process_time()
     predictor.fit(data)
     return time.process_time() - start

@@ -147,13 +147,13 @@ def main(n: int = N) -> dict[str, float]:
             out.mkdir()
             arguments = tuple(map(str, (root / "data", root / "small", out, method)))
             code = f"from benchmarks.stream_scores import child; child(*{arguments!r})"
-            one_thread = {
+            limit_to_one_thread = {
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
             }  # the products of a pool are too small for several threads
             command = [sys.executable, "-c", code]
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, check=True, env=one_thread
+                command, stdout=subprocess.PIPE, text=True, check=True, env=limit_to_one_thread
             )
             figures = json.loads(done.stdout)
             error = errors(out)

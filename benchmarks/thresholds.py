@@ -4,7 +4,7 @@ The output has the mean coverage of the certified threshold over 150 calibration
 predictors, for several lists of starts. A start is a share of the calibration rows, with a share of
 delta. The same list must suit all predictors: some have wrong answers among the most trusted
 answers, some reach the target at a small coverage only, and some at full coverage. vilu uses
-``STARTS`` and ``WHOLE`` of ``vilu.calibration.thresholds``.
+``START_SHARES`` and ``LARGEST_SHARE_AT_ALL_ROWS`` of ``vilu.calibration.thresholds``.
 """
 
 from __future__ import annotations
@@ -32,40 +32,42 @@ PREDICTORS: dict[str, Rate] = {
 }
 """Function from the quantile u of the uncertainty to the failure rate."""
 
-BEGINNINGS = {
+SEQUENCE_SETTINGS = {
     "where possible": (((0.0, 1.0),), 0.0),
     "1/4": (((1 / 4, 1.0),), 0.0),
     "1/16, 1/4": (((1 / 16, 0.5), (1 / 4, 0.5)), 0.0),
     "1/8, 1/2": (((1 / 8, 0.5), (1 / 2, 0.5)), 0.0),
-    "1/16, 1/4, all": (thresholds.STARTS, thresholds.WHOLE),
+    "1/16, 1/4, all": (thresholds.START_SHARES, thresholds.LARGEST_SHARE_AT_ALL_ROWS),
     "even weights": (((1 / 16, 0.5), (1 / 4, 0.5)), 1 / 3),
 }
-"""``STARTS``, and ``WHOLE``."""
+"""``START_SHARES``, and ``LARGEST_SHARE_AT_ALL_ROWS``."""
 
 
 def mean_coverage(rate: Rate, *, tied: bool, n: int, max_risk: float) -> float:
     """Mean coverage of the thresholds of many calibrations."""
-    rng, found = np.random.default_rng(0), []
+    rng, coverages = np.random.default_rng(0), []
     for _ in range(DRAWS):
         u = rng.random(n)
         counts = tie_counts(np.floor(10 * u) if tied else u, (rng.random(n) < rate(u)).astype(int))
         threshold = thresholds.learn_then_test(counts, max_risk, DELTA)
-        found.append(0.0 if threshold is None else threshold.coverage)
-    return float(np.mean(found))
+        coverages.append(0.0 if threshold is None else threshold.coverage)
+    return float(np.mean(coverages))
 
 
 def main() -> None:
     """Print a line per predictor, size and target."""
     print(
         f"{'predictor':12} {'rows':>6} {'risk':>5}  "
-        + "  ".join(f"{name:>15}" for name in BEGINNINGS)
+        + "  ".join(f"{name:>15}" for name in SEQUENCE_SETTINGS)
     )
     for name, rate in PREDICTORS.items():
         for n in (100, 400, 2000, 10_000):
             for max_risk in (0.05, 0.1):
                 cells = []
-                for starts, whole in BEGINNINGS.values():
-                    with mock.patch.multiple(thresholds, STARTS=starts, WHOLE=whole):
+                for starts, whole in SEQUENCE_SETTINGS.values():
+                    with mock.patch.multiple(
+                        thresholds, START_SHARES=starts, LARGEST_SHARE_AT_ALL_ROWS=whole
+                    ):
                         cells.append(
                             mean_coverage(rate, tied=name == "tied", n=n, max_risk=max_risk)
                         )

@@ -34,7 +34,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu_bench.methods.neighbours import KNNVote
 
 WIDTH, CLASSES, SCALE = 128, 10, 20.0
-WORLD = 40_000
+N_POPULATION = 40_000
 MAX_RISK = 0.05
 DRAWS, HALVES = 200, 20
 NOISE = 0.006
@@ -43,10 +43,10 @@ NOISE = 0.006
 In 512 coordinates a noise of 0.003 has this effect.
 """
 
-NOTHING, REFUSED = "nothing accepted", "refused"
+NOTHING_ACCEPTED, REFUSED = "nothing accepted", "refused"
 
 
-def unit(rows: Floats) -> Floats:
+def unit_rows(rows: Floats) -> Floats:
     """Rows of unit norm."""
     scaled: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return scaled
@@ -58,19 +58,19 @@ class World:
     def __init__(self, seed: int) -> None:
         self.random = np.random.default_rng(seed)
         text = self.random.normal(size=(CLASSES, WIDTH))
-        self.text = unit(text)
+        self.text = unit_rows(text)
 
     def rows(self, n: int) -> tuple[Floats, NDArray[np.int64]]:
         """Unit images (N, D), and the classes of the images."""
         target = self.random.integers(CLASSES, size=n)
         blur = self.random.uniform(0.4, 3.2, size=(n, 1)) / np.sqrt(WIDTH) * 2
         image = self.text[target] + blur * self.random.normal(size=(n, WIDTH))
-        return unit(image), target
+        return unit_rows(image), target
 
-    def near(self, image: Floats, noise: float) -> Floats:
+    def near_copies(self, image: Floats, noise: float) -> Floats:
         """Near copies of images, with noise in every coordinate."""
         moved: Floats = image + noise * self.random.normal(size=image.shape)
-        return unit(moved)
+        return unit_rows(moved)
 
     def embeddings(self, image: Floats, target: NDArray[np.int64]) -> vilu.Embeddings:
         """The images as a source."""
@@ -78,37 +78,41 @@ class World:
 
 
 def verdict(rule: object, everything: Outcomes) -> str:
-    """Text on a rule: "broken" or "kept", or ``NOTHING`` if no row is accepted."""
+    """Text on a rule: "broken" or "kept", or ``NOTHING_ACCEPTED`` if no row is accepted."""
     accepted = rule.accept(everything.uncertainty)  # type: ignore[attr-defined]
     if not accepted.any():
-        return NOTHING
+        return NOTHING_ACCEPTED
     risk = everything.failure[accepted].mean()
     return "broken" if risk > MAX_RISK else "kept"
 
 
-def as_files(predictor: FailurePredictor, data: vilu.Embeddings, everything: Outcomes) -> str:
+def verdict_without_copies(
+    predictor: FailurePredictor, data: vilu.Embeddings, everything: Outcomes
+) -> str:
     """The verdict of a calibration from scores alone."""
     rows = vilu.score(predictor, data)
     rule = vilu.certify(Outcomes(rows.uncertainty, rows.failure), max_risk=MAX_RISK)
     return verdict(rule, everything)
 
 
-def as_pictures(predictor: FailurePredictor, data: vilu.Embeddings, everything: Outcomes) -> str:
+def verdict_with_copies(
+    predictor: FailurePredictor, data: vilu.Embeddings, everything: Outcomes
+) -> str:
     """The verdict of vilu's calibration, with recognition of copies."""
     with tempfile.TemporaryDirectory() as folder:
         predictor.save(folder)
         try:
             record = calibrate_predictor(folder, data, Target(max_risk=MAX_RISK))
         except InfeasibleError:
-            return NOTHING
+            return NOTHING_ACCEPTED
         except DataError:
             return REFUSED
     return verdict(record.rule, everything)
 
 
-WAYS: dict[str, Callable[[FailurePredictor, vilu.Embeddings, Outcomes], str]] = {
-    "counted as files": as_files,
-    "today": as_pictures,
+CALIBRATIONS: dict[str, Callable[[FailurePredictor, vilu.Embeddings, Outcomes], str]] = {
+    "counted as files": verdict_without_copies,
+    "today": verdict_with_copies,
 }
 
 SETTINGS = {
@@ -122,57 +126,58 @@ SETTINGS = {
 """Number of rows, number of copies of each row, and noise."""
 
 
-def copies_of_one_another(seed: int, draws: int) -> Iterator[str]:
+def lines_on_repeated_rows(seed: int, draws: int) -> Iterator[str]:
     """Yield a line for each setting and each kind of calibration."""
     world = World(seed)
     predictor = vilu.MCM()
-    everything = vilu.score(predictor, world.embeddings(*world.rows(WORLD)))
+    everything = vilu.score(predictor, world.embeddings(*world.rows(N_POPULATION)))
     yield f"error rate of all answers: {everything.failure.mean():.1%}"
     for name, (n, times, noise) in SETTINGS.items():
-        verdicts: dict[str, list[str]] = {way: [] for way in WAYS}
+        verdicts: dict[str, list[str]] = {way: [] for way in CALIBRATIONS}
         for _ in range(draws):
             image, target = world.rows(n)
             repeated = np.repeat(image, times, axis=0)
             if noise:
-                repeated = world.near(repeated, noise)
+                repeated = world.near_copies(repeated, noise)
             data = world.embeddings(repeated, np.repeat(target, times))
-            for way, run in WAYS.items():
+            for way, run in CALIBRATIONS.items():
                 verdicts[way].append(run(predictor, data, everything))
         for way, reached in verdicts.items():
-            yield line(f"{name}, {way}", reached)
+            yield verdict_line(f"{name}, {way}", reached)
 
 
-def copies_of_fitted_rows(seed: int, draws: int) -> Iterator[str]:
+def lines_on_fitted_rows(seed: int, draws: int) -> Iterator[str]:
     """Yield the same lines for a predictor that remembers the fitted rows."""
     world = World(seed)
     image, target = world.rows(300)
     predictor = KNNVote(k=1).fit(world.embeddings(image, target))
-    everything = vilu.score(predictor, world.embeddings(*world.rows(WORLD)))
+    everything = vilu.score(predictor, world.embeddings(*world.rows(N_POPULATION)))
     for share in (0.0, 0.02, 0.5, 1.0):
-        verdicts: dict[str, list[str]] = {way: [] for way in WAYS}
+        verdicts: dict[str, list[str]] = {way: [] for way in CALIBRATIONS}
         for _ in range(draws):
             n_copies = round(300 * share)
             copied = world.random.permutation(300)[:n_copies]
             fresh, labels = world.rows(300 - n_copies)
-            rows = np.concatenate([fresh, world.near(image[copied], NOISE / 2)])
+            rows = np.concatenate([fresh, world.near_copies(image[copied], NOISE / 2)])
             data = world.embeddings(rows, np.concatenate([labels, target[copied]]))
-            for way, run in WAYS.items():
+            for way, run in CALIBRATIONS.items():
                 verdicts[way].append(run(predictor, data, everything))
         for way, reached in verdicts.items():
-            yield line(f"{share:.0%} near copies of fitted rows, {way}", reached)
+            yield verdict_line(f"{share:.0%} near copies of fitted rows, {way}", reached)
 
 
-def line(name: str, verdicts: list[str]) -> str:
+def verdict_line(name: str, verdicts: list[str]) -> str:
     """Text on how often a guarantee was broken, with the interval, and how often none was given."""
     n, broken = len(verdicts), verdicts.count("broken")
     low, high = lower_bound(broken, n, 0.025), upper_bound(broken, n, 0.025)
     return (
         f"{name}: broken {broken / n:.1%} ({low:.1%} to {high:.1%}), "
-        f"{NOTHING} {verdicts.count(NOTHING) / n:.1%}, {REFUSED} {verdicts.count(REFUSED) / n:.1%}"
+        f"{NOTHING_ACCEPTED} {verdicts.count(NOTHING_ACCEPTED) / n:.1%}, "
+        f"{REFUSED} {verdicts.count(REFUSED) / n:.1%}"
     )
 
 
-def halves(path: Path, seed: int) -> str:
+def halves_line(path: Path, seed: int) -> str:
     """The line of a set of real images: refused halves, and accepted shares of the second half."""
     arrays = np.load(path, allow_pickle=False)
     random = np.random.default_rng(seed)
@@ -217,12 +222,12 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    for words in copies_of_one_another(options.seed, options.draws):
+    for words in lines_on_repeated_rows(options.seed, options.draws):
         print(words, flush=True)
-    for words in copies_of_fitted_rows(options.seed, options.draws):
+    for words in lines_on_fitted_rows(options.seed, options.draws):
         print(words, flush=True)
     for path in options.sets:
-        print(halves(path, options.seed), flush=True)
+        print(halves_line(path, options.seed), flush=True)
 
 
 if __name__ == "__main__":

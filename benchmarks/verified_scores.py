@@ -26,12 +26,18 @@ def make(root: Path, n: int) -> None:
     from vilu.artifacts.hashing import digest
     from vilu.embeddings.space import EmbeddingSpace
     from vilu.store.ledger import content_hash
-    from vilu.store.manifest import IMAGE, Inputs, Manifest, Run
-    from vilu.store.parts import PartRows, Row, StoreLedger, read_classes, write_classes
+    from vilu.store.manifest import IMAGE, Manifest, Run, StoreInputs
+    from vilu.store.parts import (
+        ImageMetadata,
+        PartContent,
+        StoreLedger,
+        read_classes,
+        write_classes,
+    )
 
     rng = np.random.default_rng(0)
     names = tuple(f"class {i}" for i in range(K))
-    inputs = Inputs(
+    inputs = StoreInputs(
         dataset_fingerprint="noise",
         n_in=n,
         split=None,
@@ -43,7 +49,9 @@ def make(root: Path, n: int) -> None:
         part_size=PART_ROWS,
         dtype="float16",
     )
-    run = Run(**dict(inputs), fingerprint=digest(inputs.identity()), dataset="noise", vilu="0")
+    run = Run(
+        **dict(inputs), fingerprint=digest(inputs.fingerprint_fields()), dataset="noise", vilu="0"
+    )
     ledger = StoreLedger(root, run)
     root.mkdir()
     ledger.begin(run, StoreLedger.required_folders)
@@ -52,12 +60,12 @@ def make(root: Path, n: int) -> None:
     receipts = []
     for part in ledger.parts:
         rows = torch.from_numpy(rng.standard_normal((len(part), D), dtype=np.float32))
-        content = PartRows({IMAGE: [torch.nn.functional.normalize(rows).half()]})
-        content.rows = [
-            Row(i, f"{i:09d}.jpg", i % K, 64, 64, 1, None, 0, None, bytes(16))
+        content = PartContent({IMAGE: [torch.nn.functional.normalize(rows).half()]})
+        content.metadata = [
+            ImageMetadata(i, f"{i:09d}.jpg", i % K, 64, 64, 1, None, 0, None, bytes(16))
             for i in range(part.start, part.stop)
         ]
-        receipts.append(ledger.write_rows(part, content, 1, ""))
+        receipts.append(ledger.write_part(part, content, 1, ""))
     counts = {"n_in": n, "n_ok": n, "n_error": 0, "errors": {}}
     classes = read_classes(root, run)[0].hash
     ledger.seal(

@@ -29,7 +29,7 @@ EXACT = ("mcm", "entropy", "doctor")
 METHODS = (*EXACT, "max_logit", "margin", "prob_margin", "energy", "gen", "kl_uniform")
 
 
-def data(k: int, n: int, noise: float) -> Embeddings:
+def random_data(k: int, n: int, noise: float) -> Embeddings:
     """Images near the class texts."""
     generator = torch.Generator().manual_seed(0)
     text = torch.nn.functional.normalize(torch.randn(k, D, generator=generator), dim=1)
@@ -49,7 +49,7 @@ def floor(image: Tensor, text: Tensor, rows: int) -> Callable[[], None]:
     return run
 
 
-def exact(name: str, logits: Tensor) -> Tensor:
+def exact_scores(name: str, logits: Tensor) -> Tensor:
     """A score in float64 from float32 logits (B, K), computed without cancellation."""
     rows = logits.double().sort(dim=1, descending=True).values
     below = (rows - rows[:, :1])[:, 1:]
@@ -63,7 +63,7 @@ def exact(name: str, logits: Tensor) -> Tensor:
     return scores[name]
 
 
-def shares(work: dict[str, Callable[[], object]]) -> dict[str, float]:
+def rates_of_floor(work: dict[str, Callable[[], object]]) -> dict[str, float]:
     """For each function, the median of the rate divided by the floor's rate, in turns."""
     ratios: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(TURNS):
@@ -79,7 +79,7 @@ def shares(work: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 def measure(k: int, n: int, kind: str) -> dict[str, float]:
     """Rates divided by the floor's rate, for K candidates."""
-    source = data(k, n, NOISE[kind])
+    source = random_data(k, n, NOISE[kind])
     work: dict[str, Callable[[], object]] = {
         f"floor of {rows}": floor(source.image, source.text, rows) for rows in (4_096, 256)
     }
@@ -87,14 +87,14 @@ def measure(k: int, n: int, kind: str) -> dict[str, float]:
     for name, predictor in predictors.items():
         work[name] = partial(predictor.predict_uncertainty, source)
     print(f"K = {k:,}, D = {D}, {n:,} rows{kind.replace('_', ', ')}, one thread")
-    found = shares(work)
+    found = rates_of_floor(work)
     few = source.image[:2_000]
     logits = (few @ source.text.T).mul_(100.0)
     for name, share in found.items():
         line = f"  {name:14} {share:.2f} of the rate of product and softmax"
         if name in EXACT:
             scores = predictors[name].predict_uncertainty(Embeddings(few, source.text))
-            error = np.abs(scores / exact(name, logits).numpy() - 1).max()
+            error = np.abs(scores / exact_scores(name, logits).numpy() - 1).max()
             line += f", relative error {error:.1e}"
         print(line)
     return {f"score_{name}_k{k}{kind}": found[name] for name in predictors}

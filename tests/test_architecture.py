@@ -66,7 +66,7 @@ def test_rooms_import_only_what_the_map_allows() -> None:
         ("from vilu import scoring", ["scoring"]),
         ("import vilu.scoring.score", ["scoring"]),
         ("from vilu_bench.studies import run", ["vilu_bench"]),
-        ("from vilu.text import aligned", []),
+        ("from vilu.text import align_columns", []),
         ("from vilu.store import ledger", []),
     ],
 )
@@ -88,7 +88,7 @@ def test_what_the_table_of_the_rooms_counts() -> None:
         "found, total = 1, 2\n"
         "small = [x for x in range(9) if x and x > 1]\n"
         "def one(given: int, *rest: int) -> int:\n"
-        '    """Text."""\n'
+        '    """Text that it ends."""\n'
         "    return given if rest else (lambda some: some)(1)\n"
         "class Pair:\n"
         "    def joined(self, other: object) -> None: ...\n"
@@ -103,6 +103,8 @@ def test_what_the_table_of_the_rooms_counts() -> None:
         "wide": 1,
         "vague": 4000 / statements,  # found, one, given, some
         "longest": 3,
+        "pronouns": 1000 / 11,  # it, among 7 words and 4
+        "relatives": 1000 / 11,  # that
     }
 
 
@@ -218,7 +220,7 @@ def test_what_users_call_without_an_example_is_found() -> None:
         def _own(self) -> None: ...
 
     Base.__module__ = Public.__module__ = "vilu.toy"
-    called = runpy.run_path(str(ROOT / "tools" / "examples.py"))["called"]
+    tool = runpy.run_path(str(ROOT / "tools" / "examples.py"))
     has = {
         Public: True,
         Public.one: True,
@@ -227,7 +229,7 @@ def test_what_users_call_without_an_example_is_found() -> None:
         Base.three: False,
         name_of: False,
     }
-    assert called([Public, name_of, 3]) == has
+    assert tool["has_example_by_object"]([Public, name_of, 3]) == has
 
 
 @pytest.mark.parametrize(

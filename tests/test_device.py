@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vilu
 from tests.conftest import toy_embeddings
-from vilu.device import OwnGenerator, resolve_device
+from vilu.device import SeparateGenerator, resolve_device
 from vilu.errors import UsageError
 from vilu.predictors.nn.head import FailureHead
 
@@ -83,7 +83,7 @@ def test_draws_of_a_block_come_from_its_own_generator(draw: Callable[[], Tensor]
     """The numbers are those of seed 0, and torch's generator is where it was."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    with OwnGenerator() as block:
+    with SeparateGenerator() as block:
         drawn = draw().detach().clone()
         after_one_draw = block.generator.get_state()
         again = draw()
@@ -101,7 +101,7 @@ def test_a_block_leaves_named_generators_and_other_threads_alone() -> None:
     torch.manual_seed(7)
     from_global = torch.rand(3)
     torch.manual_seed(7)
-    with OwnGenerator() as block, ThreadPoolExecutor(1) as second_thread:
+    with SeparateGenerator() as block, ThreadPoolExecutor(1) as second_thread:
         start = block.generator.get_state()
         assert torch.equal(torch.rand(3, generator=own), expected)
         assert torch.equal(second_thread.submit(torch.rand, 3).result(), from_global)
@@ -116,7 +116,7 @@ def test_a_network_of_transformers_leaves_the_global_generator_alone() -> None:
         vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2
     )
     before = torch.get_rng_state()
-    with OwnGenerator():
+    with SeparateGenerator():
         network = transformers.AutoModel.from_config(config)
     assert torch.equal(torch.get_rng_state(), before)
     assert network.embeddings.word_embeddings.weight.std() > 0

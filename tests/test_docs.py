@@ -14,7 +14,7 @@ import vilu
 from tests.command import run
 from vilu.cli.app import app
 from vilu.report.style import DARK_RULE
-from vilu_bench.studies.dry_run import describe, estimate
+from vilu_bench.studies.dry_run import describe_plans, plan_study
 from vilu_bench.studies.load import load_configs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,7 +115,7 @@ def test_the_example_of_the_concepts_gives_the_numbers_of_its_text() -> None:
 
 def test_the_bytes_of_the_paper_are_what_a_dry_run_says_today(tmp_path: Path) -> None:
     data, output = tmp_path / "data", tmp_path / "output"
-    today = describe([estimate(config, data, output) for config in load_configs(["paper"])])
+    today = describe_plans([plan_study(config, data, output) for config in load_configs(["paper"])])
     (told,) = re.findall(r"^together: (.* GiB);", today, re.MULTILINE)
     assert told in (ROOT / "docs" / "dry-run.md").read_text(encoding="utf-8")
 

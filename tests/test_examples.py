@@ -57,7 +57,7 @@ def test_runs_and_gives_what_is_kept(name: str, monkeypatch: pytest.MonkeyPatch)
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # pytest makes errors of them
         try:
-            told, figure = gallery.run(name)
+            told, figure = gallery.run_example(name)
         finally:
             for module in (name, "example_data"):
                 sys.modules.pop(module, None)
@@ -68,7 +68,7 @@ def test_runs_and_gives_what_is_kept(name: str, monkeypatch: pytest.MonkeyPatch)
     assert in_words(told) == in_words(kept), again
     for now, before, tolerance in zip(numbers(told), numbers(kept), tolerances(kept), strict=True):
         assert now == pytest.approx(before, abs=tolerance), again
-    drawn = [] if figure is None else [gallery.picture(name, figure)]
+    drawn = [] if figure is None else [gallery.picture_path(name, figure)]
     assert sorted((FOLDER / "pictures").glob(f"{name}.*")) == drawn, again
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from vilu.artifacts.disk import (
     MAX_TEMPORARY_AGE,
-    TEMPORARY,
+    TEMPORARY_NAME,
     atomic_write,
     convert_os_errors,
     host_hash,
@@ -31,9 +31,9 @@ from vilu.artifacts.documents import (
     write_json,
 )
 from vilu.artifacts.hashing import digest
-from vilu.artifacts.paths import content_identity
+from vilu.artifacts.paths import content_identity, list_files
 from vilu.artifacts.tables import read_table, table_digest, write_table
-from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 
 
 def test_a_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_process_of_another_user_is_alive(
 def test_the_name_of_a_file_in_the_making_says_what_and_whose_it_is(tmp_path: Path) -> None:
     with atomic_write(tmp_path / "run.1.json"):
         (temporary,) = tmp_path.iterdir()
-    match = TEMPORARY.fullmatch(temporary.name)
+    match = TEMPORARY_NAME.fullmatch(temporary.name)
     assert match is not None
     assert match.groupdict() == {"name": "run.1.json", "host": host_hash(), "pid": str(os.getpid())}
 
@@ -461,3 +461,13 @@ def test_a_table_is_one_input_while_it_says_the_same(tmp_path: Path) -> None:
             seen["same"] += 1
             assert content_identity(path) == said, place
     assert min(seen.values()) > 10
+
+
+def test_a_folder_of_too_many_files_is_refused(tmp_path: Path) -> None:
+    """A disk that was named by mistake: the walk ends early, and says what is wrong."""
+    for name in ("a/b", "c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert [entry[0] for entry in list_files(tmp_path, max_entries=3)] == ["a/b", "c"]
+    with pytest.raises(UsageError, match=r"no document of vilu, and more than 2 files .* Check"):
+        list_files(tmp_path, max_entries=2)

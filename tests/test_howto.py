@@ -18,7 +18,12 @@ PAGES = [
     *sorted((ROOT / "docs" / "howto").glob("*.md")),
 ]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-WITH_PYTHON = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
+SLOW_PAGES = {"cross-validation"}  # more than ten seconds
+WITH_PYTHON = [
+    pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in SLOW_PAGES else [])
+    for page in PAGES
+    if BLOCK.search(page.read_text(encoding="utf-8"))
+]
 
 
 @pytest.fixture
@@ -42,7 +47,7 @@ def names_of_readers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.* of none of the classes")
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", WITH_PYTHON)
 def test_the_python_of_a_page_runs(
     page: Path,
     names_of_readers: dict[str, Any],

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from vilu.artifacts.disk import LOCK, locked
+from vilu.artifacts.disk import LOCK_FILE, locked
 from vilu.errors import BusyError
 
-HOLDER = f"{LOCK}-holder"
+HOLDER = f"{LOCK_FILE}-holder"
 
 HOLD = """
 import sys, time
@@ -30,7 +30,7 @@ with locked(Path(sys.argv[1]), activity="scoring into"):
 def test_a_lock_names_its_holder_and_then_nobody(tmp_path: Path) -> None:
     with locked(tmp_path, activity="scoring into"):
         assert (tmp_path / HOLDER).read_text() == f"process {os.getpid()} of {socket.gethostname()}"
-    assert os.listdir(tmp_path) == [LOCK]  # noqa: PTH208
+    assert os.listdir(tmp_path) == [LOCK_FILE]  # noqa: PTH208
 
 
 def test_who_comes_second_is_told_of_the_first_whose_death_frees_the_lock(
@@ -68,7 +68,7 @@ def test_the_lock_of_another_machine_is_worth_a_line(
         f"{tmp_path / HOLDER} names process 12 of elsewhere. "
         "Either it died there, or it is scoring into" in said
     )
-    assert os.listdir(tmp_path) == [LOCK]  # noqa: PTH208
+    assert os.listdir(tmp_path) == [LOCK_FILE]  # noqa: PTH208
 
 
 @pytest.mark.parametrize("content", [b"4711\nhost\n", b"\xff\xfe junk", b"x" * 5000])
@@ -98,4 +98,4 @@ def test_no_room_for_the_name_stops_nobody(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Path, "open", full)
     with locked(tmp_path, activity="scoring into"):
-        assert os.listdir(tmp_path) == [LOCK]  # noqa: PTH208
+        assert os.listdir(tmp_path) == [LOCK_FILE]  # noqa: PTH208

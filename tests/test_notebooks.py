@@ -30,7 +30,7 @@ def test_a_notebook_runs_and_prints_what_it_keeps(path: Path) -> None:
     tool = runpy.run_path(str(ROOT / "tools" / "notebooks.py"))
     notebook = nbformat.read(path, as_version=4)
     kept = printed(notebook)
-    tool["run"](notebook)
+    tool["run_notebook"](notebook)
     assert [len(text.split("\n")) for text in printed(notebook)] == [
         len(text.split("\n")) for text in kept
     ]

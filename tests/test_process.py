@@ -23,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 
 import vilu
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
-from tests.conftest import toy_embeddings
+from tests.conftest import few, toy_embeddings
 from tests.tables.answers import table
 from vilu import registry
 from vilu.predictors.persistence.onnx import export_onnx
@@ -96,7 +96,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.mark.usefixtures("callers_own_settings")
-@pytest.mark.parametrize("method", ["lvu", "vilu_plus", "pvu", "lmn", "mc_dropout"])
+@pytest.mark.parametrize("method", few(["lvu", "pvu", "lmn", "mc_dropout", "vilu_plus"], 4))
 def test_a_fit_and_its_scores_leave_the_process_alone(method: str, data: vilu.Embeddings) -> None:
     parameters = {} if method == "vilu_plus" else {"epochs": 3}
     with watched() as changed:
@@ -272,22 +272,26 @@ import torch
 
 def pages() -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(8):
-        torch.ones(2**24).add_(1)
+    for _ in range(3):
+        torch.ones(10 * 2**20).add_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 vilu.Embeddings(torch.eye(3), torch.eye(3))
-print(pages() / (2**26 // resource.getpagesize()))
+pages()  # the heap grows until a block fits
+print(pages() / (40 * 2**20 // resource.getpagesize()))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed")
 def test_in_a_tuned_process_pages_of_a_large_block_are_made_once() -> None:
-    """Of eight blocks of 64 MiB, one after the other; whoever sets what is kept is obeyed."""
+    """Of three blocks of 40 MiB, one after the other. What the user sets stays as it is.
+
+    glibc never keeps a freed block of more than 32 MiB by itself.
+    """
     tuned = PAGES_OF_BLOCKS.format(first="vilu.tune_process()")
-    assert float(answer_of(tuned).stdout) < 2
-    assert float(answer_of(tuned, MALLOC_TRIM_THRESHOLD_="131072").stdout) > 7
-    assert float(answer_of(PAGES_OF_BLOCKS.format(first="")).stdout) > 7
+    assert float(answer_of(tuned).stdout) < 1
+    assert float(answer_of(tuned, MALLOC_TRIM_THRESHOLD_="131072").stdout) > 2
+    assert float(answer_of(PAGES_OF_BLOCKS.format(first="")).stdout) > 2
 
 
 HEAPS = """

@@ -28,7 +28,7 @@ VERSIONED = (
     "CHANGELOG.md",
 )
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-REPACK = runpy.run_path(str(ROOT / "tools" / "repack.py"))["repacked"]
+REPACK = runpy.run_path(str(ROOT / "tools" / "repack.py"))["repack"]
 FILES = {"p-1/PKG-INFO": b"Name: p\n", "p-1/run.sh": b"true\n", "p-1/src/p.py": b"x = 1\n"}
 
 
@@ -134,7 +134,10 @@ def test_the_recipe_for_conda_needs_what_the_packages_need() -> None:
 
 def test_every_extra_is_tried_alone() -> None:
     extras = runpy.run_path(str(ROOT / "tools" / "extras.py"))
-    assert extras["NEEDS"].keys() | extras["TOOLS"] == PROJECT["optional-dependencies"].keys()
+    assert (
+        extras["EXTRAS"].keys() | extras["WITHOUT_COMMAND"]
+        == PROJECT["optional-dependencies"].keys()
+    )
 
 
 def test_the_second_package_is_whole() -> None:

@@ -36,7 +36,7 @@ that the head has adapted to labels. The test split was looked at while vilu was
 """
 
 
-def make(photos: Path, work: Path) -> Path:
+def make_head(photos: Path, work: Path) -> Path:
     """Fit, calibrate and measure the head; returns the folder of the head."""
     stores = embed_splits(photos, work)
     head = work / "head"
@@ -46,31 +46,31 @@ def make(photos: Path, work: Path) -> Path:
     vilu.calibrate_predictor(head, stores["validation"], target)
     scores = vilu.score(vilu.load(head), stores["test"])
     is_accepted = np.array(scores.decision) == "accept"
-    wrong = scores.failure[is_accepted]
+    failure_of_accepted = scores.failure[is_accepted]
     about = ABOUT.format(
         n_train=len(stores["train"]),
         n_calibration=len(stores["validation"]),
         n_test=len(scores),
         share=is_accepted.mean(),
-        wrong=wrong.mean() if len(wrong) else 0,
+        failure_of_accepted=failure_of_accepted.mean() if len(failure_of_accepted) else 0,
         max_risk=MAX_RISK,
         confidence=CONFIDENCE,
     )
-    describe(head / "README.md", about)
+    write_card(head / "README.md", about)
     return head
 
 
-def describe(card: Path, about: str) -> None:
+def write_card(card_path: Path, about: str) -> None:
     """Write the licence and a section on the photos into the card of a predictor."""
-    text = card.read_text(encoding="utf-8")
+    text = card_path.read_text(encoding="utf-8")
     for old, new in (
         ('license: "unknown"', f"license: {json.dumps(LICENCE)}"),
         ("## Use\n", about + "## Use\n"),
     ):
         if old not in text:
-            sys.exit(f"{card} has no {old!r}, so it would lack its licence or its numbers.")
+            sys.exit(f"{card_path} has no {old!r}, so it would lack its licence or its numbers.")
         text = text.replace(old, new)
-    card.write_text(text, encoding="utf-8")
+    card_path.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -78,11 +78,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("target")
     parser.add_argument("--work", type=Path, default=Path("build/clothes-head"))
-    asked = parser.parse_args()
+    options = parser.parse_args()
     assets = resources.files("vilu").joinpath("assets", "clothing.parquet")
     with resources.as_file(assets) as photos:
-        head = make(photos, asked.work)
-    print(push(head, asked.target, overwrite=True))
+        head = make_head(photos, options.work)
+    print(push(head, options.target, overwrite=True))
 
 
 if __name__ == "__main__":

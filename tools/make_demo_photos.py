@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-SIDE, QUALITY, LIMIT = 160, 36, 8_000_000
+SIDE, QUALITY, MAX_BYTES = 160, 36, 8_000_000
 TARGET = Path(__file__).parents[1] / "src" / "vilu" / "assets" / "clothing.parquet"
 
 
@@ -29,12 +29,12 @@ def shrink(data: bytes) -> bytes:
     image = Image.open(io.BytesIO(data)).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    small = image.resize(
+    square = image.resize(
         (SIDE, SIDE), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)
     )
-    out = io.BytesIO()
-    small.save(out, "WEBP", quality=QUALITY, method=6)
-    return out.getvalue()
+    buffer = io.BytesIO()
+    square.save(buffer, "WEBP", quality=QUALITY, method=6)
+    return buffer.getvalue()
 
 
 def split_of(label: NDArray[np.int32]) -> list[str]:
@@ -62,8 +62,8 @@ def main() -> None:
     table = pa.table(columns).replace_schema_metadata({"class_names": names, "licence": "CC0-1.0"})
     pq.write_table(table, TARGET, row_group_size=512, compression="none", use_dictionary=["split"])
     size = TARGET.stat().st_size
-    if size > LIMIT:
-        sys.exit(f"{TARGET.name} has {size:,} bytes; at most {LIMIT:,} may ship")
+    if size > MAX_BYTES:
+        sys.exit(f"{TARGET.name} has {size:,} bytes; at most {MAX_BYTES:,} may ship")
     print(f"{TARGET.name}: {len(photos):,} photos, {size:,} bytes")
 
 

@@ -25,7 +25,7 @@ FILES = {
     "ucf101": "UCF101",
 }
 LETTERS = {"train": "t", "val": "v", "test": "e"}
-LIMIT = 300_000
+MAX_BYTES = 300_000
 TARGET = Path(__file__).parents[1] / "src" / "vilu_bench" / "assets" / "coop_splits.txt.xz"
 
 
@@ -56,8 +56,8 @@ def main() -> None:
         for line in lines_of(name, folder / f"split_zhou_{file}.json")
     ]
     data = lzma.compress("\n".join(lines).encode() + b"\n", preset=9 | lzma.PRESET_EXTREME)
-    if len(data) > LIMIT:
-        sys.exit(f"{TARGET.name} would have {len(data):,} bytes; at most {LIMIT:,} may ship")
+    if len(data) > MAX_BYTES:
+        sys.exit(f"{TARGET.name} would have {len(data):,} bytes; at most {MAX_BYTES:,} may ship")
     TARGET.write_bytes(data)
     print(f"{TARGET.name}: {len(lines):,} lines, {len(data):,} bytes")
 

@@ -26,20 +26,20 @@ TIMEOUT: Final = 600
 PATH_CELL: Final = f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r})"
 
 
-def run(notebook: Any) -> None:  # noqa: ANN401 - nbformat has no types
+def run_notebook(notebook: Any) -> None:  # noqa: ANN401 - nbformat has no types
     """Run all cells in a temporary folder. Raises nbclient's error if a cell fails."""
-    first = nbformat.v4.new_code_cell(PATH_CELL)
-    notebook.cells.insert(0, first)
-    with tempfile.TemporaryDirectory() as place:
+    path_cell = nbformat.v4.new_code_cell(PATH_CELL)
+    notebook.cells.insert(0, path_cell)
+    with tempfile.TemporaryDirectory() as folder:
         try:
             NotebookClient(
-                notebook, timeout=TIMEOUT, resources={"metadata": {"path": place}}
+                notebook, timeout=TIMEOUT, resources={"metadata": {"path": folder}}
             ).execute()
         finally:
-            notebook.cells.remove(first)
+            notebook.cells.remove(path_cell)
 
 
-def clean(notebook: Any) -> None:  # noqa: ANN401
+def remove_run_metadata(notebook: Any) -> None:  # noqa: ANN401
     """Remove metadata that differs between equal runs."""
     notebook.metadata.pop("language_info", None)
     for cell in notebook.cells:
@@ -57,8 +57,8 @@ def main(names: list[str]) -> None:
     paths = [Path(name) for name in names] or sorted(FOLDER.glob("*.ipynb"))
     for path in paths:
         notebook = nbformat.read(path, as_version=4)
-        run(notebook)
-        clean(notebook)
+        run_notebook(notebook)
+        remove_run_metadata(notebook)
         nbformat.write(notebook, path)
         print(path)
 

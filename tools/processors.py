@@ -27,8 +27,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "build" / "processors"
-FOUND = cast("dict[str, Any]", np.show_config(mode="dicts"))["SIMD Extensions"]["found"]
-WIDE = [name for name in FOUND if "512" in name or name == "X86_V4"]
+CPU_FEATURES = cast("dict[str, Any]", np.show_config(mode="dicts"))["SIMD Extensions"]["found"]
+AVX512_FEATURES = [name for name in CPU_FEATURES if "512" in name or name == "X86_V4"]
 
 
 def switches(*, torch: str, onednn: str, openblas: str, numpy_without: list[str]) -> dict[str, str]:
@@ -41,18 +41,25 @@ def switches(*, torch: str, onednn: str, openblas: str, numpy_without: list[str]
     }
 
 
-LOW = switches(torch="default", onednn="SSE41", openblas="Prescott", numpy_without=FOUND)
-MIDDLE = switches(torch="avx2", onednn="AVX2", openblas="Haswell", numpy_without=WIDE)
-HIGH = switches(
-    torch="avx512", onednn="DEFAULT", openblas="SkylakeX" if WIDE else "Haswell", numpy_without=[]
+LOW_SWITCHES = switches(
+    torch="default", onednn="SSE41", openblas="Prescott", numpy_without=CPU_FEATURES
+)
+MIDDLE_SWITCHES = switches(
+    torch="avx2", onednn="AVX2", openblas="Haswell", numpy_without=AVX512_FEATURES
+)
+HIGH_SWITCHES = switches(
+    torch="avx512",
+    onednn="DEFAULT",
+    openblas="SkylakeX" if AVX512_FEATURES else "Haswell",
+    numpy_without=[],
 )
 
 RUNS: dict[str, tuple[int, dict[str, str], list[str]]] = {
-    "low-1": (1, LOW | {"MKL_CBWR": "COMPATIBLE"}, []),
-    "low-4": (4, LOW | {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}, []),
-    "avx2-2": (2, MIDDLE | {"MKL_CBWR": "AVX2"}, []),
-    "high-2": (2, HIGH | {"MKL_CBWR": "AVX512"}, []),
-    "high-4": (4, HIGH | {"MKL_ENABLE_INSTRUCTIONS": "AVX512"}, []),
+    "low-1": (1, LOW_SWITCHES | {"MKL_CBWR": "COMPATIBLE"}, []),
+    "low-4": (4, LOW_SWITCHES | {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}, []),
+    "avx2-2": (2, MIDDLE_SWITCHES | {"MKL_CBWR": "AVX2"}, []),
+    "high-2": (2, HIGH_SWITCHES | {"MKL_CBWR": "AVX512"}, []),
+    "high-4": (4, HIGH_SWITCHES | {"MKL_ENABLE_INSTRUCTIONS": "AVX512"}, []),
     "random": (1, {}, ["-p", "randomly", "-v"]),
 }
 """Name -> threads, environment, arguments of pytest."""
@@ -67,43 +74,58 @@ print("numpy", {name: {of[key]["current"] for key in of} for name, of in loops.i
 pools = threadpoolctl.threadpool_info()
 print("openblas", [pool["architecture"] for pool in pools if "architecture" in pool])
 """
-SAID = re.compile(
+REPORTED = re.compile(
     r"^(?:torch|numpy|openblas) .*|^MKL_VERBOSE oneMKL[^,]*|CNR:.* NThr:\d+$"
     r"|onednn_verbose,.*isa:.*",
     re.M,
 )
 
 
-def in_force(environment: dict[str, str]) -> Iterator[str]:
+def settings_in_force(environment: dict[str, str]) -> Iterator[str]:
     """Yield the settings in force, as reported by the libraries."""
-    verbose = environment | {"MKL_VERBOSE": "1", "ONEDNN_VERBOSE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE], env=verbose, capture_output=True, text=True, check=True
+    verbose_environment = environment | {"MKL_VERBOSE": "1", "ONEDNN_VERBOSE": "1"}
+    probe_run = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        env=verbose_environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    return iter(dict.fromkeys(found.group() for found in SAID.finditer(done.stdout)))
+    return iter(dict.fromkeys(match.group() for match in REPORTED.finditer(probe_run.stdout)))
 
 
-def run(name: str, arguments: list[str]) -> tuple[int, str]:
+def run_tests(name: str, arguments: list[str]) -> tuple[int, str]:
     """Do a run; returns the exit status, and the row of the table."""
-    threads, switched, more = RUNS[name]
-    of_threads = dict.fromkeys(
+    threads, switches_of_run, extra_arguments = RUNS[name]
+    thread_limits = dict.fromkeys(
         ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)
     )
     # by default MKL uses at most as many threads as cores, so MKL_DYNAMIC is off; threads without a
     # core must not spin
     environment = (
-        os.environ | switched | of_threads | {"MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "PASSIVE"}
+        os.environ
+        | switches_of_run
+        | thread_limits
+        | {"MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "PASSIVE"}
     )
     workers = max((os.cpu_count() or 1) // threads, 1)
     # one worker runs a whole file, so fixtures shared by the tests of a file are made once
-    spread = ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
-    command = [sys.executable, "-m", "pytest", *spread, "--tb=short", *more, *arguments]
+    worker_arguments = ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *worker_arguments,
+        "--tb=short",
+        *extra_arguments,
+        *arguments,
+    ]
     start = time.monotonic()
     with (OUTPUT / f"{name}.log").open("w") as log:
         log.write(
             "\n".join(
-                [f"{key}={value}" for key, value in switched.items()]
-                + [*in_force(environment), "", ""]
+                [f"{key}={value}" for key, value in switches_of_run.items()]
+                + [*settings_in_force(environment), "", ""]
             )
         )
         log.flush()
@@ -117,10 +139,10 @@ def run(name: str, arguments: list[str]) -> tuple[int, str]:
         sep="\n",
     )
     counts = {
-        word: n
-        for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", text.splitlines()[-1])
+        outcome: n
+        for n, outcome in re.findall(r"(\d+) (passed|failed|error|skipped)", text.splitlines()[-1])
     }
-    cells = [counts.get(word, "0") for word in ("passed", "failed", "error", "skipped")]
+    cells = [counts.get(outcome, "0") for outcome in ("passed", "failed", "error", "skipped")]
     return status, f"| {name} | {threads} | {' | '.join(cells)} | {time.monotonic() - start:.0f} |"
 
 
@@ -130,22 +152,22 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", action="append", choices=RUNS, help="one of the runs; repeatable")
-    chosen, arguments = parser.parse_known_args()
+    options, arguments = parser.parse_known_args()
     OUTPUT.mkdir(parents=True, exist_ok=True)
     table = [
         "| run | threads | passed | failed | errors | skipped | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
-    failed = False
-    for name in chosen.only or RUNS:
+    has_failed = False
+    for name in options.only or RUNS:
         print(f"== {name}", flush=True)
-        status, row = run(name, arguments)
-        failed |= status != 0
+        status, row = run_tests(name, arguments)
+        has_failed |= status != 0
         table.append(row)
         (OUTPUT / "table.md").write_text("\n".join(table) + "\n")
         print(row, flush=True)
     print("\n".join(table))
-    return int(failed)
+    return int(has_failed)
 
 
 if __name__ == "__main__":

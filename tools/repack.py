@@ -15,24 +15,26 @@ import tarfile
 from pathlib import Path
 
 
-def repacked(package: bytes, epoch: int) -> bytes:
+def repack(package: bytes, epoch: int) -> bytes:
     """The same package without the differences from build to build."""
-    made = io.BytesIO()
+    buffer = io.BytesIO()
     with (
-        tarfile.open(fileobj=io.BytesIO(package)) as old,
-        gzip.GzipFile(filename="", mode="wb", fileobj=made, mtime=epoch) as packed,
-        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new,
+        tarfile.open(fileobj=io.BytesIO(package)) as old_archive,
+        gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=epoch) as compressed,
+        tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as new_archive,
     ):
-        for member in sorted(old.getmembers(), key=lambda member: member.name):
+        for member in sorted(old_archive.getmembers(), key=lambda member: member.name):
             member.mtime, member.uid, member.gid, member.uname, member.gname = epoch, 0, 0, "", ""
             member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
             member.pax_headers = {}
-            new.addfile(member, old.extractfile(member) if member.isfile() else None)
-    return made.getvalue()
+            new_archive.addfile(
+                member, old_archive.extractfile(member) if member.isfile() else None
+            )
+    return buffer.getvalue()
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         Path(name).write_bytes(
-            repacked(Path(name).read_bytes(), int(os.environ["SOURCE_DATE_EPOCH"]))
+            repack(Path(name).read_bytes(), int(os.environ["SOURCE_DATE_EPOCH"]))
         )

@@ -20,19 +20,19 @@ from typing import Final, NamedTuple
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 
-MEDIAN: Final = (12, 18)
+MEDIAN_LIMITS: Final = (12, 18)
 """Least and largest median of a page, in words."""
 
-LONG: Final = 30
+LONG_SENTENCE: Final = 30
 """Words above which a sentence is long."""
 
-MOST_LONG: Final = 0.03
+MAX_SHARE_OF_LONG: Final = 0.03
 """Largest share of long sentences of a page."""
 
-LONGEST: Final = 40
+MAX_WORDS: Final = 40
 """Maximum length of a sentence, in words."""
 
-HEAD: Final = re.compile(r"^\*\*[^*]+(?:[.?!]\*\*\s*|\*\*$)")
+BOLD_HEADING: Final = re.compile(r"^\*\*[^*]+(?:[.?!]\*\*\s*|\*\*$)")
 """Bold words at the beginning of a paragraph, as a heading."""
 
 LISTED_LINK: Final = re.compile(r"\[[^\]]+\]\([^)]+\): (?:[^.]|\.(?=\S))*\.?")
@@ -68,13 +68,15 @@ class Page(NamedTuple):
         """Limits that the page exceeds."""
         faults = []
         median = statistics.median(self.lengths)
-        if not MEDIAN[0] <= median <= MEDIAN[1]:
-            faults.append(f"median {median:g}, not {MEDIAN[0]} to {MEDIAN[1]}")
-        share = sum(length > LONG for length in self.lengths) / len(self.lengths)
-        if share > MOST_LONG:
-            faults.append(f"{share:.0%} above {LONG} words, at most {MOST_LONG:.0%}")
-        if max(self.lengths) > LONGEST:
-            faults.append(f"longest {max(self.lengths)} words, at most {LONGEST}")
+        if not MEDIAN_LIMITS[0] <= median <= MEDIAN_LIMITS[1]:
+            faults.append(f"median {median:g}, not {MEDIAN_LIMITS[0]} to {MEDIAN_LIMITS[1]}")
+        share = sum(length > LONG_SENTENCE for length in self.lengths) / len(self.lengths)
+        if share > MAX_SHARE_OF_LONG:
+            faults.append(
+                f"{share:.0%} above {LONG_SENTENCE} words, at most {MAX_SHARE_OF_LONG:.0%}"
+            )
+        if max(self.lengths) > MAX_WORDS:
+            faults.append(f"longest {max(self.lengths)} words, at most {MAX_WORDS}")
         return faults
 
 
@@ -84,7 +86,7 @@ def read_page(path: Path) -> Page:
     for paragraph in _paragraphs(path.read_text(encoding="utf-8")):
         if LISTED_LINK.fullmatch(paragraph):
             continue
-        sentences += _sentences(_plain(HEAD.sub("", paragraph)))
+        sentences += _sentences(_plain(BOLD_HEADING.sub("", paragraph)))
     return Page(path, sentences)
 
 
@@ -137,7 +139,7 @@ def main(names: list[str]) -> int:
             continue
         name = path.resolve().relative_to(ROOT).as_posix()
         lengths = page.lengths
-        share = sum(length > LONG for length in lengths) / len(lengths)
+        share = sum(length > LONG_SENTENCE for length in lengths) / len(lengths)
         mark = ""
         if page.faults:
             failed.append(f"{name}: {'; '.join(page.faults)}")
@@ -153,7 +155,7 @@ def main(names: list[str]) -> int:
 
 def _print_long(page: Page) -> None:
     for sentence, length in zip(page.sentences, page.lengths, strict=True):
-        if length > LONG:
+        if length > LONG_SENTENCE:
             print(f"  {length} words: {sentence}")
 
 

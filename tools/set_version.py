@@ -25,37 +25,41 @@ def set_version(root: Path, version: str, date: str) -> None:
     """Change every file. All files are read before the first file is written."""
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
         sys.exit(f"a version is MAJOR.MINOR.PATCH. Got {version!r}.")
-    changed = {}
+    new_texts = {}
     for name, pattern, replacement in (
         ("pyproject.toml", r'^version = ".*"$', f'version = "{version}"'),
         ("src/vilu_bench/pyproject.toml", r'^version = ".*"$', f'version = "{version}"'),
         ("deploy/conda/recipe.yaml", r'^  version: ".*"$', f'  version: "{version}"'),
     ):
-        changed[root / name] = replaced(root / name, read(root / name), pattern, replacement)
+        new_texts[root / name] = replace_once(
+            root / name, read_text(root / name), pattern, replacement
+        )
     bench = root / "src/vilu_bench/pyproject.toml"
     pin = f'"vilu[report]=={version}"'
-    changed[bench] = replaced(bench, changed[bench], r'"vilu\[report\]==.*?"', pin)
-    page, lists = divided((root / "CHANGELOG.md").read_text(encoding="utf-8"), version, date)
-    changed[root / "CHANGELOG.md"] = page
-    changed[root / "docs" / f"changes-{version}.md"] = lists
-    for path, text in changed.items():
+    new_texts[bench] = replace_once(bench, new_texts[bench], r'"vilu\[report\]==.*?"', pin)
+    page, lists = divide_changelog(
+        (root / "CHANGELOG.md").read_text(encoding="utf-8"), version, date
+    )
+    new_texts[root / "CHANGELOG.md"] = page
+    new_texts[root / "docs" / f"changes-{version}.md"] = lists
+    for path, text in new_texts.items():
         path.write_text(text, encoding="utf-8")
 
 
-def read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The text of a file."""
     return path.read_text(encoding="utf-8")
 
 
-def replaced(path: Path, text: str, pattern: str, replacement: str) -> str:
+def replace_once(path: Path, text: str, pattern: str, replacement: str) -> str:
     """Replace the single match of a pattern in the text of a file."""
-    changed, n = re.subn(pattern, replacement, text, flags=re.MULTILINE)
+    new_text, n = re.subn(pattern, replacement, text, flags=re.MULTILINE)
     if n != 1:
         sys.exit(f"{path} has {n} places like {pattern}, expected 1.")
-    return changed
+    return new_text
 
 
-def divided(changelog: str, version: str, date: str) -> tuple[str, str]:
+def divide_changelog(changelog: str, version: str, date: str) -> tuple[str, str]:
     """The changelog with the new section, and the lists for a separate page."""
     before, _, rest = changelog.partition(UNRELEASED)
     section, following, older = rest.partition("\n## [")
@@ -63,15 +67,18 @@ def divided(changelog: str, version: str, date: str) -> tuple[str, str]:
     if not heading:
         sys.exit("CHANGELOG.md has nothing unreleased.")
     link = f"All changes: [docs/changes-{version}.md](docs/changes-{version}.md).\n"
-    new = f"{before}{UNRELEASED}\n## [{version}] - {date}\n{page}{link}{following}{older}"
+    new_changelog = f"{before}{UNRELEASED}\n## [{version}] - {date}\n{page}{link}{following}{older}"
     # links of the lists start at the root, but the page is in a folder below the root
-    moved = re.sub(r"\]\(docs/", "](", lists)
-    return new, f"# All changes of {version}\n\n## Added\n{moved.replace('### ', '## ')}"
+    moved_lists = re.sub(r"\]\(docs/", "](", lists)
+    return (
+        new_changelog,
+        f"# All changes of {version}\n\n## Added\n{moved_lists.replace('### ', '## ')}",
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("version")
     parser.add_argument("--date", default=datetime.datetime.now(datetime.UTC).date().isoformat())
-    asked = parser.parse_args()
-    set_version(ROOT, asked.version, asked.date)
+    options = parser.parse_args()
+    set_version(ROOT, options.version, options.date)

@@ -122,7 +122,7 @@ MAKING_FUNCTIONS: set[Callable[..., object]] = {torch.rand, torch.randn, torch.n
 """Functions that make a new tensor of random numbers."""
 
 
-class OwnGenerator(TorchFunctionMode):
+class SeparateGenerator(TorchFunctionMode):
     """A block with a separate generator for random numbers on the CPU.
 
     Libraries draw random initial weights even if the weights of the model are then read from a

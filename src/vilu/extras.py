@@ -20,20 +20,20 @@ from vilu.errors import MissingModelError
 
 # Seconds to wait for a connection to the hub. Without such a test of the connection, the client of
 # the hub would try again and again for 23 s per file.
-REACH_TIMEOUT = 3.0
+CONNECT_SECONDS = 3.0
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
     """Import a module of an optional library; MissingModelError says how to install the library."""
     try:
-        with quiet():
+        with suppress_messages():
             return importlib.import_module(module)
     except ImportError as error:
         raise MissingModelError(f"this needs: pip install 'vilu[{extra}]' ({error}).") from error
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def suppress_messages() -> Iterator[None]:
     """Within the block, suppress warnings, log lines below ERROR and progress bars of this thread.
 
     Other threads are not affected, because every hook asks whether the thread is in such a block.
@@ -45,7 +45,7 @@ def quiet() -> Iterator[None]:
     token = _is_quiet.set(True)
     try:
         with ExitStack() as stack:
-            for module, hook in HOOKS.items():
+            for module, hook in SILENCING_HOOKS.items():
                 if module in sys.modules:
                     stack.enter_context(hook)
             yield
@@ -54,7 +54,7 @@ def quiet() -> Iterator[None]:
 
 
 _is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
-"""Whether the current thread is in a ``quiet`` block."""
+"""Whether the current thread is in a ``suppress_messages`` block."""
 
 
 class _QuietCategory(type):
@@ -67,7 +67,7 @@ class _QuietCategory(type):
         return _is_quiet.get()
 
 
-class _AnyOfQuietThread(Warning, metaclass=_QuietCategory):
+class _QuietThreadWarning(Warning, metaclass=_QuietCategory):
     """The category in the warning filter, to find the warnings of quiet threads."""
 
 
@@ -76,7 +76,7 @@ def _hook_warnings() -> Iterator[None]:
     """Within the block, ignore the warnings of quiet threads."""
     filters = cast("list[object]", warnings.filters)
     # action, message, category, module and line; None and 0 match everything
-    ignore_filter = ("ignore", None, _AnyOfQuietThread, None, 0)
+    ignore_filter = ("ignore", None, _QuietThreadWarning, None, 0)
     filters.insert(0, ignore_filter)
     try:
         yield
@@ -92,28 +92,28 @@ BELOW_ALL_HANDLERS = -1
 @contextmanager
 def _hook_logging() -> Iterator[None]:
     """Within the block, drop log records below ERROR from quiet threads."""
-    make_record = logging.getLogRecordFactory()  # the factory to replace
-    configure = logging.basicConfig
+    previous_factory = logging.getLogRecordFactory()  # the factory to replace
+    basic_config = logging.basicConfig
 
-    def make_silent(*args: object, **fields: object) -> logging.LogRecord:
-        record = make_record(*args, **fields)
+    def make_silent_record(*args: object, **fields: object) -> logging.LogRecord:
+        record = previous_factory(*args, **fields)
         if _is_quiet.get() and record.levelno < logging.ERROR:
             record.levelno = BELOW_ALL_HANDLERS
         return record
 
     def configure_unless_quiet(**options: Any) -> None:  # noqa: ANN401 - as logging declares them
         if not _is_quiet.get():
-            configure(**options)
+            basic_config(**options)
 
-    logging.setLogRecordFactory(make_silent)
+    logging.setLogRecordFactory(make_silent_record)
     try:
         # open_clip calls ``logging.info``, and so adds a handler to a root logger without handlers
         with temporarily_set(logging, basicConfig=configure_unless_quiet):
             yield
     finally:
         # keep a factory set by another thread meanwhile
-        if logging.getLogRecordFactory() is make_silent:
-            logging.setLogRecordFactory(make_record)
+        if logging.getLogRecordFactory() is make_silent_record:
+            logging.setLogRecordFactory(previous_factory)
 
 
 TRANSFORMERS_BARS = "transformers.utils.logging"
@@ -147,12 +147,12 @@ def _hook_transformers_bars() -> Iterator[None]:
 def _hook_hub_bars() -> Iterator[None]:
     """Within the block, hide the progress bars of the hub client in quiet threads."""
     bars = importlib.import_module(HUB_BARS)
-    are_disabled = bars.are_progress_bars_disabled
+    are_bars_disabled = bars.are_progress_bars_disabled
 
-    def are_disabled_here(name: str | None = None) -> bool:
-        return _is_quiet.get() or are_disabled(name)
+    def are_disabled_or_quiet(name: str | None = None) -> bool:
+        return _is_quiet.get() or are_bars_disabled(name)
 
-    with temporarily_set(bars, are_progress_bars_disabled=are_disabled_here):
+    with temporarily_set(bars, are_progress_bars_disabled=are_disabled_or_quiet):
         yield
 
 
@@ -178,15 +178,15 @@ def _hook_hub_offline() -> Iterator[None]:
     """Within the block, let the hub client ask whether the current thread is offline."""
     # At import, the client sets this constant from the environment variable of the same name. The
     # client reads the constant at every request.
-    client: Any = importlib.import_module(HUB_CONSTANTS)
-    switch = _OfflineSwitch(client.HF_HUB_OFFLINE)
-    client.HF_HUB_OFFLINE = switch
+    hub_constants: Any = importlib.import_module(HUB_CONSTANTS)
+    offline_switch = _OfflineSwitch(hub_constants.HF_HUB_OFFLINE)
+    hub_constants.HF_HUB_OFFLINE = offline_switch
     try:
         yield
     finally:
         # keep a value set by another thread meanwhile
-        if client.HF_HUB_OFFLINE is switch:
-            client.HF_HUB_OFFLINE = switch.usual_value
+        if hub_constants.HF_HUB_OFFLINE is offline_switch:
+            hub_constants.HF_HUB_OFFLINE = offline_switch.usual_value
 
 
 class _SharedContext:
@@ -195,23 +195,23 @@ class _SharedContext:
     def __init__(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         self._context = context
         self._lock = threading.Lock()
-        self._n_inside = 0
+        self._n_threads_inside = 0
         self._exit_stack = ExitStack()
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._n_inside == 0:
+            if self._n_threads_inside == 0:
                 self._exit_stack.enter_context(self._context())
-            self._n_inside += 1
+            self._n_threads_inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._n_inside -= 1
-            if self._n_inside == 0:
+            self._n_threads_inside -= 1
+            if self._n_threads_inside == 0:
                 self._exit_stack.close()
 
 
-HOOKS = {
+SILENCING_HOOKS = {
     "warnings": _SharedContext(_hook_warnings),
     "logging": _SharedContext(_hook_logging),
     TRANSFORMERS_BARS: _SharedContext(_hook_transformers_bars),
@@ -251,7 +251,7 @@ def temporarily_set(target: object, **values: object) -> Iterator[None]:
             setattr(target, name, value)
 
 
-def hub_reachable() -> bool:
+def is_hub_reachable() -> bool:
     """Whether the hub may be used (no HF_HUB_OFFLINE) and accepts a connection in time."""
     from huggingface_hub import constants
 
@@ -265,7 +265,7 @@ def hub_reachable() -> bool:
     usual_port = 443 if endpoint.scheme == "https" else 80
     address = (endpoint.hostname, endpoint.port or usual_port)
     try:
-        with socket.create_connection(address, timeout=REACH_TIMEOUT):
+        with socket.create_connection(address, timeout=CONNECT_SECONDS):
             return True
     except OSError:
         return False

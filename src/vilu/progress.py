@@ -28,7 +28,7 @@ class Reporter(Protocol):
         """Finish a task, also after an exception."""
 
 
-class Silence:
+class SilentProgress:
     """A reporter without any display. ``start`` returns the reporter itself as the task."""
 
     def start(self, description: str, total: float | None, unit: str) -> Task:  # noqa: ARG002
@@ -58,7 +58,7 @@ def reporting(reporter: Reporter) -> Iterator[None]:
 @contextmanager
 def track(description: str, total: float | None, unit: str) -> Iterator[Task]:
     """Start a task at the beginning of the block, and finish it at the end of the block."""
-    reporter = _reporter.get() or Silence()
+    reporter = _reporter.get() or SilentProgress()
     task = reporter.start(description, total, unit)
     try:
         yield task

@@ -26,14 +26,14 @@ Added = TypeVar("Added")
 
 logger = logging.getLogger(__name__)
 
-ADDERS: dict[str, Callable[[object], bool]] = {}
+REGISTER_FUNCTIONS: dict[str, Callable[[object], bool]] = {}
 """Maps the description of a kind of objects to the function for registering such an object.
 
 The function returns False if the object is of another kind. Every subpackage with a catalogue adds
 a function here.
 """
 
-SECTIONS = {"backbones": "vilu.backbones.catalog:add_tables"}
+FUNCTION_OF_SECTION = {"backbones": "vilu.backbones.catalog:add_tables"}
 """Maps a section of TOML files to "module:function", the function that registers the tables.
 
 Entry points of the group ``SECTION_GROUP`` add further sections.
@@ -89,8 +89,8 @@ def register(thing: Added) -> Added:
     """
     if isinstance(thing, str | os.PathLike) and Path(thing).suffix == ".toml":
         _register_file(Path(thing))
-    elif not any(adder(thing) for adder in ADDERS.values()):
-        kinds = ", or ".join(["the path of a TOML file", *ADDERS])
+    elif not any(register_if_kind(thing) for register_if_kind in REGISTER_FUNCTIONS.values()):
+        kinds = ", or ".join(["the path of a TOML file", *REGISTER_FUNCTIONS])
         raise UsageError(f"register takes {kinds}. Got {thing!r} instead.")
     return thing
 
@@ -98,16 +98,18 @@ def register(thing: Added) -> Added:
 def _register_file(path: Path) -> None:
     """Register the tables of a TOML file."""
     tables_by_section = toml_tables(path)
-    functions = dict(SECTIONS)
+    function_of_section = dict(FUNCTION_OF_SECTION)
     for entry in entry_points(SECTION_GROUP):
-        functions[entry.name] = entry.value
+        function_of_section[entry.name] = entry.value
     for section in tables_by_section:
-        if section not in functions:
+        if section not in function_of_section:
             refuse_name_of_bench(SECTION_GROUP, section)
-            known = ", ".join(f"[{name}.NAME]" for name in sorted(functions, reverse=True))
-            raise UsageError(f"{path} has a section [{section}]; there are {known}.")
+            known_sections = ", ".join(
+                f"[{name}.NAME]" for name in sorted(function_of_section, reverse=True)
+            )
+            raise UsageError(f"{path} has a section [{section}]; there are {known_sections}.")
     for section, tables in tables_by_section.items():
-        module, _, name = functions[section].partition(":")
+        module, _, name = function_of_section[section].partition(":")
         register_tables = getattr(importlib.import_module(module), name)
         register_tables(tables)
 
@@ -150,7 +152,7 @@ class Catalogue(MutableMapping[str, Added]):
     looked up, or when the catalogue is iterated. If the import fails, a lookup raises an error, but
     an iteration only logs a warning and leaves the entry point out.
 
-    The order is: objects of this package in the order of ``offer``, then registered objects, then
+    The order is: objects of this package in the order of adding, then registered objects, then
     objects of entry points by name. Earlier lookups do not change the order.
     """
 
@@ -172,10 +174,10 @@ class Catalogue(MutableMapping[str, Added]):
     def _in_order(self, entry_names: Sequence[str]) -> list[str]:
         """Names of this package, then registered names, then names of entry points."""
         # an entry point is in ``registered``, too, after a lookup
-        registered = [name for name in self.registered if name not in entry_names]
-        return list(dict.fromkeys([*self.addresses, *registered, *entry_names]))
+        registered_names = [name for name in self.registered if name not in entry_names]
+        return list(dict.fromkeys([*self.addresses, *registered_names, *entry_names]))
 
-    def offer(self, addresses: Mapping[str, str]) -> None:
+    def add_addresses(self, addresses: Mapping[str, str]) -> None:
         """Add objects of this package without importing them.
 
         ``addresses`` maps the name of an object to "module:object".
@@ -184,7 +186,7 @@ class Catalogue(MutableMapping[str, Added]):
 
     def __getitem__(self, name: str) -> Added:
         if name not in self.registered and name in self.addresses:
-            self._import_own(name)
+            self._import_object(name)
         if name not in self.registered:
             load_plugins()
         if name not in self.registered:
@@ -210,7 +212,7 @@ class Catalogue(MutableMapping[str, Added]):
         """Import all objects of the catalogue."""
         for name in self.addresses:
             if name not in self.registered:
-                self._import_own(name)
+                self._import_object(name)
         reasons = []
         for entry in self._entries():
             try:
@@ -221,7 +223,7 @@ class Catalogue(MutableMapping[str, Added]):
             logger.warning("left out: %s", reason)
         self._entry_names = sorted(entry.name for entry in self._entries())
 
-    def _import_own(self, name: str) -> None:
+    def _import_object(self, name: str) -> None:
         """Import an object of this package, and register it."""
         module, _, attribute = self.addresses[name].partition(":")
         register(getattr(importlib.import_module(module), attribute))
@@ -234,12 +236,12 @@ class Catalogue(MutableMapping[str, Added]):
 
     def _import_entry(self, entry: EntryPoint) -> None:
         """Import the object of an entry point, and register it."""
-        loaded = register_entry(entry, self.kind)
+        imported_object = register_entry(entry, self.kind)
         # If the entry point is the path of a TOML file, the object with this name was made from a
-        # table of the file. So this object cannot equal ``loaded``.
-        is_file = isinstance(loaded, str | os.PathLike)
+        # table of the file. So this object cannot equal ``imported_object``.
+        is_file = isinstance(imported_object, str | os.PathLike)
         object_of_name = self.registered.get(entry.name)
-        is_same = is_file or object_of_name == loaded
+        is_same = is_file or object_of_name == imported_object
         if object_of_name is None or not is_same:
             raise UsageError(
                 f"{_entry_in_words(entry, self.kind)} has another name than its entry point."
@@ -288,9 +290,9 @@ def load_entry(entry: EntryPoint, kind: str) -> Any:  # noqa: ANN401 - any objec
 
 def register_entry(entry: EntryPoint, kind: str) -> Any:  # noqa: ANN401 - any object
     """Import the object of an entry point and register it; UsageError if this is impossible."""
-    loaded = load_entry(entry, kind)
+    imported_object = load_entry(entry, kind)
     try:
-        return register(loaded)
+        return register(imported_object)
     except UsageError as error:
         raise _import_error(entry, kind, error) from error
 

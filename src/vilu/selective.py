@@ -33,7 +33,7 @@ from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import DecidingModel, score
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.answers import write_next
-from vilu.triage.ask import calibrate_by_labels, next_of_store
+from vilu.triage.ask import calibrate_by_labels, choose_rows_to_label
 from vilu.validation import checked
 
 RISK_OF_CHOICE = 0.05
@@ -336,7 +336,7 @@ class Selective(DecidingModel):
         self._choose_answer(max_risk)
         predictor = load_predictor(self.folder)
         require_probability(predictor)
-        rows_to_label, answers = next_of_store(
+        rows_to_label, answers = choose_rows_to_label(
             store, predictor, files, n=n, max_risk=max_risk, seed=seed, per_class=per_class
         )
         write_next(path, rows_to_label, answers, predictor.answer)

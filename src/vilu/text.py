@@ -6,11 +6,11 @@ import base64
 import hashlib
 from collections.abc import Iterable, Sequence
 
-NOTHING = "-"  # cell without a number
-WIDEST_CELL = 120  # maximum number of characters in a cell of an aligned table
+EMPTY_CELL = "-"  # cell without a number
+MAX_CELL_LENGTH = 120  # maximum number of characters in a cell of an aligned table
 # characters with a meaning in Markdown, and the replacements
-_MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "_": r"\_", "*": r"\*"})
-_LATEX = str.maketrans(
+_MARKDOWN_ESCAPES = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "_": r"\_", "*": r"\*"})
+_LATEX_ESCAPES = str.maketrans(
     {
         "\\": r"\textbackslash ",
         "&": r"\&",
@@ -33,12 +33,12 @@ _LATEX = str.maketrans(
 """Characters that are commands or unknown in LaTeX, and the replacements."""
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+def align_columns(lines: Sequence[Sequence[str]]) -> list[str]:
     """Format lines of cells as text, with columns aligned at the left ends.
 
-    Cells are escaped and shortened by ``shown``.
+    Cells are escaped and shortened by ``to_terminal_text``.
     """
-    cells = [[shown(cell) for cell in line] for line in lines]
+    cells = [[to_terminal_text(cell) for cell in line] for line in lines]
     widths: list[int] = []
     for column in zip(*cells, strict=True):  # the cells of each column
         widths.append(max(map(len, column)))
@@ -66,24 +66,24 @@ def latex_rows(lines: Iterable[Sequence[str]]) -> list[str]:
     return [" & ".join(line) + r" \\" for line in lines]
 
 
-def in_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Escape the characters of a text with a meaning in Markdown."""
-    return text.translate(_MARKDOWN)
+    return text.translate(_MARKDOWN_ESCAPES)
 
 
-def in_latex(text: str) -> str:
+def escape_latex(text: str) -> str:
     """Escape the characters of a text with a meaning in LaTeX."""
-    return text.translate(_LATEX)
+    return text.translate(_LATEX_ESCAPES)
 
 
-def without_formula(text: str) -> str:
+def escape_formula(text: str) -> str:
     """Put an apostrophe before a text if a spreadsheet would run the text as a formula."""
     if text.startswith(("=", "+", "-", "@")):
         return f"'{text}"
     return text
 
 
-def printable(text: str, keep: str = "") -> str:
+def escape_unprintable(text: str, keep: str = "") -> str:
     """Escape all non-printable characters of a text, except the characters in ``keep``.
 
     Names come from files, and may contain line breaks or control sequences of the terminal.
@@ -97,9 +97,9 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(characters)
 
 
-def shown(text: str) -> str:
-    """Make a name printable for a terminal, and shorten it to ``WIDEST_CELL`` characters."""
-    return _cut(printable(text), WIDEST_CELL)
+def to_terminal_text(text: str) -> str:
+    """Make a name printable for a terminal, and shorten it to ``MAX_CELL_LENGTH`` characters."""
+    return _cut(escape_unprintable(text), MAX_CELL_LENGTH)
 
 
 def _cut(line: str, length: int) -> str:
@@ -109,7 +109,7 @@ def _cut(line: str, length: int) -> str:
     return line[: length - 1] + "…"
 
 
-def span(values: Iterable[object]) -> str:
+def join_distinct(values: Iterable[object]) -> str:
     """Join the different values with slashes, in order of first occurrence, such as "10/20"."""
     return "/".join(dict.fromkeys(map(str, values)))
 
@@ -121,20 +121,20 @@ def plural(n: int, noun: str) -> str:
     return f"{n:,} {noun}s"
 
 
-def short(text: str, length: int) -> str:
+def shorten_line(text: str, length: int) -> str:
     """Put a text on one line, and shorten it to ``length`` characters."""
     return _cut(" ".join(text.split()), length)
 
 
-def more_line(n: int, n_shown: int, what: str) -> list[str]:
+def hidden_rows_line(n: int, n_shown: int, noun: str) -> list[str]:
     """A list with a line about the number of hidden rows.
 
-    ``n_shown`` of ``n`` rows are shown. The list is empty if all rows are shown. ``what`` is the
+    ``n_shown`` of ``n`` rows are shown. The list is empty if all rows are shown. ``noun`` is the
     noun for the rows.
     """
     if n <= n_shown:
         return []
-    return [f"... and {n - n_shown:,} more {what} (--json has all)"]
+    return [f"... and {n - n_shown:,} more {noun} (--json has all)"]
 
 
 def csp_hash(content: str) -> str:
@@ -143,7 +143,7 @@ def csp_hash(content: str) -> str:
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
-def page_of(package: str, name: str, images: str) -> tuple[str, str]:
+def render_page(package: str, name: str, images: str) -> tuple[str, str]:
     """An HTML page with style and script, and the Content-Security-Policy of the page.
 
     The three parts are templates of ``package``, in files with this name. The policy allows no

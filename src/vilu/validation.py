@@ -19,10 +19,10 @@ C = TypeVar("C", bound=type)
 LARGEST_SEED = 2**63 - 1
 """Largest seed accepted by all generators of random numbers."""
 
-MOST_ELEMENTS_CHECKED = 100
+MAX_CHECKED_ELEMENTS = 100
 """Number of elements at the beginning of a list to check for the right type."""
 
-MOST_JOINED_BY_OR = 2
+MAX_CHOICES_JOINED_BY_OR = 2
 """Maximum number of choices joined by "or" in a message. Longer lists begin with "one of"."""
 
 
@@ -83,21 +83,21 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     signature = inspect.signature(function)
 
     @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def checked_function(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{_name_of_call(function, args)}: {error}") from None
         arguments = bound.arguments
-        for name, hint in _hints(function).items():
+        for name, type_hint in _type_hints(function).items():
             if name in arguments:
-                arguments[name] = _as_python(arguments[name], hint)
-                problem = _problem(name, arguments[name], hint, arguments)
+                arguments[name] = _as_python(arguments[name], type_hint)
+                problem = _problem_of_argument(name, arguments[name], type_hint, arguments)
                 if problem:
                     raise UsageError(f"{_name_of_call(function, args)}: {problem}")
         return function(*bound.args, **bound.kwargs)
 
-    return call
+    return checked_function
 
 
 def _name_of_call(function: Callable[..., object], args: tuple[object, ...]) -> str:
@@ -142,7 +142,7 @@ def _with_article(name: str) -> str:
 
 
 @cache
-def _hints(function: Callable[..., object]) -> dict[str, Any]:
+def _type_hints(function: Callable[..., object]) -> dict[str, Any]:
     """Map the names of the parameters to the annotated types.
 
     Positional-only parameters, *args and **kwargs are left out.
@@ -156,38 +156,39 @@ def _hints(function: Callable[..., object]) -> dict[str, Any]:
         if parameter.annotation is not parameter.empty:
             annotations[name] = parameter.annotation
     # get_type_hints looks up the names in annotations in the module of the function
-    annotated = SimpleNamespace(__annotations__=annotations)
-    names = inspect.unwrap(function).__globals__
-    return typing.get_type_hints(annotated, names, include_extras=True)
+    annotated_object = SimpleNamespace(__annotations__=annotations)
+    module_names = inspect.unwrap(function).__globals__
+    return typing.get_type_hints(annotated_object, module_names, include_extras=True)
 
 
-def _problem(
+def _problem_of_argument(
     name: str,
     value: Any,  # noqa: ANN401 - any argument
-    hint: object,
+    type_hint: object,
     arguments: Mapping[str, object],
 ) -> str | None:
     """Describe the problem of an argument; None if the argument is right."""
-    if not _fits(value, hint):
-        swapped_name = _fitting_argument(name, hint, arguments)
+    if not _is_of_type(value, type_hint):
+        swapped_name = _fitting_argument(name, type_hint, arguments)
         question = f" {swapped_name} is one: are they swapped?" if swapped_name else ""
-        return f"{name} must be {_expected(hint)}. Got {describe_value(value)} instead.{question}"
+        requirement = f"{name} must be {_type_in_words(type_hint)}."
+        return f"{requirement} Got {describe_value(value)} instead.{question}"
     if name == "seed" and value is not None and not 0 <= value <= LARGEST_SEED:
         return f"seed must be from 0 to 2^63 - 1. Got {value} instead."
     return None
 
 
-def _fitting_argument(name: str, hint: object, arguments: Mapping[str, object]) -> str | None:
-    """Name of another argument of the type ``hint``, the type expected of ``name``; else None.
+def _fitting_argument(name: str, type_hint: object, arguments: Mapping[str, object]) -> str | None:
+    """Name of another argument of the type ``type_hint``, the type expected of ``name``; else None.
 
-    Other arguments are only looked at if ``hint`` is a type of vilu. Types of vilu have an
-    attribute ``how`` with a description of the type.
+    Other arguments are only looked at if ``type_hint`` is a type of vilu. Types of vilu have an
+    attribute ``how_to_make`` with a description of the type.
     """
-    kinds = get_args(hint) or (hint,)
-    if not any(hasattr(kind, "how") for kind in kinds):
+    types = get_args(type_hint) or (type_hint,)
+    if not any(hasattr(kind, "how_to_make") for kind in types):
         return None
     for candidate, value in arguments.items():
-        if candidate != name and _fits(value, hint):
+        if candidate != name and _is_of_type(value, type_hint):
             return candidate
     return None
 
@@ -204,12 +205,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not _is_bool(value)
 
 
-def _as_python(value: Any, hint: object) -> Any:  # noqa: ANN401 - any argument
+def _as_python(value: Any, type_hint: object) -> Any:  # noqa: ANN401 - any argument
     """Convert a number or text of numpy or torch to Python, for JSON and hashes.
 
     Arrays without dimensions, such as the logit scale of a model, are converted, too.
     """
-    types = {hint, *get_args(hint)}
+    types = {type_hint, *get_args(type_hint)}
     wants_plain_type = not types.isdisjoint({int, float, bool, str})
     has_no_dimension = getattr(value, "shape", None) == ()
     if not (wants_plain_type and has_no_dimension):
@@ -219,13 +220,13 @@ def _as_python(value: Any, hint: object) -> Any:  # noqa: ANN401 - any argument
     return value.item()
 
 
-def _fits(value: object, hint: object) -> bool:
+def _is_of_type(value: object, type_hint: object) -> bool:
     """Whether a value is of an annotated type; only the first elements of a list are checked."""
-    kind = get_origin(hint) or hint
-    type_arguments = get_args(hint)
+    kind = get_origin(type_hint) or type_hint
+    type_arguments = get_args(type_hint)
     if kind in TYPE_CHECKS:
-        fits, _ = TYPE_CHECKS[kind]
-        return fits(value, type_arguments)
+        is_of_type, _ = TYPE_CHECKS[kind]
+        return is_of_type(value, type_arguments)
     return _is_instance(value, kind, type_arguments)
 
 
@@ -251,26 +252,28 @@ def _has_elements(value: Any, kind: type, element: object) -> bool:  # noqa: ANN
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
         return False
     if isinstance(value, list | tuple):
-        return all(_fits(item, element) for item in value[:MOST_ELEMENTS_CHECKED])
+        return all(_is_of_type(item, element) for item in value[:MAX_CHECKED_ELEMENTS])
     if hasattr(value, "dtype"):
         is_vector = type(value).__module__ == "numpy" and value.ndim == 1
-        return is_vector and all(_fits(item, element) for item in value[:MOST_ELEMENTS_CHECKED])
+        return is_vector and all(
+            _is_of_type(item, element) for item in value[:MAX_CHECKED_ELEMENTS]
+        )
     # A source of embeddings has __getitem__, too, but is not iterable. So a source is no list.
     is_ordered = hasattr(value, "__getitem__") and isinstance(value, Iterable)
     return isinstance(value, kind) or is_ordered
 
 
-def _expected(hint: object) -> str:
+def _type_in_words(type_hint: object) -> str:
     """Describe a type, for a message."""
-    kind = get_origin(hint) or hint
-    type_arguments = get_args(hint)
+    kind = get_origin(type_hint) or type_hint
+    type_arguments = get_args(type_hint)
     if kind in TYPE_CHECKS:
-        _, in_words = TYPE_CHECKS[kind]
-        return in_words(type_arguments)
+        _, describe_type = TYPE_CHECKS[kind]
+        return describe_type(type_arguments)
     if isinstance(kind, type) and type_arguments and issubclass(kind, Sequence):
-        return f"a list, each {_expected(type_arguments[0])}"
+        return f"a list, each {_type_in_words(type_arguments[0])}"
     name = getattr(kind, "__name__", str(kind))
-    return str(getattr(kind, "how", _with_article(name)))
+    return str(getattr(kind, "how_to_make", _with_article(name)))
 
 
 def _is_any_of(value: object, types: tuple[object, ...]) -> bool:
@@ -278,15 +281,15 @@ def _is_any_of(value: object, types: tuple[object, ...]) -> bool:
 
     An argument that can be an array is checked by the decorated function, not here.
     """
-    for hint in types:
-        module = getattr(get_origin(hint) or hint, "__module__", None) or ""
+    for type_hint in types:
+        module = getattr(get_origin(type_hint) or type_hint, "__module__", None) or ""
         if module.startswith("numpy._"):
             return True
-    return any(_fits(value, hint) for hint in types)
+    return any(_is_of_type(value, type_hint) for type_hint in types)
 
 
 def _any_in_words(types: tuple[object, ...]) -> str:
-    names = [_expected(hint) for hint in types]
+    names = [_type_in_words(type_hint) for type_hint in types]
     return " or ".join(dict.fromkeys(names))
 
 
@@ -297,21 +300,21 @@ def _is_choice(value: object, choices: tuple[object, ...]) -> bool:
 
 def _choices_in_words(choices: tuple[object, ...]) -> str:
     names = [repr(choice) for choice in choices]
-    if len(names) > MOST_JOINED_BY_OR:
+    if len(names) > MAX_CHOICES_JOINED_BY_OR:
         return f"one of {', '.join(names)}"
     return " or ".join(names)
 
 
-Fits = Callable[[object, Any], bool]
-InWords = Callable[[Any], str]
+ValueTest = Callable[[object, Any], bool]
+TypeDescription = Callable[[Any], str]
 
-TYPE_CHECKS: dict[object, tuple[Fits, InWords]] = {
+TYPE_CHECKS: dict[object, tuple[ValueTest, TypeDescription]] = {
     Any: (lambda _, __: True, lambda _: "anything"),
     Union: (_is_any_of, _any_in_words),
     UnionType: (_is_any_of, _any_in_words),
     Annotated: (
-        lambda value, type_arguments: _fits(value, type_arguments[0]),
-        lambda type_arguments: _expected(type_arguments[0]),
+        lambda value, type_arguments: _is_of_type(value, type_arguments[0]),
+        lambda type_arguments: _type_in_words(type_arguments[0]),
     ),
     Literal: (_is_choice, _choices_in_words),
     int: (lambda value, _: _is_whole(value), lambda _: "a whole number"),

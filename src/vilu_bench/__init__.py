@@ -5,6 +5,6 @@ from __future__ import annotations
 from importlib import resources
 
 
-def asset(name: str) -> str:
+def read_asset(name: str) -> str:
     """Text of a file in the package's folder ``assets``."""
     return resources.files(__name__).joinpath("assets", name).read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from vilu.artifacts.documents import first_error, read_json
-from vilu.cli.artefacts import Artefact, check_file
+from vilu.cli.inspecting import Artefact, check_file
 from vilu.errors import DataError
 from vilu_bench.studies.result import RUN_AGAIN, CellResult, load_result
 from vilu_bench.studies.study import STUDIES, load_studies

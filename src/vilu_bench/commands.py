@@ -12,14 +12,14 @@ import typer
 from typer import Option
 
 from vilu.cli.console import (
-    STORE,
-    STUDIES,
-    next_step,
+    BENCHMARK_KIND,
+    STORE_KIND,
+    log_next_step,
     prepare_output,
     print_outputs,
     print_result,
     resumable,
-    shell,
+    shell_command,
     wants_inputs,
     wants_json,
 )
@@ -28,7 +28,7 @@ from vilu.cli.options import (
     MAX_RESAMPLES,
     MAX_WORKERS,
     Overwrite,
-    Reading,
+    ReadingFlags,
     RowsFile,
     path_argument,
     path_option,
@@ -98,46 +98,46 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     OUTPUT/studies. A run can be interrupted at any moment: the next run does the rest. Studies
     in the same output share embeddings and cells.
     """
-    from vilu_bench.studies.load import load_configs, shrink
-    from vilu_bench.studies.run import Share, one_thread
+    from vilu_bench.studies.load import load_configs, shrink_config
+    from vilu_bench.studies.run import CellShare, limit_to_one_thread
     from vilu_bench.studies.study import run_studies
 
     studies = load_configs(configs)
     if smoke:
-        studies = [shrink(study) for study in studies]
+        studies = [shrink_config(study) for study in studies]
         output /= "smoke"
     if dry_run:
         _print_plans(studies, data, output)
         return
     share = None
     if shard is not None:
-        share = Share.parse(shard)
-    with one_thread("blas"):
+        share = CellShare.parse(shard)
+    with limit_to_one_thread("blas"):
         rendered = run_studies(
             studies, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only
         )
     _print_studies(rendered)
     if embed_only:
-        next_step(f"the embeddings are in {output / 'stores'}")
+        log_next_step(f"the embeddings are in {output / 'stores'}")
     elif share is not None and share.n_shares > 1:
-        next_step(
+        log_next_step(
             f"share {shard} is done; when all are, run the same without --shard to see the results"
         )
     else:
-        next_step(
+        log_next_step(
             f"tables and figures are in {output / 'studies'}, every cell in {output / 'cells'}"
         )
 
 
 def _print_plans(studies: list[Config], data: Path, output: Path) -> None:
-    from vilu_bench.studies.dry_run import describe, estimate
+    from vilu_bench.studies.dry_run import describe_plans, plan_study
 
-    plans = [estimate(study, data, output) for study in studies]
+    plans = [plan_study(study, data, output) for study in studies]
     facts = [plan.to_dict() for plan in plans]
-    print_result(facts, describe(plans))
+    print_result(facts, describe_plans(plans))
 
 
-@wants_inputs(train=STORE, test=STORE)
+@wants_inputs(train=STORE_KIND, test=STORE_KIND)
 def init(
     train: Annotated[Path, path_argument("Store with labels to fit on.")],
     output: Annotated[Path, Option("--output", "-o", help="The file to write, .toml.")],
@@ -159,11 +159,11 @@ def init(
     study = new_study(train, test, output)
     write_text(output, study.text)
     print_outputs(output)
-    command = shell("vilu", "benchmark", output, "--data", study.folder, "-o", "RUN")
-    next_step(f"change it as you like; then: {command}")
+    command = shell_command("vilu", "benchmark", output, "--data", study.folder, "-o", "RUN")
+    log_next_step(f"change it as you like; then: {command}")
 
 
-@wants_inputs(run=STUDIES)
+@wants_inputs(run=BENCHMARK_KIND)
 def render(
     run: Annotated[
         Path,
@@ -200,7 +200,7 @@ def render(
 
     If RUN is a file of --keep, only the document and the figures of the document are written.
     """
-    from vilu_bench.studies.keep import keep, render_file
+    from vilu_bench.studies.keep import keep_studies, render_kept_file
     from vilu_bench.studies.study import render_studies
 
     if run.is_file():
@@ -209,22 +209,30 @@ def render(
                 f"{run} has no scores of rows, which --keep and --submitted need. Give the output "
                 "folder of `vilu benchmark`."
             )
-        _print_studies(render_file(run, document, title, intro, first=first, overwrite=overwrite))
+        _print_studies(
+            render_kept_file(run, document, title, intro, preface_file=first, overwrite=overwrite)
+        )
         return
     studies = render_studies(
-        run, document, title, intro, first=first, submitted=submitted, overwrite=overwrite
+        run,
+        document,
+        title,
+        intro,
+        preface_file=first,
+        submissions_folder=submitted,
+        overwrite=overwrite,
     )
     _print_studies(studies)
     message = f"tables and figures are in {run / 'studies'}"
     if document is not None:
         message += f", all of them in {document}"
     if keep_in is not None:
-        n_cells = keep(run, keep_in, overwrite=overwrite)
+        n_cells = keep_studies(run, keep_in, overwrite=overwrite)
         message += f"; {n_cells} cells are kept in {keep_in}"
-    next_step(message)
+    log_next_step(message)
 
 
-@wants_inputs(run=STUDIES)
+@wants_inputs(run=BENCHMARK_KIND)
 def submit(
     run: Annotated[
         Path, path_argument("Output folder of `vilu benchmark`; its stores are not needed.")
@@ -236,11 +244,11 @@ def submit(
 ) -> None:
     """Write each finished cell of a method as a file to hand in. Prints the folder."""
     from vilu_bench.studies.study import load_studies
-    from vilu_bench.studies.submit import export
+    from vilu_bench.studies.submit import export_cells
 
-    paths = export(load_studies(run), run, method, output)
+    paths = export_cells(load_studies(run), run, method, output)
     print_outputs(output)
-    next_step(
+    log_next_step(
         f"{len(paths)} cells; whoever has the same study: vilu render RUN --submitted {output}"
     )
 
@@ -271,9 +279,9 @@ def _print_summaries(studies: list[Rendered]) -> None:
 PUBLISHED_SIZES = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViLU's Table 6
 
 
-@wants_inputs(store=STORE)
-# the parameter ``reading`` is replaced by several flags
-@partial(with_reading_flags, without={"pool_size", "second", "cluster_column"})
+@wants_inputs(store=STORE_KIND)
+# the parameter ``reading_flags`` is replaced by several flags
+@partial(with_reading_flags, excluded_flags={"pool_size", "second", "cluster_column"})
 def pools(
     store: Annotated[Path, path_argument("Store of images with captions, or shards like LAION's.")],
     predictors: Annotated[
@@ -285,7 +293,7 @@ def pools(
     sizes: Annotated[str, Option(help="Pool sizes, joined by commas.")] = PUBLISHED_SIZES,
     draws: Annotated[int, Option(min=1, help="Number of pool draws, which are averaged.")] = 1,
     *,
-    reading: Reading,
+    reading_flags: ReadingFlags,
     output: RowsFile = None,
     overwrite: Overwrite = False,
     resamples: Annotated[
@@ -307,7 +315,7 @@ def pools(
         "results",
         [store, *folders],
         overwrite=overwrite,
-        reading=reading.settings,
+        reading=reading_flags.digest_settings,
         methods=predictors,
         sizes=pool_sizes,
         draws=draws,
@@ -315,13 +323,13 @@ def pools(
     )
 
     def open_pairs(pools: Pools) -> EmbeddingSource:
-        return reading.open_with_pools(pools, store)
+        return reading_flags.open_with_pools(pools, store)
 
     table = over_pool_sizes(
         {label: _load_or_make_predictor(name) for label, name in argument_of.items()},
         open_pairs,
         pool_sizes,
-        pools=reading.pools,
+        pools=reading_flags.pools,
         draws=draws,
         dataset=store.name,
         n_resamples=resamples,
@@ -352,7 +360,7 @@ def _print_sizes(table: ResultTable, draws: int) -> None:
     legend = "AUROC / FPR95 in percent; positive=correct for FPR95"
     if draws > 1:
         legend += f", ± over {draws} draws"
-    next_step(legend)
+    log_next_step(legend)
 
 
 def _load_or_make_predictor(name: str) -> FailurePredictor:

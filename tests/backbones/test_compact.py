@@ -24,7 +24,7 @@ from vilu.backbones.compact import (
     to_pixels,
 )
 from vilu.backbones.efficientnet import EfficientNetLite0
-from vilu.backbones.zeroshot import class_texts
+from vilu.backbones.zeroshot import embed_class_names
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 
@@ -113,7 +113,9 @@ def test_head_against_its_formulas() -> None:
     odds = np.exp(f @ weight.T + bias)
     a = (odds / odds.sum(axis=1, keepdims=True)) @ target
     # ridge regression as least squares on data with sqrt(ridge) I and zeros below
-    stacked = np.vstack([weight - weight.mean(axis=0), np.sqrt(compact.RIDGE) * np.eye(features)])
+    stacked = np.vstack(
+        [weight - weight.mean(axis=0), np.sqrt(compact.RIDGE_STRENGTH) * np.eye(features)]
+    )
     r = (f - centre) @ np.linalg.lstsq(
         stacked, np.vstack([target, np.zeros((features, width))]), rcond=None
     )[0]
@@ -188,18 +190,18 @@ def test_put_together_inside_an_encoder_it_is_the_same_model(
 ) -> None:
     """The first encode may run under bfloat16 autocast, which must not reach the class texts."""
     files, cpu = compact._find_files(), torch.device("cpu")
-    expected = compact._assemble(files, cpu).head.class_text
+    expected = compact._assemble_model(files, cpu).head.class_text
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for _ in ("made", "kept"):
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            again = compact._assemble.__wrapped__(files, cpu).head.class_text
+            again = compact._assemble_model.__wrapped__(files, cpu).head.class_text
         assert torch.allclose(again, expected, atol=1e-6)  # sums of another number of threads
         assert not again.is_inference()
     (kept,) = (tmp_path / "vilu").iterdir()
     content = bytearray(kept.read_bytes())
     content[-7] ^= 64
     kept.write_bytes(content)
-    assert torch.equal(compact._assemble.__wrapped__(files, cpu).head.class_text, again)
+    assert torch.equal(compact._assemble_model.__wrapped__(files, cpu).head.class_text, again)
     assert kept.read_bytes() != content
 
 
@@ -235,12 +237,12 @@ def test_class_prompts_are_encoded_once_and_captions_leave_nothing(
             text_cache_key=known_as,
         )
 
-    first = class_texts(encoder("a"), ["cat", "elephant"])
-    assert torch.equal(class_texts(encoder("a"), ["cat", "elephant"]), first)
+    first = embed_class_names(encoder("a"), ["cat", "elephant"])
+    assert torch.equal(embed_class_names(encoder("a"), ["cat", "elephant"]), first)
     assert len(asked) == 2
-    class_texts(encoder("a"), ["cat", "elephant"], ["{}"])
-    class_texts(encoder("a"), ["elephant", "cat"])
-    class_texts(encoder("b"), ["cat", "elephant"])
+    embed_class_names(encoder("a"), ["cat", "elephant"], ["{}"])
+    embed_class_names(encoder("a"), ["elephant", "cat"])
+    embed_class_names(encoder("b"), ["cat", "elephant"])
     assert len(asked) == 8
     kept = sorted((tmp_path / "vilu").iterdir())
     assert len(kept) == 4
@@ -248,10 +250,10 @@ def test_class_prompts_are_encoded_once_and_captions_leave_nothing(
         content = bytearray(path.read_bytes())
         content[-7] ^= 64
         path.write_bytes(content)
-    assert torch.equal(class_texts(encoder("a"), ["cat", "elephant"]), first)
+    assert torch.equal(embed_class_names(encoder("a"), ["cat", "elephant"]), first)
     assert len(asked) == 10
     encoder("a").encode_texts(["a caption"])
-    class_texts(encoder(None), ["cat"])
+    embed_class_names(encoder(None), ["cat"])
     assert len(asked) == 12
     assert sorted((tmp_path / "vilu").iterdir()) == kept
 
@@ -305,7 +307,7 @@ def test_features_are_what_the_head_maps(model: DualEncoder, pixels: torch.Tenso
     assert features.shape == (5, model.feature_dim) == (5, 1280)
     assert features.min() >= 0  # the mean over places of ReLU6
     assert features.max() <= 6
-    head = compact._assemble(compact._find_files(), torch.device("cpu")).head
+    head = compact._assemble_model(compact._find_files(), torch.device("cpu")).head
     torch.testing.assert_close(
         torch.nn.functional.normalize(head(features), dim=1), image, atol=1e-6, rtol=0
     )

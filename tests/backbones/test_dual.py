@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vilu.backbones.base import TEXT_BATCH, DualEncoder, encode_in_batches
+from vilu.backbones.base import TEXT_BATCH_SIZE, DualEncoder, encode_in_batches
 from vilu.embeddings.space import EmbeddingSpace
 
 WIDTH = 4
@@ -32,7 +32,7 @@ def encoder(precision: str = "fp32", head: bool = False) -> DualEncoder:
     )
 
 
-@given(st.lists(st.text(max_size=9), min_size=1, max_size=3 * TEXT_BATCH))
+@given(st.lists(st.text(max_size=9), min_size=1, max_size=3 * TEXT_BATCH_SIZE))
 def test_batches_come_back_in_the_order_of_the_texts(texts: list[str]) -> None:
     sizes: list[int] = []
 
@@ -42,7 +42,7 @@ def test_batches_come_back_in_the_order_of_the_texts(texts: list[str]) -> None:
 
     rows = encode_in_batches(encode, texts)
     assert rows[:, 0].tolist() == [len(text) for text in texts]
-    assert max(sizes) <= TEXT_BATCH
+    assert max(sizes) <= TEXT_BATCH_SIZE
     assert sum(sizes) == len(texts)
 
 
@@ -129,7 +129,7 @@ def test_no_text_is_an_empty_matrix() -> None:
     assert encoder().encode_texts([]).shape == (0, WIDTH)
 
 
-@pytest.mark.parametrize("count", [1, TEXT_BATCH, TEXT_BATCH + 1])
+@pytest.mark.parametrize("count", [1, TEXT_BATCH_SIZE, TEXT_BATCH_SIZE + 1])
 def test_texts_have_unit_norm(count: int) -> None:
     rows = encoder().encode_texts([f"{i}" for i in range(count)])
     assert rows.shape == (count, WIDTH)

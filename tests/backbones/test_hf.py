@@ -21,7 +21,7 @@ from vilu.backbones import loading
 from vilu.backbones.base import DualEncoder
 from vilu.backbones.catalog import load_backbone
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
-from vilu.extras import quiet
+from vilu.extras import suppress_messages
 
 TEXTS = ["a dog.", "a photo of two cats", "b", "a text that is longer than the tower can read " * 9]
 CLEAN = [text.strip(" .") for text in TEXTS]
@@ -148,7 +148,7 @@ def test_siglip_reads_its_padding_whatever_its_tokenizer_gives(
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["model_input_names"] = ["input_ids", "attention_mask"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    with quiet():
+    with suppress_messages():
         assert "attention_mask" in transformers.AutoTokenizer.from_pretrained(folder)(TEXTS)
     rows = load_backbone(f"hf:{folder}", device="cpu").encode_texts(TEXTS)
     assert torch.equal(rows, load_backbone(f"hf:{siglip[0]}", device="cpu").encode_texts(TEXTS))
@@ -208,7 +208,7 @@ def test_not_a_dual_encoder(tmp_path: Path) -> None:
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    with quiet():
+    with suppress_messages():
         transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=99)).save_pretrained(
             tmp_path
         )
@@ -229,7 +229,7 @@ def test_patches_of_varying_number(tmp_path: Path) -> None:
         vision_config={**sizes, "patch_size": 16, "num_patches": 16},
     )
     pixels = transformers.Siglip2ImageProcessor(patch_size=16, max_num_patches=16)
-    with quiet():
+    with suppress_messages():
         transformers.Siglip2Model(config).save_pretrained(tmp_path / "naflex")
         transformers.Siglip2Processor(pixels, clip_tokenizer()).save_pretrained(tmp_path / "naflex")
     with pytest.raises(
@@ -247,14 +247,14 @@ def test_hub_model_comes_from_the_cache(
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(loading, "hub_reachable", lambda: pytest.fail("the network was asked"))
+    monkeypatch.setattr(loading, "is_hub_reachable", lambda: pytest.fail("the network was asked"))
     space = load_backbone("hf:org/tiny", device="cpu").space
     assert (space.backbone, space.weights) == ("hf:org/tiny", tensors_hash(clip[1].state_dict()))
 
 
 def test_absent_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
+    monkeypatch.setattr(loading, "is_hub_reachable", lambda: False)
     with pytest.raises(
         MissingModelError, match=r"hf:org/absent is not in the local cache.*download org/absent"
     ):

@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 
 from vilu.artifacts.hashing import tensors_hash
 from vilu.backbones import loading
-from vilu.backbones.base import TEXT_BATCH
+from vilu.backbones.base import TEXT_BATCH_SIZE
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.loading import load_cached_first, load_local, tokenizer_identity
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError
-from vilu.extras import REACH_TIMEOUT, hub_reachable, import_extra, quiet
+from vilu.extras import CONNECT_SECONDS, import_extra, is_hub_reachable, suppress_messages
 from vilu.progress import reporting
 
 transformers_bars = import_module("transformers.utils.logging")
@@ -61,8 +61,8 @@ def test_loading_and_encoding_say_so(
     with reporting(reporter):
         backbone.encode_texts(["a"])
         assert seen == []
-        backbone.encode_texts([f"a photo of {i}" for i in range(TEXT_BATCH + 1)])
-    assert seen == [("encode texts", TEXT_BATCH + 1, "texts"), TEXT_BATCH, 1]
+        backbone.encode_texts([f"a photo of {i}" for i in range(TEXT_BATCH_SIZE + 1)])
+    assert seen == [("encode texts", TEXT_BATCH_SIZE + 1, "texts"), TEXT_BATCH_SIZE, 1]
 
 
 def test_hash_of_tensors() -> None:
@@ -136,7 +136,7 @@ def test_quiet_restores_everything() -> None:
     before = settings_of_output()
 
     def interrupted() -> None:
-        with quiet():
+        with suppress_messages():
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -148,17 +148,17 @@ def test_quiet_silences_its_thread_alone(caplog: pytest.LogCaptureFixture) -> No
     """A second thread is shown everything, and may be in a block of its own that ends earlier."""
 
     def in_own_block() -> set[str]:
-        with quiet():
+        with suppress_messages():
             return shown_output(caplog)
 
     before = settings_of_output()
     with ThreadPoolExecutor(1) as second_thread:
-        with quiet():
+        with suppress_messages():
             assert second_thread.submit(shown_output, caplog).result() == EVERYTHING
             caplog.clear()
             assert second_thread.submit(in_own_block).result() == {"ERROR"}
             assert shown_output(caplog) == {"ERROR"}
-            with quiet():
+            with suppress_messages():
                 pass
             caplog.clear()
             assert shown_output(caplog) == {"ERROR"}
@@ -174,11 +174,11 @@ def test_quiet_leaves_no_handler_on_a_bare_root() -> None:
     code = """if True:
         import logging, sys
         from concurrent.futures import ThreadPoolExecutor
-        from vilu.extras import quiet
-        with quiet():
+        from vilu.extras import suppress_messages
+        with suppress_messages():
             logging.info("x"); logging.warning("y")
         left = len(logging.getLogger().handlers)
-        with quiet(), ThreadPoolExecutor(1) as second_thread:
+        with suppress_messages(), ThreadPoolExecutor(1) as second_thread:
             second_thread.submit(logging.basicConfig, stream=sys.stdout).result()
             second_thread.submit(logging.warning, "of the second thread").result()
         raise SystemExit(left)
@@ -222,7 +222,7 @@ def test_bugs_are_not_dressed_up() -> None:
 
 
 def test_cached_model_never_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "hub_reachable", failing(AssertionError("asked")))
+    monkeypatch.setattr(loading, "is_hub_reachable", failing(AssertionError("asked")))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     seen: list[bool] = []
 
@@ -263,7 +263,7 @@ def test_a_second_thread_stays_online(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_uncached_model_is_downloaded(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loading, "hub_reachable", lambda: True)
+    monkeypatch.setattr(loading, "is_hub_reachable", lambda: True)
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
 
     def load() -> str:
@@ -277,7 +277,7 @@ def test_uncached_model_is_downloaded(
 
 
 def test_files_that_do_not_go_together_stay_so_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
+    monkeypatch.setattr(loading, "is_hub_reachable", lambda: False)
     with pytest.raises(ProvenanceError, match="size mismatch"):
         load_cached_first(failing(RuntimeError("size mismatch")), "hf:a/b", "a/b")
 
@@ -288,7 +288,7 @@ def test_files_that_do_not_go_together_stay_so_offline(monkeypatch: pytest.Monke
 def test_absent_model_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, reachable: bool, reason: str
 ) -> None:
-    monkeypatch.setattr(loading, "hub_reachable", lambda: reachable)
+    monkeypatch.setattr(loading, "is_hub_reachable", lambda: reachable)
     with pytest.raises(MissingModelError, match=f"{reason}.*hf download a/b.*HF_HUB_OFFLINE=1"):
         load_cached_first(failing(FileNotFoundError("no such repository")), "hf:a/b", "a/b")
 
@@ -306,13 +306,13 @@ def test_reachability(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{port}")
-        assert hub_reachable()
+        assert is_hub_reachable()
         monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
-        assert not hub_reachable()
+        assert not is_hub_reachable()
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     start = time.monotonic()
-    assert not hub_reachable()
-    assert time.monotonic() - start < REACH_TIMEOUT + 1
+    assert not is_hub_reachable()
+    assert time.monotonic() - start < CONNECT_SECONDS + 1
     for proxies, reachable in [({"no": "localhost"}, False), ({"http": "http://proxy:3128"}, True)]:
         monkeypatch.setattr(urllib.request, "getproxies", lambda proxies=proxies: proxies)
-        assert hub_reachable() is reachable
+        assert is_hub_reachable() is reachable

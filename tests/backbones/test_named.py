@@ -20,12 +20,12 @@ from vilu.backbones import loading
 from vilu.backbones.catalog import (
     BACKBONES,
     CONFIG_FILES,
-    find_named,
+    find_named_backbone,
     load_backbone,
     named_backbones,
 )
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
-from vilu.extras import quiet
+from vilu.extras import suppress_messages
 from vilu.store.job import BackboneSpec
 
 ON_THE_HUB = {
@@ -83,7 +83,7 @@ def test_both_libraries_have_the_same_weights(name: str) -> None:
     on the meta device, which holds no numbers.
     """
     model, config = BACKBONES[name], hub_config(name)
-    with torch.device("meta"), quiet():
+    with torch.device("meta"), suppress_messages():
         first = open_clip.create_model(model.open_clip.partition("/")[0], device="meta")
         second = (
             transformers.SiglipModel if name.startswith("siglip") else transformers.CLIPModel
@@ -113,7 +113,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty cache of the hub, and a test that fails where the network is asked."""
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(loading, "hub_reachable", lambda: pytest.fail("the network was asked"))
+    monkeypatch.setattr(loading, "is_hub_reachable", lambda: pytest.fail("the network was asked"))
 
 
 @pytest.mark.usefixtures("no_network")
@@ -174,7 +174,7 @@ def test_what_is_not_in_the_folder_is_an_error(
 
 def test_without_a_folder_the_hub_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
+    monkeypatch.setattr(loading, "is_hub_reachable", lambda: False)
     for spec, place in (
         ("clip-vit-b32", "open_clip:ViT-B-32/openai"),
         ("siglip-vit-l16@hf", "hf:google/siglip-large-patch16-256"),
@@ -184,8 +184,8 @@ def test_without_a_folder_the_hub_is_meant(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_other_specs_are_what_they_were(models: Path) -> None:
-    assert find_named("compact:64", models) is None
-    assert find_named(f"hf:{models}/x@hf", models) is None
+    assert find_named_backbone("compact:64", models) is None
+    assert find_named_backbone(f"hf:{models}/x@hf", models) is None
     spec = f"open_clip:{models / 'clip-vit-b32'}"
     assert (
         load_backbone(spec, device="cpu", models=models / "absent").space.backbone

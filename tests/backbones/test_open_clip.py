@@ -279,7 +279,7 @@ def cache(clip: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(loading, "hub_reachable", lambda: pytest.fail("the network was asked"))
+    monkeypatch.setattr(loading, "is_hub_reachable", lambda: pytest.fail("the network was asked"))
     return repository
 
 
@@ -324,7 +324,7 @@ def test_absent_offline(
     spec: str, repository: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
+    monkeypatch.setattr(loading, "is_hub_reachable", lambda: False)
     with pytest.raises(
         MissingModelError,
         match=f"open_clip:{spec} is not in the local cache.*download {repository}`",

@@ -28,7 +28,7 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
+def limit_to_one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -80,7 +80,7 @@ def test_convolutions_are_those_of_torch(
 
 
 def test_small_batches_are_convolved_by_onednn_in_the_mode_alone(
-    generator: torch.Generator, one_thread: None
+    generator: torch.Generator, limit_to_one_thread: None
 ) -> None:
     layer = nn.Conv2d(7, 14, 1)
     channels = torch.randn(3, 7, 6, 6, generator=generator)

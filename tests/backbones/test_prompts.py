@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vilu.backbones.zeroshot import TEMPLATES, clumsy_prompts, prompts_in_words
+from vilu.backbones.zeroshot import TEMPLATES, describe_prompts, prompts_with_two_articles
 
 
 @pytest.mark.parametrize(
@@ -20,13 +20,13 @@ from vilu.backbones.zeroshot import TEMPLATES, clumsy_prompts, prompts_in_words
     ],
 )
 def test_two_articles_in_a_row_are_clumsy(name: str, template: str, is_clumsy: bool) -> None:
-    prompts = clumsy_prompts([name, "coat"], [template])
+    prompts = prompts_with_two_articles([name, "coat"], [template])
     assert prompts == ([template.replace("{}", name)] if is_clumsy else [])
 
 
 def test_prompts_are_shown_and_clumsy_ones_named() -> None:
-    assert prompts_in_words(["cat"], ("a photo of a {}.",)) == "Prompts: 'a photo of a {}.'."
-    text = prompts_in_words(["a cat", "a dog"], TEMPLATES["ensemble"])
+    assert describe_prompts(["cat"], ("a photo of a {}.",)) == "Prompts: 'a photo of a {}.'."
+    text = describe_prompts(["a cat", "a dog"], TEMPLATES["ensemble"])
     assert text.startswith("Prompts: 'a photo of a {}.', 'a picture showing a {}.', ")
     assert "and 4 more." in text
     # two names in the six templates with an article before the name, and in "this {}"

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vilu.backbones import zeroshot
-from vilu.backbones.zeroshot import TEMPLATES, class_texts, everyday_words
+from vilu.backbones.zeroshot import TEMPLATES, embed_class_names, everyday_words
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
 
@@ -44,7 +44,7 @@ def vector(text: str) -> Tensor:
 
 def test_default_template() -> None:
     backbone = Hashing()
-    text = class_texts(backbone, ["dog", "cat"])
+    text = embed_class_names(backbone, ["dog", "cat"])
     assert backbone.seen == ["a photo of a dog.", "a photo of a cat."]
     torch.testing.assert_close(
         text, torch.stack([vector("a photo of a dog."), vector("a photo of a cat.")])
@@ -53,7 +53,7 @@ def test_default_template() -> None:
 
 def test_ensemble_is_the_normalised_mean_of_each_class() -> None:
     templates = ["one {}", "{} two", "a {} b"]
-    text = class_texts(Hashing(), ["x", "y"], templates)
+    text = embed_class_names(Hashing(), ["x", "y"], templates)
     for row, name in zip(text, ["x", "y"], strict=True):
         mean = sum(vector(t.replace("{}", name)).double() for t in templates) / 3
         # three roundings of 6e-8 per entry, magnified by the norm of the mean (above 0.2 here)
@@ -62,7 +62,7 @@ def test_ensemble_is_the_normalised_mean_of_each_class() -> None:
 
 def test_names_may_hold_braces() -> None:
     backbone = Hashing()
-    class_texts(backbone, ["{x}", "a {} b"])
+    embed_class_names(backbone, ["{x}", "a {} b"])
     assert backbone.seen == ["a photo of a {x}.", "a photo of a a {} b."]
 
 
@@ -71,23 +71,23 @@ def test_names_may_hold_braces() -> None:
 )
 def test_bad_templates(templates: list[str] | str) -> None:
     with pytest.raises(UsageError, match="template"):
-        class_texts(Hashing(), ["dog"], templates)
+        embed_class_names(Hashing(), ["dog"], templates)
 
 
 def test_bad_names() -> None:
     with pytest.raises(DataError, match="at least one"):
-        class_texts(Hashing(), [])
+        embed_class_names(Hashing(), [])
     with pytest.raises(DataError, match="blank"):
-        class_texts(Hashing(), ["dog", " "])
+        embed_class_names(Hashing(), ["dog", " "])
 
 
 def test_a_name_that_repeats_is_encoded_once() -> None:
-    found = class_texts(Hashing(), ["cat", "dog", "dog", "cat", "cow"])
-    assert torch.equal(found, class_texts(Hashing(), ["cat", "dog", "cow"])[[0, 1, 1, 0, 2]])
+    found = embed_class_names(Hashing(), ["cat", "dog", "dog", "cat", "cow"])
+    assert torch.equal(found, embed_class_names(Hashing(), ["cat", "dog", "cow"])[[0, 1, 1, 0, 2]])
 
 
 def test_one_name_is_not_a_list_of_letters() -> None:
-    assert len(class_texts(Hashing(), "dog")) == 1
+    assert len(embed_class_names(Hashing(), "dog")) == 1
 
 
 class Sticky(Hashing):
@@ -100,25 +100,27 @@ class Sticky(Hashing):
         return rows
 
 
-@pytest.mark.parametrize("n_between", [1, zeroshot.BLOCK_SIZE - 1, zeroshot.BLOCK_SIZE])
+@pytest.mark.parametrize(
+    "n_between", [1, zeroshot.COSINE_BLOCK_ROWS - 1, zeroshot.COSINE_BLOCK_ROWS]
+)
 def test_near_duplicates_are_named(n_between: int) -> None:
     """In one block of the comparison, and in two."""
     between = [f"table {number}" for number in range(n_between)]
     with pytest.warns(UserWarning, match=r": 1 pair, .* 'couch' and 'sofa'") as caught:
-        class_texts(Sticky(), ["couch", *between, "sofa"])
+        embed_class_names(Sticky(), ["couch", *between, "sofa"])
     assert caught[0].filename == __file__
 
 
 def test_classes_apart_are_not_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        class_texts(Hashing(), ["couch", "table", "lamp"])
+        embed_class_names(Hashing(), ["couch", "table", "lamp"])
 
 
 def test_named_templates_are_valid() -> None:
     for templates in TEMPLATES.values():
         assert len(set(templates)) == len(templates)
-        class_texts(Hashing(), ["dog"], templates)
+        embed_class_names(Hashing(), ["dog"], templates)
     assert len(TEMPLATES["ensemble"]) == 7
 
 

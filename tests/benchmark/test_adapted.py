@@ -12,12 +12,12 @@ import pytest
 import vilu
 from tests.builders.bench_fakes import config, make_stores
 from vilu.errors import UsageError
-from vilu.metrics.bootstrap import paired_across
+from vilu.metrics.bootstrap import paired_across_answers
 from vilu.metrics.catalog import METRICS
 from vilu.outcomes.outcomes import Outcomes
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.study import run_studies
-from vilu_bench.studies.submit import export
+from vilu_bench.studies.submit import export_cells
 
 METRICS_ACROSS = ("coverage_at_risk_0.05", "aurc")
 RISK = METRICS_ACROSS[0]
@@ -87,7 +87,7 @@ def test_methods_are_ranked_and_compared_across_their_answers(data: Path, finish
         scored = scores_of(run, method)
         sides.append((scored.uncertainty, scored.failure))
     seed = int(own.results[0].test_rows, 16)
-    alone = paired_across(METRICS[RISK].kernel, *sides, n_resamples=40, seed=seed)
+    alone = paired_across_answers(METRICS[RISK].kernel, *sides, n_resamples=40, seed=seed)
     assert gap.value == pytest.approx(alone.difference, abs=1e-12)
     ours = gap.difference(0.95)
     assert (ours.ci_low, ours.ci_high) == pytest.approx((alone.ci_low, alone.ci_high), abs=1e-12)
@@ -118,4 +118,4 @@ def test_results_are_not_submitted_to_such_a_study(
 ) -> None:
     (done,) = run_studies([study()], data, finished)
     with pytest.raises(UsageError, match="has a method that judges adapted answers"):
-        export([done.board], finished, "own", tmp_path)
+        export_cells([done.board], finished, "own", tmp_path)

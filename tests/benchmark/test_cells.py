@@ -13,9 +13,9 @@ from vilu.embeddings.columns import TEXT_COLUMNS
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError
-from vilu_bench.studies.cells import Cell, group_by_fit, origin_of, plan, scored_set_of
+from vilu_bench.studies.cells import Cell, fit_inputs_of, group_by_fit, plan_cells, scored_set_of
 from vilu_bench.studies.data import (
-    Workbench,
+    StudyData,
     class_halves,
     draw_rows,
     ignore_preprocessing,
@@ -35,21 +35,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Part, Path]:
 
 
 @pytest.fixture
-def bench(folders: dict[Part, Path]) -> Workbench:
-    return Workbench(config(), folders)
+def bench(folders: dict[Part, Path]) -> StudyData:
+    return StudyData(config(), folders)
 
 
 def runs(method: str) -> list[tuple[str, str, int]]:
     """Cells of a method that are run, in the standard benchmark."""
     return [
         (c.data, c.setting, c.seed)
-        for c in plan(config())
+        for c in plan_cells(config())
         if c.method == method and c.same_as is None
     ]
 
 
 def test_every_combination_is_a_cell_once() -> None:
-    cells = plan(config())
+    cells = plan_cells(config())
     # 3 methods, 2 seeds: 3 settings on two data sets, and the transfer to the one that is not its
     # source
     assert len(cells) == len(set(cells)) == 3 * 2 * (3 * 2 + 1)
@@ -62,7 +62,7 @@ def test_a_score_without_fit_runs_once_per_test_set() -> None:
     assert set(runs("mcm")) == {("one", "all", 0), ("two", "all", 0), *halves}
     alias = next(
         c
-        for c in plan(config())
+        for c in plan_cells(config())
         if (c.method, c.data, c.setting, c.seed) == ("mcm", "two", "moved", 1)
     )
     assert alias.result_cell == Cell("mcm", "two", "all", 0)
@@ -89,15 +89,15 @@ def test_a_random_fit_runs_everywhere() -> None:
 
 def test_restrictions_of_a_method() -> None:
     methods = {"mcm": {}, "lvu": {"settings": ["few"], "seeds": 1}}
-    cells = [c for c in plan(config(methods=methods)) if c.method == "lvu"]
+    cells = [c for c in plan_cells(config(methods=methods)) if c.method == "lvu"]
     assert [(c.data, c.setting, c.seed) for c in cells] == [("one", "few", 0), ("two", "few", 0)]
     limited = config(settings={"all": {"kind": "labels", "data": ["two"]}})
-    assert {c.data for c in plan(limited)} == {"two"}
+    assert {c.data for c in plan_cells(limited)} == {"two"}
 
 
 def test_a_fit_is_shared_by_what_is_tested_with_it() -> None:
     chosen = config()
-    cells = [cell for cell in plan(chosen) if cell.same_as is None]
+    cells = [cell for cell in plan_cells(chosen) if cell.same_as is None]
     groups = group_by_fit(chosen, cells)
     assert sorted(map(str, cells)) == sorted(str(cell) for group in groups for cell in group)
     shared = {
@@ -111,7 +111,7 @@ def test_a_fit_is_shared_by_what_is_tested_with_it() -> None:
 
 
 def test_cells_have_paths_of_their_own() -> None:
-    cells = plan(config())
+    cells = plan_cells(config())
     assert len({cell.path for cell in cells}) == len(cells)
     assert Cell("mcm", "one", "all", 3).path == Path("cells/one/all/mcm/seed-3.json")
 
@@ -171,12 +171,12 @@ def test_selecting_rows_and_candidates() -> None:
         assert torch.equal(part.column(name, index), whole.column(name, torch.arange(40))[kept])
 
 
-def train_set(bench: Workbench, cell: Cell, columns: tuple[str, ...] = ()) -> EmbeddingSource:
-    return bench.train_set(origin_of(bench.config, cell), columns)
+def train_set(bench: StudyData, cell: Cell, columns: tuple[str, ...] = ()) -> EmbeddingSource:
+    return bench.train_set(fit_inputs_of(bench.config, cell), columns)
 
 
-def test_training_sets(bench: Workbench) -> None:
-    assert origin_of(bench.config, Cell("mcm", "one", "all", 0)).train == ()
+def test_training_sets(bench: StudyData) -> None:
+    assert fit_inputs_of(bench.config, Cell("mcm", "one", "all", 0)).train == ()
     assert train_set(bench, Cell("lvu", "one", "all", 0)) is bench.source("one", "train")
     few, other = (train_set(bench, Cell("lvu", "one", "few", seed)) for seed in (1, 0))
     assert np.bincount(few.target).tolist() == [8] * 5
@@ -187,7 +187,7 @@ def test_training_sets(bench: Workbench) -> None:
     assert few.columns == whole.columns
 
 
-def test_unseen_classes_are_unseen(bench: Workbench) -> None:
+def test_unseen_classes_are_unseen(bench: StudyData) -> None:
     cell = Cell("lvu", "one", "unseen", 1)
     train, test = train_set(bench, cell, ("features",)), bench.test_set(cell, ("features",))
     assert len(train.class_names) == 2
@@ -198,7 +198,7 @@ def test_unseen_classes_are_unseen(bench: Workbench) -> None:
     assert train.columns == {"features"}
 
 
-def test_transfer_takes_rows_of_the_source(bench: Workbench) -> None:
+def test_transfer_takes_rows_of_the_source(bench: StudyData) -> None:
     cell = Cell("lvu", "two", "moved", 0)
     train, test = train_set(bench, cell), bench.test_set(cell, ())
     assert train.class_names == bench.source("one", "train").class_names
@@ -227,7 +227,7 @@ def test_only_the_preprocessing_may_differ() -> None:
         assert ignore_preprocessing(source, dataclasses.replace(here, **change)).space == here
 
 
-def test_truth_is_that_of_the_zero_shot_answers(bench: Workbench) -> None:
+def test_truth_is_that_of_the_zero_shot_answers(bench: StudyData) -> None:
     test = bench.source("one", "test")
     truth = bench.truth(Cell("mcm", "one", "all", 0))
     answers = (test.image_rows(torch.arange(len(test))) @ test.text.T).argmax(dim=1)
@@ -248,8 +248,8 @@ def test_truth_is_that_of_the_zero_shot_answers(bench: Workbench) -> None:
 def test_a_limit_keeps_evenly_spaced_rows(folders: dict[Part, Path]) -> None:
     data = {"one": {"stores": {"train": "-", "test": "-"}, "limit": 30}}
     settings = {"all": {"kind": "labels"}}
-    some = Workbench(config(data=data, settings=settings), folders)
-    whole = Workbench(config(), folders)
+    some = StudyData(config(data=data, settings=settings), folders)
+    whole = StudyData(config(), folders)
     ids = list(whole.source("one", "train").ids)
     assert list(some.source("one", "train").ids) == ids[::4]
     assert some.source("one", "train").columns == whole.source("one", "train").columns
@@ -257,18 +257,18 @@ def test_a_limit_keeps_evenly_spaced_rows(folders: dict[Part, Path]) -> None:
 
 
 def test_parts_that_do_not_belong_together(folders: dict[Part, Path], tmp_path: Path) -> None:
-    bench = Workbench(config(), {**folders, ("one", "test"): folders["one", "train"]})
+    bench = StudyData(config(), {**folders, ("one", "test"): folders["one", "train"]})
     with pytest.raises(DataError, match=r"120 of 120 test rows of one are in its train part, too"):
         bench.check()
-    bench = Workbench(config(), {**folders, ("one", "test"): folders["two", "test"]})
+    bench = StudyData(config(), {**folders, ("one", "test"): folders["two", "test"]})
     with pytest.raises(ProvenanceError, match=r"preprocess: '8x8' \(the training set of one\)"):
         bench.check()
     bare = make_store(tmp_path / "bare", 20, 5_000, labelled=False)
     with pytest.raises(
         DataError, match="the test set of one has no labels, so nothing can be measured on it"
     ):
-        Workbench(config(), {**folders, ("one", "test"): bare}).check()
-    Workbench(config(), folders).check()
+        StudyData(config(), {**folders, ("one", "test"): bare}).check()
+    StudyData(config(), folders).check()
 
 
 def test_a_setting_may_have_fewer_seeds() -> None:
@@ -276,6 +276,6 @@ def test_a_setting_may_have_fewer_seeds() -> None:
         "few": {"kind": "labels", "budget": 8},
         "all": {"kind": "labels", "seeds": 1},
     }
-    cells = plan(config(seeds=3, settings=settings, methods={"lvu": {}}))
+    cells = plan_cells(config(seeds=3, settings=settings, methods={"lvu": {}}))
     seeds = {(cell.setting, cell.seed) for cell in cells}
     assert seeds == {("few", 0), ("few", 1), ("few", 2), ("all", 0)}

@@ -11,8 +11,8 @@ from vilu.embeddings.memory import Embeddings
 from vilu.errors import UsageError
 from vilu.predictors import PREDICTORS
 from vilu.predictors.contract.parameters import parameters
-from vilu_bench.studies.config import Config, Labels, Transfer, Unseen
-from vilu_bench.studies.load import CONFIGS, load_config, parse_config, shrink
+from vilu_bench.studies.config import Config, LabelsSetting, TransferSetting, UnseenSetting
+from vilu_bench.studies.load import CONFIGS, load_config, parse_config, shrink_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_settings_become_what_their_kind_says() -> None:
     settings = config().settings
     assert {name: type(setting) for name, setting in settings.items()} == {
-        "all": Labels,
-        "few": Labels,
-        "unseen": Unseen,
-        "moved": Transfer,
+        "all": LabelsSetting,
+        "few": LabelsSetting,
+        "unseen": UnseenSetting,
+        "moved": TransferSetting,
     }
     assert settings["few"].budget == 8
     assert str(settings["moved"]) == "fitted on one with all labels"
@@ -133,16 +133,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_without_methods_every_method_runs() -> None:
-    assert list(config(methods={}).entries) == list(PREDICTORS)
+    assert list(config(methods={}).method_entries) == list(PREDICTORS)
     named = {
         "lvu": {"params": {"epochs": 3}},
         "lvu-bce": {"method": "lvu", "params": {"loss": "bce"}},
     }
-    entries = config(methods=named, all_methods=True).entries
+    entries = config(methods=named, all_methods=True).method_entries
     assert list(entries) == [*PREDICTORS, "lvu-bce"]
     assert entries["lvu"].params == {"epochs": 3}
     assert entries["lvu-bce"].method == "lvu"
-    assert list(config(methods=named).entries) == ["lvu", "lvu-bce"]
+    assert list(config(methods=named).method_entries) == ["lvu", "lvu-bce"]
 
 
 def test_predictors_get_seed_device_and_parameters() -> None:
@@ -167,7 +167,7 @@ def test_steps_become_epochs() -> None:
 
 def test_what_holds_for_trained_methods() -> None:
     methods = {"mcm": {}, "vilu": {}, "lvu": {"seeds": 3}, "pvu": {"params": {"epochs": 4}}}
-    entries = config(methods=methods, trained={"seeds": 2}).entries
+    entries = config(methods=methods, trained={"seeds": 2}).method_entries
     assert {label: entry.seeds for label, entry in entries.items()} == {
         "mcm": None,
         "vilu": 2,
@@ -187,20 +187,20 @@ def test_what_depends_on_the_seed() -> None:
 
 def test_shrinking_keeps_everything_but_its_size() -> None:
     whole = config(methods={}, seeds=5, resamples=1000)
-    small = shrink(whole)
-    assert list(small.entries) == list(whole.entries)
+    small = shrink_config(whole)
+    assert list(small.method_entries) == list(whole.method_entries)
     assert (small.settings, list(small.data)) == (whole.settings, list(whole.data))
     assert (small.seeds, small.resamples) == (1, 50)
-    for label in small.entries:
+    for label in small.method_entries:
         if "epochs" in parameters(small.class_of(label)):
             assert small.predictor(label).epochs == 2
-    assert shrink(config(seeds=1)).seeds == 1
+    assert shrink_config(config(seeds=1)).seeds == 1
 
 
 def test_the_shipped_benchmark_is_sound() -> None:
     shipped = load_config(CONFIGS / "methods.toml")
     assert isinstance(shipped, Config)
-    assert set(shipped.entries) >= set(PREDICTORS)
+    assert set(shipped.method_entries) >= set(PREDICTORS)
     text = (CONFIGS / "methods.toml").read_text()
     assert str(ROOT) not in text
     assert not any(entry.source and entry.source.startswith("/") for entry in shipped.data.values())

@@ -13,8 +13,8 @@ from vilu.metrics.catalog import METRICS
 from vilu.predictors import PREDICTORS
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.load import CONFIGS, find_studies, load_config, load_configs, study_names
-from vilu_bench.studies.run import Share
-from vilu_bench.studies.views import Better, find_published, published_tables
+from vilu_bench.studies.run import CellShare
+from vilu_bench.studies.views import BetterClaim, find_published, published_tables
 
 STUDIES = sorted(CONFIGS.glob("*/*.toml"))
 
@@ -173,8 +173,8 @@ def test_the_study_of_clip_has_every_method_and_number_of_labels() -> None:
     run = {
         label
         for config in clip.values()
-        for label in config.entries
-        if config.entries[label].settings != ()
+        for label in config.method_entries
+        if config.method_entries[label].settings != ()
     }
     assert run >= set(PREDICTORS.names())
     assert min(clip[name].seeds for name in ("labels", "none", "budgets")) >= 5
@@ -191,7 +191,7 @@ def test_the_main_table_has_every_set_and_every_method() -> None:
     (classes,) = [view for view in main.views if view.name == "main"]
     assert len(classes.mean) == 13
     assert {main.data[name].captions for name in classes.mean} == {False}
-    every = set(main.entries)
+    every = set(main.method_entries)
     assert set(classes.methods) == every
 
 
@@ -209,7 +209,7 @@ def test_every_backbone_of_table_7_is_tried() -> None:
 
 
 def test_the_grid_is_the_supplements() -> None:
-    values = [entry.params for entry in paper("grid").entries.values()]
+    values = [entry.params for entry in paper("grid").method_entries.values()]
     assert {value["learning_rate"] for value in values} == {0.1, 0.01, 0.001}
     assert {value["batch_size"] for value in values} == {128, 256, 512, 1024}
     assert len(values) == 12
@@ -265,9 +265,9 @@ def test_claims_of_the_supplement_name_what_they_are_about() -> None:
     for path in STUDIES:
         for claim in load_config(path).claims:
             assert claim.source
-            assert not isinstance(claim, Better) or claim.better != claim.than
+            assert not isinstance(claim, BetterClaim) or claim.better != claim.than
 
 
 def test_shares() -> None:
-    assert Share.parse("2/8") == Share(index=1, n_shares=8)
-    assert Share().lock != Share.parse("1/2").lock != Share.parse("2/2").lock
+    assert CellShare.parse("2/8") == CellShare(index=1, n_shares=8)
+    assert CellShare().lock != CellShare.parse("1/2").lock != CellShare.parse("2/2").lock

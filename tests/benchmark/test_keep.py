@@ -11,7 +11,13 @@ import pytest
 from tests.builders.bench_fakes import config, make_stores
 from vilu.artifacts.tables import parquet_bytes, read_table
 from vilu.errors import DataError, UsageError
-from vilu_bench.studies.keep import RESAMPLES, STEP, keep, render_file, restore
+from vilu_bench.studies.keep import (
+    RESAMPLES,
+    ROUNDING_STEP,
+    keep_studies,
+    render_kept_file,
+    restore_run,
+)
 from vilu_bench.studies.result import load_bootstrap
 from vilu_bench.studies.study import load_studies, render_studies, run_studies
 
@@ -53,14 +59,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def file(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("kept") / "kept.parquet"
-    keep(run, path)
+    keep_studies(run, path)
     return path
 
 
 def test_bootstrap_values_are_kept_to_a_hundredth_of_a_point(
     run: Path, file: Path, tmp_path: Path
 ) -> None:
-    restore(file, tmp_path)
+    restore_run(file, tmp_path)
     (before,) = load_studies(run)
     (after,) = load_studies(tmp_path)
     assert after.config.resamples == RESAMPLES
@@ -69,13 +75,15 @@ def test_bootstrap_values_are_kept_to_a_hundredth_of_a_point(
         assert after.results[cell].results == result.results
         if result.refused is None:
             draws = load_bootstrap(run, cell)[:, :RESAMPLES]
-            np.testing.assert_allclose(load_bootstrap(tmp_path, cell), draws, atol=STEP / 2 + 1e-9)
+            np.testing.assert_allclose(
+                load_bootstrap(tmp_path, cell), draws, atol=ROUNDING_STEP / 2 + 1e-9
+            )
 
 
 def test_a_document_is_made_of_the_file_alone(run: Path, file: Path, tmp_path: Path) -> None:
     whole, short = tmp_path / "whole.md", tmp_path / "short.md"
     render_studies(run, whole, "Results")
-    render_file(file, short, "Results")
+    render_kept_file(file, short, "Results")
     assert {path.name for path in tmp_path.iterdir()} == {"whole.md", "whole", "short.md", "short"}
     rows = [
         [
@@ -93,15 +101,15 @@ def test_a_document_is_made_of_the_file_alone(run: Path, file: Path, tmp_path: P
 
 def test_the_same_file_gives_the_same_document(file: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first.md", tmp_path / "second.md"
-    render_file(file, first)
-    render_file(file, second)
+    render_kept_file(file, first)
+    render_kept_file(file, second)
     assert first.read_text().replace("first/", "second/") == second.read_text()
-    render_file(file, first, overwrite=False)  # nothing to do
+    render_kept_file(file, first, overwrite=False)  # nothing to do
 
 
 def test_claims_of_this_project_have_a_list_of_their_own(file: Path, tmp_path: Path) -> None:
     document = tmp_path / "page.md"
-    render_file(file, document)
+    render_kept_file(file, document)
     paper, ours = document.read_text().split("\n## small")[0].split("## Ours\n")
     assert "- lvu is better (Table 1)" in paper
     assert "knn" not in paper
@@ -112,11 +120,11 @@ def test_claims_of_this_project_have_a_list_of_their_own(file: Path, tmp_path: P
 def test_what_is_no_file_of_kept_studies(run: Path, file: Path, tmp_path: Path) -> None:
     results = run / "studies" / "small" / "results.parquet"
     with pytest.raises(DataError, match="is not a file of kept studies"):
-        restore(results, tmp_path / "run")
+        restore_run(results, tmp_path / "run")
     with pytest.raises(UsageError, match=r"\.parquet"):
-        keep(run, tmp_path / "kept.json")
+        keep_studies(run, tmp_path / "kept.json")
     with pytest.raises(UsageError, match="--overwrite"):
-        keep(run, file)
+        keep_studies(run, file)
 
 
 def test_a_file_writes_into_its_folder_alone(file: Path, tmp_path: Path) -> None:
@@ -128,7 +136,7 @@ def test_a_file_writes_into_its_folder_alone(file: Path, tmp_path: Path) -> None
         forged = tmp_path / "forged.parquet"
         forged.write_bytes(parquet_bytes(columns, {"kind": "kept studies", "studies": studies}))
         with pytest.raises(DataError, match="is damaged"):
-            restore(forged, tmp_path / "run" / "folder")
+            restore_run(forged, tmp_path / "run" / "folder")
         assert not outside.exists()
         assert not (tmp_path / "run" / "outside").exists()
 
@@ -140,18 +148,18 @@ def test_studies_of_few_and_of_many_resamples_are_kept(tmp_path: Path) -> None:
         for name, n in (("mcm", 20), ("margin", 30))
     ]
     run_studies(studies, make_stores(tmp_path / "stores"), tmp_path / "run")
-    keep(tmp_path / "run", tmp_path / "kept.parquet")
-    restore(tmp_path / "kept.parquet", tmp_path / "again")
+    keep_studies(tmp_path / "run", tmp_path / "kept.parquet")
+    restore_run(tmp_path / "kept.parquet", tmp_path / "again")
     for board in load_studies(tmp_path / "run"):
         for cell in board.results:
             before = load_bootstrap(tmp_path / "run", cell)
             after = load_bootstrap(tmp_path / "again", cell)
-            np.testing.assert_allclose(after, before, atol=STEP / 2 + 1e-9)
+            np.testing.assert_allclose(after, before, atol=ROUNDING_STEP / 2 + 1e-9)
 
 
 def test_a_changed_bit_is_noticed_or_changes_nothing(file: Path, tmp_path: Path) -> None:
     """Some bytes of the footer of a Parquet file are never read."""
-    restore(file, tmp_path / "whole")
+    restore_run(file, tmp_path / "whole")
     content = file.read_bytes()
     damaged = tmp_path / "damaged.parquet"
     n_noticed = 0
@@ -161,7 +169,7 @@ def test_a_changed_bit_is_noticed_or_changes_nothing(file: Path, tmp_path: Path)
         damaged.write_bytes(bytes(changed))
         folder = tmp_path / str(number)
         try:
-            restore(damaged, folder)
+            restore_run(damaged, folder)
         except DataError:
             n_noticed += 1
         else:
@@ -182,4 +190,4 @@ def test_a_study_with_a_histogram_is_refused(tmp_path: Path) -> None:
     )
     run_studies([study], make_stores(tmp_path / "stores"), tmp_path / "run")
     with pytest.raises(UsageError, match="has a histogram of the scores of rows"):
-        keep(tmp_path / "run", tmp_path / "kept.parquet")
+        keep_studies(tmp_path / "run", tmp_path / "kept.parquet")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import ROOT
-from vilu_bench.studies.keep import render_file
+from vilu_bench.studies.keep import render_kept_file
 
 CELLS = Path("benchmarks") / "cells"
 TABLES = {
@@ -44,6 +44,6 @@ def test_the_page_of_the_learning_curve_is_that_of_its_kept_study(tmp_path: Path
     page = tmp_path / "learning-curve.md"
     kept = ROOT / CELLS / "learning_curve.parquet"
     intro = ROOT / CELLS / "learning_curve.md"
-    render_file(kept, page, "From how many labels ViLU pays", first=intro)
+    render_kept_file(kept, page, "From how many labels ViLU pays", preface_file=intro)
     written = (ROOT / "docs" / "learning-curve.md").read_text(encoding="utf-8")
     assert page.read_text(encoding="utf-8") == written

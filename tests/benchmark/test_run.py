@@ -28,9 +28,9 @@ from vilu.predictors import PREDICTORS
 from vilu.predictors.zero_shot import MCM
 from vilu.store.importing import import_arrays
 from vilu_bench.studies import facts
-from vilu_bench.studies.cells import Cell, needed_parts, plan
+from vilu_bench.studies.cells import Cell, needed_parts, plan_cells
 from vilu_bench.studies.config import Config
-from vilu_bench.studies.data import Workbench
+from vilu_bench.studies.data import StudyData
 from vilu_bench.studies.result import load_result
 from vilu_bench.studies.stores import find_stores
 from vilu_bench.studies.study import render_studies
@@ -81,7 +81,7 @@ def times(root: Path) -> dict[str, int]:
 
 def test_every_run_has_its_files(first: tuple[Path, Report]) -> None:
     output, report = first
-    runs = [cell for cell in plan(config()) if cell.same_as is None]
+    runs = [cell for cell in plan_cells(config()) if cell.same_as is None]
     folder = output / "studies/benchmark"
     assert set(times(output)) == {cell.path.relative_to("cells").as_posix() for cell in runs}
     cell = json.loads((output / "cells/one/all/lvu/seed-1.json").read_text())
@@ -191,7 +191,7 @@ def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return facts.code_digest("vilu.predictors.mine")
 
     with monkeypatch.context() as patch:
-        patch.setattr(facts, "SOURCES", tmp_path)
+        patch.setattr(facts, "SOURCE_FOLDER", tmp_path)
         first = digest_with("def f():\n    return 1\n", "A = 1\n")
         assert (
             digest_with('"""Says."""\ndef f():\n    """So."""\n    return 1  # one\n', "A = 1\n")
@@ -442,13 +442,13 @@ def test_what_else_decides_a_fit_is_in_its_fingerprint(
         },
     }
     chosen = config(settings=settings)
-    bench = Workbench(
-        chosen, find_stores(chosen, needed_parts(chosen, plan(chosen)), data, Path("unused"))
+    bench = StudyData(
+        chosen, find_stores(chosen, needed_parts(chosen, plan_cells(chosen)), data, Path("unused"))
     )
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(facts, "code_digest", lambda *modules: str(asked.append(modules)))
     for setting in settings:
-        facts.decided_by(bench, Cell("lvu", "two", setting, 0))
+        facts.deciding_facts(bench, Cell("lvu", "two", setting, 0))
     lvu = type(PREDICTORS["lvu"]()).__module__
     assert asked == [
         (lvu,),

@@ -21,13 +21,13 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UsageError
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt
-from vilu.predictors.vilu.fine_tuning import initialise
+from vilu.predictors.vilu.fine_tuning import start_from_fitted
 from vilu.store.embed import embed
 from vilu.store.reader import open_source
-from vilu_bench.studies.cells import Cell, group_by_fit, needed_parts, origin_of, plan
+from vilu_bench.studies.cells import Cell, fit_inputs_of, group_by_fit, needed_parts, plan_cells
 from vilu_bench.studies.config import Config
-from vilu_bench.studies.data import Workbench, divide_rows, draw_share, held_out_mask
-from vilu_bench.studies.facts import decided_by
+from vilu_bench.studies.data import StudyData, divide_rows, draw_share, held_out_mask
+from vilu_bench.studies.facts import deciding_facts
 from vilu_bench.studies.run import run_all
 from vilu_bench.studies.stores import find_stores
 
@@ -64,9 +64,9 @@ def made(**changes: Any) -> Config:
     return config(**{"data": entries, "methods": methods, "seeds": 1, **changes})
 
 
-def bench_of(chosen: Config, data: Path) -> Workbench:
-    return Workbench(
-        chosen, find_stores(chosen, needed_parts(chosen, plan(chosen)), data, Path("unused"))
+def bench_of(chosen: Config, data: Path) -> StudyData:
+    return StudyData(
+        chosen, find_stores(chosen, needed_parts(chosen, plan_cells(chosen)), data, Path("unused"))
     )
 
 
@@ -105,13 +105,13 @@ def test_validation_rows_are_a_store_or_a_share(data: Path) -> None:
     few = {"kind": "labels", "budget": 4, "data": ["one", "two"]}
     chosen = made(settings={"all": {"kind": "labels"}, "few": few})
     bench = bench_of(chosen, data)
-    origins = {name: origin_of(chosen, Cell("lvu", name, "all", 0)) for name in ("one", "two")}
+    origins = {name: fit_inputs_of(chosen, Cell("lvu", name, "all", 0)) for name in ("one", "two")}
     validation = {name: bench.validation_set(origin) for name, origin in origins.items()}
     assert len(validation["one"]) == 40
     train = bench.train_set(origins["two"], ())
     assert len(validation["two"]) + len(train) == 80
     assert set(validation["two"].ids).isdisjoint(train.ids)
-    assert bench.validation_set(origin_of(chosen, Cell("lvu", "one", "few", 0))) is None
+    assert bench.validation_set(fit_inputs_of(chosen, Cell("lvu", "one", "few", 0))) is None
     tiny = made(
         data={"two": {"stores": {"train": "two-train", "test": "two-test"}, "validation": 1e-6}},
         settings=ALL,
@@ -144,7 +144,7 @@ def test_testing_on_validation_rows(data: Path, tmp_path: Path) -> None:
     assert n["one", "chosen"] == (40,)
     assert n["two", "chosen"] == (len(bench.source("two", "validation")),)
     assert n["one", "all"] == (60,)
-    groups = group_by_fit(chosen, [cell for cell in plan(chosen) if cell.method == "vilu"])
+    groups = group_by_fit(chosen, [cell for cell in plan_cells(chosen) if cell.method == "vilu"])
     assert [{cell.setting for cell in group} for group in groups] == [{"chosen", "all"}] * 2
     with pytest.raises(
         UsageError, match=r"settings\.chosen tests on validation rows, and data\.pairs names none"
@@ -207,15 +207,15 @@ def test_adapting_goes_on_from_another_fit(data: Path, tmp_path: Path) -> None:
     )
     report = benchmark(chosen, data, tmp_path)
     bench = bench_of(chosen, data)
-    groups = group_by_fit(chosen, [cell for cell in plan(chosen) if cell.method == "vilu"])
+    groups = group_by_fit(chosen, [cell for cell in plan_cells(chosen) if cell.method == "vilu"])
     assert [[cell.setting for cell in group] for group in groups] == [["zero", "few"]]
     first = vilu.ViLU(epochs=2, hidden=(8,), device="cpu").fit(
         bench.source("one", "train"), bench.source("one", "validation")
     )
-    few = bench.train_set(origin_of(chosen, Cell("vilu", "two", "few", 0)), ())
+    few = bench.train_set(fit_inputs_of(chosen, Cell("vilu", "two", "few", 0)), ())
     assert np.bincount(few.target).tolist() == [6] * 5
     first.space_ = few.space
-    adapted = initialise(vilu.ViLU, first).fit(few)
+    adapted = start_from_fitted(vilu.ViLU, first).fit(few)
     expected = adapted.predict_uncertainty(bench.source("two", "test"))
     assert scores(tmp_path, "two", "few", "vilu") == pytest.approx(expected, abs=1e-5)
     assert not np.allclose(
@@ -224,7 +224,9 @@ def test_adapting_goes_on_from_another_fit(data: Path, tmp_path: Path) -> None:
     refused = {block.setting: block.refused for block in report.summary.blocks}
     assert "does not begin from another fit" in refused["few"]["vilu_plus"]
     assert refused["zero"] == {}
-    kept = [cell for cell in plan(chosen) if cell.method == "mcm" and cell.same_as is not None]
+    kept = [
+        cell for cell in plan_cells(chosen) if cell.method == "mcm" and cell.same_as is not None
+    ]
     assert [cell.setting for cell in kept] == [
         "few"
     ]  # nothing is fitted, so one result serves both
@@ -269,7 +271,7 @@ def test_shares_of_the_labels(data: Path, tmp_path: Path) -> None:
     benchmark(made(settings=settings, seeds=2), data, tmp_path)
     one = made(settings=settings)
     sets = [
-        bench_of(one, data).train_set(origin_of(one, Cell("lvu", "one", "half", seed)), ())
+        bench_of(one, data).train_set(fit_inputs_of(one, Cell("lvu", "one", "half", seed)), ())
         for seed in (0, 1)
     ]
     assert [len(rows) for rows in sets] == [60, 60]
@@ -393,7 +395,7 @@ def test_what_is_fitted_on_is_not_tested_on(data: Path, tmp_path: Path) -> None:
     settings = {"all": {"kind": "labels"}, "few": {"kind": "labels", "budget": 2}}
     methods = {"mcm": {}, "knn_distance": {"deterministic": True}}
     chosen = made(data={"one": ONE_SET}, settings=settings, methods=methods, seeds=2)
-    bench, cells = bench_of(chosen, data), plan(chosen)
+    bench, cells = bench_of(chosen, data), plan_cells(chosen)
     bench.check()
     names = set()
     for seed in (0, 1):
@@ -403,7 +405,7 @@ def test_what_is_fitted_on_is_not_tested_on(data: Path, tmp_path: Path) -> None:
         )
         for setting in ("all", "few"):
             train = bench.train_set(
-                origin_of(chosen, Cell("knn_distance", "one", setting, seed)), ()
+                fit_inputs_of(chosen, Cell("knn_distance", "one", setting, seed)), ()
             )
             assert set(train.ids).isdisjoint(test.ids)
             assert len(train) == (60 if setting == "all" else 10)
@@ -440,7 +442,7 @@ def test_a_union_of_divided_sets_is_not_fitted_on_what_is_tested_on(data: Path) 
     fits = []
     for seed in (0, 1):
         cells = {name: Cell("lvu", name, "joint", seed) for name in chosen.data}
-        (origin,) = {origin_of(chosen, cell) for cell in cells.values()}  # one fit for all
+        (origin,) = {fit_inputs_of(chosen, cell) for cell in cells.values()}  # one fit for all
         train = bench.train_set(origin, ())
         assert isinstance(train, PseudoCaptions)
         assert [len(source) for source in train.sources] == [
@@ -452,7 +454,7 @@ def test_a_union_of_divided_sets_is_not_fitted_on_what_is_tested_on(data: Path) 
         for name, cell in cells.items():
             assert fits[-1].isdisjoint(f"{name}/{key}" for key in bench.test_set(cell, ()).ids)
     assert fits[0] != fits[1]
-    facts = [decided_by(bench, Cell("lvu", "one", "joint", seed))["train"] for seed in (0, 1)]
+    facts = [deciding_facts(bench, Cell("lvu", "one", "joint", seed))["train"] for seed in (0, 1)]
     assert [(of["fit_share"], of["division_seed"]) for of in facts] == [
         ([0.5, 0.3, None], 0),
         ([0.5, 0.3, None], 1),
@@ -485,7 +487,7 @@ def test_a_picture_that_is_there_twice_is_not_in_fit_and_test(
     with pytest.warns(
         UserWarning, match="of 45 rows to fit on of twice are left out: they are tested on"
     ):
-        train = bench.train_set(origin_of(chosen, cell), ())
+        train = bench.train_set(fit_inputs_of(chosen, cell), ())
     rows, others = (part.tolist() for part in divide_rows(90, 0.5, 0))
     tested = {row % 60 for row in others}
     assert list(bench.test_set(cell, ()).ids) == [f"{row}.png" for row in others]
@@ -506,7 +508,7 @@ def test_rows_that_the_budget_leaves_out_go_beside_without_labels(
     settings = {"few": {"kind": "labels", "budget": 2}}
     chosen = made(data={"one": ONE_SET}, settings=settings, methods=methods)
     bench = bench_of(chosen, data)
-    bare, beside = (origin_of(chosen, Cell(label, "one", "few", 0)) for label in methods)
+    bare, beside = (fit_inputs_of(chosen, Cell(label, "one", "few", 0)) for label in methods)
     few, rest = bench.train_set(beside, ()), bench.unlabelled_set(beside)
     assert bench.unlabelled_set(bare) is None
     assert rest is not None
@@ -543,13 +545,13 @@ def test_without_labels_only_methods_run_that_need_none(data: Path, tmp_path: Pa
     methods = {"mcm": {}, "knn_distance": {}, Distance.name: {}}
     halves = {"unseen": {"kind": "unseen"}}
     chosen = made(data={"one": ONE_SET}, settings=settings | halves, methods=methods)
-    cells = plan(chosen)
+    cells = plan_cells(chosen)
     assert [cell.method for cell in cells if cell.setting == "none"] == ["mcm", Distance.name]
     shared = {
         cell.setting: cell.result_cell.setting for cell in cells if cell.method == Distance.name
     }
     assert shared == {"none": "none", "few": "none", "unseen": "unseen"}
-    origin = origin_of(chosen, Cell(Distance.name, "one", "few", 0))
+    origin = fit_inputs_of(chosen, Cell(Distance.name, "one", "few", 0))
     assert (origin.budget, origin.rows_seed) == ("none", None)
     report = benchmark(chosen, data, tmp_path)
     assert not any(block.refused for block in report.summary.blocks)

@@ -18,7 +18,7 @@ from vilu.datasets.catalog import open_dataset
 from vilu.errors import ProvenanceError, UsageError
 from vilu.store.reader import EmbeddingStore
 from vilu_bench.studies import stores
-from vilu_bench.studies.load import shrink
+from vilu_bench.studies.load import shrink_config
 from vilu_bench.studies.parts import Data
 from vilu_bench.studies.stores import cut_images, find_stores, make_stores, open_images
 
@@ -63,7 +63,7 @@ def test_a_newer_version_finds_the_stores_of_an_older_one(
 def test_a_small_run_reads_one_tar_file(tmp_path: Path) -> None:
     for number in range(3):
         write_shard(tmp_path / "data", tar_bytes(*pair(f"a{number}")), f"{number}.tar")
-    chosen = shrink(
+    chosen = shrink_config(
         config(
             data={"one": {"source": "data", "captions": True}}, settings={"all": {"kind": "labels"}}
         )

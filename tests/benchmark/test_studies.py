@@ -19,17 +19,23 @@ from vilu.errors import DataError, UsageError
 from vilu.metrics import METRICS
 from vilu.outcomes.results import ResultRow
 from vilu_bench.studies.board import Board
-from vilu_bench.studies.cells import Cell, plan
+from vilu_bench.studies.cells import Cell, plan_cells
 from vilu_bench.studies.claims import decide
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.exhibits import make_exhibit
-from vilu_bench.studies.parts import RANKED_BY
+from vilu_bench.studies.parts import RANKING_METRICS
 from vilu_bench.studies.pivot import table_sheet
 from vilu_bench.studies.ranking import times_table
 from vilu_bench.studies.result import CellResult, Refusal, load_times
 from vilu_bench.studies.sheet import to_csv, to_latex, to_markdown, to_text
-from vilu_bench.studies.study import claims_table, load_studies, render, render_studies, run_studies
-from vilu_bench.studies.views import Better, Steeper, TableView, Trend
+from vilu_bench.studies.study import (
+    claims_table,
+    load_studies,
+    render_studies,
+    render_study,
+    run_studies,
+)
+from vilu_bench.studies.views import BetterClaim, SteeperClaim, TableView, TrendClaim
 
 B = 400
 VALUES = {
@@ -61,7 +67,9 @@ def made(**changes: Any) -> Config:
 
 
 def result(cell: Cell, values: tuple[float, float] | None, accuracy: float = 0.6) -> CellResult:
-    numbers = {} if values is None else {**dict(zip(RANKED_BY, values, strict=True)), "ece": None}
+    numbers = (
+        {} if values is None else {**dict(zip(RANKING_METRICS, values, strict=True)), "ece": None}
+    )
     rows = tuple(
         ResultRow(
             cell.method,
@@ -100,7 +108,7 @@ def board(
 ) -> Board:
     """Noise of 0.01 that is the same for all methods of a data set: differences are exact."""
     chosen = chosen or made()
-    cells = plan(chosen)
+    cells = plan_cells(chosen)
     results = {
         cell: result(cell, values.get((cell.method, cell.data)))
         for cell in cells
@@ -207,7 +215,7 @@ def test_what_the_bootstrap_cannot_tell_from_the_best() -> None:
         methods={"mcm": {}, "lvu": {}, "vilu": {}},
         data={"one": {"stores": {"train": "a", "test": "b"}}},
     )
-    cells = plan(chosen)
+    cells = plan_cells(chosen)
     values = {"mcm": 0.7, "lvu": 0.795, "vilu": 0.8}
     noise = dict(zip(values, np.random.default_rng(0).normal(size=(3, B)) / 100, strict=True))
     results = {
@@ -220,7 +228,7 @@ def test_what_the_bootstrap_cannot_tell_from_the_best() -> None:
         lambda cell: np.stack([values[cell.method] + noise[cell.method]] * 2),
     )
     sheet = table_sheet(rigged, view(metrics=("auroc",)))
-    assert [sheet.cells[row, 0].tied for row in range(3)] == [False, True, False]
+    assert [sheet.cells[row, 0].is_tied for row in range(3)] == [False, True, False]
 
 
 @pytest.mark.parametrize("order", [("mcm", "vilu", "lvu"), ("lvu", "vilu", "mcm")])
@@ -229,7 +237,7 @@ def test_of_two_equal_bests_the_order_decides_nothing(order: tuple[str, ...]) ->
     chosen = made(
         methods={name: {} for name in order}, data={"one": {"stores": {"train": "a", "test": "b"}}}
     )
-    cells = plan(chosen)
+    cells = plan_cells(chosen)
     values = {"mcm": 0.8, "lvu": 0.8, "vilu": 0.79}
     noise = np.random.default_rng(0).normal(size=B) / 10
     draws = {"mcm": np.full(B, 0.8), "lvu": 0.8 + noise, "vilu": np.full(B, 0.79)}
@@ -238,7 +246,7 @@ def test_of_two_equal_bests_the_order_decides_nothing(order: tuple[str, ...]) ->
     }
     rigged = Board(chosen, cells, results, lambda cell: np.stack([draws[cell.method]] * 2))
     sheet = table_sheet(rigged, view(metrics=("auroc",)))
-    tied = {name: sheet.cells[row, 0].tied for row, name in enumerate(order)}
+    tied = {name: sheet.cells[row, 0].is_tied for row, name in enumerate(order)}
     assert tied == {"mcm": False, "lvu": False, "vilu": True}
 
 
@@ -372,12 +380,19 @@ def test_text_lines_up(sheet) -> None:
 
 
 def claim(kind: type, **changes: Any):
-    return kind(**{"kind": kind.__name__.lower(), "says": "so", "source": "there", **changes})
+    return kind(
+        **{
+            "kind": kind.__name__.removesuffix("Claim").lower(),
+            "says": "so",
+            "source": "there",
+            **changes,
+        }
+    )
 
 
-def better(a: str, b: str, **changes: Any) -> Better:
+def better(a: str, b: str, **changes: Any) -> BetterClaim:
     subjects = {"better": {"method": a, "setting": "all"}, "than": {"method": b, "setting": "all"}}
-    return claim(Better, **subjects, **changes)
+    return claim(BetterClaim, **subjects, **changes)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +404,7 @@ def better(a: str, b: str, **changes: Any) -> Better:
         (better("margin", "mcm"), "not tested", None),
     ],
 )
-def test_claims_of_being_better(chosen: Better, ruling: str, number: float | None) -> None:
+def test_claims_of_being_better(chosen: BetterClaim, ruling: str, number: float | None) -> None:
     verdict = decide(board(), chosen)
     assert verdict.ruling == ruling
     assert verdict.number == (None if number is None else pytest.approx(number, abs=1e-12))
@@ -399,7 +414,7 @@ def test_a_claim_whose_interval_has_zero_is_open() -> None:
     chosen = made(
         data={"one": {"stores": {"train": "a", "test": "b"}}}, methods={"mcm": {}, "lvu": {}}
     )
-    cells = plan(chosen)
+    cells = plan_cells(chosen)
     values = {"mcm": 0.7, "lvu": 0.705}
     noise = dict(zip(values, np.random.default_rng(0).normal(size=(2, B)) / 100, strict=True))
     results = {
@@ -419,7 +434,7 @@ def test_claims_of_a_trend() -> None:
     chosen = made(
         settings=sizes, data={"one": {"stores": {"train": "a", "test": "b"}}}, methods={"mcm": {}}
     )
-    cells = plan(chosen)
+    cells = plan_cells(chosen)
     values = dict(zip(sizes, (0.9, 0.8, 0.75), strict=True))
     results = {
         cell: result(cell, (values[cell.setting], 0.5)) for cell in cells if cell.same_as is None
@@ -428,19 +443,21 @@ def test_claims_of_a_trend() -> None:
     rigged = Board(
         chosen, cells, results, lambda cell: np.stack([values[cell.setting] + noise] * 2)
     )
-    down = decide(rigged, claim(Trend, method="mcm", settings=tuple(sizes), metric_goes="down"))
+    down = decide(
+        rigged, claim(TrendClaim, method="mcm", settings=tuple(sizes), metric_goes="down")
+    )
     assert (down.ruling, down.number) == (
         "holds",
         pytest.approx(0.075),
     )  # least squares over doublings: -0.15 / 2
-    up = decide(rigged, claim(Trend, method="mcm", settings=tuple(sizes), metric_goes="up"))
+    up = decide(rigged, claim(TrendClaim, method="mcm", settings=tuple(sizes), metric_goes="up"))
     assert (up.ruling, up.number) == ("does not hold", pytest.approx(-0.075))
 
 
 def test_claims_of_depending_on_the_accuracy() -> None:
     stores = {name: {"stores": {"train": "a", "test": "b"}} for name in ("one", "two", "three")}
     chosen = made(data=stores, methods={"mcm": {}, "vilu": {}})
-    cells = plan(chosen)
+    cells = plan_cells(chosen)
     accuracy = {"one": 0.3, "two": 0.5, "three": 0.7}
     values = {("mcm", name): 0.4 + 0.5 * a for name, a in accuracy.items()}
     values |= {("vilu", name): 0.9 + 0.1 * (a - 0.5) for name, a in accuracy.items()}
@@ -457,10 +474,10 @@ def test_claims_of_depending_on_the_accuracy() -> None:
         results,
         lambda cell: np.stack([values[cell.method, cell.data] + places[cell.data]] * 2),
     )
-    verdict = decide(rigged, claim(Steeper, steeper="mcm", than="vilu", settings=("all",)))
+    verdict = decide(rigged, claim(SteeperClaim, steeper="mcm", than="vilu", settings=("all",)))
     assert (verdict.ruling, verdict.number) == ("holds", pytest.approx(0.4))
     assert (
-        decide(rigged, claim(Steeper, steeper="vilu", than="mcm", settings=("all",))).ruling
+        decide(rigged, claim(SteeperClaim, steeper="vilu", than="mcm", settings=("all",))).ruling
         == "does not hold"
     )
     assert "per 100 points" in verdict.number_in_words
@@ -468,7 +485,8 @@ def test_claims_of_depending_on_the_accuracy() -> None:
         chosen, [verdict]
     )  # the steeper line gains 0.4 more, from 0 to 100 %
     two = decide(
-        rigged, claim(Steeper, steeper="mcm", than="vilu", settings=("all",), data=("one", "two"))
+        rigged,
+        claim(SteeperClaim, steeper="mcm", than="vilu", settings=("all",), data=("one", "two")),
     )
     assert (two.ruling, two.reason) == ("not tested", "a trend line needs 3 cases")
 
@@ -492,17 +510,17 @@ def test_slopes_are_compared_on_the_seeds_that_both_have() -> None:
     def value(cell: Cell) -> float:
         return 0.5 + slope[cell.method, cell.seed] * (accuracy[cell.data, cell.seed] - 0.5)
 
-    cells = plan(chosen)
+    cells = plan_cells(chosen)
     results = {
         cell: result(cell, (value(cell), 0.5), accuracy[cell.data, cell.seed]) for cell in cells
     }
     rigged = Board(chosen, cells, results, lambda cell: np.full((2, B), value(cell)))
-    verdict = decide(rigged, claim(Steeper, steeper="lvu", than="vilu", settings=("all",)))
+    verdict = decide(rigged, claim(SteeperClaim, steeper="lvu", than="vilu", settings=("all",)))
     assert (verdict.ruling, verdict.number) == ("holds", pytest.approx(0.4))
     assert verdict.number_in_words.endswith("over 3 cases, on the seeds that both have (0)")
     apart = {cell: one for cell, one in results.items() if (cell.method, cell.seed) != ("lvu", 0)}
-    strange = Board(chosen, list(apart), apart, rigged.entrants["lvu", "one", "all"].bootstrap)
-    verdict = decide(strange, claim(Steeper, steeper="lvu", than="vilu", settings=("all",)))
+    strange = Board(chosen, list(apart), apart, rigged.entrants["lvu", "one", "all"].load_bootstrap)
+    verdict = decide(strange, claim(SteeperClaim, steeper="lvu", than="vilu", settings=("all",)))
     assert (verdict.ruling, verdict.reason) == ("not tested", "the methods have no seed in common")
 
 
@@ -513,7 +531,7 @@ def test_a_claim_says_which_seeds_decide() -> None:
         methods={"lvu": {}, "vilu": {"seeds": 1}},
         seeds=2,
     )
-    cells = plan(chosen)
+    cells = plan_cells(chosen)
     values = {("lvu", 0): 0.7, ("lvu", 1): 0.9, ("vilu", 0): 0.75}
     results = {
         cell: result(cell, (values[cell.method, cell.seed], 0.5))
@@ -674,14 +692,14 @@ def test_a_document_of_all_studies(run: Path, tmp_path: Path) -> None:
 def test_a_document_shows_a_written_part_first(run: Path, tmp_path: Path) -> None:
     document, first = tmp_path / "results.md", tmp_path / "first.txt"
     first.write_text("Read this.\n", encoding="utf-8")
-    render_studies(run, document, intro="Then this.", first=first, overwrite=False)
+    render_studies(run, document, intro="Then this.", preface_file=first, overwrite=False)
     assert document.read_text().startswith("# Results\n\nRead this.\n\nThen this.\n\n")
     first.write_text("Read that.\n", encoding="utf-8")
     with pytest.raises(UsageError, match="other inputs"):
-        render_studies(run, document, intro="Then this.", first=first, overwrite=False)
+        render_studies(run, document, intro="Then this.", preface_file=first, overwrite=False)
     first.write_bytes(b"\xff")
     with pytest.raises(DataError, match="must be Markdown in UTF-8"):
-        render_studies(run, tmp_path / "another.md", first=first)
+        render_studies(run, tmp_path / "another.md", preface_file=first)
 
 
 def test_a_cell_that_was_made_anew(run: Path, tmp_path: Path) -> None:
@@ -742,7 +760,7 @@ def test_a_trend_needs_places(x: tuple[float | None, float]) -> None:
     with pytest.raises(UsageError, match="needs settings with different x above zero"):
         made(
             settings=sizes,
-            claims=[claim(Trend, method="mcm", settings=tuple(sizes), metric_goes="up")],
+            claims=[claim(TrendClaim, method="mcm", settings=tuple(sizes), metric_goes="up")],
         )
 
 
@@ -776,16 +794,18 @@ def test_a_grid_chooses_by_the_one_and_reports_the_other(tmp_path: Path) -> None
         views=[grid],
         data={"one": {"stores": {"train": "a", "test": "b"}}},
     )
-    cells = [cell for cell in plan(chosen) if cell.same_as is None]
+    cells = [cell for cell in plan_cells(chosen) if cell.same_as is None]
     values = {cell: (0.6 + 0.01 * i, 0.5) for i, cell in enumerate(cells)}
     best = max(
         (cell for cell in cells if cell.setting == "held_out"), key=lambda cell: values[cell]
     )
     results = {cell: result(cell, values[cell]) for cell in cells}
-    rigged = Board(chosen, plan(chosen), results, lambda cell: np.full((2, B), values[cell][0]))
+    rigged = Board(
+        chosen, plan_cells(chosen), results, lambda cell: np.full((2, B), values[cell][0])
+    )
     shown = make_exhibit(rigged, chosen.views[0], tmp_path)
     (row,) = [i for i, labels in enumerate(shown.body.rows) if labels[-1] == "chosen"]
-    rate, batch = chosen.entries[best.method].params.values()
+    rate, batch = chosen.method_entries[best.method].params.values()
     assert shown.body.rows[row] == ("one", str(rate), str(batch), "chosen")
     assert shown.body.cells[row, 0].value == values[best][0]
     twin = next(cell for cell in cells if cell.method == best.method and cell.setting == "test")
@@ -796,4 +816,4 @@ def test_a_grid_chooses_by_the_one_and_reports_the_other(tmp_path: Path) -> None
 
 def test_rendering_gives_what_is_printed(run: Path) -> None:
     (board_,) = [found for found in load_studies(run) if found.config.name == "small"]
-    assert (run / "studies/small/table.txt").read_text() == render(board_, run).text + "\n"
+    assert (run / "studies/small/table.txt").read_text() == render_study(board_, run).text + "\n"

@@ -23,7 +23,7 @@ from vilu.errors import DataError
 from vilu.outcomes.outcomes import Outcomes
 from vilu_bench.studies.load import load_configs
 from vilu_bench.studies.study import load_studies, run_studies
-from vilu_bench.studies.submit import KEY, add_submissions
+from vilu_bench.studies.submit import SUBMISSION_KEY, add_submissions
 
 OURS: dict[str, Any] = {"mcm": {}, "knn_distance": {"deterministic": True}}
 THEIRS = {
@@ -102,7 +102,7 @@ def test_one_file_a_result_with_its_rows_and_what_made_them(home: Path) -> None:
     assert (
         "distance" in run("evaluate", home / FILE, "--resamples", 10).stdout
     )  # they are scores as any
-    said = Outcomes.load(home / "handed/one/all/margin/seed-0.parquet").provenance[KEY]
+    said = Outcomes.load(home / "handed/one/all/margin/seed-0.parquet").provenance[SUBMISSION_KEY]
     assert said["stands_for"] == [["all", 0], ["few", 0], ["all", 1], ["few", 1]]
     assert (said["made_by"], said["result"]["decided_by"]["method"]) == ("", "margin")
 
@@ -197,7 +197,7 @@ def resealed(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None
     columns = {
         name: np.array(table[name].to_pylist()) for name in ("row_id", "uncertainty", "failure")
     }
-    change(columns, metadata["provenance"][KEY])
+    change(columns, metadata["provenance"][SUBMISSION_KEY])
     kinds = {"row_id": pa.int64(), "uncertainty": pa.float64(), "failure": pa.int8()}
     n = len(columns["row_id"])
     others = {
@@ -321,7 +321,7 @@ def test_a_method_of_the_study_may_be_handed_in_as_the_same_alone(home: Path, ou
     (board,) = add_submissions(
         load_studies(ours / "ours"), ours / "ours", sorted((ours / "again").rglob("*.parquet"))
     )
-    assert board.config.guests == ()
+    assert board.config.submitted_methods == ()
     path = ours / "again/one/few/knn_distance/seed-1.parquet"
     shutil.copy(ours / FILE, path)
     resealed(path, lambda _, said: said["result"].update(method="knn_distance"))
@@ -350,7 +350,7 @@ def test_what_cannot_be_handed_in(ours: Path) -> None:
     margin = ours / "handed/one/all/margin/seed-0.parquet"
     again = Path(shutil.copy(margin, ours / "copy.parquet"))
     (board,) = add_submissions(load_studies(ours / "ours"), ours / "ours", [margin, again])
-    assert board.config.guests == ("margin",)
+    assert board.config.submitted_methods == ("margin",)
     other = Outcomes.load(again)
     replace(other, uncertainty=other.uncertainty * 2).save(
         again

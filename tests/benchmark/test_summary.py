@@ -12,9 +12,9 @@ from vilu.metrics.counts import Floats
 from vilu.outcomes.results import ResultRow
 from vilu_bench.studies.board import Board
 from vilu_bench.studies.cells import Cell
-from vilu_bench.studies.parts import RANKED_BY
-from vilu_bench.studies.ranking import Standing, layout, standings, summarise
-from vilu_bench.studies.result import CellResult, Refusal, resampled_metrics
+from vilu_bench.studies.parts import RANKING_METRICS
+from vilu_bench.studies.ranking import Standing, ranking_text, standings, summarise
+from vilu_bench.studies.result import CellResult, Refusal, bootstrap_metrics
 
 ROWS = "00c0ffee" * 4
 """A name of test rows; its number seeds the resamples."""
@@ -36,8 +36,8 @@ def sample(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_one_seed_gives_the_intervals_of_the_metrics_room() -> None:
     uncertainty, failure = sample(150, 0)
-    values = resampled_metrics(uncertainty, failure, 300, ROWS)
-    for row, name in enumerate(RANKED_BY):
+    values = bootstrap_metrics(uncertainty, failure, 300, ROWS)
+    for row, name in enumerate(RANKING_METRICS):
         expected = unwrap(bootstrap_interval)(
             name, uncertainty, failure, n_resamples=300, seed=int(ROWS, 16)
         )
@@ -48,7 +48,7 @@ def test_one_seed_gives_the_intervals_of_the_metrics_room() -> None:
 def test_one_seed_gives_the_paired_bootstrap_of_the_metrics_room() -> None:
     a, failure = sample(150, 0)
     b = a + np.random.default_rng(1).normal(size=150)
-    values_a, values_b = (resampled_metrics(u, failure, 300, ROWS)[:1] for u in (a, b))
+    values_a, values_b = (bootstrap_metrics(u, failure, 300, ROWS)[:1] for u in (a, b))
     expected = unwrap(paired_bootstrap)("auroc", a, b, failure, n_resamples=300, seed=int(ROWS, 16))
     point_a, point_b = (np.array([auroc(u, failure)]) for u in (a, b))
     found = (
@@ -62,7 +62,7 @@ def test_resamples_are_those_of_the_rows_whatever_the_scores() -> None:
     rows.
     """
     uncertainty, failure = sample(40, 2)
-    values = resampled_metrics(uncertainty, failure, 25, ROWS)
+    values = bootstrap_metrics(uncertainty, failure, 25, ROWS)
     rng = np.random.default_rng(int(ROWS, 16))
     right, wrong = np.flatnonzero(failure == 0), np.flatnonzero(failure == 1)
     draws = [rows[rng.integers(len(rows), size=(25, len(rows)))] for rows in (right, wrong)]
@@ -74,7 +74,7 @@ def test_resamples_are_those_of_the_rows_whatever_the_scores() -> None:
 def test_many_rows_are_resampled_in_blocks() -> None:
     rng = np.random.default_rng(0)
     uncertainty, failure = rng.normal(size=3000), (rng.random(3000) < 0.5).astype(np.int64)
-    values = resampled_metrics(
+    values = bootstrap_metrics(
         uncertainty, failure, 200, ROWS
     )  # 2^18 counts are fewer than 200 x 3000
     expected = unwrap(bootstrap_interval)(
@@ -84,7 +84,7 @@ def test_many_rows_are_resampled_in_blocks() -> None:
 
 
 def test_without_failures_nothing_is_defined() -> None:
-    assert np.isnan(resampled_metrics(np.arange(5.0), np.zeros(5, np.int64), 10, ROWS)).all()
+    assert np.isnan(bootstrap_metrics(np.arange(5.0), np.zeros(5, np.int64), 10, ROWS)).all()
 
 
 def test_mean_over_seeds_resamples_the_seeds() -> None:
@@ -104,7 +104,7 @@ def test_seeds_that_share_rows_keep_the_variance_of_the_rows() -> None:
     resampling rows apart for each would make the interval too narrow.
     """
     uncertainty, failure = sample(150, 3)
-    once = resampled_metrics(uncertainty, failure, 400, ROWS)[:1]
+    once = bootstrap_metrics(uncertainty, failure, 400, ROWS)[:1]
     assert interval(np.repeat(once, 5, axis=0), 0.95)[1:] == interval(once, 0.95)[1:]
 
 
@@ -262,7 +262,7 @@ def test_summary_by_hand(made: tuple) -> None:
 
 def test_table_says_what_was_found(made: tuple) -> None:
     small, cells, results, bootstrap = made
-    text = layout(small, summarise(Board(small, cells, results, bootstrap.__getitem__)))
+    text = ranking_text(small, summarise(Board(small, cells, results, bootstrap.__getitem__)))
     assert "one, all (all labels): 100 answers, 40 wrong" in text
     assert "no result: margin: it needs two candidates" in text
     (line,) = [line for line in text.splitlines() if line.startswith("2  vilu")]
@@ -278,4 +278,4 @@ def test_a_block_without_any_result(made: tuple) -> None:
     summary = summarise(Board(small, alone, results, {}.__getitem__))
     assert summary.blocks[0].lines == ()
     assert summary.standings == ()
-    assert "no result: margin" in layout(small, summary)
+    assert "no result: margin" in ranking_text(small, summary)

@@ -18,8 +18,8 @@ from vilu.artifacts.documents import read_document, write_document, write_json
 from vilu.artifacts.hashing import digest
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.store.ledger import FileInfo, content_hash
-from vilu.store.manifest import Inputs, Manifest, Receipt, Run
-from vilu.store.parts import PICTURE_BYTES, metadata_schema, plan_parts
+from vilu.store.manifest import Manifest, Receipt, Run, StoreInputs
+from vilu.store.parts import PICTURE_DIGEST_BYTES, metadata_schema, plan_parts
 
 DIM = 8
 SPACE = EmbeddingSpace(
@@ -64,14 +64,19 @@ def write_store(
         "captions": True,
         "features": None if features is None else features.shape[1],
     }
-    run = Run(**fields, fingerprint=digest(Inputs(**fields).identity()), dataset="pets", vilu="0")
+    run = Run(
+        **fields,
+        fingerprint=digest(StoreInputs(**fields).fingerprint_fields()),
+        dataset="pets",
+        vilu="0",
+    )
     arrays = {"img_emb": image, "text_emb": text, "features": features}
     receipts = []
     for part in plan_parts(run):
         kept = [i for i in range(part.start, part.stop) if i not in lost]
         for name in part.files:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-        for name in part.arrays:
+        for name in part.array_names:
             np.save(root / part.array_file(name), arrays[name][kept].astype("<f2"))
         rows = [
             {
@@ -83,7 +88,7 @@ def write_store(
                 "n_frames": 1,
                 "flags": 0,
                 "caption": captions[i],
-                "picture": sha256(image[i].tobytes()).digest()[:PICTURE_BYTES],
+                "picture": sha256(image[i].tobytes()).digest()[:PICTURE_DIGEST_BYTES],
             }
             for i in kept
         ]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tests.builders.store_fakes import NAMES, FakeBackbone
-from vilu.backbones.zeroshot import class_texts
+from vilu.backbones.zeroshot import embed_class_names
 
 KINDS = 9
 """Kinds of photos; of the last three the model's answer is wrong."""
@@ -26,7 +26,7 @@ SEEDS = (0, 1, 18, 39, 4, 5, 6, 7, 8)
 def seen_directions() -> np.ndarray:
     """(192, K) orthonormal directions of pixels that decide what the model says."""
     model = FakeBackbone()
-    return np.linalg.qr((model.projection @ class_texts(model, NAMES).T).numpy())[0]
+    return np.linalg.qr((model.projection @ embed_class_names(model, NAMES).T).numpy())[0]
 
 
 def unseen(pixels: np.ndarray) -> np.ndarray:
@@ -52,7 +52,7 @@ def answer_to(kind: int) -> int:
     """What the model says of a kind: the place of a name."""
     model = FakeBackbone()
     image = model.encode_images(model.preprocess(Image.open(io.BytesIO(photo(kind, 0))))[None])
-    return int((image @ class_texts(model, NAMES).T).argmax())
+    return int((image @ embed_class_names(model, NAMES).T).argmax())
 
 
 def truth_of(kind: int) -> str:

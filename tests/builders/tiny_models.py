@@ -27,7 +27,7 @@ from tests.builders.tiny_tokenizers import (
 )
 from tests.builders.tiny_weights import draw_weights, to_transformers
 from vilu.backbones.open_clip import CONFIG_FILE
-from vilu.extras import quiet
+from vilu.extras import suppress_messages
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
@@ -150,7 +150,7 @@ def config(kind: Kind, trunk: Path, *, tanh: bool = False) -> dict[str, Any]:
 def build(model_config: dict[str, Any]) -> nn.Module:
     """The model of open_clip that a configuration describes."""
     kind = open_clip.CustomTextCLIP if model_config.get("custom_text") else open_clip.CLIP
-    with quiet():
+    with suppress_messages():
         return kind(
             **{key: value for key, value in model_config.items() if key != "custom_text"}
         ).eval()
@@ -199,7 +199,7 @@ def hf_config(kind: Kind, *, tanh: bool = True) -> Any:
 def _write_hf(folder: Path, kind: Kind, seed: int, *, tanh: bool) -> Any:
     mean, std = PIXELS[kind]["mean"], PIXELS[kind]["std"]
     square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    with quiet():
+    with suppress_messages():
         if kind == "clip":
             model = transformers.CLIPModel(hf_config(kind))
             pixels = transformers.CLIPImageProcessor(

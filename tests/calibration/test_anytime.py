@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vilu.calibration.anytime import (
-    BETS,
-    STARTS,
-    STEPS,
-    Looks,
-    grid_of,
-    labels_needed,
+    BETS_WITH_SHARES,
+    N_THRESHOLDS_UP_TO_LIMIT,
+    SEQUENCE_STARTS,
+    ThresholdTests,
     level_of,
     log_evidence,
+    n_labels_needed,
+    threshold_grid,
 )
 from vilu.errors import DataError, UsageError
 
@@ -28,9 +28,9 @@ RISK, DELTA = 0.05, 0.05
 
 @given(st.lists(st.booleans(), max_size=60), st.floats(0.01, 0.5))
 def test_evidence_is_the_mean_of_products_of_bets(outcomes: list[bool], risk: float) -> None:
-    wealth = np.array([share for _, share in BETS])
+    wealth = np.array([share for _, share in BETS_WITH_SHARES])
     for wrong in outcomes:
-        wealth = wealth * [1 - bet * (wrong - risk) / (1 - risk) for bet, _ in BETS]
+        wealth = wealth * [1 - bet * (wrong - risk) / (1 - risk) for bet, _ in BETS_WITH_SHARES]
     found = math.exp(log_evidence(sum(outcomes), len(outcomes), risk))
     assert found == pytest.approx(wealth.sum(), rel=1e-10)
 
@@ -48,77 +48,87 @@ def test_the_mean_evidence_is_at_most_one_where_the_risk_is_above(rate: float) -
 
 def test_levels_and_starts_share_the_whole() -> None:
     assert sum(level_of(k, DELTA) for k in range(1, 60)) == pytest.approx(DELTA, rel=1e-12)
-    assert sum(share for _, share in STARTS) == pytest.approx(1)
-    assert sum(share for _, share in BETS) == pytest.approx(1)
-    assert STARTS[-1][0] == STEPS
+    assert sum(share for _, share in SEQUENCE_STARTS) == pytest.approx(1)
+    assert sum(share for _, share in BETS_WITH_SHARES) == pytest.approx(1)
+    assert SEQUENCE_STARTS[-1][0] == N_THRESHOLDS_UP_TO_LIMIT
 
 
 def test_a_grid_comes_from_scores_alone_and_ends_with_all() -> None:
     u = np.random.default_rng(0).permutation(np.arange(1, 1001) / 1000)
-    grid = grid_of(u, 0.32)
-    assert grid[STEPS - 1] == 0.32
-    assert grid[STEPS // 2 - 1] == 0.16
+    grid = threshold_grid(u, 0.32)
+    assert grid[N_THRESHOLDS_UP_TO_LIMIT - 1] == 0.32
+    assert grid[N_THRESHOLDS_UP_TO_LIMIT // 2 - 1] == 0.16
     assert grid[-1] == 1.0
     assert (np.diff(grid) > 0).all()
     with pytest.raises(DataError, match=r"no score is at most 1e-05"):
-        grid_of(u, 1e-5)
+        threshold_grid(u, 1e-5)
 
 
 def test_ties_share_a_threshold() -> None:
-    grid = grid_of(np.repeat([0.1, 0.5], 50), 0.1)
+    grid = threshold_grid(np.repeat([0.1, 0.5], 50), 0.1)
     assert set(grid.tolist()) == {0.1, 0.5}
-    looks = Looks(grid, RISK, DELTA, limit=0.1)
-    assert looks.last == int((grid == 0.1).sum()) - 1
-    assert looks.certified(np.full(150, 0.1), np.zeros(150, np.int64)) == looks.last
+    looks = ThresholdTests(grid, RISK, DELTA, limit=0.1)
+    assert looks.last_tested_index == int((grid == 0.1).sum()) - 1
+    assert (
+        looks.index_of_laxest_certified_threshold(np.full(150, 0.1), np.zeros(150, np.int64))
+        == looks.last_tested_index
+    )
 
 
 def test_nothing_beyond_the_limit_is_tested() -> None:
     u = np.linspace(0, 1, 400)
-    grid = grid_of(u, 0.5)
+    grid = threshold_grid(u, 0.5)
     wrong = np.zeros(400, np.int64)
-    at = Looks(grid, RISK, DELTA, limit=0.5).certified(u, wrong)
+    at = ThresholdTests(grid, RISK, DELTA, limit=0.5).index_of_laxest_certified_threshold(u, wrong)
     assert at is not None
     assert grid[at] <= 0.5
-    everything = Looks(grid, RISK, DELTA).certified(u, wrong)
+    everything = ThresholdTests(grid, RISK, DELTA).index_of_laxest_certified_threshold(u, wrong)
     assert everything == len(grid) - 1
 
 
 def test_what_more_would_do_does() -> None:
-    grid = grid_of(np.linspace(0, 1, 200), 1.0)
-    looks, u = Looks(grid, RISK, DELTA), np.linspace(0, 1, 30)
-    more = looks.more_needed(u, np.zeros(30, np.int64))
+    grid = threshold_grid(np.linspace(0, 1, 200), 1.0)
+    looks, u = ThresholdTests(grid, RISK, DELTA), np.linspace(0, 1, 30)
+    more = looks.n_more_labels_needed(u, np.zeros(30, np.int64))
     assert more is not None
     longer = np.linspace(
-        0, 1, 30 + more + STEPS
+        0, 1, 30 + more + N_THRESHOLDS_UP_TO_LIMIT
     )  # shares of whole labels are rounded down, one for each threshold
-    assert looks.certified(longer, np.zeros(len(longer), np.int64)) is not None
-    assert looks.certified(u, np.zeros(30, np.int64)) is None
+    assert (
+        looks.index_of_laxest_certified_threshold(longer, np.zeros(len(longer), np.int64))
+        is not None
+    )
+    assert looks.index_of_laxest_certified_threshold(u, np.zeros(30, np.int64)) is None
     assert not looks.can_certify(u)
     assert looks.can_certify(longer)
-    assert looks.more_needed(np.linspace(0, 1, 60), np.arange(60) % 3 == 0) is None
+    assert looks.n_more_labels_needed(np.linspace(0, 1, 60), np.arange(60) % 3 == 0) is None
 
 
 def test_more_labels_go_to_thresholds_by_the_rows_they_accept() -> None:
     # The limit has moved by 16 thresholds, each of which accepts 2 % more rows than the one before.
     # So the first limit still accepts 1 / 1.02^16 = 73 % of all rows up to the new limit.
     scores = np.linspace(0.001, 1, 10_000)
-    grid = grid_of(scores, 0.5)
-    looks = Looks(grid, max_risk=0.05, delta=0.05, limit=float(grid[STEPS - 1 + 16]))
+    grid = threshold_grid(scores, 0.5)
+    looks = ThresholdTests(
+        grid, max_risk=0.05, delta=0.05, limit=float(grid[N_THRESHOLDS_UP_TO_LIMIT - 1 + 16])
+    )
     none = np.zeros(0)
     # Without a wrong answer the first limit is certified once it accepts as many labels as
-    # ``labels_needed`` says.
-    needed = labels_needed(0, 0.05, 0.7 * 0.05)
-    share = 0.5 / grid[looks.last]
-    more = looks.more_needed(none, none.astype(np.int64))
+    # ``n_labels_needed`` says.
+    needed = n_labels_needed(0, 0.05, 0.7 * 0.05)
+    share = 0.5 / grid[looks.last_tested_index]
+    more = looks.n_more_labels_needed(none, none.astype(np.int64))
     assert more == pytest.approx(needed / share, abs=2)
 
 
 @pytest.mark.parametrize("bad", [{"max_risk": 0.0}, {"delta": 1.0}])
 def test_settings_that_cannot_be(bad: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(bad))):
-        Looks(np.linspace(0, 1, STEPS), **{"max_risk": RISK, "delta": DELTA, **bad})
+        ThresholdTests(
+            np.linspace(0, 1, N_THRESHOLDS_UP_TO_LIMIT), **{"max_risk": RISK, "delta": DELTA, **bad}
+        )
     with pytest.raises(DataError, match="ascending"):
-        Looks(np.linspace(1, 0, STEPS), RISK, DELTA)
+        ThresholdTests(np.linspace(1, 0, N_THRESHOLDS_UP_TO_LIMIT), RISK, DELTA)
 
 
 RATES = {
@@ -138,11 +148,11 @@ def test_the_guarantee_holds_however_often_one_looks(name: str) -> None:
     dense = np.linspace(0, 1, 20_001)
     risk_up_to = np.cumsum(rate(dense)) / np.arange(1, len(dense) + 1)
     for _ in range(calibrations):
-        looks = Looks(grid_of(rng.random(400), 0.5), RISK, DELTA)
+        looks = ThresholdTests(threshold_grid(rng.random(400), 0.5), RISK, DELTA)
         u = rng.random(400)
         wrong = (rng.random(400) < rate(u)).astype(np.int64)
         for n in range(60, 401, 34):
-            at = looks.certified(u[:n], wrong[:n])
+            at = looks.index_of_laxest_certified_threshold(u[:n], wrong[:n])
             if at is not None:
                 broken += risk_up_to[int(looks.grid[at] * 20_000)] > RISK
                 break

@@ -14,7 +14,7 @@ import pytest
 
 import vilu
 from vilu.artifacts.tables import read_table, write_table
-from vilu.calibration.monitor.arrivals import SeenRows, admit, refuse_sorted
+from vilu.calibration.monitor.arrivals import SeenRows, admit_rows, refuse_sorted
 from vilu.calibration.monitor.martingale import is_grouped, is_in_blocks, is_rising
 from vilu.errors import DataError
 
@@ -228,7 +228,7 @@ def test_a_few_rows_are_looked_up_without_copying_the_calibration() -> None:
     tracemalloc.start()
     try:
         with pytest.warns(UserWarning, match="^1 of 3 rows are calibration rows"):
-            admit(rows, calibration, None)
+            admit_rows(rows, calibration, None)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()

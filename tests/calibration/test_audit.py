@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from vilu.calibration.monitor.audit import Audit, log_wealth, lower_bound
+from vilu.calibration.monitor.audit import Audit, anytime_lower_bound, log_wealth
 
 PRIOR = (1.0, 19.0)
 
@@ -54,7 +54,9 @@ def test_the_lower_bound_is_where_the_wealth_falls_below_its_limit(wrong: int, n
     )
     below = wealth < np.log(1 / 0.01)
     assert np.array_equal(below, np.arange(len(rates)) >= np.argmax(below))  # one crossing
-    assert lower_bound(wrong, n, 0.01, PRIOR) == pytest.approx(rates[np.argmax(below)], abs=1e-4)
+    assert anytime_lower_bound(wrong, n, 0.01, PRIOR) == pytest.approx(
+        rates[np.argmax(below)], abs=1e-4
+    )
 
 
 def test_bounds_hold_at_all_times_together() -> None:
@@ -98,15 +100,17 @@ def test_the_verdict_follows_the_bounds_and_the_path() -> None:
 def test_bounds_of_the_audit_are_ordered_and_tell_how_many_more() -> None:
     audit = Audit(0.05, 0.01, 200, 2)
     assert 0 < audit.lower < 0.01 < audit.upper < 1
-    more = audit.n_needed()
+    more = audit.n_more_needed()
     assert more is not None
     assert (
         Audit(0.05, 0.01, 200 + more, round(np.ceil(0.01 * (200 + more)))).verdict == "holds so far"
     )
-    unseen = Audit(0.05, 0.01).n_needed()
+    unseen = Audit(0.05, 0.01).n_more_needed()
     assert unseen is not None
     assert Audit(0.05, 0.01, unseen, 0).verdict == "holds so far"
     assert Audit(0.05, 0.01, unseen - 1, 0).verdict == "not enough audited answers"
-    assert Audit(0.05, 0.01, 40, 2).n_needed() is None  # at the guaranteed rate nothing would tell
-    assert Audit(0.05, 0.01, 1000, 200).n_needed() == 0
+    assert (
+        Audit(0.05, 0.01, 40, 2).n_more_needed() is None
+    )  # at the guaranteed rate nothing would tell
+    assert Audit(0.05, 0.01, 1000, 200).n_more_needed() == 0
     assert (Audit(0.05, 0.01).lower, Audit(0.05, 0.01).upper) == (0, 1)

@@ -117,7 +117,7 @@ def test_outcomes_take_a_few_numbers_of_a_row(
     model: vilu.Selective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the mean text has no numbers there, so it is not that of the calibration
-    monkeypatch.setattr("vilu.calibration.calibration.same_candidates", lambda *_: True)
+    monkeypatch.setattr("vilu.calibration.calibration.candidates_agree", lambda *_: True)
     n_classes, width = plain(N, 3, 0).text.shape
     with FakeGPU() as gpu:
         outcomes = model.predict(on_gpu(N, width))

@@ -7,20 +7,20 @@ import math
 
 import numpy as np
 import pytest
-from benchmarks.closed_folder import WORLDS, Folder, exact_tail, look_often
+from benchmarks.closed_folder import WORLDS, Folder, exact_tail, look_results
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp
 
 import vilu
-from vilu.calibration.anytime import STEPS, grid_of
+from vilu.calibration.anytime import N_THRESHOLDS_UP_TO_LIMIT, threshold_grid
 from vilu.calibration.closed_set import (
-    PRIOR_SHARE,
-    PRIOR_WRONG,
+    PRIOR_A,
+    PRIOR_RELATIVE_MEAN,
     ClosedCounts,
-    ClosedLooks,
     ClosedPhotos,
-    SavedClosedLooks,
+    ClosedSetTests,
+    SavedClosedSetTests,
     level_shares,
     log_evidence,
 )
@@ -33,20 +33,20 @@ NONE = np.zeros(0)
 NO_LABEL = np.zeros(0, np.int64)
 
 
-def looks_of(photos: Floats, grid: Floats, *, max_risk: float = RISK) -> ClosedLooks:
+def looks_of(photos: Floats, grid: Floats, *, max_risk: float = RISK) -> ClosedSetTests:
     """The tests of a set of photos without labels aside."""
-    closed = ClosedCounts.of(grid, photos, aside=NONE, failure=NO_LABEL)
-    return ClosedLooks(grid, max_risk, DELTA, closed)
+    closed = ClosedCounts.of(grid, photos, aside_scores=NONE, aside_failure=NO_LABEL)
+    return ClosedSetTests(grid, max_risk, DELTA, closed)
 
 
 def product_of_bets(labels: list[bool], n_photos: int, total: int) -> float:
     """Evidence against exactly ``total`` wrong answers, label after label."""
-    prior_right = PRIOR_WRONG / (PRIOR_SHARE * RISK) - PRIOR_WRONG
+    prior_right = PRIOR_A / (PRIOR_RELATIVE_MEAN * RISK) - PRIOR_A
     wealth = 1.0
     n_wrong = 0
     for n_drawn, is_wrong in enumerate(labels):
         mean = (total - n_wrong) / (n_photos - n_drawn)
-        bet = (PRIOR_WRONG + n_wrong) / (PRIOR_WRONG + prior_right + n_drawn)
+        bet = (PRIOR_A + n_wrong) / (PRIOR_A + prior_right + n_drawn)
         right_factor = (1 - bet) / (1 - mean) if mean < 1 else math.inf
         wrong_factor = bet / mean if mean > 0 else math.inf
         wealth *= wrong_factor if is_wrong else right_factor
@@ -112,12 +112,12 @@ def test_no_total_breaks_the_guarantee_in_any_order(max_risk: float) -> None:
     """One threshold, every label a look, and the exact share of all orders that are ever broken."""
     n_photos = 30
     photos = np.zeros(n_photos)
-    looks = looks_of(photos, np.zeros(STEPS), max_risk=max_risk)
+    looks = looks_of(photos, np.zeros(N_THRESHOLDS_UP_TO_LIMIT), max_risk=max_risk)
     certified = np.zeros((n_photos + 1, n_photos + 1), np.bool_)
     for drawn in range(n_photos + 1):
         for wrong in range(drawn + 1):
             failure = np.arange(drawn) < wrong
-            at = looks.certified(photos[:drawn], failure.astype(np.int64))
+            at = looks.index_of_laxest_certified_threshold(photos[:drawn], failure.astype(np.int64))
             certified[drawn, wrong] = at is not None
     assert certified.any()
     for total in range(n_photos + 1):
@@ -148,106 +148,110 @@ def _ever_broken(certified: np.ndarray, total: int, max_risk: float) -> float:
 
 
 def test_shares_add_up_to_the_level() -> None:
-    assert level_shares(STEPS).sum() <= 1
+    assert level_shares(N_THRESHOLDS_UP_TO_LIMIT).sum() <= 1
     assert level_shares(100_000).sum() == pytest.approx(1, abs=1e-4)
     assert (level_shares(500) > 0).all()
 
 
 def test_a_threshold_adds_the_evidence_of_laxer_ones() -> None:
     photos = np.linspace(0, 1, 2_000)
-    grid = grid_of(photos, 1.0)
+    grid = threshold_grid(photos, 1.0)
     looks = looks_of(photos, grid)
     drawn = photos[::20]
-    at = looks.certified(drawn, np.zeros(100, np.int64))
+    at = looks.index_of_laxest_certified_threshold(drawn, np.zeros(100, np.int64))
     assert at == len(grid) - 1
     # By hand: the laxest threshold has its own evidence alone.
     n_left = 1_900
     total = math.floor(RISK * n_left) + 1
-    evidence = float(log_evidence(0, 100, 2_000, total, RISK)) + math.log(level_shares(STEPS)[-1])
+    evidence = float(log_evidence(0, 100, 2_000, total, RISK)) + math.log(
+        level_shares(N_THRESHOLDS_UP_TO_LIMIT)[-1]
+    )
     assert evidence >= math.log(1 / DELTA)
     # One wrong answer at the top: the strictest certified threshold is below it.
     failure = np.zeros(100, np.int64)
     failure[-12:] = 1
-    lower = looks.certified(drawn, failure)
+    lower = looks.index_of_laxest_certified_threshold(drawn, failure)
     assert lower is None or grid[lower] < drawn[-12]
 
 
 def test_labels_aside_count_but_prove_nothing() -> None:
     photos = np.linspace(0, 1, 500)
-    grid = grid_of(photos, 1.0)
+    grid = threshold_grid(photos, 1.0)
     drawn = photos[::5]
     right = np.zeros(100, np.int64)
     aside = photos[1::5]
     all_right = ClosedCounts.of(grid, photos, aside, np.zeros(100, np.int64))
-    looks = ClosedLooks(grid, RISK, DELTA, all_right)
-    _, n_drawn = looks.counts(drawn, right)
-    assert looks.n_unlabelled(n_drawn)[-1] == 300
+    looks = ClosedSetTests(grid, RISK, DELTA, all_right)
+    _, n_drawn = looks.count_wrong_and_accepted(drawn, right)
+    assert looks.count_unlabelled(n_drawn)[-1] == 300
     # Without a draw nothing is shown, however many photos have a label.
-    assert looks.certified(NONE, NO_LABEL) is None
+    assert looks.index_of_laxest_certified_threshold(NONE, NO_LABEL) is None
     # Fewer photos without a label may hold fewer wrong answers, so the same draw shows less.
     beside_none = looks_of(photos, grid)
     assert _most_evidence(looks, drawn, right) < _most_evidence(beside_none, drawn, right)
     # Wrong answers among them are known, and no longer among the photos without a label.
     some_wrong = ClosedCounts.of(grid, photos, aside, (np.arange(100) % 10 == 0).astype(np.int64))
-    of_wrong = ClosedLooks(grid, RISK, DELTA, some_wrong)
+    of_wrong = ClosedSetTests(grid, RISK, DELTA, some_wrong)
     assert _most_evidence(of_wrong, drawn, right) > _most_evidence(looks, drawn, right)
 
 
-def _most_evidence(looks: ClosedLooks, drawn: Floats, failure: np.ndarray) -> float:
+def _most_evidence(looks: ClosedSetTests, drawn: Floats, failure: np.ndarray) -> float:
     """Evidence for the laxest threshold of a test."""
-    wrong, n_drawn = looks.counts(drawn, failure)
-    n_left = looks.n_unlabelled(n_drawn)[-1]
-    tolerated = wrong[-1] + looks.closed.aside_wrong[-1] + math.floor(RISK * n_left)
-    photos = looks.closed.photos[-1]
+    wrong, n_drawn = looks.count_wrong_and_accepted(drawn, failure)
+    n_left = looks.count_unlabelled(n_drawn)[-1]
+    tolerated = wrong[-1] + looks.photo_counts.aside_wrong[-1] + math.floor(RISK * n_left)
+    photos = looks.photo_counts.photos[-1]
     terms = log_evidence(wrong[-1], n_drawn[-1], photos, tolerated + 1, RISK)
     return float(logsumexp(terms))
 
 
 def test_nothing_is_certified_when_no_photo_is_left() -> None:
     photos = np.linspace(0, 1, 80)
-    looks = looks_of(photos, grid_of(photos, 1.0))
-    assert looks.certified(photos, np.zeros(80, np.int64)) is None
+    looks = looks_of(photos, threshold_grid(photos, 1.0))
+    assert looks.index_of_laxest_certified_threshold(photos, np.zeros(80, np.int64)) is None
 
 
 def test_what_more_labels_would_show_is_shown() -> None:
     photos = np.linspace(0, 1, 1_000)
-    grid = grid_of(photos, 0.6)
-    looks = ClosedLooks(grid, RISK, DELTA, looks_of(photos, grid).closed, limit=0.6)
+    grid = threshold_grid(photos, 0.6)
+    looks = ClosedSetTests(grid, RISK, DELTA, looks_of(photos, grid).photo_counts, limit=0.6)
     order = np.random.default_rng(0).permutation(photos[photos <= 0.6])
     right = np.zeros(len(order), np.int64)
-    more = looks.more_needed(order[:30], right[:30])
+    more = looks.n_more_labels_needed(order[:30], right[:30])
     assert more is not None
-    assert looks.certified(order[:30], right[:30]) is None
+    assert looks.index_of_laxest_certified_threshold(order[:30], right[:30]) is None
     assert not looks.can_certify(order[:30])
-    enough = order[: 30 + more + STEPS]  # shares of whole labels are rounded down
-    at = looks.certified(enough, right[: len(enough)])
+    enough = order[
+        : 30 + more + N_THRESHOLDS_UP_TO_LIMIT
+    ]  # shares of whole labels are rounded down
+    at = looks.index_of_laxest_certified_threshold(enough, right[: len(enough)])
     assert at is not None
     assert grid[at] <= 0.6
     assert looks.can_certify(enough)
-    assert looks.more_needed(order[:60], np.ones(60, np.int64)) is None
+    assert looks.n_more_labels_needed(order[:60], np.ones(60, np.int64)) is None
 
 
 def test_a_saved_draw_gives_the_same_tests() -> None:
     photos = np.linspace(0, 1, 300)
-    grid = grid_of(photos, 0.5)
-    looks = ClosedLooks(grid, RISK, DELTA, looks_of(photos, grid).closed, limit=0.5)
-    draw = SavedClosedLooks.of(looks)
-    again = SavedClosedLooks.model_validate_json(draw.model_dump_json()).looks(RISK)
-    assert again.closed == looks.closed
+    grid = threshold_grid(photos, 0.5)
+    looks = ClosedSetTests(grid, RISK, DELTA, looks_of(photos, grid).photo_counts, limit=0.5)
+    draw = SavedClosedSetTests.of(looks)
+    again = SavedClosedSetTests.model_validate_json(draw.model_dump_json()).tests(RISK)
+    assert again.photo_counts == looks.photo_counts
     assert again.grid.tolist() == looks.grid.tolist()
     assert (again.limit, again.delta) == (looks.limit, looks.delta)
 
 
 @pytest.mark.parametrize("bad", [{"max_risk": 0.0}, {"delta": 1.0}])
 def test_settings_that_cannot_be(bad: dict[str, float]) -> None:
-    grid = np.linspace(0, 1, STEPS)
+    grid = np.linspace(0, 1, N_THRESHOLDS_UP_TO_LIMIT)
     closed = ClosedCounts.of(grid, grid, NONE, NO_LABEL)
     with pytest.raises(UsageError, match=next(iter(bad))):
-        ClosedLooks(grid, **{"max_risk": RISK, "delta": DELTA, **bad}, closed=closed)
+        ClosedSetTests(grid, **{"max_risk": RISK, "delta": DELTA, **bad}, photo_counts=closed)
     with pytest.raises(DataError, match="ascending"):
-        ClosedLooks(grid[::-1], RISK, DELTA, closed)
+        ClosedSetTests(grid[::-1], RISK, DELTA, closed)
     with pytest.raises(DataError, match="for each of the 65"):
-        ClosedLooks(np.linspace(0, 1, STEPS + 1), RISK, DELTA, closed)
+        ClosedSetTests(np.linspace(0, 1, N_THRESHOLDS_UP_TO_LIMIT + 1), RISK, DELTA, closed)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -255,7 +259,7 @@ def test_picks_to_fit_on_do_not_break_the_guarantee(world: str) -> None:
     n_folders = 30
     n_broken = 0
     for seed in range(n_folders):
-        seen = look_often(Folder(world, 200, seed, max_risk=0.2))
+        seen = look_results(Folder(world, 200, seed, max_risk=0.2))
         n_broken += seen["bets"].broken
     assert n_broken <= most_expected(n_folders)
 
@@ -267,7 +271,7 @@ def test_no_world_breaks_the_guarantee_more_often_than_allowed(world: str, n_pho
     n_folders = 300
     n_broken = {"bets": 0, "one look": 0}
     for seed in range(n_folders):
-        seen = look_often(Folder(world, n_photos, seed, max_risk=0.2))
+        seen = look_results(Folder(world, n_photos, seed, max_risk=0.2))
         for test in n_broken:
             n_broken[test] += seen[test].broken
     assert max(n_broken.values()) <= most_expected(n_folders)

@@ -99,7 +99,7 @@ def test_majority_rule_accepts_all_rows_of_a_cluster_or_none() -> None:
 def aside_at(scores: np.ndarray, largest: int) -> LabelledRows:
     """Clusters of the largest size that fix the starts, a score each."""
     cluster = np.repeat(np.arange(len(scores)), largest)
-    return LabelledRows(scores[cluster], np.zeros_like(cluster), cluster, largest)
+    return LabelledRows(scores[cluster], np.zeros_like(cluster), cluster, largest_cluster=largest)
 
 
 @given(st.integers(1, 200), st.integers(0, 2**32 - 1), st.floats(0.01, 0.3))
@@ -112,7 +112,7 @@ def test_clusters_of_one_row_have_the_evidence_of_single_rows(
     uncertainty = np.arange(n, dtype=np.float64)
     evidence = log_evidence(failure.cumsum(), np.arange(1, n + 1), max_risk)
     delta = 0.05
-    rows = LabelledRows(uncertainty, failure, np.arange(n), largest=1)
+    rows = LabelledRows(uncertainty, failure, np.arange(n), largest_cluster=1)
     threshold = ratio_threshold(rows, aside_at(uncertainty[::10] + 0.5, 1), max_risk, delta)
     if threshold.threshold is None:
         return
@@ -140,7 +140,7 @@ def test_wrong_rows_of_one_cluster_count_by_hand() -> None:
     wealth = (share * (1 - bet) * (1 + bet * 0.05 / 0.95) ** 299).sum()
     cluster = np.repeat(np.arange(300), 2)
     failure = (cluster == 299).astype(np.int64)
-    rows = LabelledRows(np.arange(600.0), failure, cluster, largest=2)
+    rows = LabelledRows(np.arange(600.0), failure, cluster, largest_cluster=2)
     # All sequences start where everything is accepted. At a level just above 1 / wealth everything
     # is accepted, just below it nothing.
     aside = aside_at(np.full(30, 599.0), 2)
@@ -154,7 +154,7 @@ def test_a_score_before_the_start_is_not_certified() -> None:
     enough = log_evidence(0, 251, 0.05)
     not_enough = log_evidence(1, 252, 0.05)
     delta = math.exp(-float(enough + not_enough) / 2)
-    rows = LabelledRows(np.arange(300.0), failure, np.arange(300), largest=1)
+    rows = LabelledRows(np.arange(300.0), failure, np.arange(300), largest_cluster=1)
 
     def accepted_of(start: float) -> int:
         return ratio_threshold(rows, aside_at(np.full(30, start), 1), 0.05, delta).n_accepted
@@ -167,7 +167,7 @@ def test_a_sequence_that_reaches_the_next_start_hands_on_its_level() -> None:
     # 800 clusters of one row, the last 16 wrong, so the evidence is least at the end. Sequences
     # start at 25, 50, 70 and 90 %, and only all levels together are enough for everything.
     failure = (np.arange(800) >= 784).astype(np.int64)
-    rows = LabelledRows(np.arange(800.0), failure, np.arange(800), largest=1)
+    rows = LabelledRows(np.arange(800.0), failure, np.arange(800), largest_cluster=1)
     enough = math.exp(-float(log_evidence(16, 800, 0.05)))
     assert enough < 0.05
     aside = aside_at(np.linspace(0, 800, 30), 1)
@@ -177,7 +177,7 @@ def test_a_sequence_that_reaches_the_next_start_hands_on_its_level() -> None:
 
 def test_labels_of_the_clusters_that_fix_the_starts_do_not_matter() -> None:
     outcomes, names = bursts(300, size=3)
-    rows, aside = ratio_rows(outcomes, np.ones(900, dtype=np.bool_), names, largest=3)
+    rows, aside = ratio_rows(outcomes, np.ones(900, dtype=np.bool_), names, largest_cluster=3)
     assert (rows.n_clusters, aside.n_clusters) == (270, 30)
     is_aside = np.isin(np.repeat(np.arange(300), 3), aside.cluster)
     turned = Outcomes(outcomes.uncertainty, np.where(is_aside, 1, outcomes.failure))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vilu.calibration.monitor.martingale import Reference, compare_with_earlier
+from vilu.calibration.monitor.martingale import ReferenceValues, count_in_earlier_values
 
 
 def brute(before: list[float], values: list[float], uniform: list[float]) -> list[float]:
@@ -21,7 +21,7 @@ def brute(before: list[float], values: list[float], uniform: list[float]) -> lis
 
 def test_worked_by_hand() -> None:
     """Calibration 1, 2, 2, 4; then 2 arrives, 5, and 2 again, with U = 1/2."""
-    reference = Reference.of(np.array([1.0, 2.0, 2.0, 4.0]))
+    reference = ReferenceValues.of(np.array([1.0, 2.0, 2.0, 4.0]))
     p = reference.p_values(np.array([2.0, 5.0, 2.0]), np.full(3, 0.5))
     # one is greater and two are equal, of 4: (1 + 3/2) / 5; none is greater: (1/2) / 6;
     # two are greater and three are equal, of 6: (2 + 4/2) / 7
@@ -35,7 +35,7 @@ def test_batches_of_any_size_equal_brute_force(ties: int) -> None:
     uniform = rng.random(200)
     expected = brute(values[:30].tolist(), values[30:].tolist(), uniform.tolist())
     for size in (1, 7, 64, 200):
-        reference = Reference.of(values[:30])
+        reference = ReferenceValues.of(values[:30])
         parts = [
             reference.p_values(values[30 + i : 30 + i + size], uniform[i : i + size])
             for i in range(0, 200, size)
@@ -43,7 +43,7 @@ def test_batches_of_any_size_equal_brute_force(ties: int) -> None:
         assert np.concatenate(parts).tolist() == pytest.approx(expected, abs=1e-15)
         assert reference.n == 230
         distinct, counts = np.unique(values, return_counts=True)
-        table = reference.table()
+        table = reference.value_counts()
         assert np.array_equal(table[0], distinct)
         assert np.array_equal(table[1], counts)
 
@@ -51,7 +51,7 @@ def test_batches_of_any_size_equal_brute_force(ties: int) -> None:
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 31, 32, 33, 100])
 def test_counts_of_earlier_values(n: int) -> None:
     values = np.random.default_rng(n).integers(0, 8, n).astype(float)
-    greater, equal = compare_with_earlier(values)
+    greater, equal = count_in_earlier_values(values)
     assert greater.tolist() == [int((values[:i] > values[i]).sum()) for i in range(n)]
     assert equal.tolist() == [int((values[:i] == values[i]).sum()) for i in range(n)]
 
@@ -60,7 +60,7 @@ def test_sorted_runs_stay_few() -> None:
     """A thousand additions of one value each leave about log2(1000) runs,
     so that a look-up stays cheap.
     """
-    reference = Reference()
+    reference = ReferenceValues()
     for value in np.random.default_rng(0).random(1000):
         reference.p_values(np.array([value]), np.array([0.5]))
     assert len(reference.runs) <= 11
@@ -77,7 +77,7 @@ def test_uniform_and_independent_under_exchangeability_even_with_ties() -> None:
     pairs = []
     for _ in range(2000):
         values = rng.integers(0, 3, 8).astype(float)
-        pairs.append(Reference.of(values[:6]).p_values(values[6:], rng.random(2)))
+        pairs.append(ReferenceValues.of(values[:6]).p_values(values[6:], rng.random(2)))
     first, second = np.array(pairs).T
     assert stats.kstest(first, "uniform").pvalue > 1e-3
     assert stats.kstest(second, "uniform").pvalue > 1e-3
@@ -95,5 +95,7 @@ def test_p_values_against_a_fixed_reference_are_not_independent() -> None:
         values = rng.random(8)
         reference = values[:6]
         for found, value in ((first, values[6]), (second, values[7])):
-            found.append(Reference.of(reference).p_values(np.array([value]), rng.random(1))[0])
+            found.append(
+                ReferenceValues.of(reference).p_values(np.array([value]), rng.random(1))[0]
+            )
     assert stats.pearsonr(first, second).pvalue < 1e-6

@@ -112,8 +112,8 @@ def test_the_bounds_of_a_number_of_copies_hold() -> None:
     rng, n_copies, draws = np.random.default_rng(0), 60, 2000
     found = [Copies(int(k), 1000, 0.2) for k in rng.binomial(n_copies, 0.2, size=draws)]
     allowed = 0.05 + 3 * np.sqrt(0.05 * 0.95 / draws)
-    assert np.mean([copies.largest_count < n_copies for copies in found]) <= allowed
-    assert np.mean([copies.smallest_count > n_copies for copies in found]) <= allowed
+    assert np.mean([copies.upper_n_copies < n_copies for copies in found]) <= allowed
+    assert np.mean([copies.lower_n_copies > n_copies for copies in found]) <= allowed
     whole = Copies(7, 100, 1.0)
-    assert (whole.smallest_count, whole.largest_count, whole.estimate) == (7, 7, 0.07)
-    assert Copies(0, 100, 0.5).smallest_count == 0
+    assert (whole.lower_n_copies, whole.upper_n_copies, whole.estimated_share) == (7, 7, 0.07)
+    assert Copies(0, 100, 0.5).lower_n_copies == 0

@@ -86,7 +86,7 @@ def test_interval_of_many_values_is_the_normal_one() -> None:
 def test_blocks_of_draws_do_not_change_what_an_interval_is(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).random(60)
     whole = mean_interval(values, 0.0, 1.0, 0.95)
-    monkeypatch.setattr("vilu.calibration.estimates.MOST_WEIGHTS", 61 * 700)  # 15 blocks
+    monkeypatch.setattr("vilu.calibration.estimates.MAX_WEIGHTS_IN_MEMORY", 61 * 700)  # 15 blocks
     in_blocks = mean_interval(values, 0.0, 1.0, 0.95)
     # a limit is drawn to 2 % of the half width (a quantile at 2.5 % of 20,000 draws)
     np.testing.assert_allclose(in_blocks, whole, atol=4 * 0.02 * (whole[1] - whole[0]) / 2)
@@ -271,10 +271,12 @@ def test_simulated_intervals_hold_the_error_rate(name: str) -> None:
     # of 0.1 %.
     world = benchmark.WORLDS[name]
     random = np.random.default_rng(5)
-    held = {way: benchmark.Held() for way in ("predictions", "plain exact", "plain normal")}
+    held = {
+        way: benchmark.IntervalCoverage() for way in ("predictions", "plain exact", "plain normal")
+    }
     for _ in range(80):
         probability, predicted = world(random.random(2_000))
         failure = (random.random(2_000) < probability).astype(np.int64)
         benchmark.add_estimate(held, predicted, failure, 100, random)
-    assert held["predictions"].hits >= 68
+    assert held["predictions"].n_held >= 68
     assert held["predictions"].width < 1.02 * held["plain exact"].width

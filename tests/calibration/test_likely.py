@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vilu
-from vilu.calibration.likely import LEAST_WRONG, LikelyRight
+from vilu.calibration.likely import MIN_WRONG_ANSWERS, LikelyRight
 from vilu.errors import DataError, ProvenanceError
 from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.predictors.contract.probability import Logistic
@@ -48,21 +48,21 @@ def test_rows_have_a_threshold_of_their_own_or_that_of_the_fit() -> None:
     of_fit = estimate().model_copy(update={"threshold": 0.02})
     uncertainty = np.array([0.01, 0.03, float("nan"), 0.2])
     assert of_fit.flags_by_own_threshold(uncertainty) == [True, True, False, False]
-    assert of_fit.flags_of_new(uncertainty) == [True, False, False, False]
-    assert estimate().flags_of_new(uncertainty) == [False] * 4
+    assert of_fit.flags_of_new_rows(uncertainty) == [True, False, False, False]
+    assert estimate().flags_of_new_rows(uncertainty) == [False] * 4
 
 
-@pytest.mark.parametrize("n_wrong", [LEAST_WRONG - 1, LEAST_WRONG])
+@pytest.mark.parametrize("n_wrong", [MIN_WRONG_ANSWERS - 1, MIN_WRONG_ANSWERS])
 def test_five_wrong_answers_are_needed(n_wrong: int) -> None:
     u = np.linspace(0.01, 0.95, 100) ** 6
     failure = (np.arange(100) >= 100 - n_wrong).astype(np.int64)
     likely_right = LikelyRight.estimate(JudgedAnswers(u, failure), u, max_risk=0.05)
     assert (likely_right.n, likely_right.n_wrong) == (100, n_wrong)
-    has_estimate = n_wrong >= LEAST_WRONG
+    has_estimate = n_wrong >= MIN_WRONG_ANSWERS
     assert (likely_right.probability is not None) is has_estimate
-    assert (likely_right.flags_of_new(u)[0] is True) is has_estimate
+    assert (likely_right.flags_of_new_rows(u)[0] is True) is has_estimate
     if not has_estimate:
-        assert likely_right.flags_of_new(u) == [None] * 100
+        assert likely_right.flags_of_new_rows(u) == [None] * 100
 
 
 def test_rows_that_cannot_be_judged_are_left_out() -> None:
@@ -78,13 +78,13 @@ def test_drawn_labels_correct_the_cross_fitted_ones() -> None:
     chosen = (rng.random(3_000) < u[:3_000]).astype(np.int64)
     drawn = (rng.random(3_000) < 2 * u[3_000:]).astype(np.int64)
     alone = LikelyRight.estimate(JudgedAnswers(u[:3_000], chosen), u, max_risk=0.05)
-    both = alone.with_drawn(JudgedAnswers(u[3_000:], drawn), u)
+    both = alone.with_drawn_answers(JudgedAnswers(u[3_000:], drawn), u)
     assert (both.n, both.n_wrong) == (alone.n, alone.n_wrong) == (3_000, chosen.sum())
     assert (both.n_drawn, both.n_drawn_wrong) == (3_000, drawn.sum())
-    assert both.flags_of_new(u).count(True) < 0.8 * alone.flags_of_new(u).count(True)
+    assert both.flags_of_new_rows(u).count(True) < 0.8 * alone.flags_of_new_rows(u).count(True)
     # the labels of the last draw take the place of those of the draw before
     nothing_drawn = JudgedAnswers(u[:0], drawn[:0])
-    assert both.with_drawn(nothing_drawn, u) == alone
+    assert both.with_drawn_answers(nothing_drawn, u) == alone
 
 
 def test_wrong_answers_of_a_draw_are_enough_and_skipped_ones_are_left_out() -> None:
@@ -92,10 +92,10 @@ def test_wrong_answers_of_a_draw_are_enough_and_skipped_ones_are_left_out() -> N
     alone = LikelyRight.estimate(JudgedAnswers(u, np.zeros(100, np.int64)), u, max_risk=0.05)
     assert alone.probability is None
     failure = np.zeros(100, np.int64)
-    failure[-LEAST_WRONG:] = 1
+    failure[-MIN_WRONG_ANSWERS:] = 1
     failure[0] = -1
-    both = alone.with_drawn(JudgedAnswers(u, failure), u)
-    assert (both.n_drawn, both.n_drawn_wrong) == (99, LEAST_WRONG)
+    both = alone.with_drawn_answers(JudgedAnswers(u, failure), u)
+    assert (both.n_drawn, both.n_drawn_wrong) == (99, MIN_WRONG_ANSWERS)
     assert both.probability is not None
 
 
@@ -110,7 +110,7 @@ def test_expected_and_true_error_rate_agree_where_the_scores_are_true() -> None:
     likely_right = LikelyRight.estimate(
         JudgedAnswers(u[:5000], failure[:5000]), u[5000:], max_risk=0.05
     )
-    marked = np.array(likely_right.flags_of_new(u[5000:]))
+    marked = np.array(likely_right.flags_of_new_rows(u[5000:]))
     expected = 0.05 / likely_right.widening
     # three standard errors of the rate, and 0.5 % for the calibrator
     assert failure[5000:][marked].mean() == pytest.approx(expected, abs=0.011)

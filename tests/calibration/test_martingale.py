@@ -10,15 +10,15 @@ import pytest
 from scipy import stats
 
 from vilu.calibration.monitor.martingale import (
-    BETAS,
-    DECAY,
-    HISTOGRAMS,
+    BETA_PARAMETERS,
+    COUNT_DECAY,
+    HISTOGRAM_SETTINGS,
     ROWS_PER_START,
-    SHARES,
+    WEALTH_SHARES,
     Martingale,
-    beta_bets,
-    histogram_bets,
-    unused_share,
+    beta_log_densities,
+    histogram_log_densities,
+    unused_wealth_share,
 )
 
 
@@ -29,7 +29,7 @@ def nodes() -> tuple[np.ndarray, np.ndarray]:
     They are smooth within the cells of the histograms, with an integrable pole at either end, which
     p = c s^8 takes away.
     """
-    cells = lcm(*(cells for cells, _ in HISTOGRAMS))
+    cells = lcm(*(cells for cells, _ in HISTOGRAM_SETTINGS))
     x, w = np.polynomial.legendre.leggauss(24)
     s, w = (x + 1) / 2, w / 2
     low = (s**8 / cells, w * 8 * s**7 / cells)
@@ -42,18 +42,23 @@ def nodes() -> tuple[np.ndarray, np.ndarray]:
 
 def test_every_beta_bet_integrates_to_one() -> None:
     p, weights = nodes()
-    assert (weights @ np.exp(beta_bets(p))).tolist() == pytest.approx([1] * len(BETAS), abs=1e-9)
+    assert (weights @ np.exp(beta_log_densities(p))).tolist() == pytest.approx(
+        [1] * len(BETA_PARAMETERS), abs=1e-9
+    )
     assert np.allclose(
-        np.exp(beta_bets(np.array([0.3])))[0], [stats.beta(a, b).pdf(0.3) for a, b in BETAS]
+        np.exp(beta_log_densities(np.array([0.3])))[0],
+        [stats.beta(a, b).pdf(0.3) for a, b in BETA_PARAMETERS],
     )
 
 
 def test_every_histogram_bet_integrates_to_one_whatever_it_has_learnt() -> None:
     rng = np.random.default_rng(0)
-    for cells, weight in HISTOGRAMS:
+    for cells, weight in HISTOGRAM_SETTINGS:
         counts = rng.random(cells) * 40
         middles = (np.arange(cells) + 0.5) / cells
-        density = [np.exp(histogram_bets(np.array([p]), counts, weight)[0][0]) for p in middles]
+        density = [
+            np.exp(histogram_log_densities(np.array([p]), counts, weight)[0][0]) for p in middles
+        ]
         assert np.mean(density) == pytest.approx(1, abs=1e-12)
 
 
@@ -61,33 +66,33 @@ def test_a_histogram_learns_after_it_has_bet() -> None:
     """Three rows by hand, two cells of which the first counts one p-value:
     weight 2, one count of 1 in cell 0.
     """
-    bets, counts = histogram_bets(np.array([0.1, 0.9, 1.0]), np.array([1.0, 0.0]), 2.0)
-    a = DECAY + 1  # cell 0 after the first row
-    by_hand = [2 * 2 / 3, 2 * 1 / (2 + a), 2 * 2 / (2 + a * DECAY + 1)]
+    bets, counts = histogram_log_densities(np.array([0.1, 0.9, 1.0]), np.array([1.0, 0.0]), 2.0)
+    a = COUNT_DECAY + 1  # cell 0 after the first row
+    by_hand = [2 * 2 / 3, 2 * 1 / (2 + a), 2 * 2 / (2 + a * COUNT_DECAY + 1)]
     assert np.exp(bets).tolist() == pytest.approx(by_hand, abs=1e-12)
-    assert counts.tolist() == pytest.approx([a * DECAY**2, DECAY + 1], abs=1e-12)
+    assert counts.tolist() == pytest.approx([a * COUNT_DECAY**2, COUNT_DECAY + 1], abs=1e-12)
 
 
 def test_shares_of_bets_and_of_starts_sum_to_one() -> None:
-    assert SHARES.sum() == pytest.approx(1, abs=1e-12)
+    assert WEALTH_SHARES.sum() == pytest.approx(1, abs=1e-12)
     starts = np.arange(1000.0)
     awakened = np.concatenate(
-        [[1 - unused_share(np.array([0.0]))[0]], -np.diff(unused_share(starts))]
+        [[1 - unused_wealth_share(np.array([0.0]))[0]], -np.diff(unused_wealth_share(starts))]
     )
     assert (awakened > 0).all()
-    assert awakened.sum() + unused_share(starts)[-1] == pytest.approx(1, abs=1e-12)
+    assert awakened.sum() + unused_wealth_share(starts)[-1] == pytest.approx(1, abs=1e-12)
 
 
 def test_wealth_is_the_sum_over_bets_and_starts() -> None:
     n = 3 * ROWS_PER_START + 7
     p = np.random.default_rng(1).beta(1, 1.5, n)
-    bets = [beta_bets(p)]
-    for cells, weight in HISTOGRAMS:
+    bets = [beta_log_densities(p)]
+    for cells, weight in HISTOGRAM_SETTINGS:
         counts, column = np.zeros(cells), []
         for value in p:
             before = counts[min(int(value * cells), cells - 1)]
             column.append(np.log(cells * (weight / cells + before) / (weight + counts.sum())))
-            counts = counts * DECAY
+            counts = counts * COUNT_DECAY
             counts[min(int(value * cells), cells - 1)] += 1
         bets.append(np.array(column)[:, None])
     density = np.exp(np.concatenate(bets, axis=1))
@@ -96,7 +101,8 @@ def test_wealth_is_the_sum_over_bets_and_starts() -> None:
     for t in range(n):
         started = range(0, t + 1, ROWS_PER_START)
         wealth = sum(
-            share[s // ROWS_PER_START] * (SHARES @ density[s : t + 1].prod(axis=0)) for s in started
+            share[s // ROWS_PER_START] * (WEALTH_SHARES @ density[s : t + 1].prod(axis=0))
+            for s in started
         )
         expected.append(wealth + 1 - sum(share[: len(started)]))
     assert np.exp(Martingale().update(p)).tolist() == pytest.approx(expected, rel=1e-9)

@@ -73,16 +73,16 @@ def test_the_rate_of_reviews_is_bounded_stratum_by_stratum(
         upper_bound(int(to_review[rows].sum()), int(rows.sum()), 0.06 / 3 / 2 / 2)
         for rows in (~calibration.outside, calibration.outside)
     )
-    assert monitor.rates["review"].limit == pytest.approx(0.8 * within + 0.2 * ood)
-    assert monitor.rates["review"].delta == pytest.approx(0.06 / 3 / 2)
-    assert monitor.rates["outside"].limit == STATED
+    assert monitor.rate_audits["review"].limit == pytest.approx(0.8 * within + 0.2 * ood)
+    assert monitor.rate_audits["review"].delta == pytest.approx(0.06 / 3 / 2)
+    assert monitor.rate_audits["outside"].limit == STATED
 
 
 def test_a_stated_share_of_none_is_watched_too() -> None:
     rows = rows_of(np.random.default_rng(3), 800, 0)
     rule = vilu.certify(rows, max_risk=0.05, outside_share=0.0)
     monitor = vilu.Monitor(rows, rule)
-    assert monitor.rates["outside"].limit == 1e-3
+    assert monitor.rate_audits["outside"].limit == 1e-3
     assert monitor.update(stream(np.random.default_rng(4), 500, 0.1, labelled=0.5)).alarm
 
 
@@ -96,7 +96,9 @@ def test_counts_go_on_from_a_state(calibration: Outcomes, rule: vilu.Rule, tmp_p
     gone_on = vilu.Monitor(calibration, rule).resume(tmp_path / "state.parquet")
     assert gone_on.status == whole.status
     assert gone_on.update(second) == whole.update(second)
-    assert gone_on.rates["outside"].n == sum((rows.failure >= 0).sum() for rows in (first, second))
+    assert gone_on.rate_audits["outside"].n_audited == sum(
+        (rows.failure >= 0).sum() for rows in (first, second)
+    )
 
 
 def test_other_rules_are_watched_as_they_always_were(calibration: Outcomes) -> None:

@@ -12,7 +12,7 @@ from benchmarks.replays import Chain, Replay
 from benchmarks.risk_tests import Bets, PlannedLooks, WeightedBets, boundaries
 
 from tests.builders.bench_fakes import make_store
-from vilu.calibration.anytime import STARTS, STEPS, Looks
+from vilu.calibration.anytime import N_THRESHOLDS_UP_TO_LIMIT, SEQUENCE_STARTS, ThresholdTests
 
 RISK = 0.3
 LABELS = 12
@@ -42,19 +42,21 @@ def test_planned_looks_spend_at_most_their_level(n_accepted: tuple[int, ...]) ->
 
 
 def test_a_flawless_run_passes_at_the_first_planned_look() -> None:
-    test = PlannedLooks(STARTS, 0.0, growth=1.3, first_share=0.4, decay=0.7, n_looks=5)
-    looks = Looks(np.linspace(0.01, 0.64, STEPS), 0.05, 0.05, limit=0.64)
+    test = PlannedLooks(SEQUENCE_STARTS, 0.0, growth=1.3, first_share=0.4, decay=0.7, n_looks=5)
+    looks = ThresholdTests(
+        np.linspace(0.01, 0.64, N_THRESHOLDS_UP_TO_LIMIT), 0.05, 0.05, limit=0.64
+    )
     first = test.numbers(looks)[0]
     uncertainty = np.full(first, 0.005)
     right = np.zeros(first, dtype=np.int64)
-    assert test.certified(looks, uncertainty, right) == STEPS - 1
-    assert test.certified(looks, uncertainty[1:], right[1:]) is None
+    assert test.certified_index(looks, uncertainty, right) == N_THRESHOLDS_UP_TO_LIMIT - 1
+    assert test.certified_index(looks, uncertainty[1:], right[1:]) is None
     right[0] = 1
-    assert test.certified(looks, uncertainty, right) is None
+    assert test.certified_index(looks, uncertainty, right) is None
 
 
 def test_weighted_bets_win_nothing_where_the_risk_is_as_large_as_allowed() -> None:
-    test = WeightedBets(STARTS, 0.0, floor=0.25)
+    test = WeightedBets(SEQUENCE_STARTS, 0.0, floor=0.25)
     uncertainty = np.array([0.0, 0.01, 0.04, 0.09, 0.16])
     probability = test.draw_probability(uncertainty, planned_limit=0.16)
     assert probability == pytest.approx([0.25, 0.25, 0.5, 0.75, 1.0])
@@ -72,13 +74,16 @@ def test_weighted_bets_win_nothing_where_the_risk_is_as_large_as_allowed() -> No
 
 def test_bets_with_the_constants_of_triage_certify_what_triage_does() -> None:
     rng = np.random.default_rng(0)
-    looks = Looks(np.linspace(0.002, 0.2, 100), 0.05, 0.05, limit=0.18)
+    looks = ThresholdTests(np.linspace(0.002, 0.2, 100), 0.05, 0.05, limit=0.18)
     certified = []
     for rate in (0.0, 0.01, 0.02, 0.03):
         uncertainty = rng.random(300) * 0.18
         failure = (rng.random(300) < rate).astype(np.int64)
-        expected = looks.certified(uncertainty, failure)
-        assert Bets(STARTS, handed_on=0.0).certified(looks, uncertainty, failure) == expected
+        expected = looks.index_of_laxest_certified_threshold(uncertainty, failure)
+        assert (
+            Bets(SEQUENCE_STARTS, handed_on=0.0).certified_index(looks, uncertainty, failure)
+            == expected
+        )
         certified.append(expected)
     assert certified[0] is not None
 

@@ -15,10 +15,10 @@ from scipy import stats
 import vilu
 from tests.conftest import few
 from vilu.calibration.shares import (
-    BETS,
+    BET_SIZES,
     Strata,
-    fewest_rows,
-    main_level,
+    level_without_floor,
+    n_rows_needed_in_stratum,
     read_shares,
     weighted_learn_then_test,
 )
@@ -90,7 +90,7 @@ def test_evidence_is_the_mean_of_products_one_row_at_a_time(seed: int) -> None:
                     1 - bet / (0.85 * weight.max()) * v * (w - 0.15)
                     for v, w in zip(weight[taken], rows.failure[taken], strict=True)
                 )
-                for bet in BETS
+                for bet in BET_SIZES
             ]
             if np.mean(products) >= 1 / level:
                 here = (floor, t)
@@ -168,14 +168,15 @@ def test_more_is_certified_than_by_three_binomials() -> None:
 def test_strata_that_lack_rows_are_named() -> None:
     rng = np.random.default_rng(0)
     rule = vilu.certify(rows_of(rng, 800, 0), max_risk=RISK, outside_share=0.2)
-    needed = fewest_rows(0.2, RISK, main_level(0.05), all_wrong=True)
+    needed = n_rows_needed_in_stratum(0.2, RISK, level_without_floor(0.05), is_all_wrong=True)
     assert not rule.feasible
     assert rule.thresholds[""].why == (
         f"too few rows for the stated shares: (outside) has 0 and needs {needed} at least"
     )
     # mean over bets of exp(n bet (0.05 / 0.95) (0.8 / 0.2)) is first above 1 / (0.96 * 0.05)
     growth = [
-        np.mean([math.exp(n * bet * 4 * 0.05 / 0.95) for bet in BETS]) for n in (needed - 1, needed)
+        np.mean([math.exp(n * bet * 4 * 0.05 / 0.95) for bet in BET_SIZES])
+        for n in (needed - 1, needed)
     ]
     assert growth[0] < 1 / (0.96 * 0.05) <= growth[1]
     assert vilu.certify(rows_of(rng, 8000, needed + 60), max_risk=RISK, outside_share=0.2).feasible

@@ -50,26 +50,26 @@ def test_bounds_are_clopper_pearson(m: int, data: st.DataObject, delta: float) -
     ("risk", "delta", "rows"), [(0.05, 0.05, 59), (0.1, 0.1, 22), (0.5, 0.5, 1), (0.01, 0.05, 299)]
 )
 def test_rows_without_error(risk: float, delta: float, rows: int) -> None:
-    assert thresholds.rows_without_error(risk, delta) == rows
+    assert thresholds.n_right_needed(risk, delta) == rows
     assert (1 - risk) ** rows <= delta * (1 + 1e-9)
     assert rows == 1 or (1 - risk) ** (rows - 1) > delta
 
 
 def test_accepted_needed_is_enough_and_one_less_is_not() -> None:
     for wrong, risk in ((0, 0.05), (1, 0.05), (7, 0.01), (40, 0.3)):
-        m = thresholds.accepted_needed(wrong, risk, 0.05)
+        m = thresholds.n_accepted_needed(wrong, risk, 0.05)
         assert stats.binom.cdf(wrong, m, risk) <= 0.05 < stats.binom.cdf(wrong, m - 1, risk)
     assert (
-        thresholds.accepted_needed(1, 0.05, 0.05) == 93
+        thresholds.n_accepted_needed(1, 0.05, 0.05) == 93
     )  # (0.95)^93 + 93 (0.05) (0.95)^92 = 0.0499
-    assert thresholds.accepted_needed(0, 1e-14, 0.05) is None
+    assert thresholds.n_accepted_needed(0, 1e-14, 0.05) is None
 
 
 @pytest.mark.parametrize(
     ("risk", "rows"), [(0.05, 19), (0.1, 9), (0.03, 33), (1 / 49, 48), (0.5, 1)]
 )
 def test_rows_for_mean(risk: float, rows: int) -> None:
-    assert thresholds.rows_for_mean(risk) == rows
+    assert thresholds.n_rows_for_mean_risk(risk) == rows
     assert 1 / (rows + 1) <= risk * (1 + 1e-9)
     assert 1 / rows > risk
 

@@ -52,7 +52,7 @@ def test_warnings_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_hostile_names_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    console.complain("error", "file \x1b[2Jgone.jpg")
+    console.print_to_stderr("error", "file \x1b[2Jgone.jpg")
     assert capsys.readouterr().err == "vilu: error: file \\x1b[2Jgone.jpg\n"
 
 
@@ -67,9 +67,9 @@ def test_an_interrupt_before_a_command_has_begun_leaves_no_traceback(
 
 
 def test_no_name_can_begin_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    console.complain("error", "key a\nvilu: all is well")
+    console.print_to_stderr("error", "key a\nvilu: all is well")
     console.set_verbosity(console.OutputFlags())
-    console.next_step("key a\n\x9b2J")
+    console.log_next_step("key a\n\x9b2J")
     assert (
         capsys.readouterr().err == "vilu: error: key a\\nvilu: all is well\nvilu: key a\\n\\x9b2J\n"
     )
@@ -103,7 +103,7 @@ def test_columns_with_lines_below_their_rows() -> None:
         {"a": "22", "text": "longer", "b": "y", "more": "z"},
     ]
     expected = "a   b\n1   x\n    long\n22  y\n    longer\n    z"
-    assert console.format_columns(rows, below=("text", "more")) == expected
+    assert console.format_columns(rows, keys_below=("text", "more")) == expected
 
 
 def test_columns_are_aligned() -> None:

@@ -11,7 +11,7 @@ import typer
 
 from tests.command import run
 from vilu.cli.app import app
-from vilu.cli.help import GROUPS, NEEDED
+from vilu.cli.help import GROUPS, OPTIONS
 
 ROOT: Any = typer.main.get_command(app)
 COMMANDS = [name for name, command in ROOT.commands.items() if not hasattr(command, "commands")]
@@ -51,7 +51,7 @@ def test_options_stand_in_known_groups_with_few_first(name: str) -> None:
     assert set(groups) <= set(GROUPS)
     assert groups == [group for group in GROUPS if group in groups]
     options = [p for p in ROOT.commands[name].params if p.param_type_name == "option"]
-    assert sum(option.rich_help_panel in {None, NEEDED} for option in options) <= MOST_NEEDED
+    assert sum(option.rich_help_panel in {None, OPTIONS} for option in options) <= MOST_NEEDED
 
 
 @pytest.mark.parametrize("name", COMMANDS)

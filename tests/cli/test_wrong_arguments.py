@@ -15,7 +15,7 @@ from tests.builders.array_files import arrays, save
 from tests.command import command_line, run
 from tests.conftest import toy_embeddings
 from vilu.cli.app import app, with_stop_message
-from vilu.cli.console import INPUT_KINDS, STORE, kind_of
+from vilu.cli.console import INPUT_KINDS, STORE_KIND, input_kind
 from vilu.predictors.zero_shot import MCM
 from vilu.scoring.score import score
 
@@ -113,7 +113,7 @@ def test_another_kind_of_thing(tmp_path: Path, line: list[str], message: str) ->
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
-    assert kind_of(tmp_path / "store") == STORE
+    assert input_kind(tmp_path / "store") == STORE_KIND
     assert message in run(*line, code=2, cwd=tmp_path).stderr
 
 

@@ -17,7 +17,7 @@ import pytest
 import vilu
 from tests.command import command_line
 from tests.compat.artefacts import DATA, METHODS, NUMBERS, numbers, unpack
-from vilu.artifacts.documents import SCHEMA, without_version, write_json
+from vilu.artifacts.documents import SCHEMA_KEY, without_version, write_json
 from vilu.artifacts.tables import read_table, write_table
 from vilu.errors import ProvenanceError
 from vilu.service.rows import RowFile
@@ -110,11 +110,11 @@ def lower(path: Path) -> None:
     """Give an artefact the schema number of what was made before."""
     if path.suffix == ".json":
         seal = "fingerprint" if path.name == "predictor.json" else "digest"
-        write_json(path, {**json.loads(path.read_text()), SCHEMA: 1}, seal=seal)
+        write_json(path, {**json.loads(path.read_text()), SCHEMA_KEY: 1}, digest_key=seal)
         return
     table, metadata = read_table(path, ())
     columns = {name: table[name] for name in table.column_names}
-    write_table(path, columns, {**metadata, SCHEMA: 1})
+    write_table(path, columns, {**metadata, SCHEMA_KEY: 1})
 
 
 LOWERED: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -179,7 +179,7 @@ def test_a_book_of_labels_stays_readable() -> None:
     for name, picture in (("first", ""), ("last", "0101010101010101")):
         book = LabelBook.load(DATA / f"labels-0.1.0-{name}.parquet")
         assert book.labels == {"a.jpg": "dress", "b.jpg": "hat"}
-        assert [entry.path for entry in book.waiting()] == ["caf\\xe9.jpg", "c.jpg"]
+        assert [entry.path for entry in book.waiting_entries()] == ["caf\\xe9.jpg", "c.jpg"]
         assert [entry.stream for entry in book] == [
             "fit",
             "fit",

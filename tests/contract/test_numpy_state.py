@@ -51,7 +51,7 @@ def test_fits_round_to_zero_in_silence() -> None:
 
 
 def test_many_answers_round_to_zero_in_silence() -> None:
-    audit = Audit(limit=0.05, delta=0.05, n=200_000, wrong=10)
+    audit = Audit(limit=0.05, delta=0.05, n_audited=200_000, n_wrong=10)
     assert audit.verdict == "holds so far"
     assert 0 < audit.lower < audit.upper < 0.05
     assert np.isfinite(audit.log_wealth_after(np.zeros(1000, np.int64))).all()

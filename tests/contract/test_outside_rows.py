@@ -21,7 +21,7 @@ from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError
 from vilu.metrics import auroc
 from vilu.predictors.contract.parameters import parameters
-from vilu.predictors.contract.seen import shots
+from vilu.predictors.contract.seen import draw_shots
 
 N_OUTSIDE = 60
 FITTED = [name for name, cls in PREDICTORS.items() if cls.needs_fit]
@@ -168,7 +168,7 @@ def test_members_of_a_stack_get_what_they_need(train: Embeddings, more_train: Em
 
 
 def test_shots_are_of_classes_and_what_is_of_none_stays(more_train: Embeddings) -> None:
-    rows = shots(more_train, 16, seed=1).numpy()
+    rows = draw_shots(more_train, 16, seed=1).numpy()
     assert np.flatnonzero(more_train.outside.numpy()[rows]).tolist() == list(
         range(80, 80 + N_OUTSIDE)
     )

@@ -27,7 +27,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.metrics import auroc
-from vilu.predictors.contract.parameters import build, parameters
+from vilu.predictors.contract.parameters import build_predictor, parameters
 from vilu_bench.methods.ensembles import DeepEnsemble
 
 QUICK = {"hidden": (16, 8), "epochs": 6, "batch_size": 64, "width": 16}
@@ -392,11 +392,11 @@ def test_parameters_out_of_range_are_named() -> None:
     ):
         PREDICTORS["vilu"](epochs=0).fit(toy_embeddings())
     with pytest.raises(UsageError, match=r"has no parameter 'epoch'\. Did you mean 'epochs'"):
-        build(PREDICTORS["vilu"], {"epoch": "3"})
+        build_predictor(PREDICTORS["vilu"], {"epoch": "3"})
     with pytest.raises(UsageError, match="'weighting'"):
-        build(PREDICTORS["vilu"], {"weighting": "heavy"})
+        build_predictor(PREDICTORS["vilu"], {"weighting": "heavy"})
     settings = {"epochs": "3", "hidden": "8,4", "patience": "none", "learning_rate": "1e-2"}
-    made = build(PREDICTORS["vilu"], settings)
+    made = build_predictor(PREDICTORS["vilu"], settings)
     assert (made.epochs, made.hidden, made.patience, made.learning_rate) == (3, (8, 4), None, 0.01)
 
 
@@ -418,7 +418,7 @@ def test_no_saved_number_makes_loading_or_scoring_endless(
     write_json(
         tmp_path / "predictor.json",
         {**record, "method": name, "parameters": settings},
-        seal="fingerprint",
+        digest_key="fingerprint",
     )
     with pytest.raises(DataError, match=f"{next(iter(settings))!r} parameter of {name} .*{most}"):
         vilu.load(tmp_path)
@@ -467,7 +467,7 @@ def test_damaged_files_are_refused(learned: str, fitted: dict, tmp_path) -> None
     weights.write_bytes(content)
     with pytest.raises(DataError, match=r"is not the file that predictor\.json names"):
         vilu.load(tmp_path)
-    write_json(tmp_path / "predictor.json", {"schema_version": 99}, seal="fingerprint")
+    write_json(tmp_path / "predictor.json", {"schema_version": 99}, digest_key="fingerprint")
     with pytest.raises(ProvenanceError, match="schema version 99"):
         vilu.load(tmp_path)
     (tmp_path / "predictor.json").write_text("[" * 10)
@@ -546,7 +546,7 @@ def test_tensors_of_other_shapes_are_refused_when_they_are_read(
     (tmp_path / "sample.safetensors").unlink(missing_ok=True)  # it is bound to the weights
     sealed = {**record, "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
     del sealed["fingerprint"]
-    write_json(tmp_path / "predictor.json", sealed, seal="fingerprint")
+    write_json(tmp_path / "predictor.json", sealed, digest_key="fingerprint")
     with pytest.raises(
         DataError,
         match=f"weights.safetensors beside it: .*{tensor.split('.', 2)[-1]} of .*{message}",
@@ -702,6 +702,7 @@ def labelled_by(data: EmbeddingSource, copy_of: int) -> Embeddings:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_imagenets_equal_names_work_in_every_method_that_compares_classes(shared: Path) -> None:
     file = shared / "data" / "realclip" / "imagenet1k_b32.npz"

@@ -30,7 +30,7 @@ from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.monitor import Monitor
 from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.target import Target
-from vilu.cli.artefacts import check
+from vilu.cli.inspecting import check_artefacts
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.pairs import Pools
 from vilu.guard.guard import Guard
@@ -475,7 +475,7 @@ def _benchmark(root: Path, do: Do) -> Artefact:
     path = root / "bench"
 
     def read() -> object:
-        return [list(check(path)), [done.text for done in render_studies(path)]]
+        return [list(check_artefacts(path)), [done.text for done in render_studies(path)]]
 
     uses: dict[str, Use] = {
         "render": lambda: [do("render", path), tree(path / "studies/benchmark/tables")],

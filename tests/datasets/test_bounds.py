@@ -18,7 +18,7 @@ from tests.command import run
 from vilu.artifacts.tables import MAX_COLUMNS, read_table
 from vilu.datasets.base import ImageDataset, require_files
 from vilu.datasets.catalog import open_dataset
-from vilu.datasets.files import Bounds, OutsideError
+from vilu.datasets.files import AllowedFolders, ForbiddenPathError
 from vilu.datasets.images import BadImage, decode_image
 from vilu.errors import DataError, StorageError, UsageError
 
@@ -84,7 +84,7 @@ def test_nothing_outside_of_root_is_read(photos: Path) -> None:
     assert [record.read() for record in records[:13]] == [PNG] * 13
     for record, path in zip(records[13:], outside, strict=True):
         assert record.key == path
-        with pytest.raises(OutsideError):
+        with pytest.raises(ForbiddenPathError):
             record.read()
     with pytest.raises(DataError, match="6 paths lead out of"):
         require_files(images, 0.3)
@@ -102,7 +102,7 @@ def test_a_link_out_of_a_folder_of_images(photos: Path) -> None:
         DataError, match=r"of 3 images, 1 paths lead out of .*'a/0.png'.*--root DIR"
     ):
         require_files(images, 0.2)
-    with pytest.raises(OutsideError):
+    with pytest.raises(ForbiddenPathError):
         read_all(images)
     rooted = open_dataset(farm, root=photos)
     require_files(rooted, 0.0)
@@ -199,8 +199,8 @@ def test_a_table_of_a_million_columns(tmp_path: Path) -> None:
 def test_both_folders_of_bounds_are_named(photos: Path) -> None:
     root = photos.parent
     (photos / "link.png").symlink_to(root / "secret.txt")
-    with pytest.raises(OutsideError) as refused:
-        Bounds(photos, link_folder=root / "lists").resolve("link.png")
+    with pytest.raises(ForbiddenPathError) as refused:
+        AllowedFolders(photos, link_folder=root / "lists").resolve("link.png")
     real = os.path.realpath(root)
     expected = f"must lie below {real}/photos/ or {real}/lists/, links included"
     assert expected in str(refused.value)

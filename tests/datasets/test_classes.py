@@ -19,7 +19,7 @@ def classes_file(folder: Path, text: str | bytes) -> Path:
 
 def test_default_names_are_cleaned_and_raw_ones_kept():
     table = class_table(FOLDERS, None)
-    assert table == ClassTable(FOLDERS, ("n01", "red fox", "ant"), cleaned=True)
+    assert table == ClassTable(FOLDERS, ("n01", "red fox", "ant"), has_cleaned_names=True)
     assert class_table(None, None) is None
 
 
@@ -44,7 +44,7 @@ def test_tabbed_names_are_matched_with_the_folders(tmp_path):
     file = classes_file(tmp_path, "ant\tan ant\nn01\ta tench\nred_fox\ta red_fox\n")
     expected = ClassTable(FOLDERS, ("a tench", "a red_fox", "an ant"))
     assert class_table(FOLDERS, file) == class_table(FOLDERS, file, numeric_labels=True) == expected
-    assert class_table(None, file).folders == ("ant", "n01", "red_fox")
+    assert class_table(None, file).data_names == ("ant", "n01", "red_fox")
 
 
 def test_numbers_before_names_are_the_labels_where_labels_are_numbers(tmp_path):
@@ -140,4 +140,4 @@ def test_any_file_is_a_table_or_a_data_error(tmp_path_factory, content):
         table = class_table(None, file)
     except DataError:
         return
-    assert len(table.folders) == len(table.names) > 0
+    assert len(table.data_names) == len(table.names) > 0

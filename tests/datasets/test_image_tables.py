@@ -42,7 +42,7 @@ def test_csv_with_string_labels_split_and_key(tmp_path):
     )
     whole = open_dataset(source)
     assert whole.class_names == ("ant", "red fox")
-    assert whole.classes.folders == ("ant", "red_fox")
+    assert whole.classes.data_names == ("ant", "red_fox")
     assert listed(whole) == [("k0", 1), ("k1", 0), ("k,2", None)]
     test = open_dataset(source, split="test")
     assert (listed(test), test.class_names) == ([("k1", 0), ("k,2", None)], whole.class_names)

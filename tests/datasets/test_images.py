@@ -33,8 +33,8 @@ from vilu.datasets.images import (
     ImageLimits,
     decode_image,
     detect_format,
+    n_pixels_in_header,
     read_image,
-    stated_pixels,
 )
 from vilu.errors import DataError, UsageError, ViLUError
 
@@ -282,9 +282,9 @@ def test_signature_followed_by_noise_is_never_an_image(name, noise):
 def test_stated_pixels_are_read_from_the_header_alone(kind):
     file = io.BytesIO()
     Image.new("RGB", (60, 40)).save(file, kind)
-    assert stated_pixels(file.getvalue()) == 2_400
+    assert n_pixels_in_header(file.getvalue()) == 2_400
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"II*\0\xff\xff\xff\xff"])
 def test_damaged_headers_and_other_data_state_no_pixels(data):
-    assert stated_pixels(data) == 0
+    assert n_pixels_in_header(data) == 0

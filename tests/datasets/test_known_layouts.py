@@ -53,7 +53,7 @@ def test_imagenet_against_torchvision(root: Path) -> None:
         expected = {
             path: theirs.wnids[label] for path, label in files_of(theirs.samples, root).items()
         }
-        table = open_known("imagenet", root).classes.folders
+        table = open_known("imagenet", root).classes.data_names
         assert {
             path: table[label] for path, label in below("imagenet", root, split).items()
         } == expected
@@ -70,7 +70,7 @@ def test_imagenet_variants_against_torchvision(root: Path, name: str) -> None:
     expected = {
         path: theirs.classes[label] for path, label in files_of(theirs.samples, root).items()
     }
-    table = open_known(name, root).classes.folders
+    table = open_known(name, root).classes.data_names
     assert {path: table[label] for path, label in below(name, root, None).items()} == expected
     if name == "imagenet_v2":
         assert table == tuple(map(str, range(1000)))

@@ -181,7 +181,7 @@ def test_names_of_the_user(root: Path, tmp_path: Path) -> None:
     assert open_known("dtd", root, classes=file).class_names[11] == "texture 11"
     with pytest.raises(UsageError, match="Give raw_names or classes"):
         open_known("dtd", root, classes=file, raw_names=True)
-    raw = open_known("ucf101", root).classes.folders
+    raw = open_known("ucf101", root).classes.data_names
     file.write_text("".join(f"{name}\tperson {label}\n" for label, name in enumerate(raw)))
     assert open_known("ucf101", root, classes=file).class_names[11] == "person 11"
 

@@ -18,7 +18,7 @@ from tests.builders.known_trees import make_tree, wnids
 from vilu.datasets.known import KNOWN, open_known
 from vilu.errors import DataError
 from vilu_bench.known_datasets.layouts import clip_names
-from vilu_bench.known_datasets.read import shipped_list
+from vilu_bench.known_datasets.read import shipped_lists_of
 
 FILES = {
     "eurosat": "EuroSAT",
@@ -37,14 +37,14 @@ LIST = "split_zhou_DescribableTextures.json"
 
 def test_shipped_lists_have_the_published_sizes() -> None:
     for name in FILES:
-        lists, entry = shipped_list(name), KNOWN[name]
+        lists, entry = shipped_lists_of(name), KNOWN[name]
         assert {split: len(entries) for split, entries in lists.splits.items()} == dict(entry.sizes)
         assert len(lists.names_in_label_order()) == entry.n_classes
         assert {label for entries in lists.splits.values() for _, label in entries} == set(
             range(entry.n_classes)
         )
     assert sum(KNOWN["dtd"].sizes.values()) == 5640
-    assert shipped_list("stanford_cars").names_in_label_order()[13] == "2012 Audi TTS Coupe"
+    assert shipped_lists_of("stanford_cars").names_in_label_order()[13] == "2012 Audi TTS Coupe"
 
 
 def test_the_asset_is_the_one_that_was_made() -> None:
@@ -58,7 +58,7 @@ def test_the_asset_is_the_one_that_was_made() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_the_asset_holds_every_entry_of_coops_lists(shared: Path, name: str) -> None:
     lists = json.loads((shared / f"data/splits/split_zhou_{FILES[name]}.json").read_text())
-    ours = shipped_list(name)
+    ours = shipped_lists_of(name)
     names = ours.names_in_label_order()
     for key, split in (("train", "train"), ("val", "validation"), ("test", "test")):
         found = [[path, label, names[label]] for path, label in ours.splits[split]]

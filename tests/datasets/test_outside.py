@@ -60,7 +60,7 @@ def classes(root: Path, *lines: str) -> Path:
 def test_a_folder(tmp_path: Path) -> None:
     images = open_dataset(folder(tmp_path), outside=["moth"])
     assert images.class_names == ("cat", "sea lion")
-    assert images.classes.folders == ("cat", "sea_lion")
+    assert images.classes.data_names == ("cat", "sea_lion")
     assert labels(images) == [0, 0, -2, -2, 1, 1]
     assert open_dataset(folder(tmp_path), outside=["moth", "sea lion"]).class_names == ("cat",)
     assert labels(open_dataset(folder(tmp_path), outside=["moth"], limit=3)) == [0, 0, -2]

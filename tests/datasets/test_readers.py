@@ -16,7 +16,7 @@ from tests.builders.image_files import (
     picture,
 )
 from vilu.datasets import files
-from vilu.datasets.catalog import DATASETS, open_dataset
+from vilu.datasets.catalog import SOURCE_KINDS, open_dataset
 from vilu.datasets.folder import FolderDataset, list_photos
 from vilu.datasets.layouts import LAYOUTS
 from vilu.errors import DataError, StorageError, UsageError
@@ -46,8 +46,8 @@ def test_class_folders_sorted_by_bytes_with_nested_images(tmp_path, caplog):
     )
     dataset = open_dataset(tmp_path)
     assert dataset.class_names == ("Z", "a-b", "a b", "b", "empty one")
-    assert dataset.classes.folders == ("Z", "a-b", "a_b", "b", "empty_one")
-    assert dataset.classes.cleaned
+    assert dataset.classes.data_names == ("Z", "a-b", "a_b", "b", "empty_one")
+    assert dataset.classes.has_cleaned_names
     expected = [
         ("Z/é.tif", 0),
         ("a-b/1.png", 1),
@@ -57,7 +57,7 @@ def test_class_folders_sorted_by_bytes_with_nested_images(tmp_path, caplog):
     ]
     assert listed(dataset) == expected
     assert all(record.read() == PNG for record in dataset.records(0, 5))
-    assert (dataset.ignored, caplog.text) == ({"not_image": 1}, "")
+    assert (dataset.ignored_counts, caplog.text) == ({"not_image": 1}, "")
     assert dataset.source == str(tmp_path)
 
 
@@ -89,14 +89,14 @@ def test_what_is_passed_over_is_counted_and_what_may_be_missed_is_told(tmp_path,
     os.mkfifo(root / "a/pipe.png")
     dataset = FolderDataset(root)
     assert listed(dataset) == [("a/1.png", 0), ("a/linked.png", 0)]
-    assert dataset.ignored == {
+    assert dataset.ignored_counts == {
         "hidden": 3,
         "not_image": 2,
         "linked_folder": 2,
         "not_a_file": 2,
         "outside_class": 1,
     }
-    found = ", ".join(f"{n} {reason}" for reason, n in dataset.ignored.items())
+    found = ", ".join(f"{n} {reason}" for reason, n in dataset.ignored_counts.items())
     advice = "Give --follow-links to read what links lead to. Put images into class folders."
     assert f"{root}: left out {found}. {advice}" in caplog.text
     assert dataset.class_names == ("a", "b")
@@ -152,7 +152,7 @@ def test_links_in_a_circle_are_listed_and_cannot_be_read(tmp_path, caplog):
         with pytest.raises(OSError, match="symbolic links") as caught:
             record.read()
         assert caught.value.errno == errno.ELOOP
-    assert dataset.ignored == {"not_image": 1}
+    assert dataset.ignored_counts == {"not_image": 1}
     assert dataset.faults.kinds.astype(bool).tolist() == [False, True, True, True, False]
 
 
@@ -338,7 +338,7 @@ def test_limit_keeps_the_first_images(tmp_path):
 
 
 def test_the_catalogue_is_light_and_complete():
-    assert set(DATASETS) == {"folder", "csv", "parquet", "tar"}
+    assert set(SOURCE_KINDS) == {"folder", "csv", "parquet", "tar"}
     assert {"cifar10", "cifar100"} <= set(LAYOUTS.names())
     code = "import sys, vilu.datasets.catalog; print('torch' in sys.modules)"
     assert (

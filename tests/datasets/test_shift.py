@@ -11,7 +11,7 @@ from PIL import Image
 from tests.builders.store_fakes import FakeDataset
 from vilu.datasets.images import decode_image
 from vilu.errors import UsageError
-from vilu_bench.known_datasets.shift import KINDS, ShiftedImages
+from vilu_bench.known_datasets.shift import DAMAGE_KINDS, ShiftedImages
 
 
 def smooth(seed: int, side: int = 32) -> Image.Image:
@@ -53,7 +53,7 @@ def distance(kind: str, severity: int) -> float:
     return float(np.abs(pixels(ShiftedImages(whole, [kind], severity)) - pixels(whole)).mean())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DAMAGE_KINDS)
 def test_damage_grows_with_severity(kind: str) -> None:
     found = [distance(kind, severity) for severity in (1, 2, 3, 4, 5)]
     assert found == sorted(found)
@@ -62,8 +62,8 @@ def test_damage_grows_with_severity(kind: str) -> None:
 
 def test_labels_keys_and_bytes_stay() -> None:
     whole = images()
-    shifted = ShiftedImages(whole, list(KINDS), 3)
-    again = ShiftedImages(whole, list(KINDS), 3)
+    shifted = ShiftedImages(whole, list(DAMAGE_KINDS), 3)
+    again = ShiftedImages(whole, list(DAMAGE_KINDS), 3)
     for mine, same, theirs in zip(
         *(data.records(0, 6) for data in (shifted, again, whole)), strict=True
     ):
@@ -127,9 +127,10 @@ def test_all_kinds_are_used() -> None:
     """
     whole = FakeDataset([encoded(smooth(0))] * 200, [0] * 200)
     alone = {
-        kind: {r.read() for r in ShiftedImages(whole, [kind], 5).records(0, 200)} for kind in KINDS
+        kind: {r.read() for r in ShiftedImages(whole, [kind], 5).records(0, 200)}
+        for kind in DAMAGE_KINDS
     }
-    mixed = [r.read() for r in ShiftedImages(whole, list(KINDS), 5).records(0, 200)]
+    mixed = [r.read() for r in ShiftedImages(whole, list(DAMAGE_KINDS), 5).records(0, 200)]
     for kind in (
         "blur",
         "low_contrast",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.builders.image_files import encode, picture
 from tests.builders.tar_files import PICTURE, entry, outcomes, pair, tar_bytes, write_shard
-from vilu.datasets.base import SHARD, ShardedDataset
+from vilu.datasets.base import POSITIONS_PER_SHARD, ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.files import MAX_FILE_BYTES
 from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage
@@ -204,7 +204,7 @@ def test_the_order_and_position_of_a_shard_do_not_depend_on_the_part(tmp_path):
     ]
     assert whole == parts
     assert [position for _, position in whole] == [
-        (i * SHARD) + j for i in range(4) for j in range(i)
+        (i * POSITIONS_PER_SHARD) + j for i in range(4) for j in range(i)
     ] + [4 << 32]
     assert len(dict(whole)) == len(whole)
 
@@ -293,7 +293,7 @@ def test_ten_thousand_shards_are_listed_without_touching_one():
     assert len(dataset) == 10_000
     assert peak < 50e6
     (record,) = dataset.records(9_999, 10_000)
-    assert (record.key, record.position) == ("09999.tar", 9_999 * SHARD)
+    assert (record.key, record.position) == ("09999.tar", 9_999 * POSITIONS_PER_SHARD)
 
 
 def test_what_shards_cannot_be_asked_for(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vilu.backbones.catalog import load_backbone
-from vilu.backbones.zeroshot import class_texts
+from vilu.backbones.zeroshot import embed_class_names
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -44,7 +44,7 @@ def test_zero_shot_accuracy_on_clothing() -> None:
     table = pq.read_table(DATA / "clothing.parquet")
     sample = np.random.default_rng(0).choice(len(table), SAMPLE, replace=False)
     backbone = load_backbone("compact", device="cpu")
-    text = class_texts(backbone, CLOTHES)
+    text = embed_class_names(backbone, CLOTHES)
     right = 0
     for start in range(0, SAMPLE, 50):
         rows = table.take(sample[start : start + 50])

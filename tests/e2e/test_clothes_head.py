@@ -21,7 +21,7 @@ TOOL = runpy.run_path(str(ROOT / "tools" / "clothes_head.py"))
 def test_a_pulled_head_answers(tmp_path: Path) -> None:
     photos = tmp_path / "few.parquet"
     write_few_photos(photos, {"train": 400, "validation": 300, "test": 60})
-    head = TOOL["make"](photos, tmp_path / "work")
+    head = TOOL["make_head"](photos, tmp_path / "work")
     push(head, str(tmp_path / "shelf" / "clothes"))
     run("pull", tmp_path / "shelf" / "clothes", "-o", "pulled", cwd=tmp_path)
     card = (tmp_path / "pulled" / "README.md").read_text(encoding="utf-8")

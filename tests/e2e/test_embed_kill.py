@@ -132,7 +132,7 @@ LOCKER = """
 import sys, time
 from vilu.store.parts import StoreLedger
 from pathlib import Path
-with StoreLedger.claim(Path(sys.argv[1])):
+with StoreLedger.lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -21,7 +21,7 @@ from tests.builders.known_trees import make_tree, make_trees, wnids
 from tests.builders.tiny_models import write_tiny
 from tests.command import run, run_process
 from vilu.backbones.catalog import load_backbone
-from vilu.backbones.zeroshot import class_texts
+from vilu.backbones.zeroshot import embed_class_names
 from vilu.datasets.images import decode_image
 from vilu.datasets.known import KNOWN, open_known
 from vilu_bench.studies.load import load_configs
@@ -55,7 +55,7 @@ def answers(name: str, data: Path, models: Path) -> tuple[list[str], list[int]]:
         model = load_backbone(backbone, models=models)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # random models hardly tell some names apart
-            text = class_texts(model, images.class_names)
+            text = embed_class_names(model, images.class_names)
         pixels = torch.stack([model.preprocess(picture) for picture in pictures])
         seen.append((model.encode_images(pixels) @ text.T).argmax(dim=1).tolist())
     return [record.key for record in records], [seen[i % 4 == 2][i] for i in range(len(records))]

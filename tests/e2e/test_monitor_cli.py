@@ -24,7 +24,7 @@ from tests.builders.store_fakes import NAMES, FakeBackbone, FakeDataset, picture
 from tests.command import command as command_of
 from tests.command import run
 from tests.conftest import toy_embeddings
-from vilu.backbones.zeroshot import class_texts
+from vilu.backbones.zeroshot import embed_class_names
 from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.target import Target
 from vilu.cli.app import app
@@ -222,7 +222,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("folders")
     model = FakeBackbone()
     with torch.no_grad():
-        text = class_texts(model, NAMES)
+        text = embed_class_names(model, NAMES)
         seen: dict[int, list[bytes]] = {0: [], 1: [], 2: []}
         for seed in range(1500):
             blob = picture(seed)

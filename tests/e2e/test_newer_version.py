@@ -17,7 +17,7 @@ from tests.builders.photo_folders import write_photos
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.builders.versions import NEWER, OLDER, raise_version
 from tests.command import command_line
-from vilu.artifacts.documents import SEAL, content_digest
+from vilu.artifacts.documents import DIGEST_KEY, content_digest
 from vilu.calibration.calibration import Calibration
 from vilu.cli.demo import demo_key
 from vilu.service.local_journals import LocalJournals
@@ -114,7 +114,7 @@ def content_of(path: Path) -> object:
     document = json.loads(content)
     if not isinstance(document, dict):
         return document
-    return content_digest(document, "fingerprint", SEAL)
+    return content_digest(document, "fingerprint", DIGEST_KEY)
 
 
 def files_of(folder: Path) -> dict[str, object]:
@@ -125,6 +125,7 @@ def files_of(folder: Path) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_newer_version_goes_on_with_all_that_an_older_one_made(
     work: Path, newer: pytest.MonkeyPatch
@@ -138,6 +139,7 @@ def test_a_newer_version_goes_on_with_all_that_an_older_one_made(
     assert [name for name in before if after[name] != before[name]] == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_what_a_newer_version_makes_again_is_the_same(
     work: Path, newer: pytest.MonkeyPatch

@@ -93,6 +93,7 @@ def voters(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_photos_to_a_service(tmp_path: Path, without_bench: dict[str, str]) -> None:
     write_few_photos(tmp_path / "few.parquet", FEW)
     folder = tmp_path / "work"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import vilu
-from vilu.embeddings.copies import near_copies
+from vilu.embeddings.copies import near_copy_groups
 
 
 def rows_with_copies(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -25,7 +25,7 @@ def test_copies_are_groups_whatever_the_block() -> None:
     data = vilu.Embeddings(image, np.eye(32))
     _, first, place = np.unique(scene, return_index=True, return_inverse=True)
     for size in (1024, 7):
-        copies = near_copies(data, np.arange(600), block_rows=size)
+        copies = near_copy_groups(data, np.arange(600), block_rows=size)
         assert np.array_equal(copies, first[place])
 
 
@@ -33,7 +33,7 @@ def test_copies_are_told_by_the_place_among_the_rows() -> None:
     image, scene = rows_with_copies()
     data = vilu.Embeddings(image, np.eye(32))
     rows = np.arange(600)[::-1]
-    found = near_copies(data, rows)
+    found = near_copy_groups(data, rows)
     assert np.array_equal(scene[rows][found], scene[rows])
     assert len(np.unique(found)) == 200
 
@@ -43,4 +43,4 @@ def test_a_pair_is_a_copy_of_another_by_its_image() -> None:
     for direction in ("image_to_text", "text_to_image"):
         pools = vilu.Pools(2, direction=direction)
         data = vilu.Embeddings.pairs(image, caption, pools)
-        assert near_copies(data, np.arange(4)).tolist() == [0, 0, 2, 2]
+        assert near_copy_groups(data, np.arange(4)).tolist() == [0, 0, 2, 2]

@@ -12,7 +12,7 @@ import torch
 import vilu
 from tests.builders.store_fakes import FakeBackbone, dataset
 from vilu.embeddings.memory import Embeddings
-from vilu.embeddings.source import first_same_answer
+from vilu.embeddings.source import index_of_first_same_answer
 from vilu.errors import DataError
 from vilu.store.embed import ExtraColumns, embed
 from vilu.store.reader import EmbeddingStore
@@ -63,7 +63,7 @@ def test_one_name_for_two_texts_is_refused_and_listed() -> None:
 
 def test_equality_by_name_and_by_text_chains() -> None:
     near = torch.tensor([[1.0, 0.0], [1.0, 1e-4], [1.0, 1e-4]])
-    assert first_same_answer(near, ["a", "a", "b"]).tolist() == [0, 0, 0]
+    assert index_of_first_same_answer(near, ["a", "a", "b"]).tolist() == [0, 0, 0]
 
 
 def test_two_equal_classes_are_one_candidate() -> None:

@@ -54,7 +54,7 @@ def test_an_ood_row_has_no_probability_of_the_truth() -> None:
 def test_the_released_loss_targets_one_for_pictures_of_no_class() -> None:
     """sigmoid(0) = 1/2 against 1 - p = 0, 1 and 1, failures weighing 2: (1/4 + 2/4 + 2/4) / 3."""
     (batch,) = ood_rows().take([0, 1, 2]).batches(8)
-    loss = LOSSES["mse"](FailureWeight("static", 2 / 3, static=2.0))
+    loss = LOSSES["mse"](FailureWeight("static", 2 / 3, static_weight=2.0))
     assert float(loss(batch, torch.zeros(3))) == pytest.approx(1.25 / 3, rel=1e-6)
-    bce = LOSSES["bce"](FailureWeight("static", 2 / 3, static=2.0))
+    bce = LOSSES["bce"](FailureWeight("static", 2 / 3, static_weight=2.0))
     assert float(bce(batch, torch.zeros(3))) == pytest.approx(5 * math.log(2) / 3, rel=1e-6)

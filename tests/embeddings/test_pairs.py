@@ -16,7 +16,7 @@ from tests.embeddings.test_similarity import noisy, unit
 from vilu import PREDICTORS
 from vilu.embeddings import pairs
 from vilu.embeddings.memory import PairEmbeddings
-from vilu.embeddings.pairs import Pools, group_leaders, hard_order, require_full_pools
+from vilu.embeddings.pairs import Pools, group_leaders, hard_pool_order, require_full_pools
 from vilu.errors import DataError, UsageError
 
 SCORING = [name for name, cls in PREDICTORS.items() if cls.no_captions is None]
@@ -209,9 +209,9 @@ def test_hard_pools_are_a_permutation_and_alike(n: int, size: int) -> None:
     rows = torch.nn.functional.normalize(
         unit(8, 16, 0)[torch.arange(n) % 8] + 0.7 * unit(n, 16, 1), dim=1
     )
-    order = hard_order(rows, size, torch.Generator().manual_seed(0))
+    order = hard_pool_order(rows, size, torch.Generator().manual_seed(0))
     assert sorted(order.tolist()) == list(range(n))
-    assert torch.equal(order, hard_order(rows, size, torch.Generator().manual_seed(0)))
+    assert torch.equal(order, hard_pool_order(rows, size, torch.Generator().manual_seed(0)))
     if n // size > 2 and size > 1:
         chance = torch.randperm(n, generator=torch.Generator().manual_seed(1))
         assert within(rows, order, size) > within(rows, chance, size) + 0.1

@@ -18,9 +18,9 @@ from vilu.metrics import auroc
 from vilu.predictors.contract.labelled import (
     caption_groups,
     fit_and_selection,
-    hold_out,
+    held_out_positions,
     rows_and_failures,
-    whole_groups,
+    rows_of_whole_groups,
 )
 
 
@@ -208,7 +208,7 @@ def test_a_zero_has_no_sign_and_blocks_do_not_matter() -> None:
 def test_held_out_rows_share_no_caption_with_the_others() -> None:
     generator = torch.Generator().manual_seed(0)
     groups = torch.arange(1000) // 3
-    part = hold_out(torch.zeros(1000).long(), 0.2, 50, generator, groups)
+    part = held_out_positions(torch.zeros(1000).long(), 0.2, 50, generator, groups)
     rest = torch.ones(1000, dtype=torch.bool)
     rest[part] = False
     assert 198 <= len(part) <= 200  # whole groups of three
@@ -219,8 +219,8 @@ def test_held_out_rows_share_no_caption_with_the_others() -> None:
 def test_distinct_captions_are_held_out_as_rows_are() -> None:
     failure = torch.zeros(320).long()
     groups = torch.randperm(320)
-    with_groups = hold_out(failure, 0.1, 32, torch.Generator().manual_seed(5), groups)
-    without = hold_out(failure, 0.1, 32, torch.Generator().manual_seed(5))
+    with_groups = held_out_positions(failure, 0.1, 32, torch.Generator().manual_seed(5), groups)
+    without = held_out_positions(failure, 0.1, 32, torch.Generator().manual_seed(5))
     assert torch.equal(with_groups, without)
     assert len(without) == 32
 
@@ -228,8 +228,8 @@ def test_distinct_captions_are_held_out_as_rows_are() -> None:
 def test_captions_that_recur_in_every_pool_are_classes() -> None:
     """Fewer captions than a pool has rows: held out are images."""
     groups = torch.arange(90) % 29
-    part = hold_out(torch.zeros(90).long(), 0.1, 30, torch.Generator(), groups)
-    assert torch.equal(part, hold_out(torch.zeros(90).long(), 0.1, 30, torch.Generator()))
+    part = held_out_positions(torch.zeros(90).long(), 0.1, 30, torch.Generator(), groups)
+    assert torch.equal(part, held_out_positions(torch.zeros(90).long(), 0.1, 30, torch.Generator()))
     assert len(part) == 30
 
 
@@ -251,10 +251,10 @@ def test_classes_are_never_held_out_whole() -> None:
 
 def test_a_caption_too_frequent_to_be_held_out() -> None:
     groups = torch.cat([torch.zeros(60), torch.arange(1, 31)]).long()
-    part = hold_out(torch.zeros(90).long(), 0.1, 30, torch.Generator(), groups)
+    part = held_out_positions(torch.zeros(90).long(), 0.1, 30, torch.Generator(), groups)
     assert part.tolist() == list(range(60, 90))
     fewer = torch.cat([torch.zeros(61), torch.arange(1, 30)]).long()  # 29 others fill no pool
-    assert len(hold_out(torch.zeros(90).long(), 0.1, 30, torch.Generator(), fewer)) == 0
+    assert len(held_out_positions(torch.zeros(90).long(), 0.1, 30, torch.Generator(), fewer)) == 0
 
 
 def test_selection_that_would_be_blind_is_none() -> None:
@@ -280,7 +280,7 @@ def test_whole_groups_against_a_loop(groups: list[int], room: int) -> None:
             chosen.add(group)
             left -= groups.count(group)
     expected = [i for i, group in enumerate(groups) if group in chosen]
-    assert whole_groups(torch.tensor(groups), room).tolist() == expected
+    assert rows_of_whole_groups(torch.tensor(groups), room).tolist() == expected
 
 
 def test_selection_rows_of_pairs_have_captions_of_their_own() -> None:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vilu.embeddings.similarity import Matches, RivalWeights, first_equal, row_blocks, zero_shot
+from vilu.embeddings.similarity import (
+    Matches,
+    RivalWeights,
+    index_of_first_equal,
+    row_blocks,
+    zero_shot,
+)
 from vilu.embeddings.source import Batch
 
 
@@ -36,7 +42,7 @@ def test_tiles_of_any_size_give_the_dense_answers(cells: int, b: int, k: int) ->
     text = unit(k, 16, 0)
     image = noisy(text, b)
     logits = 30 * image.double() @ text.double().T - 5
-    found = zero_shot(image, text, first_equal(text), 30.0, -5.0, tile_cells=cells)
+    found = zero_shot(image, text, index_of_first_equal(text), 30.0, -5.0, max_tile_logits=cells)
     assert torch.equal(found.prediction, logits.argmax(dim=1))
     # logits up to 35 in float32: 16 products of rounding 2^-24 each, times 30
     assert torch.allclose(found.max_logit.double(), logits.amax(dim=1), atol=1e-4)
@@ -64,7 +70,7 @@ def test_of_equal_candidates_the_first_wins(b: int, k: int) -> None:
     """
     text = unit(1, 512, 0).repeat(k, 1)
     image = unit(b, 512, 1)
-    assert zero_shot(image, text, first_equal(text), 100.0).prediction.tolist() == [0] * b
+    assert zero_shot(image, text, index_of_first_equal(text), 100.0).prediction.tolist() == [0] * b
     dense = batch_of(image, text)
     assert dense.logits.shape == (b, k)
     assert dense.prediction.tolist() == [0] * b
@@ -73,19 +79,19 @@ def test_of_equal_candidates_the_first_wins(b: int, k: int) -> None:
 def test_equal_candidates_in_different_tiles() -> None:
     text = unit(40, 16, 0)
     text[[25, 39]] = text[3].clone()
-    found = zero_shot(text, text, first_equal(text), 50.0, tile_cells=8)
+    found = zero_shot(text, text, index_of_first_equal(text), 50.0, max_tile_logits=8)
     assert found.prediction.tolist() == [*range(25), 3, *range(26, 39), 3]
 
 
 def test_first_equal_by_hand_and_against_unique() -> None:
     rows = torch.tensor([[0.0, 1], [1, 0], [-0.0, 1], [1, 0], [1, 1e-30]])
-    assert first_equal(rows).tolist() == [0, 1, 0, 1, 4]
-    assert first_equal(torch.empty(0, 4)).tolist() == []
+    assert index_of_first_equal(rows).tolist() == [0, 1, 0, 1, 4]
+    assert index_of_first_equal(torch.empty(0, 4)).tolist() == []
     many = torch.randint(0, 2, (500, 12), generator=torch.Generator().manual_seed(0)).float()
-    assert first_equal(many).tolist() == [
+    assert index_of_first_equal(many).tolist() == [
         next(j for j in range(500) if torch.equal(many[j], row)) for row in many
     ]
-    assert first_equal(torch.eye(30)).tolist() == list(
+    assert index_of_first_equal(torch.eye(30)).tolist() == list(
         range(30)
     )  # most agree in all columns that make the key
 
@@ -93,7 +99,7 @@ def test_first_equal_by_hand_and_against_unique() -> None:
 def test_no_rows_and_no_candidates() -> None:
     text = unit(3, 4, 0)
     for found in (
-        zero_shot(torch.empty(0, 4), text, first_equal(text), 1.0),
+        zero_shot(torch.empty(0, 4), text, index_of_first_equal(text), 1.0),
         RivalWeights.from_logits(torch.empty(0, 3)).zero_shot(torch.arange(3)),
     ):
         assert [len(part) for part in found] == [0, 0, 0]
@@ -118,7 +124,7 @@ def test_one_candidate_is_always_right() -> None:
 
 def test_blocks_of_rows_cover_all_and_stay_small() -> None:
     for n, k, size in [(50, 7, 1000), (50, 7, 3), (5, 1000, 64), (0, 3, 8)]:
-        parts = list(row_blocks(n, k, size, max_cells=100))
+        parts = list(row_blocks(n, k, size, max_block_logits=100))
         assert [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
         assert all(
             part.stop - part.start == 1 or (part.stop - part.start) * k <= 100 for part in parts

@@ -7,7 +7,7 @@ import pytest
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
-from vilu.embeddings.split import part_of_rows
+from vilu.embeddings.split import part_of_each_row
 from vilu.errors import UsageError
 
 
@@ -26,7 +26,7 @@ def test_every_part_has_its_share_of_every_class(seed: int) -> None:
 def test_rows_of_one_picture_are_in_one_part() -> None:
     rng = np.random.default_rng(0)
     picture = rng.integers(50, size=400)
-    part = part_of_rows(picture, rng.integers(3, size=400), (0.5, 0.2), seed=1)
+    part = part_of_each_row(picture, rng.integers(3, size=400), (0.5, 0.2), seed=1)
     for number in range(50):
         assert len(set(part[picture == number].tolist())) == 1
     assert set(part.tolist()) == {0, 1, 2}  # 2: in no part
@@ -34,7 +34,7 @@ def test_rows_of_one_picture_are_in_one_part() -> None:
 
 def test_a_class_of_one_picture_is_in_each_part_by_its_share() -> None:
     stratum = np.arange(3_000)
-    part = part_of_rows(np.full(3_000, -1), stratum, (0.5, 0.3, 0.2), seed=0)
+    part = part_of_each_row(np.full(3_000, -1), stratum, (0.5, 0.3, 0.2), seed=0)
     # 3,000 draws: a share has a standard error of at most 0.92 %, and four of them are allowed
     shares = np.bincount(part, minlength=3) / 3_000
     assert np.abs(shares - [0.5, 0.3, 0.2]).max() < 4 * 0.0092

@@ -164,7 +164,7 @@ def test_a_killed_driver_costs_only_what_was_missing(engines, tmp_path, log, und
 )
 def test_the_second_of_two_drivers_is_sent_away(engines, tmp_path, undisturbed, name):
     engines(name)
-    with StoreLedger.claim(tmp_path / "s"), pytest.raises(BusyError) as caught:
+    with StoreLedger.lock_folder(tmp_path / "s"), pytest.raises(BusyError) as caught:
         run(name, tmp_path / "s", FakeBackbone())
     assert caught.value.exit_code == 75
     run(name, tmp_path / "s", FakeBackbone())

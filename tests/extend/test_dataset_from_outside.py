@@ -23,7 +23,7 @@ from vilu.backbones.catalog import (
     BackboneKind,
     add_backbone,
     add_backbones,
-    find_named,
+    find_named_backbone,
 )
 from vilu.cli.app import app
 from vilu.datasets.known import KNOWN, Presence, check, open_known
@@ -290,7 +290,7 @@ tanh_gelu = false
 
 def test_a_named_backbone_is_a_table() -> None:
     assert add_backbones(NAMED_ENTRY) == ["clip-small"]
-    assert find_named("clip-small@hf").spec == "hf:someone/clip-small"
+    assert find_named_backbone("clip-small@hf").spec == "hf:someone/clip-small"
     found = {row["name"]: row for row in json.loads(run("list", "backbones", "--json"))}
     assert found["clip-small"]["image_rate"] is None
     assert found["stranger"]["what it is"] == "stranger, a random projection"

@@ -144,7 +144,7 @@ def test_its_code_decides_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(facts, "code_digest", lambda *modules: str(asked.append(modules)))
     for metrics in (["auroc", "fpr95"], ["auroc", "fpr95", "odds_of_half"]):
         chosen = config(metrics=metrics)
-        facts.code_of(chosen, facts.Cell("mcm", "one", "all", 0))
+        facts.code_hash_of(chosen, facts.Cell("mcm", "one", "all", 0))
     assert asked[1] == (*asked[0], __name__)
 
 

@@ -488,11 +488,11 @@ def can_mount(folder: Path) -> bool:
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Trials that went well of those that were made, by command and fault."""
-    from vilu.text import aligned
+    from vilu.text import align_columns
 
     def cell(command: str, fault: str) -> str:
         found = [row["ok"] for row in rows if (row["command"], row["fault"]) == (command, fault)]
         return f"{sum(found)}/{len(found)}" if found else "-"
 
     lines = [[command, *(cell(command, fault) for fault in FAULTS)] for command in COMMANDS]
-    return "\n".join(aligned([["", *FAULTS], *lines]))
+    return "\n".join(align_columns([["", *FAULTS], *lines]))

@@ -9,17 +9,17 @@ import pytest
 from vilu.errors import DataError, UsageError
 from vilu.metrics import METRICS, auroc, bootstrap_interval, fpr_at_tpr, paired_bootstrap
 from vilu.metrics.bootstrap import (
-    CELLS,
+    MAX_RESAMPLED_CELLS,
     SortedScores,
     bootstrap_intervals,
+    draw_resamples,
     intervals_of,
-    resampled_rows,
 )
-from vilu.metrics.counts import check_pair
+from vilu.metrics.counts import check_scores_and_failures
 from vilu.metrics.histogram import Histogram
 from vilu.metrics.ranking import fpr_at_tpr_kernel
 from vilu.metrics.selective import _harmonic
-from vilu.progress import Silence, reporting
+from vilu.progress import SilentProgress, reporting
 
 
 def sample(n: int = 400, seed: int = 0, shift: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -102,10 +102,10 @@ def test_a_kernel_with_other_choices() -> None:
 
 def test_resamples_are_stratified_complete_and_bounded_in_memory() -> None:
     u, f = sample(10_000)
-    scores = SortedScores(*check_pair(u, f))
-    blocks = list(resampled_rows(scores, 100, 0))
+    scores = SortedScores(*check_scores_and_failures(u, f))
+    blocks = list(draw_resamples(scores, 100, 0))
     assert sum(len(correct) for correct, _ in blocks) == 100
-    assert all(correct.size + wrong.size <= CELLS for correct, wrong in blocks)
+    assert all(correct.size + wrong.size <= MAX_RESAMPLED_CELLS for correct, wrong in blocks)
     assert all((f[correct] == 0).all() and (f[wrong] == 1).all() for correct, wrong in blocks)
     assert blocks[0][1].shape[1] == f.sum()
     counts = scores.counts(*blocks[0])
@@ -115,9 +115,9 @@ def test_resamples_are_stratified_complete_and_bounded_in_memory() -> None:
 
 def test_every_row_is_drawn_about_equally_often() -> None:
     u, f = sample(200)
-    scores = SortedScores(*check_pair(u, f))
+    scores = SortedScores(*check_scores_and_failures(u, f))
     drawn = np.concatenate(
-        [np.concatenate(rows, axis=1).ravel() for rows in resampled_rows(scores, 2000, 0)]
+        [np.concatenate(rows, axis=1).ravel() for rows in draw_resamples(scores, 2000, 0)]
     )
     times = np.bincount(drawn, minlength=200)
     # each count is Poisson with mean 2000; five standard deviations
@@ -177,7 +177,7 @@ def test_many_rows_with_few_distinct_scores_are_not_drawn_one_by_one(
     """Their counts are:
     a time that does not grow with the rows, and the same distribution (test_histogram).
     """
-    monkeypatch.delattr("vilu.metrics.bootstrap.resampled_rows")
+    monkeypatch.delattr("vilu.metrics.bootstrap.draw_resamples")
     u, f = sample(10_000)
     value, low, high = bootstrap_interval("auroc", u.round(1), f, n_resamples=50)
     assert low < value == auroc(u.round(1), f) < high
@@ -281,7 +281,7 @@ def test_paired_scores_must_be_of_one_length() -> None:
 def test_long_work_says_how_far_it_is() -> None:
     steps: list[float] = []
 
-    class Watcher(Silence):
+    class Watcher(SilentProgress):
         def advance(self, done: float, note: str = "") -> None:
             steps.append(done)
 

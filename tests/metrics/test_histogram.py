@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tests.conftest import same_histogram
 from vilu.errors import DataError, UsageError
 from vilu.metrics import METRICS, bootstrap
-from vilu.metrics.bootstrap import bootstrap_intervals, counted_intervals, intervals_of
+from vilu.metrics.bootstrap import bootstrap_intervals, intervals_from_counts, intervals_of
 from vilu.metrics.counts import tie_counts
-from vilu.metrics.histogram import Histogram, codes, scores_of
+from vilu.metrics.histogram import Histogram, codes_of_scores, scores_of_codes
 
 KERNELS = {name: metric.kernel for name, metric in METRICS.items()}
 EDGES = [
@@ -64,14 +64,14 @@ def made(name: str, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 @given(st.lists(scores, min_size=1, max_size=30))
 def test_codes_keep_order_and_give_the_score_back(values: list[float]) -> None:
     x = np.array(values)
-    code = codes(x)
-    assert np.array_equal(scores_of(code), x)
+    code = codes_of_scores(x)
+    assert np.array_equal(scores_of_codes(code), x)
     assert np.array_equal(code[:, None] < code, x[:, None] < x)
 
 
 def test_magnitudes_below_the_range_are_zero() -> None:
     tiny = np.array([5e-324, -5e-324, -0.0, 2.0**-513])
-    assert not codes(tiny).any()
+    assert not codes_of_scores(tiny).any()
     assert same_histogram(Histogram.of(tiny, [0, 1, 0, 1]), Histogram.of(np.zeros(4), [0, 0, 1, 1]))
 
 
@@ -107,7 +107,7 @@ def test_any_partition_in_any_order_gives_the_same(data: st.DataObject) -> None:
     assert len(whole.bins) <= max_bins
     # The smallest level that will do: one bit more would be too many bins.
     if whole.level:
-        assert len(np.unique(codes(u) >> (whole.level - 1))) > max_bins
+        assert len(np.unique(codes_of_scores(u) >> (whole.level - 1))) > max_bins
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_close_to_exact_beyond_the_bins(kind: str, n: int, bins: int) -> None:
 def test_the_value_of_a_bin_is_in_it_and_within_the_scores() -> None:
     u, failure = made("both ends", 5000)
     found = Histogram.of(u, failure, max_bins=64)
-    assert np.array_equal(codes(found.values) >> found.level, found.bins)
+    assert np.array_equal(codes_of_scores(found.values) >> found.level, found.bins)
     assert (found.low, found.high) == (u.min(), u.max())
     assert found.low <= found.values.min() <= found.values.max() <= found.high
 
@@ -162,7 +162,7 @@ def test_zero_and_one_share_no_bin_with_what_is_below() -> None:
     """Saturated probabilities stay apart from those that are almost so, however coarse the bins."""
     u = np.array([-1e-9, 0.0, 1e-300, 1 - 2.0**-53, 1.0])
     for level in range(53):
-        bins = codes(u) >> level
+        bins = codes_of_scores(u) >> level
         assert bins[0] < bins[1]
         assert bins[3] < bins[4]
 
@@ -175,7 +175,7 @@ def test_intervals_are_those_of_the_bootstrap_over_rows(kind: str, groups: int) 
     r = 2000
     rows = bootstrap_intervals(kernels, u, failure, n_resamples=r, seed=1)
     counts = Histogram.of(u, failure).counts()
-    found = counted_intervals(kernels, counts, r, 0.95, seed=2, most_groups=groups)
+    found = intervals_from_counts(kernels, counts, r, 0.95, seed=2, max_groups=groups)
     for name in names:
         assert found[name].value == pytest.approx(rows[name].value, abs=1e-12)
         # The 2.5 % quantile of R normal values has standard error sigma sqrt(.025 * .975 / R) /
@@ -204,7 +204,7 @@ def test_resamples_keep_the_numbers_of_both_classes() -> None:
         seen.append(np.stack([np.atleast_1d(counts.n_correct), np.atleast_1d(counts.n_wrong)]))
         return np.zeros(counts.n.shape)
 
-    most = bootstrap.CELLS // 1000  # resamples that are held at a time
+    most = bootstrap.MAX_RESAMPLED_CELLS // 1000  # resamples that are held at a time
     n_resamples = 2 * most + 2
     counts = Histogram.of(u, failure)
     intervals_of(counts, {"spy": spy}, n_resamples=n_resamples, confidence=0.95, seed=0)

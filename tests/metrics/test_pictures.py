@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vilu.metrics import bootstrap_interval, paired_bootstrap
-from vilu.metrics.bootstrap import RESAMPLED_GROUPS, bootstrap_intervals
+from vilu.metrics.bootstrap import MAX_GROUPS, bootstrap_intervals
 from vilu.metrics.catalog import METRICS
 
 # AURC averages over the orders of equal scores, so that its value itself is another for repeats
@@ -30,7 +30,7 @@ def sample(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return score, failure.astype(np.int64)
 
 
-@pytest.mark.parametrize("n", [300, RESAMPLED_GROUPS + 500])
+@pytest.mark.parametrize("n", [300, MAX_GROUPS + 500])
 @pytest.mark.parametrize("times", [2, 20])
 def test_a_set_that_stands_several_times_has_its_interval(n: int, times: int) -> None:
     u, f = sample(n)
@@ -64,7 +64,7 @@ def test_a_comparison_of_repeated_rows_is_that_of_the_rows() -> None:
     assert wrong.ci_high - wrong.ci_low < 0.6 * (once.ci_high - once.ci_low)
 
 
-@pytest.mark.parametrize("n", [200, RESAMPLED_GROUPS + 500])
+@pytest.mark.parametrize("n", [200, MAX_GROUPS + 500])
 def test_answers_about_one_picture_are_drawn_together(n: int) -> None:
     """By hand: the interval of the Brier score of pairs is about that of means over pictures.
 

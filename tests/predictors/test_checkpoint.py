@@ -28,10 +28,10 @@ from vilu.predictors.nn.checkpoint import (
     Checkpoint,
     FolderCheckpointSaver,
     checkpointing,
-    current_session,
+    current_checkpoint_session,
     data_fingerprint,
     read_checkpoint_files,
-    unpack,
+    unpack_checkpoint,
 )
 from vilu.predictors.nn.processes import Group, World
 from vilu.predictors.nn.train import HeadTrainer, TrainConfig
@@ -279,9 +279,11 @@ def test_a_folder_in_use_or_used_before_is_refused(stopped: Path, tmp_path: Path
 
 def test_nothing_is_kept_outside_a_block(tmp_path: Path) -> None:
     with checkpointing(tmp_path) as session:
-        assert current_session() is session
-    saver = current_session().saver(lambda: pytest.fail("asked for what it does not need"))
-    assert saver.latest() is None
+        assert current_checkpoint_session() is session
+    saver = current_checkpoint_session().saver(
+        lambda: pytest.fail("asked for what it does not need")
+    )
+    assert saver.latest_checkpoint() is None
 
 
 @pytest.mark.parametrize(
@@ -316,9 +318,11 @@ def test_tensors_that_do_not_fit_are_refused(broken: str, tmp_path: Path) -> Non
     trainer.saver = saver
     data = toy_embeddings(n=64)
     trainer.run(Rows(data, torch.arange(64)), None)
-    found = saver.latest()
+    found = saver.latest_checkpoint()
     tensors, position = dict(found.tensors), json.loads(json.dumps(found.position))
-    unpack(Checkpoint(position, tensors), trainer.head, trainer.optimizer, trainer.generator, ())
+    unpack_checkpoint(
+        Checkpoint(position, tensors), trainer.head, trainer.optimizer, trainer.order_generator, ()
+    )
     if broken == "missing":
         del tensors["head.first_bias"]
     elif broken == "shape":
@@ -336,8 +340,12 @@ def test_tensors_that_do_not_fit_are_refused(broken: str, tmp_path: Path) -> Non
     else:
         position["history"]["loss"] = [float("nan")]
     with pytest.raises(DataError, match="checkpoint"):
-        unpack(
-            Checkpoint(position, tensors), trainer.head, trainer.optimizer, trainer.generator, ()
+        unpack_checkpoint(
+            Checkpoint(position, tensors),
+            trainer.head,
+            trainer.optimizer,
+            trainer.order_generator,
+            (),
         )
 
 

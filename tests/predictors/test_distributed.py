@@ -29,7 +29,7 @@ from vilu.predictors.nn.processes import (
     read_environment,
     world,
 )
-from vilu.predictors.nn.train import require_rows_for_all
+from vilu.predictors.nn.train import require_rows_for_processes
 
 WORKER = "tests.e2e.ddp_worker"
 COMPLETE = {
@@ -207,7 +207,7 @@ def test_torchrun_with_one_process_needs_no_group() -> None:
 
 @given(st.integers(0, 10_000), st.integers(1, 64))
 def test_shares_are_all_rows_once_and_as_equal_as_can_be(n_rows: int, size: int) -> None:
-    shares = [Group(rank, size, torch.device("cpu")).own_slice(n_rows) for rank in range(size)]
+    shares = [Group(rank, size, torch.device("cpu")).process_slice(n_rows) for rank in range(size)]
     assert [row for share in shares for row in range(n_rows)[share]] == list(range(n_rows))
     lengths = [share.stop - share.start for share in shares]
     assert max(lengths) - min(lengths) <= 1
@@ -251,6 +251,6 @@ def test_a_group_that_cannot_be_reached_is_an_error() -> None:
 
 
 def test_more_processes_than_rows_of_a_step_are_refused() -> None:
-    require_rows_for_all(4, Group(0, 4, torch.device("cpu")))
+    require_rows_for_processes(4, Group(0, 4, torch.device("cpu")))
     with pytest.raises(UsageError, match="a step of 3 rows cannot be shared by 4 processes"):
-        require_rows_for_all(3, Group(0, 4, torch.device("cpu")))
+        require_rows_for_processes(3, Group(0, 4, torch.device("cpu")))

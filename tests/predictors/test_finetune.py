@@ -12,8 +12,8 @@ import vilu
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu import PREDICTORS
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
-from vilu.predictors.contract.seen import shots
-from vilu.predictors.vilu.fine_tuning import FINE_TUNING, initialise
+from vilu.predictors.contract.seen import draw_shots
+from vilu.predictors.vilu.fine_tuning import FINE_TUNING, start_from_fitted
 from vilu.predictors.vilu.head import HeadPredictor
 
 QUICK = {"hidden": (16, 8), "epochs": 4, "batch_size": 64, "device": "cpu"}
@@ -38,7 +38,9 @@ WITH_A_HEAD = [name for name, cls in vilu.PREDICTORS.items() if issubclass(cls, 
 def test_training_begins_with_the_fitted_weights(method: str, few) -> None:
     """With a learning rate of nearly nothing they do not move; a new head is elsewhere."""
     first = fitted(method)
-    again = initialise(PREDICTORS[method], first, {"learning_rate": 1e-12, "epochs": 1}).fit(few)
+    again = start_from_fitted(PREDICTORS[method], first, {"learning_rate": 1e-12, "epochs": 1}).fit(
+        few
+    )
     new = PREDICTORS[method](**{**QUICK, "learning_rate": 1e-12, "epochs": 1, "seed": 1}).fit(few)
     before, after, other = first.state(), again.state(), new.state()
     assert before.keys() == after.keys()
@@ -51,14 +53,16 @@ def test_training_begins_with_the_fitted_weights(method: str, few) -> None:
 def test_fine_tuning_learns_and_leaves_the_first_fit_alone(few) -> None:
     first = fitted()
     before = {name: tensor.clone() for name, tensor in first.state().items()}
-    tuned = initialise(PREDICTORS["vilu"], first, {"epochs": "3", "learning_rate": "0.05"})
+    tuned = start_from_fitted(PREDICTORS["vilu"], first, {"epochs": "3", "learning_rate": "0.05"})
     assert tuned.network_ is None
     tuned.fit(few)
     assert all(torch.equal(first.state()[name], before[name]) for name in before)
     moved = [name for name in before if not torch.equal(before[name], tuned.state()[name])]
     assert {"attention.image", "attention.text", "first_bias"} <= set(moved)  # no freeze
     assert (tuned.epochs, tuned.learning_rate) == (3, 0.05)
-    again = initialise(PREDICTORS["vilu"], first, {"epochs": 3, "learning_rate": 0.05}).fit(few)
+    again = start_from_fitted(PREDICTORS["vilu"], first, {"epochs": 3, "learning_rate": 0.05}).fit(
+        few
+    )
     assert all(torch.equal(again.state()[name], tensor) for name, tensor in tuned.state().items())
     assert not np.array_equal(tuned.predict_uncertainty(few), first.predict_uncertainty(few))
 
@@ -66,13 +70,13 @@ def test_fine_tuning_learns_and_leaves_the_first_fit_alone(few) -> None:
 def test_parameters_are_inherited_but_for_those_of_fine_tuning(tmp_path) -> None:
     first = fitted(weighting="ema", momentum=0.5)
     first.save(tmp_path)
-    tuned = initialise(PREDICTORS["vilu"], vilu.load(tmp_path))
+    tuned = start_from_fitted(PREDICTORS["vilu"], vilu.load(tmp_path))
     assert (tuned.weighting, tuned.momentum, tuned.hidden) == ("ema", 0.5, (16, 8))
     assert {name: getattr(tuned, name) for name in FINE_TUNING} == FINE_TUNING
 
 
 def test_rows_of_both_fits_are_remembered(few, tmp_path) -> None:
-    tuned = initialise(PREDICTORS["vilu"], fitted(), {"epochs": 1}).fit(few)
+    tuned = start_from_fitted(PREDICTORS["vilu"], fitted(), {"epochs": 1}).fit(few)
     tuned.save(tmp_path)
     found = vilu.load(tmp_path)
     assert {sketch.n_rows for sketch in found.seen_.values()} == {360}
@@ -89,24 +93,24 @@ def test_other_methods_architectures_and_spaces_are_refused(few) -> None:
         UsageError,
         match="vilu_plus does not begin from another fit; methods with a failure head do",
     ):
-        initialise(PREDICTORS["vilu_plus"], first)
+        start_from_fitted(PREDICTORS["vilu_plus"], first)
     with pytest.raises(ProvenanceError, match=r"a lvu begins from a fitted lvu\. Got a vilu"):
-        initialise(PREDICTORS["lvu"], first)
+        start_from_fitted(PREDICTORS["lvu"], first)
     with pytest.raises(
         ProvenanceError, match=r"a vilu begins from a fitted vilu\. Got a mc_dropout"
     ):
-        initialise(PREDICTORS["vilu"], fitted("mc_dropout"))
+        start_from_fitted(PREDICTORS["vilu"], fitted("mc_dropout"))
     for values in ({"hidden": "8,8"}, {"attention": "paper"}, {"mcm_input": True}):
         with pytest.raises(ProvenanceError, match="another architecture"):
-            initialise(PREDICTORS["vilu"], first, values)
+            start_from_fitted(PREDICTORS["vilu"], first, values)
     with pytest.raises(ProvenanceError, match="another architecture"):
-        initialise(PREDICTORS["deep_ensemble"], fitted("deep_ensemble"), {"members": 1})
+        start_from_fitted(PREDICTORS["deep_ensemble"], fitted("deep_ensemble"), {"members": 1})
     with pytest.raises(UsageError, match="no parameter 'learning'"):
-        initialise(PREDICTORS["vilu"], first, {"learning": 1})
+        start_from_fitted(PREDICTORS["vilu"], first, {"learning": 1})
     with pytest.raises(NotFittedError):
-        initialise(PREDICTORS["vilu"], PREDICTORS["vilu"]())
+        start_from_fitted(PREDICTORS["vilu"], PREDICTORS["vilu"]())
     with pytest.raises(ProvenanceError, match="logit_scale"):
-        initialise(PREDICTORS["vilu"], first).fit(
+        start_from_fitted(PREDICTORS["vilu"], first).fit(
             toy_embeddings(n=60, seed=4, ids_from=5000, scale=30.0)
         )
 
@@ -117,12 +121,12 @@ def test_a_constant_is_no_start() -> None:
     data.target[:] = right.argmax(dim=1)
     constant = PREDICTORS["vilu"](**QUICK, allow_degenerate=True).fit(data)
     with pytest.raises(DataError, match="is a constant"):
-        initialise(PREDICTORS["vilu"], constant)
+        start_from_fitted(PREDICTORS["vilu"], constant)
 
 
 def test_pools_can_be_fine_tuned_too() -> None:
     first = PREDICTORS["vilu"](**QUICK).fit(toy_pairs(n=128))
-    tuned = initialise(PREDICTORS["vilu"], first, {"epochs": 2}).fit(toy_pairs(n=64, seed=5))
+    tuned = start_from_fitted(PREDICTORS["vilu"], first, {"epochs": 2}).fit(toy_pairs(n=64, seed=5))
     assert len(tuned.notes_["history"]["loss"]) == 2
 
 
@@ -131,13 +135,13 @@ def test_shots_are_so_many_usable_labelled_rows_of_every_class(n: int) -> None:
     data = toy_embeddings(n=400)
     data.target[:50] = -1
     data.status[50:100] = 1
-    rows = shots(data, n, seed=3)
+    rows = draw_shots(data, n, seed=3)
     assert torch.equal(rows, rows.unique())
     assert rows.min() >= 100
     assert torch.equal(data.target[rows].bincount(), torch.full((5,), n))
-    assert torch.equal(rows, shots(data, n, seed=3))
-    assert not torch.equal(rows, shots(data, n, seed=4))
-    assert set(rows.tolist()) < set(shots(data, n + 1, seed=3).tolist())
+    assert torch.equal(rows, draw_shots(data, n, seed=3))
+    assert not torch.equal(rows, draw_shots(data, n, seed=4))
+    assert set(rows.tolist()) < set(draw_shots(data, n + 1, seed=3).tolist())
 
 
 def test_every_row_of_a_class_is_as_likely_as_any_other() -> None:
@@ -146,7 +150,7 @@ def test_every_row_of_a_class_is_as_likely_as_any_other() -> None:
     """
     data = toy_embeddings(n=10, k=2)
     data.target[:] = torch.arange(10) % 2
-    counts = torch.cat([shots(data, 2, seed) for seed in range(2000)]).bincount(minlength=10)
+    counts = torch.cat([draw_shots(data, 2, seed) for seed in range(2000)]).bincount(minlength=10)
     assert (counts - 800).abs().max() < 5 * 22
 
 
@@ -157,14 +161,14 @@ def test_a_class_with_fewer_rows_gives_all_it_has() -> None:
     with pytest.warns(
         UserWarning, match=r"2 of 5 classes have fewer than 13 labelled rows \(the fewest: 0\)"
     ):
-        rows = shots(data, 13)
+        rows = draw_shots(data, 13)
     assert data.target[rows].bincount(minlength=5).tolist() == [13, 13, 13, 1, 0]
     assert 39 in rows.tolist()
 
 
 def test_shots_are_rows_to_take() -> None:
     data = toy_embeddings(n=300)
-    rows = shots(data, 4, seed=1)
+    rows = draw_shots(data, 4, seed=1)
     part = data.take(rows)
     assert list(part.ids) == [data.ids[row] for row in rows.tolist()]
     assert torch.equal(part.image_rows(torch.arange(len(rows))), data.image[rows])
@@ -173,13 +177,13 @@ def test_shots_are_rows_to_take() -> None:
 
 def test_what_has_no_classes_or_no_labels_has_no_shots() -> None:
     with pytest.raises(UsageError, match="pairs have no classes"):
-        shots(toy_pairs(), 5)
+        draw_shots(toy_pairs(), 5)
     with pytest.raises(UsageError, match="at least 1"):
-        shots(toy_embeddings(), 0)
+        draw_shots(toy_embeddings(), 0)
     data = toy_embeddings(n=20)
     data.target[:] = -1
     with pytest.raises(DataError, match="none of the 20 rows has a label"):
-        shots(data, 5)
+        draw_shots(data, 5)
 
 
 def test_the_start_is_no_parameter() -> None:

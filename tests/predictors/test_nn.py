@@ -18,7 +18,7 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import ZeroShot, zero_shot
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
-from vilu.predictors.nn.head import ATTENTION, FailureHead
+from vilu.predictors.nn.head import ATTENTION_CLASSES, FailureHead
 from vilu.predictors.nn.losses import (
     FailureWeight,
     adaptive_weight,
@@ -32,7 +32,7 @@ from vilu.predictors.nn.train import (
     Plan,
     TrainConfig,
     auroc_standard_error,
-    default_batch,
+    default_batch_size,
     default_epochs,
     learning_rate_factor,
     small_network_epochs,
@@ -63,12 +63,12 @@ def make_head(seed: int = 0, **kwargs: object) -> FailureHead:
     return FailureHead(16, (12, 8), **kwargs)
 
 
-@pytest.mark.parametrize("form", list(ATTENTION))
+@pytest.mark.parametrize("form", list(ATTENTION_CLASSES))
 @pytest.mark.parametrize("k", [3, 200])
 def test_attention_is_scaled_dot_product_attention(form: str, k: int) -> None:
     """Against torch's own kernel, with fewer and with more candidates than rows."""
     torch.manual_seed(0)
-    module = ATTENTION[form](16)
+    module = ATTENTION_CLASSES[form](16)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -129,7 +129,7 @@ def test_head_is_the_mlp_of_the_concatenation(
 
 def test_official_attention_starts_as_the_zero_shot_posterior() -> None:
     batch = first_batch()
-    official = ATTENTION["official"](16)
+    official = ATTENTION_CLASSES["official"](16)
     attended = official(batch.image, batch.text, batch.logit_scale, torch.eye(16))
     assert torch.allclose(attended, batch.logits.softmax(1) @ batch.text, atol=1e-6)
 
@@ -274,7 +274,7 @@ def test_the_default_freeze_is_an_epoch_or_a_thousand_steps(
     ],
 )
 def test_default_lengths(n_rows: int, batch: int, epochs: int) -> None:
-    assert default_batch(n_rows) == batch
+    assert default_batch_size(n_rows) == batch
     assert default_epochs(math.ceil(n_rows / batch)) == epochs
 
 

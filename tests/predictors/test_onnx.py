@@ -151,7 +151,7 @@ WORDS_TOO = ("features", "negatives")
 def test_equal_texts_have_the_place_of_the_first() -> None:
     text = torch.eye(6)[[4, 1, 4, 0, 1, 4, 2]]
     batch = GraphBatch(text, text, torch.zeros(7), torch.arange(7), 1.0)
-    assert batch.first_equal.tolist() == [0, 1, 0, 3, 1, 0, 6]
+    assert batch.first_equal_index.tolist() == [0, 1, 0, 3, 1, 0, 6]
     assert batch.prediction.tolist() == [0, 1, 0, 3, 1, 0, 6]
 
 

@@ -116,16 +116,16 @@ def test_of_a_sample_the_share_is_that_of_the_rows_that_can_be_told(
             DataError,
             match=r"^at least 2 of 400 rows .* \('key 0', 'key 10'\), more than 1% of the 100",
         ):
-            found.unshared(data, "rows", "are known", "Remedy.")
+            found.unshared_mask(data, "rows", "are known", "Remedy.")
     elif n_shared:
         with pytest.warns(
             UserWarning, match=r"at least 1 of 400 rows .*'key 0'.*; they are left out"
         ):
             assert np.flatnonzero(
-                ~found.unshared(data, "rows", "are known", "Remedy.")
+                ~found.unshared_mask(data, "rows", "are known", "Remedy.")
             ).tolist() == [0]
     else:
-        assert found.unshared(data, "rows", "are known", "Remedy.").all()
+        assert found.unshared_mask(data, "rows", "are known", "Remedy.").all()
 
 
 # Arrays.

@@ -13,7 +13,7 @@ from vilu import metrics
 from vilu.errors import DataError
 from vilu.metrics.bootstrap import SortedScores
 from vilu.metrics.catalog import METRICS
-from vilu.metrics.counts import TieCounts, check_pair, tie_counts
+from vilu.metrics.counts import TieCounts, check_scores_and_failures, tie_counts
 from vilu.metrics.reliability import ece_kernel
 
 CLOSE = 1e-9
@@ -129,7 +129,7 @@ def test_weighted_counts_equal_repeated_rows(
 @given(scores, st.integers(0, 2**31))
 def test_a_resample_is_counted_as_its_rows(rows: list[tuple[float, int]], seed: int) -> None:
     u, f = columns(rows)
-    sorted_scores = SortedScores(*check_pair(u, f))
+    sorted_scores = SortedScores(*check_scores_and_failures(u, f))
     rng = np.random.default_rng(seed)
     correct, wrong = (
         rng.choice(of, (3, len(of))) if len(of) else np.empty((3, 0), dtype=np.int64)

@@ -14,17 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.embeddings.test_similarity import noisy, unit
 from vilu.embeddings.source import Batch
 from vilu.predictors.nn import head as attention
-from vilu.predictors.nn.head import ATTENTION, CrossAttention, FailureHead
+from vilu.predictors.nn.head import ATTENTION_CLASSES, CrossAttention, FailureHead
 
 D, H, SCALE = 32, 24, 20.0
 AFTER = unit(7, D, 5)
 """Weights of the layer that takes the average."""
 
 
-@pytest.fixture(params=list(ATTENTION))
+@pytest.fixture(params=list(ATTENTION_CLASSES))
 def module(request: pytest.FixtureRequest) -> CrossAttention:
     torch.manual_seed(0)
-    made = ATTENTION[request.param](D)
+    made = ATTENTION_CLASSES[request.param](D)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -97,7 +97,7 @@ def test_no_tensor_is_as_large_as_rows_times_candidates(
     monkeypatch: pytest.MonkeyPatch, training: bool
 ) -> None:
     """Forward and backward of the whole head on a pool of 600 pairs."""
-    monkeypatch.setattr("vilu.embeddings.similarity.TILE_CELLS", 6000)
+    monkeypatch.setattr("vilu.embeddings.similarity.MAX_TILE_LOGITS", 6000)
     torch.manual_seed(0)
     head, text = FailureHead(D, (H, 8)), unit(600, D, 0)
     batch = Batch(noisy(text, 600), text, torch.arange(600), torch.arange(600), SCALE)
@@ -114,7 +114,7 @@ def test_no_tensor_is_as_large_as_rows_times_candidates(
 def test_autocast_leaves_the_attention_alone() -> None:
     """In float32: logits of 20 in bfloat16 would be off by 20 roundings of 2^-8."""
     text = unit(300, D, 0)
-    image, module = noisy(text, 300), ATTENTION["official"](D)
+    image, module = noisy(text, 300), ATTENTION_CLASSES["official"](D)
     exact = module(image, text, SCALE, AFTER)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(module(image, text, SCALE, AFTER), exact)

@@ -19,12 +19,12 @@ from vilu.errors import DataError
 from vilu_bench.methods import bayesvlm
 from vilu_bench.methods.bayesvlm import (
     BayesVLM,
-    Factors,
+    CurvatureFactors,
     Layer,
-    Posterior,
+    LayerPosterior,
     best_prior_precision,
     cosine_moments,
-    factors,
+    curvature_factors,
     log_evidence,
 )
 
@@ -127,7 +127,7 @@ def test_output_factor_against_autograd(name: str, loss) -> None:
         draw(4, 3, seed=11),
         torch.tensor([1.0, 2.0, 0.0, 1.0]).double(),
     )
-    found = factors(Layer(phi, g, count), CANDIDATES, SCALE, BIAS, name, block_rows=2)
+    found = curvature_factors(Layer(phi, g, count), CANDIDATES, SCALE, BIAS, name, block_rows=2)
     expected = torch.zeros(5, 5, dtype=torch.float64)
     for row, times in zip(g, count, strict=True):
         slope = jacobian(logits_of, row)
@@ -148,13 +148,13 @@ def test_output_factor_is_the_fisher_information() -> None:
     gradients = jacobian(lambda x: logits_of(x).log_softmax(0), g)
     fisher = torch.einsum("k,kd,ke->de", p, gradients, gradients)
     assert torch.allclose(
-        factors(layer, CANDIDATES, SCALE, BIAS, "infonce").outputs, fisher, rtol=1e-9
+        curvature_factors(layer, CANDIDATES, SCALE, BIAS, "infonce").outputs, fisher, rtol=1e-9
     )
     sigma = logits_of(g).sigmoid()
     coins = sigma * (1 - sigma) ** 2 + (1 - sigma) * sigma**2
     fisher = torch.einsum("k,kd,ke->de", coins, slope, slope)
     assert torch.allclose(
-        factors(layer, CANDIDATES, SCALE, BIAS, "siglip").outputs, fisher, rtol=1e-9
+        curvature_factors(layer, CANDIDATES, SCALE, BIAS, "siglip").outputs, fisher, rtol=1e-9
     )
 
 
@@ -189,8 +189,8 @@ def test_prior_precision_against_a_grid(rank_a: int, rank_b: int) -> None:
 
 
 def test_posterior_variance_against_the_dense_covariance() -> None:
-    found = Factors(semidefinite(4, 4, 3), semidefinite(3, 2, 4), 50)
-    learned, prior = bayesvlm.posterior(found, squared_norm=6.0, pseudo_count=10.0)
+    found = CurvatureFactors(semidefinite(4, 4, 3), semidefinite(3, 2, 4), 50)
+    learned, prior = bayesvlm.layer_posterior(found, squared_norm=6.0, pseudo_count=10.0)
     a, b = (math.sqrt(10 / 50) * factor for factor in (found.inputs, found.outputs))
     precision = torch.kron(a + math.sqrt(prior) * eye(4), b + math.sqrt(prior) * eye(3))
     covariance = torch.linalg.inv(precision).reshape(4, 3, 4, 3)
@@ -203,8 +203,8 @@ def test_variance_shrinks_with_more_data() -> None:
     sums = semidefinite(4, 4, 3), semidefinite(3, 3, 4)
     variances = []
     for times in (1, 4, 16):
-        learned, _ = bayesvlm.posterior(
-            Factors(times * sums[0], times * sums[1], 20 * times), 6.0, 10.0
+        learned, _ = bayesvlm.layer_posterior(
+            CurvatureFactors(times * sums[0], times * sums[1], 20 * times), 6.0, 10.0
         )
         variances.append(float(learned.variance(draw(5, 4, seed=7)).mean()))
     assert variances[0] > variances[1] > variances[2]
@@ -214,7 +214,11 @@ def test_variance_shrinks_with_more_data() -> None:
     )
     z = toy_embeddings(seed=1).column("features", rows).double()
     few_variance, many_variance = (
-        float(Posterior(p.learned_["image_inputs"], p.learned_["image_outputs"]).variance(z).mean())
+        float(
+            LayerPosterior(p.learned_["image_inputs"], p.learned_["image_outputs"])
+            .variance(z)
+            .mean()
+        )
         for p in (few, many)
     )
     assert many_variance < few_variance

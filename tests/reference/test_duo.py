@@ -227,6 +227,6 @@ def test_damaged_notes_of_the_second_model_are_refused(tmp_path: Path, train: Em
     document = json.loads(path.read_text())
     document["notes"]["second"] = {"embed_dim": "wide"}
     del document["fingerprint"]
-    write_json(path, document, seal="fingerprint")
+    write_json(path, document, digest_key="fingerprint")
     with pytest.raises(DataError, match="is damaged"):
         vilu.load(tmp_path)

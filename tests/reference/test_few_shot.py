@@ -14,13 +14,13 @@ from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings
 from vilu.predictors.bank.linear_probe import LinearProbe
 from vilu_bench.methods.few_shot import (
-    FOLDS,
+    N_FOLDS,
     GDAAndZeroShot,
     LinearProbeCV,
     ProbeAndZeroShot,
     TipAdapter,
     class_folds,
-    pool_weights,
+    fit_mix_weights,
 )
 from vilu_bench.methods.transductive import OTTER, StatA, fit_gaussians, nearest_affinity
 
@@ -42,7 +42,7 @@ def held_out_folds(label: np.ndarray) -> list[np.ndarray]:
     """Masks of the rows that are held out; the only label of a class never is."""
     fold = class_folds(label, 0)
     is_only_label = np.bincount(label)[label] == 1
-    masks = [(fold == number) & ~is_only_label for number in range(FOLDS)]
+    masks = [(fold == number) & ~is_only_label for number in range(N_FOLDS)]
     return [mask for mask in masks if mask.any()]
 
 
@@ -50,7 +50,7 @@ def test_folds_have_the_rows_of_a_class_in_turn() -> None:
     label = np.repeat([0, 1, 2], [10, 5, 20])
     fold = class_folds(label, 0)
     for name in range(3):
-        count = np.bincount(fold[label == name], minlength=FOLDS)
+        count = np.bincount(fold[label == name], minlength=N_FOLDS)
         assert count.max() - count.min() <= 1
 
 
@@ -99,7 +99,7 @@ def test_pool_weights_are_the_likeliest() -> None:
         log_q = log_softmax(weights[0] * log_p[:, 0] + weights[1] * log_p[:, 1], axis=1)
         return float(log_q[np.arange(400), label].sum())
 
-    weights = pool_weights(log_p, label)
+    weights = fit_mix_weights(log_p, label)
     best = likelihood(weights)
     for step in ([0.05, 0], [-0.05, 0], [0, 0.05], [0, -0.05]):
         assert likelihood(weights + step) < best

@@ -21,7 +21,7 @@ from vilu.predictors import temperature as fitted
 from vilu.predictors.temperature import (
     MCMTS,
     calibration_errors,
-    golden_section,
+    golden_section_search,
     loss_and_derivative,
 )
 
@@ -117,7 +117,7 @@ def test_the_calibration_optimum_is_at_least_as_good_as_the_grid() -> None:
 @pytest.mark.parametrize("centre", [-0.7, 0.0, 0.99])
 def test_golden_section(centre: float) -> None:
     for function in (lambda x: (x - centre) ** 2, lambda x: abs(x - centre)):
-        point, value = golden_section(function, -1.0, 1.0)
+        point, value = golden_section_search(function, -1.0, 1.0)
         assert point == pytest.approx(centre, abs=fitted.MIN_INTERVAL)
         assert value == function(point)
 

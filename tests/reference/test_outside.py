@@ -25,11 +25,11 @@ from vilu.predictors.contract.labelled import log_odds_with_outside
 from vilu.predictors.plus.ood import (
     Margins,
     Outside,
-    far_words,
+    far_word_indices,
     fit_mixture,
     learn_from_examples,
     learn_from_words,
-    margin,
+    word_margins,
 )
 
 
@@ -54,9 +54,9 @@ def arrays(data: Embeddings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_far_words_do_not_keep_their_tensors() -> None:
     words, text = torch.eye(4), torch.eye(4)[:2]
-    first = far_words(words, text, 0.5)
-    assert far_words(words, text, 0.5) is first  # known
-    assert far_words(words, text, 0.25).tolist() == [2]
+    first = far_word_indices(words, text, 0.5)
+    assert far_word_indices(words, text, 0.5) is first  # known
+    assert far_word_indices(words, text, 0.25).tolist() == [2]
     references = [weakref.ref(words), weakref.ref(text)]
     del words, text
     gc.collect()
@@ -71,15 +71,16 @@ def test_far_words_by_brute_force(share: float, nearest: float) -> None:
     nearness = [sorted(float(word @ name) for name in text)[-place] for word in words]
     kept = sorted(np.argsort(nearness)[: max(round(share * len(words)), 1)].tolist())
     assert (
-        far_words(torch.from_numpy(words), torch.from_numpy(text), share, nearest).tolist() == kept
+        far_word_indices(torch.from_numpy(words), torch.from_numpy(text), share, nearest).tolist()
+        == kept
     )
 
 
 def test_a_word_that_is_a_class_goes_first() -> None:
     text = torch.eye(4)[:2]
-    assert far_words(torch.eye(4), text, 0.5).tolist() == [2, 3]
-    assert far_words(torch.eye(4)[[3, 0, 2, 1]], text, 0.5).tolist() == [0, 2]
-    assert far_words(torch.eye(4), text, 0.75).tolist() == [
+    assert far_word_indices(torch.eye(4), text, 0.5).tolist() == [2, 3]
+    assert far_word_indices(torch.eye(4)[[3, 0, 2, 1]], text, 0.5).tolist() == [0, 2]
+    assert far_word_indices(torch.eye(4), text, 0.75).tolist() == [
         0,
         2,
         3,
@@ -91,7 +92,7 @@ def test_a_word_that_is_a_class_goes_first() -> None:
 def test_neglabel_is_its_formula(of: str, share: float) -> None:
     data = world()
     image, text, words = arrays(data)
-    far = far_words(torch.from_numpy(words), torch.from_numpy(text), share, 0.05).numpy()
+    far = far_word_indices(torch.from_numpy(words), torch.from_numpy(text), share, 0.05).numpy()
     posterior = softmax(15.0 * image @ np.concatenate([text, words[far]]).T, axis=1)
     classes = posterior[:, : len(text)]
     expected = 1 - (classes.sum(axis=1) if of == "classes" else classes.max(axis=1))
@@ -169,7 +170,7 @@ def ood_rows(
     """
     fixed, rng = np.random.default_rng(5), np.random.default_rng(seed)
     text, words = rows(fixed, k, d), rows(fixed, m, d)
-    far = far_words(torch.from_numpy(words), torch.from_numpy(text), 0.25).numpy()
+    far = far_word_indices(torch.from_numpy(words), torch.from_numpy(text), 0.25).numpy()
     target = rng.integers(k, size=n_inside)
     image = np.concatenate([text[target], words[rng.choice(far, size=n_outside)]])
     image += rng.normal(size=image.shape) * 0.11
@@ -194,13 +195,13 @@ def test_margin_by_brute_force() -> None:
     expected = logsumexp(15 * image @ words[far.numpy()].T, axis=1) - logsumexp(
         15 * image @ text.T, axis=1
     )
-    np.testing.assert_allclose(margin(whole(data), far).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(word_margins(whole(data), far).numpy(), expected, atol=1e-5)
 
 
 def test_the_direction_is_ridge_regression() -> None:
     data = ood_rows(0, 150, 50)
     seen = Margins.of(all_rows(data))
-    weight, bias = seen.direction()
+    weight, bias = seen.regress_on_image()
     image = data.image.double().numpy()
     centred = image - image.mean(axis=0)
     size = np.sqrt((centred**2).sum(axis=1).mean())
@@ -226,7 +227,7 @@ def test_the_mixture_finds_what_was_drawn() -> None:
     value = np.where(outside, 6.0, means[answer]) + rng.normal(size=2_000) * 1.2
     balance = 6.5 + np.sort(value)[int(0.25 * 1_999)]
     found = fit_mixture(
-        torch.from_numpy(value), torch.from_numpy(answer), 4, balance, known_inside=False
+        torch.from_numpy(value), torch.from_numpy(answer), 4, balance, all_known_inside=False
     )
     assert found.outside_share == pytest.approx(outside.mean(), abs=4 * np.sqrt(0.2 * 0.8 / 2_000))
     assert found.outside_mean == pytest.approx(
@@ -249,10 +250,10 @@ def test_rows_that_are_all_inside_have_hardly_any_outside() -> None:
     answer = torch.from_numpy(rng.integers(4, size=1_000))
     value = torch.from_numpy(rng.standard_t(5, size=1_000))
     balance = 7.0 + float(value.sort().values[int(0.25 * 999)])
-    found = fit_mixture(value, answer, 4, balance, known_inside=False)
+    found = fit_mixture(value, answer, 4, balance, all_known_inside=False)
     assert found.outside_share < 0.01
     assert found.outside_mean > 5
-    known = fit_mixture(value, answer, 4, balance, known_inside=True)
+    known = fit_mixture(value, answer, 4, balance, all_known_inside=True)
     assert (known.outside_share, known.outside_mean) == (0.1, pytest.approx(7.0))
     assert float(known.inside_means[-1]) == pytest.approx(float(value.mean()))
 
@@ -261,7 +262,7 @@ def test_rows_that_are_all_inside_have_hardly_any_outside() -> None:
 def test_words_tell_ood_apart_however_many_there_are(share: float) -> None:
     n = 600
     train, test = ood_rows(1, round(n * (1 - share)), round(n * share)), ood_rows(2, 300, 300)
-    found = learn_from_words(all_rows(train), known_inside=False)
+    found = learn_from_words(all_rows(train), all_known_inside=False)
     odds = found.log_odds(whole(test), torch.arange(6)).numpy()
     assert auroc(odds, np.arange(600) >= 300) > 0.97
     assert (
@@ -277,7 +278,7 @@ def test_words_that_do_not_tell_are_left_alone() -> None:
     words = text[rng.integers(20, size=200)] + rng.normal(size=(200, 24)) * 0.1
     words /= np.linalg.norm(words, axis=1, keepdims=True)
     data = Embeddings(image, text, logit_scale=20.0, columns={"negatives": words})
-    found = learn_from_words(all_rows(data), known_inside=False)
+    found = learn_from_words(all_rows(data), all_known_inside=False)
     assert not found
     assert found.columns == ()
     assert (found.log_odds(whole(data)) == -np.inf).all()
@@ -295,8 +296,8 @@ def test_examples_are_a_ridge_logistic_regression(columns: tuple[str, ...]) -> N
     centred = image - image.mean(axis=0)
     inputs = centred / np.sqrt((centred**2).sum(axis=1).mean()) * np.sqrt(100)
     if columns:
-        far = far_words(data.column("negatives", torch.arange(1)), data.text, 0.25)
-        m = margin(whole(data), far).numpy()
+        far = far_word_indices(data.column("negatives", torch.arange(1)), data.text, 0.25)
+        m = word_margins(whole(data), far).numpy()
         inputs = np.column_stack([inputs, (m - m.mean()) / m.std() * np.sqrt(10)])
     other = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(inputs, np.arange(150) >= 120)
     np.testing.assert_allclose(
@@ -307,7 +308,7 @@ def test_examples_are_a_ridge_logistic_regression(columns: tuple[str, ...]) -> N
 
 def test_failure_is_one_less_the_probability_of_both() -> None:
     data = ood_rows(4, 200, 50)
-    found = learn_from_words(all_rows(data), known_inside=False)
+    found = learn_from_words(all_rows(data), all_known_inside=False)
     batch, log_odds = whole(data), torch.linspace(-30, 30, 250).double()
     inside = torch.sigmoid(-found.log_odds(batch, torch.arange(6)))
     expected = 1 - inside * torch.sigmoid(-log_odds)
@@ -317,7 +318,7 @@ def test_failure_is_one_less_the_probability_of_both() -> None:
 
 def test_other_candidates_have_the_means_of_all() -> None:
     data = ood_rows(5, 200, 50)
-    found = learn_from_words(all_rows(data), known_inside=False)
+    found = learn_from_words(all_rows(data), all_known_inside=False)
     batch = whole(data)
     mine, others = (
         found.log_odds(batch, torch.arange(6)),
@@ -330,7 +331,7 @@ def test_other_candidates_have_the_means_of_all() -> None:
 
 def test_what_is_saved_is_what_is_known() -> None:
     data = ood_rows(6, 200, 50)
-    found = learn_from_words(all_rows(data), known_inside=False)
+    found = learn_from_words(all_rows(data), all_known_inside=False)
     again = Outside.from_tensors(found.tensors())
     assert torch.equal(again.log_odds(whole(data)), found.log_odds(whole(data)))
     assert not Outside.from_tensors({})
@@ -427,7 +428,7 @@ def test_words_refuse_nothing_that_few_rows_hold() -> None:
         data = ood_rows(17, n, 0)
         data = data.take(torch.zeros(n, dtype=torch.long)) if n < 30 else data
         for known in (True, False):
-            found = learn_from_words(all_rows(data), known_inside=known)
+            found = learn_from_words(all_rows(data), all_known_inside=known)
             assert torch.isfinite(
                 torch.cat([tensor.flatten() for tensor in found.tensors().values()])
             ).all()

@@ -17,7 +17,7 @@ from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import log_posterior
 from vilu.errors import UsageError
 from vilu.predictors.persistence.storage import load_predictor
-from vilu_bench.methods.sirc import DOUBT, SIRC
+from vilu_bench.methods.sirc import LOG_DOUBT_FUNCTIONS, SIRC
 
 CONFIDENCES = {
     "msp": lambda p: 1 - p.max(axis=1),
@@ -64,12 +64,12 @@ def test_nothing_underflows() -> None:
     log_p = log_posterior(batch_of([[gap, 0.0] for gap in gaps]))
     expected = {"msp": -gaps, "entropy": np.log1p(gaps) - gaps, "doctor": math.log(2) - gaps}
     for name, values in expected.items():
-        assert np.allclose(DOUBT[name](log_p).numpy(), values, rtol=1e-12)
+        assert np.allclose(LOG_DOUBT_FUNCTIONS[name](log_p).numpy(), values, rtol=1e-12)
 
 
 def test_gaps_beyond_every_exponent_stay_finite_and_in_order() -> None:
     log_p = log_posterior(batch_of([[gap, 0.0, -1.0] for gap in (800.0, 1500.0, 3000.0)]))
-    for doubt in DOUBT.values():
+    for doubt in LOG_DOUBT_FUNCTIONS.values():
         values = doubt(log_p)
         assert torch.isfinite(values).all()
         assert (values.diff() < 0).all()

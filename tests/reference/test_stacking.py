@@ -48,7 +48,7 @@ def test_cross_fitted_by_hand() -> None:
     train, test = toy_embeddings(n=200), toy_embeddings(seed=1, ids_from=1000)
     failure = failures(train)
     scores = np.full((200, len(MEMBERS)), np.nan)
-    for rest, part in folds.cross_fitting(
+    for rest, part in folds.cross_fit_splits(
         Rows(train, torch.arange(200)), torch.from_numpy(failure), None, 0
     ):
         scores[part.index] = columns(*(train.take(rows.index) for rows in (rest, part)))
@@ -70,7 +70,7 @@ def test_on_validation_rows_by_hand() -> None:
 def test_folds_part_the_rows_and_share_the_failures(n: int) -> None:
     failure = (torch.arange(n) % 3 == 0).long()
     index = torch.arange(n) + 5
-    roles = folds.cross_fitting(Rows(toy_embeddings(n=n + 5), index), failure, None, 0)
+    roles = folds.cross_fit_splits(Rows(toy_embeddings(n=n + 5), index), failure, None, 0)
     assert torch.equal(torch.cat([part.index for _, part in roles]).sort().values, index)
     for rest, part in roles:
         assert torch.equal(torch.cat([rest.index, part.index]).sort().values, index)
@@ -81,7 +81,7 @@ def test_of_many_rows_one_fifth_is_held_out() -> None:
     data = toy_embeddings(n=200)
     failure = torch.from_numpy(failures(data))
     rows = Rows(data, torch.arange(200))
-    ((rest, part),) = folds.cross_fitting(rows, failure, None, 0, folded_rows=30)
+    ((rest, part),) = folds.cross_fit_splits(rows, failure, None, 0, max_folded_rows=30)
     assert (len(rest.index), len(part.index)) == (160, 30)
     assert not set(rest.index.tolist()) & set(part.index.tolist())
 

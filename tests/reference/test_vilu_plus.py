@@ -21,20 +21,20 @@ from vilu.embeddings.rows import Rows
 from vilu.errors import DataError
 from vilu.predictors.nn.attention import (
     BIAS_SHARE,
-    MIN_CHANGE,
-    SHARE_SD,
+    MIN_LOSS_CHANGE,
     SHRINKAGE_ROWS,
+    SHRINKAGE_SD,
     ImageInputs,
     Problem,
     SupervisedAttention,
     class_log_prior,
     fit_attention,
     fit_temperature,
-    held_out_share,
+    held_out_shrinkage,
     orthonormal_basis,
 )
 from vilu.predictors.nn.experts import Memory
-from vilu.predictors.plus.vilu_plus import POOL_SD, ViLUPlus, fit_pool
+from vilu.predictors.plus.vilu_plus import POOL_SD, ViLUPlus, fit_pool_weights
 from vilu_bench.studies.data import without_labels
 
 CPU = torch.device("cpu")
@@ -167,7 +167,7 @@ def problem_of(data: Embeddings, variance: float) -> Problem:
 def test_rows_that_are_held_say_what_streamed_ones_say(
     data: Embeddings, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vilu.predictors.nn.attention.MIN_STREAMED_CHANGE", MIN_CHANGE)
+    monkeypatch.setattr("vilu.predictors.nn.attention.MIN_STREAMED_LOSS_CHANGE", MIN_LOSS_CHANGE)
     held, streamed = (problem_of(data.take(torch.arange(n)), 3.0) for _ in range(2))
     streamed.whole_block = None
     held_solution = held.in_attention_coordinates(held.solve())
@@ -225,10 +225,10 @@ def test_the_share_that_is_kept_is_the_most_probable_one(data: Embeddings, n: in
     grid = np.linspace(0, 1, 201)
     value = [
         -log_softmax(logits + w * learned, axis=1)[range(n), target].sum()
-        + (w - 1) ** 2 / (2 * SHARE_SD**2)
+        + (w - 1) ** 2 / (2 * SHRINKAGE_SD**2)
         for w in grid
     ]
-    assert held_out_share(problem) == pytest.approx(
+    assert held_out_shrinkage(problem) == pytest.approx(
         grid[np.argmin(value)], abs=0.01
     )  # two steps of the grid
 
@@ -298,21 +298,23 @@ def test_images_without_labels_are_where_labels_begin(*, features: bool) -> None
     assert (zero.notes_["absent"], zero.notes_["share"] > 0.1) == (0.0, True)
     plus = ViLUPlus(variance=1e-9).fit(few, unlabelled=without_labels(images))
     assert plus.notes_["unlabelled"].items() <= zero.notes_.items()
-    logits, target = zero.parts(next(few.batches(24))).logits, few.target[:, None]
+    logits, target = zero.pooled_parts(next(few.batches(24))).logits, few.target[:, None]
     grid = torch.exp(torch.linspace(-3, 3, 6_001, dtype=torch.float64))
     loss = [a.log() ** 2 / 0.5 - (a * logits).log_softmax(1).gather(1, target).sum() for a in grid]
     temperature = grid[torch.stack(loss).argmin()]
     batch = next(test.batches(400, columns=test.columns))
-    expected = (temperature * zero.parts(batch).logits).log_softmax(1)
+    expected = (temperature * zero.pooled_parts(batch).logits).log_softmax(1)
     # the grid's steps of one part in a thousand, of logits that differ by up to 40; float32 beside
     assert torch.allclose(plus.log_posterior(batch), expected, atol=0.05)
     other = dataclasses.replace(
         batch, text=torch.nn.functional.normalize(torch.randn_like(batch.text), dim=1)
     )
-    foreign = plus.experts.attention(other, plus.experts.attention.match(other.text))
+    foreign = plus.experts.attention(other, plus.experts.attention.match_classes(other.text))
     assert torch.allclose(
         foreign,
-        temperature ** float(plus.experts.attention.match(other.text).reach.mean()) * other.logits,
+        temperature
+        ** float(plus.experts.attention.match_classes(other.text).class_similarity.mean())
+        * other.logits,
         atol=0.05,
     )
 
@@ -365,7 +367,7 @@ def test_other_candidates_get_only_what_is_shared(data: Embeddings, attention) -
         data.image, torch.cat([other[:1], data.text[[2]], other[1:]]), target=None, logit_scale=20.0
     )
     batch = next(mixed.batches(200))
-    match = attention.match(batch.text)
+    match = attention.match_classes(batch.text)
     assert match.is_class.tolist() == [False, True, False, False]
     assert int(match.nearest_class[1]) == 2
     texts, classes = (
@@ -375,10 +377,12 @@ def test_other_candidates_get_only_what_is_shared(data: Embeddings, attention) -
         texts @ classes.T / np.linalg.norm(texts, axis=1)[:, None] / np.linalg.norm(classes, axis=1)
     )
     reach = np.where(match.is_class.numpy(), 1, np.maximum(cosine.max(axis=1), 0) ** 2)
-    assert np.allclose(match.reach.numpy(), reach, atol=1e-5)
+    assert np.allclose(match.class_similarity.numpy(), reach, atol=1e-5)
     logits = attention(batch, match)
     temperature = attention.temperature ** reach.mean()
-    learned = attention(next(data.batches(200))) - attention.offset(next(data.batches(200)))
+    learned = attention(next(data.batches(200))) - attention.tempered_logits(
+        next(data.batches(200))
+    )
     assert torch.allclose(logits[:, 1], temperature * batch.logits[:, 1] + learned[:, 2], atol=1e-4)
     keys = SHARING**0.5 * attention.text(batch.text[[0]]) @ attention.shared.T
     x = torch.nn.functional.pad(attention.inputs(batch), (0, 1), value=1.0)
@@ -387,7 +391,7 @@ def test_other_candidates_get_only_what_is_shared(data: Embeddings, attention) -
 
 
 def test_memory_is_kernel_ridge_regression_of_the_residual(data: Embeddings, attention) -> None:
-    memory = Memory.of(attention, rows_of(data))
+    memory = Memory.fit(attention, rows_of(data))
     x = standardised(data.image.double().numpy())
     residual = np.eye(4)[data.target.numpy()] - softmax(
         float(attention.temperature) * zero_shot(data), axis=1
@@ -418,10 +422,10 @@ def test_pool_is_the_most_probable_one() -> None:
     )
     best = np.unravel_index(loss.argmin(), loss.shape)
     assert np.allclose(
-        fit_pool(log_p, target), [grid[i] for i in best], atol=0.006
+        fit_pool_weights(log_p, target), [grid[i] for i in best], atol=0.006
     )  # half a step, rounded up
     assert np.allclose(
-        fit_pool(log_p[:1], target[:1]), [1, 0], atol=0.1
+        fit_pool_weights(log_p[:1], target[:1]), [1, 0], atol=0.1
     )  # one row says next to nothing
 
 

@@ -18,16 +18,16 @@ from vilu.embeddings.rows import Rows
 from vilu.errors import ProvenanceError
 from vilu.metrics import auroc
 from vilu.predictors.plus.vilu_zero import (
-    ABSENT_SCALE,
+    ABSENT_MEAN_COUNT,
     N_EM_PASSES,
     PSEUDO_COUNT,
     SoftMembers,
     UnlabelledHalves,
     ViLUZero,
     fit_classifier,
+    fit_presence,
     placement,
-    presence,
-    sufficiency,
+    row_count_factor,
 )
 
 CPU = torch.device("cpu")
@@ -79,23 +79,23 @@ def test_presence_by_hand() -> None:
     of equal counts none is, whatever their size.
     """
     count = torch.tensor([100.0] * 10 + [0.0] * 90, dtype=torch.float64)
-    occurs, absent = presence(count)
+    occurs, absent = fit_presence(count)
     assert 0.8 < absent < 0.9
     assert occurs[:10].tolist() == pytest.approx([0.0] * 10, abs=1e-9)
     assert (occurs[10:] < -3).all()
     for one in (0.7, 3.0, 50.0):
-        occurs, absent = presence(torch.full((40,), one, dtype=torch.float64))
+        occurs, absent = fit_presence(torch.full((40,), one, dtype=torch.float64))
         assert absent < 0.02
         assert occurs.abs().max() < 0.1
     tiny = torch.full(
-        (40,), ABSENT_SCALE / 4, dtype=torch.float64
+        (40,), ABSENT_MEAN_COUNT / 4, dtype=torch.float64
     )  # fewer rows than classes say nothing
-    assert presence(tiny)[1] == 0.0
+    assert fit_presence(tiny)[1] == 0.0
 
 
 def test_posterior_of_presence_is_bayes_rule() -> None:
     count = torch.tensor([0.0, 0.2, 1.0, 30.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64)
-    occurs, rho = presence(count)
+    occurs, rho = fit_presence(count)
     mean = float(count.sum()) / (len(count) * (1 - rho))
     low = np.exp(-count.numpy() / 0.5) / 0.5
     some = (1 - rho) * (0.9 * np.exp(-count.numpy() / mean) / mean + 0.1 * low)
@@ -286,7 +286,7 @@ def test_two_rows_a_class_teach_no_prototypes() -> None:
 
     0 of 80 rows and 40 classes, 0.6 of 200.
     """
-    assert [sufficiency(n, 40) for n in (40, 80, 200)] == pytest.approx([0.0, 0.0, 0.6])
+    assert [row_count_factor(n, 40) for n in (40, 80, 200)] == pytest.approx([0.0, 0.0, 0.6])
     few = toy_embeddings(n=80, k=40, d=24)
     assert ViLUZero().fit(few).notes_["share"] == 0.0
 
@@ -307,7 +307,7 @@ def test_other_candidates_are_refused(data: Embeddings) -> None:
 def test_the_parts_are_the_score(data: Embeddings) -> None:
     predictor = ViLUZero().fit(without_words(data))
     batch = next(data.batches(64))
-    parts, score = predictor.parts(batch), predictor.score_batch(batch)
+    parts, score = predictor.pooled_parts(batch), predictor.score_batch(batch)
     mass = parts.logits.softmax(1).gather(1, batch.prediction[:, None]).squeeze(1)
     assert torch.allclose(score, 1 - mass, atol=1e-12)
     assert parts.class_offset.shape == (1, 6)

@@ -10,8 +10,8 @@ import pytest
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
 from vilu.report import figures, style
-from vilu.report.figures import LABEL_HEIGHT, Panel, Series, curves, scatter
-from vilu.report.style import looks_of
+from vilu.report.figures import LABEL_HEIGHT, Panel, Series, draw_curves, draw_scatter
+from vilu.report.style import line_styles_of
 
 
 @pytest.fixture(scope="module")
@@ -37,39 +37,41 @@ def test_histograms_count_every_answer(outcomes: list[Outcomes]) -> None:
 
 def test_saved_figures_are_reproducible(outcomes: list[Outcomes], tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        style.save(figures.roc_curves(outcomes[:2]), tmp_path / name)
+        style.save_figure(figures.roc_curves(outcomes[:2]), tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_drawings_have_a_dark_form(outcomes: list[Outcomes], tmp_path: Path) -> None:
-    style.save(figures.roc_curves(outcomes[:2]), tmp_path / "a.svg")
+    style.save_figure(figures.roc_curves(outcomes[:2]), tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text().count(style.DARK_RULE) == 1
 
 
 def test_a_method_looks_the_same_in_every_figure() -> None:
-    alone = looks_of(["vilu_plus"])
-    beside = looks_of(["knn_vote", "mcm", "vilu", "vilu_plus", "vilu_plus_unlabelled", "vilu_zero"])
+    alone = line_styles_of(["vilu_plus"])
+    beside = line_styles_of(
+        ["knn_vote", "mcm", "vilu", "vilu_plus", "vilu_plus_unlabelled", "vilu_zero"]
+    )
     assert beside["vilu_plus"] == alone["vilu_plus"]
-    assert looks_of(["energy", "knn_vote"])["knn_vote"] == beside["knn_vote"]
+    assert line_styles_of(["energy", "knn_vote"])["knn_vote"] == beside["knn_vote"]
 
 
 def test_a_variant_has_the_colour_of_its_method_with_another_dash() -> None:
-    looks = looks_of(["vilu", "vilu + MCM input", "vilu_plus", "vilu_plus_unlabelled"])
-    assert looks["vilu + MCM input"].colour == looks["vilu"].colour
-    assert looks["vilu_plus_unlabelled"].colour == looks["vilu_plus"].colour
-    assert looks["vilu + MCM input"].dash != looks["vilu"].dash
-    assert looks["vilu"].colour != looks["vilu_plus"].colour
+    styles = line_styles_of(["vilu", "vilu + MCM input", "vilu_plus", "vilu_plus_unlabelled"])
+    assert styles["vilu + MCM input"].colour == styles["vilu"].colour
+    assert styles["vilu_plus_unlabelled"].colour == styles["vilu_plus"].colour
+    assert styles["vilu + MCM input"].dash != styles["vilu"].dash
+    assert styles["vilu"].colour != styles["vilu_plus"].colour
 
 
 def test_no_two_lines_of_a_figure_look_alike() -> None:
     names = [*PREDICTORS, *(f"setting {number}" for number in range(60))]
-    looks = looks_of(names)
-    assert len({repr(look) for look in looks.values()}) == len(set(names))
+    styles = line_styles_of(names)
+    assert len({repr(look) for look in styles.values()}) == len(set(names))
 
 
 def test_a_figure_of_very_many_lines_is_drawn() -> None:
     names = [f"vilu seed {number}" for number in range(100)]  # more than there are looks
-    assert set(looks_of(names)) == set(names)
+    assert set(line_styles_of(names)) == set(names)
 
 
 def test_every_line_of_a_curve_has_its_label_at_its_end() -> None:
@@ -78,7 +80,7 @@ def test_every_line_of_a_curve_has_its_label_at_its_end() -> None:
         Series(name, x, [0.8, 0.85, end], [0.7, 0.8, end - 0.01], [0.9, 0.9, end + 0.01])
         for name, end in [("mcm", 0.9), ("vilu", 0.901), ("vilu_plus", 0.95)]
     ]
-    figure = curves([Panel("set", "AUROC", lines)], "labels a class", log=True)
+    figure = draw_curves([Panel("set", "AUROC", lines)], "labels a class", log=True)
     (axes,) = figure.axes
     assert axes.get_legend() is None
     heights = {text.get_text(): text.xy[1] for text in axes.texts}
@@ -91,7 +93,7 @@ def test_every_line_of_a_curve_has_its_label_at_its_end() -> None:
 def test_labels_of_lines_stay_beside_their_plot() -> None:
     x = [1.0, 5.0]
     lines = [Series(f"method {i}", x, [0.5, 0.98], [0.5, 0.98], [0.5, 0.98]) for i in range(8)]
-    (axes,) = curves([Panel("set", "AUROC", lines)], "labels", title="Many", log=False).axes
+    (axes,) = draw_curves([Panel("set", "AUROC", lines)], "labels", title="Many", log=False).axes
     heights = [text.xy[1] for text in axes.texts]
     assert max(heights) <= 1 + 1e-9
     assert np.diff(sorted(heights)) == pytest.approx(LABEL_HEIGHT)
@@ -101,7 +103,7 @@ def test_a_scatter_has_labels_where_its_lines_end_and_a_title() -> None:
     x = [0.6, 0.8, 0.9]
     rising = Series("vilu", x, [0.7, 0.8, 0.9], [0.6, 0.7, 0.8], [0.8, 0.9, 1.0])
     single = Series("mcm", [0.6], [0.75], [0.7], [0.8])  # a point without a line
-    figure = scatter([Panel("AUROC", "AUROC", [rising, single])], "accuracy", title="Points")
+    figure = draw_scatter([Panel("AUROC", "AUROC", [rising, single])], "accuracy", title="Points")
     assert figure.get_suptitle() == "Points"
     (axes,) = figure.axes
     assert axes.get_legend() is None

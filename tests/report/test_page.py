@@ -23,7 +23,7 @@ from vilu.calibration.rules import Rule
 from vilu.calibration.target import Target
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.report.page import build
-from vilu.report.page.build import operating_points
+from vilu.report.page.build import slider_points
 from vilu.report.page.charts import Rate, class_rows, round_ticks, thin_points
 from vilu.report.page.choice import (
     CalibratedRule,
@@ -101,19 +101,19 @@ def test_every_operating_point_is_what_counting_gives(page: str) -> None:
 def test_thinning_keeps_the_chosen_threshold_and_both_ends(chosen: float) -> None:
     rng = np.random.default_rng(0)
     scores, failure = rng.random(20_000), rng.random(20_000) < 0.3
-    points = operating_points(scores, failure, chosen, 0)
+    points = slider_points(scores, failure, chosen, 0)
     assert len(points.threshold) <= 500
-    assert points.threshold[points.start] == chosen
-    assert points.n_accepted[points.start] == np.sum(scores <= chosen)
-    assert points.n_wrong[points.start] == np.sum(failure[scores <= chosen])
+    assert points.threshold[points.start_index] == chosen
+    assert points.n_accepted[points.start_index] == np.sum(scores <= chosen)
+    assert points.n_wrong[points.start_index] == np.sum(failure[scores <= chosen])
     assert (points.n_accepted[0], points.n_accepted[-1]) == (0, 20_000)
     assert np.diff(points.n_accepted).max() <= 2 * 20_000 / 490  # evenly, up to rounding
 
 
 def test_without_one_threshold_the_slider_accepts_as_many() -> None:
-    points = operating_points([0.1, 0.2, 0.2, 0.4], [0, 0, 1, 1], None, 3)
+    points = slider_points([0.1, 0.2, 0.2, 0.4], [0, 0, 1, 1], None, 3)
     assert points.threshold.tolist() == [-np.inf, 0.1, 0.2, 0.4]
-    assert points.start == 2
+    assert points.start_index == 2
 
 
 def test_hindsight_is_the_largest_threshold_and_may_be_none() -> None:

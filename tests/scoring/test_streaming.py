@@ -38,7 +38,7 @@ from vilu.metrics.histogram import Histogram
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
 from vilu.predictors.persistence.storage import load_predictor
-from vilu.progress import Silence, reporting
+from vilu.progress import SilentProgress, reporting
 from vilu.scoring import score_folder
 from vilu.scoring.score import predictor_fingerprint, score_parts, source_fingerprint
 from vilu.scoring.score_folder import Counts, ScoreFolder, ScorePart, ScoreReceipt, ScoreRun
@@ -248,9 +248,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
         ScoreFolder(folder)
     steps: list[float] = []
 
-    class Watch(Silence):
-        def start(self, description: str, total: float | None, unit: str) -> Silence:
-            return self if description == "score" else Silence()
+    class Watch(SilentProgress):
+        def start(self, description: str, total: float | None, unit: str) -> SilentProgress:
+            return self if description == "score" else SilentProgress()
 
         def advance(self, n: float, note: str = "") -> None:
             steps.append(n)

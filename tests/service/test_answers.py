@@ -192,7 +192,7 @@ def test_a_void_guarantee_stays_void_after_a_kill_in_any_order_of_labels(
         [f"s{i}" for i in range(400)], said[rows].tolist(), kept.uncertainty[rows].tolist()
     )
     # of the alarm, which the labels raised at row 399, not at the last one
-    journal._saving.result()
+    journal._latest_save.result()
     assert journal.status.raised_at == 399
     again = Journal(tmp_path / "j", predictors[0])  # beside one that never got to save
     assert (again.guarantee, again.status) == ("void", journal.status)
@@ -236,7 +236,7 @@ def test_rows_do_not_wait_for_the_state_to_be_written_and_do_without(
     """It took a second at 500,000 rows;
     and of a disk without room for it, rows that were recorded were a fault.
     """
-    monkeypatch.setattr("vilu.service.journal.SAVE_EVERY", 10)
+    monkeypatch.setattr("vilu.service.journal.ROWS_BETWEEN_SAVES", 10)
     journal = Journal(tmp_path / "j", predictors[0])
     kept, save, may_write, written = (
         journal.monitor.calibration,
@@ -261,11 +261,11 @@ def test_rows_do_not_wait_for_the_state_to_be_written_and_do_without(
     record(0, 10)
     record(10, 30)  # while the first ones are being written
     may_write.set()
-    journal._saving.result()
+    journal._latest_save.result()
     assert "no room. Until the state of the monitor can be saved" in caplog.text
     assert not state.exists()
     record(30, 40)
-    journal._saving.result()
+    journal._latest_save.result()
     record(40, 45)  # a kill
     assert written == [10, 40]
     again = Monitor.of_folder(predictors[0]).resume(state)
@@ -279,7 +279,7 @@ def test_a_fault_while_saving_is_reported_once_and_saving_goes_on(
     """A moment without memory, and every request after it failed until a restart,
     though its rows were recorded.
     """
-    monkeypatch.setattr("vilu.service.journal.SAVE_EVERY", 10)
+    monkeypatch.setattr("vilu.service.journal.ROWS_BETWEEN_SAVES", 10)
     journal = Journal(tmp_path / "j", predictors[0])
     kept, save, faults = journal.monitor.calibration, Monitor.save, [MemoryError("one moment")]
     said = np.asarray(kept.prediction)
@@ -291,7 +291,7 @@ def test_a_fault_while_saving_is_reported_once_and_saving_goes_on(
 
     def record(first: int) -> None:
         rows = slice(first, first + 10)
-        wait([journal._saving], 20)
+        wait([journal._latest_save], 20)
         journal.record(
             [f"r{n}" for n in range(100)[rows]],
             said[rows].tolist(),
@@ -303,7 +303,7 @@ def test_a_fault_while_saving_is_reported_once_and_saving_goes_on(
     with pytest.raises(MemoryError, match="one moment"):
         record(10)
     record(20)
-    wait([journal._saving], 20)
+    wait([journal._latest_save], 20)
     assert Monitor.of_folder(predictors[0]).resume(tmp_path / "j" / "monitor.parquet").rows == 30
     journal.close()
 
@@ -461,7 +461,7 @@ def test_a_body_that_is_too_long_is_refused_before_it_is_read(
     def chunks() -> Iterator[bytes]:
         yield from (b"x" * 2**16 for _ in range(64))
 
-    with hosted(predictors[0], tmp_path / "s", body=2**20) as running:
+    with hosted(predictors[0], tmp_path / "s", max_image_body_bytes=2**20) as running:
         long = running.post(
             "/v1/answers", content=b"x" * 2**21, headers={"Content-Type": "application/json"}
         )
@@ -496,7 +496,7 @@ def test_a_key_is_asked_for(predictors: tuple[Path, Path], tmp_path: Path) -> No
 def test_more_than_fits_in_is_sent_away(
     predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
 ) -> None:
-    with hosted(predictors[0], tmp_path / "s", queue=4, batch_size=2) as running:
+    with hosted(predictors[0], tmp_path / "s", max_queued_images=4, batch_size=2) as running:
         with ThreadPoolExecutor(24) as pool:
             replies = list(
                 pool.map(
@@ -625,7 +625,7 @@ def test_images_that_nobody_waits_for_any_more_are_not_decoded(
         assert gate.wait(30)
         return decode(decoder, image)
 
-    with hosted(predictors[0], tmp_path / "s", answer=1.0) as running:
+    with hosted(predictors[0], tmp_path / "s", answer_seconds=1.0) as running:
         monkeypatch.setattr(Decoder, "__call__", slow)
         files = [("images", ("a", content)) for content in photos(8)]
         assert running.post("/v1/answers", files=files).status_code == 503
@@ -674,7 +674,7 @@ def test_rows_of_an_answer_that_was_given_up_do_not_count(
 ) -> None:
     """Seven of the eight pictures were judged when the time was up; the retry counts all once."""
     images = photos(8)
-    with hosted(predictors[0], tmp_path / "s", answer=2.0, batch_size=2) as running:
+    with hosted(predictors[0], tmp_path / "s", answer_seconds=2.0, batch_size=2) as running:
         _, gate = blocked(monkeypatch, images[-1])
         late = running.post("/v1/answers", files=as_files(images), headers=headers)
         assert late.status_code == 503

@@ -74,7 +74,9 @@ def test_room_is_taken_at_the_head(
     predictors: tuple[Path, Path], tmp_path: Path, photos: Photos, path: str, length: int, most: int
 ) -> None:
     """Bodies that have not come yet take room; when their clients go, the room is free again."""
-    with hosted(predictors[0], tmp_path / "s", queue=8, body=4 * MB) as running:
+    with hosted(
+        predictors[0], tmp_path / "s", max_queued_images=8, max_image_body_bytes=4 * MB
+    ) as running:
         held = [begun(running.url, path, length) for _ in range(most)]
         refused = begun(running.url, path, length)
         assert refused.recv(100).startswith(b"HTTP/1.1 429")
@@ -200,7 +202,7 @@ def test_long_bodies_hold_up_nobody_else(apart: Running, name: str) -> None:
 def test_what_a_body_holds_is_counted(
     predictors: tuple[Path, Path], tmp_path: Path, path: str, body: object, words: str
 ) -> None:
-    with hosted(predictors[0], tmp_path / "s", images=8) as running:
+    with hosted(predictors[0], tmp_path / "s", max_images=8) as running:
         reply = running.post(path, json=body)
         assert (reply.status_code, words in reply.json()["detail"]) == (413, True)
 
@@ -209,7 +211,7 @@ def test_commas_and_quotes_within_texts_are_not_counted(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:
     labels = {'a, "quoted" \\ one': "cat, dog", "b,,,,": '"', "c\\": "(outside)"}
-    with hosted(predictors[0], tmp_path / "s", images=3) as running:
+    with hosted(predictors[0], tmp_path / "s", max_images=3) as running:
         reply = running.post("/v1/labels", json={"labels": labels})
         assert (reply.status_code, "neither a class" in reply.json()["detail"]) == (422, True)
 
@@ -243,14 +245,14 @@ def png(side: int) -> bytes:
 
 def test_pixels_of_a_request_have_a_budget(predictors: tuple[Path, Path], tmp_path: Path) -> None:
     """Pictures of 50 megapixels held both decoders for a minute; none of these is decoded."""
-    assert ClientLimits().pixels < 50_000_000
+    assert ClientLimits().max_pixels < 50_000_000
     files = [("images", ("a", png(200)))] * 9
-    with hosted(predictors[0], tmp_path / "s", pixels=40_000) as running:
+    with hosted(predictors[0], tmp_path / "s", max_pixels=40_000) as running:
         reply = running.post("/v1/answers", files=files[:1])
         assert reply.json()["answers"][0]["decision"] is not None
         reply = running.post("/v1/answers", files=[("images", ("a", png(201)))])
         assert reply.json()["answers"][0]["reason"] == "bomb"
-    with hosted(predictors[0], tmp_path / "s", request_pixels=8 * 40_000) as running:
+    with hosted(predictors[0], tmp_path / "s", max_request_pixels=8 * 40_000) as running:
         assert running.post("/v1/answers", files=files[:8]).status_code == 200
         reply = running.post("/v1/answers", files=files)
         assert reply.status_code == 413
@@ -467,7 +469,7 @@ def test_nothing_after_a_request_with_two_lengths_is_answered(service: Running) 
 def test_a_locked_journal_is_not_ready(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vilu.service.rows.PATIENCE", 0.2)
+    monkeypatch.setattr("vilu.service.rows.LOCK_WAIT_SECONDS", 0.2)
     with hosted(predictors[0], tmp_path / "s") as running:
         (file,) = (tmp_path / "s").glob("*/rows.sqlite")
         assert running.get("/readyz").status_code == 200
@@ -488,7 +490,7 @@ def test_an_image_stays_only_if_its_row_is_written(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even where a refused request repeats one that was answered."""
-    monkeypatch.setattr("vilu.service.rows.PATIENCE", 0.2)
+    monkeypatch.setattr("vilu.service.rows.LOCK_WAIT_SECONDS", 0.2)
     keep = tmp_path / "kept"
     first, second = ("images", ("a", photo(0, 0))), ("images", ("a", photo(1, 1)))
     request = {"headers": {"X-Request-Id": "again"}}

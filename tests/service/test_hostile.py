@@ -121,7 +121,7 @@ def target(
     predictors: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
     home = tmp_path_factory.mktemp("target")
-    with hosted(predictors[0], home / "s", body=4 * 2**20) as running:
+    with hosted(predictors[0], home / "s", max_image_body_bytes=4 * 2**20) as running:
         yield running
     assert not [line for line in running.said if '"status": 5' in line]
     assert [path.name for path in home.iterdir()] == ["s"]

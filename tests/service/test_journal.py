@@ -139,7 +139,7 @@ def test_damage_is_told_and_what_follows_stays(
     journal = Journal(whole, predictors[0])
     assert file in caplog.text
     assert journal.status.rows == n_seen
-    assert len(journal._rows.labels_after(0)) == n_labels
+    assert len(journal._row_file.labels_after(0)) == n_labels
     there = {path.read_bytes() for path in whole.iterdir()}
     damaged = {key for key in before if key.startswith("rows")} - {"rows.sqlite-shm"}
     if name != "a damaged state":
@@ -179,7 +179,7 @@ def test_a_kill_between_two_writes_is_no_damage(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The folder as it is before and after every statement and every write beside it."""
-    monkeypatch.setattr("vilu.service.journal.SAVE_EVERY", 20)
+    monkeypatch.setattr("vilu.service.journal.ROWS_BETWEEN_SAVES", 20)
     folder = tmp_path / "j"
     copies: list[Path] = []
     connect = sqlite3.connect
@@ -259,14 +259,14 @@ def test_no_row_is_kept_where_the_file_goes_while_it_is_written(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal = Journal(tmp_path, predictors[0])
-    number = RowFile.number
+    number = RowFile.row_number
 
     def replaced(file: RowFile, key: str) -> int | None:
         shutil.copy(tmp_path / "rows.sqlite", tmp_path / "copy")
         (tmp_path / "copy").replace(tmp_path / "rows.sqlite")
         return number(file, key)
 
-    monkeypatch.setattr(RowFile, "number", replaced)
+    monkeypatch.setattr(RowFile, "row_number", replaced)
     with pytest.raises(StorageError, match="was removed or replaced"):
         fill(journal, 0, 10)
     assert journal.status.rows == 0

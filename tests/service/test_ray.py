@@ -21,7 +21,7 @@ from tests.command import PYTHONPATH
 from tests.service.conftest import Running, served
 from vilu.errors import UsageError
 from vilu.guard.guard import Guard
-from vilu.service.ray_serve import replicas_of
+from vilu.service.ray_serve import parse_replicas
 
 RECOVERS = 30.0
 """Seconds after which all replicas are there again."""
@@ -148,7 +148,7 @@ def listened(running: Running) -> set[tuple[str, int]]:
 
 
 def test_numbers_of_replicas() -> None:
-    assert [replicas_of(said) for said in ("1", "3", "1:8")] == [(1, 1), (3, 3), (1, 8)]
+    assert [parse_replicas(said) for said in ("1", "3", "1:8")] == [(1, 1), (3, 3), (1, 8)]
     for wrong in ("0", "2:1", "a", ":2", "1:2:3", ""):
         with pytest.raises(UsageError, match="--replicas"):
-            replicas_of(wrong)
+            parse_replicas(wrong)

@@ -78,7 +78,7 @@ def test_a_service_that_is_stopped_for_a_while_goes_on(
 PEAK_AT_THE_START = """
 from vilu.service import server
 
-server.RETURN_EVERY = {seconds}
+server.MEMORY_RETURN_SECONDS = {seconds}
 blocks = [b"x" * 100_000 for _ in range(3_000)]
 last = b"x" * 100_000  # the heap ends here, so it cannot become shorter
 del blocks

@@ -383,7 +383,7 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
 
 def test_one_driver_at_a_time(tmp_path):
     with (
-        StoreLedger.claim(tmp_path / "s"),
+        StoreLedger.lock_folder(tmp_path / "s"),
         pytest.raises(BusyError, match="another process") as caught,
     ):
         run(dataset(5), tmp_path / "s")

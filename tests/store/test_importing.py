@@ -23,7 +23,7 @@ from tests.builders.array_files import NAMES, arrays, save
 from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.store import importing
-from vilu.store.arrays import Arrays
+from vilu.store.arrays import ArrayFiles
 from vilu.store.importing import _read_targets, import_arrays
 from vilu.store.inspect import inspect
 
@@ -495,7 +495,7 @@ def test_names_of_classes_are_read_by_blocks(tmp_path: Path) -> None:
     n, names = 20_000, np.array([*"abc", "z" * 100])
     target = names[np.arange(n) % 4]
     path = save(tmp_path / "a.npz", {"target": target})
-    with Arrays(path, read_bytes=2**16) as arrays_there:
+    with ArrayFiles(path, block_bytes=2**16) as arrays_there:
         stored = arrays_there.open("target")
         tracemalloc.start()
         labels = _read_targets(stored, n)

@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset, shards, tree
-from vilu.datasets.base import SHARD
+from vilu.datasets.base import POSITIONS_PER_SHARD
 from vilu.datasets.images import DEFAULT_LIMITS
 from vilu.embeddings.checks import VALID
 from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
 from vilu.progress import reporting
 from vilu.store import embed as embed_module
 from vilu.store.embed import begin_run, embed, encode_classes, plan_run
-from vilu.store.executors.local import Worker, pack_job, receipt_of
+from vilu.store.executors.local import Worker, pack_job, unpack_receipt
 from vilu.store.inspect import inspect
 from vilu.store.job import MAX_ATTEMPTS, BackboneSpec, EmbedJob
 from vilu.store.parts import StoreLedger
@@ -158,7 +158,7 @@ def test_a_job_leaves_the_threads_and_a_worker_has_its_share(tmp_path):
         torch.set_num_threads(3)
         job.process(0)
         assert torch.get_num_threads() == 3
-        receipt_of(Worker(pack_job(job, 2)).do_part(1))  # as in a process of its own
+        unpack_receipt(Worker(pack_job(job, 2)).do_part(1))  # as in a process of its own
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -189,7 +189,7 @@ def in_child(function):
 
 def test_a_part_that_kills_is_given_up_after_three_deaths(tmp_path, caplog):
     torch.set_num_threads(1)  # a fork keeps no team of threads
-    data = shards(*LENGTHS, deadly=2 * SHARD + 3)
+    data = shards(*LENGTHS, deadly=2 * POSITIONS_PER_SHARD + 3)
     job = job_of(data, tmp_path)
     for deaths in range(MAX_ATTEMPTS):
         assert marks(tmp_path) == ({"00001": deaths} if deaths else {})
@@ -218,7 +218,10 @@ def test_a_part_whose_listing_kills_is_given_up_by_shard(tmp_path):
     receipt = job.process(1)
     assert (receipt.n_in, receipt.errors) == (2, {"bad_shard": 2})
     errors = pq.read_table(tmp_path / "errors/errors_00001.parquet").to_pydict()
-    assert (errors["key"], errors["position"]) == (["shard 2", "shard 3"], [2 * SHARD, 3 * SHARD])
+    assert (errors["key"], errors["position"]) == (
+        ["shard 2", "shard 3"],
+        [2 * POSITIONS_PER_SHARD, 3 * POSITIONS_PER_SHARD],
+    )
     with pytest.raises(DataError, match=r"2 of 5 shards .* is lost: shard 2 \(3 processes died"):
         run(data, tmp_path, max_error_rate=0.5)
     with pytest.warns(UserWarning, match="2 of 5 shards"):
@@ -245,7 +248,7 @@ def test_a_part_without_listing_is_given_up_by_shard_or_position(tmp_path, caplo
 def test_a_death_is_not_laid_at_the_door_of_the_part_before(tmp_path):
     """Decoding runs ahead, so both have a mark; then each is tried alone."""
     torch.set_num_threads(1)
-    job = job_of(shards(*LENGTHS, deadly=2 * SHARD), tmp_path)
+    job = job_of(shards(*LENGTHS, deadly=2 * POSITIONS_PER_SHARD), tmp_path)
     everything = [0, 1, 2]
     deaths = [in_child(lambda: list(job.process_all(everything))) for _ in range(MAX_ATTEMPTS)]
     assert deaths == [-signal.SIGKILL] * MAX_ATTEMPTS
@@ -261,7 +264,7 @@ def test_a_driver_that_is_alone_begins_anew(tmp_path):
 
 
 def test_a_store_is_overwritten_after_a_kill(tmp_path):
-    data = shards(*LENGTHS, deadly=2 * SHARD)
+    data = shards(*LENGTHS, deadly=2 * POSITIONS_PER_SHARD)
     job = job_of(data, tmp_path)
     assert in_child(lambda: job.process(1)) == -signal.SIGKILL
     assert marks(tmp_path) == {"00001": 1}
@@ -324,7 +327,7 @@ def test_ranks_at_work_hold_no_lock_and_lose_no_file(tmp_path):
 
 def test_ranks_wait_for_the_lock_for_a_while(tmp_path, monkeypatch):
     monkeypatch.setattr(embed_module, "LOCK_WAIT_SECONDS", 0.1)
-    with StoreLedger.claim(tmp_path / "s"), pytest.raises(BusyError):
+    with StoreLedger.lock_folder(tmp_path / "s"), pytest.raises(BusyError):
         run(dataset(5), tmp_path / "s", executor=Rank(0, 2), shared=True)
 
 

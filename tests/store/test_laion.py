@@ -30,8 +30,8 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.progress import reporting
 from vilu.store.folds import fold_of
-from vilu.store.laion import MAX_BLOCK_CELLS, LaionPairs
-from vilu.store.mapped import MAX_OPEN_PARTS, MappedParts
+from vilu.store.laion import MAX_BLOCK_VALUES, LaionPairs
+from vilu.store.mapped import MAX_OPEN_PARTS, MappedArrays
 from vilu.store.unreadable import convert_damage_errors
 
 N = 60
@@ -101,7 +101,7 @@ def test_shards_may_be_many_more_than_files_may_be_open(tmp_path):
 
 
 def test_two_threads_may_let_go_of_what_they_have_read():
-    parts = MappedParts(
+    parts = MappedArrays(
         np.arange(N + 1),
         {"image": (DIM,)},
         lambda _, number: IMAGE[number : number + 1],
@@ -184,7 +184,7 @@ def test_unusable_rows_are_in_no_pool_and_say_why(tmp_path):
 
 
 def test_opening_reads_headers_only_and_progress_is_shown(tmp_path):
-    block = MAX_BLOCK_CELLS // DIM
+    block = MAX_BLOCK_VALUES // DIM
     n = block + 10
     rows = np.resize(IMAGE, (n, DIM))
     write_shards(tmp_path, rows, rows, sizes=[n])

@@ -15,7 +15,7 @@ from vilu.artifacts.hashing import digest
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, StorageError, ViLUError
 from vilu.store.ledger import FileInfo
-from vilu.store.manifest import MAX_PARTS, Inputs, Manifest, Receipt, Run, StoredClasses
+from vilu.store.manifest import MAX_PARTS, Manifest, Receipt, Run, StoredClasses, StoreInputs
 from vilu.store.parts import plan_parts, possible_positions
 
 SPACE = EmbeddingSpace(
@@ -36,8 +36,10 @@ FIELDS = {
 
 
 def make_run(**changes):
-    inputs = Inputs(**FIELDS | changes)
-    return Run(**dict(inputs), fingerprint=digest(inputs.identity()), dataset="pets", vilu="1")
+    inputs = StoreInputs(**FIELDS | changes)
+    return Run(
+        **dict(inputs), fingerprint=digest(inputs.fingerprint_fields()), dataset="pets", vilu="1"
+    )
 
 
 CHANGES = [
@@ -95,9 +97,12 @@ def test_every_input_changes_the_fingerprint_and_nothing_else_does():
     fingerprints = {make_run(**change).fingerprint for change in [{}, *CHANGES]}
     assert len(fingerprints) == 1 + len(CHANGES)
     changed = {name for change in CHANGES for name in change}
-    assert changed == set(Inputs.model_fields) - {"schema_version"}
+    assert changed == set(StoreInputs.model_fields) - {"schema_version"}
     run = make_run()
-    assert run.model_copy(update={"vilu": "2", "dataset": "moved"}).identity() == run.identity()
+    assert (
+        run.model_copy(update={"vilu": "2", "dataset": "moved"}).fingerprint_fields()
+        == run.fingerprint_fields()
+    )
 
 
 def test_how_many_images_shards_hold_is_no_input():

@@ -26,7 +26,7 @@ from vilu.scoring.score import score
 from vilu.store.embed import embed
 from vilu.store.folds import fold_of, read_captions
 from vilu.store.laion import LaionPairs
-from vilu.store.mapped import BLOCK_ROWS, MappedParts, shuffled_in_blocks
+from vilu.store.mapped import BLOCK_ROWS, MappedArrays, shuffled_in_blocks
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
 N, LOST = 53, (3, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29)  # part 2 has no row
@@ -180,9 +180,9 @@ def test_less_than_a_pool_is_refused_when_it_matters(root):
 def test_hard_pools_are_made_of_bounded_blocks(root, monkeypatch):
     monkeypatch.setattr("vilu.embeddings.pairs.MAX_HARD_ROWS", 13)
     asked = []
-    take = MappedParts.take
+    take = MappedArrays.take
     monkeypatch.setattr(
-        MappedParts,
+        MappedArrays,
         "take",
         lambda self, name, rows: asked.append(len(rows)) or take(self, name, rows),
     )

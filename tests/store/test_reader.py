@@ -28,7 +28,7 @@ from vilu.artifacts.disk import file_hash
 from vilu.artifacts.documents import write_document, write_json
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
 from vilu.store.embed import embed
-from vilu.store.mapped import MappedParts
+from vilu.store.mapped import MappedArrays
 from vilu.store.reader import EmbeddingStore
 
 N = 23
@@ -157,7 +157,7 @@ def test_more_parts_than_are_kept_open():
         opened.append(number)
         return rows[2 * number : 2 * number + 2]
 
-    parts = MappedParts(np.array([0, 2, 4, 6]), {"image": (2,)}, open_part, max_open_parts=1)
+    parts = MappedArrays(np.array([0, 2, 4, 6]), {"image": (2,)}, open_part, max_open_parts=1)
     index = torch.arange(6).roll(1)
     assert np.array_equal(parts.take("image", index).numpy(), rows[index.numpy()])
     assert np.array_equal(parts.take("image", index).numpy(), rows[index.numpy()])
@@ -202,13 +202,15 @@ def forge(root, n):
     from vilu.artifacts.documents import read_document
     from vilu.artifacts.hashing import digest
     from vilu.store.ledger import content_hash
-    from vilu.store.manifest import Inputs, Manifest, Receipt, Run
+    from vilu.store.manifest import Manifest, Receipt, Run, StoreInputs
     from vilu.store.parts import plan_parts
 
     old = read_document(root / "manifest.json", Manifest)
     fields = {name: getattr(old, name) for name in Run.model_fields} | {"n_in": n, "part_size": n}
     fields["fingerprint"] = digest(
-        Inputs(**{name: fields[name] for name in Inputs.model_fields}).identity()
+        StoreInputs(
+            **{name: fields[name] for name in StoreInputs.model_fields}
+        ).fingerprint_fields()
     )
     run = Run(**fields)
     (part,) = plan_parts(run)

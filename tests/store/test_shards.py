@@ -13,7 +13,7 @@ import pytest
 
 from tests.builders.store_fakes import NAMES, FakeBackbone, picture, shards, tree
 from tests.store.test_inspect import vouch
-from vilu.datasets.base import SHARD
+from vilu.datasets.base import POSITIONS_PER_SHARD
 from vilu.errors import DataError, ProvenanceError
 from vilu.progress import reporting
 from vilu.store.embed import embed
@@ -48,9 +48,9 @@ def test_what_a_store_holds(tmp_path):
         6,
         7,
     ]
-    assert read(tmp_path, "metadata", 1)["position"] == [2 * SHARD + k for k in range(5)] + [
-        3 * SHARD
-    ]
+    assert read(tmp_path, "metadata", 1)["position"] == [
+        2 * POSITIONS_PER_SHARD + k for k in range(5)
+    ] + [3 * POSITIONS_PER_SHARD]
     assert read(tmp_path, "metadata", 2)["key"] == [f"04.tar#{k}" for k in range(7)]
     assert store.target.tolist() == [k % 3 for n in LENGTHS for k in range(n)]
     manifest, before = (
@@ -97,7 +97,7 @@ def test_inspect_finds_an_image_that_is_not_there(tmp_path, lost):
     name = "metadata/metadata_00001.parquet"
     table = pq.read_table(tmp_path / name)
     positions = table["position"].to_pylist()
-    positions[lost] = 3 * SHARD + 1 if lost == 5 else positions[lost] + 100
+    positions[lost] = 3 * POSITIONS_PER_SHARD + 1 if lost == 5 else positions[lost] + 100
     order = table.set_column(0, table.schema.field(0), [positions])
     pq.write_table(order, tmp_path / name)
     vouch(tmp_path, name, part=1)
@@ -118,7 +118,7 @@ def test_bad_images_have_a_share_of_the_images_counted(tmp_path):
         run(data, tmp_path, max_error_rate=0.12)
     store = run(data, tmp_path, max_error_rate=0.125)
     assert (len(store), store.manifest.errors) == (14, {"empty": 2})
-    assert read(tmp_path, "errors", 1)["position"] == [2 * SHARD + 1]
+    assert read(tmp_path, "errors", 1)["position"] == [2 * POSITIONS_PER_SHARD + 1]
     assert inspect(tmp_path, deep=True).problems == []
 
 
@@ -196,7 +196,7 @@ def test_wrong_positions_are_a_bug_of_the_data_set(tmp_path, change):
 
     def wrong(start, stop):
         for i, record in enumerate(records(start, stop)):
-            place = {"none": None, "back": 0, "outside": 5 * SHARD}[change]
+            place = {"none": None, "back": 0, "outside": 5 * POSITIONS_PER_SHARD}[change]
             yield replace(record, position=place) if i == 2 else record
 
     data.records = wrong

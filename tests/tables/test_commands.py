@@ -15,7 +15,7 @@ from tests.command import run
 from tests.tables.answers import columns, table, written
 from vilu.methods import AnswerProbe, AnswerScores
 from vilu.outcomes.outcomes import Outcomes
-from vilu.tables.onnx import batch_of, random_rows
+from vilu.tables.onnx import batch_of, random_graph_inputs
 
 ONE_SCORE = ("id", "score_a", "correct")
 
@@ -217,7 +217,7 @@ def test_onnx_is_tried_on_rows_as_those_of_the_fit(method: type) -> None:
     content = columns(500, features=3)
     content["score_a"] = 5_000 + 10 * content["score_a"]  # far from 0
     predictor = method().fit(content)
-    rows = random_rows(predictor)
+    rows = random_graph_inputs(predictor)
     uncertainty = predictor.score_batch(batch_of(**rows)).numpy()
     assert len(np.unique(uncertainty)) > len(uncertainty) / 2
     of_score = rows["numbers"][:, predictor.used_columns.index("score_a")]

@@ -16,7 +16,7 @@ from vilu.methods import AnswerProbe, AnswerScore, AnswerScores
 from vilu.metrics import auroc
 from vilu.predictors.persistence.storage import load_predictor
 from vilu.tables.combine import (
-    MAPS,
+    MAP_MAKERS,
     best_probe,
     log_losses,
     make_folds,
@@ -95,14 +95,14 @@ def test_maps_rise_and_end_where_the_fit_ended() -> None:
     numbers = np.random.default_rng(0).normal(size=(300, 1)) ** 3
     beyond = np.array([[numbers.min() - 5], [numbers.max() + 5]])
     ordered = np.sort(numbers, axis=0)
-    for make in MAPS.values():
+    for make in MAP_MAKERS.values():
         maps = make(numbers)
         assert (np.diff(maps(ordered)[:, 0]) >= 0).all()
         assert maps(beyond) == pytest.approx(maps(ordered[[0, -1]]))
     # by hand: the standard deviation of 0, 0, 2, 2 is 1, and they are 2 of them apart
-    straight = MAPS["straight"](np.array([[0.0], [0.0], [2.0], [2.0]]))
+    straight = MAP_MAKERS["straight"](np.array([[0.0], [0.0], [2.0], [2.0]]))
     assert straight(np.array([[1.0], [9.0]])).tolist() == [[1.0], [2.0]]
-    constant = MAPS["ranked"](np.full((5, 1), 7.0))
+    constant = MAP_MAKERS["ranked"](np.full((5, 1), 7.0))
     assert constant(np.array([[1.0], [9.0]])).tolist() == [[0.0], [0.0]]
 
 
@@ -161,7 +161,7 @@ def test_the_strength_of_the_probe_is_the_best_of_a_cross_validation() -> None:
     failure = data.failure
     folds = make_folds(np.arange(400), failure, seed=0)
     probe, compared = best_probe(inputs, failure, folds)
-    for ridge, loss in compared.losses.items():
+    for ridge, loss in compared.loss_of_option.items():
         losses = np.empty(400)
         for fitted, held_out in folds:
             mean, deviation = inputs[fitted].mean(axis=0), inputs[fitted].std(axis=0)
@@ -170,9 +170,11 @@ def test_the_strength_of_the_probe_is_the_best_of_a_cross_validation() -> None:
             log_odds = model.decision_function((inputs[held_out] - mean) / deviation)
             losses[held_out] = log_losses(log_odds, failure[held_out])
         assert loss == pytest.approx(losses.mean(), rel=1e-6)
-    assert compared.best == min(compared.losses, key=compared.losses.__getitem__)
+    assert compared.best_option == min(
+        compared.loss_of_option, key=compared.loss_of_option.__getitem__
+    )
     raw = ridge_logistic(
-        (inputs - inputs.mean(axis=0)) / inputs.std(axis=0), failure, compared.best
+        (inputs - inputs.mean(axis=0)) / inputs.std(axis=0), failure, compared.best_option
     )
     assert probe.linear.weights == pytest.approx(compared.slope * raw.weights)
     assert probe.linear.intercept == pytest.approx(compared.slope * raw.intercept + compared.shift)

@@ -55,15 +55,18 @@ def fake_model() -> Iterator[FakeBackbone]:
         yield model
 
 
-@pytest.fixture(scope="package")
-def begun(
-    tmp_path_factory: pytest.TempPathFactory, fake_model: FakeBackbone
-) -> tuple[Path, dict[str, str]]:
+@pytest.fixture(scope="session")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """A folder with 400 photos and a triage of them that was answered until something was
     guaranteed.
+
+    A fixture of the package would be made again after each file of another package.
     """
     home = tmp_path_factory.mktemp("begun")
-    return home, until_guaranteed(home, job_on(home / "photos"))
+    model = FakeBackbone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BackboneSpec, "load", lambda self: model)
+        return home, until_guaranteed(home, job_on(home / "photos"))
 
 
 def until_guaranteed(home: Path, job: TriageSettings) -> dict[str, str]:

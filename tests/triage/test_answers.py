@@ -24,14 +24,14 @@ from vilu.triage.outputs import triage_photos
 from vilu.triage.review import open_review
 from vilu.triage.serve import ReviewSession
 from vilu.triage.sorting import flat_name
-from vilu.triage.state import STATE, TriageState
+from vilu.triage.state import STATE_FILE, TriageState
 
 
 def test_labels_bring_adapted_answers_and_are_counted_against_them(begun: Folder) -> None:
     """Without labels zero-shot answers are judged; a third of them are wrong, none adapted."""
     home, truth = begun
     output = home / "out"
-    state = read_document(output / STATE, TriageState)
+    state = read_document(output / STATE_FILE, TriageState)
     assert state.answer.answer == "adapted"
     scores = Outcomes.load(output / "decisions.parquet")
     assert scores.answer == "adapted"

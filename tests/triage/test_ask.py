@@ -11,10 +11,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from vilu.calibration.rules import group_names, members_of
+from vilu.calibration.rules import group_names, rows_of_groups
 from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.ask import StoreDraws
-from vilu.triage.guarantee import POSITIONS, PhotoSplit
+from vilu.triage.guarantee import N_POSITIONS, PhotoSplit
 from vilu.triage.labels import LabelBook
 from vilu.triage.trial import Trial
 
@@ -33,12 +33,19 @@ def store_draws(rng: np.random.Generator) -> StoreDraws:
         is_probability=True,
     )
     none, every = np.zeros(ROWS, np.bool_), np.ones(ROWS, np.bool_)
-    position = rng.permutation(ROWS) * (POSITIONS // ROWS)
+    position = rng.permutation(ROWS) * (N_POSITIONS // ROWS)
     labels = {
-        name: none.copy() for name in ("labelled", "answered", "skipped", "unasked", "awaited")
+        name: none.copy()
+        for name in (
+            "is_labelled",
+            "is_answered",
+            "is_skipped",
+            "has_given_label",
+            "has_open_request",
+        )
     }
-    split = PhotoSplit(usable=every, is_calibration=every, position=position, **labels)
-    groups = members_of(group_names(outcomes), ROWS, DELTA, lambda _: 1)
+    split = PhotoSplit(is_usable=every, is_calibration=every, random_position=position, **labels)
+    groups = rows_of_groups(group_names(outcomes), ROWS, DELTA, lambda _: 1)
     draws = {}
     for name, rows in groups.items():
         draws[name] = (
@@ -55,11 +62,13 @@ def test_no_class_gets_a_guarantee_that_does_not_hold() -> None:
     for _ in range(calibrations):
         at, found = store_draws(rng), set[str]()
         for _ in range(6):
-            for rows in at.next_calibration_rows(40, at.split.answered, RISK):
+            for rows in at.next_calibration_rows(40, at.split.is_answered, RISK):
                 keys = [str(row) for row in rows]
-                at.book.ask(keys, "calibration", predictor="p")
-                at.book.answer(dict.fromkeys(keys, "any"))
-                at.split.labelled[rows] = at.split.answered[rows] = True  # the draws share these
+                at.book.request_labels(keys, "calibration", predictor="p")
+                at.book.note_labels(dict.fromkeys(keys, "any"))
+                at.split.is_labelled[rows] = at.split.is_answered[rows] = (
+                    True  # the draws share these
+                )
             standings = at.progress(RISK, DELTA)
             assert not any(len(one.missing_rows) for one in standings.values())
             found |= {name for name, one in standings.items() if one.certified_index is not None}

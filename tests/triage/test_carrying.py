@@ -100,6 +100,7 @@ def test_another_seed_is_refused(
     triage_photos(changed(seed=1), tmp_path / "out", overwrite=True)
 
 
+@pytest.mark.slow
 def test_a_photo_that_is_labelled_again_keeps_its_new_label(
     folder: Folder,
     changed: Callable[..., TriageSettings],
@@ -127,7 +128,7 @@ def test_a_random_pick_that_lost_a_class_is_none_any_more(
 ) -> None:
     """Left are labels of photos that the classes fit. Their error rate says too little."""
     book = LabelBook()
-    book.answer({"a.jpg": "cat", "b.jpg": "dog", "c.jpg": "car"})
+    book.note_labels({"a.jpg": "cat", "b.jpg": "dog", "c.jpg": "car"})
     book.save(tmp_path / "labels.parquet")
     caplog.set_level(logging.WARNING)
     move_former_labels(tmp_path, {"cat", "dog"}, "new")

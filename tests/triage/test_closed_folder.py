@@ -20,8 +20,8 @@ from vilu.predictors.persistence.storage import load_predictor
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.labels import LabelBook
 from vilu.triage.outputs import TriageSummary, triage_photos
-from vilu.triage.photos import FOLDER
-from vilu.triage.state import STATE, TriageSettings
+from vilu.triage.photos import EMBEDDINGS_FOLDER
+from vilu.triage.state import STATE_FILE, TriageSettings
 
 COPIED = 5
 
@@ -77,7 +77,7 @@ def test_what_is_accepted_has_no_label_and_keeps_the_risk(
     # the same sentence on the terminal and on the page, and the rule in the state
     assert f"of the {rule.closed} that are accepted and that nobody had" in summary.guarantee
     assert str(rule.closed) in (home / "out" / "report.html").read_text()
-    assert str(rule) in (home / "out" / STATE).read_text()
+    assert str(rule) in (home / "out" / STATE_FILE).read_text()
 
 
 def test_photos_of_both_sides_of_the_hash_are_accepted(
@@ -116,7 +116,7 @@ def test_only_scores_of_the_covered_photos_are_decided_on(copied: Folder) -> Non
     calibration = vilu.Calibration.load(home / "out" / "predictor")
     assert calibration.rule is not None
     assert calibration.rule.closed is not None
-    store = EmbeddingStore(home / "out" / FOLDER / "001")
+    store = EmbeddingStore(home / "out" / EMBEDDINGS_FOLDER / "001")
     with pytest.raises(ProvenanceError, match=r"rows show other pictures.*--about new"):
         vilu.score(predictor, store, calibration=calibration)
     is_covered = calibration.rule.closed.covers(store.picture_identities())

@@ -243,7 +243,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(
 def test_a_monitor_compares_rows_up_to_the_limit_only(work: Work, filled: Path) -> None:
     work.calibrate(filled)
     monitor = vilu.Monitor.of_folder(work.predictor)
-    assert monitor.compared_below == Calibration.load(work.predictor).rows.uncertainty.max()
+    assert monitor.comparison_limit == Calibration.load(work.predictor).rows.uncertainty.max()
 
 
 def test_the_limit_is_a_quarter_beyond_where_the_expected_errors_just_pass() -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from vilu.triage.fitting import FROM_LABELS, ZERO_SHOT, FitCase, fit_case, is_worth_testing
+from vilu.triage.fitting import (
+    METHOD_WITH_LABELS,
+    METHOD_WITHOUT_LABELS,
+    FitCase,
+    fit_case,
+    is_worth_testing,
+)
 from vilu.triage.run import n_to_draw
 from vilu.triage.state import TriageState
 from vilu.triage.trial import Trial
@@ -15,8 +21,8 @@ def trial(n_fit: int, *, likely: bool = True, level: float = 0.02) -> Trial:
 
 
 NEW = TriageState(settings={})
-WITHOUT_LABELS = TriageState(settings={}, method=ZERO_SHOT)
-FITTED = TriageState(settings={}, method=FROM_LABELS, trial=trial(40))
+WITHOUT_LABELS = TriageState(settings={}, method=METHOD_WITHOUT_LABELS)
+FITTED = TriageState(settings={}, method=METHOD_WITH_LABELS, trial=trial(40))
 """A predictor fitted on 40 labels."""
 
 TRIED = FITTED.model_copy(update={"n_fit_of_last_candidate": 80})
@@ -59,7 +65,7 @@ def test_cases_of_a_predictor_that_learns_from_labels(
 ) -> None:
     case = fit_case(
         state,
-        method=FROM_LABELS,
+        method=METHOD_WITH_LABELS,
         n_labels=n_labels,
         is_saved=True,
         is_guaranteed=is_guaranteed,
@@ -78,7 +84,7 @@ def test_cases_of_a_predictor_without_labels(
 ) -> None:
     case = fit_case(
         state,
-        method=ZERO_SHOT,
+        method=METHOD_WITHOUT_LABELS,
         n_labels=n_labels,
         is_saved=is_saved,
         is_guaranteed=False,
@@ -100,7 +106,7 @@ def test_a_guaranteed_predictor_stays_without_calibration_photos(
 ) -> None:
     case = fit_case(
         FITTED,
-        method=FROM_LABELS,
+        method=METHOD_WITH_LABELS,
         n_labels=n_labels,
         is_saved=True,
         is_guaranteed=is_guaranteed,
@@ -113,7 +119,7 @@ def test_a_guaranteed_predictor_stays_without_calibration_photos(
 def test_a_predictor_that_is_gone_is_fitted_anew() -> None:
     case = fit_case(
         FITTED,
-        method=FROM_LABELS,
+        method=METHOD_WITH_LABELS,
         n_labels=40,
         is_saved=False,
         is_guaranteed=False,
@@ -138,7 +144,7 @@ def test_a_predictor_that_was_not_tested_is_fitted_anew_earlier() -> None:
     for n_labels in (49, 50):
         cases[n_labels] = fit_case(
             untested,
-            method=FROM_LABELS,
+            method=METHOD_WITH_LABELS,
             n_labels=n_labels,
             is_saved=True,
             is_guaranteed=False,
@@ -148,7 +154,7 @@ def test_a_predictor_that_was_not_tested_is_fitted_anew_earlier() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "is_guaranteed", "is_ready", "can_be_shown", "expected"),
+    ("state", "is_guaranteed", "is_ready_to_draw", "can_be_certified", "expected"),
     [
         (FITTED, False, True, True, 30),
         (FITTED, False, False, True, 0),
@@ -159,9 +165,17 @@ def test_a_predictor_that_was_not_tested_is_fitted_anew_earlier() -> None:
     ],
 )
 def test_how_many_of_the_next_labels_are_for_the_guarantee(
-    state: TriageState, is_guaranteed: bool, is_ready: bool, can_be_shown: bool, expected: int
+    state: TriageState,
+    is_guaranteed: bool,
+    is_ready_to_draw: bool,
+    can_be_certified: bool,
+    expected: int,
 ) -> None:
     n = n_to_draw(
-        state, 30, is_guaranteed=is_guaranteed, is_ready=is_ready, can_be_shown=can_be_shown
+        state,
+        30,
+        is_guaranteed=is_guaranteed,
+        is_ready_to_draw=is_ready_to_draw,
+        can_be_certified=can_be_certified,
     )
     assert n == expected

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vilu.triage.closed_folder import FolderSplit
-from vilu.triage.forecast import BUDGETS, Forecast, is_enough_to_fit
+from vilu.triage.forecast import LABEL_BUDGETS, Forecast, is_enough_to_fit
 from vilu.triage.guarantee import PhotoSplit
 from vilu.triage.outputs import why_nothing_is_asked
 from vilu.triage.run import TriageResult
@@ -30,7 +30,7 @@ def forecast(
         uncertainty,
         max_risk=0.05,
         level=0.025,
-        make_looks=split.looks_before_labels,
+        make_tests=split.tests_before_labels,
         share_accepted=share_accepted,
         **facts,
     )
@@ -42,7 +42,7 @@ def test_sure_answers_can_be_accepted_and_doubtful_ones_cannot() -> None:
     assert sure.expected[-1].lowest == pytest.approx(1.0)
     assert sure.least_risk is not None
     assert sure.least_risk <= 0.05
-    assert not doubtful.can_be_shown
+    assert not doubtful.can_accept_photos
     assert doubtful.least_risk is None
     assert "probably nothing can be accepted" in str(doubtful)
 
@@ -50,14 +50,14 @@ def test_sure_answers_can_be_accepted_and_doubtful_ones_cannot() -> None:
 def test_what_is_accepted_already_can_be_accepted() -> None:
     doubtful = forecast(np.full(1_000, 0.4), share_accepted=0.25)
     ranges = [(one.lowest, one.highest) for one in doubtful.expected]
-    assert ranges == [(0.25, 0.25)] * len(BUDGETS)
+    assert ranges == [(0.25, 0.25)] * len(LABEL_BUDGETS)
     assert "about 25 / 25 / 25 % of the photos could be accepted" in str(doubtful)
     assert "--max-risk" not in str(doubtful)
 
 
 def test_as_many_labels_as_fit_first_show_nothing() -> None:
     expected = {one.n_labels: one for one in forecast(np.full(1_000, 1e-4)).expected}
-    assert list(expected) == list(BUDGETS)
+    assert list(expected) == list(LABEL_BUDGETS)
     # 50 labels to fit on leave 50: fewer than the 80 that certify 5 % without an error
     assert expected[100].highest == 0
     assert expected[200].lowest == pytest.approx(1.0)
@@ -70,7 +70,7 @@ def test_a_guarantee_about_the_folder_is_forecast_by_its_own_test() -> None:
     for_new = forecast(sure, n_labels=0)
     for_folder = forecast(sure, split=FolderSplit, n_labels=0)
     assert for_new.expected[-1].lowest == pytest.approx(1.0)
-    assert not for_folder.can_be_shown
+    assert not for_folder.can_accept_photos
     assert for_folder.least_risk is not None
     assert for_folder.least_risk > 0.05
     many = forecast(np.full(1_000, 1e-6), split=FolderSplit, n_labels=0)
@@ -81,7 +81,7 @@ def test_a_folder_shows_its_least_risk_before_all_photos_are_labelled() -> None:
     # 400 labels are more than the 240 photos that may be drawn. The first 150 of them show 5 % of
     # the other 90, and once all have a label there is no photo left to guarantee.
     small = forecast(np.full(240, 1e-6), split=FolderSplit, n_labels=0)
-    assert small.can_be_shown
+    assert small.can_accept_photos
     assert small.least_risk is not None
     assert small.least_risk <= 0.05
 

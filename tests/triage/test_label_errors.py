@@ -9,7 +9,7 @@ import vilu
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.rows import Rows
 from vilu.errors import DataError
-from vilu.predictors.contract.labelled import cross_fitting, fit_and_selection
+from vilu.predictors.contract.labelled import cross_fit_splits, fit_and_selection
 from vilu.triage.label_errors import find_label_errors
 
 N, WRONG, CLASSES = 300, 24, 6
@@ -61,7 +61,7 @@ def test_rows_held_out_from_a_fit_show_none_of_its_pictures() -> None:
     data, _ = mislabelled(times=3)
     train = Rows(data, data.usable_rows)
     failure = (vilu.score(vilu.MCM(), data).failure == 1).astype(np.int64)
-    pairs = list(cross_fitting(train, train.index.new_tensor(failure), None, seed=0))
+    pairs = list(cross_fit_splits(train, train.index.new_tensor(failure), None, seed=0))
     assert len(pairs) == 5
     fitted, selected = fit_and_selection(train, train.index.new_tensor(failure), None, 0.2, seed=0)
     assert selected is not None

@@ -30,11 +30,11 @@ def write(path: Path, *lines: str) -> Path:
 
 def test_a_book_keeps_what_was_asked_and_why(tmp_path: Path) -> None:
     book = LabelBook()
-    book.ask(["a", "b"], "calibration", predictor="p1", probability=0.25)
-    book.ask(["c"], "fit", predictor="p1")
-    assert book.answer({"a": "cat", "c": "dog", "d": "cat", "e": "cat"}, {"e": "fit"}) == 4
-    assert book.answer({"a": "cat"}) == 0
-    assert book.answer({"a": "dog"}) == 1
+    book.request_labels(["a", "b"], "calibration", predictor="p1", probability=0.25)
+    book.request_labels(["c"], "fit", predictor="p1")
+    assert book.note_labels({"a": "cat", "c": "dog", "d": "cat", "e": "cat"}, {"e": "fit"}) == 4
+    assert book.note_labels({"a": "cat"}) == 0
+    assert book.note_labels({"a": "dog"}) == 1
     book.save(tmp_path / "book.parquet")
     found = LabelBook.load(tmp_path / "book.parquet")
     assert {one.path: (one.label, one.stream) for one in found} == {
@@ -47,8 +47,8 @@ def test_a_book_keeps_what_was_asked_and_why(tmp_path: Path) -> None:
     assert found.entries["b"].probability == 0.25
     assert math.isnan(found.entries["c"].probability)
     assert found.entries["d"].asked == 0 < found.entries["d"].answered
-    assert [one.path for one in found.waiting()] == ["b"]
-    found.forget(lambda one: one.predictor == "p1")
+    assert [one.path for one in found.waiting_entries()] == ["b"]
+    found.withdraw_requests(lambda one: one.predictor == "p1")
     assert "b" not in found.entries
     assert "a" in found.entries  # it has a label
     assert len(LabelBook.load(tmp_path / "none.parquet")) == 0
@@ -56,7 +56,7 @@ def test_a_book_keeps_what_was_asked_and_why(tmp_path: Path) -> None:
 
 def test_a_book_of_older_code_says_nothing_of_pictures(tmp_path: Path) -> None:
     book = LabelBook()
-    book.answer({"a": "cat"})
+    book.note_labels({"a": "cat"})
     book.save(tmp_path / "book.parquet")
     table = pq.read_table(tmp_path / "book.parquet").drop_columns("picture")
     write_table(
@@ -70,13 +70,13 @@ def test_a_book_of_older_code_says_nothing_of_pictures(tmp_path: Path) -> None:
 
 def test_a_skip_is_of_its_picture_alone() -> None:
     book = LabelBook()
-    book.answer({"a": SKIPPED})
+    book.note_labels({"a": SKIPPED})
     assert [book.note_pictures({"a": picture}) for picture in (b"x", b"y")] == [0, 1]
 
 
 def test_a_damaged_book_is_refused(tmp_path: Path) -> None:
     book = LabelBook()
-    book.answer({"a": "cat"})
+    book.note_labels({"a": "cat"})
     path = tmp_path / "book.parquet"
     book.save(path)
     table = pq.read_table(path)

@@ -141,7 +141,7 @@ def test_the_page_and_the_tools_find_the_photo_of_every_name(work: Path) -> None
     session = ReviewSession(review, work / "l.csv")
     places = {task.path: place for place, task in enumerate(review.tasks)}
     for text in TEXTS.values():
-        assert session.picture(places[text])
+        assert session.webp_photo(places[text])
     files = write_review(review, "label-studio", work / "tasks.json", prefix="/?d=")
     tasks = json.loads(files[0].read_text())
     for task in tasks:

@@ -100,7 +100,7 @@ def test_photos_that_a_guarantee_may_rest_on_are_blind_for_every_tool(
     review = open_review(half, "all")
     stores = PhotoStores(half / "embeddings")
     store = EmbeddingStore(stores.store_folder(1))
-    photos = Photos([(store, np.arange(len(store)))], bad={})
+    photos = Photos([(store, np.arange(len(store)))], fault_of_path={})
     is_calibration, _ = sides_and_positions(photos.pictures, 0)
     of_calibration = {path for path, is_it in zip(photos.ids, is_calibration, strict=True) if is_it}
     assert {task.path for task in review.tasks if task.is_blind} == of_calibration
@@ -194,7 +194,7 @@ def test_photos_that_were_chosen_for_review_come_back_as_chosen(
     write_labels(labels, tmp_path / "labels.csv", streams=streams)
     found, kept = read_labels(tmp_path / "labels.csv")
     book = LabelBook()
-    book.answer(found, kept)
+    book.note_labels(found, kept)
     assert book.entries[chosen.path].stream == "fit"
     assert all(one.stream == "fit" for one in book if one.path not in asked)
 
@@ -358,7 +358,7 @@ def test_every_answer_is_on_the_disk_at_once_and_can_be_taken_back(
     assert client.ask("/answer", {"index": 1, "label": None})[0] == 200
     assert [row["label"] for row in rows(kept)] == [SKIPPED]
     again = ReviewSession(open_review(half), kept)  # it goes on where it stopped
-    assert again.answers == {tasks[0]["path"]: SKIPPED}
+    assert again.labels == {tasks[0]["path"]: SKIPPED}
     kept.write_text("path,label\nelsewhere.jpg,cat\n")
     with pytest.raises(DataError, match="labels of other photos"):
         ReviewSession(open_review(half), kept)
@@ -369,10 +369,10 @@ def test_answers_that_are_not_shown_again_keep_their_stream(half: Path, tmp_path
     kept = tmp_path / "labels.csv"
     first = ReviewSession(open_review(half, "review"), kept)
     for place in range(6):
-        first.answer(place, "dog")
+        first.set_label(place, "dog")
     before = {row["path"]: row["stream"] for row in rows(kept)}
     again = ReviewSession(open_review(half, "review", 2), kept)
-    again.answer(0, "cat")
+    again.set_label(0, "cat")
     assert {row["path"]: row["stream"] for row in rows(kept)} == before
     assert len(before) == 6
     assert set(before.values()) <= {"fit", "calibration"}
@@ -409,8 +409,8 @@ def test_labels_that_were_there_before_keep_their_stream(half: Path, tmp_path: P
     kept = tmp_path / "labels.csv"
     kept.write_text(f"path,label\n{first},cat\n{second},dog\n")
     session = ReviewSession(review, kept)
-    session.answer(0, "car")
-    session.answer(2, "car")
+    session.set_label(0, "car")
+    session.set_label(2, "car")
     streams = {row["path"]: row["stream"] for row in rows(kept)}
     assert streams == {first: "", second: "", third: "fit"}
 
@@ -511,7 +511,7 @@ def test_a_label_in_the_triage_and_in_the_file_counts_once(half: Path, tmp_path:
     review = replace(review, labels={**of_file, "a.png": "dog", "b.png": "dog", "c.png": "dog"})
     session = ReviewSession(review, tmp_path / "labels.csv")
     for index in range(2):
-        session.answer(index, "cat")
+        session.set_label(index, "cat")
     assert session.page_data()["used"] == ["dog", "cat"]
 
 
@@ -612,11 +612,11 @@ def test_what_another_program_wrote_is_not_overwritten(
     assert status == 409
     assert "was changed by another program, and stays as it is" in json.loads(content)["detail"]
     assert output.read_bytes() == edited
-    assert set(session.answers.values()) == {
+    assert set(session.labels.values()) == {
         "dog"
     }  # the page shows no answer that is not on the disk
     again = ReviewSession(session.review, output)
-    again.answer(1, "car")
+    again.set_label(1, "car")
     assert sorted(row["label"] for row in rows(output)) == ["car", "cat"]
 
 
@@ -628,7 +628,7 @@ def test_an_answer_that_cannot_be_written_is_refused(
     status, content = client.ask("/answer", {"index": 0, "label": "dog"})
     assert status == 507
     assert "labels.csv" in json.loads(content)["detail"]
-    assert session.answers == {}
+    assert session.labels == {}
 
 
 def test_a_port_that_is_taken_is_one_sentence(half: Path, tmp_path: Path) -> None:

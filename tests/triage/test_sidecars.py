@@ -23,8 +23,8 @@ def answer(key: str, decision: str, label: str = "cat & <dog>") -> Answer:
 
 
 def write(folder: Path, *answers: Answer) -> int:
-    listing = list_folder(folder, folder / "out")
-    return write_sidecars(accepted_labels(folder / "out", listing, answers, job_on(folder)))
+    photo_folder = list_folder(folder, folder / "out")
+    return write_sidecars(accepted_labels(folder / "out", photo_folder, answers, job_on(folder)))
 
 
 @pytest.fixture

@@ -30,10 +30,10 @@ from tests.builders.store_fakes import FakeBackbone
 from tests.triage.conftest import Folder, fill_in, job_on, rows
 from vilu.artifacts.documents import read_document, write_document, write_json
 from vilu.artifacts.tables import csv_bytes, write_table
-from vilu.calibration.anytime import Looks
+from vilu.calibration.anytime import ThresholdTests
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.rules import certify
-from vilu.datasets.files import Bounds
+from vilu.datasets.files import AllowedFolders
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import OUTSIDE_NAME, DataError, MissingModelError, ProvenanceError, UsageError
 from vilu.outcomes.evaluate import evaluate
@@ -42,7 +42,7 @@ from vilu.report.page.build import find_template
 from vilu.store.job import BackboneSpec
 from vilu.text import plural
 from vilu.triage import outputs, run
-from vilu.triage.guarantee import GuaranteeProgress, first_of_scene
+from vilu.triage.guarantee import GuaranteeProgress, new_scene_mask
 from vilu.triage.label_files import label_columns
 from vilu.triage.labels import SKIPPED, LabelBook, sides_and_positions
 from vilu.triage.outputs import threshold_rows, triage_photos
@@ -94,21 +94,21 @@ def test_the_most_trusted_are_guaranteed_only_where_labels_show_it() -> None:
     wrong = ((u < 1 / 8) & (np.arange(640) % 16 == 0)).astype(int) + (
         (u < 1 / 64) & (np.arange(640) % 2 == 1)
     )
-    looks = Looks(np.arange(1, 65) / 64, 0.05, 0.05)
-    assert looks.certified(u, wrong) == 63
+    looks = ThresholdTests(np.arange(1, 65) / 64, 0.05, 0.05)
+    assert looks.index_of_laxest_certified_threshold(u, wrong) == 63
     rows = np.arange(640)
     progress = GuaranteeProgress(looks, rows, Outcomes(u, wrong), rows[:0], 63, 0, 0)
     levels = threshold_rows(u, progress, threshold_in_force=1.0)
-    is_shown = [level.bound is not None and level.bound <= 0.05 for level in levels]
-    assert [level.certified for level in levels] == is_shown
-    assert [levels[0].certified, levels[-1].certified] == [False, True]
+    is_shown = [level.risk_bound is not None and level.risk_bound <= 0.05 for level in levels]
+    assert [level.is_certified for level in levels] == is_shown
+    assert [levels[0].is_certified, levels[-1].is_certified] == [False, True]
 
 
 def test_of_a_scene_one_label_counts() -> None:
     """By hand: angles of 0, 5, 20, 40, 45 and 90 degrees; cos 5 is 0.996, cos 20 is 0.940."""
     angles = torch.deg2rad(torch.tensor([0.0, 5, 20, 40, 45, 90]))
     photos = Embeddings(torch.stack([angles.cos(), angles.sin()], dim=1), torch.eye(2))
-    alone = lambda known, rows: first_of_scene(  # noqa: E731
+    alone = lambda known, rows: new_scene_mask(  # noqa: E731
         photos, np.array(known, np.int64), np.array(rows, np.int64)
     ).tolist()
     assert alone([], [0, 1, 2, 3, 4, 5]) == [True, False, True, True, False, True]
@@ -167,7 +167,7 @@ def test_no_calibration_label_is_ever_fitted_on_whoever_asked_for_it(
     from vilu.predictors.persistence.storage import load_predictor
 
     stores = PhotoStores(output / "embeddings")
-    photos = stores.open([(path, (folder[0] / path).stat()) for path in sorted(truth)])
+    photos = stores.open_photos([(path, (folder[0] / path).stat()) for path in sorted(truth)])
     vouches, _ = sides_and_positions(photos.pictures, job.seed)
     seen = load_predictor(output / "predictor").seen(photos).shared
     assert seen.sum() == (~vouches).sum()
@@ -189,7 +189,7 @@ def test_labels_of_a_draw_count_if_labels_to_fit_on_come_with_them(
     before = read_document(output / "triage.json", TriageState)
     assert before.trial is not None
     stores = PhotoStores(output / "embeddings")
-    photos = stores.open([(path, (job.photos / path).stat()) for path in sorted(truth)])
+    photos = stores.open_photos([(path, (job.photos / path).stat()) for path in sorted(truth)])
     is_calibration, _ = sides_and_positions(photos.pictures, job.seed)
     to_fit = [photos.ids[row] for row in np.flatnonzero(~is_calibration)]
     assert len(to_fit) >= 1.5 * before.trial.n_fit  # so a new predictor would be fitted
@@ -215,7 +215,7 @@ def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(
     before = Calibration.load(output / "predictor")
     book = LabelBook.load(output / "labels.parquet")
     chosen = tmp_path / "chosen.csv"
-    photos = PhotoStores(output / "embeddings").open(
+    photos = PhotoStores(output / "embeddings").open_photos(
         [(path, (home / "photos" / path).stat()) for path in sorted(truth)]
     )
     is_calibration, _ = sides_and_positions(photos.pictures, 0)
@@ -341,12 +341,12 @@ def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A network drive that was away for a moment; the file itself is as it was."""
-    read = Bounds.read
+    read = AllowedFolders.read
 
-    def fails(bounds: Bounds, path: str) -> bytes:
+    def fails(allowed_folders: AllowedFolders, path: str) -> bytes:
         if path == "day 0/0000.png":
             raise OSError(errno.EIO, "Input/output error", path)
-        return read(bounds, path)
+        return read(allowed_folders, path)
 
     def stops(_: object) -> torch.Tensor:
         raise KeyboardInterrupt
@@ -359,7 +359,7 @@ def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
         return row["reason"], row["decision"]
 
     with monkeypatch.context() as away:
-        away.setattr(Bounds, "read", fails)
+        away.setattr(AllowedFolders, "read", fails)
         assert found("200 photos (200 of them new)") == ("read_error", "review")
         n = fake_model.n_images
         assert found("200 photos: ") == ("read_error", "review")
@@ -410,7 +410,7 @@ def test_an_interrupted_run_goes_on(
     with pytest.raises(KeyboardInterrupt):
         triage_photos(job, output)
     assert triage_photos(job, output).counts.startswith("200 photos")
-    assert PhotoStores(output / "embeddings").numbers() == [1]
+    assert PhotoStores(output / "embeddings").store_numbers() == [1]
     (folder[0] / "day 0" / "0000.png").unlink()  # between a kill and the next run a photo may go
     other = tmp_path / "other"
     calls.clear()
@@ -583,7 +583,7 @@ def test_the_label_of_a_photo_that_has_changed_never_counts(
     assert f"{len(taught)} photos have changed since their labels were given" in caplog.text
     other = "cat" if folder[1]["day 0/0000.png"] != "cat" else "dog"
     book = LabelBook.load(output / "labels.parquet")
-    book.answer({"day 0/0000.png": other})  # a new label is of the new picture
+    book.note_labels({"day 0/0000.png": other})  # a new label is of the new picture
     assert book.note_pictures({"day 0/0000.png": b"now"}) == 0
 
 

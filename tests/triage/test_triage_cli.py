@@ -69,6 +69,7 @@ def test_the_loop_by_hand(work: Path) -> None:
     ) == 12 + len(tasks)
 
 
+@pytest.mark.slow
 def test_all_labels_of_a_folder_in_one_file_that_every_command_reads(
     work: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +112,7 @@ def test_all_labels_of_a_folder_in_one_file_that_every_command_reads(
     assert audited == [sorted(book.labels)] * 2
 
 
+@pytest.mark.slow
 def test_labels_of_a_class_that_is_gone_are_named_and_written_all_the_same(work: Path) -> None:
     arguments = ("triage", "photos", "-o", "out", "--labels", "known.csv")
     truth = write_photos(work / "again", 60)
@@ -263,7 +265,7 @@ def of_zero_shot(begun: Folder, uncalibrated: Path, tmp_path: Path) -> Path:
     """A predictor of the zero-shot answers, fitted on the same labels."""
     book = LabelBook.load(begun[0] / "out" / "labels.parquet")
     photos, _ = label_store(EmbeddingStore(tmp_path / "store"), [])
-    photos.label(book.labels, ())
+    photos.set_labels(book.labels, ())
     fit_rows = PhotoSplit.of(photos, book, seed=0).fit_rows
     folder = tmp_path / "of zero-shot"
     PREDICTORS["vilu_plus"]().fit(photos.take(fit_rows)).save(folder)
@@ -554,9 +556,11 @@ def test_labels_that_are_wrong_are_found(
     no part is read for each of its rows.
     """
     reads: Counter[str] = Counter()
-    read = SealedStore.metadata
+    read = SealedStore.metadata_column
     monkeypatch.setattr(
-        SealedStore, "metadata", lambda at, name, part: reads.update([name]) or read(at, name, part)
+        SealedStore,
+        "metadata_column",
+        lambda at, name, part: reads.update([name]) or read(at, name, part),
     )
     truth = write_photos(tmp_path / "photos", 117)
     flipped = np.random.default_rng(0).choice(sorted(truth), 10, replace=False).tolist()

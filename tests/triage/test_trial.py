@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vilu.calibration.anytime import STEPS
+from vilu.calibration.anytime import N_THRESHOLDS_UP_TO_LIMIT
 from vilu.errors import DataError
 from vilu.triage.trial import Trial, require_scores
 
@@ -19,7 +19,7 @@ def planned() -> Trial:
 def test_a_limit_that_moves_up_includes_a_larger_share() -> None:
     trial = planned()
     further = trial.with_raised_limit(8, SCORES)
-    assert further.limit == trial.grid[STEPS - 1 + 8]
+    assert further.limit == trial.grid[N_THRESHOLDS_UP_TO_LIMIT - 1 + 8]
     assert further.share == (further.limit >= SCORES).mean()
     assert further.share > trial.share
     assert further.model_copy(update={"limit": trial.limit, "share": trial.share}) == trial

@@ -36,7 +36,7 @@ def test_both_kinds_of_answers_are_judged_by_the_same_labels() -> None:
         n_cross_fitted=2,
         cross_fitted_wrong={"zero_shot": 1, "adapted": 0},
     )
-    assert labelled.n_judging_labels == 4
+    assert labelled.n_labels_for_verdict == 4
     assert labelled.share_right("zero_shot") == 2 / 4  # 1 of 2, and 1 of 2 cross-fitted ones
     assert labelled.share_right("adapted") == 4 / 4
 

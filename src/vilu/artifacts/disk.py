@@ -20,21 +20,21 @@ from vilu.errors import BusyError, StorageError
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"  # name of the lock file in a folder
+LOCK_FILE = ".lock"  # name of the lock file in a folder
 
-RUN = "run.json"
+RUN_FILE = "run.json"
 """Name of the first document that a run writes into the folder (``vilu.store.ledger``)."""
 
-MANIFEST = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 """Name of the last document that a run writes into the folder."""
 
 # Log of durations, a JSON object per line. The log differs between runs; no result depends on it.
-LOG = "log.jsonl"
+LOG_FILE = "log.jsonl"
 
 # error numbers of network file systems that cannot sync a folder
-CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}
+NO_SYNC_ERRORS = {errno.EINVAL, errno.ENOTSUP}
 
-TEMPORARY = re.compile(
+TEMPORARY_NAME = re.compile(
     r"\.(?P<name>.+?)(?:\.(?P<host>[0-9a-f]{8}))?\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL
 )
 """Pattern of temporary names: final name, host hash, process number, random digits.
@@ -61,8 +61,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(path)
     # "ignore" drops the last character if the limit cuts the bytes of the character in two
     final_name = os.fsencode(target.name)[:MAX_NAME_BYTES].decode("utf-8", "ignore")
-    random_digits = secrets.token_hex(4)
-    temporary = target.with_name(f".{final_name}.{host_hash()}.{os.getpid()}.{random_digits}.tmp")
+    unique_part = f"{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}"
+    temporary_path = target.with_name(f".{final_name}.{unique_part}.tmp")
     hint = "Give a folder that exists, is writable and has room."
     with convert_os_errors(f"cannot write {target}", hint=hint):
         # ``pop`` removes the entry, so leftovers of each final name are searched only once
@@ -71,15 +71,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             if is_leftover(earlier_file):
                 earlier_file.unlink(missing_ok=True)
         try:
-            with temporary.open("xb") as handle:
+            with temporary_path.open("xb") as handle:
                 yield handle
                 handle.flush()
                 # sync before the rename, or else a power cut could leave an empty file at ``path``
                 os.fsync(handle.fileno())
             # the rename is atomic: a reader sees the old file or the new file, never a part
-            temporary.replace(target)
+            temporary_path.replace(target)
         finally:
-            temporary.unlink(missing_ok=True)
+            temporary_path.unlink(missing_ok=True)
         _sync_folder(target.parent)
 
 
@@ -92,7 +92,7 @@ def temporary_paths(folder: Path) -> dict[str, list[Path]]:
     """
     paths_of_name: dict[str, list[Path]] = {}
     for path in folder.iterdir():
-        match = TEMPORARY.fullmatch(path.name)
+        match = TEMPORARY_NAME.fullmatch(path.name)
         if match is not None:
             paths_of_name.setdefault(match["name"], []).append(path)
     return paths_of_name
@@ -162,7 +162,7 @@ def is_leftover(path: Path) -> bool:
     machine cannot be checked from here. Therefore a temporary file without changes for more than a
     day is also treated as abandoned.
     """
-    match = TEMPORARY.fullmatch(path.name)
+    match = TEMPORARY_NAME.fullmatch(path.name)
     if match is None:
         return False
     try:
@@ -201,7 +201,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in CANNOT_SYNC:
+        if error.errno not in NO_SYNC_ERRORS:
             raise
     finally:
         os.close(descriptor)
@@ -215,7 +215,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-HOLDER = re.compile(r"process (?P<pid>\d+) of (?P<host>\S+)")
+HOLDER_PATTERN = re.compile(r"process (?P<pid>\d+) of (?P<host>\S+)")
 """Pattern of the content of a holder file.
 
 A holder file names the process with the lock. If the process dies, the file stays until another
@@ -229,7 +229,7 @@ def locked(
     *,
     activity: str,
     wait_seconds: float = 0.0,
-    lock_name: str = LOCK,
+    lock_name: str = LOCK_FILE,
     holder_kind: str = "process",
 ) -> Iterator[None]:
     """Hold the lock of an existing folder during the block.
@@ -311,11 +311,11 @@ def _write_holder(holder_file: Path, this_process: str) -> None:
 def _read_holder(holder_file: Path) -> re.Match[str] | None:
     """Read the holder of the lock: a process that holds the lock, or died while holding the lock.
 
-    Returns the match of ``HOLDER`` in the holder file. None if there is no such file or no match.
+    Returns the match of ``HOLDER_PATTERN`` in the holder file; None without a file or a match.
     """
     try:
         with holder_file.open("rb") as handle:
-            return HOLDER.fullmatch(handle.read(1024).decode(errors="replace"))
+            return HOLDER_PATTERN.fullmatch(handle.read(1024).decode(errors="replace"))
     except OSError:  # without the file, messages name no process
         return None
 

@@ -18,7 +18,7 @@ from pydantic import (
     ValidationError,
 )
 
-from vilu.artifacts.disk import LOG, convert_os_errors, write_bytes
+from vilu.artifacts.disk import LOG_FILE, convert_os_errors, write_bytes
 from vilu.artifacts.hashing import digest
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 
@@ -40,10 +40,10 @@ def without_version(content: Mapping[str, object], *excluded_keys: str) -> dict[
 VERSION_KEY: Final = "vilu"
 """Key of the version of vilu in a document. The version informs people, and is never compared."""
 
-SEAL: Final = "digest"
+DIGEST_KEY: Final = "digest"
 """Last key of a document. The value is the digest of all other entries (``hashing.digest``)."""
 
-SCHEMA: Final = "schema_version"
+SCHEMA_KEY: Final = "schema_version"
 """Key of the schema version, in every document and table of vilu."""
 
 SCHEMA_VERSION: Final = 2
@@ -52,13 +52,13 @@ SCHEMA_VERSION: Final = 2
 MAX_DOCUMENT_BYTES = 64 * 2**20  # larger files are not read; documents of vilu are far smaller
 
 
-class Model(BaseModel):
+class FrozenModel(BaseModel):
     """Immutable pydantic model without unknown fields, NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Document(Model):
+class Document(FrozenModel):
     """A JSON file of vilu with a fixed schema."""
 
     # for messages: how to make the document again, such as "Run `vilu embed` again"
@@ -91,7 +91,7 @@ def read_document(path: Path, document_class: type[D]) -> D:
 
 
 def read_json(
-    path: Path, remedy: str, error_class: type[ViLUError] = DataError, *, seal: str = SEAL
+    path: Path, remedy: str, error_class: type[ViLUError] = DataError, digest_key: str = DIGEST_KEY
 ) -> dict[str, Any]:
     """Read a JSON document of vilu, check the digest, and return the content without the digest.
 
@@ -99,26 +99,25 @@ def read_json(
         path: The file.
         remedy: For messages: how to make the document again, such as "Run `vilu embed` again".
         error_class: Exception to raise if the document is missing or damaged.
-        seal: Key of the digest in the document. In ``predictor.json`` the key is "fingerprint".
+        digest_key: Key of the digest in the document; "fingerprint" in ``predictor.json``.
 
     Raises:
         ProvenanceError: If this vilu does not read the schema version.
     """
     try:
         content = parse_json(read_bounded(path, remedy, error_class))
-        stated_digest = content.pop(seal, None)
+        stated_digest = content.pop(digest_key, None)
         actual_digest = digest(content)
     except (ValueError, RecursionError) as error:
         raise error_class(
             f"{path} is damaged: it is not JSON of ours ({error}). {remedy} to repair it."
         ) from error
     if stated_digest is not None and stated_digest != actual_digest:
-        raise error_class(
-            f"{path} is damaged: its content is not what its {seal} says. {remedy} to repair it."
-        )
+        problem = f"its content is not what its {digest_key} says"
+        raise error_class(f"{path} is damaged: {problem}. {remedy} to repair it.")
     require_schema(path, content, remedy, error_class)
     if stated_digest is None:
-        raise error_class(f"{path} is damaged: it has no {seal}. {remedy} to repair it.")
+        raise error_class(f"{path} is damaged: it has no {digest_key}. {remedy} to repair it.")
     return content
 
 
@@ -128,29 +127,29 @@ def require_schema(
     remedy: str,
     error_class: type[ViLUError] = DataError,
     *,
-    oldest: int = SCHEMA_VERSION,
+    oldest_version: int = SCHEMA_VERSION,
 ) -> None:
     """Raise if this vilu cannot read the schema version of a document or of a table.
 
-    Versions from ``oldest`` to ``SCHEMA_VERSION`` can be read. ``content`` is the content of the
+    Versions from ``oldest_version`` to ``SCHEMA_VERSION`` can be read. ``content`` is that of the
     document, or the metadata of the table. For the other parameters see ``read_json``.
     """
-    version = content.get(SCHEMA)
+    version = content.get(SCHEMA_KEY)
     if version is None:
         raise ProvenanceError(
-            f"{path} has no {SCHEMA}: it was made before vilu 0.2.0, or is no file of vilu. "
+            f"{path} has no {SCHEMA_KEY}: it was made before vilu 0.2.0, or is no file of vilu. "
             f"{remedy}."
         )
     if type(version) is not int:
         raise error_class(
-            f"{path} is damaged: its {SCHEMA} is {version!r}, no whole number. {remedy}."
+            f"{path} is damaged: its {SCHEMA_KEY} is {version!r}, no whole number. {remedy}."
         )
     if version > SCHEMA_VERSION:
         raise ProvenanceError(
             f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. Update vilu, "
             "or use the vilu that wrote it."
         )
-    if version < oldest:
+    if version < oldest_version:
         raise ProvenanceError(f"{path} was made before vilu 0.2.0 (schema {version}). {remedy}.")
 
 
@@ -219,28 +218,29 @@ def read_bounded(
 
 def first_error(error: ValidationError) -> str:
     """Describe the first error found by pydantic, on a single line."""
-    errors = error.errors(include_url=False, include_context=False)
-    first = errors[0]
-    field = ".".join(str(step) for step in first["loc"]) or "document"
-    value = json.dumps(first["input"], default=str)
-    return f"{field}: {first['msg']} (got {value:.80})"
+    first_problem, *_ = error.errors(include_url=False, include_context=False)
+    field = ".".join(str(step) for step in first_problem["loc"]) or "document"
+    value = json.dumps(first_problem["input"], default=str)
+    return f"{field}: {first_problem['msg']} (got {value:.80})"
 
 
-def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: str = SEAL) -> str:
+def write_json(
+    path: str | os.PathLike[str], value: Mapping[str, object], digest_key: str = DIGEST_KEY
+) -> str:
     """Write a JSON document atomically, and return the digest of the document.
 
-    The file begins with the schema version and ends with the digest, under the key ``seal``. The
+    The file begins with the schema version and ends with the digest, under ``digest_key``. The
     text is indented UTF-8, and the keys keep their order.
     """
     subject = f"cannot write {path}: its content"
-    content = {SCHEMA: SCHEMA_VERSION, **value}
-    content.pop(seal, None)  # a document that was read and changed may have an old digest
+    content = {SCHEMA_KEY: SCHEMA_VERSION, **value}
+    content.pop(digest_key, None)  # a document that was read and changed may have an old digest
     # The digest must be computed from the values for a later reader. So the values are encoded and
     # parsed. This turns a tuple into a list, for example.
     document = json.loads(plain_json(content, subject=subject))
-    document[seal] = digest(document)
+    document[digest_key] = digest(document)
     write_bytes(path, plain_json(document, subject=subject, indent=2) + b"\n")
-    return str(document[seal])
+    return str(document[digest_key])
 
 
 def append_to_log(folder: Path, **facts: object) -> None:
@@ -248,7 +248,7 @@ def append_to_log(folder: Path, **facts: object) -> None:
 
     The line is written in a single call, so lines of several processes do not mix.
     """
-    path = folder / LOG
+    path = folder / LOG_FILE
     line = plain_json(facts, subject="a line of the log") + b"\n"
     with convert_os_errors(f"cannot write to {path}"), path.open("ab", buffering=0) as handle:
         handle.write(line)
@@ -256,7 +256,7 @@ def append_to_log(folder: Path, **facts: object) -> None:
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the facts in each line of the log of a folder, without a line cut off by a crash."""
-    path = folder / LOG
+    path = folder / LOG_FILE
     lines: list[bytes] = []
     with convert_os_errors(f"cannot read {path}"):
         if path.is_file():

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from vilu.artifacts.disk import MANIFEST, RUN, convert_os_errors, file_hash
+from vilu.artifacts.disk import MANIFEST_FILE, RUN_FILE, convert_os_errors, file_hash
 from vilu.artifacts.documents import (
-    SEAL,
+    DIGEST_KEY,
     VERSION_KEY,
     parse_json,
     read_bounded,
@@ -30,9 +30,9 @@ from vilu.errors import DataError, StorageError, UsageError, ViLUError
 
 logger = logging.getLogger("vilu")
 
-Table = Literal["answers", "scores", "results", "labels", "label errors"]
-Kind = Literal[
-    Table,
+TableKind = Literal["answers", "scores", "results", "labels", "label errors"]
+FileKind = Literal[
+    TableKind,
     "explanation",
     "monitor report",
     "monitor state",
@@ -43,7 +43,7 @@ Kind = Literal[
 ]
 """The kinds of files written by vilu, as named in messages."""
 
-KIND_OF_ENTRY: dict[str, Kind] = {
+KIND_OF_ENTRY: dict[str, FileKind] = {
     "answers": "answers",
     "outcomes": "scores",
     "results": "results",
@@ -58,7 +58,7 @@ KIND_OF_ENTRY: dict[str, Kind] = {
 }
 """Maps the value of "kind", in a document or in a table's metadata, to the kind of the file."""
 
-KIND_OF_CSV_HEADER: dict[bytes, Kind] = {
+KIND_OF_CSV_HEADER: dict[bytes, FileKind] = {
     b"row_id,key,pred,pred_name,label,label_name,uncertainty,failure,reason,score_name": "scores",
     b"method,dataset,split,seed,metric,value,ci_low,ci_high,n,n_failures,accuracy,": "results",
     b"path,label,suggested,quality,is_error": "label errors",
@@ -66,7 +66,7 @@ KIND_OF_CSV_HEADER: dict[bytes, Kind] = {
 }
 """Maps the beginning of a CSV file to the kind of the file. CSV files have no metadata."""
 
-SUFFIXES: dict[Kind, tuple[str, ...]] = {
+SUFFIXES_OF_KIND: dict[FileKind, tuple[str, ...]] = {
     "results": (".json", ".parquet", ".csv"),
     "labels": (".csv",),
     "answers": (".parquet", ".csv"),
@@ -77,9 +77,10 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
 }
 """Maps kinds of files with a fixed format to the allowed suffixes."""
 
+MAX_LISTED_FILES = 100_000  # in a folder without a document of vilu
 INPUTS_KEY = "inputs"  # key of the digest of the inputs of a file
 
-TEXT_MARK = re.compile(
+TEXT_MARK_PATTERN = re.compile(
     rb"<!-- made by vilu: (?P<kind>page|study|results) (?P<inputs>[0-9a-f]*) -->\n\Z"
 )
 """Pattern of the last line of a text (HTML, Markdown) written by vilu.
@@ -87,16 +88,16 @@ TEXT_MARK = re.compile(
 The line has the kind of the text and the digest of the inputs.
 """
 
-KIND_OF_TEXT: dict[bytes, Kind] = {b"page": "page", b"study": "study", b"results": "results"}
+KIND_OF_TEXT: dict[bytes, FileKind] = {b"page": "page", b"study": "study", b"results": "results"}
 """Maps the word for the kind in a text's last line to the kind of the file."""
 
-ONNX_MARK = re.compile(rb"vilu\.fingerprint\x12.(?P<inputs>[0-9a-f]{32})", re.DOTALL)
+ONNX_MARK_PATTERN = re.compile(rb"vilu\.fingerprint\x12.(?P<inputs>[0-9a-f]{32})", re.DOTALL)
 r"""Pattern of the entry "vilu.fingerprint" in the metadata of an ONNX file.
 
 Protobuf puts two bytes between the key and the value: \x12 and the length of the value.
 """
 
-SEARCHED_BYTES = 4096  # bytes to search at the beginning and at the end of a file
+N_SEARCHED_BYTES = 4096  # bytes to search at the beginning and at the end of a file
 
 
 def inputs_entry(inputs: str | None) -> dict[str, str]:
@@ -112,13 +113,13 @@ def write_with_inputs(path: Path, content: dict[str, object], inputs: str) -> No
 
 
 # Every name of a lock or of a temporary file has a part with this pattern, and begins with a dot.
-LOCK_OR_TEMPORARY = re.compile(r"\.tmp\Z|\.lock")
+LOCK_OR_TEMPORARY_NAME = re.compile(r"\.tmp\Z|\.lock")
 
 
 class KindAndInputs(NamedTuple):
     """The kind and the inputs stated in a file of vilu."""
 
-    kind: Kind
+    kind: FileKind
     inputs: str  # digest of the inputs; "" if the file has none
 
 
@@ -128,7 +129,11 @@ def text_mark(kind: str, inputs: str) -> str:
 
 
 def claim_file(
-    path: str | os.PathLike[str], kind: Kind, inputs: str | None = None, *, overwrite: bool = False
+    path: str | os.PathLike[str],
+    kind: FileKind,
+    inputs: str | None = None,
+    *,
+    overwrite: bool = False,
 ) -> bool:
     """Check an output file before the work begins.
 
@@ -150,46 +155,46 @@ def claim_file(
     target = Path(path)
     _require_suffix(target, kind)
     if os.path.lexists(target):
-        stated_inputs = _stated_inputs(target, kind)
-        has_same_inputs = bool(inputs) and stated_inputs == inputs
+        recorded_inputs = _recorded_inputs(target, kind)
+        has_same_inputs = bool(inputs) and recorded_inputs == inputs
         if has_same_inputs and not overwrite and _is_undamaged(target):
             return True
         if not has_same_inputs and not overwrite:
-            which_inputs = "inputs that it does not name"
-            if stated_inputs:
-                which_inputs = "other inputs"
+            described_inputs = "inputs that it does not name"
+            if recorded_inputs:
+                described_inputs = "other inputs"
             raise UsageError(
-                f"{target} holds the {kind} of {which_inputs}. "
+                f"{target} holds the {kind} of {described_inputs}. "
                 "Give another file, or --overwrite to replace it."
             )
     _require_writable_folder(target.parent, target=target)
     return False
 
 
-def _require_suffix(target: Path, kind: Kind) -> None:
+def _require_suffix(target: Path, kind: FileKind) -> None:
     """Raise UsageError if the suffix of a file is wrong for this kind."""
-    suffixes = SUFFIXES.get(kind)
+    suffixes = SUFFIXES_OF_KIND.get(kind)
     if suffixes is not None and target.suffix.lower() not in suffixes:
         raise UsageError(
             f"vilu keeps {kind} in a {' or '.join(suffixes)} file. Got {target.name!r} instead."
         )
 
 
-def _stated_inputs(target: Path, kind: Kind) -> str:
+def _recorded_inputs(target: Path, kind: FileKind) -> str:
     """The digest of inputs stated in a file; UsageError if the file is not of this kind."""
-    statement = kind_and_inputs(target)
-    if statement is None or statement.kind != kind:
+    recorded = kind_and_inputs(target)
+    if recorded is None or recorded.kind != kind:
         raise UsageError(
             f"{target} is there and holds no {kind} of vilu, so it is left alone. "
             "Give another file, or remove it."
         )
-    return statement.inputs
+    return recorded.inputs
 
 
 def claim_folder(
     path: str | os.PathLike[str],
     result_kind: str,
-    is_ours: Callable[[Path], bool],
+    is_part_of_result: Callable[[Path], bool],
     *,
     has_same_inputs: bool = False,
     overwrite: bool = False,
@@ -199,7 +204,7 @@ def claim_folder(
     Args:
         path: The output folder. The folder is not made here.
         result_kind: The kind of the result, for messages.
-        is_ours: Returns whether a file in the folder belongs to such a result. Not called for
+        is_part_of_result: Returns whether a file in the folder belongs to a result. Not called for
             temporary files and locks.
         has_same_inputs: Whether the existing result was made from the same inputs.
         overwrite: Replace an existing result, made from any inputs.
@@ -223,7 +228,7 @@ def claim_folder(
         entries = folder_entries(root)
     if entries and has_same_inputs and not overwrite:
         return True
-    foreign_paths = [path for path in entries if not is_ours(path)]
+    foreign_paths = [path for path in entries if not is_part_of_result(path)]
     refuse_foreign_files(root, result_kind, foreign_paths)
     if entries and not overwrite:
         raise UsageError(
@@ -242,7 +247,7 @@ def folder_entries(root: Path) -> list[Path]:
 
 def _is_lock_or_temporary(name: str) -> bool:
     """Whether a file with this name is a lock or a temporary file."""
-    return name.startswith(".") and LOCK_OR_TEMPORARY.search(name) is not None
+    return name.startswith(".") and LOCK_OR_TEMPORARY_NAME.search(name) is not None
 
 
 def refuse_foreign_files(root: Path, result_kind: str, foreign_paths: Iterable[Path]) -> None:
@@ -254,11 +259,11 @@ def refuse_foreign_files(root: Path, result_kind: str, foreign_paths: Iterable[P
         foreign_paths: Paths of the foreign files: files in ``root`` outside all results of this
             kind.
     """
-    first = min(foreign_paths, default=None)
-    if first is not None:
+    first_foreign_path = min(foreign_paths, default=None)
+    if first_foreign_path is not None:
         raise UsageError(
-            f"{root} holds {str(first.relative_to(root))!r}, which is no part of vilu's "
-            f"{result_kind}, so nothing there is touched. Give a new folder."
+            f"{root} holds {str(first_foreign_path.relative_to(root))!r}, which is no part of "
+            f"vilu's {result_kind}, so nothing there is touched. Give a new folder."
         )
 
 
@@ -269,17 +274,17 @@ def kind_and_inputs(path: Path) -> KindAndInputs | None:
     with convert_os_errors(f"cannot read {path}"):
         suffix = path.suffix.lower()
         if suffix == ".parquet":
-            facts = _table_metadata(path)
+            entries = _table_metadata(path)
         elif suffix == ".json":
-            facts = _document_content(path)
+            entries = _document_content(path)
         else:
             return _kind_by_bytes(path)
-    if facts is None:
+    if entries is None:
         return None
-    kind = KIND_OF_ENTRY.get(str(facts.get("kind")))
+    kind = KIND_OF_ENTRY.get(str(entries.get("kind")))
     if kind is None:
         return None
-    return KindAndInputs(kind, str(facts.get(INPUTS_KEY) or ""))
+    return KindAndInputs(kind, str(entries.get(INPUTS_KEY) or ""))
 
 
 def inputs_digest(*paths: Path, **settings: object) -> str:
@@ -306,20 +311,32 @@ def content_identity(path: Path) -> object:
     if path.is_file():
         return _table_or_file_digest(path)
     documents: list[object] = []
-    for name in ("predictor.json", "risk.json", RUN, MANIFEST):
+    for name in ("predictor.json", "risk.json", RUN_FILE, MANIFEST_FILE):
         if (path / name).is_file():
             documents.append([name, _document_identity(path / name)])
-    return documents or _list_files(path)
+    return documents or list_files(path)
 
 
-def _list_files(folder: Path) -> list[object]:
-    """The names, sizes and modification times of all files in a folder, at any depth."""
-    listing: list[object] = []
+def list_files(folder: Path, max_entries: int = MAX_LISTED_FILES) -> list[object]:
+    """The names, sizes and modification times of all files in a folder, at any depth.
+
+    Raises UsageError for more than ``max_entries`` files and folders. A user who names a whole disk
+    by mistake would wait for minutes otherwise.
+    """
+    files: list[Path] = []
     with convert_os_errors(f"cannot read {folder}"):
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                status = file.stat()
-                listing.append([str(file.relative_to(folder)), status.st_size, status.st_mtime_ns])
+        for n_earlier, path in enumerate(folder.rglob("*")):
+            if n_earlier == max_entries:
+                raise UsageError(
+                    f"{folder} has no document of vilu, and more than {max_entries:,} files "
+                    "and folders. Check the path."
+                )
+            if path.is_file():
+                files.append(path)
+        listing: list[object] = []
+        for file in sorted(files):
+            status = file.stat()
+            listing.append([str(file.relative_to(folder)), status.st_size, status.st_mtime_ns])
     return listing
 
 
@@ -328,8 +345,8 @@ def _table_or_file_digest(path: Path) -> object:
     if path.suffix.lower() == ".parquet":
         with convert_os_errors(f"cannot read {path}"):
             metadata = _table_metadata(path) or {}
-        if metadata.get(SEAL):
-            return metadata[SEAL]
+        if metadata.get(DIGEST_KEY):
+            return metadata[DIGEST_KEY]
     return file_hash(path)
 
 
@@ -341,8 +358,8 @@ def _document_identity(path: Path) -> object:
     content = _document_content(path)
     if content is None:
         return file_hash(path)
-    # the key of the digest is "fingerprint" in ``predictor.json``, and ``SEAL`` everywhere else
-    return without_version(content, "fingerprint", SEAL)
+    # the key of the digest is "fingerprint" in ``predictor.json``, else ``DIGEST_KEY``
+    return without_version(content, "fingerprint", DIGEST_KEY)
 
 
 def _document_content(path: Path) -> dict[str, Any] | None:
@@ -374,17 +391,17 @@ def _kind_by_bytes(path: Path) -> KindAndInputs | None:
     Returns None if both are missing.
     """
     with path.open("rb") as handle:
-        start = handle.read(SEARCHED_BYTES)
+        start = handle.read(N_SEARCHED_BYTES)
         size = os.fstat(handle.fileno()).st_size
-        handle.seek(max(size - SEARCHED_BYTES, 0))
+        handle.seek(max(size - N_SEARCHED_BYTES, 0))
         end = handle.read()
     for header, kind in KIND_OF_CSV_HEADER.items():
         if start.startswith(header):
             return KindAndInputs(kind, inputs="")
-    onnx_match = ONNX_MARK.search(end)
+    onnx_match = ONNX_MARK_PATTERN.search(end)
     if onnx_match:
         return KindAndInputs("ONNX export", onnx_match["inputs"].decode())
-    text_match = TEXT_MARK.search(end)
+    text_match = TEXT_MARK_PATTERN.search(end)
     if text_match:
         kind_of_text = KIND_OF_TEXT[text_match["kind"]]
         return KindAndInputs(kind_of_text, text_match["inputs"].decode())

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final, Literal, TextIO
 
 from vilu.artifacts.disk import convert_os_errors, write_bytes
 from vilu.artifacts.documents import (
-    SCHEMA,
+    DIGEST_KEY,
+    SCHEMA_KEY,
     SCHEMA_VERSION,
-    SEAL,
     parse_json,
     plain_json,
     require_schema,
@@ -27,14 +27,16 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 METADATA_KEY = b"vilu"
-METADATA_IN_FOOTER = re.compile(rb'\{"schema_version": .*"digest": "[0-9a-f]{32}"\}', re.DOTALL)
+FOOTER_METADATA_PATTERN = re.compile(
+    rb'\{"schema_version": .*"digest": "[0-9a-f]{32}"\}', re.DOTALL
+)
 """Pattern of the metadata of vilu in the footer of a Parquet file.
 
 If a bit in the key or in the length of the metadata is flipped, pyarrow does not find the metadata.
 This pattern still finds the metadata.
 """
 
-REMEDIES: Final = {
+REMEDY_OF_KIND: Final = {
     "outcomes": "Run `vilu score` again",
     "results": "Run `vilu evaluate` again",
     "monitor": "Begin a new monitor with `vilu monitor`",
@@ -42,7 +44,7 @@ REMEDIES: Final = {
 }
 """Maps the kind of a table to the advice in messages: how to make the table again."""
 
-OLDEST_VERSIONS: Final = {"labels": 1}
+OLDEST_VERSION_OF_KIND: Final = {"labels": 1}
 """Maps the kind of a table to the lowest readable schema version.
 
 For all kinds not listed here, the lowest version is ``SCHEMA_VERSION``. Labels are the work of
@@ -55,12 +57,12 @@ MAX_HEADER_CHARACTERS = 2**20
 """Maximum number of characters of a line in the header of a CSV file."""
 
 # A spreadsheet runs a cell as a formula if the cell begins with a character in these brackets.
-# ``_FORMULA`` matches such a beginning, with or without apostrophes before the character. When a
+# ``_FORMULA_PATTERN`` matches such a beginning, also with apostrophes before the character. When a
 # CSV file is written, a matching cell gets one more apostrophe at the beginning, so spreadsheets
 # show the cell as text. When the file is read, this apostrophe is removed again from every cell
-# matched by ``_QUOTED_FORMULA``.
-_FORMULA = r"^('*[=+\-@\t\r])"
-_QUOTED_FORMULA = r"^'('*[=+\-@\t\r])"
+# matched by ``_QUOTED_FORMULA_PATTERN``.
+_FORMULA_PATTERN = r"^('*[=+\-@\t\r])"
+_QUOTED_FORMULA_PATTERN = r"^'('*[=+\-@\t\r])"
 
 
 def write_table(
@@ -85,7 +87,7 @@ def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
     table = pa.table(dict(columns))
     text_columns = [column.name for column in table.schema if pa.types.is_string(column.type)]
     # group 1 of the pattern is the beginning of the cell; an apostrophe is put before this group
-    table = _replace_in_texts(table, text_columns, pattern=_FORMULA, replacement=r"'\1")
+    table = _replace_in_texts(table, text_columns, pattern=_FORMULA_PATTERN, replacement=r"'\1")
     buffer = BytesIO()
     header = StringIO()
     csv.writer(header, lineterminator="\n").writerow(table.column_names)
@@ -110,8 +112,8 @@ def parquet_bytes(
     import pyarrow.parquet
 
     table = pa.table(dict(columns))
-    content = parse_json(plain_json({SCHEMA: SCHEMA_VERSION, **metadata}))
-    content[SEAL] = table_digest(table, content)
+    content = parse_json(plain_json({SCHEMA_KEY: SCHEMA_VERSION, **metadata}))
+    content[DIGEST_KEY] = table_digest(table, content)
     buffer = BytesIO()
     sealed_table = table.replace_schema_metadata({METADATA_KEY: plain_json(content)})
     repetitive_columns = [name for name in table.column_names if _is_repetitive(table[name])]
@@ -212,7 +214,9 @@ def _replace_in_texts(
 
 def remove_apostrophes(table: pa.Table, text_columns: Collection[str]) -> pa.Table:
     """Remove the apostrophes put by ``csv_bytes`` before cells that look like formulas."""
-    return _replace_in_texts(table, text_columns, pattern=_QUOTED_FORMULA, replacement=r"\1")
+    return _replace_in_texts(
+        table, text_columns, pattern=_QUOTED_FORMULA_PATTERN, replacement=r"\1"
+    )
 
 
 def read_table(
@@ -244,10 +248,10 @@ def read_table(
         raise StorageError(f"cannot open {path}: {error}") from error
     with source:
         try:
-            is_ours = False
+            has_our_metadata = False
             if suffix == ".parquet":
                 table = _read_parquet(source)
-                is_ours = METADATA_IN_FOOTER.search(_footer(source)) is not None
+                has_our_metadata = FOOTER_METADATA_PATTERN.search(_footer(source)) is not None
             else:
                 # raises DataError if the heading would take minutes to read
                 csv_names(path, delimiter)
@@ -258,7 +262,7 @@ def read_table(
             raise DataError(f"{path} is not a readable {suffix[1:]} table: {error}") from error
     require_width(path, len(table.column_names))
     require_distinct_columns(str(path), table.column_names)
-    return table, _checked_metadata(path, table, is_ours=is_ours)
+    return table, _checked_metadata(path, table, has_our_metadata=has_our_metadata)
 
 
 def _read_parquet(source: pa.NativeFile) -> pa.Table:
@@ -356,7 +360,7 @@ def parse_csv(
             _require_named_columns(f"{source} line {line}", names, cells)
             if not cells:
                 continue
-            texts = [re.sub(_QUOTED_FORMULA, r"\1", cell) for cell in cells]
+            texts = [re.sub(_QUOTED_FORMULA_PATTERN, r"\1", cell) for cell in cells]
             missing_texts = [""] * (len(names) - len(cells))  # empty if no cells are missing
             # strict=False leaves out empty cells without a column; the check above refused texts
             text_of_column = dict(zip(names, texts + missing_texts, strict=False))
@@ -525,18 +529,20 @@ def _digest_of_read_table(path: str | Path, table: pa.Table, metadata: Mapping[s
         ) from error
 
 
-def _checked_metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, object]:
+def _checked_metadata(
+    path: str | Path, table: pa.Table, *, has_our_metadata: bool
+) -> dict[str, object]:
     """Check the digest of a table of vilu and return the metadata; {} for any other table.
 
     Args:
         path: The file, for messages.
         table: The table, as read by pyarrow.
-        is_ours: Whether the footer of the file contains metadata of vilu. If pyarrow finds no
-            metadata in such a table, the file is damaged.
+        has_our_metadata: Whether the footer of the file contains metadata of vilu. If pyarrow finds
+            no metadata in such a table, the file is damaged.
     """
     all_metadata = table.schema.metadata or {}  # None in a table without metadata
     text = all_metadata.get(METADATA_KEY)
-    if text is None and not is_ours:
+    if text is None and not has_our_metadata:
         return {}
     try:
         # if pyarrow does not find the metadata, parsing b"" raises a ValueError
@@ -545,7 +551,7 @@ def _checked_metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> di
         raise DataError(
             f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."
         ) from error
-    stated_digest = metadata.pop(SEAL, None)
+    stated_digest = metadata.pop(DIGEST_KEY, None)
     actual_digest = _digest_of_read_table(path, table, metadata)
     if stated_digest is not None and stated_digest != actual_digest:
         raise DataError(
@@ -553,10 +559,10 @@ def _checked_metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> di
             "digest says. Make it again."
         )
     kind = str(metadata.get("kind"))
-    remedy = REMEDIES.get(kind, "Make it again")
-    oldest_version = OLDEST_VERSIONS.get(kind, SCHEMA_VERSION)
-    require_schema(path, metadata, remedy, oldest=oldest_version)
+    remedy = REMEDY_OF_KIND.get(kind, "Make it again")
+    oldest_version = OLDEST_VERSION_OF_KIND.get(kind, SCHEMA_VERSION)
+    require_schema(path, metadata, remedy, oldest_version=oldest_version)
     if stated_digest is None:
         raise DataError(f"{path} is damaged: its metadata have no digest. {remedy}.")
-    del metadata[SCHEMA]
+    del metadata[SCHEMA_KEY]
     return metadata

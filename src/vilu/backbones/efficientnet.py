@@ -22,7 +22,7 @@ N_FEATURES: Final = 1280
 N_CLASSES: Final = 1000
 """Number of classes of the classifier: the classes of ImageNet-1k."""
 
-EPSILON: Final = 1e-3
+BATCH_NORM_EPSILON: Final = 1e-3
 """Number added to the variances of the batch norms, as in TensorFlow."""
 
 
@@ -50,7 +50,7 @@ STAGES: Final = (
 
 
 class Convolution(nn.Module):
-    """A convolution with a batch norm, and with ReLU6 if ``activated``."""
+    """A convolution with a batch norm, and with ReLU6 if ``has_activation``."""
 
     def __init__(
         self,
@@ -60,32 +60,32 @@ class Convolution(nn.Module):
         kernel: int = 1,
         stride: int = 1,
         groups: int = 1,
-        activated: bool = True,
+        has_activation: bool = True,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, groups=groups, bias=False)
         # Any, because ``merge_norm`` replaces the batch norm by an ``nn.Identity``
-        self.norm: Any = nn.BatchNorm2d(channels_out, eps=EPSILON)
+        self.norm: Any = nn.BatchNorm2d(channels_out, eps=BATCH_NORM_EPSILON)
         # With a kernel k and a stride s, TensorFlow pads an even side by k - s zeros in total. The
         # smaller half is put before the pixels. All sides are even here, because the sides of
         # images are multiples of 32.
         padding = kernel - stride
         before = padding // 2
         after = padding - before
-        self.is_symmetric = before == after
-        if self.is_symmetric:
+        self.is_padding_symmetric = before == after
+        if self.is_padding_symmetric:
             self.conv.padding = (before, before)
-        self.margins = (before, after, before, after)  # left, right, top, bottom
-        self.activated = activated
+        self.padding_of_sides = (before, after, before, after)  # left, right, top, bottom
+        self.has_activation = has_activation
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, feature_maps: Tensor) -> Tensor:
         """Map channels (B, C_in, H, W) to channels (B, C, H / stride, W / stride)."""
-        if not self.is_symmetric:
-            rows = functional.pad(rows, self.margins)
-        rows = self.norm(self.conv(rows))
-        if self.activated:
-            return functional.relu6(rows, inplace=True)
-        return rows
+        if not self.is_padding_symmetric:
+            feature_maps = functional.pad(feature_maps, self.padding_of_sides)
+        feature_maps = self.norm(self.conv(feature_maps))
+        if self.has_activation:
+            return functional.relu6(feature_maps, inplace=True)
+        return feature_maps
 
     def merge_norm(self) -> None:
         """Multiply the batch norm into the weights. Outputs stay the same up to rounding."""
@@ -98,21 +98,29 @@ class InvertedResidual(nn.Module):
 
     def __init__(self, channels_in: int, stage: Stage, *, stride: int) -> None:
         super().__init__()
-        inner = channels_in * stage.expansion
+        inner_channels = channels_in * stage.expansion
         layers: list[nn.Module] = []
         if stage.expansion > 1:
-            layers.append(Convolution(channels_in, inner))
-        layers.append(Convolution(inner, inner, kernel=stage.kernel, stride=stride, groups=inner))
-        layers.append(Convolution(inner, stage.channels, activated=False))
+            layers.append(Convolution(channels_in, inner_channels))
+        layers.append(
+            Convolution(
+                inner_channels,
+                inner_channels,
+                kernel=stage.kernel,
+                stride=stride,
+                groups=inner_channels,
+            )
+        )
+        layers.append(Convolution(inner_channels, stage.channels, has_activation=False))
         self.layers = nn.Sequential(*layers)
         self.is_residual = stride == 1 and channels_in == stage.channels
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, feature_maps: Tensor) -> Tensor:
         """Map channels (B, C_in, H, W) to channels (B, C, H / stride, W / stride)."""
-        outcome: Tensor = self.layers(rows)
+        output: Tensor = self.layers(feature_maps)
         if self.is_residual:
-            return outcome + rows
-        return outcome
+            return output + feature_maps
+        return output
 
 
 class EfficientNetLite0(nn.Module):

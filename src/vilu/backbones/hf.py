@@ -52,14 +52,14 @@ class Towers:
     processor: Any
 
     @property
-    def text_length(self) -> int:
+    def n_padded_tokens(self) -> int:
         """Number of tokens of every text after padding.
 
         SigLIP was trained with this padding. The embeddings of CLIP do not depend on the padding.
         """
-        tokenizer_length = self.processor.tokenizer.model_max_length
-        tower_length = self.model.config.text_config.max_position_embeddings
-        return int(min(tokenizer_length, tower_length))
+        max_tokens_of_tokenizer = self.processor.tokenizer.model_max_length
+        max_tokens_of_tower = self.model.config.text_config.max_position_embeddings
+        return int(min(max_tokens_of_tokenizer, max_tokens_of_tower))
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """Inputs of the text tower.
@@ -70,7 +70,7 @@ class Towers:
             text=texts,
             padding="max_length",
             truncation=True,
-            max_length=self.text_length,
+            max_length=self.n_padded_tokens,
             return_tensors="pt",
         )
         inputs: dict[str, Tensor] = dict(tokens.to(self.model.device).items())
@@ -81,7 +81,7 @@ class Towers:
     def truncates(self, texts: list[str]) -> list[bool]:
         """Whether each text has more tokens than the tower reads, including special tokens."""
         tokens = self.processor.tokenizer(texts, padding=False, truncation=False, verbose=False)
-        return [len(token_ids) > self.text_length for token_ids in tokens["input_ids"]]
+        return [len(token_ids) > self.n_padded_tokens for token_ids in tokens["input_ids"]]
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Embeddings (M, D) of M texts, of any norm."""
@@ -102,11 +102,11 @@ class Towers:
             return output
         return cast("Tensor", output.pooler_output)
 
-    def pixels(self, image: Image.Image) -> Tensor:
+    def preprocess(self, image: Image.Image) -> Tensor:
         """Pixels (3, H, W) of an image."""
         return cast("Tensor", self.processor(images=image, return_tensors="pt")["pixel_values"][0])
 
-    def resize_to(self) -> int | None:
+    def resized_side(self) -> int | None:
         """Length to which the processor resizes the shorter side of an image, or a larger number.
 
         None if the processor does not resize.
@@ -137,10 +137,10 @@ def _read_towers(transformers: ModuleType, origin: Path | str, name: str) -> tup
     ``origin`` is the folder of the model, or the repository on the hub. ``name`` is the name of the
     model in messages. Missing weights raise an error, although transformers only warns of them.
     """
-    model, report = transformers.AutoModel.from_pretrained(
+    model, loading_report = transformers.AutoModel.from_pretrained(
         origin, dtype=torch.float32, output_loading_info=True
     )
-    _require_dual_encoder(model, report, name)
+    _require_dual_encoder(model, loading_report, name)
     processor = transformers.AutoProcessor.from_pretrained(origin)
     # By default transformers resizes with torchvision. The pixels of torchvision differ from the
     # pixels of Pillow by up to two grey levels. Pillow is used here, because CLIP was trained with
@@ -150,7 +150,7 @@ def _read_towers(transformers: ModuleType, origin: Path | str, name: str) -> tup
         origin, backend="pil", use_fast=False
     )
     towers = Towers(model, processor)
-    if towers.pixels(PROBE_IMAGE).ndim != 3:
+    if towers.preprocess(PROBE_IMAGE).ndim != 3:
         raise UsageError(
             f"{name} cuts pictures into a varying number of patches; take a model of fixed "
             "resolution."
@@ -164,14 +164,14 @@ def _read_towers(transformers: ModuleType, origin: Path | str, name: str) -> tup
 
 def _require_dual_encoder(
     model: Any,  # noqa: ANN401 - untyped in transformers
-    report: Mapping[str, Iterable[object]],
+    loading_report: Mapping[str, Iterable[object]],
     name: str,
 ) -> None:
     """Raise an error for a model with missing weights, or without an image or text tower.
 
-    ``report`` is the report of transformers on the loaded weights.
+    ``loading_report`` is the report of transformers on the loaded weights.
     """
-    missing_weights = [*report["missing_keys"], *report["mismatched_keys"]]
+    missing_weights = [*loading_report["missing_keys"], *loading_report["mismatched_keys"]]
     if missing_weights:
         first_name = min(str(weight) for weight in missing_weights)
         raise ProvenanceError(
@@ -198,7 +198,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
     model = towers.model.eval().requires_grad_(requires_grad=False)
     weights = tensors_hash(model.state_dict())
     model.to(device)
-    probe = towers.pixels(PROBE_IMAGE)[None].to(device)
+    probe_pixels = towers.preprocess(PROBE_IMAGE)[None].to(device)
     bias = model.logit_bias.item() if hasattr(model, "logit_bias") else 0.0
     space = EmbeddingSpace(
         embed_dim=towers.encode_texts(["a photo"]).shape[1],
@@ -211,19 +211,19 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         precision=precision,
     )
     image_projection = detach_projection(
-        model, ["visual_projection"], lambda: towers.encode_images(probe)
+        model, ["visual_projection"], lambda: towers.encode_images(probe_pixels)
     )
     text_projection = detach_projection(
         model, ["text_projection"], lambda: towers.encode_texts(["a photo"])
     )
     bf16_tower = None
     if precision == "bf16":
-        twin = with_bf16_members(model, ["vision_model", "visual_projection"])
-        bf16_tower = Towers(twin, towers.processor).encode_images
+        bf16_model = with_bf16_members(model, ["vision_model", "visual_projection"])
+        bf16_tower = Towers(bf16_model, towers.processor).encode_images
     return DualEncoder(
         space,
         device,
-        transform=towers.pixels,
+        transform=towers.preprocess,
         image_tower=towers.encode_images,
         text_tower=towers.encode_texts,
         truncates=towers.truncates,
@@ -231,7 +231,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         text_projection=text_projection,
         text_cache_key=space.fingerprint,
         bf16_tower=bf16_tower,
-        resize_to=towers.resize_to(),
+        resize_to=towers.resized_side(),
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vilu.artifacts.hashing import digest
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.extras import hub_reachable, offline_hub, quiet
+from vilu.extras import is_hub_reachable, offline_hub, suppress_messages
 
 READING_ERRORS = (
     RuntimeError,
@@ -106,7 +106,7 @@ def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) ->
     # A ProvenanceError means that files do not match. Perhaps a file is not cached yet.
     except (_MissingFileError, ProvenanceError) as error:
         cache_error = error
-    is_reachable = hub_reachable()
+    is_reachable = is_hub_reachable()
     if not is_reachable and isinstance(cache_error, ProvenanceError):
         raise cache_error
     reason = "the hub cannot be reached"
@@ -131,8 +131,8 @@ def _load_quietly(load: Callable[[], Loaded], name: str, *, offline: bool) -> Lo
     If ``offline``, the libraries do not use the network.
     """
     try:
-        network = offline_hub() if offline else nullcontext()
-        with quiet(), network:
+        network_access = offline_hub() if offline else nullcontext()
+        with suppress_messages(), network_access:
             return load()
     except ViLUError:
         raise

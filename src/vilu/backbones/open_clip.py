@@ -47,14 +47,14 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelLocation:
     """Location of a model."""
 
     name: str  # name of the backbone, without local paths
-    model: str  # name of the model in open_clip, with or without a schema such as "hf-hub:"
+    model_name: str  # name of the model in open_clip, with or without a schema such as "hf-hub:"
     repository: str | None  # repository on the hub; None for a local folder
     # downloads weights missing on this machine; raises OSError if the download fails
-    fetch: Callable[[], object]
+    download_weights: Callable[[], object]
     # for a model name without schema: the pretraining tag, or the path of a checkpoint file
     tag: str | None = None
     # whether the weights need QuickGELU; open_clip only warns if the model does not use QuickGELU
@@ -74,32 +74,32 @@ def load(
         tanh_gelu: Whether every GELU is replaced by the tanh approximation.
     """
     open_clip = import_extra("open_clip", "clip")
-    source = find_source(open_clip, argument)
-    network, transform, tokenizer, tokenizer_id = _load_model(open_clip, source)
+    location = find_model(open_clip, argument)
+    network, transform, tokenizer, tokenizer_id = _load_model(open_clip, location)
     network = network.eval().requires_grad_(requires_grad=False)
     # hashed before the model is changed, because the hash identifies the weights on disk
     weights = tensors_hash(network.state_dict())
     if tanh_gelu:
-        use_tanh_gelu(network, source.name)
+        use_tanh_gelu(network, location.name)
     network = network.to(device)
 
     def encode_texts(texts: list[str]) -> Tensor:
         return cast("Tensor", network.encode_text(tokenizer(texts).to(device)))
 
-    probe = transform(Image.new("RGB", (64, 64)))[None].to(device)
+    probe_pixels = transform(Image.new("RGB", (64, 64)))[None].to(device)
     pixel_settings = open_clip.get_model_preprocess_cfg(network)
     space = EmbeddingSpace(
         embed_dim=encode_texts(["a photo"]).shape[1],
         logit_scale=network.logit_scale.exp().item(),
         logit_bias=0.0 if network.logit_bias is None else network.logit_bias.item(),
-        backbone=source.name,
+        backbone=location.name,
         weights=weights,
         preprocess=json.dumps(pixel_settings, sort_keys=True),
         tokenizer=tokenizer_id,
         precision=precision,
     )
     image_projection = detach_projection(
-        network, IMAGE_PROJECTIONS, lambda: network.encode_image(probe)
+        network, IMAGE_PROJECTIONS, lambda: network.encode_image(probe_pixels)
     )
     text_projection = detach_projection(
         network, TEXT_PROJECTIONS, lambda: encode_texts(["a photo"])
@@ -123,23 +123,25 @@ def load(
     )
 
 
-def _load_model(open_clip: ModuleType, source: Source) -> tuple[Any, Transform, Tokenizer, str]:
+def _load_model(
+    open_clip: ModuleType, location: ModelLocation
+) -> tuple[Any, Transform, Tokenizer, str]:
     """Load the network, the preprocessing, the tokenizer, and the identity of the tokenizer."""
 
     def read() -> tuple[Any, Transform, Tokenizer, str]:
-        source.fetch()
+        location.download_weights()
         network, transform = open_clip.create_model_from_pretrained(
-            source.model, pretrained=source.tag, force_quick_gelu=source.quick_gelu
+            location.model_name, pretrained=location.tag, force_quick_gelu=location.quick_gelu
         )
         network.float()  # needed if the caller has changed the default type of torch
-        tokenizer = open_clip.get_tokenizer(source.model)
+        tokenizer = open_clip.get_tokenizer(location.model_name)
         # a tokenizer of open_clip is also the function for encoding texts
         tokenizer_id = tokenizer_identity(tokenizer, encode=tokenizer)
         return network, transform, tokenizer, tokenizer_id
 
-    if source.repository is None:
-        return load_local(read, source.name)
-    return load_cached_first(read, source.name, source.repository)
+    if location.repository is None:
+        return load_local(read, location.name)
+    return load_cached_first(read, location.name, location.repository)
 
 
 def use_tanh_gelu(network: nn.Module, name: str) -> None:
@@ -169,47 +171,52 @@ def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
     return [bool(flag) for flag in is_truncated]
 
 
-def find_source(open_clip: ModuleType, argument: str) -> Source:
+def find_model(open_clip: ModuleType, argument: str) -> ModelLocation:
     """Return the location of the model named by ``argument``."""
     if argument.startswith("hf-hub:"):
-        return _hub_source(open_clip, argument)
+        return _hub_location(open_clip, argument)
     folder = Path(argument.removeprefix("local-dir:")).expanduser()
     if argument.startswith("local-dir:") or (argument and folder.is_dir()):
         name = f"open_clip:{folder.resolve().name}"
-        return Source(
+        return ModelLocation(
             name=name,
-            model=f"local-dir:{folder}",
+            model_name=f"local-dir:{folder}",
             repository=None,
-            fetch=lambda: _require_weights(folder),
+            download_weights=lambda: _require_weights(folder),
         )
-    return _registry_source(open_clip, argument)
+    return _registry_location(open_clip, argument)
 
 
-def _hub_source(open_clip: ModuleType, argument: str) -> Source:
+def _hub_location(open_clip: ModuleType, argument: str) -> ModelLocation:
     """Return the location of a model hf-hub:ORG/NAME. The configuration is on the hub, too."""
     repository = require_hub_id(argument.removeprefix("hf-hub:"))
     hub = open_clip.pretrained
 
-    def fetch() -> None:
+    def download_weights() -> None:
         hub.download_pretrained_from_hf(repository, filename=CONFIG_FILE)
         hub.download_pretrained_from_hf(repository)  # the weights
 
-    return Source(name=f"open_clip:{argument}", model=argument, repository=repository, fetch=fetch)
+    return ModelLocation(
+        name=f"open_clip:{argument}",
+        model_name=argument,
+        repository=repository,
+        download_weights=download_weights,
+    )
 
 
-def _registry_source(open_clip: ModuleType, argument: str) -> Source:
+def _registry_location(open_clip: ModuleType, argument: str) -> ModelLocation:
     """Return the location of a model in open_clip's registry: NAME/TAG, or NAME/PATH of weights."""
-    model, _, tag = argument.partition("/")
-    if model not in open_clip.list_models():
-        similar_names = difflib.get_close_matches(model, open_clip.list_models(), n=3)
+    model_name, _, tag = argument.partition("/")
+    if model_name not in open_clip.list_models():
+        similar_names = difflib.get_close_matches(model_name, open_clip.list_models(), n=3)
         raise UsageError(
-            f"open_clip has no model {model!r}, and there is no such folder. Expected NAME/TAG, "
-            "NAME/PATH of a checkpoint file, hf-hub:ORG/NAME or a folder. Near names: "
+            f"open_clip has no model {model_name!r}, and there is no such folder. Expected "
+            "NAME/TAG, NAME/PATH of a checkpoint file, hf-hub:ORG/NAME or a folder. Near names: "
             f"{', '.join(similar_names) or 'none'}."
         )
-    pretrained_config = open_clip.get_pretrained_cfg(model, tag)
+    pretrained_config = open_clip.get_pretrained_cfg(model_name, tag)
     if not pretrained_config:
-        return _file_source(open_clip, model, tag)
+        return _file_location(open_clip, model_name, tag)
     hub = open_clip.pretrained
     entry = pretrained_config.get("hf_hub", "")  # ORG/NAME/FILE, or ORG/NAME/ for the usual file
     repository, _, _ = entry.rpartition("/")
@@ -219,32 +226,32 @@ def _registry_source(open_clip: ModuleType, argument: str) -> Source:
             f"entry is {entry!r}, expected ORG/NAME/FILE). Choose another tag, or give a folder "
             f"with {CONFIG_FILE} and weights."
         )
-    return Source(
+    return ModelLocation(
         name=f"open_clip:{argument}",
-        model=model,
+        model_name=model_name,
         repository=repository,
-        fetch=lambda: hub.download_pretrained(pretrained_config),
+        download_weights=lambda: hub.download_pretrained(pretrained_config),
         tag=tag,
         quick_gelu=bool(pretrained_config.get("quick_gelu")),
     )
 
 
-def _file_source(open_clip: ModuleType, model: str, path: str) -> Source:
+def _file_location(open_clip: ModuleType, model_name: str, path: str) -> ModelLocation:
     """Return the location of a model of open_clip's registry with the weights in a file."""
     file = Path(path).expanduser()
     if not path or not file.is_file():
-        tags = open_clip.list_pretrained_tags_by_model(model)
+        tags = open_clip.list_pretrained_tags_by_model(model_name)
         similar_tags = difflib.get_close_matches(path, tags, n=3, cutoff=0.3) or tags[:3]
         raise UsageError(
-            f"{model} of open_clip has no pretraining tag {path!r}, and there is no such file. "
-            f"Near tags: {', '.join(similar_tags) or 'none'}. For weights of your own give "
-            f"open_clip:{model}/PATH, or the folder of the file with --models."
+            f"{model_name} of open_clip has no pretraining tag {path!r}, and there is no such "
+            f"file. Near tags: {', '.join(similar_tags) or 'none'}. For weights of your own give "
+            f"open_clip:{model_name}/PATH, or the folder of the file with --models."
         )
-    return Source(
-        name=f"open_clip:{model}/{file.name}",
-        model=model,
+    return ModelLocation(
+        name=f"open_clip:{model_name}/{file.name}",
+        model_name=model_name,
         repository=None,
-        fetch=lambda: None,  # the file is on this machine
+        download_weights=lambda: None,  # the file is on this machine
         tag=str(file),
     )
 

@@ -37,12 +37,12 @@ DETERMINERS = frozenset(
 )
 """Words that may not follow each other, as in "a the"."""
 
-MAX_SHOWN = 3
-"""Maximum number of templates in the text of ``prompts_in_words``."""
+MAX_SHOWN_TEMPLATES = 3
+"""Maximum number of templates in the text of ``describe_prompts``."""
 
 NEAR_DUPLICATE_COSINE = 0.999
 """Above this cosine, the model can hardly tell two candidates apart."""
-BLOCK_SIZE = 1024
+COSINE_BLOCK_ROWS = 1024
 """Number of candidates in a block. The cosines of a block with all candidates are in memory."""
 
 
@@ -59,7 +59,7 @@ def everyday_words() -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if not line.startswith("#"))
 
 
-def class_texts(
+def embed_class_names(
     backbone: Backbone, names: Sequence[str], templates: Sequence[str] = TEMPLATES["default"]
 ) -> Tensor:
     """Unit-norm embeddings (K, D) float32 of K classes.
@@ -74,21 +74,21 @@ def class_texts(
         templates: Prompt templates, each with a single ``{}`` for the name.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
-    text = mean_texts(backbone, names, templates)
+    text = embed_names(backbone, names, templates)
     _warn_of_near_duplicates(text, names)
     return text
 
 
-def mean_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """The embeddings (K, D) of ``class_texts``, without the warning of nearly equal rows.
+def embed_names(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """The embeddings (K, D) of ``embed_class_names``, without the warning of nearly equal rows.
 
     This function is for words that are no candidates. Such words may be similar without any harm.
     """
-    mean_over_templates = prompt_texts(backbone, names, templates).mean(dim=1)
+    mean_over_templates = embed_prompts(backbone, names, templates).mean(dim=1)
     return functional.normalize(mean_over_templates, dim=-1)
 
 
-def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+def embed_prompts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Unit-norm embeddings (K, P, D) float32 of K classes in P prompt templates."""
     if not names:
         raise DataError("at least one class name is needed. Got none.")
@@ -130,16 +130,16 @@ def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
     return prompts
 
 
-def clumsy_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+def prompts_with_two_articles(names: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Return the prompts with two articles: in the template and at the beginning of the name.
 
     A model has seen few texts such as "a photo of a a textile with a hole.", so answers suffer.
 
     Examples:
-        >>> from vilu.backbones.zeroshot import clumsy_prompts
-        >>> clumsy_prompts(["a shoe", "coat"], ["a photo of a {}."])
+        >>> from vilu.backbones.zeroshot import prompts_with_two_articles
+        >>> prompts_with_two_articles(["a shoe", "coat"], ["a photo of a {}."])
         ['a photo of a a shoe.']
-        >>> clumsy_prompts(["a shoe", "coat"], ["a photo of {}."])
+        >>> prompts_with_two_articles(["a shoe", "coat"], ["a photo of {}."])
         []
     """
     names_with_article = [name for name in names if _is_determiner(name.split()[:1])]
@@ -157,24 +157,24 @@ def _is_determiner(words: Sequence[str]) -> bool:
     return len(words) == 1 and words[0].lower() in DETERMINERS
 
 
-def prompts_in_words(names: Sequence[str], templates: Sequence[str]) -> str:
-    """The templates as a text for people, with a warning if there are ``clumsy_prompts``."""
-    first_templates = ", ".join(repr(template) for template in templates[:MAX_SHOWN])
-    n_more_templates = len(templates) - MAX_SHOWN
+def describe_prompts(names: Sequence[str], templates: Sequence[str]) -> str:
+    """The templates as a text for people, with a warning of prompts with two articles."""
+    first_templates = ", ".join(repr(template) for template in templates[:MAX_SHOWN_TEMPLATES])
+    n_more_templates = len(templates) - MAX_SHOWN_TEMPLATES
     and_more = f" and {n_more_templates} more" if n_more_templates > 0 else ""
     sentences = [f"Prompts: {first_templates}{and_more}."]
-    bad_prompts = clumsy_prompts(names, templates)
-    if bad_prompts:
-        n_more_clumsy = len(bad_prompts) - 1
+    clumsy_prompts = prompts_with_two_articles(names, templates)
+    if clumsy_prompts:
+        n_more_clumsy = len(clumsy_prompts) - 1
         and_so_do = f", and so do {n_more_clumsy} more" if n_more_clumsy > 0 else ""
         sentences.append(
-            f"Warning: {bad_prompts[0]!r} has two articles{and_so_do}. Leave them out of the class "
-            "names, or give another --template, such as 'a photo of {}.'"
+            f"Warning: {clumsy_prompts[0]!r} has two articles{and_so_do}. Leave them out of the "
+            "class names, or give another --template, such as 'a photo of {}.'"
         )
     return " ".join(sentences)
 
 
-def named_templates(names_or_templates: Sequence[str]) -> tuple[str, ...]:
+def expand_template_names(names_or_templates: Sequence[str]) -> tuple[str, ...]:
     """Replace each name of a set in ``TEMPLATES`` by the templates of this set.
 
     Any other text is a template.
@@ -188,8 +188,8 @@ def named_templates(names_or_templates: Sequence[str]) -> tuple[str, ...]:
 def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
     """Warn of pairs of classes with nearly equal embeddings."""
     pairs: list[tuple[str, str]] = []
-    for start in range(0, len(text), BLOCK_SIZE):
-        block = text[start : start + BLOCK_SIZE]
+    for start in range(0, len(text), COSINE_BLOCK_ROWS):
+        block = text[start : start + COSINE_BLOCK_ROWS]
         cosines = block @ text[start:].T  # rows and columns both count from ``start``
         # only cosines above the diagonal, so that each pair is reported once
         is_near = cosines.triu(diagonal=1) > NEAR_DUPLICATE_COSINE

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 
-from vilu.artifacts.documents import Model
+from vilu.artifacts.documents import FrozenModel
 from vilu.embeddings.columns import AnswerKind
 from vilu.embeddings.source import EmbeddingSource
-from vilu.metrics.bootstrap import paired_across
+from vilu.metrics.bootstrap import paired_across_answers
 from vilu.metrics.selective import coverage_at_risk, coverage_at_risk_kernel
 from vilu.predictors.contract.cross_fit import cross_fitted, labelled_folds
 from vilu.predictors.contract.held_out import HeldOutAnswers, folds_have_every_class
 from vilu.predictors.contract.predictor import FailurePredictor
 
-CONFIDENCE = 0.8
+GAIN_CONFIDENCE = 0.8
 """Confidence of the interval of the gain in coverage (adapted minus zero-shot answers).
 
 The confidence is lower than the usual 95 %, because two errors are equally bad here: to choose
@@ -21,7 +21,7 @@ adapted answers with less coverage, and to reject adapted answers with more cove
 """
 
 
-class AnswerChoice(Model):
+class AnswerChoice(FrozenModel):
     """Kind of the judged answers, with the reason.
 
     Attributes:
@@ -97,14 +97,17 @@ def choose_answer(
 
 def _choose_by_coverage(held_out: HeldOutAnswers, max_risk: float) -> AnswerChoice:
     """Choose the adapted answers, unless these clearly lose coverage on the held-out rows."""
-    kernel = partial(coverage_at_risk_kernel, risk=max_risk)
-    gain = paired_across(kernel, held_out.adapted, held_out.zero_shot, confidence=CONFIDENCE)
-    adapted = coverage_at_risk(*held_out.adapted, risk=max_risk)
-    zero_shot = coverage_at_risk(*held_out.zero_shot, risk=max_risk)
-    n = len(held_out.adapted.failure)
+    coverage_kernel = partial(coverage_at_risk_kernel, risk=max_risk)
+    gain = paired_across_answers(
+        coverage_kernel, held_out.adapted, held_out.zero_shot, confidence=GAIN_CONFIDENCE
+    )
+    adapted_coverage = coverage_at_risk(*held_out.adapted, risk=max_risk)
+    zero_shot_coverage = coverage_at_risk(*held_out.zero_shot, risk=max_risk)
+    n_rows = len(held_out.adapted.failure)
     reason = (
-        f"of {n} held-out rows, {adapted:.0%} of the adapted and {zero_shot:.0%} of the zero-shot "
-        f"answers could be accepted at {max_risk:.3g} risk"
+        f"of {n_rows} held-out rows, {adapted_coverage:.0%} of the adapted and "
+        f"{zero_shot_coverage:.0%} of the zero-shot answers could be accepted at {max_risk:.3g} "
+        "risk"
     )
     if gain.ci_high < 0:
         return AnswerChoice(answer="zero_shot", reason=reason)

@@ -26,39 +26,39 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
-from vilu.artifacts.documents import Model
-from vilu.calibration.thresholds import MAX_ROWS, first_enough
+from vilu.artifacts.documents import FrozenModel
+from vilu.calibration.thresholds import MAX_SEARCHED_ROWS, find_sufficient_number
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
 from vilu.validation import require_between
 
-BETS: Final = ((0.95, 0.4), (0.8, 0.25), (0.6, 0.2), (0.35, 0.15))
+BETS_WITH_SHARES: Final = ((0.95, 0.4), (0.8, 0.25), (0.6, 0.2), (0.35, 0.15))
 """Bets b, each with a share of the initial wealth.
 
 With these bets 72 right answers and no wrong answer certify a risk of 5 % with confidence 95 %. The
 exact test for a single look needs 59.
 """
 
-STEPS: Final = 64
+N_THRESHOLDS_UP_TO_LIMIT: Final = 64
 """Number of thresholds in a grid up to the limit."""
 
-STARTS: Final = ((40, 0.3), (STEPS, 0.7))
+SEQUENCE_STARTS: Final = ((40, 0.3), (N_THRESHOLDS_UP_TO_LIMIT, 0.7))
 """For every sequence of thresholds: number of the first threshold, and share of the level.
 
-Thresholds are numbered from 1. The thresholds 1 to ``STEPS`` divide the rows up to the limit into
-equal parts, so threshold ``STEPS`` is the limit. The sequence that starts there gets the largest
-share, because the first test of this sequence uses all labels.
+Thresholds are numbered from 1. The thresholds 1 to ``N_THRESHOLDS_UP_TO_LIMIT`` divide the rows up
+to the limit into equal parts, so threshold ``N_THRESHOLDS_UP_TO_LIMIT`` is the limit. The sequence
+that starts there gets the largest share, because the first test of this sequence uses all labels.
 """
 
-GROWTH: Final = 1.02
+GROWTH_BEYOND_LIMIT: Final = 1.02
 """Beyond the limit, each threshold accepts this many times the rows of the previous threshold."""
 
 
 @np.errstate(under="ignore")  # terms far smaller than the largest term are rounded to 0
-def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floats:
+def log_evidence(n_wrong: ArrayLike, n_accepted: ArrayLike, max_risk: float) -> Floats:
     """Return the log evidence (...) against "the error rate is above ``max_risk``": log E.
 
-    ``accepted`` is the number of labels so far, and ``wrong`` the number of wrong answers.
+    ``n_accepted`` is the number of labels so far, and ``n_wrong`` the number of wrong answers.
 
     Examples:
         >>> import math
@@ -68,43 +68,43 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
         >>> is_certified.index(True)
         72
     """
-    bet, share = np.array(BETS).T
-    k = np.asarray(wrong, dtype=np.float64)[..., None]
-    m = np.asarray(accepted, dtype=np.float64)[..., None]
+    bets, wealth_shares = np.array(BETS_WITH_SHARES).T
+    k = np.asarray(n_wrong, dtype=np.float64)[..., None]
+    m = np.asarray(n_accepted, dtype=np.float64)[..., None]
     # Logarithms are added, because after thousands of labels the wealth is outside the range of
     # float64.
-    change_by_wrong = k * np.log1p(-bet)
-    change_by_right = (m - k) * np.log1p(bet * max_risk / (1 - max_risk))
+    change_by_wrong = k * np.log1p(-bets)
+    change_by_right = (m - k) * np.log1p(bets * max_risk / (1 - max_risk))
     # The mean wealth of the bets has an expectation of at most 1, so Ville's inequality holds. The
-    # wealth of the bet that is best in hindsight would reach 1 / a too often.
+    # largest wealth among the bets must not be used instead: its expectation can exceed 1.
     evidence: Floats = np.logaddexp.reduce(
-        np.log(share) + change_by_wrong + change_by_right, axis=-1
+        np.log(wealth_shares) + change_by_wrong + change_by_right, axis=-1
     )
     return evidence
 
 
-def flawless_labels(max_risk: float, delta: float) -> int:
+def n_right_labels_needed(max_risk: float, delta: float) -> int:
     """Return the smallest number of right answers that certifies a threshold at level delta."""
-    return labels_needed(wrong=0, max_risk=max_risk, delta=delta)
+    return n_labels_needed(n_wrong=0, max_risk=max_risk, delta=delta)
 
 
-def labels_needed(wrong: int, max_risk: float, delta: float) -> int:
-    """Return the smallest number of labels that certifies a threshold with ``wrong`` errors.
+def n_labels_needed(n_wrong: int, max_risk: float, delta: float) -> int:
+    """Return the smallest number of labels that certifies a threshold with ``n_wrong`` errors.
 
     The level is delta.
 
     Examples:
-        >>> from vilu.calibration.anytime import labels_needed
-        >>> [labels_needed(wrong, max_risk=0.05, delta=0.05) for wrong in (0, 1, 2)]
+        >>> from vilu.calibration.anytime import n_labels_needed
+        >>> [n_labels_needed(n_wrong, max_risk=0.05, delta=0.05) for n_wrong in (0, 1, 2)]
         [72, 124, 169]
     """
 
     def evidence_of(n_right: int) -> float:
-        return float(log_evidence(wrong, wrong + n_right, max_risk))
+        return float(log_evidence(n_wrong, n_wrong + n_right, max_risk))
 
     # Every bet wins at a right answer. So the evidence rises with the number of right answers, and
     # bisection finds the smallest sufficient number.
-    return wrong + bisect_left(range(MAX_ROWS), -math.log(delta), key=evidence_of)
+    return n_wrong + bisect_left(range(MAX_SEARCHED_ROWS), -math.log(delta), key=evidence_of)
 
 
 def level_of(attempt: int, delta: float) -> float:
@@ -117,11 +117,11 @@ def level_of(attempt: int, delta: float) -> float:
     return delta * 0.5**attempt
 
 
-def grid_of(uncertainty: Floats, limit: float) -> Floats:
+def threshold_grid(uncertainty: Floats, limit: float) -> Floats:
     """Choose thresholds (G,) from scores (N,), without labels.
 
     The first 64 thresholds divide the rows up to ``limit`` into equal parts. Beyond the limit, each
-    threshold accepts ``GROWTH`` times as many rows as the previous threshold.
+    threshold accepts ``GROWTH_BEYOND_LIMIT`` times as many rows as the previous threshold.
     """
     # The grid is fixed before any label is seen. Thresholds that depend on labels would favour
     # scores where the answers happen to be right, and a test for fixed thresholds would not hold.
@@ -129,39 +129,42 @@ def grid_of(uncertainty: Floats, limit: float) -> Floats:
     n_up_to_limit = int(np.searchsorted(ascending, limit, side="right"))
     if not n_up_to_limit:
         raise DataError(f"no score is at most {limit:.6g}, so nothing could be accepted.")
-    n_accepted = [math.ceil(n_up_to_limit * step / STEPS) for step in range(1, STEPS + 1)]
+    n_accepted = []
+    for threshold_number in range(1, N_THRESHOLDS_UP_TO_LIMIT + 1):
+        n_rows = math.ceil(n_up_to_limit * threshold_number / N_THRESHOLDS_UP_TO_LIMIT)
+        n_accepted.append(n_rows)
     while n_accepted[-1] < len(ascending):
-        n_next = math.ceil(n_accepted[-1] * GROWTH)
+        n_next = math.ceil(n_accepted[-1] * GROWTH_BEYOND_LIMIT)
         n_accepted.append(min(n_next, len(ascending)))
     index_of_last_accepted = np.array(n_accepted) - 1
     grid: Floats = ascending[index_of_last_accepted]
     return grid
 
 
-def accepted_relative_to_limit(n_thresholds: int) -> Floats:
-    """Return the accepted rows of each threshold (G,) of ``grid_of``, relative to the limit.
+def n_accepted_relative_to_limit(n_thresholds: int) -> Floats:
+    """Return the accepted rows of each threshold (G,) of ``threshold_grid``, relative to the limit.
 
     The number of accepted rows is divided by the number of rows up to the limit. The quotients are
     not rounded to whole rows, and depend only on the number of thresholds.
     """
-    number = np.arange(1, n_thresholds + 1)
-    share_up_to_limit = np.minimum(number / STEPS, 1.0)
-    steps_beyond_limit = np.maximum(number - STEPS, 0)
-    quotients: Floats = share_up_to_limit * GROWTH**steps_beyond_limit
-    return quotients
+    threshold_number = np.arange(1, n_thresholds + 1)
+    share_up_to_limit = np.minimum(threshold_number / N_THRESHOLDS_UP_TO_LIMIT, 1.0)
+    n_steps_beyond_limit = np.maximum(threshold_number - N_THRESHOLDS_UP_TO_LIMIT, 0)
+    relative_n_accepted: Floats = share_up_to_limit * GROWTH_BEYOND_LIMIT**n_steps_beyond_limit
+    return relative_n_accepted
 
 
 def require_grid(grid: Floats) -> None:
     """Raise a DataError for a grid with too few thresholds, or not in ascending order."""
-    if len(grid) < STEPS or (np.diff(grid) < 0).any():
+    if len(grid) < N_THRESHOLDS_UP_TO_LIMIT or (np.diff(grid) < 0).any():
         raise DataError(
-            f"a grid must have at least {STEPS} thresholds, in ascending order. Got "
-            f"{np.asarray(grid).tolist()}."
+            f"a grid must have at least {N_THRESHOLDS_UP_TO_LIMIT} thresholds, in ascending order. "
+            f"Got {np.asarray(grid).tolist()}."
         )
 
 
-class SavedLooks(Model):
-    """Saved settings of repeated tests (``Looks``).
+class SavedThresholdTests(FrozenModel):
+    """Saved settings of repeated tests (``ThresholdTests``).
 
     The settings are fixed before any label is seen.
     """
@@ -171,23 +174,23 @@ class SavedLooks(Model):
     limit: float  # only rows up to this uncertainty are labelled
 
     @classmethod
-    def of(cls, looks: Looks) -> Self:
-        """Return the settings of the tests ``looks``."""
-        return cls(grid=tuple(looks.grid.tolist()), delta=looks.delta, limit=looks.limit)
+    def of(cls, tests: ThresholdTests) -> Self:
+        """Return the settings of the tests ``tests``."""
+        return cls(grid=tuple(tests.grid.tolist()), delta=tests.delta, limit=tests.limit)
 
-    def looks(self, max_risk: float) -> Looks:
+    def tests(self, max_risk: float) -> ThresholdTests:
         """Make the tests of the thresholds for a maximal risk."""
-        return Looks(np.array(self.grid), max_risk, self.delta, self.limit)
+        return ThresholdTests(np.array(self.grid), max_risk, self.delta, self.limit)
 
 
 @dataclass(frozen=True)
-class Looks:
+class ThresholdTests:
     """Repeatable tests of a grid of thresholds: all thresholds may be tested after every label.
 
     The hypothesis H_t, "the error rate at t is above max_risk", is rejected if E(t) >= 1 / level.
-    Thresholds are tested from strict to lax. Sequences start at ``STARTS``, each with a share of
-    ``delta``. If a sequence reaches the start of the next sequence, the level of the next sequence
-    grows by the level of the earlier sequence.
+    Thresholds are tested from strict to lax. Sequences start at ``SEQUENCE_STARTS``, each with a
+    share of ``delta``. If a sequence reaches the start of the next sequence, the level of the next
+    sequence grows by the level of the earlier sequence.
 
     1. The level at a true H_t consists of the shares of the sequences that started after the
        preceding true H_t.
@@ -197,7 +200,7 @@ class Looks:
            P[ever certifying a t with R(t) > max_risk] <= delta.
 
     Args:
-        grid: Thresholds (G,), ascending, fixed before the labels (``grid_of``).
+        grid: Thresholds (G,), ascending, fixed before the labels (``threshold_grid``).
         max_risk: Largest error rate among accepted answers, in (0, 1).
         delta: The level, in (0, 1).
         limit: Only rows up to this uncertainty are labelled, so no larger threshold is tested.
@@ -206,13 +209,14 @@ class Looks:
 
     Examples:
         >>> import numpy as np
-        >>> from vilu.calibration.anytime import Looks
-        >>> looks = Looks(grid=np.linspace(0.01, 0.64, 64), max_risk=0.05, delta=0.05)
+        >>> from vilu.calibration.anytime import ThresholdTests
+        >>> tests = ThresholdTests(grid=np.linspace(0.01, 0.64, 64), max_risk=0.05, delta=0.05)
         >>> uncertainty = np.full(90, 0.005)  # below all thresholds
         >>> failure = np.zeros(90, int)  # no answer is wrong
-        >>> looks.certified(uncertainty, failure)  # the last threshold
+        >>> tests.index_of_laxest_certified_threshold(uncertainty, failure)  # the last threshold
         63
-        >>> print(looks.certified(uncertainty[:50], failure[:50]))  # too few labels
+        >>> # 50 labels are too few
+        >>> print(tests.index_of_laxest_certified_threshold(uncertainty[:50], failure[:50]))
         None
     """
 
@@ -227,11 +231,11 @@ class Looks:
         require_grid(self.grid)
 
     @property
-    def last(self) -> int:
+    def last_tested_index(self) -> int:
         """Index of the laxest threshold up to the limit."""
         return int(np.searchsorted(self.grid, self.limit, side="right")) - 1
 
-    def counts(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
+    def count_wrong_and_accepted(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
         """Count for each threshold (G,) the accepted wrong answers, and all accepted answers.
 
         ``uncertainty`` (N,) and ``failure`` (N,) belong to the N labelled answers.
@@ -241,10 +245,13 @@ class Looks:
         is_wrong = is_accepted & (failure == 1)
         return is_wrong.sum(axis=1), is_accepted.sum(axis=1)
 
-    def certified(self, uncertainty: Floats, failure: Ints) -> int | None:
-        """Return the index of the laxest threshold certified by the labels (N,) so far, or None."""
-        wrong, accepted = self.counts(uncertainty, failure)
-        return self._laxest_certified(wrong, accepted)
+    def index_of_laxest_certified_threshold(self, uncertainty: Floats, failure: Ints) -> int | None:
+        """Return the index of the laxest threshold certified by the labels (N,) so far.
+
+        None if the labels certify no threshold.
+        """
+        n_wrong, n_accepted = self.count_wrong_and_accepted(uncertainty, failure)
+        return self._laxest_index_by_counts(n_wrong, n_accepted)
 
     def can_certify(self, uncertainty: Floats) -> bool:
         """Whether labels of these rows (N,) would certify a threshold if all answers were right.
@@ -253,55 +260,57 @@ class Looks:
         """
         # All answers count as right here. So the result does not depend on the labels.
         no_failures = np.zeros(len(uncertainty), dtype=np.int64)
-        wrong, accepted = self.counts(uncertainty, no_failures)
-        return self._laxest_certified(wrong, accepted) is not None
+        n_wrong, n_accepted = self.count_wrong_and_accepted(uncertainty, no_failures)
+        return self._laxest_index_by_counts(n_wrong, n_accepted) is not None
 
-    def _laxest_certified(self, wrong: Ints, accepted: Ints) -> int | None:
-        """Return the index of the laxest certified threshold; None: no threshold.
+    def _laxest_index_by_counts(self, n_wrong: Ints, n_accepted: Ints) -> int | None:
+        """Return the index of the laxest certified threshold; None if no threshold is certified.
 
-        ``wrong`` (G,) and ``accepted`` (G,) are the results of ``counts``.
+        ``n_wrong`` (G,) and ``n_accepted`` (G,) are the results of ``count_wrong_and_accepted``.
         """
-        share_at_start = dict(STARTS)  # maps the number of a threshold to a share of the level
+        # maps the number of a threshold to a share of the level
+        share_at_start = dict(SEQUENCE_STARTS)
         level = 0.0
-        laxest = None
+        laxest_index = None
         # Labelled rows are a random sample only up to the limit. So no threshold beyond the limit
         # is tested.
-        evidence = log_evidence(wrong, accepted, self.max_risk)[: self.last + 1]
+        evidence = log_evidence(n_wrong, n_accepted, self.max_risk)[: self.last_tested_index + 1]
         for index, log_e in enumerate(evidence.tolist()):
-            number = index + 1
-            level += self.delta * share_at_start.get(number, 0.0)
+            threshold_number = index + 1
+            level += self.delta * share_at_start.get(threshold_number, 0.0)
             is_rejected = level > 0 and log_e >= -math.log(level)
             if is_rejected:
                 # The next threshold is tested at the full level. A sequence makes an error only by
                 # rejecting the first true H_t that it meets, so the level counts once (Wiens).
-                laxest = index
+                laxest_index = index
             else:
                 # H_t may be true, and this test has used up the level. If the same level were used
                 # again, the levels at true hypotheses could add up to more than delta.
                 level = 0.0
-        return laxest
+        return laxest_index
 
-    def more_needed(self, uncertainty: Floats, failure: Ints) -> int | None:
+    def n_more_labels_needed(self, uncertainty: Floats, failure: Ints) -> int | None:
         """Estimate how many more labels would certify a threshold, at the same error rates.
 
         Only labels of rows up to the limit count. Without any label so far, all answers are assumed
         to be right. None if no number of labels would be enough.
         """
-        wrong, accepted = self.counts(uncertainty, failure)
+        n_wrong, n_accepted = self.count_wrong_and_accepted(uncertainty, failure)
         # All new labels are of rows up to the limit. If a threshold accepts half of these rows, the
         # threshold also accepts about half of the new labels.
-        relative_size = accepted_relative_to_limit(len(self.grid))
-        share_accepted = np.minimum(relative_size / relative_size[self.last], 1.0)
-        error_rate = np.minimum(wrong / np.maximum(accepted, 1), 1.0)
+        relative_n_accepted = n_accepted_relative_to_limit(len(self.grid))
+        relative_at_limit = relative_n_accepted[self.last_tested_index]
+        share_accepted = np.minimum(relative_n_accepted / relative_at_limit, 1.0)
+        error_rate = np.minimum(n_wrong / np.maximum(n_accepted, 1), 1.0)
 
-        def is_enough(n_more: int) -> bool:
-            n_more_accepted = np.floor(n_more * share_accepted).astype(np.int64)
-            accepted_then = accepted + n_more_accepted
-            # Rounded up, so that the estimate is not too small. The tolerance 1e-9 keeps a
-            # float64 like 3.0000000001 at 3.
-            wrong_then = np.ceil(error_rate * accepted_then - 1e-9).astype(np.int64)
-            return self._laxest_certified(wrong_then, accepted_then) is not None
+        def is_enough(n_more_labels: int) -> bool:
+            n_more_accepted = np.floor(n_more_labels * share_accepted).astype(np.int64)
+            n_accepted_then = n_accepted + n_more_accepted
+            # The numbers are rounded up, so that the estimate is not too small. The tolerance 1e-9
+            # keeps a float64 like 3.0000000001 at 3.
+            n_wrong_then = np.ceil(error_rate * n_accepted_then - 1e-9).astype(np.int64)
+            return self._laxest_index_by_counts(n_wrong_then, n_accepted_then) is not None
 
         if is_enough(0):
             return 0
-        return first_enough(is_enough, first_tried=1)
+        return find_sufficient_number(is_enough, first_tried=1)

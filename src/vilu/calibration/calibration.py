@@ -18,9 +18,16 @@ from vilu.artifacts.disk import file_hash, write_bytes
 from vilu.artifacts.documents import Document, content_digest, read_document, write_document
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import parquet_bytes
-from vilu.calibration.closed_set import AnyLooks, AnySavedLooks, ClosedPhotos
-from vilu.calibration.label_sets import LabelSets, named_sets
-from vilu.calibration.rules import ALL, OTHER, Rule, group_names, rule_at_any_time, rule_of
+from vilu.calibration.closed_set import AnySavedTests, AnyThresholdTests, ClosedPhotos
+from vilu.calibration.label_sets import LabelSets, sets_as_json
+from vilu.calibration.rules import (
+    ALL_ROWS_GROUP,
+    OTHER_GROUP,
+    Rule,
+    group_names,
+    make_anytime_rule,
+    make_rule,
+)
 from vilu.calibration.target import Target
 from vilu.calibration.thresholds import Threshold
 from vilu.embeddings.source import Batch, EmbeddingSource
@@ -30,17 +37,17 @@ from vilu.outcomes.decisions import ABOVE, ACCEPT, NOT_COVERED, OUTSIDE_REASON, 
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import Calibrator
-from vilu.predictors.contract.seen import candidates_of, same_candidates
-from vilu.predictors.persistence.description import RECALIBRATE, fit_fingerprint
+from vilu.predictors.contract.seen import candidates_agree, describe_candidates
+from vilu.predictors.persistence.description import RECALIBRATE_ADVICE, fit_fingerprint
 from vilu.predictors.persistence.files import RISK, ROWS
 
-ROUNDING = 1e-9
+ROUNDING_TOLERANCE = 1e-9
 """Tolerance for comparing bounds and levels: versions of SciPy may round differently."""
 
 SCORE_TOLERANCE = 1e-6
 """Relative tolerance of a score that is computed again in a different batch."""
 
-ABOUT_NEW = (
+ADVICE_FOR_NEW_PHOTOS = (
     "For a guarantee about new photos run `vilu triage PHOTOS --about new -o FOLDER` into a new "
     "folder, with --labels and the labels.parquet of the old one."
 )
@@ -95,7 +102,7 @@ class Calibration(Document):
         (('accept', 'accept'), 0.05)
     """
 
-    remedy = RECALIBRATE
+    remedy = RECALIBRATE_ADVICE
     error_class = DataError
 
     kind: Literal["risk"] = "risk"
@@ -115,7 +122,7 @@ class Calibration(Document):
     rule: Rule | None
     probability: Annotated[Calibrator, Field(discriminator="form")]
     label_sets: LabelSets | None = None
-    draws: dict[str, AnySavedLooks] | None = None
+    draws: dict[str, AnySavedTests] | None = None
     inputs: str | None = None
     texts: tuple[float, ...] | None = None
     near_copies: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -159,8 +166,8 @@ class Calibration(Document):
         if calibration.predictor != fingerprint:
             raise ProvenanceError(
                 f"{path} was made for the predictor {calibration.predictor}, and {folder} holds "
-                f"{fingerprint}: its thresholds are not valid here. {RECALIBRATE}, or remove the "
-                "file."
+                f"{fingerprint}: its thresholds are not valid here. {RECALIBRATE_ADVICE}, or "
+                "remove the file."
             )
         calibration._rows = _read_rows(Path(folder), calibration.rows_sha256)
         # for example "it counts 30 calibration rows"
@@ -168,7 +175,7 @@ class Calibration(Document):
         if wrong_statement is not None:
             raise DataError(
                 f"{path} is damaged: {wrong_statement}, which does not follow from {ROWS}. "
-                f"{RECALIBRATE}."
+                f"{RECALIBRATE_ADVICE}."
             )
         return calibration
 
@@ -240,7 +247,7 @@ class Calibration(Document):
             ...     print(str(error).partition(",")[0])
             the predictor was calibrated on rows with 8 candidates (names unknown)
         """
-        self._require_closed(data)
+        self._require_photos_of_folder(data)
         if predictor.calibrator_ != self.probability:
             raise ProvenanceError(
                 f"the calibration is of another predictor than this {predictor.name}, or this one "
@@ -250,7 +257,7 @@ class Calibration(Document):
             raise ProvenanceError(
                 f"the calibration rows judge {self.rows.answer} answers, and this "
                 f"{predictor.name} judges {predictor.answer} answers, of which nothing is "
-                f"guaranteed. {RECALIBRATE}."
+                f"guaranteed. {RECALIBRATE_ADVICE}."
             )
         saved_facts = {
             "n_candidates": self.n_candidates,
@@ -261,16 +268,16 @@ class Calibration(Document):
         candidates_of_data = None  # in words, if different from the saved candidates
         if saved_facts != facts_of_data:
             candidates_of_data = _candidates_in_words(facts_of_data)
-        elif not same_candidates(vars(self), candidates_of(data)):
+        elif not candidates_agree(vars(self), describe_candidates(data)):
             candidates_of_data = "the same names in other prompts"
         if candidates_of_data is not None:
             raise ProvenanceError(
                 f"the predictor was calibrated on rows with {_candidates_in_words(saved_facts)}, "
                 f"and these have {candidates_of_data}: its thresholds are not valid for them. "
-                f"{RECALIBRATE} on rows like these, or remove {RISK}."
+                f"{RECALIBRATE_ADVICE} on rows like these, or remove {RISK}."
             )
 
-    def _require_closed(self, data: EmbeddingSource) -> None:
+    def _require_photos_of_folder(self, data: EmbeddingSource) -> None:
         """Refuse data with pictures outside a guarantee about a folder."""
         if self.rule is None or self.rule.closed is None:
             return
@@ -279,7 +286,7 @@ class Calibration(Document):
         if n_not_covered:
             raise ProvenanceError(
                 f"{n_not_covered:,} of {len(data):,} rows show other pictures than the "
-                f"{self.rule.closed} that this guarantee is about. {ABOUT_NEW}"
+                f"{self.rule.closed} that this guarantee is about. {ADVICE_FOR_NEW_PHOTOS}"
             )
 
     def sets_of(
@@ -318,7 +325,7 @@ class Calibration(Document):
         """
         if self.label_sets is None or len(batch.text) < 2:
             return None
-        return named_sets(self.label_sets.members(predictor, batch, uncertainty), class_names)
+        return sets_as_json(self.label_sets.members(predictor, batch, uncertainty), class_names)
 
     def decide(self, outcomes: Outcomes, ood: NDArray[np.bool_] | None = None) -> Outcomes:
         """Return the outcomes with a decision for every row, and reasons for rows left for review.
@@ -380,13 +387,13 @@ class Calibration(Document):
         if self.rule is None:
             return None
         limit = self.rule.drawn_below
-        if limit is not None and above_limit(self.rows, limit).any():
+        if limit is not None and is_above_limit(self.rows, limit).any():
             return f"its rows were drawn up to the uncertainty {limit:.6g}"
         try:
-            rule = self._recompute_rule()
+            recomputed_rule = self._recompute_rule()
         except ViLUError as error:
             return f"it has a rule ({error})"
-        return _first_difference(self.rule, rule)
+        return _first_difference(self.rule, recomputed_rule)
 
     def _recompute_rule(self) -> Rule:
         """Compute the rule again from the calibration rows and the target."""
@@ -397,7 +404,7 @@ class Calibration(Document):
             return self._recompute_from_draws(rows)
         self.target.check_rule(grouped=self.target.per_class)
         groups: Literal["prediction"] | None = "prediction" if self.target.per_class else None
-        rule = rule_of(rows, self.target, groups)
+        rule = make_rule(rows, self.target, groups)
         # The limit was fixed before the draw of the rows, and does not follow from the rows.
         limit = None if self.rule is None else self.rule.drawn_below
         return rule.model_copy(update={"drawn_below": limit})
@@ -407,32 +414,34 @@ class Calibration(Document):
         draws = self.draws or {}
         max_risk = self.target.risk_of_anytime()
         total_level = sum(settings.delta for settings in draws.values())
-        if total_level > 1 - self.target.confidence + ROUNDING:
+        if total_level > 1 - self.target.confidence + ROUNDING_TOLERANCE:
             raise DataError("its levels add up to more than 1 - confidence")
-        names = group_names(rows) if self.target.per_class else [ALL] * len(rows)
+        names = group_names(rows) if self.target.per_class else [ALL_ROWS_GROUP] * len(rows)
         # Rows of groups without separate settings are tested together as the group "(other)".
-        group_of_row = np.array([name if name in draws else OTHER for name in names], dtype=object)
-        groups: dict[str, tuple[AnyLooks, Outcomes]] = {}
+        group_of_row = np.array(
+            [name if name in draws else OTHER_GROUP for name in names], dtype=object
+        )
+        tests_and_rows: dict[str, tuple[AnyThresholdTests, Outcomes]] = {}
         for name, settings in draws.items():
             rows_of_group = rows.take(group_of_row == name)
-            groups[name] = (settings.looks(max_risk), rows_of_group)
+            tests_and_rows[name] = (settings.tests(max_risk), rows_of_group)
         # The photos of a closed set do not follow from the calibration rows.
-        closed = None if self.rule is None else self.rule.closed
-        return rule_at_any_time(groups, max_risk, self.target.confidence, closed)
+        closed_photos = None if self.rule is None else self.rule.closed
+        return make_anytime_rule(tests_and_rows, max_risk, self.target.confidence, closed_photos)
 
 
 def _reasons_in_folder(
-    reasons: list[str | None], outcomes: Outcomes, closed: ClosedPhotos
+    reasons: list[str | None], outcomes: Outcomes, closed_photos: ClosedPhotos
 ) -> list[str | None]:
-    """Return the reasons of N rows, with ``NOT_COVERED`` for accepted rows outside ``closed``.
+    """Return the reasons of N rows, with ``NOT_COVERED`` for accepted rows outside the folder.
 
-    ``reasons`` come from ``Rule.reasons``, where None stands for an accepted row. ``closed`` are
-    the photos under the guarantee.
+    ``reasons`` come from ``Rule.reasons``, where None stands for an accepted row. ``closed_photos``
+    are the photos under the guarantee.
     """
     if outcomes.picture is None:
         is_covered = np.zeros(len(reasons), np.bool_)
     else:
-        is_covered = closed.covers(outcomes.picture)
+        is_covered = closed_photos.covers(outcomes.picture)
     reasons_in_folder: list[str | None] = []
     for reason, is_row_covered in zip(reasons, is_covered.tolist(), strict=True):
         is_accepted_by_rule = reason is None
@@ -443,21 +452,21 @@ def _reasons_in_folder(
     return reasons_in_folder
 
 
-def above_limit(rows: Outcomes, limit: float) -> NDArray[np.bool_]:
+def is_above_limit(rows: Outcomes, limit: float) -> NDArray[np.bool_]:
     """Return the mask (N,) of the rows with an uncertainty above ``limit``, the limit of a draw."""
     # If a row is scored again in another batch, the last digits of the score may change.
     tolerance = SCORE_TOLERANCE * abs(limit)
     return rows.uncertainty > limit + tolerance
 
 
-def require_about_new(guarantee: Rule | LabelSets | None) -> None:
+def require_new_row_guarantee(guarantee: Rule | LabelSets | None) -> None:
     """Refuse a rule about a folder or about clusters, because new rows come one by one."""
     if not isinstance(guarantee, Rule):
         return
     if guarantee.closed is not None:
         raise ProvenanceError(
             f"this guarantee is about {guarantee.closed} of one folder, and about no new image. "
-            f"{ABOUT_NEW}"
+            f"{ADVICE_FOR_NEW_PHOTOS}"
         )
     if guarantee.clusters is not None:
         raise ProvenanceError(
@@ -466,37 +475,39 @@ def require_about_new(guarantee: Rule | LabelSets | None) -> None:
         )
 
 
-def _first_difference(rule: Rule, recomputed: Rule) -> str | None:
+def _first_difference(rule: Rule, recomputed_rule: Rule) -> str | None:
     """Return the first difference between a saved rule and the recomputed rule; None: equal.
 
     The difference is a statement of the saved rule, as a part of a sentence.
     """
-    if rule.thresholds.keys() != recomputed.thresholds.keys():
+    if rule.thresholds.keys() != recomputed_rule.thresholds.keys():
         return f"it has thresholds for {', '.join(rule.thresholds) or 'no group'}"
     for group, threshold in rule.thresholds.items():
-        if not _is_same_threshold(threshold, recomputed.thresholds[group]):
+        if not _is_same_threshold(threshold, recomputed_rule.thresholds[group]):
             for_group = f" for {group!r}" if group else ""
             return f"{threshold}{for_group}"
-    not_compared = {"thresholds", "counted"}
-    saved_fields = rule.model_dump(exclude=not_compared)
-    for field, value in recomputed.model_dump(exclude=not_compared).items():
+    fields_not_compared = {"thresholds", "counted"}
+    saved_fields = rule.model_dump(exclude=fields_not_compared)
+    for field, value in recomputed_rule.model_dump(exclude=fields_not_compared).items():
         if saved_fields.get(field) != value:
             return f"its rule has another {field} than its rows and its target lead to"
     return None
 
 
-def _is_same_threshold(threshold: Threshold, recomputed: Threshold) -> bool:
+def _is_same_threshold(threshold: Threshold, recomputed_threshold: Threshold) -> bool:
     """Whether both thresholds accept the same rows and have equal bounds.
 
     The texts ``why`` are not compared.
     """
-    compared_separately = {"why", "risk_bound"}
-    saved_fields = threshold.model_dump(exclude=compared_separately)
-    if saved_fields != recomputed.model_dump(exclude=compared_separately):
+    fields_compared_separately = {"why", "risk_bound"}
+    saved_fields = threshold.model_dump(exclude=fields_compared_separately)
+    if saved_fields != recomputed_threshold.model_dump(exclude=fields_compared_separately):
         return False
-    if threshold.risk_bound is None or recomputed.risk_bound is None:
-        return threshold.risk_bound is None and recomputed.risk_bound is None
-    return math.isclose(threshold.risk_bound, recomputed.risk_bound, rel_tol=ROUNDING)
+    if threshold.risk_bound is None or recomputed_threshold.risk_bound is None:
+        return threshold.risk_bound is None and recomputed_threshold.risk_bound is None
+    return math.isclose(
+        threshold.risk_bound, recomputed_threshold.risk_bound, rel_tol=ROUNDING_TOLERANCE
+    )
 
 
 def _candidate_facts(data: EmbeddingSource) -> dict[str, Any]:
@@ -530,7 +541,7 @@ def save_calibration(
     computed_fields = {
         **_candidate_facts(data),
         "predictor": fit_fingerprint(folder),
-        "texts": candidates_of(data).get("texts"),
+        "texts": describe_candidates(data).get("texts"),
         "n": int(rows.evaluable.sum()),
         "rows_sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -544,9 +555,9 @@ def _read_rows(folder: Path, sha256: str) -> Outcomes:
     """Read the calibration rows in a folder; DataError for missing rows or a different hash."""
     path = folder / ROWS
     if not path.is_file():
-        raise DataError(f"{path} is missing. {RECALIBRATE}.")
+        raise DataError(f"{path} is missing. {RECALIBRATE_ADVICE}.")
     if file_hash(path) != sha256:
-        raise DataError(f"{path} does not hold the rows that {RISK} names. {RECALIBRATE}.")
+        raise DataError(f"{path} does not hold the rows that {RISK} names. {RECALIBRATE_ADVICE}.")
     return Outcomes.load(path)
 
 

@@ -40,36 +40,44 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 from scipy.special import betaln, gammaln, logsumexp
 
-from vilu.artifacts.documents import Model
-from vilu.calibration.anytime import STEPS, Looks, SavedLooks, require_grid
+from vilu.artifacts.documents import FrozenModel
+from vilu.calibration.anytime import (
+    N_THRESHOLDS_UP_TO_LIMIT,
+    SavedThresholdTests,
+    ThresholdTests,
+    require_grid,
+)
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
 from vilu.text import plural
 from vilu.validation import require_between
 
-PRIOR_WRONG: Final = 0.5
+PRIOR_A: Final = 0.5
 """First parameter of the beta distribution of the share of wrong answers."""
 
-PRIOR_SHARE: Final = 0.1
+PRIOR_RELATIVE_MEAN: Final = 0.1
 """Mean of this beta distribution, divided by the largest allowed error rate."""
 
-SHARE_AT_LIMIT: Final = 0.5
-"""Share of the level for threshold number ``STEPS``, the first limit of the draws."""
+LEVEL_SHARE_AT_LIMIT: Final = 0.5
+"""Share of the level for the threshold at the first limit of the draws.
 
-SHARE_BELOW: Final = 0.3
+The number of this threshold is ``N_THRESHOLDS_UP_TO_LIMIT``.
+"""
+
+LEVEL_SHARE_BELOW_LIMIT: Final = 0.3
 """Share of the level for the thresholds below the first limit, divided equally."""
 
-SHARE_BEYOND: Final = 0.2
+LEVEL_SHARE_BEYOND_LIMIT: Final = 0.2
 """Share of the level for all thresholds beyond the first limit.
 
 The j-th threshold beyond the limit gets the part 1 / (j (j + 1)) of this share.
 """
 
-ROUNDING: Final = 1e-9
+ROUNDING_TOLERANCE: Final = 1e-9
 """Tolerance for rounding up: a float64 like 3.0000000001 is rounded to 3."""
 
-MOST_TRIED: Final = 100
-"""``more_needed`` tries at most this many numbers of labels."""
+MAX_TRIED_NUMBERS: Final = 100
+"""``n_more_labels_needed`` tries at most this many numbers of labels."""
 
 
 def _log_falling_factorial(n: Floats, k: Floats) -> Floats:
@@ -79,20 +87,24 @@ def _log_falling_factorial(n: Floats, k: Floats) -> Floats:
 
 
 def log_evidence(
-    wrong: ArrayLike, drawn: ArrayLike, n_photos: ArrayLike, total: ArrayLike, max_risk: float
+    n_wrong_drawn: ArrayLike,
+    n_drawn: ArrayLike,
+    n_photos: ArrayLike,
+    min_n_wrong: ArrayLike,
+    max_risk: float,
 ) -> Floats:
-    """Return the log evidence (...) against "``total`` or more answers about photos are wrong".
+    """Return the log evidence (...) against "``min_n_wrong`` or more photos are answered wrongly".
 
     Args:
-        wrong: Number of wrong answers among the drawn photos.
-        drawn: Number of photos that were drawn in the random order and labelled.
+        n_wrong_drawn: Number of wrong answers among the drawn photos.
+        n_drawn: Number of photos that were drawn in the random order and labelled.
         n_photos: Number of photos in the closed set.
-        total: Number of wrong answers in the tested hypothesis: at least ``total`` answers about
-            the closed set are wrong.
+        min_n_wrong: The tested hypothesis is: at least ``min_n_wrong`` answers about the closed
+            set are wrong.
         max_risk: Largest allowed error rate. ``max_risk`` sets the mean of the beta distribution.
 
     Returns:
-        The log evidence; infinite where ``total`` or more wrong answers are impossible.
+        The log evidence; infinite where ``min_n_wrong`` or more wrong answers are impossible.
 
     Examples:
         >>> import math
@@ -101,20 +113,20 @@ def log_evidence(
         >>> bool(log_evidence(0, 80, 500, 22, 0.05) >= math.log(20))
         True
     """
-    k = np.asarray(wrong, dtype=np.float64)
-    m = np.asarray(drawn, dtype=np.float64)
+    k = np.asarray(n_wrong_drawn, dtype=np.float64)
+    m = np.asarray(n_drawn, dtype=np.float64)
     c = np.asarray(n_photos, dtype=np.float64)
     # The probability of the labels rises with the number of wrong answers up to the mode and falls
-    # beyond the mode. So the evidence against all numbers from ``total`` on is least at ``total``,
-    # or at the mode if the mode is larger.
+    # beyond the mode. So the evidence against all numbers from ``min_n_wrong`` on is least at
+    # ``min_n_wrong``, or at the mode if the mode is larger.
     mode = np.floor(k * (c + 1) / np.maximum(m, 1))
-    tested_number = np.maximum(np.asarray(total, dtype=np.float64), np.minimum(mode, c))
+    tested_n_wrong = np.maximum(np.asarray(min_n_wrong, dtype=np.float64), np.minimum(mode, c))
     # m - k of the drawn answers are right. This is impossible if the whole set has fewer than m - k
     # right answers.
-    n_right = c - tested_number
+    n_right = c - tested_n_wrong
     is_impossible = n_right < m - k
     # Where the labels are impossible, the valid number k is used. The result is replaced below.
-    n_wrong = np.where(is_impossible, k, tested_number)
+    n_wrong = np.where(is_impossible, k, tested_n_wrong)
     # log probability of the labels if n_wrong answers are wrong
     log_null = (
         _log_falling_factorial(n_wrong, k)
@@ -122,23 +134,24 @@ def log_evidence(
         - _log_falling_factorial(c, m)
     )
     # log probability of the labels if the share of wrong answers has the beta distribution
-    prior_right = PRIOR_WRONG / (PRIOR_SHARE * max_risk) - PRIOR_WRONG
-    log_bet = betaln(PRIOR_WRONG + k, prior_right + m - k) - betaln(PRIOR_WRONG, prior_right)
+    prior_b = PRIOR_A / (PRIOR_RELATIVE_MEAN * max_risk) - PRIOR_A
+    log_bet = betaln(PRIOR_A + k, prior_b + m - k) - betaln(PRIOR_A, prior_b)
     evidence: Floats = np.where(is_impossible, np.inf, log_bet - log_null)
     return evidence
 
 
 def level_shares(n_thresholds: int) -> Floats:
     """Return the share (G,) of the level for each threshold, fixed before any label is seen."""
-    shares = np.full(n_thresholds, SHARE_BELOW / (STEPS - 1))
-    shares[STEPS - 1] = SHARE_AT_LIMIT
-    # 1 / (j (j + 1)) adds up to 1 over all j, so a grid of any length can be tested.
-    j = np.arange(1, n_thresholds - STEPS + 1)  # numbers of the thresholds beyond the first limit
-    shares[STEPS:] = SHARE_BEYOND / (j * (j + 1))
+    shares = np.full(n_thresholds, LEVEL_SHARE_BELOW_LIMIT / (N_THRESHOLDS_UP_TO_LIMIT - 1))
+    shares[N_THRESHOLDS_UP_TO_LIMIT - 1] = LEVEL_SHARE_AT_LIMIT
+    # The thresholds beyond the first limit have the numbers j = 1, 2, ... The parts 1 / (j (j + 1))
+    # of all j add up to 1, so a grid of any length can be tested.
+    j = np.arange(1, n_thresholds - N_THRESHOLDS_UP_TO_LIMIT + 1)
+    shares[N_THRESHOLDS_UP_TO_LIMIT:] = LEVEL_SHARE_BEYOND_LIMIT / (j * (j + 1))
     return shares
 
 
-class ClosedCounts(Model):
+class ClosedCounts(FrozenModel):
     """Numbers of accepted photos of a closed set, for each threshold (G,) of a grid.
 
     Attributes:
@@ -152,29 +165,32 @@ class ClosedCounts(Model):
     aside_wrong: tuple[int, ...]
 
     @classmethod
-    def of(cls, grid: Floats, photos: Floats, aside: Floats, failure: Ints) -> Self:
+    def of(
+        cls, grid: Floats, photo_scores: Floats, aside_scores: Floats, aside_failure: Ints
+    ) -> Self:
         """Count the photos of a closed set.
 
         Args:
             grid: Thresholds (G,), ascending.
-            photos: Uncertainties (N,) of all photos of the set.
-            aside: Uncertainties (M,) of the photos with a label that were not drawn at random.
-            failure: (M,) for the photos of ``aside``: 1 for a wrong answer, 0 for a right answer.
+            photo_scores: Uncertainties (N,) of all photos of the set.
+            aside_scores: Uncertainties (M,) of the photos with a label that were not drawn at
+                random.
+            aside_failure: (M,) 1 for a wrong answer, 0 for a right answer.
         """
         return cls(
-            photos=_n_accepted(grid, photos),
-            aside=_n_accepted(grid, aside),
-            aside_wrong=_n_accepted(grid, aside[failure == 1]),
+            photos=_count_accepted(grid, photo_scores),
+            aside=_count_accepted(grid, aside_scores),
+            aside_wrong=_count_accepted(grid, aside_scores[aside_failure == 1]),
         )
 
 
-def _n_accepted(grid: Floats, uncertainty: Floats) -> tuple[int, ...]:
+def _count_accepted(grid: Floats, uncertainty: Floats) -> tuple[int, ...]:
     """Count for each threshold (G,) the accepted uncertainties among ``uncertainty`` (N,)."""
     ascending = np.sort(uncertainty)
     return tuple(np.searchsorted(ascending, grid, side="right").tolist())
 
 
-class ClosedPhotos(Model):
+class ClosedPhotos(FrozenModel):
     """Photos under a guarantee about a folder.
 
     These photos are accepted, and had no label when the guarantee was certified.
@@ -198,8 +214,8 @@ class ClosedPhotos(Model):
         return f"{plural(n_pictures, 'picture')} ({self.files:,} files)"
 
 
-class SavedClosedLooks(Model):
-    """Saved settings of the tests of a closed set (``ClosedLooks``)."""
+class SavedClosedSetTests(FrozenModel):
+    """Saved settings of the tests of a closed set (``ClosedSetTests``)."""
 
     grid: tuple[float, ...]  # thresholds, ascending
     delta: float = Field(gt=0, lt=1)  # level
@@ -207,23 +223,23 @@ class SavedClosedLooks(Model):
     counts: ClosedCounts
 
     @classmethod
-    def of(cls, looks: ClosedLooks) -> Self:
-        """Return the settings of the tests ``looks``."""
-        grid = tuple(looks.grid.tolist())
-        return cls(grid=grid, delta=looks.delta, limit=looks.limit, counts=looks.closed)
+    def of(cls, tests: ClosedSetTests) -> Self:
+        """Return the settings of the tests ``tests``."""
+        grid = tuple(tests.grid.tolist())
+        return cls(grid=grid, delta=tests.delta, limit=tests.limit, counts=tests.photo_counts)
 
-    def looks(self, max_risk: float) -> ClosedLooks:
+    def tests(self, max_risk: float) -> ClosedSetTests:
         """Make the tests of the thresholds for a maximal risk."""
-        return ClosedLooks(np.array(self.grid), max_risk, self.delta, self.counts, self.limit)
+        return ClosedSetTests(np.array(self.grid), max_risk, self.delta, self.counts, self.limit)
 
 
 @dataclass(frozen=True)
-class ClosedLooks:
+class ClosedSetTests:
     """Repeatable tests of a grid of thresholds on a closed set: a test is valid after every label.
 
-    ``ClosedLooks`` has the methods of ``vilu.calibration.anytime.Looks``, but certifies a different
-    statement. Let a threshold accept n photos of the set without a label. The statement is: at most
-    the share ``max_risk`` of the answers about these n photos is wrong.
+    ``ClosedSetTests`` has the methods of ``vilu.calibration.anytime.ThresholdTests``, but certifies
+    a different statement. Let a threshold accept n photos of the set without a label. The statement
+    is: at most the share ``max_risk`` of the answers about these n photos is wrong.
 
     Let B be the number of wrong answers among the labels, plus floor(max_risk n). If the statement
     is false, the set up to the threshold holds at least B + 1 wrong answers. The set up to every
@@ -236,147 +252,158 @@ class ClosedLooks:
     Labels of photos that were not drawn at random are counted in B, but are no evidence.
 
     Args:
-        grid: Thresholds (G,), ascending, fixed before the labels (``anytime.grid_of``).
+        grid: Thresholds (G,), ascending, fixed before the labels (``anytime.threshold_grid``).
         max_risk: Largest error rate among accepted answers without a label, in (0, 1).
         delta: The level, in (0, 1).
-        closed: Numbers of accepted photos of the set, for each threshold.
+        photo_counts: Numbers of accepted photos of the set, for each threshold.
         limit: Only photos up to this uncertainty are labelled, so no larger threshold is tested.
 
     Examples:
         >>> import numpy as np
-        >>> from vilu.calibration.closed_set import ClosedCounts, ClosedLooks
+        >>> from vilu.calibration.closed_set import ClosedCounts, ClosedSetTests
         >>> grid = np.linspace(0.01, 0.64, 64)
         >>> photos = np.linspace(0, 0.64, 500)  # the set has 500 photos
-        >>> closed = ClosedCounts.of(grid, photos, aside=np.zeros(0), failure=np.zeros(0, int))
-        >>> looks = ClosedLooks(grid, max_risk=0.05, delta=0.05, closed=closed)
+        >>> no_failure = np.zeros(0, int)
+        >>> counts = ClosedCounts.of(grid, photos, np.zeros(0), aside_failure=no_failure)
+        >>> tests = ClosedSetTests(grid, max_risk=0.05, delta=0.05, photo_counts=counts)
         >>> drawn = photos[::5]  # 100 of them are labelled
         >>> failure = np.zeros(100, int)  # and no answer is wrong
-        >>> looks.certified(drawn, failure)  # the last threshold: 400 photos without a label
+        >>> # the last threshold is certified, for the 400 photos without a label
+        >>> tests.index_of_laxest_certified_threshold(drawn, failure)
         63
-        >>> print(looks.certified(drawn[::2], failure[::2]))  # 50 labels are too few
+        >>> # 50 labels are too few
+        >>> print(tests.index_of_laxest_certified_threshold(drawn[::2], failure[::2]))
         None
     """
 
     grid: Floats
     max_risk: float
     delta: float
-    closed: ClosedCounts
+    photo_counts: ClosedCounts
     limit: float = math.inf
 
     def __post_init__(self) -> None:
         require_between("max_risk", self.max_risk)
         require_between("delta", self.delta)
         require_grid(self.grid)
-        if len(self.closed.photos) != len(self.grid):
+        if len(self.photo_counts.photos) != len(self.grid):
             raise DataError(
                 f"the photos of a closed set must be counted for each of the {len(self.grid)} "
-                f"thresholds. Got {len(self.closed.photos)} counts."
+                f"thresholds. Got {len(self.photo_counts.photos)} counts."
             )
 
     @property
-    def last(self) -> int:
+    def last_tested_index(self) -> int:
         """Index of the laxest threshold up to the limit."""
         return int(np.searchsorted(self.grid, self.limit, side="right")) - 1
 
-    def counts(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
+    def count_wrong_and_accepted(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
         """Count for each threshold (G,) the accepted wrong answers, and all accepted answers.
 
         ``uncertainty`` (N,) and ``failure`` (N,) belong to the N drawn photos.
         """
-        accepted = _n_accepted(self.grid, uncertainty)
-        wrong = _n_accepted(self.grid, uncertainty[failure == 1])
-        return np.array(wrong), np.array(accepted)
+        n_accepted = _count_accepted(self.grid, uncertainty)
+        n_wrong = _count_accepted(self.grid, uncertainty[failure == 1])
+        return np.array(n_wrong), np.array(n_accepted)
 
-    def n_unlabelled(self, drawn: Ints) -> Ints:
+    def count_unlabelled(self, n_drawn: Ints) -> Ints:
         """Count for each threshold (G,) the accepted photos without a label.
 
-        ``drawn`` (G,) is the number of accepted drawn photos. All drawn photos have a label.
+        ``n_drawn`` (G,) is the number of accepted drawn photos. All drawn photos have a label.
         """
-        n_unlabelled: Ints = np.array(self.closed.photos) - np.array(self.closed.aside) - drawn
+        n_photos = np.array(self.photo_counts.photos)
+        n_aside = np.array(self.photo_counts.aside)
+        n_unlabelled: Ints = n_photos - n_aside - n_drawn
         return n_unlabelled
 
-    def certified(self, uncertainty: Floats, failure: Ints) -> int | None:
-        """Return the index of the laxest threshold certified by the drawn labels (N,), or None."""
-        wrong, drawn = self.counts(uncertainty, failure)
-        return self._laxest_certified(wrong, drawn)
+    def index_of_laxest_certified_threshold(self, uncertainty: Floats, failure: Ints) -> int | None:
+        """Return the index of the laxest threshold certified by the drawn labels (N,).
+
+        None if the labels certify no threshold.
+        """
+        n_wrong, n_drawn = self.count_wrong_and_accepted(uncertainty, failure)
+        return self._laxest_index_by_counts(n_wrong, n_drawn)
 
     def can_certify(self, uncertainty: Floats) -> bool:
         """Whether labels of these rows (N,) would certify a threshold if all answers were right."""
         no_failures = np.zeros(len(uncertainty), dtype=np.int64)
-        wrong, drawn = self.counts(uncertainty, no_failures)
-        return self._laxest_certified(wrong, drawn) is not None
+        n_wrong, n_drawn = self.count_wrong_and_accepted(uncertainty, no_failures)
+        return self._laxest_index_by_counts(n_wrong, n_drawn) is not None
 
-    def _laxest_certified(self, wrong: Ints, drawn: Ints) -> int | None:
-        """Return the index of the laxest certified threshold; None: no threshold.
+    def _laxest_index_by_counts(self, n_wrong: Ints, n_drawn: Ints) -> int | None:
+        """Return the index of the laxest certified threshold; None if no threshold is certified.
 
-        ``wrong`` (G,) and ``drawn`` (G,) are the results of ``counts``.
+        ``n_wrong`` (G,) and ``n_drawn`` (G,) are the results of ``count_wrong_and_accepted``.
         """
-        n_unlabelled = self.n_unlabelled(drawn)
-        n_known_wrong = wrong + np.array(self.closed.aside_wrong)
+        n_unlabelled = self.count_unlabelled(n_drawn)
+        n_known_wrong = n_wrong + np.array(self.photo_counts.aside_wrong)
         n_tolerated = n_known_wrong + np.floor(self.max_risk * n_unlabelled).astype(np.int64)
-        up_to_limit = slice(0, self.last + 1)  # the tested thresholds
-        evidence = self._evidence(wrong[up_to_limit], drawn[up_to_limit], n_tolerated[up_to_limit])
+        up_to_limit = slice(0, self.last_tested_index + 1)  # the tested thresholds
+        evidence = self._evidence(
+            n_wrong[up_to_limit], n_drawn[up_to_limit], n_tolerated[up_to_limit]
+        )
         is_rejected = evidence >= -math.log(self.delta)
         # A guarantee about no photo at all would be true, but useless.
-        is_useful = n_unlabelled[up_to_limit] > 0
-        certified = np.flatnonzero(is_rejected & is_useful)
-        return int(certified[-1]) if len(certified) else None
+        has_unlabelled = n_unlabelled[up_to_limit] > 0
+        certified_indices = np.flatnonzero(is_rejected & has_unlabelled)
+        return int(certified_indices[-1]) if len(certified_indices) else None
 
-    def _evidence(self, wrong: Ints, drawn: Ints, n_tolerated: Ints) -> Floats:
+    def _evidence(self, n_wrong: Ints, n_drawn: Ints, n_tolerated: Ints) -> Floats:
         """Return the log evidence (T,) against a false guarantee of each tested threshold.
 
         Args:
-            wrong: (T,) number of wrong answers among the drawn photos.
-            drawn: (T,) number of drawn photos.
+            n_wrong: (T,) number of wrong answers among the drawn photos.
+            n_drawn: (T,) number of drawn photos.
             n_tolerated: (T,) largest number of wrong answers under a true guarantee.
         """
-        n_photos = np.array(self.closed.photos[: len(wrong)])
+        n_photos = np.array(self.photo_counts.photos[: len(n_wrong)])
         # A matrix (T, T): the rows are thresholds with a tested guarantee, and the columns are
         # thresholds with labels as evidence. Wrong answers up to the threshold of the row are also
-        # wrong answers up to a laxer threshold of a column. So all these columns test the total of
+        # wrong answers up to a laxer threshold of a column. So all these columns test the number of
         # the row.
-        total = n_tolerated[:, None] + 1
-        log_e = log_evidence(wrong, drawn, n_photos, total, self.max_risk)
+        min_n_wrong = n_tolerated[:, None] + 1
+        log_e = log_evidence(n_wrong, n_drawn, n_photos, min_n_wrong, self.max_risk)
         # True where the threshold of the column is laxer than the threshold of the row, or equal
         is_evidence = np.triu(np.ones(log_e.shape, np.bool_))
-        log_share = np.log(level_shares(len(self.grid))[: len(wrong)])
-        terms = np.where(is_evidence, log_e + log_share, -np.inf)
+        log_level_share = np.log(level_shares(len(self.grid))[: len(n_wrong)])
+        terms = np.where(is_evidence, log_e + log_level_share, -np.inf)
         evidence: Floats = logsumexp(terms, axis=1)
         return evidence
 
-    def more_needed(self, uncertainty: Floats, failure: Ints) -> int | None:
+    def n_more_labels_needed(self, uncertainty: Floats, failure: Ints) -> int | None:
         """Estimate how many more labels would certify a threshold, at the same error rates.
 
         Only labels of photos up to the limit count. Without any label so far, all answers are
         assumed to be right. None if the photos up to the limit are too few.
         """
-        wrong, drawn = self.counts(uncertainty, failure)
-        n_unlabelled = self.n_unlabelled(drawn)
-        error_rate = wrong / np.maximum(drawn, 1)
-        n_up_to_limit = int(n_unlabelled[self.last])  # photos up to the limit without a label
+        n_wrong, n_drawn = self.count_wrong_and_accepted(uncertainty, failure)
+        n_unlabelled = self.count_unlabelled(n_drawn)
+        error_rate = n_wrong / np.maximum(n_drawn, 1)
+        # photos up to the limit without a label
+        n_up_to_limit = int(n_unlabelled[self.last_tested_index])
         # Every label takes a photo out of the guarantee, so more labels may certify less. Bisection
         # could therefore miss the smallest number. So numbers are tried in ascending order.
-        evenly_spaced = np.linspace(0, n_up_to_limit, MOST_TRIED, endpoint=False)
-        label_counts: list[int] = np.unique(np.ceil(evenly_spaced).astype(np.int64)).tolist()
-        for n_more in label_counts:
+        evenly_spaced = np.linspace(0, n_up_to_limit, MAX_TRIED_NUMBERS, endpoint=False)
+        numbers_to_try: list[int] = np.unique(np.ceil(evenly_spaced).astype(np.int64)).tolist()
+        for n_more in numbers_to_try:
             n_more_drawn = np.floor(n_more * n_unlabelled / max(n_up_to_limit, 1)).astype(np.int64)
-            drawn_then = drawn + n_more_drawn
-            # Rounded up to avoid an estimate that is too small.
-            wrong_then = np.ceil(error_rate * drawn_then - ROUNDING).astype(np.int64)
-            if self._laxest_certified(wrong_then, drawn_then) is not None:
+            n_drawn_then = n_drawn + n_more_drawn
+            # The numbers are rounded up, so that the estimate is not too small.
+            n_wrong_then = np.ceil(error_rate * n_drawn_then - ROUNDING_TOLERANCE).astype(np.int64)
+            if self._laxest_index_by_counts(n_wrong_then, n_drawn_then) is not None:
                 return n_more
         return None
 
 
-AnyLooks = Looks | ClosedLooks
+AnyThresholdTests = ThresholdTests | ClosedSetTests
 """Tests of thresholds, about new photos or about the photos of a closed set."""
 
-AnySavedLooks = SavedLooks | SavedClosedLooks
-"""Saved settings of the tests of ``AnyLooks``."""
+AnySavedTests = SavedThresholdTests | SavedClosedSetTests
+"""Saved settings of the tests of ``AnyThresholdTests``."""
 
 
-def saved_looks(looks: AnyLooks) -> AnySavedLooks:
-    """Return the settings of the tests ``looks``, to be saved."""
-    if isinstance(looks, ClosedLooks):
-        return SavedClosedLooks.of(looks)
-    return SavedLooks.of(looks)
+def settings_of_tests(tests: AnyThresholdTests) -> AnySavedTests:
+    """Return the settings of the tests ``tests``, to be saved."""
+    if isinstance(tests, ClosedSetTests):
+        return SavedClosedSetTests.of(tests)
+    return SavedThresholdTests.of(tests)

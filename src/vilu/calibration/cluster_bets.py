@@ -48,14 +48,14 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from vilu.calibration.anytime import BETS, flawless_labels
+from vilu.calibration.anytime import BETS_WITH_SHARES, n_right_labels_needed
 from vilu.calibration.thresholds import Threshold
 from vilu.metrics.counts import Floats, Ints, tie_counts
 
 SHARE_ASIDE: Final = 0.1
 """Share of the clusters set aside for the starts."""
 
-STARTS: Final = ((0.25, 0.2), (0.5, 0.3), (0.7, 0.3), (0.9, 0.2), (1.0, 0.0))
+SEQUENCE_STARTS: Final = ((0.25, 0.2), (0.5, 0.3), (0.7, 0.3), (0.9, 0.2), (1.0, 0.0))
 """For every sequence: quantile of the scores at the start, and share of the level.
 
 The quantile is taken over the rows set aside. The last sequence has the share 0, and gets
@@ -69,7 +69,7 @@ class LabelledRows(NamedTuple):
     uncertainty: Floats  # (N,)
     failure: Ints  # (N,) 1 for a wrong answer, 0 for a right answer
     cluster: Ints  # (N,) index of the cluster
-    largest: int  # M; M must not depend on the labels
+    largest_cluster: int  # M; M must not depend on the labels
 
     @property
     def n_clusters(self) -> int:
@@ -89,16 +89,19 @@ def ratio_threshold(
     counts = tie_counts(rows.uncertainty, rows.failure)
     # No threshold separates rows with equal scores. So the evidence for a score is taken at the
     # last row with this score.
-    last_of_score = counts.accepted - 1
-    evidence = _evidence_after_rows(rows, max_risk)[last_of_score]
+    last_row_of_score = counts.accepted - 1
+    evidence = _evidence_after_rows(rows, max_risk)[last_row_of_score]
     levels = _level_at_start(rows, start_rows, max_risk, delta)
-    index = _laxest_certified(counts.value, evidence, levels)
+    index = _index_of_laxest_certified_threshold(counts.value, evidence, levels)
     if index is None:
-        return Threshold.nothing(len(rows.failure), _why_nothing(rows, start_rows, max_risk, delta))
+        reason = _reason_for_nothing(rows, start_rows, max_risk, delta)
+        return Threshold.accepting_nothing(len(rows.failure), reason)
     return Threshold.at(counts, index, max_risk)
 
 
-def _laxest_certified(scores: Floats, log_e: Floats, levels: dict[float, float]) -> int | None:
+def _index_of_laxest_certified_threshold(
+    scores: Floats, log_e: Floats, levels: dict[float, float]
+) -> int | None:
     """Return the index of the largest score that is a certified threshold; None: no score.
 
     Args:
@@ -107,25 +110,26 @@ def _laxest_certified(scores: Floats, log_e: Floats, levels: dict[float, float])
         levels: Maps the start of each sequence to the level of the sequence.
     """
     carried_level = 0.0
-    laxest = None
-    for start, end in pairwise([*sorted(levels), math.inf]):
-        level = carried_level + levels[start]
+    laxest_index = None
+    for start_score, end_score in pairwise([*sorted(levels), math.inf]):
+        level = carried_level + levels[start_score]
         carried_level = 0.0  # unless this sequence reaches the start of the next sequence
         # The start may lie between two scores. A threshold between two scores accepts the same rows
         # as the lower score. So the evidence at the last score up to the start is used.
-        first = int(np.searchsorted(scores, start, side="right")) - 1
-        last = int(np.searchsorted(scores, end, side="right")) - 1
-        if first < 0:
+        first_index = int(np.searchsorted(scores, start_score, side="right")) - 1
+        last_index = int(np.searchsorted(scores, end_score, side="right")) - 1
+        if first_index < 0:
             continue
-        not_rejected = first + np.flatnonzero(log_e[first : last + 1] < -math.log(level))
-        first_not_rejected = int(min(not_rejected, default=last + 1))
+        tested_log_e = log_e[first_index : last_index + 1]
+        indices_not_rejected = first_index + np.flatnonzero(tested_log_e < -math.log(level))
+        first_not_rejected = int(min(indices_not_rejected, default=last_index + 1))
         # A score below the start was not tested, and so is not certified.
-        is_certified = first_not_rejected > first and scores[first_not_rejected - 1] >= start
-        if is_certified:
-            laxest = first_not_rejected - 1
-        if first_not_rejected > last:
+        was_any_rejected = first_not_rejected > first_index
+        if was_any_rejected and scores[first_not_rejected - 1] >= start_score:
+            laxest_index = first_not_rejected - 1
+        if first_not_rejected > last_index:
             carried_level = level
-    return laxest
+    return laxest_index
 
 
 def _evidence_after_rows(rows: LabelledRows, max_risk: float) -> Floats:
@@ -133,17 +137,17 @@ def _evidence_after_rows(rows: LabelledRows, max_risk: float) -> Floats:
 
     The entry of a row is log E(t) of a threshold t that accepts this row and all earlier rows.
     """
-    by_score = np.argsort(rows.uncertainty, kind="stable")
-    is_wrong = rows.failure[by_score] == 1
-    z_before_row, z_with_row = _cluster_sums(is_wrong - max_risk, rows.cluster[by_score])
-    bet, share = np.array(BETS).T
-    scaled_bet = bet[:, None] / ((1 - max_risk) * rows.largest)  # (B, 1)
+    ascending_rows = np.argsort(rows.uncertainty, kind="stable")
+    is_wrong = rows.failure[ascending_rows] == 1
+    sum_before_row, sum_with_row = _cluster_sums(is_wrong - max_risk, rows.cluster[ascending_rows])
+    bets, wealth_shares = np.array(BETS_WITH_SHARES).T
+    scaled_bets = bets[:, None] / ((1 - max_risk) * rows.largest_cluster)  # (B, 1)
     # E(t) is a product with a factor for every cluster. An additional accepted row changes only the
     # factor of the row's cluster.
-    log_factor_with_row = np.log1p(-scaled_bet * z_with_row)  # (B, N)
-    log_factor_before_row = np.log1p(-scaled_bet * z_before_row)
-    change = log_factor_with_row - log_factor_before_row
-    log_wealth = np.log(share)[:, None] + change.cumsum(axis=1)
+    log_factor_with_row = np.log1p(-scaled_bets * sum_with_row)  # (B, N)
+    log_factor_before_row = np.log1p(-scaled_bets * sum_before_row)
+    log_change = log_factor_with_row - log_factor_before_row
+    log_wealth = np.log(wealth_shares)[:, None] + log_change.cumsum(axis=1)
     log_evidence: Floats = np.logaddexp.reduce(log_wealth, axis=0)
     return log_evidence
 
@@ -154,23 +158,25 @@ def _cluster_sums(values: Floats, cluster: Ints) -> tuple[Floats, Floats]:
     ``values`` (N,) are the terms of Z_c, and ``cluster`` (N,) is the cluster of each row. Both are
     in ascending order of scores.
     """
-    by_cluster = np.argsort(cluster, kind="stable")  # keeps the order of scores within a cluster
-    sorted_cluster = cluster[by_cluster]
-    sorted_values = values[by_cluster]
-    is_first = np.ones(len(cluster), dtype=np.bool_)  # whether a row is the first of a cluster
-    is_first[1:] = sorted_cluster[1:] != sorted_cluster[:-1]
+    # A stable sort keeps the order of scores within a cluster.
+    rows_by_cluster = np.argsort(cluster, kind="stable")
+    sorted_cluster = cluster[rows_by_cluster]
+    sorted_values = values[rows_by_cluster]
+    is_first_of_cluster = np.ones(len(cluster), dtype=np.bool_)
+    is_first_of_cluster[1:] = sorted_cluster[1:] != sorted_cluster[:-1]
     # for each row, the index of the first row of the same cluster
-    first_of_row = np.maximum.accumulate(np.where(is_first, np.arange(len(cluster)), 0))
+    index_if_first = np.where(is_first_of_cluster, np.arange(len(cluster)), 0)
+    first_row_of_cluster = np.maximum.accumulate(index_if_first)
     # Z_c with a row is the running total over all clusters, minus the total before cluster c.
-    total = np.cumsum(sorted_values)
-    total_before = total - sorted_values
-    sorted_with_row = total - total_before[first_of_row]
-    sorted_before_row = np.where(is_first, 0.0, sorted_with_row - sorted_values)
-    before_row = np.empty(len(cluster))
-    with_row = np.empty(len(cluster))
-    before_row[by_cluster] = sorted_before_row  # back in ascending order of scores
-    with_row[by_cluster] = sorted_with_row
-    return before_row, with_row
+    running_total = np.cumsum(sorted_values)
+    running_total_before = running_total - sorted_values
+    sorted_sum_with_row = running_total - running_total_before[first_row_of_cluster]
+    sorted_sum_before_row = np.where(is_first_of_cluster, 0.0, sorted_sum_with_row - sorted_values)
+    sum_before_row = np.empty(len(cluster))
+    sum_with_row = np.empty(len(cluster))
+    sum_before_row[rows_by_cluster] = sorted_sum_before_row  # back in ascending order of scores
+    sum_with_row[rows_by_cluster] = sorted_sum_with_row
+    return sum_before_row, sum_with_row
 
 
 def _level_at_start(
@@ -184,18 +190,18 @@ def _level_at_start(
     start_scores = np.sort(start_rows.uncertainty)
     # The tested rows must not move a start. So the number of tested rows is estimated from the
     # number of rows in the clusters set aside.
-    rows_expected = len(start_scores) * rows.n_clusters / start_rows.n_clusters
+    n_rows_expected = len(start_scores) * rows.n_clusters / start_rows.n_clusters
     levels: dict[float, float] = {}
     level = 0.0
-    for row_share, level_share in STARTS:
+    for row_share, level_share in SEQUENCE_STARTS:
         level += delta * level_share
         if level == 0:
             continue
         # In ``anytime``, a single right answer wins as much as a full cluster wins here: a cluster
-        # of M = rows.largest right rows. So n rows count as n / M full clusters.
-        full_clusters = row_share * rows_expected / rows.largest
-        could_reject = full_clusters >= flawless_labels(max_risk, level)
-        if could_reject or row_share == 1:
+        # of M = rows.largest_cluster right rows. So n rows count as n / M full clusters.
+        n_full_clusters = row_share * n_rows_expected / rows.largest_cluster
+        can_reject = n_full_clusters >= n_right_labels_needed(max_risk, level)
+        if can_reject or row_share == 1:
             start_rank = math.ceil(row_share * len(start_scores))
             start = float(start_scores[start_rank - 1])
             levels[start] = levels.get(start, 0.0) + level
@@ -203,20 +209,23 @@ def _level_at_start(
     return levels
 
 
-def _why_nothing(
+def _reason_for_nothing(
     rows: LabelledRows, start_rows: LabelledRows, max_risk: float, delta: float
 ) -> str:
     """Explain why no threshold is certified."""
     n_clusters = rows.n_clusters + start_rows.n_clusters
     mean_size = (len(rows.cluster) + len(start_rows.cluster)) / n_clusters
     # smallest number of tested clusters in the best case: every cluster has M right rows
-    n_tested_needed = flawless_labels(max_risk, delta)
+    n_tested_needed = n_right_labels_needed(max_risk, delta)
     n_needed = math.ceil(n_tested_needed / (1 - SHARE_ASIDE))
-    sizes = f"{n_clusters:,} clusters of {mean_size:.1f} labelled rows on average"
+    clusters_in_words = f"{n_clusters:,} clusters of {mean_size:.1f} labelled rows on average"
     if n_clusters < n_needed:
-        return f"{sizes} are too few: a risk of {max_risk:.2%} needs {n_needed:,} at least"
+        return (
+            f"{clusters_in_words} are too few: a risk of {max_risk:.2%} needs {n_needed:,} at least"
+        )
     return (
-        f"{sizes} do not show a risk of {max_risk:.2%}, as all {rows.largest:,} rows of a cluster "
-        "might be wrong at once. More clusters, scores that rank better, or a smaller "
-        "bound on the size of a cluster help: larger clusters are then left for review"
+        f"{clusters_in_words} do not show a risk of {max_risk:.2%}, as all "
+        f"{rows.largest_cluster:,} rows of a cluster might be wrong at once. More clusters, scores "
+        "that rank better, or a smaller bound on the size of a cluster help: larger clusters are "
+        "then left for review"
     )

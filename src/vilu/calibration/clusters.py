@@ -21,21 +21,21 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from vilu.artifacts.documents import Model
+from vilu.artifacts.documents import FrozenModel
 from vilu.calibration.cluster_bets import SHARE_ASIDE, LabelledRows
 from vilu.calibration.methods import ClusterRisk
 from vilu.errors import UNKNOWN, DataError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes, check_texts
 
-TOO_LARGE: Final = math.inf
+SCORE_IF_TOO_LARGE: Final = math.inf
 """Score of a row in a cluster that is too large. No threshold accepts this score."""
 
-NEGLIGIBLE_EFFECT: Final = 1.1
+NEGLIGIBLE_DESIGN_EFFECT: Final = 1.1
 """Up to this design effect, a message says that the correlation matters little."""
 
 
-class Clusters(Model):
+class Clusters(FrozenModel):
     """Guarantee of a rule about clusters of rows.
 
     Attributes:
@@ -69,8 +69,8 @@ class Clusters(Model):
         """Return scores (N,) to compare with the threshold, from uncertainties (N,) of rows.
 
         For "majority", the score of a row is the mean uncertainty of the cluster. For "ratio", the
-        score is the uncertainty of the row, or ``TOO_LARGE``. A row without an uncertainty has the
-        score NaN.
+        score is the uncertainty of the row, or ``SCORE_IF_TOO_LARGE``. A row without an uncertainty
+        has the score NaN.
         """
         _, cluster = cluster_indices(clusters, len(uncertainty))
         if self.risk == "majority":
@@ -82,7 +82,7 @@ class Clusters(Model):
             scores[is_scored] = mean_of_cluster[scored_cluster]
             return scores
         size_of_row = np.bincount(cluster)[cluster]  # size of the cluster of every row
-        return np.where(size_of_row > (self.largest or 0), TOO_LARGE, uncertainty)
+        return np.where(size_of_row > (self.largest or 0), SCORE_IF_TOO_LARGE, uncertainty)
 
 
 def cluster_indices(clusters: Sequence[str | None], n: int) -> tuple[list[str], Ints]:
@@ -94,14 +94,14 @@ def cluster_indices(clusters: Sequence[str | None], n: int) -> tuple[list[str], 
     names = check_texts(clusters, "clusters", optional=True) or ()
     if len(names) != n:
         raise DataError(f"clusters must name one cluster per row ({n}). Got {len(names)} instead.")
-    index_of: dict[str, int] = {}
+    index_by_name: dict[str, int] = {}
     for row, name in enumerate(names):
         if not name:
             raise DataError(
                 f"row {row} has no cluster. Give a row that is alone a cluster of its own."
             )
-        index_of.setdefault(name, len(index_of))
-    return list(index_of), np.array([index_of[name] for name in names], dtype=np.int64)
+        index_by_name.setdefault(name, len(index_by_name))
+    return list(index_by_name), np.array([index_by_name[name] for name in names], dtype=np.int64)
 
 
 def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Outcomes:
@@ -139,11 +139,12 @@ def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Out
     answer = np.zeros(len(scored_rows), dtype=np.int64)
     if outcomes.prediction is not None:
         answer = outcomes.prediction[scored_rows]
-    majority = _majority_answer(cluster, answer, uncertainty)
-    gives_majority = answer == majority[cluster]
+    majority_answer = _majority_answer(cluster, answer, uncertainty)
+    gives_majority_answer = answer == majority_answer[cluster]
     n_clusters = len(scored_clusters)
-    n_wrong = np.bincount(cluster[gives_majority & (failure == 1)], minlength=n_clusters)
-    n_labelled = np.bincount(cluster[gives_majority & (failure != UNKNOWN)], minlength=n_clusters)
+    n_wrong = np.bincount(cluster[gives_majority_answer & (failure == 1)], minlength=n_clusters)
+    is_labelled = failure != UNKNOWN
+    n_labelled = np.bincount(cluster[gives_majority_answer & is_labelled], minlength=n_clusters)
     # If exactly half of the rows are wrong, the answer counts as wrong. Otherwise such a tie would
     # make the bound of the error rate smaller.
     is_wrong = 2 * n_wrong >= n_labelled
@@ -151,7 +152,7 @@ def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Out
     return Outcomes(
         uncertainty=_mean_per_group(uncertainty, cluster),
         failure=cluster_failure,
-        prediction=None if outcomes.prediction is None else majority,
+        prediction=None if outcomes.prediction is None else majority_answer,
         ids=[cluster_names[index] for index in scored_clusters],
         class_names=outcomes.class_names,
         method=outcomes.method,
@@ -184,10 +185,10 @@ def _majority_answer(cluster: Ints, answer: Ints, uncertainty: Floats) -> Ints:
     mean_uncertainty = _mean_per_group(uncertainty, pair_of_row)
     # Pairs are sorted by cluster, then from most to fewest rows, then by uncertainty. So the first
     # pair of a cluster has the majority answer. (``lexsort`` sorts by the last key first.)
-    order = np.lexsort((mean_uncertainty, -n_rows, cluster_of_pair))
-    _, first_of_cluster = np.unique(cluster_of_pair[order], return_index=True)
-    majority: Ints = answer_of_pair[order[first_of_cluster]]
-    return majority
+    pair_order = np.lexsort((mean_uncertainty, -n_rows, cluster_of_pair))
+    _, first_pair_of_cluster = np.unique(cluster_of_pair[pair_order], return_index=True)
+    majority_answer: Ints = answer_of_pair[pair_order[first_pair_of_cluster]]
+    return majority_answer
 
 
 class Correlation(NamedTuple):
@@ -213,12 +214,12 @@ class Correlation(NamedTuple):
         return self.n_rows / self.n_effective
 
     def __str__(self) -> str:
-        rows = f"{self.n_rows:,} rows of {self.n_clusters:,} clusters"
+        rows_in_words = f"{self.n_rows:,} rows of {self.n_clusters:,} clusters"
         if math.isnan(self.value):
-            return f"{rows} (whether they are wrong together cannot be estimated)"
+            return f"{rows_in_words} (whether they are wrong together cannot be estimated)"
         return (
-            f"{rows}, which are wrong together with a correlation of {self.value:.2f} and say as "
-            f"much as {self.n_effective:,.0f} independent rows"
+            f"{rows_in_words}, which are wrong together with a correlation of {self.value:.2f} and "
+            f"say as much as {self.n_effective:,.0f} independent rows"
         )
 
 
@@ -246,35 +247,36 @@ def correlation(failure: Ints, cluster: Ints) -> Correlation:
         (0.571, 5.1)
     """
     n = len(failure)
-    _, index, size = np.unique(cluster, return_inverse=True, return_counts=True)
-    k = len(size)
+    _, cluster_index, cluster_size = np.unique(cluster, return_inverse=True, return_counts=True)
+    k = len(cluster_size)
     is_undefined = k < 2 or k == n or len(np.unique(failure)) < 2
     if is_undefined:
         return Correlation(n_rows=n, n_clusters=k, value=math.nan, n_effective=n)
-    between, within = _mean_squares(failure, index, size)  # B and W
-    mean_size = float((size**2).sum()) / n
+    square_between, square_within = _mean_squares(failure, cluster_index, cluster_size)  # B and W
+    mean_size = float((cluster_size**2).sum()) / n
     n_0 = (n - mean_size) / (k - 1)
-    value = (between - within) / (between + (n_0 - 1) * within)
+    value = (square_between - square_within) / (square_between + (n_0 - 1) * square_within)
     design_effect = 1 + (mean_size - 1) * max(value, 0.0)
     return Correlation(n_rows=n, n_clusters=k, value=value, n_effective=n / design_effect)
 
 
-def _mean_squares(failure: Ints, cluster: Ints, size: Ints) -> tuple[float, float]:
+def _mean_squares(failure: Ints, cluster: Ints, cluster_size: Ints) -> tuple[float, float]:
     """Return the mean squares of failures (N,) between k clusters, and within clusters.
 
-    ``cluster`` (N,) is the cluster of each row, and ``size`` (k,) the number of rows per cluster.
+    ``cluster`` (N,) is the cluster of each row, and ``cluster_size`` (k,) the number of rows per
+    cluster.
     """
     n_wrong = np.bincount(cluster, weights=failure)
-    error_rate = n_wrong / size  # of each cluster
-    squares_between = size * (error_rate - failure.mean()) ** 2
-    squares_within = (failure - error_rate[cluster]) ** 2
+    cluster_error_rate = n_wrong / cluster_size
+    squares_between = cluster_size * (cluster_error_rate - failure.mean()) ** 2
+    squares_within = (failure - cluster_error_rate[cluster]) ** 2
     n = len(failure)
-    k = len(size)
+    k = len(cluster_size)
     return float(squares_between.sum()) / (k - 1), float(squares_within.sum()) / (n - k)
 
 
 def correlation_warning(
-    outcomes: Outcomes, clusters: Sequence[str | None], accepted: NDArray[np.bool_]
+    outcomes: Outcomes, clusters: Sequence[str | None], is_accepted: NDArray[np.bool_]
 ) -> str | None:
     """Return a warning about a rule that counts rows in clusters as independent, or None.
 
@@ -285,19 +287,20 @@ def correlation_warning(
     Args:
         outcomes: N calibration rows.
         clusters: Names of the clusters of the N rows.
-        accepted: Mask (N,) of the rows accepted by the rule.
+        is_accepted: Mask (N,) of the rows accepted by the rule.
     """
     _, cluster = cluster_indices(clusters, len(outcomes))
-    is_counted = accepted & (outcomes.failure != UNKNOWN)
-    estimate = correlation(outcomes.failure[is_counted], cluster[is_counted])
-    if estimate.n_clusters == estimate.n_rows:
+    is_counted = is_accepted & (outcomes.failure != UNKNOWN)
+    estimated_correlation = correlation(outcomes.failure[is_counted], cluster[is_counted])
+    if estimated_correlation.n_clusters == estimated_correlation.n_rows:
         return None
     consequence = "so it is more optimistic than the rows allow"
-    if estimate.design_effect <= NEGLIGIBLE_EFFECT:
+    if estimated_correlation.design_effect <= NEGLIGIBLE_DESIGN_EFFECT:
         consequence = "which matters little here"
     # The text of the estimate begins with "120 rows of 40 clusters".
     return (
-        f"the rule accepts {estimate}. The guarantee counts them as independent, {consequence}. "
+        f"the rule accepts {estimated_correlation}. The guarantee counts them as independent, "
+        f"{consequence}. "
         "Clusters count with --cluster-risk, or in Python with vilu.certify_clusters"
     )
 
@@ -306,43 +309,43 @@ def ratio_rows(
     outcomes: Outcomes,
     is_usable: NDArray[np.bool_],
     clusters: Sequence[str | None],
-    largest: int | None,
+    largest_cluster: int | None,
 ) -> tuple[LabelledRows, LabelledRows]:
     """Return the rows to test for the risk "ratio", and the rows of the clusters set aside.
 
-    Clusters of more than M rows are left out. M is ``largest``. If ``largest`` is None, M is the
-    size of the largest cluster.
+    Clusters of more than M rows are left out. M is ``largest_cluster``. If ``largest_cluster`` is
+    None, M is the size of the largest cluster.
 
     Args:
         outcomes: N calibration rows.
         is_usable: Mask (N,) of the rows with an uncertainty and a label.
         clusters: Names of the clusters of the N rows.
-        largest: Largest size of a cluster. All rows of a cluster count, usable or not.
+        largest_cluster: Largest size of a cluster. All rows of a cluster count, usable or not.
     """
     names, cluster = cluster_indices(clusters, len(outcomes))
-    size = np.bincount(cluster)
-    if largest is None:
-        largest = int(size.max())
+    cluster_size = np.bincount(cluster)
+    if largest_cluster is None:
+        largest_cluster = int(cluster_size.max())
         # The largest cluster sets the bound M. So this cluster is no random draw and is left out.
         # Given M, all other clusters are random draws of clusters with at most M rows.
-        is_in_draw = cluster != int(size.argmax())
+        is_in_draw = cluster != int(cluster_size.argmax())
     else:
-        is_in_draw = size[cluster] <= largest
+        is_in_draw = cluster_size[cluster] <= largest_cluster
     is_counted = is_usable & is_in_draw
     clusters_aside = _clusters_set_aside(np.unique(cluster[is_counted]), names)
     is_aside = np.isin(cluster, clusters_aside)
     is_tested = is_counted & ~is_aside
     if not is_tested.any():
         raise DataError(
-            f"no cluster of up to {largest:,} rows is left to calibrate on. Give more clusters, or "
-            "a larger bound (largest)."
+            f"no cluster of up to {largest_cluster:,} rows is left to calibrate on. Give more "
+            "clusters, or a larger bound (largest)."
         )
 
-    def labelled_rows(mask: NDArray[np.bool_]) -> LabelledRows:
-        rows = outcomes.take(mask)
-        return LabelledRows(rows.uncertainty, rows.failure, cluster[mask], largest)
+    def make_labelled_rows(is_chosen: NDArray[np.bool_]) -> LabelledRows:
+        rows = outcomes.take(is_chosen)
+        return LabelledRows(rows.uncertainty, rows.failure, cluster[is_chosen], largest_cluster)
 
-    return labelled_rows(is_tested), labelled_rows(is_counted & is_aside)
+    return make_labelled_rows(is_tested), make_labelled_rows(is_counted & is_aside)
 
 
 def _clusters_set_aside(cluster: Ints, names: list[str]) -> list[int]:
@@ -356,8 +359,8 @@ def _clusters_set_aside(cluster: Ints, names: list[str]) -> list[int]:
         names: Names of all clusters, by index.
     """
 
-    def hash_of_name(index: int) -> bytes:
-        return hashlib.blake2b(names[index].encode(), digest_size=8).digest()
+    def hash_of_name(cluster_index: int) -> bytes:
+        return hashlib.blake2b(names[cluster_index].encode(), digest_size=8).digest()
 
     n_aside = math.ceil(SHARE_ASIDE * len(cluster))
     return sorted(cluster.tolist(), key=hash_of_name)[:n_aside]

@@ -11,25 +11,25 @@ import torch
 from torch import Tensor
 
 from vilu.calibration.thresholds import binomial_tail, lower_bound
-from vilu.embeddings.copies import NEAR_COPY
+from vilu.embeddings.copies import NEAR_COPY_COSINE
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.contract.seen import MAX_SHARED
+from vilu.predictors.contract.seen import MAX_OVERLAP_SHARE
 from vilu.predictors.persistence.fit_sample import FitSample
 
-SAME_PICTURE: Final = 0.995
+SAME_PICTURE_COSINE: Final = 0.995
 """Smallest cosine between a fitted row and a copy, such as a picture saved again.
 
 CLIP embeddings of five data sets were divided into random halves. 0 to 0.24 % of the rows of the
 first half have a copy in the second half.
 """
 
-BOUND_LEVEL: Final = 0.05
+COUNT_BOUND_LEVEL: Final = 0.05
 """Level of the upper and of the lower bound of the number of copies."""
 
-SHARE_LEVEL: Final = 0.001
+SHARE_BOUND_LEVEL: Final = 0.001
 """Level of the lower bound of a share: the copies among the calibration rows.
 
 The bound is compared with the share of copies within the fitted rows.
@@ -46,60 +46,60 @@ class Copies:
     fitted row is in the sample. So of K copies, k ~ Bin(K, f) are detected.
     """
 
-    n_seen: int  # k, number of detected copies
+    n_detected: int  # k, number of detected copies
     n: int  # number of rows, all compared with the sample
-    share: float  # f, share of the fitted rows in the sample
+    sample_share: float  # f, share of the fitted rows in the sample
 
     @property
-    def estimate(self) -> float:
+    def estimated_share(self) -> float:
         """Share of copies among the rows, k / (f n)."""
-        return min(self.n_seen / (self.share * self.n), 1.0)
+        return min(self.n_detected / (self.sample_share * self.n), 1.0)
 
     @property
-    def largest_count(self) -> int:
+    def upper_n_copies(self) -> int:
         """Upper bound of the number of copies: the largest K with P[Bin(K, f) <= k] >= 5 %."""
         # Chance decides how many of the fitted rows with copies are in the sample. If only few such
         # rows are in the sample, k / f is too low. So an upper bound is returned.
-        n_copies = np.arange(self.n_seen, self.n + 1)
-        is_likely = self._probability_up_to(self.n_seen, n_copies) >= BOUND_LEVEL
+        n_copies = np.arange(self.n_detected, self.n + 1)
+        is_likely = self._probability_of_at_most(self.n_detected, n_copies) >= COUNT_BOUND_LEVEL
         return int(n_copies[is_likely].max())
 
     @property
-    def smallest_count(self) -> int:
+    def lower_n_copies(self) -> int:
         """Lower bound of the number of copies: the smallest K with P[Bin(K, f) >= k] >= 5 %."""
-        n_copies = np.arange(self.n_seen, self.n + 1)
+        n_copies = np.arange(self.n_detected, self.n + 1)
         # P[at least k] = 1 - P[at most k - 1]
-        probability = 1 - self._probability_up_to(self.n_seen - 1, n_copies)
-        is_likely = probability >= BOUND_LEVEL
+        probability = 1 - self._probability_of_at_most(self.n_detected - 1, n_copies)
+        is_likely = probability >= COUNT_BOUND_LEVEL
         # There are at most n copies. If k is much larger than f n, k detected copies are unlikely
         # even if all n rows are copies. Then no K satisfies the condition, and the bound is n.
         if not is_likely.any():
             return self.n
         return int(n_copies[is_likely].min())
 
-    def _probability_up_to(self, limit: int, n_copies: Ints) -> Floats:
-        """Return the probability P[Bin(K, f) <= limit] for every K in ``n_copies``."""
+    def _probability_of_at_most(self, n_detected: int, n_copies: Ints) -> Floats:
+        """Return the probability P[Bin(K, f) <= n_detected] for every K in ``n_copies``."""
         # The sample is drawn without replacement, so the number of detected copies varies a little
         # less than a binomial number. The bounds are therefore conservative.
-        if limit < 0:
+        if n_detected < 0:
             return np.zeros(len(n_copies))
-        return binomial_tail(np.full(len(n_copies), limit), n_copies, self.share)
+        return binomial_tail(np.full(len(n_copies), n_detected), n_copies, self.sample_share)
 
     def in_words(self, cosine: float) -> str:
         """Return a text on the number of rows with a cosine of at least ``cosine`` to fitted rows.
 
         If the sample lacks some fitted rows, the text also has an estimate and a bound.
         """
-        if self.share == 1:
+        if self.sample_share == 1:
             return (
-                f"{self.n_seen} of {self.n} calibration rows have a cosine of at least {cosine} "
-                "with a row that was fitted on"
+                f"{self.n_detected} of {self.n} calibration rows have a cosine of at least "
+                f"{cosine} with a row that was fitted on"
             )
         return (
-            f"{self.n_seen} of {self.n} calibration rows have a cosine of at least {cosine} with a "
-            f"row of the sample, which holds {self.share:.1%} of the rows of the fit. So about "
-            f"{self.estimate:.1%} of the calibration rows are near copies of fitted rows, and with "
-            f"95% confidence at most {self.largest_count / self.n:.1%}"
+            f"{self.n_detected} of {self.n} calibration rows have a cosine of at least {cosine} "
+            f"with a row of the sample, which holds {self.sample_share:.1%} of the rows of the "
+            f"fit. So about {self.estimated_share:.1%} of the calibration rows are near copies of "
+            f"fitted rows, and with 95% confidence at most {self.upper_n_copies / self.n:.1%}"
         )
 
 
@@ -114,7 +114,7 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
     """
     sample = predictor.sample_
     if sample is None:
-        is_bare_table = data.holds == "answers" and not data.has_vectors
+        is_bare_table = data.data_kind == "answers" and not data.has_vectors
         if predictor.needs_fit and not is_bare_table:
             logger.warning(
                 "this %s comes without a sample of the rows of its fit, so near copies of these "
@@ -125,44 +125,44 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
     usable_rows = np.intersect1d(rows, data.usable_rows.numpy())
     if not len(usable_rows) or not data.has_vectors:
         return
-    nearest = sample.nearest_cosines(data, torch.from_numpy(usable_rows))
-    near_copies = _count_copies(nearest, NEAR_COPY, sample)
-    if not near_copies.n_seen:
+    nearest_cosine = sample.nearest_cosines(data, torch.from_numpy(usable_rows))
+    near_copies = _count_copies(nearest_cosine, NEAR_COPY_COSINE, sample)
+    if not near_copies.n_detected:
         return
-    same_pictures = _count_copies(nearest, SAME_PICTURE, sample)
-    if _are_too_many(same_pictures, sample):
-        words = same_pictures.in_words(SAME_PICTURE)
+    same_pictures = _count_copies(nearest_cosine, SAME_PICTURE_COSINE, sample)
+    if _has_too_many_copies(same_pictures, sample):
+        message = same_pictures.in_words(SAME_PICTURE_COSINE)
         raise DataError(
-            f"{words}: more than {MAX_SHARED:.0%}, and a larger share than among the fitted rows "
-            "themselves. Results on copies of fitted rows do not hold for other rows. Calibrate on "
-            "pictures that the fit has not seen."
+            f"{message}: more than {MAX_OVERLAP_SHARE:.0%}, and a larger share than among the "
+            "fitted rows themselves. Results on copies of fitted rows do not hold for other rows. "
+            "Calibrate on pictures that the fit has not seen."
         )
-    words = near_copies.in_words(NEAR_COPY)
-    logger.warning("%s. Results on copies of fitted rows do not hold for other rows", words)
+    message = near_copies.in_words(NEAR_COPY_COSINE)
+    logger.warning("%s. Results on copies of fitted rows do not hold for other rows", message)
 
 
-def _count_copies(nearest: Tensor, cosine: float, sample: FitSample) -> Copies:
+def _count_copies(nearest_cosine: Tensor, cosine: float, sample: FitSample) -> Copies:
     """Count the copies among M rows: the rows with a cosine of at least ``cosine``.
 
-    ``nearest`` (M,) holds the cosine of each row with the nearest row in the sample.
+    ``nearest_cosine`` (M,) holds the cosine of each row with the nearest row in the sample.
     """
-    n_seen = int((nearest >= cosine).sum())
-    return Copies(n_seen=n_seen, n=len(nearest), share=sample.share)
+    n_detected = int((nearest_cosine >= cosine).sum())
+    return Copies(n_detected=n_detected, n=len(nearest_cosine), sample_share=sample.share)
 
 
-def _are_too_many(copies: Copies, sample: FitSample) -> bool:
+def _has_too_many_copies(copies: Copies, sample: FitSample) -> bool:
     """Whether over 1 % of the rows are copies, and a clearly larger share than within the fit.
 
     ``sample`` is the sample of the fitted rows.
     """
     # The lower bound is used, not the estimate. With a sample of 1 % of the fitted rows, a single
     # copy gives an estimate of 100 copies, and data with hardly any copies would be refused.
-    if copies.smallest_count <= MAX_SHARED * copies.n:
+    if copies.lower_n_copies <= MAX_OVERLAP_SHARE * copies.n:
         return False
     # In some data (frames of films, photos of products) many rows are copies of each other. Then
     # new rows are copies of fitted rows, too, so copies do not make the calibration wrong.
-    copies_in_fit = _count_copies(sample.nearest_cosines_within(), SAME_PICTURE, sample)
-    if not copies_in_fit.n_seen:
+    copies_in_fit = _count_copies(sample.nearest_cosines_within(), SAME_PICTURE_COSINE, sample)
+    if not copies_in_fit.n_detected:
         return True
-    least_share = lower_bound(copies.smallest_count, copies.n, SHARE_LEVEL)
-    return least_share > copies_in_fit.estimate
+    least_share = lower_bound(copies.lower_n_copies, copies.n, SHARE_BOUND_LEVEL)
+    return least_share > copies_in_fit.estimated_share

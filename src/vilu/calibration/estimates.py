@@ -35,7 +35,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.calibration.rules import refuse_fitted
+from vilu.calibration.rules import refuse_fit_rows
 from vilu.calibration.thresholds import lower_bound, upper_bound
 from vilu.errors import UNKNOWN, DataError
 from vilu.metrics.counts import Floats, Ints
@@ -43,31 +43,31 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.probability import fit_calibrator
 from vilu.validation import checked, require_between
 
-FEWEST_LABELS: Final = 30
+MIN_LABELS: Final = 30
 """Smallest number of labels for using predictions."""
 
-FEWEST_EXPECTED: Final = 15
+MIN_EXPECTED_OF_CLASS: Final = 15
 """Smallest expected number of labelled rows of a class for using predictions."""
 
-DRAWS: Final = 10_000
+N_DRAWS: Final = 10_000
 """Number of draws of the random weights; the limits then vary by about 1 % of the width."""
 
-MOST_WEIGHTS: Final = 2**21
+MAX_WEIGHTS_IN_MEMORY: Final = 2**21
 """Largest number of random weights in memory at once."""
 
-FOLDS: Final = 10
+N_FOLDS: Final = 10
 """Number of folds of labelled rows.
 
 A labelled row gets a probability from a calibrator that is fitted without the row's fold.
 """
 
-SMALLEST_P_VALUE: Final = 1e-4
+MIN_P_VALUE: Final = 1e-4
 """Labels are refused if "the labelled rows are a random sample" has a smaller p-value.
 
 So labels of a random sample are refused with this probability.
 """
 
-Method = Literal["prediction-powered", "exact"]
+EstimationMethod = Literal["prediction-powered", "exact"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Estimate:
     share: float
     low: float
     high: float
-    method: Method
+    method: EstimationMethod
     weight: float
     plain: tuple[float, float]
     n_labelled: int
@@ -175,18 +175,20 @@ def estimate(
         0.246
     """
     require_between("confidence", confidence)
-    refuse_fitted(outcomes)
-    usable = outcomes.take(np.flatnonzero(np.isfinite(outcomes.uncertainty)))
-    is_labelled = usable.failure != UNKNOWN
-    _require_random_labels(usable, is_labelled)
-    failure = (usable.failure[is_labelled] == 1).astype(np.float64)
-    failure_probability = _failure_probability(usable, is_labelled)
-    error_rate = _estimate(
-        "error rate", failure, failure_probability, confidence, fewest_expected=0
+    refuse_fit_rows(outcomes)
+    usable_outcomes = outcomes.take(np.flatnonzero(np.isfinite(outcomes.uncertainty)))
+    is_labelled = usable_outcomes.failure != UNKNOWN
+    _require_random_labels(usable_outcomes, is_labelled)
+    failure = (usable_outcomes.failure[is_labelled] == 1).astype(np.float64)
+    failure_probability = _failure_probability(usable_outcomes, is_labelled)
+    error_rate = _estimate_share(
+        "error rate", failure, failure_probability, confidence, min_expected=0
     )
     estimates = [error_rate]
     if of_classes:
-        estimates += _estimate_class_shares(usable, is_labelled, failure_probability, confidence)
+        estimates += _estimate_class_shares(
+            usable_outcomes, is_labelled, failure_probability, confidence
+        )
     return tuple(estimates)
 
 
@@ -202,23 +204,25 @@ def _require_random_labels(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -
         )
     if n_labelled == len(outcomes):
         return
-    test = stats.ks_2samp(outcomes.uncertainty[is_labelled], outcomes.uncertainty[~is_labelled])
-    if test.pvalue < SMALLEST_P_VALUE:
+    ks_test = stats.ks_2samp(outcomes.uncertainty[is_labelled], outcomes.uncertainty[~is_labelled])
+    if ks_test.pvalue < MIN_P_VALUE:
         raise DataError(
             f"the {n_labelled:,} labelled rows are no random sample of the {len(outcomes):,} rows: "
             f"their scores differ from those of the other rows (Kolmogorov-Smirnov, p = "
-            f"{test.pvalue:.1g}). Labels that `vilu next` or a person has chosen say nothing about "
-            "all rows. Draw rows at random, label them, and give no other labels."
+            f"{ks_test.pvalue:.1g}). Labels that `vilu next` or a person has chosen say nothing "
+            "about all rows. Draw rows at random, label them, and give no other labels."
         )
 
 
 def _failure_probability(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> Predictions:
     """Return probabilities of failure from the outcomes, or else from calibrated uncertainties."""
-    probability = outcomes.failure_probability
-    if probability is None and outcomes.is_probability:
-        probability = outcomes.uncertainty
-    if probability is not None:
-        return Predictions(of_labelled=probability[is_labelled], of_all_rows=probability)
+    failure_probability = outcomes.failure_probability
+    if failure_probability is None and outcomes.is_probability:
+        failure_probability = outcomes.uncertainty
+    if failure_probability is not None:
+        return Predictions(
+            of_labelled=failure_probability[is_labelled], of_all_rows=failure_probability
+        )
     return _calibrate_in_folds(outcomes.uncertainty, outcomes.failure, is_labelled)
 
 
@@ -231,17 +235,17 @@ def _calibrate_in_folds(
     ``of_all_rows`` has the mean probability from all calibrators (Zrnic and Candes,
     Cross-prediction-powered inference).
     """
-    labelled_score = uncertainty[is_labelled]
+    labelled_uncertainty = uncertainty[is_labelled]
     labelled_failure = failure[is_labelled]
-    fold_of_label = np.random.default_rng(0).permutation(len(labelled_score)) % FOLDS
-    of_labelled = np.empty(len(labelled_score))
+    fold_of_label = np.random.default_rng(0).permutation(len(labelled_uncertainty)) % N_FOLDS
+    of_labelled = np.empty(len(labelled_uncertainty))
     of_all_rows = np.zeros(len(uncertainty))
     for fold in np.unique(fold_of_label):
         is_in_fold = fold_of_label == fold
         calibrator = fit_calibrator(
-            labelled_score[~is_in_fold], labelled_failure[~is_in_fold], is_log_odds=False
+            labelled_uncertainty[~is_in_fold], labelled_failure[~is_in_fold], is_log_odds=False
         )
-        of_labelled[is_in_fold] = calibrator(labelled_score[is_in_fold])
+        of_labelled[is_in_fold] = calibrator(labelled_uncertainty[is_in_fold])
         # In the mean of ``of_labelled``, the weight of a calibrator is the share of labels in the
         # fold. The calibrator has the same weight here. So the mean residual has no bias.
         of_all_rows += calibrator(uncertainty) * is_in_fold.mean()
@@ -271,48 +275,53 @@ def _estimate_class_shares(
     estimates = []
     for index, name in enumerate(names):
         # An answer predicts its class with the probability that the answer is right.
-        says_class = outcomes.prediction == index
+        predicts_class = outcomes.prediction == index
         class_probability = Predictions(
-            of_labelled=says_class[is_labelled] * (1 - failure_probability.of_labelled),
-            of_all_rows=says_class * (1 - failure_probability.of_all_rows),
+            of_labelled=predicts_class[is_labelled] * (1 - failure_probability.of_labelled),
+            of_all_rows=predicts_class * (1 - failure_probability.of_all_rows),
         )
         is_of_class = (right_class == index).astype(np.float64)
         estimates.append(
-            _estimate(
-                name, is_of_class, class_probability, confidence, fewest_expected=FEWEST_EXPECTED
+            _estimate_share(
+                name, is_of_class, class_probability, confidence, min_expected=MIN_EXPECTED_OF_CLASS
             )
         )
     return estimates
 
 
-def _estimate(
-    name: str, truth: Floats, predictions: Predictions, confidence: float, *, fewest_expected: int
+def _estimate_share(
+    name: str,
+    has_property: Floats,
+    predictions: Predictions,
+    confidence: float,
+    *,
+    min_expected: int,
 ) -> Estimate:
     """Estimate the share of rows with a property.
 
     Args:
         name: Name of the share.
-        truth: (n,) 1 for a labelled row with the property, 0 for a labelled row without.
+        has_property: (n,) 1 for a labelled row with the property, 0 for a labelled row without.
         predictions: Predictions of the property.
         confidence: Confidence of the interval, in (0, 1).
-        fewest_expected: Predictions are not used if fewer labelled rows than this number are
+        min_expected: Predictions are not used if fewer labelled rows than this number are
             expected with the property, or without the property.
     """
-    by_labels = _exact_estimate(name, truth, len(predictions.of_all_rows), confidence)
+    exact_estimate = _exact_estimate(name, has_property, len(predictions.of_all_rows), confidence)
     # The predictions decide which interval is taken, not the labels. If the labels decided, the
     # interval would be too short.
-    n = len(truth)
+    n = len(has_property)
     n_expected = n * float(predictions.of_all_rows.mean())
-    is_too_rare = min(n_expected, n - n_expected) < fewest_expected
-    if n < FEWEST_LABELS or is_too_rare:
-        return by_labels
-    return _estimate_with_predictions(by_labels, truth, predictions, confidence)
+    is_too_rare = min(n_expected, n - n_expected) < min_expected
+    if n < MIN_LABELS or is_too_rare:
+        return exact_estimate
+    return _estimate_with_predictions(exact_estimate, has_property, predictions, confidence)
 
 
-def _exact_estimate(name: str, truth: Floats, n_rows: int, confidence: float) -> Estimate:
-    """Estimate a share of ``n_rows`` rows from the labels alone (``truth``, (n,))."""
-    n = len(truth)
-    n_true = int(truth.sum())
+def _exact_estimate(name: str, has_property: Floats, n_rows: int, confidence: float) -> Estimate:
+    """Estimate a share of ``n_rows`` rows from the labels alone (``has_property``, (n,))."""
+    n = len(has_property)
+    n_true = int(has_property.sum())
     delta = 1 - confidence
     low = lower_bound(n_true, n, delta / 2)
     high = upper_bound(n_true, n, delta / 2)
@@ -330,30 +339,30 @@ def _exact_estimate(name: str, truth: Floats, n_rows: int, confidence: float) ->
 
 
 def _estimate_with_predictions(
-    by_labels: Estimate, truth: Floats, predictions: Predictions, confidence: float
+    exact_estimate: Estimate, has_property: Floats, predictions: Predictions, confidence: float
 ) -> Estimate:
-    """Estimate the same share as ``by_labels``, from labels and predictions."""
-    weight = tuned_weight(truth, predictions.of_labelled)
-    first_mean = weight * float(predictions.of_all_rows.mean())  # the known mean of w f
-    residual = truth - weight * predictions.of_labelled
+    """Estimate the same share as ``exact_estimate``, from labels and predictions."""
+    weight = tuned_weight(has_property, predictions.of_labelled)
+    weighted_mean = weight * float(predictions.of_all_rows.mean())  # the known mean of w f
+    residual = has_property - weight * predictions.of_labelled
     largest_residual = 1 - weight * predictions.smallest
     smallest_residual = -weight * predictions.largest
     low, high = mean_interval(residual, smallest_residual, largest_residual, confidence)
     return replace(
-        by_labels,
-        share=float(np.clip(first_mean + residual.mean(), 0, 1)),
-        low=max(first_mean + low, 0.0),
-        high=min(first_mean + high, 1.0),
+        exact_estimate,
+        share=float(np.clip(weighted_mean + residual.mean(), 0, 1)),
+        low=max(weighted_mean + low, 0.0),
+        high=min(weighted_mean + high, 1.0),
         method="prediction-powered",
         weight=weight,
     )
 
 
-def tuned_weight(truth: Floats, prediction: Floats) -> float:
+def tuned_weight(has_property: Floats, prediction: Floats) -> float:
     """Return the weight w in [0, 1] for the smallest variance of the residuals y - w f.
 
-    y is the ``truth`` (n,), and f the ``prediction`` (n,). The weight is the slope of a regression
-    of y on f, limited to [0, 1]. If all predictions are equal, the weight is 0.
+    y is ``has_property`` (n,), and f is ``prediction`` (n,). The weight is the slope of a
+    regression of y on f, limited to [0, 1]. If all predictions are equal, the weight is 0.
 
     Examples:
         >>> import numpy as np
@@ -361,11 +370,11 @@ def tuned_weight(truth: Floats, prediction: Floats) -> float:
         >>> round(tuned_weight(np.array([0.0, 0, 1, 1]), np.array([0.0, 1, 1, 2])), 6)
         0.5
     """
-    centred = prediction - prediction.mean()
-    sum_of_squares = float(centred @ centred)
+    centred_prediction = prediction - prediction.mean()
+    sum_of_squares = float(centred_prediction @ centred_prediction)
     if sum_of_squares == 0:
         return 0.0
-    slope = float(centred @ truth) / sum_of_squares
+    slope = float(centred_prediction @ has_property) / sum_of_squares
     return min(max(slope, 0.0), 1.0)
 
 
@@ -388,11 +397,11 @@ def mean_interval(
         (0.0, True)
     """
     n = len(values)
-    draws_in_memory = max(MOST_WEIGHTS // (n + 1), 1)
-    draws_per_block = min(draws_in_memory, DRAWS)
+    draws_in_memory = max(MAX_WEIGHTS_IN_MEMORY // (n + 1), 1)
+    draws_per_block = min(draws_in_memory, N_DRAWS)
     means = []
-    for first_draw in range(0, DRAWS, draws_per_block):
-        n_draws = min(draws_per_block, DRAWS - first_draw)
+    for first_draw in range(0, N_DRAWS, draws_per_block):
+        n_draws = min(draws_per_block, N_DRAWS - first_draw)
         weights = _random_weights(n + 1, n_draws, seed=first_draw)
         mean_of_seen = weights[:, :n] @ values
         weight_of_unseen = weights[:, n]

@@ -21,9 +21,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vilu.artifacts.documents import Model
+from vilu.artifacts.documents import FrozenModel
 from vilu.calibration.methods import SetMethod
-from vilu.calibration.thresholds import rows_for_mean
+from vilu.calibration.thresholds import n_rows_for_mean_risk
 from vilu.callers import warn_caller
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError
@@ -32,7 +32,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.validation import require_between
 
 
-class LabelSets(Model):
+class LabelSets(FrozenModel):
     """Label sets that contain the right label with probability at least 1 - max_miss.
 
     The probability is over the draw of the calibration rows and of a new row that shows one of the
@@ -149,7 +149,7 @@ def _rank_of_limit(n: int, max_miss: float) -> int:
     rank = math.ceil(round((n + 1) * (1 - max_miss), 9))
     if rank > n:
         raise InfeasibleError(
-            f"sets that miss at most {max_miss:.2%} need at least {rows_for_mean(max_miss)} "
+            f"sets that miss at most {max_miss:.2%} need at least {n_rows_for_mean_risk(max_miss)} "
             f"calibration rows. Got {n}."
         )
     return rank
@@ -198,7 +198,7 @@ def _labelled_scores(
         yield scores[is_known], target[is_known]
 
 
-def named_sets(members: Tensor, class_names: Sequence[str] | None) -> list[str]:
+def sets_as_json(members: Tensor, class_names: Sequence[str] | None) -> list[str]:
     """Return the label sets of B rows as JSON lists of class names, in the order of candidates.
 
     ``members`` (B, K) is the mask of the candidates in the sets. Without class names, the numbers

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from vilu.artifacts.documents import Document, Model, read_document, write_document
+from vilu.artifacts.documents import Document, FrozenModel, read_document, write_document
 from vilu.embeddings.columns import AnswerKind
 from vilu.errors import DataError, ProvenanceError
 from vilu.metrics.counts import Floats
@@ -18,7 +18,7 @@ from vilu.predictors.contract.probability import Calibrator, fit_calibrator
 from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import LIKELY, PREDICTOR
 
-LEAST_WRONG: Final = 5
+MIN_WRONG_ANSWERS: Final = 5
 """Smallest number of wrong labelled answers for an estimate."""
 
 WIDENING: Final = 1.1
@@ -27,19 +27,19 @@ WIDENING: Final = 1.1
 The factor was chosen on four data sets (``benchmarks/likely.py``, docs/triage.md).
 """
 
-Flags = list[bool | None]
+LikelyFlags = list[bool | None]
 """For each row, whether the answer is likely right. Without an estimate, all flags are None."""
 
-NOTHING_DRAWN: Final = JudgedAnswers(uncertainty=np.zeros(0), failure=np.zeros(0, np.int64))
+NO_DRAWN_ANSWERS: Final = JudgedAnswers(uncertainty=np.zeros(0), failure=np.zeros(0, np.int64))
 """Answers to no rows, for an estimate without labels of rows drawn at random."""
 
 
-class LikelyRight(Model):
+class LikelyRight(FrozenModel):
     """Estimate of likely right answers, for a predictor that estimates P(failure).
 
     1. Each labelled row of the fit gets an uncertainty from a predictor that was fitted without
        this row (cross-fitting).
-    2. Labels of rows drawn at random are added (``with_drawn``).
+    2. Labels of rows drawn at random are added (``with_drawn_answers``).
     3. A calibrator from uncertainty to P(failure) is fitted on all these labels.
     4. Rows up to a threshold are likely right: ``widening`` times the mean P(failure) of these rows
        is at most ``max_risk``. The threshold is as large as possible.
@@ -54,7 +54,8 @@ class LikelyRight(Model):
         failure: (n,) 1 if a cross-fitted answer is wrong, otherwise 0.
         n_drawn: Number of labelled rows drawn at random.
         n_drawn_wrong: Number of wrong answers to the drawn rows.
-        probability: The calibrator; None with fewer than ``LEAST_WRONG`` wrong answers.
+        probability: The calibrator, which maps the log-odds of an uncertainty to P(failure); None
+            with fewer than ``MIN_WRONG_ANSWERS`` wrong answers.
         threshold: New rows up to this uncertainty are likely right, if new rows are drawn in the
             same way as the N rows given to ``estimate``. None if no answer is likely right, or if
             there is no calibrator.
@@ -66,7 +67,7 @@ class LikelyRight(Model):
         >>> u = np.linspace(0.01, 0.5, 100)  # the 80 most trusted answers are right
         >>> wrong = (np.arange(100) >= 80).astype(int)
         >>> likely_right = LikelyRight.estimate(JudgedAnswers(u, wrong), u, max_risk=0.05)
-        >>> likely_right.n_wrong, likely_right.flags_of_new(u).count(True) > 70
+        >>> likely_right.n_wrong, likely_right.flags_of_new_rows(u).count(True) > 70
         (20, True)
     """
 
@@ -97,18 +98,18 @@ class LikelyRight(Model):
                 rows without a score.
             max_risk: Largest expected error rate.
         """
-        cross_fitted = _answers_with_label(held_out)
-        without_threshold = cls(
+        cross_fitted_answers = _answers_with_label(held_out)
+        estimate_without_threshold = cls(
             max_risk=max_risk,
             widening=WIDENING,
-            n=len(cross_fitted.failure),
-            n_wrong=int(cross_fitted.failure.sum()),
-            uncertainty=tuple(cross_fitted.uncertainty.tolist()),
-            failure=tuple(cross_fitted.failure.tolist()),
+            n=len(cross_fitted_answers.failure),
+            n_wrong=int(cross_fitted_answers.failure.sum()),
+            uncertainty=tuple(cross_fitted_answers.uncertainty.tolist()),
+            failure=tuple(cross_fitted_answers.failure.tolist()),
         )
-        return without_threshold.with_drawn(NOTHING_DRAWN, uncertainty)
+        return estimate_without_threshold.with_drawn_answers(NO_DRAWN_ANSWERS, uncertainty)
 
-    def with_drawn(self, drawn: JudgedAnswers, uncertainty: Floats) -> Self:
+    def with_drawn_answers(self, drawn: JudgedAnswers, uncertainty: Floats) -> Self:
         """Estimate from the cross-fitted answers and from answers to rows drawn at random.
 
         The labelled rows of the fit were chosen. So answers to chosen rows may be wrong more often,
@@ -123,30 +124,31 @@ class LikelyRight(Model):
         drawn_answers = _answers_with_label(drawn)
         all_failures = np.concatenate([np.array(self.failure, np.int64), drawn_answers.failure])
         calibrator = None
-        if all_failures.sum() >= LEAST_WRONG:
+        if all_failures.sum() >= MIN_WRONG_ANSWERS:
             all_uncertainties = np.concatenate(
                 [np.array(self.uncertainty), drawn_answers.uncertainty]
             )
             scores = log_odds(all_uncertainties)
             calibrator = fit_calibrator(scores, all_failures, is_log_odds=True)
-        with_calibrator = self.model_copy(
+        estimate_with_calibrator = self.model_copy(
             update={
                 "n_drawn": len(drawn_answers.failure),
                 "n_drawn_wrong": int(drawn_answers.failure.sum()),
-                "probability": calibrator,
+                "probability": calibrator,  # the field has a function that gives the probability
             }
         )
-        threshold = with_calibrator.threshold_among(uncertainty)
-        return with_calibrator.model_copy(update={"threshold": threshold})
+        threshold = estimate_with_calibrator.threshold_among(uncertainty)
+        return estimate_with_calibrator.model_copy(update={"threshold": threshold})
 
     def threshold_among(self, uncertainty: Floats) -> float | None:
         """Return the largest uncertainty of likely right rows among N uncertainties, or None."""
-        if self.probability is None:
+        calibrator = self.probability
+        if calibrator is None:
             return None
         ascending = np.sort(uncertainty[np.isfinite(uncertainty)])
-        probability = self.probability(log_odds(ascending))
+        failure_probability = calibrator(log_odds(ascending))
         # for each row, the expected error rate of this row and all earlier rows
-        expected_risk = np.cumsum(probability) / np.arange(1, len(ascending) + 1)
+        expected_risk = np.cumsum(failure_probability) / np.arange(1, len(ascending) + 1)
         # Rows of equal uncertainty get the same flag. So only the last row of equal uncertainty may
         # set the threshold. With the appended infinity, the last of all rows may set the threshold.
         is_last_of_equals = np.diff(ascending, append=np.inf) > 0
@@ -154,15 +156,15 @@ class LikelyRight(Model):
         possible_thresholds = ascending[is_last_of_equals & is_low_risk]
         return float(possible_thresholds[-1]) if len(possible_thresholds) else None
 
-    def flags_by_own_threshold(self, uncertainty: Floats) -> Flags:
+    def flags_by_own_threshold(self, uncertainty: Floats) -> LikelyFlags:
         """Whether each of N rows is likely right, with the threshold found among these rows."""
         return self._flags(self.threshold_among(uncertainty), uncertainty)
 
-    def flags_of_new(self, uncertainty: Floats) -> Flags:
+    def flags_of_new_rows(self, uncertainty: Floats) -> LikelyFlags:
         """Whether each of N new rows is likely right, with the saved threshold."""
         return self._flags(self.threshold, uncertainty)
 
-    def _flags(self, threshold: float | None, uncertainty: Floats) -> Flags:
+    def _flags(self, threshold: float | None, uncertainty: Floats) -> LikelyFlags:
         """Flag the uncertainties (N,) up to the threshold.
 
         All flags are None if there is no estimate, and False if the threshold is None.
@@ -171,7 +173,7 @@ class LikelyRight(Model):
             return [None] * len(uncertainty)
         if threshold is None:
             return [False] * len(uncertainty)
-        flags: Flags = (uncertainty <= threshold).tolist()  # False for NaN
+        flags: LikelyFlags = (uncertainty <= threshold).tolist()  # False for NaN
         return flags
 
     def save(self, folder: Path) -> None:
@@ -201,9 +203,9 @@ class LikelyRight(Model):
 
 
 def _answers_with_label(judged: JudgedAnswers) -> JudgedAnswers:
-    """Select the answers with an uncertainty and a known failure."""
-    is_known = judged.is_known
-    return JudgedAnswers(judged.uncertainty[is_known], judged.failure[is_known])
+    """Select the answers with an uncertainty that are known to be right or wrong."""
+    has_label = judged.is_known
+    return JudgedAnswers(judged.uncertainty[has_label], judged.failure[has_label])
 
 
 class _LikelyFile(Document):

@@ -11,7 +11,7 @@ from typing import Final, Literal
 import numpy as np
 from pydantic import Field
 
-from vilu.artifacts.documents import Document, Model, read_document, write_document
+from vilu.artifacts.documents import Document, FrozenModel, read_document, write_document
 from vilu.artifacts.hashing import digest
 from vilu.errors import DataError
 from vilu.metrics.counts import Ints
@@ -21,7 +21,7 @@ from vilu.predictors.persistence.files import LOOKS, PREDICTOR
 SKETCH_SIZE: Final = 64
 """Number of saved hashes of a set of rows. The smallest hashes are saved, to recognise the set."""
 
-SAME_ROWS: Final = 0.5
+MIN_JACCARD_SIMILARITY: Final = 0.5
 """Two sets A and B of rows count as the same if |A and B| / |A or B| is at least this number."""
 
 ORDINALS: Final = (
@@ -31,7 +31,7 @@ ORDINALS: Final = (
 """Words for the number of a look; larger numbers are written in digits."""
 
 
-class RowsWithTargets(Model):
+class RowsWithTargets(FrozenModel):
     """A set of rows, with all targets that were tried on these rows."""
 
     # the smallest hashes of the rows
@@ -39,14 +39,14 @@ class RowsWithTargets(Model):
     targets: tuple[str, ...]  # digests of the targets, the earliest first
 
     def is_same_set(self, hashes: tuple[int, ...]) -> bool:
-        """Whether rows with these smallest hashes are the same set (``SAME_ROWS``)."""
+        """Whether rows with these smallest hashes are the same set (``MIN_JACCARD_SIMILARITY``)."""
         # The 64 smallest hashes of the union are a random sample of the union. The share of common
         # hashes in this sample estimates |A and B| / |A or B| (Broder 1997). All saved hashes of
         # both sets together would not be a random sample of the union: the 64 smallest hashes of a
         # small set reach up to larger numbers than the 64 smallest hashes of a large set.
-        sample = sorted({*self.hashes, *hashes})[:SKETCH_SIZE]
-        common = set(self.hashes) & set(hashes) & set(sample)
-        return len(common) >= SAME_ROWS * len(sample)
+        sample_of_union = sorted({*self.hashes, *hashes})[:SKETCH_SIZE]
+        common_hashes = set(self.hashes) & set(hashes) & set(sample_of_union)
+        return len(common_hashes) >= MIN_JACCARD_SIMILARITY * len(sample_of_union)
 
 
 class LookRecord(Document):
@@ -60,7 +60,7 @@ class LookRecord(Document):
     rows: tuple[RowsWithTargets, ...] = ()
 
 
-def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
+def record_target(folder: Path, picture: Ints, target: dict[str, object]) -> int:
     """Record a new target for rows; return the number of tried targets, including the new target.
 
     Args:
@@ -73,20 +73,20 @@ def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
         return 1  # without known pictures the rows cannot be recognised, so nothing is recorded
     hashes = tuple(smallest_hashes.tolist())
     record = _load_record(folder)
-    different_sets = []
-    targets: tuple[str, ...] = (digest(target),)
+    unchanged_sets = []
+    target_digests: tuple[str, ...] = (digest(target),)
     for recorded_set in record.rows:
         if not recorded_set.is_same_set(hashes):
-            different_sets.append(recorded_set)
+            unchanged_sets.append(recorded_set)
             continue
         # Recorded sets with mostly the same rows become a single set with all targets. If such sets
         # were counted separately, a few new rows would reset the count, and the best of many
         # targets would be reported as the first.
-        new_targets = [tried for tried in targets if tried not in recorded_set.targets]
-        targets = (*recorded_set.targets, *new_targets)
-    all_sets = (*different_sets, RowsWithTargets(hashes=hashes, targets=targets))
-    write_document(folder / LOOKS, record.model_copy(update={"rows": all_sets}))
-    return len(targets)
+        new_digests = [text for text in target_digests if text not in recorded_set.targets]
+        target_digests = (*recorded_set.targets, *new_digests)
+    updated_sets = (*unchanged_sets, RowsWithTargets(hashes=hashes, targets=target_digests))
+    write_document(folder / LOOKS, record.model_copy(update={"rows": updated_sets}))
+    return len(target_digests)
 
 
 def _load_record(folder: Path) -> LookRecord:
@@ -100,14 +100,14 @@ def _load_record(folder: Path) -> LookRecord:
     return LookRecord(weights_sha256=weights_sha256)
 
 
-def looks_in_words(n_looks: int) -> str:
+def tried_targets_in_words(n_tried_targets: int) -> str:
     """Return a text: how many targets were tried, and the consequence; "" for the first target."""
-    if n_looks == 1:
+    if n_tried_targets == 1:
         return ""
-    look = f"look number {n_looks}"
-    if n_looks <= len(ORDINALS):
-        look = f"{ORDINALS[n_looks - 1]} look"
+    look_in_words = f"look number {n_tried_targets}"
+    if n_tried_targets <= len(ORDINALS):
+        look_in_words = f"{ORDINALS[n_tried_targets - 1]} look"
     return (
-        f" ({look} at these rows: {n_looks} targets were tried on them, and the confidence is "
-        "that of a target which is chosen before the first look)"
+        f" ({look_in_words} at these rows: {n_tried_targets} targets were tried on them, and the "
+        "confidence is that of a target which is chosen before the first look)"
     )

@@ -13,23 +13,29 @@ from numpy.typing import NDArray
 
 from vilu.artifacts.disk import locked
 from vilu.artifacts.hashing import digest
-from vilu.calibration.calibration import Calibration, above_limit, save_calibration
-from vilu.calibration.closed_set import AnySavedLooks
+from vilu.calibration.calibration import Calibration, is_above_limit, save_calibration
+from vilu.calibration.closed_set import AnySavedTests
 from vilu.calibration.copies import check_copies
 from vilu.calibration.given_answers import warn_of_in_sample_answers
 from vilu.calibration.label_sets import LabelSets, check_label_sets, fit_label_sets
-from vilu.calibration.looks import looks_in_words, note_look
+from vilu.calibration.looks import record_target, tried_targets_in_words
 from vilu.calibration.rules import (
     Rule,
+    cluster_warning,
     group_names,
-    require_evaluable,
-    rule_of,
-    warning_of_clusters,
+    make_rule,
+    require_usable_rows,
 )
 from vilu.calibration.target import Target
 from vilu.calibration.thresholds import exact_percent, percent
-from vilu.calibration.units import ALIKE, MOST_COMPARED, CountedRows, count_once, first_of_scenes
-from vilu.embeddings.copies import NEAR_COPY
+from vilu.calibration.units import (
+    MAX_COMPARED_PICTURES,
+    NOISE_COPY_COSINE,
+    RowCounts,
+    choose_picture_rows,
+    first_copy_mask,
+)
+from vilu.embeddings.copies import NEAR_COPY_COSINE
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, InfeasibleError, UsageError, ViLUError
 from vilu.metrics.counts import Ints
@@ -44,7 +50,7 @@ from vilu.scoring.score import predictor_fingerprint, score_unseen, source_finge
 from vilu.store.reader import EmbeddingStore
 from vilu.validation import checked
 
-GROUPS_SHOWN = 3  # largest number of groups with a reason in a message
+MAX_GROUPS_SHOWN = 3  # largest number of groups with a reason in a message
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +137,7 @@ def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSou
         raise UsageError(
             "captions have no classes, so there are no thresholds per class. Leave per_class out."
         )
-    if target.per_class and data.holds == "answers":
+    if target.per_class and data.data_kind == "answers":
         # The answers of another table would have different numbers, and so different thresholds.
         raise UsageError(
             "a table of answers has no classes, so there are no thresholds per class. Leave "
@@ -173,7 +179,7 @@ def require_probability(predictor: FailurePredictor) -> None:
 
 def _require_below_limit(rows: Outcomes, limit: float) -> None:
     """Refuse rows with an uncertainty above ``limit``: no such row can be in the draw."""
-    n_above = int(above_limit(rows, limit).sum())
+    n_above = int(is_above_limit(rows, limit).sum())
     if n_above:
         raise DataError(
             f"{n_above:,} of {len(rows):,} rows have an uncertainty above {limit:.6g}, so they "
@@ -193,9 +199,9 @@ def _calibrate(
     """Calibrate in a locked folder, with the arguments of ``calibrate_predictor``."""
     predictor = load_predictor(folder)
     predictor.calibrator_ = None
-    inputs = _digest_of_inputs(predictor, data, target, dataset_and_split, drawn_below)
+    inputs_digest = _digest_of_inputs(predictor, data, target, dataset_and_split, drawn_below)
     if not overwrite:
-        calibration = _existing_calibration(folder, inputs)
+        calibration = _existing_calibration(folder, inputs_digest)
         if calibration is not None:
             write_card(folder)
             return calibration
@@ -206,22 +212,26 @@ def _calibrate(
     outcomes = score_unseen(predictor, data, is_unseen, dataset=dataset, split=split)
     if drawn_below is not None:
         _require_below_limit(outcomes, drawn_below)
-    n_looks = 1
+    n_tried_targets = 1
     if outcomes.picture is not None and target.has_rule:
-        n_looks = note_look(folder, outcomes.picture[outcomes.evaluable], target.facts())
-    choice = _choose_rows_and_rule(target, outcomes, data, index_in_data)
-    rule = choice.rule
+        n_tried_targets = record_target(
+            folder, outcomes.picture[outcomes.evaluable], target.facts()
+        )
+    rows_and_rule = _choose_rows_and_rule(target, outcomes, data, index_in_data)
+    rule = rows_and_rule.rule
     if rule is not None:
         rule = rule.model_copy(update={"drawn_below": drawn_below})
-    calibration_rows = outcomes.take(choice.saved_rows)
+    calibration_rows = outcomes.take(rows_and_rule.saved_rows)
     warn_of_in_sample_answers(predictor.notes_.get("given_answers"), calibration_rows)
     if drawn_below is None:
         predictor.calibrate_scores(calibration_rows.uncertainty, calibration_rows.failure)
     else:
         # A calibrator of these rows would be biased, because all scores are up to the limit.
         predictor.calibrator_ = identity_calibrator(calibration_rows.failure)
-    label_sets = _label_sets_from_rows(predictor, data, index_in_data[choice.saved_rows], target)
-    calibration = keep_calibration(
+    label_sets = _fit_label_sets_on_rows(
+        predictor, data, index_in_data[rows_and_rule.saved_rows], target
+    )
+    calibration = save_calibrated_predictor(
         folder,
         predictor,
         calibration_rows,
@@ -230,15 +240,15 @@ def _calibrate(
         rule,
         dataset_and_split,
         label_sets=label_sets,
-        inputs=inputs,
-        near_copies=tuple(choice.near_copies.tolist()),
-        n_looks=n_looks,
+        inputs=inputs_digest,
+        near_copies=tuple(rows_and_rule.near_copies.tolist()),
+        n_tried_targets=n_tried_targets,
     )
     write_card(folder)  # the last file of a calibration
     return calibration
 
 
-def _label_sets_from_rows(
+def _fit_label_sets_on_rows(
     predictor: FailurePredictor, data: EmbeddingSource, rows: Ints, target: Target
 ) -> LabelSets | None:
     """Fit label sets on the rows of ``data`` with the indices ``rows`` (M,).
@@ -296,8 +306,9 @@ def _choose_rows_and_rule(
     """Return the rule of N calibration rows, and the rows to save; every picture counts once.
 
     A single row per picture is saved, and all rows without a label. Near copies are counted and
-    reported with a warning. If some pictures differ by noise only (``ALIKE``), a second rule is
-    made from a single picture of each group of copies. The rule that accepts less is returned.
+    reported with a warning. If some pictures differ by noise only (``NOISE_COPY_COSINE``), a second
+    rule is made from a single picture of each group of copies. The rule that accepts less is
+    returned.
 
     Args:
         target: The target.
@@ -309,28 +320,32 @@ def _choose_rows_and_rule(
         # Each cluster counts as a single draw, so copies within a cluster do no harm. All rows are
         # saved.
         return _RowsAndRule(
-            rule=_feasible_rule(rows, target),
+            rule=_make_feasible_rule(rows, target),
             saved_rows=np.arange(len(rows)),
             near_copies=np.arange(0),
         )
-    is_labelled = require_evaluable(rows)
-    picture_rows, counted = count_once(rows, is_labelled)  # one row per picture
-    rule = _feasible_rule(rows, target)
+    is_labelled = require_usable_rows(rows)
+    picture_rows, row_counts = choose_picture_rows(rows, is_labelled)
+    rule = _make_feasible_rule(rows, target)
     left_out_rows = picture_rows[:0]  # no row is left out so far
-    is_first = _is_first_of_near_copies(data, index_in_data[picture_rows])
-    if not is_first.all():
-        counted = _count_scenes(counted, is_first)
-        is_different = first_of_scenes(data, index_in_data[picture_rows], ALIKE)
+    is_first_of_scene = _is_first_of_near_copies(data, index_in_data[picture_rows])
+    if not is_first_of_scene.all():
+        row_counts = _add_scene_count(row_counts, is_first_of_scene)
+        is_first_of_noise_copies = first_copy_mask(
+            data, index_in_data[picture_rows], NOISE_COPY_COSINE
+        )
         # Pictures that differ by noise only are a single draw. If all copies count, the bound is
         # too small. If a single copy counts, the answer about this copy may be right by chance. So
         # both rules are made, and the rule that accepts less is used.
-        rule_without_copies = _feasible_rule(rows.take(picture_rows[is_different]), target)
+        rule_without_copies = _make_feasible_rule(
+            rows.take(picture_rows[is_first_of_noise_copies]), target
+        )
         if _accepts_less(rule_without_copies, rule, rows.take(picture_rows)):
             rule = rule_without_copies
-            left_out_rows = picture_rows[~is_different]
+            left_out_rows = picture_rows[~is_first_of_noise_copies]
     if rule is not None:
-        rule = rule.model_copy(update={"counted": counted})
-        warning = warning_of_clusters(rule, rows)
+        rule = rule.model_copy(update={"counted": row_counts})
+        warning = cluster_warning(rule, rows)
         if warning is not None:
             logger.warning("%s", warning)
     is_saved = ~is_labelled
@@ -347,37 +362,39 @@ def _is_first_of_near_copies(data: EmbeddingSource, rows: Ints) -> NDArray[np.bo
     pictures to compare, a warning is logged and the mask is True everywhere.
     """
     n_pictures = len(rows)
-    if n_pictures <= MOST_COMPARED:
-        return first_of_scenes(data, rows, NEAR_COPY)
+    if n_pictures <= MAX_COMPARED_PICTURES:
+        return first_copy_mask(data, rows, NEAR_COPY_COSINE)
     logger.warning(
         "near copies are searched among at most %s pictures, and there are %s. If some of them are "
         "near copies of others, the guarantee is too optimistic",
-        f"{MOST_COMPARED:,}",
+        f"{MAX_COMPARED_PICTURES:,}",
         f"{n_pictures:,}",
     )
     return np.ones(n_pictures, np.bool_)
 
 
-def _count_scenes(counted: CountedRows | None, is_first: NDArray[np.bool_]) -> CountedRows:
+def _add_scene_count(
+    row_counts: RowCounts | None, is_first_of_scene: NDArray[np.bool_]
+) -> RowCounts:
     """Add the number of scenes to the numbers of files and pictures, and log a warning.
 
-    ``counted`` is None if there are as many files as pictures. ``is_first`` marks the first picture
-    of each scene.
+    ``row_counts`` is None if there are as many files as pictures. ``is_first_of_scene`` marks the
+    first picture of each scene.
     """
-    n_pictures = len(is_first)
-    n_files = n_pictures if counted is None else counted.files
-    n_scenes = int(is_first.sum())
-    counted = CountedRows(files=n_files, pictures=n_pictures, scenes=n_scenes)
+    n_pictures = len(is_first_of_scene)
+    n_files = n_pictures if row_counts is None else row_counts.files
+    n_scenes = int(is_first_of_scene.sum())
+    row_counts = RowCounts(files=n_files, pictures=n_pictures, scenes=n_scenes)
     logger.warning(
         "near copies among the calibration rows (cosine at least %s): %s. Answers about them are "
         "not independent: the guarantee is more optimistic than the rows allow",
-        NEAR_COPY,
-        counted,
+        NEAR_COPY_COSINE,
+        row_counts,
     )
-    return counted
+    return row_counts
 
 
-def _feasible_rule(rows: Outcomes, target: Target) -> Rule | None:
+def _make_feasible_rule(rows: Outcomes, target: Target) -> Rule | None:
     """Make the rule of calibration rows; None if the target asks for no rule.
 
     Raises an InfeasibleError if the rule accepts nothing.
@@ -385,23 +402,23 @@ def _feasible_rule(rows: Outcomes, target: Target) -> Rule | None:
     if not target.has_rule:
         return None
     groups: Literal["prediction"] | None = "prediction" if target.per_class else None
-    rule = rule_of(rows, target, groups)
+    rule = make_rule(rows, target, groups)
     if not rule.feasible:
-        raise InfeasibleError(_why_infeasible(rule))
+        raise InfeasibleError(_infeasible_message(rule))
     return rule
 
 
-def _accepts_less(rule: Rule | None, rival: Rule | None, pictures: Outcomes) -> bool:
-    """Whether ``rule`` accepts fewer of these pictures than ``rival``; False if either is None."""
-    if rule is None or rival is None:
+def _accepts_less(rule: Rule | None, compared_rule: Rule | None, pictures: Outcomes) -> bool:
+    """Whether ``rule`` accepts fewer pictures than ``compared_rule``; False if either is None."""
+    if rule is None or compared_rule is None:
         return False
     groups = group_names(pictures) if rule.grouped_by == "prediction" else None
     n_accepted = int(rule.accept(pictures.uncertainty, groups).sum())
-    n_accepted_by_rival = int(rival.accept(pictures.uncertainty, groups).sum())
-    return n_accepted < n_accepted_by_rival
+    n_accepted_by_compared = int(compared_rule.accept(pictures.uncertainty, groups).sum())
+    return n_accepted < n_accepted_by_compared
 
 
-def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
+def save_calibrated_predictor(  # noqa: PLR0913 - one argument per part of a calibration
     folder: Path,
     predictor: FailurePredictor,
     rows: Outcomes,
@@ -412,10 +429,10 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
     *,
     dtype: str | None = None,
     label_sets: LabelSets | None = None,
-    draws: Mapping[str, AnySavedLooks] | None = None,
+    draws: Mapping[str, AnySavedTests] | None = None,
     inputs: str | None = None,
     near_copies: tuple[int, ...] = (),
-    n_looks: int = 1,
+    n_tried_targets: int = 1,
 ) -> Calibration:
     """Write a calibrated predictor, the calibration rows, and then the calibration.
 
@@ -432,7 +449,7 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
         draws: As in ``Calibration``.
         inputs: As in ``Calibration``.
         near_copies: As in ``Calibration``.
-        n_looks: Number of targets that were tried on these rows.
+        n_tried_targets: Number of targets that were tried on these rows.
     """
     probability = predictor.failure_probability(rows.uncertainty)
     rows = dataclasses.replace(rows, failure_probability=probability)
@@ -444,7 +461,7 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
     dataset, split = dataset_and_split
     guarantee_text = None
     if rule is not None:
-        guarantee_text = f"{rule}{looks_in_words(n_looks)}"
+        guarantee_text = f"{rule}{tried_targets_in_words(n_tried_targets)}"
     return save_calibration(
         folder,
         rows,
@@ -460,7 +477,7 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
         draws=draws,
         inputs=inputs,
         near_copies=near_copies,
-        looks=n_looks if n_looks > 1 else None,
+        looks=n_tried_targets if n_tried_targets > 1 else None,
     )
 
 
@@ -486,7 +503,7 @@ def remove_outdated_calibration(folder: Path, changed_keys: set[str]) -> bool:
     return True
 
 
-def _existing_calibration(folder: Path, inputs: str) -> Calibration | None:
+def _existing_calibration(folder: Path, inputs_digest: str) -> Calibration | None:
     """Load the calibration in the folder; None if there is no calibration.
 
     A calibration from different inputs is refused. If loading fails, a warning is logged and None
@@ -499,7 +516,7 @@ def _existing_calibration(folder: Path, inputs: str) -> Calibration | None:
         return None
     if calibration is None:
         return None
-    if calibration.inputs == inputs:
+    if calibration.inputs == inputs_digest:
         logger.info("%s is calibrated so already: there is nothing to do", folder)
         return calibration
     raise UsageError(
@@ -509,18 +526,18 @@ def _existing_calibration(folder: Path, inputs: str) -> Calibration | None:
     )
 
 
-def _why_infeasible(rule: Rule) -> str:
+def _infeasible_message(rule: Rule) -> str:
     """Return the message of an infeasible target: the reasons, the missing rows, and advice."""
     reasons = []
-    for name, threshold in list(rule.thresholds.items())[:GROUPS_SHOWN]:
-        group = f"{name}: " if name else ""
-        rows_needed = ""
+    for name, threshold in list(rule.thresholds.items())[:MAX_GROUPS_SHOWN]:
+        group_in_words = f"{name}: " if name else ""
+        need_in_words = ""
         if threshold.n_needed is not None:
-            rows_needed = f" At least {threshold.n_needed:,} calibration rows are needed."
-        reasons.append(f"{group}{threshold.why}.{rows_needed}")
-    n_more = len(rule.thresholds) - GROUPS_SHOWN
-    if n_more > 0:
-        reasons.append(f"And {n_more} more groups.")
+            need_in_words = f" At least {threshold.n_needed:,} calibration rows are needed."
+        reasons.append(f"{group_in_words}{threshold.why}.{need_in_words}")
+    n_groups_not_shown = len(rule.thresholds) - MAX_GROUPS_SHOWN
+    if n_groups_not_shown > 0:
+        reasons.append(f"And {n_groups_not_shown} more groups.")
     if rule.counted is not None:
         reasons.append(f"The {rule.counted}.")
     target_parts = []

@@ -13,57 +13,57 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from vilu.artifacts.documents import Model
-from vilu.calibration.closed_set import AnyLooks, ClosedPhotos
+from vilu.artifacts.documents import FrozenModel
+from vilu.calibration.closed_set import AnyThresholdTests, ClosedPhotos
 from vilu.calibration.cluster_bets import LabelledRows, ratio_threshold
 from vilu.calibration.clusters import (
-    TOO_LARGE,
+    SCORE_IF_TOO_LARGE,
     Clusters,
     correlation_warning,
     majority_outcomes,
     ratio_rows,
 )
 from vilu.calibration.methods import ClusterRisk, Method, RowsMethod
-from vilu.calibration.selection import p_values, sampled_rows, selected_answers
+from vilu.calibration.selection import choose_sample_rows, p_values, select_answers
 from vilu.calibration.shares import (
     Strata,
+    reason_for_nothing_at_shares,
     require_every_class,
     shares_in_words,
     weighted_learn_then_test,
-    why_nothing_for_shares,
 )
 from vilu.calibration.target import Target
 from vilu.calibration.thresholds import (
     PROCEDURES,
     Threshold,
-    accepted_needed,
     binomial_tail,
     coverage_first,
     exact_percent,
+    n_accepted_needed,
+    n_right_needed,
+    n_rows_for_coverage,
+    n_rows_for_mean_risk,
     percent,
-    rows_for_coverage,
-    rows_for_mean,
-    rows_without_error,
 )
-from vilu.calibration.units import CountedRows, count_once
+from vilu.calibration.units import RowCounts, choose_picture_rows
 from vilu.callers import warn_caller
 from vilu.errors import DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import Floats, Ints, TieCounts, real_vector, tie_counts
 from vilu.outcomes.outcomes import Outcomes, check_texts
-from vilu.predictors.contract.seen import MAX_SHARED, WHY_NOT_FIT_ROWS
+from vilu.predictors.contract.seen import MAX_OVERLAP_SHARE, WHY_NOT_FIT_ROWS
 from vilu.validation import checked
 
-ALL = ""
+ALL_ROWS_GROUP = ""
 """Name of the group of all rows."""
 
-OTHER = "(other)"
+OTHER_GROUP = "(other)"
 """Name of the group that collects the rows of all groups with too few calibration rows."""
 
-ROUNDING = 1e-9
+ROUNDING_TOLERANCE = 1e-9
 """Tolerance when numbers of rows are compared: 0.55 * 100 is a little more than 55 in float64."""
 
 
-class Rule(Model):
+class Rule(FrozenModel):
     """Rule that accepts an answer or leaves the answer for review.
 
     A rule has a single threshold for all rows, or a threshold per group, and may have floors. A
@@ -119,7 +119,7 @@ class Rule(Model):
     wrong: tuple[float, ...] = ()
     outside_share: float | None = Field(default=None, ge=0, lt=1)
     class_shares: dict[str, float] | None = None
-    counted: CountedRows | None = None
+    counted: RowCounts | None = None
     about: Literal["new", "folder"] = "new"
     closed: ClosedPhotos | None = None
     clusters: Clusters | None = None
@@ -211,7 +211,7 @@ class Rule(Model):
             )
         if self.grouped_by is not None:
             raise UsageError(f"this rule has a {property_name} per group: see its thresholds.")
-        return self.thresholds[ALL]
+        return self.thresholds[ALL_ROWS_GROUP]
 
     def limits(self, n: int, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
         """Return floors (N,) and thresholds (N,) of n rows; both -inf where nothing is accepted.
@@ -244,7 +244,7 @@ class Rule(Model):
         intervals = {name: threshold.interval for name, threshold in self.thresholds.items()}
         # Rows of a group without a threshold get the interval of "(other)". If this interval is
         # missing too, the rows are not accepted.
-        default_interval = intervals.get(OTHER, (-math.inf, -math.inf))
+        default_interval = intervals.get(OTHER_GROUP, (-math.inf, -math.inf))
         group_of_row = self._groups_of_rows(n, groups)
         interval_of_row = [intervals.get(name, default_interval) for name in group_of_row]
         # reshaped, because with n = 0 the array would have a single axis
@@ -254,7 +254,7 @@ class Rule(Model):
     def _groups_of_rows(self, n: int, groups: Sequence[str] | None) -> Sequence[str]:
         """Return the name of the group of each of n rows; without groups, "" for all rows."""
         if self.grouped_by is None:
-            return [ALL] * n
+            return [ALL_ROWS_GROUP] * n
         names = check_texts(groups, "groups")
         if names is None or len(names) != n:
             raise UsageError(
@@ -298,7 +298,7 @@ class Rule(Model):
         """
         scores = self._compared_scores(uncertainty, clusters)
         if self.needs_batch:
-            return selected_answers(self.p_values(scores), level=self.max_risk or 0.0)
+            return select_answers(self.p_values(scores), level=self.max_risk or 0.0)
         floors, thresholds = self._limits(len(scores), groups)
         return (scores > floors) & (scores <= thresholds)
 
@@ -355,7 +355,7 @@ class Rule(Model):
             is_within = scores <= thresholds  # False for NaN, so such a row gets a reason too
             reasons[~is_within] = "above_threshold"
             reasons[scores <= floors] = "below_floor"
-            reasons[scores == TOO_LARGE] = "large_cluster"
+            reasons[scores == SCORE_IF_TOO_LARGE] = "large_cluster"
             reasons[thresholds == -np.inf] = "not_certified"
         texts: list[str | None] = reasons.tolist()
         return texts
@@ -518,14 +518,14 @@ def certify(
         class_shares=None if class_shares is None else dict(class_shares),
     )
     target.check_rule(grouped=groups is not None)
-    rule = rule_of(outcomes, target, groups)
-    warning = warning_of_clusters(rule, outcomes)
+    rule = make_rule(outcomes, target, groups)
+    warning = cluster_warning(rule, outcomes)
     if warning is not None:
         warn_caller(warning)
     return rule
 
 
-def warning_of_clusters(rule: Rule, outcomes: Outcomes) -> str | None:
+def cluster_warning(rule: Rule, outcomes: Outcomes) -> str | None:
     """Return a warning if a rule counts rows of a cluster as independent; None: no warning."""
     counts_single_rows = rule.clusters is None and rule.grouped_by is None and rule.feasible
     if outcomes.cluster is None or not counts_single_rows:
@@ -587,12 +587,12 @@ def certify_clusters(
         max_risk=max_risk, confidence=confidence, cluster_risk=risk, largest_cluster=largest
     )
     target.check_rule(grouped=False)
-    return rule_of(replace(outcomes, cluster=clusters), target)
+    return make_rule(replace(outcomes, cluster=clusters), target)
 
 
-def _rule_of_clusters(outcomes: Outcomes, target: Target) -> Rule:
+def _make_cluster_rule(outcomes: Outcomes, target: Target) -> Rule:
     """Make the rule for a target with a risk of clusters; the rule may accept nothing."""
-    is_usable = require_evaluable(outcomes)
+    is_usable = require_usable_rows(outcomes)
     if outcomes.cluster is None:
         raise DataError(
             "a risk of clusters needs the cluster of every row: the column cluster of the table, "
@@ -601,13 +601,13 @@ def _rule_of_clusters(outcomes: Outcomes, target: Target) -> Rule:
     max_risk = target.max_risk or 0.0  # a cluster_risk needs a max_risk (``check_clusters``)
     if target.cluster_risk == "ratio":
         rows, start_rows = ratio_rows(outcomes, is_usable, outcomes.cluster, target.largest_cluster)
-        return _ratio_rule(rows, start_rows, max_risk, target.confidence)
+        return _make_ratio_rule(rows, start_rows, max_risk, target.confidence)
     cluster_outcomes = majority_outcomes(outcomes, outcomes.cluster)  # one outcome per cluster
-    rule = rule_of(cluster_outcomes, Target(max_risk=max_risk, confidence=target.confidence))
+    rule = make_rule(cluster_outcomes, Target(max_risk=max_risk, confidence=target.confidence))
     return rule.model_copy(update={"clusters": Clusters(risk="majority", n=rule.n)})
 
 
-def _ratio_rule(
+def _make_ratio_rule(
     rows: LabelledRows, start_rows: LabelledRows, max_risk: float, confidence: float
 ) -> Rule:
     """Make the rule for the risk "ratio"; the rule may accept nothing.
@@ -619,28 +619,28 @@ def _ratio_rule(
         method="ltt",
         max_risk=max_risk,
         confidence=confidence,
-        thresholds={ALL: threshold},
+        thresholds={ALL_ROWS_GROUP: threshold},
         n=threshold.n,
-        clusters=Clusters(risk="ratio", n=rows.n_clusters, largest=rows.largest),
+        clusters=Clusters(risk="ratio", n=rows.n_clusters, largest=rows.largest_cluster),
     )
 
 
-def rule_of(
+def make_rule(
     outcomes: Outcomes, target: Target, groups: Sequence[str] | Literal["prediction"] | None = None
 ) -> Rule:
     """Make the rule for a target, as in ``certify``; the rule may accept nothing."""
     if target.cluster_risk is not None:
-        return _rule_of_clusters(outcomes, target)
-    is_usable = require_evaluable(outcomes)
-    picture_rows, counted = count_once(outcomes, is_usable)  # one row per picture
+        return _make_cluster_rule(outcomes, target)
+    is_usable = require_usable_rows(outcomes)
+    picture_rows, row_counts = choose_picture_rows(outcomes, is_usable)
     rows = outcomes.take(picture_rows)
     thresholds: dict[str, Threshold] = {}
-    wrong: tuple[float, ...] = ()
+    wrong_scores: tuple[float, ...] = ()
     n = len(rows)
     if target.method == "selection":
-        n, wrong = _scores_for_selection(rows, target)
+        n, wrong_scores = _scores_for_selection(rows, target)
     elif target.states_shares:
-        thresholds = {ALL: _threshold_for_shares(rows, target)}
+        thresholds = {ALL_ROWS_GROUP: _threshold_for_shares(rows, target)}
     else:
         names = None if groups is None else _names_of_groups(outcomes, groups, picture_rows)
         thresholds = _thresholds_of_groups(rows, names, target)
@@ -655,10 +655,10 @@ def rule_of(
         grouped_by=grouped_by,
         thresholds=thresholds,
         n=n,
-        wrong=wrong,
+        wrong=wrong_scores,
         outside_share=target.outside_share,
         class_shares=None if target.class_shares is None else dict(target.class_shares),
-        counted=counted,
+        counted=row_counts,
     )
 
 
@@ -668,25 +668,25 @@ def _scores_for_selection(rows: Outcomes, target: Target) -> tuple[int, tuple[fl
     The method "selection" computes p-values from these numbers. At most a million rows are used.
     """
     max_risk = target.max_risk or 0.0  # "selection" always has a max_risk (``check_rule``)
-    n_needed = rows_for_mean(max_risk)
-    sample = sampled_rows(len(rows))
-    n = len(sample)
+    n_needed = n_rows_for_mean_risk(max_risk)
+    sample_rows = choose_sample_rows(len(rows))
+    n = len(sample_rows)
     if n < n_needed:
         raise InfeasibleError(
             f"with {n} calibration rows no answer can be selected at a risk of "
             f"{percent(max_risk)}: no p-value is below 1 / {n + 1}. At least {n_needed} rows are "
             "needed."
         )
-    is_wrong = rows.failure[sample] == 1
-    wrong = np.sort(rows.uncertainty[sample][is_wrong])
-    return n, tuple(wrong.tolist())
+    is_wrong = rows.failure[sample_rows] == 1
+    wrong_scores = np.sort(rows.uncertainty[sample_rows][is_wrong])
+    return n, tuple(wrong_scores.tolist())
 
 
-def rule_at_any_time(
-    groups: Mapping[str, tuple[AnyLooks, Outcomes]],
+def make_anytime_rule(
+    groups: Mapping[str, tuple[AnyThresholdTests, Outcomes]],
     max_risk: float,
     confidence: float,
-    closed: ClosedPhotos | None = None,
+    closed_photos: ClosedPhotos | None = None,
 ) -> Rule:
     """Make the rule certified so far by the labels, in their order of arrival.
 
@@ -695,60 +695,61 @@ def rule_at_any_time(
             all rows are a single group, the name is "".
         max_risk: Largest error rate among accepted answers.
         confidence: 1 - delta for all groups together.
-        closed: The photos of a rule about one folder; None for a rule about new rows.
+        closed_photos: The photos of a rule about one folder; None for a rule about new rows.
     """
     thresholds: dict[str, Threshold] = {}
-    for name, (looks, rows) in groups.items():
-        thresholds[name] = _laxest_so_far(looks, rows, max_risk)
+    for name, (tests, rows) in groups.items():
+        thresholds[name] = _laxest_threshold(tests, rows, max_risk)
     return Rule(
         method="anytime",
         max_risk=max_risk,
         confidence=confidence,
-        grouped_by=None if ALL in groups else "prediction",
+        grouped_by=None if ALL_ROWS_GROUP in groups else "prediction",
         thresholds=thresholds,
         n=sum(threshold.n for threshold in thresholds.values()),
-        about="new" if closed is None else "folder",
-        closed=closed,
+        about="new" if closed_photos is None else "folder",
+        closed=closed_photos,
     )
 
 
-def _laxest_so_far(looks: AnyLooks, rows: Outcomes, max_risk: float) -> Threshold:
+def _laxest_threshold(tests: AnyThresholdTests, rows: Outcomes, max_risk: float) -> Threshold:
     """Return the laxest threshold certified so far by the labels of ``rows``.
 
     If the labels certify no threshold, the returned threshold accepts nothing and says why.
     """
-    index = looks.certified(rows.uncertainty, rows.failure)
-    wrong, accepted = looks.counts(rows.uncertainty, rows.failure)
-    if index is not None:
+    certified_index = tests.index_of_laxest_certified_threshold(rows.uncertainty, rows.failure)
+    n_wrong, n_accepted = tests.count_wrong_and_accepted(rows.uncertainty, rows.failure)
+    if certified_index is not None:
         return Threshold(
-            threshold=float(looks.grid[index]),
+            threshold=float(tests.grid[certified_index]),
             n=len(rows),
-            n_accepted=int(accepted[index]),
-            n_wrong=int(wrong[index]),
+            n_accepted=int(n_accepted[certified_index]),
+            n_wrong=int(n_wrong[certified_index]),
             risk_bound=max_risk,
         )
-    n_more = looks.more_needed(rows.uncertainty, rows.failure)
+    n_more = tests.n_more_labels_needed(rows.uncertainty, rows.failure)
     if n_more is not None:
-        why = (
+        reason = (
             f"about {n_more:,} more labels of the calibration side are needed, if the error rates "
             "stay the same"
         )
-        return Threshold.nothing(len(rows), why)
-    n_up_to_limit = int(accepted[looks.last])
-    n_wrong = int(wrong[looks.last])
-    why = (
-        f"of {n_up_to_limit} labels up to the limit {n_wrong} are wrong, and these "
+        return Threshold.accepting_nothing(len(rows), reason)
+    n_up_to_limit = int(n_accepted[tests.last_tested_index])
+    n_wrong_up_to_limit = int(n_wrong[tests.last_tested_index])
+    reason = (
+        f"of {n_up_to_limit} labels up to the limit {n_wrong_up_to_limit} are wrong, and these "
         f"scores do not single out answers with an error rate below {max_risk:.2%}"
     )
-    return Threshold.nothing(len(rows), why)
+    return Threshold.accepting_nothing(len(rows), reason)
 
 
-def require_evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
-    """Return the mask (N,) of usable rows: rows with an uncertainty and a known failure.
+def require_usable_rows(outcomes: Outcomes) -> NDArray[np.bool_]:
+    """Return the mask (N,) of usable rows.
 
-    Raises a DataError if no row is usable, or if too many rows were used in the fit.
+    A usable row has an uncertainty, and the answer is known to be right or wrong. Raises a
+    DataError if no row is usable, or if too many rows were used in the fit.
     """
-    refuse_fitted(outcomes)
+    refuse_fit_rows(outcomes)
     is_usable = outcomes.evaluable
     if not is_usable.any():
         raise DataError(
@@ -758,7 +759,7 @@ def require_evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
     return is_usable
 
 
-def refuse_fitted(outcomes: Outcomes) -> None:
+def refuse_fit_rows(outcomes: Outcomes) -> None:
     """Refuse outcomes if more than 1 % of the rows were used in the predictor's fit.
 
     A smaller share leads to a warning.
@@ -770,16 +771,16 @@ def refuse_fitted(outcomes: Outcomes) -> None:
     n_comparable = provenance.get("n_compared_with_fit")
     if not isinstance(n_comparable, int):
         n_comparable = len(outcomes)
-    overlap = f"at least {n_seen} of these rows were used to fit the predictor"
+    overlap_text = f"at least {n_seen} of these rows were used to fit the predictor"
     remedy = (
         "Score rows that it has not seen: data.take(np.flatnonzero(~predictor.seen(data).shared))"
     )
-    if n_seen > MAX_SHARED * n_comparable:
+    if n_seen > MAX_OVERLAP_SHARE * n_comparable:
         raise DataError(
-            f"{overlap}, more than {MAX_SHARED:.0%} of the {n_comparable} that can be compared. "
-            f"{WHY_NOT_FIT_ROWS} {remedy}."
+            f"{overlap_text}, more than {MAX_OVERLAP_SHARE:.0%} of the {n_comparable} that can be "
+            f"compared. {WHY_NOT_FIT_ROWS} {remedy}."
         )
-    warn_caller(f"{overlap}. {WHY_NOT_FIT_ROWS} {remedy}.")
+    warn_caller(f"{overlap_text}. {WHY_NOT_FIT_ROWS} {remedy}.")
 
 
 def group_names(outcomes: Outcomes) -> list[str]:
@@ -817,8 +818,8 @@ def _names_of_groups(outcomes: Outcomes, groups: Sequence[str], rows: Ints) -> l
     return [names[row] for row in rows.tolist()]
 
 
-def members_of(
-    names: list[str] | None, n: int, delta: float, rows_needed: Callable[[float], int]
+def rows_of_groups(
+    names: list[str] | None, n: int, delta: float, n_needed_at_level: Callable[[float], int]
 ) -> dict[str, Ints]:
     """Return the row indices of each group with a separate threshold, and of the group "(other)".
 
@@ -830,29 +831,29 @@ def members_of(
         names: Names of the groups of n rows; None: all rows are a single group.
         n: Number of rows.
         delta: Level of all groups together.
-        rows_needed: Maps the level of a group to the smallest sufficient number of rows.
+        n_needed_at_level: Maps the level of a group to the smallest sufficient number of rows.
     """
     if names is None:
-        return {ALL: np.arange(n)}
+        return {ALL_ROWS_GROUP: np.arange(n)}
     sizes = Counter(names)
     # from the largest group to the smallest; groups of equal size are sorted by name
     ranked_names = sorted(sorted(sizes), key=lambda name: sizes[name], reverse=True)
-    n_own = 0  # number of groups with a separate threshold, k above
+    n_separate_groups = 0  # number of groups with a separate threshold, k above
     for n_groups in range(1, len(ranked_names) + 1):
         # one more share is for "(other)", unless no group is left over
         n_shares = min(n_groups + 1, len(ranked_names))
         smallest_name = ranked_names[n_groups - 1]  # the smallest of the n_groups largest groups
-        if sizes[smallest_name] >= rows_needed(delta / n_shares):
-            n_own = n_groups
-    own_groups = set(ranked_names[:n_own])
-    group_of_row = [name if name in own_groups else OTHER for name in names]
-    group_array = np.array(group_of_row, dtype=object)
-    members: dict[str, Ints] = {}
-    for name in [*sorted(own_groups), OTHER]:
-        rows = np.flatnonzero(group_array == name)
+        if sizes[smallest_name] >= n_needed_at_level(delta / n_shares):
+            n_separate_groups = n_groups
+    separate_groups = set(ranked_names[:n_separate_groups])
+    group_of_row = [name if name in separate_groups else OTHER_GROUP for name in names]
+    group_of_row_array = np.array(group_of_row, dtype=object)
+    group_rows: dict[str, Ints] = {}
+    for name in [*sorted(separate_groups), OTHER_GROUP]:
+        rows = np.flatnonzero(group_of_row_array == name)
         if len(rows):
-            members[name] = rows
-    return members
+            group_rows[name] = rows
+    return group_rows
 
 
 def _thresholds_of_groups(
@@ -863,23 +864,23 @@ def _thresholds_of_groups(
     If all groups together accept less than ``min_coverage``, every threshold accepts nothing.
     """
     delta = 1 - target.confidence
-    members = members_of(names, len(rows), delta, partial(_rows_needed, target))
+    group_rows = rows_of_groups(names, len(rows), delta, partial(_n_rows_needed, target))
     # The guarantees of all groups must hold together. With all of delta for each group, some
     # guarantee would be broken far more often than with probability delta (union bound).
-    level = delta / len(members)
+    level = delta / len(group_rows)
     thresholds = {}
-    for name, members_of_group in members.items():
-        counts = tie_counts(rows.uncertainty[members_of_group], rows.failure[members_of_group])
+    for name, rows_of_group in group_rows.items():
+        counts = tie_counts(rows.uncertainty[rows_of_group], rows.failure[rows_of_group])
         thresholds[name] = _best_threshold(counts, target, level)
-    why = _why_coverage_missed(thresholds, target)
-    if why is None:
+    reason = _reason_for_missed_coverage(thresholds, target)
+    if reason is None:
         return thresholds
     for name, threshold in thresholds.items():
-        thresholds[name] = Threshold.nothing(threshold.n, why, threshold.n_needed)
+        thresholds[name] = Threshold.accepting_nothing(threshold.n, reason, threshold.n_needed)
     return thresholds
 
 
-def _why_coverage_missed(thresholds: Mapping[str, Threshold], target: Target) -> str | None:
+def _reason_for_missed_coverage(thresholds: Mapping[str, Threshold], target: Target) -> str | None:
     """Explain why the groups together do not reach ``min_coverage``.
 
     None if the groups reach ``min_coverage``, or if every threshold already says why nothing is
@@ -896,15 +897,15 @@ def _why_coverage_missed(thresholds: Mapping[str, Threshold], target: Target) ->
         return None
     n = sum(threshold.n for threshold in thresholds.values())
     n_accepted = sum(threshold.n_accepted for threshold in thresholds.values())
-    n_asked_for = (target.min_coverage - ROUNDING) * n
+    n_asked_for = (target.min_coverage - ROUNDING_TOLERANCE) * n
     is_too_small = n_accepted < n_asked_for
     # If nothing is accepted, every threshold already says why.
     if is_too_small and n_accepted > 0:
-        return _why_coverage_too_small(n_accepted / n, target.min_coverage)
+        return _reason_for_small_coverage(n_accepted / n, target.min_coverage)
     return None
 
 
-def _why_coverage_too_small(coverage: float, min_coverage: float) -> str:
+def _reason_for_small_coverage(coverage: float, min_coverage: float) -> str:
     """Explain that the largest possible ``coverage`` is less than ``min_coverage``."""
     return (
         f"the risk is attained at {coverage:.1%} coverage at most, less than the "
@@ -913,101 +914,105 @@ def _why_coverage_too_small(coverage: float, min_coverage: float) -> str:
 
 
 def _threshold_for_shares(rows: Outcomes, target: Target) -> Threshold:
-    """Return the best threshold for stated shares; else ``Threshold.nothing`` with the reason."""
+    """Return the best threshold for stated shares; else accept nothing and give the reason."""
     strata = Strata(rows, target.outside_share, target.class_shares)
     max_risk = target.max_risk or 0.0  # stated shares need a max_risk (``check_shares``)
     delta = 1 - target.confidence
     require_every_class(rows, target.class_shares)
-    best: Threshold | None = None
+    best_threshold: Threshold | None = None
     if not strata.small_strata(max_risk, delta):
         is_wrong = rows.failure == 1
-        best = weighted_learn_then_test(rows.uncertainty, is_wrong, strata.weight, max_risk, delta)
-    if best is None:
-        return Threshold.nothing(len(rows), why_nothing_for_shares(strata, max_risk, delta))
-    floor, threshold = best.interval
+        best_threshold = weighted_learn_then_test(
+            rows.uncertainty, is_wrong, strata.weight, max_risk, delta
+        )
+    if best_threshold is None:
+        reason = reason_for_nothing_at_shares(strata, max_risk, delta)
+        return Threshold.accepting_nothing(len(rows), reason)
+    floor, threshold = best_threshold.interval
     is_accepted = (rows.uncertainty > floor) & (rows.uncertainty <= threshold)
     coverage = float(strata.weight[is_accepted].sum()) / len(rows)
-    if target.min_coverage is not None and coverage < target.min_coverage - ROUNDING:
-        return Threshold.nothing(len(rows), _why_coverage_too_small(coverage, target.min_coverage))
-    return best
+    if target.min_coverage is not None and coverage < target.min_coverage - ROUNDING_TOLERANCE:
+        reason = _reason_for_small_coverage(coverage, target.min_coverage)
+        return Threshold.accepting_nothing(len(rows), reason)
+    return best_threshold
 
 
 def _best_threshold(counts: TieCounts, target: Target, delta: float) -> Threshold:
-    """Return the best threshold of a group at level delta; else ``Threshold.nothing``."""
+    """Return the best threshold of a group at level delta; else ``Threshold.accepting_nothing``."""
     if target.max_risk is None:
-        best = coverage_first(counts, target.min_coverage or 1.0, delta)
+        best_threshold = coverage_first(counts, target.min_coverage or 1.0, delta)
     else:
-        best = PROCEDURES[target.method](counts, target.max_risk, delta)
-    if best is not None:
-        return best
-    why, n_needed = _why_nothing(counts, target, delta)
-    return Threshold.nothing(int(counts.n), why, n_needed)
+        best_threshold = PROCEDURES[target.method](counts, target.max_risk, delta)
+    if best_threshold is not None:
+        return best_threshold
+    reason, n_needed = _reason_for_nothing(counts, target, delta)
+    return Threshold.accepting_nothing(int(counts.n), reason, n_needed)
 
 
-def _rows_needed(target: Target, delta: float) -> int:
+def _n_rows_needed(target: Target, delta: float) -> int:
     """Return the smallest number of rows for any guarantee of a group at level delta."""
     if target.max_risk is None:
-        # No number of rows shows a coverage of 1 (``_why_nothing``), so no group is too small.
+        # No number of rows shows a coverage of 1, so no group is too small.
         if target.min_coverage in {None, 1.0}:
             return 1
-        return rows_for_coverage(target.min_coverage or 1.0, delta)
+        return n_rows_for_coverage(target.min_coverage or 1.0, delta)
     if target.method == "crc":
-        return rows_for_mean(target.max_risk)
+        return n_rows_for_mean_risk(target.max_risk)
     # An additional row is needed, because the row at the threshold is no trial of the test.
-    return rows_without_error(target.max_risk, delta) + 1
+    return n_right_needed(target.max_risk, delta) + 1
 
 
-def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, int | None]:
+def _reason_for_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, int | None]:
     """Explain why no threshold is certified, and return the number of rows needed.
 
     The number is None if there are enough rows, or if no number of rows is enough.
     """
     n = int(counts.n)
     max_risk = target.max_risk
-    n_needed = _rows_needed(target, delta)
+    n_needed = _n_rows_needed(target, delta)
     if max_risk is None:
-        why = f"{n} rows cannot show that {target.min_coverage:.1%} of all answers are accepted"
+        reason = f"{n} rows cannot show that {target.min_coverage:.1%} of all answers are accepted"
         if target.min_coverage == 1:
-            return why, None  # no number of rows would be enough
-        return why, n_needed
+            return reason, None  # no number of rows would be enough
+        return reason, n_needed
     if target.method == "crc":
         if n < n_needed:
-            why = f"a mean risk of {max_risk:.2%} needs at least {n_needed} rows, and there are {n}"
-            return why, n_needed
+            reason = f"a mean risk of {max_risk:.2%} needs at least {n_needed} rows"
+            return f"{reason}, and there are {n}", n_needed
         n_wrong_at_smallest = int(counts.accepted_wrong[0])
-        why = f"{n_wrong_at_smallest} of the most trusted answers, equal in score, are wrong"
-        return why, None
+        reason = f"{n_wrong_at_smallest} of the most trusted answers, equal in score, are wrong"
+        return reason, None
     if n < n_needed:
         # number of rows below the first score with a wrong answer
         n_right = int(counts.accepted[counts.accepted_wrong == 0].max(initial=0))
-        why = (
+        reason = (
             f"a risk of {max_risk:.2%} needs {n_needed:,} accepted answers without a wrong one, "
             f"but there are {n:,} rows, of which the {n_right:,} most trusted are right"
         )
-        return why, n_needed
-    return _why_not_enough(counts, max_risk, delta), None
+        return reason, n_needed
+    return _reason_if_enough_rows(counts, max_risk, delta), None
 
 
-def _why_not_enough(counts: TieCounts, max_risk: float, delta: float) -> str:
+def _reason_if_enough_rows(counts: TieCounts, max_risk: float, delta: float) -> str:
     """Explain why no threshold is certified although there are enough rows."""
     p_value = binomial_tail(counts.accepted_wrong, counts.accepted, max_risk)
-    nearest = int(np.argmin(p_value))  # index of the threshold nearest to a certificate
-    n_accepted = int(counts.accepted[nearest])
-    n_wrong = int(counts.accepted_wrong[nearest])
+    nearest_index = int(np.argmin(p_value))  # index of the threshold nearest to a certificate
+    n_accepted = int(counts.accepted[nearest_index])
+    n_wrong = int(counts.accepted_wrong[nearest_index])
     verb = "is" if n_wrong == 1 else "are"
-    most_trusted = f"of the {n_accepted:,} most trusted answers {n_wrong:,} {verb} wrong"
+    wrong_in_words = f"of the {n_accepted:,} most trusted answers {n_wrong:,} {verb} wrong"
     if n_wrong >= max_risk * n_accepted:
         return (
-            f"{most_trusted}: these scores do not single out answers with an error rate below "
+            f"{wrong_in_words}: these scores do not single out answers with an error rate below "
             f"{max_risk:.2%}"
         )
-    n_needed = accepted_needed(n_wrong, max_risk, delta)
+    n_needed = n_accepted_needed(n_wrong, max_risk, delta)
     if n_needed is not None and n_needed > n_accepted:
         return (
-            f"{most_trusted}, and with so many wrong answers a risk of {max_risk:.2%} needs at "
+            f"{wrong_in_words}, and with so many wrong answers a risk of {max_risk:.2%} needs at "
             f"least {n_needed:,} accepted answers"
         )
     return (
-        f"{most_trusted}. For a threshold that was fixed before the labels came this would be "
+        f"{wrong_in_words}. For a threshold that was fixed before the labels came this would be "
         "enough. But the labels choose among several thresholds, so more of them are needed"
     )

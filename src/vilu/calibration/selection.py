@@ -25,67 +25,67 @@ from numpy.typing import NDArray
 
 from vilu.metrics.counts import Floats, Ints
 
-MAX_ROWS = 10**6
+MAX_RULE_ROWS = 10**6
 """Largest number of calibration rows in a rule.
 
 The scores of the wrong answers are saved in ``risk.json``. More rows would hardly change a p-value.
 """
 
 
-def p_values(uncertainty: Floats, wrong: Sequence[float], n: int) -> Floats:
+def p_values(uncertainty: Floats, wrong_scores: Sequence[float], n: int) -> Floats:
     """Return the conformal p-values (N,), NaN where there is no uncertainty.
 
-    ``n`` is the number of calibration rows. ``wrong`` holds the uncertainties of the wrong
+    ``n`` is the number of calibration rows. ``wrong_scores`` holds the uncertainties of the wrong
     calibration answers, ascending.
 
     Examples:
         >>> import numpy as np
         >>> from vilu.calibration.selection import p_values
         >>> uncertainty = np.array([0.2, 0.3])
-        >>> p_values(uncertainty, wrong=[0.3, 0.9], n=4).tolist()  # (1 + 0) / 5, (1 + 1) / 5
+        >>> p_values(uncertainty, wrong_scores=[0.3, 0.9], n=4).tolist()  # (1 + 0) / 5, (1 + 1) / 5
         [0.2, 0.4]
     """
     # The new answer is counted as wrong: this is the 1 in the numerator. Without this 1, an answer
     # with less uncertainty than all wrong answers would have the p-value 0, and would be accepted
     # at every level.
-    n_wrong_up_to_answer = np.searchsorted(wrong, uncertainty, side="right")
+    n_wrong_up_to_answer = np.searchsorted(wrong_scores, uncertainty, side="right")
     p: Floats = (1 + n_wrong_up_to_answer) / (1 + n)
     return np.where(np.isnan(uncertainty), np.nan, p)
 
 
-def selected_answers(p: Floats, level: float) -> NDArray[np.bool_]:
+def select_answers(p: Floats, level: float) -> NDArray[np.bool_]:
     """Return the mask (N,) of the answers accepted by the procedure of Benjamini and Hochberg.
 
     ``p`` (N,) are the p-values, and ``level`` is the maximal risk. An answer without a p-value
     (NaN) is not accepted and not counted.
     """
-    has_p = np.isfinite(p)
-    ascending = np.sort(p[has_p])
-    if not len(ascending):
-        return has_p
+    has_p_value = np.isfinite(p)
+    ascending_p = np.sort(p[has_p_value])
+    if not len(ascending_p):
+        return has_p_value
     # If every p-value were compared with the level, a fixed share of all wrong answers would be
     # accepted, and these could be most of the accepted answers. So the i-th smallest p-value is
     # compared with i / N of the level (Benjamini and Hochberg 1995). This is valid although all
     # p-values depend on the same calibration rows (Jin & Candès).
-    steps = level * np.arange(1, len(ascending) + 1) / len(ascending)
+    step_levels = level * np.arange(1, len(ascending_p) + 1) / len(ascending_p)
     # This is a step-up procedure: the largest p-value up to its step sets the limit, even if a
     # smaller p-value is above its step.
-    up_to_their_step = ascending[ascending <= steps]
-    if not len(up_to_their_step):
-        return np.zeros_like(has_p)
-    limit = up_to_their_step.max()
-    accepted: NDArray[np.bool_] = has_p & (p <= limit)
-    return accepted
+    p_up_to_step = ascending_p[ascending_p <= step_levels]
+    if not len(p_up_to_step):
+        return np.zeros_like(has_p_value)
+    limit = p_up_to_step.max()
+    is_selected: NDArray[np.bool_] = has_p_value & (p <= limit)
+    return is_selected
 
 
-def sampled_rows(n: int) -> Ints:
-    """Choose at most ``MAX_ROWS`` of n calibration rows for the rule, and return the indices.
+def choose_sample_rows(n: int) -> Ints:
+    """Choose at most ``MAX_RULE_ROWS`` of n calibration rows for the rule, and return the indices.
 
     The rows are a random sample. The sample is the same in every call.
     """
     # The sample is random, because rows may be sorted by class. The first million would then hold
     # only some classes. Raw numbers of PCG64 are the same in every version of NumPy, while the
     # methods of a Generator may change.
-    random_numbers = np.random.PCG64([MAX_ROWS, n]).random_raw(n)
+    random_numbers = np.random.PCG64([MAX_RULE_ROWS, n]).random_raw(n)
     random_order = np.argsort(random_numbers)
-    return random_order[:MAX_ROWS]
+    return random_order[:MAX_RULE_ROWS]

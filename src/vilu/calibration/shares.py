@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from vilu.artifacts.tables import csv_rows
 from vilu.calibration.thresholds import (
-    FLOOR_SHARE,
-    FLOORS,
+    FLOOR_LEVEL_SHARE,
+    FLOOR_ROW_SHARES,
     NO_FLOOR,
     Threshold,
-    first_enough,
+    find_sufficient_number,
     percent,
 )
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
@@ -27,13 +27,13 @@ from vilu.validation import require_between
 INSIDE_NAME: Final = "(inside)"
 """Name of the stratum of all rows in distribution, used if no shares of classes are stated."""
 
-BETS: Final = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.05)
+BET_SIZES: Final = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.05)
 """Sizes of the bets, divided by the largest possible bet.
 
 The largest possible bet would lose all wealth at a single wrong row of the largest weight.
 """
 
-STRATA_SHOWN: Final = 3
+MAX_STRATA_SHOWN: Final = 3
 """Largest number of strata in a message about strata with too few rows."""
 
 SUM_TOLERANCE: Final = 1e-3
@@ -96,12 +96,12 @@ def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None
     if class_shares is None or rows.class_names is None:
         return
     names = rows.class_names
-    missing = [name for name in names if name not in class_shares]
-    if missing:
+    missing_names = [name for name in names if name not in class_shares]
+    if missing_names:
         raise UsageError(
-            f"no share is stated of {len(missing)} of the {len(names)} classes: "
-            f"{', '.join(map(repr, missing))}. State the share of every class, 0 where none of its "
-            "pictures is to be expected."
+            f"no share is stated of {len(missing_names)} of the {len(names)} classes: "
+            f"{', '.join(map(repr, missing_names))}. State the share of every class, 0 where none "
+            "of its pictures is to be expected."
         )
 
 
@@ -126,7 +126,7 @@ class Strata:
         names: Names of the S strata.
         share: Stated share (S,) of every stratum.
         stratum: Index (N,) of the stratum of every row.
-        n: Number (S,) of rows in every stratum.
+        n_rows: Number (S,) of rows in every stratum.
 
     Raises:
         UsageError: If a share is stated for a class that the rows do not have, or if there are
@@ -158,7 +158,7 @@ class Strata:
         self.names = [*share_inside, OUTSIDE_NAME]  # out-of-distribution rows: the last stratum
         self.share = np.array([*shares, ood_share])
         self.stratum = np.where(rows.outside, len(share_inside), stratum_inside)
-        self.n = np.bincount(self.stratum, minlength=len(self.names))
+        self.n_rows = np.bincount(self.stratum, minlength=len(self.names))
 
     @property
     def weight(self) -> Floats:
@@ -169,19 +169,23 @@ class Strata:
         # If a stratum has a share but no rows, the mean weight is below 1, and a bound would hold
         # for another population. So callers check ``small_strata`` before searching for a
         # threshold.
-        weight_of_stratum = self.share * len(self.stratum) / np.maximum(self.n, 1)
+        weight_of_stratum = self.share * len(self.stratum) / np.maximum(self.n_rows, 1)
         return weight_of_stratum[self.stratum]
 
     def small_strata(self, max_risk: float, delta: float) -> list[SmallStratum]:
         """Return strata with too few rows for any guarantee; strata of share 0 need no rows."""
-        level = main_level(delta)
+        level = level_without_floor(delta)
         small_strata: list[SmallStratum] = []
-        for name, n, share in zip(self.names, self.n.tolist(), self.share.tolist(), strict=True):
+        for name, n, share in zip(
+            self.names, self.n_rows.tolist(), self.share.tolist(), strict=True
+        ):
             if share == 0:
                 continue
-            needed = fewest_rows(share, max_risk, level, all_wrong=name == OUTSIDE_NAME)
-            if needed is None or n < needed:
-                small_strata.append(SmallStratum(name=name, n=n, n_needed=needed))
+            n_needed = n_rows_needed_in_stratum(
+                share, max_risk, level, is_all_wrong=name == OUTSIDE_NAME
+            )
+            if n_needed is None or n < n_needed:
+                small_strata.append(SmallStratum(name=name, n=n, n_needed=n_needed))
         return small_strata
 
 
@@ -215,13 +219,13 @@ def _classes_as_strata(
     return share_of_class, np.maximum(rows.target, 0)
 
 
-def main_level(delta: float) -> float:
+def level_without_floor(delta: float) -> float:
     """Return the level of the thresholds without a floor: the part of delta that no floor uses."""
-    return delta * (1 - FLOOR_SHARE * len(FLOORS))
+    return delta * (1 - FLOOR_LEVEL_SHARE * len(FLOOR_ROW_SHARES))
 
 
 def weighted_learn_then_test(
-    uncertainty: Floats, wrong: NDArray[np.bool_], weight: Floats, max_risk: float, delta: float
+    uncertainty: Floats, is_wrong: NDArray[np.bool_], weight: Floats, max_risk: float, delta: float
 ) -> Threshold | None:
     """Return the certified interval of scores that accepts the largest weight of rows.
 
@@ -251,90 +255,93 @@ def weighted_learn_then_test(
     Source: Angelopoulos et al., Learn then Test (2021), for the frame; Waudby-Smith & Ramdas,
     Estimating means of bounded random variables by betting (2023), for the product.
     """
-    counts = tie_counts(uncertainty, wrong.astype(np.int64))
-    order = np.argsort(uncertainty, kind="stable")
+    counts = tie_counts(uncertainty, is_wrong.astype(np.int64))
+    ascending_rows = np.argsort(uncertainty, kind="stable")
     # No threshold separates equal scores. So the sums for a score are taken at the last row with
     # this score.
-    last_of_score = counts.accepted - 1
-    weight_up_to = np.cumsum(weight[order])[last_of_score]  # (G,) of all rows up to each score
+    last_row_of_score = counts.accepted - 1
+    # (G,) weight of all rows up to each score
+    cumulated_weight = np.cumsum(weight[ascending_rows])[last_row_of_score]
     evidence_after_rows = cumulated_evidence(
-        wrong[order], weight[order], max_risk, float(weight.max())
+        is_wrong[ascending_rows], weight[ascending_rows], max_risk, float(weight.max())
     )
-    evidence = evidence_after_rows[:, last_of_score]  # (B, G)
-    best: Threshold | None = None
-    largest_weight = 0.0
-    for floor, level in _floors_with_levels(counts.accepted, len(order), delta):
-        evidence_above = evidence[:, floor + 1 :]
-        weight_below = 0.0
-        if floor != NO_FLOOR:
-            evidence_at_floor = evidence[:, floor][:, None]  # (B, 1)
-            evidence_above = evidence_above - evidence_at_floor
-            weight_below = float(weight_up_to[floor])
-        certified = np.flatnonzero(log_mean(evidence_above) >= -math.log(level))
-        if not len(certified):
+    evidence = evidence_after_rows[:, last_row_of_score]  # (B, G)
+    best_threshold: Threshold | None = None
+    largest_accepted_weight = 0.0
+    for floor_index, level in _levels_of_floors(counts.accepted, len(ascending_rows), delta):
+        evidence_above_floor = evidence[:, floor_index + 1 :]
+        weight_below_floor = 0.0
+        if floor_index != NO_FLOOR:
+            evidence_at_floor = evidence[:, floor_index][:, None]  # (B, 1)
+            evidence_above_floor = evidence_above_floor - evidence_at_floor
+            weight_below_floor = float(cumulated_weight[floor_index])
+        certified_indices = np.flatnonzero(log_mean(evidence_above_floor) >= -math.log(level))
+        if not len(certified_indices):
             continue
         # The laxest certified threshold is taken, even if a stricter threshold is not certified.
         # The bound holds for the supremum over all thresholds, so the order does not matter.
-        index = floor + 1 + int(certified.max())
-        accepted_weight = float(weight_up_to[index]) - weight_below
-        if accepted_weight > largest_weight:
-            largest_weight = accepted_weight
-            best = Threshold.at(counts, index, max_risk, floor)
-    return best
+        index = floor_index + 1 + int(certified_indices.max())
+        accepted_weight = float(cumulated_weight[index]) - weight_below_floor
+        if accepted_weight > largest_accepted_weight:
+            largest_accepted_weight = accepted_weight
+            best_threshold = Threshold.at(counts, index, max_risk, floor_index)
+    return best_threshold
 
 
-def _floors_with_levels(accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
+def _levels_of_floors(n_accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
     """Return ``NO_FLOOR`` and the index of every floor, with the level of the thresholds above.
 
-    ``accepted`` holds, for every score, how many of the ``n`` rows have at most this score.
+    ``n_accepted`` holds, for every score, how many of the ``n`` rows have at most this score.
     """
-    levels = [(NO_FLOOR, main_level(delta))]
-    for share in FLOORS:
-        floor = int(np.searchsorted(accepted, math.ceil(n * share)))
-        levels.append((floor, delta * FLOOR_SHARE))
-    return levels
+    floor_levels = [(NO_FLOOR, level_without_floor(delta))]
+    for share in FLOOR_ROW_SHARES:
+        floor_index = int(np.searchsorted(n_accepted, math.ceil(n * share)))
+        floor_levels.append((floor_index, delta * FLOOR_LEVEL_SHARE))
+    return floor_levels
 
 
 def cumulated_evidence(
-    wrong: NDArray[np.bool_], weight: Floats, max_risk: float, largest: float
+    is_wrong: NDArray[np.bool_], weight: Floats, max_risk: float, largest_row_weight: float
 ) -> Floats:
     """Return the log evidence (B, N) of B bets, after 1, 2, ... N rows.
 
     Args:
-        wrong: Mask (N,) of the rows with a wrong answer.
+        is_wrong: Mask (N,) of the rows with a wrong answer.
         weight: Weight (N,) of every row.
         max_risk: Largest error rate, in (0, 1).
-        largest: Largest weight of any row.
+        largest_row_weight: Largest weight of any row.
     """
     # Every factor is positive, even for a wrong row of the largest weight, because the bets are
     # small enough. Markov's inequality needs E >= 0.
-    bets = np.array(BETS)[:, None] / ((1 - max_risk) * largest)
-    return np.log1p(-bets * weight * (wrong - max_risk)).cumsum(axis=1)
+    bets = np.array(BET_SIZES)[:, None] / ((1 - max_risk) * largest_row_weight)
+    return np.log1p(-bets * weight * (is_wrong - max_risk)).cumsum(axis=1)
 
 
 @np.errstate(under="ignore")  # terms far smaller than the largest term are rounded to 0
 def log_mean(evidence: Floats) -> Floats:
     """Return the log (G,) of the mean evidence over B bets, from log evidence (B, G)."""
     # E[E(t)] <= 1 holds for the mean over bets, but not for the maximum over bets.
-    log_e: Floats = np.logaddexp.reduce(evidence, axis=0) - math.log(len(BETS))
+    log_e: Floats = np.logaddexp.reduce(evidence, axis=0) - math.log(len(BET_SIZES))
     return log_e
 
 
-def fewest_rows(share: float, max_risk: float, level: float, *, all_wrong: bool) -> int | None:
+def n_rows_needed_in_stratum(
+    share: float, max_risk: float, level: float, *, is_all_wrong: bool
+) -> int | None:
     """Return the smallest number of rows in a stratum of this share; None: no number is enough.
 
     The number is for the best case: all other strata have infinitely many rows, and every accepted
-    answer is right. If ``all_wrong``, all answers to rows of this stratum are wrong, and in the
+    answer is right. If ``is_all_wrong``, all answers to rows of this stratum are wrong, and in the
     best case no row of this stratum is accepted.
     """
     # gain of each bet from a right row of the largest weight
-    gain = np.array(BETS) * max_risk / (1 - max_risk)
+    gain = np.array(BET_SIZES) * max_risk / (1 - max_risk)
     # With infinitely many rows in all other strata, the weights of these rows tend to 0 and the
     # product of their factors tends to exp(-b sum Z). With finitely many rows the product is
     # smaller, so more rows are needed.
     log_gain_elsewhere = gain * (1 - share) / share  # in all other strata, per row of this stratum
     log_gain_here = np.zeros(len(gain))
-    if not all_wrong:
+    if not is_all_wrong:
         log_gain_here = np.log1p(gain)
     log_gain_per_row = log_gain_elsewhere + log_gain_here
 
@@ -342,10 +349,10 @@ def fewest_rows(share: float, max_risk: float, level: float, *, all_wrong: bool)
         evidence = log_mean((n * log_gain_per_row)[:, None])
         return bool(evidence[0] >= -math.log(level))
 
-    return first_enough(is_enough, first_tried=1)
+    return find_sufficient_number(is_enough, first_tried=1)
 
 
-def why_nothing_for_shares(strata: Strata, max_risk: float, delta: float) -> str:
+def reason_for_nothing_at_shares(strata: Strata, max_risk: float, delta: float) -> str:
     """Explain why nothing is certified: strata are too small, or scores separate too little."""
     small_strata = strata.small_strata(max_risk, delta)
     if not small_strata:
@@ -353,22 +360,24 @@ def why_nothing_for_shares(strata: Strata, max_risk: float, delta: float) -> str
             f"no threshold shows a risk of {max_risk:.2%} at the stated shares: too few rows, or "
             "scores that do not single out answers with so low an error rate"
         )
-    words = []
-    for name, n, needed in small_strata[:STRATA_SHOWN]:
-        enough = "no number is enough" if needed is None else f"needs {needed:,} at least"
-        words.append(f"{name} has {n:,} and {enough}")
-    more = ""
-    if len(small_strata) > STRATA_SHOWN:
-        more = f" and {len(small_strata) - STRATA_SHOWN} more"
-    return f"too few rows for the stated shares: {', '.join(words)}{more}"
+    parts = []
+    for name, n, n_needed in small_strata[:MAX_STRATA_SHOWN]:
+        need_in_words = (
+            "no number is enough" if n_needed is None else f"needs {n_needed:,} at least"
+        )
+        parts.append(f"{name} has {n:,} and {need_in_words}")
+    rest_in_words = ""
+    if len(small_strata) > MAX_STRATA_SHOWN:
+        rest_in_words = f" and {len(small_strata) - MAX_STRATA_SHOWN} more"
+    return f"too few rows for the stated shares: {', '.join(parts)}{rest_in_words}"
 
 
 def shares_in_words(outside_share: float | None, class_shares: Mapping[str, float] | None) -> str:
     """Return a text that says for which shares a guarantee holds."""
-    words = []
+    parts = []
     if outside_share is not None:
         largest_share = percent(outside_share, decimals=1, rounding=math.floor)
-        words.append(f"for up to {largest_share} of out-of-distribution images like those shown")
+        parts.append(f"for up to {largest_share} of out-of-distribution images like those shown")
     if class_shares is not None:
-        words.append(f"at the stated shares of {len(class_shares)} classes")
-    return " and ".join(words)
+        parts.append(f"at the stated shares of {len(class_shares)} classes")
+    return " and ".join(parts)

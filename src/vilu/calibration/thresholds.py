@@ -12,20 +12,20 @@ from typing import NamedTuple, Self
 import numpy as np
 from pydantic import Field
 
-from vilu.artifacts.documents import Model
+from vilu.artifacts.documents import FrozenModel
 from vilu.metrics.counts import Floats, Ints, TieCounts
 
-MAX_ROWS = 2**40
+MAX_SEARCHED_ROWS = 2**40
 """Largest number of rows in a search."""
 
-Starts = tuple[tuple[float, float], ...]
+StartShares = tuple[tuple[float, float], ...]
 """For every sequence: share of the rows at the start of the sequence, and share of the level."""
 
 
-def binomial_tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
+def binomial_tail(n_wrong: Ints, n_accepted: Ints, risk: float) -> Floats:
     """Return the p-value (...) of "the error rate is above ``risk``": P[Bin(m, risk) <= k].
 
-    k = ``wrong``, m = ``accepted``. The p-value is 1 where nothing is accepted.
+    k = ``n_wrong``, m = ``n_accepted``. The p-value is 1 where nothing is accepted.
     """
     # imported here, because the import takes half a second and scoring does not need SciPy
     from scipy import special
@@ -33,38 +33,38 @@ def binomial_tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
     # The tail equals the regularised incomplete beta function I(m - k, k + 1) at 1 - risk. SciPy
     # computes this function exactly for whole arrays. A normal approximation of the tail would be
     # too small, because errors are rare here.
-    has_right = wrong < accepted
+    has_right = n_wrong < n_accepted
     # Both parameters of the function must be above 0. Where no answer is right, both are set to 1
     # and the result is replaced by 1.
-    a = np.where(has_right, accepted - wrong, 1)
-    b = np.where(has_right, wrong + 1, 1)
+    a = np.where(has_right, n_accepted - n_wrong, 1)
+    b = np.where(has_right, n_wrong + 1, 1)
     p = special.betainc(a, b, 1 - risk)
     return np.where(has_right, p, 1.0)
 
 
-def upper_bound(wrong: float, accepted: float, delta: float) -> float:
+def upper_bound(n_wrong: float, n_accepted: float, delta: float) -> float:
     """Return the upper Clopper-Pearson bound b of an error rate: P[Bin(m, b) <= k] = delta.
 
-    k = ``wrong``, m = ``accepted``. The error rate is below b with confidence 1 - delta.
+    k = ``n_wrong``, m = ``n_accepted``. The error rate is below b with confidence 1 - delta.
     """
     from scipy import special
 
-    if wrong >= accepted:
+    if n_wrong >= n_accepted:
         return 1.0
     # The bound is exact at every m. A normal approximation would be 0 where no answer is wrong.
-    return float(special.betaincinv(wrong + 1, accepted - wrong, 1 - delta))
+    return float(special.betaincinv(n_wrong + 1, n_accepted - n_wrong, 1 - delta))
 
 
-def lower_bound(hits: float, n: float, delta: float) -> float:
+def lower_bound(n_hits: float, n: float, delta: float) -> float:
     """Return the lower Clopper-Pearson bound b of a rate: P[Bin(n, b) >= k] = delta.
 
-    k = ``hits``.
+    k = ``n_hits``.
     """
     from scipy import special
 
-    if not hits:
+    if not n_hits:
         return 0.0
-    return float(special.betaincinv(hits, n - hits + 1, delta))
+    return float(special.betaincinv(n_hits, n - n_hits + 1, delta))
 
 
 def percent(share: float, decimals: int = 2, rounding: Callable[[float], int] = math.ceil) -> str:
@@ -89,7 +89,7 @@ def exact_percent(confidence: float) -> str:
     return f"{100 * confidence:.10g}%"
 
 
-def rows_without_error(risk: float, delta: float) -> int:
+def n_right_needed(risk: float, delta: float) -> int:
     """Return the smallest m with (1 - risk)^m <= delta: m right answers certify the risk."""
     if risk >= 1:
         return 1
@@ -98,21 +98,21 @@ def rows_without_error(risk: float, delta: float) -> int:
     return max(math.ceil(math.log(delta) / math.log1p(-risk) - 1e-9), 1)
 
 
-def accepted_needed(wrong: int, risk: float, delta: float) -> int | None:
-    """Return the smallest m with P[Bin(m, risk) <= wrong] <= delta; None if m would be above 2^40.
+def n_accepted_needed(n_wrong: int, risk: float, delta: float) -> int | None:
+    """Return the smallest m with P[Bin(m, risk) <= n_wrong] <= delta; None if m is above 2^40.
 
-    m accepted answers with ``wrong`` wrong answers certify the risk.
+    m accepted answers with ``n_wrong`` wrong answers certify the risk.
     """
 
     def is_enough(m: int) -> bool:
-        return bool(binomial_tail(np.asarray(wrong), np.asarray(m), risk) <= delta)
+        return bool(binomial_tail(np.asarray(n_wrong), np.asarray(m), risk) <= delta)
 
     # For a fixed number of wrong answers the tail falls as m grows, so bisection is possible.
-    fewest = max(rows_without_error(risk, delta), wrong + 1)
-    return first_enough(is_enough, first_tried=fewest)
+    fewest = max(n_right_needed(risk, delta), n_wrong + 1)
+    return find_sufficient_number(is_enough, first_tried=fewest)
 
 
-def first_enough(is_enough: Callable[[int], bool], first_tried: int) -> int | None:
+def find_sufficient_number(is_enough: Callable[[int], bool], first_tried: int) -> int | None:
     """Find a number m such that m is enough and m - 1 is not; None if m would be above 2^40.
 
     The search begins at ``first_tried``, doubles the number until the number is enough, and then
@@ -121,7 +121,7 @@ def first_enough(is_enough: Callable[[int], bool], first_tried: int) -> int | No
     high = first_tried
     while not is_enough(high):
         high *= 2
-        if high > MAX_ROWS:
+        if high > MAX_SEARCHED_ROWS:
             return None
     low = high // 2
     while high - low > 1:
@@ -133,35 +133,36 @@ def first_enough(is_enough: Callable[[int], bool], first_tried: int) -> int | No
     return high
 
 
-STARTS = ((1 / 16, 0.3), (1 / 4, 0.7))
+START_SHARES = ((1 / 16, 0.3), (1 / 4, 0.7))
 """For each sequence: share of the rows at the start, and share of the level.
 
-The level is the part of delta that the sequence at all rows (``WHOLE``) does not use.
+The level is the part of delta that the sequence at all rows does not use
+(``LARGEST_SHARE_AT_ALL_ROWS``).
 """
 
-WHOLE = 1 / 4
+LARGEST_SHARE_AT_ALL_ROWS = 1 / 4
 """Largest share of delta for the sequence that starts at all rows."""
 
-LARGEST_QUOTIENT = 2 / 3
+LARGEST_START_QUOTIENT = 2 / 3
 """Two sequences are merged if the quotient of the starts is above this number.
 
 The starts are numbers of rows, and the earlier start is divided by the later start. A merged
 sequence starts at the later start, with the levels of both sequences.
 """
 
-FLOORS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+FLOOR_ROW_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 """Shares of the rows left for review by a floor. These are the most trusted rows.
 
 A floor helps if these rows are wrong so often that no threshold without a floor is certified.
 """
 
-FLOOR_SHARE = 0.01
+FLOOR_LEVEL_SHARE = 0.01
 """Share of delta for the tests above each floor."""
 
-FLOOR_STARTS = ((1 / 4, 0.5), (1 / 2, 0.5))
-"""Starts and shares of the level, as in ``STARTS``, for the sequences above a floor."""
+FLOOR_START_SHARES = ((1 / 4, 0.5), (1 / 2, 0.5))
+"""Starts and shares of the level, as in ``START_SHARES``, for the sequences above a floor."""
 
-FLOOR_ROWS = 500
+MIN_ROWS_FOR_FLOORS = 500
 """Smallest number of rows for tests with floors.
 
 With fewer rows, one or two wrong answers among the most trusted rows may be chance. Floors would
@@ -171,11 +172,11 @@ also use a part of delta, and with few rows all of delta is needed without a flo
 NO_FLOOR = -1
 """Index in place of a floor if there is no floor. All scores from the next index, 0, are tested."""
 
-BLOCK = 2**14
+BLOCK_SIZE = 2**14
 """Number of p-values per block of computation."""
 
 
-class Threshold(Model):
+class Threshold(FrozenModel):
     """Interval of accepted uncertainties, floor < u <= threshold, with the evidence.
 
     Attributes:
@@ -202,13 +203,16 @@ class Threshold(Model):
     floor: float | None = None
 
     @classmethod
-    def at(cls, counts: TieCounts, index: int, risk_bound: float, floor: int = NO_FLOOR) -> Self:
-        """Make the threshold for accepting the scores ``counts.value[floor + 1 : index + 1]``.
+    def at(
+        cls, counts: TieCounts, index: int, risk_bound: float, floor_index: int = NO_FLOOR
+    ) -> Self:
+        """Make the threshold for accepting the scores with the indices floor_index + 1 to index.
 
-        ``floor`` is the index of the largest score below the interval, or ``NO_FLOOR``.
+        The indices are indices into ``counts.value``. ``floor_index`` is the index of the largest
+        score below the interval, or ``NO_FLOOR``.
         """
-        interval = slice(floor + 1, index + 1)
-        floor_score = None if floor == NO_FLOOR else float(counts.value[floor])
+        interval = slice(floor_index + 1, index + 1)
+        floor_score = None if floor_index == NO_FLOOR else float(counts.value[floor_index])
         return cls(
             threshold=float(counts.value[index]),
             n=int(counts.n),
@@ -219,7 +223,7 @@ class Threshold(Model):
         )
 
     @classmethod
-    def nothing(cls, n: int, why: str, n_needed: int | None = None) -> Self:
+    def accepting_nothing(cls, n: int, why: str, n_needed: int | None = None) -> Self:
         """Make a threshold without accepted rows, for n calibration rows."""
         return cls(
             threshold=None,
@@ -312,236 +316,249 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
     Source: Angelopoulos et al., Learn then Test (2021), Sec. 2; Wiens, A fixed sequence Bonferroni
     procedure (2003).
     """
-    floors = _floors(counts.accepted, max_risk, delta)
+    floor_indices = _floor_indices(counts.accepted, max_risk, delta)
     # The interval with most accepted rows is chosen after all tests. So the tests share delta
     # (union bound). With all of delta for each test, the guarantee would be broken too often.
-    main_level = delta * (1 - FLOOR_SHARE * len(floors))
-    best = _fallback_procedure(
-        counts, floor=NO_FLOOR, starts=STARTS, whole=WHOLE, max_risk=max_risk, delta=main_level
+    level_without_floor = delta * (1 - FLOOR_LEVEL_SHARE * len(floor_indices))
+    best_threshold = _fallback_procedure(
+        counts,
+        floor_index=NO_FLOOR,
+        start_shares=START_SHARES,
+        share_at_all_rows=LARGEST_SHARE_AT_ALL_ROWS,
+        max_risk=max_risk,
+        delta=level_without_floor,
     )
-    for floor in floors:
-        above_floor = _fallback_procedure(
+    for floor_index in floor_indices:
+        threshold_above_floor = _fallback_procedure(
             counts,
-            floor=floor,
-            starts=FLOOR_STARTS,
-            whole=0.0,
+            floor_index=floor_index,
+            start_shares=FLOOR_START_SHARES,
+            share_at_all_rows=0.0,
             max_risk=max_risk,
-            delta=delta * FLOOR_SHARE,
+            delta=delta * FLOOR_LEVEL_SHARE,
         )
-        if above_floor is None:
+        if threshold_above_floor is None:
             continue
-        if best is None or above_floor.n_accepted > best.n_accepted:
-            best = above_floor
-    return best
+        if best_threshold is None or threshold_above_floor.n_accepted > best_threshold.n_accepted:
+            best_threshold = threshold_above_floor
+    return best_threshold
 
 
-def _floors(accepted: Ints, max_risk: float, delta: float) -> list[int]:
+def _floor_indices(n_accepted: Ints, max_risk: float, delta: float) -> list[int]:
     """Return the indices of floors with enough rows above for a rejection at the first start."""
-    n = int(accepted[-1])
-    if n < FLOOR_ROWS:
+    n = int(n_accepted[-1])
+    if n < MIN_ROWS_FOR_FLOORS:
         return []
-    start_share, level_share = FLOOR_STARTS[0]
-    n_needed = rows_without_error(max_risk, delta * FLOOR_SHARE * level_share) + 1
-    floors = []
+    start_share, level_share = FLOOR_START_SHARES[0]
+    n_needed = n_right_needed(max_risk, delta * FLOOR_LEVEL_SHARE * level_share) + 1
+    floor_indices = []
     # Floors are chosen by rank. If the wrong answers decided where a floor lies, the rows above the
     # floor would not be independent draws.
-    for floor_share in FLOORS:
+    for floor_share in FLOOR_ROW_SHARES:
         rank = math.ceil(n * floor_share)
-        rows_at_first_start = (n - rank) * start_share
-        if rows_at_first_start >= n_needed:
-            floors.append(int(np.searchsorted(accepted, rank)))
-    return floors
+        n_rows_at_first_start = (n - rank) * start_share
+        if n_rows_at_first_start >= n_needed:
+            floor_indices.append(int(np.searchsorted(n_accepted, rank)))
+    return floor_indices
 
 
-def _count_above_floor(cumulated: Ints, floor: int) -> Ints:
+def _count_above_floor(cumulated_counts: Ints, floor_index: int) -> Ints:
     """Return the cumulated counts of the rows above a floor, for each score above the floor.
 
-    ``cumulated`` (G,) holds the cumulated counts of all rows. ``floor`` is an index into
-    ``cumulated``.
+    ``cumulated_counts`` (G,) holds the cumulated counts of all rows. ``floor_index`` is an index
+    into ``cumulated_counts``.
     """
-    if floor == NO_FLOOR:
-        return cumulated
-    above_floor: Ints = cumulated[floor + 1 :] - cumulated[floor]
+    if floor_index == NO_FLOOR:
+        return cumulated_counts
+    above_floor: Ints = cumulated_counts[floor_index + 1 :] - cumulated_counts[floor_index]
     return above_floor
 
 
 def _fallback_procedure(
     counts: TieCounts,
     *,
-    floor: int,
-    starts: Starts,
-    whole: float,
+    floor_index: int,
+    start_shares: StartShares,
+    share_at_all_rows: float,
     max_risk: float,
     delta: float,
 ) -> Threshold | None:
     """Return the laxest threshold above a floor, certified by Wiens' fallback procedure.
 
-    ``floor`` is the index of a score in ``counts``, or ``NO_FLOOR``. ``starts`` and ``whole`` are
-    passed to ``sequence_starts``.
+    ``floor_index`` is the index of a score in ``counts``, or ``NO_FLOOR``. ``start_shares`` and
+    ``share_at_all_rows`` are passed to ``sequence_starts``.
     """
-    accepted = _count_above_floor(counts.accepted, floor)
-    wrong = _count_above_floor(counts.accepted_wrong, floor)
-    first_score = floor + 1  # index of the first score above the floor
-    is_all_wrong = (counts.size == counts.wrong)[first_score:]
-    levels = _level_at_start(accepted, starts, whole, max_risk, delta)
+    n_accepted = _count_above_floor(counts.accepted, floor_index)
+    n_wrong = _count_above_floor(counts.accepted_wrong, floor_index)
+    first_index = floor_index + 1  # index of the first score above the floor
+    is_all_wrong = (counts.size == counts.wrong)[first_index:]
+    levels = _level_at_start(n_accepted, start_shares, share_at_all_rows, max_risk, delta)
     carried_level = 0.0
-    laxest = None
-    for start, end in pairwise([*sorted(levels), len(accepted)]):
+    laxest_index = None
+    for start, end in pairwise([*sorted(levels), len(n_accepted)]):
         level = carried_level + levels[start]
         # The row at the first threshold determines where the sequence starts. So this row is no
         # random draw, and the binomial law holds for the remaining rows only. If several rows have
         # the same score, this row counts as right, unless all rows with the score are wrong.
-        n_remaining = accepted[start] - 1
-        wrong_of_remaining = wrong[start] - is_all_wrong[start]
+        n_remaining = n_accepted[start] - 1
+        n_wrong_of_remaining = n_wrong[start] - is_all_wrong[start]
         first_not_rejected = start
-        if binomial_tail(wrong_of_remaining, n_remaining, max_risk) <= level:
-            first_not_rejected = _first_not_rejected(wrong, accepted, max_risk, level, start, end)
+        if binomial_tail(n_wrong_of_remaining, n_remaining, max_risk) <= level:
+            first_not_rejected = _first_not_rejected(
+                n_wrong, n_accepted, max_risk, level, start, end
+            )
             # If all rows together do not reject H_t at the start, the threshold before t is
             # certified: many rows may have the score t, and all of these rows may be wrong.
-            laxest = first_not_rejected - 1
+            laxest_index = first_not_rejected - 1
         # The level is carried on only if all hypotheses were rejected. A hypothesis that is not
         # rejected may be true, and then the test has used up the level (Wiens 2003).
         are_all_rejected = first_not_rejected == end
         carried_level = level if are_all_rejected else 0.0
-    if laxest is None:
+    if laxest_index is None:
         return None
-    return Threshold.at(counts, first_score + laxest, max_risk, floor)
+    return Threshold.at(counts, first_index + laxest_index, max_risk, floor_index)
 
 
 def _level_at_start(
-    accepted: Ints, starts: Starts, whole: float, max_risk: float, delta: float
+    n_accepted: Ints,
+    start_shares: StartShares,
+    share_at_all_rows: float,
+    max_risk: float,
+    delta: float,
 ) -> dict[int, float]:
-    """Map the start of each sequence, an index in ``accepted``, to the level of the sequence.
+    """Map the start of each sequence, an index in ``n_accepted``, to the level of the sequence.
 
-    ``accepted`` (G,) is the number of accepted rows with each score as the threshold.
+    ``n_accepted`` (G,) is the number of accepted rows with each score as the threshold.
     """
-    n = int(accepted[-1]) if len(accepted) else 0
+    n = int(n_accepted[-1]) if len(n_accepted) else 0
     levels: dict[int, float] = {}
-    for sequence_start in sequence_starts(n, starts, whole, max_risk, delta):
-        index = _index_of_start(accepted, sequence_start)
+    for sequence_start in sequence_starts(n, start_shares, share_at_all_rows, max_risk, delta):
+        index = _index_of_start(n_accepted, sequence_start)
         # two sequences with the same start become a single sequence with both levels
         levels[index] = levels.get(index, 0.0) + sequence_start.level
     return levels
 
 
-def _index_of_start(accepted: Ints, sequence_start: SequenceStart) -> int:
-    """Return the index in ``accepted`` for the start of a sequence.
+def _index_of_start(n_accepted: Ints, sequence_start: SequenceStart) -> int:
+    """Return the index in ``n_accepted`` for the start of a sequence.
 
     If rows have equal scores, perhaps no index accepts exactly the best number of rows for a start.
     Then the sequence starts at the index with the nearest number.
     """
     # A start depends on numbers of rows only. A start where the answers happen to be right would be
     # the best of many tests, but the level allows for a single test.
-    best_rows = sequence_start.best_rows
-    index = int(np.searchsorted(accepted, best_rows))  # the first with at least best_rows
+    best_n_rows = sequence_start.best_n_rows
+    index = int(np.searchsorted(n_accepted, best_n_rows))  # the first with enough rows
     if index == 0:
         return index
-    n_before = accepted[index - 1]
-    has_enough_rows = n_before >= sequence_start.fewest_rows
-    n_missing = best_rows - n_before
-    n_surplus = accepted[index] - best_rows
+    n_before = n_accepted[index - 1]
+    has_enough_rows = n_before >= sequence_start.min_n_rows
+    n_missing = best_n_rows - n_before
+    n_surplus = n_accepted[index] - best_n_rows
     if has_enough_rows and n_missing < n_surplus:
         return index - 1
     return index
 
 
 def _first_not_rejected(
-    wrong: Ints, accepted: Ints, max_risk: float, level: float, start: int, end: int
+    n_wrong: Ints, n_accepted: Ints, max_risk: float, level: float, start: int, end: int
 ) -> int:
     """Return the first index from ``start`` on that is not rejected; ``end`` if all are rejected.
 
     A sequence stops at this index even if later hypotheses could be rejected. If the hypothesis at
     this index is true, the test has used up the level.
     """
-    for block_start in range(start, end, BLOCK):
-        block = slice(block_start, min(block_start + BLOCK, end))
-        not_rejected = np.flatnonzero(
-            binomial_tail(wrong[block], accepted[block], max_risk) > level
+    for block_start in range(start, end, BLOCK_SIZE):
+        block = slice(block_start, min(block_start + BLOCK_SIZE, end))
+        positions_not_rejected = np.flatnonzero(
+            binomial_tail(n_wrong[block], n_accepted[block], max_risk) > level
         )
-        if len(not_rejected):
-            return block_start + int(not_rejected[0])
+        if len(positions_not_rejected):
+            return block_start + int(positions_not_rejected[0])
     return end
 
 
 class SequenceStart(NamedTuple):
     """Number of accepted rows for the first threshold of a fixed sequence, and the level."""
 
-    fewest_rows: int  # smallest number of rows for a possible rejection
-    best_rows: int  # number of rows where one more wrong answer has just become admissible
+    min_n_rows: int  # smallest number of rows for a possible rejection
+    best_n_rows: int  # number of rows where one more wrong answer has just become admissible
     level: float  # level of all tests of the sequence
 
 
 @lru_cache
 def sequence_starts(
-    n: int, starts: Starts, whole: float, max_risk: float, delta: float
+    n: int, start_shares: StartShares, share_at_all_rows: float, max_risk: float, delta: float
 ) -> tuple[SequenceStart, ...]:
-    """Return the starts of the sequences of n rows: the start at all rows, then the ``starts``.
+    """Return the starts of the sequences of n rows: the start at all rows, then all others.
 
-    The sequence at all rows gets at most the share ``whole`` of the level ``delta``. Sequences
-    without any possible rejection are left out.
+    The sequence at all rows gets at most the share ``share_at_all_rows`` of the level ``delta``.
+    The other sequences share the rest as in ``start_shares``. Sequences without any possible
+    rejection are left out.
     """
     sequences: list[SequenceStart] = []
     level_left = delta
-    start_at_all_rows = _start_at_all_rows(n, max_risk, whole * delta)
+    start_at_all_rows = _start_at_all_rows(n, max_risk, share_at_all_rows * delta)
     if start_at_all_rows is not None:
         sequences.append(start_at_all_rows)
         level_left = delta - start_at_all_rows.level
     carried_level = 0.0
     no_start = (0.0, 0.0)  # follows the last start
-    for start, next_start in pairwise([*starts, no_start]):
+    for start, next_start in pairwise([*start_shares, no_start]):
         row_share, level_share = start
         next_row_share, next_level_share = next_start
         level = carried_level + level_left * level_share
         # The last row of a start is no random draw. So a start has one row more than the first test
         # has trials.
-        trials_planned = math.ceil(n * row_share) - 1
-        trials_needed = rows_without_error(max_risk, level)
+        n_trials_planned = math.ceil(n * row_share) - 1
+        n_trials_needed = n_right_needed(max_risk, level)
         merged_level = level + level_left * next_level_share
-        trials_needed_next = rows_without_error(max_risk, merged_level)
-        rows_of_next = max(math.ceil(n * next_row_share), trials_needed_next + 1)
+        n_trials_needed_next = n_right_needed(max_risk, merged_level)
+        n_rows_of_next = max(math.ceil(n * next_row_share), n_trials_needed_next + 1)
         has_next = next_start != no_start
-        has_too_few_trials = trials_planned < trials_needed
-        is_near_next = trials_needed + 1 > LARGEST_QUOTIENT * rows_of_next
+        has_too_few_trials = n_trials_planned < n_trials_needed
+        is_near_next = n_trials_needed + 1 > LARGEST_START_QUOTIENT * n_rows_of_next
         if has_next and has_too_few_trials and is_near_next:
             # A merged sequence with both levels certifies more than two sequences with close
             # starts.
             carried_level = level
             continue
         carried_level = 0.0
-        trials = max(trials_planned, trials_needed)
-        if trials < n:
-            sequences.append(_exact_start(n, trials, max_risk, level))
+        n_trials = max(n_trials_planned, n_trials_needed)
+        if n_trials < n:
+            sequences.append(_exact_start(n, n_trials, max_risk, level))
     return tuple(sequences)
 
 
 def _start_at_all_rows(n: int, max_risk: float, largest_level: float) -> SequenceStart | None:
     """Return the start of the sequence at all n rows; None if no wrong answer is admissible."""
-    wrong = admissible(n - 1, max_risk, largest_level)
-    if wrong <= 0:
+    n_wrong = n_admissible_wrong(n - 1, max_risk, largest_level)
+    if n_wrong <= 0:
         return None
-    # The tail has steps. A level above the step at ``wrong`` would not reject more. So the step is
-    # the level, and the rest of ``largest_level`` stays for the remaining sequences.
-    level = float(binomial_tail(np.asarray(wrong), np.asarray(n - 1), max_risk))
-    return SequenceStart(fewest_rows=n, best_rows=n, level=level)
+    # The tail has steps. A level above the step at ``n_wrong`` would not reject more. So the step
+    # is the level, and the rest of ``largest_level`` stays for the remaining sequences.
+    level = float(binomial_tail(np.asarray(n_wrong), np.asarray(n - 1), max_risk))
+    return SequenceStart(min_n_rows=n, best_n_rows=n, level=level)
 
 
-def _exact_start(n: int, trials: int, max_risk: float, level: float) -> SequenceStart:
-    """Return a start of a sequence in n rows; its first test has at least ``trials`` trials."""
+def _exact_start(n: int, n_trials: int, max_risk: float, level: float) -> SequenceStart:
+    """Return a start of a sequence in n rows; its first test has at least ``n_trials`` trials."""
     # Where one more wrong answer has just become admissible, the test uses nearly all of the level.
     # With fewer trials the level between two steps of the tail would be unused.
-    one_more_wrong = admissible(trials - 1, max_risk, level) + 1
-    best_trials = accepted_needed(one_more_wrong, max_risk, level) or trials
-    return SequenceStart(fewest_rows=trials + 1, best_rows=min(best_trials + 1, n), level=level)
+    one_more_wrong = n_admissible_wrong(n_trials - 1, max_risk, level) + 1
+    best_n_trials = n_accepted_needed(one_more_wrong, max_risk, level) or n_trials
+    best_n_rows = min(best_n_trials + 1, n)
+    return SequenceStart(min_n_rows=n_trials + 1, best_n_rows=best_n_rows, level=level)
 
 
-def admissible(n: int, max_risk: float, level: float) -> int:
+def n_admissible_wrong(n: int, max_risk: float, level: float) -> int:
     """Return the largest k with P[Bin(n, max_risk) <= k] <= level; -1: no such k.
 
     k is a number of wrong answers.
     """
 
-    def tail_of(wrong: int) -> float:
-        return float(binomial_tail(np.asarray(wrong), np.asarray(n), max_risk))
+    def tail_of(n_wrong: int) -> float:
+        return float(binomial_tail(np.asarray(n_wrong), np.asarray(n), max_risk))
 
     return bisect_right(range(n), level, key=tail_of) - 1
 
@@ -592,12 +609,12 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Thre
     index = bisect_left(counts.accepted, min_coverage, key=coverage_bound)
     if index == len(counts.accepted):
         return None
-    wrong = int(counts.accepted_wrong[index])
+    n_wrong = int(counts.accepted_wrong[index])
     # The row at t was chosen by rank. Counted as a trial, this row would make the bound too small.
-    trials = int(counts.accepted[index]) - 1
+    n_trials = int(counts.accepted[index]) - 1
     # Coverage and risk take half of delta each. With all of delta for each bound, the probability
     # of a false bound could exceed delta (union bound).
-    risk_bound = upper_bound(min(wrong, trials), trials, delta / 2)
+    risk_bound = upper_bound(min(n_wrong, n_trials), n_trials, delta / 2)
     return Threshold.at(counts, index, risk_bound)
 
 
@@ -608,17 +625,17 @@ PROCEDURES: dict[str, Callable[[TieCounts, float, float], Threshold | None]] = {
 """Procedures for finding a threshold for a maximal risk, by the name of the method."""
 
 
-def rows_for_mean(max_risk: float) -> int:
+def n_rows_for_mean_risk(max_risk: float) -> int:
     """Return the smallest number n of rows with 1 / (n + 1) <= max_risk."""
     # Rounded to nine decimals first: in float64 a whole number may come out a little larger.
     return math.ceil(round(1 / max_risk, 9)) - 1
 
 
-def rows_for_coverage(min_coverage: float, delta: float) -> int:
+def n_rows_for_coverage(min_coverage: float, delta: float) -> int:
     """Return the smallest number n of rows with min_coverage^n <= delta / 2.
 
     If all n rows are accepted, the coverage is at least ``min_coverage`` with confidence
     1 - delta / 2.
     """
     quotient = math.log(delta / 2) / math.log(min_coverage)
-    return math.ceil(quotient - 1e-9)  # with the tolerance of ``rows_without_error``
+    return math.ceil(quotient - 1e-9)  # with the tolerance of ``n_right_needed``

@@ -8,28 +8,28 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from vilu.artifacts.documents import Model
-from vilu.embeddings.copies import near_copies
+from vilu.artifacts.documents import FrozenModel
+from vilu.embeddings.copies import near_copy_groups
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.contract.seen import one_per_picture
+from vilu.predictors.contract.seen import one_row_per_picture
 
-ALIKE: Final = 0.99
+NOISE_COPY_COSINE: Final = 0.99
 """Two pictures with at least this cosine count as copies that differ by noise only.
 
 Several such copies are no more evidence than a single picture. Two copies with noise of standard
 deviation 0.003 in each of 512 coordinates have a cosine of about 0.995.
 """
 
-MOST_COMPARED: Final = 20_000
+MAX_COMPARED_PICTURES: Final = 20_000
 """Largest number of pictures in a search for near copies.
 
 With vectors of width 512 the search takes 40 MB and ten seconds.
 """
 
 
-class CountedRows(Model):
+class RowCounts(FrozenModel):
     """Numbers of files, pictures and scenes among calibration rows, if these numbers differ.
 
     A scene is a group of near copies, or a picture without near copies.
@@ -49,14 +49,16 @@ class CountedRows(Model):
         return f"{text}, {self.scenes:,} where near copies count once"
 
 
-def count_once(outcomes: Outcomes, is_usable: NDArray[np.bool_]) -> tuple[Ints, CountedRows | None]:
+def choose_picture_rows(
+    outcomes: Outcomes, is_usable: NDArray[np.bool_]
+) -> tuple[Ints, RowCounts | None]:
     """Choose a row of each picture among the rows in the mask ``is_usable`` (N,).
 
     With classes, all rows of a picture ask the same question. The picture counts as wrong if any
-    row has a wrong answer, so the first wrong row is chosen. With captions, each row of a picture
-    asks a different question. A wrong answer in a row does not make the other answers wrong, so
-    the first row is chosen, right or wrong. A row with an unknown picture counts as a
-    separate picture.
+    row has a wrong answer. So the first wrong row is chosen, or the first row if all answers are
+    right. With captions, each row of a picture asks a different question. A wrong answer in a row
+    does not make the other answers wrong, so the first row is chosen, right or wrong. A row with an
+    unknown picture counts as a separate picture.
 
     Returns:
         Indices (M,) of the chosen rows.
@@ -66,31 +68,30 @@ def count_once(outcomes: Outcomes, is_usable: NDArray[np.bool_]) -> tuple[Ints, 
     if outcomes.picture is None:
         return usable_rows, None
     priority = outcomes.failure[usable_rows]  # 1 for a wrong answer: such a row is chosen first
-    has_captions = outcomes.provenance.get("pool_size") is not None
-    if has_captions:
+    if outcomes.provenance.get("pool_size") is not None:  # captions
         # Suppose that an image has five captions, and a single wrong answer. If the wrong row were
         # chosen, the chosen rows would have a higher error rate than all captions. So all rows have
         # the same priority.
         priority = np.zeros_like(priority)
     # Rows of the same picture tend to be wrong together, and are a single trial of the binomial
     # law. If every row were counted as a trial, the bound would be too small.
-    chosen_rows = usable_rows[one_per_picture(outcomes.picture[usable_rows], priority)]
+    chosen_rows = usable_rows[one_row_per_picture(outcomes.picture[usable_rows], priority)]
     if len(chosen_rows) == len(usable_rows):
         return usable_rows, None
-    return chosen_rows, CountedRows(files=len(usable_rows), pictures=len(chosen_rows))
+    return chosen_rows, RowCounts(files=len(usable_rows), pictures=len(chosen_rows))
 
 
-def first_of_scenes(source: EmbeddingSource, rows: Ints, cosine: float) -> NDArray[np.bool_]:
+def first_copy_mask(source: EmbeddingSource, rows: Ints, min_cosine: float) -> NDArray[np.bool_]:
     """Return the mask (M,) of the first row of each group of near copies.
 
     Args:
         source: The source of the rows.
         rows: Indices (M,) of the rows in the source.
-        cosine: Smallest cosine of near copies.
+        min_cosine: Smallest cosine of near copies.
     """
     # The first row of each group is chosen, right or wrong. A choice that depends on failures would
-    # bias the error rate. ``near_copies`` returns, for each row, the position of the first row of
-    # the group.
-    first_of_group = near_copies(source, rows, cosine)
-    is_first: NDArray[np.bool_] = first_of_group == np.arange(len(rows))
+    # bias the error rate.
+    first_position = near_copy_groups(source, rows, min_cosine)  # (M,) of the group of each row
+    position = np.arange(len(rows))
+    is_first: NDArray[np.bool_] = position == first_position
     return is_first

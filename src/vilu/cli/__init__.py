@@ -37,17 +37,23 @@ import typer
 
 from vilu.artifacts.disk import advice_to_owner
 from vilu.cli.app import app
-from vilu.cli.console import INTERRUPTED, TERMINATED, careful_output, complain, show_warnings
+from vilu.cli.console import (
+    INTERRUPTED_EXIT_CODE,
+    TERMINATED_EXIT_CODE,
+    checked_output,
+    print_to_stderr,
+    show_warnings,
+)
 from vilu.errors import StorageError, UsageError, ViLUError, did_you_mean
 from vilu.process import keep_ray_on_this_machine, tune_process
 
-POSSIBLE_OPTIONS: Final = re.compile(r" \(Possible options: .*\)$")
+OPTIONS_HINT_PATTERN: Final = re.compile(r" \(Possible options: .*\)$")
 """End of typer's message about an unknown option: a list of similar options."""
-UNKNOWN_CHOICE: Final = re.compile(r"'(?P<given>[^']*)' is not one of (?P<known>.*)")
+UNKNOWN_CHOICE_PATTERN: Final = re.compile(r"'(?P<given>[^']*)' is not one of (?P<known>.*)")
 """typer's message about an unknown value."""
-QUOTED_VALUE: Final = re.compile(r"'([^']+)'")
-"""A known value in the message ``UNKNOWN_CHOICE``."""
-MISUSE: type[Any] = typer.BadParameter.__bases__[0]
+QUOTED_VALUE_PATTERN: Final = re.compile(r"'([^']+)'")
+"""A known value in the message ``UNKNOWN_CHOICE_PATTERN``."""
+TYPER_USAGE_ERROR: type[Any] = typer.BadParameter.__bases__[0]
 """Class of typer's exceptions for an invalid command line.
 
 typer does not export this class, but exports a subclass.
@@ -56,7 +62,7 @@ typer does not export this class, but exports a subclass.
 MEMORY_ERRORS = (MemoryError, ImportError, RuntimeError)
 """Exceptions that may come from a lack of memory. The last two may also have other reasons."""
 
-NO_MEMORY = ("failed to map segment", "can't allocate memory", "can't start new thread")
+MEMORY_ERROR_PHRASES = ("failed to map segment", "can't allocate memory", "can't start new thread")
 """Words for a lack of memory in messages of the loader of libraries, of torch, and of Python."""
 
 
@@ -68,25 +74,25 @@ def entry() -> None:
     """
     tune_process()
     keep_ray_on_this_machine()
-    code = 1  # stays 1 if ``main`` fails with a traceback
+    exit_code = 1  # stays 1 if ``main`` fails with a traceback
 
-    def leave() -> None:
+    def flush_and_exit() -> None:
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-        os._exit(code)
+        os._exit(exit_code)
 
     # Imports make a million objects and no garbage. With a high threshold, the garbage collector
     # searches these objects less often, and saves 0.1 s.
     gc.set_threshold(50_000)
-    # Functions of atexit run in reverse order, after all threads have ended. ``leave`` is
+    # Functions of atexit run in reverse order, after all threads have ended. ``flush_and_exit`` is
     # registered first and so runs last.
-    atexit.register(leave)
+    atexit.register(flush_and_exit)
     try:
         main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
+    except SystemExit as system_exit:
+        exit_code = int(system_exit.code or 0)
         raise
 
 
@@ -96,12 +102,12 @@ def main() -> None:
     sys.stderr = _open_stream(sys.stderr)
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _send_signal_again
-    with careful_output():
-        code = _run()
+    with checked_output():
+        exit_code = _run_command()
         # The work is done, so a signal from now on ends the process without a message.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        sys.exit(code)
+        sys.exit(exit_code)
 
 
 def _open_stream(stream: TextIO | None) -> TextIO:
@@ -114,37 +120,41 @@ def _open_stream(stream: TextIO | None) -> TextIO:
     return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
 
 
-def _run() -> int:
+def _run_command() -> int:
     """Run the command and return the exit code."""
     try:
         with show_warnings():
             return int(app(standalone_mode=False) or 0)
     except KeyboardInterrupt:  # a command that had begun has already printed a message
-        return INTERRUPTED
-    except MISUSE as error:
-        complain("error", _misuse_message(error))
+        return INTERRUPTED_EXIT_CODE
+    except TYPER_USAGE_ERROR as error:
+        print_to_stderr("error", _usage_error_message(error))
         return UsageError.exit_code
     except ViLUError as error:
-        complain("error", str(error))
+        print_to_stderr("error", str(error))
         return error.exit_code
     except MEMORY_ERRORS as error:
         if not _is_about_memory(error):
             raise
         details = str(error) or "no details"
-        complain("error", f"there is not enough memory ({details}).{_memory_limit_sentence()}")
+        print_to_stderr(
+            "error", f"there is not enough memory ({details}).{_memory_limit_sentence()}"
+        )
         return StorageError.exit_code
     except OSError as error:
         if error.filename is None:  # an error without a file is a bug
             raise
         advice = advice_to_owner(error)
-        complain("error", f"the file system refused {error.filename}: {error.strerror}.{advice}")
+        print_to_stderr(
+            "error", f"the file system refused {error.filename}: {error.strerror}.{advice}"
+        )
         return StorageError.exit_code
 
 
-def _misuse_message(error: Any) -> str:  # noqa: ANN401 - typer exports no name for its type
+def _usage_error_message(error: Any) -> str:  # noqa: ANN401 - typer exports no name for its type
     """Message about an invalid command line, with the command for help at the end."""
     message = error.format_message().replace("Value error, ", "")
-    message = POSSIBLE_OPTIONS.sub("", message)
+    message = OPTIONS_HINT_PATTERN.sub("", message)
     sentence = f"{message[:1].lower()}{message[1:]}"
     if not sentence.endswith((".", "?")):
         sentence += "."
@@ -161,9 +171,9 @@ def _suggestion(error: Any, message: str) -> str:  # noqa: ANN401 - typer export
     similar_options = getattr(error, "possibilities", None)
     if similar_options:
         return did_you_mean(error.option_name, similar_options)
-    unknown_choice = UNKNOWN_CHOICE.search(message)
+    unknown_choice = UNKNOWN_CHOICE_PATTERN.search(message)
     if unknown_choice is not None:
-        known_values = QUOTED_VALUE.findall(unknown_choice["known"])
+        known_values = QUOTED_VALUE_PATTERN.findall(unknown_choice["known"])
         return did_you_mean(unknown_choice["given"], known_values, cutoff=0.5)
     return ""
 
@@ -172,7 +182,7 @@ def _is_about_memory(error: Exception) -> bool:
     """Whether the error is about missing memory for a value, a library or a thread."""
     if isinstance(error, MemoryError):
         return True
-    return any(words in str(error) for words in NO_MEMORY)
+    return any(phrase in str(error) for phrase in MEMORY_ERROR_PHRASES)
 
 
 def _memory_limit_sentence() -> str:
@@ -187,22 +197,22 @@ def _memory_limit_sentence() -> str:
     return f" `ulimit -v` allows this process {max_bytes // 2**20:,} MiB."
 
 
-def _send_signal_again(failure: Any) -> None:  # noqa: ANN401 - Python exports no name for its type
+def _send_signal_again(unraisable: Any) -> None:  # noqa: ANN401 - Python exports no type
     """Send SIGINT or SIGTERM again if the exception was lost in code that cannot raise exceptions.
 
     Such code is, for example, a destructor or a callback of C code. Python reports all other lost
     exceptions as usual.
     """
     signal_of_exception = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
-    number = signal_of_exception.get(failure.exc_type)
-    if number is None:
-        sys.__unraisablehook__(failure)
+    signal_number = signal_of_exception.get(unraisable.exc_type)
+    if signal_number is None:
+        sys.__unraisablehook__(unraisable)
     else:
         # The signal is sent after a short time: the main thread has then left the code that lost
         # the exception.
-        threading.Timer(0.01, os.kill, [os.getpid(), number]).start()
+        threading.Timer(0.01, os.kill, [os.getpid(), signal_number]).start()
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
     """Raise SystemExit on SIGTERM, for the removal of locks and temporary files."""
-    sys.exit(TERMINATED)
+    sys.exit(TERMINATED_EXIT_CODE)

@@ -14,16 +14,16 @@ from typing import Annotated, Any, Final
 import typer
 from typer import Option
 
-from vilu.cli.catalogues import check_known, list_, list_known
+from vilu.cli.catalogues import check_datasets, list_, list_datasets
 from vilu.cli.console import (
     INPUT_KINDS,
     INPUT_KINDS_OF_PLUGINS,
     OUTPUT_FLAGS,
-    RESUMABLE,
-    TERMINATED,
+    RESUMABLE_COMMANDS,
+    TERMINATED_EXIT_CODE,
     OutputFlags,
-    complain,
-    require_kinds,
+    print_to_stderr,
+    require_input_kinds,
     with_output_flags,
 )
 from vilu.cli.demo_command import demo
@@ -106,7 +106,7 @@ AsJson = Annotated[bool, Option("--json", help="Print the result as JSON.", rich
 
 
 @app.callback()
-def common(
+def prepare_command(
     context: typer.Context,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -175,7 +175,8 @@ def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
         parameters.append(
             Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
         )
-    vars(run)["__signature__"] = Signature(parameters)  # typer reads the options from here
+    # typer reads the options from here
+    vars(run)["__signature__"] = Signature(parameters)
     return run
 
 
@@ -183,10 +184,12 @@ def _set_umask(context: typer.Context, umask: str | None) -> None:
     """Set the rights not given to new files; the end of the command restores the old umask."""
     if umask is None and context.invoked_subcommand not in PRIVATE_COMMANDS:
         return
-    mask = "077" if umask is None else umask
-    if not OCTAL_NUMBER.fullmatch(mask):
-        raise UsageError(f"--umask is an octal number such as 022. Got {mask!r:.40} instead.")
-    umask_before = os.umask(int(mask, 8))
+    octal_umask = "077" if umask is None else umask
+    if not OCTAL_NUMBER.fullmatch(octal_umask):
+        raise UsageError(
+            f"--umask is an octal number such as 022. Got {octal_umask!r:.40} instead."
+        )
+    umask_before = os.umask(int(octal_umask, 8))
     context.call_on_close(lambda: os.umask(umask_before))
 
 
@@ -202,15 +205,15 @@ def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
         wanted_kinds: Mapping[str, str] = INPUT_KINDS.get(name, {})
         if command.__name__ in INPUT_KINDS_OF_PLUGINS:  # a command of another package
             wanted_kinds = INPUT_KINDS_OF_PLUGINS[command.__name__]
-        require_kinds(name, values, wanted_kinds)
+        require_input_kinds(name, values, wanted_kinds)
         try:
             command(**values)
         except KeyboardInterrupt:
-            complain("stopped", _stop_message(command, values))
+            print_to_stderr("stopped", _stop_message(command, values))
             raise
-        except SystemExit as stop:
-            if stop.code == TERMINATED:
-                complain("stopped", _stop_message(command, values))
+        except SystemExit as system_exit:
+            if system_exit.code == TERMINATED_EXIT_CODE:
+                print_to_stderr("stopped", _stop_message(command, values))
             raise
 
     return run_with_message
@@ -225,7 +228,7 @@ def _stop_message(command: Callable[..., None], values: dict[str, Any]) -> str:
     """Message of a stopped command: the existing results, and the effect of running it again."""
     name = command_name(command)
     output: Path | None = values.get("output")
-    is_resumed = command.__name__ in RESUMABLE
+    is_resumed = command.__name__ in RESUMABLE_COMMANDS
     if name == "score" and output is not None:
         is_folder = not output.suffix
         is_resumed = is_folder  # a folder is written in parts, but a file at once
@@ -258,28 +261,28 @@ def add_command(
     group: typer.Typer, name: str, command: Callable[..., None], panel: str | None = None
 ) -> None:
     """Add a command to a group of commands, with checks and the common flags."""
-    decorated = with_common_flags(with_stop_message(command))
-    group.command(name, cls=PanelledCommand, rich_help_panel=panel)(decorated)
+    wrapped_command = with_common_flags(with_stop_message(command))
+    group.command(name, cls=PanelledCommand, rich_help_panel=panel)(wrapped_command)
 
 
 for panel, commands in COMMANDS.items():
     for command in commands:
         add_command(app, command_name(command), command, panel)
-datasets = typer.Typer(
+datasets_group = typer.Typer(
     cls=PanelledGroup,
     help="Data sets that vilu can open by name: their description, and which are on this disk.",
 )
-add_command(datasets, "list", list_known)
-add_command(datasets, "check", check_known)
-app.add_typer(datasets, name="datasets", rich_help_panel=LOOKING_UP)
-tabulate = typer.Typer(
+add_command(datasets_group, "list", list_datasets)
+add_command(datasets_group, "check", check_datasets)
+app.add_typer(datasets_group, name="datasets", rich_help_panel=LOOKING_UP)
+tabulate_group = typer.Typer(
     cls=PanelledGroup,
     help="Make a table of answers from files of language models, detectors, Tesseract or "
     "classifiers.",
 )
 for command in (completions_, detections_, logits_, words_):
-    add_command(tabulate, command_name(command), command)
-app.add_typer(tabulate, name="tabulate", rich_help_panel=EMBEDDINGS)
+    add_command(tabulate_group, command_name(command), command)
+app.add_typer(tabulate_group, name="tabulate", rich_help_panel=EMBEDDINGS)
 
 
 COMMAND_GROUP: Final = "vilu.commands"
@@ -296,7 +299,7 @@ def command_that_raises(error: UsageError) -> Callable[[], None]:
     return command
 
 
-ANY_ARGUMENTS: Final = {"ignore_unknown_options": True, "allow_extra_args": True}
+ALLOW_ANY_ARGUMENTS: Final = {"ignore_unknown_options": True, "allow_extra_args": True}
 """Settings of a command without any action but an error, whatever arguments the user gives."""
 
 
@@ -306,7 +309,7 @@ def add_plugin_command(entry: EntryPoint) -> None:
         command = load_entry(entry, "command")
         add_command(app, entry.name, command, RESEARCH)
     except UsageError as error:
-        app.command(entry.name, context_settings=ANY_ARGUMENTS, rich_help_panel=RESEARCH)(
+        app.command(entry.name, context_settings=ALLOW_ANY_ARGUMENTS, rich_help_panel=RESEARCH)(
             command_that_raises(error)
         )
 
@@ -316,7 +319,9 @@ def add_missing_bench_commands() -> None:
     installed = {entry.name for entry in entry_points(COMMAND_GROUP)}
     for name in names_of_bench()[COMMAND_GROUP]:
         if name not in installed:
-            app.command(name, context_settings=ANY_ARGUMENTS, hidden=True)(refuse_bench_command)
+            app.command(name, context_settings=ALLOW_ANY_ARGUMENTS, hidden=True)(
+                refuse_bench_command
+            )
 
 
 def refuse_bench_command(context: typer.Context) -> None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from vilu.cli.console import format_columns, next_step, print_result
+from vilu.cli.console import format_columns, log_next_step, print_result
 from vilu.cli.options import complete_datasets, path_argument
-from vilu.text import printable
+from vilu.text import escape_unprintable
 
 if TYPE_CHECKING:
     from vilu.backbones.catalog import BackboneKind
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from vilu.predictors.contract.predictor import FailurePredictor
 
 
-CELLS_BELOW_ROW = ("folder", "archives", "trouble", "to do")
+COLUMNS_BELOW_ROW = ("folder", "archives", "trouble", "to do")
 """Columns of ``vilu datasets check`` to print on separate lines below the row."""
 
-NAMED_BY_BENCH = "the data sets that have a name come with: pip install 'vilu[bench]'"
+BENCH_HINT = "the data sets that have a name come with: pip install 'vilu[bench]'"
 """Closing line if no data set has a name, since vilu-bench is not installed."""
 
-FACTS = (
+DATASET_FIELDS = (
     "name",
     "title",
     "n_classes",
@@ -48,7 +48,7 @@ FACTS = (
 """Fields of a data set to print in ``vilu datasets list --json``."""
 
 
-def list_known() -> None:
+def list_datasets() -> None:
     """List the data sets of the catalogue: classes, images by split, licence, where to get them.
 
     Splits are named as in `vilu embed --dataset NAME --split SPLIT`. Sizes of downloads are
@@ -59,17 +59,17 @@ def list_known() -> None:
     facts = []
     rows = []
     for entry in KNOWN.values():
-        facts.append({name: getattr(entry, name) for name in FACTS})
-        rows.append(_dataset_in_brief(entry))
-    table = format_columns(rows, below=("how", "url"))
+        facts.append({name: getattr(entry, name) for name in DATASET_FIELDS})
+        rows.append(_dataset_cells(entry))
+    table = format_columns(rows, keys_below=("how", "url"))
     print_result(facts, table)
     if not rows:
-        next_step(NAMED_BY_BENCH)
+        log_next_step(BENCH_HINT)
         return
-    next_step("which are here, and whether they are whole: vilu datasets check FOLDER")
+    log_next_step("which are here, and whether they are whole: vilu datasets check FOLDER")
 
 
-def check_known(
+def check_datasets(
     path: Annotated[Path, path_argument("Folder of data sets, or folder of one data set.")],
     names: Annotated[
         list[str] | None,
@@ -93,34 +93,34 @@ def check_known(
     rows = []
     for presence in presences:
         facts.append(presence.to_dict())
-        rows.append(_presence_in_brief(presence))
-    print_result(facts, format_columns(rows, below=CELLS_BELOW_ROW))
-    incomplete = []
+        rows.append(_presence_cells(presence))
+    print_result(facts, format_columns(rows, keys_below=COLUMNS_BELOW_ROW))
+    incomplete_names = []
     for presence in presences:
         if presence.state in {"absent", "incomplete"}:
-            incomplete.append(presence.name)
-    if names and incomplete:
+            incomplete_names.append(presence.name)
+    if names and incomplete_names:
         raise DataError(
-            f"not whole: {', '.join(incomplete)} ({len(incomplete)} of {len(presences)} data "
-            "sets). See above."
+            f"not whole: {', '.join(incomplete_names)} ({len(incomplete_names)} of "
+            f"{len(presences)} data sets). See above."
         )
     if not presences:
-        next_step(NAMED_BY_BENCH)
+        log_next_step(BENCH_HINT)
         return
-    n_complete = len(presences) - len(incomplete)
-    next_step(f"{n_complete} of {len(presences)} data sets are here and whole")
+    n_complete = len(presences) - len(incomplete_names)
+    log_next_step(f"{n_complete} of {len(presences)} data sets are here and whole")
 
 
-def _dataset_in_brief(entry: KnownDataset) -> dict[str, str]:
+def _dataset_cells(entry: KnownDataset) -> dict[str, str]:
     """The cells of a data set in the table of ``vilu datasets list``."""
     classes = "captions"
     if entry.n_classes is not None:
         classes = str(entry.n_classes)
-    images = [f"{split} {n:,}" for split, n in entry.sizes.items()]
+    image_counts = [f"{split} {n:,}" for split, n in entry.sizes.items()]
     return {
         "name": entry.name,
         "classes": classes,
-        "images": " ".join(images),
+        "images": " ".join(image_counts),
         "download": _size_text(entry.n_bytes),
         "licence": entry.licence,
         "how": entry.how,
@@ -138,17 +138,17 @@ def _size_text(n_bytes: int | None) -> str:
     return f"{n_bytes / 1e3:.3g} kB"
 
 
-def _presence_in_brief(presence: Presence) -> dict[str, str]:
+def _presence_cells(presence: Presence) -> dict[str, str]:
     """The cells of a data set in the table of ``vilu datasets check``."""
     problems = [presence.problem]
-    missing: list[str] = []
+    missing_files: list[str] = []
     counts: list[str] = []
     for name, split in presence.splits.items():
         problems.append(split.problem)
-        missing += split.missing
+        missing_files += split.missing
         counts.append(f"{name} {_count_text(split)}")
-    if missing:
-        problems.append(f"missing: {', '.join(missing)}")
+    if missing_files:
+        problems.append(f"missing: {', '.join(missing_files)}")
     # keeps the order, and leaves out repeated and empty texts
     distinct_problems = dict.fromkeys(problem for problem in problems if problem)
     folder = ""
@@ -165,7 +165,7 @@ def _presence_in_brief(presence: Presence) -> dict[str, str]:
         "trouble": " ".join(distinct_problems),
         "to do": presence.advice,
     }
-    return {key: printable(text) for key, text in row.items()}
+    return {key: escape_unprintable(text) for key, text in row.items()}
 
 
 def _grouped_by_state(archives: Mapping[str, str]) -> str:
@@ -220,16 +220,16 @@ def list_(
     rows = rows_of_catalogue[what]()
     print_result(rows, _catalogue_table(what, rows))
     if what == "datasets":
-        next_step("data sets that vilu knows by name: vilu datasets list")
+        log_next_step("data sets that vilu knows by name: vilu datasets list")
 
 
-def _catalogue_table(what: str, rows: list[dict[str, Any]]) -> str:
+def _catalogue_table(catalogue: str, rows: list[dict[str, Any]]) -> str:
     """The rows of a catalogue as a table for people."""
-    if what == "predictors":
-        short_rows = [_predictor_in_brief(row) for row in rows]
-        return format_columns(short_rows, below=("what it is", "cost"))
-    if what == "backbones":
-        return format_columns(rows, below=("what it is",))
+    if catalogue == "predictors":
+        short_rows = [_predictor_cells(row) for row in rows]
+        return format_columns(short_rows, keys_below=("what it is", "cost"))
+    if catalogue == "backbones":
+        return format_columns(rows, keys_below=("what it is",))
     return format_columns(rows)
 
 
@@ -248,23 +248,23 @@ def _predictor_rows() -> list[dict[str, Any]]:
 def _predictor_row(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
     """The row of a predictor."""
     if not cls.needs_fit:
-        needs_labels = "no"
+        label_need = "no"
     elif cls.needs_labels:
-        needs_labels = "yes"
+        label_need = "yes"
     else:
-        needs_labels = "images"  # the method is fitted on images without labels
+        label_need = "images"  # the method is fitted on images without labels
     classes = "any"
     if cls.closed_set:  # the method only works on the classes of the fit
         classes = "those of training"
-    needs_columns = list(cls.columns)
+    needed_columns = list(cls.columns)
     if cls.takes == "answers":  # these columns are columns of a table, not made by `vilu embed`
-        needs_columns = []
+        needed_columns = []
     return {
         "name": name,
         "takes": cls.takes,
-        "needs labels": needs_labels,
+        "needs labels": label_need,
         "uses unlabelled": _yes_or_no(cls.uses_unlabelled),
-        "needs columns": needs_columns,
+        "needs columns": needed_columns,
         "uses columns": list(cls.optional_columns),
         "captions": _yes_or_no(not cls.no_captions),
         "why no captions": cls.no_captions,
@@ -291,26 +291,26 @@ def _metric_rows() -> list[dict[str, Any]]:
 
 def _metric_row(name: str, metric: Metric) -> dict[str, Any]:
     """The row of a metric; the cell "computed" says when the metric is computed."""
-    better = "lower"
+    better_direction = "lower"
     if metric.higher_is_better:
-        better = "higher"
+        better_direction = "higher"
     measured_quantity = "any score"
     if metric.of_probability:
         measured_quantity = "probability"
-    computed: str = metric.wanted
+    computed_when: str = metric.wanted
     if metric.question != "failure":  # the metric needs pictures of none of the classes
-        computed = "with outside rows"
+        computed_when = "with outside rows"
     return {
         "name": name,
         "title": metric.title,
-        "better": better,
+        "better": better_direction,
         "of": measured_quantity,
-        "computed": computed,
+        "computed": computed_when,
         "convention": metric.convention,
     }
 
 
-def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
+def _predictor_cells(row: dict[str, Any]) -> dict[str, str]:
     """The cells of a predictor, short enough for a table of 120 characters."""
     flags = _embed_flags(row["needs columns"])
     optional_flags = _embed_flags(row["uses columns"])
@@ -337,11 +337,11 @@ def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _embed_flags(needed: list[str]) -> list[str]:
+def _embed_flags(columns: list[str]) -> list[str]:
     """The flags of `vilu embed` to store these columns, without repetition."""
     from vilu.embeddings.columns import COLUMN_COMMANDS
 
-    flags = [COLUMN_COMMANDS[column].removeprefix("vilu embed ") for column in needed]
+    flags = [COLUMN_COMMANDS[column].removeprefix("vilu embed ") for column in columns]
     return list(dict.fromkeys(flags))
 
 
@@ -352,7 +352,7 @@ def _backbone_rows() -> list[dict[str, Any]]:
     rows = []
     for name, kind in BACKBONES.items():
         if isinstance(kind, BackboneKind):
-            facts = {"name": name, "install": _installed_by(kind), "what it is": kind.description}
+            facts = {"name": name, "install": _extra_text(kind), "what it is": kind.description}
             rows.append(facts)
     for name, model in named_backbones().items():
         description = (
@@ -364,7 +364,7 @@ def _backbone_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def _installed_by(kind: BackboneKind) -> str:
+def _extra_text(kind: BackboneKind) -> str:
     """Extra of vilu to install the packages of a backbone; "-" if no extra is needed."""
     if kind.extra == "":
         return "-"
@@ -373,11 +373,11 @@ def _installed_by(kind: BackboneKind) -> str:
 
 def _dataset_rows() -> list[dict[str, Any]]:
     """Names and descriptions of layouts, and of data sets with a name."""
-    from vilu.datasets.catalog import DATASETS
+    from vilu.datasets.catalog import SOURCE_KINDS
     from vilu.datasets.known import KNOWN
     from vilu.datasets.layouts import LAYOUTS
 
-    descriptions = dict(DATASETS)
+    descriptions = dict(SOURCE_KINDS)
     for name, layout in LAYOUTS.items():
         descriptions[name] = layout.description
     for name, entry in KNOWN.items():

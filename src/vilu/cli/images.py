@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 from vilu.cli import console
-from vilu.cli.console import next_step
+from vilu.cli.console import log_next_step
 from vilu.cli.help import DATA, MODEL, MORE, SPEED
 from vilu.cli.options import (
     MAX_WORKERS,
@@ -237,14 +237,14 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.store.embed import ExtraColumns
     from vilu.store.embed import embed as embed_images
 
-    words: Sequence[str] = ()
+    negative_words: Sequence[str] = ()
     if negatives:
-        words = everyday_words()
+        negative_words = everyday_words()
     columns = ExtraColumns(
         features=features,
         views=views,
         prompts=templates_of(prompts) or (),
-        negatives=words,
+        negatives=negative_words,
     )
     store = embed_images(
         images,
@@ -261,11 +261,11 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         allow_bad_shards=allow_bad_shards,
         split=split,
         overwrite=overwrite,
-        executor=_executor(executor, processes),
+        executor=_make_executor(executor, processes),
         shared=executor == "rank",
     )
     console.print_outputs(output)
-    next_step(store_in_words(output, store, split=split, source=source))
+    log_next_step(store_in_words(output, store, split=split, source=source))
 
 
 def backbone_spec(
@@ -286,33 +286,37 @@ def backbone_spec(
     log_advice_on_compact(name)
     if models is not None:
         models = models.absolute()
-    return BackboneSpec(name, device, _precision_of(precision, name, device), models, full_decode)
+    return BackboneSpec(
+        name, device, _resolve_precision(precision, name, device), models, full_decode
+    )
 
 
-def _precision_of(wanted: Literal["fp32", "bf16", "auto"], name: str, device: str) -> str:
+def _resolve_precision(
+    wanted_precision: Literal["fp32", "bf16", "auto"], name: str, device: str
+) -> str:
     """Resolve "auto" to the precision to use; logs advice if bfloat16 may be faster."""
     from vilu.device import multiplies_bf16, resolve_device
 
-    if wanted == "bf16":
-        return wanted
-    is_fast = multiplies_bf16(resolve_device(device))
-    if wanted == "auto":
-        chosen = "bf16" if is_fast else "fp32"
-        next_step(f"--precision auto: {chosen}")
-        return chosen
-    if is_fast and not _is_compact(name):
-        next_step(
+    if wanted_precision == "bf16":
+        return wanted_precision
+    has_fast_bf16 = multiplies_bf16(resolve_device(device))
+    if wanted_precision == "auto":
+        precision = "bf16" if has_fast_bf16 else "fp32"
+        log_next_step(f"--precision auto: {precision}")
+        return precision
+    if has_fast_bf16 and not _is_compact(name):
+        log_next_step(
             "this processor multiplies bfloat16, so that --precision bf16 may be faster: it is "
             "timed on the first 64 photos"
         )
-    return wanted
+    return wanted_precision
 
 
 def log_advice_on_compact(backbone: str) -> None:
     """If the backbone is the compact model, log a description and the name of a better model."""
     if not _is_compact(backbone):
         return
-    next_step(
+    log_next_step(
         f"{backbone} is a small stand-in for CLIP, for a first look. A CLIP names more photos "
         "right: --backbone clip-vit-b32, or clip-vit-l14, which is slower and better (pip install "
         "'vilu[clip]')"
@@ -326,11 +330,11 @@ def _is_compact(backbone: str) -> bool:
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
     """The templates from the flags, by a name or as texts; None without such flags."""
-    from vilu.backbones.zeroshot import named_templates
+    from vilu.backbones.zeroshot import expand_template_names
 
     if not texts:
         return None
-    return named_templates(texts)
+    return expand_template_names(texts)
 
 
 def store_in_words(
@@ -356,8 +360,8 @@ def store_in_words(
     noun = "bad image"
     if manifest.imported is not None:
         noun = "unusable row"
-    n_bad = manifest.n_error - n_bad_shards
-    counts = [plural(manifest.n_ok, "embedding"), plural(n_bad, noun)]
+    n_bad_images = manifest.n_error - n_bad_shards
+    counts = [plural(manifest.n_ok, "embedding"), plural(n_bad_images, noun)]
     if n_bad_shards:
         counts.append(plural(n_bad_shards, "bad shard"))
     return f"{', '.join(counts)}; next: {next_command(output, split, source)}"
@@ -380,10 +384,10 @@ def next_command(output: Path, split: str | None, source: str) -> str:
             command = suggested_command
             break
     if command == "score":
-        return console.shell("vilu", "score", "PREDICTOR", output, "-o", "scores.parquet")
+        return console.shell_command("vilu", "score", "PREDICTOR", output, "-o", "scores.parquet")
     if command == "calibrate":
-        return console.shell("vilu", "calibrate", "PREDICTOR", output, "--max-risk", "0.05")
-    return console.shell("vilu", "fit", output, "-o", "predictor")
+        return console.shell_command("vilu", "calibrate", "PREDICTOR", output, "--max-risk", "0.05")
+    return console.shell_command("vilu", "fit", output, "-o", "predictor")
 
 
 def _suggested_command(name: str | None) -> str | None:
@@ -399,10 +403,10 @@ def _suggested_command(name: str | None) -> str | None:
 
 def _open_images(
     source: str,
-    max_unreadable: float,
+    max_error_rate: float,
     **options: Any,  # noqa: ANN401 - keyword arguments of ``open_dataset``
 ) -> ImageDataset:
-    """Open the images; refuse the images if a larger share than ``max_unreadable`` is unreadable.
+    """Open the images; refuse the images if a larger share than ``max_error_rate`` is unreadable.
 
     The images are opened before torch is imported, because the import of torch takes seconds.
     """
@@ -415,15 +419,15 @@ def _open_images(
             f"{source} names no classes, so there is nothing to ask the model. Give them with "
             "--classes FILE."
         )
-    require_files(images, max_unreadable)
+    require_files(images, max_error_rate)
     noun = "images"
     if isinstance(images, ShardedDataset):
         noun = "tars"
-    next_step(f"{len(images):,} {noun} in {images.source}; loading the model")
+    log_next_step(f"{len(images):,} {noun} in {images.source}; loading the model")
     return images
 
 
-def _executor(name: str | None, processes: int | None) -> Executor | None:
+def _make_executor(name: str | None, processes: int | None) -> Executor | None:
     """The executor of the flags; None if this process embeds alone."""
     if name is None:
         if processes is not None:

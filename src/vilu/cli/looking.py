@@ -11,7 +11,7 @@ import typer
 from typer import Option
 
 from vilu.cli import console
-from vilu.cli.console import next_step
+from vilu.cli.console import log_next_step
 from vilu.cli.help import MORE
 from vilu.cli.options import (
     MAX_SEED,
@@ -22,13 +22,13 @@ from vilu.cli.options import (
     JsonFile,
     Overwrite,
     Predictor,
-    Reading,
+    ReadingFlags,
     path_argument,
     path_option,
     with_reading_flags,
 )
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.text import plural, printable
+from vilu.text import escape_unprintable, plural
 from vilu.validation import require_between
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ AcceptedShare = Annotated[
 ]
 
 
-@partial(with_reading_flags, without=STUDY_FLAGS | {"direction"})
+@partial(with_reading_flags, excluded_flags=STUDY_FLAGS | {"direction"})
 def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
     store: Data,
@@ -93,7 +93,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     summary: SummaryFlag = False,
     coverage: AcceptedShare = None,
     *,
-    reading: Reading,
+    reading_flags: ReadingFlags,
     output: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -106,7 +106,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
-    from vilu.tables.read import files_of
+    from vilu.tables.read import with_features_files
     from vilu.tables.table import AnswerTable
 
     if output is not None:
@@ -130,18 +130,23 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         "n": n,
         "depth": str(depth),
     }
-    input_paths = [predictor, *files_of(store), *reading.named_paths, *console.present_paths(train)]
+    input_paths = [
+        predictor,
+        *with_features_files(store),
+        *reading_flags.input_paths,
+        *console.present_paths(train),
+    ]
     write_output = console.prepare_output(
         output,
         "explanation",
         input_paths,
         overwrite=overwrite,
-        reading=reading.settings,
+        reading=reading_flags.digest_settings,
         **settings,
     )
-    data = reading.open_with_second(store)
+    data = reading_flags.open_with_second(store)
     loaded_predictor = load_predictor(predictor)
-    command = console.shell("vilu", "explain", predictor, store)
+    command = console.shell_command("vilu", "explain", predictor, store)
     chosen_rows = [*(key or ()), *(row or ())]
     rows = chosen_rows or None  # None: the n most uncertain rows
     if isinstance(data, AnswerTable):
@@ -157,13 +162,13 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     else:
         training_rows = None
         if train is not None:
-            training_rows = reading.open(train, role="train")
+            training_rows = reading_flags.open(train, role="train")
         explanations = explain_rows(loaded_predictor, data, training_rows, rows, n=n, depth=depth)
         has_summary = data.pool_size is None  # a summary is about classes, and captions have none
         result = _rows_in_words(explanations, command, has_summary=has_summary)
-    write_output(lambda path, inputs: write_with_inputs(path, result.facts, inputs))
-    console.print_result(result.facts, printable(result.text, "\n"))
-    next_step(result.closing_line)
+    write_output(lambda path, input_digest: write_with_inputs(path, result.facts, input_digest))
+    console.print_result(result.facts, escape_unprintable(result.text, "\n"))
+    log_next_step(result.closing_line)
 
 
 class ExplainOutput(NamedTuple):
@@ -180,9 +185,9 @@ def _answers_in_words(
     """The output of `vilu explain` for a table of answers."""
     from vilu.tables.explain import explain_answers
 
-    explained = explain_answers(predictor, table, rows, n)
-    closing_line = f"{plural(len(explained.rows), 'row')} explained"
-    return ExplainOutput(explained.to_dict(), str(explained), closing_line)
+    explanation = explain_answers(predictor, table, rows, n)
+    closing_line = f"{plural(len(explanation.rows), 'row')} explained"
+    return ExplainOutput(explanation.to_dict(), str(explanation), closing_line)
 
 
 def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) -> ExplainOutput:
@@ -305,7 +310,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.artifacts.disk import locked
     from vilu.artifacts.paths import claim_file, inputs_digest
     from vilu.progress import track
-    from vilu.tables.read import files_of
+    from vilu.tables.read import with_features_files
 
     new_paths = scores or []
     late_paths = late_labels or []
@@ -325,13 +330,16 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         }
         loaded_monitor = _open_monitor(predictor, state, false_alarm=false_alarm, seed=seed)
         # The state is no part of the digest, because this command changes the state.
-        inputs = inputs_digest(
-            predictor, *files_of(*new_paths, *late_paths), n_new=len(new_paths), **settings
+        input_digest = inputs_digest(
+            predictor,
+            *with_features_files(*new_paths, *late_paths),
+            n_new=len(new_paths),
+            **settings,
         )
         has_report = False
         if output is not None:
-            has_report = claim_file(output, "monitor report", inputs, overwrite=overwrite)
-        batches: list[dict[str, Any]] = []
+            has_report = claim_file(output, "monitor report", input_digest, overwrite=overwrite)
+        report_entries: list[dict[str, Any]] = []
         task = stack.enter_context(track("monitor", len(new_paths) + len(late_paths), "files"))
         shuffle_seed = None
         if shuffle:
@@ -339,7 +347,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         for number, path in enumerate([*new_paths, *late_paths]):
             is_late = number >= len(new_paths)
             outcomes = _load_scores(path, predictor)
-            batch = _monitor_file(
+            report_entry = _monitor_file(
                 loaded_monitor,
                 path,
                 outcomes,
@@ -347,16 +355,16 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
                 in_order=in_order,
                 is_late=is_late,
             )
-            batches.append(batch)
-            task.advance(1, batch["verdict"])
+            report_entries.append(report_entry)
+            task.advance(1, report_entry["verdict"])
         facts = {
             "predictor": str(predictor),
-            "batches": batches,
+            "batches": report_entries,
             **loaded_monitor.status.model_dump(mode="json"),
         }
         document = {"kind": "monitoring", **facts}
         if output is not None:
-            _write_report(output, document, inputs, has_report=has_report)
+            _write_report(output, document, input_digest, has_report=has_report)
         # The state is saved last. If the report cannot be written, the next run counts the same
         # rows again.
         if state is not None:
@@ -365,12 +373,13 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if loaded_monitor.status.alarm:
         raise typer.Exit(ALARM_EXIT_CODE)
     if state is not None:
-        next_step(
-            f"next rows: {console.shell('vilu', 'monitor', predictor, 'SCORES', '--state', state)}"
-        )
+        command = console.shell_command("vilu", "monitor", predictor, "SCORES", "--state", state)
+        log_next_step(f"next rows: {command}")
 
 
-def _write_report(output: Path, document: dict[str, Any], inputs: str, *, has_report: bool) -> None:
+def _write_report(
+    output: Path, document: dict[str, Any], input_digest: str, *, has_report: bool
+) -> None:
     """Write the report, unless the file already has an equal report of the same command.
 
     The fact ``batches`` is not compared. A second call with the same rows takes in no new row, so
@@ -384,9 +393,9 @@ def _write_report(output: Path, document: dict[str, Any], inputs: str, *, has_re
         facts = dict(document)
         del facts["batches"]
         if all(present_report.get(name) == value for name, value in facts.items()):
-            console.nothing_to_do(output)
+            console.log_nothing_to_do(output)
             return
-    write_with_inputs(output, document, inputs)
+    write_with_inputs(output, document, input_digest)
 
 
 def _open_monitor(predictor: Path, state: Path | None, *, false_alarm: float, seed: int) -> Monitor:
@@ -454,9 +463,9 @@ def _load_scores(path: Path, predictor: Path) -> Outcomes:
     """Load the scores in a file or a folder. If the path is a table of answers, score the table."""
     from vilu.outcomes.outcomes import Outcomes
     from vilu.scoring.score_folder import ScoreFolder
-    from vilu.tables.scores import scores_in
+    from vilu.tables.scores import scores_of_file
 
-    table_scores = scores_in(path, predictor)
+    table_scores = scores_of_file(path, predictor)
     if table_scores:
         (outcomes,) = table_scores
         return outcomes
@@ -524,8 +533,8 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.report.page.build import report_page
     from vilu.report.page.choice import read_calibrated, read_scores
     from vilu.store.reader import open_source
-    from vilu.tables.read import files_of
-    from vilu.tables.scores import scores_in
+    from vilu.tables.read import with_features_files
+    from vilu.tables.scores import scores_of_file
 
     if output.suffix.lower() not in {".html", ".htm"}:
         raise UsageError(f"the page is an .html file. Got {output} instead.")
@@ -536,7 +545,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if images is not None:
         pictures = open_dataset(images, split=split, root=root)
         fingerprint = pictures.fingerprint
-    score_files = files_of(run)
+    score_files = with_features_files(run)
     if run.is_dir():
         # A folder without .parquet files is a single result of `vilu score`, written in parts.
         score_files = sorted(run.glob("*.parquet")) or [run]
@@ -549,28 +558,28 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         "with": [predictor is None, store is None],
     }
     optional_paths = console.present_paths(predictor, store)
-    inputs = inputs_digest(*score_files, *optional_paths, images=fingerprint, **settings)
-    has_page = claim_file(output, "page", inputs, overwrite=overwrite)
+    input_digest = inputs_digest(*score_files, *optional_paths, images=fingerprint, **settings)
+    has_page = claim_file(output, "page", input_digest, overwrite=overwrite)
     if has_page:
         console.print_outputs(output)
-        console.nothing_to_do(output)
+        console.log_nothing_to_do(output)
         return
-    outcomes = scores_in(run, predictor) or read_scores(run)
-    calibrated = None
+    outcomes = scores_of_file(run, predictor) or read_scores(run)
+    calibrated_rule = None
     if predictor is not None:
-        calibrated = read_calibrated(predictor)
+        calibrated_rule = read_calibrated(predictor)
     embeddings = None
     if store is not None:
         embeddings = open_source(store)
     page = report_page(
         outcomes,
         main=main,
-        calibrated=calibrated,
+        calibrated=calibrated_rule,
         max_risk=max_risk,
         images=pictures,
         embeddings=embeddings,
         title=title,
     )
-    write_text(output, page + text_mark("page", inputs))
+    write_text(output, page + text_mark("page", input_digest))
     console.print_outputs(output)
-    next_step(f"{len(page) / 1000:,.0f} kB in one file; open it in a browser, or print it")
+    log_next_step(f"{len(page) / 1000:,.0f} kB in one file; open it in a browser, or print it")

@@ -37,19 +37,19 @@ def require_existing(value: Any) -> Any:  # noqa: ANN401 - a path, several, or N
     return value
 
 
-def path_argument(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - typer's own
+def path_argument(help_text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - typer's own
     """Argument for existing input paths, one or several."""
-    return typer.Argument(help=text, metavar=metavar, callback=require_existing)
+    return typer.Argument(help=help_text, metavar=metavar, callback=require_existing)
 
 
 def path_option(
-    text: str,
+    help_text: str,
     metavar: str | None = None,
     rich_help_panel: str | None = None,
 ) -> Any:  # noqa: ANN401 - typer's own
     """Option for existing input paths, one or several."""
     return Option(
-        help=text, metavar=metavar, callback=require_existing, rich_help_panel=rich_help_panel
+        help=help_text, metavar=metavar, callback=require_existing, rich_help_panel=rich_help_panel
     )
 
 
@@ -74,8 +74,8 @@ def complete_datasets(incomplete: str) -> list[str]:
     return _names_that_begin_with(incomplete, KNOWN)
 
 
-def _names_that_begin_with(start: str, names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.startswith(start)]
+def _names_that_begin_with(prefix: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(prefix)]
 
 
 Backbone = Annotated[
@@ -158,7 +158,7 @@ Fold = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadingFlags:
     """Flags for reading stores.
 
     A command with ``@with_reading_flags`` has a flag for each field.
@@ -220,7 +220,7 @@ class Reading:
     cluster_column: ClusterColumn = None
 
     @property
-    def settings(self) -> dict[str, object]:
+    def digest_settings(self) -> dict[str, object]:
         """The values of the flags, for the digest of the inputs of a command.
 
         If there is a second store, the flag "second" has the value True. The path of the store is
@@ -237,7 +237,7 @@ class Reading:
         return flags
 
     @property
-    def named_paths(self) -> list[Path]:
+    def input_paths(self) -> list[Path]:
         """The paths in these flags: the second store, if any."""
         if self.second is None:
             return []
@@ -268,7 +268,8 @@ class Reading:
     def open(self, store: Path, role: Fold | None = None) -> EmbeddingSource:
         """Open a store, with the pools of the flags.
 
-        If the flags name a fold and ``role`` is not None, the fold ``role`` is read instead.
+        Without the flag --fold, all captions are read. With this flag, only the captions of a
+        single fold are read: of the fold ``role``, or of the fold of the flag if ``role`` is None.
         """
         return self.open_with_pools(self.pools, store, role)
 
@@ -290,10 +291,10 @@ class Reading:
     ) -> EmbeddingSource:
         """Open a store like ``open``, but with the given pools; or open a table of answers."""
         from vilu.store.reader import open_source
-        from vilu.tables.read import is_table, open_table
+        from vilu.tables.read import may_be_table, open_table
 
-        if is_table(store):
-            if replace(self, cluster_column=None) != Reading():
+        if may_be_table(store):
+            if replace(self, cluster_column=None) != ReadingFlags():
                 raise UsageError(
                     f"{store} is a table of answers. Leave out the options that say how a store is "
                     "read, such as --second."
@@ -304,7 +305,7 @@ class Reading:
                 f"--clusters names a column of a table of answers, and {store} is none. Leave it "
                 "out."
             )
-        fold = self.fold  # None without --fold: all captions are read, whatever ``role`` is
+        fold = self.fold
         if fold is not None and role is not None:
             fold = role
         return open_source(store, pools=pools, fold=fold, logit_scale=self.logit_scale)
@@ -332,24 +333,24 @@ POOL_FLAGS: Final = frozenset({"pool_size", "direction", "fold", "logit_scale"})
 
 
 def with_reading_flags(
-    command: Callable[..., None], *, without: Collection[str] = STUDY_FLAGS
+    command: Callable[..., None], *, excluded_flags: Collection[str] = STUDY_FLAGS
 ) -> Callable[..., None]:
-    """Replace the parameter ``reading`` of a command by one parameter for each flag of ``Reading``.
+    """Replace the parameter ``reading_flags`` of a command by a parameter for each of these flags.
 
-    ``without`` names flags to leave out.
+    ``excluded_flags`` names flags to leave out.
     """
-    flag_parameters = dict(signature(Reading, eval_str=True).parameters)
-    for name in without:
+    flag_parameters = dict(signature(ReadingFlags, eval_str=True).parameters)
+    for name in excluded_flags:
         del flag_parameters[name]
 
     @wraps(command)
     def run_with_flags(**values: Any) -> None:  # noqa: ANN401 - values of all flags of the command
-        reading = Reading(**{name: values.pop(name) for name in flag_parameters})
-        command(reading=reading, **values)
+        reading_flags = ReadingFlags(**{name: values.pop(name) for name in flag_parameters})
+        command(reading_flags=reading_flags, **values)
 
     parameters: list[Parameter] = []
     for name, parameter in signature(command, eval_str=True).parameters.items():
-        if name == "reading":
+        if name == "reading_flags":
             parameters += flag_parameters.values()
         else:
             parameters.append(parameter)

@@ -11,7 +11,7 @@ from typer import Option
 
 from vilu.calibration.methods import ClusterRisk, Method, SetMethod
 from vilu.cli import console
-from vilu.cli.console import next_step
+from vilu.cli.console import log_next_step
 from vilu.cli.help import GUARANTEE, MORE
 from vilu.cli.options import (
     MAX_RESAMPLES,
@@ -25,7 +25,7 @@ from vilu.cli.options import (
     Models,
     Overwrite,
     Predictor,
-    Reading,
+    ReadingFlags,
     RowsFile,
     Seed,
     complete_methods,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from vilu.calibration.target import Target
     from vilu.embeddings.columns import AnswerKind, DataKind
     from vilu.embeddings.source import EmbeddingSource
-    from vilu.outcomes.outcomes import Tallied
+    from vilu.outcomes.outcomes import SupportsTally
     from vilu.predictors.contract.predictor import FailurePredictor
     from vilu.predictors.nn.checkpoint import FolderSession
     from vilu.store.reader import EmbeddingStore
@@ -128,7 +128,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     settings: Settings = None,
     device: Device = "auto",
     *,
-    reading: Reading,
+    reading_flags: ReadingFlags,
     labels: LabelFiles = None,
     unlabelled: Unlabelled = None,
     init: InitialPredictor = None,
@@ -145,10 +145,10 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     from the last checkpoint, which is next to OUTPUT. Under torchrun, all processes train heads
     together; the result does not depend on the number of processes.
     """
-    from vilu.predictors.contract.seen import candidates_of
+    from vilu.predictors.contract.seen import describe_candidates
     from vilu.predictors.nn.processes import world
     from vilu.predictors.persistence import storage
-    from vilu.tables.read import files_of
+    from vilu.tables.read import with_features_files
 
     with ExitStack() as stack:
         processes = stack.enter_context(world(device))  # processes of torchrun, or only this one
@@ -173,29 +173,29 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             has_sample=not no_sample,
         )
         input_paths = [
-            *files_of(*stores),
+            *with_features_files(*stores),
             *(labels or ()),
             *console.present_paths(validation, init, unlabelled),
-            *reading.named_paths,
+            *reading_flags.input_paths,
         ]
-        input_digest = storage.inputs_of_fit(
-            predictor, input_paths, reading=reading.settings, **digest_flags
+        input_digest = storage.fit_inputs_digest(
+            predictor, input_paths, reading=reading_flags.digest_settings, **digest_flags
         )
         is_fitted = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
         if is_fitted:
             if processes.is_leader:
                 _remove_old_checkpoints(stack, predictor, output, input_digest)
                 console.print_outputs(output)
-                console.nothing_to_do(output)
+                console.log_nothing_to_do(output)
             return
-        train = _open_training_set(stores, reading, labels, n_shots=shots, seed=seed, pseudo=pseudo)
-        validation_rows = _open_optional(reading, validation, role="validation")
-        unlabelled_rows = _open_optional(reading, unlabelled)
+        train = _open_training_set(stores, reading_flags, labels, shots, seed, pseudo=pseudo)
+        validation_rows = _open_optional(reading_flags, validation, role="validation")
+        unlabelled_rows = _open_optional(reading_flags, unlabelled)
         checkpoints = _open_checkpoints(stack, predictor, output)
         if checkpoints is not None:
             checkpoints.write_fit_digest(input_digest)
         predictor.fit(train, validation_rows, unlabelled=unlabelled_rows)
-        predictor.notes_ |= {**candidates_of(train), "inputs": input_digest}
+        predictor.notes_ |= {**describe_candidates(train), "inputs": input_digest}
         if no_sample:
             predictor.sample_ = None
         if not processes.is_leader:
@@ -205,15 +205,15 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             checkpoints.remove()
         console.print_outputs(output)
         n_rows = predictor.notes_.get("n_train", len(train))
-        hint = _score_hint(output, train.holds)
-        next_step(f"{predictor.name} fitted on {plural(n_rows, 'row')}; {hint}")
+        hint = _score_hint(output, train.data_kind)
+        log_next_step(f"{predictor.name} fitted on {plural(n_rows, 'row')}; {hint}")
 
 
 def _default_method(stores: list[Path]) -> str:
     """The method to fit if the user names no method: one for tables, or one for embeddings."""
-    from vilu.tables.read import is_table
+    from vilu.tables.read import may_be_table
 
-    if is_table(stores[0]):
+    if may_be_table(stores[0]):
         return "answer_scores"
     return "vilu_plus"
 
@@ -247,12 +247,15 @@ def _flags_of_fit(
     return flags
 
 
-def _score_hint(predictor: Path, holds: DataKind = "embeddings") -> str:
+def _score_hint(predictor: Path, data_kind: DataKind = "embeddings") -> str:
     """End of the closing line of a command: the next command, to score with the predictor."""
-    data = "STORE"
-    if holds == "answers":
-        data = "TABLE"
-    return f"next: {console.shell('vilu', 'score', predictor, data, '-o', 'scores.parquet')}"
+    data_metavar = "STORE"
+    if data_kind == "answers":
+        data_metavar = "TABLE"
+    command = console.shell_command(
+        "vilu", "score", predictor, data_metavar, "-o", "scores.parquet"
+    )
+    return f"next: {command}"
 
 
 def _new_predictor(
@@ -267,18 +270,18 @@ def _new_predictor(
         init: Folder of a predictor whose weights are the start of the fit; None: from scratch.
     """
     from vilu.predictors.contract.catalogue import find_method
-    from vilu.predictors.contract.parameters import build, parameters, parse_settings
+    from vilu.predictors.contract.parameters import build_predictor, parameters, parse_settings
     from vilu.predictors.persistence.storage import load_predictor
-    from vilu.predictors.vilu.fine_tuning import initialise
+    from vilu.predictors.vilu.fine_tuning import start_from_fitted
 
     cls = find_method(method)
     known_parameters = parameters(cls)
     values = {key: value for key, value in defaults.items() if key in known_parameters}
     values |= parse_settings(settings)
     if init is None:
-        predictor = build(cls, values)
+        predictor = build_predictor(cls, values)
     else:
-        predictor = initialise(cls, load_predictor(init), values)
+        predictor = start_from_fitted(cls, load_predictor(init), values)
     predictor.check_answer()
     return predictor
 
@@ -351,21 +354,21 @@ def _method_names(methods: list[str]) -> str:
 
 
 def _open_optional(
-    reading: Reading, store: Path | None, role: Fold | None = None
+    reading_flags: ReadingFlags, store: Path | None, role: Fold | None = None
 ) -> EmbeddingSource | None:
     """Open an optional store; None if ``store`` is None."""
     if store is None:
         return None
-    return reading.open(store, role)
+    return reading_flags.open(store, role)
 
 
 def _open_training_set(
     stores: list[Path],
-    reading: Reading,
+    reading_flags: ReadingFlags,
     labels: list[Path] | None,
-    *,
     n_shots: int | None,
     seed: int,
+    *,
     pseudo: bool,
 ) -> EmbeddingSource:
     """Open the training rows: all rows, or ``n_shots`` rows of each class, drawn with the seed.
@@ -373,7 +376,7 @@ def _open_training_set(
     With files of ``labels``, only the rows with a label in these files are opened.
     """
     from vilu.embeddings.pairs import Pools, PseudoCaptions
-    from vilu.predictors.contract.seen import shots
+    from vilu.predictors.contract.seen import draw_shots
     from vilu.tables.table import AnswerTable
     from vilu.triage.store_labels import rows_to_fit_on
 
@@ -382,8 +385,8 @@ def _open_training_set(
             f"one store is expected to fit on. Got {len(stores)} stores. Several stores can be "
             "mixed as captions with --pseudo."
         )
-    pools = reading.pools
-    if pseudo and reading.second is not None:
+    pools = reading_flags.pools
+    if pseudo and reading_flags.second is not None:
         raise UsageError(
             "--second is for classes, but --pseudo turns classes into captions. Leave one of the "
             "two flags out."
@@ -393,8 +396,8 @@ def _open_training_set(
     pools_of_store = None if pseudo else pools
     sources = []
     for store in stores:
-        source = reading.open_with_pools(pools_of_store, store)
-        source = reading.with_second(source)
+        source = reading_flags.open_with_pools(pools_of_store, store)
+        source = reading_flags.with_second(source)
         if labels:
             source = rows_to_fit_on(_store_with_classes(source), labels)
         if isinstance(source, AnswerTable):
@@ -405,7 +408,7 @@ def _open_training_set(
                 )
             source = source.for_purpose("fit")
         if n_shots is not None:
-            source = source.take(shots(source, n_shots, seed))
+            source = source.take(draw_shots(source, n_shots, seed))
         sources.append(source)
     if not pseudo:
         return sources[0]
@@ -453,7 +456,7 @@ def score(
     ],
     answer: Answer = None,
     *,
-    reading: Reading,
+    reading_flags: ReadingFlags,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the judged answer and its uncertainty (higher = more likely wrong) of each image.
@@ -467,7 +470,7 @@ def score(
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.scoring.score import score as score_rows
     from vilu.scoring.score import score_parts
-    from vilu.tables.read import files_of
+    from vilu.tables.read import with_features_files
 
     is_folder = output.is_dir() or not output.suffix
     if not is_folder and output.suffix.lower() not in {".parquet", ".csv"}:
@@ -482,14 +485,14 @@ def score(
     write_output = console.prepare_output(
         file,
         "scores",
-        [predictor, *files_of(store), *reading.named_paths],
+        [predictor, *with_features_files(store), *reading_flags.input_paths],
         overwrite=overwrite,
-        reading=reading.settings,
+        reading=reading_flags.digest_settings,
     )
     loaded_predictor = load_predictor(predictor)
     _require_judged_answer(predictor, loaded_predictor.answer, answer)
-    data = reading.open_with_second(store)
-    split = reading.split_of(data)
+    data = reading_flags.open_with_second(store)
+    split = reading_flags.split_of(data)
     calibration = Calibration.find(predictor)
     if is_folder:
         score_parts(
@@ -511,12 +514,14 @@ def score(
 
         write_output(write)
     console.print_outputs(output)
-    evaluation = console.shell("vilu", "evaluate", output)
+    evaluate_command = console.shell_command("vilu", "evaluate", output)
     without_decisions = ""
     if calibration is None or calibration.rule is None:
         without_decisions = " without decisions, because the predictor has no rule (vilu calibrate)"
     n_rows = plural(len(data), "row")
-    next_step(f"{n_rows} scored{without_decisions}; next, where failures are known: {evaluation}")
+    log_next_step(
+        f"{n_rows} scored{without_decisions}; next, where failures are known: {evaluate_command}"
+    )
 
 
 def evaluate(
@@ -539,19 +544,19 @@ def evaluate(
     from vilu.outcomes.evaluate import evaluate as evaluate_outcomes
     from vilu.outcomes.outcomes import Outcomes
     from vilu.scoring.score_folder import ScoreFolder
-    from vilu.tables.read import files_of
-    from vilu.tables.scores import scores_in
+    from vilu.tables.read import with_features_files
+    from vilu.tables.scores import scores_of_file
 
     settings: dict[str, object] = {"resamples": resamples, "seed": seed}
     # This flag is newer than the digest. Without the flag, the digest must not change.
     if cluster_column is not None:
         settings["clusters"] = cluster_column
     write_output = console.prepare_output(
-        output, "results", files_of(*scores), overwrite=overwrite, **settings
+        output, "results", with_features_files(*scores), overwrite=overwrite, **settings
     )
-    scored_sets: list[Tallied] = []
+    scored_sets: list[SupportsTally] = []
     for path in scores:
-        table_scores = scores_in(path, cluster_column=cluster_column)
+        table_scores = scores_of_file(path, cluster_column=cluster_column)
         if table_scores:
             scored_sets += table_scores
             continue
@@ -591,13 +596,13 @@ def convert(
     is_converted = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
     if is_converted:
         console.print_outputs(output)
-        console.nothing_to_do(output)
+        console.log_nothing_to_do(output)
         return
     predictor = convert_official(checkpoint, logit_scale)
     predictor.notes_["inputs"] = input_digest
     predictor.save(output)
     console.print_outputs(output)
-    next_step(f"a {predictor.name} head; {_score_hint(output)}")
+    log_next_step(f"a {predictor.name} head; {_score_hint(output)}")
 
 
 MaxRisk = Annotated[
@@ -751,7 +756,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     largest_cluster: LargestCluster = None,
     output: OutputWithoutPredictor = None,
     *,
-    reading: Reading,
+    reading_flags: ReadingFlags,
     overwrite: Overwrite = False,
 ) -> None:
     """Calibrate probabilities and a threshold with a guaranteed risk on labelled embeddings.
@@ -771,14 +776,14 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         # The only argument is a table. The command line has passed it as ``predictor``, the first
         # of the two arguments.
         store = predictor
-        predictor = _write_predictor_of_only_score(store, output, reading, overwrite=overwrite)
+        predictor = _write_score_predictor(store, output, reading_flags, overwrite=overwrite)
     elif output is not None:
         raise UsageError(
             "-o is for a table that is calibrated without a predictor. With a predictor the result "
             "is written into its folder. Leave -o out."
         )
     _require_judged_answer(predictor, load_predictor(predictor).answer, answer)
-    data = reading.open_with_second(store)
+    data = reading_flags.open_with_second(store)
     if isinstance(data, AnswerTable):
         data = data.for_purpose("calibration")
     shares = None
@@ -807,30 +812,31 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
     else:
         calibration = _calibrate_once(
-            predictor, data, target, labels, store=store, reading=reading, overwrite=overwrite
+            predictor, data, target, labels, reading_flags, store=store, overwrite=overwrite
         )
     facts = calibration.model_dump(mode="json")
     console.print_result(facts, _calibration_in_words(calibration))
-    next_step(f"calibrated on {plural(calibration.n, 'row')}; {_score_hint(predictor, data.holds)}")
+    hint = _score_hint(predictor, data.data_kind)
+    log_next_step(f"calibrated on {plural(calibration.n, 'row')}; {hint}")
 
 
-def _write_predictor_of_only_score(
-    table: Path, output: Path | None, reading: Reading, *, overwrite: bool
+def _write_score_predictor(
+    table: Path, output: Path | None, reading_flags: ReadingFlags, *, overwrite: bool
 ) -> Path:
     """Write the predictor for the only score of a table; return the folder of the predictor."""
     from vilu.predictors.persistence import storage
     from vilu.tables.methods import method_of_only_score
-    from vilu.tables.read import is_table, open_table
+    from vilu.tables.read import may_be_table, open_table
 
-    if not is_table(table):
+    if not may_be_table(table):
         raise UsageError(
             f"STORE is missing: `vilu calibrate {table} STORE`. Only a table of answers (.csv or "
             ".parquet) with one column of scores is calibrated alone."
         )
     if output is None:
         raise UsageError("a table that is calibrated alone needs -o FOLDER for the result.")
-    predictor = method_of_only_score(open_table(table, clusters=reading.cluster_column))
-    input_digest = storage.inputs_of_fit(predictor, [])
+    predictor = method_of_only_score(open_table(table, clusters=reading_flags.cluster_column))
+    input_digest = storage.fit_inputs_digest(predictor, [])
     is_written = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
     if not is_written:
         predictor.notes_["inputs"] = input_digest
@@ -897,9 +903,9 @@ def _calibrate_once(
     data: EmbeddingSource,
     target: Target,
     labels: list[Path] | None,
+    reading_flags: ReadingFlags,
     *,
     store: Path,
-    reading: Reading,
     overwrite: bool,
 ) -> Calibration:
     """Calibrate once on a fixed set of rows, with the labels of the store or of label files."""
@@ -913,7 +919,7 @@ def _calibrate_once(
         data,
         target,
         dataset=store.name,
-        split=reading.split_of(data),
+        split=reading_flags.split_of(data),
         overwrite=overwrite,
     )
 
@@ -942,12 +948,13 @@ def _calibration_in_words(calibration: Calibration) -> str:
     lines = [f"probability: {probability.form}{log_loss}"]
     if calibration.rule is not None:
         lines.append(f"decision: {calibration.guarantee_text}")
-    sets = calibration.label_sets
-    if sets is not None:
+    label_sets = calibration.label_sets
+    if label_sets is not None:
         lines.append(
-            f"label sets: {sets.method}, on average {sets.mean_size:.2f} labels; at most "
-            f"{percent(sets.max_miss, 1)} miss the right one ({sets.empirical_miss:.1%} of "
-            f"{sets.n} calibration rows)"
+            f"label sets: {label_sets.method}, on average {label_sets.mean_size:.2f} labels; at "
+            f"most {percent(label_sets.max_miss, 1)} miss the right one "
+            f"({label_sets.empirical_miss:.1%} of "
+            f"{label_sets.n} calibration rows)"
         )
     return "\n".join(lines)
 
@@ -1004,7 +1011,7 @@ def export(
     is_exported = claim_file(output, "ONNX export", fingerprint, overwrite=overwrite)
     if is_exported:
         console.print_outputs(output)
-        console.nothing_to_do(output)
+        console.log_nothing_to_do(output)
         return
     if with_backbone:
         difference = export_image_graph(predictor, output, models=models)
@@ -1013,7 +1020,7 @@ def export(
     else:
         difference = export_onnx(predictor, output)
     console.print_outputs(output)
-    next_step(
+    log_next_step(
         f"onnxruntime gives the predictor's uncertainties; they differ by {difference:.1g} at most"
     )
 
@@ -1045,7 +1052,9 @@ def push(
         predictor, repository, private=private, overwrite=overwrite, with_sample=with_sample
     )
     console.print_outputs(address)
-    next_step(f"elsewhere: {console.shell('vilu', 'pull', repository, '-o', 'predictor')}")
+    log_next_step(
+        f"elsewhere: {console.shell_command('vilu', 'pull', repository, '-o', 'predictor')}"
+    )
 
 
 def pull(
@@ -1059,4 +1068,4 @@ def pull(
 
     folder = pull_predictor(repository, output, revision=revision, overwrite=overwrite)
     console.print_outputs(folder)
-    next_step(_score_hint(output))
+    log_next_step(_score_hint(output))

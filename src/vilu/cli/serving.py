@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from typer import Option
 
-from vilu.cli.console import next_step, print_outputs
+from vilu.cli.console import log_next_step, print_outputs
 from vilu.cli.help import LIMITS, MORE, SPEED
 from vilu.cli.options import Device, Models, path_argument, path_option
 from vilu.errors import UsageError
@@ -187,13 +187,13 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
         state = predictor.with_name(f"{predictor.name}.serving")
     limits = replace(
         _client_limits(host, allow_host or [], key_file),
-        queue=queue,
-        body=max_body * 2**20,
-        json=max_json * 2**20,
-        images=max_images,
-        pixels=max_megapixels * 1_000_000,
-        request_pixels=10 * max_megapixels * 1_000_000,
-        answer=timeout,
+        max_queued_images=queue,
+        max_image_body_bytes=max_body * 2**20,
+        max_other_body_bytes=max_json * 2**20,
+        max_images=max_images,
+        max_pixels=max_megapixels * 1_000_000,
+        max_request_pixels=10 * max_megapixels * 1_000_000,
+        answer_seconds=timeout,
     )
     setup = Setup(
         predictor=predictor,
@@ -210,9 +210,9 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if executor == "local":
         HostedService(setup, host, port, _announce).run()
         return
-    from vilu.service.ray_serve import replicas_of, serve_ray
+    from vilu.service.ray_serve import parse_replicas, serve_ray
 
-    serve_ray(setup, host, port, replicas_of(replicas), _announce)
+    serve_ray(setup, host, port, parse_replicas(replicas), _announce)
 
 
 def _require_service(executor: str) -> None:
@@ -228,9 +228,9 @@ def _require_service(executor: str) -> None:
 
 def _require_protection(host: str, key_file: Path | None, allow_host: list[str] | None) -> None:
     """Raise UsageError if other machines could connect without a key or without a host name."""
-    from vilu.service.limits import LOOPBACK, in_brackets
+    from vilu.service.limits import LOOPBACK_HOSTS, in_brackets
 
-    if in_brackets(host) not in LOOPBACK and key_file is None:
+    if in_brackets(host) not in LOOPBACK_HOSTS and key_file is None:
         raise UsageError(
             f"--host {host} lets other machines connect, so --key-file FILE is needed."
         )
@@ -244,7 +244,7 @@ def _require_protection(host: str, key_file: Path | None, allow_host: list[str] 
 
 def _client_limits(host: str, names: list[str], key_file: Path | None) -> ClientLimits:
     """The limits on clients: host names, with or without TLS, and keys."""
-    from vilu.service.limits import LOOPBACK, ClientLimits, in_brackets, read_keys
+    from vilu.service.limits import LOOPBACK_HOSTS, ClientLimits, in_brackets, read_keys
 
     lower_names = [name.lower() for name in names]
     tls_hosts = {
@@ -255,7 +255,7 @@ def _client_limits(host: str, names: list[str], key_file: Path | None) -> Client
     if key_file is not None:
         keys = read_keys(key_file)
     return ClientLimits(
-        hosts=frozenset([*LOOPBACK, in_brackets(host.lower()), *hosts]),
+        hosts=frozenset([*LOOPBACK_HOSTS, in_brackets(host.lower()), *hosts]),
         tls_hosts=frozenset(tls_hosts),
         keys=keys,
     )
@@ -266,4 +266,4 @@ def _announce(message: str) -> None:
     if message.startswith("http"):
         print_outputs(message)
     else:
-        next_step(message)
+        log_next_step(message)

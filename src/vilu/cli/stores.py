@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from vilu.cli.console import next_step, parse_pairs, print_outputs, print_result, resumable
+from vilu.cli.console import log_next_step, parse_pairs, print_outputs, print_result, resumable
 from vilu.cli.help import CLASSIFIER, MODEL, MORE, SPEED
 from vilu.cli.images import store_in_words
 from vilu.cli.options import (
@@ -19,7 +19,7 @@ from vilu.cli.options import (
     path_option,
 )
 from vilu.errors import UsageError
-from vilu.text import plural, printable
+from vilu.text import escape_unprintable, plural
 
 Arrays = Annotated[
     Path | None,
@@ -184,7 +184,7 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         overwrite=overwrite,
     )
     print_outputs(output)
-    next_step(store_in_words(output, store, split=split, source=str(source or logits)))
+    log_next_step(store_in_words(output, store, split=split, source=str(source or logits)))
 
 
 def _require_existing_path(path: Path) -> Path:
@@ -214,27 +214,27 @@ def inspect(
 
     The exit code is 3, 6 or 7 if something is wrong.
     """
-    from vilu.cli.artefacts import check, is_store
-    from vilu.tables.read import has_answers
+    from vilu.cli.inspecting import check_artefacts, is_store
+    from vilu.tables.read import is_answer_table
 
     if is_store(path):
         _inspect_store(path, deep=deep)
         return
-    if has_answers(path):
+    if is_answer_table(path):
         _inspect_table(path)
         return
     facts = []
     lines = []
-    for artefact in check(path):
-        facts.append({"path": str(artefact.path), "what": artefact.what})
-        lines.append(f"{artefact.path}: {printable(artefact.what)}")
+    for artefact in check_artefacts(path):
+        facts.append({"path": str(artefact.path), "what": artefact.description})
+        lines.append(f"{artefact.path}: {escape_unprintable(artefact.description)}")
     print_result({"found": facts}, "\n".join(lines))
-    next_step("nothing is damaged")
+    log_next_step("nothing is damaged")
 
 
 def _inspect_store(path: Path, *, deep: bool) -> None:
     """Print the content of a store; StorageError if the store has problems."""
-    from vilu.cli.artefacts import require_sound
+    from vilu.cli.inspecting import require_sound
     from vilu.store.inspect import inspect as inspect_store
 
     report = inspect_store(path, deep=deep)
@@ -264,6 +264,6 @@ def _inspect_table(path: Path) -> None:
     ]
     width = max(map(len, table.roles))
     for name, role in table.roles.items():
-        lines.append(f"  {printable(name):{width}}  {role}")
+        lines.append(f"  {escape_unprintable(name):{width}}  {role}")
     print_result(facts, "\n".join(lines))
-    next_step("every cell that is used has the type that its column needs")
+    log_next_step("every cell that is used has the type that its column needs")

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from vilu.cli.console import Write, next_step, prepare_output, print_outputs, shell
+from vilu.cli.console import (
+    ResultWriter,
+    log_next_step,
+    prepare_output,
+    print_outputs,
+    shell_command,
+)
 from vilu.cli.options import Overwrite, path_argument, path_option
 from vilu.errors import UsageError
 
@@ -157,13 +163,13 @@ def _require_files(*paths: Path | None) -> list[Path]:
 
 def _read_arrays(files: dict[str, Path | None]) -> dict[str, Any]:
     """Read the arrays of files; map every name with a file to an array."""
-    from vilu.store.arrays import Arrays, array_to_texts
+    from vilu.store.arrays import ArrayFiles, array_to_texts
 
     paths = {name: path for name, path in files.items() if path is not None}
     contents: dict[str, Any] = {}
-    with Arrays(None, paths) as arrays:
+    with ArrayFiles(None, paths) as array_files:
         for name in paths:
-            array = arrays.open(name)
+            array = array_files.open(name)
             contents[name] = array.read_whole()
             if contents[name].dtype.kind in "US":
                 contents[name] = array_to_texts(contents[name], array.location)
@@ -173,7 +179,7 @@ def _read_arrays(files: dict[str, Path | None]) -> dict[str, Any]:
 def _write_and_report(
     converted: Converted,
     output: Path,
-    write_output: Callable[[Write], None],
+    write_output: Callable[[ResultWriter], None],
 ) -> None:
     """Write the table, print the path, and log the number of answers and the next step."""
     write_output(converted.write)
@@ -185,10 +191,10 @@ def _write_and_report(
             f"row ({converted.missed_share:.1%}), and no guarantee covers them"
         )
     n_known = converted.n_known
-    next_step(
+    log_next_step(
         f"{len(converted):,} answers, of which {n_known:,} are known as right or wrong{missed_text}"
     )
     if n_known:
-        next_step(f"next: {shell('vilu', 'fit', output, '-o', 'predictor')}")
+        log_next_step(f"next: {shell_command('vilu', 'fit', output, '-o', 'predictor')}")
     else:
-        next_step("next: write 1 (right) or 0 (wrong) into the column correct of some rows")
+        log_next_step("next: write 1 (right) or 0 (wrong) into the column correct of some rows")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from typer import Option
 
 from vilu.cli import console
-from vilu.cli.console import next_step
+from vilu.cli.console import log_next_step
 from vilu.cli.help import DATA, GUARANTEE, SORTING
 from vilu.cli.images import backbone_spec, templates_of
 from vilu.cli.options import (
@@ -146,7 +146,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     picked for fitting support the guarantee. Without --answer, the zero-shot answers are judged
     until there are labels to fit on, and the answers of the fitted predictor afterwards.
     """
-    sort = _sorting_mode(link=link, move=move)
+    sorting_mode = _sorting_mode(link=link, move=move)
     from vilu.backbones.zeroshot import everyday_words
     from vilu.datasets.classes import read_classes
     from vilu.triage.outputs import triage_photos
@@ -173,7 +173,9 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         follow_links=follow_links,
         about=about,
     )
-    summary = triage_photos(settings, output, labels or (), sort=sort, xmp=xmp, overwrite=overwrite)
+    summary = triage_photos(
+        settings, output, labels or (), sort=sorting_mode, xmp=xmp, overwrite=overwrite
+    )
     console.print_outputs(output)
     _log_summary(summary, output)
 
@@ -188,16 +190,18 @@ def _log_summary(summary: TriageSummary, output: Path) -> None:
         summary.guarantee,
         summary.likely,
         summary.prompts,
-        summary.why_none,
+        summary.no_request_reason,
         summary.sidecars,
     )
     for text in texts:
         if text:
-            next_step(text)
+            log_next_step(text)
     if summary.n_asked:
-        table_to_fill_in = console.shell(output / "next_labels.csv")
-        page_command = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")
-        next_step(
+        table_to_fill_in = console.shell_command(output / "next_labels.csv")
+        page_command = console.shell_command(
+            "vilu", "review", output, "--serve", "-o", "labels.csv"
+        )
+        log_next_step(
             f"next: fill in the column label of {table_to_fill_in} "
             f"({plural(summary.n_asked, 'photo')}; or label them on a page: {page_command}), then "
             f"the same command with --labels {table_to_fill_in}"
@@ -303,11 +307,11 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.artifacts.paths import claim_file, inputs_digest
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.store.reader import EmbeddingStore
-    from vilu.tables.read import is_table
+    from vilu.tables.read import may_be_table
     from vilu.triage.answers import write_next
-    from vilu.triage.ask import next_of_store
+    from vilu.triage.ask import choose_rows_to_label
 
-    if is_table(store):
+    if may_be_table(store):
         _refuse_for_tables(max_risk, per_class=per_class, for_guarantee=for_guarantee)
         _write_rows_to_label_next(
             store, output, predictor, labels or [], cluster_column, n=n_next, seed=seed
@@ -321,8 +325,8 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     # This flag is newer than the digest. Without the flag, the digest must not change.
     if per_class:
         settings["per_class"] = True
-    inputs = inputs_digest(store, predictor, *(labels or ()), **settings)
-    claim_file(output, "labels", inputs, overwrite=overwrite)
+    input_digest = inputs_digest(store, predictor, *(labels or ()), **settings)
+    claim_file(output, "labels", input_digest, overwrite=overwrite)
     if for_guarantee:
         _draw_for_guarantee(
             store,
@@ -336,7 +340,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
         return
     loaded_predictor = load_predictor(predictor)
-    rows_to_label, answers = next_of_store(
+    rows_to_label, answers = choose_rows_to_label(
         EmbeddingStore(store),
         loaded_predictor,
         labels or (),
@@ -348,7 +352,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     write_next(output, rows_to_label, answers, loaded_predictor.answer)
     console.print_outputs(output)
     advice = _advice_after_asking(len(rows_to_label), n_next)
-    next_step(f"{plural(len(rows_to_label), 'image')} asked for; {advice}")
+    log_next_step(f"{plural(len(rows_to_label), 'image')} asked for; {advice}")
 
 
 def _advice_after_asking(n_asked: int, n_wanted: int) -> str:
@@ -402,12 +406,12 @@ def _write_rows_to_label_next(
 ) -> None:
     """Write the answers of a table to label next. An existing file is never replaced."""
     from vilu.predictors.persistence.storage import load_predictor
-    from vilu.tables.ask import next_answers, read_asked_ids, write_questions
+    from vilu.tables.ask import choose_next_answers, read_asked_ids, write_label_requests
     from vilu.tables.read import open_table
 
     _require_new_table(output)
     answers = open_table(table, clusters=cluster_column)
-    rows, purposes = next_answers(
+    rows, purposes = choose_next_answers(
         answers, load_predictor(predictor), read_asked_ids(labels), n, seed
     )
     if not len(rows):
@@ -415,10 +419,10 @@ def _write_rows_to_label_next(
             f"every answer of {table} has a label, was fitted on or was asked for before, or is in "
             "a cluster of such an answer; or -n is 0. Give a table with further answers."
         )
-    questions = answers.take(rows)
-    write_questions(output, questions, purposes)
+    answers_to_label = answers.take(rows)
+    write_label_requests(output, answers_to_label, purposes)
     console.print_outputs(output)
-    next_step(_labelling_advice(questions, output))
+    log_next_step(_labelling_advice(answers_to_label, output))
 
 
 def _labelling_advice(questions: AnswerTable, output: Path) -> str:
@@ -459,10 +463,10 @@ def _draw_for_guarantee(
         overwrite=overwrite,
     )
     console.print_outputs(output)
-    calibrate_command = console.shell(
+    calibrate_command = console.shell_command(
         "vilu", "calibrate", predictor, store, "--drawn-below", output
     )
-    next_step(f"{draw.in_words()}; then: {calibrate_command}")
+    log_next_step(f"{draw.in_words()}; then: {calibrate_command}")
 
 
 def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -483,7 +487,7 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
             "review: the answers that are not accepted. all: all answers."
         ),
     ] = "asked",
-    n_most: Annotated[
+    max_photos: Annotated[
         int | None, Option("-n", min=1, help="Maximum number of photos. [all]")
     ] = None,
     photos: Annotated[
@@ -521,7 +525,7 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.triage.review import open_review
     from vilu.triage.review_files import write_review
 
-    review_tasks = open_review(source, which, n_most)
+    review_tasks = open_review(source, which, max_photos)
     if photos is not None:
         review_tasks = dataclasses.replace(review_tasks, photos=photos)
     if not review_tasks.tasks:
@@ -532,8 +536,8 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
         _serve_review(review_tasks, output, port)
         return
     console.print_outputs(*write_review(review_tasks, to, output, prefix=prefix))
-    labels_command = console.shell("vilu", "labels", "DONE", "-o", "reviewed.csv")
-    next_step(f"{plural(len(review_tasks.tasks), 'task')}; afterwards: {labels_command}")
+    labels_command = console.shell_command("vilu", "labels", "DONE", "-o", "reviewed.csv")
+    log_next_step(f"{plural(len(review_tasks.tasks), 'task')}; afterwards: {labels_command}")
 
 
 def _serve_review(review_tasks: Review, output: Path, port: int) -> None:
@@ -545,7 +549,7 @@ def _serve_review(review_tasks: Review, output: Path, port: int) -> None:
         raise UsageError(f"labels are saved in a .csv file. Got {output} instead.")
 
     def announce(address: str) -> None:
-        next_step(
+        log_next_step(
             f"{plural(len(review_tasks.tasks), 'photo')}; open this address, and stop with Ctrl-C "
             f"when you are done; then: {session.next_command()}"
         )
@@ -559,12 +563,13 @@ def _serve_review(review_tasks: Review, output: Path, port: int) -> None:
     ):
         session = ReviewSession(review_tasks, output)
         serve_page(session, port, announce)
-    n_unanswered = sum(task.path not in session.answers for task in review_tasks.tasks)
-    texts = [f"{plural(len(session.answers), 'answer')} in {output}"]
+    n_unanswered = sum(task.path not in session.labels for task in review_tasks.tasks)
+    sentences = [f"{plural(len(session.labels), 'answer')} in {output}"]
     if n_unanswered:
-        texts.append(f"the same command goes on with the rest ({plural(n_unanswered, 'photo')})")
-    texts.append(f"next: {session.next_command()}")
-    next_step("; ".join(texts))
+        rest = plural(n_unanswered, "photo")
+        sentences.append(f"the same command goes on with the rest ({rest})")
+    sentences.append(f"next: {session.next_command()}")
+    log_next_step("; ".join(sentences))
 
 
 def labels(
@@ -593,11 +598,10 @@ def labels(
     from vilu.triage.label_files import write_labels
     from vilu.triage.review_files import read_finished_tasks
 
-    # both map the path of a photo: to the label, and to the stream of the label
-    labels_by_path, stream_of = read_finished_tasks(done)
-    n_labels = write_labels(labels_by_path, output, scores, stream_of)
+    label_of_path, stream_of_path = read_finished_tasks(done)
+    n_labels = write_labels(label_of_path, output, scores, stream_of_path)
     console.print_outputs(output)
-    next_step(plural(n_labels, "label"))
+    log_next_step(plural(n_labels, "label"))
 
 
 def audit_labels(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -647,18 +651,18 @@ def audit_labels(  # noqa: PLR0913, PLR0917 - one parameter per flag
     judging_predictor = None
     if predictor is not None:
         judging_predictor = load_predictor(predictor)
-    rows: EmbeddingSource = EmbeddingStore(store)
+    source: EmbeddingSource = EmbeddingStore(store)
     if labels:
-        rows = labelled_rows(EmbeddingStore(store), labels)
-    errors = find_label_errors(rows, judging_predictor, seed=seed)
-    errors.save(output)
+        source = labelled_rows(EmbeddingStore(store), labels)
+    label_errors = find_label_errors(source, judging_predictor, seed=seed)
+    label_errors.save(output)
     written_files = [output]
     if pictures is not None and sheet is not None:
-        contact_sheet(errors, pictures, sheet)
+        contact_sheet(label_errors, pictures, sheet)
         written_files.append(sheet)
     console.print_outputs(*written_files)
-    n_wrong = int(errors.is_error.sum())
-    next_step(f"{n_wrong:,} of {plural(len(errors.keys), 'label')} probably wrong")
+    n_wrong = int(label_errors.is_error.sum())
+    log_next_step(f"{n_wrong:,} of {plural(len(label_errors.keys), 'label')} probably wrong")
 
 
 def _require_new_figure(path: Path) -> None:

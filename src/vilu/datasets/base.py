@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vilu.artifacts.hashing import digest
 from vilu.datasets.classes import ClassTable
-from vilu.datasets.files import Bounds, OutsideError
+from vilu.datasets.files import AllowedFolders, ForbiddenPathError
 from vilu.errors import OUTSIDE, DataError, StorageError, UsageError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -77,10 +77,10 @@ class ImageDataset(Protocol):
         """
 
 
-SHARD: Final = 2**32
+POSITIONS_PER_SHARD: Final = 2**32
 """Number of positions reserved for each shard.
 
-Image i of shard s has the position s * SHARD + i.
+Image i of shard s has the position s * POSITIONS_PER_SHARD + i.
 """
 
 
@@ -90,11 +90,11 @@ class ShardedDataset(ImageDataset, Protocol):
 
     A part of such a data set consists of whole shards.
 
-    Every sample is a record with a ``position`` (see ``SHARD``). An unusable sample is a record,
-    too: its ``read`` raises ``BadImage``. So the sample is counted and listed. ``fingerprint``
-    covers only the names of the shards. ``shard_fingerprint`` covers the sizes and times of shards,
-    and a store saves this hash for each part. So if a shard changes, only the part with this shard
-    is embedded again.
+    Every sample is a record with a ``position`` (see ``POSITIONS_PER_SHARD``). An unusable sample
+    is a record, too: its ``read`` raises ``BadImage``. So the sample is counted and listed.
+    ``fingerprint`` covers only the names of the shards. ``shard_fingerprint`` covers the sizes and
+    times of shards, and a store saves this hash for each part. So if a shard changes, only the part
+    with this shard is embedded again.
     """
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
@@ -102,11 +102,11 @@ class ShardedDataset(ImageDataset, Protocol):
 
 
 # State of a file before reading: the file seems readable, or has one of three faults.
-READABLE, MISSING_FILE, OUT_OF_BOUNDS, DENIED = range(4)
+READABLE, MISSING_FILE, FORBIDDEN_PATH, PERMISSION_DENIED = range(4)
 FAULT_MESSAGES: Final = {
     MISSING_FILE: "files are missing below {folder}",
-    OUT_OF_BOUNDS: "paths lead out of {folder}",
-    DENIED: "files may not be read: permission denied",
+    FORBIDDEN_PATH: "paths lead out of {folder}",
+    PERMISSION_DENIED: "files may not be read: permission denied",
 }
 """Fault -> text in messages, after the number of files: "3 files are missing below photos"."""
 
@@ -122,13 +122,13 @@ def find_fault(status: os.stat_result | OSError | None, get_path: Callable[[], s
     """
     if status is None:
         return MISSING_FILE
-    if isinstance(status, OutsideError):
-        return OUT_OF_BOUNDS
+    if isinstance(status, ForbiddenPathError):
+        return FORBIDDEN_PATH
     if isinstance(status, OSError):
-        return DENIED if status.errno == errno.EACCES else MISSING_FILE
+        return PERMISSION_DENIED if status.errno == errno.EACCES else MISSING_FILE
     if status.st_mode & stat.S_IROTH:  # everyone may read the file, so os.access is not needed
         return READABLE
-    return READABLE if os.access(get_path(), os.R_OK) else DENIED
+    return READABLE if os.access(get_path(), os.R_OK) else PERMISSION_DENIED
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class Faults:
         kinds: (N,) uint8 fault of each file (``find_fault``).
         folder: Folder of the files.
         path_at: Function that takes a position and returns the path of the file, as listed.
-        location_rule: Function that takes the positions of files out of bounds, and returns a
-            sentence on the allowed places of files.
+        location_rule: Function that takes the positions of files outside the allowed folders, and
+            returns a sentence on the allowed places of files.
     """
 
     kinds: NDArray[np.uint8]
@@ -178,10 +178,10 @@ class Faults:
         if n_bad <= max_share * n_files:
             logger.warning("%s They will be counted as errors", summary)
             return
-        out_of_bounds = np.flatnonzero(self.kinds == OUT_OF_BOUNDS)
-        if len(out_of_bounds):
-            summary += f" {self.location_rule(out_of_bounds)}"
-        n_denied = int(np.count_nonzero(self.kinds == DENIED))
+        forbidden_positions = np.flatnonzero(self.kinds == FORBIDDEN_PATH)
+        if len(forbidden_positions):
+            summary += f" {self.location_rule(forbidden_positions)}"
+        n_denied = int(np.count_nonzero(self.kinds == PERMISSION_DENIED))
         error_class = StorageError if n_denied == n_bad else DataError
         raise error_class(
             f"{summary} At most {max_share:.2%} may be unreadable (--max-error-rate); "
@@ -276,7 +276,7 @@ class ImagesWithOutside:
     Args:
         images: The data set with all classes.
         outside: Names of the classes to leave out (folder or prompt), or labels that are no class
-            (the ``strays`` of the data set).
+            (the ``labels_without_class`` of the data set).
 
     Raises:
         UsageError: If there is no such class or label, or no class would be left.
@@ -289,21 +289,21 @@ class ImagesWithOutside:
                 "Leave --outside out."
             )
         table: ClassTable | None = getattr(images, "classes", None)
-        prompts = images.class_names
-        folders = prompts if table is None else table.folders
-        _require_known_names(outside, folders, prompts, images)
-        labels_to_keep = _labels_to_keep(outside, folders, prompts)
+        prompt_names = images.class_names
+        data_names = prompt_names if table is None else table.data_names
+        _require_known_names(outside, data_names, prompt_names, images)
+        labels_to_keep = _labels_to_keep(outside, data_names, prompt_names)
         if not labels_to_keep:
             raise UsageError(
-                f"--outside leaves none of the {len(prompts)} classes of {images.source}."
+                f"--outside leaves none of the {len(prompt_names)} classes of {images.source}."
             )
         self.source = images.source
         self.captioned = images.captioned
-        self.class_names: tuple[str, ...] | None = tuple(prompts[i] for i in labels_to_keep)
+        self.class_names: tuple[str, ...] | None = tuple(prompt_names[i] for i in labels_to_keep)
         self.classes: ClassTable | None = None
         if table is not None:
-            folders_to_keep = tuple(folders[i] for i in labels_to_keep)
-            self.classes = replace(table, folders=folders_to_keep, names=self.class_names)
+            names_to_keep = tuple(data_names[i] for i in labels_to_keep)
+            self.classes = replace(table, data_names=names_to_keep, names=self.class_names)
         self.fingerprint = images.fingerprint
         self.outside = tuple(sorted(set(outside)))
         self._images = images
@@ -332,14 +332,17 @@ class ImagesWithOutside:
 
 
 def _require_known_names(
-    outside: Sequence[str], folders: Sequence[str], prompts: Sequence[str], images: ImageDataset
+    outside: Sequence[str],
+    data_names: Sequence[str],
+    prompt_names: Sequence[str],
+    images: ImageDataset,
 ) -> None:
-    """Raise UsageError if a name in ``outside`` is neither a class nor a stray label.
+    """Raise UsageError if a name in ``outside`` is no class and no label without a class.
 
-    ``folders`` are the class names in the data, and ``prompts`` the class names in prompts.
+    ``data_names`` are the class names in the data, and ``prompt_names`` the names for prompts.
     """
-    strays: frozenset[str] = getattr(images, "strays", frozenset())
-    known_names = {*folders, *prompts, *strays}
+    labels_without_class: frozenset[str] = getattr(images, "labels_without_class", frozenset())
+    known_names = {*data_names, *prompt_names, *labels_without_class}
     unknown_names = [name for name in outside if name not in known_names]
     if not unknown_names:
         return
@@ -347,17 +350,18 @@ def _require_known_names(
     hint = did_you_mean(first_unknown, sorted(known_names), cutoff=0.5)
     raise UsageError(
         f"{images.source} has no class or label {first_unknown!r} for --outside; "
-        f"it has {_list_names(folders)}.{hint}"
+        f"it has {_list_names(data_names)}.{hint}"
     )
 
 
 def _labels_to_keep(
-    outside: Sequence[str], folders: Sequence[str], prompts: Sequence[str]
+    outside: Sequence[str], data_names: Sequence[str], prompt_names: Sequence[str]
 ) -> list[int]:
-    """Return the labels of the classes with neither folder nor prompt in ``outside``."""
+    """Return the labels of the classes with neither name in ``outside``."""
     labels = []
-    for label, (folder, prompt) in enumerate(zip(folders, prompts, strict=True)):
-        is_outside = folder in outside or prompt in outside
+    class_names = zip(data_names, prompt_names, strict=True)
+    for label, (data_name, prompt_name) in enumerate(class_names):
+        is_outside = data_name in outside or prompt_name in outside
         if not is_outside:
             labels.append(label)
     return labels
@@ -414,11 +418,11 @@ class Selection:
     outside: tuple[str, ...] = ()
     follow_links: bool = False
 
-    def bounds(self, table: Path) -> Bounds:
+    def allowed_folders(self, table: Path) -> AllowedFolders:
         """Return the allowed folders of the files of a table."""
         if self.root is None:
-            return Bounds(table.parent)
-        return Bounds(self.root, table_folder=table.parent)
+            return AllowedFolders(table.parent)
+        return AllowedFolders(self.root, table_folder=table.parent)
 
     def where_columns(self, table_columns: Sequence[str], source: str) -> list[str]:
         """Return the columns in ``where``, after a check of the table.

@@ -24,7 +24,7 @@ from vilu.datasets.tar import TAR_SUFFIX, TarShards, find_shards
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.validation import checked, require_at_least
 
-DATASETS: Final[dict[str, str]] = {
+SOURCE_KINDS: Final[dict[str, str]] = {
     "folder": (
         "DIR/CLASS/**/IMAGE, or DIR/SPLIT/CLASS/**/IMAGE with --split; a flat folder is unlabelled"
     ),
@@ -68,8 +68,8 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     """Open images with a fitting reader, or a data set by name.
 
     Args:
-        source: A folder, a file or a pattern of files, of a kind in ``DATASETS``. With ``dataset``,
-            the folder of all data sets, or the folder of this data set.
+        source: A folder, a file or a pattern of files, of a kind in ``SOURCE_KINDS``. With
+            ``dataset``, the folder of all data sets, or the folder of this data set.
         split: Names of splits joined by ``+`` ("validation+test"); None for all images.
         limit: Use only the first ``limit`` images. These are no random sample: the images in
             folders are sorted by class, so the first images have few classes.

@@ -20,25 +20,25 @@ class ClassTable:
     """K classes in label order."""
 
     # names in the data: class folders, texts of labels, or names in the metadata of a table
-    folders: tuple[str, ...]
+    data_names: tuple[str, ...]
     # names for prompts; predictors merge classes with the same name, and so the same texts
     names: tuple[str, ...]
-    # whether ``names`` are ``folders`` with spaces in place of underscores
-    cleaned: bool = False
+    # whether ``names`` are ``data_names`` with spaces in place of underscores
+    has_cleaned_names: bool = False
 
     def __post_init__(self) -> None:
-        if not self.folders or len(self.folders) != len(self.names):
+        if not self.data_names or len(self.data_names) != len(self.names):
             raise DataError(
-                f"a class table needs one prompt name per class. Got {len(self.folders)} classes, "
-                f"{len(self.names)} names."
+                "a class table needs one prompt name per class. "
+                f"Got {len(self.data_names)} classes, {len(self.names)} names."
             )
-        _require_texts("class", self.folders)
+        _require_texts("class", self.data_names)
         _require_texts("prompt", self.names)
-        if self.folders == self.names:
+        if self.data_names == self.names:
             # Repeated names are accepted here. They occur only with numbers as labels, and these
             # numbers distinguish classes of the same name.
             return
-        repeated_names = _repeated_names(Counter(self.folders))
+        repeated_names = _repeated_names(Counter(self.data_names))
         if repeated_names:
             raise DataError(
                 f"class names must be distinct. Repeated: {_list_names(repeated_names)}. "
@@ -110,7 +110,7 @@ def class_table(
             ``data_names``, these classes need no line.
     """
     if file is None and names is not None:
-        # without ``data_names``, the empty tuple of folders makes ClassTable raise an error
+        # without ``data_names``, the empty tuple makes ClassTable raise an error
         return ClassTable(tuple(data_names or ()), tuple(names))
     if file is None:
         if data_names is None:
@@ -213,7 +213,7 @@ def _read_text(file: Path) -> str:
 def _cleaned_table(data_names: Sequence[str]) -> ClassTable:
     """Return the class table of a data set without a classes file."""
     return ClassTable(
-        tuple(data_names), tuple(clean_name(name) for name in data_names), cleaned=True
+        tuple(data_names), tuple(clean_name(name) for name in data_names), has_cleaned_names=True
     )
 
 
@@ -290,7 +290,7 @@ def refuse_numbers_as_names(classes: ClassTable, source: str) -> None:
     """
     names = classes.names
     are_numbers = all(map(str.isdecimal, names))
-    if classes.folders != names or not are_numbers:
+    if classes.data_names != names or not are_numbers:
         return
     are_labels = [int(name) for name in names] == list(range(len(names)))
     if are_labels:

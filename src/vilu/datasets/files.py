@@ -64,7 +64,7 @@ def status_below(folder: Path, path: str) -> os.stat_result | None:
     """Return the status of a file below a folder.
 
     None if the file is missing, or if ``path`` leads out of the folder. For a path that leads out,
-    ``read_below`` raises OutsideError.
+    ``read_below`` raises ForbiddenPathError.
     """
     try:
         return os.stat(resolve_below(folder, path))  # noqa: PTH116  for speed
@@ -76,20 +76,20 @@ def resolve_below(folder: Path, path: str) -> str:
     """Return the full path of a file below a folder.
 
     Raises:
-        OutsideError: If ``path`` is absolute or contains "..".
+        ForbiddenPathError: If ``path`` is absolute or contains "..".
     """
-    if not stays_below(path):
-        raise OutsideError(
+    if not is_relative_without_dotdot(path):
+        raise ForbiddenPathError(
             errno.EACCES, "the path must be relative and stay below its folder", path
         )
     return os.path.join(folder, path)  # noqa: PTH118  for speed
 
 
-class OutsideError(OSError):
-    """The error of a file outside of the folders of its data set (``Bounds``)."""
+class ForbiddenPathError(OSError):
+    """The error of a file outside the allowed folders of its data set (``AllowedFolders``)."""
 
 
-class Bounds:
+class AllowedFolders:
     """The allowed folders for the files of a data set. No file outside of them is read.
 
     The real location of a file is checked, after all links have been followed.
@@ -117,7 +117,7 @@ class Bounds:
         self._table_folder: str | None = None
         if table_folder is not None:
             self._table_folder = os.path.realpath(table_folder)
-        # prefixes of the real paths of all files in bounds
+        # prefixes of the real paths of all allowed files
         self._prefixes: tuple[str, ...] = (_real_prefix(folder),)
         if link_folder is not None:
             self._prefixes += (_real_prefix(link_folder),)
@@ -126,19 +126,19 @@ class Bounds:
         """Return the full path of a file.
 
         Raises:
-            OutsideError: If the path, or a link on it, leads out of bounds.
+            ForbiddenPathError: If the path, or a link on it, leads out of the allowed folders.
         """
         full_path = self._full_path(path)
         if self.follow_links:
             return full_path
-        # The real path of the folder is cached, so it is found fast. If the folder is in bounds,
-        # only a link can be out of bounds.
+        # The real path of the folder is cached, so it is found fast. If the folder is allowed, only
+        # a link can lead out of the allowed folders.
         folder = os.path.dirname(full_path)  # noqa: PTH120  for speed
         is_folder_inside = _has_real_prefix(folder, self._prefixes)
-        if not is_folder_inside or self.leads_out(full_path):
+        if not is_folder_inside or self.is_forbidden_link(full_path):
             folders = " or ".join(self._prefixes)
             reason = f"the file must lie below {folders}, links included"
-            raise OutsideError(errno.EACCES, reason, path)
+            raise ForbiddenPathError(errno.EACCES, reason, path)
         return full_path
 
     def _full_path(self, path: str) -> str:
@@ -147,14 +147,14 @@ class Bounds:
         There is an exception if ``table_folder`` is not None: a path with ".." starts from
         ``table_folder``, and an absolute path is used unchanged.
         """
-        if self._table_folder is None or stays_below(path):
+        if self._table_folder is None or is_relative_without_dotdot(path):
             return resolve_below(self.folder, path)
         if not _can_be_path(path):
-            return resolve_below(self.folder, path)  # raises OutsideError
+            return resolve_below(self.folder, path)  # raises ForbiddenPathError
         return os.path.normpath(os.path.join(self._table_folder, path))  # noqa: PTH118  for speed
 
-    def leads_out(self, full_path: str) -> bool:
-        """Whether a file is a link that leads out of bounds."""
+    def is_forbidden_link(self, full_path: str) -> bool:
+        """Whether a file is a link that leads out of the allowed folders."""
         if self.follow_links or not os.path.islink(full_path):  # noqa: PTH114  for speed
             return False
         return not os.path.realpath(full_path).startswith(self._prefixes)
@@ -167,7 +167,7 @@ class Bounds:
             return error.with_traceback(None)
 
     def real_path(self, path: str) -> str:
-        """Return the real path of a file, after all links. The file may be out of bounds."""
+        """Return the real path of a file, after all links. The path may be forbidden."""
         start = self._table_folder or self.folder
         without_nul = path.replace("\0", "")  # os.path.realpath raises an error at a NUL
         return os.path.realpath(os.path.join(start, without_nul))  # noqa: PTH118  for speed
@@ -199,7 +199,7 @@ def _can_be_path(path: str) -> bool:
     return bool(path) and "\0" not in path
 
 
-def stays_below(path: str) -> bool:
+def is_relative_without_dotdot(path: str) -> bool:
     """Whether a path is relative and without "..", by the rules of POSIX and of Windows."""
     if not _can_be_path(path):
         return False
@@ -208,12 +208,12 @@ def stays_below(path: str) -> bool:
     return is_relative and ".." not in parsed.parts
 
 
-_CONTROLS = re.compile(
+_CONTROL_CHARACTERS = re.compile(
     "[\x00-\x1f\x7f-\x9f\N{ARABIC LETTER MARK}\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
 """Characters for controlling a terminal: controls, line ends, marks of text direction."""
 
-_ESCAPE = re.compile(rb"\\x([0-9a-f]{2})")
+_ESCAPE_PATTERN = re.compile(rb"\\x([0-9a-f]{2})")
 
 
 def portable_name(path: str) -> str:
@@ -240,9 +240,9 @@ def portable_name(path: str) -> str:
     if is_plain and "\\x" not in path:
         return path
     # if the path already has a text like an escape, the backslash of this text is escaped
-    path_bytes = _ESCAPE.sub(rb"\\x5cx\1", _path_bytes(path))
+    path_bytes = _ESCAPE_PATTERN.sub(rb"\\x5cx\1", _path_bytes(path))
     text = path_bytes.decode("utf-8", "backslashreplace")
-    return _CONTROLS.sub(_escape_character, text)
+    return _CONTROL_CHARACTERS.sub(_escape_character, text)
 
 
 def _path_bytes(path: str) -> bytes:
@@ -279,7 +279,7 @@ def original_path(text: str) -> str:
     """
     if "\\x" not in text:
         return text
-    path_bytes = _ESCAPE.sub(_unescape_byte, _path_bytes(text))
+    path_bytes = _ESCAPE_PATTERN.sub(_unescape_byte, _path_bytes(text))
     path = os.fsdecode(path_bytes)
     if portable_name(path) != text:
         return text
@@ -315,7 +315,7 @@ def subfolders(folder: str | Path, *, follow_links: bool = False) -> list[str]:
     With ``follow_links``, linked folders are included.
     """
     names = []
-    for entry in _entries(folder):
+    for entry in _sorted_entries(folder):
         is_folder = _is_folder(entry) if follow_links else entry.is_dir(follow_symlinks=False)
         if is_folder and not _is_hidden(entry):
             names.append(entry.name)
@@ -323,34 +323,35 @@ def subfolders(folder: str | Path, *, follow_links: bool = False) -> list[str]:
 
 
 def walk_images(
-    folder: str | Path, ignored: Counter[str], bounds: Bounds | None = None
+    folder: str | Path, ignored_counts: Counter[str], allowed_folders: AllowedFolders | None = None
 ) -> Iterator[tuple[str, os.stat_result | OSError]]:
     """Yield the path below ``folder`` and the status of every image file, sorted by path bytes.
 
     Each file costs a call of ``stat``. Links to files are followed. Links to folders are followed
-    only if ``bounds`` allows it. An error is yielded instead of the status if a link leads to
-    itself, to a folder that contains it, or out of ``bounds``. Skipped entries are counted in
-    ``ignored`` under "hidden", "linked_folder", "not_image" (by suffix) or "not_a_file".
+    only if ``allowed_folders`` has ``follow_links``. An error is yielded instead of the status if a
+    link leads to itself, to a folder that contains it, or out of ``allowed_folders``. Skipped
+    entries are counted in ``ignored_counts`` under "hidden", "linked_folder", "not_image" (by
+    suffix) or "not_a_file".
     """
-    follows_links = bounds is not None and bounds.follow_links
+    follows_links = allowed_folders is not None and allowed_folders.follow_links
     prefix = os.path.join(folder, "")  # noqa: PTH118  a Path drops the slash
-    # ``pending`` is a stack: entries are taken from the end. So entries are added in reverse order.
-    pending = [_PendingEntry(entry, ()) for entry in reversed(_entries(folder))]
-    while pending:
-        entry, folders_of_links = pending.pop()
+    # Entries of this stack are taken from the end. So they are added in reverse order.
+    pending_entries = [_PendingEntry(entry, ()) for entry in reversed(_sorted_entries(folder))]
+    while pending_entries:
+        entry, folders_of_links = pending_entries.pop()
         path = entry.path.removeprefix(prefix).replace(os.sep, "/")
         reason = _reason_to_ignore(entry, follows_links=follows_links)
         if reason:
-            ignored[reason] += 1
+            ignored_counts[reason] += 1
         elif not _is_folder(entry):
-            yield path, _status_of(entry, bounds)
-        elif entry.is_symlink() and _leads_back(entry, folders_of_links):
+            yield path, _status_of(entry, allowed_folders)
+        elif entry.is_symlink() and _leads_to_container(entry, folders_of_links):
             yield path, OSError(errno.ELOOP, "the link leads to a folder that contains it", path)
         else:
             if entry.is_symlink():
                 folders_of_links = (*folders_of_links, *_folders_at_ends(entry))
-            for inner_entry in reversed(_entries(entry.path)):
-                pending.append(_PendingEntry(inner_entry, folders_of_links))
+            for inner_entry in reversed(_sorted_entries(entry.path)):
+                pending_entries.append(_PendingEntry(inner_entry, folders_of_links))
 
 
 class _PendingEntry(NamedTuple):
@@ -366,7 +367,7 @@ def _folders_at_ends(link: os.DirEntry[str]) -> tuple[str, str]:
     return _real_prefix(container), _real_prefix(link.path)
 
 
-def _leads_back(link: os.DirEntry[str], folders_of_links: tuple[str, ...]) -> bool:
+def _leads_to_container(link: os.DirEntry[str], folders_of_links: tuple[str, ...]) -> bool:
     """Whether a link leads to a folder that contains it, perhaps through other links.
 
     ``folders_of_links`` are the folders at both ends of every link on the path to this link.
@@ -409,11 +410,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _status_of(entry: os.DirEntry[str], bounds: Bounds | None) -> os.stat_result | OSError:
-    """Return the status of a file, or the error of the system call or of ``bounds``."""
-    if bounds is not None and entry.is_symlink():
-        if bounds.leads_out(entry.path):
-            return OutsideError(errno.EACCES, "the link leads out of its folder", entry.path)
+def _status_of(
+    entry: os.DirEntry[str], allowed_folders: AllowedFolders | None
+) -> os.stat_result | OSError:
+    """Return the status of a file, or the error of the system call or of ``allowed_folders``."""
+    if allowed_folders is not None and entry.is_symlink():
+        if allowed_folders.is_forbidden_link(entry.path):
+            return ForbiddenPathError(errno.EACCES, "the link leads out of its folder", entry.path)
     try:
         return entry.stat()
     except OSError as error:
@@ -424,7 +427,7 @@ def _is_hidden(entry: os.DirEntry[str]) -> bool:
     return entry.name.startswith(".")
 
 
-def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+def _sorted_entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """Return the entries of a folder in the order of ``walk_images``."""
     hint = "Check its permissions or leave it out."
     with convert_os_errors(f"cannot list the folder {folder}", hint), os.scandir(folder) as entries:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from vilu.datasets.base import Faults, ImageRecord, find_fault, parse_split
 from vilu.datasets.classes import ClassTable, class_table
 from vilu.datasets.files import (
-    Bounds,
+    AllowedFolders,
+    ForbiddenPathError,
     ListingHash,
-    OutsideError,
     portable_name,
     read_below,
     read_file,
@@ -78,13 +78,17 @@ class ListedFiles:
         return partial(read_below, self._folder, path)
 
     def _add(
-        self, path: str, label: int, status: os.stat_result | OSError | None, listing: ListingHash
+        self,
+        path: str,
+        label: int,
+        status: os.stat_result | OSError | None,
+        listing_hash: ListingHash,
     ) -> None:
         """Add a file to the list and to the hash of the listing."""
         self._paths.append(path)
         self._labels.append(label)
         self._faults.append(find_fault(status, partial(os.path.join, self._folder, path)))
-        listing.add(path, label, status)
+        listing_hash.add(path, label, status)
 
 
 def _location_rule(_positions: NDArray[np.int64]) -> str:
@@ -105,14 +109,14 @@ class FolderDataset(ListedFiles):
         split: Names of split folders, joined by ``+``; None if there are no split folders.
         classes: A classes file. The names in the file are matched with the class folders.
         link_folder: A second allowed folder for the targets of links to files, besides ``root``.
-            Reading a link to a file outside of both folders raises OutsideError.
+            Reading a link to a file outside of both folders raises ForbiddenPathError.
         outside: Classes that may be missing in the classes file, because they will be left out.
         follow_links: Whether links may lead anywhere, also to folders.
 
     Attributes:
-        ignored: Reason -> number of files and folders skipped for this reason. The reasons are the
-            reasons of ``files.walk_images``, and "outside_class" for images outside the class
-            folders.
+        ignored_counts: Reason -> number of files and folders skipped for this reason. The reasons
+            are the reasons of ``files.walk_images``, and "outside_class" for images outside the
+            class folders.
     """
 
     def __init__(
@@ -126,55 +130,66 @@ class FolderDataset(ListedFiles):
         follow_links: bool = False,
     ) -> None:
         super().__init__(root)
-        self._bounds = Bounds(root, link_folder=link_folder, follow_links=follow_links)
+        self._allowed_folders = AllowedFolders(
+            root, link_folder=link_folder, follow_links=follow_links
+        )
         self.source = str(root)
         self.captioned = False
-        self.ignored: Counter[str] = Counter()
+        self.ignored_counts: Counter[str] = Counter()
         chosen_splits, all_splits = _split_folders(root, split)
         folders = _class_folders(root, all_splits, follow_links=follow_links)
         self.classes: ClassTable | None = class_table(folders or None, classes, outside=outside)
         self.class_names: tuple[str, ...] | None = None
         if self.classes is not None:
             self.class_names = self.classes.names
-        listing = ListingHash(*folders)
-        label_of = {name: label for label, name in enumerate(folders)}
-        with track(f"listing {root.name}", None, "images") as task:
-            for name in chosen_splits:
-                self._list_split(name, label_of, listing, task)
-        self.fingerprint = listing.hexdigest()
+        self.fingerprint = self._list_splits(chosen_splits, folders)
         if not self._paths:
-            _refuse_empty(self.ignored, root, expected="images, or one folder of images per class")
-        _warn_of_ignored(self.ignored, root)
+            _refuse_empty(
+                self.ignored_counts, root, expected="images, or one folder of images per class"
+            )
+        _warn_of_ignored(self.ignored_counts, root)
 
     def _make_reader(self, path: str) -> Callable[[], bytes]:
         return partial(self._read, path)
 
     def _read(self, path: str) -> bytes:
-        """Return the bytes of the file ``path``; OutsideError for a link out of bounds."""
+        """Return the bytes of the file ``path``; ForbiddenPathError for a forbidden link."""
         # the path is joined as listed: Path could change a name that is special on Windows
         full_path = os.path.join(self._folder, path)  # noqa: PTH118
-        if self._bounds.leads_out(full_path):
-            raise OutsideError(errno.EACCES, LINK_RULE, path)
+        if self._allowed_folders.is_forbidden_link(full_path):
+            raise ForbiddenPathError(errno.EACCES, LINK_RULE, path)
         return read_file(full_path)
 
+    def _list_splits(self, splits: Sequence[str], class_folders: Sequence[str]) -> str:
+        """Add the images of some split folders, and return the hash of the listing."""
+        listing_hash = ListingHash(*class_folders)
+        label_of = {name: label for label, name in enumerate(class_folders)}
+        with track(f"listing {self._folder.name}", total=None, unit="images") as task:
+            for split in splits:
+                self._list_split(split, label_of, listing_hash, task)
+        return listing_hash.hexdigest()
+
     def _list_split(
-        self, name: str, label_of: dict[str, int], listing: ListingHash, task: Task
+        self, name: str, label_of: dict[str, int], listing_hash: ListingHash, task: Task
     ) -> None:
         """Add the images of the split folder ``name``; "" is the folder of the data set.
 
         ``label_of`` maps each class folder to a label.
         """
         folder = self._folder / name
-        has_class_folders = len(subfolders(folder, follow_links=self._bounds.follow_links)) > 0
-        for path_in_split, status in walk_images(folder, self.ignored, self._bounds):
+        class_folders = subfolders(folder, follow_links=self._allowed_folders.follow_links)
+        has_class_folders = len(class_folders) > 0
+        for path_in_split, status in walk_images(
+            folder, self.ignored_counts, self._allowed_folders
+        ):
             class_folder, slash, _ = path_in_split.partition("/")
             is_in_class_folder = slash != ""
             if has_class_folders and not is_in_class_folder:
-                self.ignored["outside_class"] += 1
+                self.ignored_counts["outside_class"] += 1
                 continue
             path = f"{name}/{path_in_split}" if name else path_in_split
             label = label_of[class_folder] if is_in_class_folder else UNKNOWN
-            self._add(path, label, status, listing)
+            self._add(path, label, status, listing_hash)
             task.advance(1)
 
 
@@ -196,38 +211,39 @@ def list_photos(
     """
     if not root.is_dir():
         raise UsageError(f"{root} is no folder. Give the folder that the photos are in.")
-    ignored: Counter[str] = Counter()
-    with track(f"listing {root.name}", None, "images") as task:
+    ignored_counts: Counter[str] = Counter()
+    allowed_folders = AllowedFolders(root, follow_links=follow_links)
+    with track(f"listing {root.name}", total=None, unit="images") as task:
         photos: list[ListedPhoto] = []
-        for path, status in walk_images(root, ignored, Bounds(root, follow_links=follow_links)):
+        for path, status in walk_images(root, ignored_counts, allowed_folders):
             photos.append((path, status))
             task.advance(1)
     if len(photos) < min_photos:
-        _refuse_empty(ignored, root, expected="photos, in folders of any kind")
-    _warn_of_ignored(ignored, root)
+        _refuse_empty(ignored_counts, root, expected="photos, in folders of any kind")
+    _warn_of_ignored(ignored_counts, root)
     return photos
 
 
-def _refuse_empty(ignored: Counter[str], root: Path, *, expected: str) -> NoReturn:
+def _refuse_empty(ignored_counts: Counter[str], root: Path, *, expected: str) -> NoReturn:
     """Raise DataError for a folder without images; the message lists the contents instead."""
-    contents = _list_counts(ignored) or "nothing"
+    contents = _list_counts(ignored_counts) or "nothing"
     raise DataError(f"no image in {root}. Found: {contents}. Expected {expected}.")
 
 
-def _warn_of_ignored(ignored: Counter[str], root: Path) -> None:
+def _warn_of_ignored(ignored_counts: Counter[str], root: Path) -> None:
     """Warn if entries were skipped that the user may expect in the data set."""
-    unexpected_reasons = ignored.keys() - {"hidden", "not_image"}
+    unexpected_reasons = ignored_counts.keys() - {"hidden", "not_image"}
     if not unexpected_reasons:
         return
     advice = "Give --follow-links to read what links lead to."
-    if ignored["outside_class"]:
+    if ignored_counts["outside_class"]:
         advice = f"{advice} Put images into class folders."
-    logger.warning("%s: left out %s. %s", root, _list_counts(ignored), advice)
+    logger.warning("%s: left out %s. %s", root, _list_counts(ignored_counts), advice)
 
 
-def _list_counts(ignored: Counter[str]) -> str:
+def _list_counts(ignored_counts: Counter[str]) -> str:
     """Return a text with the number of skipped entries for each reason."""
-    return ", ".join(f"{count} {reason}" for reason, count in ignored.items())
+    return ", ".join(f"{count} {reason}" for reason, count in ignored_counts.items())
 
 
 class PhotoFiles(ListedFiles):
@@ -253,19 +269,19 @@ class PhotoFiles(ListedFiles):
     ) -> None:
         super().__init__(root)
         self._moved_paths = moved_paths or {}
-        self._bounds = Bounds(root, follow_links=follow_links)
+        self._allowed_folders = AllowedFolders(root, follow_links=follow_links)
         self.source = str(root)
         self.captioned = False
         self.class_names: tuple[str, ...] | None = tuple(names)
-        listing = ListingHash()
+        listing_hash = ListingHash()
         for path, status in photos:
-            self._add(path, UNKNOWN, status, listing)
-        self.fingerprint = listing.hexdigest()
+            self._add(path, UNKNOWN, status, listing_hash)
+        self.fingerprint = listing_hash.hexdigest()
 
     def _make_reader(self, path: str) -> Callable[[], bytes]:
         new_path = self._moved_paths.get(portable_name(path))
         if new_path is None:
-            return partial(self._bounds.read, path)
+            return partial(self._allowed_folders.read, path)
         return partial(read_file, new_path)
 
 

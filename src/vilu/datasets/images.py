@@ -38,7 +38,7 @@ from vilu.errors import DataError, UsageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ORIENTATION: Final = 0x0112  # number of the orientation tag
+ORIENTATION_TAG: Final = 0x0112  # number of the orientation tag
 # Type of a number in TIFF -> code of the type in ``struct``. The types are BYTE (1), SHORT (3) and
 # LONG (4). The standard prescribes SHORT for the orientation, but cameras also write BYTE and LONG.
 _INTEGER_CODES: Final = {1: "B", 3: "H", 4: "I"}
@@ -78,7 +78,7 @@ def _orientation_tag(block: bytes) -> int | None:
     possible_positions = range(first_entry, len(block), layout.entry_bytes)
     for position in possible_positions[:n_entries]:
         tag, value_type = struct.unpack_from(layout.order + "HH", block, position)
-        if tag == ORIENTATION:
+        if tag == ORIENTATION_TAG:
             # an entry consists of tag and type (four bytes), the number of values (as wide as an
             # offset), and the value
             value_position = position + 4 + struct.calcsize(layout.offset_code)
@@ -267,7 +267,8 @@ def _colour_table_bytes(flags: int) -> int:
 
 DEEP_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})
 """Pillow's pixel modes with a single channel of more than 8 bits."""
-MODES: Final = DEEP_MODES | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+_MODES_OF_8_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+CONVERTIBLE_MODES: Final = DEEP_MODES | _MODES_OF_8_BITS
 """Pillow's pixel modes that are converted to RGB."""
 
 
@@ -282,7 +283,7 @@ class ImageFlag(IntFlag):
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
-    """Convert a loaded image with a mode in ``MODES`` to RGB.
+    """Convert a loaded image with a mode in ``CONVERTIBLE_MODES`` to RGB.
 
     Returns the RGB image, and flags for the conversion. A damaged image raises an exception in
     ``DECODING_ERRORS``.
@@ -328,7 +329,7 @@ def _deep_to_grey(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
     return Image.fromarray(grey), flags
 
 
-Stage = Literal["open", "decode", "geometry", "text"]
+ReadingStage = Literal["open", "decode", "geometry", "text"]
 """The steps of reading an image, named in ``BadImage.stage`` if a step fails."""
 
 # The kinds of errors (``BadImage.kind``), grouped by the cause: the picture, the file, the shard,
@@ -383,9 +384,9 @@ class BadImage(DataError):  # noqa: N818  named after the kind of input
         kind: Kind of error, for counting errors.
     """
 
-    def __init__(self, message: str, *, stage: Stage, kind: ErrorKind) -> None:
+    def __init__(self, message: str, *, stage: ReadingStage, kind: ErrorKind) -> None:
         super().__init__(message)
-        self.stage: Stage = stage
+        self.stage: ReadingStage = stage
         self.kind: ErrorKind = kind
 
     def __reduce__(self) -> tuple[Callable[[str], BadImage], tuple[str]]:
@@ -503,31 +504,33 @@ def decode_image(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides damaged files. Switch it off."
         )
     format_name = _require_format(data, limits)
-    with _convert_damage("open", f"damaged {format_name} header"):
+    with _convert_pillow_errors("open", f"damaged {format_name} header"):
         file = OPENERS[format_name](BytesIO(data))
-    with file as opened:
-        _require_geometry(*opened.size, limits)
-        size_in_file = opened.size
-        with _convert_damage("decode", "damaged pixels"):
+    with file as opened_image:
+        _require_geometry(*opened_image.size, limits)
+        size_in_file = opened_image.size
+        with _convert_pillow_errors("decode", "damaged pixels"):
             if format_name == "TIFF":
                 # Pillow rotates the pixels of a TIFF by its orientation tag. So the tag is removed.
-                opened.getexif().pop(ORIENTATION, None)
+                opened_image.getexif().pop(ORIENTATION_TAG, None)
             if format_name == "JPEG" and jpeg_side is not None:
-                opened.draft(None, (jpeg_side, jpeg_side))
-            opened.load()
-        exif = opened.info.get("exif")
+                opened_image.draft(None, (jpeg_side, jpeg_side))
+            opened_image.load()
+        exif = opened_image.info.get("exif")
         if format_name == "TIFF":  # a TIFF file has the format of an EXIF block
             exif = data
         exif_orientation, flags = _orientation_and_flag(exif)
-        n_frames = count_frames(format_name, data, opened)
+        n_frames = count_frames(format_name, data, opened_image)
         if n_frames > 1:
             flags |= ImageFlag.ANIMATED
-        if opened.mode not in MODES:
+        if opened_image.mode not in CONVERTIBLE_MODES:
             raise BadImage(
-                f"pixel mode {opened.mode} is not converted", stage="decode", kind="unsupported"
+                f"pixel mode {opened_image.mode} is not converted",
+                stage="decode",
+                kind="unsupported",
             )
-        with _convert_damage("decode", f"cannot convert {opened.mode} to RGB"):
-            image, conversion_flags = to_rgb(opened)
+        with _convert_pillow_errors("decode", f"cannot convert {opened_image.mode} to RGB"):
+            image, conversion_flags = to_rgb(opened_image)
     # A JPEG may be decoded at a reduced size, so the full size is taken from the header. The header
     # of a TIFF may state the size after rotation, so the size is taken from the pixels.
     width, height = size_in_file if format_name == "JPEG" else image.size
@@ -580,7 +583,7 @@ def _raw_photo_error(format_name: str) -> BadImage:
     )
 
 
-def stated_pixels(data: bytes) -> int:
+def n_pixels_in_header(data: bytes) -> int:
     """Return the number of pixels according to the header of an encoded image.
 
     The result is 0 if the header is damaged, or if the format has no decoder here. ``decode_image``
@@ -590,20 +593,20 @@ def stated_pixels(data: bytes) -> int:
     if opener is None:
         return 0
     try:
-        with _convert_damage("open", "damaged header"):
+        with _convert_pillow_errors("open", "damaged header"):
             file = opener(BytesIO(data))
     except BadImage:
         return 0
-    with file as opened:
-        width, height = opened.size
+    with file as opened_image:
+        width, height = opened_image.size
     return int(width * height)
 
 
 @contextmanager
-def _convert_damage(stage: Stage, failure: str) -> Iterator[None]:
+def _convert_pillow_errors(stage: ReadingStage, message: str) -> Iterator[None]:
     """Turn the exceptions of Pillow for a damaged file into ``BadImage``.
 
-    The message is "FAILURE: REASON". REASON is the exception of Pillow.
+    The error says "MESSAGE: REASON". REASON is the exception of Pillow.
     """
     try:
         yield
@@ -616,7 +619,7 @@ def _convert_damage(stage: Stage, failure: str) -> Iterator[None]:
         if "truncated" in str(error).lower():
             kind = "truncated"
         reason = f"{type(error).__name__}: {error}"[:200]
-        raise BadImage(f"{failure}: {reason}", stage=stage, kind=kind) from error
+        raise BadImage(f"{message}: {reason}", stage=stage, kind=kind) from error
 
 
 def _require_geometry(width: int, height: int, limits: ImageLimits) -> None:
@@ -627,8 +630,8 @@ def _require_geometry(width: int, height: int, limits: ImageLimits) -> None:
             stage="geometry",
             kind="bomb",
         )
-    short, long = sorted((width, height))
-    if short < limits.min_side or long > limits.max_aspect * short:
+    short_side, long_side = sorted((width, height))
+    if short_side < limits.min_side or long_side > limits.max_aspect * short_side:
         raise BadImage(
             f"{width} x {height} pixels; sides must be at least {limits.min_side}, and their "
             f"ratio at most {limits.max_aspect:g}",

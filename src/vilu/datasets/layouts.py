@@ -9,7 +9,7 @@ from typing import Final
 
 from vilu.datasets.base import ImageDataset, Selection
 from vilu.errors import DataError, UsageError
-from vilu.registry import ADDERS, Catalogue
+from vilu.registry import REGISTER_FUNCTIONS, Catalogue
 
 Opener = Callable[[Selection], ImageDataset]
 """Function that opens a folder with the user's options."""
@@ -56,4 +56,4 @@ def _add_layout(layout: object) -> bool:
     return True
 
 
-ADDERS["a vilu.datasets.layouts.FolderLayout"] = _add_layout
+REGISTER_FUNCTIONS["a vilu.datasets.layouts.FolderLayout"] = _add_layout

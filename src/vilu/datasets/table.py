@@ -33,20 +33,20 @@ from vilu.datasets.base import (
     is_bytes_type,
 )
 from vilu.datasets.classes import ClassTable, class_table, refuse_numbers_as_names
-from vilu.datasets.files import Bounds, ListingHash, portable_name
+from vilu.datasets.files import AllowedFolders, ListingHash, portable_name
 from vilu.datasets.images import caption_readers
 from vilu.errors import NO_NAME, OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
 from vilu.progress import track
 
 # possible names of a column of paths, labels, splits, keys or captions
-PATH_NAMES: Final = ("path", "file", "filename", "image_path", "filepath")
-LABEL_NAMES: Final = ("label", "class", "target")
-SPLIT_NAMES: Final = ("split",)
-KEY_NAMES: Final = ("key",)
-CAPTION_NAMES: Final = ("caption", "text")
+PATH_ALIASES: Final = ("path", "file", "filename", "image_path", "filepath")
+LABEL_ALIASES: Final = ("label", "class", "target")
+SPLIT_ALIASES: Final = ("split",)
+KEY_ALIASES: Final = ("key",)
+CAPTION_ALIASES: Final = ("caption", "text")
 
 # key in the metadata of a schema; the value is the names of the classes, joined by commas
-CLASS_NAMES: Final = b"class_names"
+CLASS_NAMES_KEY: Final = b"class_names"
 
 
 @dataclass(frozen=True)
@@ -54,28 +54,28 @@ class TableRows:
     """The selected rows of a table, in order.
 
     Attributes:
-        rows: (N,) int64 positions in the file.
+        positions: (N,) int64 positions of the rows in the file.
         labels: (N,) int32 labels, -1 if unknown, -2 if the image is outside all classes.
         keys: (N,) keys. If there is no key column, the keys are paths or row numbers.
         classes: Class table of the whole file; None without labels.
         captions: (N,) bytes of the captions, null in a row without caption; None if captions are
             not used.
-        strays: Labels named by the user with ``--outside`` that are no class.
+        labels_without_class: Labels named by the user with ``--outside`` that are no class.
     """
 
-    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
     labels: NDArray[np.int32]
     keys: pa.Array
     classes: ClassTable | None
     captions: pa.Array | None
-    strays: frozenset[str] = frozenset()
+    labels_without_class: frozenset[str] = frozenset()
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
     """Return the column whose name is an alias; None if there is no such column.
 
-    If several columns have an alias as name, the first alias in ``aliases`` decides. Case and outer
-    blanks of column names are ignored. DataError if two columns have the same alias.
+    If the names of several columns are aliases, the column with the first alias is returned. Case
+    and outer blanks of column names are ignored. DataError if two columns have the same alias.
     """
     for alias in aliases:
         columns = [name for name in names if name.strip().lower() == alias]
@@ -93,28 +93,28 @@ def caption_column(
 
     Captions are used if the user asks for captions, or if the table has captions and no classes.
     """
-    column = find_column(names, CAPTION_NAMES)
+    column = find_column(names, CAPTION_ALIASES)
     if not selection.captions:
-        has_labels = find_column(names, LABEL_NAMES) is not None
-        has_classes = selection.classes or has_labels or CLASS_NAMES in metadata
+        has_labels = find_column(names, LABEL_ALIASES) is not None
+        has_classes = selection.classes or has_labels or CLASS_NAMES_KEY in metadata
         return None if has_classes else column
     if selection.classes is not None:
         raise UsageError(CAPTIONS_OR_CLASSES)
     if column is None:
         raise UsageError(
-            f"no column of captions: expected one of {', '.join(CAPTION_NAMES)}. "
+            f"no column of captions: expected one of {', '.join(CAPTION_ALIASES)}. "
             f"Found: {', '.join(names)}."
         )
     return column
 
 
-def listing_columns(schema: pa.Schema, selection: Selection, source: str) -> list[str]:
-    """Return the names of the columns for ``select_rows``."""
+def columns_to_read(schema: pa.Schema, selection: Selection, source: str) -> list[str]:
+    """Return the names of the columns for ``select_table_rows``."""
     names = schema.names
     columns_or_none = [
-        find_column(names, KEY_NAMES),
-        find_column(names, LABEL_NAMES),
-        find_column(names, SPLIT_NAMES),
+        find_column(names, KEY_ALIASES),
+        find_column(names, LABEL_ALIASES),
+        find_column(names, SPLIT_ALIASES),
         caption_column(names, schema.metadata or {}, selection),
     ]
     columns = [column for column in columns_or_none if column is not None]
@@ -122,13 +122,13 @@ def listing_columns(schema: pa.Schema, selection: Selection, source: str) -> lis
     return list(dict.fromkeys(columns))  # without repetitions, in order
 
 
-def select_rows(
+def select_table_rows(
     table: pa.Table, source: str, selection: Selection, *, default_key: str | None = None
 ) -> TableRows:
     """Check the columns of a whole table, and return the selected rows.
 
-    If there is no key column, the column ``default_key`` has the keys. If ``default_key`` is None,
-    keys are row numbers.
+    The keys are in the key column. Without a key column, the keys are in the column
+    ``default_key``. If ``default_key`` is None, the keys are row numbers.
     """
     caption_name = caption_column(table.column_names, table.schema.metadata or {}, selection)
     captions: pa.Array | None = None
@@ -137,21 +137,34 @@ def select_rows(
         table_labels = _read_labels(table, source, selection)
     else:
         captions = cells_as_bytes(table[caption_name], f"{source}, column {caption_name!r}")
-        # Captions are not checked here, but on reading. So a bad caption is an error of its row
-        # only.
+        # captions are checked on reading, so a bad caption is an error of its row only
         table.drop_columns([caption_name]).validate(full=True)
         table_labels = _unlabelled(table)
-    split_name = find_column(table.column_names, SPLIT_NAMES)
-    rows = selection.find_rows(table, source, split_name)
-    row_numbers = pa.array(rows)
-    if captions is not None:
-        captions = captions.take(row_numbers)
-    key_name = find_column(table.column_names, KEY_NAMES) or default_key
-    keys = row_numbers.cast(pa.string())
-    if key_name is not None:
-        keys = _read_keys(table, key_name, source).take(row_numbers)
-    labels = table_labels.labels[rows]
-    return TableRows(rows, labels, keys, table_labels.classes, captions, table_labels.strays)
+    split_name = find_column(table.column_names, SPLIT_ALIASES)
+    positions = selection.find_rows(table, source, split_name)
+    positions_in_table = pa.array(positions)
+    return TableRows(
+        positions,
+        labels=table_labels.labels[positions],
+        keys=_select_keys(table, source, positions_in_table, default_key),
+        classes=table_labels.classes,
+        captions=None if captions is None else captions.take(positions_in_table),
+        labels_without_class=table_labels.labels_without_class,
+    )
+
+
+def _select_keys(
+    table: pa.Table, source: str, positions: pa.Array, default_key: str | None
+) -> pa.Array:
+    """Return the keys of the rows at ``positions``.
+
+    The keys are in the key column. Without a key column, the keys are in the column
+    ``default_key``. If ``default_key`` is None, the keys are the positions.
+    """
+    key_name = find_column(table.column_names, KEY_ALIASES) or default_key
+    if key_name is None:
+        return positions.cast(pa.string())
+    return _read_keys(table, key_name, source).take(positions)
 
 
 class _TableLabels(NamedTuple):
@@ -159,7 +172,7 @@ class _TableLabels(NamedTuple):
 
     labels: NDArray[np.int32]
     classes: ClassTable | None
-    strays: frozenset[str] = frozenset()
+    labels_without_class: frozenset[str] = frozenset()
 
 
 def _unlabelled(table: pa.Table) -> _TableLabels:
@@ -173,7 +186,7 @@ def _read_labels(table: pa.Table, source: str, selection: Selection) -> _TableLa
     The label column holds names of classes, or numbers. For numbers, the names come from the
     metadata of the schema or from the classes file.
     """
-    label_name = find_column(table.column_names, LABEL_NAMES)
+    label_name = find_column(table.column_names, LABEL_ALIASES)
     names_in_schema = _names_in_schema(table.schema, label_name, source)
     column = pa.nulls(len(table))  # without the column, all labels are missing
     if label_name is not None:
@@ -217,28 +230,28 @@ def _check_label_numbers(
     DataError if a label is not missing, is no class, and is not in ``outside``.
     """
     n_classes = len(classes.names)
-    numbers, strays = _replace_strays(numbers, n_classes, outside)
+    numbers, labels_without_class = _replace_labels_without_class(numbers, n_classes, outside)
     _require_valid_labels(numbers, n_classes, source)
     labels = pc.fill_null(numbers, UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int32)
-    return _TableLabels(labels, classes, strays)
+    return _TableLabels(labels, classes, labels_without_class)
 
 
-def _replace_strays(
+def _replace_labels_without_class(
     numbers: pa.Array, n_classes: int, outside: Sequence[str]
 ) -> tuple[pa.Array, frozenset[str]]:
-    """Replace stray labels by -2. Return all labels, and the replaced strays.
+    """Replace labels by -2 if they are in ``outside`` and are no class.
 
-    A stray is a label in ``outside`` that is no class.
+    Returns all labels, and the replaced labels.
     """
-    strays = []
+    labels_without_class = []
     for label in pc.drop_null(pc.unique(numbers)).to_pylist():
         is_class = 0 <= label < n_classes
         if not is_class and str(label) in outside:
-            strays.append(label)
-    is_stray = pc.is_in(numbers, value_set=pa.array(strays, numbers.type))
-    is_stray = pc.fill_null(is_stray, False)
-    labels = pc.if_else(is_stray, pa.scalar(OUTSIDE, numbers.type), numbers)
-    return labels, frozenset(map(str, strays))
+            labels_without_class.append(label)
+    is_without_class = pc.is_in(numbers, value_set=pa.array(labels_without_class, numbers.type))
+    is_without_class = pc.fill_null(is_without_class, fill_value=False)
+    labels = pc.if_else(is_without_class, pa.scalar(OUTSIDE, numbers.type), numbers)
+    return labels, frozenset(map(str, labels_without_class))
 
 
 def _encode_labels(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
@@ -249,7 +262,7 @@ def _encode_labels(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
     order = sorted(range(len(names)), key=names.__getitem__)  # indices that sort the names
     label_of_index = np.empty(len(names) + 1, dtype=np.int32)
     label_of_index[order] = np.arange(len(names))  # the first name in sorted order gets label 0
-    label_of_index[-1] = UNKNOWN  # a missing label gets the index -1: the last entry
+    label_of_index[-1] = UNKNOWN  # missing labels have the index -1 below, and read the last entry
     indices = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
     return label_of_index[indices], [names[i] for i in order]
 
@@ -281,7 +294,7 @@ def _require_valid_labels(numbers: pa.Array, n_classes: int, source: str) -> Non
     """Raise DataError for the first label that is not 0 to ``n_classes`` - 1, -2 or null."""
     is_no_class = pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, n_classes))
     is_wrong = pc.and_(is_no_class, pc.not_equal(numbers, OUTSIDE))
-    row = pc.index(is_wrong, True).as_py()  # -1 if no label is wrong
+    row = pc.index(is_wrong, value=True).as_py()  # -1 if no label is wrong
     if row >= 0:
         raise DataError(
             f"{source} row {row} (counting from 0) has label {numbers[row]}; the class table has "
@@ -299,8 +312,8 @@ def _names_in_schema(schema: pa.Schema, label_name: str | None, source: str) -> 
     """
     metadata: Mapping[bytes, bytes] = schema.metadata or {}
     try:
-        if CLASS_NAMES in metadata:
-            return [name.strip() for name in metadata[CLASS_NAMES].decode().split(",")]
+        if CLASS_NAMES_KEY in metadata:
+            return [name.strip() for name in metadata[CLASS_NAMES_KEY].decode().split(",")]
         description: Any = json.loads(metadata.get(b"huggingface", b"{}"))
         features: Any = description.get("info", {}).get("features", {})
         names = features.get(label_name, {}).get("names")
@@ -322,7 +335,7 @@ def _names_in_schema(schema: pa.Schema, label_name: str | None, source: str) -> 
 def _read_keys(table: pa.Table, name: str, source: str) -> pa.Array:
     """Return the keys in a column; DataError if a key is missing or occurs twice."""
     keys = table[name].cast(pa.large_string()).combine_chunks()
-    row_without_key = pc.index(pc.is_null(keys), True).as_py()  # -1 if every row has a key
+    row_without_key = pc.index(pc.is_null(keys), value=True).as_py()  # -1 if every row has a key
     if row_without_key >= 0:
         raise DataError(
             f"{source} row {row_without_key} (counting from 0) has no {name!r}. Every row needs "
@@ -366,17 +379,17 @@ def is_image_column(schema: pa.Schema) -> bool:
 class _ImagesOfTable:
     """The base of data sets with a table of rows. Subclasses read the images."""
 
-    def __init__(self, source: Path, listing: TableRows) -> None:
+    def __init__(self, source: Path, table_rows: TableRows) -> None:
         self.source = str(source)
-        self.classes = listing.classes
+        self.classes = table_rows.classes
         self.class_names: tuple[str, ...] | None = None
-        if listing.classes is not None:
-            self.class_names = listing.classes.names
-        self.captioned = listing.captions is not None
-        self.strays = listing.strays
-        self._labels = listing.labels
-        self._keys = listing.keys
-        self._captions = listing.captions
+        if table_rows.classes is not None:
+            self.class_names = table_rows.classes.names
+        self.captioned = table_rows.captions is not None
+        self.labels_without_class = table_rows.labels_without_class
+        self._labels = table_rows.labels
+        self._keys = table_rows.keys
+        self._captions = table_rows.captions
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -415,49 +428,53 @@ class ParquetDataset(_ImagesOfTable):
         with pq.ParquetFile(source) as file:
             self._metadata = file.metadata
             schema = file.schema_arrow
-            table = file.read(columns=listing_columns(schema, selection, str(source)))
-        listing = select_rows(table, str(source), selection)
+            table = file.read(columns=columns_to_read(schema, selection, str(source)))
+        table_rows = select_table_rows(table, str(source), selection)
         status = source.stat()
-        super().__init__(source, listing)
+        super().__init__(source, table_rows)
         facts = {
             "bytes": status.st_size,
             "mtime_ns": status.st_mtime_ns,
             "schema": schema.to_string(show_schema_metadata=True, truncate_metadata=False),
             "split": selection.split,
-            "rows": len(listing.rows),
+            "rows": len(table_rows.positions),
             **selection.fingerprint_entries(),
         }
         if self.captioned:
             facts["captions"] = True
         self.fingerprint = digest(facts)
         self._path = source
-        self._bounds = selection.bounds(source)
-        self._rows = listing.rows
+        self._allowed_folders = selection.allowed_folders(source)
+        self._row_positions = table_rows.positions
         n_groups = self._metadata.num_row_groups
         group_sizes = [self._metadata.row_group(group).num_rows for group in range(n_groups)]
-        # The iterator over images left open by the last call of ``records``. The key is the
+        # The iterator over image cells left open by the last call of ``records``. The key is the
         # position of the next image. Empty before the first call.
-        self._open_images: dict[int, Iterator[pa.Scalar]] = {}
+        self._open_image_cells: dict[int, Iterator[pa.Scalar]] = {}
         # number of the first row of each row group; the last entry is the number of all rows
         self._group_starts = np.concatenate([[0], np.cumsum(group_sizes, dtype=np.int64)])
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the images at positions start ... stop - 1."""
         n_rows = len(self._labels[start:stop])
-        images = self._open_images.pop(start, None)  # not None if the last call ended at ``start``
-        if images is None:
-            images = self._image_cells(start)
-        readers = (partial(_read_cell, image, self._bounds) for image in islice(images, n_rows))
+        # not None if the last call ended at ``start``
+        image_cells = self._open_image_cells.pop(start, None)
+        if image_cells is None:
+            image_cells = self._image_cells(start)
+        readers = (
+            partial(_read_image_cell, cell, self._allowed_folders)
+            for cell in islice(image_cells, n_rows)
+        )
         yield from self._records(start, n_rows, readers)
-        self._open_images = {start + n_rows: images}
+        self._open_image_cells = {start + n_rows: image_cells}
 
     def __getstate__(self) -> dict[str, object]:
         """Return the state to pickle for worker processes: everything except open iterators."""
-        return {**self.__dict__, "_open_images": {}}
+        return {**self.__dict__, "_open_image_cells": {}}
 
     def _image_cells(self, first: int) -> Iterator[pa.Scalar]:
         """Yield the image cells of all selected rows from the position ``first`` on."""
-        rows = self._rows[first:]
+        rows = self._row_positions[first:]
         # ``rows`` are ascending, so the rows of a row group are consecutive: rows[begin:end]
         group_borders = pairwise(np.searchsorted(rows, self._group_starts))
         try:
@@ -475,19 +492,20 @@ def _image_cells_of_group(
     file: pq.ParquetFile, group: int, rows: NDArray[np.int64]
 ) -> Iterator[pa.Scalar]:
     """Yield the image cells of a row group at the ascending positions ``rows``."""
-    first = 0  # position of the batch's first row in the row group
+    batch_start = 0  # position of the batch's first row in the row group
     for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[IMAGE_COLUMN]):
         images = batch.column(IMAGE_COLUMN)
         # ``rows`` are ascending, so the rows of this batch are consecutive: rows[begin:end]
-        begin, end = np.searchsorted(rows, [first, first + len(batch)])
+        batch_stop = batch_start + len(batch)
+        begin, end = np.searchsorted(rows, [batch_start, batch_stop])
         for row in rows[begin:end].tolist():
-            yield images[row - first]
+            yield images[row - batch_start]
         if end == len(rows):  # no row is in a later batch
             return
-        first += len(batch)
+        batch_start = batch_stop
 
 
-def _read_cell(cell: pa.Scalar, bounds: Bounds) -> bytes:
+def _read_image_cell(cell: pa.Scalar, allowed_folders: AllowedFolders) -> bytes:
     """Return the bytes in a cell, or the bytes of the file at the path in the cell."""
     value = cell.as_py()  # bytes, or a dictionary of bytes and path
     content: bytes | None = value
@@ -499,7 +517,7 @@ def _read_cell(cell: pa.Scalar, bounds: Bounds) -> bytes:
         return content
     if path is None:
         raise OSError(errno.ENODATA, "the row has no image")
-    return bounds.read(path)
+    return allowed_folders.read(path)
 
 
 def open_table(source: Path, selection: Selection) -> ImageDataset:
@@ -523,7 +541,7 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
             return ParquetDataset(source, selection)
         columns = [
             _path_column(source, schema.names),
-            *listing_columns(schema, selection, str(source)),
+            *columns_to_read(schema, selection, str(source)),
         ]
         with pq.ParquetFile(source) as file:
             table = file.read(columns=columns)
@@ -547,25 +565,25 @@ class PathTable(_ImagesOfTable):
 
     def __init__(self, source: Path, table: pa.Table, selection: Selection) -> None:
         path_name = _path_column(source, table.column_names)
-        listing = select_rows(table, str(source), selection, default_key=path_name)
-        super().__init__(source, listing)
+        table_rows = select_table_rows(table, str(source), selection, default_key=path_name)
+        super().__init__(source, table_rows)
         paths = table[path_name].cast(pa.large_string()).combine_chunks()
-        self._paths = pc.fill_null(paths, "").take(pa.array(listing.rows))
-        self._bounds = selection.bounds(source)
-        folders = () if self.classes is None else self.classes.folders
-        listing_hash = ListingHash(*folders)
+        self._paths = pc.fill_null(paths, "").take(pa.array(table_rows.positions))
+        self._allowed_folders = selection.allowed_folders(source)
+        data_names = () if self.classes is None else self.classes.data_names
+        listing_hash = ListingHash(*data_names)
         faults = np.zeros(len(self), dtype=np.uint8)
         with track(f"listing {source.name}", len(self), "images") as task:
             rows = zip(self._keys, self._labels, self._paths, strict=True)
             for position, (key, label, cell) in enumerate(rows):
                 path = cell.as_py()
-                status = self._bounds.status(path)
+                status = self._allowed_folders.status(path)
                 listing_hash.add(key.as_py(), int(label), status)
-                faults[position] = find_fault(status, partial(self._bounds.resolve, path))
+                faults[position] = find_fault(status, partial(self._allowed_folders.resolve, path))
                 task.advance(1)
         self.faults = Faults(
             kinds=faults,
-            folder=self._bounds.folder,
+            folder=self._allowed_folders.folder,
             path_at=self._path_at,
             location_rule=self._location_rule,
         )
@@ -576,21 +594,21 @@ class PathTable(_ImagesOfTable):
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the images at positions start ... stop - 1."""
         paths = self._paths[start:stop]
-        readers = (partial(self._bounds.read, path.as_py()) for path in paths)
+        readers = (partial(self._allowed_folders.read, path.as_py()) for path in paths)
         return self._records(start, len(paths), readers)
 
     def _path_at(self, position: int) -> str:
         return str(self._paths[position].as_py())
 
-    def _location_rule(self, out_of_bounds: NDArray[np.int64]) -> str:
+    def _location_rule(self, forbidden_positions: NDArray[np.int64]) -> str:
         """Return a text with the allowed places of files, and with a fitting ``--root``.
 
-        ``out_of_bounds`` are the positions of the files in other places. The proposed ``--root``
-        holds all these files.
+        ``forbidden_positions`` are the positions of the files in other places. The proposed
+        ``--root`` holds all these files.
         """
         folders: list[str] = []
-        for position in out_of_bounds:
-            file = self._bounds.real_path(self._path_at(position))
+        for position in forbidden_positions:
+            file = self._allowed_folders.real_path(self._path_at(position))
             folders.append(os.path.dirname(file))  # noqa: PTH120
         common_folder = os.path.commonpath(folders)
         hint = ""
@@ -606,10 +624,10 @@ class PathTable(_ImagesOfTable):
 
 def _path_column(source: Path, names: Sequence[str]) -> str:
     """Return the column of paths; DataError if there is no such column."""
-    column = find_column(names, PATH_NAMES)
+    column = find_column(names, PATH_ALIASES)
     if column is None:
         raise DataError(
-            f"{source} has no column of images: expected one of {', '.join(PATH_NAMES)}, or in "
+            f"{source} has no column of images: expected one of {', '.join(PATH_ALIASES)}, or in "
             f"Parquet 'image' with encoded bytes. Found: {', '.join(names) or 'no columns'}."
         )
     return column
@@ -625,7 +643,7 @@ def _read_csv(source: Path, selection: Selection) -> pa.Table:
         delimiter = "\t"
     names = csv_names(source, delimiter)
     schema = pa.schema([(name, pa.string()) for name in names])
-    columns = [_path_column(source, names), *listing_columns(schema, selection, str(source))]
+    columns = [_path_column(source, names), *columns_to_read(schema, selection, str(source))]
     columns = list(dict.fromkeys(columns))  # without repetitions, in order
     type_of_column = dict.fromkeys(columns, pa.string())
     caption_name = caption_column(names, {}, selection)
@@ -634,7 +652,7 @@ def _read_csv(source: Path, selection: Selection) -> pa.Table:
     table = read_columns(source, type_of_column, delimiter, include_columns=columns)
     text_columns = [column for column in columns if column != caption_name]
     table = remove_apostrophes(table, text_columns)
-    label_name = find_column(columns, LABEL_NAMES)
+    label_name = find_column(columns, LABEL_ALIASES)
     if label_name is None or caption_name is not None:
         return table
     labels = _numbers_if_possible(table[label_name])

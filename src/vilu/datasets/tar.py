@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, Literal, NoReturn
 
 from vilu.artifacts.disk import convert_os_errors
-from vilu.datasets.base import SHARD, ImageRecord
+from vilu.datasets.base import POSITIONS_PER_SHARD, ImageRecord
 from vilu.datasets.classes import class_table
 from vilu.datasets.files import (
     IMAGE_SUFFIXES,
@@ -24,11 +24,17 @@ from vilu.datasets.files import (
     NO_VALUE,
     ListingHash,
     is_file,
+    is_relative_without_dotdot,
     portable_name,
-    stays_below,
     subfolders,
 )
-from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, ErrorKind, Stage, decode_caption
+from vilu.datasets.images import (
+    MAX_CAPTION_BYTES,
+    BadImage,
+    ErrorKind,
+    ReadingStage,
+    decode_caption,
+)
 from vilu.datasets.tar_members import Member, read_members
 from vilu.errors import OUTSIDE, DataError, UsageError
 
@@ -51,19 +57,19 @@ class Sample:
     key: str
     members: dict[str, Member] = field(default_factory=dict)  # extension -> member
     # error in the order of the members, if any
-    fault: Literal["interleaved", "duplicate"] | None = None
+    order_error: Literal["interleaved", "duplicate"] | None = None
 
-    def image(self) -> Member:
+    def image_member(self) -> Member:
         """Return the member with the image; BadImage if the sample has no usable image."""
         for member in self.members.values():
-            if not stays_below(member.name):
+            if not is_relative_without_dotdot(member.name):
                 raise BadImage(
                     f"{member.name!r}: a name must be relative and without '..'",
                     stage="open",
                     kind="bad_path",
                 )
-        if self.fault is not None:
-            raise BadImage(ORDER_ERRORS[self.fault], stage="open", kind=self.fault)
+        if self.order_error is not None:
+            raise BadImage(ORDER_ERRORS[self.order_error], stage="open", kind=self.order_error)
         image: Member | None = None
         for extension in self.members:
             if extension in IMAGE_EXTENSIONS:
@@ -84,7 +90,7 @@ class Sample:
             )
         return image
 
-    def caption(self) -> Member:
+    def caption_member(self) -> Member:
         """Return the member with the caption; BadImage if there is no usable caption."""
         member = self.plain_member(CAPTION_EXTENSION)
         if member is None:
@@ -174,7 +180,7 @@ def list_samples(path: Path, required_extension: str) -> tuple[list[Sample], Bad
     # The last sample may lack members behind the damage. Then the sample gets no separate record,
     # because the error of the shard already reports all lost samples.
     last_sample = samples[-1]
-    is_cut_off = last_sample.fault is None and not last_sample.is_complete(required_extension)
+    is_cut_off = last_sample.order_error is None and not last_sample.is_complete(required_extension)
     if is_cut_off:
         samples.pop()
     return samples, shard_error
@@ -194,7 +200,7 @@ def _group_by_key(members: Iterable[Member], sample_of_key: dict[str, Sample]) -
     for member in members:
         key_and_extension = split_name(member.name)
         if key_and_extension is None:
-            if stays_below(member.name):
+            if is_relative_without_dotdot(member.name):
                 continue  # the member belongs to no sample
             # A name leading out of the folder must be reported. So the member becomes a sample
             # without a usable image.
@@ -203,9 +209,9 @@ def _group_by_key(members: Iterable[Member], sample_of_key: dict[str, Sample]) -
         sample = sample_of_key.setdefault(key, Sample(key))  # the first member makes a new sample
         is_new = not sample.members
         if not is_new and sample is not previous_sample:
-            sample.fault = "interleaved"
-        elif extension in sample.members and sample.fault is None:
-            sample.fault = "duplicate"
+            sample.order_error = "interleaved"
+        elif extension in sample.members and sample.order_error is None:
+            sample.order_error = "duplicate"
         sample.members.setdefault(extension, member)  # of two equal names, the first is used
         previous_sample = sample
 
@@ -242,8 +248,8 @@ class TarShards:
 
     The lines of a classes file are in label order, or begin with the labels. ``outside`` has names
     of classes, or labels that are no class. Images with these labels, and images with label -2, are
-    outside all classes. ``strays`` are the labels in ``outside`` that are no class. The data are
-    not checked for these labels, because all tar files would have to be read.
+    outside all classes. ``labels_without_class`` are the labels in ``outside`` that are no class.
+    The data are not checked for these labels, because all tar files would have to be read.
 
     Source: https://github.com/webdataset/webdataset (the layout).
     """
@@ -257,82 +263,84 @@ class TarShards:
         outside: Sequence[str] = (),
     ) -> None:
         self.source = source
-        self.classes = class_table(None, classes, numeric_labels=True)
+        self.classes = class_table(data_names=None, file=classes, numeric_labels=True)
         self.class_names: tuple[str, ...] | None = None
         context = ["tar"]
         if self.classes is not None:
             self.class_names = self.classes.names
-            context += [*self.classes.folders, *self.classes.names]
+            context += [*self.classes.data_names, *self.classes.names]
         self.captioned = self.classes is None
-        self.strays = self._stray_labels(outside)
-        self._paths = [path.absolute() for path in paths]
-        self._names = _shard_names(self._paths)
-        listing = ListingHash(*context)
-        for name in self._names:
-            listing.add(name, label=NO_VALUE, status=None)
-        self.fingerprint = listing.hexdigest()
+        self.labels_without_class = self._numbers_without_class(outside)
+        self._shard_paths = [path.absolute() for path in paths]
+        self._shard_names = _shard_names(self._shard_paths)
+        listing_hash = ListingHash(*context)
+        for name in self._shard_names:
+            listing_hash.add(name, label=NO_VALUE, status=None)
+        self.fingerprint = listing_hash.hexdigest()
 
     @property
     def _n_classes(self) -> int:
         return len(self.class_names or ())
 
-    def _stray_labels(self, outside: Sequence[str]) -> frozenset[str]:
+    def _numbers_without_class(self, outside: Sequence[str]) -> frozenset[str]:
         """Return the numbers in ``outside`` that are not the label of a class, as texts."""
         numbers = [name for name in outside if name.isdecimal()]
         return frozenset(name for name in numbers if int(name) >= self._n_classes)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._shard_paths)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the samples of shards start ... stop - 1, and the error after a damaged shard."""
         required_extension = CAPTION_EXTENSION if self.captioned else LABEL_EXTENSION
         for shard in range(len(self))[start:stop]:  # the slice ends at the last shard
-            samples, shard_error = list_samples(self._paths[shard], required_extension)
+            samples, shard_error = list_samples(self._shard_paths[shard], required_extension)
             # Every shard has a fixed range of positions. So if a damaged shard loses samples, the
             # positions in later shards stay the same.
-            first_position = shard * SHARD
+            first_position = shard * POSITIONS_PER_SHARD
             for position, sample in enumerate(samples, first_position):
                 yield self._record(shard, sample, position)
             if shard_error is not None:
                 next_position = first_position + len(samples)
-                yield self._unusable_record(self._names[shard], shard_error, next_position)
+                yield self._unusable_record(self._shard_names[shard], shard_error, next_position)
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
         """Return a hash of names, sizes and times of modification of shards start ... stop - 1."""
-        listing = ListingHash()
-        for name, path in zip(self._names[start:stop], self._paths[start:stop], strict=True):
+        listing_hash = ListingHash()
+        names = self._shard_names[start:stop]
+        paths = self._shard_paths[start:stop]
+        for name, path in zip(names, paths, strict=True):
             try:
-                listing.add(name, label=NO_VALUE, status=path.stat())
+                listing_hash.add(name, label=NO_VALUE, status=path.stat())
             except OSError:  # the shard is hashed as missing, and reading it reports the error
-                listing.add(name, label=NO_VALUE, status=None)
-        return listing.hexdigest()
+                listing_hash.add(name, label=NO_VALUE, status=None)
+        return listing_hash.hexdigest()
 
     def _record(self, shard: int, sample: Sample, position: int) -> ImageRecord:
         """Return the record of a sample in the shard with the number ``shard``.
 
         If the sample is unusable, reading the record raises BadImage.
         """
-        path = self._paths[shard]
-        key = f"{self._names[shard]}#{sample.key}"
+        path = self._shard_paths[shard]
+        key = f"{self._shard_names[shard]}#{sample.key}"
         label = None
         caption = None
         try:
-            image = sample.image()
+            image_member = sample.image_member()
             if self.captioned:
-                caption = partial(_read_caption, path, sample.caption())
+                caption = partial(_read_caption, path, sample.caption_member())
             else:
                 label = self._read_label(path, sample.plain_member(LABEL_EXTENSION))
         except BadImage as error:
             return self._unusable_record(key, error, position)
-        read = partial(_read_at, path, image.start, image.size)
+        read = partial(_read_bytes_at, path, image_member.start, image_member.size)
         return ImageRecord(key, label, read, caption, position)
 
     def _unusable_record(self, key: str, error: BadImage, position: int) -> ImageRecord:
         """Return a record without a label. Reading the record raises a copy of the error."""
         raise_error = partial(_raise_bad_image, str(error), stage=error.stage, kind=error.kind)
         caption = raise_error if self.captioned else None
-        return ImageRecord(key, None, raise_error, caption, position)
+        return ImageRecord(key, label=None, read=raise_error, caption=caption, position=position)
 
     def _read_label(self, path: Path, member: Member | None) -> int | None:
         """Return the label in a member; None without a member, -2 for none of the classes."""
@@ -340,12 +348,12 @@ class TarShards:
             return None
         n_bytes = min(member.size, MAX_LABEL_BYTES + 1)  # one byte more shows that it is too long
         try:
-            text = _read_at(path, member.start, n_bytes).strip()
+            text = _read_bytes_at(path, member.start, n_bytes).strip()
         except OSError as error:
             raise BadImage(
                 f"cannot read the label: {error.strerror}", stage="text", kind="read_error"
             ) from error
-        outside_labels = {str(OUTSIDE), *self.strays}
+        outside_labels = {str(OUTSIDE), *self.labels_without_class}
         if text.decode("latin-1") in outside_labels:  # Latin-1 decodes any bytes without an error
             return OUTSIDE
         is_number = text.isdigit() and len(text) <= MAX_LABEL_BYTES
@@ -374,7 +382,7 @@ def _shard_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read_at(path: Path, start: int, size: int) -> bytes:
+def _read_bytes_at(path: Path, start: int, size: int) -> bytes:
     """Return ``size`` bytes of a shard from the position ``start`` on.
 
     The file is opened in every call. So threads do not share a file position, and a record can be
@@ -391,10 +399,10 @@ def _read_at(path: Path, start: int, size: int) -> bytes:
 
 def _read_caption(path: Path, member: Member) -> str:
     """Return the caption in a member of the shard ``path``; BadImage if it is not valid."""
-    return decode_caption(_read_at(path, member.start, member.size))
+    return decode_caption(_read_bytes_at(path, member.start, member.size))
 
 
-def _raise_bad_image(message: str, *, stage: Stage, kind: ErrorKind) -> NoReturn:
+def _raise_bad_image(message: str, *, stage: ReadingStage, kind: ErrorKind) -> NoReturn:
     """Raise BadImage. A record of an unusable sample has this function in place of a reader."""
     raise BadImage(message, stage=stage, kind=kind)
 
@@ -477,7 +485,7 @@ def expand_braces(pattern: str) -> list[str]:
     choices_of_pieces: list[list[str]] = []
     for number, piece in enumerate(pieces):
         is_in_braces = number % 2 == 1  # ``re.split`` alternates: text outside, text in braces
-        choices = _expand_one_pair(piece, pattern) if is_in_braces else [piece]
+        choices = _brace_choices(piece, pattern) if is_in_braces else [piece]
         choices_of_pieces.append(choices)
     n_names = prod(len(choices) for choices in choices_of_pieces)
     if n_names > MAX_SHARDS:
@@ -485,7 +493,7 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(combination) for combination in product(*choices_of_pieces)]
 
 
-def _expand_one_pair(content: str, pattern: str) -> list[str]:
+def _brace_choices(content: str, pattern: str) -> list[str]:
     """Return the possible replacements of a pair of braces.
 
     ``content`` is the text in the braces. ``pattern`` is the whole pattern, for messages.

@@ -21,12 +21,12 @@ from vilu.callers import warn_caller
 from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, did_you_mean
 from vilu.validation import refuse_masked
 
-# status codes of rows; each code is an index of ``STATUS``
+# status codes of rows; each code is an index of ``STATUS_NAMES``
 VALID = 0
 NONFINITE = 1
 ZERO_NORM = 2
 SHORT_POOL = 3
-STATUS = ("valid", "nonfinite", "zero_norm", "short_pool")
+STATUS_NAMES = ("valid", "nonfinite", "zero_norm", "short_pool")
 """Name of each status code of a row. The code is the index of the name.
 
 "short_pool": the embedding is usable, but the row belongs to no full pool.
@@ -46,7 +46,7 @@ SAFE_VALUES = (1e-30, 1e30)
 """Float32 keeps the direction of a row if its largest number is between these bounds."""
 
 # kinds of NumPy's types (the letters of ``dtype.kind``), by the possible values of an array
-WHOLE_KINDS = "iu"
+INTEGER_KINDS = "iu"
 """Kinds of arrays of whole numbers: signed (i) or unsigned (u)."""
 REAL_KINDS = "fiu"
 """Kinds of arrays of real numbers: floats (f) or whole numbers."""
@@ -157,7 +157,7 @@ def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np
 
 
 @dataclass
-class Norms:
+class NormSummary:
     """Summary of the norms of rows before normalisation, for a warning.
 
     The range is known only if a row was normalised. Otherwise ``low`` is infinite, and ``high`` 0.
@@ -168,8 +168,8 @@ class Norms:
     low: float = math.inf  # smallest norm of a usable row
     high: float = 0.0  # largest norm of a usable row
 
-    def __add__(self, other: Norms) -> Norms:
-        return Norms(
+    def __add__(self, other: NormSummary) -> NormSummary:
+        return NormSummary(
             n_rows=self.n_rows + other.n_rows,
             n_changed=self.n_changed + other.n_changed,
             low=min(self.low, other.low),
@@ -185,7 +185,7 @@ class Norms:
             )
 
 
-def normalise_rows(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
+def normalise_rows(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], NormSummary]:
     """Normalise rows; return rows (N, D), status codes (N,), and a summary of the former norms.
 
     Rows of unit norm, and rows that are not usable, stay unchanged.
@@ -194,10 +194,10 @@ def normalise_rows(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
     is_usable = torch.from_numpy(status == VALID)
     is_changed = is_usable & ((norms - 1).abs() > NORM_TOLERANCE)
     if not bool(is_changed.any()):
-        return rows, status, Norms(n_rows=len(rows))
+        return rows, status, NormSummary(n_rows=len(rows))
     normalised_rows = (rows / norms[:, None]).float()
     normalised_rows = torch.where(is_changed[:, None], normalised_rows, rows)
-    previous_norms = Norms(
+    previous_norms = NormSummary(
         n_rows=len(rows),
         n_changed=int(is_changed.sum()),
         low=norms[is_usable].min().item(),
@@ -206,7 +206,7 @@ def normalise_rows(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
     return normalised_rows, status, previous_norms
 
 
-def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
+def require_usable_rows(values: ArrayLike | Tensor, name: str) -> Tensor:
     """Normalise rows (N, D). There must be a row, and every row must be usable.
 
     Raises:
@@ -221,7 +221,7 @@ def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
         raise DataError(
             f"every {name} row must be finite and of non-zero norm. "
             f"Got {len(bad_rows)} bad rows of {len(rows)}, "
-            f"first row {first} ({STATUS[status[first]]})."
+            f"first row {first} ({STATUS_NAMES[status[first]]})."
         )
     return rows
 
@@ -250,7 +250,7 @@ def check_targets(
     if names is not None:
         special_codes = {"": UNKNOWN, OUTSIDE_NAME: OUTSIDE}
         array = _indices_of_names(names, "target", class_names, special_codes)
-    if array.size and array.dtype.kind not in WHOLE_KINDS:
+    if array.size and array.dtype.kind not in INTEGER_KINDS:
         raise DataError(
             "target must hold whole numbers (rows of text), or names of classes. "
             f"Got dtype {array.dtype} instead."
@@ -276,7 +276,7 @@ def check_answers(
     names = _texts_or_none(array)
     if names is not None:
         array = _indices_of_names(names, "answer", class_names, special_codes={})
-    if array.size and array.dtype.kind not in WHOLE_KINDS:
+    if array.size and array.dtype.kind not in INTEGER_KINDS:
         raise DataError(
             "answer must hold rows of text, or names of candidates. "
             f"Got dtype {array.dtype} instead."
@@ -351,7 +351,7 @@ def check_indices(values: ArrayLike | Tensor, n_items: int, name: str) -> Tensor
     """
     array = as_array(values, name)
     # an empty list becomes a float64 array, and is accepted
-    is_whole = array.dtype.kind in WHOLE_KINDS or array.size == 0
+    is_whole = array.dtype.kind in INTEGER_KINDS or array.size == 0
     if array.ndim != 1 or not is_whole:
         raise DataError(
             f"{name} must be a vector of whole numbers. "
@@ -367,7 +367,7 @@ def check_indices(values: ArrayLike | Tensor, n_items: int, name: str) -> Tensor
 def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[str, ...] | None:
     """Check the number of class names, and that no name is blank; return them as a tuple.
 
-    Classes with the same text may have the same name (``source.first_same_answer``).
+    Classes with the same text may have the same name (``source.index_of_first_same_answer``).
     """
     if names is None:
         return None
@@ -444,7 +444,7 @@ class RowNumbers(Identifiers):
         return [str(row) for row in rows]
 
 
-Identity = Literal["pictures", "embeddings", "rows", "names"]
+IdentityKind = Literal["pictures", "embeddings", "rows", "names"]
 """Kind of data to compare in order to recognise equal rows.
 
 "pictures" are the encoded bytes of the pictures, "embeddings" the numbers of the embeddings, "rows"

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from vilu.embeddings.checks import as_array, as_matrix, require_usable, unit_rows
+from vilu.embeddings.checks import as_array, as_matrix, require_usable_rows, unit_rows
 from vilu.embeddings.columns import (
     COLUMNS,
     IMAGE_COLUMNS,
@@ -49,7 +49,7 @@ def check_columns(
             if name in IMAGE_COLUMNS:  # a view of an image may have norm zero
                 tensor, _ = unit_rows(rows, name)
             else:
-                tensor = require_usable(rows, name)
+                tensor = require_usable_rows(rows, name)
         if not bool(torch.isfinite(tensor).all()):
             raise DataError(
                 f"column {name!r} has numbers that are not finite, or beyond float32 (3.4e38)."

@@ -12,7 +12,7 @@ from torch import Tensor
 from vilu.embeddings.pairs import COSINE_BLOCK_ROWS, PairSource, group_leaders
 from vilu.embeddings.source import EmbeddingSource
 
-NEAR_COPY: Final = 0.98
+NEAR_COPY_COSINE: Final = 0.98
 """Two pictures count as near copies if their cosine is at least this number.
 
 With embeddings of CLIP, 0 to 1 % of 3,000 separately taken photos (Oxford pets, food) have a
@@ -20,10 +20,10 @@ neighbour at this cosine. Of the frames of videos of 101 actions, 4 % have such 
 """
 
 
-def near_copies(
+def near_copy_groups(
     source: EmbeddingSource,
     rows: NDArray[np.int64],
-    cosine: float = NEAR_COPY,
+    cosine: float = NEAR_COPY_COSINE,
     block_rows: int = COSINE_BLOCK_ROWS,
 ) -> NDArray[np.int64]:
     """Group near copies: for every row, the position (M,) of the first row of the group.
@@ -44,10 +44,10 @@ def near_copies(
 
     Examples:
         >>> import numpy as np, vilu
-        >>> from vilu.embeddings.copies import near_copies
+        >>> from vilu.embeddings.copies import near_copy_groups
         >>> image = np.eye(3)[[0, 1, 0, 2]]  # rows 0 and 2 are equal
         >>> data = vilu.Embeddings(image, text=np.eye(3))
-        >>> near_copies(data, rows=np.arange(4)).tolist()
+        >>> near_copy_groups(data, rows=np.arange(4)).tolist()
         [0, 1, 0, 3]
     """
     if not source.has_vectors:  # there are no cosines, so every row is a separate group

@@ -18,7 +18,7 @@ from vilu.embeddings.checks import (
     check_class_names,
     check_ids,
     check_targets,
-    require_usable,
+    require_usable_rows,
     unit_rows,
 )
 from vilu.embeddings.column_checks import check_columns
@@ -97,7 +97,7 @@ class Embeddings(EmbeddingSource):
         columns: Mapping[str, ArrayLike | Tensor] | None = None,
     ) -> None:
         self.image, self.status = unit_rows(image, "image")
-        self.text = require_usable(text, "text")
+        self.text = require_usable_rows(text, "text")
         self.space = space or EmbeddingSpace(
             embed_dim=self.image.shape[1],
             logit_scale=float(logit_scale),
@@ -264,8 +264,8 @@ class PairEmbeddings(PairSource):
         space: EmbeddingSpace | None = None,
         columns: Mapping[str, ArrayLike | Tensor] | None = None,
     ) -> None:
-        self.image = require_usable(image, "image")
-        self.text = require_usable(text, "text")
+        self.image = require_usable_rows(image, "image")
+        self.text = require_usable_rows(text, "text")
         if self.image.shape != self.text.shape:
             shapes = f"{tuple(self.image.shape)} and {tuple(self.text.shape)}"
             raise DataError(f"image and text must be pairs of one shape. Got {shapes} instead.")

@@ -16,13 +16,13 @@ from vilu.embeddings.checks import (
     SAFE_NORMS,
     VALID,
     ZERO_NORM,
-    Identity,
+    IdentityKind,
     RowNumbers,
     as_matrix,
-    require_usable,
+    require_usable_rows,
 )
 from vilu.embeddings.columns import ROW_COLUMNS
-from vilu.embeddings.similarity import first_equal
+from vilu.embeddings.similarity import index_of_first_equal
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError
@@ -78,9 +78,9 @@ class NewImages(EmbeddingSource):
         Raises:
             DataError: If a shape is wrong, a candidate is not usable, or two candidates are equal.
         """
-        candidates = require_usable(text, "text")
+        candidates = require_usable_rows(text, "text")
         require_width("text", candidates, space)
-        if not torch.equal(first_equal(candidates), torch.arange(len(candidates))):
+        if not torch.equal(index_of_first_equal(candidates), torch.arange(len(candidates))):
             raise DataError(
                 "text must have different rows, because equal rows are one answer. Leave out the "
                 "repeats, or merge them: vilu.Embeddings(image, text)."
@@ -104,7 +104,7 @@ class NewImages(EmbeddingSource):
         return self._status == VALID
 
     @property
-    def identified_by(self) -> tuple[Identity, ...]:
+    def identified_by(self) -> tuple[IdentityKind, ...]:
         """Kinds of identity of the rows; empty if the images are not on the CPU.
 
         To hash images on another device, the embeddings would have to be copied to the CPU.
@@ -140,8 +140,8 @@ class NewImages(EmbeddingSource):
         return rows.index_select(0, index.to(self.device))
 
     @cached_property
-    def _first_equal(self) -> Tensor:
-        """For every candidate, the index (K,) of the first equal candidate (``Batch.first_equal``).
+    def _first_equal_index(self) -> Tensor:
+        """As in ``Batch``: the index (K,) of the first equal candidate, for every candidate.
 
         Here this is the index of the candidate itself, because all candidates are different.
         """
@@ -158,7 +158,7 @@ class NewImages(EmbeddingSource):
             columns={name: self.column(name, index) for name in columns},
         )
         # The cached property of the batch is set here, so that no batch has to compute it.
-        batch.__dict__["first_equal"] = self._first_equal
+        batch.__dict__["first_equal_index"] = self._first_equal_index
         return batch
 
 

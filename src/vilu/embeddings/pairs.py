@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.device import torch_defaults
-from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
-from vilu.embeddings.similarity import Matches, first_equal, row_keys
+from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, IdentityKind, RowNumbers
+from vilu.embeddings.similarity import Matches, index_of_first_equal, row_keys
 from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch, hash_row_blocks
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.validation import checked, checked_fields, require_at_least, require_mask
@@ -48,7 +48,7 @@ class Pools:
             every row of the pool.
         direction: With "image_to_text", the caption of an image is searched. With "text_to_image",
             the image of a caption is searched.
-        hard: If true, the captions of a pool are similar (``hard_order``, applied to blocks of
+        hard: If true, the captions of a pool are similar (``hard_pool_order``, applied to blocks of
             ``MAX_HARD_ROWS`` rows). If false, a pool is a random choice of rows.
         near_duplicates: Minimum cosine at which two captions of a pool are the same answer. None:
             only equal captions are the same answer.
@@ -186,7 +186,7 @@ class PairSource(EmbeddingSource):
         # for every row of the pool, the first row with the same caption
         first_with_caption = group_leaders(caption, self.pools.near_duplicates)
         # for every row of the pool, the first row with the same image
-        first_with_picture = first_equal(picture)
+        first_with_picture = index_of_first_equal(picture)
         if self.pools.direction == "text_to_image":
             return _picture_candidates(picture, index, first_with_caption, first_with_picture)
         return _caption_candidates(caption, index, first_with_caption, first_with_picture)
@@ -227,17 +227,17 @@ class PairSource(EmbeddingSource):
         size = self.pools.size
         picture = self.picture_rows(index)
         caption = self.caption_rows(index)
-        may_repeat = self._may_have_equal_rows(caption) | self._may_have_equal_rows(picture)
+        may_have_repeats = self._may_have_equal_rows(caption) | self._may_have_equal_rows(picture)
         image = picture
         text = caption
         if self.pools.direction == "text_to_image":
             image = caption
             text = picture
         batches: list[Batch] = []
-        for first_pool, end_pool, pools_may_repeat in equal_runs(may_repeat.tolist()):
+        for first_pool, end_pool, pools_may_have_repeats in equal_runs(may_have_repeats.tolist()):
             part = slice(first_pool * size, end_pool * size)
             rows = index[part]
-            if pools_may_repeat:
+            if pools_may_have_repeats:
                 # a batch per pool, without columns, like a ``PooledBatch``
                 batches += [self._batch(pool, columns=()) for pool in rows.split(size)]
                 continue
@@ -329,7 +329,7 @@ class PairSource(EmbeddingSource):
         block_rows = max(self._n_rows_in_whole_pools(MAX_HARD_ROWS), self.pools.size)
         ordered_blocks = []
         for block in rows.split(block_rows):
-            order = hard_order(self.caption_rows(block), self.pools.size, generator)
+            order = hard_pool_order(self.caption_rows(block), self.pools.size, generator)
             ordered_blocks.append(block[order])
         return torch.cat(ordered_blocks)
 
@@ -486,14 +486,16 @@ class PseudoCaptions(PairSource):
         return captions
 
     @property
-    def identified_by(self) -> tuple[Identity, ...]:
+    def identified_by(self) -> tuple[IdentityKind, ...]:
         """The kinds of identity common to all sources, best first."""
         common_kinds = self.sources[0].identified_by
         for source in self.sources[1:]:
             common_kinds = tuple(kind for kind in common_kinds if kind in source.identified_by)
         return common_kinds
 
-    def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
+    def identities(
+        self, by: IdentityKind, rows: NDArray[np.int64] | None = None
+    ) -> NDArray[np.uint64]:
         """Identities (M,) of the rows in the original sources.
 
         A row with a class text as caption is identified by the image alone, because all images of
@@ -627,7 +629,7 @@ def group_leaders(
     The time is proportional to N times the number of leaders. The cosines are computed in blocks of
     ``block_rows`` rows and as many leaders.
     """
-    first = first_equal(rows)
+    first = index_of_first_equal(rows)
     if cosine is None:
         return first
     distinct_rows = first.unique()
@@ -692,7 +694,7 @@ def _greedy_leaders(are_near: Tensor) -> Tensor:
     return torch.from_numpy(is_near.argmax(axis=1))
 
 
-def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tensor:
+def hard_pool_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tensor:
     """Order (N,) of the rows. Each pool gets similar rows: hard negatives.
 
     1. The generator draws a row. The first end is the row farthest from the drawn row. The second

@@ -18,14 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_CELLS = 2**24
+MAX_BATCH_LOGITS = 2**24
 """Maximum number of logits (rows times candidates) of a batch.
 
 This number of logits takes 64 MiB in float32. A method may need several times as much memory for
 float64 copies of the logits.
 """
 
-TILE_CELLS = 2**22
+MAX_TILE_LOGITS = 2**22
 """Maximum number of similarities in memory at a time, if only a summary is needed.
 
 A tile of this size takes 16 MiB. So the tile is still in the cache for a second reading.
@@ -38,7 +38,7 @@ The tile then has 4,096 columns. The matrix product of such a tile is 1.5 times 
 product of a long, narrow tile.
 """
 
-CACHED_CELLS = 2**19
+CACHED_LOGITS = 2**19
 """Number of logits that stay in the cache together with results of the same size.
 
 These logits take 2 MiB. With fewer logits, the matrix products are slow. With more logits, the
@@ -81,19 +81,19 @@ class ZeroShot(NamedTuple):
 def zero_shot(
     image: Tensor,
     text: Tensor,
-    first_equal_text: Tensor,
+    first_equal_index: Tensor,
     logit_scale: float,
     logit_bias: float = 0.0,
     *,
-    tile_cells: int = TILE_CELLS,
+    max_tile_logits: int = MAX_TILE_LOGITS,
 ) -> ZeroShot:
     """Answers, largest logits and log-normalisers of logit_scale * image . text + logit_bias.
 
     All three are computed in float32, tile by tile. Besides the images (B, D), the texts (K, D) and
-    the result, at most one tile of ``tile_cells`` numbers is in memory.
+    the result, at most one tile of ``max_tile_logits`` numbers is in memory.
 
-    ``first_equal_text`` (K,) is the result of ``first_equal`` for the texts. Every answer is
-    replaced by the first equal candidate. Without this step, the answer among equal candidates
+    ``first_equal_index`` (K,) is the result of ``index_of_first_equal`` for the texts. Every answer
+    is replaced by the first equal candidate. Without this step, the answer among equal candidates
     would depend on the size of the tiles, because a matrix product rounds differently at the edge
     of a block.
     """
@@ -103,9 +103,9 @@ def zero_shot(
     # With this number of rows, a tile of all candidates is four times as wide as high. With more
     # than 4,096 candidates, the tile would be wider. So its columns are limited below.
     rows_of_wide_tile = min(TILE_ROWS, n_candidates // 4)
-    wanted_rows = max(rows_in_cache(n_candidates), rows_of_wide_tile)
-    n_rows = min(wanted_rows, tile_cells)
-    n_columns = min(n_candidates, tile_cells // n_rows)
+    wanted_rows = max(n_rows_in_cache(n_candidates), rows_of_wide_tile)
+    n_rows = min(wanted_rows, max_tile_logits)
+    n_columns = min(n_candidates, max_tile_logits // n_rows)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         summaries = [
             _summary_over_tiles(block, text, logit_scale, logit_bias, n_columns)
@@ -113,7 +113,7 @@ def zero_shot(
         ]
     prediction = torch.cat([summary.prediction for summary in summaries])
     return ZeroShot(
-        prediction=first_equal_text[prediction],
+        prediction=first_equal_index[prediction],
         max_logit=torch.cat([summary.max_logit for summary in summaries]),
         log_norm=torch.cat([summary.log_norm for summary in summaries]),
     )
@@ -144,7 +144,7 @@ class RivalWeights:
     logits: Tensor  # (B, K) logits of the rivals; ``NEGLIGIBLE_LOGIT`` in the answer's column
     max_rival_logit: Tensor  # (B, 1) largest logit s of a rival
     weight: Tensor  # (B, K) weights e_j; 0 in the answer's column
-    total: Tensor  # (B,) float64 sum of the weights
+    total_weight: Tensor  # (B,) float64 sum of the weights
     temperature: float = 1.0  # T
 
     @classmethod
@@ -162,19 +162,19 @@ class RivalWeights:
         max_rival_logit = rival_logits.amax(dim=1, keepdim=True)
         # exp(x) is computed as 2^(x log2 e), because torch computes exp2 twice as fast as exp
         weight = (rival_logits - max_rival_logit).mul_(LOG2_E / temperature).exp2_()
-        total = float64(weight.sum(dim=1))
+        total_weight = float64(weight.sum(dim=1))
         return cls(
             answer=answer,
             answer_logit=answer_logit,
             logits=rival_logits,
             max_rival_logit=max_rival_logit,
             weight=weight,
-            total=total,
+            total_weight=total_weight,
             temperature=temperature,
         )
 
     @cached_property
-    def gap(self) -> Tensor:
+    def logit_gap(self) -> Tensor:
         """Gap (s - l_a) / T (B,) float64 between the largest rival logit and the answer's logit."""
         difference = float64(self.max_rival_logit.squeeze(1)) - float64(self.answer_logit)
         return difference / self.temperature
@@ -182,28 +182,28 @@ class RivalWeights:
     @property
     def log_odds(self) -> Tensor:
         """Log-odds log((1 - p) / p) (B,) float64, accurate even if p is near 0 or 1."""
-        return self.gap + self.total.log()
+        return self.logit_gap + self.total_weight.log()
 
     @cached_property
     def odds(self) -> Tensor:
         """Odds (1 - p) / p (B,) float64 against the answer."""
-        return self.gap.exp() * self.total
+        return self.logit_gap.exp() * self.total_weight
 
     @property
-    def doubt(self) -> Tensor:
-        """Doubt 1 - p (B,) float64, where p is the probability of the answer."""
+    def total_probability(self) -> Tensor:
+        """Probability 1 - p (B,) float64 of all rivals; p is the probability of the answer."""
         return self.odds / (1 + self.odds)
 
-    def zero_shot(self, first_equal_text: Tensor) -> ZeroShot:
+    def zero_shot(self, first_equal_index: Tensor) -> ZeroShot:
         """Return the summary of the logits.
 
         Every answer must have the largest logit of its row, and the temperature must be 1.
-        ``first_equal_text`` (K,) is the result of ``first_equal`` for the candidates.
+        ``first_equal_index`` (K,) is the result of ``index_of_first_equal`` for the candidates.
         """
         # p = exp(l_a) / sum_j exp(l_j), and 1 / p = 1 + odds.
         # Therefore log sum_j exp(l_j) = l_a + log(1 + odds). log1p keeps the digits of small odds.
         log_norm = self.answer_logit + torch.log1p(self.odds).to(self.answer_logit)
-        prediction = first_equal_text[self.answer.squeeze(1)]
+        prediction = first_equal_index[self.answer.squeeze(1)]
         return ZeroShot(prediction, max_logit=self.answer_logit, log_norm=log_norm)
 
 
@@ -218,7 +218,7 @@ LOG2_E = math.log2(math.e)
 """Logarithm of e to base 2: exp(x) = 2^(x LOG2_E)."""
 
 
-def first_equal(rows: Tensor) -> Tensor:
+def index_of_first_equal(rows: Tensor) -> Tensor:
     """Index (N,) int64 of the first equal row, for every row (N, D) float32.
 
     ``torch.unique`` of all rows would also find the groups of equal rows, but would be slow:
@@ -268,23 +268,23 @@ def select_rows(rows: Tensor, index: Tensor) -> Tensor:
     return rows.index_select(0, index)  # takes a third of the time of rows[index]
 
 
-def rows_in_cache(n_candidates: int) -> int:
+def n_rows_in_cache(n_candidates: int) -> int:
     """Number of rows whose logits fit into the cache, but at least 256 and at most 32,768.
 
     A matrix product of fewer than 256 rows would be slow.
     """
-    n_fitting = CACHED_CELLS // max(n_candidates, 1)
+    n_fitting = CACHED_LOGITS // max(n_candidates, 1)
     return min(max(n_fitting, 256), 32_768)
 
 
 def row_blocks(
-    n_rows: int, n_candidates: int, size: int, max_cells: int = MAX_CELLS
+    n_rows: int, n_candidates: int, size: int, max_block_logits: int = MAX_BATCH_LOGITS
 ) -> Iterator[slice]:
-    """Yield slices of at most ``size`` rows with at most ``max_cells`` logits each.
+    """Yield slices of at most ``size`` rows with at most ``max_block_logits`` logits each.
 
-    A slice has at least one row, even if a single row has more than ``max_cells`` logits.
+    A slice has at least one row, even if a single row has more than ``max_block_logits`` logits.
     """
-    n_fitting = max_cells // max(n_candidates, 1)
+    n_fitting = max_block_logits // max(n_candidates, 1)
     step = max(min(size, n_fitting), 1)
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))

@@ -19,7 +19,7 @@ from vilu.embeddings.checks import (
     SHORT_POOL,
     VALID,
     Identifiers,
-    Identity,
+    IdentityKind,
     RowNumbers,
     as_array,
     check_indices,
@@ -38,8 +38,8 @@ from vilu.embeddings.similarity import (
     Matches,
     RivalWeights,
     ZeroShot,
-    first_equal,
     float64,
+    index_of_first_equal,
     row_blocks,
     zero_shot,
 )
@@ -134,8 +134,10 @@ class Batch:
         """Answers, largest logits and log-normalisers, computed in bounded memory."""
         are_logits_in_memory = "logits" in self.__dict__
         if are_logits_in_memory:
-            return self.rivals.zero_shot(self.first_equal)
-        return zero_shot(self.image, self.text, self.first_equal, self.logit_scale, self.logit_bias)
+            return self.rivals.zero_shot(self.first_equal_index)
+        return zero_shot(
+            self.image, self.text, self.first_equal_index, self.logit_scale, self.logit_bias
+        )
 
     @cached_property
     def rivals(self) -> RivalWeights:
@@ -150,9 +152,9 @@ class Batch:
         return self.rivals
 
     @cached_property
-    def first_equal(self) -> Tensor:
+    def first_equal_index(self) -> Tensor:
         """Index (K,) int64 of the first candidate with the same embedding, for every candidate."""
-        return first_equal(self.text)
+        return index_of_first_equal(self.text)
 
     @property
     def prediction(self) -> Tensor:
@@ -311,8 +313,8 @@ class Batch:
         )
         if self._has_answers:
             batch.answered(self.zero_shot.take(part))
-        if "first_equal" in self.__dict__:
-            batch.__dict__["first_equal"] = self.first_equal
+        if "first_equal_index" in self.__dict__:
+            batch.__dict__["first_equal_index"] = self.first_equal_index
         return batch
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
@@ -336,7 +338,7 @@ class Batch:
             [0]
         """
         batch = replace(self, columns={**self.columns, ANSWER: answer})
-        for name in ("logits", "zero_shot", "rivals", "first_equal"):
+        for name in ("logits", "zero_shot", "rivals", "first_equal_index"):
             # copy cached properties, to avoid computing them again
             if name in self.__dict__:
                 batch.__dict__[name] = self.__dict__[name]
@@ -360,10 +362,10 @@ class WholeLogits(Batch):
     @cached_property
     def zero_shot(self) -> ZeroShot:
         """Answers, largest logits and log-normalisers of the logits."""
-        return self.rivals.zero_shot(self.first_equal)
+        return self.rivals.zero_shot(self.first_equal_index)
 
     @cached_property
-    def first_equal(self) -> Tensor:
+    def first_equal_index(self) -> Tensor:
         """Index (K,) int64 of the first candidate with the same embedding, for every candidate.
 
         Here this is the index of the candidate itself, because all candidates differ.
@@ -484,12 +486,12 @@ class EmbeddingSource(ABC):
     """
 
     # how to make a source, for messages about an argument of another type
-    how: ClassVar[str] = (
+    how_to_make: ClassVar[str] = (
         "embeddings (vilu.Embeddings(image, text, target=target) of arrays, "
         "vilu.open_source(path) of a store) or answers (vilu.open_table(table))"
     )
 
-    holds: ClassVar[DataKind] = "embeddings"
+    data_kind: ClassVar[DataKind] = "embeddings"
 
     space: EmbeddingSpace
     class_names: tuple[str, ...] | None
@@ -513,7 +515,7 @@ class EmbeddingSource(ABC):
         Returns the class number (K,) int64 from which each candidate is taken. None if no class is
         merged.
         """
-        first_class = first_same_answer(self.text, self.class_names)
+        first_class = index_of_first_same_answer(self.text, self.class_names)
         class_of_candidate: Tensor
         class_of_candidate, candidate_of = first_class.unique(return_inverse=True)
         if len(class_of_candidate) == len(candidate_of):
@@ -637,7 +639,7 @@ class EmbeddingSource(ABC):
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
-        """Status codes (N,): 0 if the embedding is usable, else an index of ``STATUS``.
+        """Status codes (N,): 0 if the embedding is usable, else an index of ``STATUS_NAMES``.
 
         See ``vilu.embeddings.checks``. By default all rows are usable.
         """
@@ -661,20 +663,22 @@ class EmbeddingSource(ABC):
         return torch.from_numpy(np.flatnonzero(self.status == VALID))
 
     @property
-    def identified_by(self) -> tuple[Identity, ...]:
+    def identified_by(self) -> tuple[IdentityKind, ...]:
         """Kinds of identity for finding the rows in another source, best first.
 
         Rows without a vector can be found only by name, because different pictures may have equal
         logits.
         """
-        kinds: list[Identity] = []
+        kinds: list[IdentityKind] = []
         if self.has_vectors:
             kinds.append("embeddings")
         if not isinstance(self.ids, RowNumbers):
             kinds.append("names")
         return tuple(kinds)
 
-    def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
+    def identities(
+        self, by: IdentityKind, rows: NDArray[np.int64] | None = None
+    ) -> NDArray[np.uint64]:
         """Identity hashes (M,) of the ``rows`` (M,), by default of all rows.
 
         Equal hashes mean the same row.
@@ -732,7 +736,7 @@ class EmbeddingSource(ABC):
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Hashes (M,) of the pictures of the ``rows`` (M,)."""
-        by: Identity = "embeddings"
+        by: IdentityKind = "embeddings"
         if "pictures" in self.identified_by:
             by = "pictures"
         return self.identities(by, rows)
@@ -820,10 +824,10 @@ class EmbeddingSource(ABC):
         """
         if self.cluster is None:
             return self.picture_identities()
-        from vilu.embeddings.split import connected_rows
+        from vilu.embeddings.split import connected_row_groups
 
         _, cluster = np.unique(np.array(self.cluster), return_inverse=True)
-        return connected_rows(cluster.astype(np.int64), self.picture_identities())
+        return connected_row_groups(cluster.astype(np.int64), self.picture_identities())
 
     @checked
     def split(
@@ -853,7 +857,7 @@ class EmbeddingSource(ABC):
             >>> len(parts.fit), len(parts.calibration), len(parts.test)
             (6, 0, 4)
         """
-        from vilu.embeddings.split import SplitParts, part_of_rows, require_shares
+        from vilu.embeddings.split import SplitParts, part_of_each_row, require_shares
 
         shares = (fit, calibration, test)
         require_shares(shares)
@@ -864,7 +868,7 @@ class EmbeddingSource(ABC):
             )
         # rows outside all classes, and rows without a label, are two further strata
         stratum = np.where(self.outside.numpy(), OUTSIDE, self.target.numpy())
-        part = part_of_rows(self.inseparable(), stratum, shares, seed)
+        part = part_of_each_row(self.inseparable(), stratum, shares, seed)
         sources = [self.take(np.flatnonzero(part == number)) for number in range(len(shares))]
         return SplitParts(*sources)
 
@@ -886,7 +890,7 @@ class EmbeddingSource(ABC):
         """Yield batches of at most ``size`` of the ``rows``, in order, with the named ``columns``.
 
         ``rows`` are indices; by default all usable rows. All logits of a batch fit into memory
-        (``similarity.MAX_CELLS``).
+        (``similarity.MAX_BATCH_LOGITS``).
 
         If the source has pools, consecutive ``rows`` form a pool. Several batches may share the
         rows of a pool. Each such batch has all candidates of the pool, because the number of
@@ -1004,7 +1008,7 @@ def _merge_message(names: Sequence[str], first_class: Sequence[int]) -> str:
     )
 
 
-def first_same_answer(text: Tensor, names: Sequence[str] | None) -> Tensor:
+def index_of_first_same_answer(text: Tensor, names: Sequence[str] | None) -> Tensor:
     """Index (K,) int64 of the first candidate that is the same answer, for every text (K, D).
 
     Two candidates are the same answer if their texts are equal, or if their names are equal.
@@ -1012,7 +1016,7 @@ def first_same_answer(text: Tensor, names: Sequence[str] | None) -> Tensor:
     Raises:
         DataError: If classes of the same name have different texts.
     """
-    first = first_equal(text)
+    first = index_of_first_equal(text)
     if names is None or len(set(names)) == len(names):  # no two names are equal
         return first
     first_index: dict[str, int] = {}
@@ -1085,11 +1089,13 @@ class RowSubset(EmbeddingSource):
         return self._source.image_rows(self._rows[index])
 
     @property
-    def identified_by(self) -> tuple[Identity, ...]:
+    def identified_by(self) -> tuple[IdentityKind, ...]:
         """The kinds of identity of the original source."""
         return self._source.identified_by
 
-    def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
+    def identities(
+        self, by: IdentityKind, rows: NDArray[np.int64] | None = None
+    ) -> NDArray[np.uint64]:
         """Identities (M,) of the rows, from the original source."""
         rows_of_source = self._rows.numpy()
         if rows is not None:

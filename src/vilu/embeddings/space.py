@@ -18,7 +18,9 @@ The learned parameter of a model is the logarithm. Released models have scales o
 because such a scale would make the probabilities of 1,000 classes nearly equal.
 """
 
-REDUCED_JPEGS: Final = "; JPEGs decoded at 1/2, 1/4 or 1/8, but no smaller than twice this size"
+REDUCED_JPEGS_SUFFIX: Final = (
+    "; JPEGs decoded at 1/2, 1/4 or 1/8, but no smaller than twice this size"
+)
 """Last words in the description of a preprocessing that decodes JPEGs at a reduced size."""
 
 FULL_DECODE_ADVICE: Final = (
@@ -107,20 +109,21 @@ class EmbeddingSpace:
     @property
     def reduces_jpegs(self) -> bool:
         """Whether the preprocessing decodes JPEGs at a reduced size."""
-        return self.preprocess is not None and self.preprocess.endswith(REDUCED_JPEGS)
+        return self.preprocess is not None and self.preprocess.endswith(REDUCED_JPEGS_SUFFIX)
 
     @property
     def with_full_jpegs(self) -> EmbeddingSpace:
         """The space of the same model with JPEGs decoded in full."""
         if self.preprocess is None:
             return self
-        return replace(self, preprocess=self.preprocess.removesuffix(REDUCED_JPEGS))
+        return replace(self, preprocess=self.preprocess.removesuffix(REDUCED_JPEGS_SUFFIX))
 
     @property
     def with_reduced_jpegs(self) -> EmbeddingSpace:
         """The space of the same model with JPEGs decoded at a reduced size."""
         full_space = self.with_full_jpegs
-        return replace(full_space, preprocess=f"{full_space.preprocess or ''}{REDUCED_JPEGS}")
+        full_preprocess = full_space.preprocess or ""
+        return replace(full_space, preprocess=full_preprocess + REDUCED_JPEGS_SUFFIX)
 
     def differs_by_decoding(self, other: EmbeddingSpace) -> bool:
         """Whether two spaces differ only by the size of decoded JPEGs."""

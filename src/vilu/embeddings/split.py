@@ -34,7 +34,9 @@ def require_shares(shares: Sequence[float]) -> None:
         raise UsageError(f"the shares of the parts must add up to at most 1. Got {total:g}.")
 
 
-def connected_rows(cluster: NDArray[np.int64], picture: NDArray[np.int64]) -> NDArray[np.int64]:
+def connected_row_groups(
+    cluster: NDArray[np.int64], picture: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Group number (N,) of every row. Clusters and pictures connect the rows of a group.
 
     A group may have several clusters, because two clusters may have copies of the same picture.
@@ -77,7 +79,7 @@ def _distinct_identities(picture: NDArray[np.int64]) -> NDArray[np.int64]:
     return identity
 
 
-def part_of_rows(
+def part_of_each_row(
     picture: NDArray[np.int64], stratum: NDArray[np.int64], shares: Sequence[float], seed: int
 ) -> NDArray[np.int64]:
     """Part number (N,) of every row, from 0.

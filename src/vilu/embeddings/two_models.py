@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.checks import VALID, Identity
+from vilu.embeddings.checks import VALID, IdentityKind
 from vilu.embeddings.columns import SECOND_MODEL_COLUMNS
 from vilu.embeddings.source import EmbeddingSource, RowSubset
 from vilu.errors import DataError, UsageError
 from vilu.validation import checked
 
-MODEL_INDEPENDENT: tuple[Identity, ...] = ("pictures", "names")
+MODEL_INDEPENDENT_KINDS: tuple[IdentityKind, ...] = ("pictures", "names")
 """Kinds of identity that do not depend on the embedding model, best first."""
 
 
@@ -153,9 +153,9 @@ def _require_distinct_names(
         )
 
 
-def _common_identity(first: EmbeddingSource, second: EmbeddingSource) -> Identity:
+def _common_identity(first: EmbeddingSource, second: EmbeddingSource) -> IdentityKind:
     """Return the best kind of identity common to both sources; DataError if there is none."""
-    for kind in MODEL_INDEPENDENT:
+    for kind in MODEL_INDEPENDENT_KINDS:
         if kind in first.identified_by and kind in second.identified_by:
             return kind
     raise DataError(

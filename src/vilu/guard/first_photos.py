@@ -14,8 +14,8 @@ from torch.nn.functional import cosine_similarity
 
 from vilu.errors import ProvenanceError
 from vilu.store.manifest import IMAGE
-from vilu.store.parts import ErrorRow, PartRows
-from vilu.store.pipeline import END, Encoder, PreparedImage
+from vilu.store.parts import PartContent
+from vilu.store.pipeline import END_OF_PART, Encoder, ImageOrError
 from vilu.store.precision import N_CHECKED_PHOTOS, PrecisionCheck
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class FirstPhotos:
     Attributes:
         precision: The low precision.
         encoder: Encoder of the same model in float32.
-        judge: Function that gives the answers about embedded photos.
+        answer_photos: Function that gives the answers about embedded photos.
         must_pass: Whether too large differences between the two precisions raise ProvenanceError.
             If False, a warning is logged. A service needs False, because photos of a client must
             not stop the service.
@@ -58,39 +58,39 @@ class FirstPhotos:
 
     precision: str
     encoder: Encoder
-    judge: Callable[[PartRows], Sequence[AnswerWithDecision]]
+    answer_photos: Callable[[PartContent], Sequence[AnswerWithDecision]]
     must_pass: bool = True
     check: PrecisionCheck | None = None
     _pairs: list[PhotoPair] = field(default_factory=list)
     _lock: Lock = field(default_factory=Lock)  # several threads may use a guard at once
 
     def compare(
-        self, batch: Sequence[PreparedImage | ErrorRow | None], low_precision_part: PartRows
+        self, batch: Sequence[ImageOrError | None], low_precision_content: PartContent
     ) -> None:
         """Compare the photos of a batch in both precisions, until enough photos were compared.
 
         Args:
             batch: The decoded photos.
-            low_precision_part: The same photos, embedded in the low precision.
+            low_precision_content: The same photos, embedded in the low precision.
 
         Raises:
             ProvenanceError: If the first photos differ too much and ``must_pass`` is True.
         """
         with self._lock:
             if self.check is None:
-                self._add_pairs(batch, low_precision_part)
+                self._add_pairs(batch, low_precision_content)
             if self.check is None:
                 return
             if self.must_pass and not self.check.is_passed:
                 raise ProvenanceError(self.check.failure)
 
     def _add_pairs(
-        self, batch: Sequence[PreparedImage | ErrorRow | None], low_precision_part: PartRows
+        self, batch: Sequence[ImageOrError | None], low_precision_content: PartContent
     ) -> None:
         """Compare the photos of a batch; when there are enough photos, set ``check``."""
-        float32_part = self.encoder.encode_part(iter([*batch, END]))  # ``END`` closes the part
-        float32_photos = self._photos_by_position(float32_part)
-        low_precision_photos = self._photos_by_position(low_precision_part)
+        float32_content = self.encoder.encode_part(iter([*batch, END_OF_PART]))
+        float32_photos = self._photos_by_position(float32_content)
+        low_precision_photos = self._photos_by_position(low_precision_content)
         for position, (embedding, answer) in low_precision_photos.items():
             if position not in float32_photos:
                 continue
@@ -104,13 +104,15 @@ class FirstPhotos:
         if len(self._pairs) >= N_CHECKED_PHOTOS:
             self._set_check()
 
-    def _photos_by_position(self, part: PartRows) -> dict[int, tuple[Tensor, AnswerWithDecision]]:
+    def _photos_by_position(
+        self, content: PartContent
+    ) -> dict[int, tuple[Tensor, AnswerWithDecision]]:
         """Map the position of every embedded photo to the embedding (D,) and the answer."""
-        if not part.rows:
+        if not content.metadata:
             return {}
-        embeddings = torch.cat(part.arrays[IMAGE]).float()
-        answers = self.judge(part)
-        positions = [row.position for row in part.rows]
+        embeddings = torch.cat(content.array_blocks[IMAGE]).float()
+        answers = self.answer_photos(content)
+        positions = [metadata.position for metadata in content.metadata]
         photos = zip(embeddings, answers, strict=True)
         return dict(zip(positions, photos, strict=True))
 

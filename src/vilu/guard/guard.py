@@ -17,31 +17,31 @@ from PIL import Image
 from torch import Tensor
 
 from vilu.backbones.base import Backbone, DualEncoder, jpeg_side_of
-from vilu.calibration.calibration import Calibration, require_about_new
-from vilu.calibration.likely import Flags, LikelyRight
+from vilu.calibration.calibration import Calibration, require_new_row_guarantee
+from vilu.calibration.likely import LikelyFlags, LikelyRight
 from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import read_file
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.device import torch_defaults
 from vilu.embeddings.columns import ROW_COLUMNS
-from vilu.embeddings.source import Batch, log_posterior
+from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.guard.first_photos import FirstPhotos
 from vilu.outcomes.decisions import REVIEW
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.contract.spread import quantiles_in_spread, states_probability
+from vilu.predictors.contract.spread import is_shown_as_probability, quantiles_in_spread
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.files import SavedModel, folder_of
 from vilu.predictors.persistence.storage import load_predictor
 from vilu.predictors.persistence.vocabulary import Vocabulary
-from vilu.progress import Silence
+from vilu.progress import SilentProgress
 from vilu.scoring.score import provenance_of, require_streaming, score_rows
 from vilu.store.job import BackboneSpec
 from vilu.store.manifest import IMAGE
-from vilu.store.mapped import default_workers, in_threads
-from vilu.store.parts import ErrorRow, PartRows
-from vilu.store.pipeline import END, Decoder, Encoder, PreparedImage
+from vilu.store.mapped import default_workers, map_in_threads
+from vilu.store.parts import PartContent
+from vilu.store.pipeline import END_OF_PART, Decoder, Encoder, ImageOrError
 from vilu.validation import checked, require_at_least
 
 MAX_RUNNERS_UP: Final = 2
@@ -120,12 +120,12 @@ class ImageModel:
     decoder: Decoder
     first_photos: FirstPhotos | None = None  # compares the first photos with float32, if needed
 
-    def embed(self, batch: Sequence[PreparedImage | ErrorRow | None]) -> PartRows:
-        """Embed decoded images. The result lists bad images as ``errors``, not as ``rows``."""
-        part = self.encoder.encode_part(iter([*batch, END]))  # ``END`` closes the only part
+    def embed(self, batch: Sequence[ImageOrError | None]) -> PartContent:
+        """Embed decoded images. The result lists bad images as ``errors``, without metadata."""
+        content = self.encoder.encode_part(iter([*batch, END_OF_PART]))
         if self.first_photos is not None:
-            self.first_photos.compare(batch, part)
-        return part
+            self.first_photos.compare(batch, content)
+        return content
 
 
 class Guard:
@@ -234,7 +234,7 @@ class Guard:
             )
         # A garbage-collected ``Selective`` removes the folder of the predictor. So the guard holds
         # a reference to the ``Selective``.
-        self._model_object = predictor
+        self._saved_model = predictor
         self.folder = folder_of(predictor)
         self.batch_size = batch_size
         self.workers = workers
@@ -242,7 +242,7 @@ class Guard:
         self.calibration = Calibration.find(self.folder)
         require_streaming(self.calibration)
         if self.calibration is not None:
-            require_about_new(self.calibration.rule)
+            require_new_row_guarantee(self.calibration.rule)
         self.likely = LikelyRight.find(self.folder)
         self.vocabulary = Vocabulary.load(self.folder)
         self.names = self._require_names()
@@ -325,8 +325,8 @@ class Guard:
             backbone,
             self.batch_size,
             strict=False,
-            task=Silence(),
-            arrays={name: (width,) for name, width in widths.items()},
+            task=SilentProgress(),
+            row_shapes={name: (width,) for name, width in widths.items()},
             dtype=self.vocabulary.dtype,
         )
         decoder = Decoder(
@@ -337,13 +337,13 @@ class Guard:
         is_low = precision not in {"fp32", self.vocabulary.space.precision}
         if is_low and isinstance(backbone, DualEncoder):
             float32_encoder = replace(encoder, backbone=backbone.in_float32())
-            first_photos = FirstPhotos(precision, float32_encoder, self._judge)
+            first_photos = FirstPhotos(precision, float32_encoder, self._answer_photos)
         return ImageModel(backbone, widths, encoder, decoder, first_photos)
 
-    def _judge(self, part: PartRows) -> list[Answer]:
+    def _answer_photos(self, content: PartContent) -> list[Answer]:
         """Return answers about embedded photos."""
-        keys = [row.key for row in part.rows]
-        answers, _ = self.answer(join_arrays(part), keys)
+        keys = [row.key for row in content.metadata]
+        answers, _ = self.answer(join_arrays(content), keys)
         return answers
 
     @property
@@ -382,24 +382,30 @@ class Guard:
 
     def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
         """Yield answers about any number of images, in the order of the images, batch by batch."""
-        records = ((index, record_of(index, image)) for index, image in enumerate(images))
+        records = ((index, make_record(index, image)) for index, image in enumerate(images))
         n_decoded_ahead = self.batch_size + self.workers  # maximum number of waiting decoded images
-        with in_threads(self.model.decoder, records, self.workers, n_decoded_ahead) as decoded:
-            batch = list(islice(decoded, self.batch_size))
+        with map_in_threads(
+            self.model.decoder, records, self.workers, n_decoded_ahead
+        ) as images_or_errors:
+            batch = list(islice(images_or_errors, self.batch_size))
             while batch:
                 yield from self._answer_batch(batch)
-                batch = list(islice(decoded, self.batch_size))
+                batch = list(islice(images_or_errors, self.batch_size))
 
-    def _answer_batch(self, batch: Sequence[PreparedImage | ErrorRow | None]) -> list[Answer]:
+    def _answer_batch(self, batch: Sequence[ImageOrError | None]) -> list[Answer]:
         """Return answers about decoded images, in the order of the images."""
-        part = self.model.embed(batch)
-        answer_at: dict[int, Answer] = {}  # maps the position of an image to the answer
-        for error in part.errors:
-            answer_at[error.position] = answer_without_score(self, error.key, reason=error.kind)
-        if part.rows:
-            for row, answer in zip(part.rows, self._judge(part), strict=True):
-                answer_at[row.position] = answer
-        return [answer_at[position] for position in sorted(answer_at)]
+        content = self.model.embed(batch)
+        answer_of_position: dict[int, Answer] = {}  # maps the position of an image to the answer
+        for error in content.errors:
+            answer_of_position[error.position] = answer_without_score(
+                self, error.key, reason=error.kind
+            )
+        if content.metadata:
+            for metadata, answer in zip(
+                content.metadata, self._answer_photos(content), strict=True
+            ):
+                answer_of_position[metadata.position] = answer
+        return [answer_of_position[position] for position in sorted(answer_of_position)]
 
     @torch_defaults()
     def answer(
@@ -428,34 +434,43 @@ class Guard:
             >>> answers[0].label, outcomes.uncertainty.round(4).tolist()
             ('green', [0.0001])
         """
-        device = self.predictor.device_
-        columns = {name: arrays[name].float().to(device) for name in self.arrays}
+        columns = {name: arrays[name].float().to(self.predictor.device_) for name in self.arrays}
         image = columns.pop(IMAGE)  # the remaining arrays stay in ``columns``
         source = self.vocabulary.new_images(image, columns=columns, ids=keys)
-        facts = {
-            "is_probability": states_probability(self.predictor),
+        origin_fields = {
+            "is_probability": is_shown_as_probability(self.predictor),
             "provenance": provenance_of(self.calibration),
         }
         outcomes = score_rows(
-            self.predictor, source, facts, calibration=self.calibration, task=Silence()
+            self.predictor,
+            source,
+            origin_fields,
+            calibration=self.calibration,
+            task=SilentProgress(),
         )
-        runners_up: list[RunnersUp] = []
-        # ``batches`` yields a single batch, because a batch may have as many rows as the source
-        for batch in source.batches(len(keys), columns=self.predictor.columns_to_score):
-            runners_up += runners_up_of(self.predictor, batch.to(device), self.names)
+        runners_up = self._runners_up(source, n_rows=len(keys))
         likely = self._likely_flags(outcomes)
         answers = []
         for row in range(len(keys)):
-            answers.append(self._answer(outcomes, row, runners_up[row], likely[row]))
+            answers.append(self._answer_of_row(outcomes, row, runners_up[row], likely[row]))
         return answers, outcomes
 
-    def _likely_flags(self, outcomes: Outcomes) -> Flags:
+    def _runners_up(self, source: EmbeddingSource, n_rows: int) -> list[RunnersUp]:
+        """Return the runners-up of every row of a source with ``n_rows`` rows."""
+        device = self.predictor.device_
+        runners_up: list[RunnersUp] = []
+        # ``batches`` yields a single batch, because a batch may have as many rows as the source
+        for batch in source.batches(n_rows, columns=self.predictor.columns_to_score):
+            runners_up += runners_up_of(self.predictor, batch.to(device), self.names)
+        return runners_up
+
+    def _likely_flags(self, outcomes: Outcomes) -> LikelyFlags:
         """Return for every row whether the answer is likely right; None if there is no estimate."""
         if self.likely is None:
             return [None] * len(outcomes)
-        return self.likely.flags_of_new(outcomes.uncertainty)
+        return self.likely.flags_of_new_rows(outcomes.uncertainty)
 
-    def _answer(
+    def _answer_of_row(
         self, outcomes: Outcomes, row: int, runners_up: RunnersUp, likely: bool | None
     ) -> Answer:
         """Return the answer about a row of the outcomes."""
@@ -530,9 +545,9 @@ def _text_of_row(texts: Sequence[str | None] | None, row: int) -> str | None:
     return texts[row]
 
 
-def join_arrays(part: PartRows) -> dict[str, Tensor]:
+def join_arrays(content: PartContent) -> dict[str, Tensor]:
     """Join the blocks of every array of embedded images. Return the arrays by name."""
-    return {name: torch.cat(blocks) for name, blocks in part.arrays.items()}
+    return {name: torch.cat(blocks) for name, blocks in content.array_blocks.items()}
 
 
 def runners_up_of(
@@ -567,7 +582,7 @@ def runners_up_of(
     return runners_up
 
 
-def record_of(index: int, image: ImageLike) -> ImageRecord:
+def make_record(index: int, image: ImageLike) -> ImageRecord:
     """Return the record of an image. The key is the path, or without a path ``index``."""
     if isinstance(image, str | os.PathLike):
         path = Path(image)

@@ -49,7 +49,7 @@ ADVICE_PREDICTOR_ALONE = (
 )
 """Last sentence of errors about the image tower."""
 
-TRIED_BATCH_SIZES = (1, 2, 7)
+TEST_BATCH_SIZES = (1, 2, 7)
 """Batch sizes for the test of an export with random pictures."""
 
 
@@ -59,7 +59,8 @@ class ImageGraph(nn.Module):
     Attributes:
         arrays: Names of the arrays from the image tower: embeddings, and for some predictors
             features.
-        limits: Floor and threshold (2, K) of every answer (``limits_of``); None without a rule.
+        limits: Floor and threshold (2, K) of every answer (``floors_and_thresholds``); None without
+            a rule.
         outputs: Names of the outputs of ``forward``, in order.
     """
 
@@ -78,7 +79,7 @@ class ImageGraph(nn.Module):
         self.arrays: tuple[str, ...] = (EMBEDDINGS,)
         if FEATURES in columns:
             self.arrays = (EMBEDDINGS, FEATURES)
-        self.limits = limits_of(guard)
+        self.limits = floors_and_thresholds(guard)
         self.outputs: tuple[str, ...] = (*OUTPUT_NAMES, *self.arrays)
         if self.limits is not None:
             self.outputs = (*OUTPUT_NAMES, ACCEPT, *self.arrays)
@@ -124,7 +125,7 @@ def rule_of(guard: Guard) -> Rule | None:
     return guard.calibration.rule
 
 
-def limits_of(guard: Guard) -> Tensor | None:
+def floors_and_thresholds(guard: Guard) -> Tensor | None:
     """Return floor and threshold (2, K) of every answer; None without a rule."""
     rule = rule_of(guard)
     if rule is None:
@@ -206,7 +207,7 @@ def export_image_graph(
     # Torch runs before the export. A tower may be loaded at the first use, and the export must not
     # record the loading.
     test_batches = []
-    for n_pictures in TRIED_BATCH_SIZES:
+    for n_pictures in TEST_BATCH_SIZES:
         pixels = _random_pixels(n_pictures, guard.backbone)
         test_batches.append((pixels, graph.embed(pixels)))
     example_pixels, _ = test_batches[-1]
@@ -289,7 +290,7 @@ def _check_file(
         DataError: If the file gives other results than torch.
     """
     run_onnx = onnx_function(content)
-    step = torch.finfo(graph.dtype).eps
+    relative_step = torch.finfo(graph.dtype).eps
     rule = rule_of(guard)
     results = []
     max_difference = 0.0
@@ -298,10 +299,10 @@ def _check_file(
         uncertainty, answer = (outputs[name] for name in OUTPUT_NAMES)
         arrays = tuple(torch.from_numpy(outputs[name]) for name in graph.arrays)
         for name, array, expected_array in zip(graph.arrays, arrays, torch_arrays, strict=True):
-            _require_near(name, array, expected_array, step)
+            _require_near(name, array, expected_array, relative_step)
         if rule is not None:
-            names = [guard.names[index] for index in answer.tolist()]
-            _require_same_decisions(outputs[ACCEPT], rule.accept(uncertainty, names))
+            predicted_names = [guard.names[index] for index in answer.tolist()]
+            _require_same_decisions(outputs[ACCEPT], rule.accept(uncertainty, predicted_names))
         # Compared after the loop: the predictor alone, on the embeddings from the file.
         results.append((graph.inputs(arrays), uncertainty, answer))
         # Compared here: the whole graph, by the uncertainties for the embeddings from torch.
@@ -314,7 +315,7 @@ def _check_file(
     return max_difference
 
 
-def _require_near(name: str, array: Tensor, expected_array: Tensor, step: float) -> None:
+def _require_near(name: str, array: Tensor, expected_array: Tensor, relative_step: float) -> None:
     """Raise DataError if embeddings of the file and of torch differ too much.
 
     Allowed differences are one step of the number format, and the rounding of sums. The rounding is
@@ -324,12 +325,12 @@ def _require_near(name: str, array: Tensor, expected_array: Tensor, step: float)
         name: Name of the array, for the error.
         array: Embeddings (N, D) of the file.
         expected_array: Embeddings (N, D) of torch.
-        step: Relative step of the number format.
+        relative_step: Relative step of the number format.
     """
     difference = (array - expected_array).abs()
     magnitude = expected_array.abs()
     largest_of_row = magnitude.amax(dim=1, keepdim=True)
-    is_near = difference <= step * magnitude + PROJECTION_TOLERANCE * largest_of_row
+    is_near = difference <= relative_step * magnitude + PROJECTION_TOLERANCE * largest_of_row
     if not bool(is_near.all()):
         raise DataError(
             f"the {name} rows of the exported tower differ from torch's by "
@@ -337,7 +338,7 @@ def _require_near(name: str, array: Tensor, expected_array: Tensor, step: float)
         )
 
 
-def _require_same_decisions(accepted: np.ndarray, expected_decisions: np.ndarray) -> None:
+def _require_same_decisions(is_accepted: np.ndarray, is_accepted_by_rule: np.ndarray) -> None:
     """Raise DataError if the decisions of the file differ from the decisions of the rule."""
-    if not np.array_equal(accepted, expected_decisions):
+    if not np.array_equal(is_accepted, is_accepted_by_rule):
         raise DataError("the exported graph does not decide as the rule does. Nothing was written.")

@@ -29,9 +29,9 @@ from vilu.metrics.counts import (
     Floats,
     Ints,
     TieCounts,
-    check_pair,
     check_pictures,
-    repeated_pictures,
+    check_scores_and_failures,
+    repeated_picture_numbers,
     tie_counts,
 )
 from vilu.metrics.histogram import Histogram
@@ -42,13 +42,13 @@ from vilu.validation import checked, require_at_least, require_between
 
 MAX_RESAMPLES = 1_000_000
 """Maximum number of resamples. More resamples would hardly change an interval."""
-RESAMPLED_GROUPS = 2**13
+MAX_GROUPS = 2**13
 """Maximum number of rows for drawing row by row, and maximum number of groups of scores.
 
 If there are more rows, the counts of the scores are drawn. If there are more distinct scores,
 neighbouring scores are grouped.
 """
-CELLS = 2**18
+MAX_RESAMPLED_CELLS = 2**18
 """Maximum number of entries of a temporary array: 2 MB, about the size of a cache."""
 
 
@@ -218,16 +218,16 @@ class SortedScores:
         return counts.reshape(n_resamples, n_scores)
 
 
-AnyScores = SortedScores | PictureScores
+ScoresToResample = SortedScores | PictureScores
 """Scores to resample by rows, or by pictures."""
 
 
-def sorted_scores(
+def scores_to_resample(
     uncertainty: Floats, failure: NDArray[np.bool_], picture: Ints | None
-) -> AnyScores:
+) -> ScoresToResample:
     """Scores to resample by rows if ``picture`` is None, or else by pictures.
 
-    ``picture`` is the result of ``repeated_pictures``.
+    ``picture`` is the result of ``repeated_picture_numbers``.
     """
     if picture is None:
         return SortedScores(uncertainty, failure)
@@ -235,13 +235,15 @@ def sorted_scores(
     return PictureScores.of(value, group, failure, picture)
 
 
-def resampled_rows(scores: AnyScores, n_resamples: int, seed: int) -> Iterator[tuple[Ints, ...]]:
+def draw_resamples(
+    scores: ScoresToResample, n_resamples: int, seed: int
+) -> Iterator[tuple[Ints, ...]]:
     """Yield, for each block of B resamples, a tuple with the drawn members (B, N) of each stratum.
 
     From a stratum of N rows or pictures, N are drawn with repetition (see ``scores.strata``).
     """
     rng = np.random.default_rng(seed)
-    for size in block_sizes(n_resamples, max_size=CELLS // scores.cells_per_resample):
+    for size in block_sizes(n_resamples, max_size=MAX_RESAMPLED_CELLS // scores.cells_per_resample):
         yield tuple([_draw_members(rng, stratum, size) for stratum in scores.strata])
 
 
@@ -272,28 +274,28 @@ def bootstrap_intervals(
     """Intervals of several metrics from the same resamples; see ``bootstrap_interval``."""
     check_settings(n_resamples, confidence)
     counts = tie_counts(uncertainty, failure)
-    scores_and_failures = check_pair(uncertainty, failure)
-    picture_number = repeated_pictures(check_pictures(picture, int(counts.n)))
+    scores_and_failures = check_scores_and_failures(uncertainty, failure)
+    picture_number = repeated_picture_numbers(check_pictures(picture, int(counts.n)))
     if picture_number is None:
         n_units = counts.n  # rows are resampled
     else:
         n_units = picture_number.max() + 1  # pictures are resampled
-    if n_units > RESAMPLED_GROUPS:
+    if n_units > MAX_GROUPS:
         # Counts are drawn instead of rows. The drawn counts have the same distribution, and the
         # time for a draw does not grow with the number of rows.
         if picture_number is None:
-            return counted_intervals(kernels, counts, n_resamples, confidence, seed)
-        return _picture_intervals(
+            return intervals_from_counts(kernels, counts, n_resamples, confidence, seed)
+        return _intervals_over_pictures(
             kernels, scores_and_failures, picture_number, n_resamples, confidence, seed
         )
-    scores = sorted_scores(*scores_and_failures, picture_number)
-    intervals, other_kernels = own_intervals(
+    scores = scores_to_resample(*scores_and_failures, picture_number)
+    intervals, other_kernels = split_own_intervals(
         kernels, counts, n_resamples, confidence, seed, picture_number
     )
     if not other_kernels:
         return intervals
     observed_counts = scores.observed_counts()  # (1, G): the sample itself, as a resample
-    draws = resampled(other_kernels, scores, n_resamples, seed)
+    draws = values_on_resamples(other_kernels, scores, n_resamples, seed)
     for name, kernel in other_kernels.items():
         value = float(kernel(observed_counts)[0])
         intervals[name] = Quantity(value, draws[name]).interval(confidence)
@@ -311,7 +313,7 @@ def intervals_of(
     """Intervals of several metrics from the same resamples, for rows or for a histogram."""
     if isinstance(scores, Histogram):
         check_settings(n_resamples, confidence)
-        return counted_intervals(kernels, scores.counts(), n_resamples, confidence, seed)
+        return intervals_from_counts(kernels, scores.counts(), n_resamples, confidence, seed)
     return bootstrap_intervals(
         kernels,
         scores.uncertainty,
@@ -323,26 +325,26 @@ def intervals_of(
     )
 
 
-def counted_intervals(
+def intervals_from_counts(
     kernels: Mapping[str, Kernel],
     counts: TieCounts,
     n_resamples: int,
     confidence: float,
     seed: int,
-    most_groups: int = RESAMPLED_GROUPS,
+    max_groups: int = MAX_GROUPS,
 ) -> dict[str, Interval]:
     """Metrics with stratified percentile bootstrap intervals, from counts (G,).
 
     A resample has as many correct and as many wrong answers as the sample. Both are drawn from two
-    multinomial distributions over the scores. With at most ``most_groups`` distinct scores this is
+    multinomial distributions over the scores. With at most ``max_groups`` distinct scores this is
     exactly the distribution of the bootstrap over rows.
 
     With more distinct scores, neighbouring scores are grouped, into groups of about equal size.
     Grouping changes the metric slightly. So the bootstrap values are shifted back by this change,
     and clipped to the range of the metric.
     """
-    groups = group_scores(counts, most_groups)
-    intervals, other_kernels = own_intervals(kernels, counts, n_resamples, confidence, seed)
+    groups = group_scores(counts, max_groups)
+    intervals, other_kernels = split_own_intervals(kernels, counts, n_resamples, confidence, seed)
     blocks = _draw_blocks(groups, n_resamples, seed)
     resampled_intervals = _intervals_from_groups(
         other_kernels, counts, groups, blocks, n_resamples, confidence
@@ -356,13 +358,13 @@ def _draw_blocks(groups: TieCounts, n_resamples: int, seed: int) -> Iterator[Tie
     Right and wrong answers are drawn separately.
     """
     rng = np.random.default_rng(seed)
-    for size in block_sizes(n_resamples, max_size=CELLS // len(groups.value)):
+    for size in block_sizes(n_resamples, max_size=MAX_RESAMPLED_CELLS // len(groups.value)):
         correct = _draw_counts(rng, groups.correct, size)
         wrong = _draw_counts(rng, groups.wrong, size)
         yield TieCounts(groups.value, correct, wrong)
 
 
-def _picture_intervals(
+def _intervals_over_pictures(
     kernels: Mapping[str, Kernel],
     scores_and_failures: tuple[Floats, NDArray[np.bool_]],
     picture: Ints,
@@ -370,7 +372,7 @@ def _picture_intervals(
     confidence: float,
     seed: int,
 ) -> dict[str, Interval]:
-    """Like ``counted_intervals``, but pictures are resampled, not rows.
+    """Like ``intervals_from_counts``, but pictures are resampled, not rows.
 
     The multinomial distributions are over kinds of equal pictures (see ``merge_equal_pictures`` of
     ``PictureScores``).
@@ -385,7 +387,7 @@ def _picture_intervals(
     """
     uncertainty, failure = scores_and_failures
     counts = tie_counts(uncertainty, failure)
-    intervals, other_kernels = own_intervals(
+    intervals, other_kernels = split_own_intervals(
         kernels, counts, n_resamples, confidence, seed, picture
     )
     groups = group_scores(counts)
@@ -393,9 +395,9 @@ def _picture_intervals(
     group_of_row = group_indices(counts)[score_of_row]
     scores = PictureScores.of(groups.value, group_of_row, failure, picture).merge_equal_pictures()
     # A score has up to two entries: one for right rows and one for wrong rows. So half the number
-    # of entries is comparable with the number of scores in ``counted_intervals``.
+    # of entries is comparable with the number of scores in ``intervals_from_counts``.
     cells_per_resample = max(len(groups.value), scores.cells_per_resample // 2)
-    sizes = block_sizes(n_resamples, max_size=CELLS // cells_per_resample)
+    sizes = block_sizes(n_resamples, max_size=MAX_RESAMPLED_CELLS // cells_per_resample)
     blocks = scores.resample_blocks(np.random.default_rng(seed), sizes)
     resampled_intervals = _intervals_from_groups(
         other_kernels, counts, groups, blocks, n_resamples, confidence
@@ -418,7 +420,7 @@ def _intervals_from_groups(
     """
     if not kernels:
         return {}
-    draws = values_of(kernels, blocks, n_resamples)
+    draws = values_on_blocks(kernels, blocks, n_resamples)
     intervals = {}
     for name, kernel in kernels.items():
         value = float(kernel(counts))
@@ -434,7 +436,7 @@ def _intervals_from_groups(
     return intervals
 
 
-def group_scores(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> TieCounts:
+def group_scores(counts: TieCounts, max_groups: int = MAX_GROUPS) -> TieCounts:
     """Counts of at most ``max_groups`` groups of neighbouring scores.
 
     The value of a group is the mean score of the rows in the group.
@@ -451,7 +453,7 @@ def group_scores(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> TieCo
     return TieCounts(sum_of_scores / size, correct, wrong)
 
 
-def group_indices(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> Ints:
+def group_indices(counts: TieCounts, max_groups: int = MAX_GROUPS) -> Ints:
     """For each score (G,), the index of the group of the score, from 0 on."""
     if len(counts.value) <= max_groups:
         return np.arange(len(counts.value))
@@ -472,7 +474,7 @@ def _draw_counts(rng: np.random.Generator, counts: Ints, n_resamples: int) -> In
     return drawn_counts
 
 
-def own_intervals(
+def split_own_intervals(
     kernels: Mapping[str, Kernel],
     counts: TieCounts,
     n_resamples: int,
@@ -502,18 +504,18 @@ def own_intervals(
     return intervals, other_kernels
 
 
-def resampled(
-    kernels: Mapping[str, Kernel], scores: AnyScores, n_resamples: int, seed: int
+def values_on_resamples(
+    kernels: Mapping[str, Kernel], scores: ScoresToResample, n_resamples: int, seed: int
 ) -> dict[str, Floats]:
     """Values (B,) of several metrics on the same resamples.
 
     A metric that needs both wrong and right answers is NaN if a resample lacks one kind.
     """
-    blocks = (scores.counts(*rows) for rows in resampled_rows(scores, n_resamples, seed))
-    return values_of(kernels, blocks, n_resamples)
+    blocks = (scores.counts(*rows) for rows in draw_resamples(scores, n_resamples, seed))
+    return values_on_blocks(kernels, blocks, n_resamples)
 
 
-def values_of(
+def values_on_blocks(
     kernels: Mapping[str, Kernel], blocks: Iterable[TieCounts], n_resamples: int
 ) -> dict[str, Floats]:
     """Values (B,) of several metrics on blocks of resamples; only one block is in memory."""
@@ -621,11 +623,11 @@ def paired_bootstrap(
     """
     check_settings(n_resamples, confidence)
     kernel = _kernel(metric, failure, uncertainty_a, uncertainty_b)
-    scores_a, failures = check_pair(uncertainty_a, failure)
-    scores_b, _ = check_pair(uncertainty_b, failure)
-    picture_number = repeated_pictures(check_pictures(picture, len(failures)))
-    a = sorted_scores(scores_a, failures, picture_number)
-    b = sorted_scores(scores_b, failures, picture_number)
+    scores_a, failures = check_scores_and_failures(uncertainty_a, failure)
+    scores_b, _ = check_scores_and_failures(uncertainty_b, failure)
+    picture_number = repeated_picture_numbers(check_pictures(picture, len(failures)))
+    a = scores_to_resample(scores_a, failures, picture_number)
+    b = scores_to_resample(scores_b, failures, picture_number)
     observed = kernel(a.observed_counts()) - kernel(b.observed_counts())  # (1,)
     observed_difference = float(observed[0])
     if np.isnan(observed_difference):
@@ -635,7 +637,7 @@ def paired_bootstrap(
     # per resample draw the rows, so that the blocks are small enough for a and b.
     larger_scores = b if b.cells_per_resample > a.cells_per_resample else a
     with track("bootstrap", n_resamples, "resamples") as task:
-        for drawn_rows in resampled_rows(larger_scores, n_resamples, seed):
+        for drawn_rows in draw_resamples(larger_scores, n_resamples, seed):
             difference = kernel(a.counts(*drawn_rows)) - kernel(b.counts(*drawn_rows))  # (B,)
             blocks.append(difference)
             task.advance(len(difference))
@@ -647,7 +649,7 @@ def paired_bootstrap(
     return Quantity(observed_difference, differences).difference(confidence)
 
 
-def paired_across(
+def paired_across_answers(
     kernel: Kernel,
     a: tuple[Floats, Ints],
     b: tuple[Floats, Ints],
@@ -667,7 +669,7 @@ def paired_across(
     observed_difference = float(kernel(tie_counts(*a))) - float(kernel(tie_counts(*b)))
     draws = []
     for uncertainty, failure in (a, b):
-        values = resampled_across(
+        values = values_without_strata(
             {"metric": kernel}, uncertainty, failure, n_resamples, seed, picture=picture
         )
         draws.append(values["metric"])
@@ -675,7 +677,7 @@ def paired_across(
     return Quantity(observed_difference, draws_a - draws_b).difference(confidence)
 
 
-def resampled_across(
+def values_without_strata(
     kernels: Mapping[str, Kernel],
     uncertainty: Floats,
     failure: Ints,
@@ -698,11 +700,11 @@ def resampled_across(
 
     def blocks() -> Iterator[TieCounts]:
         equal_shares = np.full(n_units, 1 / max(n_units, 1))
-        for size in block_sizes(n_resamples, max_size=CELLS // max(len(unit), 1)):
-            times_of_unit = rng.multinomial(n_units, equal_shares, size=size)  # (B, n_units)
-            yield rows.counts(times_of_unit[:, unit])
+        for size in block_sizes(n_resamples, max_size=MAX_RESAMPLED_CELLS // max(len(unit), 1)):
+            n_draws_of_unit = rng.multinomial(n_units, equal_shares, size=size)  # (B, n_units)
+            yield rows.counts(n_draws_of_unit[:, unit])
 
-    return values_of(kernels, blocks(), n_resamples)
+    return values_on_blocks(kernels, blocks(), n_resamples)
 
 
 class _TiedRows(NamedTuple):
@@ -719,11 +721,11 @@ class _TiedRows(NamedTuple):
         value, starts = np.unique(uncertainty[order], return_index=True)
         return cls(order, starts, value, failure[order])
 
-    def counts(self, times: Ints) -> TieCounts:
-        """Counts (B, G) of resamples; ``times`` (B, N) says how often each row is drawn."""
-        times_in_order = times[:, self.order]
-        size = np.add.reduceat(times_in_order, self.starts, axis=1)
-        wrong = np.add.reduceat(times_in_order * self.wrong, self.starts, axis=1)
+    def counts(self, n_draws: Ints) -> TieCounts:
+        """Counts (B, G) of resamples; ``n_draws`` (B, N) says how often each row is drawn."""
+        n_draws_in_order = n_draws[:, self.order]
+        size = np.add.reduceat(n_draws_in_order, self.starts, axis=1)
+        wrong = np.add.reduceat(n_draws_in_order * self.wrong, self.starts, axis=1)
         return TieCounts(self.value, size - wrong, wrong)
 
 

@@ -21,7 +21,7 @@ from vilu.metrics.selective import (
     naurc_kernel,
     risk_at_coverage_kernel,
 )
-from vilu.registry import ADDERS, Catalogue
+from vilu.registry import REGISTER_FUNCTIONS, Catalogue
 
 Kernel = Callable[[TieCounts], Floats]
 """Function from counts (..., G) to values (...) of a metric."""
@@ -100,7 +100,7 @@ _AUROC_OUTSIDE = "pictures of none of the classes against those of the classes, 
 # maps a risk to the title of the metric "coverage at this risk"
 _COVERAGE_TITLES = {"0.01": "Cov@1%", "0.05": "Cov@5%", "0.1": "Cov@10%"}
 # maps the name of each built-in metric to the metric, at first without a name
-_ENTRIES = {
+_BUILT_IN_METRICS = {
     "auroc": _AUROC,
     "fpr95": _FPR95,
     "auroc_within": _for_question(
@@ -193,7 +193,9 @@ _ENTRIES = {
     ),
 }
 METRICS = Catalogue[Metric]("metric", "vilu.metrics")
-METRICS.registered.update({name: replace(metric, name=name) for name, metric in _ENTRIES.items()})
+METRICS.registered.update(
+    {name: replace(metric, name=name) for name, metric in _BUILT_IN_METRICS.items()}
+)
 
 
 def evaluated_metrics() -> list[str]:
@@ -262,7 +264,7 @@ def _add_if_metric(candidate: object) -> bool:
     return True
 
 
-ADDERS["a vilu.metrics.catalog.Metric"] = _add_if_metric
+REGISTER_FUNCTIONS["a vilu.metrics.catalog.Metric"] = _add_if_metric
 
 
 def not_in_percent(metrics: Iterable[Metric]) -> str:

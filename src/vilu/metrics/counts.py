@@ -14,7 +14,8 @@ from vilu.validation import refuse_masked
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Positive = Literal["correct", "failure"]
+PositiveClass = Literal["correct", "failure"]
+"""Answers that a metric counts as the positive class: the correct answers, or the failures."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ class TieCounts:
             -self.value[::-1], correct=self.wrong[..., ::-1], wrong=self.correct[..., ::-1]
         )
 
-    def with_positive(self, positive: Positive) -> TieCounts:
+    def with_positive(self, positive: PositiveClass) -> TieCounts:
         """Counts with the answers of the class ``positive`` as ``correct``.
 
         The most typical score of this class is first.
@@ -84,7 +85,9 @@ class TieCounts:
         return self if positive == "correct" else self.with_roles_exchanged
 
 
-def check_pair(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
+def check_scores_and_failures(
+    uncertainty: ArrayLike, failure: ArrayLike
+) -> tuple[Floats, NDArray[np.bool_]]:
     """Uncertainty (N,) as float64 and failure (N,) as bool; DataError for invalid values."""
     scores: Floats = _vector_of_reals(uncertainty, "uncertainty").astype(np.float64, copy=False)
     failures: Floats = _vector_of_reals(failure, "failure").astype(np.float64, copy=False)
@@ -169,7 +172,7 @@ def tie_counts(
     uncertainty: ArrayLike, failure: ArrayLike, *, block_rows: int = BLOCK_ROWS
 ) -> TieCounts:
     """Counts (G,) per distinct uncertainty; ``block_rows`` rows are sorted at a time."""
-    scores, failures = check_pair(uncertainty, failure)
+    scores, failures = check_scores_and_failures(uncertainty, failure)
     blocks = []
     for start in range(0, len(scores), block_rows):
         rows = slice(start, start + block_rows)
@@ -177,12 +180,12 @@ def tie_counts(
     if len(blocks) == 1:
         return blocks[0]
     values_of_blocks = np.concatenate([block.value for block in blocks])
-    # ``index`` says where in ``value`` each score of each block is.
-    value, index = np.unique(values_of_blocks, return_inverse=True)
+    # for each score of each block, ``value_index`` is the position of the score in ``value``
+    value, value_index = np.unique(values_of_blocks, return_inverse=True)
     correct = np.zeros(len(value), np.int64)
-    np.add.at(correct, index, np.concatenate([block.correct for block in blocks]))
+    np.add.at(correct, value_index, np.concatenate([block.correct for block in blocks]))
     wrong = np.zeros(len(value), np.int64)
-    np.add.at(wrong, index, np.concatenate([block.wrong for block in blocks]))
+    np.add.at(wrong, value_index, np.concatenate([block.wrong for block in blocks]))
     return TieCounts(value, correct, wrong)
 
 
@@ -198,11 +201,11 @@ def _counts_of_block(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
 
 
 def ratio(
-    numerator: NDArray[np.generic], denominator: NDArray[np.generic], empty: float = np.nan
+    numerator: NDArray[np.generic], denominator: NDArray[np.generic], if_undefined: float = np.nan
 ) -> Floats:
-    """Quotient in float64; ``empty`` where the denominator is zero."""
+    """Quotient in float64; ``if_undefined`` where the denominator is zero."""
     shape = np.broadcast_shapes(np.shape(numerator), np.shape(denominator))
-    quotient: Floats = np.full(shape, empty)
+    quotient: Floats = np.full(shape, if_undefined)
     np.divide(numerator, denominator, out=quotient, where=np.asarray(denominator) != 0)
     return quotient
 
@@ -257,16 +260,16 @@ def first_rows(picture: Ints) -> Ints:
     return first_row
 
 
-def repeated_pictures(picture: Ints | None) -> Ints | None:
+def repeated_picture_numbers(picture: Ints | None) -> Ints | None:
     """For each row (N,), the number of the picture; None if no picture has two rows.
 
     Pictures are numbered from 0, in the order of the first rows.
 
     Examples:
         >>> import numpy as np
-        >>> from vilu.metrics.counts import repeated_pictures
+        >>> from vilu.metrics.counts import repeated_picture_numbers
         >>> picture = np.array([7, 3, 7, -1])  # rows 0 and 2 show the same picture
-        >>> repeated_pictures(picture).tolist()
+        >>> repeated_picture_numbers(picture).tolist()
         [0, 1, 0, 2]
     """
     if picture is None:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vilu.errors import DataError
-from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
+from vilu.metrics.counts import Floats, Ints, TieCounts, check_scores_and_failures
 
 MAX_BINS = 2**20
 """Maximum number of occupied bins. This many bins take 24 MB."""
@@ -42,7 +42,7 @@ _CODE_OF_ONE = _CODE_OF_HALF + _bits_of(0.5) - _BITS_OF_SMALLEST_GAP
 _BITS_OF_ONE = _bits_of(1.0)
 
 
-def codes(scores: Floats) -> Ints:
+def codes_of_scores(scores: Floats) -> Ints:
     """Codes (N,) int64 of finite scores: equal scores have equal codes, larger scores larger codes.
 
     The bits of a float64 would also be a valid code. But without the low bits, the bins would be
@@ -65,8 +65,8 @@ def codes(scores: Floats) -> Ints:
     return np.where(is_above_half, code_above_half, sign * code_up_to_half)
 
 
-def scores_of(code: Ints) -> Floats:
-    """Scores (N,) of codes (N,), the inverse of ``codes``."""
+def scores_of_codes(code: Ints) -> Floats:
+    """Scores (N,) of codes (N,), the inverse of ``codes_of_scores``."""
     code_size = np.abs(code)
     is_zero = code_size == 0
     is_above_half = code > _CODE_OF_HALF
@@ -118,11 +118,11 @@ class Histogram:
         """Histogram of rows with uncertainties (N,) and failures (N,)."""
         if not np.size(uncertainty) and not np.size(failure):
             return cls.empty()
-        scores, failures = check_pair(uncertainty, failure)
+        scores, failures = check_scores_and_failures(uncertainty, failure)
         scores = np.where(np.abs(scores) < _SMALLEST_MAGNITUDE, 0.0, scores)
         wrong = failures.astype(np.int64)
         one_bin_per_row = cls(
-            bins=codes(scores),
+            bins=codes_of_scores(scores),
             correct=1 - wrong,
             wrong=wrong,
             low=float(scores.min()),
@@ -192,11 +192,11 @@ class Histogram:
         return self.n
 
     @property
-    def rows_per_independent(self) -> float:
+    def design_effect(self) -> float:
         """Number of rows that count as one independent row: 1, because all rows are independent."""
         return 1.0
 
-    def n_independent(self) -> tuple[int, int]:
+    def n_independent_answers(self) -> tuple[int, int]:
         """Number of pictures with a wrong answer, and number of pictures with a right answer."""
         return self.n_failures, self.n - self.n_failures
 
@@ -227,9 +227,9 @@ class Histogram:
             return np.empty(0)
         first_code = self.bins << self.level
         last_code = first_code + (1 << self.level) - 1
-        smallest, largest = codes(np.array([self.low, self.high]))
-        start = scores_of(np.maximum(first_code, smallest))
-        end = scores_of(np.minimum(last_code, largest))
+        smallest, largest = codes_of_scores(np.array([self.low, self.high]))
+        start = scores_of_codes(np.maximum(first_code, smallest))
+        end = scores_of_codes(np.minimum(last_code, largest))
         return start / 2 + end / 2  # not (start + end) / 2, because the sum may overflow
 
     @property
@@ -275,17 +275,17 @@ class Histogram:
             return replace(self, level=level)
         order = np.argsort(self.bins, kind="stable")
         bins = self.bins[order]
-        starts = _starts_of_equals(bins)
+        starts = _starts_of_equal_bins(bins)
         while len(starts) > self.max_bins:
             bins = bins >> 1
             level += 1
-            starts = _starts_of_equals(bins)
+            starts = _starts_of_equal_bins(bins)
         correct = np.add.reduceat(self.correct[order], starts)
         wrong = np.add.reduceat(self.wrong[order], starts)
         return replace(self, bins=bins[starts], correct=correct, wrong=wrong, level=level)
 
 
-def _starts_of_equals(bins: Ints) -> Ints:
+def _starts_of_equal_bins(bins: Ints) -> Ints:
     """For each distinct number in the sorted ``bins`` (N,), the index of the first entry."""
     # A number different from the first entry is prepended, so index 0 is a start, too.
     different_number = ~bins[:1]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.metrics.counts import Floats, Ints, TieCounts, repeated_pictures, tie_counts
+from vilu.metrics.counts import Floats, Ints, TieCounts, repeated_picture_numbers, tie_counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class PictureScores:
     wrong: NDArray[np.bool_]  # (E,) whether the answers in the rows of each entry are wrong
     n_rows: Ints  # (E,) number of rows of each entry
     # (P,) number of pictures that each picture stands for; 1 before ``merge_equal_pictures``
-    n_alike: Ints
+    n_merged: Ints
 
     @classmethod
     def of(
@@ -53,7 +53,7 @@ class PictureScores:
             group=entry_group,
             wrong=entry_wrong,
             n_rows=n_rows,
-            n_alike=np.ones(int(picture.max()) + 1, np.int64),
+            n_merged=np.ones(int(picture.max()) + 1, np.int64),
         )
 
     @cached_property
@@ -62,7 +62,7 @@ class PictureScores:
 
         Each array has the pictures of a stratum.
         """
-        n_pictures = len(self.n_alike)
+        n_pictures = len(self.n_merged)
         has_wrong = np.bincount(self.picture[self.wrong], minlength=n_pictures) > 0
         has_right = np.bincount(self.picture[~self.wrong], minlength=n_pictures) > 0
         all_right = np.flatnonzero(~has_wrong)
@@ -83,33 +83,33 @@ class PictureScores:
         """
         pictures = np.concatenate(drawn_pictures, axis=1)
         n_resamples = len(pictures)
-        n_pictures = len(self.n_alike)
+        n_pictures = len(self.n_merged)
         # One bincount call counts all resamples: the cells of resample b begin at b * n_pictures.
         first_cell = n_pictures * np.arange(n_resamples)[:, None]
         cells = pictures + first_cell
-        times = np.bincount(cells.ravel(), minlength=n_resamples * n_pictures)
-        return self._counts_of_draws(times.reshape(n_resamples, n_pictures))
+        n_draws = np.bincount(cells.ravel(), minlength=n_resamples * n_pictures)
+        return self._counts_of_draws(n_draws.reshape(n_resamples, n_pictures))
 
     def observed_counts(self) -> TieCounts:
         """Counts (1, G) of the sample itself, with each row once."""
-        return self._counts_of_draws(self.n_alike[None])
+        return self._counts_of_draws(self.n_merged[None])
 
-    def _counts_of_draws(self, times: Ints) -> TieCounts:
-        """Counts (B, G) of resamples; ``times`` (B, P) says how often each picture is drawn."""
+    def _counts_of_draws(self, n_draws: Ints) -> TieCounts:
+        """Counts (B, G) of resamples; ``n_draws`` (B, P) says how often each picture is drawn."""
         return TieCounts(
             self.value,
-            correct=self._rows_per_score(times, ~self.wrong),
-            wrong=self._rows_per_score(times, self.wrong),
+            correct=self._rows_per_score(n_draws, ~self.wrong),
+            wrong=self._rows_per_score(n_draws, self.wrong),
         )
 
-    def _rows_per_score(self, times: Ints, is_counted: NDArray[np.bool_]) -> Ints:
+    def _rows_per_score(self, n_draws: Ints, is_counted: NDArray[np.bool_]) -> Ints:
         """Number (B, G) of drawn rows at each score, of the entries in a mask.
 
-        ``times`` (B, P) says how often each picture is drawn, and ``is_counted`` (E,) is the mask.
+        ``n_draws`` (B, P) says how often each picture is drawn; ``is_counted`` (E,) is the mask.
         """
-        n_resamples = len(times)
+        n_resamples = len(n_draws)
         n_scores = len(self.value)
-        n_rows = times[:, self.picture[is_counted]] * self.n_rows[is_counted]
+        n_rows = n_draws[:, self.picture[is_counted]] * self.n_rows[is_counted]
         # One bincount call counts all resamples: the cells of resample b begin at b * n_scores.
         first_cell = n_scores * np.arange(n_resamples)[:, None]
         cells = self.group[is_counted] + first_cell
@@ -121,10 +121,10 @@ class PictureScores:
         """The same counts, with one picture in place of all pictures with equal rows.
 
         Only pictures with a single entry are merged. Two such pictures are equal if score,
-        correctness and number of rows are equal. ``n_alike`` is the number of pictures that each
+        correctness and number of rows are equal. ``n_merged`` is the number of pictures that each
         picture stands for.
         """
-        n_pictures = len(self.n_alike)
+        n_pictures = len(self.n_merged)
         n_entries = np.bincount(self.picture, minlength=n_pictures)  # of each picture
         is_single = n_entries[self.picture] == 1  # whether the picture has a single entry
         # Equal keys belong to the same kind of picture.
@@ -141,7 +141,7 @@ class PictureScores:
             group=np.concatenate([kind_group, self.group[~is_single]]),
             wrong=np.concatenate([kind_wrong, self.wrong[~is_single]]),
             n_rows=np.concatenate([kind_n_rows, self.n_rows[~is_single]]),
-            n_alike=np.concatenate([n_of_kind, np.ones(len(unmerged_pictures), np.int64)]),
+            n_merged=np.concatenate([n_of_kind, np.ones(len(unmerged_pictures), np.int64)]),
         )
 
     def resample_blocks(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[TieCounts]:
@@ -151,13 +151,13 @@ class PictureScores:
         drawn follows a multinomial distribution.
         """
         for size in sizes:
-            times = np.zeros((size, len(self.n_alike)), np.int64)
+            n_draws = np.zeros((size, len(self.n_merged)), np.int64)
             for stratum in self.strata:
-                n_alike = self.n_alike[stratum]
-                n = int(n_alike.sum())
+                n_merged = self.n_merged[stratum]
+                n = int(n_merged.sum())
                 if n:
-                    times[:, stratum] = rng.multinomial(n, n_alike / n, size=size)
-            yield self._counts_of_draws(times)
+                    n_draws[:, stratum] = rng.multinomial(n, n_merged / n, size=size)
+            yield self._counts_of_draws(n_draws)
 
 
 def _join_key(number: Ints, group: Ints, wrong: NDArray[np.bool_], n_groups: int) -> Ints:
@@ -197,11 +197,11 @@ class ScoredRows:
         return int(self.failure.sum())
 
     @property
-    def rows_per_independent(self) -> float:
+    def design_effect(self) -> float:
         """Number of rows that count as one independent row (the function of the same name)."""
-        return rows_per_independent(self.picture)
+        return design_effect(self.picture)
 
-    def n_independent(self) -> tuple[int, int]:
+    def n_independent_answers(self) -> tuple[int, int]:
         """Number of pictures with a wrong answer, and number of pictures with a right answer."""
         picture = np.arange(self.n) if self.picture is None else self.picture
         is_wrong = self.failure == 1
@@ -209,7 +209,7 @@ class ScoredRows:
 
     def take(self, mask: NDArray[np.bool_]) -> ScoredRows:
         """The rows with True in the ``mask`` (N,)."""
-        picture = None if self.picture is None else repeated_pictures(self.picture[mask])
+        picture = None if self.picture is None else repeated_picture_numbers(self.picture[mask])
         return ScoredRows(self.uncertainty[mask], self.failure[mask], self.note, picture)
 
     def counts(self) -> TieCounts:
@@ -217,7 +217,7 @@ class ScoredRows:
         return tie_counts(self.uncertainty, self.failure)
 
 
-def rows_per_independent(picture: Ints | None) -> float:
+def design_effect(picture: Ints | None) -> float:
     """Number of rows that give as much information as one independent row (Kish 1965).
 
     The assumption is that all rows of a picture give the same information. If picture p has m_p of
@@ -230,12 +230,12 @@ def rows_per_independent(picture: Ints | None) -> float:
 
     Examples:
         >>> import numpy as np
-        >>> from vilu.metrics.pictures import rows_per_independent
+        >>> from vilu.metrics.pictures import design_effect
         >>> picture = np.array([0, 0, 1, 1])  # two rows of each picture
-        >>> rows_per_independent(picture)
+        >>> design_effect(picture)
         2.0
         >>> picture = np.array([0, 0, 0, 1])  # three rows of a picture, one row of another
-        >>> rows_per_independent(picture)  # (3^2 + 1^2) / 4
+        >>> design_effect(picture)  # (3^2 + 1^2) / 4
         2.5
     """
     if picture is None:
@@ -245,8 +245,8 @@ def rows_per_independent(picture: Ints | None) -> float:
 
 
 def independent_counts(counts: TieCounts, picture: Ints) -> TieCounts:
-    """Counts (G,) divided by ``rows_per_independent``: effective counts of independent rows."""
-    divisor = rows_per_independent(picture)
+    """Counts (G,) divided by ``design_effect``: effective counts of independent rows."""
+    divisor = design_effect(picture)
     correct: NDArray[Any] = counts.correct / divisor
     wrong: NDArray[Any] = counts.wrong / divisor
     return TieCounts(counts.value, correct=correct, wrong=wrong)

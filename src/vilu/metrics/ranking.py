@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vilu.errors import UsageError
-from vilu.metrics.counts import Floats, Ints, Positive, TieCounts, ratio, tie_counts
+from vilu.metrics.counts import Floats, Ints, PositiveClass, TieCounts, ratio, tie_counts
 from vilu.validation import checked, require_one_of
 
 Rule = Literal["interpolate", "first", "nearest"]
@@ -49,7 +49,7 @@ def fpr_at_tpr(
     uncertainty: ArrayLike,
     failure: ArrayLike,
     level: float = 0.95,
-    positive: Positive = "correct",
+    positive: PositiveClass = "correct",
     rule: Rule = "interpolate",
 ) -> float:
     """False positive rate where the true positive rate reaches ``level`` (FPR95).
@@ -131,7 +131,7 @@ def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
 @checked
 def roc_curve_points(
-    uncertainty: ArrayLike, failure: ArrayLike, positive: Positive = "correct"
+    uncertainty: ArrayLike, failure: ArrayLike, positive: PositiveClass = "correct"
 ) -> tuple[Floats, Floats]:
     """False positive rates (G+1,) and true positive rates (G+1,), from (0, 0) to (1, 1).
 
@@ -153,7 +153,7 @@ def roc_curve_points(
         >>> true_positive_rate  # correct answers accepted
         array([0. , 0.5, 0.5, 1. , 1. ])
     """
-    require_one_of("positive", positive, get_args(Positive))
+    require_one_of("positive", positive, get_args(PositiveClass))
     return _roc_points(tie_counts(uncertainty, failure).with_positive(positive))
 
 
@@ -172,13 +172,13 @@ def auroc_kernel(counts: TieCounts) -> Floats:
 def fpr_at_tpr_kernel(
     counts: TieCounts,
     level: float = 0.95,
-    positive: Positive = "correct",
+    positive: PositiveClass = "correct",
     rule: Rule = "interpolate",
 ) -> Floats:
     """False positive rate (...); see ``fpr_at_tpr``."""
     if not 0 < level <= 1:
         raise UsageError(f"level must be a true positive rate in (0, 1]. Got {level} instead.")
-    require_one_of("positive", positive, get_args(Positive))
+    require_one_of("positive", positive, get_args(PositiveClass))
     require_one_of("rule", rule, get_args(Rule))
     fpr, tpr = _roc_points(counts.with_positive(positive))
     if rule == "first":
@@ -205,15 +205,15 @@ def _interpolated_fpr(fpr: Floats, tpr: Floats, level: float) -> Floats:
     fpr_before = _entries_at(index_before, fpr)
     tpr_step = _entries_at(index_after, tpr) - tpr_before
     fpr_step = _entries_at(index_after, fpr) - fpr_before
-    share_of_step = ratio(level - tpr_before, tpr_step, empty=0.0)
+    share_of_step = ratio(level - tpr_before, tpr_step, if_undefined=0.0)
     return fpr_before + share_of_step * fpr_step
 
 
-def aupr_kernel(counts: TieCounts, positive: Positive) -> Floats:
+def aupr_kernel(counts: TieCounts, positive: PositiveClass) -> Floats:
     """Average precision (...) of the class ``positive``."""
     # In these counts, "correct" means "of the positive class".
     positive_counts = counts.with_positive(positive)
-    precision = ratio(positive_counts.accepted_correct, positive_counts.accepted, empty=0.0)
+    precision = ratio(positive_counts.accepted_correct, positive_counts.accepted, if_undefined=0.0)
     total_precision = (positive_counts.correct * precision).sum(-1)
     return ratio(total_precision, positive_counts.n_correct)
 

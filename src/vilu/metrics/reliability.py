@@ -17,7 +17,7 @@ from vilu.validation import checked, require_at_least, require_one_of
 
 Binning = Literal["width", "mass"]
 
-LEAST_DISTANCE = 1e-12
+PROBABILITY_MARGIN = 1e-12
 """Before a logarithm is taken, probabilities are clipped to this distance from 0 and from 1."""
 
 
@@ -238,6 +238,6 @@ def brier_kernel(counts: TieCounts) -> Floats:
 
 def log_loss_kernel(counts: TieCounts) -> Floats:
     """Log-loss (...)."""
-    p = counts.value.clip(LEAST_DISTANCE, 1 - LEAST_DISTANCE)
+    p = counts.value.clip(PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN)
     log_likelihood = (counts.wrong * np.log(p) + counts.correct * np.log1p(-p)).sum(-1)
     return ratio(-log_likelihood, counts.n)

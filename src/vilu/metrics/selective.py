@@ -20,7 +20,7 @@ Convention = Literal["mean", "trapezoid"]
 
 _HARMONIC: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])
 """Harmonic numbers H_0 ... H_65535, where H_n = 1 + 1/2 + ... + 1/n."""
-TABLE_SIZE = 2**21
+HARMONIC_TABLE_SIZE = 2**21
 """Number of harmonic numbers in a table. The table is used for data sets with fewer rows.
 
 The table takes 16 MB. Reading the table is five times as fast as computing logarithms.
@@ -209,7 +209,7 @@ def risk_at_coverage_kernel(counts: TieCounts, coverage: float) -> Floats:
     # number (..., G) of accepted rows at each score. At the last accepted score this may be only
     # a part of the rows.
     n_at_score = np.clip(n_accepted[..., None] - n_before, 0, counts.size)
-    error_rate = ratio(counts.wrong, counts.size, empty=0.0)
+    error_rate = ratio(counts.wrong, counts.size, if_undefined=0.0)
     n_wrong = (n_at_score * error_rate).sum(-1)
     return ratio(n_wrong, n_accepted)
 
@@ -227,7 +227,7 @@ def _harmonic(n: Ints) -> Floats:
     largest = int(n.max(initial=0))
     if largest < len(_HARMONIC):
         return _HARMONIC[n]
-    if largest < TABLE_SIZE:
+    if largest < HARMONIC_TABLE_SIZE:
         return _harmonic_table()[n]
     last = len(_HARMONIC) - 1
     exact = _HARMONIC[np.minimum(n, last)]
@@ -241,16 +241,16 @@ def _harmonic_of_large(n: Ints) -> Floats:
     for ``_HARMONIC``. For a smaller n the result is wrong, and callers do not use the result.
     """
     smallest_large = len(_HARMONIC)
-    large = np.maximum(n, smallest_large).astype(np.float64)
-    harmonic: Floats = np.log(large) + np.euler_gamma + 1 / (2 * large) - 1 / (12 * large**2)
+    large_n = np.maximum(n, smallest_large).astype(np.float64)
+    harmonic: Floats = np.log(large_n) + np.euler_gamma + 1 / (2 * large_n) - 1 / (12 * large_n**2)
     return harmonic
 
 
 @cache
 def _harmonic_table() -> Floats:
-    """Table of H_0 to H_(TABLE_SIZE - 1), computed on first use."""
-    large = np.arange(len(_HARMONIC), TABLE_SIZE)
-    return np.concatenate([_HARMONIC, _harmonic_of_large(large)])
+    """Table of H_0 to H_(HARMONIC_TABLE_SIZE - 1), computed on first use."""
+    large_n = np.arange(len(_HARMONIC), HARMONIC_TABLE_SIZE)
+    return np.concatenate([_HARMONIC, _harmonic_of_large(large_n)])
 
 
 def _mean_risk(counts: TieCounts) -> Floats:
@@ -267,7 +267,7 @@ def _mean_risk(counts: TieCounts) -> Floats:
     """
     n_before = counts.accepted - counts.size
     wrong_before = counts.accepted_wrong - counts.wrong
-    error_rate = ratio(counts.wrong, counts.size, empty=0.0)
+    error_rate = ratio(counts.wrong, counts.size, if_undefined=0.0)
     harmonic_difference = _harmonic(counts.accepted) - _harmonic(n_before)
     # For a block of one row the difference is 1 / (s + 1), computed here without cancellation.
     np.divide(1.0, counts.accepted, out=harmonic_difference, where=counts.size == 1)
@@ -277,7 +277,7 @@ def _mean_risk(counts: TieCounts) -> Floats:
 
 def _trapezoid_risk(counts: TieCounts) -> Floats:
     """Area (...) under the risk-coverage curve by trapezoids over the distinct scores."""
-    risk = ratio(counts.accepted_wrong, counts.accepted, empty=0.0)
+    risk = ratio(counts.accepted_wrong, counts.accepted, if_undefined=0.0)
     n_before = counts.accepted - counts.size
     # Shift the risks by one score. The first score gets the risk of the last score. This entry is
     # not used, because the risk is constant below the smallest coverage.

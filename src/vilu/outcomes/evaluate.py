@@ -16,23 +16,23 @@ from vilu.metrics.bootstrap import (
     Interval,
     OwnInterval,
     intervals_of,
-    paired_across,
+    paired_across_answers,
     paired_bootstrap,
 )
 from vilu.metrics.catalog import METRICS, Kernel, Metric, Question, evaluated_metrics, get_metric
-from vilu.metrics.counts import repeated_pictures, tie_counts
-from vilu.outcomes.outcomes import Outcomes, Scores, Tallied, Tally, facts_of
-from vilu.outcomes.results import ResultRow, ResultTable, name_of
+from vilu.metrics.counts import repeated_picture_numbers, tie_counts
+from vilu.outcomes.outcomes import Outcomes, Scores, SupportsTally, Tally, identity_fields
+from vilu.outcomes.results import ResultRow, ResultTable, scores_name
 from vilu.validation import checked, describe_value, require_at_least
 
-MANY_REPEATS = 0.01  # a warning follows if more than this share of rows repeat a picture
-MIN_OF_EACH_KIND = 30  # a warning follows if fewer answers are wrong, or if fewer are right
+MAX_SHARE_OF_REPEATS = 0.01  # a warning follows if more than this share of rows repeat a picture
+MIN_ANSWERS_OF_EACH_KIND = 30  # a warning follows if fewer answers are wrong, or if fewer are right
 MAX_SENTENCES = 3  # maximum number of sentences in a warning
 
 
 @checked
 def evaluate(
-    outcomes: Tallied | Iterable[Tallied],
+    outcomes: SupportsTally | Iterable[SupportsTally],
     *,
     metrics: Sequence[str] | None = None,
     n_resamples: int = 1000,
@@ -101,7 +101,7 @@ def evaluate(
         repeats_sentences += _warnings_of_repeats(tally)
         if tally.n_seen_in_fit:
             fitted_rows_sentences.append(
-                f"at least {tally.n_seen_in_fit} of them for {_scores_name(tally)}"
+                f"at least {tally.n_seen_in_fit} of them for {_scores_in_words(tally)}"
             )
     if fitted_rows_sentences:
         warn_caller(
@@ -151,13 +151,13 @@ def _is_suitable(metric: Metric, tally: Tally) -> bool:
     return metric.question == "failure" or has_rows_outside
 
 
-def _tallies(outcomes: Tallied | Iterable[object]) -> list[Tally]:
+def _tallies(outcomes: SupportsTally | Iterable[object]) -> list[Tally]:
     """Count the rows of one or several ``Outcomes`` or ``ScoreFolder``."""
-    if isinstance(outcomes, Tallied):
+    if isinstance(outcomes, SupportsTally):
         return [outcomes.tally()]
     tallies = []
     for item in outcomes:
-        if not isinstance(item, Tallied):
+        if not isinstance(item, SupportsTally):
             wrong_value: object = item
             if hasattr(outcomes, "shape"):  # the message names the whole array
                 wrong_value = outcomes
@@ -212,11 +212,11 @@ class Comparison:
 
     def to_dict(self) -> dict[str, object]:
         """The comparison as a plain dictionary, with None for undefined numbers."""
-        facts: dict[str, object] = asdict(self)
-        for name, value in facts.items():
+        values_by_name: dict[str, object] = asdict(self)
+        for name, value in values_by_name.items():
             if isinstance(value, float):
-                facts[name] = _none_for_nan(value)
-        return facts
+                values_by_name[name] = _none_for_nan(value)
+        return values_by_name
 
 
 @checked
@@ -291,7 +291,7 @@ def compare(
         failure_b = failure_a  # also for the question "outside"
         result = paired_bootstrap(metric, uncertainty_a, uncertainty_b, failure_a, **settings)
     else:
-        result = paired_across(
+        result = paired_across_answers(
             metric_to_compare.kernel,
             (uncertainty_a, failure_a),
             (uncertainty_b, failure_b),
@@ -327,16 +327,17 @@ def _method_name(outcomes: Outcomes) -> str | None:
     """Name of the method and of the kind of judged answers; None if the method is not known."""
     if not outcomes.method:
         return outcomes.method
-    return name_of(outcomes.method, outcomes.answer)
+    return scores_name(outcomes.method, outcomes.answer)
 
 
 def _different_answers_message(metric: Metric, a: Outcomes, b: Outcomes) -> str:
     """Message: this metric cannot compare two kinds of answers, but some metrics can."""
     comparable = [name for name, entry in METRICS.items() if entry.across_answers]
     return (
-        f"{metric.title} says how well wrong answers are told from right ones. {_scores_name(a)} "
-        f"judges {a.answer} answers and {_scores_name(b)} judges {b.answer} answers, so they are "
-        f"wrong in other rows. Compare one of {', '.join(comparable)} instead."
+        f"{metric.title} says how well wrong answers are told from right ones. "
+        f"{_scores_in_words(a)} judges {a.answer} answers and {_scores_in_words(b)} judges "
+        f"{b.answer} answers, so they are wrong in other rows. Compare one of "
+        f"{', '.join(comparable)} instead."
     )
 
 
@@ -346,7 +347,7 @@ def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.i
     The numbers come from ``a`` if two rows of ``a`` show the same picture, or else from ``b``.
     """
     for outcomes in (a, b):
-        picture = repeated_pictures(outcomes.identities(rows))
+        picture = repeated_picture_numbers(outcomes.identities(rows))
         if picture is not None:
             return picture
     return None
@@ -361,7 +362,7 @@ def _as_probability(outcomes: Outcomes, metric: str) -> Outcomes:
         return replace(outcomes, uncertainty=outcomes.failure_probability)
     if not outcomes.is_probability:
         raise DataError(
-            f"{metric} needs failure probabilities, but the scores of {_scores_name(outcomes)} "
+            f"{metric} needs failure probabilities, but the scores of {_scores_in_words(outcomes)} "
             "are not."
         )
     return outcomes
@@ -374,19 +375,19 @@ class Resampling(NamedTuple):
     confidence: float  # coverage of the intervals
     seed: int
 
-    def describe(self, kernel: Kernel, source: Scores) -> str:
+    def describe(self, kernel: Kernel, scores: Scores) -> str:
         """Text on how the interval of a metric of these rows is made."""
         percent = f"{100 * self.confidence:g} %"
         text = f"{percent} stratified bootstrap, {self.n} resamples"
         if isinstance(kernel, OwnInterval):
             text = f"{percent}, {kernel.interval_note}, {self.n} draws"
-        pictures_repeat = source.n_pictures != source.n
+        pictures_repeat = scores.n_pictures != scores.n
         if pictures_repeat:
             return f"{text} of pictures"
         return text
 
 
-UNDEFINED = Interval(value=math.nan, ci_low=math.nan, ci_high=math.nan)
+UNDEFINED_INTERVAL = Interval(value=math.nan, ci_low=math.nan, ci_high=math.nan)
 """Result of an undefined metric."""
 
 
@@ -397,15 +398,16 @@ def _result_rows(
     scores = tally.scores
     if not scores.n:
         raise DataError(
-            f"the outcomes of {_scores_name(tally)} have no row to evaluate: {tally.n_unlabelled} "
-            f"have an unknown failure and {tally.n_unusable} no uncertainty. Give labelled data."
+            f"the outcomes of {_scores_in_words(tally)} have no row to evaluate: "
+            f"{tally.n_unlabelled} have an unknown failure and {tally.n_unusable} no uncertainty. "
+            "Give labelled data."
         )
     intervals = _intervals(tally, metrics, resampling)
     n_pictures = None
     if scores.n_pictures != scores.n:
         n_pictures = scores.n_pictures
-    facts = {
-        **facts_of(tally),
+    common_fields = {
+        **identity_fields(tally),
         "n": scores.n,
         "n_failures": scores.n_failures,
         "accuracy": 1 - scores.n_failures / scores.n,
@@ -417,17 +419,19 @@ def _result_rows(
     }
     rows = []
     for name, metric in metrics.items():
-        interval = intervals.get(name, UNDEFINED)
-        source = tally.rows_for(metric) or scores  # ``scores`` if there are no probabilities
+        interval = intervals.get(name, UNDEFINED_INTERVAL)
+        scores_of_metric = (
+            tally.rows_for(metric) or scores
+        )  # ``scores`` if there are no probabilities
         why = None
         if math.isnan(interval.value):
             why = _why_no_value(metric, tally)
         interval_text = None
         if not math.isnan(interval.ci_low):
-            interval_text = resampling.describe(metric.kernel, source)
-        conventions = [text for text in (metric.convention, source.note) if text]
+            interval_text = resampling.describe(metric.kernel, scores_of_metric)
+        conventions = [text for text in (metric.convention, scores_of_metric.note) if text]
         row = ResultRow(
-            **facts,
+            **common_fields,
             metric=name,
             value=_none_for_nan(interval.value),
             ci_low=_none_for_nan(interval.ci_low),
@@ -449,48 +453,48 @@ def _intervals(
     are no probabilities.
     """
     # The keys are the ``id`` of the rows, because the rows are not hashable.
-    sources: dict[int, Scores] = {}
-    kernels_of_source: dict[int, dict[str, Kernel]] = {}
+    scores_by_id: dict[int, Scores] = {}
+    kernels_by_id: dict[int, dict[str, Kernel]] = {}
     for name, metric in metrics.items():
-        source = tally.rows_for(metric)
-        if source is not None:
-            sources[id(source)] = source
-            # a new dictionary at the first metric of the source
-            kernels = kernels_of_source.setdefault(id(source), {})
+        scores = tally.rows_for(metric)
+        if scores is not None:
+            scores_by_id[id(scores)] = scores
+            # a new dictionary at the first metric of the scores
+            kernels = kernels_by_id.setdefault(id(scores), {})
             kernels[name] = metric.kernel
     intervals: dict[str, Interval] = {}
-    for key, source in sources.items():
-        intervals |= _measure(source, kernels_of_source[key], resampling)
+    for scores_id, scores in scores_by_id.items():
+        intervals |= _measure_metrics(scores, kernels_by_id[scores_id], resampling)
     return intervals
 
 
 def _why_no_value(metric: Metric, tally: Tally) -> str:
     """Why a metric has no value for these rows."""
-    source = tally.rows_for(metric)
-    if source is None:
+    scores = tally.rows_for(metric)
+    if scores is None:
         return "the uncertainty is not a probability"
-    return _why_only_one_kind(source.n, source.n_failures, metric.question)
+    return _why_only_one_kind(scores.n, scores.n_failures, metric.question)
 
 
-def _measure(
-    source: Scores, kernels: Mapping[str, Kernel], resampling: Resampling
+def _measure_metrics(
+    scores: Scores, kernels: Mapping[str, Kernel], resampling: Resampling
 ) -> dict[str, Interval]:
     """Map the names of the metrics to values, with intervals if intervals can be computed.
 
     Intervals need ``resampling.n`` > 0, and both failures and successes.
     """
-    has_failures_and_successes = 0 < source.n_failures < source.n
+    has_failures_and_successes = 0 < scores.n_failures < scores.n
     if resampling.n and has_failures_and_successes:
         return intervals_of(
-            source,
+            scores,
             kernels,
             n_resamples=resampling.n,
             confidence=resampling.confidence,
             seed=resampling.seed,
         )
-    if not source.n:
-        return dict.fromkeys(kernels, UNDEFINED)
-    counts = source.counts()
+    if not scores.n:
+        return dict.fromkeys(kernels, UNDEFINED_INTERVAL)
+    counts = scores.counts()
     measured = {}
     for name, kernel in kernels.items():
         value = float(kernel(counts))
@@ -513,7 +517,7 @@ def _uncertainty_and_failure(
         n_known = np.count_nonzero(outcomes.failure != UNKNOWN)
         n_scored = np.count_nonzero(np.isfinite(outcomes.uncertainty))
         raise DataError(
-            f"the outcomes of {_scores_name(outcomes)} have no row to evaluate: of "
+            f"the outcomes of {_scores_in_words(outcomes)} have no row to evaluate: of "
             f"{len(outcomes)}, {n_known} have a known failure and {n_scored} an uncertainty. Give "
             "labelled data."
         )
@@ -522,7 +526,7 @@ def _uncertainty_and_failure(
 
 def require_same_rows(a: Outcomes, b: Outcomes) -> None:
     """Refuse outcomes with a different number of rows, different ids, or different ``outside``."""
-    names = f"{_scores_name(a)} and {_scores_name(b)}"
+    names = f"{_scores_in_words(a)} and {_scores_in_words(b)}"
     if len(a) != len(b):
         raise ProvenanceError(
             f"{names} must be of the same rows. Got {len(a)} and {len(b)} rows instead."
@@ -556,44 +560,44 @@ def _require_equal(
     differing_rows = np.flatnonzero(values_a != values_b)
     if len(differing_rows):
         raise ProvenanceError(
-            f"{_scores_name(a)} and {_scores_name(b)} must be of the same answers. "
+            f"{_scores_in_words(a)} and {_scores_in_words(b)} must be of the same answers. "
             f"{len(differing_rows)} {values_name} differ, the first in row {differing_rows[0]}; "
             "score both on one data set with one backbone."
         )
 
 
 def _warnings_of_repeats(tally: Tally) -> list[str]:
-    """Return a list with one warning if more than ``MANY_REPEATS`` of the rows repeat a picture.
+    """Return one warning if more than ``MAX_SHARE_OF_REPEATS`` of the rows repeat a picture.
 
     Otherwise the list is empty.
     """
     scores = tally.scores
-    if scores.n_pictures >= (1 - MANY_REPEATS) * scores.n:
+    if scores.n_pictures >= (1 - MAX_SHARE_OF_REPEATS) * scores.n:
         return []
-    rows = f"the {scores.n} rows of {_scores_name(tally)}"
+    rows = f"the {scores.n} rows of {_scores_in_words(tally)}"
     if tally.has_clusters:
         return [f"{rows} are of {scores.n_pictures} clusters"]
     return [f"{rows} show {scores.n_pictures} pictures"]
 
 
 def _warnings_of_few_answers(tally: Tally) -> list[str]:
-    """Make one warning for each kind of answers with fewer than ``MIN_OF_EACH_KIND`` answers.
+    """Make one warning for each kind with fewer than ``MIN_ANSWERS_OF_EACH_KIND`` answers.
 
     The kinds are wrong answers and right answers. If some pictures are of none of the classes,
     wrong answers within the classes and pictures of none of the classes are two more kinds.
     Several answers for one picture count once.
     """
-    n_wrong, n_right = tally.scores.n_independent()
+    n_wrong, n_right = tally.scores.n_independent_answers()
     n_of_kind = {"wrong answers": n_wrong, "right answers": n_right}
-    n_outside, _ = tally.outside.n_independent()
+    n_outside, _ = tally.outside.n_independent_answers()
     if n_outside:
-        n_wrong_within, _ = tally.within.n_independent()
+        n_wrong_within, _ = tally.within.n_independent_answers()
         n_of_kind["wrong answers within the classes"] = n_wrong_within
         n_of_kind["pictures of none of the classes"] = n_outside
     warnings = []
     for kind, n in n_of_kind.items():
-        if n < MIN_OF_EACH_KIND:
-            warnings.append(f"{_scores_name(tally)} has only {n} {kind}")
+        if n < MIN_ANSWERS_OF_EACH_KIND:
+            warnings.append(f"{_scores_in_words(tally)} has only {n} {kind}")
     return warnings
 
 
@@ -612,11 +616,11 @@ def _why_only_one_kind(n: int, n_failures: int, question: Question) -> str:
     return f"all of {n} answers are {KIND_IN_WORDS[question]}"
 
 
-def _scores_name(outcomes: Outcomes | Tally) -> str:
+def _scores_in_words(outcomes: Outcomes | Tally) -> str:
     """Name of scores in messages, such as "mcm on pets"."""
     name = "the scores"
     if outcomes.method is not None:
-        name = name_of(outcomes.method, outcomes.answer)
+        name = scores_name(outcomes.method, outcomes.answer)
     if outcomes.dataset:
         return f"{name} on {outcomes.dataset}"
     return name

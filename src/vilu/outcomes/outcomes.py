@@ -18,7 +18,7 @@ from vilu.artifacts.paths import claim_file, inputs_entry
 from vilu.artifacts.tables import read_column, read_table, write_table
 from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, MissingModelError, UsageError
 from vilu.metrics.catalog import Metric
-from vilu.metrics.counts import check_codes, check_pictures, real_vector, repeated_pictures
+from vilu.metrics.counts import check_codes, check_pictures, real_vector, repeated_picture_numbers
 from vilu.metrics.histogram import Histogram
 from vilu.metrics.pictures import ScoredRows
 from vilu.outcomes.decisions import ACCEPT, REVIEW
@@ -57,12 +57,12 @@ def check_texts(
     if is_no_list or not isinstance(values, Iterable):
         raise DataError(f"{name} must be a list of texts. Got {type(values).__name__} instead.")
     texts = tuple(values)
-    allowed = (str, NoneType) if optional else (str,)
+    allowed_types = (str, NoneType) if optional else (str,)
     types = set(map(type, texts))  # fast, also for a million texts
-    if types.issubset(allowed):
+    if types.issubset(allowed_types):
         return texts
     for row, text in enumerate(texts):
-        if not isinstance(text, allowed):
+        if not isinstance(text, allowed_types):
             raise DataError(f"{name} must hold texts. Got {text!r} in row {row} instead.")
     return texts
 
@@ -108,11 +108,11 @@ def check_probabilities(values: ArrayLike | None, name: str) -> NDArray[np.float
     return numbers
 
 
-def plain_values(column: pa.ChunkedArray, kind: str) -> Any:  # noqa: ANN401 - depends on the kind
+def plain_values(column: pa.ChunkedArray, column_type: str) -> Any:  # noqa: ANN401 - by type
     """Values of a column, with -1 (integers), NaN (floats) or None (texts) for null."""
-    if kind == "string":
+    if column_type == "string":
         return column.to_pylist()
-    return column.fill_null(MISSING_VALUE[kind]).to_numpy()
+    return column.fill_null(MISSING_VALUE[column_type]).to_numpy()
 
 
 Scores = ScoredRows | Histogram
@@ -148,13 +148,13 @@ class Tally:
         return rows[metric.question]
 
 
-def facts_of(scores: object) -> dict[str, Any]:
-    """Names and values of the fields in ``FACT_FIELDS``."""
-    return {name: getattr(scores, name) for name in FACT_FIELDS}
+def identity_fields(scores: object) -> dict[str, Any]:
+    """Names and values of the fields in ``IDENTITY_FIELDS``."""
+    return {name: getattr(scores, name) for name in IDENTITY_FIELDS}
 
 
 @runtime_checkable
-class Tallied(Protocol):
+class SupportsTally(Protocol):
     """Scores that can be evaluated: ``Outcomes`` or a ``ScoreFolder``."""
 
     def tally(self) -> Tally:
@@ -196,10 +196,10 @@ COLUMN_OF_FIELD = {"prediction": "pred", "target": "label", "ids": "key", "pictu
 MISSING_VALUE = {"int64": UNKNOWN, "float64": np.nan, "string": None}
 """Maps the type of a column to the value of a missing entry."""
 
-FACT_FIELDS = ("method", "dataset", "split", "seed", "answer")
+IDENTITY_FIELDS = ("method", "dataset", "split", "seed", "answer")
 """Names of the fields that identify scores."""
 
-TYPE_OF_FACT = {
+COMMON_FIELD_TYPES = {
     "method": str | None,
     "dataset": str | None,
     "split": str | None,
@@ -216,11 +216,11 @@ FILLABLE_COLUMNS = ("prediction", "target", "reason", "picture", "cluster")
 PROBLEM_ENTRIES = ("space", "predictor_space", "n_candidates", "pool_size")
 """Entries of the provenance that describe the difficulty of the problem."""
 
-ADDED_ENTRIES = ("n_seen_in_fit", "n_compared_with_fit")
+SUMMED_ENTRIES = ("n_seen_in_fit", "n_compared_with_fit")
 """Entries of the provenance with numbers of rows; ``concat`` adds up these numbers."""
 
 
-def _require_alike(first: Outcomes, part: Outcomes) -> None:
+def _require_joinable(first: Outcomes, part: Outcomes) -> None:
     """Raise DataError if two outcomes differ in the method or in the problem."""
     for name in ("method", "answer", "class_names", "is_probability"):
         _require_equal(name, getattr(first, name), getattr(part, name))
@@ -242,7 +242,7 @@ def _require_equal(name: str, first: object, value: object) -> None:
         )
 
 
-def _join_column(parts: Sequence[Outcomes], name: str, kind: str) -> Any:  # noqa: ANN401
+def _join_column(parts: Sequence[Outcomes], name: str, column_type: str) -> Any:  # noqa: ANN401
     """An optional column of all parts; parts without this column get missing values."""
     columns = [getattr(part, name) for part in parts]
     if all(column is None for column in columns):
@@ -250,7 +250,7 @@ def _join_column(parts: Sequence[Outcomes], name: str, kind: str) -> Any:  # noq
     values: list[Any] = []
     for part, column in zip(parts, columns, strict=True):
         if column is None:
-            values += [MISSING_VALUE[kind]] * len(part)
+            values += [MISSING_VALUE[column_type]] * len(part)
         else:
             values += list(column)
     return values
@@ -262,7 +262,7 @@ def _join_provenance(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in parts[0]:
         values: list[Any] = [part.get(name) for part in parts]
         common_value = _common_value(values)
-        if name in ADDED_ENTRIES and None not in values:
+        if name in SUMMED_ENTRIES and None not in values:
             joined[name] = sum(values)
         elif common_value is not None:
             joined[name] = common_value
@@ -346,7 +346,7 @@ class Outcomes:
     """
 
     # says how to get outcomes, in messages about a wrong argument
-    how: ClassVar[str] = "vilu.Outcomes (vilu.score(predictor, data) gives them)"
+    how_to_make: ClassVar[str] = "vilu.Outcomes (vilu.score(predictor, data) gives them)"
 
     uncertainty: NDArray[np.float64]
     failure: NDArray[np.int64]
@@ -402,7 +402,7 @@ class Outcomes:
             object.__setattr__(self, name, column)
         object.__setattr__(self, "class_names", names)
         self._set_outside()
-        self._check_facts()
+        self._check_common_fields()
         self._check_uncertainty()
 
     def _set_outside(self) -> None:
@@ -455,14 +455,14 @@ class Outcomes:
                     f"a probability must be in [0, 1]. Got {smallest:.6g} to {largest:.6g} instead."
                 )
 
-    def _check_facts(self) -> None:
-        """Check the fields with one value for all rows (``TYPE_OF_FACT``)."""
-        for name, kind in TYPE_OF_FACT.items():
+    def _check_common_fields(self) -> None:
+        """Check the fields with one value for all rows (``COMMON_FIELD_TYPES``)."""
+        for name, field_type in COMMON_FIELD_TYPES.items():
             value = getattr(self, name)
             if isinstance(value, np.generic):
                 value = value.item()
-            if not isinstance(value, kind):
-                raise DataError(f"{name} must be {kind}. Got {value!r:.100} instead.")
+            if not isinstance(value, field_type):
+                raise DataError(f"{name} must be {field_type}. Got {value!r:.100} instead.")
             object.__setattr__(self, name, value)
         plain_json(dict(self.provenance))
 
@@ -470,17 +470,17 @@ class Outcomes:
         return len(self.failure)
 
     def __repr__(self) -> str:
-        facts = [f"n={len(self)}"]
+        field_texts = [f"n={len(self)}"]
         failure = self.failure[self.evaluable]
         if len(failure):
-            facts += [f"evaluable={len(failure)}", f"accuracy={1 - failure.mean():.3f}"]
+            field_texts += [f"evaluable={len(failure)}", f"accuracy={1 - failure.mean():.3f}"]
         if self.decision is not None:
-            facts.append(f"accepted={self.decision.count(ACCEPT)}")
-        for name in FACT_FIELDS:
+            field_texts.append(f"accepted={self.decision.count(ACCEPT)}")
+        for name in IDENTITY_FIELDS:
             value = getattr(self, name)
             if value is not None:
-                facts.append(f"{name}={value!r}")
-        return f"Outcomes({', '.join(facts)})"
+                field_texts.append(f"{name}={value!r}")
+        return f"Outcomes({', '.join(field_texts)})"
 
     @property
     def evaluable(self) -> NDArray[np.bool_]:
@@ -531,7 +531,7 @@ class Outcomes:
             indices = indices.astype(np.int64)
         requirement = f"rows must be a list of indices from 0 to {n - 1}, or {n} Booleans"
         try:
-            chosen = np.arange(n)[indices]  # indices, also if ``rows`` is a mask
+            row_indices = np.arange(n)[indices]  # indices, also if ``rows`` is a mask
         except IndexError as error:
             raise DataError(f"{requirement}: {error}.") from error
         if (indices < 0).any():  # -1 means "unknown" in vilu, not the last row
@@ -540,9 +540,9 @@ class Outcomes:
         for name in ("uncertainty", "failure", "outside", *OPTIONAL_COLUMNS):
             column = getattr(self, name)
             if isinstance(column, np.ndarray):
-                columns_of_rows[name] = column[chosen]
+                columns_of_rows[name] = column[row_indices]
             elif column is not None:
-                columns_of_rows[name] = [column[row] for row in chosen.tolist()]
+                columns_of_rows[name] = [column[row] for row in row_indices.tolist()]
         return replace(self, **columns_of_rows)
 
     @staticmethod
@@ -571,12 +571,12 @@ class Outcomes:
         if not parts:
             raise UsageError("concat needs at least one part. Got none.")
         for part in parts[1:]:
-            _require_alike(parts[0], part)
+            _require_joinable(parts[0], part)
         columns: dict[str, Any] = {}
         for name in ("uncertainty", "failure", "outside"):
             columns[name] = np.concatenate([getattr(part, name) for part in parts])
-        for name, kind in OPTIONAL_COLUMNS.items():
-            columns[name] = _join_column(parts, name, kind)
+        for name, column_type in OPTIONAL_COLUMNS.items():
+            columns[name] = _join_column(parts, name, column_type)
         for name in ("dataset", "split", "seed"):
             columns[name] = _common_value([getattr(part, name) for part in parts])
         columns["provenance"] = _join_provenance([part.provenance for part in parts])
@@ -693,8 +693,8 @@ class Outcomes:
         if self.picture is not None:
             pictures = self.picture[rows]
         # numbers of clusters or pictures; rows with the same number are resampled together
-        unit = repeated_pictures(self.identities(rows))
-        scores = ScoredRows(self.uncertainty[rows], failure, picture=unit)
+        resampling_unit = repeated_picture_numbers(self.identities(rows))
+        scores = ScoredRows(self.uncertainty[rows], failure, picture=resampling_unit)
         within = scores
         if self.outside.any():
             within = scores.take(~is_outside)
@@ -702,7 +702,7 @@ class Outcomes:
         if self.failure_probability is not None:
             note = "of the calibrated failure_probability"
             probability = ScoredRows(
-                self.failure_probability[rows], failure, note=note, picture=unit
+                self.failure_probability[rows], failure, note=note, picture=resampling_unit
             )
         ids = None
         if self.ids is not None:
@@ -713,14 +713,16 @@ class Outcomes:
         return Tally(
             scores=scores,
             within=within,
-            outside=ScoredRows(scores.uncertainty, is_outside.astype(np.int64), picture=unit),
+            outside=ScoredRows(
+                scores.uncertainty, is_outside.astype(np.int64), picture=resampling_unit
+            ),
             probability=probability,
             n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & is_scored)),
             n_unusable=int(np.count_nonzero(~is_scored)),
             sample=sample_of_rows(pictures, ids),
             has_clusters=self.cluster is not None,
             n_seen_in_fit=n_seen_in_fit,
-            **facts_of(self),
+            **identity_fields(self),
         )
 
     @checked
@@ -819,9 +821,9 @@ class Outcomes:
             raise DataError(
                 f"ids, class_names and reason must be valid Unicode: {error}"
             ) from error
-        present = [name for name in OPTIONAL_COLUMNS if getattr(self, name) is not None]
-        metadata = {name: getattr(self, name) for name in ("class_names", *TYPE_OF_FACT)}
-        return columns, {"kind": "outcomes", "present": present, **metadata}
+        present_columns = [name for name in OPTIONAL_COLUMNS if getattr(self, name) is not None]
+        metadata = {name: getattr(self, name) for name in ("class_names", *COMMON_FIELD_TYPES)}
+        return columns, {"kind": "outcomes", "present": present_columns, **metadata}
 
     @classmethod
     @checked
@@ -846,37 +848,37 @@ class Outcomes:
             ([0.1, 0.9], [0, 1])
         """
         table, metadata = read_table(path, TEXT_COLUMNS)
-        required = ("uncertainty", "failure")
-        missing = [name for name in required if name not in table.column_names]
-        if missing:
+        required_columns = ("uncertainty", "failure")
+        missing_columns = [name for name in required_columns if name not in table.column_names]
+        if missing_columns:
             raise DataError(
                 f"{path} must have the columns uncertainty and failure. "
-                f"Missing: {', '.join(missing)}; "
+                f"Missing: {', '.join(missing_columns)}; "
                 f"it has {', '.join(table.column_names):.200}."
             )
         values: dict[str, Any] = {}
-        for name, kind in (("uncertainty", "float64"), ("failure", "int64")):
-            values[name] = plain_values(read_column(path, table, name, kind), kind)
+        for name, column_type in (("uncertainty", "float64"), ("failure", "int64")):
+            values[name] = plain_values(read_column(path, table, name, column_type), column_type)
         # A file of ``save`` lists the optional columns of the outcomes. In any other table, a
         # column counts as present if any row has a value.
-        present = metadata.get("present")
-        for name, kind in OPTIONAL_COLUMNS.items():
-            column = read_column(path, table, COLUMN_OF_FIELD.get(name, name), kind)
+        listed_columns = metadata.get("present")
+        for name, column_type in OPTIONAL_COLUMNS.items():
+            column = read_column(path, table, COLUMN_OF_FIELD.get(name, name), column_type)
             is_present = column.null_count < len(table)
-            if isinstance(present, list):
-                is_present = name in present
+            if isinstance(listed_columns, list):
+                is_present = name in listed_columns
             if is_present:
-                values[name] = plain_values(column, kind)
+                values[name] = plain_values(column, column_type)
         methods = read_column(path, table, "score_name", "string").unique().to_pylist()
-        facts: dict[str, Any] = dict(metadata)
+        common_fields: dict[str, Any] = dict(metadata)
         # If the metadata lack the method or the kind of answers, the only value of the column is
         # used.
         if len(methods) == 1:
-            facts.setdefault("method", methods[0])
-        kinds = read_column(path, table, "answer", "string").unique().to_pylist()
-        if len(kinds) == 1 and kinds[0] is not None:
-            facts.setdefault("answer", kinds[0])
-        for name in ("class_names", *TYPE_OF_FACT):
-            if name in facts:
-                values[name] = facts[name]
+            common_fields.setdefault("method", methods[0])
+        answer_kinds = read_column(path, table, "answer", "string").unique().to_pylist()
+        if len(answer_kinds) == 1 and answer_kinds[0] is not None:
+            common_fields.setdefault("answer", answer_kinds[0])
+        for name in ("class_names", *COMMON_FIELD_TYPES):
+            if name in common_fields:
+                values[name] = common_fields[name]
         return cls(**values)

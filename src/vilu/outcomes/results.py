@@ -25,7 +25,13 @@ from vilu.metrics.catalog import (
     not_in_percent,
 )
 from vilu.outcomes.row_sample import RowSample, are_disjoint
-from vilu.text import aligned, in_markdown, markdown_rows, printable, span
+from vilu.text import (
+    align_columns,
+    escape_markdown,
+    escape_unprintable,
+    join_distinct,
+    markdown_rows,
+)
 from vilu.validation import checked, describe_value
 
 if TYPE_CHECKING:
@@ -161,15 +167,15 @@ class ResultTable:
                 raise UsageError(
                     f"a result has no field {name!r}. There are: {', '.join(COLUMNS)}."
                 )
-        for name, wanted in fields.items():
-            if not isinstance(wanted, str | Real | None):  # NumPy numbers are ``Real``, too
+        for name, wanted_value in fields.items():
+            if not isinstance(wanted_value, str | Real | None):  # NumPy numbers are ``Real``, too
                 raise UsageError(
                     f"{name} must be a text, a number or None. "
-                    f"Got {describe_value(wanted)} instead."
+                    f"Got {describe_value(wanted_value)} instead."
                 )
         rows = self.rows
-        for name, wanted in fields.items():
-            rows = tuple(row for row in rows if getattr(row, name) == wanted)
+        for name, wanted_value in fields.items():
+            rows = tuple(row for row in rows if getattr(row, name) == wanted_value)
         return ResultTable(rows)
 
     @checked
@@ -186,13 +192,13 @@ class ResultTable:
             >>> vilu.evaluate(outcomes, metrics=["auroc", "augrc"], n_resamples=0).value("auroc")
             0.75
         """
-        fitting_rows = self.filter(metric=metric, **fields)
-        if len(fitting_rows) != 1:
+        matching_rows = self.filter(metric=metric, **fields)
+        if len(matching_rows) != 1:
             raise UsageError(
                 f"one row must fit metric={metric!r} and {fields}. "
-                f"{len(fitting_rows)} of {len(self)} do; narrow by method, dataset, split or seed."
+                f"{len(matching_rows)} of {len(self)} do; narrow by method, dataset, split or seed."
             )
-        return fitting_rows.rows[0].value
+        return matching_rows.rows[0].value
 
     def mean_over_seeds(self) -> ResultTable:
         """Average over seeds: one row per method, kind of answer, data set, split and metric.
@@ -285,7 +291,7 @@ class ResultTable:
         shown_metrics = _shown_metrics(self.rows, metrics)
         blocks = []
         for title, lines in _tables_by_data_set(self.rows, shown_metrics):
-            blocks.append("\n".join([title, *aligned(lines)]))
+            blocks.append("\n".join([title, *align_columns(lines)]))
         blocks.append("\n".join(_notes(self.rows, shown_metrics)))
         return "\n\n".join(blocks)
 
@@ -310,10 +316,10 @@ class ResultTable:
         shown_metrics = _shown_metrics(self.rows, metrics)
         blocks = []
         for title, lines in _tables_by_data_set(self.rows, shown_metrics):
-            heading, *body = [list(map(in_markdown, line)) for line in lines]
+            heading, *body = [list(map(escape_markdown, line)) for line in lines]
             rows = markdown_rows(heading, body)
-            blocks.append("\n".join([f"**{in_markdown(title)}**", "", *rows]))
-        notes = [f"- {in_markdown(note)}" for note in _notes(self.rows, shown_metrics)]
+            blocks.append("\n".join([f"**{escape_markdown(title)}**", "", *rows]))
+        notes = [f"- {escape_markdown(note)}" for note in _notes(self.rows, shown_metrics)]
         blocks.append("\n".join(notes))
         return "\n\n".join(blocks)
 
@@ -346,15 +352,15 @@ class ResultTable:
         """As ``save``, but any existing file is replaced."""
         import pyarrow as pa
 
-        facts = {"kind": "results", **inputs_entry(inputs)}
+        metadata = {"kind": "results", **inputs_entry(inputs)}
         if Path(path).suffix.lower() == ".json":
-            write_json(path, {**facts, "rows": self.to_dicts()})
+            write_json(path, {**metadata, "rows": self.to_dicts()})
             return
         columns = {}
         for name in self._columns:
             values = [getattr(row, name) for row in self.rows]
             columns[name] = pa.array(values, COLUMN_TYPES[name])
-        write_table(path, columns, facts)
+        write_table(path, columns, metadata)
 
     @classmethod
     @checked
@@ -380,11 +386,13 @@ class ResultTable:
         if Path(path).suffix.lower() == ".json":
             table = _table_of_json(path)
         else:
-            texts = [name for name, kind in COLUMN_TYPES.items() if kind == "string"]
-            table, _ = read_table(path, texts)
+            text_columns = [
+                name for name, arrow_type in COLUMN_TYPES.items() if arrow_type == "string"
+            ]
+            table, _ = read_table(path, text_columns)
         columns = {}
-        for name, kind in COLUMN_TYPES.items():
-            columns[name] = read_column(path, table, name, kind).to_pylist()
+        for name, arrow_type in COLUMN_TYPES.items():
+            columns[name] = read_column(path, table, name, arrow_type).to_pylist()
         columns["n_outside"] = [n or 0 for n in columns["n_outside"]]  # null in a file means 0
         for name in REQUIRED_COLUMNS:
             if None in columns[name]:
@@ -411,7 +419,9 @@ def _table_of_json(path: str | Path) -> pa.Table:
     for row in content["rows"]:
         if not isinstance(row, dict):
             raise DataError(f"every entry of 'rows' in {path} must be an object.")
-    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMN_TYPES.items()])
+    schema = pa.schema(
+        [(name, pa.type_for_alias(arrow_type)) for name, arrow_type in COLUMN_TYPES.items()]
+    )
     try:
         return pa.Table.from_pylist(content["rows"], schema)
     except (pa.ArrowException, TypeError, OverflowError) as error:
@@ -423,11 +433,11 @@ def _refuse_folds(rows: Sequence[ResultRow]) -> None:
     samples = [row.sample for row in rows if row.sample is not None]
     if not are_disjoint(samples):
         return
-    first = rows[0]
+    first_row = rows[0]
     raise UsageError(
-        f"the {len(samples)} results of {name_of(first.method, first.answer)} on "
-        f"{_data_set_name(first)} are of different rows, so they are folds and not seeds. Join the "
-        "folds first: vilu.evaluate(vilu.Outcomes.concat(folds))."
+        f"the {len(samples)} results of {scores_name(first_row.method, first_row.answer)} on "
+        f"{_data_set_name(first_row)} are of different rows, so they are folds and not seeds. Join "
+        "the folds first: vilu.evaluate(vilu.Outcomes.concat(folds))."
     )
 
 
@@ -479,7 +489,7 @@ def _n_pictures(row: ResultRow) -> int:
     return row.n_pictures
 
 
-UNDEFINED = "undefined"
+UNDEFINED_CELL = "undefined"
 """Cell of a table for a metric without a value."""
 
 
@@ -539,32 +549,32 @@ def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Tit
     lines: dict[tuple[str, int | None, int], dict[str, ResultRow]] = {}
     n_earlier: Counter[tuple[str, int | None, str]] = Counter()
     for row in rows:
-        name = name_of(row.method, row.answer)
+        name = scores_name(row.method, row.answer)
         key = (name, row.seed, row.metric)
         line = lines.setdefault((name, row.seed, n_earlier[key]), {})
         line[row.metric] = row
         n_earlier[key] += 1
     n_seeds = len({row.seed for row in rows})
-    table = [["method", *[_metric(metric).title for metric in metrics]]]
+    table = [["method", *[_metric_named(metric).title for metric in metrics]]]
     for (name, seed, _), line in lines.items():
-        first_cell = printable(name)
+        first_cell = escape_unprintable(name)
         if n_seeds > 1 and seed is not None:
             first_cell = f"{first_cell} (seed {seed})"
         table.append([first_cell, *[_cell(line.get(metric)) for metric in metrics]])
     return _title(rows), table
 
 
-def _metric(name: str) -> Metric:
+def _metric_named(name: str) -> Metric:
     """The metric with this name.
 
     An unknown name gets a metric with this name as the title, and the number format of AUROC.
     """
     if name not in METRICS:
-        return replace(METRICS["auroc"], title=printable(name))
+        return replace(METRICS["auroc"], title=escape_unprintable(name))
     return METRICS[name]
 
 
-def name_of(method: str | None, answer: str) -> str:
+def scores_name(method: str | None, answer: str) -> str:
     """Name of scores: the method, and the kind of the judged answers unless zero-shot."""
     name = method or "unnamed"
     if answer == "zero_shot":
@@ -577,8 +587,8 @@ def _cell(row: ResultRow | None) -> str:
     if row is None:
         return ""
     if row.value is None:
-        return UNDEFINED
-    metric = _metric(row.metric)
+        return UNDEFINED_CELL
+    metric = _metric_named(row.metric)
     if row.ci_low is None or row.ci_high is None:
         return metric.show(row.value)
     return f"{metric.show(row.value)} {metric.brackets(row.ci_low, row.ci_high)}"
@@ -586,7 +596,7 @@ def _cell(row: ResultRow | None) -> str:
 
 def _title(rows: Sequence[ResultRow]) -> str:
     """Title of the table of one data set: the name, and the counts of the rows."""
-    accuracy = span(f"{100 * row.accuracy:.1f}" for row in rows)
+    accuracy = join_distinct(f"{100 * row.accuracy:.1f}" for row in rows)
     counts = [
         f"{_span_of_count(rows, 'n')} answers{_pictures_phrase(rows)}",
         f"{_span_of_count(rows, 'n_failures')} wrong{_shares_phrase(rows)}",
@@ -601,25 +611,25 @@ def _title(rows: Sequence[ResultRow]) -> str:
     return f"{_data_set_name(rows[0])}: {', '.join(counts)}"
 
 
-def _span_of_count(rows: Sequence[ResultRow], count: str) -> str:
+def _span_of_count(rows: Sequence[ResultRow], count_name: str) -> str:
     """Text of the different values of a count in the rows, such as "10/20" or "0"."""
-    return span(getattr(row, count) for row in rows)
+    return join_distinct(getattr(row, count_name) for row in rows)
 
 
 def _pictures_phrase(rows: Sequence[ResultRow]) -> str:
     """Phrase on the number of pictures; "" if every row shows another picture."""
     if all(row.n_pictures is None for row in rows):
         return ""
-    return f" for {span(_n_pictures(row) for row in rows)} pictures"
+    return f" for {join_distinct(_n_pictures(row) for row in rows)} pictures"
 
 
 def _shares_phrase(rows: Sequence[ResultRow]) -> str:
     """Phrase on the two kinds of wrong answers; "" if all rows belong to one of the classes."""
     if not any(row.n_outside for row in rows):
         return ""
-    within = span(_percent(row.n_failures - row.n_outside, row.n) for row in rows)
-    outside = span(_percent(row.n_outside, row.n) for row in rows)
-    return f" ({within} % within the classes, {outside} % of none of the classes)"
+    percent_within = join_distinct(_percent(row.n_failures - row.n_outside, row.n) for row in rows)
+    percent_outside = join_distinct(_percent(row.n_outside, row.n) for row in rows)
+    return f" ({percent_within} % within the classes, {percent_outside} % of none of the classes)"
 
 
 def _percent(count: int, n: int) -> str:
@@ -630,7 +640,7 @@ def _percent(count: int, n: int) -> str:
 def _data_set_name(row: ResultRow) -> str:
     """Name of the data set and the split; "results" if both are unknown."""
     names = [name for name in (row.dataset, row.split) if name]
-    return printable(" ".join(names)) or "results"
+    return escape_unprintable(" ".join(names)) or "results"
 
 
 def _notes(rows: Sequence[ResultRow], shown_metrics: Sequence[str]) -> list[str]:
@@ -638,24 +648,26 @@ def _notes(rows: Sequence[ResultRow], shown_metrics: Sequence[str]) -> list[str]
     if not rows:
         return ["no results"]
     rows = [row for row in rows if row.metric in shown_metrics]
-    first_note = f"in percent{not_in_percent(map(_metric, shown_metrics))}"
+    first_note = f"in percent{not_in_percent(map(_metric_named, shown_metrics))}"
     intervals = _intervals_in_words(rows)
     if intervals:
         first_note = f"{first_note}; in brackets: {intervals}"
     notes = [first_note]
     for row in rows:
-        notes.append(f"{_metric(row.metric).title}: {row.convention}{_own_interval_note(row)}")
+        notes.append(
+            f"{_metric_named(row.metric).title}: {row.convention}{_own_interval_note(row)}"
+        )
     notes += [f"undefined on {_data_set_name(row)}: {row.why}" for row in rows if row.why]
     if len({row.answer for row in rows}) > 1:
         notes += _notes_across_answers(rows)
-    return list(dict.fromkeys(printable(note) for note in notes))
+    return list(dict.fromkeys(escape_unprintable(note) for note in notes))
 
 
 def _notes_across_answers(rows: Sequence[ResultRow]) -> list[str]:
     """Note on the metrics that cannot compare different kinds of answers."""
     titles: list[str] = []
     for row in rows:
-        metric = _metric(row.metric)
+        metric = _metric_named(row.metric)
         if not metric.across_answers and metric.title not in titles:
             titles.append(metric.title)
     if not titles:
@@ -675,7 +687,7 @@ def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
     methods: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.interval and not _is_own_interval(row):
-            name = printable(name_of(row.method, row.answer))
+            name = escape_unprintable(scores_name(row.method, row.answer))
             names = methods.setdefault(row.interval, {})
             names[name] = None
     if not methods:
@@ -691,7 +703,7 @@ def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
 
 def _is_own_interval(row: ResultRow) -> bool:
     """Whether the metric of a row has its own method for intervals."""
-    return isinstance(_metric(row.metric).kernel, OwnInterval)
+    return isinstance(_metric_named(row.metric).kernel, OwnInterval)
 
 
 def _own_interval_note(row: ResultRow) -> str:

@@ -32,6 +32,6 @@ METHODS = {
 ``vilu_bench`` adds further methods.
 """
 
-PREDICTORS.offer(METHODS)
+PREDICTORS.add_addresses(METHODS)
 
 __all__ = ["METHODS", "PREDICTORS"]

@@ -14,8 +14,8 @@ from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, MissingModelError, UsageError
 from vilu.predictors.contract.catalogue import find_method
-from vilu.predictors.contract.labelled import cross_fitting
-from vilu.predictors.contract.parameters import build, parameters
+from vilu.predictors.contract.labelled import cross_fit_splits
+from vilu.predictors.contract.parameters import build_predictor, parameters
 from vilu.predictors.contract.predictor import CONSTANT, FailurePredictor, Learnt
 from vilu.predictors.temperature import WithSecondModel
 
@@ -43,7 +43,7 @@ MIN_PROBABILITY = 1e-12
 """Probabilities are clipped to this value ... 1 minus this value. Log-odds are then finite."""
 MAX_DEVIATIONS = 5.0
 """Standardised scores are clipped to -5 ... 5. Then no outlier decides alone."""
-NO_SPREAD = 1e-9
+NEGLIGIBLE_DEVIATION = 1e-9
 """Scores count as equal if the standard deviation is at most this share of the largest |score|.
 
 Rounding alone may cause such a deviation.
@@ -156,7 +156,7 @@ class Stacking(WithSecondModel):
             cls = self._member_class(name)
             own_parameters = parameters(cls)
             own_settings = {key: value for key, value in settings.items() if key in own_parameters}
-            members[name] = build(cls, own_settings)
+            members[name] = build_predictor(cls, own_settings)
         return members
 
     def _member_class(self, name: str) -> type[FailurePredictor]:
@@ -172,7 +172,7 @@ class Stacking(WithSecondModel):
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         scores = []
         failures = []
-        folds = cross_fitting(train, failure, validation, self.seed, self.needs)
+        folds = cross_fit_splits(train, failure, validation, self.seed, self.needs)
         for rows_to_fit, held_out_rows in folds:
             members = self._fit_members(rows_to_fit)
             with torch.no_grad():
@@ -224,7 +224,7 @@ class Stacking(WithSecondModel):
                 "rows."
             )
         deviation = scores.std(dim=0, correction=0)
-        has_no_spread = deviation <= NO_SPREAD * scores.abs().amax(dim=0)
+        has_no_spread = deviation <= NEGLIGIBLE_DEVIATION * scores.abs().amax(dim=0)
         # A score without spread gets an infinite deviation. So the standardised scores are 0.
         regression = {
             "mean": scores.mean(dim=0),

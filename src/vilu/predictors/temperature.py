@@ -32,7 +32,7 @@ MAX_LOG_FACTOR = math.log(100.0)
 """Maximum of |log m|. A fitted factor above 100 or below 1/100 would not be credible."""
 N_BINS = 15
 """Number of bins of the calibration error."""
-N_GRID = 41
+N_GRID_VALUES = 41
 """Number of values of log m in the grid search."""
 MIN_INTERVAL = 1e-3
 """The golden-section search ends when the interval of log m is at most this long."""
@@ -120,7 +120,7 @@ def tempered_uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
     """(B,) float64: one minus the probability of the answer, with m = exp(``log_multiplier``)."""
     answer_column = batch.prediction[:, None].to(batch.logits.device)
     temperature = math.exp(-log_multiplier)
-    return RivalWeights.from_logits(batch.logits, answer_column, temperature).doubt
+    return RivalWeights.from_logits(batch.logits, answer_column, temperature).total_probability
 
 
 def most_likely_log_multiplier(train: Rows, n_rows: int, device: torch.device) -> float:
@@ -204,12 +204,14 @@ def best_calibrated_log_multiplier(train: Rows, n_rows: int, device: torch.devic
         (error,) = calibration_errors(train, n_rows, device, [log_multiplier])
         return error
 
-    grid = torch.linspace(-MAX_LOG_FACTOR, MAX_LOG_FACTOR, N_GRID, dtype=torch.float64).tolist()
+    grid = torch.linspace(
+        -MAX_LOG_FACTOR, MAX_LOG_FACTOR, N_GRID_VALUES, dtype=torch.float64
+    ).tolist()
     errors = calibration_errors(train, n_rows, device, grid)
     best_index = errors.index(min(errors))
     low = grid[max(best_index - 1, 0)]
-    high = grid[min(best_index + 1, N_GRID - 1)]
-    refined_point, refined_error = golden_section(error_at, low, high)
+    high = grid[min(best_index + 1, N_GRID_VALUES - 1)]
+    refined_point, refined_error = golden_section_search(error_at, low, high)
     if refined_error < errors[best_index]:
         return refined_point
     return float(grid[best_index])
@@ -237,7 +239,7 @@ def calibration_errors(
     return errors
 
 
-def golden_section(
+def golden_section_search(
     function: Callable[[float], float], low: float, high: float
 ) -> tuple[float, float]:
     """Search [low, high] for a minimum; returns the best evaluated point and the value there."""

@@ -17,7 +17,7 @@ from vilu.embeddings.similarity import RivalWeights, float64
 from vilu.embeddings.source import Batch, log_posterior
 from vilu.predictors.contract.predictor import FailurePredictor, own_graph
 
-LOGITS = frozenset({"logits"})
+LOGITS_ONLY = frozenset({"logits"})
 
 
 @dataclass
@@ -42,13 +42,13 @@ class MCM(FailurePredictor):
     name: ClassVar[str] = "mcm"
     summary: ClassVar[str] = "one minus the largest zero-shot probability (Ming et al. 2022)"
     reference: ClassVar[str] = "Ming et al., NeurIPS 2022"
-    looks_at: ClassVar[frozenset[str]] = LOGITS
+    looks_at: ClassVar[frozenset[str]] = LOGITS_ONLY
     is_probability: ClassVar[bool] = True
 
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        return batch.judged_rivals.doubt
+        return batch.judged_rivals.total_probability
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Entropy(FailurePredictor):
     name: ClassVar[str] = "entropy"
     summary: ClassVar[str] = "Shannon entropy of the zero-shot posterior over log K"
     reference: ClassVar[str] = "Shannon, 1948"
-    looks_at: ClassVar[frozenset[str]] = LOGITS
+    looks_at: ClassVar[frozenset[str]] = LOGITS_ONLY
     depends_on_answer: ClassVar[bool] = False
 
     graph = own_graph
@@ -109,7 +109,7 @@ class Doctor(FailurePredictor):
     name: ClassVar[str] = "doctor"
     summary: ClassVar[str] = "DOCTOR alpha: odds of the Gini impurity (Granese et al. 2021)"
     reference: ClassVar[str] = "Granese et al., NeurIPS 2021"
-    looks_at: ClassVar[frozenset[str]] = LOGITS
+    looks_at: ClassVar[frozenset[str]] = LOGITS_ONLY
     depends_on_answer: ClassVar[bool] = False
 
     graph = own_graph
@@ -118,7 +118,7 @@ class Doctor(FailurePredictor):
         rivals = batch.rivals
         odds = rivals.odds  # s
         # e_j = largest_ratio * weight_j. The largest weight is 1, so this ratio is max_j e_j.
-        largest_ratio = rivals.gap.exp()
+        largest_ratio = rivals.logit_gap.exp()
         squares = largest_ratio.square() * float64(rivals.weight.square().sum(dim=1))  # q
         return (odds * (2 + odds) - squares) / (1 + squares)
 
@@ -133,7 +133,8 @@ class MaxLogit(FailurePredictor):
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.6, 0.8]]
         >>> text = np.eye(2)
-        >>> data = vilu.Embeddings(image, text, logit_scale=10.0)  # logits 10, 0 and 6, 8
+        >>> data = vilu.Embeddings(image, text, logit_scale=10.0)
+        >>> # the logits of the two rows are (10, 0) and (6, 8)
         >>> vilu.MaxLogit().predict_uncertainty(data).round(2)
         array([-10.,  -8.])
     """
@@ -141,7 +142,7 @@ class MaxLogit(FailurePredictor):
     name: ClassVar[str] = "max_logit"
     summary: ClassVar[str] = "negative largest zero-shot logit (Hendrycks et al. 2022)"
     reference: ClassVar[str] = "Hendrycks et al., ICML 2022"
-    looks_at: ClassVar[frozenset[str]] = LOGITS
+    looks_at: ClassVar[frozenset[str]] = LOGITS_ONLY
 
     graph = own_graph
 
@@ -164,7 +165,8 @@ class Margin(FailurePredictor):
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.6, 0.8]]
         >>> text = np.eye(2)
-        >>> data = vilu.Embeddings(image, text, logit_scale=10.0)  # logits 10, 0 and 6, 8
+        >>> data = vilu.Embeddings(image, text, logit_scale=10.0)
+        >>> # the logits of the two rows are (10, 0) and (6, 8)
         >>> vilu.Margin().predict_uncertainty(data).round(2)
         array([-10.,  -2.])
     """
@@ -172,12 +174,12 @@ class Margin(FailurePredictor):
     name: ClassVar[str] = "margin"
     summary: ClassVar[str] = "negative gap between the two largest zero-shot logits"
     reference: ClassVar[str] = '"Know When to Abstain", ICLR 2026'
-    looks_at: ClassVar[frozenset[str]] = LOGITS
+    looks_at: ClassVar[frozenset[str]] = LOGITS_ONLY
 
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        return batch.judged_rivals.gap
+        return batch.judged_rivals.logit_gap
 
 
 @dataclass
@@ -204,14 +206,14 @@ class ProbMargin(FailurePredictor):
     name: ClassVar[str] = "prob_margin"
     summary: ClassVar[str] = "one minus the gap between the two largest zero-shot probabilities"
     reference: ClassVar[str] = "Joshi et al., CVPR 2009"
-    looks_at: ClassVar[frozenset[str]] = LOGITS
+    looks_at: ClassVar[frozenset[str]] = LOGITS_ONLY
 
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
         rivals = batch.judged_rivals
         # 1 - p_(1) = odds / (1 + odds), and p_(2) = ratio / (1 + odds)
-        ratio = rivals.gap.exp()  # p_(2) / p_(1)
+        ratio = rivals.logit_gap.exp()  # p_(2) / p_(1)
         return (ratio + rivals.odds) / (1 + rivals.odds)
 
 
@@ -231,7 +233,8 @@ class Energy(FailurePredictor):
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.6, 0.8]]
         >>> text = np.eye(2)
-        >>> data = vilu.Embeddings(image, text, logit_scale=10.0)  # logits 10, 0 and 6, 8
+        >>> data = vilu.Embeddings(image, text, logit_scale=10.0)
+        >>> # the logits of the two rows are (10, 0) and (6, 8)
         >>> vilu.PREDICTORS["energy"]().predict_uncertainty(data).round(2)
         array([-10.  ,  -8.13])
     """
@@ -239,7 +242,7 @@ class Energy(FailurePredictor):
     name: ClassVar[str] = "energy"
     summary: ClassVar[str] = "negative log-sum-exp of the zero-shot logits (Liu et al. 2020)"
     reference: ClassVar[str] = "Liu et al., NeurIPS 2020"
-    looks_at: ClassVar[frozenset[str]] = LOGITS
+    looks_at: ClassVar[frozenset[str]] = LOGITS_ONLY
     depends_on_answer: ClassVar[bool] = False
 
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -282,7 +285,7 @@ class GEN(FailurePredictor):
         "generalised entropy of the largest zero-shot probabilities (Liu et al. 2023)"
     )
     reference: ClassVar[str] = "Liu et al., CVPR 2023"
-    looks_at: ClassVar[frozenset[str]] = LOGITS
+    looks_at: ClassVar[frozenset[str]] = LOGITS_ONLY
     depends_on_answer: ClassVar[bool] = False
 
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -322,7 +325,7 @@ class KLUniform(FailurePredictor):
         "negative KL divergence of the uniform distribution from the zero-shot posterior"
     )
     reference: ClassVar[str] = "Lee et al., ICLR 2018"
-    looks_at: ClassVar[frozenset[str]] = LOGITS
+    looks_at: ClassVar[frozenset[str]] = LOGITS_ONLY
     depends_on_answer: ClassVar[bool] = False
 
     graph = own_graph
@@ -340,11 +343,12 @@ def entropy(batch: Batch) -> Tensor:
     """
     rivals = batch.rivals
     odds = rivals.odds  # sum_j e_j
-    # With the second-largest logit l', gap = l' - l and weight_j = exp(l_j - l'). Therefore
-    # e_j = exp(gap) weight_j and l_j - l = (l_j - l') + gap.
-    # below_second is sum_j weight_j (l_j - l').
+    # With the second-largest logit l', logit_gap = l' - l and weight_j = exp(l_j - l'). Therefore
+    # e_j = exp(logit_gap) weight_j and l_j - l = (l_j - l') + logit_gap. below_second is sum_j
+    # weight_j (l_j - l').
     below_second = (rivals.logits - rivals.max_rival_logit).mul_(rivals.weight).sum(dim=1)
-    total = rivals.gap.exp() * float64(below_second) + rivals.gap * odds  # sum_j e_j (l_j - l)
+    logit_gap = rivals.logit_gap
+    total = logit_gap.exp() * float64(below_second) + logit_gap * odds  # sum_j e_j (l_j - l)
     return torch.log1p(odds) - total / (1 + odds)
 
 

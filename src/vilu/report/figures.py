@@ -14,7 +14,14 @@ import numpy as np
 from vilu.metrics import aurc, auroc, fpr_at_tpr, risk_coverage_curve, roc_curve_points
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.report.style import CORRECT, WRONG, Look, house_style, looks_of, new_figure
+from vilu.report.style import (
+    CORRECT_COLOUR,
+    WRONG_COLOUR,
+    LineStyle,
+    house_style,
+    line_styles_of,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,14 +48,19 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
                 uncertainty_of_correct,
                 edges,
                 label="answer correct",
-                colour=CORRECT,
+                colour=CORRECT_COLOUR,
                 hatch=None,
             )
             _draw_share_bars(
-                axes, uncertainty_of_wrong, edges, label="answer wrong", colour=WRONG, hatch="///"
+                axes,
+                uncertainty_of_wrong,
+                edges,
+                label="answer wrong",
+                colour=WRONG_COLOUR,
+                hatch="///",
             )
-            head = f"{title}: AUROC {auroc(uncertainty, failure):.1%}"
-            axes.set(title=head, xlabel="uncertainty", ylabel="% of its kind")
+            panel_title = f"{title}: AUROC {auroc(uncertainty, failure):.1%}"
+            axes.set(title=panel_title, xlabel="uncertainty", ylabel="% of its kind")
         if panels:
             first_panel, *_ = panels
             first_panel.legend(fontsize=8)
@@ -115,16 +127,16 @@ def _draw_line_per_method(
     Returns:
         The figure and the axes.
     """
-    looks = looks_of(method_outcomes.method or "" for method_outcomes in outcomes)
+    line_styles = line_styles_of(method_outcomes.method or "" for method_outcomes in outcomes)
     figure = new_figure(width=6.5, height=4)
     axes = figure.add_subplot()
     for method_outcomes in outcomes:
         uncertainty, failure = evaluable_scores(method_outcomes)
-        look = looks[method_outcomes.method or ""]
+        line_style = line_styles[method_outcomes.method or ""]
         value = metric(uncertainty, failure)
         label = f"{method_outcomes.method}  ({note.format(value)})"
         x, y = curve(uncertainty, failure)
-        axes.plot(x, y, color=look.colour, linestyle=look.dash, label=label)
+        axes.plot(x, y, color=line_style.colour, linestyle=line_style.dash, label=label)
     return figure, axes
 
 
@@ -176,13 +188,13 @@ def draw_photo(axes: Axes, photo: Photo) -> None:
     """Draw a picture with a caption and a frame. The colour of the frame marks a wrong answer."""
     # values for a picture if the right answer is unknown, or equal to the answer of the model
     verdict = ""
-    colour = CORRECT
+    colour = CORRECT_COLOUR
     linewidth = 1
     if photo.truth == photo.prediction:
         verdict = "\ncorrect"
     elif photo.truth is not None:
         verdict = f"\nwrong: {photo.truth}"
-        colour = WRONG
+        colour = WRONG_COLOUR
         linewidth = 3
     words = textwrap.shorten(photo.prediction, width=24, placeholder="…")
     axes.imshow(photo.image)
@@ -217,7 +229,7 @@ class Panel:
     lines: Sequence[Series]
 
 
-def curves(
+def draw_curves(
     panels: Sequence[Panel],
     x_label: str,
     *,
@@ -236,13 +248,13 @@ def curves(
             The name is written in place of the number.
     """
 
-    def draw(axis: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
+    def draw(axis: Axes, panel: Panel, line_styles: Mapping[str, LineStyle]) -> None:
         """Draw the lines of a panel, with a tick at every x of a line."""
         ticks: set[float] = set()
         for line in panel.lines:
-            _draw_line_in_band(axis, line, looks[line.label])
+            _draw_line_in_band(axis, line, line_styles[line.label])
             if line.published:
-                _draw_published(axis, line, looks[line.label])
+                _draw_published(axis, line, line_styles[line.label])
             ticks.update(line.x)
         if log:
             axis.set_xscale("log")
@@ -251,7 +263,7 @@ def curves(
         axis.set_xticks(sorted(ticks), labels, rotation=45 if len(ticks) > 6 else 0)
         axis.minorticks_off()
         last_values = {line.label: line.y[int(np.argmax(line.x))] for line in panel.lines}
-        _write_line_labels(axis, last_values, looks)
+        _write_line_labels(axis, last_values, line_styles)
 
     figure = _curve_panels(panels, x_label, title, draw)
     if any(line.published for panel in panels for line in panel.lines):
@@ -259,26 +271,26 @@ def curves(
     return figure
 
 
-def scatter(panels: Sequence[Panel], x_label: str, *, title: str = "") -> Figure:
+def draw_scatter(panels: Sequence[Panel], x_label: str, *, title: str = "") -> Figure:
     """Draw the points of every series with intervals, and a least-squares line per series.
 
     The label of a series is at the end of the least-squares line, or else beside the last point.
     """
 
-    def draw(axis: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
+    def draw(axis: Axes, panel: Panel, line_styles: Mapping[str, LineStyle]) -> None:
         """Draw the points of a panel, and a least-squares line if the x of a series differ."""
         last_values = {}
         for line in panel.lines:
-            look = looks[line.label]
-            _draw_points(axis, line, look)
+            line_style = line_styles[line.label]
+            _draw_points(axis, line, line_style)
             last_values[line.label] = line.y[int(np.argmax(line.x))]
             if len(set(line.x)) > 1:
                 x = np.array([min(line.x), max(line.x)])
                 slope, offset = np.polyfit(line.x, line.y, deg=1)
                 y = slope * x + offset
-                axis.plot(100 * x, 100 * y, color=look.colour, linestyle=look.dash)
+                axis.plot(100 * x, 100 * y, color=line_style.colour, linestyle=line_style.dash)
                 last_values[line.label] = float(y[-1])
-        _write_line_labels(axis, last_values, looks)
+        _write_line_labels(axis, last_values, line_styles)
 
     return _curve_panels(panels, x_label, title, draw)
 
@@ -296,35 +308,35 @@ def _curve_panels(
     panels: Sequence[Panel],
     x_label: str,
     title: str,
-    draw: Callable[[Axes, Panel, Mapping[str, Look]], None],
+    draw: Callable[[Axes, Panel, Mapping[str, LineStyle]], None],
 ) -> Figure:
     """Make one plot per panel with ``draw``. Lines with the same label look the same."""
-    looks = looks_of({line.label for panel in panels for line in panel.lines})
+    line_styles = line_styles_of({line.label for panel in panels for line in panel.lines})
     with house_style():
         columns = min(2, len(panels))
         figure, axes = _figure_with_panels(len(panels), columns, width=4.8, height=3.0)
         for axis, panel in zip(axes, panels, strict=True):
             axis.set(title=panel.title, xlabel=x_label, ylabel=panel.y_label)
             axis.grid(alpha=0.25, linewidth=0.5)
-            draw(axis, panel, looks)
+            draw(axis, panel, line_styles)
         if title:
             figure.suptitle(title, fontsize=10)
     return figure
 
 
-def _draw_line_in_band(axis: Axes, line: Series, look: Look) -> None:
+def _draw_line_in_band(axis: Axes, line: Series, line_style: LineStyle) -> None:
     """Draw a series in percent, in ascending order of x, with the intervals as a band."""
     order = np.argsort(line.x, kind="stable")
     x = _in_order(line.x, order)
     low = 100 * _in_order(line.low, order)
     high = 100 * _in_order(line.high, order)
-    axis.fill_between(x, low, high, color=look.colour, alpha=0.12, linewidth=0)
+    axis.fill_between(x, low, high, color=line_style.colour, alpha=0.12, linewidth=0)
     y = 100 * _in_order(line.y, order)
-    axis.plot(x, y, label=line.label, linewidth=1.3, markersize=4.5, **look.style)
+    axis.plot(x, y, label=line.label, linewidth=1.3, markersize=4.5, **line_style.plot_arguments)
 
 
 def _write_line_labels(
-    axis: Axes, last_values: Mapping[str, float], looks: Mapping[str, Look]
+    axis: Axes, last_values: Mapping[str, float], line_styles: Mapping[str, LineStyle]
 ) -> None:
     """Write the label of every line at the right of the plot, at the height where the line ends.
 
@@ -341,7 +353,7 @@ def _write_line_labels(
             label,
             (1.02, height),
             xycoords="axes fraction",
-            color=looks[label].colour,
+            color=line_styles[label].colour,
             fontsize=8,
             verticalalignment="center",
             annotation_clip=False,
@@ -394,7 +406,7 @@ def _are_too_close(
     return bottom_of_upper - top_of_lower < gap
 
 
-def _draw_points(axis: Axes, line: Series, look: Look) -> None:
+def _draw_points(axis: Axes, line: Series, line_style: LineStyle) -> None:
     """Draw the points of a series with the intervals as bars, x and y in percent."""
     y = np.asarray(line.y)
     below = np.maximum(y - np.asarray(line.low), 0)
@@ -404,8 +416,8 @@ def _draw_points(axis: Axes, line: Series, look: Look) -> None:
         100 * y,
         100 * np.stack([below, above]),
         label=line.label,
-        color=look.colour,
-        marker=look.marker,
+        color=line_style.colour,
+        marker=line_style.marker,
         linestyle="none",
         markersize=4.5,
         elinewidth=0.8,
@@ -418,7 +430,7 @@ def _in_order(values: Sequence[float], order: Ints) -> Floats:
     return np.asarray(values, dtype=np.float64)[order]
 
 
-def _draw_published(axis: Axes, line: Series, look: Look) -> None:
+def _draw_published(axis: Axes, line: Series, line_style: LineStyle) -> None:
     """Draw the published points of a series, with hollow markers."""
     points = sorted(line.published)  # in ascending order of x
     x = [point_x for point_x, _ in points]
@@ -426,8 +438,8 @@ def _draw_published(axis: Axes, line: Series, look: Look) -> None:
     axis.plot(
         x,
         100 * np.asarray(y),
-        color=look.colour,
-        marker=look.marker,
+        color=line_style.colour,
+        marker=line_style.marker,
         linestyle=":",
         linewidth=0.7,
         markerfacecolor="white",
@@ -448,7 +460,7 @@ class Grid:
     chosen: tuple[int, int] | None  # (row, column) of a cell with a frame
 
 
-def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
+def draw_grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
     """Draw heat maps. A darker cell has a higher fraction, printed in the cell in percent."""
     with house_style():
         n_columns = min(2, len(panels))
@@ -477,6 +489,6 @@ def _draw_grid(axis: Axes, panel: Grid) -> None:
         # the frame goes through the four corners of the cell and back to the first corner
         across = [x - 0.48, x + 0.48, x + 0.48, x - 0.48, x - 0.48]
         down = [y - 0.48, y - 0.48, y + 0.48, y + 0.48, y - 0.48]
-        axis.plot(across, down, color=WRONG, linewidth=2)
+        axis.plot(across, down, color=WRONG_COLOUR, linewidth=2)
     axis.set_xticks(range(len(panel.columns)), panel.columns)
     axis.set_yticks(range(len(panel.rows)), panel.rows)

@@ -21,12 +21,12 @@ from vilu.extras import import_extra
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Figure  # noqa: PLC0414 - other modules import it here
 
-CORRECT = "#0072B2"
+CORRECT_COLOUR = "#0072B2"
 """Colour of correct answers, in figures that also show wrong answers."""
-WRONG = "#D55E00"
+WRONG_COLOUR = "#D55E00"
 """Colour of wrong answers, in figures that also show correct answers."""
 
-# colours, dashes and markers of lines in a figure; ``looks_of`` combines the three
+# colours, dashes and markers of lines in a figure; ``line_styles_of`` combines the three
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -89,59 +89,59 @@ def house_style() -> AbstractContextManager[None]:
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a line looks."""
+class LineStyle:
+    """Colour, dashes and marker of a line."""
 
     colour: str
     dash: Any  # line style of matplotlib: a name, or (offset, lengths)
     marker: str
 
     @property
-    def style(self) -> dict[str, Any]:
+    def plot_arguments(self) -> dict[str, Any]:
         """Arguments of matplotlib."""
         return {"color": self.colour, "linestyle": self.dash, "marker": self.marker}
 
 
-def looks_of(labels: Iterable[str]) -> dict[str, Look]:
-    """Map the label of every line of a figure to a look.
+def line_styles_of(labels: Iterable[str]) -> dict[str, LineStyle]:
+    """Map the label of every line of a figure to a line style.
 
-    The look depends on the label, so a method looks the same in every figure. Each method of
+    The style depends on the label, so a method looks the same in every figure. Each method of
     ``MAIN_METHODS`` has a separate colour and a solid line. A label may begin with such a name, for
     example "vilu + MCM input". Then the label has the colour of the method and a different dash.
-    Two lines of a figure have the same look only if no possible look is free.
+    Two lines of a figure have the same style only if no possible style is free.
     """
-    looks: dict[str, Look] = {}
-    taken_looks: set[Look] = set()
+    line_styles: dict[str, LineStyle] = {}
+    taken_styles: set[LineStyle] = set()
     for label in sorted(set(labels)):
-        candidates = _possible_looks(label)
-        free_looks = (look for look in candidates if look not in taken_looks)
-        look = next(free_looks, candidates[0])
-        looks[label] = look
-        taken_looks.add(look)
-    return looks
+        candidates = _possible_styles(label)
+        free_styles = (line_style for line_style in candidates if line_style not in taken_styles)
+        line_style = next(free_styles, candidates[0])
+        line_styles[label] = line_style
+        taken_styles.add(line_style)
+    return line_styles
 
 
-def _possible_looks(label: str) -> list[Look]:
-    """The possible looks of a line, the preferred look first."""
-    looks = []
+def _possible_styles(label: str) -> list[LineStyle]:
+    """The possible styles of a line, the preferred style first."""
+    line_styles = []
     colours = list(COLOURS[1:])  # the first colour is only for the first of ``MAIN_METHODS``
     method = _main_method(label)
     if method is not None:
         index = MAIN_METHODS.index(method)
         colours = [COLOURS[index]]
         if label == method:
-            looks.append(Look(COLOURS[index], DASHES[0], MARKERS[index]))
-    # The looks of a label are numbered, and the hash of the label is the first number. With each
+            line_styles.append(LineStyle(COLOURS[index], DASHES[0], MARKERS[index]))
+    # The styles of a label are numbered, and the hash of the label is the first number. With each
     # next number, colours, dashes and markers change at different rates.
     first_number = zlib.crc32(label.encode("utf-8", "backslashreplace"))
-    n_numbers = 3 * len(colours) * len(DASHES) * len(MARKERS)  # after these, the looks repeat
+    n_numbers = 3 * len(colours) * len(DASHES) * len(MARKERS)  # after these, the styles repeat
     dashed = DASHES[1:]  # solid lines are left to the main methods
     for number in range(first_number, first_number + n_numbers):
         colour = colours[number % len(colours)]
         dash = dashed[number // len(colours) % len(dashed)]
         marker = MARKERS[number // 3 % len(MARKERS)]
-        looks.append(Look(colour, dash, marker))
-    return looks
+        line_styles.append(LineStyle(colour, dash, marker))
+    return line_styles
 
 
 def _main_method(label: str) -> str | None:
@@ -150,16 +150,18 @@ def _main_method(label: str) -> str | None:
     return max(methods_at_start, key=len, default=None)
 
 
-def save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure atomically, as PNG, WebP or SVG by the suffix of the path.
 
     Equal figures give equal bytes.
     """
-    file = io.BytesIO()
-    kind = path.suffix.removeprefix(".")
+    buffer = io.BytesIO()
+    file_format = path.suffix.removeprefix(".")
     with house_style():
-        figure.savefig(file, format=kind, dpi=DPI, metadata=LEFT_OUT_METADATA.get(path.suffix))
-    content = file.getvalue()
+        figure.savefig(
+            buffer, format=file_format, dpi=DPI, metadata=LEFT_OUT_METADATA.get(path.suffix)
+        )
+    content = buffer.getvalue()
     if path.suffix == ".svg":
         content = with_dark_colours(content)
     write_bytes(path, content)

@@ -7,6 +7,7 @@ import math
 from abc import abstractmethod
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,7 +20,7 @@ from vilu.artifacts.documents import content_digest
 from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.callers import warn_caller
 from vilu.device import torch_defaults
-from vilu.embeddings.checks import STATUS, VALID
+from vilu.embeddings.checks import STATUS_NAMES, VALID
 from vilu.embeddings.columns import LOGITS
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.rows import SCORING_BATCH
@@ -30,10 +31,10 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import (
-    candidates_of,
+    candidates_agree,
     count_in_words,
+    describe_candidates,
     rows_to_score,
-    same_candidates,
 )
 from vilu.predictors.persistence.description import describe, sketch_tensors
 from vilu.predictors.persistence.files import SavedModel
@@ -190,10 +191,10 @@ def score(
     counts = {"n_seen_in_fit": len(overlap)}
     if len(overlap):
         counts["n_compared_with_fit"] = overlap.n_comparable
-    facts = _facts_about_origin(
+    origin_fields = _origin_fields(
         predictor, data, calibration, dataset=dataset, split=split, **counts
     )
-    return score_rows(predictor, data, facts, calibration=calibration)
+    return score_rows(predictor, data, origin_fields, calibration=calibration)
 
 
 def score_unseen(
@@ -209,17 +210,19 @@ def score_unseen(
     The pools of image-caption pairs still consist of all rows.
     """
     _check_data(predictor, data, None)
-    facts = _facts_about_origin(
+    origin_fields = _origin_fields(
         predictor, data, None, dataset=dataset, split=split, n_seen_in_fit=0
     )
-    outcomes = score_rows(predictor, data, facts, scored_rows=rows_to_score(data, is_unseen))
+    outcomes = score_rows(
+        predictor, data, origin_fields, scored_rows=rows_to_score(data, is_unseen)
+    )
     return outcomes.take(is_unseen)
 
 
 def score_rows(
     predictor: FailurePredictor,
     source: EmbeddingSource,
-    facts: dict[str, Any],
+    origin_fields: dict[str, Any],
     *,
     calibration: CalibrationLike | None = None,
     rows: Ints | None = None,
@@ -231,7 +234,7 @@ def score_rows(
     Args:
         predictor: The predictor.
         source: The embeddings.
-        facts: Fields of the outcomes that describe their origin (``_facts_about_origin``).
+        origin_fields: Fields of the outcomes that describe their origin (``_origin_fields``).
         calibration: The calibration that decides; None: the outcomes have no decisions.
         rows: Indices (M,) of the rows in the source, all different; None: all rows.
         scored_rows: Indices (S,) of the rows to score, in the order of scoring; None: all usable
@@ -239,16 +242,17 @@ def score_rows(
         task: Progress bar to advance; None: a new progress bar.
     """
     indices = np.arange(len(source)) if rows is None else rows
-    order = np.argsort(indices, kind="stable")
-    columns = _Columns.of(source, indices)
+    sorting_order = np.argsort(indices, kind="stable")
+    columns = _OutcomeColumns.without_scores(source, indices)
     n_scored = len(source.usable_rows if scored_rows is None else scored_rows)
     progress_bar = track("score", n_scored, "rows") if task is None else nullcontext(task)
     with progress_bar as progress:
         for batch, scores in predictor.scored(source, scored_rows):
             # A row has the same position in the columns as in ``indices``. Bisection in the sorted
             # indices finds the positions of the rows of the batch.
-            sorted_positions = np.searchsorted(indices, batch.index.numpy(force=True), sorter=order)
-            positions = order[sorted_positions]
+            batch_rows = batch.index.numpy(force=True)
+            sorted_positions = np.searchsorted(indices, batch_rows, sorter=sorting_order)
+            positions = sorting_order[sorted_positions]
             columns.fill(positions, batch, scores)
             if calibration is not None:
                 columns.is_ood[positions] = _is_likely_ood(predictor, calibration, batch, scores)
@@ -256,7 +260,7 @@ def score_rows(
                 if label_sets is not None:
                     columns.fill_label_sets(positions, label_sets)
             progress.advance(len(positions))
-    reasons = _reasons(source, indices, columns.uncertainty, columns.has_one_candidate)
+    reasons = _reasons_for_no_score(source, indices, columns.uncertainty, columns.has_one_candidate)
     # All rows together always have a column of reasons. A part has this column only if a row of the
     # part lacks a score.
     has_reasons = rows is None or any(reasons)
@@ -271,12 +275,12 @@ def score_rows(
         zero_shot=zero_shot,
         target=columns.target,
         outside=source.outside.numpy()[indices],
-        ids=source.ids if rows is None else _ids_of_rows(source, rows, order),
+        ids=source.ids if rows is None else _ids_of_rows(source, rows, sorting_order),
         class_names=source.class_names,
         picture=source.picture_identities(indices),
         reason=reasons if has_reasons else None,
         label_set=columns.label_set if any(columns.label_set) else None,
-        **facts,
+        **origin_fields,
     )
     outcomes = _with_columns_of_source(outcomes, source, indices)
     if predictor.calibrator_ is not None:
@@ -292,7 +296,7 @@ def _with_columns_of_source(outcomes: Outcomes, source: EmbeddingSource, indices
 
     ``indices`` (M,) are the indices of the rows in the source.
     """
-    if source.holds == "answers":
+    if source.data_kind == "answers":
         # A table has only two candidates, "this answer" and "another answer". These candidates say
         # nothing beyond the failures.
         outcomes = replace(outcomes, prediction=None, zero_shot=None, target=None)
@@ -305,7 +309,7 @@ def _with_columns_of_source(outcomes: Outcomes, source: EmbeddingSource, indices
 
 
 @dataclass
-class _Columns:
+class _OutcomeColumns:
     """Columns of the outcomes of N rows, filled batch by batch.
 
     The value -1 in ``target``, ``prediction``, ``zero_shot`` and ``failure`` means "not known".
@@ -321,7 +325,7 @@ class _Columns:
     label_set: list[str | None]
 
     @classmethod
-    def of(cls, source: EmbeddingSource, indices: Ints) -> _Columns:
+    def without_scores(cls, source: EmbeddingSource, indices: Ints) -> _OutcomeColumns:
         """Make the columns for the rows with these indices in the source, without scores."""
         n = len(indices)
         return cls(
@@ -384,10 +388,11 @@ def _check_data(
     has_fitted_probability = predictor.needs_fit and predictor.is_probability
     if is_calibrated or not has_fitted_probability:
         return
-    fit_candidates = predictor.notes_  # a fit writes the result of ``candidates_of`` into the notes
-    data_candidates = candidates_of(data)
+    # a fit writes the result of ``describe_candidates`` into the notes
+    fit_candidates = predictor.notes_
+    data_candidates = describe_candidates(data)
     are_comparable = "n_candidates" in fit_candidates and "n_candidates" in data_candidates
-    if are_comparable and not same_candidates(fit_candidates, data_candidates):
+    if are_comparable and not candidates_agree(fit_candidates, data_candidates):
         warn_caller(
             f"this {predictor.name} was fitted on other candidates (classes or prompts) than "
             "these. Its uncertainties still rank the answers, but as probabilities of failure they "
@@ -395,7 +400,7 @@ def _check_data(
         )
 
 
-def _facts_about_origin(
+def _origin_fields(
     predictor: FailurePredictor,
     source: EmbeddingSource,
     calibration: CalibrationLike | None,
@@ -432,13 +437,13 @@ def provenance_of(calibration: CalibrationLike | None) -> dict[str, str]:
     return {"risk": calibration.fingerprint}
 
 
-def _warn_seen(overlap: str, predictor: FailurePredictor, n_seen: int) -> None:
-    """Warn if ``n_seen`` rows were used in the fit; ``overlap`` is a text, "5 of 100 rows"."""
+def _warn_seen(overlap_text: str, predictor: FailurePredictor, n_seen: int) -> None:
+    """Warn if ``n_seen`` rows were used in the fit; ``overlap_text`` is a text, "5 of 100 rows"."""
     if n_seen:
-        warn_caller(f"{overlap} were used to fit this {predictor.name}.")
+        warn_caller(f"{overlap_text} were used to fit this {predictor.name}.")
 
 
-def _reasons(
+def _reasons_for_no_score(
     source: EmbeddingSource, rows: Ints, uncertainty: Floats, has_one_candidate: NDArray[np.bool_]
 ) -> list[str | None]:
     """Return for each row the reason for a missing score; None for a row with a score.
@@ -459,19 +464,19 @@ def _reasons(
         elif status == VALID:  # the embedding is usable, so only the pool can be at fault
             reasons[position] = "short_pool"
         else:
-            reasons[position] = STATUS[status]
+            reasons[position] = STATUS_NAMES[status]
     return reasons
 
 
-def _ids_of_rows(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
+def _ids_of_rows(source: EmbeddingSource, rows: Ints, sorting_order: Ints) -> list[str]:
     """Return the identifiers of the rows ``rows`` (M,), in the order of ``rows``.
 
-    ``rows[order]`` is ascending. Identifiers are looked up in ascending order of the rows, because
-    a store reads identifiers part by part.
+    ``rows[sorting_order]`` is ascending. Identifiers are looked up in ascending order of the rows,
+    because a store reads identifiers part by part.
     """
     if not len(rows):
         return []
-    ascending_rows = rows[order]
+    ascending_rows = rows[sorting_order]
     first_row = int(ascending_rows[0])
     last_row = int(ascending_rows[-1])
     are_consecutive = last_row - first_row + 1 == len(rows)
@@ -554,14 +559,18 @@ def score_parts(
     _check_data(predictor, source, calibration)
     predictor.require_fitted()
     require_streaming(calibration)
-    facts = _facts_about_origin(predictor, source, calibration, dataset=dataset, split=split)
-    ledger = ScoreLedger(Path(folder), _describe_run(predictor, source, facts, rows_per_part))
-    with ledger.claim(ledger.root):
+    origin_fields = _origin_fields(predictor, source, calibration, dataset=dataset, split=split)
+    ledger = ScoreLedger(
+        Path(folder), _describe_run(predictor, source, origin_fields, rows_per_part)
+    )
+    with ledger.lock_folder(ledger.root):
         ledger.resume(overwrite=overwrite)
-        missing, _ = ledger.survey()
-        if missing:
+        missing_parts, _ = ledger.check_parts()
+        if missing_parts:
             ledger.unseal()
-            _score_missing(ledger, missing, predictor, source, facts, calibration)
+            _score_missing_parts(
+                ledger, missing_parts, predictor, source, origin_fields, calibration
+            )
         else:
             logger.info("%s is complete: there is nothing to do", folder)
         ledger.seal(ScoreManifest.of(ledger.run, ledger.receipts()))
@@ -571,7 +580,7 @@ def score_parts(
 def _describe_run(
     predictor: FailurePredictor,
     source: EmbeddingSource,
-    facts: dict[str, Any],
+    origin_fields: dict[str, Any],
     rows_per_part: int,
 ) -> ScoreRun:
     """Return the description of a run of ``score_parts``: predictor, data and settings."""
@@ -583,42 +592,37 @@ def _describe_run(
         n_candidate=len(scored_rows),
         rows_per_part=_rounded_rows_per_part(rows_per_part, source.pool_size),
         answer=predictor.answer,
-        **facts,
+        **origin_fields,
     )
 
 
-def _score_missing(
+def _score_missing_parts(
     ledger: ScoreLedger,
-    missing: list[ScorePart],
+    missing_parts: list[ScorePart],
     predictor: FailurePredictor,
     source: EmbeddingSource,
-    facts: dict[str, Any],
+    origin_fields: dict[str, Any],
     calibration: CalibrationLike | None,
 ) -> None:
-    """Score and write the ``missing`` parts of a folder.
+    """Score and write the ``missing_parts`` of a folder.
 
-    ``facts`` are the fields of the outcomes that describe their origin.
+    ``origin_fields`` are the fields of the outcomes that describe their origin.
     """
     all_scored_rows, all_unscored_rows = _scored_and_unscored(source)
     n_scored = len(all_scored_rows)
     is_seen = predictor.seen(source).shared
-    n_rows = sum(len(part) for part in missing)
+    score_rows_of_source = partial(
+        score_rows, predictor, source, origin_fields, calibration=calibration
+    )
+    n_rows = sum(len(part) for part in missing_parts)
     with track("score", n_rows, "rows") as task:
-        for part in missing:
+        for part in missing_parts:
             scored_rows = all_scored_rows[part.start : part.stop]
             rows = scored_rows.numpy()
             if not len(scored_rows):  # rows without a score come after all rows to score
                 rows = all_unscored_rows[part.start - n_scored : part.stop - n_scored]
-            outcomes = score_rows(
-                predictor,
-                source,
-                facts,
-                calibration=calibration,
-                rows=rows,
-                scored_rows=scored_rows,
-                task=task,
-            )
-            ledger.write_rows(part, rows, outcomes, int(is_seen[rows].sum()))
+            outcomes = score_rows_of_source(rows=rows, scored_rows=scored_rows, task=task)
+            ledger.write_part(part, rows, outcomes, int(is_seen[rows].sum()))
             task.advance(len(part) - len(scored_rows))
 
 

@@ -16,14 +16,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from vilu.artifacts.disk import MANIFEST, RUN
-from vilu.artifacts.documents import Document, Model, read_document, read_json
+from vilu.artifacts.disk import MANIFEST_FILE, RUN_FILE
+from vilu.artifacts.documents import Document, FrozenModel, read_document, read_json
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import parquet_bytes, read_column, read_table
 from vilu.errors import UNKNOWN, DataError, ProvenanceError, StorageError
-from vilu.metrics.counts import Floats, Ints, repeated_pictures
-from vilu.metrics.histogram import MAX_BINS, Histogram, codes
-from vilu.outcomes.outcomes import MISSING_VALUE, OPTIONAL_COLUMNS, Outcomes, Tally, facts_of
+from vilu.metrics.counts import Floats, Ints, repeated_picture_numbers
+from vilu.metrics.histogram import MAX_BINS, Histogram, codes_of_scores
+from vilu.outcomes.outcomes import MISSING_VALUE, OPTIONAL_COLUMNS, Outcomes, Tally, identity_fields
 from vilu.store.ledger import (
     AnyReceipt,
     Count,
@@ -72,9 +72,9 @@ class ScoreRun(ScoreDocument):
     @property
     def parts(self) -> list[ScorePart]:
         """All parts: first the rows to score, in the order of scoring, then the unscored rows."""
-        size = self.rows_per_part
-        starts_of_scored_parts = range(0, self.n_candidate, size)
-        starts_of_unscored_parts = range(self.n_candidate, self.n_in, size)
+        rows_per_part = self.rows_per_part
+        starts_of_scored_parts = range(0, self.n_candidate, rows_per_part)
+        starts_of_unscored_parts = range(self.n_candidate, self.n_in, rows_per_part)
         # a part ends where the next part starts, and the last part ends at the last row
         boundaries = [*starts_of_scored_parts, *starts_of_unscored_parts, self.n_in]
         parts = []
@@ -100,7 +100,7 @@ class ScoreRun(ScoreDocument):
             )
 
 
-class ScorePart(Model):
+class ScorePart(FrozenModel):
     """Part of a folder: the rows ``start`` to ``stop - 1`` in the order of scoring."""
 
     number: Count
@@ -131,7 +131,7 @@ class ScorePart(Model):
         return self.stop - self.start
 
 
-class Counts(Model):
+class Counts(FrozenModel):
     """Numbers of scored, wrong, unlabelled and unscored rows."""
 
     n_in: Count  # number of rows
@@ -161,15 +161,15 @@ class Counts(Model):
     def of(cls, outcomes: Outcomes, n_seen: int) -> Self:
         """Return the counts of some rows. ``n_seen`` of the rows were used to fit the predictor."""
         is_scored = np.isfinite(outcomes.uncertainty)
-        is_known = outcomes.evaluable  # scored rows with a known failure
+        is_evaluable = outcomes.evaluable  # scored rows with a known failure
         reasons = outcomes.reason or ()
-        unscored = Counter(reason for reason in reasons if reason is not None)
+        n_of_reason = Counter(reason for reason in reasons if reason is not None)
         return cls(
             n_in=len(outcomes),
             n_scored=int(is_scored.sum()),
-            n_failures=int(outcomes.failure[is_known].sum()),
-            n_unlabelled=int((is_scored & ~is_known).sum()),
-            unscored=dict(sorted(unscored.items())),
+            n_failures=int(outcomes.failure[is_evaluable].sum()),
+            n_unlabelled=int((is_scored & ~is_evaluable).sum()),
+            unscored=dict(sorted(n_of_reason.items())),
             n_seen=n_seen,
         )
 
@@ -229,7 +229,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         super().__init__(root, run.fingerprint, run.parts, ScoreReceipt)
         self.run = run
 
-    def stated_and_planned(
+    def facts_of_receipt_and_plan(
         self, part: ScorePart, receipt: ScoreReceipt
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """Return (part, number of rows) from the receipt, and from the plan of the run."""
@@ -241,39 +241,43 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         The caller must hold the lock of the folder. With ``overwrite`` the scores of another run
         are removed; otherwise another run is an error.
         """
-        if (self.root / RUN).is_file():
+        if (self.root / RUN_FILE).is_file():
             earlier_run = read_run(self.root)
             if overwrite and earlier_run != self.run:
-                self.clear()
+                self.remove_run()
             else:
                 earlier_run.require_same(self.run, self.root)
         self.begin(self.run, self.folders)
 
-    def write_rows(self, part: ScorePart, rows: Ints, outcomes: Outcomes, n_seen: int) -> None:
+    def write_part(self, part: ScorePart, rows: Ints, outcomes: Outcomes, n_seen: int) -> None:
         """Write the outcomes of the rows of a part. ``n_seen`` of the rows were used in the fit."""
-        is_known = outcomes.evaluable
-        is_ood = is_known & outcomes.outside
-        histogram = Histogram.of(outcomes.uncertainty[is_known], outcomes.failure[is_known])
-        histogram_ood = Histogram.of(outcomes.uncertainty[is_ood], outcomes.failure[is_ood])
+        is_evaluable = outcomes.evaluable
+        is_evaluable_ood = is_evaluable & outcomes.outside
+        histogram = Histogram.of(outcomes.uncertainty[is_evaluable], outcomes.failure[is_evaluable])
+        histogram_ood = Histogram.of(
+            outcomes.uncertainty[is_evaluable_ood], outcomes.failure[is_evaluable_ood]
+        )
         payloads = {
             part.scores_file: parquet_bytes(*outcomes.table(rows)),
             part.histogram_file: histogram_bytes(histogram, histogram_ood),
         }
         counts = Counts.of(outcomes, n_seen)
 
-        def receipt_of(files: dict[str, FileInfo]) -> ScoreReceipt:
+        def make_receipt(files: dict[str, FileInfo]) -> ScoreReceipt:
             return ScoreReceipt(fingerprint=self.fingerprint, part=part, counts=counts, files=files)
 
-        self.write(part, payloads, receipt_of)
+        self.write_files(part, payloads, make_receipt)
 
 
 def read_run(root: Path) -> ScoreRun:
     """Read the description of the run in a folder of scores."""
     # The kind is checked before the fields, because a store of embeddings also has a ``run.json``.
-    content = read_json(root / RUN, RERUN_ADVICE, StorageError)
+    content = read_json(root / RUN_FILE, RERUN_ADVICE, StorageError)
     if content.get("kind") != "scores":
-        raise DataError(f"{root / RUN} belongs to no folder of scores. Make one with `vilu score`.")
-    return read_document(root / RUN, ScoreRun)
+        raise DataError(
+            f"{root / RUN_FILE} belongs to no folder of scores. Make one with `vilu score`."
+        )
+    return read_document(root / RUN_FILE, ScoreRun)
 
 
 HISTOGRAM_COLUMNS = ("bin", "correct", "wrong")  # columns of a histogram file, in order
@@ -304,10 +308,10 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
 
     The histograms are checked against the receipt of the part.
     """
-    files = FileVerifier(root, [receipt])  # compares the bytes of a file with the receipt
-    path = files(receipt.part.histogram_file)
+    verify_file = FileVerifier(root, [receipt])  # compares the bytes of a file with the receipt
+    path = verify_file(receipt.part.histogram_file)
     table, metadata = read_table(path, ())
-    histogram = _histogram_of(path, table, metadata)
+    histogram = _parse_histogram(path, table, metadata)
     wrong_ood = np.zeros_like(histogram.wrong)
     if "outside" in table.column_names:
         wrong_ood = table["outside"].to_numpy()
@@ -328,7 +332,7 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
     return histogram, histogram.with_counts(correct=correct_ood, wrong=wrong_ood)
 
 
-def _histogram_of(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> Histogram:
+def _parse_histogram(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> Histogram:
     """Return the histogram in the ``table`` of a file; StorageError for invalid content."""
     names = [name for name in table.column_names if name != "outside"]
     has_right_names = names == list(HISTOGRAM_COLUMNS)
@@ -373,12 +377,13 @@ def _has_valid_bins(histogram: Histogram) -> bool:
     are_ascending = bool((np.diff(bins) > 0).all())
     if len(bins) > MAX_BINS or not are_ascending:
         return False
-    has_negative = (histogram.correct < 0) | (histogram.wrong < 0)
+    is_negative = (histogram.correct < 0) | (histogram.wrong < 0)
     is_empty = histogram.correct + histogram.wrong == 0
-    if has_negative.any() or is_empty.any():
+    if is_negative.any() or is_empty.any():
         return False
     ends = np.array([histogram.low, histogram.high])
-    bins_of_ends = codes(ends) >> histogram.level  # a bin is a code without the lowest bits
+    # a bin is a code without the lowest bits
+    bins_of_ends = codes_of_scores(ends) >> histogram.level
     first_and_last_bin = bins[[0, -1]]
     return np.array_equal(bins_of_ends, first_and_last_bin)
 
@@ -431,12 +436,13 @@ class ScoreFolder(PickledByPath):
         ScoreLedger.require_begun(self.path)
         self.run = read_run(self.path)
         ScoreLedger.require_sealed(self.path)
-        manifest = read_document(self.path / MANIFEST, ScoreManifest)
+        manifest = read_document(self.path / MANIFEST_FILE, ScoreManifest)
         self._ledger = ScoreLedger(self.path, self.run)
         self._receipts = self._ledger.receipts()
         if manifest != ScoreManifest.of(self.run, self._receipts):
             raise ProvenanceError(
-                f"{self.path / MANIFEST} seals other parts than the folder holds. {RERUN_ADVICE}."
+                f"{self.path / MANIFEST_FILE} seals other parts than the folder holds. "
+                f"{RERUN_ADVICE}."
             )
         self.counts: Counts = manifest.counts
         self.folder_hash = digest(manifest.model_dump(mode="json"))
@@ -482,7 +488,7 @@ class ScoreFolder(PickledByPath):
         rows have the same picture, the counts come from all rows. Then all rows are read into
         memory, about 33 bytes per row.
         """
-        if self._has_repeats():
+        if self._has_repeated_pictures():
             return self._tally_of_rows()
         histogram, histogram_ood = self._histograms
         histogram_within = histogram
@@ -496,10 +502,10 @@ class ScoreFolder(PickledByPath):
             n_unlabelled=self.counts.n_unlabelled,
             n_unusable=self.counts.n_unscored,
             n_seen_in_fit=self.counts.n_seen,
-            **facts_of(self.run),
+            **identity_fields(self.run),
         )
 
-    def _has_repeats(self) -> bool:
+    def _has_repeated_pictures(self) -> bool:
         """Return whether two evaluable rows show the same picture."""
         n_passes = math.ceil(self.counts.n_scored / IDENTITIES_PER_PASS)
         for remainder in range(n_passes):
@@ -507,11 +513,11 @@ class ScoreFolder(PickledByPath):
             # passes. Equal identities have equal remainders, so a single pass compares all equal
             # identities.
             pictures = [np.empty(0, np.int64)]  # so that there is an array if no part has pictures
-            for rows in self._evaluable_parts():
+            for rows in self._evaluable_rows_of_parts():
                 if rows.picture is not None:
                     is_in_pass = rows.picture % n_passes == remainder
                     pictures.append(rows.picture[is_in_pass])
-            if repeated_pictures(np.concatenate(pictures)) is not None:
+            if repeated_picture_numbers(np.concatenate(pictures)) is not None:
                 return True
         return False
 
@@ -521,7 +527,7 @@ class ScoreFolder(PickledByPath):
         failures = []
         is_ood = []
         pictures = []
-        for rows in self._evaluable_parts():
+        for rows in self._evaluable_rows_of_parts():
             picture = rows.picture
             if picture is None:
                 picture = np.full(len(rows.failure), UNKNOWN)
@@ -535,7 +541,7 @@ class ScoreFolder(PickledByPath):
             outside=np.concatenate(is_ood),
             picture=np.concatenate(pictures),
             is_probability=self.run.is_probability,
-            **facts_of(self.run),
+            **identity_fields(self.run),
         )
         return replace(
             outcomes.tally(),
@@ -543,20 +549,20 @@ class ScoreFolder(PickledByPath):
             n_unusable=self.counts.n_unscored,
         )
 
-    def _evaluable_parts(self) -> Iterator[EvaluableRows]:
+    def _evaluable_rows_of_parts(self) -> Iterator[EvaluableRows]:
         """Yield the evaluable rows of each part."""
-        files = FileVerifier(self.path, self._receipts)
+        verify_file = FileVerifier(self.path, self._receipts)
         for receipt in self._receipts:
-            path = files(receipt.part.scores_file)
-            part = Outcomes.load(path)
-            is_known = part.evaluable
+            path = verify_file(receipt.part.scores_file)
+            outcomes = Outcomes.load(path)
+            is_evaluable = outcomes.evaluable
             picture = None
-            if part.picture is not None:
-                picture = part.picture[is_known]
+            if outcomes.picture is not None:
+                picture = outcomes.picture[is_evaluable]
             yield EvaluableRows(
-                uncertainty=part.uncertainty[is_known],
-                failure=part.failure[is_known],
-                is_ood=part.outside[is_known],
+                uncertainty=outcomes.uncertainty[is_evaluable],
+                failure=outcomes.failure[is_evaluable],
+                is_ood=outcomes.outside[is_evaluable],
                 picture=picture,
             )
 
@@ -568,8 +574,8 @@ class ScoreFolder(PickledByPath):
             DataError: If a file is no table of outcomes, or if the parts do not hold every row of
                 the data once.
         """
-        files = FileVerifier(self.path, self._receipts)
-        paths = [files(receipt.part.scores_file) for receipt in self._receipts]
+        verify_file = FileVerifier(self.path, self._receipts)
+        paths = [verify_file(receipt.part.scores_file) for receipt in self._receipts]
         parts = [Outcomes.load(path) for path in paths]
         rows_of_parts = []
         for path in paths:
@@ -584,18 +590,18 @@ class ScoreFolder(PickledByPath):
             )
         # ``vilu.score`` always returns reasons, so reasons are returned even if no part has the
         # column
-        optional: dict[str, Any] = {"reason": [None] * len(order)}
+        optional_columns: dict[str, Any] = {"reason": [None] * len(order)}
         for name, type_name in OPTIONAL_COLUMNS.items():
             column = _join_column(parts, name, type_name, order)
             if column is not None:
-                optional[name] = column
+                optional_columns[name] = column
         return Outcomes(
             uncertainty=np.concatenate([part.uncertainty for part in parts])[order],
             failure=np.concatenate([part.failure for part in parts])[order],
             outside=np.concatenate([part.outside for part in parts])[order],
-            **optional,
+            **optional_columns,
             class_names=parts[0].class_names,
-            **facts_of(self.run),
+            **identity_fields(self.run),
             is_probability=self.run.is_probability,
             provenance={**self.run.provenance, "n_seen_in_fit": self.counts.n_seen},
         )

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from vilu.artifacts.disk import convert_os_errors, make_folder, write_bytes
 from vilu.artifacts.documents import plain_json
-from vilu.datasets.images import detect_format, stated_pixels
+from vilu.datasets.images import detect_format, n_pixels_in_header
 from vilu.embeddings.columns import DataKind
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.service import pages
@@ -32,8 +32,8 @@ from vilu.service.bodies import (
     LabelsIn,
     RowsIn,
     RunnerUpOut,
-    described_answers,
-    described_body,
+    openapi_body,
+    openapi_responses,
     read_images,
     read_json,
 )
@@ -45,13 +45,13 @@ from vilu.service.limits import (
     Gate,
     InProgress,
     Refused,
-    problem,
+    problem_document,
     require_at_most,
 )
 from vilu.service.measures import Measures
 
 if TYPE_CHECKING:
-    from vilu.service.engine import Engine, Judgement, Reply
+    from vilu.service.engine import Engine, Judgement, PredictorReply
 
 logger = logging.getLogger(__name__)
 
@@ -59,24 +59,24 @@ DESCRIPTION: Final = (
     "Answers about images: the answer of the model, the probability that it is wrong, and whether "
     "to accept it."
 )
-LOST: Final = (
+LOST_JOURNAL_DETAIL: Final = (
     "the journal was removed or replaced while the service ran, so no row can be kept and nothing "
     "is answered. Stop the service, restore the journal, and start again."
 )
 """Detail of a refusal while the file of a journal is lost."""
 
-NOT_WRITTEN: Final = (
+NOT_WRITTEN_DETAIL: Final = (
     "the rows could not be written to the journal, so nothing is answered; the log of the service "
     "says why. The same request may be repeated."
 )
 """Detail of a refusal after a journal could not be written."""
 
-NOT_READY: Final = (
+NOT_READY_DETAIL: Final = (
     "the journal cannot be written, so nothing is answered; the log of the service says why."
 )
 """Detail of the answer of /readyz while a journal is locked or the disk is full."""
 
-BODIES: Final[dict[DataKind, type[EmbeddingsIn] | type[RowsIn]]] = {
+BODY_OF_DATA_KIND: Final[dict[DataKind, type[EmbeddingsIn] | type[RowsIn]]] = {
     "embeddings": EmbeddingsIn,
     "answers": RowsIn,
 }
@@ -92,12 +92,12 @@ class Service:
 
     Args:
         limits: Limits for clients.
-        keep: Folder for the answered images; None: no image is kept.
+        image_folder: Folder for the answered images; None: no image is kept.
     """
 
-    def __init__(self, limits: ClientLimits, keep: Path | None = None) -> None:
+    def __init__(self, limits: ClientLimits, image_folder: Path | None = None) -> None:
         self.limits = limits
-        self.keep = None if keep is None else make_folder(keep)
+        self.image_folder = None if image_folder is None else make_folder(image_folder)
         self.engine: Engine | None = None
         self.in_progress = InProgress(limits)
         self.measures = Measures(self.in_progress, lambda: self.engine)
@@ -115,7 +115,9 @@ class Service:
             limits,
             in_progress=self.in_progress,
             on_answered=self.measures.count_request,
-            paths=frozenset(route.path for route in self.api.routes if hasattr(route, "path")),
+            known_paths=frozenset(
+                route.path for route in self.api.routes if hasattr(route, "path")
+            ),
         )
 
     @property
@@ -131,7 +133,7 @@ class Service:
 
     def start(self, engine: Engine) -> None:
         """Answer with this engine from now on."""
-        engine.on_batch = self.measures.batch_size.observe
+        engine.on_batch = self.measures.batch_size_histogram.observe
         self.engine = engine
 
     def _add_routes(self) -> None:
@@ -139,33 +141,33 @@ class Service:
         self._add_post("/v1/scores", self.scores, EmbeddingsIn, AnswersOut)
         self._add_post("/v1/labels", self.labels, LabelsIn)
         self._add_post("/v1/corrections", self.corrections, CorrectionsIn)
-        self._add_get("/v1/monitor", self.monitor, responses=described_answers(takes_body=False))
+        self._add_get("/v1/monitor", self.monitor, responses=openapi_responses(takes_body=False))
         self._add_get(
-            "/v1/predictors", self.predictors, responses=described_answers(takes_body=False)
+            "/v1/predictors", self.predictors, responses=openapi_responses(takes_body=False)
         )
         self._add_post("/v1/predictors", self.switch, ChoiceIn)
         self._add_get("/healthz", self.alive)
         self._add_get("/readyz", self.is_ready)
         self._add_get("/metrics", self.metrics)
-        self._add_get("/", pages.page, include_in_schema=False)
-        self._add_get("/docs", pages.docs, include_in_schema=False)
+        self._add_get("/", pages.photo_page, include_in_schema=False)
+        self._add_get("/docs", pages.docs_page, include_in_schema=False)
         self._add_get("/docs/{name}", pages.docs_file, include_in_schema=False)
 
     def _add_post(
         self,
         path: str,
         route: Route,
-        body: type[BaseModel],
-        answer: type[BaseModel] | None = None,
+        body_model: type[BaseModel],
+        answer_model: type[BaseModel] | None = None,
     ) -> None:
-        """Let ``route`` answer POST requests; ``body`` and ``answer`` are described in OpenAPI."""
+        """Let ``route`` answer POST requests; both models are described in OpenAPI."""
         self.api.add_api_route(
             path,
             route,
             methods=["POST"],
-            responses=described_answers(takes_body=True, answer=answer),
+            responses=openapi_responses(takes_body=True, answer_model=answer_model),
             response_model=None,
-            openapi_extra=described_body(body),
+            openapi_extra=openapi_body(body_model),
         )
 
     def _add_get(
@@ -200,16 +202,16 @@ class Service:
         Every answer has the probability of being wrong, and whether to accept it.
         """
         engine = self.loaded_engine
-        if engine.kind == "answers":
+        if engine.data_kind == "answers":
             raise Refused(
                 HTTPStatus.NOT_FOUND,
                 "this service judges rows of a table of answers, and no images: POST /v1/scores.",
             )
-        images = await read_images(request, self.limits.images)
-        request.state.admission.take_images(len(images))
+        images = await read_images(request, self.limits.max_images)
+        request.state.admission.admit_images(len(images))
         await asyncio.to_thread(self._require_few_pixels, images)
-        judgements = engine.submit_images(request.state.request_id, images)
-        return await self._write_and_answer(request, judgements, images)
+        futures = engine.submit_images(request.state.request_id, images)
+        return await self._write_and_answer(request, futures, images)
 
     async def scores(self, request: Request) -> Response:
         """Answer about embeddings of the same model as in the fit of the predictor.
@@ -217,16 +219,18 @@ class Service:
         A service for tables of answers answers about rows of numbers instead.
         """
         engine = self.loaded_engine
-        n_numbers = self.limits.images * engine.numbers_per_row
-        body = await read_json(request, BODIES[engine.kind], limit=n_numbers, what="numbers")
-        require_at_most(body.n_rows, self.limits.images, what=body.what)
+        n_numbers = self.limits.max_images * engine.numbers_per_row
+        body = await read_json(
+            request, BODY_OF_DATA_KIND[engine.data_kind], limit=n_numbers, noun="numbers"
+        )
+        require_at_most(body.n_rows, self.limits.max_images, noun=body.row_noun)
         try:
-            rows = await asyncio.to_thread(engine.check_rows, body.content())
+            rows = await asyncio.to_thread(engine.check_rows, body.as_columns())
         except DataError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from None
-        request.state.admission.take_images(body.n_rows)
-        judgements = engine.submit_rows(request.state.request_id, rows)
-        return await self._write_and_answer(request, judgements)
+        request.state.admission.admit_images(body.n_rows)
+        futures = engine.submit_rows(request.state.request_id, rows)
+        return await self._write_and_answer(request, futures)
 
     async def _write_and_answer(
         self,
@@ -247,8 +251,10 @@ class Service:
         if await request.is_disconnected():
             raise ClientDisconnect
         new_files: list[Path] = []
-        if self.keep is not None and images:
-            new_files = await asyncio.to_thread(_keep_images, self.keep, images, judgements)
+        if self.image_folder is not None and images:
+            new_files = await asyncio.to_thread(
+                _write_images, self.image_folder, images, judgements
+            )
         try:
             replies = await asyncio.wrap_future(self.loaded_engine.record(judgements))
         except StorageError:  # the rows are not written, so the images must not be kept
@@ -268,17 +274,17 @@ class Service:
         )
 
     async def _wait_for_judgements(self, futures: Sequence[Future[Judgement]]) -> list[Judgement]:
-        """Wait for the judgements of a request; Refused (503) after ``limits.answer`` seconds."""
+        """Wait for the judgements of a request; Refused (503) after a time limit."""
         try:
-            async with asyncio.timeout(self.limits.answer):
+            async with asyncio.timeout(self.limits.answer_seconds):
                 # With return_exceptions, gather waits for all judgements, even after an exception.
                 # The exception is raised by result() in the return statement.
                 await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
                 return [future.result() for future in futures]
         except TimeoutError:  # the timeout has cancelled the unfinished judgements
             detail = (
-                f"there was no answer within {self.limits.answer:g} seconds. The same request "
-                "may be repeated."
+                f"there was no answer within {self.limits.answer_seconds:g} seconds. The same "
+                "request may be repeated."
             )
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, detail, **RETRY_HEADER) from None
 
@@ -289,7 +295,7 @@ class Service:
         refused, and no label of the request is written.
         """
         engine = self.loaded_engine
-        body = await read_json(request, LabelsIn, limit=self.limits.images, what="labels")
+        body = await read_json(request, LabelsIn, limit=self.limits.max_images, noun="labels")
         try:
             counts = await asyncio.to_thread(engine.journals.label, body.labels)
         except ContradictionError as error:
@@ -297,29 +303,27 @@ class Service:
         except DataError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
         if not counts:
-            raise Refused(
-                HTTPStatus.CONFLICT,
-                "no predictor here is calibrated, so there is no guarantee to audit.",
-            )
+            detail = "no predictor here is calibrated, so there is no guarantee to audit."
+            raise Refused(HTTPStatus.CONFLICT, detail)
         state = await asyncio.to_thread(engine.journals.state)
         audits = []
         for name, counts_of_predictor in counts.items():
             audits.append(
                 {
-                    "predictor": engine.served[name].fingerprint,
+                    "predictor": engine.served_predictors[name].fingerprint,
                     "new": counts_of_predictor.n_new,
-                    "unknown": counts_of_predictor.unknown,
+                    "unknown": counts_of_predictor.unknown_row_ids,
                     "guarantee": state.guarantees[name],
                 }
             )
-        return _json({"audited": audits})
+        return _json_response({"audited": audits})
 
     async def corrections(self, request: Request) -> Response:
         """Replace wrong labels. The journal keeps old and new labels; the monitor counts again."""
         engine = self.loaded_engine
         # a correction has two labels: the present label and the right label
-        max_labels = 2 * self.limits.images
-        body = await read_json(request, CorrectionsIn, limit=max_labels, what="labels")
+        max_labels = 2 * self.limits.max_images
+        body = await read_json(request, CorrectionsIn, limit=max_labels, noun="labels")
         if body.before.keys() != body.after.keys():
             detail = "before and after must name the same rows."
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
@@ -329,22 +333,22 @@ class Service:
             raise Refused(HTTPStatus.CONFLICT, str(error)) from error
         except DataError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
-        return _json({"corrected": len(body.after), "guarantees": state.guarantees})
+        return _json_response({"corrected": len(body.after), "guarantees": state.guarantees})
 
     async def monitor(self) -> Response:
         """State of every guarantee, and the evidence of the monitor."""
         statuses = await asyncio.to_thread(self.loaded_engine.journals.statuses)
-        monitors = await self._described_predictors()
+        monitors = await self._describe_predictors()
         for monitor in monitors:
             status = statuses.get(monitor["name"])
             if status is not None:
                 monitor["summary"] = str(status)
                 monitor["status"] = status.model_dump(mode="json")
-        return _json({"monitors": monitors})
+        return _json_response({"monitors": monitors})
 
     async def predictors(self) -> Response:
         """The predictors of the service, and the choice of the answering predictor."""
-        return _json({"predictors": await self._described_predictors()})
+        return _json_response({"predictors": await self._describe_predictors()})
 
     async def switch(self, request: Request) -> Response:
         """Let another predictor answer.
@@ -353,51 +357,52 @@ class Service:
         predictor continues to run.
         """
         engine = self.loaded_engine
-        choice = await read_json(request, ChoiceIn, limit=1, what="choice")
+        choice = await read_json(request, ChoiceIn, limit=1, noun="choice")
         state_before = await asyncio.to_thread(engine.journals.state)
         try:
             await asyncio.to_thread(engine.journals.switch, choice.answers)
         except UsageError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
         descriptions = {}
-        for description in await self._described_predictors():
+        for description in await self._describe_predictors():
             descriptions[description["name"]] = description
-        before = descriptions[state_before.answering]
-        return _json({"before": before, "now": descriptions[choice.answers]})
+        before = descriptions[state_before.answering_name]
+        return _json_response({"before": before, "now": descriptions[choice.answers]})
 
-    async def _described_predictors(self) -> list[dict[str, Any]]:
+    async def _describe_predictors(self) -> list[dict[str, Any]]:
         """Descriptions of all predictors and guarantees, for clients."""
         engine = self.loaded_engine
         state = await asyncio.to_thread(engine.journals.state)
         descriptions = []
-        for name, served in engine.served.items():
+        for name, predictor in engine.served_predictors.items():
             guarantee = state.guarantees[name]
             descriptions.append(
                 {
                     "name": name,
-                    "predictor": served.fingerprint,
-                    "method": served.guard.predictor.label,
-                    "answers": name == state.answering,
+                    "predictor": predictor.fingerprint,
+                    "method": predictor.guard.predictor.label,
+                    "answers": name == state.answering_name,
                     "guarantee": guarantee,
-                    "guarantee_text": served.guarantee_text,
-                    "in_words": served.in_words(guarantee),
+                    "guarantee_text": predictor.guarantee_text,
+                    "in_words": predictor.guarantee_in_words(guarantee),
                 }
             )
         return descriptions
 
     async def alive(self) -> Response:
         """Answer as long as the process listens."""
-        return _json({"alive": True})
+        return _json_response({"alive": True})
 
     async def is_ready(self) -> Response:
         """Whether the model is loaded and tested, and rows can be written to the journal."""
         engine = self.loaded_engine
-        state = await asyncio.to_thread(engine.journals.check)
+        state = await asyncio.to_thread(engine.journals.check_writable)
         if state.has_lost_journal:
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, LOST)
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, LOST_JOURNAL_DETAIL)
         if not state.is_writable:
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, NOT_READY)
-        return _json({"ready": True, "answers": engine.served[state.answering].fingerprint})
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, NOT_READY_DETAIL)
+        fingerprint = engine.served_predictors[state.answering_name].fingerprint
+        return _json_response({"ready": True, "answers": fingerprint})
 
     async def metrics(self) -> Response:
         """The metrics in Prometheus' text format."""
@@ -408,8 +413,8 @@ class Service:
         """The refusal after rows could not be written; only the log names the file."""
         logger.error("a request could not be written to the journal: %s", error)
         state = await asyncio.to_thread(self.loaded_engine.journals.state)
-        detail = LOST if state.has_lost_journal else NOT_WRITTEN
-        return _problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY_HEADER)
+        detail = LOST_JOURNAL_DETAIL if state.has_lost_journal else NOT_WRITTEN_DETAIL
+        return _problem_response(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY_HEADER)
 
     def _require_few_pixels(self, images: Sequence[bytes]) -> None:
         """Refuse images with too many pixels together.
@@ -418,13 +423,13 @@ class Service:
         """
         total_pixels = 0
         for content in images:
-            image_pixels = stated_pixels(content)
-            if image_pixels <= self.limits.pixels:
+            image_pixels = n_pixels_in_header(content)
+            if image_pixels <= self.limits.max_pixels:
                 total_pixels += image_pixels
-        require_at_most(total_pixels, self.limits.request_pixels, what="pixels")
+        require_at_most(total_pixels, self.limits.max_request_pixels, noun="pixels")
 
 
-def _answer_body(reply: Reply) -> AnswerOut:
+def _answer_body(reply: PredictorReply) -> AnswerOut:
     """A reply as the body of an answer to a client."""
     answer = reply.answer
     runners_up = [
@@ -432,8 +437,8 @@ def _answer_body(reply: Reply) -> AnswerOut:
         for label, probability in answer.runners_up
     ]
     return AnswerOut(
-        row=reply.row,
-        predictor=reply.predictor,
+        row=reply.row_id,
+        predictor=reply.fingerprint,
         runners_up=runners_up,
         label=answer.label,
         failure_probability=answer.failure_probability,
@@ -446,7 +451,7 @@ def _answer_body(reply: Reply) -> AnswerOut:
     )
 
 
-def _keep_images(
+def _write_images(
     folder: Path, images: Sequence[bytes], judgements: Sequence[Judgement]
 ) -> list[Path]:
     """Write images to files named by the ids of the rows; skip undecodable images.
@@ -461,7 +466,7 @@ def _keep_images(
             if not could_be_decoded:
                 continue
             suffix = (detect_format(content) or "bin").lower()
-            path = folder / f"{judgement.row}.{suffix}"
+            path = folder / f"{judgement.row_id}.{suffix}"
             if not path.exists():
                 write_bytes(path, content)
                 new_files.append(path)
@@ -478,13 +483,15 @@ def _remove_files(paths: Sequence[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _json(value: object) -> Response:
+def _json_response(value: object) -> Response:
     return Response(plain_json(value), media_type="application/json")
 
 
-def _problem(status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+def _problem_response(
+    status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None
+) -> Response:
     return Response(
-        problem(status, detail),
+        problem_document(status, detail),
         status_code=status,
         headers=dict(headers or {}),
         media_type=PROBLEM_TYPE,
@@ -494,24 +501,25 @@ def _problem(status: HTTPStatus, detail: str, headers: Mapping[str, str] | None 
 async def _refusal_response(_: Request, error: Exception) -> Response:
     """The answer to a refused request."""
     assert isinstance(error, Refused)  # noqa: S101 - the handler is registered for this type
-    return _problem(error.status, error.detail, error.headers)
+    return _problem_response(error.status, error.detail, error.headers)
 
 
 async def _unknown_route_response(_: Request, error: Exception) -> Response:
     """The answer to a request for an unknown path or with an unknown method."""
     assert isinstance(error, HTTPException)  # noqa: S101 - the handler is registered for this type
     detail = f"{error.detail}. The paths are listed at /docs."
-    return _problem(HTTPStatus(error.status_code), detail, error.headers)
+    return _problem_response(HTTPStatus(error.status_code), detail, error.headers)
 
 
 async def _disconnect_response(_: Request, _error: Exception) -> Response:
     """The answer after the client has disconnected; this answer is logged but reaches nobody."""
-    return _problem(HTTPStatus.BAD_REQUEST, "the connection ended before there was an answer.")
+    detail = "the connection ended before there was an answer."
+    return _problem_response(HTTPStatus.BAD_REQUEST, detail)
 
 
 async def _fault_response(_: Request, error: Exception) -> Response:
     """The answer after an unexpected exception; only the log shows the exception."""
     logger.error("a request failed", exc_info=error)
-    return _problem(
+    return _problem_response(
         HTTPStatus.INTERNAL_SERVER_ERROR, "the service failed at this request; its log says why."
     )

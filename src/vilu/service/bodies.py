@@ -17,20 +17,20 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from vilu.service.limits import PROBLEM_TYPE, Refused, require_at_most
 
-CLOSED: Final = ConfigDict(extra="forbid")  # refuses bodies with unknown fields
+NO_UNKNOWN_FIELDS: Final = ConfigDict(extra="forbid")  # refuses bodies with unknown fields
 Body = TypeVar("Body", bound=BaseModel)
 
-JSON: Final = "application/json"
-FORM: Final = "multipart/form-data"
+JSON_TYPE: Final = "application/json"
+FORM_TYPE: Final = "multipart/form-data"
 
-TEXT: Final = re.compile(rb'"[^"]*"')
+JSON_TEXT_PATTERN: Final = re.compile(rb'"[^"]*"')
 """A text in JSON without escaped characters."""
 
 
 class ImagesIn(BaseModel):
     """Encoded images in base64."""
 
-    model_config = CLOSED
+    model_config = NO_UNKNOWN_FIELDS
     images: Annotated[
         list[str],
         Field(min_length=1, description="Encoded images (JPEG, PNG, WebP, ...) in base64."),
@@ -43,7 +43,7 @@ class EmbeddingsIn(BaseModel):
     The embeddings are scaled to unit norm.
     """
 
-    model_config = CLOSED
+    model_config = NO_UNKNOWN_FIELDS
     embeddings: Annotated[
         list[list[FiniteFloat]], Field(min_length=1, description="(B, D) image embeddings.")
     ]
@@ -52,14 +52,14 @@ class EmbeddingsIn(BaseModel):
         Field(description="(B, F) image features, for predictors that use them."),
     ] = None
 
-    what: ClassVar[str] = "embeddings"  # the noun for rows in a refusal
+    row_noun: ClassVar[str] = "embeddings"  # for refusals
 
     @property
     def n_rows(self) -> int:
         """Number of rows."""
         return len(self.embeddings)
 
-    def content(self) -> dict[str, Any]:
+    def as_columns(self) -> dict[str, Any]:
         """The rows under the keys read by ``Engine.check_rows``."""
         return {"embeddings": self.embeddings, "features": self.features}
 
@@ -67,7 +67,7 @@ class EmbeddingsIn(BaseModel):
 class RowsIn(BaseModel):
     """Rows of a table of answers, as columns, for a predictor fitted on tables."""
 
-    model_config = CLOSED
+    model_config = NO_UNKNOWN_FIELDS
     id: Annotated[
         list[str],
         Field(min_length=1, description="Identifiers of B answers, which all differ."),
@@ -81,14 +81,14 @@ class RowsIn(BaseModel):
         Field(description="(B, F) features, for predictors that use them."),
     ] = None
 
-    what: ClassVar[str] = "rows"  # the noun for rows in a refusal
+    row_noun: ClassVar[str] = "rows"  # for refusals
 
     @property
     def n_rows(self) -> int:
         """Number of rows."""
         return len(self.id)
 
-    def content(self) -> dict[str, Any]:
+    def as_columns(self) -> dict[str, Any]:
         """Maps the name of a column to a list of values."""
         columns: dict[str, Any] = {**self.numbers, "id": self.id}
         if self.features is not None:
@@ -99,7 +99,7 @@ class RowsIn(BaseModel):
 class LabelsIn(BaseModel):
     """True labels of answered rows: of a random sample of the accepted rows, or of all rows."""
 
-    model_config = CLOSED
+    model_config = NO_UNKNOWN_FIELDS
     labels: Annotated[
         dict[str, str],
         Field(
@@ -113,7 +113,7 @@ class LabelsIn(BaseModel):
 class CorrectionsIn(BaseModel):
     """New labels for rows with wrong labels."""
 
-    model_config = CLOSED
+    model_config = NO_UNKNOWN_FIELDS
     before: Annotated[
         dict[str, str], Field(min_length=1, description="The present label of every row.")
     ]
@@ -125,7 +125,7 @@ class CorrectionsIn(BaseModel):
 class ChoiceIn(BaseModel):
     """The choice of the answering predictor."""
 
-    model_config = CLOSED
+    model_config = NO_UNKNOWN_FIELDS
     answers: Annotated[
         str, Field(description='Name of the predictor that answers: "first" or "second".')
     ]
@@ -184,8 +184,8 @@ class AnswersOut(BaseModel):
 
 def content_type(request: Request) -> str:
     """The content type of a request, without parameters."""
-    kind, _, _ = request.headers.get("content-type", "").partition(";")
-    return kind.strip().lower()
+    media_type, _, _ = request.headers.get("content-type", "").partition(";")
+    return media_type.strip().lower()
 
 
 def count_values(content: bytes) -> int:
@@ -207,58 +207,58 @@ def count_labels(content: bytes, limit: int) -> int:
     n_texts = unescaped.count(b'"') // 2
     # A label and the id of a row are two texts. The names of the two fields of a correction are
     # texts, too.
-    most_texts = 2 * limit + 2
-    if n_texts > most_texts:
+    max_texts = 2 * limit + 2
+    if n_texts > max_texts:
         return n_texts // 2
-    return count_values(TEXT.sub(b"", unescaped))
+    return count_values(JSON_TEXT_PATTERN.sub(b"", unescaped))
 
 
-async def read_json(request: Request, kind: type[Body], *, limit: int, what: str) -> Body:
+async def read_json(request: Request, body_model: type[Body], *, limit: int, noun: str) -> Body:
     """Read a JSON body.
 
     Args:
         request: The request.
-        kind: Model of the body.
+        body_model: Model of the body.
         limit: Maximum number of values in the body.
-        what: The noun for these values in a refusal, in the plural.
+        noun: The noun for these values in a refusal, in the plural.
 
     Raises:
         Refused: 415 for a different content type, 413 for too many values, 422 for invalid content.
     """
     found_type = content_type(request)
-    if found_type != JSON:
-        expected = JSON
-        if kind is ImagesIn:
-            expected = f"{JSON} or {FORM}"
+    if found_type != JSON_TYPE:
+        expected_type = JSON_TYPE
+        if body_model is ImagesIn:
+            expected_type = f"{JSON_TYPE} or {FORM_TYPE}"
         raise Refused(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-            f"the body must be {expected}. Found {found_type!r:.60}.",
+            f"the body must be {expected_type}. Found {found_type!r:.60}.",
         )
     content = await request.body()
     n_values = count_values(content)
-    if n_values > limit and kind in {LabelsIn, CorrectionsIn}:
+    if n_values > limit and body_model in {LabelsIn, CorrectionsIn}:
         n_values = await asyncio.to_thread(count_labels, content, limit)
-    require_at_most(n_values, limit, what=what)
+    require_at_most(n_values, limit, noun=noun)
     try:
-        return await asyncio.to_thread(kind.model_validate_json, content)
+        return await asyncio.to_thread(body_model.model_validate_json, content)
     except ValidationError as error:
-        first, *_ = error.errors(include_input=False, include_url=False)
-        field = ".".join(map(str, first["loc"])) or "the body"
-        detail = f"{field:.100}: {first['msg']:.200}."
+        first_error, *_ = error.errors(include_input=False, include_url=False)
+        field = ".".join(map(str, first_error["loc"])) or "the body"
+        detail = f"{field:.100}: {first_error['msg']:.200}."
         raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from None
 
 
 async def read_images(request: Request, limit: int) -> list[bytes]:
     """Read the encoded images, at most ``limit``, of a form or of a JSON body."""
-    if content_type(request) == FORM:
+    if content_type(request) == FORM_TYPE:
         images = await _read_form(request)
-        require_at_most(len(images), limit, what="images")
+        require_at_most(len(images), limit, noun="images")
         return images
-    body = await read_json(request, ImagesIn, limit=limit, what="images")
-    return await asyncio.to_thread(_from_base64, body.images)
+    body = await read_json(request, ImagesIn, limit=limit, noun="images")
+    return await asyncio.to_thread(_decode_base64, body.images)
 
 
-def _from_base64(texts: Sequence[str]) -> list[bytes]:
+def _decode_base64(texts: Sequence[str]) -> list[bytes]:
     images = []
     for index, text in enumerate(texts):
         try:
@@ -310,7 +310,7 @@ async def _read_form(request: Request) -> list[bytes]:
 
 # The rest of this module describes requests and answers in OpenAPI.
 
-IMAGE_FILES: Final = {
+IMAGE_FORM_SCHEMA: Final = {
     "type": "object",
     "required": ["images"],
     "properties": {
@@ -320,23 +320,23 @@ IMAGE_FILES: Final = {
 """Schema of a form with images."""
 
 
-def described_body(kind: type[BaseModel]) -> dict[str, Any]:
+def openapi_body(body_model: type[BaseModel]) -> dict[str, Any]:
     """OpenAPI's description of a body that the route reads itself, without FastAPI.
 
     The body is JSON; a body with images is JSON or a form. For a service for tables, a body with
-    embeddings may also be rows of a table (``RowsIn``). ``kind`` must not contain nested models.
+    embeddings may also be rows of a table (``RowsIn``). The model must not contain nested models.
     """
-    schema = kind.model_json_schema()
-    if kind is EmbeddingsIn:
+    schema = body_model.model_json_schema()
+    if body_model is EmbeddingsIn:
         schema = {"anyOf": [schema, RowsIn.model_json_schema()]}
-    content = {JSON: {"schema": schema}}
-    if kind is ImagesIn:
-        content = {FORM: {"schema": IMAGE_FILES}, **content}
+    content = {JSON_TYPE: {"schema": schema}}
+    if body_model is ImagesIn:
+        content = {FORM_TYPE: {"schema": IMAGE_FORM_SCHEMA}, **content}
     return {"requestBody": {"required": True, "content": content}}
 
 
-def described_answers(
-    *, takes_body: bool, answer: type[BaseModel] | None = None
+def openapi_responses(
+    *, takes_body: bool, answer_model: type[BaseModel] | None = None
 ) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's description of the answer of a route, and of all refusals."""
     refusals = {
@@ -355,11 +355,12 @@ def described_answers(
             422: "the content of the body is not valid",
             429: "too many images, bytes or requests are in progress",
         }
-    success: dict[str, Any] = {"description": "the answer"}
-    if answer is not None:
-        success["model"] = answer
-    problem = {"type": "object", "required": ["type", "title", "status", "detail"]}
-    descriptions: dict[int | str, dict[str, Any]] = {200: success}
-    for code, why in refusals.items():
-        descriptions[code] = {"description": why, "content": {PROBLEM_TYPE: {"schema": problem}}}
-    return descriptions
+    success_response: dict[str, Any] = {"description": "the answer"}
+    if answer_model is not None:
+        success_response["model"] = answer_model
+    problem_schema = {"type": "object", "required": ["type", "title", "status", "detail"]}
+    responses: dict[int | str, dict[str, Any]] = {200: success_response}
+    content = {PROBLEM_TYPE: {"schema": problem_schema}}
+    for code, description in refusals.items():
+        responses[code] = {"description": description, "content": content}
+    return responses

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vilu.embeddings.checks import STATUS, VALID, normalise_rows
+from vilu.embeddings.checks import STATUS_NAMES, VALID, normalise_rows
 from vilu.embeddings.columns import DataKind
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.guard.guard import (
@@ -25,7 +25,7 @@ from vilu.guard.guard import (
     Guard,
     answer_without_score,
     join_arrays,
-    record_of,
+    make_record,
     require_same_model,
 )
 from vilu.outcomes.outcomes import Outcomes
@@ -36,9 +36,9 @@ from vilu.service.journals import (
     PREDICTOR_NAMES,
     GuaranteeState,
     Journals,
-    Scores,
+    ScoreColumns,
     ServiceState,
-    row_id,
+    make_row_id,
 )
 from vilu.store.manifest import IMAGE
 from vilu.store.parts import ErrorRow
@@ -49,19 +49,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Reply:
+class PredictorReply:
     """The answer about an image or row.
 
     Attributes:
-        row: Id of the row.
+        row_id: Id of the row.
         answer: The answer.
-        predictor: Fingerprint of the answering predictor.
+        fingerprint: Fingerprint of the answering predictor.
         guarantee: State of the guarantee of this predictor.
     """
 
-    row: str
+    row_id: str
     answer: Answer
-    predictor: str
+    fingerprint: str
     guarantee: GuaranteeState
 
 
@@ -77,12 +77,12 @@ class Judgement:
     """The answers of all predictors about an image or row.
 
     Attributes:
-        row: Id of the row.
+        row_id: Id of the row.
         answers: Maps the name of a predictor to an answer.
         scores: Maps the name of a predictor to a score; empty if the image cannot be read.
     """
 
-    row: str
+    row_id: str
     answers: Mapping[str, Answer]
     scores: Mapping[str, Score]
 
@@ -99,17 +99,17 @@ class UnwrittenRequest:
     """The judgements of a request that are not in the journals yet."""
 
     judgements: Sequence[Judgement]
-    replies: Future[list[Reply]]  # where the replies will be set after the rows are written
+    replies_future: Future[list[PredictorReply]]  # is set after the rows are written
 
 
 @dataclass(frozen=True)
 class WaitingImage:
     """A decoded image waiting for the model."""
 
-    row: str  # id of the row
+    row_id: str
     position: int  # number of the image among all images decoded by this service
-    item: PreparedImage | ErrorRow  # an ErrorRow if the image could not be decoded
-    judgement: Future[Judgement]  # where the judgement about the image will be set
+    decoded_image: PreparedImage | ErrorRow  # an ErrorRow if the image could not be decoded
+    judgement_future: Future[Judgement]  # is set after the model has run
 
 
 class ServedPredictor:
@@ -122,7 +122,7 @@ class ServedPredictor:
         self.rule = None if calibration is None else calibration.rule
         self.guarantee_text = None if calibration is None else calibration.guarantee_text
 
-    def in_words(self, state: GuaranteeState) -> str:
+    def guarantee_in_words(self, state: GuaranteeState) -> str:
         """The state of the guarantee, and the text of the guarantee, for people."""
         if self.rule is None:
             return "Nothing is guaranteed: this predictor has no rule that accepts answers."
@@ -158,64 +158,65 @@ class Engine:
         ProvenanceError: If the second predictor was fitted on another model.
     """
 
-    kind: DataKind = "embeddings"  # the data that clients may send in place of images
+    data_kind: DataKind = "embeddings"  # the data that clients may send in place of images
 
     def __init__(
         self, guard: Guard, journals: Journals, second: Path | SavedModel | None = None
     ) -> None:
         self.guard = guard
         self.journals = journals
-        self.served = {PREDICTOR_NAMES[0]: ServedPredictor(guard)}
+        self.served_predictors = {PREDICTOR_NAMES[0]: ServedPredictor(guard)}
         if second is not None:
-            self.served[PREDICTOR_NAMES[1]] = ServedPredictor(self._open_second(second))
+            self.served_predictors[PREDICTOR_NAMES[1]] = ServedPredictor(self._open_second(second))
         self.on_batch: Callable[[int], None] | None = None  # called with the size of each batch
-        self._positions = count()  # numbers of the images in the order of decoding
-        self._lock = threading.Lock()  # for _waiting, _is_scheduled and _unwritten
-        self._waiting: deque[WaitingImage] = deque()
+        self._next_positions = count()  # numbers of the images in the order of decoding
+        self._lock = threading.Lock()  # for _waiting_images, _is_scheduled and _unwritten_requests
+        self._waiting_images: deque[WaitingImage] = deque()
         self._is_scheduled = False  # whether a run of the model is submitted or in progress
-        self._unwritten: deque[UnwrittenRequest] = deque()
-        self._decoders = ThreadPoolExecutor(guard.workers, thread_name_prefix="vilu-decode")
-        self._model = ThreadPoolExecutor(1, thread_name_prefix="vilu-model")
-        self._journal_writer = ThreadPoolExecutor(1, thread_name_prefix="vilu-journal")
+        self._unwritten_requests: deque[UnwrittenRequest] = deque()
+        self._decoder_pool = ThreadPoolExecutor(guard.workers, thread_name_prefix="vilu-decode")
+        self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="vilu-model")
+        self._journal_thread = ThreadPoolExecutor(1, thread_name_prefix="vilu-journal")
 
     def _open_second(self, model: Path | SavedModel) -> Guard:
         """Open a second predictor, for the same arrays and number format as the first predictor."""
-        first = self.guard
-        second = Guard(model, vectors_only=True)
-        require_same_model(second, first.backbone)
-        has_same_arrays = second.arrays == first.arrays
-        has_same_dtype = second.vocabulary.dtype == first.vocabulary.dtype
+        first_guard = self.guard
+        second_guard = Guard(model, vectors_only=True)
+        require_same_model(second_guard, first_guard.backbone)
+        has_same_arrays = second_guard.arrays == first_guard.arrays
+        has_same_dtype = second_guard.vocabulary.dtype == first_guard.vocabulary.dtype
         if has_same_arrays and has_same_dtype:
-            return second
+            return second_guard
         raise UsageError(
-            f"{second.folder} needs {', '.join(second.arrays)} of an image as "
-            f"{second.vocabulary.dtype}, and the first predictor needs {', '.join(first.arrays)} "
-            f"as {first.vocabulary.dtype}. Serve {second.folder} by itself."
+            f"{second_guard.folder} needs {', '.join(second_guard.arrays)} of an image as "
+            f"{second_guard.vocabulary.dtype}, and the first predictor needs "
+            f"{', '.join(first_guard.arrays)} as {first_guard.vocabulary.dtype}. Serve "
+            f"{second_guard.folder} by itself."
         )
 
-    def submit_images(self, request: str, images: Sequence[bytes]) -> list[Future[Judgement]]:
-        """Submit the images of the request with the id ``request``.
+    def submit_images(self, request_id: str, images: Sequence[bytes]) -> list[Future[Judgement]]:
+        """Submit the images of the request with this id.
 
         Returns:
             The futures of the judgements, in the order of the images.
         """
-        judgements = []
+        futures = []
         for index, content in enumerate(images):
-            judgement: Future[Judgement] = Future()
-            judgements.append(judgement)
-            self._decoders.submit(self._decode, request, index, content, judgement)
-        return judgements
+            future: Future[Judgement] = Future()
+            futures.append(future)
+            self._decoder_pool.submit(self._decode, request_id, index, content, future)
+        return futures
 
     @property
     def numbers_per_row(self) -> int:
         """Number of values in a row of a client."""
         return sum(self.guard.model.widths.values())
 
-    def check_rows(self, content: Mapping[str, Any]) -> ClientRows:
+    def check_rows(self, columns: Mapping[str, Any]) -> ClientRows:
         """Check the rows of a client, and convert the rows to arrays like the arrays of the model.
 
         Args:
-            content: The rows under the key "embeddings"; the features, or None, under "features".
+            columns: The rows under the key "embeddings"; the features, or None, under "features".
 
         Returns:
             The arrays, in the number format of the store. Embeddings are scaled to unit norm.
@@ -223,12 +224,12 @@ class Engine:
         Raises:
             DataError: If an array has the wrong shape, or an embedding has no direction.
         """
-        embeddings = content["embeddings"]
-        from_client = {IMAGE: embeddings, FEATURES: content["features"] or []}
+        embeddings = columns["embeddings"]
+        client_arrays = {IMAGE: embeddings, FEATURES: columns["features"] or []}
         dtype = getattr(torch, self.guard.vocabulary.dtype)
         arrays: dict[str, Tensor] = {}
         for name, width in self.guard.model.widths.items():
-            rows = from_client[name]
+            rows = client_arrays[name]
             _require_shape(name, rows, n_rows=len(embeddings), width=width)
             array = torch.tensor(rows, dtype=torch.float32)
             if name == IMAGE:
@@ -237,81 +238,83 @@ class Engine:
         # Rows with equal numbers count as the same picture.
         return ClientRows(arrays, picture_keys=bytes_of_rows(arrays))
 
-    def submit_rows(self, request: str, rows: ClientRows) -> list[Future[Judgement]]:
-        """Submit the B rows of the request with the id ``request``.
+    def submit_rows(self, request_id: str, rows: ClientRows) -> list[Future[Judgement]]:
+        """Submit the B rows of the request with this id.
 
         Returns:
             The B futures of the judgements, in the order of the rows.
         """
         ids = []
         for index, content in enumerate(bytes_of_rows(rows.arrays)):
-            ids.append(row_id(request, index, content, picture=rows.picture_keys[index]))
-        judgements: list[Future[Judgement]] = [Future() for _ in ids]
-        self._model.submit(self._settle, judgements, lambda: self._judge_rows(rows.arrays, ids))
-        return judgements
+            ids.append(make_row_id(request_id, index, content, picture=rows.picture_keys[index]))
+        futures: list[Future[Judgement]] = [Future() for _ in ids]
+        self._model_thread.submit(
+            self._set_results, futures, lambda: self._judge_rows(rows.arrays, ids)
+        )
+        return futures
 
     def _decode(
-        self, request: str, index: int, content: bytes, judgement: Future[Judgement]
+        self, request_id: str, index: int, content: bytes, future: Future[Judgement]
     ) -> None:
         """Decode an image, add it to the waiting images, and schedule a run of the model.
 
         Args:
-            request: Id of the request.
+            request_id: Id of the request.
             index: Index of the image in the request.
             content: The encoded image.
-            judgement: Where the judgement about the image will be set.
+            future: Where the judgement about the image will be set.
         """
-        if judgement.cancelled():  # the request was given up
+        if future.cancelled():  # the request was given up
             return
-        position = next(self._positions)
+        position = next(self._next_positions)
         try:
-            item = self.guard.model.decoder((position, record_of(position, content)))
-            picture = content
-            if isinstance(item, PreparedImage):
+            decoded_image = self.guard.model.decoder((position, make_record(position, content)))
+            picture_bytes = content
+            if isinstance(decoded_image, PreparedImage):
                 # 16 bits tell the 256 levels of a photo's colours apart, and are hashed faster
-                picture = item.pixels.half().numpy().tobytes()
-            row = row_id(request, index, hashlib.sha256(content).digest(), picture)
+                picture_bytes = decoded_image.pixels.half().numpy().tobytes()
+            row_id = make_row_id(request_id, index, hashlib.sha256(content).digest(), picture_bytes)
         except BaseException as error:  # noqa: BLE001 - raised where the judgement is awaited
-            judgement.set_exception(error)
+            future.set_exception(error)
             return
         # The decoder returns None only for a mark at the end of a series of records. The service
         # never sends this mark.
-        assert item is not None  # noqa: S101
+        assert decoded_image is not None  # noqa: S101
         with self._lock:
-            self._waiting.append(WaitingImage(row, position, item, judgement))
+            self._waiting_images.append(WaitingImage(row_id, position, decoded_image, future))
             self._schedule()
 
     def _schedule(self) -> None:
         """Submit a run of the model unless one is scheduled. The caller must hold the lock."""
         if not self._is_scheduled:
             self._is_scheduled = True
-            self._model.submit(self._run_batch)
+            self._model_thread.submit(self._run_batch)
 
     def _run_batch(self) -> None:
         """Run the model on a batch of waiting images; schedule another run if more are waiting."""
         with self._lock:
-            n_images = min(len(self._waiting), self.guard.batch_size)
-            batch = [self._waiting.popleft() for _ in range(n_images)]
+            n_images = min(len(self._waiting_images), self.guard.batch_size)
+            batch = [self._waiting_images.popleft() for _ in range(n_images)]
         if self.on_batch is not None:
             self.on_batch(n_images)
         # if a request was given up, nobody waits for the judgements; they are cancelled
-        awaited_images = [image for image in batch if not image.judgement.cancelled()]
-        judgements = [image.judgement for image in awaited_images]
-        self._settle(judgements, lambda: self._judge_images(awaited_images))
+        awaited_images = [image for image in batch if not image.judgement_future.cancelled()]
+        futures = [image.judgement_future for image in awaited_images]
+        self._set_results(futures, lambda: self._judge_images(awaited_images))
         with self._lock:
             self._is_scheduled = False
-            if self._waiting:
+            if self._waiting_images:
                 self._schedule()
 
-    def _settle(
-        self, judgements: Sequence[Future[Judgement]], judge: Callable[[], Sequence[Judgement]]
+    def _set_results(
+        self, futures: Sequence[Future[Judgement]], judge: Callable[[], Sequence[Judgement]]
     ) -> None:
-        """Call ``judge``, and set the results as the results of the futures ``judgements``.
+        """Call ``judge``, and set the results as the results of ``futures``.
 
         If ``judge`` raises an exception, the exception is set instead. A cancelled future stays
         cancelled. If all futures are cancelled, ``judge`` is not called.
         """
-        are_awaited = [judgement.set_running_or_notify_cancel() for judgement in judgements]
+        are_awaited = [future.set_running_or_notify_cancel() for future in futures]
         if not any(are_awaited):
             return
         try:
@@ -319,28 +322,28 @@ class Engine:
         # In this thread the exception would be lost. So every future gets the exception, and
         # raises it in the request that awaits the future.
         except BaseException as error:
-            logger.exception("%d rows failed", len(judgements))
-            for judgement, is_awaited in zip(judgements, are_awaited, strict=True):
+            logger.exception("%d rows failed", len(futures))
+            for future, is_awaited in zip(futures, are_awaited, strict=True):
                 if is_awaited:
-                    judgement.set_exception(error)
+                    future.set_exception(error)
             return
-        for judgement, is_awaited, result in zip(judgements, are_awaited, results, strict=True):
+        for future, is_awaited, result in zip(futures, are_awaited, results, strict=True):
             if is_awaited:
-                judgement.set_result(result)
+                future.set_result(result)
 
     def _judge_images(self, batch: Sequence[WaitingImage]) -> list[Judgement]:
         """Judgements about decoded images, in the order of ``batch``; bad images have no scores."""
-        embedded = self.guard.model.embed([image.item for image in batch])
-        ids = {image.position: image.row for image in batch}
+        embedded = self.guard.model.embed([image.decoded_image for image in batch])
+        ids = {image.position: image.row_id for image in batch}
         judgements: dict[int, Judgement] = {}
         for error in embedded.errors:
-            row = ids[error.position]
+            row_id = ids[error.position]
             answers = {
-                name: answer_without_score(served.guard, row, error.kind)
-                for name, served in self.served.items()
+                name: answer_without_score(predictor.guard, row_id, error.kind)
+                for name, predictor in self.served_predictors.items()
             }
-            judgements[error.position] = Judgement(row, answers, scores={})
-        positions = [row.position for row in embedded.rows]
+            judgements[error.position] = Judgement(row_id, answers, scores={})
+        positions = [row.position for row in embedded.metadata]
         if positions:
             readable_ids = [ids[position] for position in positions]
             new_judgements = self._judge_rows(join_arrays(embedded), readable_ids)
@@ -351,26 +354,26 @@ class Engine:
         """Judgements about rows of embeddings by all predictors."""
         answers: dict[str, list[Answer]] = {}
         scores: dict[str, list[Score]] = {}
-        for name, served in self.served.items():
-            answers[name], outcomes = served.guard.answer(arrays, ids)
+        for name, predictor in self.served_predictors.items():
+            answers[name], outcomes = predictor.guard.answer(arrays, ids)
             scores[name] = _scores(outcomes)
         judgements = []
-        for index, row in enumerate(ids):
-            answers_of_row = {name: answers[name][index] for name in self.served}
-            scores_of_row = {name: scores[name][index] for name in self.served}
-            judgements.append(Judgement(row, answers_of_row, scores_of_row))
+        for index, row_id in enumerate(ids):
+            answers_of_row = {name: answers[name][index] for name in self.served_predictors}
+            scores_of_row = {name: scores[name][index] for name in self.served_predictors}
+            judgements.append(Judgement(row_id, answers_of_row, scores_of_row))
         return judgements
 
-    def record(self, judgements: Sequence[Judgement]) -> Future[list[Reply]]:
+    def record(self, judgements: Sequence[Judgement]) -> Future[list[PredictorReply]]:
         """Submit the judgements of a request to the journals.
 
         The returned future has the replies once all rows of the request are written.
         """
         request = UnwrittenRequest(judgements, Future())
         with self._lock:
-            self._unwritten.append(request)
-        self._journal_writer.submit(self._write_requests)
-        return request.replies
+            self._unwritten_requests.append(request)
+        self._journal_thread.submit(self._write_requests)
+        return request.replies_future
 
     def _write_requests(self) -> None:
         """Write the rows of all unwritten requests, and set the replies.
@@ -379,10 +382,12 @@ class Engine:
         calls for these requests may find nothing to write.
         """
         with self._lock:
-            unwritten = list(self._unwritten)
-            self._unwritten.clear()
+            unwritten_requests = list(self._unwritten_requests)
+            self._unwritten_requests.clear()
         requests = [
-            request for request in unwritten if request.replies.set_running_or_notify_cancel()
+            request
+            for request in unwritten_requests
+            if request.replies_future.set_running_or_notify_cancel()
         ]
         if not requests:
             return
@@ -391,46 +396,46 @@ class Engine:
             judgements += request.judgements
         try:
             state = self._write_rows(judgements)
-        # as in ``_settle``, the future of every request gets the exception, and raises it
+        # as in ``_set_results``, the future of every request gets the exception, and raises it
         except BaseException as error:
             logger.exception("the rows of %d requests could not be written", len(requests))
             for request in requests:
-                request.replies.set_exception(error)
+                request.replies_future.set_exception(error)
             return
         for request in requests:
-            replies = [self._reply(state, judgement) for judgement in request.judgements]
-            request.replies.set_result(replies)
+            replies = [self._make_reply(state, judgement) for judgement in request.judgements]
+            request.replies_future.set_result(replies)
 
     def _write_rows(self, judgements: Sequence[Judgement]) -> ServiceState:
         """Write the rows with scores to the journals; return the state of the service."""
-        scored = [judgement for judgement in judgements if judgement.scores]
-        ids = [judgement.row for judgement in scored]
-        scores: dict[str, Scores] = {}
-        for name in self.served:
-            answers = [judgement.scores[name].answer for judgement in scored]
-            uncertainty = [judgement.scores[name].uncertainty for judgement in scored]
+        scored_judgements = [judgement for judgement in judgements if judgement.scores]
+        ids = [judgement.row_id for judgement in scored_judgements]
+        scores: dict[str, ScoreColumns] = {}
+        for name in self.served_predictors:
+            answers = [judgement.scores[name].answer for judgement in scored_judgements]
+            uncertainty = [judgement.scores[name].uncertainty for judgement in scored_judgements]
             scores[name] = (answers, uncertainty)
         return self.journals.record(ids, scores)
 
-    def _reply(self, state: ServiceState, judgement: Judgement) -> Reply:
+    def _make_reply(self, state: ServiceState, judgement: Judgement) -> PredictorReply:
         """The reply of the predictor chosen in this state."""
-        name = state.answering
-        return Reply(
-            row=judgement.row,
+        name = state.answering_name
+        return PredictorReply(
+            row_id=judgement.row_id,
             answer=judgement.answers[name],
-            predictor=self.served[name].fingerprint,
+            fingerprint=self.served_predictors[name].fingerprint,
             guarantee=state.guarantees[name],
         )
 
     def close(self) -> None:
         """Finish all submitted work, then end the threads."""
-        self._decoders.shutdown(wait=True)
+        self._decoder_pool.shutdown(wait=True)
         # A run may schedule the next run. Therefore the loop waits for all submitted runs until no
         # run is scheduled.
         while self._is_scheduled:
-            self._model.submit(lambda: None).result()
-        self._model.shutdown(wait=True)
-        self._journal_writer.shutdown(wait=True)
+            self._model_thread.submit(lambda: None).result()
+        self._model_thread.shutdown(wait=True)
+        self._journal_thread.shutdown(wait=True)
 
 
 def bytes_of_rows(arrays: Mapping[str, Tensor]) -> list[bytes]:
@@ -454,13 +459,13 @@ def _require_shape(name: str, rows: list[list[float]], *, n_rows: int, width: in
 
 def _unit_rows(embeddings: Tensor) -> Tensor:
     """Embeddings (B, D) scaled to unit norm; DataError if an embedding has no direction."""
-    scaled, status, _ = normalise_rows(embeddings)
+    unit_embeddings, status, _ = normalise_rows(embeddings)
     bad_rows = np.flatnonzero(status != VALID)
     if bad_rows.size:
-        first_bad = int(bad_rows[0])
-        why = STATUS[status[first_bad]]
-        raise DataError(f"embeddings.{first_bad} has no direction ({why}).")
-    return scaled
+        first_bad_row = int(bad_rows[0])
+        reason = STATUS_NAMES[status[first_bad_row]]
+        raise DataError(f"embeddings.{first_bad_row} has no direction ({reason}).")
+    return unit_embeddings
 
 
 def _scores(outcomes: Outcomes) -> list[Score]:

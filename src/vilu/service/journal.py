@@ -25,19 +25,19 @@ from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, StorageError,
 from vilu.outcomes.outcomes import Outcomes
 from vilu.process import return_freed_memory
 from vilu.service.journals import ContradictionError, GuaranteeState, LabelCounts
-from vilu.service.rows import ROWS, AnsweredRow, AuditedRow, RowFile, set_aside
+from vilu.service.rows import ROWS_FILE, AnsweredRow, AuditedRow, RowFile, set_aside
 
 logger = logging.getLogger(__name__)
 
-STATE = "monitor.parquet"  # name of the file with the state of the monitor
-SAVE_EVERY: Final = 20_000
+STATE_FILE = "monitor.parquet"  # name of the file with the state of the monitor
+ROWS_BETWEEN_SAVES: Final = 20_000
 """Number of rows between two saves of the state of the monitor.
 
 After a kill, the next start reads at most about this many rows again.
 """
 
 
-CODES_OF_TABLE: Final = {"1": 0, "0": 1}
+CODE_OF_TABLE_LABEL: Final = {"1": 0, "0": 1}
 """Maps a label of an answer of a table to a code.
 
 A label says whether the answer is right: "1" for yes, "0" for no. The code is the failure: 0 for a
@@ -71,15 +71,15 @@ class Journal:
     def __init__(self, folder: Path, predictor: Path, *, false_alarm: float = 0.05) -> None:
         self.folder = make_folder(folder)
         self._lock = threading.Lock()
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="vilu-save")
+        self._save_thread = ThreadPoolExecutor(1, thread_name_prefix="vilu-save")
         # the latest save; at first a call without effect
-        self._saving: Future[None] = self._writer.submit(lambda: None)
-        self._new_monitor = partial(Monitor.of_folder, predictor, false_alarm=false_alarm)
+        self._latest_save: Future[None] = self._save_thread.submit(lambda: None)
+        self._make_monitor = partial(Monitor.of_folder, predictor, false_alarm=false_alarm)
         self.monitor = self._load_monitor()
-        self._rows = RowFile(folder, self.monitor.fingerprint)
-        self._compare_sizes()
-        self._last_seen = self.monitor.rows  # number of the last row taken in by the monitor
-        self._last_saved = self.monitor.rows
+        self._row_file = RowFile(folder, self.monitor.fingerprint)
+        self._compare_row_counts()
+        self._last_seen_row = self.monitor.rows  # number of the last row taken in by the monitor
+        self._n_rows_saved = self.monitor.rows
         self.is_writable = True  # whether the last write succeeded
         self._take_in_all()
         self.status = self.monitor.status
@@ -106,8 +106,8 @@ class Journal:
         Rows without a score (uncertainty NaN) are left out.
         """
         scored_indices = [index for index, value in enumerate(uncertainty) if math.isfinite(value)]
-        with self._writing():
-            self._rows.add(
+        with self._hold_for_writing():
+            self._row_file.add(
                 [ids[index] for index in scored_indices],
                 [answers[index] for index in scored_indices],
                 [uncertainty[index] for index in scored_indices],
@@ -116,7 +116,7 @@ class Journal:
             self._update_status()
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _hold_for_writing(self) -> Iterator[None]:
         """Hold the file for writing during the block; no other thread uses the file.
 
         Afterwards ``is_writable`` says whether the file could be written.
@@ -129,13 +129,13 @@ class Journal:
                 raise
             self.is_writable = True
 
-    def check(self) -> None:
+    def check_writable(self) -> None:
         """Try whether the file can be written, and note the result in ``is_writable``."""
         if self._lock.locked():  # a write is in progress, and will note the result
             return
         try:
-            with self._writing():
-                self._rows.require_writable()
+            with self._hold_for_writing():
+                self._row_file.require_writable()
         except StorageError as error:
             logger.warning("%s", error)
 
@@ -149,34 +149,34 @@ class Journal:
             DataError: If a label is neither a class nor "(outside)".
         """
         codes = self._codes_of(labels)
-        unknown: list[str] = []
+        unknown_row_ids: list[str] = []
         new_labels: dict[int, int] = {}
-        with self._writing():
-            for key, code in codes.items():
-                number = self._rows.number(key)
-                if number is None:
-                    unknown.append(key)
-                elif self._rows.label_of(number) is None:
-                    new_labels[number] = code
-            last_label_before = self._rows.ends.came
-            self._rows.add_labels(new_labels)
+        with self._hold_for_writing():
+            for row_id, code in codes.items():
+                row_number = self._row_file.row_number(row_id)
+                if row_number is None:
+                    unknown_row_ids.append(row_id)
+                elif self._row_file.label_of(row_number) is None:
+                    new_labels[row_number] = code
+            last_label_before = self._row_file.ends.label_number
+            self._row_file.add_labels(new_labels)
             self._take_in_labels(after=last_label_before)
             self._update_status()
-        return LabelCounts(len(new_labels), unknown)
+        return LabelCounts(len(new_labels), unknown_row_ids)
 
-    def require_same(self, labels: Mapping[str, str]) -> None:
+    def require_same_labels(self, labels: Mapping[str, str]) -> None:
         """Raise ContradictionError if a row has another label; a row without a label is allowed."""
         codes = self._codes_of(labels)
-        names = {code: name for name, code in self._codes.items()}
+        name_of_code = {code: name for name, code in self._code_of_label.items()}
         with self._lock:
-            for key, code in codes.items():
-                number = self._rows.number(key)
-                present_code = None if number is None else self._rows.label_of(number)
+            for row_id, code in codes.items():
+                row_number = self._row_file.row_number(row_id)
+                present_code = None if row_number is None else self._row_file.label_of(row_number)
                 if present_code is None or present_code == code:
                     continue
                 raise ContradictionError(
-                    f"the row {key:.60} has the label {names[present_code]!r:.60}, and "
-                    f"{labels[key]!r:.60} was sent. No label of this request is written. To "
+                    f"the row {row_id:.60} has the label {name_of_code[present_code]!r:.60}, and "
+                    f"{labels[row_id]!r:.60} was sent. No label of this request is written. To "
                     "replace a wrong label, POST its present and its right value to "
                     "/v1/corrections."
                 )
@@ -190,67 +190,67 @@ class Journal:
             DataError: If a label is neither a class nor "(outside)", or if a row has no label.
         """
         codes = self._codes_of(labels)
-        with self._writing():
+        with self._hold_for_writing():
             corrections: dict[int, int] = {}
-            for key, code in codes.items():
-                number = self._rows.number(key)
-                if number is None or self._rows.label_of(number) is None:
-                    raise DataError(f"the row {key:.60} has no label that could be corrected.")
-                corrections[number] = code
+            for row_id, code in codes.items():
+                row_number = self._row_file.row_number(row_id)
+                if row_number is None or self._row_file.label_of(row_number) is None:
+                    raise DataError(f"the row {row_id:.60} has no label that could be corrected.")
+                corrections[row_number] = code
             # The saved state of the monitor has counted the wrong labels, so the state is removed.
             # If the service crashes now, the next start reads all rows and labels again. A save in
             # progress must end first, because the save would write the file again.
-            self._saving.result()
-            with convert_os_errors(f"cannot remove {self.folder / STATE}"):
-                (self.folder / STATE).unlink(missing_ok=True)
-            self._rows.add_corrections(corrections)
+            self._latest_save.result()
+            with convert_os_errors(f"cannot remove {self.folder / STATE_FILE}"):
+                (self.folder / STATE_FILE).unlink(missing_ok=True)
+            self._row_file.add_corrections(corrections)
             logger.warning("%d labels of %s were corrected.", len(corrections), self.folder)
-            self.monitor = self._new_monitor()
-            self._last_seen = 0
+            self.monitor = self._make_monitor()
+            self._last_seen_row = 0
             self._take_in_all()
             self.status = self.monitor.status
             self._save_in_background()
 
     @property
-    def _codes(self) -> dict[str, int]:
+    def _code_of_label(self) -> dict[str, int]:
         """The code of every label allowed for clients."""
         calibration = self.monitor.calibration
         if calibration.class_names is None:
-            return CODES_OF_TABLE
+            return CODE_OF_TABLE_LABEL
         codes = {name: index for index, name in enumerate(calibration.class_names)}
         return codes | {OUTSIDE_NAME: OUTSIDE}
 
     def _codes_of(self, labels: Mapping[str, str]) -> dict[str, int]:
         """Map the id of every row to the code of the label."""
-        codes = self._codes
+        codes = self._code_of_label
         unknown_labels = sorted(set(labels.values()) - codes.keys())
         if unknown_labels:
             first_labels = f"{', '.join(unknown_labels[:5])!r:.200}"
             fault = f"neither a class nor {OUTSIDE_NAME}"
-            if codes is CODES_OF_TABLE:
+            if codes is CODE_OF_TABLE_LABEL:
                 fault = "neither 1 (right) nor 0 (wrong)"
             raise DataError(f"{len(unknown_labels)} labels are {fault}: {first_labels}.")
-        return {key: codes[label] for key, label in labels.items()}
+        return {row_id: codes[label] for row_id, label in labels.items()}
 
     @property
     def is_lost(self) -> bool:
         """Whether the file of rows was removed or replaced; then no row can be written."""
-        return self._rows.is_lost
+        return self._row_file.is_lost
 
     def close(self) -> None:
         """Save the monitor, and close the file of rows."""
         with self._lock:
-            self._writer.shutdown()
-            self.monitor.save(self.folder / STATE)
-            self._rows.close()
-            self._saving.result()
+            self._save_thread.shutdown()
+            self.monitor.save(self.folder / STATE_FILE)
+            self._row_file.close()
+            self._latest_save.result()
 
     def _update_status(self) -> None:
         """Update the status; save the monitor if the verdict has changed or a save is due."""
         verdict_before = self.status.verdict
         self.status = self.monitor.status
-        n_unsaved = self.monitor.rows - self._last_saved
-        is_due = n_unsaved >= SAVE_EVERY and self._saving.done()
+        n_unsaved_rows = self.monitor.rows - self._n_rows_saved
+        is_due = n_unsaved_rows >= ROWS_BETWEEN_SAVES and self._latest_save.done()
         # A new verdict is saved at once. Otherwise a restart would first read all rows and then all
         # labels, and the alarm would be reported at the wrong row.
         has_new_verdict = self.status.verdict != verdict_before
@@ -259,21 +259,21 @@ class Journal:
 
     def _save_in_background(self) -> None:
         """Save a copy of the monitor in another thread, so answers do not wait for the save."""
-        self._last_saved = self.monitor.rows
+        self._n_rows_saved = self.monitor.rows
         calibration = self.monitor.calibration
         # The copy shares the calibration, because a calibration never changes. deepcopy does not
         # copy objects in ``memo``.
-        snapshot = copy.deepcopy(self.monitor, memo={id(calibration): calibration})
-        previous_save = self._saving
-        self._saving = self._writer.submit(self._save, snapshot)
+        monitor_copy = copy.deepcopy(self.monitor, memo={id(calibration): calibration})
+        previous_save = self._latest_save
+        self._latest_save = self._save_thread.submit(self._save_monitor, monitor_copy)
         # result() raises an exception of the previous save. The exception is never a ViLUError,
-        # because ``_save`` logs every ViLUError.
+        # because ``_save_monitor`` logs every ViLUError.
         previous_save.result()
 
-    def _save(self, monitor: Monitor) -> None:
+    def _save_monitor(self, monitor: Monitor) -> None:
         """Write the state of the monitor; a failed save is logged, since the rows are on disk."""
         try:
-            monitor.save(self.folder / STATE)
+            monitor.save(self.folder / STATE_FILE)
         except ViLUError as error:
             logger.warning(
                 "%s Until the state of the monitor can be saved, a restart has to read more rows "
@@ -288,48 +288,50 @@ class Journal:
 
         A damaged state is set aside.
         """
-        path = self.folder / STATE
-        monitor = self._new_monitor()
+        path = self.folder / STATE_FILE
+        monitor = self._make_monitor()
         if not path.exists():
             return monitor
         try:
             return monitor.resume(path)
         except DataError as error:
-            (aside,) = set_aside(self.folder, (STATE,))
-            logger.warning("%s It is set aside as %s, and all rows are read again.", error, aside)
-        return self._new_monitor()  # the failed ``resume`` may have changed the first monitor
+            (new_name,) = set_aside(self.folder, (STATE_FILE,))
+            logger.warning(
+                "%s It is set aside as %s, and all rows are read again.", error, new_name
+            )
+        return self._make_monitor()  # the failed ``resume`` may have changed the first monitor
 
-    def _compare_sizes(self) -> None:
+    def _compare_row_counts(self) -> None:
         """Number new rows after all rows seen by the monitor; warn if rows are missing."""
         n_seen = self.monitor.rows
-        n_stored = self._rows.ends.n
-        self._rows.skip_numbers_to(n_seen)
+        n_stored = self._row_file.ends.row_number
+        self._row_file.skip_numbers_to(n_seen)
         if n_seen > n_stored:
             logger.warning(
                 "%s has seen %s rows, and %s beside it ends at row %s. The monitor goes on after "
                 "the rows that it has seen. Missing rows can get no label.",
-                self.folder / STATE,
+                self.folder / STATE_FILE,
                 f"{n_seen:,}",
-                ROWS,
+                ROWS_FILE,
                 f"{n_stored:,}",
             )
 
     def _take_in_rows(self) -> None:
         """Let the monitor take in the new rows of the file."""
-        rows = self._rows.rows_after(self._last_seen)
+        rows = self._row_file.rows_after(self._last_seen_row)
         while rows:
             self.monitor.update(self._outcomes(rows), in_order=True)
-            self._last_seen = rows[-1].n
-            rows = self._rows.rows_after(self._last_seen)
+            self._last_seen_row = rows[-1].row_number
+            rows = self._row_file.rows_after(self._last_seen_row)
         # The last rows of the file may show pictures of earlier rows. ``rows_after`` leaves such
         # rows out, and the monitor need not ask again.
-        self._last_seen = self._rows.ends.n
+        self._last_seen_row = self._row_file.ends.row_number
 
     def _take_in_labels(self, *, after: int) -> None:
         """Let the monitor take in the labels after number ``after``, in the order of arrival."""
         if self.monitor.error_audit is None:
             return
-        rows = self._rows.labels_after(after)
+        rows = self._row_file.labels_after(after)
         if rows:
             labels = [row.label for row in rows]
             self.monitor.audit(self._outcomes(rows, labels), in_order=True)
@@ -341,14 +343,14 @@ class Journal:
         calibration = self.monitor.calibration
         has_classes = calibration.class_names is not None
         answer = np.array([row.answer for row in rows], dtype=np.int64)
-        unknown = np.full(len(rows), UNKNOWN, dtype=np.int64)
-        target = unknown if labels is None else np.array(labels, dtype=np.int64)
+        unknown_labels = np.full(len(rows), UNKNOWN, dtype=np.int64)
+        target = unknown_labels if labels is None else np.array(labels, dtype=np.int64)
         if labels is None:
-            failure = unknown.copy()
+            failure = unknown_labels.copy()
         elif has_classes:
             failure = (answer != target).astype(np.int64)
         else:
-            failure = target  # the code of a label of a table is the failure (``CODES_OF_TABLE``)
+            failure = target  # a label of a table is the failure (``CODE_OF_TABLE_LABEL``)
         return Outcomes(
             uncertainty=np.array([row.uncertainty for row in rows]),
             failure=failure,

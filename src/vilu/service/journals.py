@@ -13,7 +13,7 @@ from vilu.errors import DataError
 PREDICTOR_NAMES: Final = ("first", "second")
 """Names of the predictors of a service: the main predictor, and an optional second predictor."""
 
-Scores = tuple[list[int], list[float]]
+ScoreColumns = tuple[list[int], list[float]]
 """For some rows: the indices of the answers, and the uncertainties."""
 
 
@@ -21,7 +21,7 @@ class LabelCounts(NamedTuple):
     """Counts of labels from a client, for the rows of a predictor."""
 
     n_new: int  # number of new labels, for rows without a label before
-    unknown: list[str]  # row ids from the client that are missing in the journal
+    unknown_row_ids: list[str]  # row ids from the client that are missing in the journal
 
 
 GuaranteeState = Literal["holds", "void", "none"]
@@ -32,21 +32,21 @@ class ContradictionError(DataError):
     """A label differs from the present label of a row; nothing of the request is written."""
 
 
-def row_id(request: str, index: int, content: bytes, picture: bytes) -> str:
+def make_row_id(request_id: str, index: int, content: bytes, picture: bytes) -> str:
     """The id of a row of a request; a repeated request with the same images gives the same ids.
 
     Args:
-        request: Id of the request.
+        request_id: Id of the request.
         index: Index of the image or row in the request.
         content: Digest or bytes of the image or row.
         picture: Bytes that are equal for equal pictures, such as the pixels. The id ends with the
             digest of ``picture``.
     """
-    content_in_request = f"{request}\n{index}\n".encode() + content
-    return f"{_digest(content_in_request)}-{_digest(picture)}"
+    content_in_request = f"{request_id}\n{index}\n".encode() + content
+    return f"{_short_digest(content_in_request)}-{_short_digest(picture)}"
 
 
-def _digest(content: bytes) -> str:
+def _short_digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
@@ -55,13 +55,13 @@ class ServiceState:
     """State of a service.
 
     Attributes:
-        answering: Name of the answering predictor.
+        answering_name: Name of the answering predictor.
         guarantees: Maps the name of a predictor to the state of the guarantee.
         has_lost_journal: Whether the file of a journal was removed or replaced.
         is_writable: Whether the last write to every journal succeeded.
     """
 
-    answering: str
+    answering_name: str
     guarantees: dict[str, GuaranteeState]
     has_lost_journal: bool = False
     is_writable: bool = True
@@ -70,13 +70,13 @@ class ServiceState:
 class Journals(Protocol):
     """The journals of all predictors of a service, each known by the name of the predictor."""
 
-    def record(self, ids: Sequence[str], scores: Mapping[str, Scores]) -> ServiceState:
+    def record(self, ids: Sequence[str], scores: Mapping[str, ScoreColumns]) -> ServiceState:
         """Write rows with the answers of all predictors; return the state of the service."""
 
     def state(self) -> ServiceState:
         """The present state of the service."""
 
-    def check(self) -> ServiceState:
+    def check_writable(self) -> ServiceState:
         """Try whether the journals can be written; return the state of the service."""
 
     def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
@@ -86,8 +86,10 @@ class Journals(Protocol):
         counts.
         """
 
-    def correct(self, before: Mapping[str, str], after: Mapping[str, str]) -> ServiceState:
-        """Replace the labels ``before`` by ``after``; both map the id of a row to a label."""
+    def correct(
+        self, labels_before: Mapping[str, str], labels_after: Mapping[str, str]
+    ) -> ServiceState:
+        """Replace labels by other labels; both arguments map the id of a row to a label."""
 
     def statuses(self) -> dict[str, Status]:
         """Maps the name of every predictor with a monitor to the status of the monitor."""

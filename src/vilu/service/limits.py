@@ -26,7 +26,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
+LOOPBACK_HOSTS: Final = ("127.0.0.1", "localhost", "[::1]")
 """Names by which this machine calls itself."""
 
 OPEN_PATHS: Final = frozenset({"/", "/healthz", "/readyz"})
@@ -35,26 +35,26 @@ OPEN_PATHS: Final = frozenset({"/", "/healthz", "/readyz"})
 PROBLEM_TYPE: Final = "application/problem+json"
 """Content type of a refusal (RFC 9457)."""
 
-REQUEST_ID: Final = re.compile(r"[!-~]{1,128}")
+REQUEST_ID_PATTERN: Final = re.compile(r"[!-~]{1,128}")
 """Form of the request ids of clients."""
 
 MAX_DRAINED_BYTES: Final = 2**20
 """Maximum number of bytes to read of a refused body before the connection is closed."""
 
-POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
+SECURITY_POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
 """Content security policy of all answers except pages."""
 
 IMAGES_PATH: Final = "/v1/answers"
 """Path of requests with encoded images. Only requests to this path may have long bodies."""
 
-WORK_PATHS: Final = frozenset({IMAGES_PATH, "/v1/scores"})
+QUEUED_PATHS: Final = frozenset({IMAGES_PATH, "/v1/scores"})
 """Paths of requests with images or rows. Such requests count towards the queue (``InProgress``)."""
 
 MAX_OTHER_REQUESTS: Final = 16
 """Maximum number of requests in progress with labels, corrections, or the choice of a predictor."""
 
-MAX_TOTAL_BODIES: Final = 4
-"""Maximum length of all bodies in progress together, as a multiple of ``ClientLimits.body``."""
+TOTAL_BODY_FACTOR: Final = 4
+"""Maximum length of all bodies in progress together, as a multiple of the longest allowed body."""
 
 MAX_CONNECTIONS: Final = 512
 """Maximum number of open connections."""
@@ -78,7 +78,7 @@ SCOPE_OF_PATH: Final[dict[str, KeyScope]] = {
 }
 """The scope needed for a POST to a path. A GET needs any key."""
 
-access = logging.getLogger("vilu.access")
+access_logger = logging.getLogger("vilu.access")
 
 
 @dataclass(frozen=True)
@@ -102,41 +102,41 @@ class ClientLimits:
         hosts: Allowed names in the Host header, without a port.
         tls_hosts: The names in ``hosts`` for which a proxy serves https.
         keys: Allowed keys; a client must send one of these. Empty: no key needed.
-        queue: Maximum number of images in progress; further requests get 429.
-        body: Maximum length of a body with images, in bytes.
-        json: Maximum length of any other body, in bytes.
-        images: Maximum number of images, rows or labels of a request.
-        pixels: Maximum number of pixels of an image; larger images are not decoded.
-        request_pixels: Maximum number of pixels of all images of a request together.
-        upload: Seconds for receiving the body of a request.
-        answer: Seconds until an unanswered request is given up.
+        max_queued_images: Maximum number of images in progress; further requests get 429.
+        max_image_body_bytes: Maximum length of a body with images, in bytes.
+        max_other_body_bytes: Maximum length of any other body, in bytes.
+        max_images: Maximum number of images, rows or labels of a request.
+        max_pixels: Maximum number of pixels of an image; larger images are not decoded.
+        max_request_pixels: Maximum number of pixels of all images of a request together.
+        upload_seconds: Seconds for receiving the body of a request.
+        answer_seconds: Seconds until an unanswered request is given up.
     """
 
-    hosts: frozenset[str] = frozenset(LOOPBACK)
+    hosts: frozenset[str] = frozenset(LOOPBACK_HOSTS)
     tls_hosts: frozenset[str] = frozenset()
     keys: frozenset[ClientKey] = frozenset()
-    queue: int = 64
-    body: int = 32 * 2**20
-    json: int = 2**20
-    images: int = 256
-    pixels: int = 25_000_000
-    request_pixels: int = 250_000_000
-    upload: float = 30.0
-    answer: float = 60.0
+    max_queued_images: int = 64
+    max_image_body_bytes: int = 32 * 2**20
+    max_other_body_bytes: int = 2**20
+    max_images: int = 256
+    max_pixels: int = 25_000_000
+    max_request_pixels: int = 250_000_000
+    upload_seconds: float = 30.0
+    answer_seconds: float = 60.0
 
     def max_body_bytes(self, path: str) -> int:
         """Maximum length of the body of a request to this path, in bytes."""
         if path == IMAGES_PATH:
-            return self.body
-        return min(self.json, self.body)
+            return self.max_image_body_bytes
+        return min(self.max_other_body_bytes, self.max_image_body_bytes)
 
 
 def log_access() -> None:
     """Log every request as a JSON line to stderr; JSON escapes terminal control characters."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    access.handlers[:] = [handler]
-    access.propagate = False
+    access_logger.handlers[:] = [handler]
+    access_logger.propagate = False
 
 
 def read_keys(path: Path) -> frozenset[ClientKey]:
@@ -165,9 +165,9 @@ def _client_key(path: Path, key: bytes, *scopes: bytes) -> ClientKey:
     scope_names = {scope.decode(errors="replace") for scope in scopes}
     if scope_names <= KEY_SCOPES:
         return ClientKey(digest, frozenset(scope for scope in KEY_SCOPES if scope in scope_names))
-    unknown = ", ".join(sorted(scope_names - KEY_SCOPES))
+    unknown_names = ", ".join(sorted(scope_names - KEY_SCOPES))
     raise UsageError(
-        f"{path} has a key with unknown scopes: {unknown!r:.60}. The scopes are "
+        f"{path} has a key with unknown scopes: {unknown_names!r:.60}. The scopes are "
         f"{', '.join(get_args(KeyScope))}. Write every key on its own line."
     )
 
@@ -182,7 +182,7 @@ class Refused(Exception):  # noqa: N818 - an answer to the client, not an error 
         self.headers = headers
 
 
-def problem(status: HTTPStatus, detail: str) -> bytes:
+def problem_document(status: HTTPStatus, detail: str) -> bytes:
     """The body of a refusal: a problem document (RFC 9457)."""
     return json.dumps(
         {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail}
@@ -198,7 +198,7 @@ class Gate:
         limits: Limits for clients.
         in_progress: The requests with a body now in progress.
         on_answered: Called with the path, the status and the seconds of every answered request.
-        paths: Paths of the application; all further paths are counted together as "other".
+        known_paths: Paths of the application; all further paths are counted together as "other".
         is_closing: Returns whether connections are to be closed after the present request.
     """
 
@@ -206,7 +206,7 @@ class Gate:
     limits: ClientLimits
     in_progress: InProgress
     on_answered: Callable[[str, int, float], None]
-    paths: frozenset[str]
+    known_paths: frozenset[str]
     is_closing: Callable[[], bool] = lambda: False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -219,19 +219,21 @@ class Gate:
         scope["state"]["request_id"] = request_id
         scope["state"]["images"] = 0
         start_time = time.perf_counter()
-        answer = _AnswerSender(send, request_id, self.is_closing)
+        answer_sender = _AnswerSender(send, request_id, self.is_closing)
         try:
             self._check_head(scope, headers)
             with self._in_progress_with_body(scope, headers):
-                deadline = asyncio.get_running_loop().time() + self.limits.upload
+                deadline = asyncio.get_running_loop().time() + self.limits.upload_seconds
                 max_bytes = self.limits.max_body_bytes(scope["path"])
-                body = _BodyReceiver(receive, max_bytes, self.limits.upload, deadline)
-                await self.app(scope, body, answer)
-        except Refused as refused:
-            if not answer.has_begun:
-                await self._refuse(refused, receive, answer)
+                body_receiver = _BodyReceiver(
+                    receive, max_bytes, self.limits.upload_seconds, deadline
+                )
+                await self.app(scope, body_receiver, answer_sender)
+        except Refused as refusal:
+            if not answer_sender.has_begun:
+                await self._refuse(refusal, receive, answer_sender)
         finally:
-            self._log(scope, answer.status, seconds=time.perf_counter() - start_time)
+            self._log_request(scope, answer_sender.status, seconds=time.perf_counter() - start_time)
 
     def _check_head(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Raise Refused if the head of a request already breaks a limit."""
@@ -282,7 +284,9 @@ class Gate:
         digest = hashlib.sha256(key.strip()).digest()
         # All keys are compared, even after a match, and each comparison takes the same time. So the
         # duration reveals no key.
-        matching_keys = [known for known in self.limits.keys if _is_equal(digest, known.digest)]
+        matching_keys = [
+            client_key for client_key in self.limits.keys if _are_equal(digest, client_key.digest)
+        ]
         if auth_scheme.lower() != b"bearer" or not matching_keys:
             raise Refused(
                 HTTPStatus.UNAUTHORIZED,
@@ -292,7 +296,9 @@ class Gate:
         needed_scope = None
         if scope["method"] == "POST":
             needed_scope = SCOPE_OF_PATH.get(scope["path"])
-        if needed_scope is None or any(needed_scope in known.scopes for known in matching_keys):
+        if needed_scope is None or any(
+            needed_scope in client_key.scopes for client_key in matching_keys
+        ):
             return
         raise Refused(HTTPStatus.FORBIDDEN, f"this key does not have the scope {needed_scope!r}.")
 
@@ -304,47 +310,49 @@ class Gate:
         max_bytes = self.limits.max_body_bytes(path)
         if b"transfer-encoding" in headers:
             return max_bytes
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) <= max_bytes:
-            return int(length)
+        content_length = headers.get(b"content-length", b"0")
+        if content_length.isdigit() and int(content_length) <= max_bytes:
+            return int(content_length)
         raise Refused(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
             f"the body must be at most {max_bytes:,} bytes. Send fewer or smaller images, rows or "
             "labels.",
         )
 
-    async def _refuse(self, refused: Refused, receive: Receive, send: Send) -> None:
+    async def _refuse(self, refusal: Refused, receive: Receive, send: Send) -> None:
         """Send a refusal, then read some of the body before the connection is closed.
 
         If the connection were closed while the client still sends, the client would not get the
         refusal.
         """
-        body = problem(refused.status, refused.detail)
+        body = problem_document(refusal.status, refusal.detail)
         headers = {
             "content-type": PROBLEM_TYPE,
             "content-length": str(len(body)),
-            **refused.headers,
+            **refusal.headers,
         }
-        pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": int(refused.status), "headers": pairs})
+        header_pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await send(
+            {"type": "http.response.start", "status": int(refusal.status), "headers": header_pairs}
+        )
         await send({"type": "http.response.body", "body": body, "more_body": True})
         with suppress(TimeoutError):  # the refusal is sent already
-            async with asyncio.timeout(self.limits.upload):
-                await _drain(receive)
+            async with asyncio.timeout(self.limits.upload_seconds):
+                await _drain_body(receive)
         await send({"type": "http.response.body", "body": b""})
 
-    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+    def _log_request(self, scope: Scope, status: int, seconds: float) -> None:
         """Count and log a request.
 
         Path and method are logged only for known paths. So no text of the client is logged.
         """
         path = "other"
         method = ""
-        if scope["path"] in self.paths:
+        if scope["path"] in self.known_paths:
             path = scope["path"]
             method = scope["method"]
         self.on_answered(path, status, seconds)
-        facts = {
+        log_entry = {
             "time": round(time.time(), 3),
             "method": method,
             "path": path,
@@ -352,7 +360,7 @@ class Gate:
             "images": scope["state"]["images"],
             "seconds": round(seconds, 4),
         }
-        access.info(json.dumps(facts))
+        access_logger.info(json.dumps(log_entry))
 
 
 @dataclass
@@ -373,10 +381,10 @@ class _AnswerSender:
         """Send a message of the answer; headers already in the answer are not changed."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            present = {name.lower() for name, _ in message["headers"]}
+            present_names = {name.lower() for name, _ in message["headers"]}
             headers = list(message["headers"])
             for name, value in self._headers().items():
-                if name not in present:
+                if name not in present_names:
                     headers.append((name, value))
             message["headers"] = headers
         await self.send(message)
@@ -388,7 +396,7 @@ class _AnswerSender:
             b"x-content-type-options": b"nosniff",
             b"referrer-policy": b"no-referrer",
             b"cache-control": b"no-store",
-            b"content-security-policy": POLICY.encode(),
+            b"content-security-policy": SECURITY_POLICY.encode(),
         }
         if self.is_closing():
             headers[b"connection"] = b"close"
@@ -403,12 +411,12 @@ class _BodyReceiver:
     max_bytes: int  # maximum length in bytes
     seconds: float  # time for receiving the body
     deadline: float  # time on the clock of the event loop when the body must be complete
-    n_read: int = 0  # number of bytes received so far
-    is_whole: bool = False  # whether the body is complete
+    n_bytes_read: int = 0  # number of bytes received so far
+    is_complete: bool = False  # whether the body is complete
 
     async def __call__(self) -> Message:
         """Receive the next message of the client."""
-        if self.is_whole:  # the next message is the disconnect; the disconnect has no deadline
+        if self.is_complete:  # the next message is the disconnect; the disconnect has no deadline
             return await self.receive()
         try:
             async with asyncio.timeout_at(self.deadline):
@@ -418,9 +426,9 @@ class _BodyReceiver:
                 HTTPStatus.REQUEST_TIMEOUT,
                 f"the body was not complete after {self.seconds:g} seconds.",
             ) from None
-        self.n_read += len(message.get("body", b""))
-        self.is_whole = not message.get("more_body", False)
-        if self.n_read > self.max_bytes:
+        self.n_bytes_read += len(message.get("body", b""))
+        self.is_complete = not message.get("more_body", False)
+        if self.n_bytes_read > self.max_bytes:
             raise Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 f"the body must be at most {self.max_bytes:,} bytes.",
@@ -428,32 +436,33 @@ class _BodyReceiver:
         return message
 
 
-async def _drain(receive: Receive) -> None:
+async def _drain_body(receive: Receive) -> None:
     """Read and discard a body, up to ``MAX_DRAINED_BYTES`` bytes."""
-    n_drained = 0
-    while n_drained < MAX_DRAINED_BYTES:
+    n_bytes_read = 0
+    while n_bytes_read < MAX_DRAINED_BYTES:
         message = await receive()
-        n_drained += len(message.get("body", b""))
+        n_bytes_read += len(message.get("body", b""))
         is_last = message["type"] != "http.request" or not message.get("more_body", False)
         if is_last:
             return
 
 
-def too_many_in_progress(what: str) -> Refused:
-    """The refusal (429) of a request, because too many ``what`` are in progress."""
+def too_many_in_progress(noun: str) -> Refused:
+    """The refusal (429) because too many ``noun`` (such as "images") are in progress."""
     return Refused(
         HTTPStatus.TOO_MANY_REQUESTS,
-        f"the service has too many {what} in progress. Repeat the request after a second.",
+        f"the service has too many {noun} in progress. Repeat the request after a second.",
         **RETRY_HEADER,
     )
 
 
-def require_at_most(n: int, limit: int, what: str) -> None:
-    """Raise Refused (413) if a request has more than ``limit`` of ``what`` (such as "images")."""
-    if n > limit:
+def require_at_most(n_items: int, limit: int, noun: str) -> None:
+    """Raise Refused (413) if a request has more than ``limit`` ``noun`` (such as "images")."""
+    if n_items > limit:
         raise Refused(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"a request may have at most {limit:,} {what}. Found {n:,}; send several requests.",
+            f"a request may have at most {limit:,} {noun}. Found {n_items:,}; send several "
+            "requests.",
         )
 
 
@@ -463,7 +472,7 @@ class InProgress:
     A request is in progress from just before the body is read until the answer is sent.
 
     Attributes:
-        n_work_requests: Number of requests with images or rows (``WORK_PATHS``).
+        n_queued_requests: Number of requests with images or rows (``QUEUED_PATHS``).
         n_other_requests: Number of other requests with a body.
         n_bytes: Number of bytes of all bodies, whether arrived or not.
         n_images: Number of images and rows of the requests with an arrived body.
@@ -471,7 +480,7 @@ class InProgress:
 
     def __init__(self, limits: ClientLimits) -> None:
         self.limits = limits
-        self.n_work_requests = 0
+        self.n_queued_requests = 0
         self.n_other_requests = 0
         self.n_bytes = 0
         self.n_images = 0
@@ -479,32 +488,32 @@ class InProgress:
     @property
     def max_total_bytes(self) -> int:
         """Maximum number of bytes of all bodies in progress."""
-        return MAX_TOTAL_BODIES * self.limits.body
+        return TOTAL_BODY_FACTOR * self.limits.max_image_body_bytes
 
     @contextmanager
     def admit(self, path: str, n_bytes: int) -> Iterator[Admission]:
         """Count a request as in progress during the block; Refused (429) if there are too many."""
-        is_work = path in WORK_PATHS
+        is_queued = path in QUEUED_PATHS
         if self.n_bytes + n_bytes > self.max_total_bytes:
             raise too_many_in_progress("bytes")
         # The number of images is known only after a body has arrived. But every request of
-        # ``n_work_requests`` has an image or a row.
-        min_images = max(self.n_work_requests, self.n_images)
-        if is_work and min_images >= self.limits.queue:
+        # ``n_queued_requests`` has an image or a row.
+        min_images = max(self.n_queued_requests, self.n_images)
+        if is_queued and min_images >= self.limits.max_queued_images:
             raise too_many_in_progress("images")
-        if not is_work and self.n_other_requests >= MAX_OTHER_REQUESTS:
+        if not is_queued and self.n_other_requests >= MAX_OTHER_REQUESTS:
             raise too_many_in_progress("requests")
         admission = Admission(self)
-        n_work = 1 if is_work else 0
-        n_other = 1 - n_work
+        n_queued = 1 if is_queued else 0
+        n_other = 1 - n_queued
         self.n_bytes += n_bytes
-        self.n_work_requests += n_work
+        self.n_queued_requests += n_queued
         self.n_other_requests += n_other
         try:
             yield admission
         finally:
             self.n_bytes -= n_bytes
-            self.n_work_requests -= n_work
+            self.n_queued_requests -= n_queued
             self.n_other_requests -= n_other
             self.n_images -= admission.n_images
 
@@ -516,14 +525,17 @@ class Admission:
     in_progress: InProgress
     n_images: int = 0
 
-    def take_images(self, n: int) -> None:
+    def admit_images(self, n: int) -> None:
         """Count the images of this request as in progress; Refused (429) for too many images.
 
-        A request with more images than ``ClientLimits.queue`` is admitted if no image of another
+        A request with more images than ``max_queued_images`` is admitted if no image of another
         request is in progress.
         """
         has_other_images = self.in_progress.n_images > 0
-        if has_other_images and self.in_progress.n_images + n > self.in_progress.limits.queue:
+        if (
+            has_other_images
+            and self.in_progress.n_images + n > self.in_progress.limits.max_queued_images
+        ):
             raise too_many_in_progress("images")
         self.n_images = n
         self.in_progress.n_images += n
@@ -532,7 +544,7 @@ class Admission:
 def _request_id(headers: dict[bytes, bytes]) -> str:
     """The request id from the client; a new id if the client sent no valid id."""
     request_id = headers.get(b"x-request-id", b"").decode("latin-1")
-    if REQUEST_ID.fullmatch(request_id):
+    if REQUEST_ID_PATTERN.fullmatch(request_id):
         return request_id
     return uuid.uuid4().hex
 
@@ -551,9 +563,9 @@ def _require_one_length(headers: dict[bytes, bytes]) -> None:
         )
 
 
-def _is_equal(digest: bytes, known: bytes) -> bool:
+def _are_equal(digest: bytes, other_digest: bytes) -> bool:
     """Whether two digests are equal; the comparison always takes the same time."""
-    return hmac.compare_digest(digest, known)
+    return hmac.compare_digest(digest, other_digest)
 
 
 def in_brackets(host: str) -> str:

@@ -14,9 +14,15 @@ from vilu.calibration.monitor.status import Status
 from vilu.errors import DataError, UsageError
 from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.service.journal import Journal
-from vilu.service.journals import PREDICTOR_NAMES, GuaranteeState, LabelCounts, Scores, ServiceState
+from vilu.service.journals import (
+    PREDICTOR_NAMES,
+    GuaranteeState,
+    LabelCounts,
+    ScoreColumns,
+    ServiceState,
+)
 
-SERVING: Final = "serving.json"
+SERVING_FILE: Final = "serving.json"
 """Name of the file of ``AnsweringPredictor``."""
 
 
@@ -48,7 +54,7 @@ class LocalJournals:
         self.folder = make_folder(folder)
         self._lock = threading.Lock()
         self.fingerprints = _fingerprints(predictors)
-        self._answering = self._last_answering()
+        self._answering_name = self._read_answering_name()
         self._journals: dict[str, Journal] = {}
         for name, predictor in predictors.items():
             calibration = Calibration.find(predictor)
@@ -58,9 +64,9 @@ class LocalJournals:
             journal_name = f"{self.fingerprints[name]}-{calibration.fingerprint[:16]}"
             self._journals[name] = Journal(folder / journal_name, predictor)
 
-    def _last_answering(self) -> str:
+    def _read_answering_name(self) -> str:
         """Name of the answering predictor before the last stop; at first the main predictor."""
-        path = self.folder / SERVING
+        path = self.folder / SERVING_FILE
         if not path.is_file():
             return PREDICTOR_NAMES[0]
         wanted_fingerprint = read_document(path, AnsweringPredictor).answers
@@ -73,7 +79,7 @@ class LocalJournals:
             f"remove {path} so that the first predictor answers."
         )
 
-    def record(self, ids: Sequence[str], scores: Mapping[str, Scores]) -> ServiceState:
+    def record(self, ids: Sequence[str], scores: Mapping[str, ScoreColumns]) -> ServiceState:
         """Write rows with the answers of all predictors; return the state of the service.
 
         The rows are on disk when this method returns. Answers are sent only afterwards.
@@ -90,16 +96,16 @@ class LocalJournals:
             guarantees[name] = journal.guarantee
         journals = self._journals.values()
         return ServiceState(
-            self._answering,
+            self._answering_name,
             guarantees,
             has_lost_journal=any(journal.is_lost for journal in journals),
             is_writable=all(journal.is_writable for journal in journals),
         )
 
-    def check(self) -> ServiceState:
+    def check_writable(self) -> ServiceState:
         """Try whether the journals can be written; return the state of the service."""
         for journal in self._journals.values():
-            journal.check()
+            journal.check_writable()
         return self.state()
 
     def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
@@ -112,22 +118,24 @@ class LocalJournals:
         # Between the check and the write, no other request may label the same rows.
         with self._lock:
             for journal in self._journals.values():
-                journal.require_same(labels)
+                journal.require_same_labels(labels)
             return {name: journal.label(labels) for name, journal in self._journals.items()}
 
-    def correct(self, before: Mapping[str, str], after: Mapping[str, str]) -> ServiceState:
-        """Replace the labels ``before`` by ``after``; both map the id of a row to a label.
+    def correct(
+        self, labels_before: Mapping[str, str], labels_after: Mapping[str, str]
+    ) -> ServiceState:
+        """Replace labels by other labels; both arguments map the id of a row to a label.
 
         Raises:
-            ContradictionError: If a row has a label different from ``before``; then no label is
+            ContradictionError: If a row has a label not in ``labels_before``; then no label is
                 replaced.
             DataError: As ``Journal.correct``.
         """
         with self._lock:
             for journal in self._journals.values():
-                journal.require_same(before)
+                journal.require_same_labels(labels_before)
             for journal in self._journals.values():
-                journal.correct(after)
+                journal.correct(labels_after)
         return self.state()
 
     def statuses(self) -> dict[str, Status]:
@@ -148,8 +156,8 @@ class LocalJournals:
         # The lock prevents two concurrent switches from leaving different names here and on disk.
         with self._lock:
             choice = AnsweringPredictor(answers=self.fingerprints[name])
-            write_document(self.folder / SERVING, choice)
-            self._answering = name
+            write_document(self.folder / SERVING_FILE, choice)
+            self._answering_name = name
         return self.state()
 
     def close(self) -> None:

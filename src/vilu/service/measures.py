@@ -13,10 +13,10 @@ from vilu.calibration.monitor.status import Status
 from vilu.service.journals import Journals, ServiceState
 from vilu.service.limits import InProgress
 
-SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+SECONDS_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the buckets of the time to answer, in seconds."""
 
-SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BATCH_SIZE_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Upper bounds of the buckets of the batch size, in images."""
 
 
@@ -46,7 +46,7 @@ class MeasuredEngine(Protocol):
         """The journals with the states of the guarantees."""
 
     @property
-    def served(self) -> Mapping[str, MeasuredPredictor]:
+    def served_predictors(self) -> Mapping[str, MeasuredPredictor]:
         """Maps the name of a predictor to the predictor."""
 
 
@@ -63,38 +63,41 @@ class Measures:
     ) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Gauges(in_progress, get_engine))
-        self._requests = Counter(
+        self._request_counter = Counter(
             "vilu_requests",
             "Requests, by path and status.",
             ["path", "status"],
             registry=self.registry,
         )
-        self._seconds = Histogram(
+        self._seconds_histogram = Histogram(
             "vilu_request_seconds",
             "Time to answer a request.",
             ["path"],
-            buckets=SECONDS,
+            buckets=SECONDS_BUCKETS,
             registry=self.registry,
         )
-        self._answers = Counter(
+        self._answer_counter = Counter(
             "vilu_answers",
             "Images and rows that were answered.",
             ["decision", "reason"],
             registry=self.registry,
         )
-        self.batch_size = Histogram(
-            "vilu_batch_images", "Images of a batch.", buckets=SIZES, registry=self.registry
+        self.batch_size_histogram = Histogram(
+            "vilu_batch_images",
+            "Images of a batch.",
+            buckets=BATCH_SIZE_BUCKETS,
+            registry=self.registry,
         )
 
     def count_request(self, path: str, status: int, seconds: float) -> None:
         """Count a request, and note the duration in seconds."""
-        self._requests.labels(path, str(status)).inc()
-        self._seconds.labels(path).observe(seconds)
+        self._request_counter.labels(path, str(status)).inc()
+        self._seconds_histogram.labels(path).observe(seconds)
 
     def count_answers(self, answers: Iterable[CountedAnswer]) -> None:
         """Count answers by decision and reason."""
         for answer in answers:
-            self._answers.labels(answer.decision or "none", answer.reason or "none").inc()
+            self._answer_counter.labels(answer.decision or "none", answer.reason or "none").inc()
 
     def render(self) -> tuple[bytes, str]:
         """The metrics in Prometheus' text format, and the content type of this text."""
@@ -122,7 +125,7 @@ class _Gauges(Collector):
         yield GaugeMetricFamily(
             "vilu_images_under_way_limit",
             "Maximum number of waiting images; further requests get 429.",
-            self.in_progress.limits.queue,
+            self.in_progress.limits.max_queued_images,
         )
         yield GaugeMetricFamily(
             "vilu_bytes_under_way", "Bytes of the bodies in progress.", self.in_progress.n_bytes
@@ -138,11 +141,12 @@ class _Gauges(Collector):
             return
         state = engine.journals.state()
         statuses = engine.journals.statuses()
-        fingerprints = {name: served.fingerprint for name, served in engine.served.items()}
+        predictors = engine.served_predictors
+        fingerprints = {name: predictor.fingerprint for name, predictor in predictors.items()}
         yield _ready_gauge(is_ready=state.is_writable and not state.has_lost_journal)
         yield from _guarantee_gauges(state, fingerprints)
-        status_of = {fingerprints[name]: status for name, status in statuses.items()}
-        yield from _monitor_gauges(status_of)
+        status_of_fingerprint = {fingerprints[name]: status for name, status in statuses.items()}
+        yield from _monitor_gauges(status_of_fingerprint)
 
 
 def _ready_gauge(*, is_ready: bool) -> Metric:
@@ -157,18 +161,18 @@ def _guarantee_gauges(state: ServiceState, fingerprints: Mapping[str, str]) -> I
         state: State of the service.
         fingerprints: Maps the name of a predictor to the fingerprint.
     """
-    answers_now = _gauge("answers_now", "1 for the predictor that answers, else 0.")
-    holds = _gauge("guarantee_holds", "1 if the guarantee holds, else 0.")
-    void = _gauge("guarantee_void", "1 if the guarantee is void, else 0.")
+    answering_gauge = _predictor_gauge("answers_now", "1 for the predictor that answers, else 0.")
+    holds_gauge = _predictor_gauge("guarantee_holds", "1 if the guarantee holds, else 0.")
+    void_gauge = _predictor_gauge("guarantee_void", "1 if the guarantee is void, else 0.")
     for name, fingerprint in fingerprints.items():
         guarantee = state.guarantees[name]
-        answers_now.add_metric([fingerprint], float(name == state.answering))
-        holds.add_metric([fingerprint], float(guarantee == "holds"))
-        void.add_metric([fingerprint], float(guarantee == "void"))
-    yield from (answers_now, holds, void)
+        answering_gauge.add_metric([fingerprint], float(name == state.answering_name))
+        holds_gauge.add_metric([fingerprint], float(guarantee == "holds"))
+        void_gauge.add_metric([fingerprint], float(guarantee == "void"))
+    yield from (answering_gauge, holds_gauge, void_gauge)
 
 
-EVIDENCE: Final = {
+EVIDENCE_GAUGES: Final = {
     "log_wealth": (
         "Log of the evidence against the guarantee; the alarm is at minus the log of the level."
     ),
@@ -176,7 +180,7 @@ EVIDENCE: Final = {
 }
 """Maps an attribute of a test of a monitor to the description of the gauge."""
 
-AUDIT: Final = {
+AUDIT_GAUGES: Final = {
     "n": "Number of accepted answers whose labels have arrived.",
     "wrong": "Number of accepted answers whose labels show that they are wrong.",
     "lower": "Lower bound of the error rate of accepted answers.",
@@ -186,26 +190,26 @@ AUDIT: Final = {
 """Maps an attribute of the audit to the description of the gauge."""
 
 
-def _monitor_gauges(status_of: Mapping[str, Status]) -> Iterator[Metric]:
-    """Gauges of the monitors; ``status_of`` maps the fingerprint of a predictor to a status."""
-    rows = _gauge("monitor_rows", "Rows that the monitor has seen.")
-    for fingerprint, status in status_of.items():
-        rows.add_metric([fingerprint], float(status.rows))
-    yield rows
-    for attribute, description in EVIDENCE.items():
-        gauge = _gauge(f"monitor_{attribute}", description, "test")
-        for fingerprint, status in status_of.items():
+def _monitor_gauges(status_of_fingerprint: Mapping[str, Status]) -> Iterator[Metric]:
+    """Gauges of the monitors, from the status for the fingerprint of every predictor."""
+    rows_gauge = _predictor_gauge("monitor_rows", "Rows that the monitor has seen.")
+    for fingerprint, status in status_of_fingerprint.items():
+        rows_gauge.add_metric([fingerprint], float(status.rows))
+    yield rows_gauge
+    for attribute, description in EVIDENCE_GAUGES.items():
+        gauge = _predictor_gauge(f"monitor_{attribute}", description, "test")
+        for fingerprint, status in status_of_fingerprint.items():
             for test in status.tests:
                 gauge.add_metric([fingerprint, test.name], float(getattr(test, attribute)))
         yield gauge
-    for attribute, description in AUDIT.items():
-        gauge = _gauge(f"audit_{attribute}", description)
-        for fingerprint, status in status_of.items():
+    for attribute, description in AUDIT_GAUGES.items():
+        gauge = _predictor_gauge(f"audit_{attribute}", description)
+        for fingerprint, status in status_of_fingerprint.items():
             if status.audit is not None:
                 gauge.add_metric([fingerprint], float(getattr(status.audit, attribute)))
         yield gauge
 
 
-def _gauge(name: str, description: str, *labels: str) -> GaugeMetricFamily:
+def _predictor_gauge(name: str, description: str, *labels: str) -> GaugeMetricFamily:
     """A gauge without values; the labels are "predictor", then ``labels``."""
     return GaugeMetricFamily(f"vilu_{name}", description, labels=["predictor", *labels])

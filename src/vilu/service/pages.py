@@ -9,14 +9,14 @@ from typing import Final
 from fastapi import Response
 from starlette.exceptions import HTTPException
 
-from vilu.text import csp_hash, page_of
+from vilu.text import csp_hash, render_page
 
-START_SWAGGER: Final = """SwaggerUIBundle({
+SWAGGER_SCRIPT: Final = """SwaggerUIBundle({
   url: "/openapi.json", dom_id: "#api", deepLinking: true, validatorUrl: null
 });"""
 """Script of the documentation; starts Swagger UI."""
 
-DOCS: Final = f"""<!DOCTYPE html>
+DOCS_PAGE: Final = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -28,7 +28,7 @@ DOCS: Final = f"""<!DOCTYPE html>
 <body>
 <div id="api"></div>
 <script src="/docs/swagger-ui-bundle.js"></script>
-<script>{START_SWAGGER}</script>
+<script>{SWAGGER_SCRIPT}</script>
 </body>
 </html>
 """
@@ -40,7 +40,7 @@ DOCS_POLICY: Final = "; ".join(
         "img-src 'self' data:",
         "connect-src 'self'",
         "style-src 'self' 'unsafe-inline'",
-        f"script-src 'self' '{csp_hash(START_SWAGGER)}'",
+        f"script-src 'self' '{csp_hash(SWAGGER_SCRIPT)}'",
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
@@ -48,31 +48,31 @@ DOCS_POLICY: Final = "; ".join(
 )
 """Content security policy of the documentation."""
 
-DOCS_FILES: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
+DOCS_FILE_TYPES: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
 """Content types of the files of Swagger UI."""
 
 
-async def page() -> Response:
+async def photo_page() -> Response:
     """The page for dropping a photo."""
     # The photo of the user is an image with the source "blob:".
-    content, policy = page_of("vilu.service", name="page", images="blob:")
-    return _html(content, policy)
+    content, policy = render_page("vilu.service", name="page", images="blob:")
+    return _html_response(content, policy)
 
 
-async def docs() -> Response:
+async def docs_page() -> Response:
     """The documentation in Swagger UI; all files come from this service."""
-    return _html(DOCS, DOCS_POLICY)
+    return _html_response(DOCS_PAGE, DOCS_POLICY)
 
 
 async def docs_file(name: str) -> Response:
     """A file of Swagger UI; 404 for any other name."""
-    if name not in DOCS_FILES:
+    if name not in DOCS_FILE_TYPES:
         raise HTTPException(HTTPStatus.NOT_FOUND)
     content = resources.files("fastapi_offline").joinpath("static", name).read_bytes()
     headers = {"Cache-Control": "max-age=86400"}
-    return Response(content, media_type=DOCS_FILES[name], headers=headers)
+    return Response(content, media_type=DOCS_FILE_TYPES[name], headers=headers)
 
 
-def _html(content: str | bytes, policy: str) -> Response:
+def _html_response(content: str | bytes, policy: str) -> Response:
     headers = {"Content-Security-Policy": policy}
     return Response(content, media_type="text/html; charset=utf-8", headers=headers)

@@ -17,7 +17,7 @@ from vilu.extras import import_extra
 from vilu.process import RAY_CLUSTERS, keep_freed_memory
 from vilu.registry import load_plugin, plugins
 from vilu.service.app import Service
-from vilu.service.journals import LabelCounts, Scores, ServiceState
+from vilu.service.journals import LabelCounts, ScoreColumns, ServiceState
 from vilu.service.limits import Gate, log_access
 from vilu.service.local_journals import LocalJournals
 from vilu.service.setup import Setup, load_engine
@@ -52,7 +52,7 @@ class RemoteJournals:
                 raise error.cause from None
             raise
 
-    def record(self, ids: Sequence[str], scores: Mapping[str, Scores]) -> ServiceState:
+    def record(self, ids: Sequence[str], scores: Mapping[str, ScoreColumns]) -> ServiceState:
         """As ``LocalJournals``."""
         return cast("ServiceState", self._call("record", ids, scores))
 
@@ -64,13 +64,15 @@ class RemoteJournals:
         """As ``LocalJournals``."""
         return cast("dict[str, LabelCounts]", self._call("label", labels))
 
-    def check(self) -> ServiceState:
+    def check_writable(self) -> ServiceState:
         """As ``LocalJournals``."""
-        return cast("ServiceState", self._call("check"))
+        return cast("ServiceState", self._call("check_writable"))
 
-    def correct(self, before: Mapping[str, str], after: Mapping[str, str]) -> ServiceState:
+    def correct(
+        self, labels_before: Mapping[str, str], labels_after: Mapping[str, str]
+    ) -> ServiceState:
         """As ``LocalJournals``."""
-        return cast("ServiceState", self._call("correct", before, after))
+        return cast("ServiceState", self._call("correct", labels_before, labels_after))
 
     def statuses(self) -> dict[str, Status]:
         """As ``LocalJournals``."""
@@ -92,7 +94,7 @@ class Replicas(NamedTuple):
     maximum: int
 
 
-def replicas_of(text: str) -> Replicas:
+def parse_replicas(text: str) -> Replicas:
     """The numbers of replicas in a text such as "2" or "1:8"."""
     minimum_text, _, maximum_text = text.partition(":")
     with suppress(ValueError):  # a text without a number raises the error below
@@ -118,12 +120,12 @@ def deploy(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str,
         The URL, and the journals shared by all replicas.
     """
     serve = import_extra("ray.serve", "serve-ray")
-    journals = _journals_in_actor(setup)
+    journals = _start_journals_actor(setup)
 
     modules = plugins()
     uses_one_machine = os.environ.get(RAY_CLUSTERS) == "0"
 
-    def build() -> Gate:
+    def build_application() -> Gate:
         """Build the application with a model; every replica is a process and calls this."""
         if uses_one_machine:
             listen_to_this_machine_alone()
@@ -136,9 +138,9 @@ def deploy(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str,
         return service.gate
 
     serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
-    deployment = serve.deployment(serve.ingress(build)()).options(
+    deployment = serve.deployment(serve.ingress(build_application)()).options(
         name=APPLICATION_NAME,
-        max_ongoing_requests=4 * setup.limits.queue,
+        max_ongoing_requests=4 * setup.limits.max_queued_images,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         health_check_period_s=HEALTH_SECONDS,
         health_check_timeout_s=HEALTH_SECONDS,
@@ -156,16 +158,16 @@ def listen_to_this_machine_alone() -> None:
     before the port is opened, in a process used only as a replica.
     """
     server: Any = import_extra("grpc.aio._server", "serve-ray").Server
-    listen = server.add_insecure_port
+    add_port = server.add_insecure_port
 
     def add_insecure_port(self: Any, address: str) -> int:  # noqa: ANN401 - a server of gRPC
         _, _, port = address.rpartition(":")
-        return int(listen(self, f"127.0.0.1:{port}"))
+        return int(add_port(self, f"127.0.0.1:{port}"))
 
     server.add_insecure_port = add_insecure_port
 
 
-def _journals_in_actor(setup: Setup) -> RemoteJournals:
+def _start_journals_actor(setup: Setup) -> RemoteJournals:
     """Start an actor with the journals, and verify the journals."""
     ray = import_extra("ray", "serve-ray")
     # Ray restarts the actor after a failure, also on another machine if the state folder is on a

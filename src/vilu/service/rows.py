@@ -32,30 +32,30 @@ from typing import Final, NamedTuple
 from urllib.parse import quote
 
 from vilu.artifacts.disk import convert_os_errors
-from vilu.artifacts.documents import SCHEMA, SCHEMA_VERSION, require_schema
+from vilu.artifacts.documents import SCHEMA_KEY, SCHEMA_VERSION, require_schema
 from vilu.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
-ROWS = "rows.sqlite"
+ROWS_FILE = "rows.sqlite"
 """Name of the file of rows and labels."""
 
-ENDS = "rows.ends"
+ENDS_FILE = "rows.ends"
 """Name of the file with the ends of both chains: the last row and the last label."""
 
-WAL: Final = f"{ROWS}-wal"
+WAL_FILE: Final = f"{ROWS_FILE}-wal"
 """Name of SQLite's write-ahead log, for rows not yet in the main file."""
 
 MAX_ROWS_READ: Final = 50_000
 """Maximum number of rows in one read."""
 
-PATIENCE: Final = 5.0
+LOCK_WAIT_SECONDS: Final = 5.0
 """Seconds to wait for a file locked by another process."""
 
-PICTURE: Final = "substr({id}, instr({id}, '-') + 1)"
+PICTURE_OF_ID: Final = "substr({id}, instr({id}, '-') + 1)"
 """SQL expression for the picture of a row: the end of the id, or the whole id without a hyphen."""
 
-TABLES: Final = f"""
+CREATE_TABLES: Final = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS rows (
     n INTEGER PRIMARY KEY,
@@ -77,7 +77,7 @@ CREATE TABLE IF NOT EXISTS corrections (
     label INTEGER NOT NULL,
     digest BLOB NOT NULL
 ) STRICT;
-CREATE INDEX IF NOT EXISTS pictures ON rows ({PICTURE.format(id="id")});
+CREATE INDEX IF NOT EXISTS pictures ON rows ({PICTURE_OF_ID.format(id="id")});
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT
 """
@@ -87,25 +87,26 @@ COMMIT
 in order of arrival.
 """
 
-LATER_NAMES: Final = frozenset({"corrections", "pictures"})
+NEWER_SCHEMA_NAMES: Final = frozenset({"corrections", "pictures"})
 """Names of newer tables and indices, absent from files of earlier versions."""
 
-ROWS_OF_NEW_PICTURES: Final = f"""
+SELECT_ROWS_OF_NEW_PICTURES: Final = f"""
 SELECT n, id, answer, uncertainty FROM rows
 WHERE n > ? AND NOT EXISTS (
     SELECT 1 FROM rows AS earlier
-    WHERE {PICTURE.format(id="earlier.id")} = {PICTURE.format(id="rows.id")} AND earlier.n < rows.n
+    WHERE {PICTURE_OF_ID.format(id="earlier.id")} = {PICTURE_OF_ID.format(id="rows.id")}
+    AND earlier.n < rows.n
 ) ORDER BY n LIMIT ?
 """  # noqa: S608 - only names of columns are put in
 """SQL for the rows with a number above ``?``, without rows of a picture seen in an earlier row."""
 
-LABELS_OF_NEW_PICTURES: Final = f"""
+SELECT_LABELS_OF_NEW_PICTURES: Final = f"""
 SELECT n, id, answer, uncertainty, coalesce(
     (SELECT label FROM corrections WHERE n = labels.n ORDER BY came DESC LIMIT 1), label
 ) FROM labels JOIN rows USING (n)
 WHERE came > ? AND NOT EXISTS (
     SELECT 1 FROM rows AS twin JOIN labels AS earlier USING (n)
-    WHERE {PICTURE.format(id="twin.id")} = {PICTURE.format(id="rows.id")}
+    WHERE {PICTURE_OF_ID.format(id="twin.id")} = {PICTURE_OF_ID.format(id="rows.id")}
     AND earlier.came < labels.came
 ) ORDER BY came
 """  # noqa: S608 - only names of columns are put in
@@ -114,7 +115,7 @@ WHERE came > ? AND NOT EXISTS (
 For a corrected label, the last correction is selected instead.
 """
 
-LABEL_CHAIN: Final = """
+SELECT_LABEL_CHAIN: Final = """
 SELECT came, n, label, digest, 'labels' FROM labels
 UNION ALL SELECT came, n, label, digest, 'corrections' FROM corrections
 ORDER BY came
@@ -124,17 +125,17 @@ ORDER BY came
 DIGEST_BYTES: Final = 16
 """Length of a digest in bytes."""
 
-ENDS_LINE: Final = re.compile(
-    rb"(?P<n>\d{20}) (?P<row_digest>[0-9a-f]{32}) "
-    rb"(?P<came>\d{20}) (?P<label_digest>[0-9a-f]{32})\n"
+ENDS_LINE_PATTERN: Final = re.compile(
+    rb"(?P<row_number>\d{20}) (?P<row_digest>[0-9a-f]{32}) "
+    rb"(?P<label_number>\d{20}) (?P<label_digest>[0-9a-f]{32})\n"
 )
-"""Pattern of the only line of the file ``ENDS``; the groups are the attributes of ``Ends``."""
+"""Pattern of the only line of ``ENDS_FILE``; its groups are the attributes of ``ChainEnds``."""
 
 # binary formats of the numbers in digests
-ROW_NUMBERS = struct.Struct("<qdqd")  # number of the row, time, answer, uncertainty
-LABEL_NUMBERS = struct.Struct("<qqq")  # number of the label, number of the row, label
+ROW_FORMAT = struct.Struct("<qdqd")  # number of the row, time, answer, uncertainty
+LABEL_FORMAT = struct.Struct("<qqq")  # number of the label, number of the row, label
 
-HARMLESS_ERRORS: Final = {
+HARMLESS_ERROR_CODES: Final = {
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_FULL,
@@ -152,7 +153,7 @@ HARMLESS_ERRORS: Final = {
 class AnsweredRow(NamedTuple):
     """The columns of a row for the monitor."""
 
-    n: int  # number of the row, in the order of arrival
+    row_number: int  # number of the row, in the order of arrival
     id: str
     answer: int
     uncertainty: float
@@ -161,7 +162,7 @@ class AnsweredRow(NamedTuple):
 class AuditedRow(NamedTuple):
     """The columns of a labelled row for the monitor, and the label."""
 
-    n: int
+    row_number: int
     id: str
     answer: int
     uncertainty: float
@@ -172,41 +173,41 @@ StoredRow = tuple[int, bytes, float, int, float, bytes]
 """Number, id, time, answer, uncertainty, digest."""
 
 StoredLabel = tuple[int, int, int, bytes, str]
-"""Number of the label, number of the row, label, digest, table."""
+"""Number of the label, number of the row, label, digest, name of the table."""
 
 
 @dataclass(frozen=True)
-class Ends:
+class ChainEnds:
     """The ends of both chains.
 
     Attributes:
-        n: Number of the last row.
+        row_number: Number of the last row.
         row_digest: Digest of the last row.
-        came: Number of the last label or correction.
+        label_number: Number of the last label or correction.
         label_digest: Digest of the last label or correction.
     """
 
-    n: int
+    row_number: int
     row_digest: bytes
-    came: int
+    label_number: int
     label_digest: bytes
 
-    def line(self) -> bytes:
+    def to_line(self) -> bytes:
         """The line of ``rows.ends``. Its length is constant, so a single write replaces it."""
-        row_end = f"{self.n:020d} {self.row_digest.hex()}"
-        label_end = f"{self.came:020d} {self.label_digest.hex()}"
+        row_end = f"{self.row_number:020d} {self.row_digest.hex()}"
+        label_end = f"{self.label_number:020d} {self.label_digest.hex()}"
         return f"{row_end} {label_end}\n".encode()
 
     @classmethod
-    def parse(cls, line: bytes) -> Ends | None:
+    def parse(cls, line: bytes) -> ChainEnds | None:
         """Parse a line of ``rows.ends``; None if the line is damaged."""
-        match = ENDS_LINE.fullmatch(line)
+        match = ENDS_LINE_PATTERN.fullmatch(line)
         if match is None:
             return None
         return cls(
-            n=int(match["n"]),
+            row_number=int(match["row_number"]),
             row_digest=bytes.fromhex(match["row_digest"].decode()),
-            came=int(match["came"]),
+            label_number=int(match["label_number"]),
             label_digest=bytes.fromhex(match["label_digest"].decode()),
         )
 
@@ -227,41 +228,43 @@ class RowFile:
     """
 
     def __init__(self, folder: Path, monitor: str) -> None:
-        self.path = folder / ROWS
-        self._ends_path = folder / ENDS
+        self.path = folder / ROWS_FILE
+        self._ends_path = folder / ENDS_FILE
         first_digest = hashlib.blake2b(monitor.encode(), digest_size=DIGEST_BYTES).digest()
         # the ends of chains without a row and without a label
-        self._empty_ends = Ends(n=0, row_digest=first_digest, came=0, label_digest=first_digest)
-        self.ends = self._checked_ends()
+        self._empty_ends = ChainEnds(
+            row_number=0, row_digest=first_digest, label_number=0, label_digest=first_digest
+        )
+        self.ends = self._load_ends()
         # number of the last row ever answered; the file may have lost this row
-        self._last_number = self.ends.n
+        self._last_row_number = self.ends.row_number
         # The file of ends must exist before the first row is written, because rows without a file
         # of ends count as damaged.
         with convert_os_errors(f"cannot write {self._ends_path}"):
-            self._ends_file = os.open(self._ends_path, os.O_RDWR | os.O_CREAT, 0o666)
-        self._note_ends()
-        os.fsync(self._ends_file)
-        with self._sqlite_errors():
-            self._table = sqlite3.connect(
-                self.path, timeout=PATIENCE, check_same_thread=False, isolation_level=None
+            self._ends_descriptor = os.open(self._ends_path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._write_ends()
+        os.fsync(self._ends_descriptor)
+        with self._convert_sqlite_errors():
+            self._connection = sqlite3.connect(
+                self.path, timeout=LOCK_WAIT_SECONDS, check_same_thread=False, isolation_level=None
             )
-            self._table.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
-            self._table.executescript(TABLES)
-        paths = (self.path, folder / WAL)
+            self._connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+            self._connection.executescript(CREATE_TABLES)
+        paths = (self.path, folder / WAL_FILE)
         # identities of the files at this moment, to notice later if a file was replaced
-        self._identities = {path: _identity(path) for path in paths}
+        self._identities = {path: _file_identity(path) for path in paths}
 
-    def skip_numbers_to(self, n: int) -> None:
-        """Give new rows only numbers above n, the number of rows seen by the monitor.
+    def skip_numbers_to(self, row_number: int) -> None:
+        """Give new rows only numbers above ``row_number``, the last number seen by the monitor.
 
-        The file may have lost some of the rows up to n. Numbers of lost rows are not used again.
+        The file may have lost some of these rows. Numbers of lost rows are not used again.
         """
-        self._last_number = max(self._last_number, n)
+        self._last_row_number = max(self._last_row_number, row_number)
 
     @property
     def is_lost(self) -> bool:
         """Whether the open file was removed or replaced; then no row can be kept."""
-        return any(_identity(path) != identity for path, identity in self._identities.items())
+        return any(_file_identity(path) != identity for path, identity in self._identities.items())
 
     def add(self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]) -> None:
         """Write the rows with new ids; all rows are on disk when this method returns.
@@ -271,18 +274,20 @@ class RowFile:
         """
         self._require_in_place()
         ends = self.ends
-        last_number = self._last_number
+        last_row_number = self._last_row_number
         now = time.time()
-        with self._sqlite_errors(), self._transaction():
-            for key, answer, value in zip(ids, answers, uncertainty, strict=True):
-                is_stored = self.number(key) is not None
+        with self._convert_sqlite_errors(), self._write_transaction():
+            for row_id, answer, row_uncertainty in zip(ids, answers, uncertainty, strict=True):
+                is_stored = self.row_number(row_id) is not None
                 if is_stored:
                     continue
-                last_number += 1
-                digest = _row_digest(ends.row_digest, last_number, key.encode(), now, answer, value)
-                row = (last_number, key, now, answer, value, digest)
-                self._table.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
-                ends = replace(ends, n=last_number, row_digest=digest)
+                last_row_number += 1
+                digest = _row_digest(
+                    ends.row_digest, last_row_number, row_id.encode(), now, answer, row_uncertainty
+                )
+                row = (last_row_number, row_id, now, answer, row_uncertainty, digest)
+                self._connection.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
+                ends = replace(ends, row_number=last_row_number, row_digest=digest)
         self._set_ends(ends)
 
     def add_labels(self, labels: Mapping[int, int]) -> None:
@@ -301,58 +306,60 @@ class RowFile:
         """
         self._write_labels("corrections", labels)
 
-    def _write_labels(self, table: str, labels: Mapping[int, int]) -> None:
+    def _write_labels(self, table_name: str, labels: Mapping[int, int]) -> None:
         """Write labels (row number -> label) to the table "labels" or "corrections"."""
         self._require_in_place()
         ends = self.ends
-        with self._sqlite_errors(), self._transaction():
-            for n, label in labels.items():
-                ends = _insert_label(self._table, table, n, label, ends)
+        with self._convert_sqlite_errors(), self._write_transaction():
+            for row_number, label in labels.items():
+                ends = _insert_label(self._connection, table_name, row_number, label, ends)
         self._set_ends(ends)
 
     def require_writable(self) -> None:
         """Write the version number again, as a test; StorageError if the write fails."""
         self._require_in_place()
-        with self._sqlite_errors(), self._transaction():
-            self._table.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        with self._convert_sqlite_errors(), self._write_transaction():
+            self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-    def number(self, key: str) -> int | None:
+    def row_number(self, row_id: str) -> int | None:
         """The number of the row with this id; None if the file has no such row."""
-        with self._sqlite_errors():
-            row = self._table.execute("SELECT n FROM rows WHERE id = ?", (key,)).fetchone()
+        with self._convert_sqlite_errors():
+            row = self._connection.execute("SELECT n FROM rows WHERE id = ?", (row_id,)).fetchone()
         return None if row is None else int(row[0])
 
-    def label_of(self, n: int) -> int | None:
+    def label_of(self, row_number: int) -> int | None:
         """The label of the row with this number, or the last correction; None without a label."""
         query = (
             "SELECT label FROM (SELECT came, label FROM labels WHERE n = :n "
             "UNION ALL SELECT came, label FROM corrections WHERE n = :n) ORDER BY came DESC LIMIT 1"
         )
-        with self._sqlite_errors():
-            row = self._table.execute(query, {"n": n}).fetchone()
+        with self._convert_sqlite_errors():
+            row = self._connection.execute(query, {"n": row_number}).fetchone()
         return None if row is None else int(row[0])
 
-    def rows_after(self, n: int) -> list[AnsweredRow]:
-        """The first ``MAX_ROWS_READ`` rows above number n, without pictures of earlier rows."""
-        with self._sqlite_errors():
-            records = self._table.execute(ROWS_OF_NEW_PICTURES, (n, MAX_ROWS_READ))
+    def rows_after(self, row_number: int) -> list[AnsweredRow]:
+        """The first ``MAX_ROWS_READ`` rows above this number, without pictures of earlier rows."""
+        with self._convert_sqlite_errors():
+            records = self._connection.execute(
+                SELECT_ROWS_OF_NEW_PICTURES, (row_number, MAX_ROWS_READ)
+            )
             return [AnsweredRow(*row) for row in records]
 
-    def labels_after(self, came: int) -> list[AuditedRow]:
-        """The rows with labels numbered above ``came``, in the order of the labels.
+    def labels_after(self, label_number: int) -> list[AuditedRow]:
+        """The rows with labels numbered above ``label_number``, in the order of the labels.
 
         A row with a corrected label has the last correction. If rows of equal pictures have labels,
         only the row with the first label is returned.
         """
-        with self._sqlite_errors():
-            records = self._table.execute(LABELS_OF_NEW_PICTURES, (came,))
+        with self._convert_sqlite_errors():
+            records = self._connection.execute(SELECT_LABELS_OF_NEW_PICTURES, (label_number,))
             return [AuditedRow(*row) for row in records]
 
     def close(self) -> None:
         """Close both files."""
-        with self._sqlite_errors():
-            self._table.close()
-        os.close(self._ends_file)
+        with self._convert_sqlite_errors():
+            self._connection.close()
+        os.close(self._ends_descriptor)
 
     def _require_in_place(self) -> None:
         """Raise StorageError if the file was removed or replaced."""
@@ -362,30 +369,30 @@ class RowFile:
                 "Stop the service, restore the file, and start again."
             )
 
-    def _set_ends(self, ends: Ends) -> None:
+    def _set_ends(self, ends: ChainEnds) -> None:
         """Note the new ends of the chains. The last row and label must be on disk already."""
         self._require_in_place()
         self.ends = ends
-        self._last_number = max(self._last_number, ends.n)
-        self._note_ends()
+        self._last_row_number = max(self._last_row_number, ends.row_number)
+        self._write_ends()
 
-    def _note_ends(self) -> None:
+    def _write_ends(self) -> None:
         """Write the line of the ends in a single call, so a kill cannot leave half of a line.
 
         A power cut may lose the line.
         """
         with convert_os_errors(f"cannot write {self._ends_path}"):
-            os.pwrite(self._ends_file, self.ends.line(), 0)
+            os.pwrite(self._ends_descriptor, self.ends.to_line(), 0)
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _write_transaction(self) -> Iterator[None]:
         """Write all changes of the block together at the end; after an exception, write nothing."""
-        with self._table:
-            self._table.execute("BEGIN IMMEDIATE")
+        with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
             yield
 
     @contextmanager
-    def _sqlite_errors(self) -> Iterator[None]:
+    def _convert_sqlite_errors(self) -> Iterator[None]:
         """Convert an error of SQLite in the block into a ``StorageError``."""
         try:
             yield
@@ -395,9 +402,9 @@ class RowFile:
                 advice = " The file is damaged. Start again: all rows before the damage are kept."
             raise StorageError(f"cannot use {self.path}: {error}.{advice}") from error
 
-    def _checked_ends(self) -> Ends:
+    def _load_ends(self) -> ChainEnds:
         """The ends of the chains; damaged files are set aside and repaired first."""
-        noted_ends = self._noted_ends()
+        noted_ends = self._read_noted_ends()
         if not self.path.exists():
             has_noted_nothing = noted_ends is None or noted_ends == self._empty_ends
             if has_noted_nothing:  # the journal is new
@@ -405,43 +412,43 @@ class RowFile:
             return self._repair(noted_ends)
         self._require_version()
         self._add_missing_tables()
-        ends, is_whole = self._survey(noted_ends or self._empty_ends)
+        ends, is_intact = self._walk_chains(noted_ends or self._empty_ends)
         if noted_ends is None and ends != self._empty_ends:
-            is_whole = False  # there are rows, but the file of ends is missing or damaged
-        return ends if is_whole else self._repair(noted_ends)
+            is_intact = False  # there are rows, but the file of ends is missing or damaged
+        return ends if is_intact else self._repair(noted_ends)
 
-    def _noted_ends(self) -> Ends | None:
+    def _read_noted_ends(self) -> ChainEnds | None:
         """The ends in the file ``rows.ends``; None if the file is missing or damaged."""
         with convert_os_errors(f"cannot read {self._ends_path}"):
             if not self._ends_path.exists():
                 return None
-            return Ends.parse(self._ends_path.read_bytes())
+            return ChainEnds.parse(self._ends_path.read_bytes())
 
     def _require_version(self) -> None:
         """Raise ProvenanceError for tables of another version of vilu; damage is found later."""
         version = 0
         has_tables = False
-        with self._until_damage(), closing(_open_to_read(self.path)) as table:
-            (version,) = table.execute("PRAGMA user_version").fetchone()
-            has_tables = bool(_schema_of(table))
+        with self._stop_at_damage(), closing(_open_to_read(self.path)) as connection:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            has_tables = bool(_schema_of(connection))
         if has_tables:
-            require_schema(self.path, {SCHEMA: version}, "Serve with a new --state")
+            require_schema(self.path, {SCHEMA_KEY: version}, "Serve with a new --state")
 
     def _add_missing_tables(self) -> None:
         """Add the tables missing in files of earlier versions; further faults are found later."""
-        is_earlier = False
-        with self._until_damage(), closing(_open_to_read(self.path)) as table:
-            is_earlier = _schema_of(table) == _our_schema(without=LATER_NAMES)
-        if is_earlier:
-            with self._sqlite_errors(), closing(sqlite3.connect(self.path)) as table:
-                table.executescript(TABLES)
+        is_older_file = False
+        with self._stop_at_damage(), closing(_open_to_read(self.path)) as connection:
+            is_older_file = _schema_of(connection) == _our_schema(excluded_names=NEWER_SCHEMA_NAMES)
+        if is_older_file:
+            with self._convert_sqlite_errors(), closing(sqlite3.connect(self.path)) as connection:
+                connection.executescript(CREATE_TABLES)
 
-    def _survey(self, noted: Ends) -> tuple[Ends, bool]:
+    def _walk_chains(self, noted_ends: ChainEnds) -> tuple[ChainEnds, bool]:
         """Walk along the chains, up to the first break of each.
 
         Returns:
             The last row and label before a break, and whether the file is whole: no chain is
-            broken, and the chains contain the row and the label in ``noted``.
+            broken, and the chains contain the row and the label in ``noted_ends``.
         """
         last_row = 0
         row_digest = self._empty_ends.row_digest
@@ -450,28 +457,36 @@ class RowFile:
         label_digest = self._empty_ends.label_digest
         n_labels = 0
         # without a noted row (or label), there is no row (or label) to look for
-        has_noted_row = noted.n == 0
-        has_noted_label = noted.came == 0
-        is_sound = False
-        with self._until_damage(), closing(_open_to_read(self.path)) as table:
-            if not _schema_of(table):  # vilu was killed before the tables were created
-                return self._empty_ends, noted == self._empty_ends
+        has_noted_row = noted_ends.row_number == 0
+        has_noted_label = noted_ends.label_number == 0
+        is_undamaged = False
+        with self._stop_at_damage(), closing(_open_to_read(self.path)) as connection:
+            if not _schema_of(connection):  # vilu was killed before the tables were created
+                return self._empty_ends, noted_ends == self._empty_ends
             first_digest = self._empty_ends.row_digest  # both chains begin with this digest
-            for last_row, *_, row_digest in _rows_that_follow(table, first_digest):
+            for last_row, *_, row_digest in _unbroken_rows(connection, first_digest):
                 n_rows += 1
-                if last_row == noted.n:
-                    has_noted_row = row_digest == noted.row_digest
-            for last_label, _, _, label_digest, _ in _labels_that_follow(table, first_digest):
+                if last_row == noted_ends.row_number:
+                    has_noted_row = row_digest == noted_ends.row_digest
+            for last_label, _, _, label_digest, _ in _unbroken_labels(connection, first_digest):
                 n_labels += 1
-                if last_label == noted.came:
-                    has_noted_label = label_digest == noted.label_digest
+                if last_label == noted_ends.label_number:
+                    has_noted_label = label_digest == noted_ends.label_digest
             # if a chain is broken, the table has more rows (or labels) than the walk has counted
-            is_sound = _is_sound(table) and _chain_lengths(table) == (n_rows, n_labels)
-        ends = Ends(n=last_row, row_digest=row_digest, came=last_label, label_digest=label_digest)
-        return ends, is_sound and has_noted_row and has_noted_label
+            is_undamaged = _has_valid_tables(connection) and _chain_lengths(connection) == (
+                n_rows,
+                n_labels,
+            )
+        ends = ChainEnds(
+            row_number=last_row,
+            row_digest=row_digest,
+            label_number=last_label,
+            label_digest=label_digest,
+        )
+        return ends, is_undamaged and has_noted_row and has_noted_label
 
     @contextmanager
-    def _until_damage(self) -> Iterator[None]:
+    def _stop_at_damage(self) -> Iterator[None]:
         """End the block silently at damage of the file; any other error becomes StorageError."""
         try:
             yield
@@ -479,54 +494,59 @@ class RowFile:
             if not _is_damage(error):
                 raise StorageError(f"cannot use {self.path}: {error}.") from error
 
-    def _repair(self, noted: Ends | None) -> Ends:
+    def _repair(self, noted_ends: ChainEnds | None) -> ChainEnds:
         """Set the old files aside, and write a copy of the unbroken chains in their place."""
-        new_path = self.path.with_name(f"{ROWS}.new")
+        new_path = self.path.with_name(f"{ROWS_FILE}.new")
         with convert_os_errors(f"cannot write {new_path}"):
             new_path.unlink(missing_ok=True)
         ends, n_rows = self._copy_chains(new_path)
-        names_aside = set_aside(self.path.parent, (WAL, f"{ROWS}-shm", ROWS, ENDS))
+        names_aside = set_aside(
+            self.path.parent, (WAL_FILE, f"{ROWS_FILE}-shm", ROWS_FILE, ENDS_FILE)
+        )
         with convert_os_errors(f"cannot write {self.path}"):
             new_path.replace(self.path)
-        noted_text = "an unknown number of" if noted is None else f"{noted.n:,}"
+        noted_text = "an unknown number of" if noted_ends is None else f"{noted_ends.row_number:,}"
         logger.warning(
             "%s is damaged or has lost rows (of %s, %s and %s): %s rows were noted, and %s rows "
             "are intact. Those are kept, with %s labels. The old files are set aside as %s.",
             self.path,
-            ROWS,
-            WAL,
-            ENDS,
+            ROWS_FILE,
+            WAL_FILE,
+            ENDS_FILE,
             noted_text,
             f"{n_rows:,}",
-            f"{ends.came:,}",
+            f"{ends.label_number:,}",
             ", ".join(names_aside),
         )
         return ends
 
-    def _copy_chains(self, new_path: Path) -> tuple[Ends, int]:
+    def _copy_chains(self, new_path: Path) -> tuple[ChainEnds, int]:
         """Copy the unbroken chains to a new file; return the new ends and the number of rows."""
         ends = self._empty_ends
         n_rows = 0
         with (
-            self._sqlite_errors(),
-            closing(sqlite3.connect(new_path, isolation_level=None)) as new_table,
+            self._convert_sqlite_errors(),
+            closing(sqlite3.connect(new_path, isolation_level=None)) as new_connection,
         ):
-            new_table.executescript(TABLES)
+            new_connection.executescript(CREATE_TABLES)
             if not self.path.exists():
                 return ends, n_rows
-            new_table.execute("BEGIN")
-            with self._until_damage(), closing(_open_to_read(self.path)) as table:
-                for n, key, *numbers, digest in _rows_that_follow(table, ends.row_digest):
-                    row = (n, key.decode(), *numbers, digest)
-                    new_table.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
-                    ends = replace(ends, n=n, row_digest=digest)
+            new_connection.execute("BEGIN")
+            with self._stop_at_damage(), closing(_open_to_read(self.path)) as connection:
+                stored_rows = _unbroken_rows(connection, ends.row_digest)
+                for row_number, row_id, *numbers, digest in stored_rows:
+                    row = (row_number, row_id.decode(), *numbers, digest)
+                    new_connection.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
+                    ends = replace(ends, row_number=row_number, row_digest=digest)
                     n_rows += 1
-            with self._until_damage(), closing(_open_to_read(self.path)) as table:
-                for _, n, label, _, table_name in _labels_that_follow(table, ends.label_digest):
+            with self._stop_at_damage(), closing(_open_to_read(self.path)) as connection:
+                query = "SELECT 1 FROM rows WHERE n = ?"
+                stored_labels = _unbroken_labels(connection, ends.label_digest)
+                for _, row_number, label, _, table_name in stored_labels:
                     # a label is copied only if the row was copied
-                    if new_table.execute("SELECT 1 FROM rows WHERE n = ?", (n,)).fetchone():
-                        ends = _insert_label(new_table, table_name, n, label, ends)
-            new_table.execute("COMMIT")
+                    if new_connection.execute(query, (row_number,)).fetchone():
+                        ends = _insert_label(new_connection, table_name, row_number, label, ends)
+            new_connection.execute("COMMIT")
         return ends, n_rows
 
 
@@ -545,102 +565,113 @@ def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def _insert_label(
-    connection: sqlite3.Connection, table: str, n: int, label: int, ends: Ends
-) -> Ends:
-    """Add the label of row n to the table with this name and to the chain; returns the new ends."""
-    came = ends.came + 1
-    digest = _label_digest(ends.label_digest, came, n, label)
-    statement = f"INSERT INTO {table} VALUES (?, ?, ?, ?)"  # noqa: S608 - a table of ours
-    connection.execute(statement, (came, n, label, digest))
-    return replace(ends, came=came, label_digest=digest)
+    connection: sqlite3.Connection, table_name: str, row_number: int, label: int, ends: ChainEnds
+) -> ChainEnds:
+    """Add the label of a row to the table with this name and to the chain; returns the new ends."""
+    label_number = ends.label_number + 1
+    digest = _label_digest(ends.label_digest, label_number, row_number, label)
+    statement = f"INSERT INTO {table_name} VALUES (?, ?, ?, ?)"  # noqa: S608 - a table of ours
+    connection.execute(statement, (label_number, row_number, label, digest))
+    return replace(ends, label_number=label_number, label_digest=digest)
 
 
 def _row_digest(
-    previous_digest: bytes, n: int, key: bytes, when: float, answer: int, uncertainty: float
+    previous_digest: bytes,
+    row_number: int,
+    row_id: bytes,
+    written_at: float,
+    answer: int,
+    uncertainty: float,
 ) -> bytes:
     """Digest of the content of a row and the digest of the previous row of the chain."""
-    content = previous_digest + ROW_NUMBERS.pack(n, when, answer, uncertainty) + key
+    content = (
+        previous_digest + ROW_FORMAT.pack(row_number, written_at, answer, uncertainty) + row_id
+    )
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
-def _label_digest(previous_digest: bytes, came: int, n: int, label: int) -> bytes:
-    """Digest of the label of row n and the digest of the previous label of the chain."""
-    content = previous_digest + LABEL_NUMBERS.pack(came, n, label)
+def _label_digest(previous_digest: bytes, label_number: int, row_number: int, label: int) -> bytes:
+    """Digest of the label of a row and the digest of the previous label of the chain."""
+    content = previous_digest + LABEL_FORMAT.pack(label_number, row_number, label)
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
-def _rows_that_follow(table: sqlite3.Connection, previous_digest: bytes) -> Iterator[StoredRow]:
+def _unbroken_rows(connection: sqlite3.Connection, previous_digest: bytes) -> Iterator[StoredRow]:
     """The rows in order, until a digest does not fit the previous row."""
     query = "SELECT n, CAST(id AS BLOB), time, answer, uncertainty, digest FROM rows ORDER BY n"
     # A value of a wrong type raises one of these exceptions. Such a file is damaged.
     with suppress(struct.error, TypeError):
-        for row in table.execute(query):
-            n, key, when, answer, uncertainty, digest = row
-            if digest != _row_digest(previous_digest, n, key, when, answer, uncertainty):
+        for row in connection.execute(query):
+            row_number, row_id, written_at, answer, uncertainty, digest = row
+            if digest != _row_digest(
+                previous_digest, row_number, row_id, written_at, answer, uncertainty
+            ):
                 return
             yield row
             previous_digest = digest
 
 
-def _labels_that_follow(table: sqlite3.Connection, previous_digest: bytes) -> Iterator[StoredLabel]:
+def _unbroken_labels(
+    connection: sqlite3.Connection, previous_digest: bytes
+) -> Iterator[StoredLabel]:
     """The labels in order, until a digest does not fit the previous label."""
     with suppress(struct.error, TypeError):
-        for label in table.execute(LABEL_CHAIN):
-            came, n, value, digest, _ = label
-            if digest != _label_digest(previous_digest, came, n, value):
+        for stored_label in connection.execute(SELECT_LABEL_CHAIN):
+            label_number, row_number, label, digest, _ = stored_label
+            if digest != _label_digest(previous_digest, label_number, row_number, label):
                 return
-            yield label
+            yield stored_label
             previous_digest = digest
 
 
-def _is_sound(table: sqlite3.Connection) -> bool:
+def _has_valid_tables(connection: sqlite3.Connection) -> bool:
     """Whether the tables have our schema, and SQLite's integrity check finds no fault."""
-    if _schema_of(table) != _our_schema():
+    if _schema_of(connection) != _our_schema():
         return False
-    (verdict,) = table.execute("PRAGMA integrity_check(1)").fetchone()
+    (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     return bool(verdict == "ok")
 
 
-def _schema_of(table: sqlite3.Connection, without: Set[str] = frozenset()) -> list[str]:
-    """The SQL text of all tables, indices and triggers not in ``without``, ordered by name."""
+def _schema_of(connection: sqlite3.Connection, excluded_names: Set[str] = frozenset()) -> list[str]:
+    """The SQL texts of all tables, indices and triggers except ``excluded_names``, by name."""
     query = "SELECT name, coalesce(sql, name) FROM sqlite_schema ORDER BY name"
-    return [text for name, text in table.execute(query) if name not in without]
+    return [text for name, text in connection.execute(query) if name not in excluded_names]
 
 
-def _our_schema(without: Set[str] = frozenset()) -> list[str]:
-    """The schema of a new file, without the names in ``without``."""
-    with closing(sqlite3.connect(":memory:", isolation_level=None)) as table:
-        table.executescript(TABLES)
-        return _schema_of(table, without)
+def _our_schema(excluded_names: Set[str] = frozenset()) -> list[str]:
+    """The schema of a new file, without ``excluded_names``."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        connection.executescript(CREATE_TABLES)
+        return _schema_of(connection, excluded_names)
 
 
-def _chain_lengths(table: sqlite3.Connection) -> tuple[int, int]:
+def _chain_lengths(connection: sqlite3.Connection) -> tuple[int, int]:
     """Number of rows, and number of labels and corrections together."""
     query = (
         "SELECT (SELECT count(*) FROM rows), "
         "(SELECT count(*) FROM labels) + (SELECT count(*) FROM corrections)"
     )
-    n_rows, n_labels = table.execute(query).fetchone()
+    n_rows, n_labels = connection.execute(query).fetchone()
     return int(n_rows), int(n_labels)
 
 
 def _open_to_read(path: Path) -> sqlite3.Connection:
     """Open the file read-only, so a damaged file is not changed."""
-    address = f"file:{quote(str(path.absolute()))}?mode=ro"
-    return sqlite3.connect(address, uri=True, timeout=PATIENCE, isolation_level=None)
+    uri = f"file:{quote(str(path.absolute()))}?mode=ro"
+    return sqlite3.connect(uri, uri=True, timeout=LOCK_WAIT_SECONDS, isolation_level=None)
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
     """Whether an error means damage to the content of the file."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     primary_code = code & 0xFF  # the higher bits say more about the same kind of error
-    return primary_code not in HARMLESS_ERRORS
+    return primary_code not in HARMLESS_ERROR_CODES
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _file_identity(path: Path) -> tuple[int, int] | None:
     """Device and inode of a file; None if there is no file."""
     try:
-        facts = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return None
-    return facts.st_dev, facts.st_ino
+    return status.st_dev, status.st_ino

@@ -18,7 +18,7 @@ from vilu.artifacts.disk import locked, make_folder
 from vilu.errors import UsageError
 from vilu.process import return_freed_memory
 from vilu.service.app import Service
-from vilu.service.limits import MAX_CONNECTIONS, PROBLEM_TYPE, in_brackets, problem
+from vilu.service.limits import MAX_CONNECTIONS, PROBLEM_TYPE, in_brackets, problem_document
 from vilu.service.setup import Setup, load_engine
 
 MAX_HEAD_BYTES: Final = 16 * 2**10
@@ -30,8 +30,8 @@ IDLE_SECONDS: Final = 10
 STOP_SECONDS: Final = 60
 """Seconds for finishing the requests in progress when the service has to stop."""
 
-RETURN_EVERY: Final = 60
-"""Freed memory is returned to the operating system every ``RETURN_EVERY`` seconds."""
+MEMORY_RETURN_SECONDS: Final = 60
+"""Freed memory is returned to the operating system every ``MEMORY_RETURN_SECONDS`` seconds."""
 
 
 class TimedProtocol(H11Protocol):
@@ -91,7 +91,7 @@ class TimedProtocol(H11Protocol):
 
     def _close_with(self, status: HTTPStatus, detail: str) -> None:
         """Send a refusal outside of a request, and close the connection."""
-        body = problem(status, detail)
+        body = problem_document(status, detail)
         head = (
             f"HTTP/1.1 {int(status)} {status.phrase}\r\n"
             f"content-type: {PROBLEM_TYPE}\r\n"
@@ -151,8 +151,8 @@ class HostedService:
         self.setup = setup
         self.announce = announce
         self.service = Service(setup.limits, setup.keep)
-        self.fault: BaseException | None = None  # raised while the engine was loaded
-        self.socket = _bind_socket(host, port)
+        self.load_error: BaseException | None = None  # raised while the engine was loaded
+        self.bound_socket = _bind_socket(host, port)
         config = uvicorn.Config(
             self.service.gate,
             http=TimedProtocol,
@@ -165,7 +165,7 @@ class HostedService:
             timeout_graceful_shutdown=STOP_SECONDS,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
-        self.server = Server(config, lambda: announce(_url(self.socket)))
+        self.server = Server(config, lambda: announce(_url(self.bound_socket)))
         self.service.gate.is_closing = lambda: self.server.should_exit
 
     def run(self) -> None:
@@ -177,33 +177,33 @@ class HostedService:
                 the model of the predictor.
         """
         with ExitStack() as stack:
-            stack.enter_context(self.socket)
+            stack.enter_context(self.bound_socket)
             make_folder(self.setup.state)
             stack.enter_context(locked(self.setup.state, activity="serving with the state in"))
-            stack.enter_context(_freed_memory_returned())
-            loader = threading.Thread(target=self._load, name="vilu-load")
+            stack.enter_context(_return_memory_regularly())
+            loader = threading.Thread(target=self._load_engine, name="vilu-load")
             loader.start()
             try:
-                self.server.run([self.socket])
+                self.server.run([self.bound_socket])
             finally:
                 loader.join()
                 engine = self.service.engine
                 if engine is not None:
                     engine.close()
                     engine.journals.close()
-        if self.fault is not None:
-            raise self.fault
+        if self.load_error is not None:
+            raise self.load_error
 
     def stop(self) -> None:
         """Stop serving; may be called from another thread."""
         self.server.should_exit = True
 
-    def _load(self) -> None:
+    def _load_engine(self) -> None:
         """Load the engine; an exception stops the service, and is raised again by ``run``."""
         try:
             engine = load_engine(self.setup)
         except BaseException as error:  # noqa: BLE001 - ``run`` raises the exception
-            self.fault = error
+            self.load_error = error
             self.stop()
             return
         self.service.start(engine)
@@ -211,18 +211,18 @@ class HostedService:
 
 
 @contextmanager
-def _freed_memory_returned() -> Iterator[None]:
-    """Return freed memory every ``RETURN_EVERY`` seconds during the block.
+def _return_memory_regularly() -> Iterator[None]:
+    """Return freed memory every ``MEMORY_RETURN_SECONDS`` seconds during the block.
 
     The process keeps the memory of a batch for the next batch (``vilu.process.keep_freed_memory``).
     But batches differ in size, and waiting images lie between the memory of two batches. So from
     time to time a large batch fits into no gap, and the heap grows. Without this thread, the heap
     would never shrink again.
     """
-    is_over = threading.Event()
+    end_event = threading.Event()
 
     def return_again_and_again() -> None:
-        while not is_over.wait(RETURN_EVERY):
+        while not end_event.wait(MEMORY_RETURN_SECONDS):
             return_freed_memory()
 
     thread = threading.Thread(target=return_again_and_again, name="vilu-memory")
@@ -230,7 +230,7 @@ def _freed_memory_returned() -> Iterator[None]:
     try:
         yield
     finally:
-        is_over.set()
+        end_event.set()
         thread.join()
 
 

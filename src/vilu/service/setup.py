@@ -82,7 +82,7 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
         device=setup.device,
         batch_size=setup.batch_size,
         workers=setup.workers,
-        limits=ImageLimits(max_pixels=setup.limits.pixels),
+        limits=ImageLimits(max_pixels=setup.limits.max_pixels),
         precision=setup.precision,
     )
     if guard.model.first_photos is not None:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vilu.calibration.calibration import Calibration, require_about_new
+from vilu.calibration.calibration import Calibration, require_new_row_guarantee
 from vilu.device import torch_defaults
 from vilu.embeddings.columns import NUMBERS, DataKind
 from vilu.errors import UNKNOWN, UsageError
 from vilu.guard.guard import Answer, Guard
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.storage import load_predictor
-from vilu.progress import Silence
+from vilu.progress import SilentProgress
 from vilu.scoring.score import provenance_of, require_streaming, score_rows
 from vilu.service.engine import ClientRows, Engine
 from vilu.service.journals import Journals
@@ -40,13 +40,13 @@ class TableGuard(Guard):
         predictor = load_predictor(folder)
         if not isinstance(predictor, AnswerMethod):
             raise UsageError(f"{folder} holds a {predictor.name}, which is no method for tables.")
-        self._model_object = folder
+        self._saved_model = folder
         self.folder = folder
         self.predictor = predictor
         self.calibration = Calibration.find(folder)
         require_streaming(self.calibration)
         if self.calibration is not None:
-            require_about_new(self.calibration.rule)
+            require_new_row_guarantee(self.calibration.rule)
         self.likely = None
         self.names = ()
         self.batch_size = 1
@@ -77,18 +77,18 @@ class TableGuard(Guard):
             "provenance": provenance_of(self.calibration),
         }
         outcomes = score_rows(
-            self.predictor, table, facts, calibration=self.calibration, task=Silence()
+            self.predictor, table, facts, calibration=self.calibration, task=SilentProgress()
         )
         answers = []
         for row in range(len(keys)):
-            answers.append(self._answer(outcomes, row, runners_up=(), likely=None))
+            answers.append(self._answer_of_row(outcomes, row, runners_up=(), likely=None))
         return answers, outcomes
 
 
 class TableEngine(Engine):
     """The engine of a predictor for tables. Only rows of numbers are judged, and no images."""
 
-    kind: DataKind = "answers"
+    data_kind: DataKind = "answers"
     guard: TableGuard
 
     def __init__(self, guard: TableGuard, journals: Journals) -> None:

@@ -38,17 +38,17 @@ NPZ_READING_ERRORS = (
 ``zipfile`` raises RuntimeError if the content is encrypted.
 """
 
-READ_BYTES = 2**24  # number of bytes read at a time
+BLOCK_BYTES = 2**24  # number of bytes read at a time
 
 TEXT_SUFFIXES = frozenset({".txt", ".csv"})
 """Endings of the names of text files. A text file has an entry per line and no header."""
 
 # Limits against zip bombs: small files that decompress to very many bytes. An array of at most
-# ``SMALL_BYTES`` is accepted, whatever the compressed size. A larger array may be at most
-# ``MAX_COMPRESSION`` times as large as the compressed array. Embeddings stay below this limit,
-# because compression hardly makes embeddings smaller.
-SMALL_BYTES = 2**28
-MAX_COMPRESSION = 100
+# ``SMALL_ARRAY_BYTES`` is accepted, whatever the compressed size. A larger array may be at most
+# ``MAX_COMPRESSION_RATIO`` times as large as the compressed array. Embeddings stay below this
+# limit, because compression hardly makes embeddings smaller.
+SMALL_ARRAY_BYTES = 2**28
+MAX_COMPRESSION_RATIO = 100
 
 # First and last surrogate. Surrogates are Unicode codes that are no characters.
 FIRST_SURROGATE = 0xD800
@@ -66,14 +66,14 @@ class StoredArray:
             name of the array in the zip file.
         handle: The open file, at the beginning of the array.
         n_bytes: Size of the file, or of the uncompressed array in a zip file.
-        read_bytes: Number of bytes read at a time.
+        block_bytes: Number of bytes read at a time.
     """
 
     def __init__(
-        self, location: str, handle: IO[bytes], n_bytes: int, read_bytes: int = READ_BYTES
+        self, location: str, handle: IO[bytes], n_bytes: int, block_bytes: int = BLOCK_BYTES
     ) -> None:
         self.location = location
-        self.read_bytes = read_bytes
+        self.block_bytes = block_bytes
         self._handle = handle
         with convert_reading_errors(location):
             version = np.lib.format.read_magic(handle)
@@ -91,18 +91,18 @@ class StoredArray:
             )
         self._require_content(n_bytes - self._content_start)
 
-    def _require_content(self, n_present: int) -> None:
+    def _require_content(self, n_content_bytes: int) -> None:
         """Raise DataError if the header is invalid, or does not match the size of the content.
 
-        ``n_present`` is the number of bytes after the header.
+        ``n_content_bytes`` is the number of bytes after the header.
         """
         has_valid_shape = min(self.shape, default=0) >= 0  # no size may be negative
         has_valid_type = self.dtype.itemsize > 0
-        if has_valid_shape and has_valid_type and self.n_bytes == n_present:
+        if has_valid_shape and has_valid_type and self.n_bytes == n_content_bytes:
             return
         raise DataError(
             f"{self.location} is damaged: its header says {self.dtype} of shape {self.shape}, and "
-            f"{n_present} bytes follow it. Write it again."
+            f"{n_content_bytes} bytes follow it. Write it again."
         )
 
     def __len__(self) -> int:
@@ -114,7 +114,7 @@ class StoredArray:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
-    def _row_bytes(self) -> int:
+    def _bytes_per_row(self) -> int:
         """Size of a row in bytes."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
@@ -133,19 +133,21 @@ class StoredArray:
         ``require_c_order`` checks the order.
         """
         n_rows = stop - start
-        content = self._read_content(start=start * self._row_bytes, count=n_rows * self._row_bytes)
+        content = self._read_content(
+            start=start * self._bytes_per_row, n_bytes=n_rows * self._bytes_per_row
+        )
         return np.frombuffer(content, self.dtype).reshape(n_rows, *self.shape[1:])
 
     def blocks(self) -> Iterator[NDArray[Any]]:
-        """Yield all rows, in blocks of about ``read_bytes``. The array must be in C order."""
-        row_bytes = max(self._row_bytes, 1)  # a row without entries has 0 bytes
-        block_rows = max(self.read_bytes // row_bytes, 1)
+        """Yield all rows, in blocks of about ``block_bytes``. The array must be in C order."""
+        bytes_per_row = max(self._bytes_per_row, 1)  # a row without entries has 0 bytes
+        block_rows = max(self.block_bytes // bytes_per_row, 1)
         for start in range(0, len(self), block_rows):
             yield self.read(start, min(start + block_rows, len(self)))
 
     def read_whole(self) -> NDArray[Any]:
         """Read and return the whole array, in C or Fortran order."""
-        content = self._read_content(start=0, count=self.n_bytes)
+        content = self._read_content(start=0, n_bytes=self.n_bytes)
         flat_values = np.frombuffer(content, self.dtype)
         return flat_values.reshape(self.shape, order="F" if self._is_fortran_order else "C")
 
@@ -156,9 +158,9 @@ class StoredArray:
         """
         header = repr((self.dtype.str, self.shape, self._is_fortran_order)).encode()
         running_hash = blake2b(header, digest_size=16)
-        for start in range(0, self.n_bytes, self.read_bytes):
-            n_left = self.n_bytes - start
-            block = self._read_content(start=start, count=min(self.read_bytes, n_left))
+        for start in range(0, self.n_bytes, self.block_bytes):
+            n_bytes_left = self.n_bytes - start
+            block = self._read_content(start=start, n_bytes=min(self.block_bytes, n_bytes_left))
             running_hash.update(block)
             advance(len(block))
         with convert_reading_errors(self.location):
@@ -170,8 +172,8 @@ class StoredArray:
                 )
         return running_hash.hexdigest()
 
-    def _read_content(self, start: int, count: int) -> bytearray:
-        """Return ``count`` bytes of the content from ``start`` on.
+    def _read_content(self, start: int, n_bytes: int) -> bytearray:
+        """Return ``n_bytes`` bytes of the content from ``start`` on.
 
         The header may state a wrong size. Therefore no memory is allocated in advance, and
         ``content`` grows with every block.
@@ -180,8 +182,8 @@ class StoredArray:
         with convert_reading_errors(self.location):
             if self._handle.tell() != self._content_start + start:
                 self._handle.seek(self._content_start + start)
-            while len(content) < count:
-                block = self._handle.read(min(self.read_bytes, count - len(content)))
+            while len(content) < n_bytes:
+                block = self._handle.read(min(self.block_bytes, n_bytes - len(content)))
                 if not block:
                     raise DataError(
                         f"{self.location} ends after {start + len(content)} bytes. Write it again."
@@ -190,10 +192,10 @@ class StoredArray:
         return content
 
 
-Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
+HeaderFacts = tuple[tuple[int, ...], bool, np.dtype[Any]]
 """Facts in a header: the shape, whether the array is in Fortran order, and the dtype."""
 
-HEADER_READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], Header]] = {
+HEADER_READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], HeaderFacts]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
@@ -214,16 +216,16 @@ def convert_reading_errors(location: str) -> AbstractContextManager[None]:
     )
 
 
-class Arrays(ExitStack):
+class ArrayFiles(ExitStack):
     """The arrays of a file or a folder, by name.
 
-    Use ``Arrays`` as a context manager. At the end of the ``with`` block, all files are closed.
+    Use ``ArrayFiles`` as a context manager. At the end of the ``with`` block, all files are closed.
 
     Args:
         path: The file or folder. None: all arrays are in ``files``.
         files: Maps names of further arrays to files. A file is an ``.npy`` file, or a text with an
             entry per line. These arrays replace arrays of the same name.
-        read_bytes: Number of bytes read at a time.
+        block_bytes: Number of bytes read at a time.
     """
 
     def __init__(
@@ -231,11 +233,11 @@ class Arrays(ExitStack):
         path: str | os.PathLike[str] | None,
         files: Mapping[str, str | os.PathLike[str]] | None = None,
         *,
-        read_bytes: int = READ_BYTES,
+        block_bytes: int = BLOCK_BYTES,
     ) -> None:
         super().__init__()
-        self.read_bytes = read_bytes
-        self._members: dict[str, Path | zipfile.ZipInfo] = {}
+        self.block_bytes = block_bytes
+        self._member_of_array: dict[str, Path | zipfile.ZipInfo] = {}
         self._zip: zipfile.ZipFile | None = None
         path_of_name = {name: Path(file) for name, file in (files or {}).items()}
         if path is None and not path_of_name:
@@ -246,24 +248,24 @@ class Arrays(ExitStack):
             with convert_reading_errors(str(path)):
                 self._open_source()
         # arrays in ``files`` replace arrays of the source with the same names
-        self._members.update(path_of_name)
+        self._member_of_array.update(path_of_name)
 
     def _open_source(self) -> None:
         """Find the arrays of the file or folder."""
         if self.path.is_dir():
-            self._members = _find_files(self.path)
+            self._member_of_array = _find_files(self.path)
         else:
-            self._members = _find_members(self.path)
+            self._member_of_array = _find_members(self.path)
             self._zip = self.enter_context(zipfile.ZipFile(self.path))
 
     @property
     def names(self) -> list[str]:
         """The names of the arrays."""
-        return list(self._members)
+        return list(self._member_of_array)
 
     def open(self, name: str) -> StoredArray:
         """Open an array. Read and check the header of the array."""
-        member = self._members[name]
+        member = self._member_of_array[name]
         if isinstance(member, Path):
             return self._open_file(member, str(member))
         return self._open_member(member, f"{self.path}, array {name!r}")
@@ -271,10 +273,10 @@ class Arrays(ExitStack):
     def _open_file(self, file: Path, location: str) -> StoredArray:
         with convert_reading_errors(location):
             if file.suffix in TEXT_SUFFIXES:
-                content = _npy_of_lines(file)
-                return StoredArray(location, BytesIO(content), len(content), self.read_bytes)
+                content = _lines_to_npy(file)
+                return StoredArray(location, BytesIO(content), len(content), self.block_bytes)
             handle = self.enter_context(file.open("rb"))
-            return StoredArray(location, handle, file.stat().st_size, self.read_bytes)
+            return StoredArray(location, handle, file.stat().st_size, self.block_bytes)
 
     def _open_member(self, member: zipfile.ZipInfo, location: str) -> StoredArray:
         is_encrypted = member.flag_bits & 1
@@ -283,14 +285,14 @@ class Arrays(ExitStack):
             raise DataError(f"{location} is encrypted. Write it again without a password.")
         with convert_reading_errors(location):
             handle = self.enter_context(self._zip.open(member))
-            return StoredArray(location, handle, member.file_size, self.read_bytes)
+            return StoredArray(location, handle, member.file_size, self.block_bytes)
 
-    def require_small(self, name: str) -> None:
+    def refuse_zip_bomb(self, name: str) -> None:
         """Raise DataError if an array is far larger than the compressed array: a zip bomb."""
-        member = self._members[name]
+        member = self._member_of_array[name]
         if isinstance(member, Path):
             return
-        max_bytes = max(SMALL_BYTES, MAX_COMPRESSION * member.compress_size)
+        max_bytes = max(SMALL_ARRAY_BYTES, MAX_COMPRESSION_RATIO * member.compress_size)
         if member.file_size > max_bytes:
             raise DataError(
                 f"{self.path}, array {name!r}: {member.compress_size:,} compressed bytes would "
@@ -299,7 +301,7 @@ class Arrays(ExitStack):
             )
 
 
-def _npy_of_lines(file: Path) -> bytes:
+def _lines_to_npy(file: Path) -> bytes:
     """Convert a text file to the content of a ``.npy`` file. Each line becomes an entry.
 
     Empty lines at the end of the text file are left out.
@@ -312,20 +314,20 @@ def _npy_of_lines(file: Path) -> bytes:
 
 def _find_files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
     """Map the name of each array in a folder to the ``.npy`` file."""
-    files: dict[str, Path | zipfile.ZipInfo] = {}
+    file_of_array: dict[str, Path | zipfile.ZipInfo] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix != ".npy" or path.name.startswith("."):
             continue
         # a pipe or a device is refused, because reading it may never end
         if not stat.S_ISREG(path.stat().st_mode):
             raise DataError(f"{path} is no file.")
-        files[path.stem] = path
-    if not files:
+        file_of_array[path.stem] = path
+    if not file_of_array:
         raise DataError(
             f"{folder} holds no .npy file. Give a folder with image.npy, text.npy, ..., or an .npz "
             "file."
         )
-    return files
+    return file_of_array
 
 
 def _find_members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
@@ -338,14 +340,14 @@ def _find_members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
         raise DataError(
             f"{path} is no .npz file. Give one that numpy.savez wrote, or a folder of .npy files."
         )
-    members: dict[str, Path | zipfile.ZipInfo] = {}
+    member_of_array: dict[str, Path | zipfile.ZipInfo] = {}
     with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            name = info.filename.removesuffix(".npy")
-            if name in members:
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name in member_of_array:
                 raise DataError(f"{path} has array {name!r} twice. Write it again.")
-            members[name] = info
-    return members
+            member_of_array[name] = member
+    return member_of_array
 
 
 def array_to_texts(values: NDArray[Any], location: str) -> list[str]:

@@ -17,28 +17,28 @@ import numpy as np
 from pydantic import ValidationError
 from torch import Tensor
 
-from vilu.artifacts.disk import RUN
+from vilu.artifacts.disk import RUN_FILE
 from vilu.artifacts.documents import first_error, read_document
 from vilu.artifacts.hashing import digest
 from vilu.backbones.base import Backbone
-from vilu.backbones.zeroshot import TEMPLATES, class_texts
+from vilu.backbones.zeroshot import TEMPLATES, embed_class_names
 from vilu.callers import warn_caller
 from vilu.datasets.base import ImageDataset, ShardedDataset, require_files
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits, ShardErrorKind
 from vilu.device import torch_defaults
-from vilu.embeddings.checks import check_class_names, require_usable
+from vilu.embeddings.checks import check_class_names, require_usable_rows
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
 from vilu.progress import track
-from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts
+from vilu.store.job import BackboneSpec, EmbedJob, Executor, remove_attempt_marks
 from vilu.store.ledger import FileVerifier, content_hash
 from vilu.store.manifest import (
     CLASSES_FILE,
     ClassColumn,
-    Inputs,
     Manifest,
     Receipt,
     Run,
+    StoreInputs,
     class_columns,
 )
 from vilu.store.parts import (
@@ -52,9 +52,9 @@ from vilu.store.parts import (
 from vilu.store.reader import CaptionStore, EmbeddingStore
 from vilu.validation import checked, checked_fields, require_at_least
 
-PART_IMAGES = 4096  # default number of images per part
-PART_SHARDS = 10  # default number of shards per part
-SIZE_FACTOR = 1.05  # largest ratio between the size of a store and the size of the vectors
+IMAGES_PER_PART = 4096  # default number of images per part
+SHARDS_PER_PART = 10  # default number of shards per part
+STORE_SIZE_RATIO = 1.05  # largest ratio between the size of a store and the size of the vectors
 
 LOCK_WAIT_SECONDS = 600.0
 """Seconds for which a process waits for the lock of a shared store.
@@ -63,7 +63,7 @@ The wait is long, because the process with the lock may be embedding the texts o
 """
 
 # message of the error if both ``overwrite`` and ``shared`` are True
-SHARED_OVERWRITE = (
+SHARED_OVERWRITE_MESSAGE = (
     "processes that share a store cannot replace it: each would undo the others' work. Remove it."
 )
 
@@ -201,30 +201,21 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     """
     _check_settings(batch_size, workers, max_error_rate)
     if overwrite and shared:
-        raise UsageError(SHARED_OVERWRITE)
+        raise UsageError(SHARED_OVERWRITE_MESSAGE)
     root = Path(output)
     strict = on_error == "raise"
-    budget = Budget(0.0 if strict else max_error_rate, accepts_bad_shards=allow_bad_shards)
+    loss_budget = LossBudget(0.0 if strict else max_error_rate, accepts_bad_shards=allow_bad_shards)
     StoreLedger.check_folder(root, overwrite=overwrite)
-    require_files(dataset, budget.max_error_rate)
+    require_files(dataset, loss_budget.max_error_rate)
     model = backbone.load() if isinstance(backbone, BackboneSpec) else backbone
     settings: dict[str, Any] = {"limits": asdict(limits), "dtype": dtype, "split": split}
     settings |= _candidate_settings(dataset, names, templates, columns)
     settings |= _image_column_settings(model, columns)
     run = plan_run(dataset, model.space, part_size=part_size, **settings)
-    job = EmbedJob(
-        root,
-        run,
-        dataset,
-        backbone,
-        batch_size=batch_size,
-        workers=workers,
-        strict=strict,
-        limits=limits,
-    )
+    job = EmbedJob(root, run, dataset, backbone, batch_size, workers, strict, limits)
     if not shared:
-        _embed_alone(job, model, executor, budget, overwrite=overwrite)
-    elif not _embed_shared(job, model, executor, budget):
+        _embed_alone(job, model, executor, loss_budget, overwrite=overwrite)
+    elif not _embed_shared(job, model, executor, loss_budget):
         return None  # other processes are still at work
     return CaptionStore(root) if run.captions else EmbeddingStore(root)
 
@@ -255,7 +246,7 @@ def _check_settings(batch_size: int, workers: int | None, max_error_rate: float)
 
 
 @dataclass(frozen=True)
-class Budget:
+class LossBudget:
     """The largest losses with which a store may still be sealed."""
 
     max_error_rate: float  # largest share of images that may fail
@@ -263,21 +254,26 @@ class Budget:
 
 
 def _embed_alone(
-    job: EmbedJob, model: Backbone, executor: Executor | None, budget: Budget, *, overwrite: bool
+    job: EmbedJob,
+    model: Backbone,
+    executor: Executor | None,
+    loss_budget: LossBudget,
+    *,
+    overwrite: bool,
 ) -> None:
     """Embed the missing parts and seal the store. The lock is held from beginning to end."""
-    with StoreLedger.claim(job.root):
+    with StoreLedger.lock_folder(job.root):
         job = _begin_job(job, model, overwrite=overwrite)
-        forget_attempts(job.root)
-        missing_parts, receipts = job.ledger.survey()
+        remove_attempt_marks(job.root)
+        missing_parts, receipts = job.ledger.check_parts()
         _prepare_store(job, missing_parts, model)
         _embed_parts(job, executor, missing_parts, receipts)
-        job.ledger.clean()
-        seal(job.ledger, budget)
+        job.ledger.remove_temporary_files()
+        seal(job.ledger, loss_budget)
 
 
 def _embed_shared(
-    job: EmbedJob, model: Backbone, executor: Executor | None, budget: Budget
+    job: EmbedJob, model: Backbone, executor: Executor | None, loss_budget: LossBudget
 ) -> bool:
     """Embed the parts of this process into a store that several processes share.
 
@@ -287,14 +283,15 @@ def _embed_shared(
     processes embed parts at the same time. But only one process begins the store, and only one
     process seals the store.
     """
-    with StoreLedger.claim(job.root, wait_seconds=LOCK_WAIT_SECONDS):
+    with StoreLedger.lock_folder(job.root, wait_seconds=LOCK_WAIT_SECONDS):
         job = _begin_job(job, model, overwrite=False)
-        # Only sizes are checked. With ``deep=True``, each of many processes would read all parts.
-        missing_parts, receipts = job.ledger.survey(deep=False)
+        # Only sizes are checked. With ``check_hashes=True``, each of many processes would read all
+        # parts.
+        missing_parts, receipts = job.ledger.check_parts(check_hashes=False)
         _prepare_store(job, missing_parts, model)
     _embed_parts(job, executor, missing_parts, receipts)
-    with StoreLedger.claim(job.root, wait_seconds=LOCK_WAIT_SECONDS):
-        missing_parts, _ = job.ledger.survey(deep=False)
+    with StoreLedger.lock_folder(job.root, wait_seconds=LOCK_WAIT_SECONDS):
+        missing_parts, _ = job.ledger.check_parts(check_hashes=False)
         if missing_parts:
             logger.info(
                 "%d parts are still missing; the process that ends last seals %s",
@@ -302,15 +299,15 @@ def _embed_shared(
                 job.root,
             )
             return False
-        job.ledger.clean()
-        seal(job.ledger, budget)
+        job.ledger.remove_temporary_files()
+        seal(job.ledger, loss_budget)
     return True
 
 
 def _begin_job(job: EmbedJob, model: Backbone, *, overwrite: bool) -> EmbedJob:
     """Begin or resume the store, and return the job with the run in ``run.json``."""
 
-    def make_classes() -> Classes:
+    def make_classes() -> TextAndColumns:
         return encode_classes(model, job.run)
 
     run = begin_run(job.root, job.run, make_classes, overwrite=overwrite)
@@ -341,7 +338,7 @@ def _embed_parts(
     if receipts and missing_parts:
         n_done = len(receipts)
         logger.info("%d of %d parts are there already", n_done, n_done + len(missing_parts))
-    numbers = [part.number for part in missing_parts]
+    part_numbers = [part.number for part in missing_parts]
     # the number of images in shards is unknown before the shards are read
     n_images = None if job.run.shards else job.run.n_in
     with track("embed", n_images, "images") as progress:
@@ -349,11 +346,11 @@ def _embed_parts(
         if executor is None:
             # The loop makes the job embed all parts in order. The job shows the progress after each
             # batch. The receipts of the job are not needed here.
-            for _ in job.process_all(numbers, progress):
+            for _ in job.process_all(part_numbers, progress):
                 pass
             return
         n_errors = 0
-        for receipt in executor.run(job, numbers):
+        for receipt in executor.run(job, part_numbers):
             n_errors += receipt.n_error
             progress.advance(receipt.n_in, f"{n_errors} errors")
 
@@ -377,21 +374,22 @@ def _candidate_settings(
     if dataset.captioned:
         _require_no_classes(dataset, settings)
         return dict.fromkeys(settings, ())
-    folders = dataset.class_names
-    if folders is not None and len(folders) != len(names):
+    dataset_classes = dataset.class_names
+    if dataset_classes is not None and len(dataset_classes) != len(names):
         raise DataError(
             f"there must be one name per class of {dataset.source}. Got {len(names)} names for "
-            f"{len(folders)} classes."
+            f"{len(dataset_classes)} classes."
         )
     if not names:
         raise DataError("names must have at least one class name. Got none.")
-    words = tuple(dict.fromkeys(columns.negatives))  # each word once, in the order of the user
+    # each word once, in the order of the user
+    negative_words = tuple(dict.fromkeys(columns.negatives))
     # ``check_class_names`` returns None only for None. ``or ()`` tells this to the type checker.
     return {
         "names": check_class_names(names, n_candidates=len(names)) or (),
         "templates": TEMPLATES["default"] if templates is None else templates,
         "prompts": columns.prompts,
-        "negatives": check_class_names(words, n_candidates=len(words)) or (),
+        "negatives": check_class_names(negative_words, n_candidates=len(negative_words)) or (),
     }
 
 
@@ -415,19 +413,19 @@ def plan_run(
     """Return the run for a data set and the embedding space of a model."""
     if isinstance(dataset, ShardedDataset):
         # the number of images is unknown before the shards are read
-        sizes = {"n_in": 0, "shards": len(dataset)}
-        default_size = PART_SHARDS
+        unit_counts = {"n_in": 0, "shards": len(dataset)}
+        default_part_size = SHARDS_PER_PART
     else:
-        sizes = {"n_in": len(dataset), "shards": 0}
-        default_size = PART_IMAGES
+        unit_counts = {"n_in": len(dataset), "shards": 0}
+        default_part_size = IMAGES_PER_PART
     inputs = {
         "dataset_fingerprint": dataset.fingerprint,
-        **sizes,
+        **unit_counts,
         "captions": dataset.captioned,
         "folders": dataset.class_names,
         "outside": getattr(dataset, "outside", ()),
         "space": asdict(space),
-        "part_size": default_size if part_size is None else part_size,
+        "part_size": default_part_size if part_size is None else part_size,
         **settings,
     }
     base_name = Path(dataset.source).name
@@ -437,31 +435,31 @@ def plan_run(
 def make_run(settings: Mapping[str, object], dataset_name: str) -> Run:
     """Return the run with the inputs ``settings``. ``dataset_name`` becomes ``Run.dataset``."""
     try:
-        inputs = Inputs.model_validate(settings)
+        inputs = StoreInputs.model_validate(settings)
     except ValidationError as error:
         raise UsageError(
             f"cannot make a store with these settings: {first_error(error)}."
         ) from error
     further_fields = {
-        "fingerprint": digest(inputs.identity()),
+        "fingerprint": digest(inputs.fingerprint_fields()),
         "dataset": dataset_name,
         "vilu": version("vilu"),
     }
     return Run.model_validate({**dict(inputs), **further_fields})
 
 
-Classes = tuple[Tensor, Mapping[ClassColumn, Tensor]]
+TextAndColumns = tuple[Tensor, Mapping[ClassColumn, Tensor]]
 """Text embeddings (K, D) of the classes, and the columns of the classes and of the model."""
 
 
-def encode_classes(backbone: Backbone, run: Run) -> Classes:
+def encode_classes(backbone: Backbone, run: Run) -> TextAndColumns:
     """Compute the text embeddings of a run's classes, and the columns of classes and model."""
-    text = require_usable(class_texts(backbone, run.names, run.templates), "class text")
+    text = require_usable_rows(embed_class_names(backbone, run.names, run.templates), "class text")
     return text, class_columns(backbone, run)
 
 
 def begin_run(
-    root: Path, run: Run, make_classes: Callable[[], Classes], *, overwrite: bool = False
+    root: Path, run: Run, make_classes: Callable[[], TextAndColumns], *, overwrite: bool = False
 ) -> Run:
     """Resume the run in a folder, or begin a new run. Write missing files of the classes.
 
@@ -475,18 +473,18 @@ def begin_run(
         make_classes: Function that computes the texts and the columns of the classes.
         overwrite: Whether to replace the run in the folder.
     """
-    if (root / RUN).is_file() and not overwrite:
-        earlier_run = read_document(root / RUN, Run)
+    if (root / RUN_FILE).is_file() and not overwrite:
+        earlier_run = read_document(root / RUN_FILE, Run)
         earlier_run.require_match(run, root)
         run = earlier_run
     classes = None
     if not run.captions:
-        must_make_classes = overwrite or not _has_classes(root, run)
+        must_make_classes = overwrite or not _has_class_files(root, run)
         if must_make_classes:
             classes = make_classes()
     if overwrite:
-        StoreLedger(root, run).clear()
-    StoreLedger(root, run).begin(run, folders={*StoreLedger.required_folders, *run.arrays})
+        StoreLedger(root, run).remove_run()
+    StoreLedger(root, run).begin(run, folders={*StoreLedger.required_folders, *run.row_shapes})
     if classes is not None:
         write_classes(root, run, *classes)
     return run
@@ -497,9 +495,9 @@ def require_disk_space(root: Path, run: Run, missing_parts: Sequence[Part]) -> N
     if run.shards:  # the number of images is unknown before the shards are read
         return
     n_rows = sum(len(part) for part in missing_parts)
-    numbers_per_row = sum(math.prod(shape) for shape in run.arrays.values())
+    numbers_per_row = sum(math.prod(shape) for shape in run.row_shapes.values())
     row_bytes = numbers_per_row * np.dtype(run.dtype).itemsize
-    needed_bytes = int(n_rows * row_bytes * SIZE_FACTOR)
+    needed_bytes = int(n_rows * row_bytes * STORE_SIZE_RATIO)
     free_bytes = shutil.disk_usage(root).free
     if needed_bytes > free_bytes:
         raise StorageError(
@@ -509,10 +507,10 @@ def require_disk_space(root: Path, run: Run, missing_parts: Sequence[Part]) -> N
 
 
 SHARD_ERROR_KINDS = frozenset(get_args(ShardErrorKind))  # kinds of errors of whole shards
-MAX_LISTED = 5  # maximum number of bad shards in a message
+MAX_LISTED_SHARDS = 5  # maximum number of bad shards in a message
 
 
-def seal(ledger: StoreLedger, budget: Budget) -> None:
+def seal(ledger: StoreLedger, loss_budget: LossBudget) -> None:
     """Write the manifest of a store with all parts done.
 
     Raises:
@@ -522,21 +520,21 @@ def seal(ledger: StoreLedger, budget: Budget) -> None:
     run = ledger.run
     receipts = ledger.receipts()
     n_in = sum(receipt.n_in for receipt in receipts)
-    errors: Counter[str] = Counter()
+    n_errors_of_kind: Counter[str] = Counter()
     for receipt in receipts:
-        errors += Counter(receipt.errors)
-    n_ok = n_in - errors.total()
-    _check_budget(ledger, receipts, errors, n_ok, budget)
+        n_errors_of_kind += Counter(receipt.errors)
+    n_ok = n_in - n_errors_of_kind.total()
+    _check_losses(ledger, receipts, n_errors_of_kind, n_ok, loss_budget)
     classes_hash = ""
     if not run.captions:
-        table, _ = read_classes(ledger.root, run)
-        classes_hash = table.hash
+        class_table, _ = read_classes(ledger.root, run)
+        classes_hash = class_table.hash
     ledger.seal(
         Manifest(
             **{**dict(run), "n_in": n_in},
             n_ok=n_ok,
-            n_error=errors.total(),
-            errors=dict(sorted(errors.items())),
+            n_error=n_errors_of_kind.total(),
+            errors=dict(sorted(n_errors_of_kind.items())),
             parts=len(receipts),
             classes=classes_hash,
             content=content_hash(receipts),
@@ -544,12 +542,12 @@ def seal(ledger: StoreLedger, budget: Budget) -> None:
     )
 
 
-def _check_budget(
+def _check_losses(
     ledger: StoreLedger,
     receipts: Sequence[Receipt],
-    errors: Counter[str],
+    n_errors_of_kind: Counter[str],
     n_ok: int,
-    budget: Budget,
+    loss_budget: LossBudget,
 ) -> None:
     """Raise DataError if the losses exceed the budget. Warn of bad shards, or if there is no image.
 
@@ -559,27 +557,29 @@ def _check_budget(
     Args:
         ledger: The folder of the store.
         receipts: Receipts of all parts.
-        errors: Maps each kind of error to the number of error rows.
+        n_errors_of_kind: Maps each kind of error to the number of error rows.
         n_ok: Number of embedded images.
-        budget: The largest accepted losses.
+        loss_budget: The largest accepted losses.
     """
-    image_errors = Counter(errors)
+    n_image_errors_of_kind = Counter(n_errors_of_kind)
     for kind in SHARD_ERROR_KINDS:
-        del image_errors[kind]  # a Counter accepts a missing key
-    n_images = n_ok + image_errors.total()
-    sentence_on_shards = _bad_shards_sentence(ledger, receipts)
-    if sentence_on_shards and not budget.accepts_bad_shards:
+        del n_image_errors_of_kind[kind]  # a Counter accepts a missing key
+    n_images = n_ok + n_image_errors_of_kind.total()
+    bad_shards_sentence = _bad_shards_sentence(ledger, receipts)
+    if bad_shards_sentence and not loss_budget.accepts_bad_shards:
         raise DataError(
-            f"{sentence_on_shards} The other {n_ok} images are kept. Write or download these "
+            f"{bad_shards_sentence} The other {n_ok} images are kept. Write or download these "
             "shards again and repeat the command, which does only their parts again. Or accept the "
             "loss with --allow-bad-shards."
         )
-    if n_images and image_errors.total() / n_images > budget.max_error_rate:
+    if n_images and n_image_errors_of_kind.total() / n_images > loss_budget.max_error_rate:
         raise DataError(
-            _too_many_errors_message(ledger.root, n_images, image_errors, budget.max_error_rate)
+            _too_many_errors_message(
+                ledger.root, n_images, n_image_errors_of_kind, loss_budget.max_error_rate
+            )
         )
-    if sentence_on_shards:
-        warn_caller(f"{sentence_on_shards} This is accepted (--allow-bad-shards).")
+    if bad_shards_sentence:
+        warn_caller(f"{bad_shards_sentence} This is accepted (--allow-bad-shards).")
     if not n_images:
         warn_caller(f"{ledger.run.dataset} has no images: {ledger.root} is a store without rows.")
 
@@ -598,8 +598,8 @@ def _bad_shards_sentence(ledger: StoreLedger, receipts: Sequence[Receipt]) -> st
                 shard_texts.append(f"{row['key']} ({row['message']})")
     if not shard_texts:
         return ""
-    first_shards = "; ".join(shard_texts[:MAX_LISTED])
-    n_more = len(shard_texts) - MAX_LISTED
+    first_shards = "; ".join(shard_texts[:MAX_LISTED_SHARDS])
+    n_more = len(shard_texts) - MAX_LISTED_SHARDS
     and_more = f" and {n_more} more" if n_more > 0 else ""
     return (
         f"{len(shard_texts)} of {ledger.run.shards} shards cannot be read to the end, so an "
@@ -607,7 +607,7 @@ def _bad_shards_sentence(ledger: StoreLedger, receipts: Sequence[Receipt]) -> st
     )
 
 
-def _has_classes(root: Path, run: Run) -> bool:
+def _has_class_files(root: Path, run: Run) -> bool:
     """Return whether the files of the classes exist, are intact, and belong to this run."""
     if not (root / CLASSES_FILE).exists():
         return False
@@ -620,17 +620,17 @@ def _has_classes(root: Path, run: Run) -> bool:
 
 
 def _too_many_errors_message(
-    root: Path, n_in: int, errors: Counter[str], max_error_rate: float
+    root: Path, n_images: int, n_errors_of_kind: Counter[str], max_error_rate: float
 ) -> str:
     """Return the message about too many failed images, with a rate that accepts the failures."""
-    n_error = errors.total()
-    share = n_error / n_in
-    kinds = ", ".join(f"{kind} {count}" for kind, count in errors.most_common())
+    n_error = n_errors_of_kind.total()
+    error_rate = n_error / n_images
+    kinds = ", ".join(f"{kind} {count}" for kind, count in n_errors_of_kind.most_common())
     # rounded up, because a lower rate would fail again
-    sufficient_rate = math.ceil(share * 1000) / 1000
+    sufficient_rate = math.ceil(error_rate * 1000) / 1000
     return (
-        f"{n_error} of {n_in} images ({share:.2%}) could not be embedded ({kinds}). At most "
-        f"{max_error_rate:.2%} of the images may fail. The failed images are listed in "
-        f"{root / 'errors'}, and the other {n_in - n_error} images are kept. To accept the "
+        f"{n_error} of {n_images} images ({error_rate:.2%}) could not be embedded ({kinds}). At "
+        f"most {max_error_rate:.2%} of the images may fail. The failed images are listed in "
+        f"{root / 'errors'}, and the other {n_images - n_error} images are kept. To accept the "
         f"failures, repeat with --max-error-rate {sufficient_rate:g}; nothing is computed again."
     )

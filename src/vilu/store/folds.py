@@ -25,7 +25,7 @@ Fold = Literal["train", "validation", "test"]
 # (60 % of all captions). A larger fraction below ``VALIDATION_END`` means "validation" (10 %).
 TRAIN_END = 0.6
 VALIDATION_END = 0.7
-READ_ROWS = 2**16  # number of captions read at a time
+BLOCK_ROWS = 2**16  # number of captions read at a time
 
 
 def fold_of(caption: str) -> Fold:
@@ -51,60 +51,65 @@ def fold_of(caption: str) -> Fold:
 
 
 def rows_of_fold(
-    files: Iterable[tuple[Path, int]], names: tuple[str, ...], fold: Fold, n_rows: int
+    metadata_files: Iterable[tuple[Path, int]],
+    column_names: tuple[str, ...],
+    fold: Fold,
+    n_rows: int,
 ) -> NDArray[np.int64]:
     """Return the (M,) ascending numbers of the rows with a caption in a fold.
 
     A row without a caption is in the fold of the caption "".
 
     Args:
-        files: Metadata files, each with the number of rows.
-        names: Possible names of the column of captions. The first existing column is used.
+        metadata_files: Metadata files, each with the number of rows.
+        column_names: Possible names of the column of captions. The first existing column is used.
         fold: The fold.
         n_rows: Number of rows of all files.
     """
-    numbers = [np.empty(0, np.int64)]  # np.concatenate refuses an empty list
-    start = 0  # number of the first row of the next block
+    row_numbers = [np.empty(0, np.int64)]  # np.concatenate refuses an empty list
+    first_row = 0  # number of the first row of the next block
     with track("Sorting captions into folds", n_rows, "rows") as task:
-        for path, n_file_rows in files:
-            for captions in read_captions(path, names, n_file_rows):
-                in_fold = [fold_of(caption or "") == fold for caption in captions]
-                numbers.append(np.flatnonzero(in_fold) + start)
-                start += len(captions)
+        for path, n_file_rows in metadata_files:
+            for captions in read_captions(path, column_names, n_file_rows):
+                is_in_fold = [fold_of(caption or "") == fold for caption in captions]
+                row_numbers.append(np.flatnonzero(is_in_fold) + first_row)
+                first_row += len(captions)
                 task.advance(len(captions))
-    return np.concatenate(numbers)
+    return np.concatenate(row_numbers)
 
 
-def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[list[str | None]]:
+def read_captions(
+    path: Path, column_names: tuple[str, ...], n_rows: int
+) -> Iterator[list[str | None]]:
     """Yield the captions of a metadata file, in blocks.
 
     Args:
         path: The file.
-        names: Possible names of the column of captions. The first existing column is used.
+        column_names: Possible names of the column of captions. The first existing column is used.
         n_rows: Expected number of rows of the file.
 
     Raises:
         StorageError: If the file is damaged, or has another number of rows.
     """
     remedy = "Restore the file, or embed the images again."
-    n_read = 0
+    n_rows_read = 0
     with convert_damage_errors(path, remedy), pq.ParquetFile(path) as file:
-        column = _caption_column(path, file.schema_arrow, names)
-        for batch in file.iter_batches(READ_ROWS, columns=[column]):
+        column_name = _caption_column(path, file.schema_arrow, column_names)
+        for batch in file.iter_batches(BLOCK_ROWS, columns=[column_name]):
             batch.validate(full=True)  # checks that strings are UTF-8, and offsets within buffers
-            n_read += len(batch)
+            n_rows_read += len(batch)
             yield batch.column(0).to_pylist()
-    if n_read != n_rows:
-        raise StorageError(f"{path} has {n_read} rows, expected {n_rows}. {remedy}")
+    if n_rows_read != n_rows:
+        raise StorageError(f"{path} has {n_rows_read} rows, expected {n_rows}. {remedy}")
 
 
-def _caption_column(path: Path, schema: pa.Schema, names: tuple[str, ...]) -> str:
-    """Return the first of ``names`` with a column in the file."""
-    existing_names = [name for name in names if name in schema.names]
+def _caption_column(path: Path, schema: pa.Schema, column_names: tuple[str, ...]) -> str:
+    """Return the first of ``column_names`` with a column in the file."""
+    existing_names = [name for name in column_names if name in schema.names]
     if not existing_names:
         raise UsageError(
-            f"folds are made by caption, and {path} has no column {' or '.join(names)}. Leave fold "
-            "out."
+            f"folds are made by caption, and {path} has no column {' or '.join(column_names)}. "
+            "Leave fold out."
         )
     name = existing_names[0]
     column_type = schema.field(name).type

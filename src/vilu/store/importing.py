@@ -18,16 +18,16 @@ from vilu.artifacts.hashing import digest
 from vilu.device import torch_defaults
 from vilu.embeddings.checks import (
     NONFINITE,
-    STATUS,
+    STATUS_NAMES,
     VALID,
-    Norms,
+    NormSummary,
     as_matrix,
     check_answers,
     check_class_names,
     check_targets,
     hash_names,
     normalise_rows,
-    require_usable,
+    require_usable_rows,
 )
 from vilu.embeddings.column_checks import check_columns
 from vilu.embeddings.columns import (
@@ -44,26 +44,26 @@ from vilu.embeddings.logits import (
     require_distinct_names,
     zero_texts,
 )
-from vilu.embeddings.source import first_same_answer
+from vilu.embeddings.source import index_of_first_same_answer
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.progress import track
-from vilu.store.arrays import MAX_NAME_CHARACTERS, Arrays, StoredArray, array_to_texts
-from vilu.store.embed import Budget, begin_run, make_run, require_disk_space, seal
-from vilu.store.manifest import IMAGE, ClassColumn, ImageColumn, Imported, Receipt, Run
+from vilu.store.arrays import MAX_NAME_CHARACTERS, ArrayFiles, StoredArray, array_to_texts
+from vilu.store.embed import LossBudget, begin_run, make_run, require_disk_space, seal
+from vilu.store.manifest import IMAGE, ClassColumn, ImageColumn, ImportFacts, Receipt, Run
 from vilu.store.parts import (
     ErrorRow,
-    LabelledRow,
+    MetadataWithAnswer,
     Part,
-    PartRows,
-    RowWithAnswer,
+    PartContent,
+    RowMetadata,
     StoreLedger,
     is_possible_shape,
 )
 from vilu.store.reader import EmbeddingStore
 from vilu.validation import checked
 
-PART_ROWS = 16_384  # default number of rows per part
+ROWS_PER_PART = 16_384  # default number of rows per part
 
 ARRAY_NAMES = (
     *("image", "text", "logits", "target", "answer", "class_names", "ids"),
@@ -80,7 +80,7 @@ NUMBER_KINDS = "fiu"  # floats and whole numbers
 WHOLE_KINDS = "iu"  # whole numbers
 TEXT_KINDS = "US"  # texts and bytes
 MIB = 2**20
-MAX_LISTED = 10  # maximum number of names in a message
+MAX_LISTED_NAMES = 10  # maximum number of names in a message
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     origin: str | None = None,
     split: str | None = None,
     dtype: Literal["float16", "float32"] | None = None,
-    part_size: int = PART_ROWS,
+    part_size: int = ROWS_PER_PART,
     max_error_rate: float = 0.01,
     overwrite: bool = False,
 ) -> EmbeddingStore:
@@ -169,9 +169,9 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
         )
     root = Path(output)
     StoreLedger.check_folder(root, overwrite=overwrite)
-    with Arrays(source, files) as arrays:
+    with ArrayFiles(source, files) as array_files:
         source_arrays = _read_source(
-            arrays,
+            array_files,
             keys=dict(keys or {}),
             class_names=class_names,
             outside=tuple(dict.fromkeys(outside)),  # each name once, in the given order
@@ -184,9 +184,8 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
             dtype=source_arrays.choose_number_format(dtype),
             part_size=part_size,
         )
-        _require_shapes(source_arrays, run)
-        budget = Budget(max_error_rate, accepts_bad_shards=False)
-        _write_store(root, run, source_arrays, budget, overwrite=overwrite)
+        loss_budget = LossBudget(max_error_rate, accepts_bad_shards=False)
+        _write_store(root, run, source_arrays, loss_budget, overwrite=overwrite)
     return EmbeddingStore(root)
 
 
@@ -196,8 +195,9 @@ def _require_shapes(source_arrays: SourceArrays, run: Run) -> None:
         shape = tuple(values.shape)
         if not is_possible_shape(run, name, shape):
             raise DataError(
-                f"column {name!r} must be {COLUMNS[name][1]}, with K = {len(source_arrays.names)} "
-                f"and D = {source_arrays.width}. Got shape {shape} instead."
+                f"column {name!r} must be {COLUMNS[name][1]}, with "
+                f"K = {len(source_arrays.class_names)} and D = {source_arrays.width}. Got shape "
+                f"{shape} instead."
             )
 
 
@@ -205,41 +205,43 @@ def _require_shapes(source_arrays: SourceArrays, run: Run) -> None:
 class SourceArrays:
     """The open arrays of a source. Everything is checked except the numbers in the image rows.
 
-    ``read_rows`` reads and checks the rows of a part.
+    ``read_part`` reads and checks the rows of a part.
     """
 
     # all used arrays; the keys are names in ``ARRAY_NAMES``
-    arrays: dict[str, StoredArray]
+    opened_arrays: dict[str, StoredArray]
     target: NDArray[np.int64]  # (N,) label of each row; -1: unknown, -2: outside all classes
-    names: tuple[str, ...]  # names of the K classes
+    class_names: tuple[str, ...]  # names of the K classes
     text: Tensor  # (K, D) float32 unit-norm text embeddings
     class_columns: dict[ClassColumn, Tensor]  # columns of the classes and of the model
     outside: tuple[str, ...]  # names of left-out classes, and targets beyond the classes
-    norms: Norms = field(default_factory=Norms)  # norms of the rows read so far
+    norm_summary: NormSummary = field(default_factory=NormSummary)  # norms of the rows read so far
     # (N,) answers of another model, as numbers of classes; None: there are no answers
     answer: NDArray[np.int64] | None = None
 
     @property
     def row_array(self) -> StoredArray:
         """The array that decides the number of rows: image embeddings, or else logits."""
-        return _row_array(self.arrays)
+        return _row_array(self.opened_arrays)
 
     @property
     def width(self) -> int:
         """Width D of the embeddings; 0 if the rows have only logits."""
-        return _embedding_width(self.arrays)
+        return _embedding_width(self.opened_arrays)
 
     def row_shapes(self) -> dict[ImageColumn, tuple[int, ...]]:
         """Map the name of each column of the images to the shape of a row."""
         shapes: dict[ImageColumn, tuple[int, ...]] = {}
         for name in get_args(ImageColumn):
-            if name in self.arrays:
-                shapes[name] = self.arrays[name].shape[1:]
+            if name in self.opened_arrays:
+                shapes[name] = self.opened_arrays[name].shape[1:]
         return shapes
 
-    def describe_import(self, origin: str | None) -> Imported:
+    def describe_import(self, origin: str | None) -> ImportFacts:
         """Return the store's record of these arrays. ``origin`` is a text for people."""
-        return Imported(columns=self.row_shapes(), ids="ids" in self.arrays, source=origin)
+        return ImportFacts(
+            columns=self.row_shapes(), ids="ids" in self.opened_arrays, source=origin
+        )
 
     def make_space(
         self, logit_scale: float | None, logit_bias: float | None, model: str | None
@@ -249,7 +251,7 @@ class SourceArrays:
         ``logit_scale`` and ``logit_bias`` are the choices of the user. None means that the number
         in the source is used.
         """
-        if LOGITS not in self.arrays:
+        if LOGITS not in self.opened_arrays:
             scale = self._scale_or_bias("logit_scale", logit_scale)
             bias = self._scale_or_bias("logit_bias", logit_bias)
             return EmbeddingSpace(self.width, scale, bias, backbone=model)
@@ -267,7 +269,7 @@ class SourceArrays:
 
         By default, the rows have the number format of the images. Logits are always float32.
         """
-        if LOGITS in self.arrays:
+        if LOGITS in self.opened_arrays:
             if user_format == "float16":
                 raise UsageError(
                     "logits are stored as float32, since float16 would change answers. Leave "
@@ -285,7 +287,7 @@ class SourceArrays:
 
         ``name`` is "logit_scale" or "logit_bias".
         """
-        array = self.arrays.get(name)
+        array = self.opened_arrays.get(name)
         if array is None:
             if user_value is None:
                 raise UsageError(
@@ -313,67 +315,67 @@ class SourceArrays:
     def fingerprint(self) -> str:
         """Return a hash of all arrays except scale and bias, which are part of the space."""
         hashed_arrays = {
-            name: array for name, array in self.arrays.items() if name not in SPACE_ARRAYS
+            name: array for name, array in self.opened_arrays.items() if name not in SPACE_ARRAYS
         }
         n_bytes = sum(array.n_bytes for array in hashed_arrays.values())
         with track("Reading arrays", n_bytes / MIB, "MiB") as task:
 
-            def advance(n_read: int) -> None:
-                task.advance(n_read / MIB)
+            def advance(n_bytes_read: int) -> None:
+                task.advance(n_bytes_read / MIB)
 
             return digest({name: array.hash(advance) for name, array in hashed_arrays.items()})
 
-    def read_rows(self, part: Part) -> PartRows:
+    def read_part(self, part: Part) -> PartContent:
         """Read the rows of a part, and return the usable rows and the errors."""
         status = np.full(len(part), VALID, np.uint8)
         rows_of_array: dict[str, Tensor] = {}
-        for name in part.arrays:
+        for name in part.array_names:
             # the store names the array of image embeddings ``IMAGE``, and the source "image"
             name_in_source = "image" if name == IMAGE else name
-            block = self.arrays[name_in_source].read(part.start, part.stop)
-            rows_of_array[name], status_in_array, norms = _normalise(name, block)
+            block = self.opened_arrays[name_in_source].read(part.start, part.stop)
+            rows_of_array[name], status_in_array, norm_summary = _normalise(name, block)
             # a row with several status codes gets the highest of these codes
             status = np.maximum(status, status_in_array)
             # Norms are collected for a warning. With logits, "image" holds features. Features may
             # have any norm, so there is no warning about features.
-            if LOGITS not in self.arrays:
-                self.norms += norms
-        part_rows = self._metadata(part, status)
+            if LOGITS not in self.opened_arrays:
+                self.norm_summary += norm_summary
+        content = self._metadata_and_errors(part, status)
         is_usable = torch.from_numpy(status == VALID)
         for name, rows in rows_of_array.items():
-            # ``PartRows`` has a list of blocks for each array; here a single block has all rows
-            part_rows.arrays[name] = [rows[is_usable]]
-        return part_rows
+            # ``PartContent`` has a list of blocks for each array; here a single block has all rows
+            content.array_blocks[name] = [rows[is_usable]]
+        return content
 
-    def _metadata(self, part: Part, status: NDArray[np.uint8]) -> PartRows:
+    def _metadata_and_errors(self, part: Part, status: NDArray[np.uint8]) -> PartContent:
         """Return the metadata of the usable rows of a part, and the errors of the remaining rows.
 
         The result has no arrays yet.
 
         ``status`` (n,) has the status code of each row of the part.
         """
-        part_rows = PartRows()
+        content = PartContent()
         row_keys = self._row_keys(part)
         labels = self.target[part.start : part.stop].tolist()
         positions = range(part.start, part.stop)
-        rows = zip(positions, row_keys, labels, status, strict=True)
-        for position, key, label, status_of_row in rows:
+        facts_of_rows = zip(positions, row_keys, labels, status, strict=True)
+        for position, key, label, status_of_row in facts_of_rows:
             if status_of_row == VALID:
                 known_label = None if label == UNKNOWN else label
-                part_rows.rows.append(self._labelled_row(position, key, known_label))
+                content.metadata.append(self._metadata_of_row(position, key, known_label))
             else:
-                part_rows.errors.append(_error_row(position, key, STATUS[status_of_row]))
-        return part_rows
+                content.errors.append(_error_row(position, key, STATUS_NAMES[status_of_row]))
+        return content
 
-    def _labelled_row(self, position: int, key: str, label: int | None) -> LabelledRow:
+    def _metadata_of_row(self, position: int, key: str, label: int | None) -> RowMetadata:
         """Return the metadata of a row, with another model's answer if there are such answers."""
         if self.answer is None:
-            return LabelledRow(position, key, label)
-        return RowWithAnswer(position, key, label, answer=int(self.answer[position]))
+            return RowMetadata(position, key, label)
+        return MetadataWithAnswer(position, key, label, answer=int(self.answer[position]))
 
     def _row_keys(self, part: Part) -> list[str]:
         """Return the identifiers of a part's rows; without identifiers, the row numbers."""
-        ids = self.arrays.get("ids")
+        ids = self.opened_arrays.get("ids")
         if ids is None:
             return [str(row) for row in range(part.start, part.stop)]
         return array_to_texts(ids.read(part.start, part.stop), ids.location)
@@ -392,7 +394,7 @@ def _error_row(position: int, key: str, kind: str) -> ErrorRow:
     )
 
 
-def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], Norms]:
+def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], NormSummary]:
     """Normalise a block of rows, unless the column ``name`` may have any norm.
 
     Returns the rows to be stored, the status code of each image, and a summary of the original
@@ -409,17 +411,17 @@ def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8
     if may_have_any_norm:
         is_finite = torch.isfinite(rows).all(dim=1).numpy()
         status = np.where(is_finite, VALID, NONFINITE).astype(np.uint8)
-        return rows, status, Norms()
+        return rows, status, NormSummary()
     # in ``rows``, every view of an image is a row
-    rows, status, norms = normalise_rows(rows)
+    rows, status, norm_summary = normalise_rows(rows)
     status_of_views = status.reshape(len(block), -1)
     # VALID is the smallest code, so an image is valid only if all views of the image are valid
     status_of_images = status_of_views.max(axis=1, initial=VALID)
-    return rows.view(block.shape), status_of_images, norms
+    return rows.view(block.shape), status_of_images, norm_summary
 
 
 def _read_source(
-    arrays: Arrays,
+    array_files: ArrayFiles,
     keys: dict[str, str],
     class_names: Sequence[str] | None,
     outside: tuple[str, ...],
@@ -428,7 +430,7 @@ def _read_source(
 
     ``keys``, ``class_names`` and ``outside`` are arguments of ``import_arrays``.
     """
-    opened_arrays = _open_arrays(arrays, keys)
+    opened_arrays = _open_arrays(array_files, keys)
     for name in ("image", LOGITS):
         if name in opened_arrays:
             _require_matrix(opened_arrays[name])
@@ -446,20 +448,20 @@ def _read_source(
     source_names = _read_class_names(opened_arrays.get("class_names"), class_names)
     targets = _read_targets(opened_arrays.get("target"), n_rows)
     if LOGITS in opened_arrays:
-        classes = _classes_with_logits(targets, source_names, outside, opened_arrays[LOGITS])
-        text = zero_texts(len(classes.names), logit_space(_embedding_width(opened_arrays)))
+        store_classes = _classes_with_logits(targets, source_names, outside, opened_arrays[LOGITS])
+        text = zero_texts(len(store_classes.names), logit_space(_embedding_width(opened_arrays)))
     else:
-        classes = _classes_with_texts(targets, source_names, outside, opened_arrays["text"])
-        text = _read_texts(opened_arrays, classes.text_rows, classes.names)
+        store_classes = _classes_with_texts(targets, source_names, outside, opened_arrays["text"])
+        text = _read_texts(opened_arrays, store_classes.text_rows, store_classes.names)
     _check_ids(opened_arrays.get("ids"), n_rows)
     return SourceArrays(
-        arrays=opened_arrays,
-        target=classes.target,
-        names=classes.names,
+        opened_arrays=opened_arrays,
+        target=store_classes.target,
+        class_names=store_classes.names,
         text=text,
-        class_columns=_read_class_columns(opened_arrays, classes.text_rows),
+        class_columns=_read_class_columns(opened_arrays, store_classes.text_rows),
         outside=outside,
-        answer=_read_answers(opened_arrays.get(ANSWER), n_rows, source_names, classes.names),
+        answer=_read_answers(opened_arrays.get(ANSWER), n_rows, source_names, store_classes.names),
     )
 
 
@@ -489,7 +491,7 @@ def _read_texts(
     """
     image_array = opened_arrays["image"]
     text_array = opened_arrays["text"]
-    text = require_usable(text_array.read_whole(), "text")[text_rows]
+    text = require_usable_rows(text_array.read_whole(), "text")[text_rows]
     image_width = _embedding_width(opened_arrays)
     if text.shape[1] != image_width:
         raise DataError(
@@ -497,7 +499,7 @@ def _read_texts(
             f"{text.shape[1]} ({text_array.location})."
         )
     # raises DataError if two classes with the same name have different texts
-    first_same_answer(text, store_names)
+    index_of_first_same_answer(text, store_names)
     return text
 
 
@@ -520,10 +522,12 @@ def _read_answers(
     values = answers.values
     if values.dtype.kind in WHOLE_KINDS:
         # numbers in the source become names, because the store may number the classes anew
-        numbers = check_answers(
+        class_numbers = check_answers(
             values, n_rows=len(values), class_names=None, n_candidates=len(source_names)
         )
-        values = np.array([source_names[number] for number in numbers.tolist()], dtype=np.str_)
+        values = np.array(
+            [source_names[number] for number in class_numbers.tolist()], dtype=np.str_
+        )
     class_of_value = check_answers(
         values, n_rows=len(values), class_names=store_names, n_candidates=len(store_names)
     ).numpy()
@@ -540,30 +544,30 @@ class StoreClasses(NamedTuple):
 
 
 def _classes_with_logits(
-    targets: Targets, names: tuple[str, ...], outside: tuple[str, ...], logits: StoredArray
+    targets: Targets, source_names: tuple[str, ...], outside: tuple[str, ...], logits: StoredArray
 ) -> StoreClasses:
-    """Return the classes of a source with logits: all classes ``names`` of the source.
+    """Return the classes of a source with logits: all classes ``source_names`` of the source.
 
     Each class must have a column of logits, and no class can be left out. So the labels in
     ``outside`` must not be classes.
     """
     n_logits = logits.shape[1]
-    if n_logits != len(names):
+    if n_logits != len(source_names):
         raise DataError(
             f"there must be one class name per logit ({n_logits}, {logits.location}). Got "
-            f"{len(names)} names instead."
+            f"{len(source_names)} names instead."
         )
-    classes_outside = set(outside) & set(names)
+    classes_outside = set(outside) & set(source_names)
     if classes_outside:
         raise UsageError(
             "classes with logits can be answers, so they cannot be outside. Leave their logits "
             "out, or use --outside for labels beyond the classes only."
         )
-    require_distinct_names(names)
-    target = _index_targets(targets, names, outside)
+    require_distinct_names(source_names)
+    target = _index_targets(targets, source_names, outside)
     # ``check_class_names`` returns None only for None. ``or ()`` tells this to the type checker.
-    checked_names = check_class_names(names, n_candidates=len(names)) or ()
-    return StoreClasses(checked_names, text_rows=torch.arange(len(names)), target=target)
+    checked_names = check_class_names(source_names, n_candidates=len(source_names)) or ()
+    return StoreClasses(checked_names, text_rows=torch.arange(len(source_names)), target=target)
 
 
 def _require_matrix(array: StoredArray) -> None:
@@ -576,7 +580,7 @@ def _require_matrix(array: StoredArray) -> None:
         )
 
 
-def _open_arrays(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
+def _open_arrays(array_files: ArrayFiles, keys: dict[str, str]) -> dict[str, StoredArray]:
     """Open the arrays of a source, and return a dictionary from names to open arrays.
 
     The names are the names in ``ARRAY_NAMES``. The key of an array is the name of the array in the
@@ -591,13 +595,13 @@ def _open_arrays(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]
         )
     key_of_name = {name: keys.get(name, name) for name in ARRAY_NAMES}
     required_names = ["image", "text"]
-    if key_of_name[LOGITS] in arrays.names:
+    if key_of_name[LOGITS] in array_files.names:
         required_names = [LOGITS]
-        _adapt_keys_to_logits(arrays, key_of_name)
+        _adapt_keys_to_logits(array_files, key_of_name)
     required_keys = [key_of_name[name] for name in required_names]
-    _require_keys(arrays, key_of_name, [*required_keys, *keys.values()])
-    used_keys = {name: key for name, key in key_of_name.items() if key in arrays.names}
-    unused_keys = sorted(set(arrays.names) - set(used_keys.values()))
+    _require_keys(array_files, key_of_name, [*required_keys, *keys.values()])
+    used_keys = {name: key for name, key in key_of_name.items() if key in array_files.names}
+    unused_keys = sorted(set(array_files.names) - set(used_keys.values()))
     if unused_keys:
         logger.info(
             "not imported: %s (to import an array under another name: --key NAME=KEY)",
@@ -608,49 +612,49 @@ def _open_arrays(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]
         # compressed array is very small. Arrays with a number or text per row may compress very
         # well.
         if name not in {"target", "answer", "ids"}:
-            arrays.require_small(key)
-    opened_arrays = {name: arrays.open(key) for name, key in used_keys.items()}
+            array_files.refuse_zip_bomb(key)
+    opened_arrays = {name: array_files.open(key) for name, key in used_keys.items()}
     for name in ("class_names", *ROW_ARRAYS):
         if name in opened_arrays:
             opened_arrays[name].require_c_order()
     return opened_arrays
 
 
-def _adapt_keys_to_logits(arrays: Arrays, key_of_name: dict[str, str]) -> None:
+def _adapt_keys_to_logits(array_files: ArrayFiles, key_of_name: dict[str, str]) -> None:
     """Change ``key_of_name`` for a source with logits. Such a source must have no texts.
 
     With logits, the array ``features`` has the vectors of the rows. So ``features`` is read as
     ``image``, unless there is an array ``image``.
     """
-    if key_of_name["text"] in arrays.names:
+    if key_of_name["text"] in array_files.names:
         raise DataError(
-            f"{arrays.path} has the arrays {key_of_name['text']!r} and {key_of_name[LOGITS]!r}. "
-            "Logits replace texts: leave one of them out."
+            f"{array_files.path} has the arrays {key_of_name['text']!r} and "
+            f"{key_of_name[LOGITS]!r}. Logits replace texts: leave one of them out."
         )
-    if key_of_name["image"] not in arrays.names:
+    if key_of_name["image"] not in array_files.names:
         key_of_name["image"] = key_of_name["features"]
         key_of_name["features"] = ""  # no array has this key, so nothing is read as ``features``
 
 
 def _require_keys(
-    arrays: Arrays, key_of_name: Mapping[str, str], required_keys: Sequence[str]
+    array_files: ArrayFiles, key_of_name: Mapping[str, str], required_keys: Sequence[str]
 ) -> None:
     """Raise DataError if the source lacks an array.
 
     Args:
-        arrays: The arrays of the source.
+        array_files: The arrays of the source.
         key_of_name: Maps names in ``ARRAY_NAMES`` to the keys of the arrays in the source.
         required_keys: Keys that the source must have.
     """
-    missing_keys = [key for key in required_keys if key not in arrays.names]
+    missing_keys = [key for key in required_keys if key not in array_files.names]
     if not missing_keys:
         return
     missing_key = missing_keys[0]
     name = next(name for name, key in key_of_name.items() if key == missing_key)
-    existing_keys = ", ".join(repr(key) for key in arrays.names[:20]) or "none"
+    existing_keys = ", ".join(repr(key) for key in array_files.names[:20]) or "none"
     raise DataError(
-        f"{arrays.path} has no array {missing_key!r}; it has {existing_keys}. If the array has "
-        f"another name there, give --key {name}=NAME."
+        f"{array_files.path} has no array {missing_key!r}; it has {existing_keys}. If the array "
+        f"has another name there, give --key {name}=NAME."
     )
 
 
@@ -764,10 +768,10 @@ def _read_targets(array: StoredArray | None, n_rows: int) -> Targets:
         )
     targets_of_blocks: list[Targets] = []
     for block in array.blocks():
-        targets = block
+        block_targets = block
         if holds_names:
-            targets = np.array(array_to_texts(block, array.location), np.str_)
-        values, index_of_row = np.unique(targets, return_inverse=True)
+            block_targets = np.array(array_to_texts(block, array.location), np.str_)
+        values, index_of_row = np.unique(block_targets, return_inverse=True)
         targets_of_blocks.append(Targets(values, index_of_row))
     return _join_targets(targets_of_blocks)
 
@@ -780,78 +784,80 @@ def _join_targets(targets_of_blocks: Sequence[Targets]) -> Targets:
     index_of_row: list[NDArray[np.int64]] = []
     for targets in targets_of_blocks:
         # for each value of the block, the index among the values of all blocks
-        new_index = np.searchsorted(all_values, targets.values)
-        index_of_row.append(new_index[targets.index_of_row])
+        new_index_of_value = np.searchsorted(all_values, targets.values)
+        index_of_row.append(new_index_of_value[targets.index_of_row])
     return Targets(all_values, np.concatenate(index_of_row))
 
 
 def _classes_with_texts(
-    targets: Targets, names: tuple[str, ...], outside: tuple[str, ...], text: StoredArray
+    targets: Targets, source_names: tuple[str, ...], outside: tuple[str, ...], text: StoredArray
 ) -> StoreClasses:
-    """Return the classes of a source with texts: the classes ``names`` without ``outside``."""
-    remaining_numbers = [number for number, name in enumerate(names) if name not in outside]
+    """Return the classes of a source with texts: ``source_names`` without ``outside``."""
+    kept_classes = [number for number, name in enumerate(source_names) if name not in outside]
     n_texts = len(text)
-    if n_texts not in {len(names), len(remaining_numbers)}:
+    if n_texts not in {len(source_names), len(kept_classes)}:
         raise DataError(
             f"there must be one class name per row of text ({n_texts}, {text.location}). Got "
-            f"{len(names)} names instead."
+            f"{len(source_names)} names instead."
         )
-    if not remaining_numbers:
+    if not kept_classes:
         raise UsageError(
-            f"all of the {len(names)} classes would be outside. At least one must be left."
+            f"all of the {len(source_names)} classes would be outside. At least one must be left."
         )
     # the label in the store of each class in the source; OUTSIDE if the class is left out
-    new_label = np.full(len(names), OUTSIDE, np.int64)
-    new_label[remaining_numbers] = np.arange(len(remaining_numbers))
-    target = _index_targets(targets, names, outside)
+    label_of_class = np.full(len(source_names), OUTSIDE, np.int64)
+    label_of_class[kept_classes] = np.arange(len(kept_classes))
+    target = _index_targets(targets, source_names, outside)
     is_class = target >= 0
-    target[is_class] = new_label[target[is_class]]
+    target[is_class] = label_of_class[target[is_class]]
     # ``text`` has a row for every name, or only a row for every remaining class
-    has_text_per_name = n_texts == len(names)
-    text_rows = torch.tensor(remaining_numbers if has_text_per_name else range(n_texts))
-    remaining_names = [names[number] for number in remaining_numbers]
+    has_text_per_name = n_texts == len(source_names)
+    text_rows = torch.tensor(kept_classes if has_text_per_name else range(n_texts))
+    remaining_names = [source_names[number] for number in kept_classes]
     # ``check_class_names`` returns None only for None. ``or ()`` tells this to the type checker.
-    checked_names = check_class_names(remaining_names, n_candidates=len(remaining_numbers)) or ()
+    checked_names = check_class_names(remaining_names, n_candidates=len(kept_classes)) or ()
     return StoreClasses(checked_names, text_rows=text_rows, target=target)
 
 
 def _index_targets(
-    targets: Targets, names: tuple[str, ...], outside: tuple[str, ...]
+    targets: Targets, source_names: tuple[str, ...], outside: tuple[str, ...]
 ) -> NDArray[np.int64]:
-    """Return targets (N,) int64: the index in ``names``; -1: unknown, -2: beyond the classes."""
+    """Return targets (N,) int64: index in ``source_names``; -1: unknown, -2: beyond the names."""
     index_of_name: dict[str, int] = {}
-    for i, name in enumerate(names):
+    for i, name in enumerate(source_names):
         index_of_name.setdefault(name, i)  # a repeated name keeps the first index
     labels_outside = [name for name in outside if name not in index_of_name]
-    _require_used_labels(labels_outside, targets, names)
+    _require_used_labels(labels_outside, targets, source_names)
     if targets.values.dtype.kind == "U":
         indices = _indices_of_names(targets.values.tolist(), index_of_name, labels_outside)
     else:
-        indices = _indices_of_numbers(targets.values, len(names), labels_outside)
+        indices = _indices_of_numbers(targets.values, len(source_names), labels_outside)
     return indices[targets.index_of_row]
 
 
 def _require_used_labels(
-    labels_outside: Sequence[str], targets: Targets, names: tuple[str, ...]
+    labels_outside: Sequence[str], targets: Targets, source_names: tuple[str, ...]
 ) -> None:
     """Raise UsageError if a label in ``labels_outside`` is the target of no row."""
-    known_names = {"", *names}
-    known_numbers = range(len(names))
+    known_labels = {"", *source_names}
+    known_numbers = range(len(source_names))
     labels_beyond_classes: list[str] = []  # targets beyond the classes
     for value in targets.values.tolist():
-        if value not in known_names and value not in known_numbers:
+        if value not in known_labels and value not in known_numbers:
             labels_beyond_classes.append(str(value))
     unused_labels = [label for label in labels_outside if label not in labels_beyond_classes]
     if not unused_labels:
         return
-    shown_names = [repr(name) for name in names[:MAX_LISTED]]
-    if len(names) > MAX_LISTED:
+    shown_names = [repr(name) for name in source_names[:MAX_LISTED_NAMES]]
+    if len(source_names) > MAX_LISTED_NAMES:
         shown_names.append("...")
-    choices = f"Classes are {', '.join(shown_names)}"
+    choices_text = f"Classes are {', '.join(shown_names)}"
     if labels_beyond_classes:
-        shown_labels = ", ".join(labels_beyond_classes[:MAX_LISTED])
-        choices = f"{choices}; labels beyond the classes are {shown_labels}"
-    raise UsageError(f"there is no class or label {unused_labels[0]!r} for --outside. {choices}.")
+        shown_labels = ", ".join(labels_beyond_classes[:MAX_LISTED_NAMES])
+        choices_text = f"{choices_text}; labels beyond the classes are {shown_labels}"
+    raise UsageError(
+        f"there is no class or label {unused_labels[0]!r} for --outside. {choices_text}."
+    )
 
 
 def _indices_of_names(
@@ -919,18 +925,21 @@ def _read_class_columns(
 
 
 def _plan_run(
-    source_arrays: SourceArrays, space: EmbeddingSpace, imported: Imported, **settings: object
+    source_arrays: SourceArrays, space: EmbeddingSpace, imported: ImportFacts, **settings: object
 ) -> Run:
     """Return the run for the import of these arrays.
 
     All arrays are read once, because the fingerprint of the run contains a hash of the arrays.
+
+    Raises:
+        DataError: If a column of the classes or of the model has a wrong shape.
     """
     inputs: dict[str, object] = {
         "dataset_fingerprint": source_arrays.fingerprint(),
         "n_in": len(source_arrays.row_array),
         "space": asdict(space),
-        "names": source_arrays.names,
-        "folders": source_arrays.names if "target" in source_arrays.arrays else None,
+        "names": source_arrays.class_names,
+        "folders": source_arrays.class_names if "target" in source_arrays.opened_arrays else None,
         "templates": (),
         "limits": {},
         "outside": tuple(sorted(source_arrays.outside)),
@@ -941,18 +950,20 @@ def _plan_run(
     source_path, _, _ = source_arrays.row_array.location.partition(", array ")
     path = Path(source_path)
     source = path.parent if path.suffix == ".npy" else path
-    return make_run(inputs, source.name or path.stem)
+    run = make_run(inputs, source.name or path.stem)
+    _require_shapes(source_arrays, run)
+    return run
 
 
 def _write_store(
-    root: Path, run: Run, source_arrays: SourceArrays, budget: Budget, *, overwrite: bool
+    root: Path, run: Run, source_arrays: SourceArrays, loss_budget: LossBudget, *, overwrite: bool
 ) -> None:
     """Write the missing parts and seal the store."""
-    with StoreLedger.claim(root):
+    with StoreLedger.lock_folder(root):
         classes = (source_arrays.text, source_arrays.class_columns)
         run = begin_run(root, run, make_classes=lambda: classes, overwrite=overwrite)
         ledger = StoreLedger(root, run)
-        missing_parts, receipts = ledger.survey()
+        missing_parts, receipts = ledger.check_parts()
         if missing_parts:
             # A manifest states that all parts are done. So the manifest is removed before the first
             # part is written.
@@ -967,15 +978,15 @@ def _write_store(
                 receipt = _write_part(ledger, part, source_arrays)
                 n_errors += receipt.n_error
                 task.advance(len(part), f"{n_errors} errors")
-            source_arrays.norms.warn("image")
-        ledger.clean()
-        seal(ledger, budget)
+            source_arrays.norm_summary.warn("image")
+        ledger.remove_temporary_files()
+        seal(ledger, loss_budget)
 
 
 def _write_part(ledger: StoreLedger, part: Part, source_arrays: SourceArrays) -> Receipt:
     """Write a part in the number format of the store, and return the receipt."""
-    rows = source_arrays.read_rows(part)
+    content = source_arrays.read_part(part)
     number_format = getattr(torch, ledger.run.dtype)
-    for name, blocks in rows.arrays.items():
-        rows.arrays[name] = [block.to(number_format) for block in blocks]
-    return ledger.write_rows(part, rows, batch_size=len(part), shard_fingerprint="")
+    for name, blocks in content.array_blocks.items():
+        content.array_blocks[name] = [block.to(number_format) for block in blocks]
+    return ledger.write_part(part, content, batch_size=len(part), shard_fingerprint="")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vilu.artifacts.disk import MANIFEST, RUN
+from vilu.artifacts.disk import MANIFEST_FILE, RUN_FILE
 from vilu.artifacts.documents import read_document
 from vilu.embeddings.checks import NORM_TOLERANCE
 from vilu.embeddings.columns import UNNORMALISED_COLUMNS
@@ -156,17 +156,13 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
     """
     root = Path(path)
     StoreLedger.require_begun(root)
-    run = read_document(root / RUN, Run)
+    run = read_document(root / RUN_FILE, Run)
     ledger = StoreLedger(root, run)
-    is_sealed = (root / MANIFEST).exists()
+    is_sealed = (root / MANIFEST_FILE).exists()
     report = StoreReport(
-        store=root.resolve().name,
-        sealed=is_sealed,
-        run=run,
-        parts=len(ledger.parts),
-        deep=deep,
+        store=root.resolve().name, sealed=is_sealed, run=run, parts=len(ledger.parts), deep=deep
     )
-    for name, shape in run.arrays.items():
+    for name, shape in run.row_shapes.items():
         if name not in {IMAGE, CAPTION}:
             report.columns[name] = shape
     for part in ledger.parts:
@@ -176,8 +172,8 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
                 _inspect_part(ledger, part, report)
     with report.catch_problem():
         if not run.captions:
-            table, _ = read_classes(root, run)
-            for name, info in table.columns.items():
+            class_table, _ = read_classes(root, run)
+            for name, info in class_table.columns.items():
                 report.columns[name] = info.shape
         if is_sealed and not report.problems:
             _try_to_open(root, run)
@@ -223,35 +219,36 @@ def _label_counts(ledger: StoreLedger, part: Part, receipt: Receipt) -> dict[str
 def _part_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterator[str]:
     """Yield a sentence for each error in the content of a part."""
     run = ledger.run
-    for name, row_shape in run.arrays.items():
+    for name, row_shape in run.row_shapes.items():
         path = ledger.root / part.array_file(name)
         yield from _array_problems(path, name, (receipt.n_ok, *row_shape), run.dtype)
-    names = ["position", "key", "label"]
+    column_names = ["position", "key", "label"]
     if run.captions:
-        names.append("caption")  # not used below, but reading the column checks that it is text
+        # not used below, but reading the column checks that it is text
+        column_names.append("caption")
     metadata_path = ledger.root / part.metadata_file
     errors_path = ledger.root / part.errors_file
-    rows = read_columns(metadata_path, metadata_schema(run), names, receipt.n_ok)
-    errors = read_columns(errors_path, ERROR_SCHEMA, ["position", "kind"], receipt.n_error)
-    part_name = f"part {part.number} ({metadata_path}, {errors_path})"  # for the sentences
-    row_positions = rows["position"].to_numpy()
-    error_positions = errors["position"].to_numpy()
+    row_table = read_columns(metadata_path, metadata_schema(run), column_names, receipt.n_ok)
+    error_table = read_columns(errors_path, ERROR_SCHEMA, ["position", "kind"], receipt.n_error)
+    part_text = f"part {part.number} ({metadata_path}, {errors_path})"  # for the sentences
+    row_positions = row_table["position"].to_numpy()
+    error_positions = error_table["position"].to_numpy()
     all_positions = np.union1d(row_positions, error_positions)
     if not has_all_positions(run, part, all_positions, receipt.n_in):
         images = "of its shards" if run.shards else f"from {part.start} to {part.stop - 1}"
-        yield f"{part_name} does not hold every image {images} once."
+        yield f"{part_text} does not hold every image {images} once."
     elif np.any(np.diff(row_positions) <= 0):
-        yield f"{part_name} is not in the order of the images."
-    if Counter(errors["kind"].to_pylist()) != Counter(receipt.errors):
-        yield f"{part_name} has other kinds of errors than its receipt."
+        yield f"{part_text} is not in the order of the images."
+    if Counter(error_table["kind"].to_pylist()) != Counter(receipt.errors):
+        yield f"{part_text} has other kinds of errors than its receipt."
     if not run.captions:
-        labels = rows["label"].drop_null().to_numpy()
-        yield from _label_problems(labels, len(run.names), part_name)
-    if len(rows["key"].unique()) != len(rows):
-        yield f"{part_name} has keys more than once."
+        labels = row_table["label"].drop_null().to_numpy()
+        yield from _label_problems(labels, len(run.names), part_text)
+    if len(row_table["key"].unique()) != len(row_table):
+        yield f"{part_text} has keys more than once."
 
 
-def _label_problems(labels: NDArray[np.int64], n_classes: int, part_name: str) -> Iterator[str]:
+def _label_problems(labels: NDArray[np.int64], n_classes: int, part_text: str) -> Iterator[str]:
     """Yield a sentence about a part if a label is invalid.
 
     Valid labels are 0 to ``n_classes`` - 1, and -2 (outside). An unknown label is stored as null
@@ -260,7 +257,7 @@ def _label_problems(labels: NDArray[np.int64], n_classes: int, part_name: str) -
     is_valid = (labels != UNKNOWN) & (labels >= OUTSIDE) & (labels < n_classes)
     if not is_valid.all():
         yield (
-            f"{part_name} has labels from {labels.min()} to {labels.max()} for {n_classes} classes."
+            f"{part_text} has labels from {labels.min()} to {labels.max()} for {n_classes} classes."
         )
 
 

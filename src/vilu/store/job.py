@@ -13,18 +13,25 @@ from typing import Protocol
 
 from torch import Tensor
 
-from vilu.artifacts.disk import RUN, convert_os_errors
+from vilu.artifacts.disk import RUN_FILE, convert_os_errors
 from vilu.artifacts.documents import append_to_log
 from vilu.backbones.base import Backbone, jpeg_side_of
 from vilu.backbones.catalog import load_backbone
-from vilu.datasets.base import SHARD, ImageDataset, ImageRecord
+from vilu.datasets.base import POSITIONS_PER_SHARD, ImageDataset, ImageRecord
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.errors import StorageError
-from vilu.progress import Silence, Task
+from vilu.progress import SilentProgress, Task
 from vilu.store.manifest import Receipt, Run
-from vilu.store.mapped import default_workers, in_threads
-from vilu.store.parts import ErrorRow, Part, PartRows, Row, StoreLedger, possible_positions
-from vilu.store.pipeline import END, Decoder, Encoder, PreparedImage, records_with_positions
+from vilu.store.mapped import default_workers, map_in_threads
+from vilu.store.parts import (
+    ErrorRow,
+    ImageMetadata,
+    Part,
+    PartContent,
+    StoreLedger,
+    possible_positions,
+)
+from vilu.store.pipeline import END_OF_PART, Decoder, Encoder, PreparedImage, records_with_positions
 from vilu.store.precision import check_precision
 from vilu.text import plural
 
@@ -52,7 +59,7 @@ def count_attempts(root: Path, part: Part) -> int:
             return 0
 
 
-def forget_attempts(root: Path) -> None:
+def remove_attempt_marks(root: Path) -> None:
     """Remove the marks on all parts. Meanwhile, no other process may be at work on the store."""
     folder = root / "attempts"
     with convert_os_errors(f"cannot clean {folder}"):
@@ -71,7 +78,7 @@ class AttemptMarks:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._begun_parts: set[Part] = set()
+        self._marked_parts: set[Part] = set()
 
     def __enter__(self) -> AttemptMarks:
         return self
@@ -80,27 +87,27 @@ class AttemptMarks:
         # If a mark cannot be removed, the part may be given up one try earlier. This error must not
         # hide the exception that ended the block.
         with suppress(StorageError):
-            for part in tuple(self._begun_parts):
-                self.end(part)
+            for part in tuple(self._marked_parts):
+                self.remove(part)
 
-    def begin(self, part: Part) -> None:
+    def add(self, part: Part) -> None:
         """Put a mark on a part, before the work on the part begins."""
         path = self._root / part.attempts_file
         with convert_os_errors(f"cannot write to {path.parent}"):
             path.parent.mkdir(exist_ok=True)
             with path.open("ab") as handle:
                 handle.write(b"x")
-        self._begun_parts.add(part)
+        self._marked_parts.add(part)
 
-    def end(self, part: Part) -> None:
+    def remove(self, part: Part) -> None:
         """Remove all marks on a part, including the marks of dead processes."""
         path = self._root / part.attempts_file
         with convert_os_errors(f"cannot write to {path.parent}"):
             path.unlink(missing_ok=True)
-        self._begun_parts.discard(part)
+        self._marked_parts.discard(part)
 
 
-def given_up_rows(run: Run, part: Part, dataset: ImageDataset, *, may_list: bool) -> PartRows:
+def given_up_content(run: Run, part: Part, dataset: ImageDataset, *, may_list: bool) -> PartContent:
     """Return the content of a given-up part: error rows, and no embeddings.
 
     If ``may_list`` is True, the images are listed but not read. Every image gets an error row of
@@ -124,15 +131,16 @@ def given_up_rows(run: Run, part: Part, dataset: ImageDataset, *, may_list: bool
             )
     positions = possible_positions(run, part)
     if run.shards:
-        first_positions = positions[::SHARD]  # the first position of every shard of the part
-        shards = [(position, f"shard {position // SHARD}") for position in first_positions]
+        # the first position of every shard of the part
+        first_positions = positions[::POSITIONS_PER_SHARD]
+        shards = [(start, f"shard {start // POSITIONS_PER_SHARD}") for start in first_positions]
         return _error_rows("bad_shard", shards)
     return _error_rows("crash", [(position, f"image {position}") for position in positions])
 
 
-def _error_rows(kind: str, positions_and_keys: Sequence[tuple[int, str]]) -> PartRows:
+def _error_rows(kind: str, positions_and_keys: Sequence[tuple[int, str]]) -> PartContent:
     """Return the content of a part with an error row for each position, and no embeddings."""
-    content = PartRows()
+    content = PartContent()
     for position, key in positions_and_keys:
         error = ErrorRow(
             key=key,
@@ -218,12 +226,11 @@ class EmbedJob:
         The first images of a part are decoded while the previous part is still being embedded.
         """
         if progress is None:
-            progress = Silence()
+            progress = SilentProgress()
         untried_parts: list[Part] = []  # parts to embed together, in order
-        for number in parts:
-            part = self.ledger.parts[number]
-            outcome = self.ledger.look_up(part)
-            is_done = isinstance(outcome, Receipt)
+        for part in [self.ledger.parts[part_number] for part_number in parts]:
+            receipt_or_reason = self.ledger.receipt_or_reason(part)
+            is_done = isinstance(receipt_or_reason, Receipt)
             n_deaths = 0 if is_done else count_attempts(self.root, part)
             if not is_done and n_deaths == 0:
                 untried_parts.append(part)
@@ -231,8 +238,8 @@ class EmbedJob:
             # to keep the order, the untried parts before this part are done first
             yield from self._embed(untried_parts, progress)
             untried_parts = []
-            if isinstance(outcome, Receipt):
-                receipt = outcome
+            if isinstance(receipt_or_reason, Receipt):
+                receipt = receipt_or_reason
             elif n_deaths < MAX_ATTEMPTS:
                 # this part is embedded alone, so that no other part has a mark if this process
                 # dies, too
@@ -251,31 +258,32 @@ class EmbedJob:
         backbone = self._load_backbone()
         encoder = self._encoder(backbone, progress)
         decoder = self._decoder(backbone)
-        workers = self.workers or default_workers()
-        fingerprints: dict[int, str] = {}  # number of a part -> fingerprint of the part's shards
+        n_threads = self.workers or default_workers()
+        # number of a part -> fingerprint of the part's shards
+        shard_fingerprints: dict[int, str] = {}
         with (
             AttemptMarks(self.root) as marks,
-            in_threads(
+            map_in_threads(
                 decoder,
-                self._records(parts, marks, fingerprints),
-                workers=workers,
-                max_ahead=self.batch_size + workers,
-            ) as outcomes,
+                self._records_of_parts(parts, marks, shard_fingerprints),
+                n_threads=n_threads,
+                max_results_ahead=self.batch_size + n_threads,
+            ) as images_or_errors,
         ):
             for part in parts:
-                content = encoder.encode_part(outcomes)
-                receipt = self.ledger.write_rows(
+                content = encoder.encode_part(images_or_errors)
+                receipt = self.ledger.write_part(
                     part,
                     content,
                     batch_size=self.batch_size,
-                    shard_fingerprint=fingerprints[part.number],
+                    shard_fingerprint=shard_fingerprints[part.number],
                 )
                 # The mark is removed after the receipt is written. If the process dies in between,
                 # a finished part keeps a mark, and this mark is ignored. In the opposite order, a
                 # part could kill every process during the writing. Such a part would have no mark,
                 # and would be tried for ever.
-                marks.end(part)
-                self._log(part, receipt, content)
+                marks.remove(part)
+                self._log_part(part, receipt, content)
                 self._log_animated(content)
                 yield receipt
 
@@ -286,7 +294,7 @@ class EmbedJob:
             batch_size=self.batch_size,
             strict=self.strict,
             task=progress,
-            arrays=self.run.arrays,
+            row_shapes=self.run.row_shapes,
             dtype=self.run.dtype,
         )
 
@@ -313,14 +321,14 @@ class EmbedJob:
 
         def first_pixels() -> Iterator[Tensor]:
             for part in self.ledger.parts[:1]:  # the first part; without images there is no part
-                for item in records_with_positions(self.run, part, self.dataset):
-                    outcome = decoder(item)
-                    if isinstance(outcome, PreparedImage):
-                        yield outcome.pixels
+                for position_and_record in records_with_positions(self.run, part, self.dataset):
+                    image_or_error = decoder(position_and_record)
+                    if isinstance(image_or_error, PreparedImage):
+                        yield image_or_error.pixels
 
-        check = check_precision(backbone, self.run, first_pixels(), self.batch_size)
-        if check is not None:
-            append_to_log(self.root, checked=asdict(check))
+        precision_check = check_precision(backbone, self.run, first_pixels(), self.batch_size)
+        if precision_check is not None:
+            append_to_log(self.root, checked=asdict(precision_check))
 
     def _load_backbone(self) -> Backbone:
         """Return the model; ProvenanceError if the run began with another model."""
@@ -328,13 +336,13 @@ class EmbedJob:
         if isinstance(backbone, BackboneSpec):
             backbone = backbone.load()
         self.run.space.require_match(
-            backbone.space, name=str(self.root / RUN), other_name="the model of this process"
+            backbone.space, name=str(self.root / RUN_FILE), other_name="the model of this process"
         )
         return backbone
 
-    def _log(self, part: Part, receipt: Receipt, content: PartRows) -> None:
+    def _log_part(self, part: Part, receipt: Receipt, content: PartContent) -> None:
         """Write a finished part into the log of the store and into the log of the process."""
-        seconds = round(time.monotonic() - content.started_at, 3)
+        seconds = round(time.monotonic() - content.begun_at, 3)
         append_to_log(
             self.root,
             part=part.number,
@@ -350,46 +358,49 @@ class EmbedJob:
             seconds,
         )
 
-    def _log_animated(self, content: PartRows) -> None:
+    def _log_animated(self, content: PartContent) -> None:
         """Log the number of animated images. Only the first frame of an animated image is used."""
-        n_animated = sum(isinstance(row, Row) and row.n_frames > 1 for row in content.rows)
+        n_animated = 0
+        for metadata in content.metadata:
+            if isinstance(metadata, ImageMetadata) and metadata.n_frames > 1:
+                n_animated += 1
         if n_animated:
             logger.info("%s: the first frame is used", plural(n_animated, "animated image"))
 
-    def _records(
-        self, parts: Sequence[Part], marks: AttemptMarks, fingerprints: dict[int, str]
+    def _records_of_parts(
+        self, parts: Sequence[Part], marks: AttemptMarks, shard_fingerprints: dict[int, str]
     ) -> Iterator[tuple[int, ImageRecord] | None]:
-        """Yield the records of all parts with their positions, and ``END`` after each part.
+        """Yield the records of all parts with their positions, and ``END_OF_PART`` after each part.
 
         Before the records of a part are read, the part gets a mark, and the fingerprint of the
-        part's shards is put into ``fingerprints``.
+        part's shards is put into ``shard_fingerprints``.
         """
         for part in parts:
-            marks.begin(part)
+            marks.add(part)
             # The fingerprint is computed before the shards are read. So if a shard changes during
             # the reading, the next run notices the change.
-            fingerprints[part.number] = self.ledger.shard_fingerprint(part)
+            shard_fingerprints[part.number] = self.ledger.shard_fingerprint(part)
             yield from records_with_positions(self.run, part, self.dataset)
-            yield END
+            yield END_OF_PART
 
     def _give_up(self, part: Part, n_deaths: int) -> Receipt:
         """Give up a part after the death of ``n_deaths`` processes: write only error rows."""
         with AttemptMarks(self.root) as marks:
             # If listing the images also kills this process, the mark of this process stays. Then
             # the next process sees more than MAX_ATTEMPTS marks, and does not list the images.
-            marks.begin(part)
+            marks.add(part)
             shard_fingerprint = self.ledger.shard_fingerprint(part)
             listing_killed_process = n_deaths > MAX_ATTEMPTS
-            content = given_up_rows(
+            content = given_up_content(
                 self.run, part, self.dataset, may_list=not listing_killed_process
             )
-            receipt = self.ledger.write_rows(
+            receipt = self.ledger.write_part(
                 part,
                 content,
                 batch_size=self.batch_size,
                 shard_fingerprint=shard_fingerprint,
             )
-            marks.end(part)
+            marks.remove(part)
         logger.warning(
             "part %d was given up after %d processes had died in it: its %d images are counted as "
             "errors. To try again, remove %s.",

@@ -26,7 +26,13 @@ from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.progress import track
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.ledger import PickledByPath
-from vilu.store.mapped import ListedNumbers, MappedPairs, MappedParts, default_workers, in_threads
+from vilu.store.mapped import (
+    ListedNumbers,
+    MappedArrays,
+    MappedPairs,
+    default_workers,
+    map_in_threads,
+)
 from vilu.store.parts import open_npy
 from vilu.store.unreadable import convert_damage_errors
 from vilu.validation import checked
@@ -49,31 +55,34 @@ LAYOUTS = (
 class Shard:
     """Files with the same rows: row i of each file belongs to the same pair."""
 
-    image: Path  # file of (n, D) image embeddings
-    text: Path  # file of (n, D) caption embeddings
-    metadata: Path | None  # file with n rows of metadata, if any
+    image_file: Path  # file of (n, D) image embeddings
+    text_file: Path  # file of (n, D) caption embeddings
+    metadata_file: Path | None  # file with n rows of metadata, if any
 
     @cached_property
     def shape(self) -> tuple[int, int]:
         """Shape (n, D), from the headers of all files; ProvenanceError if the files disagree."""
-        n_images, image_width = map_matrix(self.image).shape
-        n_texts, text_width = map_matrix(self.text).shape
-        n_rows_of_file = {self.image: n_images, self.text: n_texts}
-        if self.metadata is not None:
+        n_images, image_width = map_matrix(self.image_file).shape
+        n_texts, text_width = map_matrix(self.text_file).shape
+        n_rows_of_file = {self.image_file: n_images, self.text_file: n_texts}
+        if self.metadata_file is not None:
             with (
-                convert_damage_errors(self.metadata, "Fetch it again."),
-                pq.ParquetFile(self.metadata) as file,
+                convert_damage_errors(self.metadata_file, "Fetch it again."),
+                pq.ParquetFile(self.metadata_file) as file,
             ):
-                n_rows_of_file[self.metadata] = file.metadata.num_rows
+                n_rows_of_file[self.metadata_file] = file.metadata.num_rows
         if len(set(n_rows_of_file.values())) > 1:
-            facts = ", ".join(f"{path} has {n_rows}" for path, n_rows in n_rows_of_file.items())
+            row_counts = ", ".join(
+                f"{path} has {n_rows}" for path, n_rows in n_rows_of_file.items()
+            )
             raise ProvenanceError(
-                f"partners must have the same number of rows. {facts}. Embed or fetch them again."
+                f"partners must have the same number of rows. {row_counts}. Embed or fetch them "
+                "again."
             )
         if image_width != text_width:
             raise ProvenanceError(
-                f"{self.image} has width {image_width} and {self.text} {text_width}: they are not "
-                "of one model."
+                f"{self.image_file} has width {image_width} and {self.text_file} {text_width}: "
+                "they are not of one model."
             )
         return n_images, image_width
 
@@ -204,7 +213,7 @@ def _find_base_folder(root: Path) -> tuple[Path, str, str]:
 
 def _numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
     """Map the number at the end of each file name to the file, for all files in a folder."""
-    files: dict[int, Path] = {}
+    file_of_number: dict[int, Path] = {}
     for path in _sorted_entries(folder):
         if path.suffix != suffix or path.name.startswith("."):
             continue
@@ -215,13 +224,13 @@ def _numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
                 "matched with its partner."
             )
         number = int(match[0])
-        if number in files:
+        if number in file_of_number:
             raise DataError(
-                f"{files[number]} and {path} have the same number, so their partners are not "
-                "known. Remove one."
+                f"{file_of_number[number]} and {path} have the same number, so their partners are "
+                "not known. Remove one."
             )
-        files[number] = path
-    return files
+        file_of_number[number] = path
+    return file_of_number
 
 
 def _sorted_entries(folder: Path) -> list[Path]:
@@ -237,7 +246,7 @@ CAPTION_COLUMNS = ("caption", "TEXT")
 
 # Maximum number of values in a block of rows. A thread checks one block at a time. A block takes 4
 # MiB in float32. This size fits into the cache of a processor.
-MAX_BLOCK_CELLS = 2**20
+MAX_BLOCK_VALUES = 2**20
 
 
 class LaionPairs(PickledByPath, MappedPairs):
@@ -300,26 +309,28 @@ class LaionPairs(PickledByPath, MappedPairs):
             "fold": fold,
         }
         chosen_rows = None if fold is None else _rows_of_fold(root, shards, fold)
-        n_rows = [shard.n_rows for shard in shards]
-        starts = np.cumsum([0, *n_rows], dtype=np.int64)
-        rows = MappedParts(
-            starts,
+        n_rows_of_shards = [shard.n_rows for shard in shards]
+        shard_starts = np.cumsum([0, *n_rows_of_shards], dtype=np.int64)
+        mapped_arrays = MappedArrays(
+            shard_starts,
             {"image": (width,), "text": (width,)},
-            lambda name, number: _map_array(shards[number], name),
+            lambda array_name, shard_number: _map_array(shards[shard_number], array_name),
         )
         super().__init__(
             root,
-            rows,
-            arrays=("image", "text"),
+            mapped_arrays,
+            array_names=("image", "text"),
             space=space,
             pools=pools or Pools(),
             chosen_rows=chosen_rows,
         )
         self._has_unit_norms = False  # _row_status changes this to True if all rows have unit norm
-        self.ids = RowNumbers(len(rows)) if chosen_rows is None else ListedNumbers(chosen_rows)
+        self.ids = (
+            RowNumbers(len(mapped_arrays)) if chosen_rows is None else ListedNumbers(chosen_rows)
+        )
 
-    def _take_rows(self, name: str, index: Tensor) -> Tensor:
-        rows = super()._take_rows(name, index)
+    def _take_rows(self, array_name: str, index: Tensor) -> Tensor:
+        rows = super()._take_rows(array_name, index)
         if self._has_unit_norms:
             return rows
         unit_rows, _, _ = normalise_rows(rows)
@@ -331,28 +342,27 @@ class LaionPairs(PickledByPath, MappedPairs):
 
         Warns if some rows do not have unit norm.
         """
-        status = np.full(len(self._rows), VALID, dtype=np.uint8)
-        norms_seen = _NormStatistics()
-        workers = default_workers()
+        status = np.full(len(self._mapped_arrays), VALID, dtype=np.uint8)
+        statistics = _NormStatistics()
+        n_threads = default_workers()
         with (
             track("Checking embeddings", 2 * len(status), "rows") as task,
-            in_threads(
-                _check_block, self._blocks(), workers=workers, max_ahead=2 * workers
+            map_in_threads(
+                _check_block, self._blocks(), n_threads=n_threads, max_results_ahead=2 * n_threads
             ) as results,
         ):
             for start, block_status, norms in results:
                 # A row has one status code for image and caption: the first code that is not VALID.
                 status_so_far = status[start : start + len(block_status)]
                 np.copyto(status_so_far, block_status, where=status_so_far == VALID)
-                norms_seen.add(norms[torch.from_numpy(block_status == VALID)])
+                statistics.add(norms[torch.from_numpy(block_status == VALID)])
                 task.advance(len(block_status))
-        self._has_unit_norms = norms_seen.n_not_unit == 0
-        if norms_seen.n_not_unit:
+        self._has_unit_norms = statistics.n_not_unit == 0
+        if statistics.n_not_unit:
             warn_caller(
-                f"{norms_seen.n_not_unit} of {2 * len(status)} image and caption rows of "
-                f"{self.path} "
-                f"are not of unit norm (norms {norms_seen.low:.3g} to {norms_seen.high:.3g}); they "
-                "are normalised when they are read."
+                f"{statistics.n_not_unit} of {2 * len(status)} image and caption rows of "
+                f"{self.path} are not of unit norm (norms {statistics.min_norm:.3g} to "
+                f"{statistics.max_norm:.3g}); they are normalised when they are read."
             )
         return status if self._chosen_rows is None else status[self._chosen_rows.numpy()]
 
@@ -361,14 +371,14 @@ class LaionPairs(PickledByPath, MappedPairs):
 
         The rows are mapped. The disk is read only when the block is checked.
         """
-        block_rows = max(MAX_BLOCK_CELLS // self.space.embed_dim, 1)
-        for number, first in enumerate(self._rows.starts[:-1].tolist()):
-            for name in self._arrays:
+        block_rows = max(MAX_BLOCK_VALUES // self.space.embed_dim, 1)
+        for shard_number, shard_start in enumerate(self._mapped_arrays.part_starts[:-1].tolist()):
+            for array_name in self._array_names:
                 # The part is mapped anew and not shared. So the pages read from disk are released
                 # together with this array.
-                part = self._rows.open_part(name, number)
+                part = self._mapped_arrays.open_part(array_name, shard_number)
                 for start in range(0, len(part), block_rows):
-                    yield first + start, part[start : start + block_rows]
+                    yield shard_start + start, part[start : start + block_rows]
 
 
 @dataclass
@@ -376,8 +386,8 @@ class _NormStatistics:
     """Statistics of the norms of rows."""
 
     n_not_unit: int = 0  # number of norms other than 1
-    low: float = np.inf  # smallest norm
-    high: float = 0.0  # largest norm
+    min_norm: float = np.inf  # smallest norm
+    max_norm: float = 0.0  # largest norm
 
     def add(self, norms: Tensor) -> None:
         """Add the norms of more rows."""
@@ -385,20 +395,20 @@ class _NormStatistics:
             return
         is_not_unit = (norms - 1).abs() > NORM_TOLERANCE
         self.n_not_unit += int(is_not_unit.sum())
-        self.low = min(self.low, float(norms.min()))
-        self.high = max(self.high, float(norms.max()))
+        self.min_norm = min(self.min_norm, float(norms.min()))
+        self.max_norm = max(self.max_norm, float(norms.max()))
 
 
 def _common_width(shards: Sequence[Shard]) -> int:
     """Return the width of all shards; ProvenanceError if there are different widths."""
-    first = shards[0]
+    first_shard = shards[0]
     for shard in shards:
-        if shard.width != first.width:
+        if shard.width != first_shard.width:
             raise ProvenanceError(
-                f"{first.image} has width {first.width} and {shard.image} {shard.width}: they are "
-                "not of one model."
+                f"{first_shard.image_file} has width {first_shard.width} and {shard.image_file} "
+                f"{shard.width}: they are not of one model."
             )
-    return first.width
+    return first_shard.width
 
 
 def _check_block(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[np.uint8], Tensor]:
@@ -406,18 +416,18 @@ def _check_block(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[
 
     ``block`` has the number of the first row, and the rows (b, D).
     """
-    first_number, rows = block
+    first_row, rows = block
     # torch accepts only the native byte order
     native_rows = rows.astype(rows.dtype.newbyteorder("="))
     status, norms = row_status(torch.from_numpy(native_rows).float())
-    return first_number, status, norms
+    return first_row, status, norms
 
 
 def _listing_hash(root: Path, shards: list[Shard]) -> str:
     """Return a hash of names, sizes and times of modification of all files."""
     listing = ListingHash()
     for shard in shards:
-        for path in (shard.image, shard.text, shard.metadata):
+        for path in (shard.image_file, shard.text_file, shard.metadata_file):
             if path is None:
                 continue
             with convert_os_errors(f"cannot read {path}"):
@@ -425,9 +435,9 @@ def _listing_hash(root: Path, shards: list[Shard]) -> str:
     return listing.hexdigest()
 
 
-def _map_array(shard: Shard, name: str) -> NDArray[np.floating]:
-    """Map the rows of array ``name`` ("image" or "text") of a shard into memory."""
-    path = shard.image if name == "image" else shard.text
+def _map_array(shard: Shard, array_name: str) -> NDArray[np.floating]:
+    """Map the rows of array ``array_name`` ("image" or "text") of a shard into memory."""
+    path = shard.image_file if array_name == "image" else shard.text_file
     rows = map_matrix(path)
     if rows.shape != shard.shape:
         raise StorageError(
@@ -439,9 +449,13 @@ def _map_array(shard: Shard, name: str) -> NDArray[np.floating]:
 
 def _rows_of_fold(root: Path, shards: list[Shard], fold: Fold) -> NDArray[np.int64]:
     """Return the (M,) ascending numbers of the rows of a fold, counted over all shards."""
-    files = [(shard.metadata, shard.n_rows) for shard in shards if shard.metadata is not None]
-    if len(files) < len(shards):
+    metadata_files = [
+        (shard.metadata_file, shard.n_rows) for shard in shards if shard.metadata_file is not None
+    ]
+    if len(metadata_files) < len(shards):
         raise UsageError(
             f"folds are made by caption, and {root} has no metadata with captions. Leave fold out."
         )
-    return rows_of_fold(files, CAPTION_COLUMNS, fold, sum(shard.n_rows for shard in shards))
+    return rows_of_fold(
+        metadata_files, CAPTION_COLUMNS, fold, sum(shard.n_rows for shard in shards)
+    )

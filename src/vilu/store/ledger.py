@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVa
 from pydantic import Field
 
 from vilu.artifacts.disk import (
-    LOG,
-    MANIFEST,
-    RUN,
-    TEMPORARY,
+    LOG_FILE,
+    MANIFEST_FILE,
+    RUN_FILE,
+    TEMPORARY_NAME,
     convert_os_errors,
     file_hash,
     is_leftover,
@@ -39,7 +39,7 @@ from vilu.artifacts.disk import (
 )
 from vilu.artifacts.documents import (
     Document,
-    Model,
+    FrozenModel,
     parse_json,
     read_bounded,
     read_document,
@@ -48,16 +48,18 @@ from vilu.artifacts.documents import (
 from vilu.artifacts.hashing import bytes_hash, digest
 from vilu.artifacts.paths import claim_folder, folder_entries, refuse_foreign_files
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.progress import Silence, Task, track
+from vilu.progress import SilentProgress, Task, track
 
-RUN_FILE = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+(\.json)?")
+RUN_FILE_PATTERN = re.compile(
+    r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+(\.json)?"
+)
 """Names of the files of a run.
 
 The name of a receipt is digits and ``.json``. The name of a ``Part.attempts_file`` is digits alone.
 """
 
-RECEIPTS = "receipts"  # name of the folder of the receipts
-NO_RECEIPT = "it is not there"  # result of ``look_up`` for a part without a receipt
+RECEIPTS_FOLDER = "receipts"  # name of the folder of the receipts
+NO_RECEIPT = "it is not there"  # result of ``receipt_or_reason`` for a part without a receipt
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 
 
-class FileInfo(Model):
+class FileInfo(FrozenModel):
     """Size and SHA-256 of a file."""
 
     bytes: Count
@@ -111,7 +113,11 @@ class Ledger(ABC, Generic[P, R]):
     command: ClassVar[str]  # command that makes the folder, for messages
     activity: ClassVar[str]  # work under the lock, for messages: "scoring into"
     kind: ClassVar[str | None] = None  # value of "kind" in run.json; None: no such field
-    documents: ClassVar[tuple[str, ...]] = (RUN, MANIFEST, LOG)  # files directly in the folder
+    documents: ClassVar[tuple[str, ...]] = (
+        RUN_FILE,
+        MANIFEST_FILE,
+        LOG_FILE,
+    )  # files directly in the folder
     folders: ClassVar[tuple[str, ...]]  # all possible sub-folders of a run
 
     def __init__(
@@ -124,7 +130,7 @@ class Ledger(ABC, Generic[P, R]):
 
     @classmethod
     @contextmanager
-    def claim(cls, root: Path, wait_seconds: float = 0.0) -> Iterator[None]:
+    def lock_folder(cls, root: Path, wait_seconds: float = 0.0) -> Iterator[None]:
         """Make the folder, and hold the lock of the folder in the block.
 
         If another process holds the lock, wait for at most ``wait_seconds``. The system releases
@@ -150,27 +156,29 @@ class Ledger(ABC, Generic[P, R]):
         # another process could begin a run in between. Then the files of this run would be refused.
         is_empty = not root.is_dir() or not folder_entries(root)
         may_be_used = is_empty or cls.has_begun(root)
-        if not may_be_used and (root / RUN).is_file():
+        if not may_be_used and (root / RUN_FILE).is_file():
             raise UsageError(
-                f"{root / RUN} is of no {cls.folder_kind}, so nothing there is touched. Give a new "
-                "folder."
+                f"{root / RUN_FILE} is of no {cls.folder_kind}, so nothing there is touched. Give "
+                "a new folder."
             )
         # ``may_be_used`` already says whether a run of this kind owns the folder. So
         # ``claim_folder`` does not have to recognise files. Because of ``has_same_inputs``,
-        # ``claim_folder`` accepts a folder that may be used. Because of ``is_ours``, every file in
-        # any other folder is refused.
-        claim_folder(root, cls.folder_kind, is_ours=lambda _: False, has_same_inputs=may_be_used)
+        # ``claim_folder`` accepts a folder that may be used. By ``is_part_of_result``, every file
+        # in any other folder is refused.
+        claim_folder(
+            root, cls.folder_kind, is_part_of_result=lambda _: False, has_same_inputs=may_be_used
+        )
         if overwrite and root.is_dir():
-            # without this check, clear() would also remove the user's files in the sub-folders
+            # without this check, remove_run() would also remove the user's files in the sub-folders
             refuse_foreign_files(root, cls.folder_kind, cls._foreign_files(root))
 
     @classmethod
     def has_begun(cls, root: Path) -> bool:
         """Whether a folder has a ``run.json`` of a run of this kind, or a damaged ``run.json``."""
-        if not (root / RUN).is_file():
+        if not (root / RUN_FILE).is_file():
             return False
         try:
-            content = parse_json(read_bounded(root / RUN, "Give another folder", DataError))
+            content = parse_json(read_bounded(root / RUN_FILE, "Give another folder", DataError))
         except (ValueError, RecursionError):
             # The file is damaged. The next reader of the file reports the damage. False would lead
             # to the wrong message that the run is of another kind.
@@ -180,11 +188,11 @@ class Ledger(ABC, Generic[P, R]):
     @classmethod
     def _foreign_files(cls, root: Path) -> Iterator[Path]:
         """Yield the files and folders in ``root`` that no run writes."""
-        run_folders = {RECEIPTS, *cls.folders}
+        folder_names = {RECEIPTS_FOLDER, *cls.folders}
         for path in folder_entries(root):
-            if path.name in run_folders and path.is_dir():
+            if path.name in folder_names and path.is_dir():
                 for file in folder_entries(path):
-                    if not RUN_FILE.fullmatch(file.name):
+                    if not RUN_FILE_PATTERN.fullmatch(file.name):
                         yield file
             elif path.name not in cls.documents:
                 yield path
@@ -192,9 +200,10 @@ class Ledger(ABC, Generic[P, R]):
     @classmethod
     def require_begun(cls, root: Path) -> None:
         """Raise DataError if a folder has no ``run.json``."""
-        if not (root / RUN).is_file():
+        if not (root / RUN_FILE).is_file():
             raise DataError(
-                f"{root} is no {cls.folder_kind} (it has no {RUN}). Make one with `{cls.command}`."
+                f"{root} is no {cls.folder_kind} (it has no {RUN_FILE}). Make one with "
+                f"`{cls.command}`."
             )
 
     @classmethod
@@ -202,7 +211,7 @@ class Ledger(ABC, Generic[P, R]):
         """Raise DataError if a folder has no ``run.json``, or is not complete."""
         cls.require_begun(root)
         # The manifest is written after the last part, so a manifest shows that all parts are done.
-        if not (root / MANIFEST).is_file():
+        if not (root / MANIFEST_FILE).is_file():
             raise DataError(
                 f"{root} is not complete. Run the same `{cls.command_of(root)}` again: it goes on "
                 "where it stopped."
@@ -217,14 +226,14 @@ class Ledger(ABC, Generic[P, R]):
         """Write ``run.json`` if missing, make the sub-folders, and remove temporary files."""
         # run.json is written first, because a folder with parts and without run.json is refused. An
         # existing run.json is never replaced, because run.json describes the parts in the folder.
-        if not (self.root / RUN).is_file():
-            write_document(self.root / RUN, run)
+        if not (self.root / RUN_FILE).is_file():
+            write_document(self.root / RUN_FILE, run)
         with convert_os_errors(f"cannot prepare {self.root}"):
             for name in folders:
                 (self.root / name).mkdir(exist_ok=True)
-        self.clean()
+        self.remove_temporary_files()
 
-    def clean(self) -> None:
+    def remove_temporary_files(self) -> None:
         """Remove the temporary files of dead processes."""
         folders = [self.root / name for name in self.folders]
         with convert_os_errors(f"cannot clean {self.root}"):
@@ -235,32 +244,32 @@ class Ledger(ABC, Generic[P, R]):
     def seal(self, manifest: Document) -> None:
         """Mark the folder as complete."""
         # Call this after the last part, because a manifest states that all parts are done.
-        write_document(self.root / MANIFEST, manifest)
+        write_document(self.root / MANIFEST_FILE, manifest)
 
     def unseal(self) -> None:
         """Mark the folder as not complete."""
         # Call this before the first part is replaced. Otherwise, a kill between two parts would
         # leave a manifest that does not fit the parts.
         with convert_os_errors(f"cannot change {self.root}"):
-            (self.root / MANIFEST).unlink(missing_ok=True)
+            (self.root / MANIFEST_FILE).unlink(missing_ok=True)
 
-    def clear(self) -> None:
+    def remove_run(self) -> None:
         """Remove the files of a run; UsageError if the folder also has files of another origin."""
         self.check_folder(self.root, overwrite=True)
         # The manifest is removed first, so that no reader opens a partly removed folder.
         self.unseal()
         with convert_os_errors(f"cannot remove the old {self.folder_kind} in {self.root}"):
-            for name in (RECEIPTS, *self.folders):
+            for name in (RECEIPTS_FOLDER, *self.folders):
                 if (self.root / name).is_dir():
                     shutil.rmtree(self.root / name)
             # run.json is removed last. Otherwise an interrupted removal could leave files without
             # run.json, and the next removal would refuse such a folder.
-            documents = [name for name in self.documents if name != RUN]
-            for name in (*documents, RUN):
+            documents = [name for name in self.documents if name != RUN_FILE]
+            for name in (*documents, RUN_FILE):
                 (self.root / name).unlink(missing_ok=True)
 
     @abstractmethod
-    def stated_and_planned(
+    def facts_of_receipt_and_plan(
         self, part: P, receipt: R
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """Return two tuples: the facts stated in the receipt, and the facts planned for ``part``.
@@ -291,8 +300,8 @@ class Ledger(ABC, Generic[P, R]):
     def _require_same_part(self, part: P, receipt: R) -> None:
         """Raise StorageError if a receipt describes another part."""
         # with the number of rows of another part, all later rows would get wrong row numbers
-        stated_facts, planned_facts = self.stated_and_planned(part, receipt)
-        described_part = (*stated_facts, tuple(receipt.files))
+        receipt_facts, planned_facts = self.facts_of_receipt_and_plan(part, receipt)
+        described_part = (*receipt_facts, tuple(receipt.files))
         expected_part = (*planned_facts, part.files)
         if described_part != expected_part:
             raise StorageError(
@@ -308,26 +317,26 @@ class Ledger(ABC, Generic[P, R]):
         if not path.is_file():
             state = "is missing"
         else:
-            n_present = path.stat().st_size
-            if n_present == n_bytes:
+            n_bytes_on_disk = path.stat().st_size
+            if n_bytes_on_disk == n_bytes:
                 return
-            state = f"has {n_present} bytes"
+            state = f"has {n_bytes_on_disk} bytes"
         raise StorageError(
             f"{path} {state}, its receipt says {n_bytes} bytes. "
             f"{self._receipt_type.remedy} to redo the part."
         )
 
-    def look_up(self, part: P, *, deep: bool = True) -> R | str:
+    def receipt_or_reason(self, part: P, *, check_hashes: bool = True) -> R | str:
         """Return the receipt of a finished part. If the part is not done, return the reason.
 
-        With ``deep``, the files of the part are also compared with their hashes.
+        With ``check_hashes``, the files of the part are also compared with their hashes.
         """
         # the receipt is written last, so a part without a receipt is not done
         if not (self.root / part.receipt_file).exists():
             return NO_RECEIPT
         try:
             receipt = self.receipt(part)
-            if deep:
+            if check_hashes:
                 # a damaged disk can change bytes without changing sizes
                 verify_file = FileVerifier(self.root, [receipt])
                 for name in part.files:
@@ -337,31 +346,31 @@ class Ledger(ABC, Generic[P, R]):
             return str(error)
         return receipt
 
-    def survey(self, *, deep: bool = True) -> tuple[list[P], list[R]]:
+    def check_parts(self, *, check_hashes: bool = True) -> tuple[list[P], list[R]]:
         """Return the missing parts, and the receipts of the finished parts.
 
-        ``deep`` is passed on to ``look_up``.
+        ``check_hashes`` is passed on to ``receipt_or_reason``.
         """
         missing_parts: list[P] = []
         receipts: list[R] = []
-        with self._survey_progress(deep=deep) as task:
+        with self._checking_progress(check_hashes=check_hashes) as task:
             for part in self.parts:
-                outcome = self.look_up(part, deep=deep)
+                receipt_or_reason = self.receipt_or_reason(part, check_hashes=check_hashes)
                 task.advance(1)
-                if not isinstance(outcome, str):
-                    receipts.append(outcome)
+                if not isinstance(receipt_or_reason, str):
+                    receipts.append(receipt_or_reason)
                     continue
                 missing_parts.append(part)
-                if outcome != NO_RECEIPT:
-                    logger.warning("part %d is done again: %s", part.number, outcome)
+                if receipt_or_reason != NO_RECEIPT:
+                    logger.warning("part %d is done again: %s", part.number, receipt_or_reason)
         return missing_parts, receipts
 
-    def _survey_progress(self, *, deep: bool) -> AbstractContextManager[Task]:
-        """Return a progress bar if the survey will read files, otherwise a silent substitute."""
+    def _checking_progress(self, *, check_hashes: bool) -> AbstractContextManager[Task]:
+        """Return a progress bar if the check will read files, otherwise a silent substitute."""
         has_receipts = any((self.root / part.receipt_file).exists() for part in self.parts)
-        if deep and has_receipts:
+        if check_hashes and has_receipts:
             return track("Checking parts", len(self.parts), "parts")
-        return nullcontext(Silence())
+        return nullcontext(SilentProgress())
 
     def verify(self) -> None:
         """Read all files of all parts, and compare them with the hashes in the receipts."""
@@ -373,7 +382,7 @@ class Ledger(ABC, Generic[P, R]):
         """Return the receipts of all parts; raises the errors of ``receipt``."""
         return [self.receipt(part) for part in self.parts]
 
-    def write(
+    def write_files(
         self,
         part: P,
         payloads: Mapping[str, bytes],
@@ -387,12 +396,12 @@ class Ledger(ABC, Generic[P, R]):
             make_receipt: Function that makes the receipt. The argument of the function maps the
                 name of each file to size and hash.
         """
-        infos: dict[str, FileInfo] = {}
+        info_of_file: dict[str, FileInfo] = {}
         for name in part.files:
-            infos[name] = write_hashed(self.root / name, payloads[name])
+            info_of_file[name] = write_hashed(self.root / name, payloads[name])
         # The receipt is written last. If the process is killed before, the part has no receipt and
         # is done again. If the receipt were written first, the receipt could list missing files.
-        receipt = make_receipt(infos)
+        receipt = make_receipt(info_of_file)
         write_document(self.root / part.receipt_file, receipt)
         return receipt
 
@@ -400,8 +409,8 @@ class Ledger(ABC, Generic[P, R]):
 def _remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of a run's dead processes from a folder."""
     for path in folder.iterdir():
-        match = TEMPORARY.fullmatch(path.name)
-        is_temporary = match is not None and RUN_FILE.fullmatch(match["name"])
+        match = TEMPORARY_NAME.fullmatch(path.name)
+        is_temporary = match is not None and RUN_FILE_PATTERN.fullmatch(match["name"])
         # Files of other programs stay. Files of a living process (here or on another machine) also
         # stay, because the process is still writing.
         if is_temporary and is_leftover(path):
@@ -464,17 +473,17 @@ def require_hash_once(path: Path, sha256: str, remedy: str, document: str = "its
     time. The arguments are the same as for ``require_hash``.
     """
     with convert_os_errors(f"cannot read {path}"):
-        state = path.stat()
+        file_stat = path.stat()
     # The path does not identify a file, because another file may have replaced the first file. The
     # inode does.
-    times = (state.st_mtime_ns, state.st_ctime_ns)
-    identity = (state.st_dev, state.st_ino, state.st_size, *times, sha256)
+    times = (file_stat.st_mtime_ns, file_stat.st_ctime_ns)
+    file_identity = (file_stat.st_dev, file_stat.st_ino, file_stat.st_size, *times, sha256)
     # The lock is held while hashing. So if two threads open the same file, the file is read only
     # once.
     with single_thread_lock():
-        if identity not in _verified_files:
+        if file_identity not in _verified_files:
             require_hash(path, sha256, remedy, document)
-            _verified_files.add(identity)
+            _verified_files.add(file_identity)
     return path
 
 

@@ -14,11 +14,11 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from vilu.artifacts.documents import Document, Model
+from vilu.artifacts.documents import Document, FrozenModel
 from vilu.artifacts.hashing import digest
 from vilu.backbones.base import Backbone
-from vilu.backbones.zeroshot import fill_templates, mean_texts, prompt_texts
-from vilu.embeddings.checks import require_usable
+from vilu.backbones.zeroshot import embed_names, embed_prompts, fill_templates
+from vilu.embeddings.checks import require_usable_rows
 from vilu.embeddings.columns import ANSWER, LOGITS
 from vilu.embeddings.space import FULL_DECODE_ADVICE, EmbeddingSpace
 from vilu.errors import ProvenanceError
@@ -31,10 +31,10 @@ class StoreDocument(Document):
     remedy = "Run `vilu embed` (or `vilu import`) again"
 
 
-MIN_AREA = 0.5  # a view shows at least this share of the area of an image
+MIN_AREA_SHARE = 0.5  # a view shows at least this share of the area of an image
 
 
-class Views(Model):
+class Views(FrozenModel):
     """V random crops of each image, mirrored with probability 1/2, before the preprocessing.
 
     A crop has the aspect ratio of the image, so that the preprocessing treats crop and image alike.
@@ -52,8 +52,10 @@ class Views(Model):
     def make_views(self, image: Image.Image, key: str) -> list[Image.Image]:
         """Return the V views of an image. The key of the image determines the crops."""
         views: list[Image.Image] = []
-        for number in range(self.n):
-            area_draw, left_draw, top_draw, mirror_draw = _uniform_numbers(self.seed, number, key)
+        for view_number in range(self.n):
+            area_draw, left_draw, top_draw, mirror_draw = _uniform_numbers(
+                self.seed, view_number, key
+            )
             views.append(make_view(image, area_draw, left_draw, top_draw, mirror_draw))
         return views
 
@@ -70,7 +72,7 @@ def make_view(
         top_draw: Decides the upper edge of the crop.
         mirror_draw: The crop is mirrored if this number is below 1/2.
     """
-    share_of_area = MIN_AREA + (1 - MIN_AREA) * area_draw
+    share_of_area = MIN_AREA_SHARE + (1 - MIN_AREA_SHARE) * area_draw
     share_of_side = math.sqrt(share_of_area)
     width = max(round(share_of_side * image.width), 1)
     height = max(round(share_of_side * image.height), 1)
@@ -86,13 +88,13 @@ def make_view(
     return view
 
 
-def _uniform_numbers(seed: int, number: int, key: str) -> tuple[float, float, float, float]:
-    """Return four uniform numbers in [0, 1) for view ``number`` of the image with the key ``key``.
+def _uniform_numbers(seed: int, view_number: int, key: str) -> tuple[float, float, float, float]:
+    """Return four uniform numbers in [0, 1) for view ``view_number`` of the image ``key``.
 
     The numbers come from a hash. Unlike a random generator, a hash gives the same numbers in every
     version of a library.
     """
-    text = f"{seed} {number} {key}"
+    text = f"{seed} {view_number} {key}"
     digest_bytes = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     # the 256 bits of the hash as four whole numbers of 64 bits
     whole_numbers = np.frombuffer(digest_bytes, "<u8")
@@ -124,7 +126,7 @@ ImageColumn = Literal["features", "views", "second_image", "logits", "answer"]
 """Columns with an entry per image. "answer" is a column of the metadata, the rest are arrays."""
 
 
-class Imported(Model):
+class ImportFacts(FrozenModel):
     """Facts about imported embeddings, as opposed to embeddings computed by vilu."""
 
     # name of every imported column of the images -> shape of a row
@@ -136,7 +138,7 @@ class Imported(Model):
     source: str | None = None  # origin of the embeddings, in the words of the user
 
 
-class Inputs(StoreDocument):
+class StoreInputs(StoreDocument):
     """All inputs that decide the content of a store. Their hash is the fingerprint of the run.
 
     Batch size, device and number of threads are no inputs. These settings change values only by
@@ -169,14 +171,14 @@ class Inputs(StoreDocument):
     shards: Count = 0
     # folders or labels of the data set for images outside all classes
     outside: tuple[str, ...] = ()
-    imported: Imported | None = None  # facts about imported embeddings; None: not imported
+    imported: ImportFacts | None = None  # facts about imported embeddings; None: not imported
 
     @model_validator(mode="after")
     def _check_number_of_parts(self) -> Self:
-        if self.extent > self.part_size * MAX_PARTS:
+        if self.n_units > self.part_size * MAX_PARTS:
             unit = "shards" if self.shards else "images"
             raise ValueError(
-                f"part_size={self.part_size} makes more than {MAX_PARTS} parts of {self.extent} "
+                f"part_size={self.part_size} makes more than {MAX_PARTS} parts of {self.n_units} "
                 f"{unit}"
             )
         return self
@@ -192,12 +194,12 @@ class Inputs(StoreDocument):
         return self
 
     @property
-    def extent(self) -> int:
+    def n_units(self) -> int:
         """Number of shards if parts are made of shards, or else number of images."""
         return self.shards or self.n_in
 
     @property
-    def arrays(self) -> dict[str, tuple[int, ...]]:
+    def row_shapes(self) -> dict[str, tuple[int, ...]]:
         """Maps each array of the images to the shape of a row; image embeddings come first."""
         dim = self.space.embed_dim
         shapes: dict[str, tuple[int, ...]] = {}
@@ -219,7 +221,7 @@ class Inputs(StoreDocument):
     @property
     def has_texts(self) -> bool:
         """Whether the candidates have embeddings. If not, the rows have logits."""
-        return LOGITS not in self.arrays
+        return LOGITS not in self.row_shapes
 
     @property
     def has_answers(self) -> bool:
@@ -231,13 +233,13 @@ class Inputs(StoreDocument):
         """Whether the metadata have the column ``picture``: a digest of every image."""
         return self.imported is None
 
-    def identity(self) -> dict[str, object]:
+    def fingerprint_fields(self) -> dict[str, object]:
         """Return the fields for the fingerprint. Names of nested fields have a dot.
 
         For example, "space.weights" is the field ``weights`` of ``space``.
         """
-        # only fields of ``Inputs``; further fields of subclasses such as ``Run`` are not covered
-        covered_names = set(Inputs.model_fields)
+        # only fields of ``StoreInputs``, not the further fields of subclasses such as ``Run``
+        covered_names = set(StoreInputs.model_fields)
         if self.shards:
             # With shards, ``n_in`` is 0 in the run, and the number of images in the manifest. So
             # ``n_in`` is left out. Then the run and the manifest have the same fingerprint.
@@ -251,13 +253,13 @@ class Inputs(StoreDocument):
                 flat_fields[f"{name}.{nested_name}"] = nested_value
         return flat_fields
 
-    def require_match(self, inputs: Inputs, store: Path) -> None:
-        """Raise ProvenanceError if ``inputs`` differ from the inputs of an existing store.
+    def require_match(self, new_inputs: StoreInputs, store_path: Path) -> None:
+        """Raise ProvenanceError if ``new_inputs`` differ from the inputs of an existing store.
 
-        ``self`` are the inputs of the existing store. The path ``store`` is for the message.
+        ``self`` are the inputs of the existing store. The ``store_path`` is for the message.
         """
-        old_fields = self.identity()
-        new_fields = inputs.identity()
+        old_fields = self.fingerprint_fields()
+        new_fields = new_inputs.fingerprint_fields()
         differences: list[str] = []
         for name in old_fields | new_fields:
             old_value = old_fields.get(name)
@@ -266,15 +268,15 @@ class Inputs(StoreDocument):
                 differences.append(f"{name} was {old_value!r:.120} and is now {new_value!r:.120}")
         if differences:
             advice = "Give another output folder, or --overwrite to replace this one."
-            if self.space.differs_by_decoding(inputs.space):
+            if self.space.differs_by_decoding(new_inputs.space):
                 advice = f"{FULL_DECODE_ADVICE} {advice}"
             raise ProvenanceError(
-                f"{store} was made from other inputs: {'; '.join(differences)}. "
+                f"{store_path} was made from other inputs: {'; '.join(differences)}. "
                 f"Nothing was changed. {advice}"
             )
 
 
-class Run(Inputs):
+class Run(StoreInputs):
     """``run.json``, the first file of a store."""
 
     fingerprint: str  # hash of the inputs
@@ -283,7 +285,7 @@ class Run(Inputs):
 
     @model_validator(mode="after")
     def _check_fingerprint(self) -> Self:
-        if self.fingerprint != digest(self.identity()):
+        if self.fingerprint != digest(self.fingerprint_fields()):
             raise ValueError("the fingerprint does not match the inputs")
         return self
 
@@ -298,9 +300,9 @@ class CountedDocument(StoreDocument):
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
-        images_add_up = self.n_in == self.n_ok + self.n_error
-        kinds_add_up = self.n_error == sum(self.errors.values())
-        if not images_add_up or not kinds_add_up:
+        do_images_add_up = self.n_in == self.n_ok + self.n_error
+        do_kinds_add_up = self.n_error == sum(self.errors.values())
+        if not do_images_add_up or not do_kinds_add_up:
             raise ValueError(
                 f"n_in={self.n_in} is not n_ok={self.n_ok} plus n_error={self.n_error} "
                 f"({self.errors})"
@@ -394,12 +396,12 @@ def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
     """Compute the columns of the classes and of the model for a run, in float32."""
     columns: dict[ClassColumn, Tensor] = {}
     if run.prompts:
-        prompts = prompt_texts(backbone, run.names, run.prompts)  # (K, P, D)
-        rows = require_usable(prompts.flatten(0, 1), "prompt")  # (K * P, D)
+        prompts = embed_prompts(backbone, run.names, run.prompts)  # (K, P, D)
+        rows = require_usable_rows(prompts.flatten(0, 1), "prompt")  # (K * P, D)
         columns["prompts"] = rows.view(prompts.shape)
     if run.negatives:
-        words = mean_texts(backbone, run.negatives, run.templates)
-        columns["negatives"] = require_usable(words, "negative")
+        words = embed_names(backbone, run.negatives, run.templates)
+        columns["negatives"] = require_usable_rows(words, "negative")
     if run.features is not None:
         columns |= _linear_columns(backbone, run)
     return columns

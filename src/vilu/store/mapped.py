@@ -31,8 +31,8 @@ R = TypeVar("R")
 
 
 @contextmanager
-def in_threads(
-    function: Callable[[T], R], items: Iterable[T], workers: int, max_ahead: int
+def map_in_threads(
+    function: Callable[[T], R], items: Iterable[T], n_threads: int, max_results_ahead: int
 ) -> Iterator[Iterator[R]]:
     """Call ``function`` in threads for each item. Yield an iterator over the results, in order.
 
@@ -41,18 +41,18 @@ def in_threads(
     Args:
         function: The function.
         items: The arguments of the calls.
-        workers: Number of threads.
-        max_ahead: Maximum number of results computed in advance.
+        n_threads: Number of threads.
+        max_results_ahead: Maximum number of results computed in advance.
     """
-    pool = ThreadPoolExecutor(
-        workers, thread_name_prefix="vilu-decode", initializer=_stay_on_one_core
+    thread_pool = ThreadPoolExecutor(
+        n_threads, thread_name_prefix="vilu-decode", initializer=_stay_on_one_core
     )
 
     def results() -> Iterator[R]:
         pending_futures: deque[Future[R]] = deque()
         for item in items:
-            pending_futures.append(pool.submit(function, item))
-            if len(pending_futures) > max_ahead:
+            pending_futures.append(thread_pool.submit(function, item))
+            if len(pending_futures) > max_results_ahead:
                 yield pending_futures.popleft().result()
         while pending_futures:
             yield pending_futures.popleft().result()
@@ -60,7 +60,7 @@ def in_threads(
     try:
         yield results()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        thread_pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _stay_on_one_core() -> None:
@@ -99,9 +99,9 @@ MAX_RESIDENT_BYTES = 2**28  # maximum number of bytes of mapped files in memory
 # Number of rows of a block in training (``shuffled_in_blocks``). A block takes 128 MiB in float16
 # at width 512.
 BLOCK_ROWS = 2**17
-GROUP_BLOCKS = 8  # number of blocks shuffled together
+BLOCKS_PER_GROUP = 8  # number of blocks shuffled together
 
-N_READERS = 2
+N_READING_THREADS = 2
 """Number of threads for reading batches in advance, while an earlier batch is used.
 
 Each thread uses one core, since the work on a batch is too small for several cores.
@@ -110,12 +110,12 @@ Each thread uses one core, since the work on a batch is too small for several co
 N_BATCHES_AHEAD = 2  # number of batches read in advance
 
 
-class MappedParts:
+class MappedArrays:
     """(N, ...) arrays, cut into parts of rows. A part is mapped on demand.
 
     Args:
-        starts: (P + 1,) number of the first row of each of the P parts, and N at the end.
-        shapes: Maps the name of each array to the shape of a row.
+        part_starts: (P + 1,) number of the first row of each of the P parts, and N at the end.
+        row_shapes: Maps the name of each array to the shape of a row.
         open_part: Function that takes the name of an array and the number of a part, and returns
             the rows of the part in any float type.
         max_open_parts: Maximum number of mapped parts at a time.
@@ -124,8 +124,8 @@ class MappedParts:
 
     def __init__(
         self,
-        starts: NDArray[np.int64],
-        shapes: Mapping[str, tuple[int, ...]],
+        part_starts: NDArray[np.int64],
+        row_shapes: Mapping[str, tuple[int, ...]],
         open_part: Callable[[str, int], NDArray[np.floating]],
         *,
         max_open_parts: int = MAX_OPEN_PARTS,
@@ -133,62 +133,65 @@ class MappedParts:
     ) -> None:
         self.max_open_parts = max_open_parts
         self.max_resident_bytes = max_resident_bytes
-        self.starts = starts
-        self.shapes = shapes
+        self.part_starts = part_starts
+        self.row_shapes = row_shapes
         self.open_part = open_part
-        self._mapped: dict[tuple[str, int], NDArray[np.floating]] = {}
+        self._mapped_parts: dict[tuple[str, int], NDArray[np.floating]] = {}
         self._touched_bytes = 0  # size of the pages read since the last release of parts
-        self._widest = np.dtype(np.float16)  # widest float type among the parts read so far
+        self._widest_dtype = np.dtype(np.float16)  # widest float type among the parts read so far
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return int(self.part_starts[-1])
 
-    def take(self, name: str, index: Tensor) -> Tensor:
+    def take(self, array_name: str, index: Tensor) -> Tensor:
         """Return the (B, ...) float32 rows ``index`` (int64) of an array."""
         row_numbers = index.numpy()
         if row_numbers.size:
             self._require_rows(int(row_numbers.min()), int(row_numbers.max()))
-        # the positions in ``index`` of the rows of part p are order[bounds[p] : bounds[p + 1]]
-        order = np.argsort(row_numbers, kind="stable")
-        bounds = np.searchsorted(row_numbers, self.starts, sorter=order)
-        parts_in_use = np.flatnonzero(np.diff(bounds))
-        rows = np.empty((len(row_numbers), *self.shapes[name]), self._widest)
+        # ``sorting_order[part_bounds[p] : part_bounds[p + 1]]`` are the positions in ``index`` of
+        # the rows of part p.
+        sorting_order = np.argsort(row_numbers, kind="stable")
+        part_bounds = np.searchsorted(row_numbers, self.part_starts, sorter=sorting_order)
+        used_part_numbers = np.flatnonzero(np.diff(part_bounds))
+        rows = np.empty((len(row_numbers), *self.row_shapes[array_name]), self._widest_dtype)
         # one part at a time, because more than ``max_open_parts`` parts may be in use
-        for number in parts_in_use.tolist():
-            part = self._map_part(name, number)
-            positions = order[bounds[number] : bounds[number + 1]]
+        for part_number in used_part_numbers.tolist():
+            part = self._map_part(array_name, part_number)
+            positions = sorting_order[part_bounds[part_number] : part_bounds[part_number + 1]]
             if part.dtype.itemsize > rows.itemsize:
                 # this part has the widest float type so far, so ``rows`` gets this type
-                self._widest = part.dtype.newbyteorder("=")
-                rows = rows.astype(self._widest)
-            rows[positions] = part[row_numbers[positions] - self.starts[number]]
+                self._widest_dtype = part.dtype.newbyteorder("=")
+                rows = rows.astype(self._widest_dtype)
+            rows[positions] = part[row_numbers[positions] - self.part_starts[part_number]]
             row_bytes = part[:1].nbytes
             touched_bytes_per_row = max(PAGE_BYTES, row_bytes)  # the system reads whole pages
             self._touched_bytes += len(positions) * touched_bytes_per_row
         return torch.from_numpy(rows).float()  # torch converts many times faster than NumPy
 
-    def _require_rows(self, first: int, last: int) -> None:
-        """Raise IndexError unless there are rows with the numbers ``first`` to ``last``."""
-        if first < 0 or last >= len(self):
-            raise IndexError(f"rows must be from 0 to {len(self) - 1}. Got {first} to {last}.")
+    def _require_rows(self, first_row: int, last_row: int) -> None:
+        """Raise IndexError unless there are rows with the numbers ``first_row`` to ``last_row``."""
+        if first_row < 0 or last_row >= len(self):
+            raise IndexError(
+                f"rows must be from 0 to {len(self) - 1}. Got {first_row} to {last_row}."
+            )
 
-    def _map_part(self, name: str, number: int) -> NDArray[np.floating]:
+    def _map_part(self, array_name: str, part_number: int) -> NDArray[np.floating]:
         """Return a mapped part. Several threads may call this method at the same time.
 
         If ``max_open_parts`` or ``max_resident_bytes`` is reached, all mapped parts are released
         first. This closes the files of the parts, and frees the pages read so far. These pages
         count as memory of this process.
         """
-        part = self._mapped.get((name, number))
-        is_full = part is None and len(self._mapped) >= self.max_open_parts
+        part = self._mapped_parts.get((array_name, part_number))
+        is_full = part is None and len(self._mapped_parts) >= self.max_open_parts
         if is_full or self._touched_bytes >= self.max_resident_bytes:
             # the dictionary is replaced and not cleared, since another thread may be using it
-            self._mapped = {}
+            self._mapped_parts = {}
             self._touched_bytes = 0
             part = None
         if part is None:
-            part = np.asarray(self.open_part(name, number))
-            self._mapped[name, number] = part
+            part = np.asarray(self.open_part(array_name, part_number))
+            self._mapped_parts[array_name, part_number] = part
         return part
 
 
@@ -203,7 +206,9 @@ class MappedSource(EmbeddingSource):
         if len(parts) < 2:
             yield from map(function, parts)
             return
-        with in_threads(function, parts, workers=N_READERS, max_ahead=N_BATCHES_AHEAD) as results:
+        with map_in_threads(
+            function, parts, n_threads=N_READING_THREADS, max_results_ahead=N_BATCHES_AHEAD
+        ) as results:
             yield from results
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -214,21 +219,21 @@ class MappedSource(EmbeddingSource):
 def shuffled_in_blocks(
     rows: Tensor, generator: torch.Generator, block_rows: int = BLOCK_ROWS
 ) -> Tensor:
-    """Return the rows in a random order with few blocks in memory: ``GROUP_BLOCKS`` at a time.
+    """Return the rows in a random order with few blocks in memory: ``BLOCKS_PER_GROUP`` at a time.
 
     A block is about ``block_rows`` rows near each other on the disk. Each block is read once.
 
     1. Cut the sorted rows into blocks of equal size.
-    2. Put the blocks in random order, and form groups of at most ``GROUP_BLOCKS`` blocks (at least
-       half as many).
+    2. Put the blocks in random order, and form groups of at most ``BLOCKS_PER_GROUP`` blocks (at
+       least half as many).
     3. Shuffle the rows within each group.
 
-    If there are no more than ``GROUP_BLOCKS`` blocks, all rows are shuffled together.
+    If there are no more than ``BLOCKS_PER_GROUP`` blocks, all rows are shuffled together.
     """
     n_blocks = math.ceil(len(rows) / block_rows)
-    if n_blocks <= GROUP_BLOCKS:
+    if n_blocks <= BLOCKS_PER_GROUP:
         return rows[torch.randperm(len(rows), generator=generator, device="cpu")]
-    n_groups = math.ceil(n_blocks / GROUP_BLOCKS)
+    n_groups = math.ceil(n_blocks / BLOCKS_PER_GROUP)
     blocks = rows.sort().values.tensor_split(n_blocks)
     order = torch.randperm(n_blocks, generator=generator)
     shuffled_groups: list[Tensor] = []
@@ -247,8 +252,8 @@ class MappedPairs(PairSource, MappedSource):
 
     Args:
         path: Folder, for messages.
-        rows: The arrays of all rows.
-        arrays: Names of two arrays in ``rows``: the images and the captions.
+        mapped_arrays: The arrays of all rows.
+        array_names: Names of two arrays in ``mapped_arrays``: the images and the captions.
         space: Space of both embeddings.
         pools: Settings for making the pools.
         chosen_rows: (M,) ascending numbers of the rows of this source. None: all rows.
@@ -257,8 +262,8 @@ class MappedPairs(PairSource, MappedSource):
     def __init__(
         self,
         path: Path,
-        rows: MappedParts,
-        arrays: tuple[str, str],
+        mapped_arrays: MappedArrays,
+        array_names: tuple[str, str],
         space: EmbeddingSpace,
         pools: Pools,
         chosen_rows: NDArray[np.int64] | None,
@@ -267,10 +272,10 @@ class MappedPairs(PairSource, MappedSource):
         self.space = space
         self.pools = pools
         self.pool_size = pools.size
-        self._rows = rows
-        self._arrays = arrays
+        self._mapped_arrays = mapped_arrays
+        self._array_names = array_names
         self._chosen_rows = None if chosen_rows is None else torch.from_numpy(chosen_rows)
-        n_rows = len(rows) if chosen_rows is None else len(chosen_rows)
+        n_rows = len(mapped_arrays) if chosen_rows is None else len(chosen_rows)
         # The target of a pair is an index of the candidates in a pool, so targets exist only in a
         # batch. Here, the targets of all rows are unknown. ``expand`` keeps a single number in
         # memory.
@@ -278,12 +283,12 @@ class MappedPairs(PairSource, MappedSource):
 
     def picture_rows(self, index: Tensor) -> Tensor:
         """Return (B, D) float32 unit-norm image embeddings."""
-        image_array, _ = self._arrays
+        image_array, _ = self._array_names
         return self._take_rows(image_array, index)
 
     def caption_rows(self, index: Tensor) -> Tensor:
         """Return (B, D) float32 unit-norm caption embeddings."""
-        _, caption_array = self._arrays
+        _, caption_array = self._array_names
         return self._take_rows(caption_array, index)
 
     @cached_property
@@ -293,9 +298,9 @@ class MappedPairs(PairSource, MappedSource):
         require_full_pools(len(usable_pairs), self.pools.size, subject=str(self.path))
         return self._scoring_order(usable_pairs)
 
-    def _take_rows(self, name: str, index: Tensor) -> Tensor:
-        stored_index = index if self._chosen_rows is None else self._chosen_rows[index]
-        return self._rows.take(name, stored_index)
+    def _take_rows(self, array_name: str, index: Tensor) -> Tensor:
+        stored_rows = index if self._chosen_rows is None else self._chosen_rows[index]
+        return self._mapped_arrays.take(array_name, stored_rows)
 
 
 class ListedNumbers(RowNumbers):
@@ -319,44 +324,48 @@ class ListedNumbers(RowNumbers):
         return map(str, self._numbers)
 
 
-class PartStrings(Identifiers):
+class StoredIdentifiers(Identifiers):
     """Identifiers in files. The files are read part by part, on demand.
 
     Args:
-        starts: (P + 1,) number of the first row of each of the P parts, and the number of rows at
-            the end.
+        part_starts: (P + 1,) number of the first row of each of the P parts, and the number of rows
+            at the end.
         read_part: Function that takes the number of a part and returns the strings of the rows.
-        rows: (M,) ascending numbers of the rows of these identifiers. None: all rows.
+        chosen_rows: (M,) ascending numbers of the rows of these identifiers. None: all rows.
     """
 
     def __init__(
         self,
-        starts: NDArray[np.int64],
+        part_starts: NDArray[np.int64],
         read_part: Callable[[int], pa.Array],
-        rows: NDArray[np.int64] | None = None,
+        chosen_rows: NDArray[np.int64] | None = None,
     ) -> None:
-        super().__init__(int(starts[-1]) if rows is None else len(rows))
-        self._starts = starts
-        self._rows = rows
+        super().__init__(int(part_starts[-1]) if chosen_rows is None else len(chosen_rows))
+        self._part_starts = part_starts
+        self._chosen_rows = chosen_rows
         self._read_part = lru_cache(16)(read_part)  # keeps the strings of the last 16 parts
 
-    def __reduce__(self) -> tuple[type[PartStrings], tuple[object, ...]]:
-        return PartStrings, (self._starts, self._read_part.__wrapped__, self._rows)
+    def __reduce__(self) -> tuple[type[StoredIdentifiers], tuple[object, ...]]:
+        return StoredIdentifiers, (
+            self._part_starts,
+            self._read_part.__wrapped__,
+            self._chosen_rows,
+        )
 
     def _identifier(self, row: int) -> str:
-        stored_row = row if self._rows is None else int(self._rows[row])
+        stored_row = row if self._chosen_rows is None else int(self._chosen_rows[row])
         # number of the part with this row: the last part with ``start <= stored_row``
-        number = int(np.searchsorted(self._starts, stored_row, side="right")) - 1
-        strings = self._read_part(number)
-        index_in_part = stored_row - int(self._starts[number])
+        part_number = int(np.searchsorted(self._part_starts, stored_row, side="right")) - 1
+        strings = self._read_part(part_number)
+        index_in_part = stored_row - int(self._part_starts[part_number])
         return str(strings[index_in_part].as_py())
 
     def __iter__(self) -> Iterator[str]:
-        for number, (start, stop) in enumerate(pairwise(self._starts)):
-            strings = self._read_part(number)
-            if self._rows is not None:
-                # the rows of this part are self._rows[begin:end]
-                begin, end = np.searchsorted(self._rows, [start, stop])
-                index_in_part = self._rows[begin:end] - start
+        for part_number, (start, stop) in enumerate(pairwise(self._part_starts)):
+            strings = self._read_part(part_number)
+            if self._chosen_rows is not None:
+                # the rows of this part are self._chosen_rows[begin:end]
+                begin, end = np.searchsorted(self._chosen_rows, [start, stop])
+                index_in_part = self._chosen_rows[begin:end] - start
                 strings = strings.take(pa.array(index_in_part))
             yield from strings.to_pylist()

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.disk import RUN, make_folder
+from vilu.artifacts.disk import RUN_FILE, make_folder
 from vilu.artifacts.documents import read_document, write_document
-from vilu.datasets.base import SHARD, ImageDataset, ShardedDataset
-from vilu.embeddings.checks import require_usable
+from vilu.datasets.base import POSITIONS_PER_SHARD, ImageDataset, ShardedDataset
+from vilu.embeddings.checks import require_usable_rows
 from vilu.embeddings.columns import ANSWER, COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.store.ledger import FileInfo, Ledger, require_hash_once, single_thread_lock, write_hashed
@@ -49,7 +49,7 @@ class Part:
     number: int  # number of the part, from 0
     start: int  # position of the first image, or number of the first shard
     stop: int  # position after the last image, or number after the last shard
-    arrays: tuple[str, ...] = (IMAGE,)  # names of the arrays of the images
+    array_names: tuple[str, ...] = (IMAGE,)  # names of the arrays of the images
 
     def array_file(self, name: str) -> str:
         """File of the array ``name``, whose rows (n_ok, ...) belong to the embedded images."""
@@ -81,7 +81,7 @@ class Part:
     @property
     def files(self) -> tuple[str, ...]:
         """Names of the files in the receipt, in the order of writing."""
-        first_file, *further_files = [self.array_file(name) for name in self.arrays]
+        first_file, *further_files = [self.array_file(name) for name in self.array_names]
         return first_file, self.metadata_file, self.errors_file, *further_files
 
     def __len__(self) -> int:
@@ -90,27 +90,29 @@ class Part:
 
 def plan_parts(run: Run) -> list[Part]:
     """Return all parts of a run, from the number of images (or shards) and the part size."""
-    arrays = tuple(run.arrays)
+    array_names = tuple(run.row_shapes)
     parts: list[Part] = []
-    for number, start in enumerate(range(0, run.extent, run.part_size)):
-        stop = min(start + run.part_size, run.extent)
-        parts.append(Part(number, start, stop, arrays))
+    for number, start in enumerate(range(0, run.n_units, run.part_size)):
+        stop = min(start + run.part_size, run.n_units)
+        parts.append(Part(number, start, stop, array_names))
     return parts
 
 
 def possible_positions(run: Run, part: Part) -> range:
     """Return the range of possible positions for the images of a part.
 
-    Each shard reserves ``SHARD`` positions. This number is far above the number of images in a
-    shard.
+    Each shard reserves ``POSITIONS_PER_SHARD`` positions. This number is far above the number of
+    images in a shard.
     """
     if run.shards:
-        return range(part.start * SHARD, part.stop * SHARD)
+        return range(part.start * POSITIONS_PER_SHARD, part.stop * POSITIONS_PER_SHARD)
     return range(part.start, part.stop)
 
 
-def has_all_positions(run: Run, part: Part, sorted_positions: NDArray[np.int64], n_in: int) -> bool:
-    """Return whether ``sorted_positions`` are valid positions for all ``n_in`` images of a part.
+def has_all_positions(
+    run: Run, part: Part, sorted_positions: NDArray[np.int64], n_images: int
+) -> bool:
+    """Return whether ``sorted_positions`` are valid for all ``n_images`` images of a part.
 
     Without shards, valid positions are all positions of the part. With shards, the positions in
     each shard must begin at the first position of the shard and have no gap.
@@ -120,15 +122,15 @@ def has_all_positions(run: Run, part: Part, sorted_positions: NDArray[np.int64],
         return np.array_equal(
             sorted_positions, np.arange(position_range.start, position_range.stop)
         )
-    if len(sorted_positions) != n_in:
+    if len(sorted_positions) != n_images:
         return False
-    if n_in == 0:
+    if n_images == 0:
         return True
     first_position = int(sorted_positions[0])
     last_position = int(sorted_positions[-1])
     are_possible = first_position in position_range and last_position in position_range
-    # the first position of a shard is a multiple of SHARD
-    begins_shard = sorted_positions % SHARD == 0
+    # the first position of a shard is a multiple of POSITIONS_PER_SHARD
+    begins_shard = sorted_positions % POSITIONS_PER_SHARD == 0
     if not are_possible or not begins_shard[0]:
         return False
     follows_previous = np.diff(sorted_positions) == 1
@@ -138,7 +140,7 @@ def has_all_positions(run: Run, part: Part, sorted_positions: NDArray[np.int64],
 class StoreLedger(Ledger[Part, Receipt]):
     """The folder of a store, with finished parts and missing parts.
 
-    ``data`` is the data set to embed. None: the store is only read, or the store is imported.
+    ``dataset`` is the data set to embed. None: the store is only read, or the store is imported.
     """
 
     folder_kind = "embedding store"
@@ -149,18 +151,18 @@ class StoreLedger(Ledger[Part, Receipt]):
     required_folders = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
     folders = (*required_folders, *get_args(ImageColumn), "columns")
 
-    def __init__(self, root: Path, run: Run, data: ImageDataset | None = None) -> None:
+    def __init__(self, root: Path, run: Run, dataset: ImageDataset | None = None) -> None:
         super().__init__(root, run.fingerprint, plan_parts(run), Receipt)
         self.run = run
-        self.data = data
+        self.dataset = dataset
 
     @classmethod
     def command_of(cls, root: Path) -> str:
         """Return the command that began the store, according to ``run.json``."""
-        run = read_document(root / RUN, Run)
+        run = read_document(root / RUN_FILE, Run)
         return "vilu embed" if run.imported is None else "vilu import"
 
-    def stated_and_planned(
+    def facts_of_receipt_and_plan(
         self, part: Part, receipt: Receipt
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """Return (number, start, stop, number of images) from the receipt, and from the plan.
@@ -168,37 +170,39 @@ class StoreLedger(Ledger[Part, Receipt]):
         With shards, the plan has no number of images. So the number in the receipt is used twice.
         """
         n_planned = receipt.n_in if self.run.shards else len(part)
-        stated_facts = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
+        receipt_facts = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
         planned_facts = (part.number, part.start, part.stop, n_planned)
-        return stated_facts, planned_facts
+        return receipt_facts, planned_facts
 
-    def look_up(self, part: Part, *, deep: bool = True) -> Receipt | str:
+    def receipt_or_reason(self, part: Part, *, check_hashes: bool = True) -> Receipt | str:
         """Return the receipt of a finished part. If the part is not done, return the reason.
 
         If the shards of a part have changed since the part was written, the part is not done.
         """
-        outcome = super().look_up(part, deep=deep)
-        if isinstance(outcome, Receipt) and outcome.source != self.shard_fingerprint(part):
+        receipt_or_reason = super().receipt_or_reason(part, check_hashes=check_hashes)
+        if isinstance(receipt_or_reason, str):
+            return receipt_or_reason
+        if receipt_or_reason.source != self.shard_fingerprint(part):
             return "its shards have changed"
-        return outcome
+        return receipt_or_reason
 
     def shard_fingerprint(self, part: Part) -> str:
         """Return the current fingerprint of a part's shards; "" if there are no shards."""
         if not self.run.shards:
             return ""
-        return cast("ShardedDataset", self.data).shard_fingerprint(part.start, part.stop)
+        return cast("ShardedDataset", self.dataset).shard_fingerprint(part.start, part.stop)
 
-    def write_rows(
-        self, part: Part, content: PartRows, batch_size: int, shard_fingerprint: str
+    def write_part(
+        self, part: Part, content: PartContent, batch_size: int, shard_fingerprint: str
     ) -> Receipt:
         """Write the rows and errors of a part, and return the receipt.
 
         ``batch_size`` is the number of images per forward pass. ``shard_fingerprint`` is the result
         of the method ``shard_fingerprint`` before the shards were read.
         """
-        n_ok = len(content.rows)
+        n_ok = len(content.metadata)
         n_error = len(content.errors)
-        kinds_of_errors = Counter(error.kind for error in content.errors)
+        n_errors_of_kind = Counter(error.kind for error in content.errors)
 
         def make_receipt(files: dict[str, FileInfo]) -> Receipt:
             return Receipt(
@@ -209,22 +213,22 @@ class StoreLedger(Ledger[Part, Receipt]):
                 n_in=n_ok + n_error,
                 n_ok=n_ok,
                 n_error=n_error,
-                errors=dict(sorted(kinds_of_errors.items())),
+                errors=dict(sorted(n_errors_of_kind.items())),
                 files=files,
                 batch_size=batch_size,
                 source=shard_fingerprint,
             )
 
-        return self.write(part, self._payloads(part, content), make_receipt)
+        return self.write_files(part, self._payloads(part, content), make_receipt)
 
-    def _payloads(self, part: Part, content: PartRows) -> dict[str, bytes]:
+    def _payloads(self, part: Part, content: PartContent) -> dict[str, bytes]:
         """Return a dictionary from the name of every file of a part to the bytes of the file."""
         payloads: dict[str, bytes] = {}
-        for name, shape in self.run.arrays.items():
-            blocks = content.arrays.get(name, [])  # if all images failed, there are no blocks
-            rows = _join_blocks(name, blocks, (len(content.rows), *shape), self.run.dtype)
+        for name, shape in self.run.row_shapes.items():
+            blocks = content.array_blocks.get(name, [])  # if all images failed, there are no blocks
+            rows = _join_blocks(name, blocks, (len(content.metadata), *shape), self.run.dtype)
             payloads[part.array_file(name)] = _npy_bytes(rows)
-        payloads[part.metadata_file] = _parquet_bytes(content.rows, metadata_schema(self.run))
+        payloads[part.metadata_file] = _parquet_bytes(content.metadata, metadata_schema(self.run))
         payloads[part.errors_file] = _parquet_bytes(content.errors, ERROR_SCHEMA)
         return payloads
 
@@ -266,8 +270,8 @@ images in earlier parts, and earlier parts may not be written yet. So the reader
 CAPTION_FIELD = pa.field("caption", STRING, nullable=False)
 # further column of the metadata if answers of another model were imported
 ANSWER_FIELD = pa.field(ANSWER, INT32, nullable=False)
-PICTURE_BYTES = 16
-PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_BYTES), nullable=False)
+PICTURE_DIGEST_BYTES = 16
+PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_DIGEST_BYTES), nullable=False)
 """Further column of the metadata, if ``Run.has_picture_column`` is true.
 
 The value is the first half of the SHA-256 of ``ImageRecord.content``.
@@ -334,8 +338,10 @@ def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.float
     return rows
 
 
-def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: int) -> pa.Table:
-    """Return the columns ``names`` of a Parquet file.
+def read_columns(
+    path: Path, schema: pa.Schema, column_names: Sequence[str], n_rows: int
+) -> pa.Table:
+    """Return the columns ``column_names`` of a Parquet file.
 
     Raises:
         StorageError: If the file is damaged, does not have ``n_rows`` rows, or if a column has
@@ -347,11 +353,11 @@ def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: in
             raise StorageError(
                 f"{path} has {file.metadata.num_rows} rows, expected {n_rows}. {REDO_HINT}"
             )
-        table = file.read(columns=list(names))
+        table = file.read(columns=list(column_names))
         table.validate(full=True)  # checks that strings are UTF-8, and offsets within buffers
     if len(table) != n_rows:
         raise StorageError(f"{path} has {len(table)} rows, expected {n_rows}. {REDO_HINT}")
-    expected_schema = pa.schema([schema.field(name) for name in names])
+    expected_schema = pa.schema([schema.field(name) for name in column_names])
     if not table.schema.equals(expected_schema):
         raise StorageError(
             f"{path} has columns {table.schema.to_string()!r}, expected "
@@ -367,29 +373,29 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
         ProvenanceError: If the class table belongs to another run.
         StorageError: If a file is damaged.
     """
-    table = read_document(root / CLASSES_FILE, StoredClasses)
-    for name in SHARED_FIELDS:
-        if getattr(run, name) != getattr(table, name):
+    class_table = read_document(root / CLASSES_FILE, StoredClasses)
+    for field_name in SHARED_FIELDS:
+        if getattr(run, field_name) != getattr(class_table, field_name):
             raise ProvenanceError(
                 f"{root / CLASSES_FILE} holds other classes, templates or columns than "
-                f"{root / RUN}."
+                f"{root / RUN_FILE}."
             )
     rows = map_rows(root / TEXT_FILE, (len(run.names), run.space.embed_dim), "float32")
-    hash_of_file = {root / TEXT_FILE: table.text_file.sha256}
-    for column, info in table.columns.items():
-        if not _is_column_shape(run, column, info.shape):
+    hash_of_file = {root / TEXT_FILE: class_table.text_file.sha256}
+    for name, info in class_table.columns.items():
+        if not _is_column_shape(run, name, info.shape):
             raise StorageError(
-                f"{root / CLASSES_FILE} is damaged: it says that {column} is of shape {info.shape}."
+                f"{root / CLASSES_FILE} is damaged: it says that {name} is of shape {info.shape}."
             )
-        map_rows(column_path(root, column), info.shape, "float32")
-        hash_of_file[column_path(root, column)] = info.sha256
+        map_rows(column_path(root, name), info.shape, "float32")
+        hash_of_file[column_path(root, name)] = info.sha256
     # Hashing reads all bytes. So hashes are compared last, after the quick checks of all shapes.
     for path, sha256 in hash_of_file.items():
-        require_hash_once(path, sha256, table.remedy, CLASSES_FILE)
+        require_hash_once(path, sha256, class_table.remedy, CLASSES_FILE)
     text = torch.from_numpy(np.array(rows))
     if not run.has_texts:  # with logits the text embeddings are zeros, so not usable
-        return table, text
-    return table, require_usable(text, "class text")
+        return class_table, text
+    return class_table, require_usable_rows(text, "class text")
 
 
 def _is_column_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
@@ -427,11 +433,11 @@ def is_possible_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bo
     return shape[: len(expected_sizes)] == expected_sizes
 
 
-MESSAGE_LENGTH = 300  # longer messages are shortened in the error table
+MAX_MESSAGE_LENGTH = 300  # longer messages are shortened in the error table
 
 
 @dataclass(frozen=True)
-class LabelledRow:
+class RowMetadata:
     """The metadata of every row; fields as in ``METADATA_SCHEMA``."""
 
     position: int
@@ -440,14 +446,14 @@ class LabelledRow:
 
 
 @dataclass(frozen=True)
-class RowWithAnswer(LabelledRow):
+class MetadataWithAnswer(RowMetadata):
     """The metadata of a row with an imported answer of another model."""
 
     answer: int  # index of a class in the class table
 
 
 @dataclass(frozen=True)
-class Row(LabelledRow):
+class ImageMetadata(RowMetadata):
     """Metadata of an image with an embedding; fields as in ``metadata_schema``."""
 
     width: int
@@ -473,21 +479,21 @@ class ErrorRow:
 
 
 @dataclass
-class PartRows:
+class PartContent:
     """The content of a part: arrays and metadata of embedded images, and errors of failed images.
 
     Attributes:
-        arrays: Maps the name of each array to the rows of the array: a list of blocks (n, ...), in
-            the order of ``rows``.
-        rows: Metadata of the embedded images.
+        array_blocks: Maps the name of each array to the rows of the array: a list of blocks
+            (n, ...), in the order of ``metadata``.
+        metadata: Metadata of the embedded images.
         errors: Errors of the failed images.
-        started_at: When the part was begun, in seconds of the monotonic clock.
+        begun_at: When the part was begun, in seconds of the monotonic clock.
     """
 
-    arrays: dict[str, list[Tensor]] = field(default_factory=dict)
-    rows: list[LabelledRow] = field(default_factory=list)
+    array_blocks: dict[str, list[Tensor]] = field(default_factory=dict)
+    metadata: list[RowMetadata] = field(default_factory=list)
     errors: list[ErrorRow] = field(default_factory=list)
-    started_at: float = field(default_factory=time.monotonic)
+    begun_at: float = field(default_factory=time.monotonic)
 
 
 def write_classes(
@@ -535,7 +541,7 @@ def _npy_bytes(array: NDArray[np.floating]) -> bytes:
     return buffer.getvalue()
 
 
-def _parquet_bytes(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) -> bytes:
+def _parquet_bytes(rows: Sequence[RowMetadata | ErrorRow], schema: pa.Schema) -> bytes:
     """Encode rows as a Parquet file with the columns of a schema."""
     columns: dict[str, list[int | str | bytes | None]] = {}
     for name in schema.names:

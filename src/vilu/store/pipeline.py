@@ -20,17 +20,17 @@ from torch import Tensor
 from vilu.backbones.base import Backbone
 from vilu.datasets.base import ImageDataset, ImageRecord
 from vilu.datasets.images import BadImage, ImageLimits, read_caption, read_image
-from vilu.embeddings.checks import NONFINITE, STATUS, VALID, unit_rows
+from vilu.embeddings.checks import NONFINITE, STATUS_NAMES, VALID, unit_rows
 from vilu.errors import OUTSIDE, DataError, ProvenanceError
 from vilu.progress import Task
 from vilu.store.manifest import CAPTION, IMAGE, Run, Views
 from vilu.store.parts import (
-    MESSAGE_LENGTH,
-    PICTURE_BYTES,
+    MAX_MESSAGE_LENGTH,
+    PICTURE_DIGEST_BYTES,
     ErrorRow,
+    ImageMetadata,
     Part,
-    PartRows,
-    Row,
+    PartContent,
     possible_positions,
 )
 
@@ -43,8 +43,8 @@ Smaller flags are defined in ``ImageFlag``.
 ROW_WORDS = {IMAGE: "image", CAPTION: "caption", "views": "view"}
 """Maps each array with normalised rows to the word for a row in messages."""
 
-# The end of a part, among the records before the decoder and among the outcomes after the decoder.
-END: Final = None
+# The end of a part, among the records before the decoder, and after the decoder.
+END_OF_PART: Final = None
 
 
 MAX_WAIT_SHARE: Final = 0.1
@@ -55,17 +55,21 @@ MAX_WAIT_SHARE: Final = 0.1
 class PreparedImage:
     """A decoded and preprocessed image, ready for the model."""
 
-    row: Row  # metadata of the image
+    metadata: ImageMetadata
     pixels: Tensor  # (3, H, W) float32
-    bytes: int  # encoded size of the image
+    n_bytes: int  # encoded size of the image
     views: tuple[Tensor, ...] = ()  # pixels (3, H, W) float32 of each view
+
+
+ImageOrError = PreparedImage | ErrorRow
+"""Result of ``Decoder``: an image for the model, or the error row of a bad image."""
 
 
 @dataclass(frozen=True)
 class Decoder:
     """A function that reads, decodes and preprocesses an image.
 
-    The outcome is a ``PreparedImage``, or an error row if the image is bad.
+    The result is a ``PreparedImage``, or an error row if the image is bad.
     """
 
     preprocess: Callable[[Image.Image], Tensor]  # returns (3, H, W) float32 pixels
@@ -77,24 +81,26 @@ class Decoder:
     # None: JPEGs are decoded in full.
     jpeg_side: int | None = None
 
-    def __call__(self, item: tuple[int, ImageRecord] | None) -> PreparedImage | ErrorRow | None:
-        """Return the outcome for a position and a record; return ``END`` for ``END``.
+    def __call__(self, position_and_record: tuple[int, ImageRecord] | None) -> ImageOrError | None:
+        """Return the image or the error for a position and a record.
+
+        For ``END_OF_PART``, return ``END_OF_PART``.
 
         Raises:
             DataError: If the label of the image is not a class.
         """
-        if item is END:
-            return END
-        position, record = item
+        if position_and_record is END_OF_PART:
+            return END_OF_PART
+        position, record = position_and_record
         return self._decode(position, record)
 
-    def _decode(self, position: int, record: ImageRecord) -> PreparedImage | ErrorRow:
+    def _decode(self, position: int, record: ImageRecord) -> ImageOrError:
         """Read and preprocess an image; return an error row if the image cannot be read."""
         self._require_class(record)
         reader = _RecordReader(record)
         try:
-            observed_record = replace(record, read=reader.read)
-            image = read_image(observed_record, self.limits, jpeg_side=self.jpeg_side)
+            record_with_reader = replace(record, read=reader.read)
+            image = read_image(record_with_reader, self.limits, jpeg_side=self.jpeg_side)
             caption = read_caption(record) if self.captions else None
         except BadImage as error:
             cause = error.__cause__ or error
@@ -104,10 +110,10 @@ class Decoder:
                 stage=error.stage,
                 kind=error.kind,
                 exception=type(cause).__name__,
-                message=str(error)[:MESSAGE_LENGTH],
-                bytes=reader.size,
+                message=str(error)[:MAX_MESSAGE_LENGTH],
+                bytes=reader.n_bytes,
             )
-        row = Row(
+        metadata = ImageMetadata(
             position=position,
             key=record.key,
             label=record.label,
@@ -117,14 +123,14 @@ class Decoder:
             exif_orientation=image.exif_orientation,
             flags=int(image.flags),
             caption=caption,
-            picture=reader.picture,
+            picture=reader.picture_digest,
         )
         pixels = self.preprocess(image.image)
         views: list[Tensor] = []
         if self.views is not None:
             for view in self.views.make_views(image.image, record.key):
                 views.append(self.preprocess(view))
-        return PreparedImage(row, pixels, reader.size or 0, tuple(views))
+        return PreparedImage(metadata, pixels, reader.n_bytes or 0, tuple(views))
 
     def _require_class(self, record: ImageRecord) -> None:
         """Raise DataError if the label is no class. If there are captions, labels are ignored."""
@@ -143,15 +149,15 @@ class _RecordReader:
 
     def __init__(self, record: ImageRecord) -> None:
         self._record = record
-        self.size: int | None = None  # number of bytes; None before ``read``
-        self.picture = b""  # digest of the picture (``PICTURE_FIELD``); empty before ``read``
+        self.n_bytes: int | None = None  # number of bytes; None before ``read``
+        self.picture_digest = b""  # as in ``PICTURE_FIELD``; empty before ``read``
 
     def read(self) -> bytes:
         """Return the bytes of the record."""
         data = self._record.read()
-        self.size = len(data)
+        self.n_bytes = len(data)
         hashed_content = data if self._record.content is None else self._record.content()
-        self.picture = sha256(hashed_content).digest()[:PICTURE_BYTES]
+        self.picture_digest = sha256(hashed_content).digest()[:PICTURE_DIGEST_BYTES]
         return data
 
 
@@ -195,38 +201,40 @@ class Encoder:
     batch_size: int  # images per forward pass
     strict: bool  # whether a bad image raises DataError; if not, an error row is made
     task: Task  # progress bar of the images
-    arrays: Mapping[str, tuple[int, ...]]  # name of each array of the images -> shape of a row
+    row_shapes: Mapping[str, tuple[int, ...]]  # name of each array of the images -> shape of a row
     dtype: str  # number format of the arrays
     n_errors: int = 0  # number of bad images so far
     begun_at: float = field(default_factory=time.monotonic)  # seconds of the monotonic clock
     seconds_waited: float = 0.0  # seconds of waiting for decoded images
 
-    def encode_part(self, outcomes: Iterator[PreparedImage | ErrorRow | None]) -> PartRows:
-        """Encode the images of a part: the outcomes up to the next ``END``.
+    def encode_part(self, images_or_errors: Iterator[ImageOrError | None]) -> PartContent:
+        """Encode the images of a part: the items up to the next ``END_OF_PART``.
 
         Raises:
             DataError: If ``strict`` is true and an image is bad.
         """
-        content = PartRows()
-        # iter(function, END) calls the function until it returns END
-        next_outcome = partial(self._next, outcomes)
-        outcomes_of_part: Iterator[PreparedImage | ErrorRow] = iter(next_outcome, END)
+        content = PartContent()
+        # iter(function, END_OF_PART) calls the function until it returns END_OF_PART
+        next_image_or_error = partial(self._next_image_or_error, images_or_errors)
+        images_or_errors_of_part: Iterator[ImageOrError] = iter(next_image_or_error, END_OF_PART)
         while True:
             # No variable holds the batch. So the memory of the batch is freed before the next batch
             # is read.
-            n_images = self._encode(list(islice(outcomes_of_part, self.batch_size)), content)
+            n_images = self._encode_batch(
+                list(islice(images_or_errors_of_part, self.batch_size)), content
+            )
             if n_images == 0:
                 return content
             self.task.advance(n_images, f"{self.n_errors} errors, {self._waiting_text()}")
 
-    def _next(
-        self, outcomes: Iterator[PreparedImage | ErrorRow | None]
-    ) -> PreparedImage | ErrorRow | None:
-        """Return the next outcome, and add the waiting time to ``seconds_waited``."""
+    def _next_image_or_error(
+        self, images_or_errors: Iterator[ImageOrError | None]
+    ) -> ImageOrError | None:
+        """Return the next image or error, and add the waiting time to ``seconds_waited``."""
         wait_begun_at = time.monotonic()
-        outcome = next(outcomes)
+        image_or_error = next(images_or_errors)
         self.seconds_waited += time.monotonic() - wait_begun_at
-        return outcome
+        return image_or_error
 
     def _waiting_text(self) -> str:
         """Return a text: decoding waits for the model, or the model waits for photos."""
@@ -235,61 +243,64 @@ class Encoder:
             return f"the model waits for photos {share:.0%} of the time"
         return "decoding waits for the model"
 
-    def _encode(self, batch: Sequence[PreparedImage | ErrorRow], content: PartRows) -> int:
+    def _encode_batch(self, batch: Sequence[ImageOrError], content: PartContent) -> int:
         """Add the rows and errors of a batch to ``content``, and return the size of the batch."""
-        errors = [outcome for outcome in batch if isinstance(outcome, ErrorRow)]
-        images = [outcome for outcome in batch if isinstance(outcome, PreparedImage)]
+        errors = [item for item in batch if isinstance(item, ErrorRow)]
+        images = [item for item in batch if isinstance(item, PreparedImage)]
         if images:
             errors += self._add_rows(images, content)
         errors.sort(key=attrgetter("position"))
         if errors and self.strict:
-            first = errors[0]
+            first_error = errors[0]
             raise DataError(
-                f"{first.key}: {first.kind} in stage {first.stage}: {first.message}. Mend the "
-                "image, or let bad images be set aside and counted with on_error='skip'."
+                f"{first_error.key}: {first_error.kind} in stage {first_error.stage}: "
+                f"{first_error.message}. Mend the image, or let bad images be set aside and "
+                "counted with on_error='skip'."
             )
         content.errors += errors
         self.n_errors += len(errors)
         return len(batch)
 
-    def _add_rows(self, images: Sequence[PreparedImage], content: PartRows) -> list[ErrorRow]:
+    def _add_rows(self, images: Sequence[PreparedImage], content: PartContent) -> list[ErrorRow]:
         """Add the rows of images to ``content``; return errors for unusable embeddings."""
         arrays, status = self._run_model(images)
         is_usable = torch.from_numpy(status == VALID)
         number_format = getattr(torch, self.dtype)
         for name, rows in arrays.items():
-            blocks = content.arrays.setdefault(name, [])  # a new list in the first batch
+            blocks = content.array_blocks.setdefault(name, [])  # a new list in the first batch
             blocks.append(rows[is_usable].to(number_format))
         errors: list[ErrorRow] = []
-        for row, image, code in zip(self._metadata(images), images, status, strict=True):
-            if code == VALID:
-                content.rows.append(row)
+        facts_of_images = zip(self._metadata(images), images, status, strict=True)
+        for metadata, image, status_code in facts_of_images:
+            if status_code == VALID:
+                content.metadata.append(metadata)
                 continue
             error = ErrorRow(
-                key=row.key,
-                position=row.position,
+                key=metadata.key,
+                position=metadata.position,
                 stage="encode",
-                kind=STATUS[code],
+                kind=STATUS_NAMES[status_code],
                 exception=None,
                 message="the model gave an embedding that has no direction",
-                bytes=image.bytes,
+                bytes=image.n_bytes,
             )
             errors.append(error)
         return errors
 
-    def _metadata(self, batch: Sequence[PreparedImage]) -> list[Row]:
+    def _metadata(self, batch: Sequence[PreparedImage]) -> list[ImageMetadata]:
         """Return the metadata of images. A truncated caption sets a flag of the row."""
-        rows = [image.row for image in batch]
-        if CAPTION not in self.arrays:
-            return rows
-        are_truncated = self.backbone.truncates([row.caption or "" for row in rows])
-        flagged_rows: list[Row] = []
-        for row, is_truncated in zip(rows, are_truncated, strict=True):
-            flags = row.flags
+        metadata_of_batch = [image.metadata for image in batch]
+        if CAPTION not in self.row_shapes:
+            return metadata_of_batch
+        captions = [metadata.caption or "" for metadata in metadata_of_batch]
+        are_truncated = self.backbone.truncates(captions)
+        flagged_metadata: list[ImageMetadata] = []
+        for metadata, is_truncated in zip(metadata_of_batch, are_truncated, strict=True):
+            flags = metadata.flags
             if is_truncated:
                 flags |= TEXT_TRUNCATED
-            flagged_rows.append(replace(row, flags=flags))
-        return flagged_rows
+            flagged_metadata.append(replace(metadata, flags=flags))
+        return flagged_metadata
 
     def _run_model(
         self, batch: Sequence[PreparedImage]
@@ -301,7 +312,7 @@ class Encoder:
             if name in arrays:
                 arrays[name], status_in_array = _normalise(arrays[name], row_name)
                 status = np.maximum(status, status_in_array)
-        for name, shape in self.arrays.items():
+        for name, shape in self.row_shapes.items():
             rows = arrays[name]
             if rows.shape != (len(batch), *shape):
                 raise ProvenanceError(
@@ -317,18 +328,18 @@ class Encoder:
         model = self.backbone
         arrays: dict[str, Tensor] = {}
         pixels = _stack_images([image.pixels for image in batch])
-        if "features" in self.arrays:
+        if "features" in self.row_shapes:
             arrays[IMAGE], arrays["features"] = model.encode_images_and_features(pixels)
         else:
             arrays[IMAGE] = model.encode_images(pixels)
-        if CAPTION in self.arrays:
-            arrays[CAPTION] = model.encode_texts([image.row.caption or "" for image in batch])
-        if "views" in self.arrays:
+        if CAPTION in self.row_shapes:
+            arrays[CAPTION] = model.encode_texts([image.metadata.caption or "" for image in batch])
+        if "views" in self.row_shapes:
             # each forward pass has one view of every image, so a forward pass is no larger than a
             # batch
             view_rows: list[Tensor] = []
-            for number in range(len(batch[0].views)):
-                views = [image.views[number] for image in batch]
+            for view_number in range(len(batch[0].views)):
+                views = [image.views[view_number] for image in batch]
                 view_rows.append(model.encode_images(_stack_images(views)))
             arrays["views"] = torch.stack(view_rows, dim=1)
         return arrays

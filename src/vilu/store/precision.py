@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vilu.backbones.base import Backbone, DualEncoder
-from vilu.backbones.zeroshot import mean_texts
+from vilu.backbones.zeroshot import embed_names
 from vilu.errors import ProvenanceError
 from vilu.store.manifest import Run
 
@@ -128,7 +128,7 @@ def _compare_precisions(
     """
     equal_answers = None
     if run.names:
-        text = mean_texts(model, run.names, run.templates).cpu()
+        text = embed_names(model, run.names, run.templates).cpu()
         low_answers = (low_rows @ text.T).argmax(dim=1)
         float32_answers = (float32_rows @ text.T).argmax(dim=1)
         equal_answers = float((low_answers == float32_answers).float().mean())

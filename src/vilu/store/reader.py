@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.disk import MANIFEST, RUN
+from vilu.artifacts.disk import MANIFEST_FILE, RUN_FILE
 from vilu.artifacts.documents import read_document
 from vilu.artifacts.hashing import digest
 from vilu.device import torch_defaults
-from vilu.embeddings.checks import HASH_BYTES, Identity, hash_items, hash_names
+from vilu.embeddings.checks import HASH_BYTES, IdentityKind, hash_items, hash_names
 from vilu.embeddings.column_checks import check_columns
 from vilu.embeddings.columns import ANSWER, TEXT_COLUMNS
 from vilu.embeddings.pairs import Pools
@@ -27,7 +28,13 @@ from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
 from vilu.store.ledger import FileVerifier, PickledByPath, content_hash
 from vilu.store.manifest import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
-from vilu.store.mapped import ListedNumbers, MappedPairs, MappedParts, MappedSource, PartStrings
+from vilu.store.mapped import (
+    ListedNumbers,
+    MappedArrays,
+    MappedPairs,
+    MappedSource,
+    StoredIdentifiers,
+)
 from vilu.store.parts import (
     ERROR_SCHEMA,
     REDO_HINT,
@@ -80,7 +87,7 @@ def open_source(
         ('cat', 'dog')
     """
     root = Path(path)
-    if not (root / RUN).is_file():
+    if not (root / RUN_FILE).is_file():
         if logit_scale is None:
             find_shards(root)  # raises DataError if the folder has no known layout
             raise UsageError(
@@ -93,7 +100,7 @@ def open_source(
         raise UsageError(
             f"{root} is a store, which has the logit scale of its model. Leave logit_scale out."
         )
-    if read_document(root / RUN, Run).captions:
+    if read_document(root / RUN_FILE, Run).captions:
         return CaptionStore(root, pools, fold)
     if pools is not None or fold is not None:
         raise UsageError(
@@ -114,7 +121,7 @@ class SealedStore(PickledByPath):
     def __init__(self, path: Path) -> None:
         StoreLedger.require_sealed(path)
         self.path = path
-        self.manifest = read_document(path / MANIFEST, Manifest)
+        self.manifest = read_document(path / MANIFEST_FILE, Manifest)
         self.folder_hash = digest(self.manifest.model_dump(mode="json"))
         ledger = StoreLedger(path, self.manifest)
         self.parts = ledger.parts
@@ -124,23 +131,22 @@ class SealedStore(PickledByPath):
             sum_of_parts = sum(getattr(receipt, count_name) for receipt in receipts)
             self.require_agreement(sum_of_parts == getattr(self.manifest, count_name))
         self.verify_file = FileVerifier(path, receipts)
-        self.n_errors = [receipt.n_error for receipt in receipts]
+        self.n_errors_of_parts = [receipt.n_error for receipt in receipts]
         n_rows_of_parts = [receipt.n_ok for receipt in receipts]
-        starts = np.cumsum([0, *n_rows_of_parts], dtype=np.int64)
-        self.rows = MappedParts(
-            starts,
-            self.manifest.arrays,
-            open_part=partial(_map_part, ledger, starts, self.verify_file),
+        part_starts = np.cumsum([0, *n_rows_of_parts], dtype=np.int64)
+        map_part = partial(_map_part, ledger, part_starts)
+        self.mapped_arrays = MappedArrays(
+            part_starts, self.manifest.row_shapes, open_part=partial(map_part, self.verify_file)
         )
         # Every array is mapped once, to check the header. ``path.joinpath`` finds the files,
         # because ``verify_file`` would also hash every file. A file is hashed later, when a row of
         # the file is first read.
         for part in self.parts:
-            for name in part.arrays:
-                _map_part(ledger, starts, find_file=path.joinpath, name=name, number=part.number)
+            for name in part.array_names:
+                map_part(path.joinpath, name, part.number)
 
     @property
-    def has_names(self) -> bool:
+    def has_identifiers(self) -> bool:
         """Whether rows have identifiers. Imported rows may have only row numbers."""
         return self.manifest.imported is None or self.manifest.imported.ids
 
@@ -148,23 +154,26 @@ class SealedStore(PickledByPath):
         """Raise ProvenanceError if ``agrees`` is False: the manifest does not fit the folder."""
         if not agrees:
             raise ProvenanceError(
-                f"{self.path / MANIFEST} seals other parts or classes than the folder holds. Make "
-                "it again."
+                f"{self.path / MANIFEST_FILE} seals other parts or classes than the folder holds. "
+                "Make it again."
             )
 
-    def metadata(self, name: str, number: int) -> pa.Array:
-        """Return column ``name`` of the metadata of part ``number``."""
-        n_rows = int(self.rows.starts[number + 1] - self.rows.starts[number])
-        path = self.verify_file(self.parts[number].metadata_file)
-        table = read_columns(path, metadata_schema(self.manifest), [name], n_rows)
-        return table[name].combine_chunks()
+    def metadata_column(self, column_name: str, part_number: int) -> pa.Array:
+        """Return column ``column_name`` of the metadata of part ``part_number``."""
+        part_starts = self.mapped_arrays.part_starts
+        n_rows = int(part_starts[part_number + 1] - part_starts[part_number])
+        path = self.verify_file(self.parts[part_number].metadata_file)
+        table = read_columns(path, metadata_schema(self.manifest), [column_name], n_rows)
+        return table[column_name].combine_chunks()
 
-    def keys(self, rows: NDArray[np.int64] | None = None) -> PartStrings:
+    def keys(self, rows: NDArray[np.int64] | None = None) -> StoredIdentifiers:
         """Return the keys of ``rows`` (ascending indices), by default of all rows."""
-        return PartStrings(self.rows.starts, partial(self.metadata, "key"), rows)
+        return StoredIdentifiers(
+            self.mapped_arrays.part_starts, partial(self.metadata_column, "key"), rows
+        )
 
     def identities(
-        self, by: Identity, rows: NDArray[np.int64], *, captions: bool = True
+        self, by: IdentityKind, rows: NDArray[np.int64], *, with_captions: bool = True
     ) -> NDArray[np.uint64]:
         """Return hashes (M,) of some rows: of the keys, or of pictures and captions.
 
@@ -173,35 +182,54 @@ class SealedStore(PickledByPath):
         Args:
             by: "names" to hash the keys, "pictures" to hash the pictures and captions.
             rows: (M,) numbers of the rows in the store.
-            captions: Whether captions, if any, are hashed with the pictures.
+            with_captions: Whether captions, if any, are hashed with the pictures.
         """
-        # the rows of part p are at the positions order[bounds[p] : bounds[p + 1]] of ``rows``
-        order = np.argsort(rows, kind="stable")
-        bounds = np.searchsorted(rows, self.rows.starts, sorter=order)
-        parts_in_use = np.flatnonzero(np.diff(bounds))
+        # ``sorting_order[part_bounds[p] : part_bounds[p + 1]]`` are the positions in ``rows`` of
+        # the rows of part p.
+        sorting_order = np.argsort(rows, kind="stable")
+        part_bounds = np.searchsorted(rows, self.mapped_arrays.part_starts, sorter=sorting_order)
+        used_part_numbers = np.flatnonzero(np.diff(part_bounds))
         hashes = np.empty(len(rows), np.uint64)
-        for number in parts_in_use.tolist():
-            positions = order[bounds[number] : bounds[number + 1]]
-            index_in_part = pa.array(rows[positions] - self.rows.starts[number])
-            hashes[positions] = self._hashes_in_part(by, number, index_in_part, captions=captions)
+        for part_number in used_part_numbers.tolist():
+            positions = sorting_order[part_bounds[part_number] : part_bounds[part_number + 1]]
+            first_row = self.mapped_arrays.part_starts[part_number]
+            rows_in_part = rows[positions] - first_row
+            hashes[positions] = self._hashes_in_part(
+                by, part_number, rows_in_part, with_captions=with_captions
+            )
         return hashes
 
     def _hashes_in_part(
-        self, by: Identity, number: int, index: pa.Array, *, captions: bool
+        self,
+        by: IdentityKind,
+        part_number: int,
+        rows_in_part: NDArray[np.int64],
+        *,
+        with_captions: bool,
     ) -> NDArray[np.uint64]:
-        """Return hashes (m,) like ``identities``, but of the rows ``index`` in a single part.
+        """Return hashes (m,) like ``identities``, for rows of a single part.
 
-        ``number`` is the number of the part.
+        Args:
+            by: As for ``identities``.
+            part_number: Number of the part.
+            rows_in_part: (m,) numbers of the rows, counted from the first row of the part.
+            with_captions: As for ``identities``.
         """
+
+        def read_cells(column_name: str) -> list[Any]:
+            column = self.metadata_column(column_name, part_number)
+            cells: list[Any] = column.take(pa.array(rows_in_part)).to_pylist()
+            return cells
+
         if by == "names":
-            return hash_names(self.metadata("key", number).take(index).to_pylist())
-        pictures: list[bytes] = self.metadata("picture", number).take(index).to_pylist()
-        has_captions = self.manifest.captions and captions
+            return hash_names(read_cells("key"))
+        pictures: list[bytes] = read_cells("picture")
+        has_captions = self.manifest.captions and with_captions
         if not has_captions:
             # the column "picture" has hashes of pictures; only the first bytes of a hash are used
             first_bytes = b"".join(picture[:HASH_BYTES] for picture in pictures)
             return np.frombuffer(first_bytes, "<u8").astype(np.uint64)
-        texts: list[str] = self.metadata("caption", number).take(index).to_pylist()
+        texts: list[str] = read_cells("caption")
         return hash_items(
             picture + text.encode() for picture, text in zip(pictures, texts, strict=True)
         )
@@ -209,23 +237,24 @@ class SealedStore(PickledByPath):
 
 def _map_part(
     ledger: StoreLedger,
-    starts: NDArray[np.int64],
+    part_starts: NDArray[np.int64],
     find_file: Callable[[str], Path],
-    name: str,
-    number: int,
+    array_name: str,
+    part_number: int,
 ) -> NDArray[np.floating]:
-    """Map array ``name`` of part ``number`` into memory.
+    """Map array ``array_name`` of part ``part_number`` into memory.
 
     Args:
         ledger: The folder of the store.
-        starts: (P + 1,) number of the first row of each of the P parts, and the number of rows.
+        part_starts: (P + 1,) number of the first row of each of the P parts, and the number of
+            rows.
         find_file: Function that takes the name of a file and returns the path.
-        name: Name of the array.
-        number: Number of the part.
+        array_name: Name of the array.
+        part_number: Number of the part.
     """
-    n_rows = int(starts[number + 1] - starts[number])
-    shape = (n_rows, *ledger.run.arrays[name])
-    path = find_file(ledger.parts[number].array_file(name))
+    n_rows = int(part_starts[part_number + 1] - part_starts[part_number])
+    shape = (n_rows, *ledger.run.row_shapes[array_name])
+    path = find_file(ledger.parts[part_number].array_file(array_name))
     return map_rows(path, shape, ledger.run.dtype)
 
 
@@ -236,7 +265,7 @@ class StoredRows(EmbeddingSource):
     _chosen_rows: Tensor | None = None  # (M,) numbers of the rows in the store; None for all
 
     @property
-    def identified_by(self) -> tuple[Identity, ...]:
+    def identified_by(self) -> tuple[IdentityKind, ...]:
         """Kinds of identity of the rows: "pictures" (with captions, if any) and "names".
 
         Imported rows have no picture. Their kinds are "embeddings", and "names" if there are names.
@@ -245,7 +274,9 @@ class StoredRows(EmbeddingSource):
             return super().identified_by
         return ("pictures", "names")
 
-    def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
+    def identities(
+        self, by: IdentityKind, rows: NDArray[np.int64] | None = None
+    ) -> NDArray[np.uint64]:
         """Return the identities (M,) of the rows, like ``EmbeddingSource.identities``."""
         if by == "embeddings":
             return super().identities(by, rows)
@@ -255,7 +286,9 @@ class StoredRows(EmbeddingSource):
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         if "pictures" not in self.identified_by:
             return super()._picture_hashes(rows)
-        return self._sealed_store.identities("pictures", self._rows_in_store(rows), captions=False)
+        return self._sealed_store.identities(
+            "pictures", self._rows_in_store(rows), with_captions=False
+        )
 
     def _rows_in_store(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Convert indices (M,) of rows in this source to indices in the whole store."""
@@ -315,18 +348,18 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
         self.space = self.manifest.space
         self.stored_dtype = self.manifest.dtype
         self.class_names = self.manifest.names
-        self._classes, self.text = read_classes(self.path, self.manifest)
-        self._sealed_store.require_agreement(self._classes.hash == self.manifest.classes)
-        self._class_column = cache(partial(_read_class_column, self.path, self._classes))
-        image_columns = frozenset(self.manifest.arrays) - {IMAGE}
-        self.columns = image_columns | frozenset(self._classes.columns)
+        self._class_table, self.text = read_classes(self.path, self.manifest)
+        self._sealed_store.require_agreement(self._class_table.hash == self.manifest.classes)
+        self._read_class_column = cache(partial(_read_class_column, self.path, self._class_table))
+        image_columns = frozenset(self.manifest.row_shapes) - {IMAGE}
+        self.columns = image_columns | frozenset(self._class_table.columns)
         labels_of_parts = map(self._read_labels, self._sealed_store.parts)
         labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *labels_of_parts]))
         # a row with the label -2 (outside) gets the target -1, and is marked in ``outside``
         self.target = labels.clamp(min=UNKNOWN)
         self.outside = labels == OUTSIDE
         self.ids = self._sealed_store.keys()
-        if not self._sealed_store.has_names:
+        if not self._sealed_store.has_identifiers:
             # The keys are the numbers of the rows in the imported arrays. ``ListedNumbers`` marks
             # the keys as numbers. Numbers identify no row of another source.
             self.ids = ListedNumbers(self._sealed_store.keys())
@@ -343,15 +376,15 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
         """Return the (B, D) float32 image embeddings of the rows ``index``."""
         if not self.has_vectors:
             return torch.zeros(len(index), 0, dtype=torch.float32)
-        return self._sealed_store.rows.take(IMAGE, index)
+        return self._sealed_store.mapped_arrays.take(IMAGE, index)
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Return column ``name``. Of a column of the images, return only the rows ``index``."""
         if name == ANSWER or name not in self.columns:
             return super().column(name, index)
-        if name in self.manifest.arrays:
-            return self._sealed_store.rows.take(name, index)
-        values = self._class_column(name)
+        if name in self.manifest.row_shapes:
+            return self._sealed_store.mapped_arrays.take(name, index)
+        values = self._read_class_column(name)
         has_row_per_class = name in TEXT_COLUMNS
         if self._class_of_candidate is None or not has_row_per_class:
             return values
@@ -361,7 +394,7 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
     def bad_images(self) -> Iterator[tuple[str, str]]:
         """Yield key and kind of error, e.g. "truncated", of every image without a row."""
         for part, n_error in zip(
-            self._sealed_store.parts, self._sealed_store.n_errors, strict=True
+            self._sealed_store.parts, self._sealed_store.n_errors_of_parts, strict=True
         ):
             if n_error:
                 path = self._sealed_store.verify_file(part.errors_file)
@@ -370,7 +403,7 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
 
     def _read_labels(self, part: Part) -> NDArray[np.int64]:
         """Return the labels of a part: -1 is unknown, -2 is outside. StorageError if invalid."""
-        column: pa.Array = self._sealed_store.metadata("label", part.number)
+        column: pa.Array = self._sealed_store.metadata_column("label", part.number)
         labels = np.asarray(column.fill_null(UNKNOWN), dtype=np.int64)
         if not len(labels):
             return labels
@@ -383,7 +416,7 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
 
     def _read_answers(self, part: Part) -> NDArray[np.int64]:
         """Return the imported answers of a part. StorageError if an answer is no class."""
-        column: pa.Array = self._sealed_store.metadata(ANSWER, part.number)
+        column: pa.Array = self._sealed_store.metadata_column(ANSWER, part.number)
         answer = np.asarray(column, dtype=np.int64)
         n_classes = len(self.manifest.names)
         if len(answer) and (answer.min() < 0 or answer.max() >= n_classes):
@@ -394,11 +427,11 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
         return answer
 
 
-def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) -> Tensor:
+def _read_class_column(root: Path, class_table: StoredClasses, name: ClassColumn) -> Tensor:
     """Read a column of the classes or of the model, and check its numbers."""
-    values = map_rows(column_path(root, name), classes.columns[name].shape, "float32")
+    values = map_rows(column_path(root, name), class_table.columns[name].shape, "float32")
     # n_rows has no effect, because only columns of images depend on n_rows
-    checked_columns = check_columns({name: values}, n_rows=0, n_texts=len(classes.names))
+    checked_columns = check_columns({name: values}, n_rows=0, n_texts=len(class_table.names))
     return checked_columns[name]
 
 
@@ -432,8 +465,8 @@ class CaptionStore(PickledByPath, StoredRows, MappedPairs):
         chosen_rows = None if fold is None else _rows_of_fold(sealed_store, fold)
         super().__init__(
             sealed_store.path,
-            sealed_store.rows,
-            arrays=(IMAGE, CAPTION),
+            sealed_store.mapped_arrays,
+            array_names=(IMAGE, CAPTION),
             space=self.manifest.space,
             pools=pools or Pools(),
             chosen_rows=chosen_rows,
@@ -442,7 +475,7 @@ class CaptionStore(PickledByPath, StoredRows, MappedPairs):
         if self.pools.direction == "image_to_text":
             # Columns belong to images. In the opposite direction, the images are the candidates of
             # a caption. Then a column of the right image would reveal the answer.
-            self.columns = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
+            self.columns = frozenset(self.manifest.row_shapes) - {IMAGE, CAPTION}
         self.ids = sealed_store.keys(chosen_rows)
         self._sealed_store = sealed_store
 
@@ -455,7 +488,9 @@ class CaptionStore(PickledByPath, StoredRows, MappedPairs):
 
 def _rows_of_fold(sealed_store: SealedStore, fold: Fold) -> NDArray[np.int64]:
     """Return the ascending numbers (M,) of the rows with a caption in a fold."""
-    part_sizes = np.diff(sealed_store.rows.starts).tolist()
+    part_sizes = np.diff(sealed_store.mapped_arrays.part_starts).tolist()
     parts = zip(sealed_store.parts, part_sizes, strict=True)
-    files = ((sealed_store.verify_file(part.metadata_file), n_rows) for part, n_rows in parts)
-    return rows_of_fold(files, ("caption",), fold, len(sealed_store.rows))
+    metadata_files = (
+        (sealed_store.verify_file(part.metadata_file), n_rows) for part, n_rows in parts
+    )
+    return rows_of_fold(metadata_files, ("caption",), fold, len(sealed_store.mapped_arrays))

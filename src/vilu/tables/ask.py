@@ -17,16 +17,16 @@ from vilu.errors import UNKNOWN
 from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.tables.read import FEATURES_SUFFIX, open_table
-from vilu.tables.table import AnswerTable, Purpose
+from vilu.tables.table import AnswerTable, LabelPurpose
 
 
-def next_answers(
+def choose_next_answers(
     table: AnswerTable,
     predictor: FailurePredictor,
     asked_ids: Collection[str],
     n: int,
     seed: int,
-) -> tuple[Ints, list[Purpose]]:
+) -> tuple[Ints, list[LabelPurpose]]:
     """Choose ``n`` answers without a label: half to fit on, half to calibrate on.
 
     A hash of the identifier of a row decides between the two purposes. The rows to calibrate on are
@@ -59,7 +59,7 @@ def next_answers(
         n_units = max(round(units_in_n_rows), 1)
     random_numbers = np.array([_random_number(name, seed) for name in unit_names], dtype=np.uint64)
     is_for_calibration = random_numbers % 2 == 1
-    is_askable = _askable_rows(table, predictor, asked_ids)
+    is_askable = _askable_mask(table, predictor, asked_ids)
     n_askable_rows = np.bincount(unit_of_row[is_askable], minlength=len(unit_names))
     may_be_chosen = n_askable_rows == unit_size  # only whole units are chosen
     calibration_candidates = np.flatnonzero(may_be_chosen & is_for_calibration)
@@ -71,7 +71,7 @@ def next_answers(
     units_to_fit = _evenly_spaced_units(fit_candidates, mean_uncertainty, n_to_fit)
     rows_to_fit = _rows_of_units(units_to_fit, unit_of_row)
     rows_to_calibrate = _rows_of_units(units_to_calibrate, unit_of_row)
-    purposes: list[Purpose] = ["fit"] * len(rows_to_fit)
+    purposes: list[LabelPurpose] = ["fit"] * len(rows_to_fit)
     purposes += ["calibration"] * len(rows_to_calibrate)
     return np.concatenate([rows_to_fit, rows_to_calibrate]), purposes
 
@@ -97,7 +97,7 @@ def _evenly_spaced_units(candidates: Ints, mean_uncertainty: Floats, n_units: in
     return ascending_units[positions]
 
 
-def _askable_rows(
+def _askable_mask(
     table: AnswerTable, predictor: FailurePredictor, asked_ids: Collection[str]
 ) -> NDArray[np.bool_]:
     """Mask (N,) of the unlabelled rows that were neither asked for nor fitted on.
@@ -143,7 +143,7 @@ def read_asked_ids(files: Sequence[Path]) -> set[str]:
     return asked_ids
 
 
-def write_questions(path: Path, table: AnswerTable, purposes: Sequence[Purpose]) -> None:
+def write_label_requests(path: Path, table: AnswerTable, purposes: Sequence[LabelPurpose]) -> None:
     """Write a table of answers as CSV with an empty column ``correct``, to fill in.
 
     Features are written first, into a second file in the same folder.

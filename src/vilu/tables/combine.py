@@ -14,26 +14,26 @@ from typing import Final, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.embeddings.split import part_of_rows
+from vilu.embeddings.split import part_of_each_row
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
 from vilu.metrics.ranking import auroc
 from vilu.tables.table import sign_of
 from vilu.text import plural
 
-FOLDS: Final = 5
+N_FOLDS: Final = 5
 """Number of folds of every cross-validation."""
 
 RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Strengths ``ridge`` to compare. The penalty is ridge / 2 * (sum of squared weights)."""
 
-KNOTS: Final = 64
+N_KNOTS: Final = 64
 """Number of knots of ``rank_maps``, at quantiles of a column."""
 
-STEPS: Final = 1_000
+MAX_OPTIMISER_STEPS: Final = 1_000
 """Maximum number of steps of each optimiser."""
 
-Way = TypeVar("Way")  # a way to fit, for a comparison by cross-validation: a recipe or a ridge
+FitOption = TypeVar("FitOption")  # a recipe or a ridge, to compare by cross-validation
 
 
 class Fold(NamedTuple):
@@ -53,9 +53,9 @@ def make_folds(cluster: Ints, failure: Ints, seed: int) -> list[Fold]:
     Raises:
         DataError: If all right answers, or all wrong answers, are in one fold.
     """
-    fold_of_row = part_of_rows(cluster, failure, [1 / FOLDS] * FOLDS, seed)
+    fold_of_row = part_of_each_row(cluster, failure, [1 / N_FOLDS] * N_FOLDS, seed)
     folds = []
-    for fold_number in range(FOLDS):
+    for fold_number in range(N_FOLDS):
         held_out_mask = fold_of_row == fold_number
         has_right_and_wrong = len(np.unique(failure[~held_out_mask])) == 2
         if has_right_and_wrong and held_out_mask.any():
@@ -74,8 +74,8 @@ def _too_few_message(cluster: Ints, failure: Ints) -> str:
     n_wrong = int(failure.sum())
     n_right = len(failure) - n_wrong
     return (
-        f"the fit compares by {FOLDS}-fold cross-validation, so right and wrong answers must be in "
-        f"several folds each. Got {n_wrong} wrong and {n_right} right answers in "
+        f"the fit compares by {N_FOLDS}-fold cross-validation, so right and wrong answers must be "
+        f"in several folds each. Got {n_wrong} wrong and {n_right} right answers in "
         f"{plural(len(np.unique(cluster)), 'cluster')}, and rows of one cluster are in one fold. "
         "Label more answers, of more clusters."
     )
@@ -122,10 +122,11 @@ def rising_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
         gradient = inputs.T @ error / len(failure) + ridge * weights
         return float(loss), np.append(gradient, error.mean())
 
-    start = np.zeros(n_columns + 1)
+    initial_parameters = np.zeros(n_columns + 1)
     bounds = [(0.0, None)] * n_columns + [(None, None)]  # weights >= 0; any intercept
+    options = {"maxiter": MAX_OPTIMISER_STEPS}
     optimum = minimize(
-        objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": STEPS}
+        objective, initial_parameters, jac=True, method="L-BFGS-B", bounds=bounds, options=options
     )
     return Linear(optimum.x[:n_columns], float(optimum.x[n_columns]))
 
@@ -139,7 +140,7 @@ def ridge_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
     from sklearn.linear_model import LogisticRegression
 
     # scikit-learn's C multiplies the sum of the log-losses, but ``ridge`` is for the mean.
-    model = LogisticRegression(C=1 / (ridge * len(failure)), max_iter=STEPS)
+    model = LogisticRegression(C=1 / (ridge * len(failure)), max_iter=MAX_OPTIMISER_STEPS)
     with warnings.catch_warnings():
         # With a weak penalty, and more columns than rows, the fit may not converge. The warning is
         # not needed, because cross-validation judges every fit.
@@ -178,11 +179,11 @@ class RisingMaps:
 
     def __call__(self, numbers: Floats) -> Floats:
         """The mapped numbers (N, C)."""
-        mapped = np.zeros_like(numbers)
+        mapped_numbers = np.zeros_like(numbers)
         for piece in range(self.lower.shape[1]):
             share_of_piece = (numbers - self.lower[:, piece]) / self.width[:, piece]
-            mapped += self.rise[:, piece] * np.clip(share_of_piece, 0, 1)
-        return mapped
+            mapped_numbers += self.rise[:, piece] * np.clip(share_of_piece, 0, 1)
+        return mapped_numbers
 
     def take(self, columns: Sequence[int]) -> RisingMaps:
         """The functions of these columns."""
@@ -209,14 +210,14 @@ def straight_maps(numbers: Floats) -> RisingMaps:
 def rank_maps(numbers: Floats) -> RisingMaps:
     """Ranks: the log-odds of the share of rows with smaller numbers in the column.
 
-    Between ``KNOTS`` quantiles the function is linear, so different numbers stay different.
+    Between ``N_KNOTS`` quantiles the function is linear, so different numbers stay different.
     """
     n_columns = numbers.shape[1]
-    share = (np.arange(KNOTS) + 0.5) / KNOTS
+    share = (np.arange(N_KNOTS) + 0.5) / N_KNOTS
     height = np.log(share) - np.log1p(-share)  # log-odds of the shares
-    lower = np.zeros((n_columns, KNOTS - 1))
-    width = np.ones((n_columns, KNOTS - 1))
-    rise = np.zeros((n_columns, KNOTS - 1))
+    lower = np.zeros((n_columns, N_KNOTS - 1))
+    width = np.ones((n_columns, N_KNOTS - 1))
+    rise = np.zeros((n_columns, N_KNOTS - 1))
     for column in range(n_columns):
         quantiles = np.quantile(numbers[:, column], share)
         # several quantiles may be the same number: they become a single knot, at their mean height
@@ -229,7 +230,7 @@ def rank_maps(numbers: Floats) -> RisingMaps:
     return RisingMaps(lower, width, rise)
 
 
-MAPS: Final[dict[str, Callable[[Floats], RisingMaps]]] = {
+MAP_MAKERS: Final[dict[str, Callable[[Floats], RisingMaps]]] = {
     "straight": straight_maps,
     "ranked": rank_maps,
 }
@@ -254,7 +255,7 @@ def risk_directions(names: Sequence[str], numbers: Floats, failure: Ints) -> Flo
 class Recipe(NamedTuple):
     """A way to combine columns. Cross-validation compares several recipes."""
 
-    map_name: str  # key of ``MAPS``
+    map_name: str  # key of ``MAP_MAKERS``
     columns: tuple[int, ...]  # indices of the columns
     ridge: float  # strength of the penalty
 
@@ -264,7 +265,7 @@ def recipes_to_compare(n_columns: int) -> list[Recipe]:
     # a single strength is enough for a single column, because the penalty only shrinks the weight
     weakest_ridge = min(RIDGES)
     all_recipes = []
-    for map_name in MAPS:
+    for map_name in MAP_MAKERS:
         for column in range(n_columns):
             all_recipes.append(Recipe(map_name, (column,), weakest_ridge))
         if n_columns > 1:
@@ -291,21 +292,21 @@ def fit_combination(
 ) -> Combination:
     """The combination of a recipe, fitted to the rows of ``numbers`` (N, C)."""
     direction = risk_directions(names, numbers, failure)
-    make_maps = MAPS[recipe.map_name]
+    make_maps = MAP_MAKERS[recipe.map_name]
     maps = make_maps(numbers * direction)
-    mapped = maps(numbers * direction)
-    return _fit_mapped(direction, maps, mapped, failure, recipe)
+    mapped_numbers = maps(numbers * direction)
+    return _fit_mapped(direction, maps, mapped_numbers, failure, recipe)
 
 
 def _fit_mapped(
-    direction: Floats, maps: RisingMaps, mapped: Floats, failure: Ints, recipe: Recipe
+    direction: Floats, maps: RisingMaps, mapped_numbers: Floats, failure: Ints, recipe: Recipe
 ) -> Combination:
-    """The combination of a recipe, fitted to the ``mapped`` numbers (N, C).
+    """The combination of a recipe, fitted to the ``mapped_numbers`` (N, C).
 
     Columns outside the recipe get the weight 0.
     """
     chosen_columns = list(recipe.columns)
-    linear = rising_logistic(mapped[:, chosen_columns], failure, recipe.ridge)
+    linear = rising_logistic(mapped_numbers[:, chosen_columns], failure, recipe.ridge)
     weights = np.zeros(len(direction))
     weights[chosen_columns] = linear.weights
     return Combination(direction, maps, Linear(weights, linear.intercept))
@@ -323,47 +324,47 @@ def held_out_log_odds(
         fit_failure = failure[fit_mask]
         direction = risk_directions(names, numbers[fit_mask], fit_failure)
         directed_numbers = numbers[fit_mask] * direction
-        for map_name, make_maps in MAPS.items():
+        for map_name, make_maps in MAP_MAKERS.items():
             maps = make_maps(directed_numbers)
-            mapped = maps(directed_numbers)
+            mapped_numbers = maps(directed_numbers)
             for recipe, log_odds_of_recipe in log_odds.items():
                 if recipe.map_name == map_name:
-                    combination = _fit_mapped(direction, maps, mapped, fit_failure, recipe)
+                    combination = _fit_mapped(direction, maps, mapped_numbers, fit_failure, recipe)
                     # the combination maps these numbers
                     log_odds_of_recipe[held_out_mask] = combination(numbers[held_out_mask])
     return log_odds
 
 
-class CrossValidated(NamedTuple, Generic[Way]):
-    """The way to fit with the best result on held-out rows, and its calibration."""
+class CrossValidation(NamedTuple, Generic[FitOption]):
+    """The option with the best result on held-out rows, and its calibration."""
 
-    best: Way  # the way with the least mean held-out log-loss
-    losses: dict[Way, float]  # way -> mean held-out log-loss
+    best_option: FitOption  # the one with the least mean held-out log-loss
+    loss_of_option: dict[FitOption, float]  # option -> mean held-out log-loss
     slope: float  # calibrated log-odds are slope * log-odds + shift
     shift: float
 
     @classmethod
-    def of(cls, held_out: Mapping[Way, Floats], failure: Ints) -> CrossValidated[Way]:
-        """Compare ways to fit.
+    def of(cls, held_out: Mapping[FitOption, Floats], failure: Ints) -> CrossValidation[FitOption]:
+        """Compare options.
 
-        ``held_out`` maps each way to held-out log-odds (N,), with NaN for rows outside all folds.
+        ``held_out`` maps each option to held-out log-odds (N,), NaN for rows outside all folds.
         """
-        losses = {}
-        for way, log_odds in held_out.items():
+        loss_of_option = {}
+        for option, log_odds in held_out.items():
             is_known = np.isfinite(log_odds)
-            losses[way] = float(log_losses(log_odds[is_known], failure[is_known]).mean())
-        best = min(losses, key=losses.__getitem__)
-        is_known = np.isfinite(held_out[best])
-        slope, shift = platt_scaling(held_out[best][is_known], failure[is_known])
-        return cls(best, losses, slope, shift)
+            loss_of_option[option] = float(log_losses(log_odds[is_known], failure[is_known]).mean())
+        best_option = min(loss_of_option, key=loss_of_option.__getitem__)
+        is_known = np.isfinite(held_out[best_option])
+        slope, shift = platt_scaling(held_out[best_option][is_known], failure[is_known])
+        return cls(best_option, loss_of_option, slope, shift)
 
 
 def best_combination(
     names: Sequence[str], numbers: Floats, failure: Ints, folds: Sequence[Fold]
-) -> tuple[Combination, CrossValidated[Recipe]]:
+) -> tuple[Combination, CrossValidation[Recipe]]:
     """The combination with the least held-out log-loss, calibrated by the held-out log-odds."""
-    comparison = CrossValidated.of(held_out_log_odds(names, numbers, failure, folds), failure)
-    combination = fit_combination(names, numbers, failure, comparison.best)
+    comparison = CrossValidation.of(held_out_log_odds(names, numbers, failure, folds), failure)
+    combination = fit_combination(names, numbers, failure, comparison.best_option)
     linear = combination.linear.recalibrated(comparison.slope, comparison.shift)
     return replace(combination, linear=linear), comparison
 
@@ -378,20 +379,20 @@ class Probe(NamedTuple):
 
 def best_probe(
     inputs: Floats, failure: Ints, folds: Sequence[Fold]
-) -> tuple[Probe, CrossValidated[float]]:
+) -> tuple[Probe, CrossValidation[float]]:
     """The probe with the least held-out log-loss, calibrated by the held-out log-odds."""
-    held_out_odds = {ridge: np.full(len(failure), np.nan) for ridge in RIDGES}
+    held_out_log_odds_of_ridge = {ridge: np.full(len(failure), np.nan) for ridge in RIDGES}
     for fit_mask, held_out_mask in folds:
         mean, scale = _mean_and_scale(inputs[fit_mask])
-        standardised = (inputs - mean) / scale
-        for ridge, log_odds in held_out_odds.items():
-            linear = ridge_logistic(standardised[fit_mask], failure[fit_mask], ridge)
-            log_odds[held_out_mask] = linear(standardised[held_out_mask])
-    comparison = CrossValidated.of(held_out_odds, failure)
+        standardised_inputs = (inputs - mean) / scale
+        for ridge, log_odds in held_out_log_odds_of_ridge.items():
+            linear = ridge_logistic(standardised_inputs[fit_mask], failure[fit_mask], ridge)
+            log_odds[held_out_mask] = linear(standardised_inputs[held_out_mask])
+    comparison = CrossValidation.of(held_out_log_odds_of_ridge, failure)
     mean, scale = _mean_and_scale(inputs)
-    linear = ridge_logistic((inputs - mean) / scale, failure, comparison.best)
-    calibrated = linear.recalibrated(comparison.slope, comparison.shift)
-    return Probe(mean, scale, calibrated), comparison
+    linear = ridge_logistic((inputs - mean) / scale, failure, comparison.best_option)
+    calibrated_linear = linear.recalibrated(comparison.slope, comparison.shift)
+    return Probe(mean, scale, calibrated_linear), comparison
 
 
 def _mean_and_scale(inputs: Floats) -> tuple[Floats, Floats]:

@@ -13,7 +13,7 @@ from vilu.metrics.counts import Floats
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.tables.methods import AnswerMethod
 from vilu.tables.table import AnswerTable
-from vilu.text import printable
+from vilu.text import escape_unprintable
 
 WORD_OF_CORRECT = {1: "right", 0: "WRONG"}
 """Value of the column ``correct`` -> word. There is no word for unknown (-1)."""
@@ -35,8 +35,9 @@ class ExplainedAnswer:
     def __str__(self) -> str:
         answer = ""
         if self.answer is not None:
-            answer = f"   answer {printable(self.answer)!r:.60}"
-        head = f"row {self.row}  {printable(self.key)}{answer}   uncertainty {self.uncertainty:.4g}"
+            answer = f"   answer {escape_unprintable(self.answer)!r:.60}"
+        key = escape_unprintable(self.key)
+        head = f"row {self.row}  {key}{answer}   uncertainty {self.uncertainty:.4g}"
         if self.correct in WORD_OF_CORRECT:
             head += f"   {WORD_OF_CORRECT[self.correct]}"
         parts = [f"{value:+.3g} {name}" for name, value in self.terms.items()]

@@ -23,7 +23,7 @@ from vilu.predictors.contract.parameters import check_parameters
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt
 from vilu.predictors.contract.seen import Overlap
 from vilu.tables.combine import (
-    CrossValidated,
+    CrossValidation,
     Linear,
     Recipe,
     RisingMaps,
@@ -327,11 +327,11 @@ class AnswerScores(AnswerMethod):
                 "answer_probe."
             )
         numbers = table.matrix(names)
-        failures = failure.numpy()
-        folds = make_folds(table.inseparable(), failures, self.seed)
-        combination, comparison = best_combination(names, numbers, failures, folds)
-        mapped = combination.maps(numbers * combination.direction)
-        deviation_of_terms = mapped.std(axis=0) * combination.linear.weights
+        failure_array = failure.numpy()
+        folds = make_folds(table.inseparable(), failure_array, self.seed)
+        combination, comparison = best_combination(names, numbers, failure_array, folds)
+        mapped_numbers = combination.maps(numbers * combination.direction)
+        deviation_of_terms = mapped_numbers.std(axis=0) * combination.linear.weights
         signs = (-combination.direction).astype(int).tolist()
         notes = {
             COLUMNS_KEY: list(names),
@@ -351,8 +351,8 @@ class AnswerScores(AnswerMethod):
         numbers = batch.columns[NUMBERS] * self.learned_["direction"]
         # the maps are sums of pieces, as in ``RisingMaps``
         share_of_piece = (numbers.unsqueeze(2) - self.learned_["lower"]) / self.learned_["width"]
-        mapped = (share_of_piece.clamp(0, 1) * self.learned_["rise"]).sum(dim=2)
-        return mapped * self.learned_["weight"]
+        mapped_numbers = (share_of_piece.clamp(0, 1) * self.learned_["rise"]).sum(dim=2)
+        return mapped_numbers * self.learned_["weight"]
 
     def _score(self, batch: Batch) -> Tensor:
         return torch.sigmoid(self.terms(batch).sum(dim=1) + self.learned_["intercept"])
@@ -414,9 +414,9 @@ class AnswerProbe(AnswerMethod):
         table = _training_table(train)
         names = tuple(table.numbers)
         inputs = _probe_inputs(table, names)
-        failures = failure.numpy()
-        folds = make_folds(table.inseparable(), failures, self.seed)
-        probe, comparison = best_probe(inputs, failures, folds)
+        failure_array = failure.numpy()
+        folds = make_folds(table.inseparable(), failure_array, self.seed)
+        probe, comparison = best_probe(inputs, failure_array, folds)
         terms = (inputs - probe.mean) / probe.scale * probe.linear.weights
         deviation_of_terms = terms[:, : len(names)].std(axis=0)
         term_names = names
@@ -424,12 +424,12 @@ class AnswerProbe(AnswerMethod):
             term_of_features = terms[:, len(names) :].sum(axis=1)
             deviation_of_terms = np.append(deviation_of_terms, term_of_features.std())
             term_names = (*names, FEATURES)
-        ridge = comparison.best
+        ridge = comparison.best_option
         notes = {
             COLUMNS_KEY: list(names),
             WIDTH_KEY: table.n_features,
             SHARES_KEY: _shares(term_names, deviation_of_terms),
-            "chosen": f"ridge {ridge:g}, log-loss {comparison.losses[ridge]:.4f}",
+            "chosen": f"ridge {ridge:g}, log-loss {comparison.loss_of_option[ridge]:.4f}",
         }
         arrays = {"mean": probe.mean, "scale": probe.scale, **_arrays_of_linear(probe.linear)}
         return Learnt(_as_tensors(arrays), notes)
@@ -455,7 +455,9 @@ def _training_table(train: Rows) -> AnswerTable:
     """The table of the rows to learn from."""
     table = train.source
     if not isinstance(table, AnswerTable):
-        raise UsageError(f"a fit needs {AnswerTable.how}. Got {type(table).__name__} instead.")
+        raise UsageError(
+            f"a fit needs {AnswerTable.how_to_make}. Got {type(table).__name__} instead."
+        )
     return table.take(train.index)
 
 
@@ -494,11 +496,11 @@ def _shares(term_names: tuple[str, ...], deviation_of_terms: Floats) -> dict[str
     return dict(zip(term_names, share.tolist(), strict=True))
 
 
-def _recipe_in_words(names: tuple[str, ...], comparison: CrossValidated[Recipe]) -> str:
+def _recipe_in_words(names: tuple[str, ...], comparison: CrossValidation[Recipe]) -> str:
     """A text for the notes: the recipe chosen by cross-validation, with the log-loss."""
-    recipe = comparison.best
+    recipe = comparison.best_option
     columns_in_words = "all columns"
     if len(recipe.columns) == 1:
         columns_in_words = names[recipe.columns[0]]
-    log_loss = comparison.losses[recipe]
+    log_loss = comparison.loss_of_option[recipe]
     return f"{columns_in_words}, {recipe.map_name}, ridge {recipe.ridge:g}, log-loss {log_loss:.4f}"

@@ -29,7 +29,7 @@ from vilu.predictors.persistence.storage import load_predictor
 from vilu.tables.methods import WIDTH_KEY, AnswerMethod
 from vilu.tables.table import FEATURES
 
-N_TRIAL_ROWS: Final = 257
+N_RANDOM_ROWS: Final = 257
 """Number of random rows to compare the file with the predictor."""
 
 
@@ -82,22 +82,22 @@ def export_answers(folder: str | Path | SavedModel, path: str | Path) -> float:
     predictor = load_predictor(folder)
     if not isinstance(predictor, AnswerMethod):
         raise DataError(f"{folder} holds a {predictor.name}, which is no method for tables.")
-    trial = random_rows(predictor)
-    facts = _metadata(predictor, fit_fingerprint(folder))
-    content = write_graph(TableGraph(predictor).eval(), trial, ("uncertainty",), facts)
-    difference = _difference(predictor, content, trial)
+    random_inputs = random_graph_inputs(predictor)
+    metadata = _metadata(predictor, fit_fingerprint(folder))
+    content = write_graph(TableGraph(predictor).eval(), random_inputs, ("uncertainty",), metadata)
+    difference = _difference(predictor, content, random_inputs)
     write_bytes(path, content)
     return difference
 
 
-def _difference(predictor: AnswerMethod, content: bytes, trial: GraphInputs) -> float:
+def _difference(predictor: AnswerMethod, content: bytes, inputs: GraphInputs) -> float:
     """The largest difference between the uncertainties of a file and of the predictor.
 
     DataError if the difference is above ``MAX_DIFFERENCE``. ``content`` are the bytes of the file.
     """
-    (uncertainty,) = onnx_function(content)(trial)
+    (uncertainty,) = onnx_function(content)(inputs)
     with torch.no_grad():
-        expected_uncertainty = predictor.score_batch(batch_of(**trial)).numpy()
+        expected_uncertainty = predictor.score_batch(batch_of(**inputs)).numpy()
     difference = float(np.abs(uncertainty - expected_uncertainty).max())
     if not difference <= MAX_DIFFERENCE:  # true also if the difference is NaN
         raise DataError(
@@ -115,12 +115,12 @@ def _metadata(predictor: AnswerMethod, fingerprint: str) -> dict[str, str]:
     }
 
 
-def random_rows(predictor: AnswerMethod) -> GraphInputs:
+def random_graph_inputs(predictor: AnswerMethod) -> GraphInputs:
     """Name of an input of the graph -> random numbers near the numbers of the fit."""
     generator = torch.Generator().manual_seed(0)
     n_columns = len(predictor.used_columns)
     width = n_columns + predictor.notes_.get(WIDTH_KEY, 0)
-    noise = torch.randn(N_TRIAL_ROWS, width, generator=generator, dtype=torch.float64)
+    noise = torch.randn(N_RANDOM_ROWS, width, generator=generator, dtype=torch.float64)
     centre, spread = _centre_and_spread(predictor)
     inputs = centre + spread * noise
     rows: GraphInputs = {NUMBERS: inputs[:, :n_columns].contiguous()}

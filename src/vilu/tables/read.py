@@ -15,7 +15,7 @@ import numpy as np
 from vilu.artifacts.tables import csv_names, read_table, require_distinct_columns, table_suffix
 from vilu.errors import UNKNOWN, DataError, StorageError, UsageError, did_you_mean
 from vilu.metrics.counts import Floats, Ints
-from vilu.tables.table import SCORE, UNCERTAINTY, AnswerTable, Features, Purpose, sign_of
+from vilu.tables.table import SCORE, UNCERTAINTY, AnswerTable, Features, LabelPurpose, sign_of
 from vilu.text import plural
 from vilu.validation import checked, describe_value
 
@@ -92,20 +92,21 @@ def open_table(
         return _read_file(path, path.stem if name is None else name, clusters)
     if isinstance(source, Mapping):
         arrays = {str(key): values for key, values in source.items()}
-        vectors = arrays.pop("features", None)
+        unchecked_features = arrays.pop("features", None)
         columns = _columns_of_arrays(arrays)
     else:
         columns = _columns_of_frame(source)
-        vectors = columns.pop("features", None)
-    return _checked_table(_with_cluster_column(columns, clusters), vectors, "the table", name)
+        unchecked_features = columns.pop("features", None)
+    columns = _with_cluster_column(columns, clusters)
+    return _checked_table(columns, unchecked_features, "the table", name)
 
 
-def is_table(path: Path) -> bool:
+def may_be_table(path: Path) -> bool:
     """Whether a path can be a table of answers: an existing file with suffix .csv or .parquet."""
     return path.is_file() and path.suffix.lower() in {".csv", ".parquet"}
 
 
-def has_answers(path: Path) -> bool:
+def is_answer_table(path: Path) -> bool:
     """Whether a file is a table of answers.
 
     A CSV file without the column ``id`` counts as a table, too, unless it has columns of ``vilu
@@ -114,7 +115,7 @@ def has_answers(path: Path) -> bool:
     import pyarrow as pa
     import pyarrow.parquet
 
-    if not is_table(path):
+    if not may_be_table(path):
         return False
     try:
         if table_suffix(path) == ".csv":
@@ -130,12 +131,12 @@ def has_answers(path: Path) -> bool:
     return table_suffix(path) == ".csv" and not score_columns
 
 
-def files_of(*paths: Path) -> list[Path]:
+def with_features_files(*paths: Path) -> list[Path]:
     """The paths; after each table follows the file with the features, if this file exists."""
     files = []
     for path in paths:
         files.append(path)
-        if not is_table(path):
+        if not may_be_table(path):
             continue
         features_file = path.with_suffix(FEATURES_SUFFIX)
         if features_file.is_file():
@@ -153,20 +154,20 @@ def _read_file(path: Path, name: str, cluster_column: str | None) -> AnswerTable
         table, _ = read_table(path, ())
         columns = _columns_by_name(table)
     columns = _with_cluster_column(columns, cluster_column)
-    vectors = columns.pop("features", None)
+    unchecked_features = columns.pop("features", None)
     features_file = path.with_suffix(FEATURES_SUFFIX)
     if not features_file.is_file():
-        return _checked_table(columns, vectors, str(path), name)
-    if vectors is not None:
+        return _checked_table(columns, unchecked_features, str(path), name)
+    if unchecked_features is not None:
         raise DataError(
             f"{path} has a column features, and {features_file} has features, too. Remove one of "
             "them."
         )
     try:
-        vectors = np.load(features_file, allow_pickle=False)
+        unchecked_features = np.load(features_file, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{features_file} is no readable .npy file of numbers: {error}.") from error
-    return _checked_table(columns, vectors, str(path), name)
+    return _checked_table(columns, unchecked_features, str(path), name)
 
 
 def _read_csv_file(path: Path) -> dict[str, pa.ChunkedArray]:
@@ -211,7 +212,7 @@ def _csv_columns(path: Path) -> dict[str, pa.ChunkedArray]:
     return _columns_by_name(table)
 
 
-MAYBE_THOUSANDS: Final = re.compile(r"-?[1-9]\d{0,2}(,\d{3})+")
+THOUSANDS_PATTERN: Final = re.compile(r"-?[1-9]\d{0,2}(,\d{3})+")
 """A number such as 1,234. The comma may separate thousands."""
 
 
@@ -220,12 +221,12 @@ def _with_decimal_points(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
     The column is returned unchanged if a cell is no number, or if commas may separate thousands.
     Commas may separate thousands if a cell has a point, or if all cells with commas look like
-    12,345. ``_Cells.numbers`` refuses such a column.
+    12,345. ``_CellReader.read_numbers`` refuses such a column.
     """
     import pyarrow as pa
 
     cells_with_commas = [cell for cell in column.to_pylist() if cell and "," in cell]
-    may_be_thousands = all(MAYBE_THOUSANDS.fullmatch(cell.strip()) for cell in cells_with_commas)
+    may_be_thousands = all(THOUSANDS_PATTERN.fullmatch(cell.strip()) for cell in cells_with_commas)
     if cells_with_commas and may_be_thousands:
         return column
     converted_cells = []
@@ -308,42 +309,44 @@ def _with_cluster_column(
 
 def _checked_table(
     columns: Mapping[str, pa.ChunkedArray],
-    vectors: Any,  # noqa: ANN401 - an array, or a column of lists
-    where: str,
+    unchecked_features: Any,  # noqa: ANN401 - of any type of array
+    source_name: str,
     name: str | None,
 ) -> AnswerTable:
     """Check all cells, and make a table from the columns.
 
     Args:
         columns: Name -> column, for all columns except the features.
-        vectors: The features; None without features.
-        where: Beginning of the messages: the path of the file, or "the table".
+        unchecked_features: An array or a column of lists; None without features.
+        source_name: Beginning of the messages: the path of the file, or "the table".
         name: Name of the data set.
     """
-    _require_known_names(where, columns)
-    ids = _text_column(where, columns, "id") or ()
-    _require_distinct_ids(where, ids)
-    cells = _Cells(where, ids)
+    _require_known_names(source_name, columns)
+    ids = _text_column(source_name, columns, "id") or ()
+    _require_distinct_ids(source_name, ids)
+    cell_reader = _CellReader(source_name, ids)
     number_columns = [column for column in columns if _is_number_column(column, columns[column])]
-    numbers = {column: cells.numbers(column, columns[column]) for column in number_columns}
+    numbers = {
+        column: cell_reader.read_numbers(column, columns[column]) for column in number_columns
+    }
     features = None
-    if vectors is not None:
-        features = cells.features(vectors)
+    if unchecked_features is not None:
+        features = cell_reader.read_features(unchecked_features)
     if not numbers and features is None:
         raise DataError(
-            f"{where} has no number that says how sure an answer is. Add a column such as "
+            f"{source_name} has no number that says how sure an answer is. Add a column such as "
             "score_confidence (a higher number: more likely right)."
         )
     used_columns = {*ROLE_COLUMNS, *number_columns}
     return AnswerTable(
         ids,
-        cells.correct(columns.get("correct")),
+        cell_reader.read_correct(columns.get("correct")),
         numbers,
-        answer=_text_column(where, columns, "answer", ids),
-        truth=_text_column(where, columns, "truth", ids),
-        group=_text_column(where, columns, "group", ids),
-        cluster=_text_column(where, columns, "cluster", ids),
-        asked_for=_purpose_column(where, columns, ids),
+        answer=_text_column(source_name, columns, "answer", ids),
+        truth=_text_column(source_name, columns, "truth", ids),
+        group=_text_column(source_name, columns, "group", ids),
+        cluster=_text_column(source_name, columns, "cluster", ids),
+        asked_for=_purpose_column(source_name, columns, ids),
         features=features,
         unused=tuple(column for column in columns if column not in used_columns),
         name=name,
@@ -360,35 +363,35 @@ def _is_number_column(name: str, column: pa.ChunkedArray) -> bool:
     return sign_of(name) != 0 or _has_numbers(column)
 
 
-def _require_known_names(where: str, columns: Mapping[str, pa.ChunkedArray]) -> None:
+def _require_known_names(source_name: str, columns: Mapping[str, pa.ChunkedArray]) -> None:
     """Refuse a table without identifiers, and column names similar to the name of a role.
 
     Without this check, a column ``Correct`` would have no role, and the user would not notice.
     """
-    free_roles = [role for role in ROLE_COLUMNS if role not in columns]
+    missing_roles = [role for role in ROLE_COLUMNS if role not in columns]
     for name in columns:
         normalised = name.strip().lower().replace(" ", "_").replace("-", "_")
         stem, _, _ = normalised.partition("_")
         has_role = normalised in ROLE_COLUMNS or stem in {SCORE, UNCERTAINTY}
         if has_role and normalised != name:
             raise DataError(
-                f"{where} has a column {name!r}. Write {normalised!r} if it is meant, or another "
-                "name."
+                f"{source_name} has a column {name!r}. Write {normalised!r} if it is meant, or "
+                "another name."
             )
-        question = did_you_mean(name, free_roles, cutoff=0.8)  # "Did you mean ...?" or ""
-        if question and name not in ROLE_COLUMNS:
-            raise DataError(f"{where} has a column {name!r}.{question} Rename it.")
+        suggestion = did_you_mean(name, missing_roles, cutoff=0.8)  # "Did you mean ...?" or ""
+        if suggestion and name not in ROLE_COLUMNS:
+            raise DataError(f"{source_name} has a column {name!r}.{suggestion} Rename it.")
     if "id" not in columns:
         raise DataError(
-            f"{where} must have a column id, by which rows are recognised. It has "
+            f"{source_name} must have a column id, by which rows are recognised. It has "
             f"{', '.join(columns) or 'no column'}."
         )
     if not len(columns["id"]):
-        raise DataError(f"{where} has no row.")
+        raise DataError(f"{source_name} has no row.")
 
 
 def _text_column(
-    where: str, columns: Mapping[str, pa.ChunkedArray], name: str, ids: Sequence[str] = ()
+    source_name: str, columns: Mapping[str, pa.ChunkedArray], name: str, ids: Sequence[str] = ()
 ) -> tuple[str, ...] | None:
     """The texts of a column; None if there is no such column.
 
@@ -406,33 +409,37 @@ def _text_column(
     try:
         cells = column.cast(pa.string()).to_pylist()
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{where}: column {name} must hold texts: {error}") from error
+        raise DataError(f"{source_name}: column {name} must hold texts: {error}") from error
     texts = []
     for row, cell in enumerate(cells):
         text = "" if cell is None else cell
         if name not in MAY_BE_EMPTY and not text.strip():
             raise DataError(
-                f"{where}, {_row_in_words(row, ids)}: {name} is empty. Fill it, or remove the row."
+                f"{source_name}, {_row_in_words(row, ids)}: {name} is empty. Fill it, or remove "
+                "the row."
             )
         texts.append(text)
     return tuple(texts)
 
 
 def _purpose_column(
-    where: str, columns: Mapping[str, pa.ChunkedArray], ids: Sequence[str]
-) -> tuple[Purpose, ...] | None:
-    """The column ``asked_for``, checked to be "fit" or "calibration"; None without the column."""
-    texts = _text_column(where, columns, "asked_for", ids)
+    source_name: str, columns: Mapping[str, pa.ChunkedArray], ids: Sequence[str]
+) -> tuple[LabelPurpose, ...] | None:
+    """The purpose of each label, from the column ``asked_for``; None without this column.
+
+    Every cell must be "fit" or "calibration".
+    """
+    texts = _text_column(source_name, columns, "asked_for", ids)
     if texts is None:
         return None
     purposes = []
     for row, text in enumerate(texts):
-        if text not in get_args(Purpose):
+        if text not in get_args(LabelPurpose):
             raise DataError(
-                f"{where}, {_row_in_words(row, ids)}: asked_for must be fit or calibration, as "
-                f"`vilu next` writes it. Got {text!r:.60} instead."
+                f"{source_name}, {_row_in_words(row, ids)}: asked_for must be fit or calibration, "
+                f"as `vilu next` writes it. Got {text!r:.60} instead."
             )
-        purposes.append(cast("Purpose", text))
+        purposes.append(cast("LabelPurpose", text))
     return tuple(purposes)
 
 
@@ -443,7 +450,7 @@ def _row_in_words(row: int, ids: Sequence[str]) -> str:
     return f"row {row + 1} (id {ids[row]!r:.60})"
 
 
-def _require_distinct_ids(where: str, ids: Sequence[str]) -> None:
+def _require_distinct_ids(source_name: str, ids: Sequence[str]) -> None:
     """Refuse a table with the same identifier in several rows."""
     if len(set(ids)) == len(ids):
         return
@@ -453,8 +460,8 @@ def _require_distinct_ids(where: str, ids: Sequence[str]) -> None:
     second_row = ids.index(repeated_id, first_row + 1)
     n_repeated_ids = sum(count > 1 for count in counts.values())
     raise DataError(
-        f"{where}: every row needs an id of its own. {repeated_id!r:.60} is the id of the rows "
-        f"{first_row + 1} and {second_row + 1}. Number of ids that repeat: {n_repeated_ids}. "
+        f"{source_name}: every row needs an id of its own. {repeated_id!r:.60} is the id of the "
+        f"rows {first_row + 1} and {second_row + 1}. Number of ids that repeat: {n_repeated_ids}. "
         "Number the rows, or remove the copies."
     )
 
@@ -489,21 +496,21 @@ def _parse_number(cell: str) -> float | None:
         return None
 
 
-class _Cells:
+class _CellReader:
     """Reads the columns of numbers of a table. Errors name the column and the row.
 
-    ``where`` is the beginning of the messages, and ``ids`` are the identifiers of the rows.
+    ``source_name`` is the beginning of the messages, and ``ids`` are the identifiers of the rows.
     """
 
-    def __init__(self, where: str, ids: Sequence[str]) -> None:
-        self.where = where
+    def __init__(self, source_name: str, ids: Sequence[str]) -> None:
+        self.source_name = source_name
         self.ids = ids
 
-    def fault(self, row: int, problem: str) -> DataError:
+    def cell_error(self, row: int, problem: str) -> DataError:
         """Make the error for a cell of a row. ``problem`` is a clause for the message."""
-        return DataError(f"{self.where}, {_row_in_words(row, self.ids)}: {problem}")
+        return DataError(f"{self.source_name}, {_row_in_words(row, self.ids)}: {problem}")
 
-    def numbers(self, name: str, column: pa.ChunkedArray) -> Floats:
+    def read_numbers(self, name: str, column: pa.ChunkedArray) -> Floats:
         """A column as finite numbers (N,)."""
         import pyarrow as pa
 
@@ -513,13 +520,15 @@ class _Cells:
             try:
                 numbers = column.cast(pa.float64(), safe=False).to_numpy()
             except pa.ArrowException as error:
-                raise DataError(f"{self.where}: column {name} must hold numbers: {error}") from None
+                raise DataError(
+                    f"{self.source_name}: column {name} must hold numbers: {error}"
+                ) from None
         bad_rows = np.flatnonzero(~np.isfinite(numbers))
         if len(bad_rows):
             row = int(bad_rows[0])
             is_missing = math.isnan(numbers[row])
             problem = "is missing" if is_missing else f"is {numbers[row]}"
-            raise self.fault(
+            raise self.cell_error(
                 row,
                 f"the number in {name} {problem} (in {plural(len(bad_rows), 'row')}). Every row "
                 "needs a finite number: fill it, or leave the row out.",
@@ -534,13 +543,13 @@ class _Cells:
                 continue
             number = _parse_number(cell)
             if number is None:
-                raise self.fault(
+                raise self.cell_error(
                     row, f"{name} must hold numbers, such as 0.95. Got {cell!r:.60} instead."
                 )
             numbers[row] = number
         return numbers
 
-    def correct(self, column: pa.ChunkedArray | None) -> Ints:
+    def read_correct(self, column: pa.ChunkedArray | None) -> Ints:
         """The column ``correct`` as (N,) int64: 1, 0, or -1 where not known."""
         correct = np.full(len(self.ids), UNKNOWN, dtype=np.int64)
         if column is None:
@@ -549,7 +558,7 @@ class _Cells:
             is_missing = cell is None or cell != cell  # noqa: PLR0124 - NaN differs from itself
             text = "" if is_missing else str(cell).strip().lower()
             if text not in CORRECT_VALUES:
-                raise self.fault(
+                raise self.cell_error(
                     row,
                     "correct must be 1 (right), 0 (wrong), or empty if it is not known. Got "
                     f"{cell!r:.60} instead.",
@@ -557,25 +566,30 @@ class _Cells:
             correct[row] = CORRECT_VALUES[text]
         return correct
 
-    def features(self, vectors: Any) -> Features:  # noqa: ANN401 - an array, or a column of lists
-        """The vectors (N, F) float32 of the rows."""
+    def read_features(
+        self,
+        unchecked_features: Any,  # noqa: ANN401 - an array, or a column of lists
+    ) -> Features:
+        """The features (N, F) float32, checked."""
         try:
-            cells = vectors.to_pylist() if hasattr(vectors, "to_pylist") else vectors
+            cells = unchecked_features
+            if hasattr(unchecked_features, "to_pylist"):
+                cells = unchecked_features.to_pylist()
             features = np.ascontiguousarray(cells, dtype=np.float32)
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"{self.where}: features must be one vector per row, all of one length, of numbers "
-                f"only: {error}"
+                f"{self.source_name}: features must be one vector per row, all of one length, of "
+                f"numbers only: {error}"
             ) from error
         n_rows = len(self.ids)
         if features.ndim != 2 or len(features) != n_rows or not features.shape[1]:
             raise DataError(
-                f"{self.where}: features must have the shape ({n_rows}, F). Got {features.shape} "
-                "instead."
+                f"{self.source_name}: features must have the shape ({n_rows}, F). Got "
+                f"{features.shape} instead."
             )
         bad_rows = np.flatnonzero(~np.isfinite(features).all(axis=1))
         if len(bad_rows):
-            raise self.fault(
+            raise self.cell_error(
                 int(bad_rows[0]),
                 "a number in features is missing or infinite (in "
                 f"{plural(len(bad_rows), 'row')}). Fill it, or leave the row out.",

@@ -12,11 +12,11 @@ from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.storage import load_predictor
 from vilu.scoring.score import score
-from vilu.tables.read import has_answers, open_table
+from vilu.tables.read import is_answer_table, open_table
 from vilu.tables.table import AnswerTable, sign_of
 
 
-def scores_in(
+def scores_of_file(
     path: Path, predictor: Path | None = None, *, cluster_column: str | None = None
 ) -> list[Outcomes]:
     """Return the scores of a table of answers; an empty list if the path is no such table.
@@ -31,7 +31,7 @@ def scores_in(
     Raises:
         UsageError: If no column has a sign in its name and there is no predictor.
     """
-    if not has_answers(path):
+    if not is_answer_table(path):
         return []
     table = open_table(path, clusters=cluster_column)
     if predictor is None:
@@ -80,7 +80,7 @@ def scores_of_columns(table: AnswerTable) -> list[Outcomes]:
     return outcomes
 
 
-def with_classes(outcomes: Outcomes, table: AnswerTable) -> Outcomes:
+def outcomes_with_classes(outcomes: Outcomes, table: AnswerTable) -> Outcomes:
     """Outcomes of rows of a table, with the texts of the answers as classes.
 
     With classes, ``vilu.estimate`` can count the rows of each class. The right class of a row is
@@ -92,7 +92,7 @@ def with_classes(outcomes: Outcomes, table: AnswerTable) -> Outcomes:
 
     Examples:
         >>> import vilu
-        >>> from vilu.tables.scores import with_classes
+        >>> from vilu.tables.scores import outcomes_with_classes
         >>> table = vilu.open_table(
         ...     {
         ...         "id": ["a", "b", "c"],
@@ -103,7 +103,7 @@ def with_classes(outcomes: Outcomes, table: AnswerTable) -> Outcomes:
         ...     }
         ... )
         >>> scores = vilu.score(vilu.methods.AnswerScore(column="score_p"), table)
-        >>> outcomes = with_classes(scores, table)
+        >>> outcomes = outcomes_with_classes(scores, table)
         >>> outcomes.class_names, outcomes.prediction.tolist(), outcomes.target.tolist()
         (('cat', 'dog', 'fox'), [0, 0, 1], [0, 2, -1])
     """

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.artifacts.hashing import digest
-from vilu.embeddings.checks import Identity, check_indices, hash_items, normalise_rows
+from vilu.embeddings.checks import IdentityKind, check_indices, hash_items, normalise_rows
 from vilu.embeddings.columns import ANSWER, LOGITS, NUMBERS, DataKind
 from vilu.embeddings.logits import logit_space, zero_texts
 from vilu.embeddings.similarity import select_rows
@@ -30,17 +30,17 @@ UNCERTAINTY: Final = "uncertainty"
 Text = TypeVar("Text", bound=str)
 
 FEATURES: Final = "features"
-CANDIDATES: Final = ("the answer", "another answer")
-"""The two candidates of a row: the answer of the row, and any other answer."""
+N_CANDIDATES: Final = 2
+"""Every row has two candidates: the answer of the row, and any other answer."""
 
-MIN_COPY_WIDTH: Final = 32
-"""Near copies are only searched for if the features have at least this width.
+MIN_WIDTH_FOR_COPY_SEARCH: Final = 32
+"""Near copies are only searched for if the features have at least this width F.
 
 Vectors of few numbers often have nearly the same direction, even for different rows.
 """
 
 Sign = Literal[-1, 0, 1]
-Purpose = Literal["fit", "calibration"]
+LabelPurpose = Literal["fit", "calibration"]
 """Purpose of a label: to fit on, or to calibrate on."""
 Features = NDArray[np.float32]
 
@@ -122,8 +122,8 @@ class AnswerTable(EmbeddingSource):
     """
 
     # for messages about a wrong argument: the expected value, and a way to get it
-    how: ClassVar[str] = 'a table of answers (vilu.open_table("answers.csv"))'
-    holds: ClassVar[DataKind] = "answers"
+    how_to_make: ClassVar[str] = 'a table of answers (vilu.open_table("answers.csv"))'
+    data_kind: ClassVar[DataKind] = "answers"
 
     ids: tuple[str, ...]
 
@@ -138,7 +138,7 @@ class AnswerTable(EmbeddingSource):
         group: tuple[str, ...] | None = None,
         cluster: tuple[str, ...] | None = None,
         features: Features | None = None,
-        asked_for: tuple[Purpose, ...] | None = None,
+        asked_for: tuple[LabelPurpose, ...] | None = None,
         unused: tuple[str, ...] = (),
         name: str | None = None,
         image: Tensor | None = None,
@@ -157,14 +157,14 @@ class AnswerTable(EmbeddingSource):
         self.cluster = cluster
         if answer is not None and cluster is not None:
             # equal answers have equal numbers, to find the majority answer of a cluster
-            self.answer_numbers = np.unique(np.array(answer), return_inverse=True)[1]
+            _, self.answer_numbers = np.unique(np.array(answer), return_inverse=True)
         self.features = features
         self.asked_for = asked_for
         self.unused = unused
         self.name = name
         self.image = _feature_directions(features, len(ids), image)
         self.space = logit_space(self.image.shape[1])
-        self.text = zero_texts(len(CANDIDATES), self.space)
+        self.text = zero_texts(N_CANDIDATES, self.space)
         self.class_names = None
         # index of the right candidate: 0 is the answer itself, 1 is another answer
         self.target = torch.from_numpy(self.failure)
@@ -271,7 +271,7 @@ class AnswerTable(EmbeddingSource):
             matrix[:, column] = self.numbers[name]
         return matrix
 
-    def for_purpose(self, purpose: Purpose) -> AnswerTable:
+    def for_purpose(self, purpose: LabelPurpose) -> AnswerTable:
         """The rows that may be used for a purpose: to fit on, or to calibrate on.
 
         The column ``asked_for`` has the purpose of each row; without this column, all rows may be
@@ -313,13 +313,15 @@ class AnswerTable(EmbeddingSource):
         return select_rows(self.image, index)
 
     @property
-    def identified_by(self) -> tuple[Identity, ...]:
+    def identified_by(self) -> tuple[IdentityKind, ...]:
         """Kinds of identity, best first: "embeddings" (features and numbers), "rows" (ids)."""
         if self.features is None:
             return ("rows",)
         return ("embeddings", "rows")
 
-    def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
+    def identities(
+        self, by: IdentityKind, rows: NDArray[np.int64] | None = None
+    ) -> NDArray[np.uint64]:
         """Identity hashes (M,) of the rows with the indices ``rows``; of all rows if None."""
         if by == "rows":
             return super().identities("names", rows)
@@ -396,12 +398,12 @@ def _feature_directions(
 
     Hidden states of networks share a large mean, so all hidden states have nearly the same
     direction. Therefore each number is standardised over the rows. The result is (N, 0) without
-    features, or if F is below ``MIN_COPY_WIDTH``. If ``known_directions`` is not None, the function
-    returns ``known_directions``.
+    features, or if F is below ``MIN_WIDTH_FOR_COPY_SEARCH``. If ``known_directions`` is not None,
+    the function returns ``known_directions``.
     """
     if known_directions is not None:
         return known_directions
-    if features is None or features.shape[1] < MIN_COPY_WIDTH:
+    if features is None or features.shape[1] < MIN_WIDTH_FOR_COPY_SEARCH:
         return torch.zeros(n_rows, 0, dtype=torch.float32)
     centred = features - features.mean(axis=0, dtype=np.float64)
     deviation = centred.std(axis=0)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from vilu.artifacts.tables import write_table
-from vilu.calibration.likely import Flags, LikelyRight
+from vilu.calibration.likely import LikelyFlags, LikelyRight
 from vilu.datasets.files import portable_name
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource
@@ -48,7 +48,7 @@ def answers_of(
         likely_right: Estimate of the likely right answers; None without an estimate.
     """
     runners_up = all_runners_up(photos, predictor)
-    flags: Flags = [None] * len(photos)
+    flags: LikelyFlags = [None] * len(photos)
     if likely_right is not None:
         scores = unlabelled_scores(photos, outcomes, labels)
         flags = likely_right.flags_by_own_threshold(scores)
@@ -66,8 +66,8 @@ def answers_of(
                 quantiles=quantiles,
             )
             answers.append(answer)
-    for path, kind in photos.bad.items():
-        answers.append(_no_answer(path, reason=kind))
+    for path, fault in photos.fault_of_path.items():
+        answers.append(_no_answer(path, reason=fault))
     return sorted(answers, key=lambda answer: answer.key)
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from vilu.artifacts.disk import locked
 from vilu.artifacts.hashing import digest
-from vilu.calibration.anytime import flawless_labels, level_of
+from vilu.calibration.anytime import level_of, n_right_labels_needed
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import remove_outdated_calibration, require_probability
-from vilu.calibration.rules import Rule, group_names, members_of
+from vilu.calibration.rules import Rule, group_names, rows_of_groups
 from vilu.device import torch_defaults
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError
 from vilu.guard.guard import Answer
@@ -27,7 +27,7 @@ from vilu.predictors.persistence.storage import load_predictor
 from vilu.scoring.score import score_rows
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.answers import answer_of
-from vilu.triage.choose import choose_to_fit
+from vilu.triage.choose import choose_rows_to_fit
 from vilu.triage.guarantee import (
     GuaranteeProgress,
     Mask,
@@ -46,7 +46,7 @@ from vilu.validation import checked
 CONFIDENCE: Final = 0.95
 """Confidence of the guarantee. Draws are planned for this confidence."""
 
-Draws = dict[str, tuple[Ints, Trial]]
+DrawOfGroup = dict[str, tuple[Ints, Trial]]
 """Maps a group of answers to the calibration rows (M,) and to the trial of the group."""
 
 
@@ -83,7 +83,7 @@ class StoreDraws:
     book: LabelBook
     outcomes: Outcomes
     split: PhotoSplit
-    draws: Draws
+    draws: DrawOfGroup
 
     @classmethod
     def of(
@@ -114,9 +114,9 @@ class StoreDraws:
         split = PhotoSplit.of(photos, book, seed)
         is_calibration = split.is_calibration & unseen_rows(predictor, photos)
         split = dataclasses.replace(split, is_calibration=is_calibration)
-        draws: Draws = {}
+        draws: DrawOfGroup = {}
         if predictor.is_probability:  # without probabilities, no limit can be chosen
-            rows = np.flatnonzero(split.usable_calibration)
+            rows = np.flatnonzero(split.usable_calibration_mask)
             require_scores(outcomes.uncertainty, rows, photos.ids)
             draws = plan_draws(outcomes, rows, max_risk, per_class=per_class)
         return cls(
@@ -147,9 +147,9 @@ class StoreDraws:
         all_progress = self.progress(max_risk, 1 - CONFIDENCE)
         queue = []
         for group, (rows, trial) in self.draws.items():
-            open_rows, n_asked = self._open_rows(rows, trial.limit, was_asked)
+            unrequested_rows, n_asked = self._unrequested_rows(rows, trial.limit, was_asked)
             is_certified = all_progress[group].certified_index is not None
-            for n_earlier, row in enumerate(open_rows[:n].tolist()):
+            for n_earlier, row in enumerate(unrequested_rows[:n].tolist()):
                 # The queue is sorted in ascending order, and False comes before True.
                 priority = (is_certified, not trial.likely, n_asked + n_earlier)
                 queue.append((priority, group, row))
@@ -158,12 +158,12 @@ class StoreDraws:
             rows_of_draw[group].append(row)
         return [np.array(rows, np.int64) for rows in rows_of_draw.values()]
 
-    def _open_rows(self, rows: Ints, limit: float, was_asked: Mask) -> tuple[Ints, int]:
-        """Open rows up to a limit, in random order, and the number of rows that were asked for."""
+    def _unrequested_rows(self, rows: Ints, limit: float, was_asked: Mask) -> tuple[Ints, int]:
+        """Rows up to a limit without a request, in random order; and the number of other rows."""
         below_limit = rows[self.outcomes.uncertainty[rows] <= limit]
-        open_rows = below_limit[~was_asked[below_limit]]
-        n_asked = len(below_limit) - len(open_rows)
-        return self.split.in_random_order(open_rows), n_asked
+        unrequested_rows = below_limit[~was_asked[below_limit]]
+        n_asked = len(below_limit) - len(unrequested_rows)
+        return self.split.in_random_order(unrequested_rows), n_asked
 
     def progress(self, max_risk: float, delta: float) -> dict[str, GuaranteeProgress]:
         """Map the group of every draw to the progress of the guarantee.
@@ -182,17 +182,16 @@ class StoreDraws:
         )
         other_fingerprints = set(fingerprint_of_path.values()) - {fingerprint}
         level = level_of(len(other_fingerprints) + 1, delta / len(self.draws))
-        awaited = self.split.awaited & is_for_this_predictor
+        has_open_request = self.split.has_open_request & is_for_this_predictor
         all_progress = {}
         for group, (rows, trial) in self.draws.items():
             is_in_group = np.zeros(len(self.photos.ids), np.bool_)
             is_in_group[rows] = True
+            split_of_group = dataclasses.replace(
+                self.split, is_usable=is_in_group, has_open_request=has_open_request
+            )
             all_progress[group] = progress_of(
-                trial,
-                self.outcomes,
-                dataclasses.replace(self.split, usable=is_in_group, awaited=awaited),
-                max_risk=max_risk,
-                level=level,
+                trial, self.outcomes, split_of_group, max_risk=max_risk, level=level
             )
         return all_progress
 
@@ -230,7 +229,7 @@ def _was_drawn(entry: Entry) -> bool:
     return entry.stream == "calibration"
 
 
-def plan_draws(outcomes: Outcomes, rows: Ints, max_risk: float, *, per_class: bool) -> Draws:
+def plan_draws(outcomes: Outcomes, rows: Ints, max_risk: float, *, per_class: bool) -> DrawOfGroup:
     """Plan the draws among the calibration ``rows`` (M,).
 
     All draws have equal shares of the level.
@@ -242,8 +241,8 @@ def plan_draws(outcomes: Outcomes, rows: Ints, max_risk: float, *, per_class: bo
     if per_class:
         all_names = group_names(outcomes)
         group_of_row = [all_names[row] for row in rows.tolist()]
-    rows_needed = partial(flawless_labels, max_risk)  # minimum number of rows in a group
-    groups = members_of(group_of_row, len(rows), delta, rows_needed)
+    rows_needed = partial(n_right_labels_needed, max_risk)  # minimum number of rows in a group
+    groups = rows_of_groups(group_of_row, len(rows), delta, rows_needed)
     draws = {}
     for group, members in groups.items():
         rows_of_group = rows[members]
@@ -259,7 +258,7 @@ def plan_draws(outcomes: Outcomes, rows: Ints, max_risk: float, *, per_class: bo
     return draws
 
 
-def next_of_store(
+def choose_rows_to_label(
     store: EmbeddingStore,
     predictor: FailurePredictor,
     files: Sequence[Path],
@@ -293,19 +292,22 @@ def next_of_store(
     split = store_draws.split
     fingerprint = store_draws.predictor_fingerprint
     was_asked = np.array([path in book.entries for path in paths], dtype=np.bool_)
-    free_fit_rows = np.flatnonzero(split.usable_fit & ~was_asked)
+    free_fit_rows = np.flatnonzero(split.usable_fit_mask & ~was_asked)
     calibration_rows: list[int] = []
     # one array of rows for each draw: of the store, or of every class
     for drawn_rows in store_draws.next_calibration_rows(n // 2, was_asked, max_risk):
-        last_position = int(split.position[drawn_rows].max(initial=-1))  # -1 if no row is drawn
+        # -1 if no row is drawn
+        last_position = int(split.random_position[drawn_rows].max(initial=-1))
         probability = draw_probability(last_position)
         drawn_paths = [paths[row] for row in drawn_rows]
-        book.ask(drawn_paths, "calibration", predictor=fingerprint, probability=probability)
+        book.request_labels(
+            drawn_paths, "calibration", predictor=fingerprint, probability=probability
+        )
         calibration_rows += drawn_rows.tolist()
     n_to_fit = n - len(calibration_rows)
     uncertainty = store_draws.outcomes.uncertainty
-    fit_rows = choose_to_fit(store_draws.photos, free_fit_rows, uncertainty, n_to_fit, seed)
-    book.ask([paths[row] for row in fit_rows], "fit", predictor=fingerprint)
+    fit_rows = choose_rows_to_fit(store_draws.photos, free_fit_rows, uncertainty, n_to_fit, seed)
+    book.request_labels([paths[row] for row in fit_rows], "fit", predictor=fingerprint)
     rows = [*fit_rows.tolist(), *calibration_rows]
     answers = {paths[row]: answer_of(store_draws.outcomes, row) for row in rows}
     return [book.entries[paths[row]] for row in rows], answers
@@ -362,7 +364,7 @@ def calibrate_by_labels(
         all_progress = store_draws.progress(max_risk, 1 - confidence)
         store_draws.require_labels(all_progress)
         rule = rule_of(all_progress, max_risk, confidence)
-        return _keep_better(
+        return _keep_better_rule(
             folder, predictor, store_draws, all_progress, rule, earlier_rule, max_risk=max_risk
         )
 
@@ -383,7 +385,7 @@ def _earlier_rule(
     )
 
 
-def _keep_better(
+def _keep_better_rule(
     folder: Path,
     predictor: FailurePredictor,
     store_draws: StoreDraws,
@@ -399,8 +401,8 @@ def _keep_better(
     """
     outcomes = store_draws.outcomes
     for progress in all_progress.values():
-        # In ``progress.outcomes``, a picture without a name (skipped) counts as a failure.
-        outcomes.failure[progress.rows] = progress.outcomes.failure
+        # In ``progress.counted_outcomes``, a picture without a name (skipped) counts as a failure.
+        outcomes.failure[progress.counted_rows] = progress.counted_outcomes.failure
     if earlier_rule is not None and not _remove_if_changed(folder, outcomes):
         names = group_names(outcomes)
         n_accepted_earlier = earlier_rule.accept(outcomes.uncertainty, names).sum()
@@ -416,7 +418,7 @@ def _keep_better(
         raise InfeasibleError(
             f"a risk of at most {max_risk:.2%} is not shown: {'; '.join(reasons)}."
         )
-    rows = np.sort(np.concatenate([progress.rows for progress in all_progress.values()]))
+    rows = np.sort(np.concatenate([progress.counted_rows for progress in all_progress.values()]))
     photos = store_draws.photos
     return keep_guarantee(
         folder,
@@ -425,7 +427,7 @@ def _keep_better(
         all_progress,
         counted_outcomes=outcomes.take(rows),
         rule=rule,
-        dataset=photos.first.path.name,
+        dataset=photos.first_store.path.name,
     )
 
 

@@ -19,13 +19,13 @@ from typing import Final
 
 from vilu.text import plural
 from vilu.triage.labels import Entry, LabelBook, meant_name
-from vilu.triage.photos import FOLDER
+from vilu.triage.photos import EMBEDDINGS_FOLDER
 from vilu.triage.state import (
-    BOOK,
+    BOOK_FILE,
     CANDIDATE_FOLDER,
-    FORMER_BOOK,
+    FORMER_BOOK_FILE,
     PREDICTOR_FOLDER,
-    About,
+    GuaranteePopulation,
     TriageSettings,
     TriageState,
 )
@@ -63,16 +63,16 @@ def carry_over(root: Path, state: TriageState, settings: TriageSettings) -> Tria
         The state for this run: ``state`` without a change if all settings are the same.
     """
     move_former_labels(root, settings.known_labels, settings.about)
-    changed = changed_settings(state.settings, settings.recorded_settings)
-    if not changed:
+    changes = changed_settings(state.settings, settings.recorded_settings)
+    if not changes:
         return state
     outdated_folders = [PREDICTOR_FOLDER, CANDIDATE_FOLDER]
-    embeds_again = any(name in SETTINGS_OF_EMBEDDINGS for name in changed)
+    embeds_again = any(name in SETTINGS_OF_EMBEDDINGS for name in changes)
     if embeds_again:
         # If the model cannot be loaded, the run ends here, before anything is removed.
         settings.embedding.backbone.load()
-        outdated_folders.append(FOLDER)
-    logger.warning("%s", _change_in_words(changed, state, embeds_again=embeds_again))
+        outdated_folders.append(EMBEDDINGS_FOLDER)
+    logger.warning("%s", _changes_in_words(changes, state, embeds_again=embeds_again))
     for name in outdated_folders:
         if (root / name).is_dir():
             shutil.rmtree(root / name)
@@ -80,28 +80,28 @@ def carry_over(root: Path, state: TriageState, settings: TriageSettings) -> Tria
 
 
 def changed_settings(
-    before: Mapping[str, object], now: Mapping[str, object]
+    old_settings: Mapping[str, object], new_settings: Mapping[str, object]
 ) -> dict[str, tuple[object, object]]:
     """Map the name of every changed recorded setting to the values before and now."""
-    changed = {}
-    for name, value in now.items():
+    changes = {}
+    for name, value in new_settings.items():
         if name in FIXED_SETTINGS:
             continue
-        if before.get(name) != value:
-            changed[name] = (before.get(name), value)
-    return changed
+        if old_settings.get(name) != value:
+            changes[name] = (old_settings.get(name), value)
+    return changes
 
 
-def _change_in_words(
-    changed: Mapping[str, tuple[object, object]], state: TriageState, *, embeds_again: bool
+def _changes_in_words(
+    changes: Mapping[str, tuple[object, object]], state: TriageState, *, embeds_again: bool
 ) -> str:
     """Text on the changed settings, and on the consequences for the run."""
     phrases = []
-    for name, (before, now) in changed.items():
-        if isinstance(before, list) and isinstance(now, list):
-            phrases.append(f"{name} {_lists_in_words(before, now)}")
+    for name, (old, new) in changes.items():
+        if isinstance(old, list) and isinstance(new, list):
+            phrases.append(f"{name} {_lists_in_words(old, new)}")
         else:
-            phrases.append(f"{name} {before!r}, now {now!r}")
+            phrases.append(f"{name} {old!r}, now {new!r}")
     sentences = [
         f"settings have changed: {'; '.join(phrases)}",
         "The labels stay, and a predictor is fitted anew",
@@ -116,10 +116,10 @@ def _change_in_words(
     return ". ".join(sentences)
 
 
-def _lists_in_words(before: Sequence[object], now: Sequence[object]) -> str:
+def _lists_in_words(old: Sequence[object], new: Sequence[object]) -> str:
     """Text on removed values and new values of a list."""
-    removed_values = [repr(value) for value in before if value not in now]
-    new_values = [repr(value) for value in now if value not in before]
+    removed_values = [repr(value) for value in old if value not in new]
+    new_values = [repr(value) for value in new if value not in old]
     phrases = []
     if removed_values:
         phrases.append(f"without {_join_names(removed_values)}")
@@ -136,7 +136,7 @@ def _join_names(names: Sequence[str]) -> str:
     return text
 
 
-def move_former_labels(root: Path, known: Collection[str], about: About) -> None:
+def move_former_labels(root: Path, known_labels: set[str], about: GuaranteePopulation) -> None:
     """Move labels without a class to the book of former labels, and labels with a class back.
 
     A former label is moved back to the book of the triage if its class exists again, unless the
@@ -145,12 +145,12 @@ def move_former_labels(root: Path, known: Collection[str], about: About) -> None
 
     Args:
         root: The folder of the triage.
-        known: All allowed labels: the names of the classes, and words such as "(skip)".
+        known_labels: All allowed labels: the names of the classes, and words such as "(skip)".
         about: The photos of the guarantee: "new" or "folder".
     """
-    book = LabelBook.load(root / BOOK)
-    former_book = LabelBook.load(root / FORMER_BOOK)
-    removed_entries, returning_entries = _entries_to_move(book, former_book, known)
+    book = LabelBook.load(root / BOOK_FILE)
+    former_book = LabelBook.load(root / FORMER_BOOK_FILE)
+    removed_entries, returning_entries = _entries_to_move(book, former_book, known_labels)
     if not removed_entries and not returning_entries:
         return
     for entry in removed_entries:
@@ -163,19 +163,19 @@ def move_former_labels(root: Path, known: Collection[str], about: About) -> None
     if about == "new" and any(entry.stream == "given" for entry in removed_entries):
         _change_given_to_fit(book)
         _change_given_to_fit(former_book)
-    former_book.save(root / FORMER_BOOK)
-    book.save(root / BOOK)
+    former_book.save(root / FORMER_BOOK_FILE)
+    book.save(root / BOOK_FILE)
     _log_moved_labels(removed_entries, returning_entries)
 
 
 def _entries_to_move(
-    book: LabelBook, former_book: LabelBook, known: Collection[str]
+    book: LabelBook, former_book: LabelBook, known_labels: Collection[str]
 ) -> tuple[list[Entry], list[Entry]]:
     """Entries to move to the book of former labels, and entries to move back."""
-    removed_entries = [entry for entry in book if entry.label not in {*known, None}]
+    removed_entries = [entry for entry in book if entry.label not in {*known_labels, None}]
     returning_entries = []
     for entry in former_book:
-        if entry.label in known and not book.has_label(entry.path):
+        if entry.label in known_labels and not book.has_label(entry.path):
             returning_entries.append(entry)
     return removed_entries, returning_entries
 
@@ -205,7 +205,7 @@ def _log_moved_labels(removed_entries: Sequence[Entry], returning_entries: Seque
             "once the class is back",
             plural(len(removed_entries), "label"),
             _names_with_numbers([str(entry.label) for entry in removed_entries]),
-            FORMER_BOOK,
+            FORMER_BOOK_FILE,
         )
     if returning_entries:
         n_returning = plural(len(returning_entries), "label")
@@ -239,9 +239,9 @@ def without_former_labels(
     return remaining_labels
 
 
-def former_class_names(root: Path, known: Collection[str]) -> set[str]:
-    """Names of classes in the labels of a triage, without the ``known`` names."""
-    return set(all_labels(root).labels.values()) - set(known)
+def former_class_names(root: Path, known_labels: Collection[str]) -> set[str]:
+    """Names of classes in the labels of a triage, without the ``known_labels``."""
+    return set(all_labels(root).labels.values()) - set(known_labels)
 
 
 def all_labels(root: Path) -> LabelBook:
@@ -249,8 +249,8 @@ def all_labels(root: Path) -> LabelBook:
 
     A photo with a former label and a new label gets the new label.
     """
-    book = LabelBook.load(root / FORMER_BOOK)
-    for entry in LabelBook.load(root / BOOK):
+    book = LabelBook.load(root / FORMER_BOOK_FILE)
+    for entry in LabelBook.load(root / BOOK_FILE):
         if entry.label is not None or entry.path not in book.entries:
             book.entries[entry.path] = entry
     return book

@@ -21,38 +21,38 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vilu.calibration.anytime import flawless_labels, log_evidence
+from vilu.calibration.anytime import log_evidence, n_right_labels_needed
 from vilu.calibration.thresholds import binomial_tail
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 
 Mask = NDArray[np.bool_]
 
-POOL_SIZE: Final = 20_000
+CLUSTERING_POOL_SIZE: Final = 20_000
 """Maximum number of photos in the clustering.
 
 If there are more photos, the most uncertain photos make up half of this number. The second half is
 drawn at random from the remaining photos.
 """
 
-ITERATIONS: Final = 20
+MAX_ITERATIONS: Final = 20
 """Maximum number of iterations of k-means."""
 
 LEAST_SHARE: Final = 1 / 8
 """A limit includes at least this share of the photos."""
 
-WIDENING: Final = 1.25
+DRAW_WIDENING_FACTOR: Final = 1.25
 """The limit of a single draw includes this many times as many photos as are expected to pass.
 
 Probabilities may be too pessimistic, and no photo beyond the limit can be accepted. The price is a
 fifth of the labels, spent on photos that are not expected to pass.
 """
 
-LEAST_PHOTOS: Final = 100
+MIN_PHOTOS_OF_DRAW: Final = 100
 """The limit of a single draw includes at least this number of photos, or all photos."""
 
 
-def choose_to_fit(
+def choose_rows_to_fit(
     source: EmbeddingSource, rows: Ints, uncertainty: Floats, n: int, seed: int
 ) -> Ints:
     """Choose at most ``n`` of the ``rows`` (M,) to fit on; the most uncertain row comes first.
@@ -61,14 +61,14 @@ def choose_to_fit(
     """
     from sklearn.cluster import KMeans
 
-    rows = _rows_to_cluster(rows[np.isfinite(uncertainty[rows])], uncertainty, seed)
+    rows = _clustering_pool(rows[np.isfinite(uncertainty[rows])], uncertainty, seed)
     if len(rows) <= n:
-        return _doubtful_first(rows, uncertainty)
+        return _sort_by_doubt(rows, uncertainty)
     image = source.image_rows(torch.from_numpy(rows)).numpy()
     excess = uncertainty[rows] - np.nanmin(uncertainty)  # at least 0
     largest_excess = max(float(excess.max()), 1e-12)  # above 0, because it is a divisor
     weight = excess / largest_excess + 1e-3  # above 0, to leave no photo out
-    clusters = KMeans(n, n_init=1, max_iter=ITERATIONS, random_state=seed)
+    clusters = KMeans(n, n_init=1, max_iter=MAX_ITERATIONS, random_state=seed)
     clusters.fit(image, sample_weight=weight)
     distance = clusters.transform(image)  # (M, n) distance of every row to every centre
     chosen_index = np.empty(n, dtype=np.int64)  # for every cluster, the index of a row in ``rows``
@@ -77,20 +77,20 @@ def choose_to_fit(
         nearest_free = int(np.where(is_free, distance[:, cluster], np.inf).argmin())
         chosen_index[cluster] = nearest_free
         is_free[nearest_free] = False
-    return _doubtful_first(rows[chosen_index], uncertainty)
+    return _sort_by_doubt(rows[chosen_index], uncertainty)
 
 
-def _rows_to_cluster(rows: Ints, uncertainty: Floats, seed: int) -> Ints:
-    """The rows to cluster: all rows, or at most ``POOL_SIZE`` rows."""
-    if len(rows) <= POOL_SIZE:
+def _clustering_pool(rows: Ints, uncertainty: Floats, seed: int) -> Ints:
+    """The rows to cluster: all rows, or at most ``CLUSTERING_POOL_SIZE`` rows."""
+    if len(rows) <= CLUSTERING_POOL_SIZE:
         return rows
-    ordered = _doubtful_first(rows, uncertainty)
-    half = POOL_SIZE // 2
-    shuffled_others = np.random.default_rng(seed).permutation(ordered[half:])
-    return np.sort(np.concatenate([ordered[:half], shuffled_others[:half]]))
+    rows_by_doubt = _sort_by_doubt(rows, uncertainty)
+    half = CLUSTERING_POOL_SIZE // 2
+    shuffled_others = np.random.default_rng(seed).permutation(rows_by_doubt[half:])
+    return np.sort(np.concatenate([rows_by_doubt[:half], shuffled_others[:half]]))
 
 
-def _doubtful_first(rows: Ints, uncertainty: Floats) -> Ints:
+def _sort_by_doubt(rows: Ints, uncertainty: Floats) -> Ints:
     """The rows, in order of falling uncertainty."""
     return rows[np.argsort(-uncertainty[rows], kind="stable")]
 
@@ -113,11 +113,11 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
         The limit, and whether ``n`` labels are expected to be enough for it.
     """
 
-    def is_shown(wrong: Floats) -> Mask:
-        evidence = log_evidence(wrong=wrong, accepted=np.full(len(wrong), n), max_risk=max_risk)
+    def is_risk_shown(wrong: Floats) -> Mask:
+        evidence = log_evidence(n_wrong=wrong, n_accepted=np.full(len(wrong), n), max_risk=max_risk)
         return evidence >= -math.log(delta)
 
-    return _largest_limit(uncertainty, n, flawless_labels(max_risk, delta), is_shown)
+    return _largest_limit(uncertainty, n, n_right_labels_needed(max_risk, delta), is_risk_shown)
 
 
 def choose_limit_of_draw(
@@ -125,23 +125,23 @@ def choose_limit_of_draw(
 ) -> tuple[float, bool]:
     """Choose the limit like ``choose_limit``, but for a single test after all ``n`` labels.
 
-    The limit is raised to include ``WIDENING`` times as many photos. If the raised limit includes
-    all photos, the limit is 1, the largest probability.
+    The limit is raised to include ``DRAW_WIDENING_FACTOR`` times as many photos. If the raised
+    limit includes all photos, the limit is 1, the largest probability.
     """
 
-    def is_shown(wrong: Floats) -> Mask:
+    def is_risk_shown(wrong: Floats) -> Mask:
         return binomial_tail(wrong.astype(np.int64), np.full(len(wrong), n), max_risk) <= delta
 
-    limit, is_expected = _largest_limit(uncertainty, n, LEAST_PHOTOS, is_shown)
-    ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
-    n_included = math.ceil(WIDENING * np.searchsorted(ordered, limit, side="right"))
-    if n_included >= len(ordered):
+    limit, is_expected = _largest_limit(uncertainty, n, MIN_PHOTOS_OF_DRAW, is_risk_shown)
+    ascending = np.sort(uncertainty[np.isfinite(uncertainty)])
+    n_included = math.ceil(DRAW_WIDENING_FACTOR * np.searchsorted(ascending, limit, side="right"))
+    if n_included >= len(ascending):
         return 1.0, is_expected
-    return float(ordered[n_included - 1]), is_expected
+    return float(ascending[n_included - 1]), is_expected
 
 
 def _largest_limit(
-    uncertainty: Floats, n: int, least_photos: int, is_shown: Callable[[Floats], Mask]
+    uncertainty: Floats, n: int, least_photos: int, is_risk_shown: Callable[[Floats], Mask]
 ) -> tuple[float, bool]:
     """The largest limit with few enough expected wrong answers to show the risk.
 
@@ -150,21 +150,21 @@ def _largest_limit(
         n: Number of labels.
         least_photos: The limit includes at least this number of photos, and at least the share
             ``LEAST_SHARE`` of the photos.
-        is_shown: Takes numbers of wrong answers (M,). Returns for each number whether ``n`` labels
-            with so many wrong answers would still show the risk.
+        is_risk_shown: Takes numbers of wrong answers (M,). Returns for each number whether ``n``
+            labels with so many wrong answers would still show the risk.
     """
-    ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
-    if not len(ordered):
+    ascending = np.sort(uncertainty[np.isfinite(uncertainty)])
+    if not len(ascending):
         return -math.inf, False
     # The uncertainty of every photo is tried as the limit. The expected error rate up to the limit
     # is the mean of the probabilities up to the limit.
-    n_up_to_limit = np.arange(1, len(ordered) + 1)
-    expected_risk = np.cumsum(ordered) / n_up_to_limit
+    n_up_to_limit = np.arange(1, len(ascending) + 1)
+    expected_risk = np.cumsum(ascending) / n_up_to_limit
     expected_wrong = np.round(expected_risk * n)
-    shown_indices = np.flatnonzero(is_shown(expected_wrong))
+    shown_indices = np.flatnonzero(is_risk_shown(expected_wrong))
     last_shown_index = int(shown_indices[-1]) if len(shown_indices) else -1
-    n_least = max(math.ceil(LEAST_SHARE * len(ordered)), least_photos)
-    least_index = min(n_least, len(ordered)) - 1
-    limit = float(ordered[max(last_shown_index, least_index)])
+    n_least = max(math.ceil(LEAST_SHARE * len(ascending)), least_photos)
+    least_index = min(n_least, len(ascending)) - 1
+    limit = float(ascending[max(last_shown_index, least_index)])
     is_expected = last_shown_index >= least_index
     return limit, is_expected

@@ -22,14 +22,14 @@ from typing import Final, Self
 import numpy as np
 
 from vilu.artifacts.hashing import digest
-from vilu.calibration.closed_set import ClosedCounts, ClosedLooks, ClosedPhotos
+from vilu.calibration.closed_set import ClosedCounts, ClosedPhotos, ClosedSetTests
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.triage.guarantee import Mask, PhotoSplit
 from vilu.triage.labels import LabelBook
 from vilu.triage.photos import Photos
-from vilu.triage.state import About
+from vilu.triage.state import GuaranteePopulation
 from vilu.triage.trial import Trial
 
 
@@ -46,20 +46,20 @@ class FolderSplit(PhotoSplit):
         split = super().of(photos, book, seed)
         # Equal pictures have equal positions. ``np.unique`` finds the first row of every position.
         # Rows with a label are put first, so ``np.unique`` prefers a row with a label.
-        rows_labelled_first = np.argsort(~split.answered, kind="stable")
-        _, first_indices = np.unique(split.position[rows_labelled_first], return_index=True)
+        rows_labelled_first = np.argsort(~split.is_answered, kind="stable")
+        _, first_indices = np.unique(split.random_position[rows_labelled_first], return_index=True)
         is_first = np.zeros(len(photos), np.bool_)
         is_first[rows_labelled_first[first_indices]] = True
         is_readable = np.zeros(len(photos), np.bool_)
         is_readable[photos.usable_rows.numpy()] = True
         # If a photo is picked, all photos with the same picture count as picked.
-        picked_positions = split.position[_is_picked(photos, book)]
-        has_picked_picture = np.isin(split.position, picked_positions)
+        picked_positions = split.random_position[_picked_mask(photos, book)]
+        has_picked_picture = np.isin(split.random_position, picked_positions)
         return dataclasses.replace(
             split,
-            usable=is_readable & is_first,
+            is_usable=is_readable & is_first,
             is_calibration=~has_picked_picture,
-            unasked=np.zeros(len(photos), np.bool_),  # only drawn photos count
+            has_given_label=np.zeros(len(photos), np.bool_),  # only drawn photos count
         )
 
     @staticmethod
@@ -92,35 +92,35 @@ class FolderSplit(PhotoSplit):
 
     def rows_to_pick(self, photos: Photos, book: LabelBook) -> Ints:
         """(M,) rows that may be picked to fit on, whether drawn or not."""
-        return np.flatnonzero(self.usable & ~_is_picked(photos, book))
+        return np.flatnonzero(self.is_usable & ~_picked_mask(photos, book))
 
-    def looks(
+    def threshold_tests(
         self, trial: Trial, outcomes: Outcomes, rows: Ints, max_risk: float, level: float
-    ) -> ClosedLooks:
+    ) -> ClosedSetTests:
         """The tests of a trial, with the labels of ``rows`` (M,) as the random sample.
 
         All other labelled photos of the population were not drawn at random. The labels of these
         photos are known, so the tests count these photos apart from the sample.
         """
-        is_labelled = self.usable_calibration & self.answered
-        is_in_sample = np.zeros(len(is_labelled), np.bool_)
+        is_answered = self.usable_calibration_mask & self.is_answered
+        is_in_sample = np.zeros(len(is_answered), np.bool_)
         is_in_sample[rows] = True
-        is_not_drawn = is_labelled & ~is_in_sample
-        failure = np.where(self.skipped, 1, outcomes.failure)  # a skipped photo counts as wrong
+        is_not_drawn = is_answered & ~is_in_sample
+        failure = np.where(self.is_skipped, 1, outcomes.failure)  # a skipped photo counts as wrong
         uncertainty: Floats = outcomes.uncertainty
         grid = np.array(trial.grid)
         counts = ClosedCounts.of(
             grid,
-            photos=uncertainty[self.usable_calibration],
-            aside=uncertainty[is_not_drawn],
-            failure=failure[is_not_drawn],
+            photo_scores=uncertainty[self.usable_calibration_mask],
+            aside_scores=uncertainty[is_not_drawn],
+            aside_failure=failure[is_not_drawn],
         )
-        return ClosedLooks(grid, max_risk, level, counts, trial.limit)
+        return ClosedSetTests(grid, max_risk, level, counts, trial.limit)
 
     @staticmethod
-    def looks_before_labels(
+    def tests_before_labels(
         trial: Trial, scores: Floats, max_risk: float, level: float
-    ) -> ClosedLooks:
+    ) -> ClosedSetTests:
         """The tests of a trial while no photo has a label.
 
         ``scores`` (M,) are the uncertainties of the population.
@@ -128,14 +128,16 @@ class FolderSplit(PhotoSplit):
         grid = np.array(trial.grid)
         no_scores: Floats = np.zeros(0)
         no_failures: Ints = np.zeros(0, np.int64)
-        counts = ClosedCounts.of(grid, photos=scores, aside=no_scores, failure=no_failures)
-        return ClosedLooks(grid, max_risk, level, counts, trial.limit)
+        counts = ClosedCounts.of(
+            grid, photo_scores=scores, aside_scores=no_scores, aside_failure=no_failures
+        )
+        return ClosedSetTests(grid, max_risk, level, counts, trial.limit)
 
     def closed_photos(
         self, photos: Photos, uncertainty: Floats, threshold: float
     ) -> ClosedPhotos | None:
         """The unlabelled photos of the population up to a threshold; None if there are none."""
-        is_covered = self.usable_calibration & ~self.answered & (uncertainty <= threshold)
+        is_covered = self.usable_calibration_mask & ~self.is_answered & (uncertainty <= threshold)
         if not is_covered.any():
             return None
         identities = photos.picture_identities()
@@ -144,7 +146,7 @@ class FolderSplit(PhotoSplit):
         return ClosedPhotos(pictures=tuple(pictures.tolist()), files=n_files)
 
 
-def _is_picked(photos: Photos, book: LabelBook) -> Mask:
+def _picked_mask(photos: Photos, book: LabelBook) -> Mask:
     """(N,) bool, True for photos picked to fit on."""
     is_picked = np.zeros(len(photos), np.bool_)
     for row, path in enumerate(photos.ids):
@@ -153,5 +155,8 @@ def _is_picked(photos: Photos, book: LabelBook) -> Mask:
     return is_picked
 
 
-SPLITS: Final[dict[About, type[PhotoSplit]]] = {"new": PhotoSplit, "folder": FolderSplit}
+SPLIT_CLASSES: Final[dict[GuaranteePopulation, type[PhotoSplit]]] = {
+    "new": PhotoSplit,
+    "folder": FolderSplit,
+}
 """Maps the topic of the guarantee to the class for the split of the photos."""

@@ -28,7 +28,7 @@ from vilu.artifacts.documents import Document, read_document, write_document
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import calibrate_predictor, require_probability
 from vilu.calibration.target import Target
-from vilu.calibration.thresholds import percent, rows_without_error
+from vilu.calibration.thresholds import n_right_needed, percent
 from vilu.device import torch_defaults
 from vilu.errors import OUTSIDE_NAME, DataError, ProvenanceError, UsageError
 from vilu.guard.guard import Answer
@@ -164,7 +164,7 @@ def draw_for_guarantee(
         max_risk=max_risk,
         limit=limit,
         seed=seed,
-        n_calibration=int(draws.split.usable_calibration.sum()),
+        n_calibration=int(draws.split.usable_calibration_mask.sum()),
         n_below=len(rows),
         paths=tuple(entry.path for entry in entries),
     )
@@ -194,7 +194,7 @@ def _require_no_record(table: Path, *, overwrite: bool) -> None:
 def _fewest_rows(max_risk: float) -> int:
     """Smallest number of drawn rows that can guarantee anything."""
     # The row at the threshold does not count for the test, so one more row is needed.
-    return rows_without_error(max_risk, 1 - CONFIDENCE) + 1
+    return n_right_needed(max_risk, 1 - CONFIDENCE) + 1
 
 
 def _require_enough_rows(n: int, max_risk: float) -> None:
@@ -212,7 +212,7 @@ def _rows_up_to_limit(
     draws: StoreDraws, limit: float, max_risk: float, store: EmbeddingStore
 ) -> Ints:
     """(M,) rows of the calibration side up to a limit; DataError if there are too few."""
-    is_below = draws.split.usable_calibration & (draws.outcomes.uncertainty <= limit)
+    is_below = draws.split.usable_calibration_mask & (draws.outcomes.uncertainty <= limit)
     rows = np.flatnonzero(is_below)
     fewest = _fewest_rows(max_risk)
     if len(rows) < fewest:
@@ -233,11 +233,11 @@ def _choose_limit(
     ``is_unseen`` (N,) is True for rows that the predictor was not fitted on.
     """
     uncertainty = draws.outcomes.uncertainty
-    is_calibration = draws.split.usable_calibration
+    is_calibration = draws.split.usable_calibration_mask
     # The limit must not depend on the tested rows, so rows of the calibration side do not choose
     # the limit. Rows that the predictor was fitted on do not choose the limit either: their scores
     # are too low.
-    is_of_fit_side = draws.split.usable & ~is_calibration
+    is_of_fit_side = draws.split.is_usable & ~is_calibration
     chooses_limit = is_of_fit_side & is_unseen & np.isfinite(uncertainty)
     if not chooses_limit.any():
         raise DataError(
@@ -254,7 +254,7 @@ def _entries_and_answers(
 ) -> tuple[list[Entry], dict[str, Answer]]:
     """The entries of the drawn rows (M,), and the answers by path."""
     paths = [draws.photos.ids[row] for row in drawn_rows.tolist()]
-    draws.book.ask(paths, "calibration", predictor=draws.predictor_fingerprint)
+    draws.book.request_labels(paths, "calibration", predictor=draws.predictor_fingerprint)
     entries = [draws.book.entries[path] for path in paths]
     answers = {}
     for row, path in zip(drawn_rows.tolist(), paths, strict=True):

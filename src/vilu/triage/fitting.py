@@ -16,20 +16,20 @@ from vilu.errors import UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.catalogue import find_method
 from vilu.predictors.contract.cross_fit import cross_fitted, labelled_folds
-from vilu.predictors.contract.parameters import build
+from vilu.predictors.contract.parameters import build_predictor
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.spread import note_spread
 from vilu.triage.photos import Photos
 from vilu.triage.state import TriageState
 from vilu.triage.trial import Trial
 
-ZERO_SHOT: Final = "vilu_zero"
+METHOD_WITHOUT_LABELS: Final = "vilu_zero"
 """Method of a triage with few labels. The method needs no labels."""
 
-FROM_LABELS: Final = "vilu_plus"
-"""Method of a triage with at least ``LEAST_TO_FIT`` labels."""
+METHOD_WITH_LABELS: Final = "vilu_plus"
+"""Method of a triage with at least ``MIN_LABELS_TO_FIT`` labels."""
 
-LEAST_TO_FIT: Final = 10
+MIN_LABELS_TO_FIT: Final = 10
 """Smallest number of labels for a fit; labels "none of the classes" do not count."""
 
 GROWTH_AFTER_TEST: Final = 1.5
@@ -86,7 +86,7 @@ def fit_case(
         has_calibration_photos: Whether any photo is on the calibration side.
     """
     is_same_method = state.method == method and is_saved
-    uses_labels = method != ZERO_SHOT
+    uses_labels = method != METHOD_WITHOUT_LABELS
     new_fit_helps = uses_labels and _has_enough_new_labels(state, n_labels, is_guaranteed)
     if is_same_method and not new_fit_helps:
         return FitCase.UP_TO_DATE
@@ -101,8 +101,8 @@ def _has_enough_new_labels(state: TriageState, n_labels: int, is_guaranteed: boo
     """Whether there are enough new labels for a new fit."""
     n_fit = _n_fit(state.tested_trial)
     # A candidate needs more labels than the last candidate, even if that candidate was not tested.
-    looks_for_a_candidate = is_guaranteed and state.candidate is None
-    if looks_for_a_candidate:
+    needs_candidate = is_guaranteed and state.candidate is None
+    if needs_candidate:
         n_before = max(n_fit, state.n_fit_of_last_candidate, 1)
         return n_labels >= GROWTH_FOR_CANDIDATE * n_before
     trial = state.tested_trial
@@ -128,19 +128,19 @@ def _n_fit(trial: Trial | None) -> int:
 
 
 def choose_method(photos: Photos, fit_rows: Ints) -> str:
-    """The method to fit: ``FROM_LABELS`` if enough rows have a class, otherwise ``ZERO_SHOT``."""
+    """The method to fit: it uses labels if enough rows have a class."""
     n_with_class = np.count_nonzero(photos.target.numpy()[fit_rows] >= 0)
-    return FROM_LABELS if n_with_class >= LEAST_TO_FIT else ZERO_SHOT
+    return METHOD_WITH_LABELS if n_with_class >= MIN_LABELS_TO_FIT else METHOD_WITHOUT_LABELS
 
 
-def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredictor:
-    """Fit ``FROM_LABELS`` on the labels of ``fit_rows``, or ``ZERO_SHOT`` on all photos."""
+def fit_predictor(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredictor:
+    """Fit a method on the labels of ``fit_rows``, or ``METHOD_WITHOUT_LABELS`` on all photos."""
     predictor: FailurePredictor
-    if method == FROM_LABELS:
-        predictor = build(find_method(method), {"seed": seed})
-        labelled = photos.take(fit_rows)
-        predictor.fit(labelled)
-        _add_held_out_answers(predictor, labelled)
+    if method == METHOD_WITH_LABELS:
+        predictor = build_predictor(find_method(method), {"seed": seed})
+        labelled_photos = photos.take(fit_rows)
+        predictor.fit(labelled_photos)
+        _add_held_out_answers(predictor, labelled_photos)
         logger.info("%s is fitted on %s labels", method, f"{len(fit_rows):,}")
         return predictor
     predictor = find_method(method)()
@@ -150,7 +150,7 @@ def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredic
     return predictor
 
 
-def _add_held_out_answers(predictor: FailurePredictor, labelled: EmbeddingSource) -> None:
+def _add_held_out_answers(predictor: FailurePredictor, labelled_photos: EmbeddingSource) -> None:
     """Give a predictor cross-fitted answers about the rows of its fit, if these are needed.
 
     The answers are used to choose the kind of answers, and to estimate which answers are likely
@@ -159,9 +159,10 @@ def _add_held_out_answers(predictor: FailurePredictor, labelled: EmbeddingSource
     held-out answers of such a fit lack the rows of none of the classes, where every answer is
     wrong. So if there are such rows, answers are cross-fitted.
     """
-    has_outside = bool(labelled.outside.any())
+    has_outside = bool(labelled_photos.outside.any())
     if predictor.held_out_ is None or has_outside:
-        predictor.held_out_ = cross_fitted(predictor, labelled, labelled_folds(labelled))
+        folds = labelled_folds(labelled_photos)
+        predictor.held_out_ = cross_fitted(predictor, labelled_photos, folds)
 
 
 def estimate_likely_right(
@@ -176,7 +177,7 @@ def estimate_likely_right(
     """
     if predictor.held_out_ is None:
         return LikelyRight.without_labels(max_risk)
-    held_out = predictor.held_out_.judged(predictor.answer)
+    held_out = predictor.held_out_.of_kind(predictor.answer)
     zero_shot_failure = predictor.held_out_.zero_shot.failure
     n_wrong_zero_shot = int((zero_shot_failure[held_out.is_known] == 1).sum())
     likely_right = LikelyRight.estimate(held_out, uncertainty, max_risk)
@@ -195,7 +196,7 @@ def refuse_given_answers(answer: AnswerKind | None) -> None:
 def answer_to_judge(
     requested: AnswerKind | None,
     predictor: FailurePredictor,
-    labelled: EmbeddingSource,
+    labelled_photos: EmbeddingSource,
     max_risk: float,
 ) -> AnswerChoice:
     """Choose the kind of answers for a new predictor to judge.
@@ -206,11 +207,11 @@ def answer_to_judge(
     Args:
         requested: Kind of answers requested by the user; None for a choice by vilu.
         predictor: The new predictor.
-        labelled: Rows that the predictor was fitted on, with labels.
+        labelled_photos: Rows that the predictor was fitted on, with labels.
         max_risk: Largest error rate allowed by the guarantee.
     """
     if requested is not None:
         return AnswerChoice(answer=requested, reason=f"--answer {requested} asks for them")
     if not predictor.needs_labels:
         return AnswerChoice(answer="zero_shot", reason="there are too few labels to fit on")
-    return choose_answer(predictor, labelled, max_risk)
+    return choose_answer(predictor, labelled_photos, max_risk)

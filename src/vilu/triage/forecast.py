@@ -22,18 +22,18 @@ from typing import Final, Self
 
 import numpy as np
 
-from vilu.artifacts.documents import Model
-from vilu.calibration.closed_set import AnyLooks
+from vilu.artifacts.documents import FrozenModel
+from vilu.calibration.closed_set import AnyThresholdTests
 from vilu.metrics.counts import Floats, Ints
 from vilu.triage.trial import Trial
 
-BUDGETS: Final = (100, 200, 400)
+LABEL_BUDGETS: Final = (100, 200, 400)
 """Total numbers of labels for forecasts."""
 
 SEED: Final = 0
 """Seed of the simulations."""
 
-SIMULATIONS: Final = 60
+N_SIMULATIONS: Final = 60
 """Number of simulations for every number of labels."""
 
 LOG_FACTOR_SPREAD: Final = 0.7
@@ -54,19 +54,19 @@ LABELS_PER_ROUND: Final = 50
 RISKS: Final = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 """Risks to try, ascending, for the least risk that labels can show."""
 
-FEWEST_TO_FIT: Final = 50
+MIN_LABELS_BEFORE_DRAW: Final = 50
 """The first draw needs at least so many fit-side labels, even if there are fewer classes."""
 
-MOST_TO_FIT: Final = 100
+MAX_LABELS_BEFORE_DRAW: Final = 100
 """The first draw needs one fit-side label per class, but at most so many."""
 
 SHARE_WORTH_A_DRAW: Final = 0.3
 """If the limit includes a smaller share of photos, more labels to fit on are asked for first."""
 
-ENOUGH_TO_FIT: Final = 200
+LABELS_ENOUGH_FOR_DRAW: Final = 200
 """With this number of fit-side labels, photos are drawn even if the limit includes few photos."""
 
-MakeLooks = Callable[[Trial, Floats, float, float], AnyLooks]
+MakeTests = Callable[[Trial, Floats, float, float], AnyThresholdTests]
 """Makes the tests of a trial from the scores of the photos, the risk and the level."""
 
 
@@ -76,13 +76,13 @@ def is_enough_to_fit(trial: Trial, n_fit_labels: int, n_classes: int) -> bool:
     With more labels to fit on, a predictor can accept more photos. So a draw waits for labels to
     fit on, unless the limit already includes a large share of the photos.
     """
-    n_required = min(max(n_classes, FEWEST_TO_FIT), MOST_TO_FIT)
+    n_required = min(max(n_classes, MIN_LABELS_BEFORE_DRAW), MAX_LABELS_BEFORE_DRAW)
     if n_fit_labels < n_required:
         return False
-    return trial.share >= SHARE_WORTH_A_DRAW or n_fit_labels >= ENOUGH_TO_FIT
+    return trial.share >= SHARE_WORTH_A_DRAW or n_fit_labels >= LABELS_ENOUGH_FOR_DRAW
 
 
-class ExpectedShare(Model):
+class ExpectedShare(FrozenModel):
     """Range of the share of accepted photos, with some number of labels.
 
     Attributes:
@@ -107,7 +107,7 @@ class ExpectedShare(Model):
         return self.model_copy(update={"lowest": lowest, "highest": highest})
 
 
-class Forecast(Model):
+class Forecast(FrozenModel):
     """How many photos of a folder could be accepted at a risk, with several numbers of labels.
 
     Attributes:
@@ -135,7 +135,7 @@ class Forecast(Model):
         n_labels: int,
         max_risk: float,
         level: float,
-        make_looks: MakeLooks,
+        make_tests: MakeTests,
         share_accepted: float = 0.0,
     ) -> Self:
         """Make the forecast from scores and from the guarantee in force.
@@ -149,15 +149,15 @@ class Forecast(Model):
             n_labels: Number of labels so far.
             max_risk: Largest allowed error rate among the accepted answers.
             level: Level of the next test.
-            make_looks: Makes the tests of a trial (``PhotoSplit.looks_before_labels``).
+            make_tests: Makes the tests of a trial (``PhotoSplit.tests_before_labels``).
             share_accepted: Share of the photos accepted by the guarantee in force.
         """
         scores = np.sort(uncertainty[np.isfinite(uncertainty)])
-        budgets = _budgets(n_labels, n_photos)
+        budgets = _label_budgets(n_labels, n_photos)
         expected: list[ExpectedShare] = []
         least_risk = None
         if len(scores) and budgets:
-            simulation = _Simulation(scores, n_classes, n_fit_labels, most_fit_labels, make_looks)
+            simulation = _Simulation(scores, n_classes, n_fit_labels, most_fit_labels, make_tests)
             for n in budgets:
                 share = simulation.expected_share(n, max_risk, level)
                 expected.append(share.raised_to(share_accepted))
@@ -170,7 +170,7 @@ class Forecast(Model):
         )
 
     @property
-    def can_be_shown(self) -> bool:
+    def can_accept_photos(self) -> bool:
         """Whether any photo may be accepted with any of these numbers of labels."""
         return any(expected.highest > 0 for expected in self.expected)
 
@@ -180,7 +180,7 @@ class Forecast(Model):
         numbers = " / ".join(f"{expected.n_labels:,}" for expected in self.expected)
         most_labels = f"{self.expected[-1].n_labels:,}"
         target = f"a risk of {100 * self.max_risk:.3g}%"
-        if self.can_be_shown:
+        if self.can_accept_photos:
             shares = " / ".join(map(str, self.expected))
             text = (
                 f"With {numbers} labels in all, about {shares} % of the photos could be accepted "
@@ -192,7 +192,7 @@ class Forecast(Model):
                 f"{target}."
             )
         is_out_of_reach = self.least_risk is None or self.least_risk > self.max_risk
-        if self.can_be_shown and is_out_of_reach:
+        if self.can_accept_photos and is_out_of_reach:
             return text  # a few simulations show the risk, so no other risk is advised
         return f"{text} {self._least_risk_in_words(most_labels)}"
 
@@ -214,7 +214,7 @@ class Forecast(Model):
         )
 
 
-def _budgets(n_labels: int, n_photos: int) -> list[int]:
+def _label_budgets(n_labels: int, n_photos: int) -> list[int]:
     """Total numbers of labels for forecasts, ascending.
 
     Each number is at least one round larger than the number of labels so far, and smaller than the
@@ -227,11 +227,12 @@ def _budgets(n_labels: int, n_photos: int) -> list[int]:
     smallest = n_labels + LABELS_PER_ROUND
     if smallest >= n_photos:
         return []
-    budgets = [n for n in BUDGETS if smallest <= n < n_photos]
+    budgets = [n for n in LABEL_BUDGETS if smallest <= n < n_photos]
     if budgets:
         return budgets
-    # All numbers in ``BUDGETS`` are too small or too large, so they are added to the labels so far.
-    sums = [n_labels + n for n in BUDGETS]
+    # All numbers in ``LABEL_BUDGETS`` are too small or too large, so they are added to the labels
+    # so far.
+    sums = [n_labels + n for n in LABEL_BUDGETS]
     sums_below_n_photos = [total for total in sums if total < n_photos]
     return sums_below_n_photos or [smallest]
 
@@ -244,7 +245,7 @@ class _Simulation:
         n_classes: Number of classes.
         n_fit_labels: Number of labels that the predictor was fitted on.
         most_fit_labels: Largest possible number of labels to fit on.
-        make_looks: Makes the tests of a trial.
+        make_tests: Makes the tests of a trial.
     """
 
     def __init__(
@@ -253,13 +254,13 @@ class _Simulation:
         n_classes: int,
         n_fit_labels: int,
         most_fit_labels: int,
-        make_looks: MakeLooks,
+        make_tests: MakeTests,
     ) -> None:
         self.scores = scores
         self.most_fit_labels = most_fit_labels
         self.n_classes = n_classes
         self.n_fit_labels = n_fit_labels
-        self.make_looks = make_looks
+        self.make_tests = make_tests
         self.rng = np.random.default_rng(SEED)
 
     def plan(self, max_risk: float, level: float) -> Trial:
@@ -274,46 +275,50 @@ class _Simulation:
 
     def n_to_draw(self, trial: Trial, n_labels: int) -> int:
         """How many of ``n_labels`` labels are for the guarantee, after the labels to fit on."""
-        n_fit = max(self.n_fit_labels, FEWEST_TO_FIT)
+        n_fit = max(self.n_fit_labels, MIN_LABELS_BEFORE_DRAW)
         while not is_enough_to_fit(trial, n_fit, self.n_classes):
             n_fit += LABELS_PER_ROUND
         n_fit = min(n_fit, self.most_fit_labels)
-        n_below_limit = int((self.scores <= trial.limit).sum())
-        return max(0, min(n_labels - n_fit, n_below_limit))
+        n_up_to_limit = int((self.scores <= trial.limit).sum())
+        return max(0, min(n_labels - n_fit, n_up_to_limit))
 
     def expected_share(self, n_labels: int, max_risk: float, level: float) -> ExpectedShare:
         """Range of the share of accepted photos with ``n_labels`` labels."""
         trial = self.plan(max_risk, level)
         n_drawn = self.n_to_draw(trial, n_labels)
-        looks = self.make_looks(trial, self.scores, max_risk, level)
+        tests = self.make_tests(trial, self.scores, max_risk, level)
         if not n_drawn:
             return ExpectedShare(n_labels=n_labels, lowest=0.0, highest=0.0)
-        shares = [self._simulated_share(looks, n_drawn) for _ in range(SIMULATIONS)]
+        shares = [self._simulated_share(tests, n_drawn) for _ in range(N_SIMULATIONS)]
         lowest, highest = np.quantile(shares, RANGE_QUANTILES)
         if highest == 0:
             return ExpectedShare(n_labels=n_labels, lowest=0.0, highest=0.0)
         multiple = MULTIPLE_AFTER_LABELS if self.n_fit_labels else MULTIPLE_BEFORE_LABELS
-        n_up_to = np.arange(1, len(self.scores) + 1)
-        mean_up_to = np.cumsum(self.scores) / n_up_to
+        # for each photo, the mean probability of this photo and of all photos with lower scores
+        mean_probability = np.cumsum(self.scores) / np.arange(1, len(self.scores) + 1)
         # The scores are ascending, so this is True for the first photos and False for the rest.
-        is_below = mean_up_to <= multiple * max_risk
+        is_below = mean_probability <= multiple * max_risk
         share_below = float(is_below.mean())
         return ExpectedShare(
             n_labels=n_labels, lowest=float(lowest), highest=max(float(highest), share_below)
         )
 
-    def _simulated_share(self, looks: AnyLooks, n_drawn: int) -> float:
+    def _simulated_share(self, tests: AnyThresholdTests, n_drawn: int) -> float:
         """The share of the photos certified by simulated labels, with a test after every round."""
-        below_limit = np.flatnonzero(self.scores <= looks.limit)
-        rows: Ints = self.rng.permutation(below_limit)[:n_drawn]
-        factor = math.exp(self.rng.normal(0.0, LOG_FACTOR_SPREAD))
-        probability = np.minimum(factor * self.scores[rows], 1.0)
-        failure = (self.rng.random(len(rows)) < probability).astype(np.int64)
+        rows_up_to_limit = np.flatnonzero(self.scores <= tests.limit)
+        drawn_rows: Ints = self.rng.permutation(rows_up_to_limit)[:n_drawn]
+        drawn_scores = self.scores[drawn_rows]
+        # the predictor's probabilities may all be too low or too high by this factor
+        probability_factor = math.exp(self.rng.normal(0.0, LOG_FACTOR_SPREAD))
+        failure_probability = np.minimum(probability_factor * drawn_scores, 1.0)
+        failure = (self.rng.random(len(drawn_rows)) < failure_probability).astype(np.int64)
         threshold = -math.inf
         for n_so_far in _label_counts_at_tests(n_drawn):
-            index = looks.certified(self.scores[rows[:n_so_far]], failure[:n_so_far])
+            scores_so_far = drawn_scores[:n_so_far]
+            failure_so_far = failure[:n_so_far]
+            index = tests.index_of_laxest_certified_threshold(scores_so_far, failure_so_far)
             if index is not None:
-                threshold = max(threshold, float(looks.grid[index]))
+                threshold = max(threshold, float(tests.grid[index]))
         return float((self.scores <= threshold).mean())
 
     def least_risk(self, n_labels: int, level: float) -> float | None:
@@ -322,19 +327,19 @@ class _Simulation:
             trial = self.plan(risk, level)
             if not trial.likely:
                 continue
-            looks = self.make_looks(trial, self.scores, risk, level)
+            tests = self.make_tests(trial, self.scores, risk, level)
             # Every test is tried, not only the last test. If all photos of a folder had a label, no
             # photo would be left for the guarantee. So fewer labels can show more.
             for n_so_far in _label_counts_at_tests(self.n_to_draw(trial, n_labels)):
-                if looks.can_certify(self._evenly_spread_scores(trial.limit, n_so_far)):
+                if tests.can_certify(self._evenly_spread_scores(trial.limit, n_so_far)):
                     return risk
         return None
 
     def _evenly_spread_scores(self, limit: float, n: int) -> Floats:
         """``n`` scores up to a limit, with evenly spaced ranks."""
-        below_limit = self.scores[self.scores <= limit]
-        ranks = np.linspace(0, len(below_limit) - 1, n).round().astype(np.int64)
-        spread_scores: Floats = below_limit[ranks]
+        scores_up_to_limit = self.scores[self.scores <= limit]
+        ranks = np.linspace(0, len(scores_up_to_limit) - 1, n).round().astype(np.int64)
+        spread_scores: Floats = scores_up_to_limit[ranks]
         return spread_scores
 
 

@@ -12,13 +12,13 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.calibration.anytime import Looks
+from vilu.calibration.anytime import ThresholdTests
 from vilu.calibration.calibration import Calibration
-from vilu.calibration.closed_set import AnyLooks, ClosedPhotos, saved_looks
-from vilu.calibration.procedure import keep_calibration
-from vilu.calibration.rules import ALL, Rule, rule_at_any_time
+from vilu.calibration.closed_set import AnyThresholdTests, ClosedPhotos, settings_of_tests
+from vilu.calibration.procedure import save_calibrated_predictor
+from vilu.calibration.rules import ALL_ROWS_GROUP, Rule, make_anytime_rule
 from vilu.calibration.target import Target
-from vilu.embeddings.copies import near_copies
+from vilu.embeddings.copies import near_copy_groups
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
@@ -29,7 +29,7 @@ from vilu.triage.labels import SKIPPED, LabelBook, sides_and_positions
 from vilu.triage.photos import Photos
 from vilu.triage.trial import Trial
 
-POSITIONS: Final = 2**63
+N_POSITIONS: Final = 2**63
 """Number of possible positions in the random order of the photos."""
 
 Mask = NDArray[np.bool_]
@@ -40,25 +40,26 @@ class PhotoSplit:
     """For every photo: the side, the position in the random order, and the state of the label.
 
     Attributes:
-        usable: (N,) bool, True for photos that may be used in fits or for a guarantee. Of several
-            photos with equal pictures, a single photo is usable.
+        is_usable: (N,) bool, True for photos that may be used in fits or for a guarantee. Of
+            several photos with equal pictures, a single photo is usable.
         is_calibration: (N,) bool, True on the calibration side, False on the fit side.
-        position: (N,) int64 position in the random order.
-        labelled: (N,) bool, True for photos with a label: a class, or "none of the classes".
-        answered: (N,) bool, True for photos with a label and for skipped photos.
-        skipped: (N,) bool, True for skipped photos. Nobody could name these photos.
-        unasked: (N,) bool, True for photos picked at random and labelled without a request.
-        awaited: (N,) bool, True for photos with an open request for a calibration label.
+        random_position: (N,) int64 position in the random order.
+        is_labelled: (N,) bool, True for photos with a label: a class, or "none of the classes".
+        is_answered: (N,) bool, True for photos with a label and for skipped photos.
+        is_skipped: (N,) bool, True for skipped photos. Nobody could name these photos.
+        has_given_label: (N,) bool, True for photos picked at random and labelled without a request
+            (stream "given").
+        has_open_request: (N,) bool, True for photos with an open request for a calibration label.
     """
 
-    usable: Mask
+    is_usable: Mask
     is_calibration: Mask
-    position: Ints
-    labelled: Mask
-    answered: Mask
-    skipped: Mask
-    unasked: Mask
-    awaited: Mask
+    random_position: Ints
+    is_labelled: Mask
+    is_answered: Mask
+    is_skipped: Mask
+    has_given_label: Mask
+    has_open_request: Mask
 
     @classmethod
     def of(cls, photos: Photos, book: LabelBook, seed: int) -> Self:
@@ -75,72 +76,74 @@ class PhotoSplit:
         # Equal pictures have equal positions. So this finds the first row of every picture.
         _, first_rows = np.unique(unsigned_position, return_index=True)
         is_first[first_rows] = True
-        usable = np.zeros(n, np.bool_)
-        usable[photos.usable_rows.numpy()] = True
-        answered = np.zeros(n, np.bool_)
-        skipped = np.zeros(n, np.bool_)
-        unasked = np.zeros(n, np.bool_)
-        awaited = np.zeros(n, np.bool_)
+        is_usable = np.zeros(n, np.bool_)
+        is_usable[photos.usable_rows.numpy()] = True
+        is_answered = np.zeros(n, np.bool_)
+        is_skipped = np.zeros(n, np.bool_)
+        is_given = np.zeros(n, np.bool_)
+        has_open_request = np.zeros(n, np.bool_)
         has_changed = np.zeros(n, np.bool_)
         for row, path in enumerate(photos.ids):
             entry = book.entries.get(path)
             if entry is not None:
-                answered[row] = entry.label is not None
-                skipped[row] = entry.label == SKIPPED
-                unasked[row] = entry.stream == "given"
-                awaited[row] = entry.stream == "calibration" and entry.label is None
+                is_answered[row] = entry.label is not None
+                is_skipped[row] = entry.label == SKIPPED
+                is_given[row] = entry.stream == "given"
+                has_open_request[row] = entry.stream == "calibration" and entry.label is None
                 has_changed[row] = entry.was_another_picture(pictures[row])
-        # The unsigned positions are below 2^64. Half of such a position is below ``POSITIONS``, and
-        # fits into int64.
-        position = (unsigned_position >> np.uint64(1)).astype(np.int64)
+        # The unsigned positions are below 2^64. Half of such a position is below
+        # ``N_POSITIONS``, and fits into int64.
+        random_position = (unsigned_position >> np.uint64(1)).astype(np.int64)
         return cls(
-            usable=usable & is_first & ~(is_calibration & has_changed),
+            is_usable=is_usable & is_first & ~(is_calibration & has_changed),
             is_calibration=is_calibration,
-            position=position,
-            labelled=answered & ~skipped,
-            answered=answered,
-            skipped=skipped,
-            unasked=unasked & answered,
-            awaited=awaited,
+            random_position=random_position,
+            is_labelled=is_answered & ~is_skipped,
+            is_answered=is_answered,
+            is_skipped=is_skipped,
+            has_given_label=is_given & is_answered,
+            has_open_request=has_open_request,
         )
 
     @property
-    def usable_calibration(self) -> Mask:
+    def usable_calibration_mask(self) -> Mask:
         """(N,) bool, usable photos of the calibration side: these may count for a guarantee."""
-        return self.usable & self.is_calibration
+        return self.is_usable & self.is_calibration
 
     @property
-    def usable_fit(self) -> Mask:
+    def usable_fit_mask(self) -> Mask:
         """(N,) bool, usable photos of the fit side: predictors may be fitted on these photos."""
-        return self.usable & ~self.is_calibration
+        return self.is_usable & ~self.is_calibration
 
     @property
     def fit_rows(self) -> Ints:
         """(M,) labelled rows that a predictor may be fitted on."""
-        return np.flatnonzero(self.usable_fit & self.labelled)
+        return np.flatnonzero(self.usable_fit_mask & self.is_labelled)
 
     def in_random_order(self, rows: Ints) -> Ints:
         """These rows (M,), sorted by position in the random order."""
-        return rows[np.argsort(self.position[rows])]
+        return rows[np.argsort(self.random_position[rows])]
 
-    def open_rows(self, uncertainty: Floats, limit: float) -> Ints:
+    def unanswered_rows(self, uncertainty: Floats, limit: float) -> Ints:
         """(M,) calibration rows up to a limit without a label, in the random order."""
-        is_open = self.usable_calibration & (uncertainty <= limit) & ~self.answered
+        is_open = self.usable_calibration_mask & (uncertainty <= limit) & ~self.is_answered
         return self.in_random_order(np.flatnonzero(is_open))
 
-    def drawn_rows(self, uncertainty: Floats, limit: float) -> Ints:
+    def counted_rows(self, uncertainty: Floats, limit: float) -> Ints:
         """(M,) calibration rows up to a limit that count for a guarantee.
 
         All rows before the first row without a label count, in the random order. Rows picked at
         random and labelled without a request count, too.
         """
         # The evidence may stop at any row, so it is valid even if people leave a photo unlabelled.
-        open_rows = self.open_rows(uncertainty, limit)
+        unanswered_rows = self.unanswered_rows(uncertainty, limit)
         # position of the first row without a label; beyond all positions if no such row exists
-        end = int(self.position[open_rows[0]]) if len(open_rows) else POSITIONS
-        is_below_limit = self.usable_calibration & (uncertainty <= limit)
-        is_drawn = is_below_limit & (self.position < end)
-        return np.flatnonzero(is_drawn | (is_below_limit & self.unasked))
+        end_position = N_POSITIONS
+        if len(unanswered_rows):
+            end_position = int(self.random_position[unanswered_rows[0]])
+        is_below_limit = self.usable_calibration_mask & (uncertainty <= limit)
+        is_drawn = is_below_limit & (self.random_position < end_position)
+        return np.flatnonzero(is_drawn | (is_below_limit & self.has_given_label))
 
     # ``FolderSplit`` replaces the methods below for a guarantee about the photos of the folder.
 
@@ -165,32 +168,32 @@ class PhotoSplit:
     def rows_to_pick(self, photos: Photos, book: LabelBook) -> Ints:
         """(M,) rows that may be picked to fit on."""
         is_in_book = np.array([path in book.entries for path in photos.ids], dtype=np.bool_)
-        return np.flatnonzero(self.usable_fit & ~self.answered & ~is_in_book)
+        return np.flatnonzero(self.usable_fit_mask & ~self.is_answered & ~is_in_book)
 
-    def looks(
+    def threshold_tests(
         self,
         trial: Trial,
         outcomes: Outcomes,
         rows: Ints,  # noqa: ARG002
         max_risk: float,
         level: float,
-    ) -> AnyLooks:
+    ) -> AnyThresholdTests:
         """The tests of a trial, with the labels of ``rows`` (M,) as the random sample."""
-        scores = outcomes.uncertainty[self.usable_calibration]
-        return self.looks_before_labels(trial, scores, max_risk, level)
+        scores = outcomes.uncertainty[self.usable_calibration_mask]
+        return self.tests_before_labels(trial, scores, max_risk, level)
 
     @staticmethod
-    def looks_before_labels(
+    def tests_before_labels(
         trial: Trial,
         scores: Floats,  # noqa: ARG004
         max_risk: float,
         level: float,
-    ) -> AnyLooks:
+    ) -> AnyThresholdTests:
         """The tests of a trial while no photo has a label.
 
         ``scores`` (M,) are the uncertainties of the calibration photos.
         """
-        return Looks(np.array(trial.grid), max_risk, level, trial.limit)
+        return ThresholdTests(np.array(trial.grid), max_risk, level, trial.limit)
 
     def closed_photos(
         self,
@@ -207,17 +210,17 @@ def draw_probability(last_position: int) -> float:
 
     ``last_position`` is -1 if no photo is drawn.
     """
-    return (last_position + 1) / POSITIONS
+    return (last_position + 1) / N_POSITIONS
 
 
-def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
+def new_scene_mask(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
     """(M,) bool, False for near copies of a known row or of an earlier row in ``rows`` (M,).
 
     ``known`` (K,) are the known rows.
     """
     known_and_rows = np.concatenate([known, rows])
     # for every row, the position of the first row in the same group of near copies
-    first_copy = near_copies(photos, known_and_rows)
+    first_copy = near_copy_groups(photos, known_and_rows)
     is_first: Mask = first_copy == np.arange(len(known_and_rows))
     return is_first[len(known) :]  # without the known rows
 
@@ -227,18 +230,19 @@ class GuaranteeProgress:
     """The certified threshold so far, and the number of labels still needed.
 
     Attributes:
-        looks: The test: thresholds, risk and level.
-        rows: (M,) rows of the photos that count.
-        outcomes: Outcomes of these photos. A photo that nobody could name counts as a failure.
+        tests: The test: thresholds, risk and level.
+        counted_rows: (M,) rows of the photos that count.
+        counted_outcomes: Outcomes of these photos. A photo that nobody could name counts as a
+            failure.
         missing_rows: (K,) rows of the photos with an open request for a label, in the random order.
         certified_index: Index of the laxest certified threshold; None if no threshold is certified.
         n_more_labels: Estimated number of labels still needed; None if no number is enough.
         n_photos_left: Number of photos left to draw for the test.
     """
 
-    looks: AnyLooks
-    rows: Ints
-    outcomes: Outcomes
+    tests: AnyThresholdTests
+    counted_rows: Ints
+    counted_outcomes: Outcomes
     missing_rows: Ints
     certified_index: int | None
     n_more_labels: int | None
@@ -249,7 +253,7 @@ class GuaranteeProgress:
         """The certified threshold; -inf if no threshold is certified."""
         if self.certified_index is None:
             return -math.inf
-        return float(self.looks.grid[self.certified_index])
+        return float(self.tests.grid[self.certified_index])
 
 
 def rule_of(
@@ -268,8 +272,8 @@ def rule_of(
     """
     groups = {}
     for group, progress in all_progress.items():
-        groups[group] = (progress.looks, progress.outcomes)
-    return rule_at_any_time(groups, max_risk, confidence, closed_photos)
+        groups[group] = (progress.tests, progress.counted_outcomes)
+    return make_anytime_rule(groups, max_risk, confidence, closed_photos)
 
 
 def progress_of(
@@ -280,7 +284,7 @@ def progress_of(
     max_risk: float,
     level: float,
 ) -> GuaranteeProgress:
-    """The progress of a predictor's guarantee, from the counted labels (``drawn_rows``).
+    """The progress of a predictor's guarantee, from the counted labels (``counted_rows``).
 
     Args:
         trial: Plan of the test of the predictor.
@@ -289,21 +293,23 @@ def progress_of(
         max_risk: Largest allowed error rate among the accepted answers.
         level: Level of the test.
     """
-    rows = split.drawn_rows(outcomes.uncertainty, trial.limit)
-    looks = split.looks(trial, outcomes, rows, max_risk, level)
+    rows = split.counted_rows(outcomes.uncertainty, trial.limit)
+    tests = split.threshold_tests(trial, outcomes, rows, max_risk, level)
     counted_outcomes = outcomes.take(rows)
     # A photo that nobody could name counts as a failure.
-    failure = np.where(split.skipped[rows], 1, counted_outcomes.failure)
+    failure = np.where(split.is_skipped[rows], 1, counted_outcomes.failure)
     counted_outcomes = dataclasses.replace(counted_outcomes, failure=failure)
-    is_missing = split.usable_calibration & split.awaited & (outcomes.uncertainty <= trial.limit)
+    uncertainty = counted_outcomes.uncertainty
+    is_below_limit = outcomes.uncertainty <= trial.limit
+    is_missing = split.usable_calibration_mask & split.has_open_request & is_below_limit
     return GuaranteeProgress(
-        looks=looks,
-        rows=rows,
-        outcomes=counted_outcomes,
+        tests=tests,
+        counted_rows=rows,
+        counted_outcomes=counted_outcomes,
         missing_rows=split.in_random_order(np.flatnonzero(is_missing)),
-        certified_index=looks.certified(counted_outcomes.uncertainty, counted_outcomes.failure),
-        n_more_labels=looks.more_needed(counted_outcomes.uncertainty, counted_outcomes.failure),
-        n_photos_left=len(split.open_rows(outcomes.uncertainty, trial.limit)),
+        certified_index=tests.index_of_laxest_certified_threshold(uncertainty, failure),
+        n_more_labels=tests.n_more_labels_needed(uncertainty, failure),
+        n_photos_left=len(split.unanswered_rows(outcomes.uncertainty, trial.limit)),
     )
 
 
@@ -327,11 +333,11 @@ def keep_guarantee(
         max_risk=rule.max_risk,
         confidence=rule.confidence,
         method="anytime",
-        per_class=ALL not in all_progress,  # ``ALL`` would be the only group
+        per_class=ALL_ROWS_GROUP not in all_progress,  # ``ALL_ROWS_GROUP`` would be the only group
     )
-    draws = {group: saved_looks(progress.looks) for group, progress in all_progress.items()}
+    draws = {group: settings_of_tests(progress.tests) for group, progress in all_progress.items()}
     dataset_and_split = (dataset, None)  # photos have no split
-    calibration = keep_calibration(
+    calibration = save_calibrated_predictor(
         folder,
         predictor,
         counted_outcomes,
@@ -339,7 +345,7 @@ def keep_guarantee(
         target,
         rule,
         dataset_and_split,
-        dtype=photos.first.manifest.dtype,
+        dtype=photos.first_store.manifest.dtype,
         draws=draws,
     )
     write_card(folder)

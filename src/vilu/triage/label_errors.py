@@ -72,8 +72,8 @@ def find_label_errors(
 
     The posterior of a row is held-out: the predictor was not fitted on the label of the row. The
     predictor is ``predictor``, or by default ``vilu_plus``, cross-fitted in five folds. Near copies
-    of a picture (``near_copies``) are in the same fold. Classes without a labelled row are left out
-    of the posterior, because the error rates of these classes cannot be estimated.
+    of a picture (``near_copy_groups``) are in the same fold. Classes without a labelled row are
+    left out of the posterior, because the error rates of these classes cannot be estimated.
 
     Args:
         source: Rows with labels; rows with the label "none of the classes" are left out.
@@ -146,7 +146,7 @@ def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None
     # ``photos`` does not contain unreadable photos.
     worst_photos = [photos[row] for row in photos if row in worst_rows]
     best_photos = [photos[row] for row in photos if row in best_rows]
-    style.save(figures.contact_sheet(best_photos, worst_photos), path)
+    style.save_figure(figures.contact_sheet(best_photos, worst_photos), path)
 
 
 def _photos(errors: LabelErrors, rows: Sequence[int], images: ImageDataset) -> dict[int, Photo]:

@@ -59,7 +59,7 @@ def write_labels(
     """
     if scores is None:
         require_suffix(output, ".csv")
-        write_new(output, csv_bytes(label_columns(labels, streams or {})))
+        write_new_file(output, csv_bytes(label_columns(labels, streams or {})))
         return len(labels)
     if output.exists():
         raise UsageError(
@@ -124,7 +124,7 @@ def require_suffix(output: Path, suffix: str) -> None:
         raise UsageError(f"the output must be a file that ends in {suffix}. Got {output} instead.")
 
 
-def write_new(path: Path, content: bytes) -> None:
+def write_new_file(path: Path, content: bytes) -> None:
     """Write a file; an existing file must have the same content.
 
     Raises:

@@ -131,11 +131,11 @@ class LabelBook:
     Examples:
         >>> from vilu.triage.labels import LabelBook
         >>> book = LabelBook()
-        >>> book.ask(["a.jpg", "b.jpg"], "calibration", predictor="fingerprint")
-        >>> n_noted = book.answer({"b.jpg": "cat", "c.jpg": "dog"})
+        >>> book.request_labels(["a.jpg", "b.jpg"], "calibration", predictor="fingerprint")
+        >>> n_noted = book.note_labels({"b.jpg": "cat", "c.jpg": "dog"})
         >>> book.entries["c.jpg"].stream  # nobody asked for this label
         'given'
-        >>> [entry.path for entry in book.waiting()]  # asked for, but not answered
+        >>> [entry.path for entry in book.waiting_entries()]  # asked for, but not answered
         ['a.jpg']
     """
 
@@ -161,7 +161,7 @@ class LabelBook:
         entry = self.entries.get(path)
         return entry is not None and entry.label is not None
 
-    def ask(
+    def request_labels(
         self, paths: Sequence[str], stream: Stream, *, predictor: str, probability: float = math.nan
     ) -> None:
         """Note requests for the labels of photos. Existing labels of the photos stay.
@@ -179,7 +179,9 @@ class LabelBook:
                 entry, stream=stream, probability=probability, predictor=predictor, asked=now
             )
 
-    def answer(self, labels: Mapping[str, str], streams: Mapping[str, str] | None = None) -> int:
+    def note_labels(
+        self, labels: Mapping[str, str], streams: Mapping[str, str] | None = None
+    ) -> int:
         """Note labels; return the number of new and changed labels.
 
         Args:
@@ -215,25 +217,25 @@ class LabelBook:
             n_photos_changed += entry.was_another_picture(picture)
         return n_photos_changed
 
-    def forget(self, is_to_forget: Callable[[Entry], bool]) -> None:
-        """Remove entries for which ``is_to_forget`` is True; entries with a label always stay."""
+    def withdraw_requests(self, is_to_withdraw: Callable[[Entry], bool]) -> None:
+        """Remove entries for which ``is_to_withdraw`` is True; entries with a label always stay."""
         remaining_entries = {}
         for path, entry in self.entries.items():
-            is_removed = entry.label is None and is_to_forget(entry)
+            is_removed = entry.label is None and is_to_withdraw(entry)
             if not is_removed:
                 remaining_entries[path] = entry
         self.entries = remaining_entries
 
-    def rename(self, former_text: Callable[[str], str], paths: Iterable[str]) -> None:
+    def rename_paths(self, former_text_of: Callable[[str], str], paths: Iterable[str]) -> None:
         """Rename entries of books of version 0.1.0 to the present form of paths.
 
         Args:
-            former_text: Returns the text of version 0.1.0 for a path.
+            former_text_of: Returns the text of version 0.1.0 for a path.
             paths: The paths of all photos, as tables write them now.
         """
         present_paths = set(paths)
         for path in present_paths - self.entries.keys():
-            former_path = former_text(path)
+            former_path = former_text_of(path)
             # If the former path is the path of another photo now, the entry belongs to this photo.
             if former_path in self.entries and former_path not in present_paths:
                 self.entries[path] = replace(self.entries.pop(former_path), path=path)
@@ -243,7 +245,7 @@ class LabelBook:
         """Whether a draw has ever asked for a label, for a guarantee."""
         return any(entry.stream == "calibration" for entry in self)
 
-    def waiting(self) -> list[Entry]:
+    def waiting_entries(self) -> list[Entry]:
         """Entries that still wait for a label."""
         return [entry for entry in self if entry.label is None]
 

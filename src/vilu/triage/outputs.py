@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Final, Literal
 import numpy as np
 
 from vilu.artifacts.disk import locked, make_folder, write_text
-from vilu.backbones.zeroshot import TEMPLATES, prompts_in_words
-from vilu.calibration.anytime import Looks, log_evidence
-from vilu.calibration.closed_set import ClosedLooks, ClosedPhotos
-from vilu.calibration.likely import LEAST_WRONG, LikelyRight
+from vilu.backbones.zeroshot import TEMPLATES, describe_prompts
+from vilu.calibration.anytime import ThresholdTests, log_evidence
+from vilu.calibration.closed_set import ClosedPhotos, ClosedSetTests
+from vilu.calibration.likely import MIN_WRONG_ANSWERS, LikelyRight
 from vilu.calibration.rules import Rule
 from vilu.calibration.thresholds import exact_percent, percent
 from vilu.device import torch_defaults
@@ -22,7 +23,7 @@ from vilu.errors import UsageError
 from vilu.guard.guard import Answer
 from vilu.metrics.counts import Floats
 from vilu.outcomes.decisions import ACCEPT, REVIEW
-from vilu.report.page.build import find_template, render
+from vilu.report.page.build import find_template, render_page
 from vilu.report.page.gallery import thumbnails
 from vilu.text import plural
 from vilu.triage.answers import (
@@ -40,11 +41,11 @@ from vilu.triage.photos import PhotoFolder
 from vilu.triage.run import TriageResult, run_triage
 from vilu.triage.sidecars import write_sidecars
 from vilu.triage.sorting import accepted_labels, list_folder, sort_photos
-from vilu.triage.state import NEXT_LABELS, REPORT, TriageSettings, open_state
-from vilu.triage.verdict import labelled_answers, verdict_in_words
+from vilu.triage.state import NEXT_LABELS_CSV, REPORT_FILE, TriageSettings, open_state
+from vilu.triage.verdict import collect_labelled_answers, verdict_in_words
 from vilu.validation import checked, require_between
 
-PAGE: Final = "triage.html.jinja"
+PAGE_TEMPLATE: Final = "triage.html.jinja"
 """File name of the template of the page."""
 
 PHOTOS_SHOWN: Final = 24
@@ -53,13 +54,15 @@ PHOTOS_SHOWN: Final = 24
 THRESHOLDS_SHOWN: Final = 20
 """The table of the page has at most this number of thresholds."""
 
-FEW_NEAR_COPIES: Final = 0.05
+COPY_SHARE_TO_MENTION: Final = 0.05
 """The page mentions near copies if more than this share of the labelled photos are near copies."""
 
-TRIED_BOUNDS: Final = np.arange(1, 1000) / 1000
-"""Upper bounds on the error rate for ``least_bound`` to try, ascending."""
+TRIED_BOUNDS: Final = [thousandth / 1000 for thousandth in range(1, 1000)]
+"""Upper bounds on the error rate for ``lowest_shown_bound`` to try, ascending."""
 
-NO_SIDECAR: Final = "--xmp has written no label: no photo is accepted or labelled with a class yet."
+NO_SIDECAR_TEXT: Final = (
+    "--xmp has written no label: no photo is accepted or labelled with a class yet."
+)
 
 LabelFiles = Mapping[Path, tuple[dict[str, str], dict[str, str]]]
 """Maps every file of labels to two mappings: from photo names to labels, and to streams."""
@@ -79,7 +82,7 @@ class TriageSummary:
         likely: How many photos without a label are likely right, or why this is not known.
         prompts: The templates of the prompts, and a warning if prompts read badly.
         n_asked: Number of labels that are asked for.
-        why_none: Why no label is asked for, and the next step; "" if labels are asked for.
+        no_request_reason: Why no label is asked for, and the next step; "" if labels are asked for.
         sidecars: How many photos have a sidecar with their label, or why no photo has a sidecar; ""
             if no sidecars were asked for.
     """
@@ -92,7 +95,7 @@ class TriageSummary:
     likely: str
     prompts: str
     n_asked: int
-    why_none: str
+    no_request_reason: str
     sidecars: str
 
 
@@ -128,20 +131,22 @@ def triage_photos(
         StorageError: If the file system refuses. A repeated run goes on where this run ended.
     """
     check_settings(settings)
-    find_template(PAGE)  # fails here, before the slow steps, if the page cannot be written
+    find_template(PAGE_TEMPLATE)  # fails here, before the slow steps, if the page cannot be written
     former_classes: set[str] = set()
     if not overwrite:
         former_classes = former_class_names(output, settings.known_labels)
     files = _read_label_files(labels, settings, former_classes)
     open_state(output, settings, overwrite=overwrite)  # fails here if the folder is no triage
-    listing = list_folder(settings.photos, output, follow_links=settings.follow_links)
-    labels_by_path, streams = _labels_by_path(files, listing)
+    photo_folder = list_folder(settings.photos, output, follow_links=settings.follow_links)
+    labels_by_path, streams = _labels_by_path(files, photo_folder)
     if not overwrite:
         _require_no_lost_answers(output, files, labels_by_path)
     with locked(make_folder(output), activity="sorting into", holder_kind="triage"):
         # ``run_triage`` reads the state again. Another run may have changed the state while this
         # run waited for the lock.
-        result = run_triage(output, settings, listing, labels_by_path, streams, overwrite=overwrite)
+        result = run_triage(
+            output, settings, photo_folder, labels_by_path, streams, overwrite=overwrite
+        )
         answers = answers_of(
             result.photos,
             result.predictor,
@@ -151,11 +156,16 @@ def triage_photos(
         )
         write_decisions(output, result.outcomes, answers)
         answer_of_path = {answer.key: answer for answer in answers}
-        write_next(output / NEXT_LABELS, result.asked, answer_of_path, result.outcomes.answer)
+        write_next(
+            output / NEXT_LABELS_CSV,
+            result.entries_to_label,
+            answer_of_path,
+            result.outcomes.answer,
+        )
         verdict = _verdict_text(result)
-        write_page(output, listing, result, answers, settings, verdict)
+        write_page(output, photo_folder, result, answers, settings, verdict)
         if sort is not None:
-            sort_photos(output, listing, answers, settings, sort)
+            sort_photos(output, photo_folder, answers, settings, sort)
         sidecars = _write_accepted_labels(output, answers, settings) if xmp else ""
     return summary_of(result, answers, settings, verdict, sidecars)
 
@@ -184,10 +194,10 @@ def _write_accepted_labels(
 ) -> str:
     """Write the accepted labels to sidecars; return a text for the summary."""
     # The photos are listed again because they may have been moved.
-    listing = list_folder(settings.photos, output, follow_links=settings.follow_links)
-    n_written = write_sidecars(accepted_labels(output, listing, answers, settings))
+    photo_folder = list_folder(settings.photos, output, follow_links=settings.follow_links)
+    n_written = write_sidecars(accepted_labels(output, photo_folder, answers, settings))
     if not n_written:
-        return NO_SIDECAR
+        return NO_SIDECAR_TEXT
     return f"{plural(n_written, 'photo')} with the accepted label in PHOTO.xmp"
 
 
@@ -211,13 +221,13 @@ def check_settings(settings: TriageSettings) -> None:
 
 
 def _labels_by_path(
-    files: LabelFiles, listing: PhotoFolder
+    files: LabelFiles, photo_folder: PhotoFolder
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Map the paths of photos to the labels of all files, and to the streams of these labels."""
     labels_by_path: dict[str, str] = {}
     streams_by_path: dict[str, str] = {}
     for file, (labels, streams) in files.items():
-        path_of_name = match_photos(labels, listing.paths, listing.root, source=file)
+        path_of_name = match_photos(labels, photo_folder.paths, photo_folder.root, source=file)
         for name, path in path_of_name.items():
             labels_by_path[path] = labels[name]
             if name in streams:
@@ -236,13 +246,13 @@ def _require_no_lost_answers(output: Path, files: LabelFiles, paths: Collection[
         files: The files of labels of this run.
         paths: Paths of the photos with a label in these files.
     """
-    if not (output / NEXT_LABELS).is_file():
+    if not (output / NEXT_LABELS_CSV).is_file():
         return
     in_files = set(paths)  # paths of photos; the names of the photos in the files are added below
     for labels_by_name, _ in files.values():
         in_files |= labels_by_name.keys()
     in_book = {entry.path for entry in all_labels(output) if entry.label is not None}
-    table = output / NEXT_LABELS
+    table = output / NEXT_LABELS_CSV
     filled_in_labels, _ = read_labels(table)
     lost_paths = filled_in_labels.keys() - in_files - in_book
     if lost_paths:
@@ -274,8 +284,8 @@ def summary_of(
         likely=likely_in_words(result.likely_right, counts),
         prompts=_prompts_text(settings),
         sidecars=sidecars,
-        n_asked=len(result.asked),
-        why_none="" if result.asked else why_nothing_is_asked(result),
+        n_asked=len(result.entries_to_label),
+        no_request_reason="" if result.entries_to_label else why_nothing_is_asked(result),
     )
 
 
@@ -305,7 +315,7 @@ def likely_in_words(likely_right: LikelyRight | None, counts: Mapping[str, int])
     if likely_right.n_drawn:
         basis += f", and {likely_right.n_drawn_wrong:,} of {likely_right.n_drawn:,} drawn ones"
     if likely_right.probability is None:
-        return f"{no_estimate} yet: {basis}, and {LEAST_WRONG} wrong ones are needed."
+        return f"{no_estimate} yet: {basis}, and {MIN_WRONG_ANSWERS} wrong ones are needed."
     n_unlabelled = counts["unlabelled"]
     if not n_unlabelled:
         return "Every photo has a label, so no answer is left to be likely right."
@@ -318,7 +328,7 @@ def likely_in_words(likely_right: LikelyRight | None, counts: Mapping[str, int])
 
 def _verdict_text(result: TriageResult) -> str:
     """Text on how good the answers are according to the labels, and warnings."""
-    labelled = labelled_answers(
+    labelled_answers = collect_labelled_answers(
         result.photos,
         result.outcomes,
         result.predictor,
@@ -326,14 +336,14 @@ def _verdict_text(result: TriageResult) -> str:
         result.likely_right,
     )
     has_doubtful = any(entry.stream == "fit" and entry.label is not None for entry in result.book)
-    return verdict_in_words(labelled, result.outcomes, has_doubtful=has_doubtful)
+    return verdict_in_words(labelled_answers, result.outcomes, has_doubtful=has_doubtful)
 
 
 def _prompts_text(settings: TriageSettings) -> str:
     """The templates of the prompts, and a warning if prompts read badly."""
     embedding = settings.embedding
     templates = TEMPLATES["default"] if embedding.templates is None else embedding.templates
-    return prompts_in_words(embedding.names, templates)
+    return describe_prompts(embedding.names, templates)
 
 
 @dataclass(frozen=True)
@@ -343,21 +353,21 @@ class ThresholdRow:
     Attributes:
         coverage: Share of the unlabelled photos that the threshold accepts.
         threshold: Largest accepted uncertainty.
-        accepted: Number of accepted photos with a counted label.
-        wrong: Number of these photos with a wrong answer.
-        bound: Upper bound on the error rate from the labels, if only this threshold is tested; None
-            if the labels show no bound.
-        expected: Mean probability of failure of the accepted photos without a label.
-        certified: Whether the guarantee in force covers this threshold.
+        n_accepted: Number of accepted photos with a counted label.
+        n_wrong: Number of these photos with a wrong answer.
+        risk_bound: Upper bound on the error rate from the labels, if only this threshold is tested;
+            None if the labels show no bound.
+        expected_risk: Mean probability of failure of the accepted photos without a label.
+        is_certified: Whether the guarantee in force covers this threshold.
     """
 
     coverage: float
     threshold: float
-    accepted: int
-    wrong: int
-    bound: float | None
-    expected: float
-    certified: bool
+    n_accepted: int
+    n_wrong: int
+    risk_bound: float | None
+    expected_risk: float
+    is_certified: bool
 
 
 def threshold_rows(
@@ -387,31 +397,34 @@ def _rows_of_test(
     uncertainty: Floats, progress: GuaranteeProgress, threshold_in_force: float | None
 ) -> list[ThresholdRow]:
     """Rows for thresholds spread over the grid of a test."""
-    looks = progress.looks
+    tests = progress.tests
     # for every threshold of the grid: the counted labels, and the evidence of these labels
-    wrong, accepted = looks.counts(progress.outcomes.uncertainty, progress.outcomes.failure)
-    evidence = log_evidence(wrong, accepted, looks.max_risk)
+    outcomes = progress.counted_outcomes
+    n_wrong, n_accepted = tests.count_wrong_and_accepted(outcomes.uncertainty, outcomes.failure)
+    evidence = log_evidence(n_wrong, n_accepted, tests.max_risk)
     # These bounds are not valid for a closed set, with labels drawn without replacement.
-    has_bounds = isinstance(looks, Looks)
-    spread_indices = np.linspace(0, len(looks.grid) - 1, THRESHOLDS_SHOWN).round().astype(int)
+    has_bounds = isinstance(tests, ThresholdTests)
+    spread_indices = np.linspace(0, len(tests.grid) - 1, THRESHOLDS_SHOWN).round().astype(int)
     rows = []
     for index in np.unique(spread_indices):  # a small grid has fewer thresholds
-        threshold = float(looks.grid[index])
+        threshold = float(tests.grid[index])
         # The guarantee is about all photos up to the threshold in force. The photos up to a lower
         # threshold may have a higher error rate, so a lower threshold needs separate evidence.
-        has_evidence = has_bounds and bool(evidence[index] >= -math.log(looks.delta))
+        has_evidence = has_bounds and bool(evidence[index] >= -math.log(tests.delta))
         is_within = threshold_in_force is not None and threshold <= threshold_in_force
-        bound = None
+        risk_bound = None
         if has_bounds:
-            bound = least_bound(int(wrong[index]), int(accepted[index]), looks.delta)
+            risk_bound = lowest_shown_bound(
+                int(n_wrong[index]), int(n_accepted[index]), tests.delta
+            )
         row = ThresholdRow(
             coverage=float((uncertainty <= threshold).mean()),
             threshold=threshold,
-            accepted=int(accepted[index]),
-            wrong=int(wrong[index]),
-            bound=bound,
-            expected=_mean_up_to(uncertainty, threshold),
-            certified=is_within and (has_evidence or threshold == threshold_in_force),
+            n_accepted=int(n_accepted[index]),
+            n_wrong=int(n_wrong[index]),
+            risk_bound=risk_bound,
+            expected_risk=_mean_up_to(uncertainty, threshold),
+            is_certified=is_within and (has_evidence or threshold == threshold_in_force),
         )
         rows.append(row)
     return rows
@@ -424,35 +437,39 @@ def _row_without_labels(
     return ThresholdRow(
         coverage=float((uncertainty <= threshold).mean()),
         threshold=threshold,
-        accepted=0,
-        wrong=0,
-        bound=None,
-        expected=_mean_up_to(uncertainty, threshold),
-        certified=threshold_in_force is not None and threshold <= threshold_in_force,
+        n_accepted=0,
+        n_wrong=0,
+        risk_bound=None,
+        expected_risk=_mean_up_to(uncertainty, threshold),
+        is_certified=threshold_in_force is not None and threshold <= threshold_in_force,
     )
 
 
 def _mean_up_to(uncertainty: Floats, threshold: float) -> float:
     """Mean of the uncertainties up to a threshold; 0 if there are none."""
-    below = uncertainty[uncertainty <= threshold]
-    return float(below.mean()) if len(below) else 0.0
+    uncertainty_up_to = uncertainty[uncertainty <= threshold]
+    return float(uncertainty_up_to.mean()) if len(uncertainty_up_to) else 0.0
 
 
-def least_bound(wrong: int, accepted: int, delta: float) -> float | None:
+def lowest_shown_bound(n_wrong: int, n_accepted: int, delta: float) -> float | None:
     """The lowest of ``TRIED_BOUNDS`` shown by the labels at a threshold; None if no bound is shown.
 
     The bound is valid after every label, at the level ``delta``.
 
     Args:
-        wrong: Number of wrong answers among the accepted answers.
-        accepted: Number of accepted answers with a label.
+        n_wrong: Number of wrong answers among the accepted answers.
+        n_accepted: Number of accepted answers with a label.
         delta: The level.
     """
-    if not accepted:
+    if not n_accepted:
         return None
-    evidence = np.array([float(log_evidence(wrong, accepted, bound)) for bound in TRIED_BOUNDS])
-    shown_bounds = TRIED_BOUNDS[evidence >= -np.log(delta)]
-    return float(shown_bounds[0]) if len(shown_bounds) else None
+
+    def evidence_against_more_than(bound: float) -> float:
+        return float(log_evidence(n_wrong, n_accepted, bound))
+
+    # The evidence rises with the bound, so bisection finds the lowest bound with enough evidence.
+    index = bisect_left(TRIED_BOUNDS, -math.log(delta), key=evidence_against_more_than)
+    return TRIED_BOUNDS[index] if index < len(TRIED_BOUNDS) else None
 
 
 def _tested_threshold_rows(result: TriageResult) -> list[ThresholdRow]:
@@ -518,12 +535,13 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
             "count up to the first photo without a label. Give the label "
             f"{SKIPPED} to a photo that nobody can name."
         )
-    wrong, accepted = progress.looks.counts(
-        progress.outcomes.uncertainty, progress.outcomes.failure
+    n_wrong, n_accepted = progress.tests.count_wrong_and_accepted(
+        progress.counted_outcomes.uncertainty, progress.counted_outcomes.failure
     )
-    last = progress.looks.last  # index of the laxest threshold of the test
-    n_counted = int(accepted[last])
-    counted_labels = f"{int(wrong[last])} of {n_counted} labelled answers that count are wrong."
+    last_index = progress.tests.last_tested_index  # index of the laxest threshold of the test
+    n_counted = int(n_accepted[last_index])
+    n_wrong_counted = int(n_wrong[last_index])
+    counted_labels = f"{n_wrong_counted} of {n_counted} labelled answers that count are wrong."
     if not n_counted:
         counted_labels = "no label counts for it yet."
     if progress.n_more_labels is None:
@@ -555,7 +573,7 @@ def _out_of_reach_in_words(progress: GuaranteeProgress, n_counted: int) -> str:
             "There are too few photos: even if every answer is right, their labels would not be "
             "enough. Allow a larger risk (--max-risk), or add photos."
         )
-    if isinstance(progress.looks, ClosedLooks):
+    if isinstance(progress.tests, ClosedSetTests):
         return (
             "Too many of them are wrong, or too few photos are left: no number of further labels "
             "for the guarantee would be enough with this predictor. Give more labels to fit on, "
@@ -605,14 +623,14 @@ def scenes_in_words(result: TriageResult) -> str:
     if progress is None or result.rule is None or is_first is None:
         return ""
     n_repeated = int((~is_first).sum())
-    if n_repeated <= FEW_NEAR_COPIES * len(is_first):
+    if n_repeated <= COPY_SHARE_TO_MENTION * len(is_first):
         return ""
-    certified_index = progress.looks.certified(
-        progress.outcomes.uncertainty[is_first], progress.outcomes.failure[is_first]
+    certified_index = progress.tests.index_of_laxest_certified_threshold(
+        progress.counted_outcomes.uncertainty[is_first], progress.counted_outcomes.failure[is_first]
     )
     what_is_guaranteed = "nothing is guaranteed"
     if certified_index is not None:
-        threshold = float(progress.looks.grid[certified_index])
+        threshold = float(progress.tests.grid[certified_index])
         share = float((_unlabelled_scores(result) <= threshold).mean())
         accepts_as_many = threshold >= (result.rule.threshold or 0.0)
         what_is_guaranteed = f"{share:.0%} of the photos without a label are guaranteed"
@@ -627,18 +645,18 @@ def scenes_in_words(result: TriageResult) -> str:
 
 def write_page(
     root: Path,
-    listing: PhotoFolder,
+    photo_folder: PhotoFolder,
     result: TriageResult,
     answers: Sequence[Answer],
     settings: TriageSettings,
     verdict: str,
 ) -> None:
     """Write ``report.html``: decisions, guarantee, and the photos for people to look at."""
-    sections = _sections(answers, {entry.path for entry in result.asked})
+    sections = _sections(answers, {entry.path for entry in result.entries_to_label})
     counts = count_answers(answers)
-    pictures = _pictures(listing, result, sections)
-    page = render(
-        find_template(PAGE),
+    pictures = _pictures(photo_folder, result, sections)
+    page = render_page(
+        find_template(PAGE_TEMPLATE),
         title=f"Photos in {settings.photos.name}",
         verdict=verdict,
         counts=counts,
@@ -647,18 +665,18 @@ def write_page(
         answer=result.answer,
         forecast=str(result.forecast),
         prompts=_prompts_text(settings),
-        levels=_tested_threshold_rows(result),
+        threshold_rows=_tested_threshold_rows(result),
         is_probability=result.tested_outcomes.is_probability,
         sections=sections,
         pictures=pictures,
-        bad=sorted(result.photos.bad.items())[:PHOTOS_SHOWN],
-        n_bad=len(result.photos.bad),
+        bad=sorted(result.photos.fault_of_path.items())[:PHOTOS_SHOWN],
+        n_bad=len(result.photos.fault_of_path),
         backbone=settings.embedding.backbone.name,
         result=result,
-        n_calibration=0 if result.progress is None else len(result.progress.rows),
+        n_calibration=0 if result.progress is None else len(result.progress.counted_rows),
         max_risk=settings.max_risk,
     )
-    write_text(root / REPORT, page)
+    write_text(root / REPORT_FILE, page)
 
 
 def _sections(answers: Sequence[Answer], asked: Collection[str]) -> dict[str, list[Answer]]:
@@ -666,22 +684,22 @@ def _sections(answers: Sequence[Answer], asked: Collection[str]) -> dict[str, li
 
     ``asked`` are the paths of the photos to label next.
     """
-    doubtful_first = sorted(answers, key=lambda answer: answer.uncertainty or 0.0, reverse=True)
-    to_label = [answer for answer in answers if answer.key in asked]
-    accepted = [answer for answer in doubtful_first if answer.decision == ACCEPT]
-    to_review = []
-    for answer in doubtful_first:
+    answers_by_doubt = sorted(answers, key=lambda answer: answer.uncertainty or 0.0, reverse=True)
+    answers_to_label = [answer for answer in answers if answer.key in asked]
+    accepted_answers = [answer for answer in answers_by_doubt if answer.decision == ACCEPT]
+    answers_to_review = []
+    for answer in answers_by_doubt:
         if answer.decision == REVIEW and answer.uncertainty is not None:
-            to_review.append(answer)
+            answers_to_review.append(answer)
     return {
-        "Label these next": to_label[:PHOTOS_SHOWN],
-        "To review, the most doubtful first": to_review[:PHOTOS_SHOWN],
-        "Accepted, the least trusted first": accepted[:PHOTOS_SHOWN],
+        "Label these next": answers_to_label[:PHOTOS_SHOWN],
+        "To review, the most doubtful first": answers_to_review[:PHOTOS_SHOWN],
+        "Accepted, the least trusted first": accepted_answers[:PHOTOS_SHOWN],
     }
 
 
 def _pictures(
-    listing: PhotoFolder, result: TriageResult, sections: Mapping[str, Sequence[Answer]]
+    photo_folder: PhotoFolder, result: TriageResult, sections: Mapping[str, Sequence[Answer]]
 ) -> dict[str, object]:
     """Map the path of every readable photo in the sections to a thumbnail."""
     row_of = {path: row for row, path in enumerate(result.photos.ids)}
@@ -691,5 +709,5 @@ def _pictures(
     if not paths:
         return {}
     rows = sorted(row_of[path] for path in paths)
-    by_row = thumbnails(result.outcomes, rows, listing.files_of(paths))
+    by_row = thumbnails(result.outcomes, rows, photo_folder.files_of(paths))
     return {path: by_row[row_of[path]] for path in paths}

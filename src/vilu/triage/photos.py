@@ -19,19 +19,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.disk import MANIFEST, convert_os_errors, make_folder
+from vilu.artifacts.disk import MANIFEST_FILE, convert_os_errors, make_folder
 from vilu.artifacts.tables import read_table, write_table
 from vilu.datasets.files import portable_name
 from vilu.datasets.folder import ListedPhoto, PhotoFiles
 from vilu.datasets.images import NEEDS_PILLOW_HEIF
-from vilu.embeddings.checks import Identity
+from vilu.embeddings.checks import IdentityKind
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
 from vilu.store.embed import ExtraColumns, embed
 from vilu.store.job import BackboneSpec
 from vilu.store.reader import EmbeddingStore
 
-FOLDER: Final = "embeddings"
+EMBEDDINGS_FOLDER: Final = "embeddings"
 """Name of the folder with the stores."""
 
 MAX_ERROR_RATE: Final = 1.0
@@ -42,23 +42,23 @@ Bad photos never stop a run. The result names all bad photos.
 
 logger = logging.getLogger(__name__)
 
-Version = tuple[int, int]
+FileVersion = tuple[int, int]
 """Size in bytes and modification time in nanoseconds. A changed photo has another version."""
 
-NO_VERSION: Final[Version] = (-1, -1)
+NO_VERSION: Final[FileVersion] = (-1, -1)
 """Version of a file with an unreadable status; no real file has this version."""
 
 
-def version_of(status: os.stat_result | OSError) -> Version:
+def file_version(status: os.stat_result | OSError) -> FileVersion:
     """Version of a listed file; ``NO_VERSION`` if the status could not be read."""
     if isinstance(status, OSError):
         return NO_VERSION
     return (status.st_size, status.st_mtime_ns)
 
 
-def versions_of(photos: Sequence[ListedPhoto]) -> dict[str, Version]:
-    """Map the path of every listed photo, as tables write the path, to the version of the photo."""
-    return {portable_name(path): version_of(status) for path, status in photos}
+def file_versions(photos: Sequence[ListedPhoto]) -> dict[str, FileVersion]:
+    """Map the path of every listed photo to its version; paths are written as in tables."""
+    return {portable_name(path): file_version(status) for path, status in photos}
 
 
 @dataclass(frozen=True)
@@ -88,29 +88,29 @@ class PhotoFolder:
 
     Attributes:
         root: The folder.
-        listing: Path and status of every photo.
-        moved: Maps the path of each moved photo in the folder to the present location.
+        listed_photos: Path and status of every photo.
+        moved_photos: Maps the path of each moved photo in the folder to the present location.
         follow_links: Whether links may lead anywhere, also to folders.
     """
 
     root: Path
-    listing: Sequence[ListedPhoto]
-    moved: Mapping[str, Path] = field(default_factory=dict)
+    listed_photos: Sequence[ListedPhoto]
+    moved_photos: Mapping[str, Path] = field(default_factory=dict)
     follow_links: bool = False
 
     @cached_property
     def paths(self) -> list[str]:
-        """The paths of all photos, as tables write them."""
-        return [portable_name(path) for path, _ in self.listing]
+        """The paths of all photos, written as in tables (``portable_name``)."""
+        return [portable_name(path) for path, _ in self.listed_photos]
 
     def files_of(self, paths: Collection[str], names: Sequence[str] = ()) -> PhotoFiles:
         """A data set of the photos with these paths and the class names ``names``."""
         chosen_photos = []
-        for path, status in self.listing:
+        for path, status in self.listed_photos:
             if portable_name(path) in paths:
                 chosen_photos.append((path, status))
         return PhotoFiles(
-            self.root, chosen_photos, names, self.moved, follow_links=self.follow_links
+            self.root, chosen_photos, names, self.moved_photos, follow_links=self.follow_links
         )
 
 
@@ -120,13 +120,13 @@ class _StoredPhotos:
 
     Attributes:
         versions: Maps the path of every embedded or bad photo to the version of the photo.
-        unreadable: Paths of photos that could not be read, but may be readable now.
+        unreadable_paths: Paths of photos that could not be read, but may be readable now.
         interrupted_store: Number of the store with an interrupted embedding; None if there is no
             such store.
     """
 
-    versions: dict[str, Version]
-    unreadable: set[str]
+    versions: dict[str, FileVersion]
+    unreadable_paths: set[str]
     interrupted_store: int | None
 
 
@@ -142,11 +142,11 @@ class PhotoStores:
 
     root: Path
 
-    def numbers(self) -> list[int]:
+    def store_numbers(self) -> list[int]:
         """Numbers of all stores, complete or not, ascending."""
         return sorted(int(path.stem) for path in self.root.glob("*.parquet") if path.stem.isdigit())
 
-    def _list_file(self, number: int) -> Path:
+    def _photo_list_file(self, number: int) -> Path:
         """File with the list of the photos of a store."""
         return self.root / f"{number:03}.parquet"
 
@@ -156,14 +156,14 @@ class PhotoStores:
 
     def is_complete(self, number: int) -> bool:
         """Whether the embedding of a store was finished."""
-        return (self.store_folder(number) / MANIFEST).is_file()
+        return (self.store_folder(number) / MANIFEST_FILE).is_file()
 
-    def listed_versions(self, number: int) -> dict[str, Version]:
+    def listed_versions(self, number: int) -> dict[str, FileVersion]:
         """Map the paths of the photos in the list of a store to the versions of the photos."""
-        table, metadata = read_table(self._list_file(number), ())
+        table, metadata = read_table(self._photo_list_file(number), ())
         if metadata.get("kind") != "photos":
             raise DataError(
-                f"{self._list_file(number)} is no list of photos of vilu. Remove the folder "
+                f"{self._photo_list_file(number)} is no list of photos of vilu. Remove the folder "
                 f"{self.root}."
             )
         paths = table["path"].to_pylist()
@@ -172,39 +172,39 @@ class PhotoStores:
         versions = zip(sizes, times, strict=True)
         return dict(zip(paths, versions, strict=True))
 
-    def update(self, photos: PhotoFolder, settings: EmbeddingSettings) -> int:
+    def embed_new_photos(self, photo_folder: PhotoFolder, settings: EmbeddingSettings) -> int:
         """Embed new photos, changed photos, and photos that are readable again.
 
         An interrupted store is finished first. The result is the number of photos in the new store;
         0 if no store was needed.
         """
-        present_versions = versions_of(photos.listing)
+        present_versions = file_versions(photo_folder.listed_photos)
         stored = self._read_stores(present_versions)
         stored_versions = stored.versions
-        unreadable = stored.unreadable
+        unreadable_paths = stored.unreadable_paths
         if stored.interrupted_store is not None:
             resumed_versions = self.listed_versions(stored.interrupted_store)
-            self._embed(stored.interrupted_store, photos, resumed_versions, settings)
+            self._embed(stored.interrupted_store, photo_folder, resumed_versions, settings)
             stored_versions |= resumed_versions
-            unreadable -= resumed_versions.keys()
-        for path in self._readable_again(photos, unreadable):
+            unreadable_paths -= resumed_versions.keys()
+        for path in self._readable_paths(photo_folder, unreadable_paths):
             del stored_versions[path]  # so that the photo counts as new
         new_versions = {}
         for path, version in present_versions.items():
             if stored_versions.get(path) != version:
                 new_versions[path] = version
         if new_versions:
-            number = max(self.numbers(), default=0) + 1
-            self._write_list(number, new_versions)
-            self._embed(number, photos, new_versions, settings)
+            number = max(self.store_numbers(), default=0) + 1
+            self._write_photo_list(number, new_versions)
+            self._embed(number, photo_folder, new_versions, settings)
         return len(new_versions)
 
-    def _read_stores(self, present_versions: Mapping[str, Version]) -> _StoredPhotos:
+    def _read_stores(self, present_versions: Mapping[str, FileVersion]) -> _StoredPhotos:
         """Read all stores; remove an interrupted store if photos of this store have changed."""
-        versions: dict[str, Version] = {}
-        unreadable: set[str] = set()
+        versions: dict[str, FileVersion] = {}
+        unreadable_paths: set[str] = set()
         interrupted_store = None
-        for number in self.numbers():
+        for number in self.store_numbers():
             listed_versions = self.listed_versions(number)
             is_unchanged = all(
                 present_versions.get(path) == version for path, version in listed_versions.items()
@@ -212,8 +212,8 @@ class PhotoStores:
             if self.is_complete(number):
                 versions |= listed_versions
                 # If older stores contain the same photos, this store replaces them.
-                unreadable -= listed_versions.keys()
-                unreadable |= self._unreadable(number)
+                unreadable_paths -= listed_versions.keys()
+                unreadable_paths |= self._unreadable_paths(number)
             elif is_unchanged:
                 interrupted_store = number  # this store can be continued
             else:
@@ -221,21 +221,21 @@ class PhotoStores:
                     "%s was begun with photos that have changed since, so it is removed",
                     self.store_folder(number),
                 )
-                self._remove(number)
-        return _StoredPhotos(versions, unreadable, interrupted_store)
+                self._remove_store(number)
+        return _StoredPhotos(versions, unreadable_paths, interrupted_store)
 
-    def _unreadable(self, number: int) -> set[str]:
+    def _unreadable_paths(self, number: int) -> set[str]:
         """Paths of the photos of a store that could not be read, but may be readable now."""
         kinds_to_retry = {"read_error"}  # kinds of faults
         if find_spec("pillow_heif") is not None:
             kinds_to_retry.add(NEEDS_PILLOW_HEIF)
-        bad = EmbeddingStore(self.store_folder(number)).bad_images()
-        return {path for path, kind in bad if kind in kinds_to_retry}
+        bad_images = EmbeddingStore(self.store_folder(number)).bad_images()
+        return {path for path, kind in bad_images if kind in kinds_to_retry}
 
     @staticmethod
-    def _readable_again(photos: PhotoFolder, unreadable: Collection[str]) -> list[str]:
-        """Paths of the ``unreadable`` photos that can be read now."""
-        files = photos.files_of(unreadable)
+    def _readable_paths(photo_folder: PhotoFolder, paths: Collection[str]) -> list[str]:
+        """The ``paths`` of photos that can be read now."""
+        files = photo_folder.files_of(paths)
         readable_paths = []
         for record in files.records(0, len(files)):
             with suppress(OSError):
@@ -243,7 +243,7 @@ class PhotoStores:
                 readable_paths.append(record.key)
         return readable_paths
 
-    def _write_list(self, number: int, versions: Mapping[str, Version]) -> None:
+    def _write_photo_list(self, number: int, versions: Mapping[str, FileVersion]) -> None:
         """Write the list of the photos of a store. A store begins with this list."""
         make_folder(self.root)
         sizes = [size for size, _ in versions.values()]
@@ -253,18 +253,18 @@ class PhotoStores:
             "size": pa.array(sizes, pa.int64()),
             "time": pa.array(times, pa.int64()),
         }
-        write_table(self._list_file(number), columns, {"kind": "photos"})
+        write_table(self._photo_list_file(number), columns, {"kind": "photos"})
 
     def _embed(
         self,
         number: int,
-        photos: PhotoFolder,
+        photo_folder: PhotoFolder,
         paths: Collection[str],
         settings: EmbeddingSettings,
     ) -> None:
         """Embed the photos with these paths into a store, or finish an interrupted store."""
         model = settings.backbone.load()
-        complete_stores = [n for n in self.numbers() if self.is_complete(n)]
+        complete_stores = [n for n in self.store_numbers() if self.is_complete(n)]
         if complete_stores:
             # If the stores were of different models, every later run would fail. So the models are
             # compared before the new store is written.
@@ -273,7 +273,7 @@ class PhotoStores:
                 model.space, name=str(folder), other_name="the model of this run"
             )
         embed(
-            photos.files_of(paths, settings.names),
+            photo_folder.files_of(paths, settings.names),
             model,
             self.store_folder(number),
             names=settings.names,
@@ -284,64 +284,71 @@ class PhotoStores:
             max_error_rate=MAX_ERROR_RATE,
         )
 
-    def _remove(self, number: int) -> None:
+    def _remove_store(self, number: int) -> None:
         """Remove a store and its list."""
         with convert_os_errors(f"cannot remove {self.store_folder(number)}"):
             if self.store_folder(number).exists():
                 shutil.rmtree(self.store_folder(number))
-            self._list_file(number).unlink()
+            self._photo_list_file(number).unlink()
 
-    def open(self, photos: Sequence[ListedPhoto]) -> Photos:
+    def open_photos(self, listed_photos: Sequence[ListedPhoto]) -> Photos:
         """Open the listed photos, each from the newest store with the present version."""
-        present_versions = versions_of(photos)
-        numbers = self.numbers()
-        newest_store: dict[str, int] = {}  # maps the path of a photo to the number of a store
+        present_versions = file_versions(listed_photos)
+        numbers = self.store_numbers()
+        # maps the path of a photo to the number of the newest store with the present version
+        newest_store_number: dict[str, int] = {}
         for number in numbers:
             for path, version in self.listed_versions(number).items():
                 if present_versions.get(path) == version:
-                    newest_store[path] = number  # replaces the number of an older store
+                    newest_store_number[path] = number  # replaces the number of an older store
         parts = []
-        bad: dict[str, str] = {}
+        fault_of_path: dict[str, str] = {}
         for number in numbers:
             store = EmbeddingStore(self.store_folder(number))
-            rows = [row for row, path in enumerate(store.ids) if newest_store.get(path) == number]
+            rows = [
+                row for row, path in enumerate(store.ids) if newest_store_number.get(path) == number
+            ]
             parts.append((store, np.array(rows, dtype=np.int64)))
             for path, kind in store.bad_images():
-                if newest_store.get(path) == number:
-                    bad[path] = kind
-        return Photos(parts, bad)
+                if newest_store_number.get(path) == number:
+                    fault_of_path[path] = kind
+        return Photos(parts, fault_of_path)
 
 
 class Photos(EmbeddingSource):
     """Chosen rows of several stores with the same model and classes, joined into one source.
 
-    No row has a label until ``label`` sets the labels.
+    No row has a label until ``set_labels`` sets the labels.
 
     Args:
         parts: Pairs of a store and the numbers of the chosen rows in this store.
-        bad: Maps the path of a photo without an embedding to the reason.
+        fault_of_path: Maps the path of a photo without an embedding to the reason.
 
     Attributes:
-        first: The first of the stores.
-        bad: Maps the path of a photo without an embedding to the reason.
+        first_store: The first of the stores.
+        fault_of_path: Maps the path of a photo without an embedding to the reason.
         pictures: (N,) digest of the picture of every row.
     """
 
     def __init__(
-        self, parts: Sequence[tuple[EmbeddingStore, NDArray[np.int64]]], bad: Mapping[str, str]
+        self,
+        parts: Sequence[tuple[EmbeddingStore, NDArray[np.int64]]],
+        fault_of_path: Mapping[str, str],
     ) -> None:
-        first, _ = parts[0]
+        first_store, _ = parts[0]
         for store, _ in parts[1:]:
-            first.space.require_match(store.space, name=str(first.path), other_name=str(store.path))
+            first_store.space.require_match(
+                store.space, name=str(first_store.path), other_name=str(store.path)
+            )
         self._parts = [(store, torch.from_numpy(rows)) for store, rows in parts]
         # the number of the first row of every part, and at the end the number of all rows
-        self._starts = np.cumsum([0, *(len(rows) for _, rows in parts)])
-        self.space = first.space
-        self.text = first.text
-        self.class_names = first.class_names
-        self.first = first
-        self.columns = first.columns
-        self.bad = dict(bad)
+        self._first_row_of_part = np.cumsum([0, *(len(rows) for _, rows in parts)])
+        self.space = first_store.space
+        self.text = first_store.text
+        self.class_names = first_store.class_names
+        self.first_store = first_store
+        self.columns = first_store.columns
+        self.fault_of_path = dict(fault_of_path)
         self.ids = []
         for store, rows in parts:
             self.ids += [store.ids[row] for row in rows.tolist()]
@@ -354,16 +361,18 @@ class Photos(EmbeddingSource):
         return np.concatenate([store.status[rows.numpy()] for store, rows in self._parts])
 
     @property
-    def identified_by(self) -> tuple[Identity, ...]:
+    def identified_by(self) -> tuple[IdentityKind, ...]:
         """Kinds of identity to recognise rows, as in the stores."""
-        return self.first.identified_by
+        return self.first_store.identified_by
 
-    def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
+    def identities(
+        self, by: IdentityKind, rows: NDArray[np.int64] | None = None
+    ) -> NDArray[np.uint64]:
         """Identities of ``rows`` (M,) from the stores; of all rows (N,) if ``rows`` is None."""
         if rows is None:
             rows = np.arange(len(self))
         identities = np.empty(len(rows), np.uint64)
-        for store, positions, store_rows in self._split(rows):
+        for store, positions, store_rows in self._split_by_store(rows):
             identities[positions] = store.identities(by, store_rows)
         return identities
 
@@ -376,16 +385,16 @@ class Photos(EmbeddingSource):
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) float32 embeddings of the rows ``index`` (B,), from the stores."""
         image = torch.empty(len(index), self.space.embed_dim, dtype=torch.float32)
-        for store, positions, store_rows in self._split(index.numpy()):
-            rows = store.image_rows(torch.from_numpy(store_rows))
-            image[torch.from_numpy(positions)] = rows
+        for store, positions, store_rows in self._split_by_store(index.numpy()):
+            embeddings = store.image_rows(torch.from_numpy(store_rows))
+            image[torch.from_numpy(positions)] = embeddings
         return image
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """A column of the classes or of the model. All stores share these columns."""
-        return self.first.column(name, index)
+        return self.first_store.column(name, index)
 
-    def _split(
+    def _split_by_store(
         self, rows: NDArray[np.int64]
     ) -> Iterator[tuple[EmbeddingStore, NDArray[np.int64], NDArray[np.int64]]]:
         """Split ``rows`` (M,) by store.
@@ -394,14 +403,14 @@ class Photos(EmbeddingSource):
         the numbers of these rows in the store.
         """
         # A row belongs to the last part with a start at this row or before this row.
-        part_of_row = np.searchsorted(self._starts, rows, side="right") - 1
+        part_of_row = np.searchsorted(self._first_row_of_part, rows, side="right") - 1
         for part in np.unique(part_of_row).tolist():
             store, rows_of_part = self._parts[part]
             positions = np.flatnonzero(part_of_row == part)
-            rows_inside = rows[positions] - self._starts[part]
+            rows_inside = rows[positions] - self._first_row_of_part[part]
             yield store, positions, rows_of_part.numpy()[rows_inside]
 
-    def label(self, labels: Mapping[str, str], outside: Sequence[str]) -> None:
+    def set_labels(self, labels: Mapping[str, str], outside: Sequence[str]) -> None:
         """Set the labels of all photos.
 
         Args:
@@ -420,8 +429,8 @@ class Photos(EmbeddingSource):
 
     def candidates_by_name(self) -> dict[str, int]:
         """Map class names to indices of candidates; classes with equal texts share a candidate."""
-        names = self.first.manifest.names
-        candidate_of_class = self.first.candidate_of
+        names = self.first_store.manifest.names
+        candidate_of_class = self.first_store.candidate_of
         if candidate_of_class is None:  # every class is a candidate of its own
             return {name: index for index, name in enumerate(names)}
         return {name: int(candidate_of_class[index]) for index, name in enumerate(names)}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vilu.embeddings.copies import NEAR_COPY, near_copies
+from vilu.embeddings.copies import NEAR_COPY_COSINE, near_copy_groups
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource, log_posterior
 from vilu.errors import DataError
@@ -45,13 +45,14 @@ def cross_fitted_posterior(source: EmbeddingSource, rows: NDArray[np.int64], see
 def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     """(M,) fold of every row; near copies share a fold, because a copy would reveal the label."""
     # ``first_copy`` is equal for near copies of one picture, and differs between pictures.
-    first_copy = near_copies(source, rows)
+    first_copy = near_copy_groups(source, rows)
     _, picture = np.unique(first_copy, return_inverse=True)
     n_pictures = int(picture.max()) + 1
     if n_pictures < 2:
         raise DataError(
             f"all {len(rows)} labelled rows are near copies of one picture (cosine of at least "
-            f"{NEAR_COPY}), so no label can be compared with others. Give labels of other pictures."
+            f"{NEAR_COPY_COSINE}), so no label can be compared with others. Give labels of other "
+            "pictures."
         )
     if n_pictures < len(rows):
         logger.info(

@@ -19,8 +19,8 @@ from vilu.store.reader import EmbeddingStore
 from vilu.triage.answers import failure_probability
 from vilu.triage.carrying import all_labels
 from vilu.triage.labels import sides_and_positions
-from vilu.triage.photos import FOLDER, Photos, PhotoStores
-from vilu.triage.state import DECISIONS_CSV, NEXT_LABELS, STATE, TriageState
+from vilu.triage.photos import EMBEDDINGS_FOLDER, Photos, PhotoStores
+from vilu.triage.state import DECISIONS_CSV, NEXT_LABELS_CSV, STATE_FILE, TriageState
 
 DEFAULT_STREAM: Final = "fit"
 """Stream of a photo without a request. The label counts for no guarantee."""
@@ -31,7 +31,7 @@ DECISION_COLUMNS: Final = ("path", "decision", "answer", "failure_probability", 
 NEXT_COLUMNS: Final = ("path", "stream")
 """Required columns of ``next_labels.csv``."""
 
-Which = Literal["asked", "review", "all"]
+PhotoSelection = Literal["asked", "review", "all"]
 """Selection of photos to look at (``open_review``)."""
 
 
@@ -102,7 +102,7 @@ class Review:
     scores: Path | None = None
 
 
-def open_review(source: Path, which: Which = "asked", n: int | None = None) -> Review:
+def open_review(source: Path, selection: PhotoSelection = "asked", n: int | None = None) -> Review:
     """Open the photos of a triage, or the rows of scores, for people to look at.
 
     Photos with an open request come first, in the order of the requests. Then come all other
@@ -110,28 +110,28 @@ def open_review(source: Path, which: Which = "asked", n: int | None = None) -> R
 
     Args:
         source: The folder of a triage, or a file of scores.
-        which: "asked": photos with an open request. "review": photos with the decision "review".
-            "all": all photos. For scores, "asked" and "review" both mean all rows that are not
-            accepted.
+        selection: "asked": photos with an open request. "review": photos with the decision
+            "review". "all": all photos. For scores, "asked" and "review" both mean all rows that
+            are not accepted.
         n: Maximum number of photos; None for all.
 
     Raises:
         DataError: If the source is no triage and no scores, or if the scores do not name images and
             classes.
     """
-    if (source / STATE).is_file():
-        review = _review_of_triage(source, which)
+    if (source / STATE_FILE).is_file():
+        review = _review_of_triage(source, selection)
     else:
-        review = _review_of_scores(source, which)
+        review = _review_of_scores(source, selection)
     return replace(review, tasks=review.tasks[:n])  # all tasks if ``n`` is None
 
 
-def _review_of_triage(folder: Path, which: Which) -> Review:
+def _review_of_triage(folder: Path, selection: PhotoSelection) -> Review:
     """The review of a triage, from the tables in the folder."""
-    state = read_document(folder / STATE, TriageState)
+    state = read_document(folder / STATE_FILE, TriageState)
     calibration_paths = _calibration_side(folder, state)
     tasks = []
-    for task in _tasks_in_order(folder, which):
+    for task in _tasks_in_order(folder, selection):
         is_blind = task.stream == "calibration" or task.path in calibration_paths
         tasks.append(task.without_answer() if is_blind else task)
     labels = {}
@@ -148,39 +148,39 @@ def _review_of_triage(folder: Path, which: Which) -> Review:
     )
 
 
-def _tasks_in_order(folder: Path, which: Which) -> list[ReviewTask]:
+def _tasks_in_order(folder: Path, selection: PhotoSelection) -> list[ReviewTask]:
     """Put the tasks in order: first the photos with an open request, then all other photos.
 
     The first group has the order of the requests. In the second group the most doubtful photo is
     first.
     """
     streams = {}  # maps the paths of the requested photos to streams
-    for row in _read_table_of_triage(folder / NEXT_LABELS, NEXT_COLUMNS):
+    for row in _read_table_of_triage(folder / NEXT_LABELS_CSV, NEXT_COLUMNS):
         streams[row["path"]] = row["stream"]
     tasks = []
     for row in _read_table_of_triage(folder / DECISIONS_CSV, DECISION_COLUMNS):
-        if _is_wanted(row, streams, which):
+        if _is_selected(row, streams, selection):
             tasks.append(_task_of_row(row, streams.get(row["path"], DEFAULT_STREAM)))
     number_of_request = {path: number for number, path in enumerate(streams)}
     n_requests = len(number_of_request)
 
-    def rank(task: ReviewTask) -> tuple[int, float]:
+    def sort_key(task: ReviewTask) -> tuple[int, float]:
         # All photos without a request have the same number, after the last request.
         number = number_of_request.get(task.path, n_requests)
         doubt = task.failure_probability if task.quantile is None else task.quantile
         return number, -(doubt or 0.0)  # the minus sign puts the most doubtful photo first
 
-    return sorted(tasks, key=rank)
+    return sorted(tasks, key=sort_key)
 
 
 def _calibration_side(folder: Path, state: TriageState) -> set[str]:
     """Paths of the photos of the calibration side."""
     picture_of_path: dict[str, bytes] = {}
-    stores = PhotoStores(folder / FOLDER)
-    for number in stores.numbers():
+    stores = PhotoStores(folder / EMBEDDINGS_FOLDER)
+    for number in stores.store_numbers():
         if stores.is_complete(number):
             store = EmbeddingStore(stores.store_folder(number))
-            photos = Photos([(store, np.arange(len(store)))], bad={})
+            photos = Photos([(store, np.arange(len(store)))], fault_of_path={})
             # If an older store contains the same photo, the newer store replaces it.
             picture_of_path.update(zip(photos.ids, photos.pictures, strict=True))
     seed = int(str(state.settings.get("seed", 0)))
@@ -241,14 +241,16 @@ def _number(cell: str) -> float | None:
     return float(cell) if cell else None
 
 
-def _is_wanted(row: Mapping[str, str], streams: Mapping[str, str], which: Which) -> bool:
-    """Whether ``which`` selects this row of ``decisions.csv``.
+def _is_selected(
+    row: Mapping[str, str], streams: Mapping[str, str], selection: PhotoSelection
+) -> bool:
+    """Whether ``selection`` includes this row of ``decisions.csv``.
 
     The keys of ``streams`` are the paths of the photos with an open request.
     """
-    if which == "asked":
+    if selection == "asked":
         return row["path"] in streams
-    if which == "review":
+    if selection == "review":
         return row["decision"] == REVIEW
     return True
 
@@ -270,7 +272,7 @@ def _task_of_row(row: Mapping[str, str], stream: str) -> ReviewTask:
     )
 
 
-def _review_of_scores(path: Path, which: Which) -> Review:
+def _review_of_scores(path: Path, selection: PhotoSelection) -> Review:
     """The review of a file of scores."""
     outcomes = Outcomes.load(path)
     if outcomes.class_names is None or outcomes.prediction is None or outcomes.ids is None:
@@ -283,7 +285,7 @@ def _review_of_scores(path: Path, which: Which) -> Review:
     tasks = []
     for row in np.argsort(-doubt, kind="stable").tolist():
         is_accepted = outcomes.decision is not None and outcomes.decision[row] == ACCEPT
-        if which == "all" or not is_accepted:
+        if selection == "all" or not is_accepted:
             index = int(outcomes.prediction[row])
             answer = None if index == UNKNOWN else names[index]
             zero_shot = outcomes.zero_shot_beside(row)

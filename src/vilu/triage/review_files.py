@@ -26,10 +26,10 @@ from vilu.artifacts.tables import csv_bytes
 from vilu.datasets.files import original_path, portable_name
 from vilu.errors import DataError
 from vilu.triage.carrying import all_labels
-from vilu.triage.label_files import add_label, require_suffix, write_new
+from vilu.triage.label_files import add_label, require_suffix, write_new_file
 from vilu.triage.labels import SKIPPED, STREAMS, columns_of, labels_and_streams, read_labels
 from vilu.triage.review import DEFAULT_STREAM, Review, ReviewTask
-from vilu.triage.state import STATE
+from vilu.triage.state import STATE_FILE
 
 CHOICE: Final = "label"
 """Name of the control in Label Studio to choose a label."""
@@ -81,8 +81,8 @@ def _write_label_studio(review: Review, output: Path, prefix: str) -> list[Path]
     require_suffix(output, ".json")
     config = output.with_suffix(".xml")
     tasks = [_label_studio_task(task, review.model, prefix) for task in review.tasks]
-    write_new(output, json.dumps(tasks, indent=1).encode())
-    write_new(config, label_config(review.names).encode())
+    write_new_file(output, json.dumps(tasks, indent=1).encode())
+    write_new_file(config, label_config(review.names).encode())
     return [output, config]
 
 
@@ -136,7 +136,7 @@ def _write_csv(review: Review, output: Path) -> list[Path]:
     }
     if review.answer != "zero_shot":
         columns |= columns_of(review.tasks, ("zero_shot",))
-    write_new(output, csv_bytes(columns))
+    write_new_file(output, csv_bytes(columns))
     return [output]
 
 
@@ -168,9 +168,9 @@ def _write_fiftyone(review: Review, output: Path) -> list[Path]:
     }
     metadata_file = output / "metadata.json"
     samples_file = output / "samples.json"
-    write_new(metadata_file, plain_json(metadata, indent=1))
+    write_new_file(metadata_file, plain_json(metadata, indent=1))
     samples = [_fiftyone_sample(task) for task in review.tasks]
-    write_new(samples_file, plain_json({"samples": samples}, indent=1))
+    write_new_file(samples_file, plain_json({"samples": samples}, indent=1))
     return [metadata_file, samples_file]
 
 
@@ -242,7 +242,7 @@ def read_finished_tasks(path: Path) -> LabelsAndStreams:
     Raises:
         DataError: If the file has another format, or if a photo has two labels.
     """
-    if (path / STATE).is_file():
+    if (path / STATE_FILE).is_file():
         return labels_and_streams(all_labels(path))
     if path.is_dir():
         return _labels_of_samples(_read_json(path / "samples.json"), path)

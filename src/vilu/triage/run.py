@@ -24,14 +24,14 @@ from vilu.calibration.anytime import level_of
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.likely import LikelyRight
 from vilu.calibration.procedure import remove_outdated_calibration
-from vilu.calibration.rules import ALL, Rule
+from vilu.calibration.rules import ALL_ROWS_GROUP, Rule
 from vilu.datasets.files import text_of_version_0_1
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.contract.spread import states_probability
+from vilu.predictors.contract.spread import is_shown_as_probability
 from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import PREDICTOR
 from vilu.predictors.persistence.storage import load_predictor
@@ -39,15 +39,15 @@ from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import provenance_of, score_rows
 from vilu.text import plural
 from vilu.triage.carrying import carry_over
-from vilu.triage.choose import choose_to_fit
-from vilu.triage.closed_folder import SPLITS
+from vilu.triage.choose import choose_rows_to_fit
+from vilu.triage.closed_folder import SPLIT_CLASSES
 from vilu.triage.fitting import (
     FitCase,
     answer_to_judge,
     choose_method,
     estimate_likely_right,
-    fit,
     fit_case,
+    fit_predictor,
     is_worth_testing,
 )
 from vilu.triage.forecast import Forecast, is_enough_to_fit
@@ -56,20 +56,20 @@ from vilu.triage.guarantee import (
     Mask,
     PhotoSplit,
     draw_probability,
-    first_of_scene,
     keep_guarantee,
+    new_scene_mask,
     progress_of,
     rule_of,
 )
 from vilu.triage.labels import Entry, LabelBook
-from vilu.triage.photos import FOLDER, PhotoFolder, Photos, PhotoStores
+from vilu.triage.photos import EMBEDDINGS_FOLDER, PhotoFolder, Photos, PhotoStores
 from vilu.triage.state import (
-    BOOK,
+    BOOK_FILE,
     CANDIDATE_FOLDER,
-    NOTHING_CHOSEN,
+    NO_ANSWER_CHOICE,
     PREDICTOR_FOLDER,
     RESULT_FILES,
-    STATE,
+    STATE_FILE,
     TriageSettings,
     TriageState,
     open_state,
@@ -79,7 +79,7 @@ from vilu.triage.trial import Trial, require_scores
 THRESHOLDS_PER_STEP: Final = 8
 """Once all thresholds up to the limit are certified, the limit rises by so many thresholds."""
 
-CALIBRATION_PART: Final = 3
+CALIBRATION_INTERVAL: Final = 3
 """With a guarantee and no candidate, every third photo to label is of the calibration side."""
 
 CANDIDATE_COVERAGE_FACTOR: Final = 1.25
@@ -128,14 +128,14 @@ class TriageRun:
             "method": predictor.label,
             "dataset": self.settings.photos.name,
             "seed": self.settings.seed,
-            "is_probability": states_probability(predictor),
+            "is_probability": is_shown_as_probability(predictor),
             "provenance": provenance_of(calibration),
         }
         return score_rows(predictor, self.photos, facts, calibration=calibration)
 
     def write(self, state: TriageState) -> TriageState:
         """Write the state to the folder and return it."""
-        write_document(self.root / STATE, state)
+        write_document(self.root / STATE_FILE, state)
         return state
 
 
@@ -159,7 +159,7 @@ class TriageResult:
         is_first_of_scene: (M,) bool about the photos that count for the guarantee. False for near
             copies of a photo to fit on or of an earlier photo. None without
             ``progress``.
-        asked: Entries of the photos to label next.
+        entries_to_label: Entries of the photos to label next.
         book: All labels that were asked for or given.
         n_fit: Number of labels that the present predictor was fitted on.
         forecast: How many photos could be accepted with more labels.
@@ -177,7 +177,7 @@ class TriageResult:
     has_candidate: bool
     is_calibration: Mask
     is_first_of_scene: Mask | None
-    asked: list[Entry]
+    entries_to_label: list[Entry]
     book: LabelBook
     n_fit: int
     forecast: Forecast
@@ -187,7 +187,7 @@ class TriageResult:
 def run_triage(
     root: Path,
     settings: TriageSettings,
-    listing: PhotoFolder,
+    photo_folder: PhotoFolder,
     labels: Mapping[str, str],
     streams: Mapping[str, str],
     *,
@@ -198,22 +198,28 @@ def run_triage(
     Args:
         root: The folder of the triage.
         settings: The settings of the run.
-        listing: The photos.
+        photo_folder: The photos.
         labels: Maps paths to the labels given to this run.
         streams: Maps paths to the streams of these labels, as named in the files of labels.
         overwrite: Whether to begin anew, and remove earlier results.
     """
     state = begin_run(root, settings, overwrite=overwrite)
-    stores = PhotoStores(root / FOLDER)
-    n_new = stores.update(listing, settings.embedding)
-    photos = stores.open(listing.listing)
+    stores = PhotoStores(root / EMBEDDINGS_FOLDER)
+    n_new = stores.embed_new_photos(photo_folder, settings.embedding)
+    photos = stores.open_photos(photo_folder.listed_photos)
     _require_photos(photos, settings.photos)
-    # Drawn photos may have left the book because their classes are gone. The state remembers them.
-    has_drawn = state.has_drawn or LabelBook.load(root / BOOK).has_drawn
-    streams = SPLITS[settings.about].streams_of_unasked_labels(labels, streams, has_drawn=has_drawn)
-    book = note_labels(root, photos, listing.paths, labels, streams)
+    has_drawn = _has_drawn(root, state)
+    split_class = SPLIT_CLASSES[settings.about]
+    streams = split_class.streams_of_unasked_labels(labels, streams, has_drawn=has_drawn)
+    book = note_labels(root, photos, photo_folder.paths, labels, streams)
     _, result = advance(root, settings, state, photos, book)
     return dataclasses.replace(result, n_new=n_new)
+
+
+def _has_drawn(root: Path, state: TriageState) -> bool:
+    """Whether a label for a guarantee was ever asked for."""
+    # Drawn photos may have left the book because their classes are gone. The state remembers them.
+    return state.has_drawn or LabelBook.load(root / BOOK_FILE).has_drawn
 
 
 def begin_run(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
@@ -232,7 +238,7 @@ def begin_run(root: Path, settings: TriageSettings, *, overwrite: bool) -> Triag
     state = carry_over(root, state, settings)
     location = {"photos": str(settings.photos.absolute()), "follow_links": settings.follow_links}
     state = state.model_copy(update=location)
-    write_document(root / STATE, state)
+    write_document(root / STATE_FILE, state)
     return state
 
 
@@ -240,10 +246,10 @@ def _require_photos(photos: Photos, folder: Path) -> None:
     """Raise DataError if no photo was embedded."""
     if len(photos):
         return
-    reasons = Counter(photos.bad.values()).most_common()
+    reasons = Counter(photos.fault_of_path.values()).most_common()
     why = ", ".join(f"{n} {reason}" for reason, n in reasons)
     raise DataError(
-        f"not one of {plural(len(photos.bad), 'photo')} in {folder} can be read: {why}."
+        f"not one of {plural(len(photos.fault_of_path), 'photo')} in {folder} can be read: {why}."
     )
 
 
@@ -259,12 +265,12 @@ def note_labels(
     ``labels`` maps paths to the labels given to this run, and ``streams`` maps paths to the streams
     of these labels. ``paths`` are the paths of all photos.
     """
-    book = LabelBook.load(root / BOOK)
-    book.rename(text_of_version_0_1, paths)
+    book = LabelBook.load(root / BOOK_FILE)
+    book.rename_paths(text_of_version_0_1, paths)
     # The guarantee is removed before the book is saved. Otherwise, if the run is killed in between,
     # a guarantee with changed labels could stay.
     remove_outdated_calibration(root / PREDICTOR_FOLDER, _paths_to_relabel(book, labels))
-    n_noted = book.answer(labels, streams)
+    n_noted = book.note_labels(labels, streams)
     if n_noted:
         logger.info("%d labels are new or changed; %d in all", n_noted, len(book.labels))
     picture_of_path = dict(zip(photos.ids, photos.pictures, strict=True))
@@ -276,7 +282,7 @@ def note_labels(
         )
     # New labels are saved at once. The last step (``ask_for_labels``) saves all other changes.
     if n_noted:
-        book.save(root / BOOK)
+        book.save(root / BOOK_FILE)
     return book
 
 
@@ -296,8 +302,8 @@ def advance(
     root: Path, settings: TriageSettings, state: TriageState, photos: Photos, book: LabelBook
 ) -> tuple[TriageState, TriageResult]:
     """Take all steps after the photos were embedded; return the next state and the result."""
-    photos.label(book.labels, settings.outside_labels)
-    split = SPLITS[settings.about].of(photos, book, settings.seed)
+    photos.set_labels(book.labels, settings.outside_labels)
+    split = SPLIT_CLASSES[settings.about].of(photos, book, settings.seed)
     run = TriageRun(root, settings, photos, book, split)
     has_drawn = state.has_drawn or book.has_drawn
     state = bind_to_pictures(state, split.pictures_digest(photos), has_drawn=has_drawn)
@@ -344,7 +350,7 @@ def _result(
     predictor = load_predictor(run.present_folder)
     is_first_of_scene = None
     if progress is not None:
-        is_first_of_scene = first_of_scene(run.photos, run.split.fit_rows, progress.rows)
+        is_first_of_scene = new_scene_mask(run.photos, run.split.fit_rows, progress.counted_rows)
     n_fit = _number_of_fit_labels(run, state, predictor)
     outcomes = _outcomes_with_decisions(run, predictor, n_fit)
     return TriageResult(
@@ -357,9 +363,9 @@ def _result(
         progress=progress,
         tested_outcomes=tested_outcomes,
         has_candidate=state.candidate is not None,
-        is_calibration=run.split.usable_calibration,
+        is_calibration=run.split.usable_calibration_mask,
         is_first_of_scene=is_first_of_scene,
-        asked=run.book.waiting(),
+        entries_to_label=run.book.waiting_entries(),
         book=run.book,
         n_fit=n_fit,
         forecast=forecast_of(run, state, tested_outcomes),
@@ -395,9 +401,9 @@ def likely_with_drawn_labels(
     if lacks_answers:  # an earlier version of vilu did not save the answers
         return likely_right
     split = run.split.for_predictor(predictor, run.photos)
-    rows = split.drawn_rows(outcomes.uncertainty, state.trial.limit)
+    rows = split.counted_rows(outcomes.uncertainty, state.trial.limit)
     drawn_answers = JudgedAnswers(outcomes.uncertainty[rows], outcomes.failure[rows])
-    likely_right = likely_right.with_drawn(drawn_answers, outcomes.uncertainty)
+    likely_right = likely_right.with_drawn_answers(drawn_answers, outcomes.uncertainty)
     likely_right.save(run.present_folder)
     return likely_right
 
@@ -416,7 +422,7 @@ def forecast_of(run: TriageRun, state: TriageState, tested_outcomes: Outcomes) -
     settings = run.settings
     n_photos_to_pick = len(run.split.rows_to_pick(run.photos, run.book))
     return Forecast.of(
-        tested_outcomes.uncertainty[run.split.usable_calibration],
+        tested_outcomes.uncertainty[run.split.usable_calibration_mask],
         n_photos=len(run.photos),
         n_classes=len(settings.embedding.names),
         n_fit_labels=0 if trial is None else trial.n_fit,
@@ -424,7 +430,7 @@ def forecast_of(run: TriageRun, state: TriageState, tested_outcomes: Outcomes) -
         n_labels=len(run.book.labels),
         max_risk=settings.max_risk,
         level=level_of(state.n_tested + 1, settings.delta),
-        make_looks=run.split.looks_before_labels,
+        make_tests=run.split.tests_before_labels,
         share_accepted=share_accepted(run),
     )
 
@@ -454,11 +460,12 @@ def test_predictor(
         The next state, and the progress of the guarantee. The progress is None if the predictor
         needs no labels, or if there is no calibration photo.
     """
-    has_test = predictor.needs_labels and run.split.usable_calibration.any()
+    has_test = predictor.needs_labels and run.split.usable_calibration_mask.any()
     if not has_test:
         return state, None
     state, progress = count_labels(run, state, tested_outcomes)
-    return write_certified_guarantee(run, state, predictor, tested_outcomes, progress), progress
+    state = write_certified_guarantee(run, state, predictor, tested_outcomes, progress)
+    return state, progress
 
 
 def rule_in_force(folder: Path) -> Rule | None:
@@ -481,9 +488,9 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
         return state, _load_uncalibrated(run.tested_folder(state))
     fit_rows = run.split.fit_rows
     method = choose_method(run.photos, fit_rows)
-    predictor = fit(method, run.photos, fit_rows, run.settings.seed)
-    labelled = run.photos.take(fit_rows)
-    answer = answer_to_judge(run.settings.answer, predictor, labelled, run.settings.max_risk)
+    predictor = fit_predictor(method, run.photos, fit_rows, run.settings.seed)
+    labelled_photos = run.photos.take(fit_rows)
+    answer = answer_to_judge(run.settings.answer, predictor, labelled_photos, run.settings.max_risk)
     predictor = predictor.judging(answer.answer)
     uncertainty = run.score(predictor).uncertainty
     likely_right = estimate_likely_right(predictor, uncertainty, run.settings.max_risk)
@@ -491,7 +498,8 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
         state = _save_as_present(
             run, state, predictor, trial=None, answer=answer, likely_right=likely_right
         )
-        return run.write(state), predictor
+        state = run.write(state)
+        return state, predictor
     return _begin_trial(run, state, predictor, answer, likely_right, uncertainty)
 
 
@@ -504,7 +512,7 @@ def fit_case_of(run: TriageRun, state: TriageState) -> FitCase:
         n_labels=len(fit_rows),
         is_saved=(run.tested_folder(state) / PREDICTOR).is_file(),
         is_guaranteed=rule_in_force(run.present_folder) is not None,
-        has_calibration_photos=bool(run.split.usable_calibration.any()),
+        has_calibration_photos=bool(run.split.usable_calibration_mask.any()),
     )
 
 
@@ -528,14 +536,14 @@ def _save_as_present(
     predictor.save(run.present_folder)
     if likely_right is not None:
         likely_right.save(run.present_folder)
-    Vocabulary.of(run.photos, run.photos.first.manifest.dtype).save(run.present_folder)
+    Vocabulary.of(run.photos, run.photos.first_store.manifest.dtype).save(run.present_folder)
     return state.model_copy(
         update={
             "method": predictor.name,
             "answer": answer,
             "trial": trial,
             "candidate": None,
-            "candidate_answer": NOTHING_CHOSEN,
+            "candidate_answer": NO_ANSWER_CHOICE,
         }
     )
 
@@ -558,11 +566,13 @@ def _begin_trial(
     candidate = plan_trial(run, state, scores, least_share=least_share)
     next_state = state.model_copy(update={"n_fit_of_last_candidate": n_labels})
     if not is_worth_testing(candidate, state, n_labels):
-        return run.write(next_state), _load_uncalibrated(run.tested_folder(state))
+        next_state = run.write(next_state)
+        return next_state, _load_uncalibrated(run.tested_folder(state))
     predictor.save(run.candidate_folder)
     likely_right.save(run.candidate_folder)
     next_state = next_state.model_copy(update={"candidate": candidate, "candidate_answer": answer})
-    return run.write(next_state), predictor
+    next_state = run.write(next_state)
+    return next_state, predictor
 
 
 def plan_trial(
@@ -577,12 +587,12 @@ def plan_trial(
         least_share: The limit includes at least this share of the calibration photos.
     """
     settings = run.settings
-    usable_calibration = run.split.usable_calibration
-    require_scores(scores, np.flatnonzero(usable_calibration), run.photos.ids)
-    n_answered = int((usable_calibration & run.split.answered).sum())
+    usable_calibration_mask = run.split.usable_calibration_mask
+    require_scores(scores, np.flatnonzero(usable_calibration_mask), run.photos.ids)
+    n_answered = int((usable_calibration_mask & run.split.is_answered).sum())
     return Trial.plan(
         n_fit=len(run.split.fit_rows),
-        scores=scores[usable_calibration],
+        scores=scores[usable_calibration_mask],
         n_answered=n_answered,
         max_risk=settings.max_risk,
         delta=level_of(state.n_tested + 1, settings.delta),
@@ -592,12 +602,12 @@ def plan_trial(
 
 def share_accepted(run: TriageRun) -> float:
     """Share of the calibration photos accepted by the guarantee in force."""
-    usable_calibration = run.split.usable_calibration
+    usable_calibration_mask = run.split.usable_calibration_mask
     rule = rule_in_force(run.present_folder)
-    if rule is None or rule.threshold is None or not usable_calibration.any():
+    if rule is None or rule.threshold is None or not usable_calibration_mask.any():
         return 0.0
     uncertainty = load_predictor(run.present_folder).predict_uncertainty(run.photos)
-    is_accepted = uncertainty[usable_calibration] <= rule.threshold
+    is_accepted = uncertainty[usable_calibration_mask] <= rule.threshold
     return float(is_accepted.mean())
 
 
@@ -616,7 +626,8 @@ def count_labels(
     progress = progress_of(
         trial, tested_outcomes, run.split, max_risk=settings.max_risk, level=level
     )
-    return run.write(state_after_test(state, trial, progress)), progress
+    state = run.write(state_after_test(state, trial, progress))
+    return state, progress
 
 
 def state_after_test(state: TriageState, trial: Trial, progress: GuaranteeProgress) -> TriageState:
@@ -625,9 +636,10 @@ def state_after_test(state: TriageState, trial: Trial, progress: GuaranteeProgre
     ``n_tested`` counts the tests that used a share of the level.
     """
     # A test with too few labels to certify anything uses no share of the level. It is not counted.
-    starts_to_count = trial.level == 0 and progress.looks.can_certify(progress.outcomes.uncertainty)
+    uncertainty = progress.counted_outcomes.uncertainty
+    starts_to_count = trial.level == 0 and progress.tests.can_certify(uncertainty)
     if starts_to_count:
-        trial = trial.model_copy(update={"level": progress.looks.delta})
+        trial = trial.model_copy(update={"level": progress.tests.delta})
         state = state.model_copy(update={"n_tested": state.n_tested + 1})
     return state.with_trial(trial)
 
@@ -644,11 +656,11 @@ def write_certified_guarantee(
 ) -> TriageState:
     """Write the certified guarantee if it is better than the guarantee in force.
 
-    A candidate with a better guarantee replaces the present predictor.
+    A candidate with a better guarantee replaces the present predictor. Returns the next state.
     """
     if state.candidate is not None:
         is_accepted = (
-            tested_outcomes.uncertainty[run.split.usable_calibration] <= progress.threshold
+            tested_outcomes.uncertainty[run.split.usable_calibration_mask] <= progress.threshold
         )
         share = float(is_accepted.mean())
         share_before = share_accepted(run)
@@ -694,7 +706,7 @@ def _write_guarantee(
 ) -> None:
     """Write the certified rule to the folder of the present predictor."""
     settings = run.settings
-    all_progress = {ALL: progress}
+    all_progress = {ALL_ROWS_GROUP: progress}
     closed_photos = run.split.closed_photos(
         run.photos, tested_outcomes.uncertainty, progress.threshold
     )
@@ -704,7 +716,7 @@ def _write_guarantee(
         predictor,
         run.photos,
         all_progress,
-        counted_outcomes=progress.outcomes,
+        counted_outcomes=progress.counted_outcomes,
         rule=rule,
         dataset=settings.photos.name,
     )
@@ -715,7 +727,7 @@ def _is_better(progress: GuaranteeProgress, rule: Rule | None) -> bool:
 
     The rule in force stays certified, so it is only replaced by a rule that accepts more photos.
     """
-    if not len(progress.rows):
+    if not len(progress.counted_rows):
         return False
     if rule is None:
         return True
@@ -742,12 +754,12 @@ def ask_for_labels(
         state, drawn_rows = _draw_photos(run, state, uncertainty, progress)
     _ask_for_guarantee(run, fingerprint, drawn_rows)
     if not len(missing_rows):
-        n_to_fit = run.settings.n_next - len(run.book.waiting())
+        n_to_fit = run.settings.n_next - len(run.book.waiting_entries())
         _ask_to_fit(run, fingerprint, uncertainty, n_to_fit)
     # The state comes first. If the run is killed in between, the next run asks for the same labels.
     # In the reverse order, a raised limit would be lost.
     state = run.write(state)
-    run.book.save(run.root / BOOK)
+    run.book.save(run.root / BOOK_FILE)
     return state
 
 
@@ -759,11 +771,13 @@ def _ask_for_guarantee(run: TriageRun, fingerprint: str, rows: Ints) -> None:
     """
     if not len(rows):
         return
-    asked_paths = {entry.path for entry in run.book.waiting()}
+    asked_paths = {entry.path for entry in run.book.waiting_entries()}
     new_paths = [path for path in _paths_of(run, rows) if path not in asked_paths]
-    last_position = int(run.split.position[rows[-1]])
+    last_position = int(run.split.random_position[rows[-1]])
     probability = draw_probability(last_position)
-    run.book.ask(new_paths, "calibration", predictor=fingerprint, probability=probability)
+    run.book.request_labels(
+        new_paths, "calibration", predictor=fingerprint, probability=probability
+    )
 
 
 def _draw_photos(
@@ -778,13 +792,13 @@ def _draw_photos(
         state,
         run.settings.n_next,
         is_guaranteed=rule_in_force(run.present_folder) is not None,
-        is_ready=is_ready_to_draw(run, trial),
-        can_be_shown=progress.n_more_labels is not None,
+        is_ready_to_draw=is_ready_to_draw(run, trial),
+        can_be_certified=progress.n_more_labels is not None,
     )
     if not n_drawn:
         return state, no_rows
-    trial = trial_with_raised_limit(trial, progress, uncertainty[run.split.usable_calibration])
-    rows = run.split.open_rows(uncertainty, trial.limit)[:n_drawn]
+    trial = trial_with_raised_limit(trial, progress, uncertainty[run.split.usable_calibration_mask])
+    rows = run.split.unanswered_rows(uncertainty, trial.limit)[:n_drawn]
     return state.with_trial(trial), rows
 
 
@@ -823,31 +837,37 @@ def _withdraw_requests(run: TriageRun, fingerprint: str, missing_paths: list[str
             return False
         return only_missing or entry.predictor != fingerprint
 
-    run.book.forget(is_withdrawn)
+    run.book.withdraw_requests(is_withdrawn)
 
 
 def n_to_draw(
-    state: TriageState, n: int, *, is_guaranteed: bool, is_ready: bool, can_be_shown: bool
+    state: TriageState,
+    n: int,
+    *,
+    is_guaranteed: bool,
+    is_ready_to_draw: bool,
+    can_be_certified: bool,
 ) -> int:
     """How many of the next ``n`` labels are of the calibration side.
 
     - If a candidate is tested: all labels.
     - If there is a guarantee: every third label.
-    - If the run asks for calibration labels (``is_ready``) and a guarantee is possible: all labels.
+    - If the run is ready to draw, and a guarantee is possible: all labels.
     - Otherwise: none.
 
     Args:
         state: State of the triage.
         n: Number of labels to ask for.
         is_guaranteed: Whether a guarantee is in force.
-        is_ready: Whether the run asks for calibration labels (``is_ready_to_draw``).
-        can_be_shown: Whether some number of further calibration labels would certify a threshold.
+        is_ready_to_draw: Whether the run asks for calibration labels (``is_ready_to_draw``).
+        can_be_certified: Whether some number of further calibration labels would certify a
+            threshold.
     """
     if state.candidate is not None:
-        return n if can_be_shown else 0
+        return n if can_be_certified else 0
     if is_guaranteed:
-        return n // CALIBRATION_PART
-    return n if is_ready and can_be_shown else 0
+        return n // CALIBRATION_INTERVAL
+    return n if is_ready_to_draw and can_be_certified else 0
 
 
 def trial_with_raised_limit(trial: Trial, progress: GuaranteeProgress, scores: Floats) -> Trial:
@@ -855,7 +875,7 @@ def trial_with_raised_limit(trial: Trial, progress: GuaranteeProgress, scores: F
 
     ``scores`` (M,) are the uncertainties of the calibration photos.
     """
-    if progress.certified_index != progress.looks.last:
+    if progress.certified_index != progress.tests.last_tested_index:
         return trial
     return trial.with_raised_limit(THRESHOLDS_PER_STEP, scores)
 
@@ -869,5 +889,5 @@ def _ask_to_fit(run: TriageRun, fingerprint: str, uncertainty: Floats, n: int) -
     if n <= 0:
         return
     rows = run.split.rows_to_pick(run.photos, run.book)
-    fit_rows = choose_to_fit(run.photos, rows, uncertainty, n, run.settings.seed)
-    run.book.ask(_paths_of(run, fit_rows), "fit", predictor=fingerprint)
+    fit_rows = choose_rows_to_fit(run.photos, rows, uncertainty, n, run.settings.seed)
+    run.book.request_labels(_paths_of(run, fit_rows), "fit", predictor=fingerprint)

@@ -25,10 +25,10 @@ from urllib.parse import parse_qs, urlsplit
 
 from vilu.artifacts.disk import convert_os_errors, write_bytes
 from vilu.artifacts.tables import csv_bytes
-from vilu.datasets.files import Bounds, original_path
+from vilu.datasets.files import AllowedFolders, original_path
 from vilu.datasets.images import BadImage, decode_image
 from vilu.errors import BusyError, DataError, StorageError, UsageError
-from vilu.text import page_of
+from vilu.text import render_page
 from vilu.triage.label_files import label_columns
 from vilu.triage.labels import SKIPPED, read_labels
 from vilu.triage.review import Review
@@ -52,14 +52,14 @@ class ReviewSession:
         output: CSV of labels. If the file exists, the labels in it are read first.
 
     Attributes:
-        answers: Maps the paths of photos to labels.
+        labels: Maps the paths of photos to labels.
         streams: Maps the paths of photos to streams, as in the file at the start.
         labelled_before: Paths with a label in the file at the start. The streams of these labels
             are kept.
         last_content: Content of the file when this session last read or wrote the file; None if
             there was no file.
         lock: Held while an answer is saved.
-        bounds: Reads files of the folder of photos only.
+        allowed_folders: Reads files of the folder of photos only.
 
     Raises:
         UsageError: If there is no photo to look at, or the folder of the photos is not known.
@@ -68,7 +68,7 @@ class ReviewSession:
 
     review: Review
     output: Path
-    answers: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
     streams: dict[str, str] = field(default_factory=dict)
     labelled_before: frozenset[str] = frozenset()
     last_content: bytes | None = None
@@ -82,17 +82,19 @@ class ReviewSession:
             )
         if not self.review.tasks:
             raise UsageError("there is no photo to look at.")
-        self.bounds = Bounds(self.review.photos, follow_links=self.review.follow_links)
+        self.allowed_folders = AllowedFolders(
+            self.review.photos, follow_links=self.review.follow_links
+        )
         self.last_content = self._content_on_disk()
         if self.last_content is not None:
-            self.answers, self.streams = read_labels(self.output)
-            self.labelled_before = frozenset(self.answers)
+            self.labels, self.streams = read_labels(self.output)
+            self.labelled_before = frozenset(self.labels)
             paths = {task.path for task in self.review.tasks}
-            has_no_label_of_task = paths.isdisjoint(self.answers)
-            if self.answers and has_no_label_of_task:
+            has_no_label_of_task = paths.isdisjoint(self.labels)
+            if self.labels and has_no_label_of_task:
                 raise DataError(f"{self.output} holds labels of other photos. Give another file.")
 
-    def answer(self, index: object, label: object) -> None:
+    def set_label(self, index: object, label: object) -> None:
         """Set the label of a photo, and save all labels.
 
         Args:
@@ -111,16 +113,16 @@ class ReviewSession:
             raise DataError(f"{label!r} is none of the names to choose from.")
         path = self.review.tasks[index].path
         with self.lock:
-            answers = dict(self.answers)
+            labels = dict(self.labels)
             if label is None:
-                answers.pop(path, None)
+                labels.pop(path, None)
             else:
-                answers[path] = str(label)
-            self._save(answers)
-            self.answers = answers
+                labels[path] = str(label)
+            self._save(labels)
+            self.labels = labels
 
-    def _save(self, answers: dict[str, str]) -> None:
-        """Write the answers; BusyError if another program has changed the file."""
+    def _save(self, labels: dict[str, str]) -> None:
+        """Write the labels; BusyError if another program has changed the file."""
         # If the file was removed meanwhile (None), the file is written again.
         if self._content_on_disk() not in {None, self.last_content}:
             raise BusyError(
@@ -133,7 +135,7 @@ class ReviewSession:
         for task in self.review.tasks:
             if task.path not in self.labelled_before:
                 streams[task.path] = task.stream
-        content = csv_bytes(label_columns(answers, streams))
+        content = csv_bytes(label_columns(labels, streams))
         write_bytes(self.output, content)
         self.last_content = content
 
@@ -142,7 +144,7 @@ class ReviewSession:
         with convert_os_errors(f"cannot read {self.output}"):
             return self.output.read_bytes() if self.output.exists() else None
 
-    def picture(self, index: int) -> bytes:
+    def webp_photo(self, index: int) -> bytes:
         """A photo as WebP. The photo is decoded with the protection against hostile files.
 
         Raises:
@@ -150,7 +152,7 @@ class ReviewSession:
             OSError: If the file cannot be read.
         """
         path = original_path(self.review.tasks[index].path)
-        image = decode_image(self.bounds.read(path)).image
+        image = decode_image(self.allowed_folders.read(path)).image
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         content = BytesIO()
         image.save(content, "WEBP", quality=85, method=2)
@@ -167,7 +169,7 @@ class ReviewSession:
                 "quantile": task.quantile,
                 "second": task.runner_up,
                 "zero_shot": task.zero_shot,
-                "label": self.answers.get(task.path),
+                "label": self.labels.get(task.path),
                 "blind": task.is_blind,
             }
             tasks.append(facts)
@@ -183,7 +185,7 @@ class ReviewSession:
     def _names_by_use(self) -> list[str]:
         """Names of the labels so far, the most frequent name first."""
         # The triage may have read the file of answers already, but each photo counts once.
-        labels = {**self.review.labels, **self.answers}
+        labels = {**self.review.labels, **self.labels}
         counts = Counter(labels.values())
         return [name for name, _ in counts.most_common() if name in self.review.names]
 
@@ -196,13 +198,15 @@ class ReviewSession:
         return f"`{join(words)}`"
 
 
-def serve_page(session: ReviewSession, port: int = 0, ready: Callable[[str], None] = print) -> None:
+def serve_page(
+    session: ReviewSession, port: int = 0, on_ready: Callable[[str], None] = print
+) -> None:
     """Serve the page on this machine only, until an interrupt.
 
     Args:
         session: The photos and the answers.
         port: The port; 0 for a free port.
-        ready: Called with the address of the page. The address includes a secret key.
+        on_ready: Called with the address of the page. The address includes a secret key.
 
     Raises:
         UsageError: If the port is taken.
@@ -221,7 +225,7 @@ def serve_page(session: ReviewSession, port: int = 0, ready: Callable[[str], Non
             "leave --port out to use a free port."
         ) from error
     with server:
-        ready(f"http://{LOOPBACK}:{server.server_port}/?key={key}")
+        on_ready(f"http://{LOOPBACK}:{server.server_port}/?key={key}")
         with suppress(KeyboardInterrupt):
             server.serve_forever(poll_interval=0.2)
 
@@ -258,14 +262,14 @@ class PageHandler(BaseHTTPRequestHandler):
         if not self._is_allowed():
             return
         # The paths are /, /tasks and /photo/NUMBER.
-        kind, _, number = urlsplit(self.path).path.strip("/").partition("/")
+        resource, _, number = urlsplit(self.path).path.strip("/").partition("/")
         n_photos = len(self.page_session.review.tasks)
-        if not kind:
+        if not resource:
             self._send_page()
-        elif kind == "tasks":
+        elif resource == "tasks":
             content = json.dumps(self.page_session.page_data()).encode()
             self._send(HTTPStatus.OK, content, "application/json")
-        elif kind == "photo" and number.isdigit() and int(number) < n_photos:
+        elif resource == "photo" and number.isdigit() and int(number) < n_photos:
             self._send_photo(int(number))
         else:
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
@@ -281,8 +285,8 @@ class PageHandler(BaseHTTPRequestHandler):
             )
             return
         try:
-            answer = json.loads(self.rfile.read(int(length)))
-            self.page_session.answer(answer["index"], answer["label"])
+            body = json.loads(self.rfile.read(int(length)))
+            self.page_session.set_label(body["index"], body["label"])
         except (DataError, KeyError, RecursionError, TypeError, ValueError) as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
             return
@@ -317,23 +321,27 @@ class PageHandler(BaseHTTPRequestHandler):
         return True
 
     def _send_page(self) -> None:
-        content, policy = page_of("vilu.triage", name="review", images="'self'")
+        content, policy = render_page("vilu.triage", name="review", images="'self'")
         self._send(HTTPStatus.OK, content.encode(), "text/html; charset=utf-8", policy)
 
     def _send_photo(self, index: int) -> None:
         try:
-            content = self.page_session.picture(index)
+            content = self.page_session.webp_photo(index)
         except (BadImage, OSError) as error:
             self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
             return
         self._send(HTTPStatus.OK, content, "image/webp")
 
     def _send(
-        self, status: HTTPStatus, content: bytes, kind: str, policy: str = "default-src 'none'"
+        self,
+        status: HTTPStatus,
+        content: bytes,
+        content_type: str,
+        policy: str = "default-src 'none'",
     ) -> None:
         self.send_response(status)
         for name, value in (
-            ("Content-Type", kind),
+            ("Content-Type", content_type),
             ("Content-Length", str(len(content))),
             ("Content-Security-Policy", policy),
             ("X-Content-Type-Options", "nosniff"),
@@ -344,11 +352,11 @@ class PageHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def _refuse(self, status: HTTPStatus, why: str) -> None:
+    def _refuse(self, status: HTTPStatus, detail: str) -> None:
         self.close_connection = True
         self._send(
             status,
-            json.dumps({"status": int(status), "detail": why}).encode(),
+            json.dumps({"status": int(status), "detail": detail}).encode(),
             "application/problem+json",
         )
 

@@ -11,12 +11,12 @@ from typing import Final
 from vilu.artifacts.disk import atomic_write, convert_os_errors, write_bytes
 from vilu.errors import DataError
 from vilu.text import plural
-from vilu.triage.xmp import BEGIN, add_subject, new_xmp, read_xmp, remove_added_subject
+from vilu.triage.xmp import ADDITION_BEGIN, add_subject, new_xmp, read_xmp, remove_added_subject
 
-SUFFIX: Final = ".xmp"
+SIDECAR_SUFFIX: Final = ".xmp"
 """End of the name of a sidecar, after the whole name of the photo."""
 
-MAX_BYTES: Final = 2**24
+MAX_SIDECAR_BYTES: Final = 2**24
 """Maximum size of a sidecar in bytes; larger sidecars are not read."""
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def sidecar_of(photo: Path) -> Path:
     """Path of the sidecar of a photo."""
-    return photo.with_name(f"{photo.name}{SUFFIX}")
+    return photo.with_name(f"{photo.name}{SIDECAR_SUFFIX}")
 
 
 def write_sidecars(labels: Mapping[Path, str | None]) -> int:
@@ -73,9 +73,9 @@ def _update_sidecar(sidecar: Path, label: str | None) -> None:
             write_bytes(sidecar, new_xmp(label))
         return
     status = sidecar.stat()
-    if status.st_size > MAX_BYTES:
+    if status.st_size > MAX_SIDECAR_BYTES:
         if label is not None:
-            raise DataError(f"it has {status.st_size} bytes; at most {MAX_BYTES} are read")
+            raise DataError(f"it has {status.st_size} bytes; at most {MAX_SIDECAR_BYTES} are read")
         return
     old_content = sidecar.read_bytes()
     new_content = _new_content(old_content, label)
@@ -91,7 +91,7 @@ def _new_content(old_content: bytes, label: str | None) -> bytes | None:
     """The content of a sidecar with the new label; None if the sidecar is to be removed."""
     if _is_written_by_vilu(old_content):
         return None if label is None else new_xmp(label)
-    if label is None and BEGIN.encode() not in old_content:
+    if label is None and ADDITION_BEGIN.encode() not in old_content:
         return old_content  # vilu has added nothing
     original = remove_added_subject(old_content)
     return original if label is None else add_subject(original, label)

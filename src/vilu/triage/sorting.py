@@ -22,13 +22,13 @@ from vilu.guard.guard import Answer
 from vilu.outcomes.decisions import ACCEPT, OUTSIDE_REASON
 from vilu.triage.answers import LABELLED
 from vilu.triage.photos import PhotoFolder
-from vilu.triage.sidecars import SUFFIX, sidecar_of
+from vilu.triage.sidecars import SIDECAR_SUFFIX, sidecar_of
 from vilu.triage.state import MOVED_TABLE, SORTED_FOLDER, TriageSettings
 
 REPLACED_CHARACTERS: Final = re.compile(r"[^\w .()+-]")
 """Characters to replace by "_" in the name of a folder."""
 
-LONGEST_NAME: Final = 255 - len(SUFFIX)
+MAX_NAME_BYTES: Final = 255 - len(SIDECAR_SUFFIX)
 """Maximum length of the file name of a photo in bytes, with room for the suffix of a sidecar."""
 
 HASH_DIGITS: Final = 16
@@ -48,8 +48,8 @@ def list_folder(photos: Path, root: Path, *, follow_links: bool = False) -> Phot
     """
     moved = moved_photos(root)
     n_required = 0 if moved else 1  # the folder may be empty if all photos were moved
-    listing = list_photos(photos, min_photos=n_required, follow_links=follow_links)
-    listed_names = {portable_name(path) for path, _ in listing}
+    listed_photos = list_photos(photos, min_photos=n_required, follow_links=follow_links)
+    listed_names = {portable_name(path) for path, _ in listed_photos}
     moved_and_new = sorted(listed_names & moved.keys())
     if moved_and_new:
         name = moved_and_new[0]
@@ -58,17 +58,19 @@ def list_folder(photos: Path, root: Path, *, follow_links: bool = False) -> Phot
             "If both files are the same photo, remove the moved file instead."
         )
     for name, target in moved.items():
-        listing.append((original_path(name), target.stat()))
-    listing = _without_output(listing, photos.resolve(), root.resolve())
-    return PhotoFolder(photos, listing, moved, follow_links)
+        listed_photos.append((original_path(name), target.stat()))
+    listed_photos = _without_output(listed_photos, photos.resolve(), root.resolve())
+    return PhotoFolder(photos, listed_photos, moved, follow_links)
 
 
-def _without_output(listing: list[ListedPhoto], photos: Path, root: Path) -> list[ListedPhoto]:
-    """The listing without the files in the triage folder ``root``."""
+def _without_output(
+    listed_photos: list[ListedPhoto], photos: Path, root: Path
+) -> list[ListedPhoto]:
+    """The listed photos outside the triage folder ``root``."""
     if not root.is_relative_to(photos):
-        return listing
+        return listed_photos
     start = f"{root.relative_to(photos).as_posix()}/"
-    return [(path, status) for path, status in listing if not path.startswith(start)]
+    return [(path, status) for path, status in listed_photos if not path.startswith(start)]
 
 
 def moved_photos(root: Path) -> dict[str, Path]:
@@ -89,7 +91,7 @@ def moved_photos(root: Path) -> dict[str, Path]:
 
 def sort_photos(
     root: Path,
-    listing: PhotoFolder,
+    photo_folder: PhotoFolder,
     answers: Sequence[Answer],
     settings: TriageSettings,
     action: str,
@@ -105,13 +107,13 @@ def sort_photos(
 
     Args:
         root: The folder of the triage.
-        listing: The photos.
+        photo_folder: The photos.
         answers: The answers about the photos.
         settings: The settings of the triage.
         action: "link": make links to the photos. "move": move the photos.
     """
     sorted_folder = root / SORTED_FOLDER
-    sources = _present_locations(listing)
+    sources = _present_locations(photo_folder)
     targets = _new_locations(sorted_folder, answers, settings)
     with convert_os_errors(f"cannot sort photos into {sorted_folder}"):
         _remove_links(sorted_folder)
@@ -121,9 +123,9 @@ def sort_photos(
                 _link(sources[path], target)
             return
         for path in list(targets):
-            if _is_behind_link(sources[path], listing.root, root):
+            if _is_behind_link(sources[path], photo_folder.root, root):
                 del targets[path]  # a photo behind a link is not moved
-        _write_moves(root, [*listing.moved.items(), *targets.items()])
+        _write_moves(root, [*photo_folder.moved_photos.items(), *targets.items()])
         for path, target in targets.items():
             sidecar = sidecar_of(sources[path])
             # The sidecar is moved before the photo. So if the process is killed in between, the
@@ -134,30 +136,30 @@ def sort_photos(
 
 
 def accepted_labels(
-    root: Path, listing: PhotoFolder, answers: Sequence[Answer], settings: TriageSettings
+    root: Path, photo_folder: PhotoFolder, answers: Sequence[Answer], settings: TriageSettings
 ) -> dict[Path, str | None]:
     """Map the present path of every photo to the label if the label is accepted, else to None.
 
     Photos are left out if they are reached only by links to folders, because such photos lie
     elsewhere.
     """
-    sources = _present_locations(listing)
+    sources = _present_locations(photo_folder)
     labels: dict[Path, str | None] = {}
     for answer in answers:
         photo = sources[answer.key]
-        if not lies_inside(photo, listing.root, root):
+        if not lies_inside(photo, photo_folder.root, root):
             continue
         is_accepted = folder_of(answer, settings.outside_labels).startswith("accepted/")
         labels[photo] = answer.label if is_accepted else None
     return labels
 
 
-def _present_locations(listing: PhotoFolder) -> dict[str, Path]:
+def _present_locations(photo_folder: PhotoFolder) -> dict[str, Path]:
     """Map the path of every photo, as tables write it, to the present location."""
     sources = {}
-    for path, _ in listing.listing:
+    for path, _ in photo_folder.listed_photos:
         name = portable_name(path)
-        sources[name] = listing.moved.get(name, listing.root / path)
+        sources[name] = photo_folder.moved_photos.get(name, photo_folder.root / path)
     return sources
 
 
@@ -188,7 +190,7 @@ def folder_of(answer: Answer, outside_labels: Collection[str]) -> str:
 def flat_name(path: str) -> str:
     """File name of a photo in a flat folder: the path with "__" in place of "/"."""
     name = path.replace("/", "__")
-    if len(name.encode()) <= LONGEST_NAME:
+    if len(name.encode()) <= MAX_NAME_BYTES:
         return name
     return hashed_name(path)
 
@@ -201,7 +203,7 @@ def hashed_name(path: str) -> str:
     """
     prefix = f"{bytes_hash(path.encode())[:HASH_DIGITS]}__"
     encoded_name = path.replace("/", "__").encode()
-    n_bytes_left = LONGEST_NAME - len(prefix)
+    n_bytes_left = MAX_NAME_BYTES - len(prefix)
     return prefix + encoded_name[-n_bytes_left:].decode(errors="ignore")
 
 

@@ -15,48 +15,50 @@ from vilu.calibration.answer_choice import AnswerChoice
 from vilu.embeddings.columns import AnswerKind
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.triage.labels import SKIPPED
-from vilu.triage.photos import FOLDER, EmbeddingSettings
+from vilu.triage.photos import EMBEDDINGS_FOLDER, EmbeddingSettings
 from vilu.triage.trial import Trial
 
 # Names of files and folders in the folder of a triage.
-STATE: Final = "triage.json"
-BOOK: Final = "labels.parquet"
-FORMER_BOOK: Final = "former_labels.parquet"
+STATE_FILE: Final = "triage.json"
+BOOK_FILE: Final = "labels.parquet"
+FORMER_BOOK_FILE: Final = "former_labels.parquet"
 PREDICTOR_FOLDER: Final = "predictor"
 CANDIDATE_FOLDER: Final = "candidate"
 DECISIONS_CSV: Final = "decisions.csv"
 DECISIONS_PARQUET: Final = "decisions.parquet"
-NEXT_LABELS: Final = "next_labels.csv"
-REPORT: Final = "report.html"
+NEXT_LABELS_CSV: Final = "next_labels.csv"
+REPORT_FILE: Final = "report.html"
 SORTED_FOLDER: Final = "sorted"
 MOVED_TABLE: Final = "moved.parquet"
 RESULT_FILES: Final = (
-    STATE,
-    BOOK,
-    FORMER_BOOK,
-    FOLDER,
+    STATE_FILE,
+    BOOK_FILE,
+    FORMER_BOOK_FILE,
+    EMBEDDINGS_FOLDER,
     PREDICTOR_FOLDER,
     CANDIDATE_FOLDER,
     DECISIONS_CSV,
     DECISIONS_PARQUET,
-    NEXT_LABELS,
-    REPORT,
+    NEXT_LABELS_CSV,
+    REPORT_FILE,
 )
 """Files and folders to remove with ``--overwrite``. Moved photos and their table stay."""
 
 
-About = Literal["new", "folder"]
+GuaranteePopulation = Literal["new", "folder"]
 """A guarantee is about "new" photos, drawn like these photos, or about those of the "folder"."""
 
-WHY_FIXED: Final = (
+FIXED_SETTING_REASON: Final = (
     "It decides which photos are fitted on and which a guarantee rests on, so it stays."
 )
 """Why a setting must not change."""
 
-BEGIN_ANEW: Final = "Give a new folder, or --overwrite to begin anew, which removes the labels too."
+BEGIN_ANEW_ADVICE: Final = (
+    "Give a new folder, or --overwrite to begin anew, which removes the labels too."
+)
 """Advice if a setting must not change."""
 
-NOTHING_CHOSEN = AnswerChoice(answer="zero_shot", reason="no other answers were chosen")
+NO_ANSWER_CHOICE = AnswerChoice(answer="zero_shot", reason="no other answers were chosen")
 """The choice of answers before the first fit, and of a candidate while there is no candidate."""
 
 
@@ -86,7 +88,7 @@ class TriageSettings:
     seed: int = 0
     answer: AnswerKind | None = None
     follow_links: bool = False
-    about: About = "new"
+    about: GuaranteePopulation = "new"
 
     @property
     def outside_labels(self) -> tuple[str, ...]:
@@ -155,10 +157,10 @@ class TriageState(Document):
     photos: str = ""
     follow_links: bool = False
     method: str = ""
-    answer: AnswerChoice = NOTHING_CHOSEN
+    answer: AnswerChoice = NO_ANSWER_CHOICE
     trial: Trial | None = None
     candidate: Trial | None = None
-    candidate_answer: AnswerChoice = NOTHING_CHOSEN
+    candidate_answer: AnswerChoice = NO_ANSWER_CHOICE
     n_tested: int = Field(default=0, ge=0)
     n_fit_of_last_candidate: int = Field(default=0, ge=0)
     has_drawn: bool = False
@@ -196,8 +198,8 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
         UsageError: If the folder holds a triage with another seed or ``about``, or other files.
     """
     state = None
-    if (root / STATE).is_file() and not overwrite:
-        state = read_document(root / STATE, TriageState)
+    if (root / STATE_FILE).is_file() and not overwrite:
+        state = read_document(root / STATE_FILE, TriageState)
         _require_same_split(root, state.settings, settings)
     claim_folder(
         root,
@@ -209,16 +211,19 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
     return state or TriageState(settings=settings.recorded_settings)
 
 
-def _require_same_split(root: Path, before: Mapping[str, object], now: TriageSettings) -> None:
+def _require_same_split(
+    root: Path, recorded_settings: Mapping[str, object], settings: TriageSettings
+) -> None:
     """Raise UsageError if a setting of the split has changed."""
-    if before.get("seed") != now.seed:
+    if recorded_settings.get("seed") != settings.seed:
         raise UsageError(
-            f"{root} was begun with the seed {before.get('seed')}, now {now.seed}. "
-            f"{WHY_FIXED} {BEGIN_ANEW}"
+            f"{root} was begun with the seed {recorded_settings.get('seed')}, now {settings.seed}. "
+            f"{FIXED_SETTING_REASON} {BEGIN_ANEW_ADVICE}"
         )
-    about = before.get("about", "new")  # states of earlier versions do not have "about"
-    if about != now.about:
+    # states of earlier versions do not have "about"
+    recorded_about = recorded_settings.get("about", "new")
+    if recorded_about != settings.about:
         raise UsageError(
-            f"{root} was begun with a guarantee about {about!r}, now {now.about!r}. "
-            f"{WHY_FIXED} {BEGIN_ANEW}"
+            f"{root} was begun with a guarantee about {recorded_about!r}, now {settings.about!r}. "
+            f"{FIXED_SETTING_REASON} {BEGIN_ANEW_ADVICE}"
         )

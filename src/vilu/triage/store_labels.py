@@ -39,9 +39,9 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
         DataError: If a table names no row of the store, or a label is no class.
     """
     all_rows = np.arange(len(store))
-    photos = Photos([(store, all_rows)], bad={})
+    photos = Photos([(store, all_rows)], fault_of_path={})
     book = LabelBook()
-    book.answer(_own_labels(store, photos.ids))
+    book.note_labels(_own_labels(store, photos.ids))
     for file in files:
         entries = read_next_table(file, photos.ids)
         if entries:
@@ -51,8 +51,8 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
     # An error about a label names the first file of labels, or else the store.
     source = files[0] if files else store.path
     classes = tuple(photos.candidates_by_name())
-    book.answer(names_of_labels(book.labels, classes, (OUTSIDE_NAME,), source))
-    photos.label(book.labels, (OUTSIDE_NAME,))
+    book.note_labels(names_of_labels(book.labels, classes, (OUTSIDE_NAME,), source))
+    photos.set_labels(book.labels, (OUTSIDE_NAME,))
     return photos, book
 
 
@@ -113,7 +113,7 @@ def _add_labels(book: LabelBook, file: Path, paths: Sequence[str], root: Path) -
         labels_by_path[path] = labels[name]
         if name in streams:
             streams_by_path[path] = streams[name]
-    book.answer(labels_by_path, streams_by_path)
+    book.note_labels(labels_by_path, streams_by_path)
 
 
 def labelled_rows(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
@@ -149,8 +149,8 @@ def _take_labelled(photos: Photos, wanted_paths: Collection[str]) -> EmbeddingSo
     rows = [row for row, path in enumerate(photos.ids) if path in wanted_paths]
     if not rows:
         raise DataError(
-            f"no row of {photos.first.path} has a label that may be used here. Fill in the column "
-            "label, or give other --labels."
+            f"no row of {photos.first_store.path} has a label that may be used here. Fill in the "
+            "column label, or give other --labels."
         )
     return photos.take(rows)
 

@@ -8,14 +8,19 @@ from typing import Final, Self
 import numpy as np
 from pydantic import Field
 
-from vilu.artifacts.documents import Model
-from vilu.calibration.anytime import STARTS, flawless_labels, grid_of, labels_needed
+from vilu.artifacts.documents import FrozenModel
+from vilu.calibration.anytime import (
+    SEQUENCE_STARTS,
+    n_labels_needed,
+    n_right_labels_needed,
+    threshold_grid,
+)
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
 from vilu.text import plural
 from vilu.triage.choose import choose_limit
 
-ALLOWED_WRONG: Final = 2
+N_WRONG_PLANNED_FOR: Final = 2
 """The planned number of labels certifies the limit even with so many wrong answers.
 
 At 5 % risk the planned number is about 200. So about 1 % of the answers up to the limit may be
@@ -26,7 +31,7 @@ NAMES_SHOWN: Final = 5
 """An error names at most this number of photos without a score."""
 
 
-class Trial(Model):
+class Trial(FrozenModel):
     """The plan of a predictor's test: the thresholds, and the limit of the counted labels.
 
     Attributes:
@@ -68,20 +73,20 @@ class Trial(Model):
             least_share: The limit includes at least this share of the photos.
         """
         level = level_of_limit(delta)
-        # enough labels for ``ALLOWED_WRONG`` wrong answers, and more labels than now
+        # enough labels for ``N_WRONG_PLANNED_FOR`` wrong answers, and more labels than now
         n_planned = max(
-            labels_needed(ALLOWED_WRONG, max_risk, level),
-            n_answered + flawless_labels(max_risk, level),
+            n_labels_needed(N_WRONG_PLANNED_FOR, max_risk, level),
+            n_answered + n_right_labels_needed(max_risk, level),
         )
-        limit, likely = choose_limit(scores, min(n_planned, len(scores)), max_risk, level)
+        limit, is_expected = choose_limit(scores, min(n_planned, len(scores)), max_risk, level)
         # the smallest limit with at least ``least_share`` of the photos
         least_limit = float(np.quantile(scores, least_share, method="higher"))
         if limit < least_limit:
             limit = least_limit
-            likely = False
-        grid = tuple(grid_of(scores, limit).tolist())
+            is_expected = False
+        grid = tuple(threshold_grid(scores, limit).tolist())
         share = share_up_to(limit, scores)
-        return cls(n_fit=n_fit, grid=grid, limit=limit, likely=likely, share=share)
+        return cls(n_fit=n_fit, grid=grid, limit=limit, likely=is_expected, share=share)
 
     def with_raised_limit(self, n_thresholds: int, scores: Floats) -> Self:
         """Raise the limit by ``n_thresholds`` thresholds, but not beyond the grid.
@@ -120,5 +125,5 @@ def require_scores(scores: Floats, rows: Ints, names: Sequence[str]) -> None:
 
 def level_of_limit(delta: float) -> float:
     """The part of the level ``delta`` for the planned limit alone."""
-    _, share = STARTS[-1]
+    _, share = SEQUENCE_STARTS[-1]
     return share * delta

@@ -28,16 +28,16 @@ from vilu.text import plural
 from vilu.triage.photos import Photos
 from vilu.triage.posteriors import posterior_of
 
-NEARLY_ALL: Final = 0.9
+MIN_SHARE_FOR_WARNING: Final = 0.9
 """There is a warning if at least this share of the answers is the same class."""
 
-LEAST_ANSWERS: Final = 20
+MIN_ANSWERS_FOR_WARNING: Final = 20
 """Smallest number of answers for this warning."""
 
-KINDS: Final[dict[AnswerKind, str]] = {"zero_shot": "zero-shot", "adapted": "adapted"}
+ANSWER_KIND_NAMES: Final[dict[AnswerKind, str]] = {"zero_shot": "zero-shot", "adapted": "adapted"}
 """Maps kinds of answers to names in texts."""
 
-CONFUSIONS: Final = 3
+MAX_CONFUSIONS_SHOWN: Final = 3
 """Maximum number of confusions in a verdict."""
 
 
@@ -70,7 +70,7 @@ class LabelledAnswers:
         return has_answer
 
     @property
-    def n_judging_labels(self) -> int:
+    def n_labels_for_verdict(self) -> int:
         """Number of labels that judge answers."""
         return int(self.has_every_answer.sum()) + self.n_cross_fitted
 
@@ -78,7 +78,7 @@ class LabelledAnswers:
         """Share of right answers of this kind, among the judged answers."""
         is_right = (self.answers[kind] == self.label) & self.has_every_answer
         n_right_cross_fitted = self.n_cross_fitted - self.cross_fitted_wrong.get(kind, 0)
-        return (int(is_right.sum()) + n_right_cross_fitted) / self.n_judging_labels
+        return (int(is_right.sum()) + n_right_cross_fitted) / self.n_labels_for_verdict
 
     def most_frequent_label(self) -> tuple[int, float]:
         """The most frequent label, with the share among all labels; -1 and 0 without labels."""
@@ -93,18 +93,18 @@ class LabelledAnswers:
         is_wrong = (self.answers[kind] != self.label) & (self.answers[kind] != UNKNOWN)
         labels = self.label[is_wrong].tolist()
         wrong_answers = self.answers[kind][is_wrong].tolist()
-        counts = Counter(zip(labels, wrong_answers, strict=True)).most_common(CONFUSIONS)
+        counts = Counter(zip(labels, wrong_answers, strict=True)).most_common(MAX_CONFUSIONS_SHOWN)
         return [(label, answer, n) for (label, answer), n in counts]
 
 
-def labelled_answers(
+def collect_labelled_answers(
     photos: Photos,
     outcomes: Outcomes,
     predictor: FailurePredictor,
     is_calibration: NDArray[np.bool_],
     likely_right: LikelyRight | None,
 ) -> LabelledAnswers:
-    """The labels of all labelled photos, and the answers about these photos.
+    """Collect the labels of all labelled photos, and the answers about these photos.
 
     If zero-shot answers are judged, the result has only zero-shot answers. If no label can judge
     adapted answers, the result has only zero-shot answers, too.
@@ -135,8 +135,8 @@ def labelled_answers(
             "adapted": likely_right.n_wrong,
         }
     is_calibration_row = is_calibration[rows]
-    has_judging_label = n_cross_fitted > 0 or is_calibration_row.any()
-    if outcomes.answer != "adapted" or not has_judging_label:
+    can_judge_adapted = n_cross_fitted > 0 or is_calibration_row.any()
+    if outcomes.answer != "adapted" or not can_judge_adapted:
         return LabelledAnswers(label[rows], answers)
     answers["adapted"] = _adapted_answers(photos, predictor, rows, is_calibration_row)
     return LabelledAnswers(label[rows], answers, n_cross_fitted, cross_fitted_wrong)
@@ -152,17 +152,19 @@ def _adapted_answers(
     return answers
 
 
-def verdict_in_words(labelled: LabelledAnswers, outcomes: Outcomes, *, has_doubtful: bool) -> str:
+def verdict_in_words(
+    labelled_answers: LabelledAnswers, outcomes: Outcomes, *, has_doubtful: bool
+) -> str:
     """The verdict as a text; "" if there is no label and nothing to warn of.
 
     Args:
-        labelled: Labels and answers of the labelled photos.
+        labelled_answers: Labels and answers of the labelled photos.
         outcomes: Outcomes of all photos by the present predictor.
         has_doubtful: Whether some labels were requested because the photos are doubtful.
     """
-    sentences = [_warning_of_one_class(labelled, outcomes)]
-    if labelled.answers and labelled.n_judging_labels:
-        sentences += _judgement(labelled, outcomes)
+    sentences = [_warning_of_one_class(labelled_answers, outcomes)]
+    if labelled_answers.answers and labelled_answers.n_labels_for_verdict:
+        sentences += _judgement(labelled_answers, outcomes)
         if has_doubtful:
             sentences.append(
                 "Labels of doubtful photos are among them, so all photos may do better."
@@ -170,43 +172,44 @@ def verdict_in_words(labelled: LabelledAnswers, outcomes: Outcomes, *, has_doubt
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def _warning_of_one_class(labelled: LabelledAnswers, outcomes: Outcomes) -> str:
+def _warning_of_one_class(labelled_answers: LabelledAnswers, outcomes: Outcomes) -> str:
     """A warning if nearly all answers are the same class; otherwise ""."""
     if outcomes.prediction is None:
         return ""
     answers = outcomes.prediction[outcomes.prediction != UNKNOWN].tolist()
-    if len(answers) < LEAST_ANSWERS:
+    if len(answers) < MIN_ANSWERS_FOR_WARNING:
         return ""
     ((index, n),) = Counter(answers).most_common(1)
-    if n < NEARLY_ALL * len(answers):
+    if n < MIN_SHARE_FOR_WARNING * len(answers):
         return ""
     warning = f"Warning: {n / len(answers):.0%} of the answers are {_class_name(outcomes, index)!r}"
-    if len(labelled.label):
-        share = float((labelled.label == index).mean())
+    if len(labelled_answers.label):
+        share = float((labelled_answers.label == index).mean())
         return f"{warning}, and {share:.0%} of the labels."
     return f"{warning}. Either nearly all photos are, or classes and prompts do not fit them."
 
 
-def _judgement(labelled: LabelledAnswers, outcomes: Outcomes) -> list[str]:
+def _judgement(labelled_answers: LabelledAnswers, outcomes: Outcomes) -> list[str]:
     """Sentences on the shares of right answers, and on the confusions of the judged answers."""
     judged_kind: AnswerKind = "zero_shot"
-    if outcomes.answer == "adapted" and "adapted" in labelled.answers:
+    if outcomes.answer == "adapted" and "adapted" in labelled_answers.answers:
         judged_kind = "adapted"
-    most_frequent_label, share_of_most_frequent = labelled.most_frequent_label()
+    most_frequent_label, share_of_most_frequent = labelled_answers.most_frequent_label()
     shares = []
-    for kind in labelled.answers:
-        share = labelled.share_right(kind)
-        shares.append(f"{share:.0%} of the {KINDS[kind]} answers")
+    for kind in labelled_answers.answers:
+        share = labelled_answers.share_right(kind)
+        shares.append(f"{share:.0%} of the {ANSWER_KIND_NAMES[kind]} answers")
     class_name = _class_name(outcomes, most_frequent_label)
     sentences = [
-        f"{' and '.join(shares)} are right, by {plural(labelled.n_judging_labels, 'label')}. "
+        f"{' and '.join(shares)} are right, by "
+        f"{plural(labelled_answers.n_labels_for_verdict, 'label')}. "
         f"Always saying {class_name!r} is right in {share_of_most_frequent:.0%} of all "
-        f"{plural(len(labelled.label), 'label')}."
+        f"{plural(len(labelled_answers.label), 'label')}."
     ]
-    if labelled.share_right(judged_kind) <= share_of_most_frequent:
+    if labelled_answers.share_right(judged_kind) <= share_of_most_frequent:
         sentences.append("So the answers are worth no more than that one word.")
     confusion_texts = []
-    for label, answer, n in labelled.confusions(judged_kind):
+    for label, answer, n in labelled_answers.confusions(judged_kind):
         confusion_texts.append(
             f"{_class_name(outcomes, answer)!r} for {_class_name(outcomes, label)!r} ({n})"
         )

@@ -10,23 +10,23 @@ from xml.sax.saxutils import escape, quoteattr
 
 from vilu.errors import DataError
 
-RDF: Final = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
-DUBLIN_CORE: Final = "http://purl.org/dc/elements/1.1/"
+RDF_NAMESPACE: Final = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+DUBLIN_CORE_NAMESPACE: Final = "http://purl.org/dc/elements/1.1/"
 
 # Names of elements and attributes in the form of the parser: namespace, blank, name.
-ROOT: Final = f"{RDF} RDF"
-DESCRIPTION: Final = f"{RDF} Description"
-ABOUT: Final = f"{RDF} about"
-BAG: Final = f"{RDF} Bag"
-ITEM: Final = f"{RDF} li"
-SUBJECT: Final = f"{DUBLIN_CORE} subject"
+ROOT_TAG: Final = f"{RDF_NAMESPACE} RDF"
+DESCRIPTION_TAG: Final = f"{RDF_NAMESPACE} Description"
+ABOUT_ATTRIBUTE: Final = f"{RDF_NAMESPACE} about"
+BAG_TAG: Final = f"{RDF_NAMESPACE} Bag"
+ITEM_TAG: Final = f"{RDF_NAMESPACE} li"
+SUBJECT_TAG: Final = f"{DUBLIN_CORE_NAMESPACE} subject"
 
 # Comments around each addition of vilu to the XMP of another program. Readers of XMP ignore
 # comments. vilu finds the additions by these comments, to remove them again.
-BEGIN: Final = "<!--vilu-->"
-END: Final = "<!--/vilu-->"
+ADDITION_BEGIN: Final = "<!--vilu-->"
+ADDITION_END: Final = "<!--/vilu-->"
 
-SIDECAR: Final = """<?xml version="1.0" encoding="UTF-8"?>
+SIDECAR_TEMPLATE: Final = """<?xml version="1.0" encoding="UTF-8"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/" x:xmptk="vilu">
  <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
   <rdf:Description rdf:about="" xmlns:dc="http://purl.org/dc/elements/1.1/">
@@ -39,28 +39,30 @@ SIDECAR: Final = """<?xml version="1.0" encoding="UTF-8"?>
 
 # Patterns for the two forms of additions by vilu: a whole description, or only an item of a bag.
 # Another tool may have put white space between the tags.
-_P: Final = r"(?:[^\s<>/:]+:)?"  # the prefix of RDF
-_HEAD: Final = (
-    rf"<{_P}Description {_P}about=(?:\"[^<>\"]*\"|'[^<>']*') xmlns:dc=\"{re.escape(DUBLIN_CORE)}\">"
-    rf"\s*<dc:subject>\s*<{_P}Bag>\s*"
+_PREFIX: Final = r"(?:[^\s<>/:]+:)?"  # the prefix of RDF
+_DESCRIPTION_START: Final = (
+    rf"<{_PREFIX}Description {_PREFIX}about=(?:\"[^<>\"]*\"|'[^<>']*')"
+    rf" xmlns:dc=\"{re.escape(DUBLIN_CORE_NAMESPACE)}\">"
+    rf"\s*<dc:subject>\s*<{_PREFIX}Bag>\s*"
 )
-_TAIL: Final = rf"</{_P}Bag>\s*</dc:subject>\s*</{_P}Description>\s*"
-_ITEM: Final = rf"<{_P}li>[^<>]*</{_P}li>\s*"
-ADDED_BY_VILU: Final = re.compile(rf"{BEGIN}\s*(?:{_HEAD}{_ITEM}{_TAIL}|{_ITEM}){END}".encode())
+_DESCRIPTION_END: Final = rf"</{_PREFIX}Bag>\s*</dc:subject>\s*</{_PREFIX}Description>\s*"
+_ITEM: Final = rf"<{_PREFIX}li>[^<>]*</{_PREFIX}li>\s*"
+_SUBJECT: Final = rf"(?:{_DESCRIPTION_START}{_ITEM}{_DESCRIPTION_END}|{_ITEM})"
+ADDITION_PATTERN: Final = re.compile(rf"{ADDITION_BEGIN}\s*{_SUBJECT}{ADDITION_END}".encode())
 """Matches an addition of vilu with both comments, unless another program has changed it."""
 
-NOT_IN_XML: Final = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+FORBIDDEN_CHARACTER: Final = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters not allowed in XML 1.0."""
 
 
 def new_xmp(subject: str) -> bytes:
     """XMP with a single subject and nothing else; DataError if XML cannot hold the subject."""
-    return SIDECAR.format(label=_escaped(subject)).encode()
+    return SIDECAR_TEMPLATE.format(label=_escaped(subject)).encode()
 
 
 def _escaped(subject: str) -> str:
     """A subject as text of XML; DataError if XML cannot hold the subject."""
-    if NOT_IN_XML.search(subject):
+    if FORBIDDEN_CHARACTER.search(subject):
         raise DataError("the label has a character that XML cannot hold")
     return escape(subject)
 
@@ -71,20 +73,20 @@ class Xmp:
 
     Attributes:
         subjects: Subjects in the bag of ``dc:subject``.
-        bag_ends: Position of the end tag of every bag of subjects.
-        root_ends: Position of the end tag of every ``rdf:RDF``.
+        bag_end_positions: Position of the end tag of every bag of subjects.
+        root_end_positions: Position of the end tag of every ``rdf:RDF``.
         n_subject_elements: Number of elements ``dc:subject``.
         about: Value of ``rdf:about`` in the first description; "" means the file itself. None
             without a description.
-        passages: Start and end position of every addition by vilu.
+        addition_spans: Start and end position of every addition by vilu.
     """
 
     subjects: list[str] = field(default_factory=list)
-    bag_ends: list[int] = field(default_factory=list)
-    root_ends: list[int] = field(default_factory=list)
+    bag_end_positions: list[int] = field(default_factory=list)
+    root_end_positions: list[int] = field(default_factory=list)
     n_subject_elements: int = 0
     about: str | None = None
-    passages: list[tuple[int, int]] = field(default_factory=list)
+    addition_spans: list[tuple[int, int]] = field(default_factory=list)
 
 
 class _Reader:
@@ -94,8 +96,8 @@ class _Reader:
         self.xmp = Xmp()
         # names of the elements around the present position, the innermost element last
         self._open_elements: list[str] = []
-        # position of a ``BEGIN`` with no ``END`` found yet
-        self._passage_start: int | None = None
+        # position of an ``ADDITION_BEGIN`` with no ``ADDITION_END`` found yet
+        self._addition_start: int | None = None
         self._parser = expat.ParserCreate(namespace_separator=" ")
         self._parser.buffer_text = True
         self._parser.StartElementHandler = self._start_tag
@@ -115,37 +117,37 @@ class _Reader:
 
     def _start_tag(self, name: str, attributes: dict[str, str]) -> None:
         self._open_elements.append(name)
-        is_description = self._open_elements[-2:] == [ROOT, DESCRIPTION]
+        is_description = self._open_elements[-2:] == [ROOT_TAG, DESCRIPTION_TAG]
         if is_description and self.xmp.about is None:
-            self.xmp.about = attributes.get(ABOUT, "")
-        if self._open_elements[-3:] == [ROOT, DESCRIPTION, SUBJECT]:
+            self.xmp.about = attributes.get(ABOUT_ATTRIBUTE, "")
+        if self._open_elements[-3:] == [ROOT_TAG, DESCRIPTION_TAG, SUBJECT_TAG]:
             self.xmp.n_subject_elements += 1
-        if self._is_in_bag() and name == ITEM:
+        if self._is_in_bag() and name == ITEM_TAG:
             self.xmp.subjects.append("")
 
     def _is_in_bag(self) -> bool:
         """Whether the innermost open element is a child of a bag of subjects."""
-        return self._open_elements[-5:-1] == [ROOT, DESCRIPTION, SUBJECT, BAG]
+        return self._open_elements[-5:-1] == [ROOT_TAG, DESCRIPTION_TAG, SUBJECT_TAG, BAG_TAG]
 
     def _end_tag(self, name: str) -> None:
         position = self._parser.CurrentByteIndex
-        if self._open_elements[-4:] == [ROOT, DESCRIPTION, SUBJECT, BAG]:
-            self.xmp.bag_ends.append(position)
-        if name == ROOT:
-            self.xmp.root_ends.append(position)
+        if self._open_elements[-4:] == [ROOT_TAG, DESCRIPTION_TAG, SUBJECT_TAG, BAG_TAG]:
+            self.xmp.bag_end_positions.append(position)
+        if name == ROOT_TAG:
+            self.xmp.root_end_positions.append(position)
         self._open_elements.pop()
 
     def _characters(self, text: str) -> None:
-        if self._is_in_bag() and self._open_elements[-1] == ITEM:
+        if self._is_in_bag() and self._open_elements[-1] == ITEM_TAG:
             self.xmp.subjects[-1] += text
 
     def _comment(self, text: str) -> None:
         position = self._parser.CurrentByteIndex
-        if f"<!--{text}-->" == BEGIN:
-            self._passage_start = position
-        if f"<!--{text}-->" == END and self._passage_start is not None:
-            self.xmp.passages.append((self._passage_start, position + len(END)))
-            self._passage_start = None
+        if f"<!--{text}-->" == ADDITION_BEGIN:
+            self._addition_start = position
+        if f"<!--{text}-->" == ADDITION_END and self._addition_start is not None:
+            self.xmp.addition_spans.append((self._addition_start, position + len(ADDITION_END)))
+            self._addition_start = None
 
     def _doctype(self, *_: object) -> None:
         raise DataError("it declares entities (DOCTYPE), which are not read")
@@ -168,9 +170,9 @@ def remove_added_subject(data: bytes) -> bytes:
     Raises:
         DataError: If another program has changed the addition. The change would be lost.
     """
-    # The last passage is removed first, so the positions of earlier passages stay valid.
-    for begin, end in reversed(read_xmp(data).passages):
-        if ADDED_BY_VILU.fullmatch(data[begin:end]) is None:
+    # The last addition is removed first, so the positions of earlier additions stay valid.
+    for begin, end in reversed(read_xmp(data).addition_spans):
+        if ADDITION_PATTERN.fullmatch(data[begin:end]) is None:
             raise DataError("another program has changed what vilu added to it")
         data = data[:begin] + data[end:]
     return data
@@ -183,19 +185,20 @@ def add_subject(data: bytes, subject: str) -> bytes:
         DataError: If the place for the subject is not clear.
     """
     xmp = read_xmp(data)
-    if len(xmp.root_ends) != 1:
-        raise DataError(f"it has {len(xmp.root_ends)} elements rdf:RDF; one was expected")
+    n_roots = len(xmp.root_end_positions)
+    if n_roots != 1:
+        raise DataError(f"it has {n_roots} elements rdf:RDF; one was expected")
     if xmp.n_subject_elements > 1:
         raise DataError("it has several elements dc:subject")
     if subject in xmp.subjects:
         return data
     if xmp.n_subject_elements == 0:
         addition = _new_description(xmp)
-    elif len(xmp.bag_ends) == 1:
-        addition = _Addition(xmp.bag_ends[0], tag_name="Bag", opening="", closing="")
+    elif len(xmp.bag_end_positions) == 1:
+        addition = _Addition(xmp.bag_end_positions[0], tag_name="Bag", opening="", closing="")
     else:
         raise DataError("its dc:subject holds no rdf:Bag")
-    merged = addition.inserted_into(data, _escaped(subject))
+    merged = addition.insert_into(data, _escaped(subject))
     if read_xmp(merged).subjects != [*xmp.subjects, subject]:
         raise DataError("the label could not be added to its subjects")
     return merged
@@ -210,7 +213,7 @@ class _Addition:
     opening: str  # tags before the item; "{p}" stands for the prefix of RDF
     closing: str  # tags after the item
 
-    def inserted_into(self, data: bytes, text: str) -> bytes:
+    def insert_into(self, data: bytes, text: str) -> bytes:
         """The data with an item ``text``; DataError if there is no end tag at the position."""
         pattern = rf"</((?:[^\s<>/:]+:)?){self.tag_name}\s*>".encode()
         end_tag = re.compile(pattern).match(data, self.position)
@@ -220,7 +223,7 @@ class _Addition:
         item = f"<{prefix}li>{text}</{prefix}li>"
         opening = self.opening.replace("{p}", prefix)
         closing = self.closing.replace("{p}", prefix)
-        added = f"{BEGIN}{opening}{item}{closing}{END}".encode()
+        added = f"{ADDITION_BEGIN}{opening}{item}{closing}{ADDITION_END}".encode()
         return data[: self.position] + added + data[self.position :]
 
 
@@ -229,9 +232,9 @@ def _new_description(xmp: Xmp) -> _Addition:
     # "{" is escaped because "{p}" is replaced by the prefix.
     about = quoteattr(xmp.about or "", {"{": "&#123;"})
     opening = (
-        f"<{{p}}Description {{p}}about={about} xmlns:dc={quoteattr(DUBLIN_CORE)}>"
+        f"<{{p}}Description {{p}}about={about} xmlns:dc={quoteattr(DUBLIN_CORE_NAMESPACE)}>"
         "<dc:subject><{p}Bag>"
     )
     closing = "</{p}Bag></dc:subject></{p}Description>"
-    (end,) = xmp.root_ends
+    (end,) = xmp.root_end_positions
     return _Addition(end, tag_name="RDF", opening=opening, closing=closing)

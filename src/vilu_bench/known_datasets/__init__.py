@@ -10,7 +10,7 @@ from vilu.artifacts.documents import fill_dataclass
 from vilu.datasets.known import KnownDataset, add_dataset, require_free_name
 from vilu.errors import UsageError
 from vilu.registry import toml_tables
-from vilu_bench import asset
+from vilu_bench import read_asset
 from vilu_bench.known_datasets.layouts import ShardReader, make_reader
 
 __all__ = ["add_datasets", "add_tables"]
@@ -58,7 +58,7 @@ def _known_dataset(name: str, facts: dict[str, object]) -> KnownDataset:
 
 def paper_datasets() -> list[KnownDataset]:
     """The data sets of the paper, in the paper's order, from ``assets/datasets.toml``."""
-    tables = toml_tables(asset("datasets.toml"))
+    tables = toml_tables(read_asset("datasets.toml"))
     return [_known_dataset(name, facts) for name, facts in tables.items()]
 
 

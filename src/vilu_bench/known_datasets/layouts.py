@@ -22,11 +22,11 @@ from vilu.datasets.known.entry import MAX_MISSING_NAMES, Count, Place, Reader, R
 from vilu.datasets.tar import CAPTION_EXTENSION, MAX_SHARDS, TarShards, find_shards, list_samples
 from vilu.errors import DataError, UsageError
 from vilu.progress import track
-from vilu_bench import asset
+from vilu_bench import read_asset
 from vilu_bench.known_datasets.cifar import CIFAR10, CIFAR100, CifarDataset, Layout
 from vilu_bench.known_datasets.read import (
     CoopListing,
-    Entry,
+    ListedImage,
     Listing,
     ListReader,
     fgvc_aircraft,
@@ -34,7 +34,7 @@ from vilu_bench.known_datasets.read import (
     sun397,
 )
 
-Files = Sequence[tuple[str, stat_result | OSError]]
+ClassImages = Sequence[tuple[str, stat_result | OSError]]
 """The images of a class.
 
 Each image is a pair: the path below the class folder, and either the file's status or the error of
@@ -57,7 +57,7 @@ SORT_ADVICE: Final = (
 )
 
 
-def every_image(_class_name: str, files: Files) -> Files:
+def every_image(_class_name: str, files: ClassImages) -> ClassImages:
     """Choose all images of a class."""
     return files
 
@@ -70,14 +70,14 @@ class ClassFolders:
     part: str  # path, below ``root``, of the folder of class folders; "" for ``root`` itself
     labels: Mapping[str, int]  # maps the name of a class folder to the label
     # function from the name of a class folder and its images to the images to use
-    choose: Callable[[str, Files], Files] = every_image
+    choose: Callable[[str, ClassImages], ClassImages] = every_image
     advice: str = UNPACK_ADVICE  # last sentence of the error if there are no class folders
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[ListedImage]:
         folder = self.root / self.part
         prefix = f"{self.part}/" if self.part else ""
         for name in self._classes(folder):
-            images = list(walk_images(folder / name, ignored=Counter()))
+            images = list(walk_images(folder / name, ignored_counts=Counter()))
             for path, status in self.choose(name, images):
                 yield f"{prefix}{name}/{path}", self.labels[name], status
 
@@ -99,7 +99,7 @@ class ClassFolders:
     def _without_classes(self, folder: Path) -> DataError:
         """The error for a folder without class folders."""
         content = "nothing"
-        first_image = next(walk_images(folder, ignored=Counter()), None)
+        first_image = next(walk_images(folder, ignored_counts=Counter()), None)
         if first_image is not None:
             content = f"images without class folders ({portable_name(first_image[0])}, ...)"
         return DataError(f"{folder} holds {content}; expected a folder per class. {self.advice}")
@@ -163,7 +163,7 @@ def imagenet_sketch(place: Place) -> Listing:
     return _halves(place, wnids())
 
 
-def half_by_hash(name: str, files: Files, *, first: bool) -> Files:
+def half_by_hash(name: str, files: ClassImages, *, first: bool) -> ClassImages:
     """Half of the images of a class: the lower hashes if ``first``, else the higher hashes.
 
     If the number of images is odd, the half with the higher hashes has the additional image. The
@@ -184,7 +184,7 @@ def half_by_hash(name: str, files: Files, *, first: bool) -> Files:
 @cache
 def wnids() -> tuple[str, ...]:
     """WordNet ids of the 1,000 classes in label order. This is the ascending order of ids."""
-    return tuple(asset("imagenet_wnids.txt").split())
+    return tuple(read_asset("imagenet_wnids.txt").split())
 
 
 @cache
@@ -207,7 +207,7 @@ def _halves(place: Place, folders: tuple[str, ...]) -> Listing:
 
 def _listing(folders: tuple[str, ...], splits: Mapping[str, ClassFolders], origin: str) -> Listing:
     """Listing of a data set with ImageNet's classes; prompts have CLIP's names unchanged."""
-    return Listing(folders, splits, origin, names=clip_names(), raw=clip_names())
+    return Listing(folders, splits, origin, names=clip_names(), uncleaned_names=clip_names())
 
 
 @dataclass(frozen=True)

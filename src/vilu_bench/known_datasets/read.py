@@ -16,13 +16,19 @@ from typing import Final, NoReturn, TypeVar
 from vilu.artifacts.documents import object_of_distinct_keys
 from vilu.datasets.base import parse_split
 from vilu.datasets.classes import class_table, clean_name
-from vilu.datasets.files import ListingHash, portable_name, read_file, status_below, stays_below
+from vilu.datasets.files import (
+    ListingHash,
+    is_relative_without_dotdot,
+    portable_name,
+    read_file,
+    status_below,
+)
 from vilu.datasets.folder import ListedFiles
 from vilu.datasets.known.entry import MAX_MISSING_NAMES, Count, Place, Request, Survey
 from vilu.errors import DataError
 from vilu.progress import Task, track
 
-Entry = tuple[str, int, stat_result | OSError | None]
+ListedImage = tuple[str, int, stat_result | OSError | None]
 """Path below the data set's folder, label, and file status.
 
 The status is None if the file is missing, and the error if the file cannot be accessed.
@@ -37,11 +43,13 @@ class Listing:
 
     classes: tuple[str, ...]  # names of the classes in files or lists, in label order
     # images of each split; an iteration may list folders, and raises a DataError on failure
-    splits: Mapping[str, Iterable[Entry]]
+    splits: Mapping[str, Iterable[ListedImage]]
     origin: str  # text that says where the splits come from
     # cleaned class names for prompts; None: ``classes`` with underscores replaced by spaces
     names: tuple[str, ...] | None = None
-    raw: tuple[str, ...] | None = None  # uncleaned class names for prompts; None: ``classes``
+    uncleaned_names: tuple[str, ...] | None = (
+        None  # uncleaned class names for prompts; None: ``classes``
+    )
     binding: bool = True  # whether the splits must have the published sizes
 
 
@@ -74,7 +82,7 @@ class PathList:
     folder: Path
     entries: Iterable[tuple[str, int]]
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[ListedImage]:
         for path, label in sorted(self.entries):
             yield path, label, status_below(self.folder, path)
 
@@ -92,7 +100,7 @@ class ListedDataset(ListedFiles):
         self.captioned = False
         names = listing.names
         if request.raw_names:
-            names = listing.raw or listing.classes
+            names = listing.uncleaned_names or listing.classes
         self.classes = class_table(
             listing.classes,
             request.classes,
@@ -107,7 +115,8 @@ class ListedDataset(ListedFiles):
         listing_hash = ListingHash(*listing.classes, *splits)
         with track(f"listing {place.entry.name}", total=None, unit="images") as task:
             counts = {
-                split: self._add_all(listing.splits[split], listing_hash, task) for split in splits
+                split: self._add_split(listing.splits[split], listing_hash, task)
+                for split in splits
             }
         empty_splits = [split for split, count in counts.items() if count == 0]
         # if no split is requested, all splits are taken, and an empty split is no error
@@ -119,7 +128,9 @@ class ListedDataset(ListedFiles):
             )
         self.fingerprint = listing_hash.hexdigest()
 
-    def _add_all(self, entries: Iterable[Entry], listing_hash: ListingHash, task: Task) -> int:
+    def _add_split(
+        self, entries: Iterable[ListedImage], listing_hash: ListingHash, task: Task
+    ) -> int:
         """Add the images of a split and return the number of images."""
         n_before = len(self)
         for path, label, status in _with_progress(entries, task):
@@ -127,7 +138,7 @@ class ListedDataset(ListedFiles):
         return len(self) - n_before
 
 
-def _count(entries: Iterable[Entry], task: Task) -> Count:
+def _count(entries: Iterable[ListedImage], task: Task) -> Count:
     """Count the files of a split: all listed files, and all existing listed files."""
     n_existing = 0
     n_listed = 0
@@ -145,7 +156,7 @@ def _count(entries: Iterable[Entry], task: Task) -> Count:
     return Count(found=n_existing, listed=n_listed, missing=tuple(missing))
 
 
-def _with_progress(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
+def _with_progress(entries: Iterable[ListedImage], task: Task) -> Iterator[ListedImage]:
     """Yield the entries unchanged, and advance the task after every ``PROGRESS_STEP`` entries."""
     number = 0
     for number, entry in enumerate(entries, start=1):
@@ -266,7 +277,7 @@ def is_usable(path: str) -> bool:
     if len(path) > MAX_PATH or not path.isprintable() or "\\" in path:
         return False
     is_normal = str(PurePosixPath(path)) == path
-    return is_normal and stays_below(path)
+    return is_normal and is_relative_without_dotdot(path)
 
 
 def read_json_object(file: Path) -> dict[str, object]:
@@ -304,7 +315,7 @@ SPLIT_OF_LETTER: Final = {"t": "train", "v": "validation", "e": "test"}
 """Maps a letter in the shipped lists (``COOP_ASSET``) to our name of the split."""
 
 
-def user_list(place: Place, file: str, images: str) -> Listing | None:
+def user_listing_of(place: Place, file: str, images: str) -> Listing | None:
     """The listing of the user's own ``split_zhou_*.json``; None if there is no such file."""
     path = place.find(file)
     if path is None:
@@ -340,7 +351,7 @@ def read_split_file(file: Path) -> SplitLists:
 
 
 @cache
-def shipped_list(dataset: str) -> SplitLists | None:
+def shipped_lists_of(dataset: str) -> SplitLists | None:
     """The shipped CoOp list of the data set with this name of ours; None if there is no such list.
 
     ``tools/make_split_asset.py`` made the asset. For every data set it has a line with the name and
@@ -380,10 +391,10 @@ class CoopListing:
 
     def __call__(self, place: Place) -> Listing:
         """The listing from the user's list or the shipped list."""
-        user_listing = user_list(place, self.file, self.images)
+        user_listing = user_listing_of(place, self.file, self.images)
         if user_listing is not None:
             return user_listing
-        lists = shipped_list(place.entry.name)
+        lists = shipped_lists_of(place.entry.name)
         if lists is None:
             raise place.missing_error(self.file)
         return lists.listing(place.folder, self.images, "CoOp list shipped with vilu", binding=True)
@@ -409,7 +420,7 @@ def food101(place: Place) -> Listing:
 
     The official split has no validation images.
     """
-    user_listing = user_list(place, "split_zhou_Food101.json", images="images")
+    user_listing = user_listing_of(place, "split_zhou_Food101.json", images="images")
     if user_listing is not None:
         return user_listing
     files = {split: place.require(f"meta/{split}.json") for split in ("train", "test")}
@@ -435,7 +446,7 @@ def sun397(place: Place) -> Listing:
 
     The official partition has no validation images.
     """
-    user_listing = user_list(place, "split_zhou_SUN397.json", images="")
+    user_listing = user_listing_of(place, "split_zhou_SUN397.json", images="")
     if user_listing is not None:
         return user_listing
     file_names = {"train": "Training_01.txt", "test": "Testing_01.txt"}

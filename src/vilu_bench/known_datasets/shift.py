@@ -21,7 +21,7 @@ from vilu.datasets.base import ChosenImages, ImageDataset, ImageRecord
 from vilu.datasets.images import decode_image
 from vilu.errors import UsageError
 
-SEVERITIES: Final = 5  # severities are 1 to 5
+MAX_SEVERITY: Final = 5  # severities are 1 to 5
 REFERENCE_SIDE: Final = 32  # strengths in pixels are for a picture with this short side
 
 Rng = np.random.Generator
@@ -79,7 +79,7 @@ def low_resolution(image: Image.Image, strength: float, rng: Rng) -> Image.Image
     return small.resize(image.size, Image.Resampling.BICUBIC)
 
 
-KINDS: Final[dict[str, tuple[DamageFunction, tuple[float, ...]]]] = {
+DAMAGE_KINDS: Final[dict[str, tuple[DamageFunction, tuple[float, ...]]]] = {
     "gaussian_noise": (gaussian_noise, (0.02, 0.04, 0.07, 0.10, 0.14)),
     "shot_noise": (shot_noise, (500, 250, 120, 60, 30)),
     "blur": (blur, (0.5, 0.7, 0.9, 1.2, 1.6)),
@@ -100,15 +100,17 @@ class ShiftedImages(ChosenImages):
     """
 
     def __init__(self, images: ImageDataset, kinds: Sequence[str], severity: int) -> None:
-        unknown = [kind for kind in kinds if kind not in KINDS]
+        unknown = [kind for kind in kinds if kind not in DAMAGE_KINDS]
         if unknown or not kinds:
             refused = ", ".join(unknown) if unknown else "none"
-            raise UsageError(f"kinds of shift are {', '.join(KINDS)}. Got {refused} instead.")
-        if not 1 <= severity <= SEVERITIES:
-            raise UsageError(f"severity must be 1 to {SEVERITIES}. Got {severity} instead.")
+            raise UsageError(
+                f"kinds of shift are {', '.join(DAMAGE_KINDS)}. Got {refused} instead."
+            )
+        if not 1 <= severity <= MAX_SEVERITY:
+            raise UsageError(f"severity must be 1 to {MAX_SEVERITY}. Got {severity} instead.")
         self._strengths = {}
         for kind in kinds:
-            _, strengths = KINDS[kind]
+            _, strengths = DAMAGE_KINDS[kind]
             self._strengths[kind] = strengths[severity - 1]
         super().__init__(images, range(len(images)), {"shift": self._strengths})
         self.source = f"{images.source} ({'+'.join(kinds)}, severity {severity})"
@@ -127,7 +129,7 @@ def _damaged_png(record: ImageRecord, strengths: dict[str, float]) -> bytes:
     key_hash = blake2b(record.key.encode(), digest_size=16).digest()
     rng = np.random.default_rng(int.from_bytes(key_hash, "big"))
     kind = list(strengths)[rng.integers(len(strengths))]
-    damage, _ = KINDS[kind]
+    damage, _ = DAMAGE_KINDS[kind]
     image = decode_image(record.read()).image
     damaged = damage(image, strengths[kind], rng)
     buffer = io.BytesIO()

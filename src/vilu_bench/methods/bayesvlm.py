@@ -43,7 +43,7 @@ def sigmoid_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     return p * (1 - p), torch.zeros_like(p)
 
 
-LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+CURVATURE_WEIGHTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "infonce": softmax_weights,
     "siglip": sigmoid_weights,
 }
@@ -65,7 +65,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Factors:
+class CurvatureFactors:
     """Kronecker factors of the curvature of a last layer over n pairs.
 
     The factors are sums, not yet divided by sqrt(n).
@@ -75,18 +75,20 @@ class Factors:
     outputs: Tensor  # (D, D) sum of the Gauss-Newton curvatures of the loss in g
     n: int  # number of pairs
 
-    def __add__(self, other: Factors) -> Factors:
-        return Factors(self.inputs + other.inputs, self.outputs + other.outputs, self.n + other.n)
+    def __add__(self, other: CurvatureFactors) -> CurvatureFactors:
+        return CurvatureFactors(
+            self.inputs + other.inputs, self.outputs + other.outputs, self.n + other.n
+        )
 
 
-def factors(
+def curvature_factors(
     layer: Layer,
     candidates: Tensor,
     scale: float,
     bias: float,
     loss: str,
     block_rows: int = BLOCK_ROWS,
-) -> Factors:
+) -> CurvatureFactors:
     """Factors of the rows of ``layer`` if each row is matched with all ``candidates`` (K, D).
 
     The logits are scale * cosine + bias. With unit vectors u = g / ‖g‖ and c_j, the curvature in g
@@ -94,8 +96,8 @@ def factors(
 
         scale² J (sum_j a_j c_j c_j^T - m m^T) J,  J = (I - u u^T) / ‖g‖,  m = sum_j b_j c_j.
 
-    The loss gives a and b (``LOSSES``): a = b = p for InfoNCE, a = sigma (1 - sigma) and b = 0 for
-    SigLIP.
+    The loss gives a and b (``CURVATURE_WEIGHTS``): a = b = p for InfoNCE, a = sigma (1 - sigma) and
+    b = 0 for SigLIP.
     """
     dim = candidates.shape[1]
     outputs = candidates.new_zeros(dim, dim)
@@ -104,14 +106,14 @@ def factors(
     directions = layer.directions.split(block_rows)
     for unit, weight in zip(directions, weights.split(block_rows), strict=True):
         logits = scale * unit @ candidates.T + bias
-        a, b = LOSSES[loss](logits)
+        a, b = CURVATURE_WEIGHTS[loss](logits)
         outputs += curvature_sum(unit, weight, candidates, diagonal=a, outer=b)
     inputs = (layer.inputs * layer.count[:, None]).T @ layer.inputs
-    return Factors(inputs, outputs, int(layer.count.sum()))
+    return CurvatureFactors(inputs, outputs, int(layer.count.sum()))
 
 
 def curvature_sum(
-    unit: Tensor, weight: Tensor, candidates: Tensor, diagonal: Tensor, outer: Tensor
+    unit_rows: Tensor, weight: Tensor, candidates: Tensor, diagonal: Tensor, outer: Tensor
 ) -> Tensor:
     """Sum (D, D) of w (I - u u^T) C (I - u u^T) over the M rows.
 
@@ -119,7 +121,7 @@ def curvature_sum(
     products with I - u u^T are expanded, so that no array is larger than (M, K), (M, D) or (D, D).
 
     Args:
-        unit: (M, D) u.
+        unit_rows: (M, D) u.
         weight: (M,) w.
         candidates: (K, D) c.
         diagonal: (M, K) a.
@@ -128,20 +130,21 @@ def curvature_sum(
     # w (I - u u^T) C (I - u u^T) = w C - w u (C u)^T - w (C u) u^T + w (u^T C u) u u^T
     weight_column = weight[:, None]
     mean = outer @ candidates  # m
-    mean_along_unit = (mean * unit).sum(dim=-1, keepdim=True)  # m^T u
-    along = (diagonal * (unit @ candidates.T)) @ candidates - mean * mean_along_unit  # C u
-    along_both = (along * unit).sum(dim=-1, keepdim=True)  # u^T C u
+    mean_times_unit = (mean * unit_rows).sum(dim=-1, keepdim=True)  # m^T u
+    diagonal_times_unit = (diagonal * (unit_rows @ candidates.T)) @ candidates
+    curvature_times_unit = diagonal_times_unit - mean * mean_times_unit  # C u
+    unit_curvature_unit = (curvature_times_unit * unit_rows).sum(dim=-1, keepdim=True)  # u^T C u
     weight_of_candidate = (weight @ diagonal)[:, None]
     sum_of_diagonals = candidates.T @ (weight_of_candidate * candidates)
     # the sums over rows of w C, of w u (C u)^T, and of w (u^T C u) u u^T
     sum_of_c = sum_of_diagonals - mean.T @ (weight_column * mean)
-    one_sided = unit.T @ (weight_column * along)
-    two_sided = unit.T @ (weight_column * along_both * unit)
+    one_sided = unit_rows.T @ (weight_column * curvature_times_unit)
+    two_sided = unit_rows.T @ (weight_column * unit_curvature_unit * unit_rows)
     return sum_of_c - one_sided - one_sided.T + two_sided
 
 
 @dataclass(frozen=True)
-class Posterior:
+class LayerPosterior:
     """Gaussian posterior of the weights P of a last layer.
 
     The variance of the layer's output P phi is (phi^T inputs phi) * outputs.
@@ -155,9 +158,9 @@ class Posterior:
         return (phi @ self.inputs * phi).sum(dim=-1, keepdim=True) * self.outputs
 
 
-def posterior(
-    layer_factors: Factors, squared_norm: float, pseudo_count: float
-) -> tuple[Posterior, float]:
+def layer_posterior(
+    layer_factors: CurvatureFactors, squared_norm: float, pseudo_count: float
+) -> tuple[LayerPosterior, float]:
     """Posterior of a last layer, and the prior precision lambda with the largest evidence.
 
     Args:
@@ -171,10 +174,10 @@ def posterior(
     b, b_vectors = torch.linalg.eigh(scale * layer_factors.outputs)  # (D,), (D, D)
     a = a.clamp_min(0)
     b = b.clamp_min(0)
-    prior = best_prior_precision(a, b, squared_norm)
-    inputs = (a_vectors / (a + math.sqrt(prior))) @ a_vectors.T
-    outputs = b_vectors.square() @ (1 / (b + math.sqrt(prior)))
-    return Posterior(inputs, outputs), prior
+    prior_precision = best_prior_precision(a, b, squared_norm)
+    inputs = (a_vectors / (a + math.sqrt(prior_precision))) @ a_vectors.T
+    outputs = b_vectors.square() @ (1 / (b + math.sqrt(prior_precision)))
+    return LayerPosterior(inputs, outputs), prior_precision
 
 
 def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) -> float:
@@ -341,10 +344,10 @@ class BayesVLM(FailurePredictor):
     @property
     def label(self) -> str:
         """The method's name; once fitted, followed by the kind of fit."""
-        return self._label(on_features=self._on_features) if self.learned_ else self.name
+        return self._label(uses_features=self._uses_features) if self.learned_ else self.name
 
-    def _label(self, *, on_features: bool) -> str:
-        return f"{self.name} (model)" if on_features else f"{self.name} (embeddings-only)"
+    def _label(self, *, uses_features: bool) -> str:
+        return f"{self.name} (model)" if uses_features else f"{self.name} (embeddings-only)"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """The four columns in mode "model", and in mode "auto" if ``train`` has all; else none."""
@@ -358,10 +361,10 @@ class BayesVLM(FailurePredictor):
     @property
     def columns_to_score(self) -> tuple[str, ...]:
         """The columns that the fit used."""
-        return self.optional_columns if self.learned_ and self._on_features else ()
+        return self.optional_columns if self.learned_ and self._uses_features else ()
 
     @property
-    def _on_features(self) -> bool:
+    def _uses_features(self) -> bool:
         return bool(self.learned_["on_features"])
 
     def _learn(
@@ -370,23 +373,25 @@ class BayesVLM(FailurePredictor):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        chunks = self._factors(train)
+        chunks = self._factors_of_chunks(train)
         image_factors, text_factors = next(chunks)
         for image_chunk, text_chunk in chunks:
             image_factors = image_factors + image_chunk
             text_factors = text_factors + text_chunk
-        on_features = bool(train.columns)
-        tensors = {"on_features": torch.tensor(on_features)}
-        priors = {}
+        uses_features = bool(train.columns)
+        tensors = {"on_features": torch.tensor(uses_features)}
+        prior_precisions = {}
         for encoder, layer_factors in (("image", image_factors), ("text", text_factors)):
             squared_norm = self._squared_norm(encoder, train)
-            learned, prior = posterior(layer_factors, squared_norm, self.pseudo_count)
-            tensors[f"{encoder}_inputs"] = learned.inputs.cpu()
-            tensors[f"{encoder}_outputs"] = learned.outputs.cpu()
-            tensors[f"{encoder}_prior"] = torch.tensor(prior, dtype=torch.float64)
-            priors[encoder] = prior
-        label = self._label(on_features=on_features)
-        return Learnt(tensors, {"label": label, "prior_precision": priors})
+            fitted_posterior, prior_precision = layer_posterior(
+                layer_factors, squared_norm, self.pseudo_count
+            )
+            tensors[f"{encoder}_inputs"] = fitted_posterior.inputs.cpu()
+            tensors[f"{encoder}_outputs"] = fitted_posterior.outputs.cpu()
+            tensors[f"{encoder}_prior"] = torch.tensor(prior_precision, dtype=torch.float64)
+            prior_precisions[encoder] = prior_precision
+        label = self._label(uses_features=uses_features)
+        return Learnt(tensors, {"label": label, "prior_precision": prior_precisions})
 
     def _squared_norm(self, encoder: str, train: Rows) -> float:
         """Squared norm ‖P‖² of a last layer; D for the identity of an embeddings-only fit."""
@@ -396,19 +401,23 @@ class BayesVLM(FailurePredictor):
         projection = train.source.column(f"{encoder}_projection", train.index[:1])
         return float(projection.double().square().sum())
 
-    def _factors(self, train: Rows) -> Iterator[tuple[Factors, Factors]]:
+    def _factors_of_chunks(
+        self, train: Rows
+    ) -> Iterator[tuple[CurvatureFactors, CurvatureFactors]]:
         """Yield the factors of the image layer and of the text layer from every chunk of pairs."""
         # Labelled rows are often sorted by class, and a text must be matched with images of all
         # classes, so labelled rows are shuffled. Rows with captions stay within pools.
         generator = None if train.source.pool_size else torch.Generator().manual_seed(self.seed)
         with track("fit", steps_per_epoch(train, self.chunk), "chunks") as task:
             for batch in train.steps(self.chunk, generator):
-                yield self._chunk_factors(batch, on_features=bool(train.columns))
+                yield self._chunk_factors(batch, uses_features=bool(train.columns))
                 task.advance(1)
 
-    def _chunk_factors(self, batch: Batch, *, on_features: bool) -> tuple[Factors, Factors]:
+    def _chunk_factors(
+        self, batch: Batch, *, uses_features: bool
+    ) -> tuple[CurvatureFactors, CurvatureFactors]:
         """Factors of the image layer and of the text layer from one chunk of pairs."""
-        (phi, g), (psi, h) = last_layers(batch.to(self.device_), on_features=on_features)
+        (phi, g), (psi, h) = run_last_layers(batch.to(self.device_), uses_features=uses_features)
         g = float64(g)
         h = float64(h)
         one_pair_per_image = g.new_ones(len(g))
@@ -418,18 +427,18 @@ class BayesVLM(FailurePredictor):
         scale = batch.logit_scale
         bias = batch.logit_bias
         return (
-            factors(image_layer, text_layer.directions, scale, bias, self.loss),
-            factors(text_layer, image_layer.directions, scale, bias, self.loss),
+            curvature_factors(image_layer, text_layer.directions, scale, bias, self.loss),
+            curvature_factors(text_layer, image_layer.directions, scale, bias, self.loss),
         )
 
-    def _posterior(self, encoder: str, like: Tensor) -> Posterior:
-        """The posterior of a last layer, with the device and the dtype of ``like``."""
-        inputs = self.learned_[f"{encoder}_inputs"].to(like)
-        outputs = self.learned_[f"{encoder}_outputs"].to(like)
-        return Posterior(inputs, outputs)
+    def _posterior(self, encoder: str, like_tensor: Tensor) -> LayerPosterior:
+        """The posterior of a last layer, with the device and the dtype of ``like_tensor``."""
+        inputs = self.learned_[f"{encoder}_inputs"].to(like_tensor)
+        outputs = self.learned_[f"{encoder}_outputs"].to(like_tensor)
+        return LayerPosterior(inputs, outputs)
 
     def _score(self, batch: Batch) -> Tensor:
-        (phi, g), (psi, h) = last_layers(batch, on_features=self._on_features)
+        (phi, g), (psi, h) = run_last_layers(batch, uses_features=self._uses_features)
         g_variance = self._posterior("image", g).variance(phi)
         h_variance = self._posterior("text", g).variance(psi)
         mean, variance = cosine_moments(g, g_variance, h, h_variance)
@@ -440,23 +449,23 @@ class BayesVLM(FailurePredictor):
         return torch.sigmoid(failure_log_odds(logits, batch))
 
 
-def last_layers(
-    batch: Batch, *, on_features: bool
+def run_last_layers(
+    batch: Batch, *, uses_features: bool
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Inputs and outputs of the last layers of both encoders.
 
     Returns:
         (phi (B, F), g (B, D)) of the image encoder, (psi (K, F), h (K, D)) of the text encoder.
     """
-    if not on_features:  # the last layer is the identity on the embeddings
+    if not uses_features:  # the last layer is the identity on the embeddings
         return (batch.image, batch.image), (batch.text, batch.text)
     return (
-        last_layer(batch, "features", "image_projection", batch.image),
-        last_layer(batch, "text_features", "text_projection", batch.text),
+        run_last_layer(batch, "features", "image_projection", batch.image),
+        run_last_layer(batch, "text_features", "text_projection", batch.text),
     )
 
 
-def last_layer(
+def run_last_layer(
     batch: Batch, features: str, projection: str, embedding: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Inputs phi and outputs P phi of one encoder's last layer.

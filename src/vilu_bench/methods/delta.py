@@ -21,11 +21,11 @@ from vilu.predictors.bank.search import (
     draw_rows,
     nearest_in_bank,
     read_images,
-    squared_distance,
+    squared_distance_of_cosine,
 )
 from vilu.predictors.contract.labelled import Needs, class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
-from vilu_bench.methods.mahalanobis import gaussian, shared_covariance
+from vilu_bench.methods.mahalanobis import fit_gaussian, shared_covariance
 
 MarginWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # why the delta methods do not work on captions, as the end of a sentence in messages
@@ -129,7 +129,7 @@ class DeltaKNN(ClosedSet):
         if not len(bank):
             return float64(image.new_zeros(len(image)))
         similarity, _ = nearest_in_bank(image, bank, self.k)
-        squares = squared_distance(float64(similarity))
+        squares = squared_distance_of_cosine(float64(similarity))
         return torch.log(squares + LOG_OFFSET).mean(dim=1)
 
 
@@ -237,7 +237,7 @@ class DeltaMDS(ClosedSet):
         means, counts = class_means(members, label[is_member], n_classes)
         covariance = shared_covariance(members, label[is_member], means)
         if covariance is None:
-            whitening = gaussian(train, label, n_classes)["whitener"]
+            whitening = fit_gaussian(train, label, n_classes)["whitener"]
         else:
             whitening = whitener(covariance)
         return {

@@ -3,9 +3,10 @@
 Shapes: B rows to score, M labelled rows, N held-out rows, K classes, D embedding width.
 
 Some of these methods have a number to choose. The original work chooses it on a validation set.
-Here there are no further labels, so the number is chosen by cross-fitting (``cross_fitted``):
-labelled rows are held out in folds, and the chosen value makes their labels most likely. If the
-original work chooses by accuracy, the chosen value gives most right answers to held-out rows.
+Here there are no further labels, so the number is chosen by cross-fitting
+(``held_out_posteriors``): labelled rows are held out in folds, and the chosen value makes their
+labels most likely. If the original work chooses by accuracy, the chosen value gives the most right
+answers to held-out rows.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from vilu.predictors.bank.search import Count, class_labels, draw_rows, read_ima
 from vilu.predictors.contract.labelled import class_texts, failure_log_odds
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
-FOLDS = 5
+N_FOLDS = 5
 """Number of folds of the labelled rows."""
 MIN_PROBABILITY = 1e-6
 """Probabilities of a probe are clipped to this value. A class without labels would have 0."""
@@ -66,12 +67,12 @@ def class_folds(label: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     """Number (M,) of the fold of every row; the rows of a class are dealt to the folds in turn."""
     shuffled = np.random.default_rng(seed).permutation(len(label))
     rows_by_class = shuffled[np.argsort(label[shuffled], kind="stable")]
-    fold = np.empty(len(label), dtype=np.int64)
-    fold[rows_by_class] = np.arange(len(label)) % FOLDS
-    return fold
+    fold_of_row = np.empty(len(label), dtype=np.int64)
+    fold_of_row[rows_by_class] = np.arange(len(label)) % N_FOLDS
+    return fold_of_row
 
 
-def cross_fitted(
+def held_out_posteriors(
     rows: LabelledImages,
     seed: int,
     log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
@@ -89,32 +90,32 @@ def cross_fitted(
     """
     count = torch.bincount(rows.label, minlength=rows.n_classes)
     is_only_label = count[rows.label] == 1
-    fold = torch.from_numpy(class_folds(rows.label.numpy(), seed))
+    fold_of_row = torch.from_numpy(class_folds(rows.label.numpy(), seed))
     posteriors_of_folds = []
     held_out_labels = []
-    for number in range(FOLDS):
-        is_held_out = (fold == number) & ~is_only_label
+    for fold in range(N_FOLDS):
+        is_held_out = (fold_of_row == fold) & ~is_only_label
         if not is_held_out.any():
             continue
-        held_out = rows.take(is_held_out.nonzero().squeeze(1))
-        fitted_on = rows.take((~is_held_out).nonzero().squeeze(1))
-        posteriors_of_folds.append(log_posteriors(fitted_on, held_out))
-        held_out_labels.append(held_out.label)
+        held_out_rows = rows.take(is_held_out.nonzero().squeeze(1))
+        rows_to_fit = rows.take((~is_held_out).nonzero().squeeze(1))
+        posteriors_of_folds.append(log_posteriors(rows_to_fit, held_out_rows))
+        held_out_labels.append(held_out_rows.label)
     if not posteriors_of_folds:
         return None
     return torch.cat(posteriors_of_folds, dim=1), torch.cat(held_out_labels)
 
 
-def likeliest_value(
+def likeliest_index(
     rows: LabelledImages,
     seed: int,
     log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
 ) -> int | None:
     """Index of the most likely value, judged by held-out labels; None if no row is held out.
 
-    The arguments are those of ``cross_fitted``.
+    The arguments are those of ``held_out_posteriors``.
     """
-    posteriors_and_labels = cross_fitted(rows, seed, log_posteriors)
+    posteriors_and_labels = held_out_posteriors(rows, seed, log_posteriors)
     if posteriors_and_labels is None:
         return None
     log_p, label = posteriors_and_labels
@@ -122,16 +123,16 @@ def likeliest_value(
     return int(log_p_of_label.sum(dim=1).argmax())
 
 
-def most_accurate_value(
+def most_accurate_index(
     rows: LabelledImages,
     seed: int,
     log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
 ) -> int | None:
-    """Index of the value with most right answers to held-out rows, the first of equal values.
+    """Index of the first value that gives the most right answers to held-out rows.
 
-    None if no row is held out. The arguments are those of ``cross_fitted``.
+    None if no row is held out. The arguments are those of ``held_out_posteriors``.
     """
-    posteriors_and_labels = cross_fitted(rows, seed, log_posteriors)
+    posteriors_and_labels = held_out_posteriors(rows, seed, log_posteriors)
     if posteriors_and_labels is None:
         return None
     log_p, label = posteriors_and_labels
@@ -189,44 +190,45 @@ class LinearProbeCV(ClassRegression):
     ) -> Learnt:
         rows = LabelledImages.of(train, self.max_bank, self.seed)
 
-        def log_posteriors(fitted_on: LabelledImages, held_out: LabelledImages) -> Tensor:
+        def log_posteriors(rows_to_fit: LabelledImages, held_out_rows: LabelledImages) -> Tensor:
             return torch.stack(
                 [
-                    floored_probe(fitted_on, held_out, penalty, self.max_iter)
-                    for penalty in self.grid
+                    probe_log_posteriors(rows_to_fit, held_out_rows, inverse_penalty, self.max_iter)
+                    for inverse_penalty in self.grid
                 ]
             )
 
-        penalty = PROBE_PENALTY
-        best_index = likeliest_value(rows, self.seed, log_posteriors)
+        inverse_penalty = PROBE_INVERSE_PENALTY
+        best_index = likeliest_index(rows, self.seed, log_posteriors)
         if best_index is not None:
-            penalty = self.grid[best_index]
+            inverse_penalty = self.grid[best_index]
         weight, bias = fit_regression(
-            rows.image, rows.label, rows.n_classes, penalty, self.max_iter
+            rows.image, rows.label, rows.n_classes, inverse_penalty, self.max_iter
         )
         tensors = {"weight": weight, "bias": bias, CLASSES: class_texts(train)}
-        return Learnt(tensors, {"C": penalty})
+        return Learnt(tensors, {"C": inverse_penalty})
 
 
-PROBE_PENALTY = 100.0
+PROBE_INVERSE_PENALTY = 100.0
 """C of ``linear_probe``."""
 
 
-def floored_probe(
-    fitted_on: LabelledImages, rows: LabelledImages, penalty: float, max_iter: int = 500
+def probe_log_posteriors(
+    rows_to_fit: LabelledImages, rows: LabelledImages, inverse_penalty: float, max_iter: int = 500
 ) -> Tensor:
-    """Log posteriors (N, K) of ``rows`` by a linear probe fitted on ``fitted_on``.
+    """Log posteriors (N, K) of ``rows`` by a linear probe fitted on ``rows_to_fit``.
 
-    Probabilities are clipped to at least ``MIN_PROBABILITY``. ``penalty`` is C of the probe.
+    Probabilities are clipped to at least ``MIN_PROBABILITY``. ``inverse_penalty`` is C of the
+    probe.
     """
     weight, bias = fit_regression(
-        fitted_on.image, fitted_on.label, fitted_on.n_classes, penalty, max_iter
+        rows_to_fit.image, rows_to_fit.label, rows_to_fit.n_classes, inverse_penalty, max_iter
     )
     log_p = (rows.image.double() @ weight.T + bias).log_softmax(dim=1)
     return log_p.clamp(min=float(np.log(MIN_PROBABILITY)))
 
 
-def pool_weights(log_p: Floats, label: NDArray[np.int64]) -> Floats:
+def fit_mix_weights(log_p: Floats, label: NDArray[np.int64]) -> Floats:
     """Weights w (2,), not negative, with which a log-linear pool makes the labels most likely.
 
     The pool is q ~ exp(sum_m w_m log p_m), with log posteriors log p (N, 2, K) and labels (N,).
@@ -237,11 +239,11 @@ def pool_weights(log_p: Floats, label: NDArray[np.int64]) -> Floats:
     log_p_of_label = log_p[rows, :, label]
 
     def loss(weights: Floats) -> tuple[float, Floats]:
-        mixed = weights[0] * log_p[:, 0] + weights[1] * log_p[:, 1]
-        log_q = mixed - np.logaddexp.reduce(mixed, axis=1, keepdims=True)
-        expected = np.einsum("nk,nmk->nm", np.exp(log_q), log_p)
-        slope = (expected - log_p_of_label).mean(axis=0)
-        return float(-log_q[rows, label].mean()), slope
+        mixed_log_p = weights[0] * log_p[:, 0] + weights[1] * log_p[:, 1]
+        log_q = mixed_log_p - np.logaddexp.reduce(mixed_log_p, axis=1, keepdims=True)
+        expected_log_p = np.einsum("nk,nmk->nm", np.exp(log_q), log_p)
+        gradient = (expected_log_p - log_p_of_label).mean(axis=0)
+        return float(-log_q[rows, label].mean()), gradient
 
     start = np.array([0.5, 0.5])
     optimum = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * 2)
@@ -287,7 +289,7 @@ class ProbeAndZeroShot(ClassRegression):
     # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = f"{ClassRegression._forms} mix:d2"
 
-    C: Positive = PROBE_PENALTY
+    C: Positive = PROBE_INVERSE_PENALTY
     max_iter: Count = 500
     max_bank: Count = 100_000
 
@@ -299,15 +301,15 @@ class ProbeAndZeroShot(ClassRegression):
     ) -> Learnt:
         rows = LabelledImages.of(train, self.max_bank, self.seed)
 
-        def log_posteriors(fitted_on: LabelledImages, held_out: LabelledImages) -> Tensor:
-            probe = floored_probe(fitted_on, held_out, self.C, self.max_iter)
-            return torch.stack([held_out.logits.log_softmax(dim=1), probe])
+        def log_posteriors(rows_to_fit: LabelledImages, held_out_rows: LabelledImages) -> Tensor:
+            probe = probe_log_posteriors(rows_to_fit, held_out_rows, self.C, self.max_iter)
+            return torch.stack([held_out_rows.logits.log_softmax(dim=1), probe])
 
         weights = np.array([0.5, 0.5])
-        posteriors_and_labels = cross_fitted(rows, self.seed, log_posteriors)
+        posteriors_and_labels = held_out_posteriors(rows, self.seed, log_posteriors)
         if posteriors_and_labels is not None:
             log_p, label = posteriors_and_labels
-            weights = pool_weights(log_p.transpose(0, 1).numpy(), label.numpy())
+            weights = fit_mix_weights(log_p.transpose(0, 1).numpy(), label.numpy())
         weight, bias = fit_regression(rows.image, rows.label, rows.n_classes, self.C, self.max_iter)
         tensors = {
             "weight": weight,
@@ -322,8 +324,8 @@ class ProbeAndZeroShot(ClassRegression):
         zero_shot = float64(batch.logits).log_softmax(dim=1)
         probe = super()._logits(batch).log_softmax(dim=1).clamp(min=float(np.log(MIN_PROBABILITY)))
         weights = self.tensor("mix", zero_shot.device)
-        mixed: Tensor = weights[0] * zero_shot + weights[1] * probe
-        return mixed
+        mixed_logits: Tensor = weights[0] * zero_shot + weights[1] * probe
+        return mixed_logits
 
 
 @dataclasses.dataclass
@@ -361,8 +363,9 @@ class GDAAndZeroShot(AddedToZeroShot):
     tr(C) I)^-1. C is the covariance (divisor N - 1) of N images around the class means (Kubokawa
     and Srivastava 2008). Class priors are equal.
 
-    alpha is the value of ``grid`` with most right answers to held-out rows (five folds). With one
-    label per class, C is zero and nothing is added. The original work uses augmented images then.
+    alpha is the value of ``grid`` that gives the most right answers to held-out rows (five folds).
+    With one label per class, C is zero and nothing is added. The original work uses augmented
+    images then.
 
     Args:
         grid: The values of alpha to choose from; the default is the value in the released code.
@@ -404,19 +407,19 @@ class GDAAndZeroShot(AddedToZeroShot):
     ) -> Learnt:
         rows = LabelledImages.of(train, self.max_bank, self.seed)
 
-        def log_posteriors(fitted_on: LabelledImages, held_out: LabelledImages) -> Tensor:
-            weight, bias = gaussian_discriminants(fitted_on)
-            discriminants = held_out.image.double() @ weight.T + bias
+        def log_posteriors(rows_to_fit: LabelledImages, held_out_rows: LabelledImages) -> Tensor:
+            weight, bias = gaussian_discriminants(rows_to_fit)
+            discriminants = held_out_rows.image.double() @ weight.T + bias
             return torch.stack(
                 [
-                    (held_out.logits + alpha * discriminants).log_softmax(dim=1)
+                    (held_out_rows.logits + alpha * discriminants).log_softmax(dim=1)
                     for alpha in self.grid
                 ]
             )
 
         weight, bias = gaussian_discriminants(rows)
         alpha = 0.0  # with one label per class there is no covariance, and nothing is added
-        best_index = most_accurate_value(rows, self.seed, log_posteriors)
+        best_index = most_accurate_index(rows, self.seed, log_posteriors)
         if best_index is not None:
             alpha = self.grid[best_index]
         tensors = {"weight": alpha * weight, "bias": alpha * bias, CLASSES: class_texts(train)}
@@ -462,9 +465,9 @@ class TipAdapter(AddedToZeroShot):
         u = 1 - q_t̂, with q = softmax(l + alpha A)
         A_c = sum over labelled images x of class c: exp(-beta (1 - z x))
 
-    alpha and beta are the values of ``alphas`` and ``betas`` with most right answers to held-out
-    rows (five folds). If no row can be held out, because every class has one label, the values are
-    1 and 5.5, as in the paper.
+    (alpha, beta) is the pair from ``alphas`` and ``betas`` that gives the most right answers to
+    held-out rows (five folds). If no row can be held out, because every class has one label, the
+    pair is (1, 5.5), as in the paper.
 
     Args:
         alphas: The values of alpha to choose from.
@@ -507,31 +510,32 @@ class TipAdapter(AddedToZeroShot):
         rows = LabelledImages.of(train, self.max_bank, self.seed)
         alpha_beta_pairs = list(itertools.product(self.alphas, self.betas))
 
-        def log_posteriors(fitted_on: LabelledImages, held_out: LabelledImages) -> Tensor:
+        def log_posteriors(rows_to_fit: LabelledImages, held_out_rows: LabelledImages) -> Tensor:
             logits_of_beta = {
                 beta: cache_logits(
-                    held_out.image, fitted_on.image, fitted_on.label, beta, rows.n_classes
+                    held_out_rows.image, rows_to_fit.image, rows_to_fit.label, beta, rows.n_classes
                 )
                 for beta in self.betas
             }
             return torch.stack(
                 [
-                    (held_out.logits + alpha * logits_of_beta[beta]).log_softmax(dim=1)
+                    (held_out_rows.logits + alpha * logits_of_beta[beta]).log_softmax(dim=1)
                     for alpha, beta in alpha_beta_pairs
                 ]
             )
 
-        alpha_and_beta = (1.0, 5.5)  # the paper's values, if no pair can be selected
-        best_index = most_accurate_value(rows, self.seed, log_posteriors)
+        # the paper's values, if no row can be held out
+        alpha = 1.0
+        beta = 5.5
+        best_index = most_accurate_index(rows, self.seed, log_posteriors)
         if best_index is not None:
-            alpha_and_beta = alpha_beta_pairs[best_index]
+            alpha, beta = alpha_beta_pairs[best_index]
         tensors = {
             "bank": rows.image,
             CLASSES: class_texts(train),
             "labels": rows.label,
-            "shape": torch.tensor(alpha_and_beta, dtype=torch.float64),
+            "shape": torch.tensor([alpha, beta], dtype=torch.float64),
         }
-        alpha, beta = alpha_and_beta
         return Learnt(tensors, {"alpha": alpha, "beta": beta})
 
     def _added_logits(self, batch: Batch) -> Tensor:

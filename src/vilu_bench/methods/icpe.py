@@ -19,7 +19,7 @@ from vilu.predictors.bank.class_gaussians import (
 )
 from vilu.predictors.bank.search import Count, image_blocks
 from vilu.predictors.contract.predictor import Learnt
-from vilu_bench.methods.bayesvlm import last_layer
+from vilu_bench.methods.bayesvlm import run_last_layer
 
 
 @dataclasses.dataclass
@@ -78,7 +78,7 @@ class ICPE(ClassDensity):
     @property
     def label(self) -> str:
         """The method's name; "(unit norm)" follows after a fit on unit-norm embeddings."""
-        if not self.learned_ or self._on_features:
+        if not self.learned_ or self._uses_features:
             return self.name
         return f"{self.name} (unit norm)"
 
@@ -92,10 +92,10 @@ class ICPE(ClassDensity):
     @property
     def columns_to_score(self) -> tuple[str, ...]:
         """The columns that the fit used."""
-        return self.optional_columns if self._on_features else ()
+        return self.optional_columns if self._uses_features else ()
 
     @property
-    def _on_features(self) -> bool:
+    def _uses_features(self) -> bool:
         """Whether the predictor was fitted on the two columns."""
         if not self.learned_:
             return False
@@ -107,19 +107,21 @@ class ICPE(ClassDensity):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        on_features = set(self.optional_columns) <= set(train.columns)
-        blocks = blocks_of_outputs if on_features else image_blocks
-        densities = self._densities(train, self.components, self.ridge, blocks, floor=0.0)
-        return Learnt(densities | {"on_features": torch.tensor(on_features)})
+        uses_features = set(self.optional_columns) <= set(train.columns)
+        read_blocks = blocks_of_outputs if uses_features else image_blocks
+        densities = self._fit_densities(
+            train, self.components, self.ridge, read_blocks, relative_ridge=0.0
+        )
+        return Learnt(densities | {"on_features": torch.tensor(uses_features)})
 
     def _score(self, batch: Batch) -> Tensor:
-        image = outputs_before_norm(batch) if self._on_features else float64(batch.image)
+        image = outputs_before_norm(batch) if self._uses_features else float64(batch.image)
         return average_with_zero_shot(batch, self._log_odds(batch, image))
 
 
 def outputs_before_norm(batch: Batch) -> Tensor:
     """Outputs (B, D) of the image encoder before normalisation, float64."""
-    phi, _ = last_layer(batch, "features", "image_projection", batch.image)
+    phi, _ = run_last_layer(batch, "features", "image_projection", batch.image)
     return float64(phi) @ float64(batch.columns["image_projection"]).T
 
 

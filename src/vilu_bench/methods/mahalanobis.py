@@ -12,7 +12,7 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.class_gaussians import (
-    NO_SPREAD,
+    NEGLIGIBLE_VARIANCE,
     class_means,
     scatter_within_classes,
     whitener,
@@ -30,14 +30,14 @@ def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None
     class means were estimated from the same M images. The result is None if no class has two
     different images.
     """
-    scatter_matrix, fourth_powers = scatter_within_classes(train, label, mean)
+    scatter_matrix, fourth_moment = scatter_within_classes(train, label, mean)
     n = len(label)
     n_means = len(label.unique())
-    has_spread = float(scatter_matrix.trace()) > NO_SPREAD * n
+    has_spread = float(scatter_matrix.trace()) > NEGLIGIBLE_VARIANCE * n
     if n == n_means or not has_spread:
         return None
     bias_correction = n / (n - n_means)
-    return ledoit_wolf(scatter_matrix, fourth_powers, n) * bias_correction
+    return ledoit_wolf(scatter_matrix, fourth_moment, n) * bias_correction
 
 
 def spherical_covariance(train: Rows) -> Tensor:
@@ -45,26 +45,26 @@ def spherical_covariance(train: Rows) -> Tensor:
 
     The variance is computed from all images. If this variance is zero, the result is the identity.
     """
-    one_class = torch.zeros_like(train.index)
-    mean, _ = class_means(train, one_class, n_classes=1)
-    scatter_matrix, _ = scatter_within_classes(train, one_class, mean)
+    one_label = torch.zeros_like(train.index)
+    mean, _ = class_means(train, one_label, n_classes=1)
+    scatter_matrix, _ = scatter_within_classes(train, one_label, mean)
     dim = len(scatter_matrix)
-    degrees_of_freedom = max(len(one_class) - 1, 1)
+    degrees_of_freedom = max(len(one_label) - 1, 1)
     variance = float(scatter_matrix.trace()) / (degrees_of_freedom * dim)
-    scale = variance if variance > NO_SPREAD else 1.0
+    scale = variance if variance > NEGLIGIBLE_VARIANCE else 1.0
     return torch.eye(dim, dtype=torch.float64) * scale
 
 
-def ledoit_wolf(scatter_matrix: Tensor, fourth_powers: float, n: int) -> Tensor:
+def ledoit_wolf(scatter_matrix: Tensor, fourth_moment: float, n: int) -> Tensor:
     """Covariance (D, D) shrunk towards a multiple of the identity.
 
     Args:
         scatter_matrix: (D, D) sum of x x^T over the n centred rows x.
-        fourth_powers: Sum of |x|^4 over these rows.
+        fourth_moment: Sum of |x|^4 over these rows.
         n: Number of rows.
 
     The estimate needs the sum of x_a^2 x_b^2 over all rows x and all pairs (a, b) of coordinates.
-    This sum equals ``fourth_powers``, so one pass over the rows is enough.
+    This sum equals ``fourth_moment``, so one pass over the rows is enough.
 
     Source: Ledoit and Wolf, Journal of Multivariate Analysis 2004.
     """
@@ -73,7 +73,7 @@ def ledoit_wolf(scatter_matrix: Tensor, fourth_powers: float, n: int) -> Tensor:
     variance = covariance.trace() / d
     squares = covariance.square().sum()
     dispersion = squares - d * variance**2
-    error = (fourth_powers / n - squares) / n
+    error = (fourth_moment / n - squares) / n
     shrinkage = torch.ones((), dtype=torch.float32)
     if float(dispersion) > 0:
         shrinkage = (error / dispersion).clamp(0, 1)
@@ -136,11 +136,11 @@ class Mahalanobis(ClosedSet):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         label = class_labels(train)
-        learned = gaussian(train, label, train.source.n_candidates)
+        learned = fit_gaussian(train, label, train.source.n_candidates)
         if self.relative:
-            one_class = gaussian(train, torch.zeros_like(label), n_classes=1)
-            learned["global_mean"] = one_class["means"]
-            learned["global_whitener"] = one_class["whitener"]
+            global_gaussian = fit_gaussian(train, torch.zeros_like(label), n_classes=1)
+            learned["global_mean"] = global_gaussian["means"]
+            learned["global_whitener"] = global_gaussian["whitener"]
         return Learnt(learned | {CLASSES: class_texts(train)})
 
     def tensor_names(self) -> tuple[str, ...]:
@@ -190,7 +190,7 @@ class RelativeMahalanobis(Mahalanobis):
     relative: bool = True
 
 
-def gaussian(train: Rows, label: Tensor, n_classes: int) -> dict[str, Tensor]:
+def fit_gaussian(train: Rows, label: Tensor, n_classes: int) -> dict[str, Tensor]:
     """Class means (K, D), and the whitening matrix (D, D) of the covariance around the means."""
     means, _ = class_means(train, label, n_classes)
     covariance = shared_covariance(train, label, means)

@@ -18,7 +18,7 @@ from vilu.predictors.bank.search import (
     AllowedPairs,
     Count,
     class_labels,
-    distance,
+    distance_of_cosine,
     draw_rows,
     nearest_in_bank,
     read_images,
@@ -28,7 +28,7 @@ from vilu.predictors.contract.predictor import CLASSES, FailurePredictor, Learnt
 
 MAX_DISTANCE = 2.0  # largest distance between two unit vectors
 TINY = 1e-6
-"""Is added to distances, and is the smallest value of 1 + cos. So no ratio is 0 / 0."""
+"""This number is added to distances, and 1 + cos is at least this number. So no ratio is 0 / 0."""
 
 
 @dataclasses.dataclass
@@ -54,7 +54,7 @@ class LabelledBank(ClosedSet):
         )
 
     def _choose_images(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """The kept images of ``bank`` (N, D) and the kept classes; by default all."""
+        """The images of ``bank`` (N, D) to keep, and their classes; by default all images."""
         return bank, label
 
 
@@ -98,11 +98,11 @@ class KNNVote(LabelledBank):
     def _score(self, batch: Batch) -> Tensor:
         similarity, index = nearest_in_bank(batch.image, self.learned_["bank"], self.k)
         label = self.tensor("labels", index.device)[index]  # (B, k) classes of the neighbours
-        disagrees = label != self.answer_of(batch)[:, None]
+        is_other_class = label != self.answer_of(batch)[:, None]
         weight = torch.ones_like(similarity)
         if self.weighting == "similarity":
             weight = (1 + similarity).clamp(min=TINY) / 2
-        return (weight * disagrees).sum(dim=1) / weight.sum(dim=1)
+        return (weight * is_other_class).sum(dim=1) / weight.sum(dim=1)
 
 
 @dataclasses.dataclass
@@ -157,7 +157,7 @@ class KNNDistance(FailurePredictor):
     def _score(self, batch: Batch) -> Tensor:
         similarity, _ = nearest_in_bank(batch.image, self.learned_["bank"], self.k)
         farthest_of_k = similarity[:, -1]
-        return distance(farthest_of_k)
+        return distance_of_cosine(farthest_of_k)
 
 
 @dataclasses.dataclass
@@ -272,10 +272,11 @@ class TrustScore(LabelledBank):
         if self.alpha == 0:
             return bank, label
         dense_members = []
-        for c in label.unique():
-            members = (label == c).nonzero().squeeze(1)
+        for class_label in label.unique():
+            members = (label == class_label).nonzero().squeeze(1)
             similarity, _ = nearest_in_bank(bank[members], bank[members], self.k)
-            radius = distance(similarity[:, -1]).double()  # distance to the k-th nearest member
+            # distance of each member to the k-th nearest member
+            radius = distance_of_cosine(similarity[:, -1]).double()
             is_dense = radius <= radius.quantile(1 - self.alpha)
             dense_members.append(members[is_dense])
         dense_rows = torch.cat(dense_members).sort().values
@@ -297,10 +298,10 @@ class TrustScore(LabelledBank):
         distance_to_rival = self._distance(batch.image, is_of_rival)
         return (distance_to_answer + TINY) / (distance_to_rival + TINY)
 
-    def _distance(self, image: Tensor, allowed: AllowedPairs) -> Tensor:
+    def _distance(self, image: Tensor, allowed_pairs: AllowedPairs) -> Tensor:
         """Distance (B,) of each image to the nearest allowed image of the bank."""
         bank = self.learned_["bank"]
-        similarity, index = nearest_in_bank(image, bank, k=1, allowed=allowed)
+        similarity, index = nearest_in_bank(image, bank, k=1, allowed_pairs=allowed_pairs)
         nearest_index = index[:, 0].cpu()
         nearest_image = bank[nearest_index].to(image.device)
         # For near duplicates 2 - 2 cos loses all digits, so the distance is computed from the

@@ -51,9 +51,9 @@ class NetworkPredictor(FailurePredictor):
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
         """The training loss of the network's output (B,)."""
 
-    def _default_epochs(self, steps: int) -> int:
-        """Default number of epochs if an epoch has ``steps`` steps."""
-        return default_epochs(steps)
+    def _default_epochs(self, epoch_steps: int) -> int:
+        """Default number of epochs if an epoch has ``epoch_steps`` steps."""
+        return default_epochs(epoch_steps)
 
     def _learn(
         self,
@@ -75,8 +75,8 @@ def perceptron(widths: list[int], seed: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for n_inputs, n_outputs in itertools.pairwise(widths):
         layers += [linear(n_inputs, n_outputs, generator), nn.LeakyReLU()]
-    without_last_activation = layers[:-1]
-    return nn.Sequential(*without_last_activation)
+    layers_without_last_activation = layers[:-1]
+    return nn.Sequential(*layers_without_last_activation)
 
 
 RANKING_MARGIN = 0.1  # margin of the ranking loss of ``PVU``

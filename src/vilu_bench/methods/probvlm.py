@@ -138,8 +138,8 @@ def dropout_masks(
 
     An entry is 0 with probability ``rate``, else 1 / (1 - rate).
     """
-    draws = torch.rand((2, *size), generator=generator, dtype=torch.float32)
-    masks = (draws >= rate).float() / (1 - rate)
+    uniform_draws = torch.rand((2, *size), generator=generator, dtype=torch.float32)
+    masks = (uniform_draws >= rate).float() / (1 - rate)
     first, second = masks.unbind(dim=0)
     return first, second
 
@@ -240,8 +240,8 @@ class ProbVLM(NetworkPredictor):
         # in training mode the output of the network is the loss of every row
         return output.mean()
 
-    def _default_epochs(self, steps: int) -> int:
-        return small_network_epochs(steps)
+    def _default_epochs(self, epoch_steps: int) -> int:
+        return small_network_epochs(epoch_steps)
 
     def _score(self, batch: Batch) -> Tensor:
         score: Tensor = self.network(batch)
@@ -257,10 +257,10 @@ class PairAdapters(nn.Module):
     def __init__(self, dim: int, settings: ProbVLM) -> None:
         super().__init__()
         self.settings = settings
-        initial_weights = torch.Generator().manual_seed(settings.seed)
-        self.image = ProbabilisticAdapter(dim, settings.width, initial_weights)
-        self.text = ProbabilisticAdapter(dim, settings.width, initial_weights)
-        self.dropout_draws = torch.Generator().manual_seed(settings.seed)
+        weight_generator = torch.Generator().manual_seed(settings.seed)
+        self.image = ProbabilisticAdapter(dim, settings.width, weight_generator)
+        self.text = ProbabilisticAdapter(dim, settings.width, weight_generator)
+        self.mask_generator = torch.Generator().manual_seed(settings.seed)
 
     def forward(self, batch: Batch) -> Tensor:
         """Alignment losses (B,) in training mode, uncertainties (B,) in evaluation mode."""
@@ -291,20 +291,20 @@ class PairAdapters(nn.Module):
             embedding: (B, D) embeddings from which the adapter computes them.
             pair: (2, B, D) the images and the texts.
         """
-        masks = self._masks(len(embedding), self.dropout_draws)
+        masks = self._masks(len(embedding), self.mask_generator)
         distribution: GeneralisedGaussian = adapter(embedding, masks)
         image_loss, text_loss = distribution.nll(times_root_of_width(pair)).mean(dim=-1)
         return image_loss, text_loss
 
     def aleatoric(self, batch: Batch) -> Tensor:
         """Log-variances (B,) of the images' distributions, averaged over the dimensions."""
-        spread: Tensor = self.image(batch.image).log_variance()
-        return spread.mean(dim=-1)
+        log_variance: Tensor = self.image(batch.image).log_variance()
+        return log_variance.mean(dim=-1)
 
     def epistemic(self, batch: Batch) -> Tensor:
         """Variances (B,) of the means over dropout masks, averaged over the dimensions."""
-        draws = torch.Generator().manual_seed(self.settings.seed)
-        first_masks, second_masks = self._masks(self.settings.samples, draws)
+        mask_generator = torch.Generator().manual_seed(self.settings.seed)
+        first_masks, second_masks = self._masks(self.settings.samples, mask_generator)
         samples = zip(first_masks, second_masks, strict=True)
         means = torch.stack([self.image(batch.image, masks).mean for masks in samples])
         return means.var(dim=0).mean(dim=-1)
@@ -327,6 +327,6 @@ class PairAdapters(nn.Module):
             losses.append((texts_under_image + images_under_text).mean(dim=-1))
         return failure_log_odds(-torch.cat(losses, dim=1), batch)
 
-    def _masks(self, n: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _masks(self, n: int, mask_generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """``n`` dropout masks of each of the two hidden layers."""
-        return dropout_masks((n, self.settings.width), self.settings.dropout, draws)
+        return dropout_masks((n, self.settings.width), self.settings.dropout, mask_generator)

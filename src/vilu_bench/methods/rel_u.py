@@ -119,8 +119,8 @@ def best_penalty(moment: Tensor) -> Tensor:
 
     If no entry of ``moment`` off the diagonal is positive, D is constant off the diagonal.
     """
-    positive = (moment + moment.T).relu().fill_diagonal_(0)
-    if not positive.any():
-        positive = torch.ones_like(moment).fill_diagonal_(0)
-    penalty: Tensor = positive / torch.linalg.matrix_norm(positive)
+    positive_part = (moment + moment.T).relu().fill_diagonal_(0)
+    if not positive_part.any():
+        positive_part = torch.ones_like(moment).fill_diagonal_(0)
+    penalty: Tensor = positive_part / torch.linalg.matrix_norm(positive_part)
     return penalty

@@ -108,8 +108,8 @@ class SIRC(FailurePredictor):
         for batch in train.batches(SCORING_BATCH):
             image = float64(batch.to(self.device_).image)
             moment = moment.to(image.device) + image.T @ image
-        ascending: Tensor = torch.linalg.eigh(moment).eigenvectors  # the least moment first
-        return ascending[:, : dim - components].cpu().clone()
+        eigenvectors: Tensor = torch.linalg.eigh(moment).eigenvectors  # the least moment first
+        return eigenvectors[:, : dim - components].cpu().clone()
 
     def tensor_names(self) -> tuple[str, ...]:
         """Names of the fitted tensors; ``complement`` exists only for "residual"."""
@@ -127,11 +127,11 @@ class SIRC(FailurePredictor):
     graph = own_graph  # the score can be exported to ONNX
 
     def _score(self, batch: Batch) -> Tensor:
-        doubt = DOUBT[self.confidence](log_posterior(batch))
-        shift = self.tensor("shift", doubt.device)
-        slope = self.tensor("slope", doubt.device)
+        log_doubt = LOG_DOUBT_FUNCTIONS[self.confidence](log_posterior(batch))
+        shift = self.tensor("shift", log_doubt.device)
+        slope = self.tensor("slope", log_doubt.device)
         untypicality = slope * (shift - self._typicality(batch, self.learned_))
-        return doubt + torch.logaddexp(untypicality, torch.zeros_like(untypicality))
+        return log_doubt + torch.logaddexp(untypicality, torch.zeros_like(untypicality))
 
 
 def log_rest(log_p: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def log_gini(log_p: Tensor) -> Tensor:
     return torch.logsumexp(log_p + torch.log(-torch.expm1(log_p)), dim=-1)
 
 
-DOUBT: dict[str, Callable[[Tensor], Tensor]] = {
+LOG_DOUBT_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "msp": log_rest,
     "entropy": log_entropy,
     "doctor": log_gini,

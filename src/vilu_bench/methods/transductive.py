@@ -110,7 +110,7 @@ class OTTER(AdaptedToImages):
             # logits of classes with a share above 1/K
             step = -(mean * len(mean)).clamp(min=MIN_SHARE).log()
             offset = offset + step
-            if float(step.abs().max()) < CONVERGED_STEP:
+            if float(step.abs().max()) < MAX_CONVERGED_STEP:
                 break
         offset = offset - offset.mean()
         return Learnt({"offset": offset, CLASSES: class_texts(train)})
@@ -124,7 +124,7 @@ class OTTER(AdaptedToImages):
 
 MIN_SHARE = 1e-12
 """The share of a class times K is clipped to this value, so that its logarithm is finite."""
-CONVERGED_STEP = 1e-6
+MAX_CONVERGED_STEP = 1e-6
 """Sinkhorn's algorithm ends after a step with all entries smaller than this number."""
 
 
@@ -187,7 +187,7 @@ class StatA(AdaptedToImages):
     ) -> Learnt:
         rows = self._rows_to_learn_from(train)
         text = class_texts(train)
-        learned = fit_gaussians(
+        gaussians = fit_gaussians(
             image=read_images(rows).double(),
             logits=zero_shot_logits(rows),
             text=text.double(),
@@ -195,7 +195,7 @@ class StatA(AdaptedToImages):
             n_neighbours=self.neighbours,
             passes=self.passes,
         )
-        return Learnt({"mean": learned.mean, "variance": learned.variance, CLASSES: text})
+        return Learnt({"mean": gaussians.mean, "variance": gaussians.variance, CLASSES: text})
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """Log posterior (B, K) float64 of zero-shot logits and Gaussians."""
@@ -288,8 +288,10 @@ def nearest_affinity(image: Tensor, n_neighbours: int) -> Tensor:
     columns = []
     for start in range(0, n, SCORING_BATCH):
         cosine = image[start : start + SCORING_BATCH] @ image.T
-        in_batch = torch.arange(len(cosine))
-        cosine[in_batch, start + in_batch] = -torch.inf  # an image is no neighbour of itself
+        row_in_block = torch.arange(len(cosine))
+        cosine[
+            row_in_block, start + row_in_block
+        ] = -torch.inf  # an image is no neighbour of itself
         top_cosine, top_column = cosine.topk(n_neighbours, dim=1)
         cosines.append(top_cosine.flatten())
         columns.append(top_column.flatten())

@@ -91,15 +91,15 @@ class TrustVLM(ClosedSet):
                 "Embed both with the same second encoder."
             )
         similarity = (features * prototypes[answer]).sum(dim=1)
-        return batch.judged_rivals.doubt + self.weight * (1 - float64(similarity))
+        return batch.judged_rivals.total_probability + self.weight * (1 - float64(similarity))
 
 
-def draw_per_class(label: Tensor, limit: int, seed: int) -> Tensor:
-    """Sorted indices of at most ``limit`` rows of each class, drawn at random."""
+def draw_per_class(label: Tensor, max_rows: int, seed: int) -> Tensor:
+    """Sorted indices of at most ``max_rows`` rows of each class, drawn at random."""
     shuffled = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
     # all rows, sorted by class; the rows of a class stay in random order
     rows_by_class = shuffled[label[shuffled].argsort(stable=True)]
     count = torch.bincount(label)
     first_of_class = count.cumsum(0) - count  # position in ``rows_by_class`` where a class begins
     rank_in_class = torch.arange(len(label)) - first_of_class[label[rows_by_class]]
-    return rows_by_class[rank_in_class < limit].sort().values
+    return rows_by_class[rank_in_class < max_rows].sort().values

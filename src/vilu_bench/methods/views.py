@@ -41,7 +41,7 @@ class Disagreement(FailurePredictor):
     statistic: Statistic = "mean"
 
     def _score(self, batch: Batch) -> Tensor:
-        disagreement = DISAGREEMENT[self.statistic]
+        disagreement = DISAGREEMENT_FUNCTIONS[self.statistic]
         answer = batch.prediction[:, None]
         (column,) = self.columns
         variants = batch.columns[column].unbind(dim=1)
@@ -70,7 +70,7 @@ def has_other_answer(logits: Tensor, answer: Tensor) -> Tensor:
     return float64(logits.argmax(dim=1) != answer.squeeze(1))
 
 
-DISAGREEMENT: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {
+DISAGREEMENT_FUNCTIONS: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": improbability,
     "vote": has_other_answer,
 }

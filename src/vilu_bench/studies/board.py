@@ -11,44 +11,44 @@ import numpy as np
 
 from vilu.metrics.bootstrap import Quantity
 from vilu.metrics.counts import Floats
-from vilu.text import span
+from vilu.text import join_distinct
 from vilu_bench.studies.cells import Cell
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.parts import Names
 from vilu_bench.studies.result import CellResult
 
-Bootstrap = Callable[[Cell], Floats]
-"""Returns the bootstrap values (metrics of ``ranked_by``, B resamples) of a cell that was run."""
+LoadBootstrap = Callable[[Cell], Floats]
+"""Returns the bootstrap values (``ranking_metrics``, B resamples) of a cell that was run."""
 
-Place = tuple[str, str, str]  # method, data set, setting
+MethodCase = tuple[str, str, str]  # method, data set, setting
 
 
 @dataclass(frozen=True)
 class Entrant:
     """A method's results on a data set in a setting, by seed."""
 
-    place: Place
+    method_case: MethodCase
     results: Mapping[int, CellResult]  # by seed; only results with the ranking metric
     run_cells: Mapping[int, Cell]  # for each seed of ``results``, the cell that was run
     refused_seeds: tuple[int, ...]  # the seeds missing in ``results``
     reason: str | None  # why the first refused seed has no result; None if none is refused
-    bootstrap: Bootstrap
-    ranked_by: Names  # metrics with bootstrap values; methods are ranked by the first
+    load_bootstrap: LoadBootstrap
+    ranking_metrics: Names  # metrics with bootstrap values; methods are ranked by the first
 
     @property
     def method(self) -> str:
         """The method's label."""
-        return self.place[0]
+        return self.method_case[0]
 
     @property
     def data(self) -> str:
         """The data set that the method is tested on."""
-        return self.place[1]
+        return self.method_case[1]
 
     @property
-    def merit(self) -> float:
+    def ranking_value(self) -> float:
         """Mean of the ranking metric; 0 if the metric is undefined."""
-        return self.mean(self.ranked_by[0]) or 0.0
+        return self.mean(self.ranking_metrics[0]) or 0.0
 
     @property
     def n_runs(self) -> int:
@@ -60,15 +60,15 @@ class Entrant:
         return _mean_if_known([result.value(metric) for result in self.results.values()])
 
     def quantity(self, metric: str, seeds: Sequence[int] | None = None) -> Quantity:
-        """Mean of a metric of ``ranked_by`` over seeds, by default over all seeds with a result."""
+        """Mean of one of ``ranking_metrics`` over seeds; by default all seeds with a result."""
         if seeds is None:
             seeds = list(self.results)
-        row_of_metric = self.ranked_by.index(metric)
+        row_of_metric = self.ranking_metrics.index(metric)
         values = []
         bootstrap_values = []
         for seed in seeds:
             values.append(self.results[seed].value(metric))
-            bootstrap_values.append(self.bootstrap(self.run_cells[seed])[row_of_metric])
+            bootstrap_values.append(self.load_bootstrap(self.run_cells[seed])[row_of_metric])
         return Quantity.over_seeds(np.array(values, dtype=np.float64), np.stack(bootstrap_values))
 
     def difference_from(self, rival: Entrant, metric: str) -> Quantity | None:
@@ -116,14 +116,14 @@ def row_counts_in_words(
     n: Sequence[int], n_failures: Sequence[int], n_outside: Sequence[int]
 ) -> str:
     """Text with the numbers of answers, wrong answers and pictures of none of the classes."""
-    text = f"{span(n)} answers, {span(n_failures)} wrong"
+    text = f"{join_distinct(n)} answers, {join_distinct(n_failures)} wrong"
     if any(n_outside):
-        text += f", {span(n_outside)} of them for pictures of none of the classes"
+        text += f", {join_distinct(n_outside)} of them for pictures of none of the classes"
     return text
 
 
 @dataclass(frozen=True)
-class Mean:
+class MethodMean:
     """A method in a setting, averaged over one or several data sets."""
 
     parts: tuple[Entrant, ...]  # the method's results on each data set
@@ -133,10 +133,10 @@ class Mean:
         return _mean_if_known([part.mean(metric) for part in self.parts])
 
     def quantity(self, metric: str) -> Quantity:
-        """Mean of a metric of ``ranked_by`` over data sets."""
+        """Mean of a metric of ``ranking_metrics`` over data sets."""
         return Quantity.mean([part.quantity(metric) for part in self.parts])
 
-    def difference_from(self, rival: Mean, metric: str) -> Quantity | None:
+    def difference_from(self, rival: MethodMean, metric: str) -> Quantity | None:
         """This mean minus the rival's mean on the same data sets.
 
         None if the two have no common seed on any of the data sets.
@@ -158,17 +158,17 @@ class Board:
         config: Config,
         cells: Sequence[Cell],
         results: Mapping[Cell, CellResult],
-        bootstrap: Bootstrap,
+        load_bootstrap: LoadBootstrap,
     ) -> None:
         self.config = config
         self.cells = tuple(cells)
         self.results = results
-        self.seeds: dict[Place, frozenset[int]] = {}
-        self.entrants: dict[Place, Entrant] = {}
-        for place, cells_of_place in _cells_by_place(cells).items():
-            self.seeds[place] = frozenset(cell.seed for cell in cells_of_place)
-            self.entrants[place] = _entrant(
-                place, cells_of_place, results, bootstrap, config.ranked_by
+        self.seeds: dict[MethodCase, frozenset[int]] = {}
+        self.entrants: dict[MethodCase, Entrant] = {}
+        for method_case, cells_of_case in _cells_by_method_case(cells).items():
+            self.seeds[method_case] = frozenset(cell.seed for cell in cells_of_case)
+            self.entrants[method_case] = _entrant(
+                method_case, cells_of_case, results, load_bootstrap, config.ranking_metrics
             )
 
     def find(self, method: str, data: str, setting: str) -> Entrant | None:
@@ -188,20 +188,20 @@ class Board:
         return groups
 
 
-def _cells_by_place(cells: Sequence[Cell]) -> dict[Place, list[Cell]]:
+def _cells_by_method_case(cells: Sequence[Cell]) -> dict[MethodCase, list[Cell]]:
     """Cells by method, data set and setting; the cells of a group differ only in the seed."""
-    groups: dict[Place, list[Cell]] = {}
+    groups: dict[MethodCase, list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.method, cell.data, cell.setting), []).append(cell)
     return groups
 
 
 def _entrant(
-    place: Place,
+    method_case: MethodCase,
     cells: Sequence[Cell],
     results: Mapping[Cell, CellResult],
-    bootstrap: Bootstrap,
-    ranked_by: Names,
+    load_bootstrap: LoadBootstrap,
+    ranking_metrics: Names,
 ) -> Entrant:
     """The results of a method on a data set in a setting, from the cells."""
     result_of_seed = {}
@@ -210,21 +210,21 @@ def _entrant(
     reason = None
     for cell in cells:
         result = results[cell.result_cell]
-        if result.value(ranked_by[0]) is not None:
+        if result.value(ranking_metrics[0]) is not None:
             result_of_seed[cell.seed] = result
             run_cells[cell.seed] = cell.result_cell
             continue
         refused_seeds.append(cell.seed)
         if reason is None:
-            reason = _why_no_value(result, ranked_by[0])
+            reason = _why_no_value(result, ranking_metrics[0])
     return Entrant(
-        place=place,
+        method_case=method_case,
         results=result_of_seed,
         run_cells=run_cells,
         refused_seeds=tuple(refused_seeds),
         reason=reason,
-        bootstrap=bootstrap,
-        ranked_by=ranked_by,
+        load_bootstrap=load_bootstrap,
+        ranking_metrics=ranking_metrics,
     )
 
 

@@ -6,7 +6,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vilu_bench.studies.config import Adapt, Config, FromOther, Transfer, Union, Unseen
+from vilu_bench.studies.config import (
+    AdaptSetting,
+    Config,
+    OtherSourceSetting,
+    TransferSetting,
+    UnionSetting,
+    UnseenSetting,
+)
 from vilu_bench.studies.parts import Role
 
 
@@ -37,7 +44,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Origin:
+class FitInputs:
     """All facts that decide the training rows and the candidates of a fit."""
 
     # data sets to fit on; empty: no fit; several: a union with class texts as captions
@@ -57,10 +64,10 @@ class Origin:
     pool_size: int | None = None  # number of captions in a training pool of a union
     unlabelled: bool = False  # whether the fit also gets all training rows without labels
     # the earlier fit whose weights this fit starts from; None: this fit starts from scratch
-    start: Origin | None = None
+    start: FitInputs | None = None
 
     @property
-    def first_fit(self) -> Origin:
+    def first_fit(self) -> FitInputs:
         """``start`` if there is an earlier fit, or else this fit."""
         return self.start or self
 
@@ -75,50 +82,50 @@ class ScoredSet:
     pool_size: int | None = None
     # seed that draws the class halves; None: all classes are taken
     halves_seed: int | None = None
-    division_seed: int | None = None  # seed that divides the rows, as in ``Origin``
+    division_seed: int | None = None  # seed that divides the rows, as in ``FitInputs``
     # whether these rows may be embedded with other preprocessing than the training rows
     across_preprocessing: bool = False
 
 
-def origin_of(config: Config, cell: Cell) -> Origin:
-    """The origin of the training rows of a cell."""
+def fit_inputs_of(config: Config, cell: Cell) -> FitInputs:
+    """The facts that decide the fit of a cell."""
     if not config.class_of(cell.method).needs_fit:
-        return Origin()
+        return FitInputs()
     setting = config.settings[cell.setting]
-    if isinstance(setting, Union):
-        return Origin(
+    if isinstance(setting, UnionSetting):
+        return FitInputs(
             train=setting.of,
             division_seed=_division_seed(config, setting.of, cell.seed),
             across_preprocessing=setting.across_preprocessing,
             pool_size=setting.train_pool_size,
         )
-    own_origin = _own_origin(config, cell)
-    if isinstance(setting, Adapt):
+    own_fit_inputs = _own_fit_inputs(config, cell)
+    if isinstance(setting, AdaptSetting):
         return replace(
-            own_origin,
+            own_fit_inputs,
             across_preprocessing=setting.across_preprocessing,
-            start=Origin((setting.source,)),
+            start=FitInputs((setting.source,)),
         )
-    if isinstance(setting, FromOther):
+    if isinstance(setting, OtherSourceSetting):
         seed = _division_seed(config, setting.sources, cell.seed)
-        return replace(own_origin, train=setting.sources, division_seed=seed)
-    return own_origin
+        return replace(own_fit_inputs, train=setting.sources, division_seed=seed)
+    return own_fit_inputs
 
 
-def _own_origin(config: Config, cell: Cell) -> Origin:
-    """The origin of training rows from the tested data set, within the budget."""
+def _own_fit_inputs(config: Config, cell: Cell) -> FitInputs:
+    """The facts that decide a fit on the tested data set, within the budget."""
     setting = config.settings[cell.setting]
     budget = setting.budget
     if not config.class_of(cell.method).needs_labels:
         budget = "none"
     draws_rows = not isinstance(budget, str)
-    return Origin(
+    return FitInputs(
         train=(cell.data,),
         budget=budget,
         rows_seed=cell.seed if draws_rows else None,
         halves_seed=_halves_seed(config, cell),
         division_seed=_division_seed(config, (cell.data,), cell.seed),
-        unlabelled=config.entries[cell.method].unlabelled,
+        unlabelled=config.method_entries[cell.method].unlabelled,
     )
 
 
@@ -126,7 +133,10 @@ def scored_set_of(config: Config, cell: Cell) -> ScoredSet:
     """The rows that a cell is tested on."""
     setting = config.settings[cell.setting]
     across_preprocessing = False
-    if isinstance(setting, Transfer | Union) and config.class_of(cell.method).needs_fit:
+    if (
+        isinstance(setting, TransferSetting | UnionSetting)
+        and config.class_of(cell.method).needs_fit
+    ):
         across_preprocessing = setting.across_preprocessing
     return ScoredSet(
         data=cell.data,
@@ -140,7 +150,7 @@ def scored_set_of(config: Config, cell: Cell) -> ScoredSet:
 
 def _halves_seed(config: Config, cell: Cell) -> int | None:
     """The cell's seed if the setting draws class halves; else None."""
-    if isinstance(config.settings[cell.setting], Unseen):
+    if isinstance(config.settings[cell.setting], UnseenSetting):
         return cell.seed
     return None
 
@@ -153,17 +163,17 @@ def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None
     return None
 
 
-def plan(config: Config) -> tuple[Cell, ...]:
+def plan_cells(config: Config) -> tuple[Cell, ...]:
     """Every cell, seed by seed. A cell that shares an earlier cell's result refers to that cell."""
     # maps the deciding facts of a result to the first cell with this result
     first_cell: dict[object, Cell] = {}
     cells = []
-    for cell in _grid(config):
-        decided_by = (*fit_key(config, cell), scored_set_of(config, cell))
-        if decided_by in first_cell:
-            cells.append(replace(cell, same_as=first_cell[decided_by]))
+    for cell in _all_cells(config):
+        deciding_facts = (*fit_key(config, cell), scored_set_of(config, cell))
+        if deciding_facts in first_cell:
+            cells.append(replace(cell, same_as=first_cell[deciding_facts]))
         else:
-            first_cell[decided_by] = cell
+            first_cell[deciding_facts] = cell
             cells.append(cell)
     return tuple(cells)
 
@@ -173,13 +183,13 @@ def cells_to_run(cells: Iterable[Cell]) -> list[Cell]:
     return [cell for cell in cells if cell.same_as is None]
 
 
-def fit_key(config: Config, cell: Cell) -> tuple[str, Origin, int | None]:
+def fit_key(config: Config, cell: Cell) -> tuple[str, FitInputs, int | None]:
     """Key of the fit of a cell: method, training rows, and seed.
 
     The seed is None if the scores of the method do not depend on the seed.
     """
     seed = cell.seed if config.depends_on_seed(cell.method) else None
-    return cell.method, origin_of(config, cell), seed
+    return cell.method, fit_inputs_of(config, cell), seed
 
 
 def group_by_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
@@ -190,10 +200,10 @@ def group_by_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
     """
     groups: dict[object, list[Cell]] = {}
     for cell in cells:
-        method, origin, seed = fit_key(config, cell)
+        method, fit_inputs, seed = fit_key(config, cell)
         group_key: object = cell  # a cell without a fit is a separate group
-        if origin.train:
-            group_key = (method, origin.first_fit, seed)
+        if fit_inputs.train:
+            group_key = (method, fit_inputs.first_fit, seed)
         groups.setdefault(group_key, []).append(cell)
     return list(groups.values())
 
@@ -202,13 +212,15 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
     """The parts (data set, role) to read for the cells: keys of a dict, in order of first use."""
     needed: dict[tuple[str, Role], None] = {}
     for cell in cells:
-        origin = origin_of(config, cell)
-        # Without an earlier fit, ``first_fit`` is ``origin``. Then the parts are added twice. The
-        # second time changes nothing.
-        for fit in (origin.first_fit, origin):
+        fit_inputs = fit_inputs_of(config, cell)
+        # Without an earlier fit, ``first_fit`` is ``fit_inputs``. Then the parts are added twice.
+        # The second time changes nothing.
+        for fit in (fit_inputs.first_fit, fit_inputs):
             for data in fit.train:
                 needed[data, "train"] = None
-            if may_select(fit) and isinstance(config.data[fit.train[0]].validation, str):
+            if may_select_on_validation(fit) and isinstance(
+                config.data[fit.train[0]].validation, str
+            ):
                 needed[fit.train[0], "validation"] = None
         scored_set = scored_set_of(config, cell)
         validation = config.data[scored_set.data].validation
@@ -219,17 +231,17 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
     return needed
 
 
-def may_select(origin: Origin) -> bool:
+def may_select_on_validation(fit_inputs: FitInputs) -> bool:
     """Whether a fit may select on validation rows: only a fit on one whole data set may."""
     return (
-        len(origin.train) == 1
-        and origin.budget == "all"
-        and origin.halves_seed is None
-        and origin.pool_size is None
+        len(fit_inputs.train) == 1
+        and fit_inputs.budget == "all"
+        and fit_inputs.halves_seed is None
+        and fit_inputs.pool_size is None
     )
 
 
-def _grid(config: Config) -> list[Cell]:
+def _all_cells(config: Config) -> list[Cell]:
     """Every cell of the benchmark, seed by seed."""
     cells: list[Cell] = []
     for seed in range(config.seeds):
@@ -245,7 +257,7 @@ def _cells_in(config: Config, data: str, setting: str, seed: int) -> Iterator[Ce
     n_seeds = config.settings[setting].seeds
     if n_seeds is not None and seed >= n_seeds:
         return
-    for label, method in config.entries.items():
+    for label, method in config.method_entries.items():
         if not config.is_run_in(label, setting):
             continue
         if method.data is not None and data not in method.data:

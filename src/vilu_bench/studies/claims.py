@@ -11,10 +11,16 @@ import numpy as np
 
 from vilu.metrics.bootstrap import Interval, Quantity
 from vilu.metrics.catalog import METRICS
-from vilu_bench.studies.board import Board, Entrant, Mean
-from vilu_bench.studies.views import AnyClaim, Better, Steeper, Subject, Trend
+from vilu_bench.studies.board import Board, Entrant, MethodMean
+from vilu_bench.studies.views import (
+    AnyClaim,
+    BetterClaim,
+    MethodInSetting,
+    SteeperClaim,
+    TrendClaim,
+)
 
-LEAST_POINTS = 3  # minimum number of points of a trend line to decide a claim
+MIN_TREND_POINTS = 3  # minimum number of points of a trend line to decide a claim
 NO_SEED = "the methods have no seed in common"
 
 Ruling = Literal["holds", "does not hold", "open", "not tested"]
@@ -40,15 +46,15 @@ class Verdict:
 def decide(board: Board, claim: AnyClaim) -> Verdict:
     """Decide a claim by the results of a board."""
     match claim:
-        case Better():
+        case BetterClaim():
             return _decide_better(board, claim)
-        case Trend():
+        case TrendClaim():
             return _decide_trend(board, claim)
-        case Steeper():
+        case SteeperClaim():
             return _decide_steeper(board, claim)
 
 
-def _decide_better(board: Board, claim: Better) -> Verdict:
+def _decide_better(board: Board, claim: BetterClaim) -> Verdict:
     """Decide the claim that a method is better than another method."""
     data = claim.data or tuple(board.config.data)
     metric = METRICS[claim.metric]
@@ -66,7 +72,9 @@ def _decide_better(board: Board, claim: Better) -> Verdict:
     rival_entrants = _entrants(board, claim.than.method, rival_cases)
     if better_entrants is None or rival_entrants is None:
         return _not_tested(claim, number_in_words)
-    difference = Mean(better_entrants).difference_from(Mean(rival_entrants), claim.metric)
+    difference = MethodMean(better_entrants).difference_from(
+        MethodMean(rival_entrants), claim.metric
+    )
     if difference is None:
         return _not_tested(claim, number_in_words, NO_SEED)
     return _verdict(
@@ -77,7 +85,7 @@ def _decide_better(board: Board, claim: Better) -> Verdict:
     )
 
 
-def _decide_trend(board: Board, claim: Trend) -> Verdict:
+def _decide_trend(board: Board, claim: TrendClaim) -> Verdict:
     """Decide the claim that a metric rises or falls along the settings."""
     data = claim.data or tuple(board.config.data)
     number_in_words = (
@@ -92,14 +100,14 @@ def _decide_trend(board: Board, claim: Trend) -> Verdict:
         points = _entrants(board, claim.method, cases)
         if points is None:
             return _not_tested(claim, number_in_words)
-        heights = [point.quantity(claim.metric) for point in points]
-        slopes.append(Quantity.slope(doublings, heights))
+        quantities = [point.quantity(claim.metric) for point in points]
+        slopes.append(Quantity.slope(doublings, quantities))
     slope = Quantity.mean(slopes)
     sign = 1 if claim.metric_goes == "up" else -1
     return _verdict(board, claim, sign * slope, f"{number_in_words}, {_data_in_words(data)}")
 
 
-def _decide_steeper(board: Board, claim: Steeper) -> Verdict:
+def _decide_steeper(board: Board, claim: SteeperClaim) -> Verdict:
     """Decide the claim that a metric rises more with accuracy for one method."""
     data = claim.data or tuple(board.config.data)
     cases = list(itertools.product(data, claim.settings))
@@ -111,8 +119,8 @@ def _decide_steeper(board: Board, claim: Steeper) -> Verdict:
     rival_entrants = _entrants(board, claim.than, cases)
     if steeper_entrants is None or rival_entrants is None:
         return _not_tested(claim, number_in_words)
-    if len(cases) < LEAST_POINTS:
-        return _not_tested(claim, number_in_words, f"a trend line needs {LEAST_POINTS} cases")
+    if len(cases) < MIN_TREND_POINTS:
+        return _not_tested(claim, number_in_words, f"a trend line needs {MIN_TREND_POINTS} cases")
     seeds_of_cases = _common_seeds(steeper_entrants, rival_entrants)
     has_common_seeds = all(len(seeds) > 0 for seeds in seeds_of_cases)
     if not has_common_seeds:
@@ -127,7 +135,7 @@ def _decide_steeper(board: Board, claim: Steeper) -> Verdict:
     )
 
 
-def _sign(claim: Better | Steeper) -> int:
+def _sign(claim: BetterClaim | SteeperClaim) -> int:
     """1 or -1. A difference in favour of the claim, times this factor, is positive."""
     return 1 if METRICS[claim.metric].higher_is_better else -1
 
@@ -154,13 +162,13 @@ def _slope_over_accuracy(
         metric: Name of the metric.
     """
     accuracies = []
-    heights = []
+    quantities = []
     for point, seeds in zip(points, seeds_of_points, strict=True):
         results = {seed: point.results[seed] for seed in sorted(seeds)}
         entrant_on_seeds = replace(point, results=results)
         accuracies.append(entrant_on_seeds.accuracy)
-        heights.append(entrant_on_seeds.quantity(metric))
-    return Quantity.slope(np.array(accuracies), heights)
+        quantities.append(entrant_on_seeds.quantity(metric))
+    return Quantity.slope(np.array(accuracies), quantities)
 
 
 def _verdict(board: Board, claim: AnyClaim, number: Quantity, number_in_words: str) -> Verdict:
@@ -223,7 +231,7 @@ def _entrants(
     return tuple(entrants)
 
 
-def _subject_in_words(board: Board, subject: Subject) -> str:
+def _subject_in_words(board: Board, subject: MethodInSetting) -> str:
     """The method's label, with the setting if the study has several."""
     if len(board.config.settings) == 1:
         return subject.method

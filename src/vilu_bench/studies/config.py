@@ -14,11 +14,11 @@ from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
 from vilu.predictors import PREDICTORS
 from vilu.predictors.contract.catalogue import find_method, method_names
-from vilu.predictors.contract.parameters import build, check_parameters, parameters
+from vilu.predictors.contract.parameters import build_predictor, check_parameters, parameters
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu_bench.studies.parts import (
-    RANKED_ACROSS,
-    RANKED_BY,
+    RANKING_ACROSS_ANSWERS,
+    RANKING_METRICS,
     Count,
     Data,
     Name,
@@ -35,7 +35,7 @@ class Setting(Section):
     # Labels to fit on. An int is a number of labels per class, and a float (such as 0.025) a share
     # of all labels. "all" takes all labels. "none" takes all rows, without the labels.
     budget: int | float | Literal["all", "none"] = "all"
-    # Data sets to test on. By default all; a ``FromOther`` setting leaves out the ``source``.
+    # Data sets to test on. By default all; an ``OtherSourceSetting`` leaves out the ``source``.
     data: Names | None = None
     # which rows to test on; "validation" is for a choice among methods
     test_on: Literal["validation", "test"] = "test"
@@ -66,7 +66,7 @@ class Setting(Section):
         return ()
 
     @property
-    def amount(self) -> str:
+    def budget_text(self) -> str:
         """The budget as text."""
         if self.budget == "all":
             return "all labels"
@@ -82,7 +82,7 @@ class Setting(Section):
         Args:
             fitted_on: Text about the rows to fit on; if "", the budget is named instead.
         """
-        text = fitted_on or self.amount
+        text = fitted_on or self.budget_text
         if self.test_on == "validation":
             text += ", tested on the validation rows"
         if self.pool_size:
@@ -93,13 +93,13 @@ class Setting(Section):
         return self.describe()
 
 
-class Labels(Setting):
+class LabelsSetting(Setting):
     """Setting in which methods are fitted and tested on the same data set."""
 
     kind: Literal["labels"]
 
 
-class FromOther(Setting):
+class OtherSourceSetting(Setting):
     """Setting with a fit on another data set than the tested data set."""
 
     source: str
@@ -113,16 +113,16 @@ class FromOther(Setting):
         return (self.source,)
 
 
-class Transfer(FromOther):
+class TransferSetting(OtherSourceSetting):
     """Setting with a single fit, on another data set than the tested data set."""
 
     kind: Literal["transfer"]
 
     def __str__(self) -> str:
-        return self.describe(f"fitted on {self.source} with {self.amount}")
+        return self.describe(f"fitted on {self.source} with {self.budget_text}")
 
 
-class Adapt(FromOther):
+class AdaptSetting(OtherSourceSetting):
     """Setting with a fit on another data set, then a fit on ``budget`` of the tested data set."""
 
     kind: Literal["adapt"]
@@ -135,11 +135,11 @@ class Adapt(FromOther):
 
     def __str__(self) -> str:
         return self.describe(
-            f"fitted on {self.source} with all labels, then on {self.amount} of its own"
+            f"fitted on {self.source} with all labels, then on {self.budget_text} of its own"
         )
 
 
-class Union(Setting):
+class UnionSetting(Setting):
     """Setting with one fit on several data sets, with class texts as captions (supplement C.6)."""
 
     kind: Literal["union"]
@@ -161,7 +161,7 @@ class Union(Setting):
         )
 
 
-class Unseen(Setting):
+class UnseenSetting(Setting):
     """Setting with a fit on half of the classes, and a test on the remaining half.
 
     The seed draws the halves.
@@ -170,10 +170,13 @@ class Unseen(Setting):
     kind: Literal["unseen"]
 
     def __str__(self) -> str:
-        return self.describe(f"fitted on the other half of the classes with {self.amount}")
+        return self.describe(f"fitted on the other half of the classes with {self.budget_text}")
 
 
-AnySetting = Annotated[Labels | Transfer | Unseen | Adapt | Union, Field(discriminator="kind")]
+AnySetting = Annotated[
+    LabelsSetting | TransferSetting | UnseenSetting | AdaptSetting | UnionSetting,
+    Field(discriminator="kind"),
+]
 
 
 MAX_EPOCHS = 300  # upper bound where ``steps`` sets the epochs; the heads have the same bound
@@ -201,7 +204,7 @@ class Method(Section):
     published: str | None = None  # name of the method in publications
 
 
-class Trained(Section):
+class TrainedDefaults(Section):
     """Defaults of all methods that train a network. The table of a method has precedence."""
 
     seeds: Count | None = None  # number of seeds to run, from seed 0
@@ -227,7 +230,7 @@ class Config(Section):
     all_methods: bool = False
     # labels of deterministic methods; the same as ``deterministic = true`` in the method tables
     deterministic: Names = ()
-    trained: Trained = Trained()  # defaults of all methods that train a network
+    trained: TrainedDefaults = TrainedDefaults()  # defaults of all methods that train a network
     data: Annotated[dict[Name, Data], Field(min_length=1)]
     settings: Annotated[dict[Name, AnySetting], Field(min_length=1)]
     methods: dict[Name, Method] = Field(default_factory=dict)
@@ -235,7 +238,7 @@ class Config(Section):
     views: tuple[AnyView, ...] = ()  # tables and figures to make; by default a ranking
     claims: tuple[AnyClaim, ...] = ()  # claims of a publication to check
     # submitted methods to show beside the study's own methods, by label
-    _guests: dict[str, Method] = PrivateAttr(default_factory=dict)
+    _submitted_methods: dict[str, Method] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -243,13 +246,13 @@ class Config(Section):
         require_known("metric", self.metrics, METRICS)
         if self.judges_adapted_answers:
             self._check_across_answers()
-        if not set(self.ranked_by) <= set(self.metrics):
-            ranking = " and ".join(self.ranked_by)
+        if not set(self.ranking_metrics) <= set(self.metrics):
+            ranking = " and ".join(self.ranking_metrics)
             raise ValueError(f"metrics must name {ranking}, which rank the methods")
         for label in self.methods:
             self._check_method(label)
         require_known("setting (trained)", self.trained.settings or (), self.settings)
-        require_known("method (deterministic)", self.deterministic, self.entries)
+        require_known("method (deterministic)", self.deterministic, self.method_entries)
         for name in self.settings:
             self._check_setting(name)
         return self
@@ -260,9 +263,9 @@ class Config(Section):
         return any(method.params.get("answer") == "adapted" for method in self.methods.values())
 
     @property
-    def ranked_by(self) -> Names:
+    def ranking_metrics(self) -> Names:
         """Metrics with intervals; methods are ranked by the first metric."""
-        return RANKED_ACROSS if self.judges_adapted_answers else RANKED_BY
+        return RANKING_ACROSS_ANSWERS if self.judges_adapted_answers else RANKING_METRICS
 
     @property
     def strata(self) -> str:
@@ -308,16 +311,16 @@ class Config(Section):
         tested_data = [data for data in self.data if self.is_tested_on(name, data)]
         if setting.test_on == "validation":
             self._check_validation(name, tested_data)
-        if isinstance(setting, Union):
+        if isinstance(setting, UnionSetting):
             self._check_union(name)
-        draws_rows_or_classes = isinstance(setting, Unseen | Adapt) or not isinstance(
+        draws_rows_or_classes = isinstance(setting, UnseenSetting | AdaptSetting) or not isinstance(
             setting.budget, str
         )
         if draws_rows_or_classes:
             # Rows and classes are drawn from the tested data sets. But in a transfer or a union
             # the sources are used, because no fit is on the tested data set alone.
             drawn_data: Sequence[str] = tested_data
-            if setting.sources and not isinstance(setting, Adapt):
+            if setting.sources and not isinstance(setting, AdaptSetting):
                 drawn_data = setting.sources
             self._refuse_captions(name, drawn_data)
 
@@ -331,7 +334,7 @@ class Config(Section):
 
     def _check_union(self, setting: str) -> None:
         """Refuse methods that use unlabelled rows in a union of data sets."""
-        for label, method in self.entries.items():
+        for label, method in self.method_entries.items():
             if method.unlabelled and self.is_run_in(label, setting):
                 raise ValueError(
                     f"methods.{label}: unlabelled rows cannot be used in the union {setting}. "
@@ -359,7 +362,7 @@ class Config(Section):
         return self
 
     @cached_property
-    def entries(self) -> dict[str, Method]:
+    def method_entries(self) -> dict[str, Method]:
         """Every method to run, by label, with defaults for values missing in the method's table."""
         methods = self.methods
         if self.all_methods or not methods:
@@ -369,29 +372,29 @@ class Config(Section):
     def entries_of(self, axis: str) -> Mapping[str, Data | Setting | Method]:
         """The methods by label, the data sets by name or the settings by name, as ``axis`` says."""
         if axis == "method":
-            return self.entries | self._guests
+            return self.method_entries | self._submitted_methods
         if axis == "data":
             return self.data
         return self.settings
 
-    def with_guests(self, maker_of_label: Mapping[str, str]) -> Config:
+    def with_submitted_methods(self, maker_of_label: Mapping[str, str]) -> Config:
         """Return a copy with further methods, whose results were submitted.
 
         Args:
             maker_of_label: Maps the label of each submitted method to the distribution and version
                 with the method's code; to "" if vilu has the code.
         """
-        guests = {}
+        submitted_methods = {}
         for label, maker in maker_of_label.items():
-            guests[label] = Method(title=f"{label} ({maker or 'submitted'})")
+            submitted_methods[label] = Method(title=f"{label} ({maker or 'submitted'})")
         config = self.model_copy()
-        config._guests = guests
+        config._submitted_methods = submitted_methods
         return config
 
     @property
-    def guests(self) -> Names:
+    def submitted_methods(self) -> Names:
         """Labels of the submitted methods."""
-        return tuple(self._guests)
+        return tuple(self._submitted_methods)
 
     def _with_defaults(self, label: str, method: Method) -> Method:
         """Return a copy of a method, with missing values from ``deterministic`` and ``trained``."""
@@ -407,9 +410,9 @@ class Config(Section):
                 defaults["steps"] = self.trained.steps
         return method.model_copy(update=defaults)
 
-    def complete(self) -> Config:
+    def with_every_method_named(self) -> Config:
         """Return a copy that names every method, so the installed methods do not matter."""
-        return self.model_copy(update={"methods": self.entries, "all_methods": False})
+        return self.model_copy(update={"methods": self.method_entries, "all_methods": False})
 
     def is_tested_on(self, setting: str, data: str) -> bool:
         """Whether a setting tests on a data set.
@@ -418,13 +421,13 @@ class Config(Section):
         set must not be a source of the setting.
         """
         chosen_setting = self.settings[setting]
-        if data in chosen_setting.sources and not isinstance(chosen_setting, Union):
+        if data in chosen_setting.sources and not isinstance(chosen_setting, UnionSetting):
             return False
         return chosen_setting.data is None or data in chosen_setting.data
 
     def class_of(self, label: str) -> type[FailurePredictor]:
         """The predictor class of a method's label."""
-        return find_method(str(self.entries[label].method))
+        return find_method(str(self.method_entries[label].method))
 
     def is_run_in(self, label: str, setting: str) -> bool:
         """Whether a method runs in a setting.
@@ -436,12 +439,12 @@ class Config(Section):
         needs_labels = cls.needs_fit and cls.needs_labels
         if needs_labels and self.settings[setting].budget == "none":
             return False
-        chosen_settings = self.entries[label].settings
+        chosen_settings = self.method_entries[label].settings
         return chosen_settings is None or setting in chosen_settings
 
     def depends_on_seed(self, label: str) -> bool:
         """Whether scores can differ between seeds on the same training rows."""
-        method = self.entries[label]
+        method = self.method_entries[label]
         if method.deterministic:
             return False
         if "seed" in method.params:  # the method's table fixes the seed
@@ -457,7 +460,7 @@ class Config(Section):
             params["seed"] = seed
         if "device" in names:
             params["device"] = self.device
-        predictor = build(cls, {**params, **self.entries[label].params})
+        predictor = build_predictor(cls, {**params, **self.method_entries[label].params})
         check_parameters(predictor)
         predictor.check_answer()
         if predictor.answer == "given":
@@ -475,7 +478,7 @@ class Config(Section):
 
         None if the method has no ``steps``.
         """
-        steps = self.entries[label].steps
+        steps = self.method_entries[label].steps
         if steps is None:
             return None
         steps_per_epoch = math.ceil(n_train / step_rows)

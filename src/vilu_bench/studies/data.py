@@ -17,27 +17,27 @@ from torch import Tensor
 
 from vilu.artifacts.hashing import digest
 from vilu.callers import warn_caller
-from vilu.embeddings.checks import STATUS, VALID
+from vilu.embeddings.checks import STATUS_NAMES, VALID
 from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.embeddings.two_models import TwoModels
 from vilu.errors import UNKNOWN, DataError, ProvenanceError
-from vilu.predictors.contract.seen import overlap
+from vilu.predictors.contract.seen import find_overlap
 from vilu.scoring.score import source_fingerprint
 from vilu.store.reader import CaptionStore, EmbeddingStore, open_source
 from vilu_bench.studies.cells import (
     Cell,
-    Origin,
+    FitInputs,
     ScoredSet,
-    may_select,
+    fit_inputs_of,
+    may_select_on_validation,
     needed_parts,
-    origin_of,
-    plan,
+    plan_cells,
     scored_set_of,
 )
-from vilu_bench.studies.config import Config, Unseen
+from vilu_bench.studies.config import Config, UnseenSetting
 from vilu_bench.studies.parts import ROLES, Role
 from vilu_bench.studies.stores import Part, evenly_spaced
 
@@ -128,7 +128,7 @@ class Truth:
     reason: tuple[str | None, ...]
 
 
-class Workbench:
+class StudyData:
     """Opens every store once, and selects the training, validation and test rows of a cell.
 
     Args:
@@ -215,7 +215,7 @@ class Workbench:
         if not to_fit:
             return test
         fit = source.take(fit_rows)
-        shared_rows = overlap(test, fit, (f"the test rows of {data}", "its training rows"))
+        shared_rows = find_overlap(test, fit, (f"the test rows of {data}", "its training rows"))
         if not shared_rows:
             return fit
         warn_caller(
@@ -226,13 +226,13 @@ class Workbench:
 
     def check(self) -> None:
         """Raise an error for data sets with parts that do not belong together."""
-        parts = needed_parts(self.config, plan(self.config))
+        parts = needed_parts(self.config, plan_cells(self.config))
         for data in self.config.data:
             roles = [role for role in ROLES if (data, role) in parts]
             if "test" in roles and not self.config.data[data].captions:
                 self._require_labels(data)
             for name, setting in self.config.settings.items():
-                if isinstance(setting, Unseen) and self.config.is_tested_on(name, data):
+                if isinstance(setting, UnseenSetting) and self.config.is_tested_on(name, data):
                     # raises an error if there are too few classes
                     class_halves(self.source(data, "test").n_candidates, seed=0)
             if self.config.data[data].fit_share is not None:
@@ -264,13 +264,13 @@ class Workbench:
             )
         if self.config.data[data].captions:
             return  # folds of a store have no common row: a hash puts every row into a single fold
-        shared_rows = overlap(a, b, (name_a, name_b))
+        shared_rows = find_overlap(a, b, (name_a, name_b))
         if shared_rows is None:
             return
         consequence = "they are scored all the same"
         if role_b == "validation":
             consequence = "a fit leaves them out"
-        shared_rows.unshared(
+        shared_rows.unshared_mask(
             b,
             rows_name=f"{role_b} rows of {data}",
             predicate=f"are in its {role_a} part, too",
@@ -278,54 +278,54 @@ class Workbench:
             consequence=consequence,
         )
 
-    def train_set(self, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
-        """The rows to fit on; ``origin`` must name a data set."""
-        if origin.pool_size is not None:
-            sources = [self._all_training_rows(data, origin) for data in origin.train]
-            if origin.across_preprocessing:
+    def train_set(self, fit_inputs: FitInputs, columns: tuple[str, ...]) -> EmbeddingSource:
+        """The rows to fit on; ``fit_inputs`` must name a data set."""
+        if fit_inputs.pool_size is not None:
+            sources = [self._all_training_rows(data, fit_inputs) for data in fit_inputs.train]
+            if fit_inputs.across_preprocessing:
                 sources = [ignore_preprocessing(source, sources[0].space) for source in sources]
-            return PseudoCaptions(sources, origin.pool_size, origin.train)
-        source = self._all_training_rows(origin.train[0], origin)
-        has_all_classes = origin.halves_seed is None
-        has_all_rows = isinstance(origin.budget, str)  # "all", or "none": all without labels
+            return PseudoCaptions(sources, fit_inputs.pool_size, fit_inputs.train)
+        source = self._all_training_rows(fit_inputs.train[0], fit_inputs)
+        has_all_classes = fit_inputs.halves_seed is None
+        has_all_rows = isinstance(fit_inputs.budget, str)  # "all", or "none": all without labels
         if not (has_all_classes and has_all_rows):
-            source = self._chosen_training_rows(source, origin, columns)
-        if origin.budget == "none":
+            source = self._chosen_training_rows(source, fit_inputs, columns)
+        if fit_inputs.budget == "none":
             return without_labels(source)
         return source
 
-    def _all_training_rows(self, data: str, origin: Origin) -> EmbeddingSource:
+    def _all_training_rows(self, data: str, fit_inputs: FitInputs) -> EmbeddingSource:
         """All training rows of a data set, labels included."""
         return self._fit_or_test_rows(
-            data, origin.division_seed, self.source(data, "train"), to_fit=True
+            data, fit_inputs.division_seed, self.source(data, "train"), to_fit=True
         )
 
-    def unlabelled_set(self, origin: Origin) -> EmbeddingSource | None:
+    def unlabelled_set(self, fit_inputs: FitInputs) -> EmbeddingSource | None:
         """All training rows without labels, if the fit also gets unlabelled rows; else None."""
-        if not origin.unlabelled:
+        if not fit_inputs.unlabelled:
             return None
-        return without_labels(self._all_training_rows(origin.train[0], origin))
+        return without_labels(self._all_training_rows(fit_inputs.train[0], fit_inputs))
 
     def _chosen_training_rows(
-        self, source: EmbeddingSource, origin: Origin, columns: tuple[str, ...]
+        self, source: EmbeddingSource, fit_inputs: FitInputs, columns: tuple[str, ...]
     ) -> EmbeddingSource:
         """The training rows of the classes to fit on, as many as the budget allows."""
         is_valid = source.status == VALID
         target = np.where(is_valid, source.target.numpy(), UNKNOWN)
         # Pictures of none of the classes are all taken, because a budget limits labels per class.
         outside_rows = np.flatnonzero(source.outside.numpy() & is_valid)
-        if origin.halves_seed is None:
-            return source.take(np.union1d(rows_in_budget(target, origin), outside_rows))
-        classes, _ = class_halves(source.n_candidates, origin.halves_seed)
+        if fit_inputs.halves_seed is None:
+            return source.take(np.union1d(rows_in_budget(target, fit_inputs), outside_rows))
+        classes, _ = class_halves(source.n_candidates, fit_inputs.halves_seed)
         # a row of a class of the other half gets no label here, so the row is not drawn
         target_of_half = np.where(np.isin(target, classes), target, UNKNOWN)
-        rows = rows_in_budget(target_of_half, origin)
+        rows = rows_in_budget(target_of_half, fit_inputs)
         return source.take(np.union1d(rows, outside_rows), classes, columns)
 
-    def validation_set(self, origin: Origin) -> EmbeddingSource | None:
+    def validation_set(self, fit_inputs: FitInputs) -> EmbeddingSource | None:
         """The rows that a method selects on; None if it must hold out training rows itself."""
-        data = origin.train[0]
-        if not may_select(origin):
+        data = fit_inputs.train[0]
+        if not may_select_on_validation(fit_inputs):
             return None
         if self.config.data[data].validation is None:
             return None
@@ -340,8 +340,8 @@ class Workbench:
         source = self._test_rows(scored_set, columns)
         if not scored_set.across_preprocessing:
             return source
-        origin = origin_of(self.config, cell)
-        fitted_on = self.source(origin.train[0], "train")
+        fit_inputs = fit_inputs_of(self.config, cell)
+        fitted_on = self.source(fit_inputs.train[0], "train")
         return ignore_preprocessing(source, fitted_on.space)
 
     def _test_rows(self, scored_set: ScoredSet, columns: tuple[str, ...] = ()) -> EmbeddingSource:
@@ -357,11 +357,11 @@ class Workbench:
 
     def candidates(self, cell: Cell) -> tuple[Tensor, Tensor] | None:
         """Texts (K, D) of the training candidates and of the test candidates; None for captions."""
-        origin = origin_of(self.config, cell)
+        fit_inputs = fit_inputs_of(self.config, cell)
         scored_set = scored_set_of(self.config, cell)
-        if origin.pool_size is not None:
+        if fit_inputs.pool_size is not None:
             return None
-        train = self.source(origin.train[0], "train")
+        train = self.source(fit_inputs.train[0], "train")
         test = self.source(scored_set.data, scored_set.role, scored_set.pool_size)
         has_captions = train.pool_size is not None or test.pool_size is not None
         if has_captions:
@@ -421,16 +421,16 @@ def without_labels(source: EmbeddingSource) -> EmbeddingSource:
     return rows
 
 
-def rows_in_budget(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
+def rows_in_budget(target: NDArray[np.int64], fit_inputs: FitInputs) -> NDArray[np.int64]:
     """Indices of the labelled rows to fit on, as many as the budget allows.
 
-    If ``origin`` has no seed for a draw of rows, all labelled rows are returned.
+    If ``fit_inputs`` has no seed for a draw of rows, all labelled rows are returned.
     """
-    if origin.rows_seed is None:
+    if fit_inputs.rows_seed is None:
         return np.flatnonzero(target != UNKNOWN)
-    if isinstance(origin.budget, int):
-        return draw_rows(target, origin.budget, origin.rows_seed)
-    return draw_share(target, float(origin.budget), origin.rows_seed)
+    if isinstance(fit_inputs.budget, int):
+        return draw_rows(target, fit_inputs.budget, fit_inputs.rows_seed)
+    return draw_share(target, float(fit_inputs.budget), fit_inputs.rows_seed)
 
 
 def truth_of(source: EmbeddingSource, rows_hash: str) -> Truth:
@@ -438,7 +438,7 @@ def truth_of(source: EmbeddingSource, rows_hash: str) -> Truth:
     failure = torch.full((len(source),), UNKNOWN)
     for batch in source.batches(SCORING_BATCH):
         failure[batch.index] = batch.failure
-    reason = tuple(None if code == VALID else STATUS[code] for code in source.status)
+    reason = tuple(None if code == VALID else STATUS_NAMES[code] for code in source.status)
     return Truth(rows_hash, failure.numpy(), source.outside.numpy(), reason)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vilu.artifacts.disk import MANIFEST
+from vilu.artifacts.disk import MANIFEST_FILE
 from vilu.artifacts.documents import read_document
 from vilu.backbones.catalog import BACKBONES, NamedBackbone
 from vilu.datasets.base import ShardedDataset
@@ -18,11 +18,18 @@ from vilu.datasets.known import KNOWN, find_known
 from vilu.datasets.known.entry import find_place
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.store.manifest import Manifest
-from vilu.text import aligned
-from vilu_bench.studies.cells import Cell, cells_to_run, group_by_fit, needed_parts, origin_of, plan
+from vilu.text import align_columns
+from vilu_bench.studies.cells import (
+    Cell,
+    cells_to_run,
+    fit_inputs_of,
+    group_by_fit,
+    needed_parts,
+    plan_cells,
+)
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.parts import Data, Role
-from vilu_bench.studies.stores import PACKAGE, Part, is_complete, open_images, store_of
+from vilu_bench.studies.stores import PACKAGE_PREFIX, Part, is_complete, open_images, store_of
 
 COMPACT_WIDTHS = (768, 1280)  # widths of the compact model's embeddings and features
 FLOAT16_BYTES = 2  # size of a stored number (float16)
@@ -60,9 +67,9 @@ class StudyPlan:
         return asdict(self)
 
 
-def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
+def plan_study(config: Config, data: Path, output: Path) -> StudyPlan:
     """Plan a benchmark with the present data and output; nothing is run."""
-    cells = plan(config)
+    cells = plan_cells(config)
     cells_run = cells_to_run(cells)
     parts = []
     for part in needed_parts(config, cells):
@@ -70,7 +77,7 @@ def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
         parts.append(_plan_of_part(part, config.data[name], data, output))
     n_fits = 0
     for group in group_by_fit(config, cells_run):
-        if origin_of(config, group[0]).train:
+        if fit_inputs_of(config, group[0]).train:
             n_fits += 1
     return StudyPlan(
         name=config.name,
@@ -100,7 +107,7 @@ def _plan_of_part(part: Part, entry: Data, data_folder: Path, output: Path) -> P
     try:
         folder = store_of(part, entry, data_folder, output)
         if is_complete(folder):
-            return _plan_of_store(part, entry, read_document(folder / MANIFEST, Manifest))
+            return _plan_of_store(part, entry, read_document(folder / MANIFEST_FILE, Manifest))
         with open_images(entry, role, data_folder) as images:
             if not isinstance(images, ShardedDataset):
                 return _plan_to_embed(part, entry, len(images), counted="listing")
@@ -113,7 +120,7 @@ def _plan_of_part(part: Part, entry: Data, data_folder: Path, output: Path) -> P
 def _has_data_here(entry: Data, data_folder: Path) -> bool:
     """Whether the images or stores of an entry seem to be on this disk."""
     source = entry.source or "."
-    if entry.stores is not None or source.startswith(PACKAGE):
+    if entry.stores is not None or source.startswith(PACKAGE_PREFIX):
         return True
     folder = data_folder / source
     if entry.dataset is None:
@@ -127,7 +134,7 @@ def _has_data_here(entry: Data, data_folder: Path) -> bool:
 def _plan_of_store(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
     """The plan of a part with a complete store."""
     name, _role = part
-    numbers_per_image = sum(math.prod(shape) for shape in manifest.arrays.values())
+    numbers_per_image = sum(math.prod(shape) for shape in manifest.row_shapes.values())
     n_bytes = manifest.n_ok * numbers_per_image * np.dtype(manifest.dtype).itemsize
     return PartPlan(
         data=name,
@@ -221,7 +228,7 @@ def _catalogued_images(entry: Data, role: Role) -> int | None:
     return min(total, limit)
 
 
-def describe(plans: Sequence[StudyPlan]) -> str:
+def describe_plans(plans: Sequence[StudyPlan]) -> str:
     """The plans as text: the embeddings, cells and runs of each study, then the totals."""
     # The keys are data set, part and backbone. So a part that several studies need counts once.
     bytes_of: dict[tuple[str, str, str], int] = {}
@@ -253,7 +260,7 @@ def _describe_study(study: StudyPlan) -> str:
     return "\n".join(
         [
             f"{study.name}: {study.title}",
-            *aligned(rows),
+            *align_columns(rows),
             *problems,
             f"cells: {study.cells} ({cells})",
             f"runs: {study.runs} results from {study.fits} fits",

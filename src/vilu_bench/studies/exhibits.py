@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 from vilu.errors import DataError
 from vilu.metrics.catalog import METRICS
 from vilu.outcomes.outcomes import Outcomes
-from vilu_bench.studies.board import Board, Entrant, Mean
+from vilu_bench.studies.board import Board, Entrant, MethodMean
 from vilu_bench.studies.pivot import (
-    MEAN,
-    Key,
+    DATA_OF_MEAN,
+    NumberKey,
     entrants_by_key,
+    make_table_number,
     means_by_key,
     notes_of,
     published_number,
-    shown_number,
     table_sheet,
     title_of,
 )
-from vilu_bench.studies.ranking import layout, summarise
-from vilu_bench.studies.sheet import Sheet, Shown
+from vilu_bench.studies.ranking import ranking_text, summarise
+from vilu_bench.studies.sheet import Sheet, TableNumber
 from vilu_bench.studies.views import (
     AnyView,
     CurveView,
@@ -60,7 +60,7 @@ def make_exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
         case TableView():
             return Exhibit(view.name, view.title, table_sheet(board, view))
         case RankingView():
-            return Exhibit(view.name, view.title, layout(board.config, summarise(board)))
+            return Exhibit(view.name, view.title, ranking_text(board.config, summarise(board)))
         case GridView():
             body, draw = _grid(board, view)
         case HistogramView():
@@ -74,25 +74,27 @@ def make_exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
 
 def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
     """Table and figure of a curve view."""
-    from vilu.report.figures import curves
+    from vilu.report.figures import draw_curves
 
     points = view.entries_of(board.config, view.x)
 
-    def x_of(key: Key) -> float | None:
+    def x_of(key: NumberKey) -> float | None:
         return points[getattr(key, view.x)].x
 
     panels = _panels(board, view, x_of, panel_field=view.panel, line_field=view.line)
     table_view = view.as_table(rows=(view.panel, view.line), columns=(view.x, "metric"))
     sheet = table_sheet(board, table_view)
-    draw = partial(curves, panels, view.x_label, title=view.title, log=view.log, names=view.ticks)
+    draw = partial(
+        draw_curves, panels, view.x_label, title=view.title, log=view.log, names=view.ticks
+    )
     return sheet, draw
 
 
 def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
     """Table and figure of a scatter view."""
-    from vilu.report.figures import scatter
+    from vilu.report.figures import draw_scatter
 
-    def accuracy(key: Key) -> float | None:
+    def accuracy(key: NumberKey) -> float | None:
         entrant = board.find(key.method, key.data, key.setting)
         if entrant is None:
             return None
@@ -101,22 +103,22 @@ def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
     panels = _panels(board, view, accuracy, panel_field="metric", line_field="method")
     table_view = view.as_table(rows=("data", "setting"), columns=("method", "metric"))
     sheet = table_sheet(board, table_view)
-    return sheet, partial(scatter, panels, "zero-shot accuracy (%)", title=view.title)
+    return sheet, partial(draw_scatter, panels, "zero-shot accuracy (%)", title=view.title)
 
 
 @dataclass(frozen=True)
 class _Point:
     """A result in a figure, with an x coordinate."""
 
-    key: Key
+    key: NumberKey
     x: float
-    mean: Mean
+    mean: MethodMean
 
 
 def _panels(
     board: Board,
     view: CurveView | ScatterView,
-    x_of: Callable[[Key], float | None],
+    x_of: Callable[[NumberKey], float | None],
     panel_field: str,
     line_field: str,
 ) -> list[Panel]:
@@ -156,7 +158,7 @@ def _panels(
 
 def _panel_title(board: Board, view: CurveView | ScatterView, field: str, label: str) -> str:
     """Title of a panel; the title of a mean says how many data sets the mean is over."""
-    if field == "data" and label == MEAN:
+    if field == "data" and label == DATA_OF_MEAN:
         return f"mean of {len(view.mean)} sets"
     return title_of(board.config, field, label)
 
@@ -279,7 +281,7 @@ def _data_grid(board: Board, view: GridView, data: str) -> _DataGrid | None:
 
 def _pair_of(board: Board, view: GridView, label: str) -> ValuePair | None:
     """A method's values of the two parameters; None if the method does not set both."""
-    params = board.config.entries[label].params
+    params = board.config.method_entries[label].params
     row_parameter, column_parameter = view.parameters
     row_value = params.get(row_parameter)
     column_value = params.get(column_parameter)
@@ -303,9 +305,9 @@ def _grid_sheet(
         for pair, method in data_grid.methods.items():
             row = len(rows)  # index of the row added below
             for column, (setting, metric) in enumerate(columns):
-                shown = _grid_cell(board, Key(method, data_grid.data, setting, metric))
-                if shown is not None:
-                    cells[row, column] = shown
+                table_number = _grid_cell(board, NumberKey(method, data_grid.data, setting, metric))
+                if table_number is not None:
+                    cells[row, column] = table_number
             choice = "chosen" if pair == data_grid.best_pair else ""
             rows.append((title_of(config, "data", data_grid.data), *pair, choice))
     column_titles = []
@@ -328,23 +330,23 @@ def _grid_sheet(
     )
 
 
-def _grid_cell(board: Board, key: Key) -> Shown | None:
+def _grid_cell(board: Board, key: NumberKey) -> TableNumber | None:
     """The number of a key; None if the method has no result on the data set in the setting."""
     entrant = board.find(key.method, key.data, key.setting)
     if entrant is None:
         return None
-    return shown_number(board.config, key, Mean((entrant,)))
+    return make_table_number(board.config, key, MethodMean((entrant,)))
 
 
 def _draw_grids(board: Board, view: GridView, data_grids: list[_DataGrid]) -> Figure:
     """Draw two panels for every data set, a panel for each of the view's two settings."""
-    from vilu.report.figures import grids
+    from vilu.report.figures import draw_grids
 
     panels = []
     for data_grid in data_grids:
         for setting in (view.select_on, view.report_on):
             panels.append(_grid_panel(board, view, data_grid, setting))
-    return grids(panels, *view.parameters)
+    return draw_grids(panels, *view.parameters)
 
 
 def _grid_panel(board: Board, view: GridView, data_grid: _DataGrid, setting: str) -> Grid:

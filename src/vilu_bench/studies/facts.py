@@ -13,12 +13,18 @@ from vilu.artifacts.hashing import digest
 from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
 from vilu.predictors.contract.parameters import parameters
-from vilu_bench.studies.cells import Cell, Origin, may_select, origin_of, scored_set_of
+from vilu_bench.studies.cells import (
+    Cell,
+    FitInputs,
+    fit_inputs_of,
+    may_select_on_validation,
+    scored_set_of,
+)
 from vilu_bench.studies.config import MAX_EPOCHS, Config
-from vilu_bench.studies.data import Workbench
+from vilu_bench.studies.data import StudyData
 from vilu_bench.studies.fit import predictor_of
 
-SOURCES = Path(__file__).parents[2]  # folder of the packages vilu and vilu_bench
+SOURCE_FOLDER = Path(__file__).parents[2]  # folder of the packages vilu and vilu_bench
 REGISTRY_MODULES = frozenset({"vilu.predictors", "vilu.registry"})
 """Modules left out of the hash, because they import every method.
 
@@ -117,45 +123,45 @@ def _source_file(module: str) -> Path | None:
         if loaded_from is None:
             return None
         return Path(loaded_from)
-    stem = SOURCES.joinpath(top_package, *submodules)
+    stem = SOURCE_FOLDER.joinpath(top_package, *submodules)
     for path in (stem.with_suffix(".py"), stem / "__init__.py"):
         if path.is_file():
             return path
     return None
 
 
-def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
+def deciding_facts(study_data: StudyData, cell: Cell) -> dict[str, object]:
     """All facts that decide the result of a cell, as plain JSON."""
-    config = bench.config
-    origin = origin_of(config, cell)
+    config = study_data.config
+    fit_inputs = fit_inputs_of(config, cell)
     predictor = predictor_of(config, cell)
     scored_set = scored_set_of(config, cell)
     return {
-        "code": code_of(config, cell),
+        "code": code_hash_of(config, cell),
         "method": predictor.name,
         "parameters": {name: getattr(predictor, name) for name in parameters(predictor)},
-        "steps": config.entries[cell.method].steps,
+        "steps": config.method_entries[cell.method].steps,
         "max_epochs": MAX_EPOCHS,
-        "train": _facts_of_rows(bench, origin) if origin.train else None,
-        "test": bench.fingerprint(scored_set.data, scored_set.role, scored_set.pool_size),
+        "train": _facts_of_rows(study_data, fit_inputs) if fit_inputs.train else None,
+        "test": study_data.fingerprint(scored_set.data, scored_set.role, scored_set.pool_size),
         "halves_seed": scored_set.halves_seed,
-        **_division_facts(bench, scored_set.division_seed, (scored_set.data,)),
+        **_division_facts(study_data, scored_set.division_seed, (scored_set.data,)),
         "across_preprocessing": scored_set.across_preprocessing,
         "metrics": list(config.metrics),
         "resamples": config.resamples,
     }
 
 
-def code_of(config: Config, cell: Cell) -> str:
+def code_hash_of(config: Config, cell: Cell) -> str:
     """Hash of the code that decides the result of a cell.
 
     A result with another hash was made by older code.
     """
-    origin = origin_of(config, cell)
+    fit_inputs = fit_inputs_of(config, cell)
     modules = [*predictor_of(config, cell).modules]
-    if origin.start is not None:
+    if fit_inputs.start is not None:
         modules.append("vilu.predictors.vilu.fine_tuning")
-    if origin.pool_size is not None:
+    if fit_inputs.pool_size is not None:
         modules.append("vilu.embeddings.pairs")
     for name in config.metrics:
         module = _module_of_metric(name)
@@ -172,35 +178,40 @@ def _module_of_metric(name: str) -> str:
     return kernel.__module__
 
 
-def _division_facts(bench: Workbench, seed: int | None, data: Sequence[str]) -> dict[str, object]:
+def _division_facts(
+    study_data: StudyData, seed: int | None, data: Sequence[str]
+) -> dict[str, object]:
     """The facts that decide how the rows of ``data`` are divided into training and test rows.
 
     If ``seed`` is None, the rows are not divided, and there are no facts.
     """
     if seed is None:
         return {}
-    shares = [bench.config.data[name].fit_share for name in data]
+    shares = [study_data.config.data[name].fit_share for name in data]
     return {"fit_share": shares if len(data) > 1 else shares[0], "division_seed": seed}
 
 
-def _facts_of_rows(bench: Workbench, origin: Origin) -> dict[str, object]:
+def _facts_of_rows(study_data: StudyData, fit_inputs: FitInputs) -> dict[str, object]:
     """The facts on the rows of a fit, including the rows of the earlier fit (``start``)."""
     validation = None
-    if may_select(origin) and bench.config.data[origin.train[0]].validation is not None:
-        validation = bench.fingerprint(origin.train[0], "validation")
+    if (
+        may_select_on_validation(fit_inputs)
+        and study_data.config.data[fit_inputs.train[0]].validation is not None
+    ):
+        validation = study_data.fingerprint(fit_inputs.train[0], "validation")
     facts = {
-        "rows": [bench.fingerprint(data, "train") for data in origin.train],
+        "rows": [study_data.fingerprint(data, "train") for data in fit_inputs.train],
         "validation": validation,
-        "budget": origin.budget,
-        "rows_seed": origin.rows_seed,
-        "halves_seed": origin.halves_seed,
-        **_division_facts(bench, origin.division_seed, origin.train),
-        "across_preprocessing": origin.across_preprocessing,
-        "pool_size": origin.pool_size,
+        "budget": fit_inputs.budget,
+        "rows_seed": fit_inputs.rows_seed,
+        "halves_seed": fit_inputs.halves_seed,
+        **_division_facts(study_data, fit_inputs.division_seed, fit_inputs.train),
+        "across_preprocessing": fit_inputs.across_preprocessing,
+        "pool_size": fit_inputs.pool_size,
     }
-    if origin.unlabelled:
+    if fit_inputs.unlabelled:
         facts["unlabelled"] = True
     facts["start"] = None
-    if origin.start is not None:
-        facts["start"] = _facts_of_rows(bench, origin.start)
+    if fit_inputs.start is not None:
+        facts["start"] = _facts_of_rows(study_data, fit_inputs.start)
     return facts

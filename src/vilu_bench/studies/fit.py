@@ -14,11 +14,11 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors.contract.parameters import parameters
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.nn.train import default_batch
-from vilu.predictors.vilu.fine_tuning import initialise
-from vilu_bench.studies.cells import Cell, Origin
+from vilu.predictors.nn.train import default_batch_size
+from vilu.predictors.vilu.fine_tuning import start_from_fitted
+from vilu_bench.studies.cells import Cell, FitInputs
 from vilu_bench.studies.config import Config
-from vilu_bench.studies.data import Workbench, differs_in_preprocessing
+from vilu_bench.studies.data import StudyData, differs_in_preprocessing
 from vilu_bench.studies.result import Refusal
 
 REFUSALS = (UsageError, DataError, ProvenanceError)
@@ -26,11 +26,11 @@ REFUSALS = (UsageError, DataError, ProvenanceError)
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     """The result of a fit: a predictor or a refusal, with the warnings."""
 
-    predictor: FailurePredictor  # fitted, unless ``refused`` is set
-    refused: Refusal | None = None  # why the fit was refused; None if the fit was not refused
+    predictor: FailurePredictor  # fitted, unless ``refusal`` is set
+    refusal: Refusal | None = None  # why the fit was refused; None if the fit was not refused
     n_train: int | None = None  # number of training rows; None if nothing was fitted
     seconds: float | None = None  # time of this fit, without the time of the earlier fit
     warnings: tuple[str, ...] = ()  # warnings of the fit
@@ -44,50 +44,54 @@ def predictor_of(config: Config, cell: Cell) -> FailurePredictor:
     return config.predictor(cell.method, seed)
 
 
-def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]) -> Fitted:
+def fit_cell(
+    study_data: StudyData,
+    cell: Cell,
+    fit_inputs: FitInputs,
+    fit_results: dict[FitInputs, FitResult],
+) -> FitResult:
     """The predictor of a cell, fitted if it needs a fit.
 
-    ``fits`` maps origins to the fits of earlier cells. New fits are added to ``fits``.
+    ``fit_results`` maps the inputs of fits to the results of earlier fits. New results are added.
     """
-    if not origin.train:
-        return Fitted(predictor_of(bench.config, cell))
-    if origin not in fits:
+    if not fit_inputs.train:
+        return FitResult(predictor_of(study_data.config, cell))
+    if fit_inputs not in fit_results:
         earlier_fit = None
-        if origin.start is not None:
-            earlier_fit = fit(bench, cell, origin.start, fits)
-        if earlier_fit is not None and earlier_fit.refused is not None:
-            fits[origin] = earlier_fit  # this fit is refused for the same reason
+        if fit_inputs.start is not None:
+            earlier_fit = fit_cell(study_data, cell, fit_inputs.start, fit_results)
+        if earlier_fit is not None and earlier_fit.refusal is not None:
+            fit_results[fit_inputs] = earlier_fit  # this fit is refused for the same reason
         else:
-            fits[origin] = _fit(bench, cell, origin, earlier_fit)
-    return fits[origin]
+            fit_results[fit_inputs] = _fit_predictor(study_data, cell, fit_inputs, earlier_fit)
+    return fit_results[fit_inputs]
 
 
-def _fit(bench: Workbench, cell: Cell, origin: Origin, earlier_fit: Fitted | None) -> Fitted:
-    """Fit a predictor on the rows of ``origin``.
-
-    The fit starts from the weights of ``earlier_fit``, or from scratch if ``earlier_fit`` is None.
-    """
-    predictor = predictor_of(bench.config, cell)
+def _fit_predictor(
+    study_data: StudyData, cell: Cell, fit_inputs: FitInputs, earlier_fit: FitResult | None
+) -> FitResult:
+    """Fit a predictor on the rows of ``fit_inputs``, from the weights of ``earlier_fit`` if any."""
+    predictor = predictor_of(study_data.config, cell)
     columns = (*predictor.columns, *predictor.optional_columns)
-    refused = None
+    refusal = None
     n_train = None
     start_time = time.perf_counter()
     with collected_warnings() as fit_warnings:
         try:
-            train = bench.train_set(origin, columns)
-            validation = bench.validation_set(origin)
+            train = study_data.train_set(fit_inputs, columns)
+            validation = study_data.validation_set(fit_inputs)
             n_train = len(train)
             start_time = time.perf_counter()  # the time to read the rows does not count
             if earlier_fit is None:
-                predictor = _with_epochs_for_steps(bench.config, cell.method, predictor, train)
+                predictor = _with_epochs_for_steps(study_data.config, cell.method, predictor, train)
             else:
-                predictor = _initialised_from(earlier_fit.predictor, origin, train)
-            predictor.fit(train, validation, unlabelled=bench.unlabelled_set(origin))
+                predictor = _initialised_from(earlier_fit.predictor, fit_inputs, train)
+            predictor.fit(train, validation, unlabelled=study_data.unlabelled_set(fit_inputs))
         except REFUSALS as error:
-            refused = refusal_from(error)
-    return Fitted(
+            refusal = refusal_from(error)
+    return FitResult(
         predictor,
-        refused=refused,
+        refusal=refusal,
         n_train=n_train,
         seconds=time.perf_counter() - start_time,
         warnings=tuple(fit_warnings),
@@ -95,17 +99,17 @@ def _fit(bench: Workbench, cell: Cell, origin: Origin, earlier_fit: Fitted | Non
 
 
 def _initialised_from(
-    fitted_predictor: FailurePredictor, origin: Origin, train: EmbeddingSource
+    fitted_predictor: FailurePredictor, fit_inputs: FitInputs, train: EmbeddingSource
 ) -> FailurePredictor:
     """An unfitted predictor whose training starts from the weights of a fitted predictor."""
-    may_differ = origin.across_preprocessing
+    may_differ = fit_inputs.across_preprocessing
     if may_differ and differs_in_preprocessing(fitted_predictor.space_, train.space):
         # The earlier fit used, for example, a different picture size. A copy of the fitted
         # predictor gets the space of the new training rows, because a predictor refuses rows of
         # another space.
         fitted_predictor = copy.copy(fitted_predictor)
         fitted_predictor.space_ = train.space
-    return initialise(type(fitted_predictor), fitted_predictor)
+    return start_from_fitted(type(fitted_predictor), fitted_predictor)
 
 
 def _with_epochs_for_steps(
@@ -115,11 +119,11 @@ def _with_epochs_for_steps(
 
     If the method has no ``steps``, ``predictor`` is returned unchanged.
     """
-    if config.entries[label].steps is None:
+    if config.method_entries[label].steps is None:
         return predictor
     values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}
     # a training step takes a pool of captions, else the given batch size, else the default
-    step_rows = train.pool_size or values["batch_size"] or default_batch(len(train))
+    step_rows = train.pool_size or values["batch_size"] or default_batch_size(len(train))
     values["epochs"] = config.epochs_for(label, step_rows, len(train))
     return type(predictor)(**values)
 

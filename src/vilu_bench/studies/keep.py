@@ -1,9 +1,9 @@
 """One small file with all data for the tables, figures and claims of finished studies.
 
 The file is a Parquet table with a row for every run cell. The row has the document of the cell and
-the bootstrap values, as whole multiples of ``STEP``. The file has no scores of single rows, and
-only the first ``RESAMPLES`` resamples. The documents of the studies are in the metadata of the
-file.
+the bootstrap values, as whole multiples of ``ROUNDING_STEP``. The file has no scores of single
+rows, and only the first ``RESAMPLES`` resamples. The documents of the studies are in the metadata
+of the file.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ RESAMPLES: Final = 200
 A 95 % interval goes from the fifth smallest to the fifth largest of 200 values.
 """
 
-STEP: Final = 1e-4
+ROUNDING_STEP: Final = 1e-4
 """Bootstrap values are rounded to multiples of this step.
 
 The step is a hundredth of a percentage point. Tables show tenths of a point.
 """
 
-UNDEFINED: Final = 65_535
+UNDEFINED_MULTIPLE: Final = 65_535
 """The whole number that stands for an undefined bootstrap value."""
 
-Steps = NDArray[np.uint16]
-"""Bootstrap values as multiples of ``STEP``, or ``UNDEFINED``."""
+Multiples = NDArray[np.uint16]
+"""Bootstrap values as multiples of ``ROUNDING_STEP``, or ``UNDEFINED_MULTIPLE``."""
 
 STUDY_NAME: Final = TypeAdapter[str](Name)
 """Checks the name of a study."""
 
 
-def keep(run: Path, file: Path, *, overwrite: bool = False) -> int:
+def keep_studies(run: Path, file: Path, *, overwrite: bool = False) -> int:
     """Write the finished studies of a run folder as one file; return the number of cells.
 
     Raises:
@@ -96,21 +96,21 @@ def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
 
     values_of_cells = [_first_resamples(run, result) for result in results]
     shape = np.max([values.shape for values in values_of_cells], axis=0)
-    steps = np.full((len(results), *shape), UNDEFINED, dtype=np.uint16)
+    multiples = np.full((len(results), *shape), UNDEFINED_MULTIPLE, dtype=np.uint16)
     for row, values in enumerate(values_of_cells):
         n_metrics, n_resamples = values.shape
-        steps[row, :n_metrics, :n_resamples] = _to_steps(values)
+        multiples[row, :n_metrics, :n_resamples] = _to_multiples(values)
     # The resamples of a cell differ little. So the first resample is stored, and for every later
     # resample the difference from the first resample. Differences compress better. A negative
-    # difference wraps around in 16 bits, and is undone by the addition in ``_stored_steps``.
-    steps[:, :, 1:] -= steps[:, :, :1]
+    # difference wraps around in 16 bits, and is undone by the addition in ``_stored_multiples``.
+    multiples[:, :, 1:] -= multiples[:, :, :1]
     columns = {
         "document": pa.array([_short_document(result) for result in results]),
         "n_metrics": pa.array([len(values) for values in values_of_cells]),
         "n_resamples": pa.array([values.shape[1] for values in values_of_cells]),
     }
     for metric, resample in np.ndindex(*shape):
-        columns[f"draw_{metric}_{resample}"] = pa.array(steps[:, metric, resample])
+        columns[f"draw_{metric}_{resample}"] = pa.array(multiples[:, metric, resample])
     return columns
 
 
@@ -131,43 +131,45 @@ def _short_document(result: CellResult) -> str:
     return json.dumps(short.model_dump(mode="json"), separators=(",", ":"))
 
 
-def _to_steps(values: Floats) -> Steps:
-    steps = np.rint(np.nan_to_num(values) / STEP).astype(np.uint16)
-    steps[np.isnan(values)] = UNDEFINED
-    return steps
+def _to_multiples(values: Floats) -> Multiples:
+    multiples = np.rint(np.nan_to_num(values) / ROUNDING_STEP).astype(np.uint16)
+    multiples[np.isnan(values)] = UNDEFINED_MULTIPLE
+    return multiples
 
 
-def _to_values(steps: Steps) -> Floats:
-    values: Floats = steps.astype(np.float64) * STEP
-    values[steps == UNDEFINED] = np.nan
+def _to_values(multiples: Multiples) -> Floats:
+    values: Floats = multiples.astype(np.float64) * ROUNDING_STEP
+    values[multiples == UNDEFINED_MULTIPLE] = np.nan
     return values
 
 
-def render_file(
+def render_kept_file(
     file: Path,
     document: Path | None = None,
     title: str = "Results",
     intro: str = "",
     *,
-    first: Path | None = None,
+    preface_file: Path | None = None,
     overwrite: bool = True,
 ) -> list[Rendered]:
-    """Render the studies of a file that ``keep`` wrote.
+    """Render the studies of a file that ``keep_studies`` wrote.
 
     Only the document and the figures of the document are written. The further arguments are as in
     ``render_studies``.
     """
     with TemporaryDirectory() as folder:
         run = Path(folder)
-        restore(file, run)
-        return render_studies(run, document, title, intro, first=first, overwrite=overwrite)
+        restore_run(file, run)
+        return render_studies(
+            run, document, title, intro, preface_file=preface_file, overwrite=overwrite
+        )
 
 
-def restore(file: Path, run: Path) -> None:
-    """Write a run folder from a file that ``keep`` wrote. The cells have no scores of single rows.
+def restore_run(file: Path, run: Path) -> None:
+    """Write a run folder from a file of ``keep_studies``; the cells have no scores of rows.
 
     Raises:
-        DataError: If the file is damaged, or if ``keep`` did not write the file.
+        DataError: If the file is damaged, or if ``keep_studies`` did not write the file.
     """
     table, metadata = read_table(file, ["document"])
     studies = metadata.get("studies")
@@ -182,18 +184,18 @@ def restore(file: Path, run: Path) -> None:
             STUDY_NAME.validate_python(name)  # the study's name becomes the name of a folder
             folder = make_folder(run / STUDIES / name)
             write_json(folder / DOCUMENT, archive.model_dump(mode="json"))
-        steps = _stored_steps(table)
+        multiples = _stored_multiples(table)
         n_metrics = table["n_metrics"].to_pylist()
         n_resamples = table["n_resamples"].to_pylist()
         for row, text in enumerate(table["document"].to_pylist()):
-            _restore_cell(text, steps[row, : n_metrics[row], : n_resamples[row]], run)
+            _restore_cell(text, multiples[row, : n_metrics[row], : n_resamples[row]], run)
     except ValidationError as error:
         raise DataError(f"{file} is damaged: {first_error(error)}. {RUN_AGAIN}.") from error
     except KeyError as error:  # a column is missing
         raise DataError(f"{file} is damaged: it has no column {error}. {RUN_AGAIN}.") from error
 
 
-def _stored_steps(table: pa.Table) -> Steps:
+def _stored_multiples(table: pa.Table) -> Multiples:
     """Bootstrap values (cells, M, B) of a table, in steps."""
     metrics = set()
     resamples = set()
@@ -202,16 +204,18 @@ def _stored_steps(table: pa.Table) -> Steps:
             _, metric, resample = name.split("_")
             metrics.add(int(metric))
             resamples.add(int(resample))
-    steps = np.empty((len(table), len(metrics), len(resamples)), dtype=np.uint16)
+    multiples = np.empty((len(table), len(metrics), len(resamples)), dtype=np.uint16)
     for metric_index, resample_index in np.ndindex(len(metrics), len(resamples)):
         column = table[f"draw_{metric_index}_{resample_index}"]
-        steps[:, metric_index, resample_index] = column.to_numpy()
-    steps[:, :, 1:] += steps[:, :, :1]  # later resamples are stored as differences from the first
-    return steps
+        multiples[:, metric_index, resample_index] = column.to_numpy()
+    multiples[:, :, 1:] += multiples[
+        :, :, :1
+    ]  # later resamples are stored as differences from the first
+    return multiples
 
 
-def _restore_cell(document: str, steps: Steps, run: Path) -> None:
-    """Write the files of a cell: the document, and bootstrap values from ``steps`` (M, B)."""
+def _restore_cell(document: str, multiples: Multiples, run: Path) -> None:
+    """Write the files of a cell: the document, and bootstrap values from ``multiples`` (M, B)."""
     result = CellResult.model_validate_json(document)
     path = run / result.cell.path
     make_folder(path.parent)
@@ -219,7 +223,7 @@ def _restore_cell(document: str, steps: Steps, run: Path) -> None:
     if result.refused is None:
         bootstrap_file = path.with_suffix(BOOTSTRAP)
         with atomic_write(bootstrap_file) as handle:
-            np.save(handle, _to_values(steps), allow_pickle=False)
+            np.save(handle, _to_values(multiples), allow_pickle=False)
         files[BOOTSTRAP] = file_hash(bootstrap_file)
     complete_result = result.model_copy(update={"files": files})
     write_json(path, complete_result.model_dump(mode="json"))

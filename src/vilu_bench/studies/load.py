@@ -10,11 +10,11 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from vilu.backbones.zeroshot import named_templates
+from vilu.backbones.zeroshot import expand_template_names
 from vilu.errors import StorageError, UsageError, did_you_mean
 from vilu.predictors.contract.parameters import parameters
 from vilu.registry import read_toml_text
-from vilu_bench.studies.config import AnySetting, Config, Method, Union
+from vilu_bench.studies.config import AnySetting, Config, Method, UnionSetting
 from vilu_bench.studies.parts import ROLES, Data
 
 CONFIGS: Final = Path(__file__).resolve().parents[1] / "configs"
@@ -23,7 +23,7 @@ CONFIGS: Final = Path(__file__).resolve().parents[1] / "configs"
 The studies in the folder GROUP include the file GROUP.toml.
 """
 
-TABLES = ("data", "settings", "methods")  # tables whose entries ``[use]`` can select
+SELECTABLE_TABLES = ("data", "settings", "methods")  # tables whose entries ``[use]`` can select
 
 
 def load_config(path: Path) -> Config:
@@ -84,7 +84,7 @@ def find_studies(name: Path | str) -> list[Path]:
 
 
 def _read_tables(path: Path) -> dict[str, Any]:
-    """Read a benchmark file, and check that ``TABLES`` are tables in the file."""
+    """Read a benchmark file, and check that ``SELECTABLE_TABLES`` are tables in the file."""
     try:
         content = tomllib.loads(read_toml_text(path))
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -93,7 +93,7 @@ def _read_tables(path: Path) -> dict[str, Any]:
         raise StorageError(f"cannot read {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not TOML: {error}.") from error
-    for table in TABLES:
+    for table in SELECTABLE_TABLES:
         if not isinstance(content.get(table, {}), dict):
             raise UsageError(
                 f"{path}: {table} must be a table, as [{table}.NAME]. "
@@ -112,57 +112,58 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
     used.
     """
     name = content.pop("include", None)
-    use = content.pop("use", {})
+    selections = content.pop("use", {})
     if name is None:
-        if use:
+        if selections:
             raise UsageError(f"{path.name} has [use], and no include to take from.")
         return content
-    _check_include(name, use, path)
+    _check_include(name, selections, path)
     included = _read_tables(path.parent / name)
     merged = included | content
-    for table in TABLES:
+    for table in SELECTABLE_TABLES:
         entries = included.get(table, {})
-        if table in use:
-            entries = _select_entries(entries, use[table], f"{path.name}: {name}", table)
+        if table in selections:
+            entries = _select_entries(entries, selections[table], f"{path.name}: {name}", table)
         merged[table] = entries | content.get(table, {})
         if not merged[table]:
             del merged[table]
     return merged
 
 
-def _check_include(name: object, use: Any, path: Path) -> None:  # noqa: ANN401 - as TOML has it
+def _check_include(name: object, selections: Any, path: Path) -> None:  # noqa: ANN401 - TOML
     """Refuse an invalid ``include``, or an invalid table ``use``."""
-    if not isinstance(name, str) or not _is_table_of_lists(use):
+    if not isinstance(name, str) or not _is_table_of_lists(selections):
         raise UsageError(
             f"{path.name}: include must be the name of a file, "
             'and [use] must hold lists, as data = ["x"].'
         )
-    for table in use:
-        if table not in TABLES:
+    for table in selections:
+        if table not in SELECTABLE_TABLES:
             raise UsageError(
-                f"{path.name}: [use] can choose {', '.join(TABLES)}. Got {table!r} instead."
+                f"{path.name}: [use] can choose {', '.join(SELECTABLE_TABLES)}. "
+                f"Got {table!r} instead."
             )
 
 
-def _is_table_of_lists(use: object) -> bool:
+def _is_table_of_lists(selections: object) -> bool:
     """Whether a value from TOML is a table of lists."""
-    if not isinstance(use, dict):
+    if not isinstance(selections, dict):
         return False
-    return all(isinstance(names, list) for names in use.values())
+    return all(isinstance(names, list) for names in selections.values())
 
 
 def _select_entries(
-    entries: Mapping[str, Any], names: Sequence[object], where: str, table: str
+    entries: Mapping[str, Any], names: Sequence[object], file_names: str, table: str
 ) -> dict[str, Any]:
     """Select the entries ``names`` of an included table.
 
-    ``where`` and ``table`` name the files and the table in errors.
+    ``file_names`` and ``table`` name the files and the table in errors.
     """
     selected = {}
     for name in names:
         if not isinstance(name, str) or name not in entries:
             hint = did_you_mean(str(name), entries) or f" It has: {', '.join(entries)}"
-            raise UsageError(f"{where} has no {name!r} in its {table}.{hint}")
+            raise UsageError(f"{file_names} has no {name!r} in its {table}.{hint}")
         selected[name] = entries[name]
     return selected
 
@@ -172,8 +173,8 @@ def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Con
     try:
         config = Config.model_validate(content)
     except ValidationError as error:
-        raise UsageError(_explain(name, error)) from error
-    for label in config.entries:
+        raise UsageError(_error_message(name, error)) from error
+    for label in config.method_entries:
         try:
             config.predictor(label)
         except UsageError as error:
@@ -181,7 +182,7 @@ def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Con
     return config
 
 
-def _explain(name: str, error: ValidationError) -> str:
+def _error_message(name: str, error: ValidationError) -> str:
     """Message about the first error of pydantic: the file, the keys that lead to it, the reason."""
     first_error, *_ = error.errors(include_url=False, include_context=False)
     # pydantic marks an invalid key by a further step "[key]"
@@ -198,7 +199,7 @@ def _explain(name: str, error: ValidationError) -> str:
     return f"{name}, {'.'.join(steps)}: {reason}"
 
 
-# maximum numbers in a benchmark that ``shrink`` has made small
+# maximum numbers in a benchmark that ``shrink_config`` has made small
 SMOKE_SEEDS = 1
 SMOKE_RESAMPLES = 50
 SMOKE_IMAGES = 120
@@ -208,7 +209,7 @@ SMOKE_EPOCHS = 2
 SMOKE_POOL = 4
 
 
-def shrink(config: Config) -> Config:
+def shrink_config(config: Config) -> Config:
     """A copy with few images, prompts, seeds and epochs.
 
     The copy has the same data sets, settings and methods.
@@ -221,7 +222,7 @@ def shrink(config: Config) -> Config:
         name: _shrink_pools(setting) for name, setting in config.settings.items()
     }
     methods = {}
-    for label, entry in config.entries.items():
+    for label, entry in config.method_entries.items():
         methods[label] = _shrink_epochs(config, label, entry)
     content["methods"] = methods
     content["all_methods"] = False
@@ -243,7 +244,7 @@ def _shrink_data(entry: Data) -> Data:
         "shards": 1,
         "views": min(entry.views, SMOKE_VIEWS),
         "pool_size": min(entry.pool_size, SMOKE_POOL),
-        "prompts": named_templates(entry.prompts)[:SMOKE_PROMPTS],
+        "prompts": expand_template_names(entry.prompts)[:SMOKE_PROMPTS],
     }
     family, _, _ = entry.backbone.partition(":")
     if family == "compact":
@@ -256,7 +257,7 @@ def _shrink_pools(setting: AnySetting) -> AnySetting:
     changes = {}
     if setting.pool_size is not None:
         changes["pool_size"] = min(setting.pool_size, SMOKE_POOL)
-    if isinstance(setting, Union):
+    if isinstance(setting, UnionSetting):
         changes["train_pool_size"] = min(setting.train_pool_size, SMOKE_POOL)
     return setting.model_copy(update=changes)
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from vilu.datasets.known import KNOWN
 from vilu.errors import did_you_mean
-from vilu_bench.known_datasets.shift import KINDS, SEVERITIES
+from vilu_bench.known_datasets.shift import DAMAGE_KINDS, MAX_SEVERITY
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 """Name of a data set, a setting or a method. The name is used in file names."""
@@ -18,19 +18,22 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
-RANKED_BY = ("auroc", "fpr95")  # metrics with intervals; methods are ranked by the first metric
-# These metrics replace ``RANKED_BY`` in a study whose methods judge different answers. AUROC and
-# FPR95 measure how well right and wrong answers are told apart, so they cannot compare such
+RANKING_METRICS = (
+    "auroc",
+    "fpr95",
+)  # metrics with intervals; methods are ranked by the first metric
+# These metrics replace ``RANKING_METRICS`` in a study whose methods judge different answers. AUROC
+# and FPR95 measure how well right and wrong answers are told apart, so they cannot compare such
 # methods.
-RANKED_ACROSS = ("coverage_at_risk_0.05", "aurc")
+RANKING_ACROSS_ANSWERS = ("coverage_at_risk_0.05", "aurc")
 
 
-def require_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
+def require_known(noun: str, names: Iterable[str], known: Collection[str]) -> None:
     """Raise a ValueError for an unknown name, with the nearest known name or all known names."""
     for name in names:
         if name not in known:
             hint = did_you_mean(str(name), known) or f" There are: {', '.join(known)}"
-            raise ValueError(f"there is no {what} {name!r}.{hint}")
+            raise ValueError(f"there is no {noun} {name!r}.{hint}")
 
 
 class Section(BaseModel):
@@ -64,13 +67,13 @@ class Shift(Section):
     """Damage done to every picture before it is embedded (``known_datasets.shift``)."""
 
     # kinds of damage; every picture gets a single kind
-    kinds: Names = tuple(kind for kind in KINDS if kind != "low_resolution")
-    severity: Annotated[int, Field(ge=1, le=SEVERITIES)] = 3
+    kinds: Names = tuple(kind for kind in DAMAGE_KINDS if kind != "low_resolution")
+    severity: Annotated[int, Field(ge=1, le=MAX_SEVERITY)] = 3
 
     @field_validator("kinds")
     @classmethod
     def _check_kinds(cls, kinds: Names) -> Names:
-        require_known("kind of shift", kinds, KINDS)
+        require_known("kind of shift", kinds, DAMAGE_KINDS)
         return kinds
 
 

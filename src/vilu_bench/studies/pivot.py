@@ -9,30 +9,36 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vilu.metrics.catalog import METRICS, not_in_percent
-from vilu.text import short, span
-from vilu_bench.studies.board import Board, Entrant, Mean, distinct_row_counts, row_counts_in_words
+from vilu.text import join_distinct, shorten_line
+from vilu_bench.studies.board import (
+    Board,
+    Entrant,
+    MethodMean,
+    distinct_row_counts,
+    row_counts_in_words,
+)
 from vilu_bench.studies.config import Config
-from vilu_bench.studies.sheet import Sheet, Shown
-from vilu_bench.studies.views import FIELDS, Published, TableView, View, find_published
+from vilu_bench.studies.sheet import Sheet, TableNumber
+from vilu_bench.studies.views import KEY_FIELDS, PublishedNumber, TableView, View, find_published
 
 REASON_LENGTH = 160  # maximum number of characters of a reason in a note
 
 
 def notes_of(
-    board: Board, view: View, numbers: Iterable[Shown], all_entrants: Iterable[Entrant]
+    board: Board, view: View, numbers: Iterable[TableNumber], all_entrants: Iterable[Entrant]
 ) -> tuple[str, ...]:
     """All notes of a table.
 
     ``all_entrants`` may have an entrant several times, once for every metric.
     """
-    entrant_of_place = {entrant.place: entrant for entrant in all_entrants}
-    entrants = list(entrant_of_place.values())
+    entrant_of_case = {entrant.method_case: entrant for entrant in all_entrants}
+    entrants = list(entrant_of_case.values())
     notes = [_interval_note(board.config, view)]
     if any(entrant.results for entrant in entrants):
         notes += [_rows_note(board, entrants), _seeds_note(entrants)]
     notes.append(_conventions_note(view))
-    if not set(view.metrics) <= set(board.config.ranked_by):
-        titles = [METRICS[name].title for name in board.config.ranked_by]
+    if not set(view.metrics) <= set(board.config.ranking_metrics):
+        titles = [METRICS[name].title for name in board.config.ranking_metrics]
         notes.append(f"Intervals and ≈ only for {' and '.join(titles)}.")
     notes += _published_notes(board, entrants, numbers)
     notes += _refusal_notes(entrants)
@@ -62,14 +68,16 @@ def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     """Note on the numbers of test rows by data set; settings with equal numbers share a text."""
     # Maps a data set and the text of the numbers to the settings with these numbers. The settings
     # are the keys of a dict, so that each setting is listed once.
-    settings_of: dict[tuple[str, str], dict[str, None]] = {}
+    settings_by_numbers: dict[tuple[str, str], dict[str, None]] = {}
     for entrant in entrants:
         if entrant.results:
-            _, data, setting = entrant.place
-            settings_of.setdefault((data, _row_numbers_in_words(entrant)), {})[setting] = None
-    n_texts = Counter(data for data, _ in settings_of)
+            _, data, setting = entrant.method_case
+            settings_by_numbers.setdefault((data, _row_numbers_in_words(entrant)), {})[setting] = (
+                None
+            )
+    n_texts = Counter(data for data, _ in settings_by_numbers)
     parts = []
-    for (data, numbers), settings in settings_of.items():
+    for (data, numbers), settings in settings_by_numbers.items():
         title = board.config.data[data].title or data
         if n_texts[data] > 1:
             title += f" ({', '.join(settings)})"
@@ -116,13 +124,13 @@ def _methods_in_words(entrants: Sequence[Entrant], all_entrants: Sequence[Entran
     If a method has further entrants in ``all_entrants``, the data sets and settings follow the
     name of the method in parentheses.
     """
-    cases_of: dict[str, list[str]] = {}
+    cases_of_method: dict[str, list[str]] = {}
     for entrant in entrants:
-        _, data, setting = entrant.place
-        cases_of.setdefault(entrant.method, []).append(f"{data} {setting}")
+        _, data, setting = entrant.method_case
+        cases_of_method.setdefault(entrant.method, []).append(f"{data} {setting}")
     n_entrants = Counter(entrant.method for entrant in all_entrants)
     names = []
-    for method, cases in cases_of.items():
+    for method, cases in cases_of_method.items():
         if len(cases) == n_entrants[method]:
             names.append(method)
         else:
@@ -131,7 +139,7 @@ def _methods_in_words(entrants: Sequence[Entrant], all_entrants: Sequence[Entran
 
 
 def _published_notes(
-    board: Board, entrants: Iterable[Entrant], numbers: Iterable[Shown]
+    board: Board, entrants: Iterable[Entrant], numbers: Iterable[TableNumber]
 ) -> list[str]:
     """Notes on published numbers: sources, and reasons for differences from our numbers."""
     all_published = [number.published for number in numbers if number.published is not None]
@@ -152,50 +160,50 @@ def _published_notes(
 
 
 def _differences_in_words(
-    config: Config, entrants: Iterable[Entrant], all_published: Iterable[Published]
+    config: Config, entrants: Iterable[Entrant], all_published: Iterable[PublishedNumber]
 ) -> list[str]:
     """Texts on the differences between our numbers and the published numbers: model and data."""
     entries = {entrant.data: config.data[entrant.data] for entrant in entrants}
     published_models = dict.fromkeys(published.backbone for published in all_published)
     our_models: dict[str, None] = {}
-    stand_ins = []
+    other_data = []
     for name, entry in entries.items():
         if entry.paper_name and entry.backbone not in published_models:
             our_models[entry.backbone] = None
         if entry.published and entry.published not in {entry.dataset, name}:
-            stand_ins.append(f"{entry.title or name} for {entry.published}")
+            other_data.append(f"{entry.title or name} for {entry.published}")
     differences = []
     if our_models:
         differences.append(
             f"another model ({', '.join(our_models)} for {', '.join(published_models)})"
         )
-    if stand_ins:
-        differences.append(f"other data ({', '.join(stand_ins)})")
+    if other_data:
+        differences.append(f"other data ({', '.join(other_data)})")
     return differences
 
 
 def _refusal_notes(entrants: Sequence[Entrant]) -> list[str]:
     """Make a note for each reason why methods have no result."""
-    refused_for: dict[str, list[Entrant]] = {}
+    entrants_by_reason: dict[str, list[Entrant]] = {}
     for entrant in entrants:
         if entrant.reason is None:
             continue
-        reason = short(entrant.reason, REASON_LENGTH)
+        reason = shorten_line(entrant.reason, REASON_LENGTH)
         if entrant.results:
-            reason += f" (seed {span(entrant.refused_seeds)})"
-        refused_for.setdefault(reason, []).append(entrant)
+            reason += f" (seed {join_distinct(entrant.refused_seeds)})"
+        entrants_by_reason.setdefault(reason, []).append(entrant)
     notes = []
-    for reason, refused in refused_for.items():
-        notes.append(f"No result of {_methods_in_words(refused, entrants)}: {reason}")
+    for reason, refused_entrants in entrants_by_reason.items():
+        notes.append(f"No result of {_methods_in_words(refused_entrants, entrants)}: {reason}")
     return notes
 
 
-MEAN = "mean"  # data set in the key of a mean over several data sets
-ALPHA = 0.05  # two methods with a p-value of at least this are tied
+DATA_OF_MEAN = "mean"  # data set in the key of a mean over several data sets
+SIGNIFICANCE_LEVEL = 0.05  # two methods with a p-value of at least this are tied
 
 
 @dataclass(frozen=True)
-class Key:
+class NumberKey:
     """Identity of a number: the method, data set, setting and metric."""
 
     method: str
@@ -213,7 +221,7 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
     config = board.config
     entrants = entrants_by_key(board, view)
     means = means_by_key(board, view)
-    numbers = {key: shown_number(config, key, mean) for key, mean in means.items()}
+    numbers = {key: make_table_number(config, key, mean) for key, mean in means.items()}
     ranked_numbers = _with_ranks(numbers, means, view.compete)
     rows: dict[tuple[str, ...], int] = {}  # maps the labels of a row to the row index
     columns: dict[tuple[str, ...], int] = {}  # maps the labels of a column to the column index
@@ -235,26 +243,28 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
     )
 
 
-def means_by_key(board: Board, view: View) -> dict[Key, Mean]:
+def means_by_key(board: Board, view: View) -> dict[NumberKey, MethodMean]:
     """The results for a view, by key: single data sets, then means over data sets."""
     entrants = entrants_by_key(board, view)
     means = {}
     if not view.means_only:
         for key, entrant in entrants.items():
-            means[key] = Mean((entrant,))
+            means[key] = MethodMean((entrant,))
     if not view.mean:
         return means
     # the keys of a dict, because several data sets give the same key
-    mean_keys = dict.fromkeys(replace(key, data=MEAN) for key in entrants)
+    mean_keys = dict.fromkeys(replace(key, data=DATA_OF_MEAN) for key in entrants)
     for key in mean_keys:
-        places = [(key.method, data, key.setting) for data in view.mean]
-        has_all_parts = board.entrants.keys() >= set(places)
+        method_cases = [(key.method, data, key.setting) for data in view.mean]
+        has_all_parts = board.entrants.keys() >= set(method_cases)
         if has_all_parts:
-            means[key] = Mean(tuple(board.entrants[place] for place in places))
+            means[key] = MethodMean(
+                tuple(board.entrants[method_case] for method_case in method_cases)
+            )
     return means
 
 
-def entrants_by_key(board: Board, view: View) -> dict[Key, Entrant]:
+def entrants_by_key(board: Board, view: View) -> dict[NumberKey, Entrant]:
     """The entrants of a view by key, in the order of the view; also entrants without a result."""
     config = board.config
     entrants = {}
@@ -266,22 +276,22 @@ def entrants_by_key(board: Board, view: View) -> dict[Key, Entrant]:
     ):
         entrant = board.entrants.get((method, data, setting))
         if entrant is not None:
-            entrants[Key(method, data, setting, metric)] = entrant
+            entrants[NumberKey(method, data, setting, metric)] = entrant
     return entrants
 
 
-def shown_number(config: Config, key: Key, mean: Mean) -> Shown:
+def make_table_number(config: Config, key: NumberKey, mean: MethodMean) -> TableNumber:
     """The number of a key, with the interval and the published number."""
     parts = mean.parts
     published = published_number(config, key, parts)
     for part in parts:
         if not part.results:
-            return Shown(key.metric, None, published=published, why=part.reason)
+            return TableNumber(key.metric, None, published=published, why=part.reason)
     value = mean.mean(key.metric)
     interval = None
-    if value is not None and key.metric in config.ranked_by:
+    if value is not None and key.metric in config.ranking_metrics:
         interval = mean.quantity(key.metric).interval(config.confidence)
-    return Shown(
+    return TableNumber(
         metric=key.metric,
         value=value,
         interval=interval,
@@ -293,7 +303,9 @@ def shown_number(config: Config, key: Key, mean: Mean) -> Shown:
     )
 
 
-def published_number(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Published | None:
+def published_number(
+    config: Config, key: NumberKey, parts: Sequence[Entrant] = ()
+) -> PublishedNumber | None:
     """The published number for a key; None if there is no such number.
 
     A mean over data sets is compared with the published mean over the same number of data sets.
@@ -302,7 +314,7 @@ def published_number(config: Config, key: Key, parts: Sequence[Entrant] = ()) ->
         return None
     if not config.study.published:
         return None
-    if key.data == MEAN:
+    if key.data == DATA_OF_MEAN:
         # the published mean is looked up for the model of the first data set
         entry = config.data[parts[0].data]
         name = _name_of_mean(config, parts)
@@ -331,14 +343,16 @@ def _name_of_mean(config: Config, parts: Sequence[Entrant]) -> str | None:
 
 
 def _with_ranks(
-    numbers: Mapping[Key, Shown], means: Mapping[Key, Mean], competing_fields: Sequence[str]
-) -> dict[Key, Shown]:
+    numbers: Mapping[NumberKey, TableNumber],
+    means: Mapping[NumberKey, MethodMean],
+    competing_fields: Sequence[str],
+) -> dict[NumberKey, TableNumber]:
     """The numbers, with ranks added.
 
     Numbers compete if the keys differ only in ``competing_fields``.
     """
     ranked_numbers = dict(numbers)
-    for keys in _contests(numbers, competing_fields):
+    for keys in _competing_keys(numbers, competing_fields):
         metric = keys[0].metric  # the same for all keys
         sign = -1 if METRICS[metric].higher_is_better else 1
         losses = {key: sign * (numbers[key].value or 0.0) for key in keys}  # the smallest is best
@@ -346,15 +360,19 @@ def _with_ranks(
         best_means = [means[key] for key in keys if losses[key] == distinct_losses[0]]
         for key in keys:
             n_better = distinct_losses.index(losses[key])
-            tied = n_better > 0 and any(_is_tied(means[key], best, metric) for best in best_means)
-            ranked_numbers[key] = replace(numbers[key], rank=_rank(n_better), tied=tied)
+            is_tied = n_better > 0 and any(
+                _is_tied(means[key], best, metric) for best in best_means
+            )
+            ranked_numbers[key] = replace(numbers[key], rank=_rank(n_better), is_tied=is_tied)
     return ranked_numbers
 
 
-def _contests(numbers: Mapping[Key, Shown], competing_fields: Sequence[str]) -> Iterator[list[Key]]:
+def _competing_keys(
+    numbers: Mapping[NumberKey, TableNumber], competing_fields: Sequence[str]
+) -> Iterator[list[NumberKey]]:
     """Yield groups of at least two keys that differ only in ``competing_fields``."""
-    fixed_fields = [field for field in FIELDS if field not in competing_fields]
-    groups: dict[tuple[str, ...], list[Key]] = {}
+    fixed_fields = [field for field in KEY_FIELDS if field not in competing_fields]
+    groups: dict[tuple[str, ...], list[NumberKey]] = {}
     for key, number in numbers.items():
         if number.value is not None:
             groups.setdefault(key.values_of(fixed_fields), []).append(key)
@@ -372,14 +390,14 @@ def _rank(n_better: int) -> Literal["best", "second"] | None:
     return None
 
 
-def _is_tied(mean: Mean, best_mean: Mean, metric: str) -> bool:
+def _is_tied(mean: MethodMean, best_mean: MethodMean, metric: str) -> bool:
     """Whether the paired bootstrap finds no significant difference between two results."""
-    if any(metric not in part.ranked_by for part in mean.parts):  # no bootstrap values
+    if any(metric not in part.ranking_metrics for part in mean.parts):  # no bootstrap values
         return False
     gap = mean.difference_from(best_mean, metric)
     if gap is None:
         return False
-    return gap.p_value() >= ALPHA
+    return gap.p_value() >= SIGNIFICANCE_LEVEL
 
 
 def _titles_of_labels(
@@ -396,6 +414,6 @@ def title_of(config: Config, field: str, label: str) -> str:
     """Title of a method, a data set, a setting or a metric in a table."""
     if field == "metric":
         return METRICS[label].title
-    if field == "data" and label == MEAN:
-        return MEAN
+    if field == "data" and label == DATA_OF_MEAN:
+        return DATA_OF_MEAN
     return config.entries_of(field)[label].title or label

@@ -14,14 +14,14 @@ from vilu.outcomes.results import ResultRow, ResultTable
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.progress import track
 from vilu.scoring.score import score
-from vilu.text import aligned
+from vilu.text import align_columns
 from vilu.validation import require_at_least
 
 logger = logging.getLogger("vilu.bench")
 
 # pool sizes of the published table
 PUBLISHED_SIZES = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-METRICS = ("auroc", "fpr95", "aupr_failure", "augrc", "aurc")
+TABLE_METRICS = ("auroc", "fpr95", "aupr_failure", "augrc", "aurc")
 
 
 def over_pool_sizes(
@@ -65,7 +65,7 @@ def over_pool_sizes(
                     scored = score(predictor, pairs, dataset=f"{dataset}, pool {size}")
                     outcomes.append(replace(scored, method=name, seed=draw))
                     task.advance(1, f"{name}, pool {size}")
-            table += evaluate(outcomes, metrics=METRICS, n_resamples=n_resamples)
+            table += evaluate(outcomes, metrics=TABLE_METRICS, n_resamples=n_resamples)
     return table
 
 
@@ -107,7 +107,7 @@ def size_table(table: ResultTable) -> str:
             fpr95 = row_of[method, dataset, "fpr95"]
             line.append(_cell_text(auroc, fpr95))
         lines.append(line)
-    return "\n".join(aligned(lines))
+    return "\n".join(align_columns(lines))
 
 
 def _cell_text(auroc: ResultRow, fpr95: ResultRow) -> str:

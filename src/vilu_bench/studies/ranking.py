@@ -9,7 +9,7 @@ from statistics import fmean
 from vilu.metrics.bootstrap import Difference, Interval, Quantity
 from vilu.metrics.catalog import METRICS, not_in_percent
 from vilu.outcomes.results import ResultRow, ResultTable
-from vilu.text import NOTHING, aligned, short, span
+from vilu.text import EMPTY_CELL, align_columns, join_distinct, shorten_line
 from vilu_bench.studies.board import Board, Entrant, distinct_row_counts, row_counts_in_words
 from vilu_bench.studies.cells import Cell
 from vilu_bench.studies.config import Config
@@ -19,7 +19,7 @@ REASON_LENGTH = 200  # maximum number of characters of a reason in the text
 
 
 @dataclass(frozen=True)
-class Ranked:
+class RankedMethod:
     """A method's rank and numbers on a data set in a setting."""
 
     method: str
@@ -27,7 +27,7 @@ class Ranked:
     rank: int  # 1 + the number of methods with a higher mean of the ranking metric
     n_runs: int  # number of different results in the mean; 1 if the seed changes nothing
     values: dict[str, float | None]  # mean over seeds by metric; None if undefined
-    # bootstrap intervals over test rows and seeds, by metric of ``Config.ranked_by``
+    # bootstrap intervals over test rows and seeds, by metric of ``Config.ranking_metrics``
     intervals: dict[str, Interval]
     against: str | None  # the best other method; None if there is no other method
     # ranking metric minus the ranking metric of ``against``, paired over common seeds; None if
@@ -61,7 +61,7 @@ class Ranking:
     description: str  # description of the setting
     n: tuple[int, ...]  # the different numbers of test rows
     n_failures: tuple[int, ...]  # the different numbers of wrong answers
-    lines: tuple[Ranked, ...]  # methods with a result
+    lines: tuple[RankedMethod, ...]  # methods with a result
     refused: dict[str, str]  # methods without a result, with the reason
     # Maps a seed to the ranking metric of each method. A seed that was not planned for all methods
     # of ``lines`` is left out.
@@ -78,12 +78,13 @@ class Ranking:
         return content
 
 
+Contest = Mapping[str, float]
+"""Maps each method to its ranking metric, on one data set, in one setting, with one seed."""
+
+
 @dataclass(frozen=True)
 class Standing:
-    """A method's wins and mean rank over all contests.
-
-    A contest compares the ranking metric of methods on one data set, in one setting, with one seed.
-    """
+    """A method's wins and mean rank over all contests (``Contest``)."""
 
     method: str
     # number of contests that the method wins; k tied methods get 1/k each
@@ -114,13 +115,17 @@ class Summary:
 def summarise(board: Board) -> Summary:
     """Summarise the results of a benchmark."""
     blocks = []
-    contests: list[Mapping[str, float]] = []
+    contests: list[Contest] = []
     for (data, setting), entrants in board.blocks().items():
         block = _rank_methods(board, data, setting, entrants)
         blocks.append(block)
         contests += block.contests.values()
-    table = ResultTable(tuple(_result_rows(board)))
-    return Summary(tuple(blocks), standings(contests), len(contests), table)
+    return Summary(
+        blocks=tuple(blocks),
+        standings=standings(contests),
+        n_contests=len(contests),
+        results=ResultTable(tuple(_result_rows(board))),
+    )
 
 
 def _result_rows(board: Board) -> list[ResultRow]:
@@ -138,11 +143,8 @@ def _result_rows(board: Board) -> list[ResultRow]:
     return rows
 
 
-def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
-    """Wins and mean ranks of all methods, sorted by descending wins.
-
-    Each contest maps a method to the ranking metric of the method.
-    """
+def standings(contests: Sequence[Contest]) -> tuple[Standing, ...]:
+    """Wins and mean ranks of all methods, sorted by descending wins."""
     ranks: dict[str, list[float]] = {}
     wins: dict[str, float] = {}
     for contest in contests:
@@ -197,8 +199,8 @@ def _rank_methods(board: Board, data: str, setting: str, entrants: Sequence[Entr
 
 def _best_first(entrant: Entrant) -> tuple[float, float, str]:
     """Sort key: the first metric descending, then the second ascending, then the name."""
-    _, second_metric = entrant.ranked_by
-    return -entrant.merit, entrant.mean(second_metric) or 0.0, entrant.method
+    _, second_metric = entrant.ranking_metrics
+    return -entrant.ranking_value, entrant.mean(second_metric) or 0.0, entrant.method
 
 
 def _contests(board: Board, entrants_with_result: Sequence[Entrant]) -> dict[int, dict[str, float]]:
@@ -206,21 +208,21 @@ def _contests(board: Board, entrants_with_result: Sequence[Entrant]) -> dict[int
     if not entrants_with_result:
         return {}
     seeds = frozenset.intersection(
-        *(board.seeds[entrant.place] for entrant in entrants_with_result)
+        *(board.seeds[entrant.method_case] for entrant in entrants_with_result)
     )
     contests: dict[int, dict[str, float]] = {}
     for seed in sorted(seeds):
         contests[seed] = {}
         for entrant in entrants_with_result:
             if seed in entrant.results:
-                merit = entrant.results[seed].value(entrant.ranked_by[0]) or 0.0
-                contests[seed][entrant.method] = float(merit)
+                ranking_value = entrant.results[seed].value(entrant.ranking_metrics[0]) or 0.0
+                contests[seed][entrant.method] = float(ranking_value)
     return contests
 
 
 def _ranked_method(
     config: Config, entrant: Entrant, entrants_with_result: Sequence[Entrant]
-) -> Ranked:
+) -> RankedMethod:
     """The rank and the numbers of a method.
 
     ``entrants_with_result`` are all methods of the ranking, best first.
@@ -231,17 +233,18 @@ def _ranked_method(
     if rivals:
         against = rivals[0].method
         gap = _difference_or_none(
-            entrant.difference_from(rivals[0], entrant.ranked_by[0]), config.confidence
+            entrant.difference_from(rivals[0], entrant.ranking_metrics[0]), config.confidence
         )
     first_result = next(iter(entrant.results.values()))
-    return Ranked(
+    return RankedMethod(
         method=entrant.method,
         variant=first_result.variant,
         rank=1 + _n_better(entrant, rivals),
         n_runs=entrant.n_runs,
         values={metric: entrant.mean(metric) for metric in config.metrics},
         intervals={
-            name: entrant.quantity(name).interval(config.confidence) for name in config.ranked_by
+            name: entrant.quantity(name).interval(config.confidence)
+            for name in config.ranking_metrics
         },
         against=against,
         gap=gap,
@@ -258,7 +261,7 @@ def _difference_or_none(quantity: Quantity | None, confidence: float) -> Differe
 
 def _n_better(entrant: Entrant, rivals: Iterable[Entrant]) -> int:
     """The number of rivals with a higher mean of the ranking metric."""
-    return sum(rival.merit > entrant.merit for rival in rivals)
+    return sum(rival.ranking_value > entrant.ranking_value for rival in rivals)
 
 
 def _mean_times(timings: Iterable[Timing]) -> tuple[float | None, float | None]:
@@ -286,21 +289,21 @@ def times_table(board: Board, times: Mapping[Cell, Timing]) -> str:
             )
             times_shown = _time_texts(fit_seconds, rows_per_second)
             lines.append([data, setting, entrant.method, *times_shown])
-    return "\n".join(["wall time with one thread:", *aligned(lines)])
+    return "\n".join(["wall time with one thread:", *align_columns(lines)])
 
 
 def _time_texts(fit_seconds: float | None, rows_per_second: float | None) -> list[str]:
     """Texts of a time and a speed."""
     return [
-        NOTHING if fit_seconds is None else f"{fit_seconds:.2f}",
-        NOTHING if rows_per_second is None else f"{rows_per_second:,.0f}",
+        EMPTY_CELL if fit_seconds is None else f"{fit_seconds:.2f}",
+        EMPTY_CELL if rows_per_second is None else f"{rows_per_second:,.0f}",
     ]
 
 
-def layout(config: Config, summary: Summary) -> str:
+def ranking_text(config: Config, summary: Summary) -> str:
     """A summary as text: tables by data set and setting, the standings, and notes."""
     parts = [_block_text(config, block) for block in summary.blocks]
-    parts.append(_standings_table(summary, config.ranked_by[0]))
+    parts.append(_standings_table(summary, config.ranking_metrics[0]))
     parts.append("\n".join(_notes(config)))
     return "\n\n".join(parts)
 
@@ -312,10 +315,10 @@ def _block_text(config: Config, block: Ranking) -> str:
     if block.lines:
         numbers = row_counts_in_words(block.n, block.n_failures, block.n_outside)
         lines = [f"{title}: {numbers}", *_block_table(config, block)]
-    methods_of: dict[str, list[str]] = {}  # methods without a result, by reason
+    methods_of_reason: dict[str, list[str]] = {}  # methods without a result, by reason
     for method, reason in block.refused.items():
-        methods_of.setdefault(short(reason, REASON_LENGTH), []).append(method)
-    for reason, methods in methods_of.items():
+        methods_of_reason.setdefault(shorten_line(reason, REASON_LENGTH), []).append(method)
+    for reason, methods in methods_of_reason.items():
         lines.append(f"no result: {', '.join(methods)}: {reason}")
     return "\n".join(lines)
 
@@ -326,21 +329,21 @@ def _block_table(config: Config, block: Ranking) -> list[str]:
     heading = ["#", "method", "runs"]
     for name in config.metrics:
         title = METRICS[name].title
-        heading.append(f"{title} {percent}" if name in config.ranked_by else title)
+        heading.append(f"{title} {percent}" if name in config.ranking_metrics else title)
     heading += ["best other", f"difference {percent}", "p"]
     rows = [_table_row(config, line) for line in block.lines]
-    return aligned([heading, *rows])
+    return align_columns([heading, *rows])
 
 
-def _table_row(config: Config, line: Ranked) -> list[str]:
+def _table_row(config: Config, line: RankedMethod) -> list[str]:
     """The cells of a method in the table of a ranking."""
     runs = str(line.n_runs)
     if line.refused_seeds:
-        runs += f" (not {span(line.refused_seeds)})"
+        runs += f" (not {join_distinct(line.refused_seeds)})"
     cells = [str(line.rank), line.method + line.variant, runs]
     for name in config.metrics:
         cells.append(_value_text(name, line.values[name], line.intervals.get(name)))
-    cells.append(line.against or NOTHING)
+    cells.append(line.against or EMPTY_CELL)
     cells += _gap_texts(line.gap)
     return cells
 
@@ -348,7 +351,7 @@ def _table_row(config: Config, line: Ranked) -> list[str]:
 def _gap_texts(gap: Difference | None) -> list[str]:
     """Texts of the difference from the best other method in percent, and of the p-value."""
     if gap is None:
-        return [NOTHING, NOTHING]
+        return [EMPTY_CELL, EMPTY_CELL]
     interval = f"[{100 * gap.ci_low:+.2f}, {100 * gap.ci_high:+.2f}]"
     return [f"{100 * gap.difference:+.2f} {interval}", f"{gap.p_value:.3g}"]
 
@@ -356,7 +359,7 @@ def _gap_texts(gap: Difference | None) -> list[str]:
 def _value_text(name: str, value: float | None, interval: Interval | None = None) -> str:
     """Text of a value, with the interval if there is an interval."""
     if value is None:
-        return NOTHING
+        return EMPTY_CELL
     metric = METRICS[name]
     number = metric.show(value)
     if interval is None:
@@ -367,10 +370,10 @@ def _value_text(name: str, value: float | None, interval: Interval | None = None
 def _standings_table(summary: Summary, metric: str) -> str:
     """Table of wins and mean ranks, with the mean of ``metric`` on every data set and setting."""
     heading = ["method", "wins", "mean rank", "contests"]
-    merits = []  # for every block, a dict from each method to the ranking metric
+    values_of_blocks = []  # for every block, a dict from each method to the ranking metric
     for block in summary.blocks:
         heading.append(f"{block.data}/{block.setting}")
-        merits.append({line.method: line.values[metric] for line in block.lines})
+        values_of_blocks.append({line.method: line.values[metric] for line in block.lines})
     rows = [heading]
     for standing in summary.standings:
         row = [
@@ -379,18 +382,18 @@ def _standings_table(summary: Summary, metric: str) -> str:
             f"{standing.mean_rank:.1f}",
             f"{standing.contests} of {summary.n_contests}",
         ]
-        for merit in merits:
-            row.append(_value_text(metric, merit.get(standing.method)))
+        for value_of_method in values_of_blocks:
+            row.append(_value_text(metric, value_of_method.get(standing.method)))
         rows.append(row)
     title = f"all contests (data set × setting × seed), and mean {METRICS[metric].title}:"
-    return "\n".join([title, *aligned(rows)])
+    return "\n".join([title, *align_columns(rows)])
 
 
 def _notes(config: Config) -> list[str]:
     """Notes below all tables."""
     metrics = [METRICS[name] for name in config.metrics]
     unit = f"in percent{not_in_percent(metrics)}"
-    ranking_metric = METRICS[config.ranked_by[0]].title
+    ranking_metric = METRICS[config.ranking_metrics[0]].title
     return [
         f"{unit}; brackets: {100 * config.confidence:g} % bootstrap over test rows "
         f"({config.strata}) and seeds, {config.resamples} resamples",
@@ -400,5 +403,5 @@ def _notes(config: Config) -> list[str]:
         f"wins: highest {ranking_metric} of a contest, shared by ties; "
         "a contest is a seed that every method of a table was to run",
         *(f"{metric.title}: {metric.convention}" for metric in metrics),
-        f"{NOTHING}: undefined, or the method was refused",
+        f"{EMPTY_CELL}: undefined, or the method was refused",
     ]

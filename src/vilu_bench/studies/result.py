@@ -15,13 +15,13 @@ from vilu.artifacts.disk import atomic_write, convert_os_errors, file_hash, make
 from vilu.artifacts.documents import SCHEMA_VERSION, first_error, read_json, read_log, write_json
 from vilu.artifacts.tables import write_table
 from vilu.errors import DataError
-from vilu.metrics.bootstrap import SortedScores, resampled, resampled_across
+from vilu.metrics.bootstrap import SortedScores, values_on_resamples, values_without_strata
 from vilu.metrics.catalog import METRICS
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultRow, ResultTable
 from vilu_bench.studies.cells import Cell
-from vilu_bench.studies.parts import RANKED_BY, Name, Names, Section
+from vilu_bench.studies.parts import RANKING_METRICS, Name, Names, Section
 
 logger = logging.getLogger("vilu.bench")
 
@@ -135,12 +135,14 @@ def load_times(root: Path, cells: Iterable[Cell]) -> dict[Cell, Timing]:
     """Wall times of cells, from the last line of each cell in the log of the run folder."""
     times: dict[Cell, Timing] = {}
     cell_of_path = {cell.path.as_posix(): cell for cell in cells}
-    for line in read_log(root):
-        cell = cell_of_path.get(str(line.pop("cell", None)))
+    for facts in read_log(root):
+        timing_facts = dict(facts)
+        cell_path = timing_facts.pop("cell", None)
+        cell = cell_of_path.get(str(cell_path))
         if cell is not None:
             # a line with different content is skipped: a log does not follow a fixed schema
             with suppress(ValidationError):
-                times[cell] = Timing.model_validate(line)
+                times[cell] = Timing.model_validate(timing_facts)
     return times
 
 
@@ -152,10 +154,10 @@ def load_bootstrap(root: Path, cell: Cell) -> Floats:
     return values
 
 
-def resampled_metrics(
+def bootstrap_metrics(
     uncertainty: Floats, failure: Ints, n_resamples: int, rows_hash: str
 ) -> Floats:
-    """Values (M, B) of the metrics ``RANKED_BY`` on B resamples of the test rows.
+    """Values (M, B) of the metrics ``RANKING_METRICS`` on B resamples of the test rows.
 
     ``rows_hash`` is the hexadecimal hash of the test rows. This hash seeds the resampling. So all
     cells with the same test rows have the same resamples, for any method and training seed,
@@ -163,20 +165,20 @@ def resampled_metrics(
     from the test rows.
     """
     scores = SortedScores(uncertainty, failure == 1)
-    kernels = {name: METRICS[name].kernel for name in RANKED_BY}
-    values = resampled(kernels, scores, n_resamples, int(rows_hash, 16))
-    return np.stack([values[name] for name in RANKED_BY])
+    kernels = {name: METRICS[name].kernel for name in RANKING_METRICS}
+    values = values_on_resamples(kernels, scores, n_resamples, int(rows_hash, 16))
+    return np.stack([values[name] for name in RANKING_METRICS])
 
 
-def resampled_across_answers(
+def bootstrap_across_answers(
     uncertainty: Floats, failure: Ints, n_resamples: int, rows_hash: str, metrics: Names
 ) -> Floats:
     """Values (M, B) of metrics on B resamples, where methods judge different answers.
 
-    The resamples are as in ``resampled_metrics``, but without strata of right and wrong rows. Such
+    The resamples are as in ``bootstrap_metrics``, but without strata of right and wrong rows. Such
     strata do not fit all methods: each method judges different answers, and different rows are
     wrong for each method.
     """
     kernels = {name: METRICS[name].kernel for name in metrics}
-    values = resampled_across(kernels, uncertainty, failure, n_resamples, int(rows_hash, 16))
+    values = values_without_strata(kernels, uncertainty, failure, n_resamples, int(rows_hash, 16))
     return np.stack([values[name] for name in metrics])

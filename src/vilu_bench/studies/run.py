@@ -20,7 +20,7 @@ from typing import Literal, Self, cast
 
 import torch
 
-from vilu.artifacts.disk import LOCK, convert_os_errors, is_leftover, locked, make_folder
+from vilu.artifacts.disk import LOCK_FILE, convert_os_errors, is_leftover, locked, make_folder
 from vilu.artifacts.documents import append_to_log
 from vilu.artifacts.hashing import digest
 from vilu.embeddings.similarity import nearest_rows
@@ -30,7 +30,7 @@ from vilu.metrics.counts import Floats
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.process import keep_freed_memory
-from vilu.progress import Silence, reporting, track
+from vilu.progress import SilentProgress, reporting, track
 from vilu.registry import load_plugin, plugins
 from vilu.scoring.score import score
 from vilu.store.executors.local import end_with_driver
@@ -38,21 +38,21 @@ from vilu.validation import require_at_least
 from vilu_bench.studies.board import Board
 from vilu_bench.studies.cells import (
     Cell,
-    Origin,
+    FitInputs,
     cells_to_run,
+    fit_inputs_of,
     group_by_fit,
     needed_parts,
-    origin_of,
-    plan,
+    plan_cells,
 )
 from vilu_bench.studies.config import Config
-from vilu_bench.studies.data import Truth, Workbench
-from vilu_bench.studies.facts import decided_by
+from vilu_bench.studies.data import StudyData, Truth
+from vilu_bench.studies.facts import deciding_facts
 from vilu_bench.studies.fit import (
     REFUSALS,
-    Fitted,
+    FitResult,
     collected_warnings,
-    fit,
+    fit_cell,
     predictor_of,
     refusal_from,
 )
@@ -60,42 +60,44 @@ from vilu_bench.studies.result import (
     CellResult,
     Refusal,
     Timing,
+    bootstrap_across_answers,
+    bootstrap_metrics,
     load_bootstrap,
     load_result,
-    resampled_across_answers,
-    resampled_metrics,
 )
 from vilu_bench.studies.stores import Part, find_second_stores, make_stores, require_stores
 
 logger = logging.getLogger("vilu.bench")
 
 
-def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[Cell]:
+def run_group(study_data: StudyData, cells: Sequence[Cell], root: Path) -> Iterator[Cell]:
     """Fit, score and evaluate cells with a common fit, and write the results.
 
     If a method refuses a cell, the refusal is written as the result. Every cell is yielded after
     the result is written.
     """
-    fits: dict[Origin, Fitted] = {}
+    fit_results: dict[FitInputs, FitResult] = {}
     for cell in cells:
-        with named_in_errors(cell), one_thread(), reporting(Silence()):
-            refused = refuse_other_classes(bench, cell)
-            if refused is not None:
-                fitted = Fitted(predictor_of(bench.config, cell), refused)
+        with cell_named_in_errors(cell), limit_to_one_thread(), reporting(SilentProgress()):
+            refusal = refuse_other_classes(study_data, cell)
+            if refusal is not None:
+                fit_result = FitResult(predictor_of(study_data.config, cell), refusal)
             else:
-                fitted = fit(bench, cell, origin_of(bench.config, cell), fits)
-            write_result(bench, cell, fitted, root)
+                fit_result = fit_cell(
+                    study_data, cell, fit_inputs_of(study_data.config, cell), fit_results
+                )
+            write_result(study_data, cell, fit_result, root)
         yield cell
 
 
-def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
+def refuse_other_classes(study_data: StudyData, cell: Cell) -> Refusal | None:
     """Return a refusal if a closed-set method meets unknown candidates, or else None.
 
     Without this check, the method would refuse the candidates only after an expensive fit.
     """
-    if not bench.config.class_of(cell.method).closed_set:
+    if not study_data.config.class_of(cell.method).closed_set:
         return None
-    candidates = bench.candidates(cell)
+    candidates = study_data.candidates(cell)
     if candidates is None:
         return None
     train_texts, test_texts = candidates
@@ -119,33 +121,33 @@ def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
     )
 
 
-def write_result(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
+def write_result(study_data: StudyData, cell: Cell, fit_result: FitResult, root: Path) -> None:
     """Score and evaluate the test rows of a cell, and write the result."""
-    result = _without_metrics(bench, cell, fitted)
+    result = _without_metrics(study_data, cell, fit_result)
     if result.refused is not None:
         result.save(root)
         return
-    truth = bench.truth(cell)
+    truth = study_data.truth(cell)
     with collected_warnings() as score_warnings:
         try:
-            outcomes, timing = score_test_rows(bench, cell, fitted, truth)
-            rows = evaluate(outcomes, metrics=bench.config.metrics, n_resamples=0).rows
+            outcomes, timing = score_test_rows(study_data, cell, fit_result, truth)
+            rows = evaluate(outcomes, metrics=study_data.config.metrics, n_resamples=0).rows
         except REFUSALS as error:
             result.model_copy(update={"refused": refusal_from(error)}).save(root)
             return
-    bootstrap = _bootstrap_values(bench, outcomes, truth)
+    bootstrap = _bootstrap_values(study_data, outcomes, truth)
     measured_fields = {
         "results": rows,
-        "variant": fitted.predictor.label.removeprefix(fitted.predictor.name),
-        "warnings": (*fitted.warnings, *score_warnings),
+        "variant": fit_result.predictor.label.removeprefix(fit_result.predictor.name),
+        "warnings": (*fit_result.warnings, *score_warnings),
     }
     append_to_log(root, cell=cell.path.as_posix(), **timing.model_dump())
     result.model_copy(update=measured_fields).save(root, outcomes, bootstrap)
 
 
-def _without_metrics(bench: Workbench, cell: Cell, fitted: Fitted) -> CellResult:
+def _without_metrics(study_data: StudyData, cell: Cell, fit_result: FitResult) -> CellResult:
     """The result of a cell, with the fields that are known before the test rows are scored."""
-    facts = decided_by(bench, cell)
+    facts = deciding_facts(study_data, cell)
     return CellResult(
         fingerprint=digest(facts),
         decided_by=facts,
@@ -153,32 +155,32 @@ def _without_metrics(bench: Workbench, cell: Cell, fitted: Fitted) -> CellResult
         data=cell.data,
         setting=cell.setting,
         seed=cell.seed,
-        test_rows=bench.truth(cell).rows_hash,
-        n_train=fitted.n_train,
-        refused=fitted.refused,
-        warnings=fitted.warnings,
+        test_rows=study_data.truth(cell).rows_hash,
+        n_train=fit_result.n_train,
+        refused=fit_result.refusal,
+        warnings=fit_result.warnings,
     )
 
 
-def _bootstrap_values(bench: Workbench, outcomes: Outcomes, truth: Truth) -> Floats:
+def _bootstrap_values(study_data: StudyData, outcomes: Outcomes, truth: Truth) -> Floats:
     """Bootstrap values (M, B) over the rows with a known truth and a score."""
-    config = bench.config
+    config = study_data.config
     rows = outcomes.evaluable
     uncertainty = outcomes.uncertainty[rows]
     failure = outcomes.failure[rows]
     if config.judges_adapted_answers:
-        return resampled_across_answers(
-            uncertainty, failure, config.resamples, truth.rows_hash, config.ranked_by
+        return bootstrap_across_answers(
+            uncertainty, failure, config.resamples, truth.rows_hash, config.ranking_metrics
         )
-    return resampled_metrics(uncertainty, failure, config.resamples, truth.rows_hash)
+    return bootstrap_metrics(uncertainty, failure, config.resamples, truth.rows_hash)
 
 
 def score_test_rows(
-    bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth
+    study_data: StudyData, cell: Cell, fit_result: FitResult, truth: Truth
 ) -> tuple[Outcomes, Timing]:
     """Score a cell's test rows, and return the outcomes and the wall times."""
-    predictor = fitted.predictor
-    test = bench.test_set(cell, (*predictor.columns, *predictor.optional_columns))
+    predictor = fit_result.predictor
+    test = study_data.test_set(cell, (*predictor.columns, *predictor.optional_columns))
     start_time = time.perf_counter()
     uncertainty = predictor.predict_uncertainty(test)
     seconds = time.perf_counter() - start_time
@@ -198,14 +200,14 @@ def score_test_rows(
         is_probability=predictor.is_probability,
     )
     return outcomes, Timing(
-        fit_seconds=fitted.seconds,
+        fit_seconds=fit_result.seconds,
         score_seconds=seconds,
         rows_per_second=len(test) / max(seconds, 1e-9),
     )
 
 
 @contextmanager
-def named_in_errors(cell: Cell) -> Iterator[None]:
+def cell_named_in_errors(cell: Cell) -> Iterator[None]:
     """A block in which an error names the cell, in a note of the exception and in the log."""
     try:
         yield
@@ -216,7 +218,9 @@ def named_in_errors(cell: Cell) -> Iterator[None]:
         raise
 
 
-def one_thread(user_api: Literal["openmp", "blas"] = "openmp") -> AbstractContextManager[object]:
+def limit_to_one_thread(
+    user_api: Literal["openmp", "blas"] = "openmp",
+) -> AbstractContextManager[object]:
     """Limit torch ("openmp") or BLAS ("blas") to one thread within a block.
 
     With this limit, results do not depend on the number of cores or jobs. Torch follows the OpenMP
@@ -233,11 +237,11 @@ def one_thread(user_api: Literal["openmp", "blas"] = "openmp") -> AbstractContex
     return cast("AbstractContextManager[object]", threadpool_limits(1, user_api=user_api))
 
 
-Opening = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
-"""Arguments of a ``Workbench``: the benchmark, the stores, and stores of second models."""
+StudyDataArguments = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
+"""Arguments of a ``StudyData``: the benchmark, the stores, and stores of second models."""
 
 
-class Crew:
+class CellRunner:
     """Runs the cells of several benchmarks, benchmark by benchmark, in ``jobs`` processes.
 
     With a single job, the cells run in this process. With more jobs, worker processes start with
@@ -245,19 +249,19 @@ class Crew:
     workers are terminated at once.
     """
 
-    def __init__(self, benches: Sequence[Workbench], jobs: int) -> None:
-        self._benches = benches
+    def __init__(self, data_of_studies: Sequence[StudyData], jobs: int) -> None:
+        self._data_of_studies = data_of_studies
         self._pool = None
         self._children_before = set(multiprocessing.active_children())
         if jobs > 1:
             # a fork would copy the locks of torch's threads
             context = multiprocessing.get_context("spawn")
-            openings: list[Opening] = []
-            for bench in benches:
-                folders = dict(bench.folders)
-                openings.append((bench.config, folders, dict(bench.second_folders)))
+            data_arguments: list[StudyDataArguments] = []
+            for study_data in data_of_studies:
+                folders = dict(study_data.folders)
+                data_arguments.append((study_data.config, folders, dict(study_data.second_folders)))
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                jobs, context, _start_worker, (plugins(), openings)
+                jobs, context, _start_worker, (plugins(), data_arguments)
             )
 
     def __enter__(self) -> Self:
@@ -273,28 +277,28 @@ class Crew:
                 worker.terminate()
                 worker.join()
 
-    def run(self, bench_index: int, groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[Cell]:
+    def run(self, study_index: int, groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[Cell]:
         """Run groups of cells with a common fit; yield every cell after writing the file.
 
-        ``bench_index`` is the index of the cells' benchmark in ``benches``.
+        ``study_index`` is the index of the cells' benchmark in ``data_of_studies``.
         """
         if self._pool is None:
             for cells in groups:
-                yield from run_group(self._benches[bench_index], cells, root)
+                yield from run_group(self._data_of_studies[study_index], cells, root)
             return
-        futures = [self._pool.submit(_run_in_worker, bench_index, cells, root) for cells in groups]
+        futures = [self._pool.submit(_run_in_worker, study_index, cells, root) for cells in groups]
         for future in concurrent.futures.as_completed(futures):
             yield from future.result()
 
 
 def run_cells(
-    crew: Crew, bench_index: int, groups: Sequence[Sequence[Cell]], root: Path, n_done: int
+    runner: CellRunner, study_index: int, groups: Sequence[Sequence[Cell]], root: Path, n_done: int
 ) -> None:
     """Run cells, write the files and show progress. An interruption loses no finished cell.
 
     Args:
-        crew: Runs the cells.
-        bench_index: Index of the benchmark in the crew.
+        runner: Runs the cells.
+        study_index: Index of the benchmark in the crew.
         groups: Groups of cells with a common fit.
         root: The run folder.
         n_done: Number of cells finished before.
@@ -303,46 +307,46 @@ def run_cells(
     n_cells = sum(map(len, groups))
     with track("benchmark", n_done + n_cells, "cells") as task:
         task.advance(n_done)
-        for n_run_cells, cell in enumerate(crew.run(bench_index, groups, root), start=1):
+        for n_run_cells, cell in enumerate(runner.run(study_index, groups, root), start=1):
             seconds_per_cell = (time.monotonic() - started) / n_run_cells
             time_left = timedelta(seconds=round(seconds_per_cell * (n_cells - n_run_cells)))
             task.advance(1, f"{60 / seconds_per_cell:.0f} a minute, {time_left} left; {cell}")
 
 
 # globals of a worker process
-_openings: list[Opening] = []  # an opening for each benchmark of the crew
-_open_bench: dict[int, Workbench] = {}  # at most one open workbench, by the benchmark's index
+_data_arguments: list[StudyDataArguments] = []  # an opening for each benchmark of the crew
+_open_study_data: dict[int, StudyData] = {}  # at most one open workbench, by the benchmark's index
 
 
-def _start_worker(modules: Sequence[str], openings: list[Opening]) -> None:
-    """Set up a worker process: load the plugins ``modules``, and store ``openings``."""
+def _start_worker(modules: Sequence[str], data_arguments: list[StudyDataArguments]) -> None:
+    """Set up a worker process: load the plugins ``modules``, and store ``data_arguments``."""
     for module in modules:
         load_plugin(module)
-    one_thread("blas")  # without a block, to keep the limit until the process ends
+    limit_to_one_thread("blas")  # without a block, to keep the limit until the process ends
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent process ends the workers
     # this process ends as soon as the parent process has ended
     threading.Thread(target=end_with_driver, daemon=True).start()
-    _openings[:] = openings
+    _data_arguments[:] = data_arguments
 
 
-def _run_in_worker(bench_index: int, cells: Sequence[Cell], root: Path) -> list[Cell]:
+def _run_in_worker(study_index: int, cells: Sequence[Cell], root: Path) -> list[Cell]:
     """Run cells of the benchmark with this index, and return the cells."""
-    if bench_index not in _open_bench:
-        _open_bench.clear()  # benchmarks run in sequence, so a single open workbench is enough
-        _open_bench[bench_index] = Workbench(*_openings[bench_index])
-    return list(run_group(_open_bench[bench_index], cells, root))
+    if study_index not in _open_study_data:
+        _open_study_data.clear()  # benchmarks run in sequence, so a single open workbench is enough
+        _open_study_data[study_index] = StudyData(*_data_arguments[study_index])
+    return list(run_group(_open_study_data[study_index], cells, root))
 
 
 @dataclass(frozen=True)
-class Share:
+class CellShare:
     """A share of the cells, to run on one of several machines."""
 
     index: int = 0  # index of the share, from 0
     n_shares: int = 1  # number of all shares
 
     @classmethod
-    def parse(cls, text: str) -> Share:
+    def parse(cls, text: str) -> CellShare:
         """Parse the text ``I/N`` of a share, with I from 1 to N."""
         if re.fullmatch("[0-9]+/[0-9]+", text) is None:
             raise UsageError(f"--shard takes I/N, such as 1/4. Got {text!r} instead.")
@@ -357,8 +361,8 @@ class Share:
     def lock(self) -> str:
         """Name of the lock file. Shares have different lock files and can run in parallel."""
         if self.n_shares == 1:
-            return LOCK
-        return f"{LOCK}-{self.index + 1}-of-{self.n_shares}"
+            return LOCK_FILE
+        return f"{LOCK_FILE}-{self.index + 1}-of-{self.n_shares}"
 
 
 def run_all(
@@ -368,7 +372,7 @@ def run_all(
     *,
     jobs: int = 1,
     models: Path | None = None,
-    share: Share | None = None,
+    share: CellShare | None = None,
     embed_only: bool = False,
 ) -> list[Board]:
     """Run every cell of ``configs`` that has no result yet.
@@ -385,7 +389,7 @@ def run_all(
     """
     require_at_least("jobs", jobs, 1)
     if share is None:
-        share = Share()
+        share = CellShare()
     is_whole = share.n_shares == 1
     folder = make_folder(output)
     with locked(folder, activity="at work in", lock_name=share.lock, holder_kind="benchmark"):
@@ -397,11 +401,11 @@ def run_all(
         if embed_only:
             return []
         for benchmark in benchmarks:
-            benchmark.bench.check()
+            benchmark.study_data.check()
         refuse_contradictions(benchmarks)
-        with Crew([benchmark.bench for benchmark in benchmarks], jobs) as crew:
-            for bench_index, benchmark in enumerate(benchmarks):
-                benchmark.run(crew, bench_index, output, share)
+        with CellRunner([benchmark.study_data for benchmark in benchmarks], jobs) as runner:
+            for study_index, benchmark in enumerate(benchmarks):
+                benchmark.run(runner, study_index, output, share)
         if not is_whole:
             return []
         return [benchmark.board(output) for benchmark in benchmarks]
@@ -412,7 +416,7 @@ class _OpenBenchmark:
     """A benchmark with planned cells and open stores."""
 
     cells: tuple[Cell, ...]
-    bench: Workbench
+    study_data: StudyData
 
     @classmethod
     def begin(
@@ -422,25 +426,25 @@ class _OpenBenchmark:
 
         With ``make_missing``, missing stores are made. Otherwise a missing store is an error.
         """
-        cells = plan(config)
+        cells = plan_cells(config)
         parts = needed_parts(config, cells)
         if make_missing:
             folders = make_stores(config, parts, data, output, models=models)
         else:
             folders = require_stores(config, parts, data, output)
-        return cls(cells, Workbench(config, folders, find_second_stores(config, folders, data)))
+        return cls(cells, StudyData(config, folders, find_second_stores(config, folders, data)))
 
-    def run(self, crew: Crew, bench_index: int, output: Path, share: Share) -> None:
+    def run(self, runner: CellRunner, study_index: int, output: Path, share: CellShare) -> None:
         """Run the missing cells of a share.
 
-        ``bench_index`` is the index of this benchmark in the crew.
+        ``study_index`` is the index of this benchmark in the crew.
         """
-        config = self.bench.config
+        config = self.study_data.config
         groups = group_by_fit(config, cells_to_run(self.cells))
         # of N shares, share i has the groups i, i + N, i + 2 N, ...
         groups_of_share = groups[share.index :: share.n_shares]
         cells_of_share = list(itertools.chain.from_iterable(groups_of_share))
-        finished_cells = finished_results(self.bench, cells_of_share, output)
+        finished_cells = finished_results(self.study_data, cells_of_share, output)
         missing_cells = [cell for cell in cells_of_share if cell not in finished_cells]
         if not missing_cells:
             logger.info("%s: all cells are there: there is nothing to do", config.name)
@@ -452,8 +456,8 @@ class _OpenBenchmark:
                 n_stale,
             )
         run_cells(
-            crew,
-            bench_index,
+            runner,
+            study_index,
             group_by_fit(config, missing_cells),
             output,
             n_done=len(finished_cells),
@@ -462,7 +466,7 @@ class _OpenBenchmark:
     def board(self, output: Path) -> Board:
         """The board with the results of all cells."""
         cells = cells_to_run(self.cells)
-        results = finished_results(self.bench, cells, output)
+        results = finished_results(self.study_data, cells, output)
         n_missing = len(cells) - len(results)
         if n_missing:
             raise ProvenanceError(
@@ -470,7 +474,7 @@ class _OpenBenchmark:
                 "because something changed meanwhile. Start it again: only these cells are run."
             )
         bootstrap = cache(partial(load_bootstrap, output))
-        return Board(self.bench.config, self.cells, results, bootstrap)
+        return Board(self.study_data.config, self.cells, results, bootstrap)
 
 
 def refuse_contradictions(benchmarks: Sequence[_OpenBenchmark]) -> None:
@@ -479,9 +483,9 @@ def refuse_contradictions(benchmarks: Sequence[_OpenBenchmark]) -> None:
     # decide the result there
     first_use: dict[Cell, tuple[str, dict[str, object]]] = {}
     for benchmark in benchmarks:
-        name = benchmark.bench.config.name
+        name = benchmark.study_data.config.name
         for cell in cells_to_run(benchmark.cells):
-            facts = decided_by(benchmark.bench, cell)
+            facts = deciding_facts(benchmark.study_data, cell)
             # for a new cell, ``first_facts`` are ``facts``, so nothing differs
             first_name, first_facts = first_use.setdefault(cell, (name, facts))
             differing = [
@@ -503,12 +507,14 @@ def remove_leftovers(root: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def finished_results(bench: Workbench, cells: Sequence[Cell], root: Path) -> dict[Cell, CellResult]:
+def finished_results(
+    study_data: StudyData, cells: Sequence[Cell], root: Path
+) -> dict[Cell, CellResult]:
     """The results of ``cells``, by cell; a cell without a valid result is left out."""
     results = {}
     for cell in cells:
         try:
-            result = load_result(root, cell, digest(decided_by(bench, cell)))
+            result = load_result(root, cell, digest(deciding_facts(study_data, cell)))
         except ProvenanceError as error:
             logger.warning("%s %s is run again.", error, cell)
             continue

@@ -12,22 +12,22 @@ from typing import Literal
 from vilu.metrics.bootstrap import Interval
 from vilu.metrics.catalog import METRICS
 from vilu.text import (
-    NOTHING,
-    aligned,
-    in_latex,
-    in_markdown,
+    EMPTY_CELL,
+    align_columns,
+    escape_formula,
+    escape_latex,
+    escape_markdown,
+    join_distinct,
     latex_rows,
     markdown_rows,
-    span,
-    without_formula,
 )
-from vilu_bench.studies.views import Published
+from vilu_bench.studies.views import PublishedNumber
 
-Labels = tuple[str, ...]  # the label texts of a row or a column
+LabelTexts = tuple[str, ...]  # the label texts of a row or a column
 
 
 @dataclass(frozen=True)
-class Shown:
+class TableNumber:
     """A number in a table, with the interval, the rank and the published number."""
 
     metric: str
@@ -40,8 +40,8 @@ class Shown:
     # rank among the competing numbers; None for lower ranks and for a number without competitors
     rank: Literal["best", "second"] | None = None
     # whether the paired bootstrap finds no difference from the best (p of at least 0.05)
-    tied: bool = False
-    published: Published | None = None  # the published number
+    is_tied: bool = False
+    published: PublishedNumber | None = None  # the published number
     why: str | None = None  # why there is no value
 
     @property
@@ -60,21 +60,21 @@ class Sheet:
 
     name: str
     title: str
-    row_fields: Labels  # names of the fields that label a row
-    column_fields: Labels  # names of the fields that label a column
-    rows: tuple[Labels, ...]  # labels of every row
-    columns: tuple[Labels, ...]  # labels of every column
+    row_fields: LabelTexts  # names of the fields that label a row
+    column_fields: LabelTexts  # names of the fields that label a column
+    rows: tuple[LabelTexts, ...]  # labels of every row
+    columns: tuple[LabelTexts, ...]  # labels of every column
     # maps (index of row, index of column) to the number; a cell without a result has no entry
-    cells: Mapping[tuple[int, int], Shown]
+    cells: Mapping[tuple[int, int], TableNumber]
     notes: tuple[str, ...]  # notes below the table
 
     @property
     def doubts(self) -> tuple[str, ...]:
         """The different doubts about published numbers, in the order of the marks ?1, ?2, ..."""
         doubts: dict[str, None] = {}
-        for _, shown in sorted(self.cells.items()):
-            if shown.published is not None and shown.published.doubt:
-                doubts[shown.published.doubt] = None
+        for _, table_number in sorted(self.cells.items()):
+            if table_number.published is not None and table_number.published.doubt:
+                doubts[table_number.published.doubt] = None
         return tuple(doubts)
 
 
@@ -112,32 +112,36 @@ def to_text(sheet: Sheet) -> str:
     for line in _body_lines(sheet, str, _plain_cell):
         # the labels of a row share a column, and every cell has a separate column
         lines.append([" / ".join(line[:n_labels]), *line[n_labels:]])
-    return "\n".join([sheet.title, *aligned(lines), *_all_notes(sheet, "*: best; +: second best")])
+    return "\n".join(
+        [sheet.title, *align_columns(lines), *_all_notes(sheet, "*: best; +: second best")]
+    )
 
 
 def to_markdown(sheet: Sheet) -> str:
     """The table as Markdown, with the notes below."""
     heading = [*sheet.row_fields]
     for labels in sheet.columns:
-        heading.append("<br>".join(map(in_markdown, labels)))
-    lines = markdown_rows(heading, _body_lines(sheet, in_markdown, _markdown_cell))
-    notes = [f"<sub>{in_markdown(note)}</sub>" for note in _all_notes(sheet, BOLD_LEGEND)]
-    return "\n".join([f"**{in_markdown(sheet.title)}**", "", *lines, "", "<br>\n".join(notes), ""])
+        heading.append("<br>".join(map(escape_markdown, labels)))
+    lines = markdown_rows(heading, _body_lines(sheet, escape_markdown, _markdown_cell))
+    notes = [f"<sub>{escape_markdown(note)}</sub>" for note in _all_notes(sheet, BOLD_LEGEND)]
+    return "\n".join(
+        [f"**{escape_markdown(sheet.title)}**", "", *lines, "", "<br>\n".join(notes), ""]
+    )
 
 
 def to_latex(sheet: Sheet) -> str:
     """The table as a LaTeX ``table`` with booktabs; neighbouring equal column labels are merged."""
     columns = "l" * len(sheet.row_fields) + "c" * len(sheet.columns)
-    notes = [f"  {in_latex(note)}" for note in _all_notes(sheet, BOLD_LEGEND)]
+    notes = [f"  {escape_latex(note)}" for note in _all_notes(sheet, BOLD_LEGEND)]
     return "\n".join(
         [
             r"\begin{table}",
-            rf"\caption{{{in_latex(sheet.title)}}}",
+            rf"\caption{{{escape_latex(sheet.title)}}}",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             *latex_rows(_latex_heading(sheet)),
             r"\midrule",
-            *latex_rows(_body_lines(sheet, in_latex, _latex_cell)),
+            *latex_rows(_body_lines(sheet, escape_latex, _latex_cell)),
             r"\bottomrule",
             r"\end{tabular}",
             r"\par\footnotesize",
@@ -155,7 +159,7 @@ def _latex_heading(sheet: Sheet) -> list[list[str]]:
     for level in range(1, depth + 1):
         fields = [""] * len(sheet.row_fields)
         if level == depth:
-            fields = [in_latex(field) for field in sheet.row_fields]
+            fields = [escape_latex(field) for field in sheet.row_fields]
         # Columns are merged only if the labels in all lines down to this line are equal.
         labels_down_to_line = [labels[:level] for labels in sheet.columns]
         lines.append(fields + _merged_headings(labels_down_to_line))
@@ -169,17 +173,19 @@ def to_csv(sheet: Sheet) -> str:
     # the metric is left out here, because ``CSV_FIELDS`` has the metric
     fields = [field for field in (*sheet.row_fields, *sheet.column_fields) if field != "metric"]
     writer.writerow([*fields, *CSV_FIELDS])
-    for (row, column), shown in sorted(sheet.cells.items()):
+    for (row, column), table_number in sorted(sheet.cells.items()):
         # labels by field: first the labels of the row, then the labels of the column
         label_of = dict(zip(sheet.row_fields, sheet.rows[row], strict=True))
         label_of |= zip(sheet.column_fields, sheet.columns[column], strict=True)
-        line: list[object] = [without_formula(label_of[field]) for field in fields]
-        writer.writerow(line + _csv_values(shown))
+        line: list[object] = [escape_formula(label_of[field]) for field in fields]
+        writer.writerow(line + _csv_values(table_number))
     return buffer.getvalue()
 
 
 def _body_lines(
-    sheet: Sheet, write_label: Callable[[str], str], write_cell: Callable[[Shown, str, str], str]
+    sheet: Sheet,
+    write_label: Callable[[str], str],
+    write_cell: Callable[[TableNumber, str, str], str],
 ) -> list[list[str]]:
     """Labels and cells of every row, as texts.
 
@@ -194,68 +200,74 @@ def _body_lines(
     for row, labels in enumerate(sheet.rows):
         line = [write_label(text) for text in labels]
         for column in range(len(sheet.columns)):
-            shown = sheet.cells.get((row, column))
-            if shown is None:
+            table_number = sheet.cells.get((row, column))
+            if table_number is None:
                 line.append("")
             else:
-                line.append(write_cell(shown, _number_text(shown), _text_beside(shown, doubts)))
+                line.append(
+                    write_cell(
+                        table_number, _number_text(table_number), _text_beside(table_number, doubts)
+                    )
+                )
         lines.append(line)
     return lines
 
 
-def _number_text(shown: Shown) -> str:
-    if shown.value is None:
-        return NOTHING
-    return METRICS[shown.metric].show(shown.value)
+def _number_text(table_number: TableNumber) -> str:
+    if table_number.value is None:
+        return EMPTY_CELL
+    return METRICS[table_number.metric].show(table_number.value)
 
 
-def _text_beside(shown: Shown, doubts: Sequence[str]) -> str:
+def _text_beside(table_number: TableNumber, doubts: Sequence[str]) -> str:
     """The text beside a number: the interval and the published number."""
     parts = []
-    if shown.interval is not None:
-        _, low, high = shown.interval
-        parts.append(METRICS[shown.metric].brackets(low, high))
-    if shown.published is not None:
-        parts.append(_published_text(shown, shown.published, doubts))
+    if table_number.interval is not None:
+        _, low, high = table_number.interval
+        parts.append(METRICS[table_number.metric].brackets(low, high))
+    if table_number.published is not None:
+        parts.append(_published_text(table_number, table_number.published, doubts))
     return " ".join(parts)
 
 
-def _published_text(shown: Shown, published: Published, doubts: Sequence[str]) -> str:
+def _published_text(
+    table_number: TableNumber, published: PublishedNumber, doubts: Sequence[str]
+) -> str:
     """The published number with the mark of its doubt, and our difference from this number."""
-    show = METRICS[shown.metric].show
+    show = METRICS[table_number.metric].show
     text = show(published.value)
     if published.doubt:
         text += f"?{doubts.index(published.doubt) + 1}"
-    if shown.difference is not None:
-        text += f"; {show(shown.difference, '+')}"
+    if table_number.difference is not None:
+        text += f"; {show(table_number.difference, '+')}"
     return f"({text})"
 
 
-def _plain_cell(shown: Shown, number: str, side_text: str) -> str:
+def _plain_cell(table_number: TableNumber, number_text: str, side_text: str) -> str:
     """A number in plain text, with the mark of the rank."""
-    rank_mark = {"best": "*", "second": "+", None: ""}[shown.rank]
-    text = number + rank_mark
-    if shown.tied:
+    rank_mark = {"best": "*", "second": "+", None: ""}[table_number.rank]
+    text = number_text + rank_mark
+    if table_number.is_tied:
         text += "≈"
     return f"{text} {side_text}".rstrip()
 
 
-def _markdown_cell(shown: Shown, number: str, side_text: str) -> str:
+def _markdown_cell(table_number: TableNumber, number_text: str, side_text: str) -> str:
     """A number in Markdown: bold for the best, underlined for the second best."""
-    template = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[shown.rank]
-    text = template.format(number)
-    if shown.tied:
+    template = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[table_number.rank]
+    text = template.format(number_text)
+    if table_number.is_tied:
         text += "≈"
     if side_text:
         text += f" <sub>{side_text}</sub>"
     return text
 
 
-def _latex_cell(shown: Shown, number: str, side_text: str) -> str:
+def _latex_cell(table_number: TableNumber, number_text: str, side_text: str) -> str:
     """A number in LaTeX: bold for the best, underlined for the second best."""
-    template = {"best": r"\textbf{%s}", "second": r"\underline{%s}", None: "%s"}[shown.rank]
-    text = template % number
-    if shown.tied:
+    template = {"best": r"\textbf{%s}", "second": r"\underline{%s}", None: "%s"}[table_number.rank]
+    text = template % number_text
+    if table_number.is_tied:
         text += r"$\approx$"
     if side_text:
         text += rf" {{\scriptsize {side_text}}}"
@@ -269,39 +281,39 @@ def _merged_headings(labels: Sequence[tuple[str, ...]]) -> list[str]:
     """
     heads = []
     for label, neighbours in groupby(labels):
-        head = in_latex(label[-1])
+        head = escape_latex(label[-1])
         width = len(list(neighbours))
         heads.append(head if width == 1 else rf"\multicolumn{{{width}}}{{c}}{{{head}}}")
     return heads
 
 
-def _csv_values(shown: Shown) -> list[object]:
+def _csv_values(table_number: TableNumber) -> list[object]:
     """The values of ``CSV_FIELDS``; None is written as an empty field."""
-    interval = shown.interval
-    published = shown.published
+    interval = table_number.interval
+    published = table_number.published
     return [
-        shown.metric,
-        shown.value,
+        table_number.metric,
+        table_number.value,
         None if interval is None else interval.ci_low,
         None if interval is None else interval.ci_high,
-        span(shown.n),
-        span(shown.n_failures),
-        shown.n_runs,
-        shown.rank,
-        shown.tied,
+        join_distinct(table_number.n),
+        join_distinct(table_number.n_failures),
+        table_number.n_runs,
+        table_number.rank,
+        table_number.is_tied,
         None if published is None else published.value,
-        shown.difference,
+        table_number.difference,
         None if published is None else published.source,
         None if published is None else published.doubt,
-        METRICS[shown.metric].convention,
-        None if shown.why is None else without_formula(shown.why),
+        METRICS[table_number.metric].convention,
+        None if table_number.why is None else escape_formula(table_number.why),
     ]
 
 
 def _all_notes(sheet: Sheet, rank_legend: str) -> list[str]:
     """The sheet's own notes, then the legend of the ranks, then doubts about published numbers."""
     notes = [*sheet.notes]
-    if any(shown.rank for shown in sheet.cells.values()):
+    if any(table_number.rank for table_number in sheet.cells.values()):
         notes.append(f"{rank_legend}; {TIED_LEGEND}")
     for number, doubt in enumerate(sheet.doubts, start=1):
         notes.append(f"?{number}: {doubt}.")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vilu.artifacts.disk import MANIFEST
+from vilu.artifacts.disk import MANIFEST_FILE
 from vilu.artifacts.documents import read_document
 from vilu.artifacts.hashing import digest
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
-from vilu.backbones.zeroshot import everyday_words, named_templates
+from vilu.backbones.zeroshot import everyday_words, expand_template_names
 from vilu.datasets.base import ChosenImages, ImageDataset, ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.errors import UsageError
@@ -52,7 +52,7 @@ def evenly_spaced(n_rows: int, n_chosen: int) -> np.ndarray[tuple[int], np.dtype
     return np.arange(n_chosen, dtype=np.int64) * n_rows // n_chosen
 
 
-PACKAGE = "package:"  # prefix of sources that ship with vilu
+PACKAGE_PREFIX = "package:"  # prefix of sources that ship with vilu
 Part = tuple[str, Role]  # name of a data set, and a role
 
 
@@ -89,7 +89,7 @@ def make_stores(
         if not is_complete(folder):
             _embed(entry, role, data_folder, folder, load_model(entry.backbone))
         elif models is not None:
-            stored_space = read_document(folder / MANIFEST, Manifest).space
+            stored_space = read_document(folder / MANIFEST_FILE, Manifest).space
             load_model(entry.backbone).space.require_match(
                 stored_space, name=f"the model in {models}", other_name=f"{folder}"
             )
@@ -98,7 +98,7 @@ def make_stores(
 
 def is_complete(folder: Path) -> bool:
     """Whether a store exists and is finished."""
-    return (folder / MANIFEST).is_file()
+    return (folder / MANIFEST_FILE).is_file()
 
 
 def require_stores(
@@ -140,7 +140,7 @@ def store_of(part: Part, entry: Data, data_folder: Path, output: Path) -> Path:
             (columns.features, columns.views, columns.prompts),
             *_word_lists(entry),
         ]
-    stem = entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem
+    stem = entry.dataset or Path(str(entry.source).removeprefix(PACKAGE_PREFIX)).stem
     rows_in_name = "pairs" if entry.captions else role
     return output / "stores" / f"{stem}-{rows_in_name}-{digest(recipe)[:8]}"
 
@@ -211,7 +211,7 @@ def _columns(entry: Data, role: Role) -> ExtraColumns:
     if role == "test":
         # Only test images get views. To embed views of the training images would take long.
         views = entry.views
-    prompts = named_templates(entry.prompts)
+    prompts = expand_template_names(entry.prompts)
     return ExtraColumns(features=entry.features, views=views, prompts=prompts, negatives=words)
 
 
@@ -274,7 +274,7 @@ def open_images(entry: Data, role: Role, data_folder: Path) -> Iterator[ImageDat
 def _source_path(entry: Data, data_folder: Path) -> AbstractContextManager[Path]:
     """Path of the images of a data set: below the data folder, or in vilu's own files."""
     source = entry.source or "."
-    if not source.startswith(PACKAGE):
+    if not source.startswith(PACKAGE_PREFIX):
         return nullcontext(data_folder / source)
-    asset = resources.files("vilu").joinpath("assets", source.removeprefix(PACKAGE))
+    asset = resources.files("vilu").joinpath("assets", source.removeprefix(PACKAGE_PREFIX))
     return resources.as_file(asset)

@@ -13,18 +13,18 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from vilu.artifacts.disk import LOG, convert_os_errors, make_folder, write_bytes, write_text
+from vilu.artifacts.disk import LOG_FILE, convert_os_errors, make_folder, write_bytes, write_text
 from vilu.artifacts.documents import SCHEMA_VERSION, first_error, read_json, write_json
 from vilu.artifacts.paths import claim_file, claim_folder, inputs_digest, kind_and_inputs, text_mark
 from vilu.errors import DataError
-from vilu.report.style import require_matplotlib, save
-from vilu.text import in_markdown, markdown_rows
+from vilu.report.style import require_matplotlib, save_figure
+from vilu.text import escape_markdown, markdown_rows
 from vilu_bench.studies.board import Board
-from vilu_bench.studies.cells import Cell, cells_to_run, plan
+from vilu_bench.studies.cells import Cell, cells_to_run, plan_cells
 from vilu_bench.studies.claims import Verdict, decide
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.exhibits import Exhibit, make_exhibit
-from vilu_bench.studies.facts import code_of
+from vilu_bench.studies.facts import code_hash_of
 from vilu_bench.studies.load import parse_config
 from vilu_bench.studies.parts import Section
 from vilu_bench.studies.ranking import summarise, times_table
@@ -36,7 +36,7 @@ from vilu_bench.studies.result import (
     load_result,
     load_times,
 )
-from vilu_bench.studies.run import Share, run_all
+from vilu_bench.studies.run import CellShare, run_all
 from vilu_bench.studies.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
 from vilu_bench.studies.submit import add_submissions
 from vilu_bench.studies.views import (
@@ -68,7 +68,7 @@ def archive_of(config: Config, results: Mapping[Cell, CellResult]) -> Archive:
     """The document of a study with these results."""
     return Archive(
         vilu=importlib.metadata.version("vilu"),
-        config=config.complete().model_dump(mode="json"),
+        config=config.with_every_method_named().model_dump(mode="json"),
         fingerprints={cell.path.as_posix(): result.fingerprint for cell, result in results.items()},
     )
 
@@ -102,7 +102,7 @@ def _load_study(path: Path, output: Path) -> Board:
             f"{path} is not the document of a study: {first_error(error)}. {RUN_AGAIN}."
         ) from error
     config: Config = parse_config(archive.config, str(path))
-    cells = plan(config)
+    cells = plan_cells(config)
     results = {}
     for cell in cells_to_run(cells):
         result = _archived_result(archive, cell, output)
@@ -114,7 +114,7 @@ def _load_study(path: Path, output: Path) -> Board:
         results[cell] = result
     n_older = 0
     for cell, result in results.items():
-        if result.decided_by.get("code") != code_of(config, cell):
+        if result.decided_by.get("code") != code_hash_of(config, cell):
             n_older += 1
     if n_older:
         n_results = len(results)
@@ -130,7 +130,7 @@ def _archived_result(archive: Archive, cell: Cell, output: Path) -> CellResult |
     return load_result(output, cell, fingerprint)
 
 
-RULINGS = {
+RULING_TEXTS = {
     "holds": ("**holds**", "**Holds**"),
     "does not hold": ("**does not hold**", "**Does not hold**"),
     "open": ("**open**: zero is in the interval", "**Open**, since zero is in the interval"),
@@ -163,7 +163,7 @@ def study_page(
             parts.append(claims_table(config, verdicts_on_claims))
     for exhibit in exhibits:
         if exhibit.draw is not None:
-            parts.append(f"![{in_markdown(exhibit.title)}]({figure_path(exhibit.name)})")
+            parts.append(f"![{escape_markdown(exhibit.title)}]({figure_path(exhibit.name)})")
         parts.append(_body_in_markdown(exhibit))
     return "\n\n".join(parts) + "\n"
 
@@ -214,13 +214,13 @@ def claims_in_markdown(verdicts: Iterable[Sequence[Verdict]]) -> str:
 
 def _claims_section(heading: str, verdicts: Iterable[Verdict]) -> str:
     """A heading, followed by a Markdown list of claims, grouped by ruling."""
-    by_ruling: dict[str, list[str]] = {ruling: [] for ruling in RULINGS}
+    by_ruling: dict[str, list[str]] = {ruling: [] for ruling in RULING_TEXTS}
     for verdict in verdicts:
-        says = in_markdown(verdict.claim.says)
-        source = "" if verdict.claim.is_ours else f" ({in_markdown(verdict.claim.source)})"
-        by_ruling[verdict.ruling].append(f"- {says}{source}")
+        claim_text = escape_markdown(verdict.claim.says)
+        source = "" if verdict.claim.is_ours else f" ({escape_markdown(verdict.claim.source)})"
+        by_ruling[verdict.ruling].append(f"- {claim_text}{source}")
     parts = [heading]
-    for ruling, (_, text_in_heading) in RULINGS.items():
+    for ruling, (_, text_in_heading) in RULING_TEXTS.items():
         lines = by_ruling[ruling]
         if lines:
             parts.append("\n".join([f"{text_in_heading} ({len(lines)}):", "", *lines]))
@@ -231,10 +231,10 @@ def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
     """Markdown table of claims, with rulings and deciding numbers."""
     lines = []
     for verdict in verdicts:
-        says = in_markdown(verdict.claim.says)
-        ruling, _ = RULINGS[verdict.ruling]
-        source = in_markdown(verdict.claim.source)
-        lines.append([says, ruling, _deciding_number(verdict), source])
+        claim_text = escape_markdown(verdict.claim.says)
+        ruling, _ = RULING_TEXTS[verdict.ruling]
+        source = escape_markdown(verdict.claim.source)
+        lines.append([claim_text, ruling, _deciding_number(verdict), source])
     table = markdown_rows(["claim", "here", "by", "source"], lines)
     note = (
         f"Brackets: {100 * config.confidence:g} % bootstrap interval; "
@@ -249,12 +249,12 @@ def _deciding_number(verdict: Verdict) -> str:
     if verdict.number is None or interval is None:
         return str(verdict.reason)
     return (
-        f"{in_markdown(verdict.number_in_words)}: {100 * verdict.number:+.1f} "
+        f"{escape_markdown(verdict.number_in_words)}: {100 * verdict.number:+.1f} "
         f"[{100 * interval.ci_low:+.1f}, {100 * interval.ci_high:+.1f}] points"
     )
 
 
-FORMATS = {".md": to_markdown, ".tex": to_latex, ".csv": to_csv, ".txt": to_text}
+TABLE_WRITERS = {".md": to_markdown, ".tex": to_latex, ".csv": to_csv, ".txt": to_text}
 FIGURE_SUFFIXES = (".svg", ".png")
 """Formats of a figure, in the order of saving.
 
@@ -274,7 +274,7 @@ class Rendered:
     times: str  # wall times, for a terminal; not in ``text``, because times differ between runs
 
 
-def render(board: Board, output: Path) -> Rendered:
+def render_study(board: Board, output: Path) -> Rendered:
     """Write all tables, figures and pages of a study, below ``output/studies/NAME``.
 
     - ``tables/VIEW.{md,tex,csv,txt}`` and ``figures/VIEW.{png,svg}``: each view
@@ -344,7 +344,7 @@ def write_document(
 
 def _write_results(board: Board, folder: Path) -> None:
     summary = summarise(board)
-    config = board.config.complete().model_dump(mode="json")
+    config = board.config.with_every_method_named().model_dump(mode="json")
     content = {"kind": "benchmark", "config": config}
     write_json(folder / "results.json", {**content, **summary.to_dict()})
     summary.results.write(folder / "results.parquet")
@@ -354,13 +354,13 @@ def _write_exhibit(exhibit: Exhibit, folder: Path) -> None:
     """Write the tables and the figures of a view."""
     if isinstance(exhibit.body, Sheet):
         tables = make_folder(folder / "tables")
-        for suffix, write_table in FORMATS.items():
+        for suffix, write_table in TABLE_WRITERS.items():
             write_text(tables / f"{exhibit.name}{suffix}", write_table(exhibit.body))
     if exhibit.draw is not None:
         figures = make_folder(folder / "figures")
         drawing = exhibit.draw()
         for suffix in FIGURE_SUFFIXES:
-            save(drawing, figures / f"{exhibit.name}{suffix}")
+            save_figure(drawing, figures / f"{exhibit.name}{suffix}")
 
 
 DEFAULT_VIEW = RankingView(kind="ranking", name="ranking", title="Every method, best first")
@@ -376,7 +376,7 @@ def run_studies(
     *,
     jobs: int = 1,
     models: Path | None = None,
-    share: Share | None = None,
+    share: CellShare | None = None,
     embed_only: bool = False,
 ) -> list[Rendered]:
     """Run some benchmarks, and write the tables and figures.
@@ -392,7 +392,7 @@ def run_studies(
     )
     for board in boards:
         save_study(board, output)
-    return [render(board, output) for board in boards]
+    return [render_study(board, output) for board in boards]
 
 
 def _claim_folders(configs: Iterable[Config], output: Path) -> None:
@@ -400,13 +400,18 @@ def _claim_folders(configs: Iterable[Config], output: Path) -> None:
     is_begun = (output / "stores").is_dir() or (output / "cells").is_dir()
     if not is_begun:
         claim_folder(
-            output, "benchmark", is_ours=lambda path: path.name in {"smoke", LOG}, overwrite=True
+            output,
+            "benchmark",
+            is_part_of_result=lambda path: path.name in {"smoke", LOG_FILE},
+            overwrite=True,
         )
     for config in configs:
         folder = output / STUDIES / config.name
         # without the document of a study, every file in the folder is treated as foreign
         has_document = (folder / DOCUMENT).is_file()
-        claim_folder(folder, "study", is_ours=lambda _: False, has_same_inputs=has_document)
+        claim_folder(
+            folder, "study", is_part_of_result=lambda _: False, has_same_inputs=has_document
+        )
 
 
 def render_studies(
@@ -415,8 +420,8 @@ def render_studies(
     title: str = "Results",
     intro: str = "",
     *,
-    first: Path | None = None,
-    submitted: Path | None = None,
+    preface_file: Path | None = None,
+    submissions_folder: Path | None = None,
     overwrite: bool = True,
 ) -> list[Rendered]:
     """Write all tables and figures again from the cells of a run folder.
@@ -429,30 +434,30 @@ def render_studies(
             folder of the same name without suffix.
         title: Heading of the document.
         intro: First paragraph of the document.
-        first: Markdown file in UTF-8, shown between the heading of the document and ``intro``.
-        submitted: Folder of submitted cells, to show beside the cells of the run folder.
+        preface_file: Markdown file in UTF-8, shown between the heading and ``intro``.
+        submissions_folder: Folder of submitted cells, to show beside the cells of the run folder.
         overwrite: Whether to replace an existing document.
     """
     boards = load_studies(output)
-    files: list[Path] = []
-    if submitted is not None:
-        files = sorted(submitted.rglob(f"*{SCORES}"))
-        boards = add_submissions(boards, output, files)
+    submitted_files: list[Path] = []
+    if submissions_folder is not None:
+        submitted_files = sorted(submissions_folder.rglob(f"*{SCORES}"))
+        boards = add_submissions(boards, output, submitted_files)
     if document is None:
-        return [render(board, output) for board in boards]
-    if first is not None:
-        intro = f"{_read_markdown(first)}\n\n{intro}".strip()
+        return [render_study(board, output) for board in boards]
+    if preface_file is not None:
+        intro = f"{_read_markdown(preface_file)}\n\n{intro}".strip()
     sources = [output / STUDIES / board.config.name / DOCUMENT for board in boards]
-    inputs = inputs_digest(*sources, *files, title=title, intro=intro)
+    inputs = inputs_digest(*sources, *submitted_files, title=title, intro=intro)
     is_document_of_vilu = kind_and_inputs(document) is not None
-    is_done = claim_file(document, "study", inputs, overwrite=overwrite)
+    is_document_current = claim_file(document, "study", inputs, overwrite=overwrite)
     figures = document.with_suffix("")
     # if vilu did not write the document, every file in the folder of figures is treated as foreign
     claim_folder(
         figures, "document's figures", lambda _: False, has_same_inputs=is_document_of_vilu
     )
-    studies = [render(board, output) for board in boards]
-    if is_done:
+    studies = [render_study(board, output) for board in boards]
+    if is_document_current:
         logger.info("%s holds these studies already: there is nothing to do", document)
     else:
         write_document(studies, output, document, title, intro, inputs)

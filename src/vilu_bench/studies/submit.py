@@ -20,21 +20,21 @@ from vilu.artifacts.tables import read_table
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats
 from vilu.outcomes.evaluate import evaluate
-from vilu.outcomes.outcomes import TEXT_COLUMNS, Outcomes, facts_of
+from vilu.outcomes.outcomes import TEXT_COLUMNS, Outcomes, identity_fields
 from vilu.outcomes.results import ResultRow
 from vilu.predictors.persistence.description import home_of
-from vilu_bench.studies.board import Board, Bootstrap
+from vilu_bench.studies.board import Board, LoadBootstrap
 from vilu_bench.studies.cells import Cell
 from vilu_bench.studies.fit import collected_warnings
 from vilu_bench.studies.parts import Section
-from vilu_bench.studies.result import SCORES, CellResult, load_bootstrap, resampled_metrics
+from vilu_bench.studies.result import SCORES, CellResult, bootstrap_metrics, load_bootstrap
 
-KEY = "submission"  # key of the submission in the provenance of a score file
+SUBMISSION_KEY = "submission"  # key of the submission in the provenance of a score file
 # keys of ``decided_by`` that must have the same values as in the study's cell
-SAME_DATA = ("test", "halves_seed", "fit_share", "division_seed", "metrics", "resamples")
+EQUAL_DATA_KEYS = ("test", "halves_seed", "fit_share", "division_seed", "metrics", "resamples")
 # Keys of ``decided_by["train"]`` that must have the same values as in some fit of the study. The
 # budget is left out: a submitted fit may have the budget "none" in place of the study's budget.
-SAME_FIT = ("rows", "halves_seed", "fit_share", "division_seed", "pool_size")
+EQUAL_FIT_KEYS = ("rows", "halves_seed", "fit_share", "division_seed", "pool_size")
 
 
 class Submission(Section):
@@ -48,7 +48,7 @@ class Submission(Section):
     stands_for: tuple[tuple[str, int], ...]
 
 
-class Guest(NamedTuple):
+class SubmittedFile(NamedTuple):
     """A submitted file, read and checked."""
 
     path: Path
@@ -56,7 +56,7 @@ class Guest(NamedTuple):
     outcomes: Outcomes
 
 
-def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list[Path]:
+def export_cells(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list[Path]:
     """Write every cell of a method as a file, in a folder per data set and setting.
 
     Raises:
@@ -64,19 +64,19 @@ def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list
     """
     # The keys of both dicts are the cells of the method that were run and have a result.
     first_board: dict[Cell, Board] = {}  # the first study with the cell
-    stands_for: dict[Cell, list[tuple[str, int]]] = {}  # settings and seeds with the same result
+    pairs_of_cell: dict[Cell, list[tuple[str, int]]] = {}  # settings and seeds with the same result
     for board in boards:
         _refuse_adapted(board)
         for cell in board.cells:
             has_result = board.results[cell.result_cell].refused is None
             if cell.method == label and has_result:
                 first_board.setdefault(cell.result_cell, board)  # an earlier study is not replaced
-                stands_for.setdefault(cell.result_cell, []).append((cell.setting, cell.seed))
+                pairs_of_cell.setdefault(cell.result_cell, []).append((cell.setting, cell.seed))
     if not first_board:
         raise UsageError(f"no study in {run} has a result of a method {label!r}.")
     paths = []
     for cell, board in first_board.items():
-        paths.append(_write(board, run, cell, stands_for[cell], folder))
+        paths.append(_write(board, run, cell, pairs_of_cell[cell], folder))
     return paths
 
 
@@ -90,17 +90,17 @@ def _refuse_adapted(board: Board) -> None:
 
 
 def _write(
-    board: Board, run: Path, cell: Cell, stands_for: list[tuple[str, int]], folder: Path
+    board: Board, run: Path, cell: Cell, settings_and_seeds: list[tuple[str, int]], folder: Path
 ) -> Path:
     """Write the scores of a cell as a file for submission."""
     submission = Submission(
         made_by=_maker(board, cell.method),
         result=board.results[cell].model_copy(update={"files": {}}),
-        stands_for=tuple(dict.fromkeys(stands_for)),
+        stands_for=tuple(dict.fromkeys(settings_and_seeds)),
     )
     cell_folder = make_folder((folder / cell.path.relative_to("cells")).parent)
     path = cell_folder / f"seed-{cell.seed}{SCORES}"
-    provenance = {KEY: submission.model_dump(mode="json")}
+    provenance = {SUBMISSION_KEY: submission.model_dump(mode="json")}
     replace(_scores(run, cell), provenance=provenance).save(path)
     return path
 
@@ -125,8 +125,8 @@ def add_submissions(boards: Sequence[Board], run: Path, files: Iterable[Path]) -
         DataError: If there is no file, or if a file differs from the result that the study would
             compute from the rows of the file.
     """
-    guests = [_read(path) for path in files]
-    if not guests:
+    submitted_files = [_read(path) for path in files]
+    if not submitted_files:
         raise DataError(
             f"there is no cell to show beside those of {run}: the folder has no {SCORES} file."
         )
@@ -135,29 +135,29 @@ def add_submissions(boards: Sequence[Board], run: Path, files: Iterable[Path]) -
     for board in boards:
         _refuse_adapted(board)
         pairs = []
-        for guest in guests:
-            for cell in _matching_cells(board, guest):
-                pairs.append((guest, cell))
-                placed_files.add(guest.path)
+        for submitted_file in submitted_files:
+            for cell in _matching_cells(board, submitted_file):
+                pairs.append((submitted_file, cell))
+                placed_files.add(submitted_file.path)
         pairs_by_board.append(pairs)
-    for guest in guests:
-        if guest.path not in placed_files:
+    for submitted_file in submitted_files:
+        if submitted_file.path not in placed_files:
             raise DataError(
-                f"{guest.path}: no study in {run} has a result with its data set, "
+                f"{submitted_file.path}: no study in {run} has a result with its data set, "
                 "setting and seed, to compare it with."
             )
-    boards_with_guests = []
+    boards_with_submissions = []
     for board, pairs in zip(boards, pairs_by_board, strict=True):
-        boards_with_guests.append(_with_guests(board, run, pairs))
-    return boards_with_guests
+        boards_with_submissions.append(_with_submitted_files(board, run, pairs))
+    return boards_with_submissions
 
 
-def _read(path: Path) -> Guest:
+def _read(path: Path) -> SubmittedFile:
     """Read a submitted file, and check that the file is undamaged and has every row once."""
     try:
         outcomes = Outcomes.load(path)
         table, _ = read_table(path, TEXT_COLUMNS)
-        submission = Submission.model_validate(outcomes.provenance.get(KEY))
+        submission = Submission.model_validate(outcomes.provenance.get(SUBMISSION_KEY))
     except ValidationError as error:
         raise DataError(
             f"{path} is no cell as `vilu submit` writes it: {first_error(error)}"
@@ -173,133 +173,145 @@ def _read(path: Path) -> Guest:
         )
     cell = submission.result.cell
     expected = (cell.method, cell.data, cell.setting, cell.seed, outcomes.answer)
-    if tuple(facts_of(outcomes).values()) != expected:
+    if tuple(identity_fields(outcomes).values()) != expected:
         raise DataError(f"{path} says that it is {cell}, and its scores are of another cell.")
-    return Guest(path, submission, outcomes)
+    return SubmittedFile(path, submission, outcomes)
 
 
-def _matching_cells(board: Board, guest: Guest) -> list[Cell]:
-    """The study's cells to compare a guest with: a cell for each setting and seed of the guest.
+def _matching_cells(board: Board, submitted_file: SubmittedFile) -> list[Cell]:
+    """The study's cells to compare a submitted file with: a cell for each setting and seed.
 
     If the study has no result with a setting and seed, no cell is returned for this pair. If
     several methods have a result there, the last method is taken: all these methods have the same
     test rows.
     """
-    data = guest.submission.result.data
-    wanted = set(guest.submission.stands_for)
+    data = submitted_file.submission.result.data
+    wanted_pairs = set(submitted_file.submission.stands_for)
     matching: dict[tuple[str, int], Cell] = {}
     for cell in board.cells:
         if cell.data != data:
             continue
         setting_and_seed = (cell.setting, cell.seed)
         has_result = board.results[cell.result_cell].refused is None
-        if has_result and setting_and_seed in wanted:
+        if has_result and setting_and_seed in wanted_pairs:
             matching[setting_and_seed] = cell
     return list(matching.values())
 
 
-def _with_guests(board: Board, run: Path, pairs: Sequence[tuple[Guest, Cell]]) -> Board:
-    """A study with guests added.
-
-    Each pair has a guest and the cell of the study with the same data set, setting and seed.
-    """
-    guests: dict[Cell, Guest] = {}
+def _with_submitted_files(
+    board: Board, run: Path, pairs: Sequence[tuple[SubmittedFile, Cell]]
+) -> Board:
+    """A study with files added; a pair is a file and the study's cell of the same data and seed."""
+    submitted_files: dict[Cell, SubmittedFile] = {}
     result_cells = {cell: cell.result_cell for cell in board.cells}
     results = dict(board.results)
-    for guest, study_cell in pairs:
-        result = _check_guest(board, run, guest, study_cell)
+    for submitted_file, study_cell in pairs:
+        result = _check_submitted_file(board, run, submitted_file, study_cell)
         cell = replace(study_cell, method=result.method, same_as=None)
-        present_scores = _present_scores(run, result_cells, guests, cell)
+        present_scores = _present_scores(run, result_cells, submitted_files, cell)
         if present_scores is not None:
-            _require_same_scores(guest, present_scores)
-        elif result.method in board.config.entries:
-            raise _conflict_error(guest)
+            _require_same_scores(submitted_file, present_scores)
+        elif result.method in board.config.method_entries:
+            raise _conflict_error(submitted_file)
         else:
             if cell != result.cell:  # the cell has another setting or seed, and shares the result
                 cell = replace(cell, same_as=result.cell)
-            guests[cell] = guest
+            submitted_files[cell] = submitted_file
             results[result.cell] = result
     makers = {}
-    for guest in guests.values():
-        makers[guest.submission.result.method] = guest.submission.made_by
+    for submitted_file in submitted_files.values():
+        makers[submitted_file.submission.result.method] = submitted_file.submission.made_by
     return Board(
-        board.config.with_guests(makers),
-        (*board.cells, *guests),
+        board.config.with_submitted_methods(makers),
+        (*board.cells, *submitted_files),
         results,
-        _bootstrap_with_guests(board, run, guests, results),
+        _bootstrap_with_submissions(board, run, submitted_files, results),
     )
 
 
 def _present_scores(
-    run: Path, result_cells: Mapping[Cell, Cell], guests: Mapping[Cell, Guest], cell: Cell
+    run: Path,
+    result_cells: Mapping[Cell, Cell],
+    submitted_files: Mapping[Cell, SubmittedFile],
+    cell: Cell,
 ) -> Outcomes | None:
-    """The present scores of a cell, from an earlier guest or from the study; else None."""
-    if cell in guests:
-        return guests[cell].outcomes
+    """The present scores of a cell, from an earlier submitted file or from the study; else None."""
+    if cell in submitted_files:
+        return submitted_files[cell].outcomes
     if cell in result_cells:
         return _scores(run, result_cells[cell])
     return None
 
 
-def _require_same_scores(guest: Guest, present_scores: Outcomes) -> None:
-    guest_scores = guest.outcomes.uncertainty
-    if not np.array_equal(present_scores.uncertainty, guest_scores, equal_nan=True):
-        raise _conflict_error(guest)
+def _require_same_scores(submitted_file: SubmittedFile, present_scores: Outcomes) -> None:
+    submitted_scores = submitted_file.outcomes.uncertainty
+    if not np.array_equal(present_scores.uncertainty, submitted_scores, equal_nan=True):
+        raise _conflict_error(submitted_file)
 
 
-def _conflict_error(guest: Guest) -> DataError:
-    method = guest.submission.result.method
+def _conflict_error(submitted_file: SubmittedFile) -> DataError:
+    method = submitted_file.submission.result.method
     return DataError(
-        f"{guest.path}: there is a {method!r} with other scores. "
+        f"{submitted_file.path}: there is a {method!r} with other scores. "
         "Hand in yours under a label of its own."
     )
 
 
-def _bootstrap_with_guests(
-    board: Board, run: Path, guests: Mapping[Cell, Guest], results: Mapping[Cell, CellResult]
-) -> Bootstrap:
-    """Return a function that returns the bootstrap values of a cell of the study or of a guest.
+def _bootstrap_with_submissions(
+    board: Board,
+    run: Path,
+    submitted_files: Mapping[Cell, SubmittedFile],
+    results: Mapping[Cell, CellResult],
+) -> LoadBootstrap:
+    """Return a function that returns the bootstrap values of a cell of the study or of a file.
 
-    For a cell of the study the values are read. For a guest the values are computed from the
-    scores.
+    For a cell of the study the values are read. For a submitted file the values are computed from
+    the scores.
     """
-    outcomes = {cell.result_cell: guest.outcomes for cell, guest in guests.items()}
+    outcomes = {
+        cell.result_cell: submitted_file.outcomes
+        for cell, submitted_file in submitted_files.items()
+    }
 
     def bootstrap(cell: Cell) -> Floats:
         if cell not in outcomes:
             return load_bootstrap(run, cell)
         scores = outcomes[cell].take(outcomes[cell].evaluable)
-        return resampled_metrics(
+        return bootstrap_metrics(
             scores.uncertainty, scores.failure, board.config.resamples, results[cell].test_rows
         )
 
     return cache(bootstrap)
 
 
-def _check_guest(board: Board, run: Path, guest: Guest, study_cell: Cell) -> CellResult:
-    """The result of a guest, with metrics computed from the scores of the guest.
+def _check_submitted_file(
+    board: Board, run: Path, submitted_file: SubmittedFile, study_cell: Cell
+) -> CellResult:
+    """The result of a submitted file, with metrics computed from the scores of the file.
 
     Args:
         board: The study.
         run: Run folder of the study.
-        guest: The submitted file.
+        submitted_file: The submitted file.
         study_cell: The study's cell with the same data set, setting and seed.
 
     Raises:
-        DataError: If the facts, rows or metrics of the guest are not the expected values.
+        DataError: If the facts, rows or metrics of the file are not the expected values.
     """
-    result = guest.submission.result
+    result = submitted_file.submission.result
+    outcomes = submitted_file.outcomes
     fault = _fault_of_facts(board, result, study_cell)
     if fault is None:
-        fault = _fault_of_rows(_scores(run, study_cell.result_cell), guest.outcomes)
+        fault = _fault_of_rows(_scores(run, study_cell.result_cell), outcomes)
     rows: tuple[ResultRow, ...] = ()
     if fault is None:
         with collected_warnings():  # not shown again, because the submitted result has the warnings
-            rows = evaluate(guest.outcomes, metrics=board.config.metrics, n_resamples=0).rows
+            rows = evaluate(outcomes, metrics=board.config.metrics, n_resamples=0).rows
         fault = _fault_of_metrics(result, rows)
     if fault is not None:
         raise DataError(
-            f"{guest.path} is no result of {board.config.name} on {study_cell.data}: {fault}."
+            f"{submitted_file.path} is no result of {board.config.name} on {study_cell.data}: "
+            f"{fault}."
         )
     return result.model_copy(update={"results": rows})
 
@@ -313,7 +325,7 @@ def _fault_of_facts(board: Board, result: CellResult, cell: Cell) -> str | None:
     if result.test_rows != our_result.test_rows:
         return "it was tested on other rows. Embed or import the same data"
     our_facts = our_result.decided_by
-    differing = [key for key in SAME_DATA if facts.get(key) != our_facts.get(key)]
+    differing = [key for key in EQUAL_DATA_KEYS if facts.get(key) != our_facts.get(key)]
     if differing:
         return f"it differs in {', '.join(differing)}"
     submitted_fit = facts.get("train")
@@ -329,32 +341,32 @@ def _fault_of_facts(board: Board, result: CellResult, cell: Cell) -> str | None:
 
 
 def _is_same_fit(submitted_fit: Mapping[str, object], our_fit: Mapping[str, object]) -> bool:
-    return all(submitted_fit.get(key) == our_fit.get(key) for key in SAME_FIT)
+    return all(submitted_fit.get(key) == our_fit.get(key) for key in EQUAL_FIT_KEYS)
 
 
 def _fits_of_study(board: Board, cell: Cell) -> Iterator[Mapping[str, object]]:
     """Yield the training facts of every fit with the data set, setting and seed of the cell."""
-    wanted = (cell.data, cell.setting, cell.seed)
+    wanted_case = (cell.data, cell.setting, cell.seed)
     for our_cell in board.cells:
-        if (our_cell.data, our_cell.setting, our_cell.seed) == wanted:
+        if (our_cell.data, our_cell.setting, our_cell.seed) == wanted_case:
             our_fit = board.results[our_cell.result_cell].decided_by.get("train")
             if our_fit:
                 yield our_fit
 
 
-def _fault_of_rows(our_outcomes: Outcomes, guest_outcomes: Outcomes) -> str | None:
-    """How the rows of a guest differ from the rows of the study; None if equal."""
-    if len(guest_outcomes) != len(our_outcomes):
-        return f"it has {len(guest_outcomes)} rows, and there are {len(our_outcomes)}"
-    differs = (guest_outcomes.failure != our_outcomes.failure) | (
-        guest_outcomes.outside != our_outcomes.outside
+def _fault_of_rows(our_outcomes: Outcomes, submitted_outcomes: Outcomes) -> str | None:
+    """How the rows of a submitted file differ from the rows of the study; None if equal."""
+    if len(submitted_outcomes) != len(our_outcomes):
+        return f"it has {len(submitted_outcomes)} rows, and there are {len(our_outcomes)}"
+    differs = (submitted_outcomes.failure != our_outcomes.failure) | (
+        submitted_outcomes.outside != our_outcomes.outside
     )
     if differs.any():
         return (
             f"row {np.flatnonzero(differs)[0]} has another truth than here "
             "(right, wrong, or of none of the classes)"
         )
-    lacks_score = np.isnan(guest_outcomes.uncertainty) & ~np.isnan(our_outcomes.uncertainty)
+    lacks_score = np.isnan(submitted_outcomes.uncertainty) & ~np.isnan(our_outcomes.uncertainty)
     if lacks_score.any():
         return f"row {np.flatnonzero(lacks_score)[0]} has no uncertainty, but has one here"
     return None
@@ -365,10 +377,10 @@ def _fault_of_metrics(result: CellResult, rows: Iterable[ResultRow]) -> str | No
 
     ``rows`` are computed from the submitted scores.
     """
-    stated = {row.metric: row.value for row in result.results}
+    stated_values = {row.metric: row.value for row in result.results}
     differing = []
     for row in rows:
-        value = stated.get(row.metric)
+        value = stated_values.get(row.metric)
         if not _is_same_number(value, row.value):
             differing.append(f"{row.metric} = {row.value}, and it says {value}")
     if not differing:

@@ -13,13 +13,13 @@ from pydantic import Field, field_validator, model_validator
 
 from vilu.artifacts.tables import parse_csv
 from vilu.errors import DataError
-from vilu_bench import asset
-from vilu_bench.studies.parts import RANKED_BY, Name, Names, Section, require_known
+from vilu_bench import read_asset
+from vilu_bench.studies.parts import RANKING_METRICS, Name, Names, Section, require_known
 
 Axis = Literal["method", "data", "setting"]
 # names of the axes in messages
-AXES = {"method": "method", "data": "data set", "setting": "setting"}
-FIELDS = (*AXES, "metric")
+AXIS_NAMES = {"method": "method", "data": "data set", "setting": "setting"}
+KEY_FIELDS = (*AXIS_NAMES, "metric")  # the fields that identify a number of a study
 
 
 class Study(Section):
@@ -37,7 +37,7 @@ class Study(Section):
         return names
 
 
-class OnAxis(Protocol):
+class AxisEntry(Protocol):
     """A method, data set or setting, with an optional position on the axis of a curve."""
 
     @property
@@ -51,45 +51,46 @@ class StudyNames(Protocol):
     metrics: Names
 
     @property
-    def ranked_by(self) -> Names:
+    def ranking_metrics(self) -> Names:
         """Metrics with intervals; methods are ranked by the first."""
 
-    def entries_of(self, axis: str) -> Mapping[str, OnAxis]:
+    def entries_of(self, axis: str) -> Mapping[str, AxisEntry]:
         """The methods by label, the data sets by name or the settings by name, as ``axis`` says."""
 
     @property
-    def guests(self) -> Names:
+    def submitted_methods(self) -> Names:
         """Labels of the methods with submitted results."""
 
 
 def require_known_names(
-    where: str, study_names: StudyNames, names_of_axis: Mapping[str, Names | None]
+    section_name: str, study_names: StudyNames, names_of_axis: Mapping[str, Names | None]
 ) -> None:
     """Raise a ValueError for a name that a study does not have.
 
     Args:
-        where: Text after the name of the axis in the message, such as "(claim)".
+        section_name: The view or claim in the message, such as "(claim)".
         study_names: The names of the study.
         names_of_axis: Maps each axis to the names to check. None means all names of the study, so
             there is nothing to check.
     """
     for axis, names in names_of_axis.items():
         if names is not None:
-            require_known(f"{AXES[axis]} {where}", names, study_names.entries_of(axis))
+            known_names = study_names.entries_of(axis)
+            require_known(f"{AXIS_NAMES[axis]} {section_name}", names, known_names)
 
 
 class View(Section):
     """A table or a figure."""
 
     needs_intervals: ClassVar[bool] = False  # whether all metrics of the view must have intervals
-    shows_guests: ClassVar[bool] = True  # whether the view also shows submitted methods
+    shows_submitted_methods: ClassVar[bool] = True  # whether the view also shows submitted methods
 
     name: Name
     title: str
     methods: Names | None = None  # methods to show, in this order; None: all
     data: Names | None = None  # data sets to show, in this order; None: all
     settings: Names | None = None  # settings to show, in this order; None: all
-    metrics: Annotated[Names, Field(min_length=1)] = RANKED_BY  # metrics to show
+    metrics: Annotated[Names, Field(min_length=1)] = RANKING_METRICS  # metrics to show
     mean: Names = ()  # data sets of a mean, shown beside the data sets; empty: no mean
     means_only: bool = False  # whether to show only the mean, without the single data sets
 
@@ -99,8 +100,8 @@ class View(Section):
         return False
 
     @property
-    def where(self) -> str:
-        """The view in parentheses, for messages."""
+    def section_name(self) -> str:
+        """The text "(view NAME)". Messages name the view in this form."""
         return f"(view {self.name})"
 
     @property
@@ -110,27 +111,29 @@ class View(Section):
 
     def check(self, study_names: StudyNames) -> None:
         """Raise a ValueError if a name is unknown, or if the view cannot be shown."""
-        # where ``self.data`` is None, all data sets are shown, and there is no name to check
-        data = (*(self.data or ()), *self.mean)
+        chosen_data = self.data or ()  # without chosen data sets, there is no name to check
+        data = (*chosen_data, *self.mean)
         require_known_names(
-            self.where,
+            self.section_name,
             study_names,
             {"method": self.methods, "data": data, "setting": self.settings},
         )
-        require_known(f"metric {self.where}", self.metrics, study_names.metrics)
+        require_known(f"metric {self.section_name}", self.metrics, study_names.metrics)
         if self.means_only and not self.mean:
-            raise ValueError(f"means_only needs a mean, as mean = [data sets] {self.where}")
+            raise ValueError(f"means_only needs a mean, as mean = [data sets] {self.section_name}")
         if self.mean and not self.can_average:
             raise ValueError(
                 "means are for tables, and for curves over something else than data sets "
-                f"{self.where}"
+                f"{self.section_name}"
             )
         if self.needs_intervals:
             require_known(
-                f"metric with an interval {self.where}", self.metrics, study_names.ranked_by
+                f"metric with an interval {self.section_name}",
+                self.metrics,
+                study_names.ranking_metrics,
             )
 
-    def entries_of(self, study_names: StudyNames, axis: str) -> dict[str, OnAxis]:
+    def entries_of(self, study_names: StudyNames, axis: str) -> dict[str, AxisEntry]:
         """The methods, data sets or settings of the view, by name."""
         all_entries = study_names.entries_of(axis)
         if axis == "method":
@@ -140,20 +143,23 @@ class View(Section):
         return {name: all_entries[name] for name in names}
 
     def _methods_to_show(self, study_names: StudyNames) -> Names:
-        """The chosen methods (by default all of the study), then the guests.
+        """The chosen methods (by default all of the study), then the submitted methods.
 
-        Guests are left out if the view shows no guests, or if a single method is chosen.
+        Submitted methods are left out if the view does not show submitted methods, or if a single
+        method is chosen.
         """
         study_methods = [
-            name for name in study_names.entries_of("method") if name not in study_names.guests
+            name
+            for name in study_names.entries_of("method")
+            if name not in study_names.submitted_methods
         ]
         names = self.methods or tuple(study_methods)
-        if not self.shows_guests:
+        if not self.shows_submitted_methods:
             return names
         has_single_method = self.methods is not None and len(self.methods) == 1
         if has_single_method:
             return names
-        return (*names, *study_names.guests)
+        return (*names, *study_names.submitted_methods)
 
     def as_table(self, rows: Names, columns: Names) -> TableView:
         """A table view of the numbers in a figure."""
@@ -180,7 +186,7 @@ class TableView(View):
     def _check_fields(self) -> Self:
         """Refuse unknown fields, and a field in both rows and columns."""
         for names in (self.rows, self.columns, self.compete):
-            require_known("field", names, FIELDS)
+            require_known("field", names, KEY_FIELDS)
         for name, count in Counter((*self.rows, *self.columns)).items():
             if count > 1:
                 raise ValueError(f"{name} is both in the rows and in the columns")
@@ -189,7 +195,7 @@ class TableView(View):
     def check(self, study_names: StudyNames) -> None:
         """Also raise a ValueError for a table in which two numbers would share a cell."""
         super().check(study_names)
-        names_of_field = {axis: tuple(self.entries_of(study_names, axis)) for axis in AXES}
+        names_of_field = {axis: tuple(self.entries_of(study_names, axis)) for axis in AXIS_NAMES}
         names_of_field["metric"] = self.metrics
         if self.means_only:
             names_of_field["data"] = ("mean",)
@@ -231,7 +237,7 @@ class CurveView(View):
         """Also raise a ValueError if no point has a position on the axis."""
         super().check(study_names)
         if all(entry.x is None for entry in self.entries_of(study_names, self.x).values()):
-            raise ValueError(f"no {self.x} has an x, its position on the axis {self.where}")
+            raise ValueError(f"no {self.x} has an x, its position on the axis {self.section_name}")
 
 
 class ScatterView(View):
@@ -250,14 +256,18 @@ class HistogramView(View):
     There is a panel for each data set and method.
     """
 
-    shows_guests: ClassVar[bool] = False  # histograms need the score files of a run folder
+    shows_submitted_methods: ClassVar[bool] = (
+        False  # histograms need the score files of a run folder
+    )
     kind: Literal["histograms"]
 
 
 class GridView(View):
     """A grid of two hyper-parameters, with one setting for choosing and one for reporting."""
 
-    shows_guests: ClassVar[bool] = False  # the parameters of submitted methods are unknown
+    shows_submitted_methods: ClassVar[bool] = (
+        False  # the parameters of submitted methods are unknown
+    )
     kind: Literal["grid"]
     parameters: tuple[str, str]  # hyper-parameter of the rows, hyper-parameter of the columns
     select_on: str  # setting for choosing the best pair of values
@@ -267,9 +277,12 @@ class GridView(View):
         """Also raise a ValueError if the first metric has no interval, or a setting is unknown."""
         super().check(study_names)
         require_known(
-            f"metric with an interval {self.where}", self.metrics[:1], study_names.ranked_by
+            f"metric with an interval {self.section_name}",
+            self.metrics[:1],
+            study_names.ranking_metrics,
         )
-        require_known_names(self.where, study_names, {"setting": (self.select_on, self.report_on)})
+        settings = (self.select_on, self.report_on)
+        require_known_names(self.section_name, study_names, {"setting": settings})
 
 
 class RankingView(View):
@@ -280,9 +293,9 @@ class RankingView(View):
     def check(self, study_names: StudyNames) -> None:
         """Also raise a ValueError for chosen names, because a ranking shows all names."""
         super().check(study_names)
-        if any(self.chosen_names.values()) or self.metrics != RANKED_BY:
+        if any(self.chosen_names.values()) or self.metrics != RANKING_METRICS:
             raise ValueError(
-                f"a ranking is of everything, so there is nothing to choose {self.where}"
+                f"a ranking is of everything, so there is nothing to choose {self.section_name}"
             )
 
 
@@ -292,7 +305,7 @@ AnyView = Annotated[
 ]
 
 
-class Subject(Section):
+class MethodInSetting(Section):
     """A method in a setting."""
 
     method: str
@@ -308,7 +321,7 @@ class Claim(Section):
     says: str  # the claim in our words
     source: str  # where the publication makes the claim; or ``THIS_PROJECT``
     data: Names | None = None  # data sets over which the deciding number is averaged; None: all
-    metric: str = RANKED_BY[0]
+    metric: str = RANKING_METRICS[0]
 
     @property
     def is_ours(self) -> bool:
@@ -323,17 +336,17 @@ class Claim(Section):
     def check(self, study_names: StudyNames) -> None:
         """Raise a ValueError if a name is unknown, or if the claim cannot be decided."""
         require_known_names("(claim)", study_names, {"data": self.data})
-        require_known("metric (claim)", [self.metric], study_names.ranked_by)
+        require_known("metric (claim)", [self.metric], study_names.ranking_metrics)
         methods, settings = self.subjects
         require_known_names("(claim)", study_names, {"method": methods, "setting": settings})
 
 
-class Better(Claim):
+class BetterClaim(Claim):
     """One method in a setting is better than another method, by the mean over the data sets."""
 
     kind: Literal["better"]
-    better: Subject
-    than: Subject
+    better: MethodInSetting
+    than: MethodInSetting
 
     @property
     def subjects(self) -> tuple[Names, Names]:
@@ -341,7 +354,7 @@ class Better(Claim):
         return (self.better.method, self.than.method), (self.better.setting, self.than.setting)
 
 
-class Trend(Claim):
+class TrendClaim(Claim):
     """A metric of a method rises or falls with log2 of the ``x`` of the settings."""
 
     kind: Literal["trend"]
@@ -366,7 +379,7 @@ class Trend(Claim):
             )
 
 
-class Steeper(Claim):
+class SteeperClaim(Claim):
     """A metric rises more with the zero-shot accuracy for one method than for another method."""
 
     kind: Literal["steeper"]
@@ -380,7 +393,7 @@ class Steeper(Claim):
         return (self.steeper, self.than), self.settings
 
 
-AnyClaim = Annotated[Better | Trend | Steeper, Field(discriminator="kind")]
+AnyClaim = Annotated[BetterClaim | TrendClaim | SteeperClaim, Field(discriminator="kind")]
 
 
 PublishedKey = tuple[str, str, str, str]
@@ -388,7 +401,7 @@ PublishedKey = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedNumber:
     """A number of a publication."""
 
     value: float  # the metric, as a fraction
@@ -398,16 +411,16 @@ class Published:
 
 
 @cache
-def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
+def published_tables() -> dict[str, dict[PublishedKey, tuple[PublishedNumber, ...]]]:
     """Maps the name of a table, then a key, to published numbers: at most one per backbone."""
-    tables: dict[str, dict[PublishedKey, tuple[Published, ...]]] = {}
-    text = asset("published.csv")
+    tables: dict[str, dict[PublishedKey, tuple[PublishedNumber, ...]]] = {}
+    text = read_asset("published.csv")
     _, rows = parse_csv(text.splitlines(), "published.csv")
     for row in rows:
         key = row["dataset"], row["setting"], row["method"], row["metric"]
         numbers_of_key = tables.setdefault(row["table"], {})
         value = round(float(row["percent"]) / 100, 6)
-        number = Published(value, row["backbone"], row["source"], row["doubt"])
+        number = PublishedNumber(value, row["backbone"], row["source"], row["doubt"])
         earlier_numbers = numbers_of_key.get(key, ())
         if number.backbone in {earlier.backbone for earlier in earlier_numbers}:
             raise DataError(
@@ -417,7 +430,9 @@ def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
     return tables
 
 
-def find_published(tables: Sequence[str], key: PublishedKey, backbone: str) -> Published | None:
+def find_published(
+    tables: Sequence[str], key: PublishedKey, backbone: str
+) -> PublishedNumber | None:
     """The published number for a key, from the first suitable table; None if no table has one.
 
     If a table has a number for ``backbone``, this number is taken. Otherwise, if the table has a

@@ -9,14 +9,19 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.calibration.monitor.martingale import LONGEST_MERGED, is_grouped, is_in_blocks, is_rising
+from vilu.calibration.monitor.martingale import (
+    LONGEST_MERGED_RUN,
+    is_grouped,
+    is_in_blocks,
+    is_rising,
+)
 from vilu.callers import warn_caller
 from vilu.embeddings.checks import hash_items, hash_names
 from vilu.errors import UNKNOWN, DataError, ProvenanceError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 
-FEW_DISTINCT: Final = 16
+MIN_DISTINCT_SCORES: Final = 16
 """Smallest number of distinct uncertainties for recognising a batch without identifiers.
 
 A batch with fewer distinct uncertainties could occur again by chance, and always counts as new.
@@ -54,7 +59,7 @@ class SeenRows:
         # Earlier runs are merged into the new run, unless an earlier run is longer. So every run is
         # shorter than the previous run, and there are few runs to search. Long runs are never
         # merged, because a merge takes several times the memory of the merged runs.
-        while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST_MERGED):
+        while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST_MERGED_RUN):
             run = np.concatenate([self.runs.pop(), run])
             run.sort(kind="stable")  # fast, because both parts are sorted; no hash is in both
         self.runs.append(run)
@@ -69,17 +74,17 @@ class SeenRows:
         """
         if outcomes.ids is not None:
             return self._find_new_by_name(outcomes, outcomes.ids)
-        numbers = _identifying_numbers(outcomes)
+        identifying_numbers = _identifying_numbers(outcomes)
         if compare_failures:
-            numbers = np.column_stack([numbers, outcomes.failure])
-        return self._find_new_batch(outcomes, numbers)
+            identifying_numbers = np.column_stack([identifying_numbers, outcomes.failure])
+        return self._find_new_batch(outcomes, identifying_numbers)
 
     def _find_new_by_name(
         self, outcomes: Outcomes, ids: Sequence[str]
     ) -> tuple[Ints, NDArray[np.bool_]]:
         """As ``find_new``, for rows with identifiers."""
-        numbers = _identifying_numbers(outcomes)
-        hashes = hash_items(_rows_as_bytes(ids, numbers)).view(np.int64)
+        identifying_numbers = _identifying_numbers(outcomes)
+        hashes = hash_items(_rows_as_bytes(ids, identifying_numbers)).view(np.int64)
         # Equal rows of this batch count once: the first of the equal rows may be new.
         _, first_of_equals = np.unique(hashes, return_index=True)
         is_first = np.isin(np.arange(len(outcomes)), first_of_equals)
@@ -92,21 +97,23 @@ class SeenRows:
         # chance, if many rows share this score. So only a unique score shows a repetition.
         has_reused_names = not np.array_equal(is_name_known, is_known)
         if is_mixed and has_reused_names:
-            is_known &= ~_is_known_by_chance(numbers, is_known)
+            is_known &= ~_is_known_by_chance(identifying_numbers, is_known)
         return np.concatenate([hashes, name_hashes]), is_first & ~is_known
 
-    def _find_new_batch(self, outcomes: Outcomes, numbers: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+    def _find_new_batch(
+        self, outcomes: Outcomes, identifying_numbers: Ints
+    ) -> tuple[Ints, NDArray[np.bool_]]:
         """As ``find_new``, for rows without identifiers: all rows of the batch are new, or no row.
 
-        ``numbers`` (N, M) are the M numbers that identify each row.
+        ``identifying_numbers`` (N, M) are the M numbers that identify each row.
         """
         n = len(outcomes)
-        if len(np.unique(outcomes.uncertainty)) < FEW_DISTINCT:
+        if len(np.unique(outcomes.uncertainty)) < MIN_DISTINCT_SCORES:
             return np.empty(0, np.int64), np.ones(n, dtype=np.bool_)
         # The rows are sorted, because the same rows in another order are the same batch.
-        sorted_numbers = numbers[np.lexsort(numbers.T)]
-        content = np.ascontiguousarray(sorted_numbers).tobytes()
-        batch_hash = hash_items([content]).view(np.int64)  # (1,)
+        sorted_numbers = identifying_numbers[np.lexsort(identifying_numbers.T)]
+        batch_bytes = np.ascontiguousarray(sorted_numbers).tobytes()
+        batch_hash = hash_items([batch_bytes]).view(np.int64)  # (1,)
         is_new = not self._contains(batch_hash)[0]
         return batch_hash, np.full(n, is_new)
 
@@ -129,23 +136,27 @@ def _identifying_numbers(outcomes: Outcomes) -> Ints:
     return np.stack([outcomes.uncertainty.view(np.int64), answers], axis=1)
 
 
-def _rows_as_bytes(ids: Sequence[str], numbers: Ints) -> Iterator[bytes]:
-    """Yield for each row the name and the two ``numbers``, as bytes."""
-    number_bytes = np.ascontiguousarray(numbers).tobytes()
-    bytes_per_row = 2 * numbers.itemsize
+def _rows_as_bytes(ids: Sequence[str], identifying_numbers: Ints) -> Iterator[bytes]:
+    """Yield for each row the name and the two ``identifying_numbers``, as bytes."""
+    number_bytes = np.ascontiguousarray(identifying_numbers).tobytes()
+    bytes_per_row = 2 * identifying_numbers.itemsize
     for row, name in enumerate(ids):
         start = bytes_per_row * row
         yield name.encode(errors="surrogatepass") + number_bytes[start : start + bytes_per_row]
 
 
-def _is_known_by_chance(numbers: Ints, is_known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _is_known_by_chance(
+    identifying_numbers: Ints, is_known: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
     """Return the mask (N,) of rows with tied scores, if these rows seem to be known by chance.
 
     Rows with tied scores seem to be known by chance if the share of known rows among tied rows is
     more than ten times the share among untied rows. Otherwise the mask is False everywhere.
     """
-    _, index, n_equal = np.unique(numbers, axis=0, return_inverse=True, return_counts=True)
-    is_tied = n_equal[index.ravel()] > 1
+    _, index, n_equal_rows = np.unique(
+        identifying_numbers, axis=0, return_inverse=True, return_counts=True
+    )
+    is_tied = n_equal_rows[index.ravel()] > 1
     # Both arrays have two entries: for the untied rows, and for the tied rows. No divisor is 0.
     n_rows = np.bincount(is_tied, minlength=2).clip(1)
     n_known = np.bincount(is_tied, is_known, minlength=2)
@@ -189,7 +200,7 @@ def _sorting_quantity(outcomes: Outcomes) -> str | None:
     return None
 
 
-def admit(outcomes: Outcomes, calibration: Outcomes, calibration_hash: str | None) -> Outcomes:
+def admit_rows(outcomes: Outcomes, calibration: Outcomes, calibration_hash: str | None) -> Outcomes:
     """Check that new rows were scored by the calibrated predictor, with the same candidates.
 
     Return the outcomes, without identifiers that are only numbers of rows. If class names are
@@ -219,14 +230,14 @@ def admit(outcomes: Outcomes, calibration: Outcomes, calibration_hash: str | Non
 def _require_same_predictor(
     outcomes: Outcomes, calibration: Outcomes, calibration_hash: str | None
 ) -> None:
-    """Refuse scores of another predictor, calibration or list of candidates, as in ``admit``."""
+    """Refuse scores of another predictor, calibration or list of candidates (``admit_rows``)."""
     for name in ("method", "class_names"):
         expected = getattr(calibration, name)
-        present = getattr(outcomes, name)
-        if _differs(expected, present):
+        actual = getattr(outcomes, name)
+        if _differs(expected, actual):
             raise ProvenanceError(
                 f"the calibration rows have the {name} {expected!r:.100}, these scores have "
-                f"{present!r:.100}. Score with the predictor that was calibrated."
+                f"{actual!r:.100}. Score with the predictor that was calibrated."
             )
     if outcomes.answer != calibration.answer:
         raise ProvenanceError(
@@ -242,11 +253,11 @@ def _require_same_predictor(
         )
 
 
-def _differs(expected: object, present: object) -> bool:
+def _differs(expected: object, actual: object) -> bool:
     """Whether both values are known and different."""
-    if expected is None or present is None:
+    if expected is None or actual is None:
         return False
-    return expected != present
+    return expected != actual
 
 
 def _n_calibration_rows(outcomes: Outcomes, calibration: Outcomes) -> int:

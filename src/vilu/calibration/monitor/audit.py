@@ -26,11 +26,11 @@ from typing import Literal
 import numpy as np
 from scipy import optimize, special
 
-from vilu.calibration.thresholds import first_enough
+from vilu.calibration.thresholds import find_sufficient_number
 from vilu.metrics.counts import Floats, Ints
 
 TestName = Literal["scores", "acceptance", "answers", "audit", "outside", "review"]
-"""Names of the tests of a monitor (``vilu.calibration.monitor.status.MEANING``)."""
+"""Names of the tests of a monitor (``vilu.calibration.monitor.status.ALARM_MEANING``)."""
 
 AuditVerdict = Literal["holds so far", "not enough audited answers", "broken"]
 """Verdicts of an audit about a guarantee."""
@@ -39,13 +39,13 @@ Prior = tuple[float, float]
 """Parameters a and b of the Beta distribution of theta."""
 
 
-def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
-    """Return the log wealth (...), log M(rate), after ``n`` answers with ``wrong`` wrong answers.
+def log_wealth(n_wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
+    """Return the log wealth (...), log M(rate), after ``n`` answers with ``n_wrong`` wrong answers.
 
     ``rate`` is in (0, 1). ``prior`` holds the parameters a and b of the Beta distribution of theta.
     """
     a, b = prior
-    right = n - wrong
+    n_right = n - n_wrong
     # Only rates theta above ``rate`` are bet on. A bet on a smaller rate would gain on average if
     # the true rate is small, and M would reject the true statement "at most ``rate``".
     #
@@ -54,31 +54,33 @@ def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
         log_not_bet = np.log(special.betainc(a, b, rate))
         # The integral over all theta is a quotient of two beta functions. The factor ``betaincc``
         # is the share of the integral above ``rate``.
-        log_share_above = np.log(special.betaincc(a + wrong, b + right, rate))
-        log_integral = special.betaln(a + wrong, b + right) - special.betaln(a, b) + log_share_above
-        log_bet = log_integral - wrong * math.log(rate) - right * math.log1p(-rate)
+        log_share_above = np.log(special.betaincc(a + n_wrong, b + n_right, rate))
+        log_integral = (
+            special.betaln(a + n_wrong, b + n_right) - special.betaln(a, b) + log_share_above
+        )
+        log_bet = log_integral - n_wrong * math.log(rate) - n_right * math.log1p(-rate)
         wealth: Floats = np.logaddexp(log_bet, log_not_bet)
     return wealth
 
 
-def lower_bound(wrong: int, n: int, delta: float, prior: Prior) -> float:
-    """Return a lower bound of an error rate, after ``n`` answers with ``wrong`` wrong answers.
+def anytime_lower_bound(n_wrong: int, n: int, delta: float, prior: Prior) -> float:
+    """Return a lower bound of an error rate, after ``n`` answers with ``n_wrong`` wrong answers.
 
     With confidence 1 - delta, no bound after 1, 2, 3, ... answers is above the true rate.
     """
-    if not wrong:
+    if not n_wrong:
         return 0.0
 
-    def excess(rate: float) -> float:
+    def excess_log_wealth(rate: float) -> float:
         """Return the logarithm of M(rate) / (1 / delta): above 0 if M is larger than 1 / delta."""
-        return float(log_wealth(np.asarray(wrong), np.asarray(n), rate, prior)) + math.log(delta)
+        return float(log_wealth(np.asarray(n_wrong), np.asarray(n), rate, prior)) + math.log(delta)
 
     # M decreases as the rate rises to k / n, and is at most 1 from there on. So M crosses 1 / delta
     # once, below k / n. The ends of the search must be above 0 and below 1; the largest float64
     # below 1 is 1 - 2^-53.
-    smallest = 1e-300
-    largest = min(wrong / n, 1 - 2**-53)
-    return float(optimize.brentq(excess, smallest, largest, xtol=1e-14))
+    smallest_rate = 1e-300
+    largest_rate = min(n_wrong / n, 1 - 2**-53)
+    return float(optimize.brentq(excess_log_wealth, smallest_rate, largest_rate, xtol=1e-14))
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ class Audit:
 
     limit: float  # guaranteed largest error rate, in (0, 1)
     delta: float  # 1 - confidence of each bound
-    n: int = 0  # number of audited answers
-    wrong: int = 0  # number of wrong audited answers
+    n_audited: int = 0  # number of audited answers
+    n_wrong: int = 0  # number of wrong audited answers
 
     @property
     def prior(self) -> Prior:
@@ -104,13 +106,13 @@ class Audit:
     @property
     def lower(self) -> float:
         """Lower bound of the error rate."""
-        return lower_bound(self.wrong, self.n, self.delta, self.prior)
+        return anytime_lower_bound(self.n_wrong, self.n_audited, self.delta, self.prior)
 
     @property
     def upper(self) -> float:
         """Upper bound of the error rate."""
-        right = self.n - self.wrong
-        return 1 - lower_bound(right, self.n, self.delta, self.prior_of_right)
+        n_right = self.n_audited - self.n_wrong
+        return 1 - anytime_lower_bound(n_right, self.n_audited, self.delta, self.prior_of_right)
 
     @property
     def verdict(self) -> AuditVerdict:
@@ -118,11 +120,11 @@ class Audit:
         # The wealth at the limit shows whether a bound has reached the limit. This is faster than a
         # search for the bounds.
         needed_log_wealth = -math.log(self.delta)
-        wrong = np.asarray(self.wrong)
-        n = np.asarray(self.n)
-        if log_wealth(wrong, n, self.limit, self.prior) >= needed_log_wealth:
+        n_wrong = np.asarray(self.n_wrong)
+        n = np.asarray(self.n_audited)
+        if log_wealth(n_wrong, n, self.limit, self.prior) >= needed_log_wealth:
             return "broken"
-        if log_wealth(n - wrong, n, 1 - self.limit, self.prior_of_right) >= needed_log_wealth:
+        if log_wealth(n - n_wrong, n, 1 - self.limit, self.prior_of_right) >= needed_log_wealth:
             return "holds so far"
         return "not enough audited answers"
 
@@ -132,35 +134,39 @@ class Audit:
         ``failure`` (B,) is 1 where the answer is wrong. If the log wealth reaches log(1/delta), the
         lower bound reaches the limit, and the guarantee is broken.
         """
-        n = self.n + np.arange(1, len(failure) + 1)
-        wrong = self.wrong + np.cumsum(failure)
-        return log_wealth(wrong, n, self.limit, self.prior)
+        n = self.n_audited + np.arange(1, len(failure) + 1)
+        n_wrong = self.n_wrong + np.cumsum(failure)
+        return log_wealth(n_wrong, n, self.limit, self.prior)
 
     def with_answers(self, failure: Ints) -> Audit:
         """Return the audit with B more answers; ``failure`` (B,) is 1 where an answer is wrong."""
-        return replace(self, n=self.n + len(failure), wrong=self.wrong + int(failure.sum()))
+        return replace(
+            self,
+            n_audited=self.n_audited + len(failure),
+            n_wrong=self.n_wrong + int(failure.sum()),
+        )
 
-    def n_needed(self) -> int | None:
+    def n_more_needed(self) -> int | None:
         """Estimate how many more audited answers lead to a verdict, at the same error rate.
 
         If no answer was audited yet, all answers are assumed to be right. None if no number of
         answers is enough.
         """
-        rate = self.wrong / self.n if self.n else 0.0
-        if rate == self.limit:
+        error_rate = self.n_wrong / self.n_audited if self.n_audited else 0.0
+        if error_rate == self.limit:
             return None
         # The number of wrong answers is rounded towards the limit, so that the estimate is not too
         # small.
-        is_below_limit = rate < self.limit
+        is_below_limit = error_rate < self.limit
         round_to_limit: Callable[[float], int] = math.ceil if is_below_limit else math.floor
 
         def is_enough(n: int) -> bool:
-            later_audit = replace(self, n=n, wrong=round_to_limit(rate * n))
+            later_audit = replace(self, n_audited=n, n_wrong=round_to_limit(error_rate * n))
             return later_audit.verdict != "not enough audited answers"
 
-        if is_enough(self.n):
+        if is_enough(self.n_audited):
             return 0
-        n_enough = first_enough(is_enough, first_tried=max(self.n, 1))
+        n_enough = find_sufficient_number(is_enough, first_tried=max(self.n_audited, 1))
         if n_enough is None:
             return None
-        return n_enough - self.n
+        return n_enough - self.n_audited

@@ -16,26 +16,26 @@ from scipy import signal, special
 
 from vilu.metrics.counts import Floats, Ints
 
-SHAPES: Final = tuple(1.3**power for power in range(-2, 4))
+BETA_SHAPES: Final = tuple(1.3**power for power in range(-2, 4))
 """Values of the parameters a and b of the beta bets.
 
 If a and b are below 1, the bet is on p-values near 0 and 1. If a and b are above 1, the bet is on
 p-values near the middle. If a and b differ, the bet is on a shift to larger or smaller p-values.
 """
 
-BETAS: Final = tuple((a, b) for a in SHAPES for b in SHAPES if (a, b) != (1, 1))
+BETA_PARAMETERS: Final = tuple((a, b) for a in BETA_SHAPES for b in BETA_SHAPES if (a, b) != (1, 1))
 """Parameters (a, b) of every beta bet. The uniform density (1, 1) would never win or lose."""
 
-HISTOGRAMS: Final = ((10, 50.0), (10, 150.0), (30, 50.0), (30, 150.0))
+HISTOGRAM_SETTINGS: Final = ((10, 50.0), (10, 150.0), (30, 50.0), (30, 150.0))
 """For every histogram bet: number of cells, and weight of the uniform prior in p-values."""
 
-DECAY: Final = 1 - 1 / 400
+COUNT_DECAY: Final = 1 - 1 / 400
 """At every row, the weights of all earlier p-values are multiplied by this factor."""
 
-N_BETS: Final = (len(BETAS), len(HISTOGRAMS))
+N_BETS: Final = (len(BETA_PARAMETERS), len(HISTOGRAM_SETTINGS))
 """Number of beta bets, and number of histogram bets."""
 
-SHARES: Final = np.repeat([0.5 / N_BETS[0], 0.5 / N_BETS[1]], N_BETS)
+WEALTH_SHARES: Final = np.repeat([0.5 / N_BETS[0], 0.5 / N_BETS[1]], N_BETS)
 """Share (K,) of the wealth of each bet: half for the beta densities, half for the histograms."""
 
 ROWS_PER_START: Final = 50
@@ -44,16 +44,16 @@ ROWS_PER_START: Final = 50
 ROWS_PER_BLOCK: Final = 4096
 """Number of rows per block of computation."""
 
-LONGEST_MERGED: Final = 2**15
+LONGEST_MERGED_RUN: Final = 2**15
 """Sorted runs with more values than this number are never merged."""
 
 EPS: Final = 2.0**-53
 """Smallest distance of a p-value from 0 and from 1."""
 
 
-def beta_bets(p: Floats) -> Floats:
+def beta_log_densities(p: Floats) -> Floats:
     """Return the log densities (B, K') of the K' beta bets at p-values (B,) in (0, 1)."""
-    a, b = np.array(BETAS).T
+    a, b = np.array(BETA_PARAMETERS).T
     p = p[:, None]  # (B, 1), because every bet is made at every p-value
     powers = (a - 1) * np.log(p) + (b - 1) * np.log1p(-p)
     # A fair bet has mean 1 under uniform p-values. So a bet must be a normalised density.
@@ -62,7 +62,7 @@ def beta_bets(p: Floats) -> Floats:
 
 
 @np.errstate(under="ignore")  # numbers far smaller than the largest number are rounded to 0
-def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Floats]:
+def histogram_log_densities(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Floats]:
     """Return the log densities (B,) of a histogram bet at p-values (B,), and updated counts (m,).
 
     The bet is a histogram of the last few hundred p-values in m equal cells, with a uniform prior.
@@ -70,8 +70,8 @@ def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Fl
 
         f_t(p) = m (weight/m + N_t[cell of p]) / (weight + sum N_t).
 
-    N_t counts the p-values before t in every cell. The counts are multiplied by ``DECAY`` at every
-    row. (Plug-in martingale: Fedorova et al., ICML 2012.)
+    N_t counts the p-values before t in every cell. The counts are multiplied by ``COUNT_DECAY``
+    at every row. (Plug-in martingale: Fedorova et al., ICML 2012.)
 
     Args:
         p: P-values (B,).
@@ -99,15 +99,15 @@ def _counts_after_rows(counts: Floats, cell: Ints) -> Floats:
     """
     is_in_cell = np.zeros((len(cell), len(counts)))
     is_in_cell[np.arange(len(cell)), cell] = 1
-    # A recursive filter computes N_{t+1} = DECAY N_t + is_in_cell for all rows at once.
+    # A recursive filter computes N_{t+1} = COUNT_DECAY N_t + is_in_cell for all rows at once.
     counts_after: Floats
     counts_after, _ = signal.lfilter(
-        [1.0], [1.0, -DECAY], is_in_cell, axis=0, zi=DECAY * counts[None]
+        [1.0], [1.0, -COUNT_DECAY], is_in_cell, axis=0, zi=COUNT_DECAY * counts[None]
     )
     return counts_after
 
 
-def unused_share(start: Floats) -> Floats:
+def unused_wealth_share(start: Floats) -> Floats:
     """Return the unused share of the initial wealth after start number ``start`` (from 0).
 
     The share is (start + 2)^(-1/2). Before the first start the share is 1.
@@ -130,12 +130,12 @@ class Martingale:
 
     n: int = 0  # number of rows so far
     # (K,) L_t of each bet
-    growth: Floats = field(default_factory=lambda: np.zeros(len(SHARES)))
+    growth: Floats = field(default_factory=lambda: np.zeros(len(WEALTH_SHARES)))
     # (K,) log sum_s share_s exp(-L_{s-1}) of each bet
-    started: Floats = field(default_factory=lambda: np.full(len(SHARES), -np.inf))
+    started: Floats = field(default_factory=lambda: np.full(len(WEALTH_SHARES), -np.inf))
     # counts N_t (m,) of each histogram bet
     counts: list[Floats] = field(
-        default_factory=lambda: [np.zeros(n_cells) for n_cells, _ in HISTOGRAMS]
+        default_factory=lambda: [np.zeros(n_cells) for n_cells, _ in HISTOGRAM_SETTINGS]
     )
 
     def update(self, p: Floats) -> Floats:
@@ -161,8 +161,8 @@ class Martingale:
         # would lose wealth as long as nothing changes. After a late shift the bets would first have
         # to win back these losses.
         start = (row // ROWS_PER_START).astype(np.float64)  # number of the last start, from 0
-        unused_before_start = np.where(start > 0, unused_share(start - 1), 1.0)
-        share_of_start = unused_before_start - unused_share(start)
+        unused_before_start = np.where(start > 0, unused_wealth_share(start - 1), 1.0)
+        share_of_start = unused_before_start - unused_wealth_share(start)
         is_start = row % ROWS_PER_START == 0
         share_of_row = np.where(is_start, share_of_start, 0.0)[:, None]  # (B, 1)
         with np.errstate(divide="ignore"):  # log 0 = -inf at rows without a start
@@ -174,8 +174,8 @@ class Martingale:
         # A view of the last row would keep the whole block in memory.
         self.growth = growth[-1].copy()
         self.started = started[-1].copy()
-        log_used = special.logsumexp(growth_after + started_after + np.log(SHARES), axis=1)
-        log_unused = np.log(unused_share(start))
+        log_used = special.logsumexp(growth_after + started_after + np.log(WEALTH_SHARES), axis=1)
+        log_unused = np.log(unused_wealth_share(start))
         log_wealth: Floats = np.logaddexp(log_used, log_unused)
         return log_wealth
 
@@ -184,10 +184,10 @@ class Martingale:
 
         The histograms count the p-values after the bets.
         """
-        log_densities = [beta_bets(p)]
+        log_densities = [beta_log_densities(p)]
         updated_counts = []
-        for counts, (_, weight) in zip(self.counts, HISTOGRAMS, strict=True):
-            log_density, counts_after = histogram_bets(p, counts, weight)
+        for counts, (_, weight) in zip(self.counts, HISTOGRAM_SETTINGS, strict=True):
+            log_density, counts_after = histogram_log_densities(p, counts, weight)
             log_densities.append(log_density[:, None])
             updated_counts.append(counts_after)
         self.counts = updated_counts
@@ -202,7 +202,7 @@ class SortedRun:
     """
 
     values: Floats  # (G,) distinct values, ascending
-    n_up_to: Ints  # (G,) for each distinct value, number of all values up to this value
+    cumulated_counts: Ints  # (G,) for each distinct value, number of all values up to this value
 
     def __len__(self) -> int:
         return len(self.values)
@@ -210,7 +210,7 @@ class SortedRun:
     @property
     def n(self) -> int:
         """Number of values, where every occurrence of a repeated value counts."""
-        return int(self.n_up_to[-1])
+        return int(self.cumulated_counts[-1])
 
     @classmethod
     def of(cls, values: Floats, counts: Ints) -> SortedRun:
@@ -228,16 +228,16 @@ class SortedRun:
 
     def counts(self) -> Ints:
         """Return the number of occurrences (G,) of each distinct value."""
-        return np.diff(self.n_up_to, prepend=0)
+        return np.diff(self.cumulated_counts, prepend=0)
 
-    def compare(self, values: Floats) -> tuple[Ints, Ints]:
+    def count_greater_and_equal(self, values: Floats) -> tuple[Ints, Ints]:
         """Count for each value of ``values`` the greater and the equal values of the run.
 
         Every occurrence of a repeated value of the run counts.
         """
         # Entry k of this array is the number of all occurrences of the k smallest distinct values.
         # The search gives k.
-        n_among_smallest = np.concatenate([[0], self.n_up_to])
+        n_among_smallest = np.concatenate([[0], self.cumulated_counts])
         n_up_to = n_among_smallest[np.searchsorted(self.values, values, "right")]
         n_below = n_among_smallest[np.searchsorted(self.values, values, "left")]
         n_greater = self.n - n_up_to
@@ -246,17 +246,17 @@ class SortedRun:
 
 
 @dataclass
-class Reference:
+class ReferenceValues:
     """All values so far, in sorted runs.
 
-    n values are in about log n short runs and n / LONGEST_MERGED long runs. A repeated value in a
-    run takes memory only once.
+    n values are in about log n short runs and n / LONGEST_MERGED_RUN long runs. A repeated value in
+    a run takes memory only once.
     """
 
     runs: list[SortedRun] = field(default_factory=list)
 
     @classmethod
-    def of(cls, values: Floats, counts: Ints | None = None) -> Reference:
+    def of(cls, values: Floats, counts: Ints | None = None) -> ReferenceValues:
         """Make a reference; ``counts`` says how often each value occurs (None: once)."""
         reference = cls()
         reference.add(values, counts)
@@ -267,9 +267,9 @@ class Reference:
         """Number of values so far."""
         return sum(run.n for run in self.runs)
 
-    def __deepcopy__(self, _: object) -> Reference:
+    def __deepcopy__(self, _: object) -> ReferenceValues:
         """Copy the reference with shared runs. This is safe: runs are replaced, never changed."""
-        return Reference(list(self.runs))
+        return ReferenceValues(list(self.runs))
 
     def add(self, values: Floats, counts: Ints | None = None) -> None:
         """Add values; ``counts`` says how often each value occurs (None: once)."""
@@ -281,26 +281,26 @@ class Reference:
         # Earlier runs are merged into the new run, unless an earlier run is longer. So every run is
         # shorter than the previous run, and there are few runs to search. Long runs are never
         # merged, because a merge takes several times the memory of the merged runs.
-        while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST_MERGED):
+        while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST_MERGED_RUN):
             run = SortedRun.merge([self.runs.pop(), run])
         self.runs.append(run)
 
-    def table(self) -> tuple[Floats, Ints]:
+    def value_counts(self) -> tuple[Floats, Ints]:
         """Return the distinct values, ascending, and the number of occurrences of each value."""
         if not self.runs:
             return np.empty(0), np.empty(0, np.int64)
         all_values = SortedRun.merge(self.runs)
         return all_values.values, all_values.counts()
 
-    def p_values(self, values: Floats, uniform: Floats) -> Floats:
+    def p_values(self, values: Floats, uniform_numbers: Floats) -> Floats:
         """Return the p-values (B,) of new values (B,), and add the new values to the reference.
 
         Each new value is compared with all values of the reference and with earlier new values.
-        ``uniform`` (B,) are random numbers in [0, 1) for breaking ties.
+        ``uniform_numbers`` (B,) are random numbers in [0, 1) for breaking ties.
         """
-        n_greater, n_equal = compare_with_earlier(values)
+        n_greater, n_equal = count_in_earlier_values(values)
         for run in self.runs:
-            n_greater_in_run, n_equal_in_run = run.compare(values)
+            n_greater_in_run, n_equal_in_run = run.count_greater_and_equal(values)
             n_greater = n_greater + n_greater_in_run
             n_equal = n_equal + n_equal_in_run
         n_before = self.n + np.arange(len(values))  # number of values before each new value
@@ -308,10 +308,10 @@ class Reference:
         # Ties are broken at random, and each row is also compared with itself. Otherwise p-values
         # of tied scores would not be uniform, and the bets would win although nothing changes
         # (Vovk et al. 2005).
-        return (n_greater + uniform * (n_equal + 1)) / (n_before + 1)
+        return (n_greater + uniform_numbers * (n_equal + 1)) / (n_before + 1)
 
 
-def compare_with_earlier(values: Floats) -> tuple[Ints, Ints]:
+def count_in_earlier_values(values: Floats) -> tuple[Ints, Ints]:
     """Count for each value the greater and the equal values among earlier values.
 
     The values are divided into blocks of 1 value, then of 2 values, of 4 values, and so on. Blocks
@@ -343,23 +343,23 @@ def compare_with_earlier(values: Floats) -> tuple[Ints, Ints]:
     return n_greater, n_equal
 
 
-SHUFFLES: Final = 999
+N_SHUFFLES: Final = 999
 """Number of shuffles of the rows. Rows count as sorted only if all shuffles have less order.
 
 For exchangeable rows of any distribution this happens with probability 1/1000.
 """
 
-CLEAR_DEVIATIONS: Final = 4.0
+MIN_DEVIATIONS: Final = 4.0
 """Rows count as sorted only if the order is this many standard deviations or more above chance.
 
 Chance is the mean over the shuffles, and the standard deviation is over the shuffles, too. A normal
 variable is so far above the mean with probability 3/100,000.
 """
 
-ROWS_PER_HALF: Final = 4096
+MAX_ROWS_PER_HALF: Final = 4096
 """At most this many rows of each half are compared. The compared rows are evenly spaced."""
 
-FEWEST_ROWS: Final = 20
+MIN_ROWS: Final = 20
 """Fewer rows than this number never count as sorted."""
 
 
@@ -372,17 +372,17 @@ def is_grouped(codes: Ints) -> bool:
     no order, and a slow drift makes only few neighbours equal.
     """
 
-    def n_equal_neighbours(codes: Floats) -> float:
+    def count_equal_neighbours(codes: Floats) -> float:
         return float(np.count_nonzero(codes[1:] == codes[:-1]))
 
-    def most_equal_neighbours(codes: Floats) -> float:
+    def count_equal_if_sorted(codes: Floats) -> float:
         return len(codes) - len(np.unique(codes))
 
     return _is_sorted_in_halves(
         codes.astype(np.float64),
-        order=n_equal_neighbours,
-        largest_order=most_equal_neighbours,
-        least_share=0.1,
+        measure_order=count_equal_neighbours,
+        measure_largest_order=count_equal_if_sorted,
+        min_excess_share=0.1,
     )
 
 
@@ -395,18 +395,18 @@ def is_rising(values: Floats) -> bool:
     """
 
     # minus the total distance of neighbours, so that more order gives a larger number
-    def nearness_of_neighbours(rank: Floats) -> float:
+    def measure_nearness(rank: Floats) -> float:
         return -float(np.abs(np.diff(rank)).sum())
 
-    def nearness_if_sorted(rank: Floats) -> float:
+    def measure_nearness_if_sorted(rank: Floats) -> float:
         return float(rank.min() - rank.max())
 
     _, rank = np.unique(values, return_inverse=True)
     return _is_sorted_in_halves(
         rank.astype(np.float64),
-        order=nearness_of_neighbours,
-        largest_order=nearness_if_sorted,
-        least_share=0.75,
+        measure_order=measure_nearness,
+        measure_largest_order=measure_nearness_if_sorted,
+        min_excess_share=0.75,
     )
 
 
@@ -424,52 +424,54 @@ def is_in_blocks(codes: Ints) -> bool:
         return False
     # Let n_k be the number of rows of code k. Of all N! orders, K! n_1! ... n_K! have a single
     # block for each of the K codes.
-    log_in_blocks = special.gammaln(len(sizes) + 1) + special.gammaln(sizes + 1).sum()
-    log_all_orders = special.gammaln(len(codes) + 1)
-    return bool(log_in_blocks - log_all_orders < np.log(1e-6))
+    log_n_orders_in_blocks = special.gammaln(len(sizes) + 1) + special.gammaln(sizes + 1).sum()
+    log_n_orders = special.gammaln(len(codes) + 1)
+    return bool(log_n_orders_in_blocks - log_n_orders < np.log(1e-6))
 
 
 def _is_sorted_in_halves(
     values: Floats,
     *,
-    order: Callable[[Floats], float],
-    largest_order: Callable[[Floats], float],
-    least_share: float,
+    measure_order: Callable[[Floats], float],
+    measure_largest_order: Callable[[Floats], float],
+    min_excess_share: float,
 ) -> bool:
     """Whether values are sorted within both halves of the rows.
 
     1. The values must have more order than every shuffle of the values.
-    2. In each half, the excess of order over shuffles must be at least the share ``least_share`` of
-       the largest possible excess.
+    2. In each half, the excess of order over shuffles must be at least the share
+       ``min_excess_share`` of the largest possible excess.
 
     A shuffle moves values only within a half. So a difference between the two halves does not count
     as order.
 
     Args:
         values: Values (N,) in the order of the rows.
-        order: Maps the values of a half to a measure of order.
-        largest_order: Maps the values of a half to the largest possible measure.
-        least_share: Smallest share of the largest possible excess.
+        measure_order: Maps the values of a half to a measure of order.
+        measure_largest_order: Maps the values of a half to the largest possible measure.
+        min_excess_share: Smallest share of the largest possible excess.
     """
-    if len(values) < FEWEST_ROWS:
+    if len(values) < MIN_ROWS:
         return False
     rng = np.random.default_rng(0)
     halves = []
     for half in np.array_split(values, 2):
-        step = math.ceil(len(half) / ROWS_PER_HALF)
+        step = math.ceil(len(half) / MAX_ROWS_PER_HALF)
         halves.append(half[::step])
-    order_of_half = np.array([order(half) for half in halves])  # (2,)
+    order_of_half = np.array([measure_order(half) for half in halves])  # (2,)
     total_order = order_of_half.sum()
-    shuffled_order = np.empty((SHUFFLES, 2))  # one row per shuffle, one column per half
-    for shuffle in range(SHUFFLES):
-        shuffled_order[shuffle] = [order(rng.permutation(half)) for half in halves]
-        if shuffled_order[shuffle].sum() >= total_order:
+    shuffled_order = np.empty((N_SHUFFLES, 2))  # one row per shuffle, one column per half
+    for shuffle_number in range(N_SHUFFLES):
+        shuffled_order[shuffle_number] = [measure_order(rng.permutation(half)) for half in halves]
+        if shuffled_order[shuffle_number].sum() >= total_order:
             return False
-    mean_of_half = shuffled_order.mean(axis=0)
-    excess = order_of_half - mean_of_half
-    largest_excess = np.array([largest_order(half) for half in halves]) - mean_of_half
-    is_half_sorted = (excess > 0) & (excess >= least_share * largest_excess)
+    mean_shuffled_order = shuffled_order.mean(axis=0)
+    excess = order_of_half - mean_shuffled_order
+    largest_excess = (
+        np.array([measure_largest_order(half) for half in halves]) - mean_shuffled_order
+    )
+    is_half_sorted = (excess > 0) & (excess >= min_excess_share * largest_excess)
     shuffled_total = shuffled_order.sum(axis=1)
     total_excess = total_order - shuffled_total.mean()
-    is_clear = total_excess >= CLEAR_DEVIATIONS * shuffled_total.std()
+    is_clear = total_excess >= MIN_DEVIATIONS * shuffled_total.std()
     return bool(is_half_sorted.all() and is_clear)

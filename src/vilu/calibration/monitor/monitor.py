@@ -17,14 +17,14 @@ from vilu.artifacts.documents import first_error
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import read_column, read_table, table_suffix, write_table
-from vilu.calibration.calibration import Calibration, has_guarantee, require_about_new
+from vilu.calibration.calibration import Calibration, has_guarantee, require_new_row_guarantee
 from vilu.calibration.label_sets import LabelSets
-from vilu.calibration.monitor.arrivals import SeenRows, admit, refuse_sorted
+from vilu.calibration.monitor.arrivals import SeenRows, admit_rows, refuse_sorted
 from vilu.calibration.monitor.audit import Audit, TestName
-from vilu.calibration.monitor.martingale import Reference
-from vilu.calibration.monitor.rates import ood_in_words, rates_of
+from vilu.calibration.monitor.martingale import ReferenceValues
+from vilu.calibration.monitor.rates import make_rate_audits, ood_in_words
 from vilu.calibration.monitor.status import Acceptance, Audited, Status, Test, conclude
-from vilu.calibration.monitor.watch import PARTS, State, Watch, Wealth
+from vilu.calibration.monitor.watch import LEVEL_PARTS, ShiftTest, State, Wealth
 from vilu.calibration.rules import Rule, group_names
 from vilu.calibration.shares import Strata
 from vilu.callers import warn_caller
@@ -97,7 +97,7 @@ class Monitor:
                 "there is no guarantee to watch, because nothing is guaranteed of these rows: give "
                 "the rule that vilu.certify(outcomes, max_risk=0.05) makes of them."
             )
-        require_about_new(rule)
+        require_new_row_guarantee(rule)
         if not np.isfinite(calibration.uncertainty).any():
             raise DataError(
                 f"none of the {len(calibration)} calibration rows has an uncertainty. Calibrate "
@@ -117,7 +117,7 @@ class Monitor:
         self.repeated = 0
         self.seen_rows = SeenRows()
         self.seen_labels = SeenRows()
-        self.compared_below = self._end_of_sample()
+        self.comparison_limit = self._find_comparison_limit()
         values = self._values_by_test(calibration, self._is_accepted(calibration, groups))
         self._coverage: float | None = None
         if self.rule is not None and not self._is_partial:
@@ -140,17 +140,17 @@ class Monitor:
         names: list[TestName] = list(values)
         if guaranteed_risk is not None:
             names.append("audit")
-        # Only the names of the rates are needed here. The levels of the rates are computed below.
-        names += rates_of(self.rule, self.calibration, level=self.false_alarm)
+        # Only the names of the audits are needed here. The levels of the audits are computed below.
+        names += list(make_rate_audits(self.rule, self.calibration, level=self.false_alarm))
         # Every test can raise a false alarm. So the tests share the level: with the whole level for
         # each, the probability of any false alarm could exceed ``false_alarm`` (union bound).
-        total_parts = sum(PARTS[name] for name in names)
+        total_parts = sum(LEVEL_PARTS[name] for name in names)
         tests: dict[TestName, Test] = {}
         for name in names:
-            tests[name] = Test(name=name, level=self.false_alarm * PARTS[name] / total_parts)
-        self.watches: dict[TestName, Watch] = {}
+            tests[name] = Test(name=name, level=self.false_alarm * LEVEL_PARTS[name] / total_parts)
+        self.shift_tests: dict[TestName, ShiftTest] = {}
         for name, values_of_test in values.items():
-            self.watches[name] = Watch(tests[name], Reference.of(values_of_test))
+            self.shift_tests[name] = ShiftTest(tests[name], ReferenceValues.of(values_of_test))
         self.error_audit: Audit | None = None
         self.audit_test = tests.get("audit")
         if guaranteed_risk is not None:
@@ -159,13 +159,13 @@ class Monitor:
         self._make_rate_tests(level_of_part=self.false_alarm / max(total_parts, 1))
 
     def _make_rate_tests(self, level_of_part: float) -> None:
-        """Make all rates, and a test for every rate. Every rate gets one part of the level."""
-        self.rates = rates_of(self.rule, self.calibration, level_of_part)
+        """Make all audits of rates, and a test for each. Every rate gets one part of the level."""
+        self.rate_audits = make_rate_audits(self.rule, self.calibration, level_of_part)
         self.rate_tests: dict[TestName, Test] = {}
-        for name, rate in self.rates.items():
-            self.rate_tests[name] = Test(name=name, level=rate.delta)
+        for name, rate_audit in self.rate_audits.items():
+            self.rate_tests[name] = Test(name=name, level=rate_audit.delta)
 
-    def _end_of_sample(self) -> float:
+    def _find_comparison_limit(self) -> float:
         """Return the limit of the comparison: only rows with a smaller uncertainty are compared.
 
         The limit is infinite if all rows are compared.
@@ -247,8 +247,8 @@ class Monitor:
             >>> status.verdict, status.rows
             ('holds', 300)
         """
-        outcomes = admit(outcomes, self.calibration, self.risk)
-        accepted = self._is_accepted(outcomes, groups)
+        outcomes = admit_rows(outcomes, self.calibration, self.risk)
+        is_accepted = self._is_accepted(outcomes, groups)
         hashes, is_new = self.seen_rows.find_new(outcomes)
         if not is_new.all():
             warn_caller(
@@ -256,22 +256,22 @@ class Monitor:
                 "not counted again.",
             )
             outcomes = outcomes.take(is_new)
-            accepted = accepted[is_new]
+            is_accepted = is_accepted[is_new]
         if not in_order:
             refuse_sorted(outcomes)
         is_scored = np.isfinite(outcomes.uncertainty)
         row_numbers = self.rows + np.arange(len(outcomes))
         compared_row_numbers = row_numbers[self._is_compared(outcomes)]
-        for name, values in self._values_by_test(outcomes, accepted).items():
-            if name in self.watches:
-                self.watches[name].update(values, compared_row_numbers, self.seed)
-        self._count_for_rate("review", ~accepted[is_scored], row_numbers[is_scored])
+        for name, values in self._values_by_test(outcomes, is_accepted).items():
+            if name in self.shift_tests:
+                self.shift_tests[name].update(values, compared_row_numbers, self.seed)
+        self._count_for_rate("review", ~is_accepted[is_scored], row_numbers[is_scored])
         self.rows += len(outcomes)
         self.unscored += int(np.count_nonzero(~is_scored))
-        self.accepted += int(np.count_nonzero(accepted))
+        self.accepted += int(np.count_nonzero(is_accepted))
         self.repeated += int(np.count_nonzero(~is_new))
         self.seen_rows.add(hashes)
-        self._audit_labels(outcomes, accepted, row_numbers)
+        self._audit_labels(outcomes, is_accepted, row_numbers)
         return self.status
 
     @checked
@@ -310,7 +310,7 @@ class Monitor:
                 "there is no guarantee to audit: the rule accepts nothing, judges whole batches, "
                 "or bounds a mean (crc)."
             )
-        outcomes = admit(outcomes, self.calibration, self.risk)
+        outcomes = admit_rows(outcomes, self.calibration, self.risk)
         # An alarm is reported at the last monitored row.
         row_numbers = np.full(len(outcomes), max(self.rows - 1, 0))
         # Labels without an arrival order are tested together. If the evidence were tested after
@@ -318,9 +318,9 @@ class Monitor:
         # together do not.
         all_labels = slice(None)
         last_label = slice(-1, None)
-        tested_after = all_labels if in_order else last_label
-        accepted = self._is_accepted(outcomes, groups)
-        self._audit_labels(outcomes, accepted, row_numbers, tested_after)
+        tested_slice = all_labels if in_order else last_label
+        is_accepted = self._is_accepted(outcomes, groups)
+        self._audit_labels(outcomes, is_accepted, row_numbers, tested_slice)
         return self.status
 
     @checked
@@ -351,8 +351,8 @@ class Monitor:
 
         claim_file(path, "monitor state", overwrite=True)
         tables = []
-        for name, watch in self.watches.items():
-            values, counts = watch.reference.table()
+        for name, shift_test in self.shift_tests.items():
+            values, counts = shift_test.reference.value_counts()
             tables.append(
                 pa.table({"test": pa.repeat(name, len(counts)), "value": values, "count": counts})
             )
@@ -365,8 +365,8 @@ class Monitor:
             hashes = seen.hashes()
             tables.append(pa.table({"test": pa.repeat(kind, len(hashes)), "row": hashes}))
         # With this option, missing columns are filled with null.
-        all_lines = pa.concat_tables(tables, promote_options="default")
-        columns = {name: all_lines[name] for name in ("test", "value", "count", "row")}
+        whole_table = pa.concat_tables(tables, promote_options="default")
+        columns = {name: whole_table[name] for name in ("test", "value", "count", "row")}
         write_table(path, columns, self.state().model_dump(mode="json"))
 
     @checked
@@ -413,9 +413,9 @@ class Monitor:
         count = read_column(path, table, "count", "int64").fill_null(0).to_numpy()
         row_hash = read_column(path, table, "row", "int64")
         values: dict[TestName, tuple[Floats, Ints]] = {}
-        for test in self.watches:
-            is_of_test = test_of_line == test
-            values[test] = value[is_of_test], count[is_of_test]
+        for name in self.shift_tests:
+            is_of_test = test_of_line == name
+            values[name] = value[is_of_test], count[is_of_test]
         hashes_of_rows = row_hash.filter(pa.array(test_of_line == ROWS_SEEN))
         hashes_of_labels = row_hash.filter(pa.array(test_of_line == LABELS_SEEN))
         n_rows, n_labels = state.remembered
@@ -438,19 +438,25 @@ class Monitor:
             >>> monitor.state().rows, monitor.state().accepted
             (3, 3)
         """
-        audited = (0, 0)
+        audited_counts = (0, 0)
         if self.error_audit is not None:
-            audited = (self.error_audit.n, self.error_audit.wrong)
+            audited_counts = (self.error_audit.n_audited, self.error_audit.n_wrong)
+        wealth: dict[str, Wealth | None] = {}
+        for name, shift_test in self.shift_tests.items():
+            wealth[name] = Wealth.of(shift_test.martingale)
+        rate_counts: dict[str, tuple[int, int]] = {}
+        for name, audit in self.rate_audits.items():
+            rate_counts[name] = (audit.n_audited, audit.n_wrong)
         return State(
             fingerprint=self.fingerprint,
             rows=self.rows,
             unscored=self.unscored,
             accepted=self.accepted,
             tests=tuple(self._tests()),
-            wealth={name: Wealth.of(watch.martingale) for name, watch in self.watches.items()},
-            audited=audited,
+            wealth=wealth,
+            audited=audited_counts,
             remembered=(len(self.seen_rows), len(self.seen_labels)),
-            counted={name: (rate.n, rate.wrong) for name, rate in self.rates.items()},
+            counted=rate_counts,
         )
 
     def _restore(self, state: State, values: Mapping[TestName, tuple[Floats, Ints]]) -> None:
@@ -461,27 +467,27 @@ class Monitor:
         """
         self._require_tests(state)
         tests = {test.name: test for test in state.tests}
-        self.watches = self._saved_watches(state, values)
+        self.shift_tests = self._saved_shift_tests(state, values)
         self.rows = state.rows
         self.unscored = state.unscored
         self.accepted = state.accepted
-        for name, rate in self.rates.items():
+        for name, rate_audit in self.rate_audits.items():
             n_rows, n_events = state.counted[name]
-            self.rates[name] = replace(rate, n=n_rows, wrong=n_events)
+            self.rate_audits[name] = replace(rate_audit, n_audited=n_rows, n_wrong=n_events)
             self.rate_tests[name] = tests[name]
         if self.error_audit is not None:
-            n, wrong = state.audited
-            self.error_audit = replace(self.error_audit, n=n, wrong=wrong)
+            n_audited, n_wrong = state.audited
+            self.error_audit = replace(self.error_audit, n_audited=n_audited, n_wrong=n_wrong)
             self.audit_test = tests["audit"]
 
-    def _saved_watches(
+    def _saved_shift_tests(
         self, state: State, values: Mapping[TestName, tuple[Floats, Ints]]
-    ) -> dict[TestName, Watch]:
-        """Return the watches of a saved state; ``values`` is as in ``_restore``."""
+    ) -> dict[TestName, ShiftTest]:
+        """Return the shift tests of a saved state; ``values`` is as in ``_restore``."""
         tests = {test.name: test for test in state.tests}
-        compares_all = self.compared_below == np.inf
-        watches: dict[TestName, Watch] = {}
-        for name, watch in self.watches.items():
+        compares_all = self.comparison_limit == np.inf
+        shift_tests: dict[TestName, ShiftTest] = {}
+        for name, shift_test in self.shift_tests.items():
             wealth = state.wealth[name]
             if compares_all:
                 n_compared = state.rows - state.unscored
@@ -489,10 +495,10 @@ class Monitor:
                 # Only the wealth says how many rows were compared.
                 n_compared = 0 if wealth is None else wealth.n
             distinct_values, counts = values[name]
-            watches[name] = watch.with_saved_state(
+            shift_tests[name] = shift_test.with_saved_state(
                 tests[name], wealth, distinct_values, counts, n_compared
             )
-        return watches
+        return shift_tests
 
     def _require_tests(self, state: State) -> None:
         """Raise a ValueError if a state has different tests than this monitor, or wrong counts."""
@@ -500,13 +506,13 @@ class Monitor:
         saved_levels = {test.name: test.level for test in state.tests}
         n_audited, n_wrong = state.audited
         has_same_tests = saved_levels.keys() == levels.keys()
-        has_same_watches = state.wealth.keys() == self.watches.keys()
-        if not has_same_tests or not has_same_watches or n_wrong > n_audited:
+        has_same_shift_tests = state.wealth.keys() == self.shift_tests.keys()
+        if not has_same_tests or not has_same_shift_tests or n_wrong > n_audited:
             raise ValueError(f"its tests are not {', '.join(levels)}")
-        has_same_rates = state.counted.keys() == self.rates.keys()
+        has_same_rates = state.counted.keys() == self.rate_audits.keys()
         is_impossible = any(n_events > n_rows for n_rows, n_events in state.counted.values())
         if not has_same_rates or is_impossible:
-            raise ValueError(f"its rates are not {', '.join(self.rates) or 'none'}")
+            raise ValueError(f"its rates are not {', '.join(self.rate_audits) or 'none'}")
         if saved_levels != levels:
             raise ValueError("its tests have other levels")
 
@@ -516,10 +522,10 @@ class Monitor:
         tests = self._tests()
         audited = None if self.error_audit is None else Audited.from_audit(self.error_audit)
         verdict, raised_at, reason, advice = conclude(tests, audited)
-        ood_rate = self.rates.get("outside")
-        present = None
-        if ood_rate is not None and self.rule is not None and self.rule.outside_share is not None:
-            present = ood_in_words(ood_rate, self.rule.outside_share)
+        ood_audit = self.rate_audits.get("outside")
+        ood_text = None
+        if ood_audit is not None and self.rule is not None and self.rule.outside_share is not None:
+            ood_text = ood_in_words(ood_audit, self.rule.outside_share)
         return Status(
             verdict=verdict,
             raised_at=raised_at,
@@ -531,12 +537,12 @@ class Monitor:
             tests=tuple(tests),
             acceptance=self._acceptance_shares(),
             audit=audited,
-            present=present,
+            present=ood_text,
         )
 
     def _tests(self) -> list[Test]:
         """Return all tests, in the order of the status."""
-        tests = [watch.test for watch in self.watches.values()]
+        tests = [shift_test.test for shift_test in self.shift_tests.values()]
         if self.audit_test is not None:
             tests.append(self.audit_test)
         return [*tests, *self.rate_tests.values()]
@@ -570,16 +576,16 @@ class Monitor:
         return self.rule.accept(outcomes.uncertainty, groups)
 
     def _values_by_test(
-        self, outcomes: Outcomes, accepted: NDArray[np.bool_]
+        self, outcomes: Outcomes, is_accepted: NDArray[np.bool_]
     ) -> dict[TestName, Floats]:
         """Return the values (M,) of the M compared rows, for each test that compares rows.
 
-        ``accepted`` is the mask (N,) of the accepted answers.
+        ``is_accepted`` is the mask (N,) of the accepted answers.
         """
         is_compared = self._is_compared(outcomes)
         values: dict[TestName, Floats] = {"scores": outcomes.uncertainty[is_compared]}
         if self.rule is not None:
-            values["acceptance"] = (~accepted[is_compared]).astype(np.float64)  # 0 if accepted
+            values["acceptance"] = (~is_accepted[is_compared]).astype(np.float64)  # 0 if accepted
         if self.calibration.class_names is not None and self.calibration.prediction is not None:
             if outcomes.prediction is None:
                 raise DataError(
@@ -600,28 +606,28 @@ class Monitor:
         Rows without an uncertainty are not compared. If the calibration rows are a random sample
         only up to some uncertainty, rows from this uncertainty on are not compared either.
         """
-        return np.isfinite(outcomes.uncertainty) & (outcomes.uncertainty < self.compared_below)
+        return np.isfinite(outcomes.uncertainty) & (outcomes.uncertainty < self.comparison_limit)
 
     def _audit_labels(
         self,
         outcomes: Outcomes,
-        accepted: NDArray[np.bool_],
+        is_accepted: NDArray[np.bool_],
         row_numbers: Ints,
-        tested_after: slice = slice(None),
+        tested_slice: slice = slice(None),
     ) -> None:
         """Audit the rows with a known failure, except rows from earlier audits.
 
         Args:
             outcomes: N rows.
-            accepted: Mask (N,) of the accepted answers.
+            is_accepted: Mask (N,) of the accepted answers.
             row_numbers: (N,) If the label of a row raises an alarm, the alarm is reported at the
                 row with this number.
-            tested_after: Selects labels. The evidence is tested after each selected label.
+            tested_slice: Selects labels. The evidence is tested after each selected label.
         """
         if self.error_audit is None or self.audit_test is None:
             return
-        is_counted = accepted
-        if "outside" in self.rates:
+        is_counted = is_accepted
+        if "outside" in self.rate_audits:
             # All labelled rows count for the share of out-of-distribution images.
             is_counted = np.ones(len(outcomes), dtype=np.bool_)
         labelled_rows = np.flatnonzero((outcomes.failure != UNKNOWN) & is_counted)
@@ -639,12 +645,12 @@ class Monitor:
         self.seen_labels.add(hashes)
         new_rows = labelled_rows[is_new]
         is_ood = outcomes.outside[new_rows]
-        self._count_for_rate("outside", is_ood, row_numbers[new_rows], tested_after)
-        audited_rows = new_rows[accepted[new_rows]]
+        self._count_for_rate("outside", is_ood, row_numbers[new_rows], tested_slice)
+        audited_rows = new_rows[is_accepted[new_rows]]
         is_wrong = outcomes.failure[audited_rows] == 1
         evidence = self.error_audit.log_wealth_after(is_wrong)
         reported_at = row_numbers[audited_rows]
-        self.audit_test = self.audit_test.after(evidence[tested_after], reported_at[tested_after])
+        self.audit_test = self.audit_test.after(evidence[tested_slice], reported_at[tested_slice])
         self.error_audit = self.error_audit.with_answers(is_wrong)
 
     def _count_for_rate(
@@ -652,7 +658,7 @@ class Monitor:
         name: TestName,
         is_event: NDArray[np.bool_],
         row_numbers: Ints,
-        tested_after: slice = slice(None),
+        tested_slice: slice = slice(None),
     ) -> None:
         """Update a rate and the test of the rate with M new rows; ignore unmonitored rates.
 
@@ -661,16 +667,16 @@ class Monitor:
             is_event: Mask (M,) of the rows with the counted event, such as rows left for review.
             row_numbers: (M,) If a row raises an alarm, the alarm is reported at the row with this
                 number.
-            tested_after: Selects rows. The evidence is tested after each selected row.
+            tested_slice: Selects rows. The evidence is tested after each selected row.
         """
-        if name not in self.rates:
+        if name not in self.rate_audits:
             return
         events = is_event.astype(np.int64)
-        evidence = self.rates[name].log_wealth_after(events)
+        evidence = self.rate_audits[name].log_wealth_after(events)
         self.rate_tests[name] = self.rate_tests[name].after(
-            evidence[tested_after], row_numbers[tested_after]
+            evidence[tested_slice], row_numbers[tested_slice]
         )
-        self.rates[name] = self.rates[name].with_answers(events)
+        self.rate_audits[name] = self.rate_audits[name].with_answers(events)
 
     def _acceptance_shares(self) -> Acceptance | None:
         """Return the shares of accepted answers among the calibration rows and the monitored rows.
@@ -685,19 +691,20 @@ class Monitor:
 
     def _fingerprint(self) -> str:
         """Return a digest of everything that determines the results, except new rows."""
-        content = hashlib.sha256()
-        for watch in self.watches.values():
-            for values_or_counts in watch.reference.table():
-                content.update(values_or_counts.tobytes())
-        if not self.watches:
-            content.update(self.calibration.uncertainty.tobytes())
+        content_hash = hashlib.sha256()
+        for shift_test in self.shift_tests.values():
+            for values_or_counts in shift_test.reference.value_counts():
+                content_hash.update(values_or_counts.tobytes())
+        if not self.shift_tests:
+            content_hash.update(self.calibration.uncertainty.tobytes())
         if self.rule is not None and self.rule.reweighted:
             # The audits of rates depend on the strata of the rows.
             rows = self.calibration.take(self.calibration.evaluable)
             strata = Strata(rows, self.rule.outside_share, self.rule.class_shares)
-            content.update(strata.stratum.tobytes())
+            content_hash.update(strata.stratum.tobytes())
         rule = None if self.rule is None else self.rule.model_dump(mode="json")
-        return digest([content.hexdigest(), rule, self.false_alarm, self.seed, list(self.watches)])
+        test_names = list(self.shift_tests)
+        return digest([content_hash.hexdigest(), rule, self.false_alarm, self.seed, test_names])
 
 
 def _load_guarantee(folder: Path) -> tuple[Calibration, Rule | LabelSets]:

@@ -16,18 +16,20 @@ from vilu.calibration.shares import Strata
 from vilu.calibration.thresholds import percent, upper_bound
 from vilu.outcomes.outcomes import Outcomes
 
-SMALLEST_LIMIT: Final = 1e-3
+MIN_OOD_LIMIT: Final = 1e-3
 """Limit of the share of out-of-distribution images, if a smaller share than this was stated."""
 
 
-def rates_of(rule: Rule | None, calibration: Outcomes, level: float) -> dict[TestName, Audit]:
+def make_rate_audits(
+    rule: Rule | None, calibration: Outcomes, level: float
+) -> dict[TestName, Audit]:
     """Return the audits of rates that stay below a limit while a guarantee for stated shares holds.
 
     Rules without stated shares have no such rates. ``level`` is the probability that the audit of a
     rate ever raises a false alarm.
 
     - "outside": the share of out-of-distribution images among labelled rows. The limit is the
-      stated share, but at least ``SMALLEST_LIMIT``.
+      stated share, but at least ``MIN_OOD_LIMIT``.
     - "review": the share of rows left for review. Let d_in be this share among images of the
       classes, and d_out this share among out-of-distribution images. If the share of
       out-of-distribution images is p', the rate is
@@ -40,13 +42,13 @@ def rates_of(rule: Rule | None, calibration: Outcomes, level: float) -> dict[Tes
     """
     if rule is None or not rule.reweighted or not rule.feasible:
         return {}
-    rates: dict[TestName, Audit] = {}
+    rate_audits: dict[TestName, Audit] = {}
     if rule.outside_share is not None:
-        rates["outside"] = Audit(limit=max(rule.outside_share, SMALLEST_LIMIT), delta=level)
+        rate_audits["outside"] = Audit(limit=max(rule.outside_share, MIN_OOD_LIMIT), delta=level)
     review_limit = _largest_review_share(rule, calibration.take(calibration.evaluable), level / 2)
     if review_limit < 1:
-        rates["review"] = Audit(limit=review_limit, delta=level / 2)
-    return rates
+        rate_audits["review"] = Audit(limit=review_limit, delta=level / 2)
+    return rate_audits
 
 
 def _largest_review_share(rule: Rule, rows: Outcomes, delta: float) -> float:
@@ -60,7 +62,7 @@ def _largest_review_share(rule: Rule, rows: Outcomes, delta: float) -> float:
     # All bounds must hold together, so delta is divided among the strata (union bound).
     delta_of_stratum = delta / int(np.count_nonzero(strata.share))
     bounds = []
-    for n_reviewed_here, n_here in zip(n_reviewed.tolist(), strata.n.tolist(), strict=True):
+    for n_reviewed_here, n_here in zip(n_reviewed.tolist(), strata.n_rows.tolist(), strict=True):
         bounds.append(upper_bound(n_reviewed_here, n_here, delta_of_stratum))
     *class_bounds, ood_bound = bounds  # out-of-distribution rows are the last stratum
     ood_share = float(strata.share[-1])
@@ -85,6 +87,7 @@ def ood_in_words(audit: Audit, stated_share: float) -> str:
     confidence = percent(1 - audit.delta, rounding=math.floor)
     largest_share = percent(stated_share, rounding=math.floor)
     return (
-        f"{audit.wrong} of {audit.n} labelled rows are of none of the classes (share {lower} to "
-        f"{upper}, each bound with confidence {confidence}; stated: at most {largest_share})"
+        f"{audit.n_wrong} of {audit.n_audited} labelled rows are of none of the classes (share "
+        f"{lower} to {upper}, each bound with confidence {confidence}; stated: at most "
+        f"{largest_share})"
     )

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from vilu.artifacts.documents import Model
+from vilu.artifacts.documents import FrozenModel
 from vilu.calibration.monitor.audit import Audit, AuditVerdict, TestName
 from vilu.calibration.thresholds import percent
 from vilu.metrics.counts import Floats, Ints
@@ -23,7 +23,7 @@ of the audit.
 """
 
 # For each test, the meaning of an alarm, as a part of a sentence.
-MEANING = {
+ALARM_MEANING = {
     "scores": "the uncertainties are no longer distributed as those of the calibration rows",
     "acceptance": "another share of the answers is accepted than of the calibration rows",
     "answers": "the model gives its answers in other proportions than on the calibration rows",
@@ -39,7 +39,7 @@ ADVICE_AFTER_ALARM = (
 )
 
 
-class Test(Model):
+class Test(FrozenModel):
     """Test of the calibration's guarantee."""
 
     __test__ = False  # tells pytest that this is no test class
@@ -54,20 +54,20 @@ class Test(Model):
     # number of the row with the alarm, 0 = first monitored row; None: no alarm
     raised_at: int | None = Field(default=None, ge=0)
 
-    def after(self, log_wealth: Floats, rows: Ints) -> Test:
+    def after(self, log_wealth: Floats, row_numbers: Ints) -> Test:
         """Return the test after B more rows.
 
-        ``log_wealth`` (B,) is the evidence after each of these rows, and ``rows`` (B,) are the
-        numbers of the rows.
+        ``log_wealth`` (B,) is the evidence after each of these rows, and ``row_numbers`` (B,)
+        are the numbers of the rows.
         """
         if not len(log_wealth):
             return self
         raised_at = self.raised_at
         # The alarm stays, even if the evidence falls again. Ville's inequality bounds the
         # probability that a false alarm is ever raised, so later rows need not confirm the alarm.
-        enough_evidence = np.flatnonzero(log_wealth >= -math.log(self.level))
-        if raised_at is None and len(enough_evidence):
-            raised_at = int(rows[enough_evidence[0]])
+        indices_of_alarm = np.flatnonzero(log_wealth >= -math.log(self.level))
+        if raised_at is None and len(indices_of_alarm):
+            raised_at = int(row_numbers[indices_of_alarm[0]])
         return self.model_copy(
             update={
                 "log_wealth": float(log_wealth[-1]),
@@ -84,7 +84,7 @@ class Test(Model):
         return f"{self.name:<10}  {odds}, alarm at {1 / self.level:,.0f}{raised}"
 
 
-class Acceptance(Model):
+class Acceptance(FrozenModel):
     """Shares of accepted answers."""
 
     calibration: float  # share among the calibration rows
@@ -92,7 +92,7 @@ class Acceptance(Model):
     n: int  # number of monitored rows with an uncertainty
 
 
-class Audited(Model):
+class Audited(FrozenModel):
     """Result of the audit of labels so far. The bounds may be looked at after every label."""
 
     n: int  # number of audited accepted answers
@@ -109,14 +109,14 @@ class Audited(Model):
     def from_audit(cls, audit: Audit) -> Audited:
         """Make the result of an audit, with computed bounds."""
         return cls(
-            n=audit.n,
-            wrong=audit.wrong,
+            n=audit.n_audited,
+            wrong=audit.n_wrong,
             guarantee=audit.limit,
             lower=audit.lower,
             upper=audit.upper,
             confidence=1 - audit.delta,
             verdict=audit.verdict,
-            n_needed=audit.n_needed(),
+            n_needed=audit.n_more_needed(),
         )
 
     def __str__(self) -> str:
@@ -132,7 +132,7 @@ class Audited(Model):
         )
 
 
-class Status(Model):
+class Status(FrozenModel):
     """The state of a guarantee after some rows."""
 
     verdict: Verdict  # "holds" (no alarm so far), "shifted: guarantee void", or "broken"
@@ -208,7 +208,7 @@ def conclude(tests: Sequence[Test], audit: Audited | None) -> Conclusion:
         first_alarm = alarms[0]
         is_broken = any(alarm.test == "audit" for alarm in alarms)
         verdict: Verdict = "broken" if is_broken else "shifted: guarantee void"
-        reason = "; ".join(f"{MEANING[alarm.test]} (row {alarm.row:,})" for alarm in alarms)
+        reason = "; ".join(f"{ALARM_MEANING[alarm.test]} (row {alarm.row:,})" for alarm in alarms)
         return Conclusion(verdict, first_alarm.row, reason, ADVICE_AFTER_ALARM)
     if audit is None:
         advice = "Nothing to do; go on monitoring."

@@ -8,13 +8,18 @@ from typing import Annotated, Final, Literal, Self
 import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
 
-from vilu.artifacts.documents import Model
+from vilu.artifacts.documents import FrozenModel
 from vilu.calibration.monitor.audit import TestName
-from vilu.calibration.monitor.martingale import HISTOGRAMS, SHARES, Martingale, Reference
+from vilu.calibration.monitor.martingale import (
+    HISTOGRAM_SETTINGS,
+    WEALTH_SHARES,
+    Martingale,
+    ReferenceValues,
+)
 from vilu.calibration.monitor.status import Test
 from vilu.metrics.counts import Floats, Ints
 
-PARTS: Final[dict[TestName, int]] = {
+LEVEL_PARTS: Final[dict[TestName, int]] = {
     "scores": 2,
     "acceptance": 1,
     "answers": 1,
@@ -30,33 +35,33 @@ unused tests take nothing.
 
 
 @dataclass
-class Watch:
+class ShiftTest:
     """Test for exchangeable values, with the evidence so far. Every row has a single value."""
 
     test: Test
-    reference: Reference  # the values of calibration rows, and of all tested rows
+    reference: ReferenceValues  # the values of calibration rows, and of all tested rows
     martingale: Martingale = field(default_factory=Martingale)  # bets on the tested rows
 
-    def update(self, values: Floats, rows: Ints, seed: int) -> None:
-        """Test the next values (B,) of the rows with the numbers ``rows`` (B,).
+    def update(self, values: Floats, row_numbers: Ints, seed: int) -> None:
+        """Test the next values (B,) of the rows with the numbers ``row_numbers`` (B,).
 
         ``seed`` is the seed of the random numbers that break ties.
         """
-        number_of_test = list(PARTS).index(self.test.name)
-        generator = np.random.PCG64([seed, number_of_test])
+        test_number = list(LEVEL_PARTS).index(self.test.name)
+        generator = np.random.PCG64([seed, test_number])
         # The random number of a value does not depend on the division of values into batches.
         # Otherwise the evidence would depend on the division, and a user could choose a division
         # with a convenient result.
         generator.advance(self.martingale.n)
-        uniform = np.random.Generator(generator).random(len(values))
-        p = self.reference.p_values(values, uniform)
+        uniform_numbers = np.random.Generator(generator).random(len(values))
+        p = self.reference.p_values(values, uniform_numbers)
         log_wealth = self.martingale.update(p)
-        self.test = self.test.after(log_wealth, rows)
+        self.test = self.test.after(log_wealth, row_numbers)
 
     def with_saved_state(
-        self, test: Test, wealth: Wealth | None, values: Floats, counts: Ints, n: int
-    ) -> Watch:
-        """Restore this watch after n tested rows, from saved parts.
+        self, test: Test, wealth: Wealth | None, values: Floats, counts: Ints, n_tested: int
+    ) -> ShiftTest:
+        """Restore this test after n tested rows, from saved parts.
 
         Raises a ValueError if the saved values do not belong to n rows.
 
@@ -65,37 +70,43 @@ class Watch:
             wealth: The saved wealth; None before the first row.
             values: Distinct values of the reference.
             counts: Number of occurrences of each value.
-            n: Number of tested rows. Calibration rows do not count.
+            n_tested: Number of tested rows. Calibration rows do not count.
         """
         martingale = Martingale()
         if wealth is not None:
             martingale = wealth.martingale()
-        reference = Reference.of(values, counts)
-        n_expected = self.reference.n + n
-        are_valid = bool(np.isfinite(values).all() and (counts >= 1).all())
-        if not are_valid or reference.n != n_expected:
+        reference = ReferenceValues.of(values, counts)
+        n_expected = self.reference.n + n_tested
+        has_valid_values = bool(np.isfinite(values).all() and (counts >= 1).all())
+        if not has_valid_values or reference.n != n_expected:
             raise ValueError(f"{test.name} must hold {n_expected} numbers")
-        if martingale.n != n:
+        if martingale.n != n_tested:
             raise ValueError(f"{test.name} has bet on {martingale.n} rows")
-        return Watch(test, reference, martingale)
+        return ShiftTest(test, reference, martingale)
 
 
 Count = Annotated[int, Field(ge=0)]
 """Type of a field with a number of rows, answers or hashes."""
 
 NumberPerBet = Annotated[
-    tuple[FiniteFloat, ...], Field(min_length=len(SHARES), max_length=len(SHARES))
+    tuple[FiniteFloat, ...], Field(min_length=len(WEALTH_SHARES), max_length=len(WEALTH_SHARES))
 ]
 """Type of a field with one number for each bet."""
 
+CellCounts = tuple[Annotated[FiniteFloat, Field(ge=0)], ...]
+"""Counts of p-values in the cells of a histogram. Earlier p-values have a smaller weight."""
 
-class Wealth(Model):
-    """Saved form of a ``Martingale`` with at least one row. The fields have the same names."""
 
-    n: Annotated[int, Field(ge=1)]
-    growth: NumberPerBet
-    started: NumberPerBet
-    counts: tuple[tuple[Annotated[FiniteFloat, Field(ge=0)], ...], ...]
+class Wealth(FrozenModel):
+    """Saved form of a ``Martingale`` with at least one row.
+
+    The fields have the names of the attributes of ``Martingale``, where L_t is defined.
+    """
+
+    n: Annotated[int, Field(ge=1)]  # number of rows so far
+    growth: NumberPerBet  # L_t of each bet: the sum of its log densities over all rows
+    started: NumberPerBet  # log sum_s share_s exp(-L_{s-1}) of each bet, over its starts s
+    counts: tuple[CellCounts, ...]  # for each histogram bet
 
     @classmethod
     def of(cls, martingale: Martingale) -> Wealth | None:
@@ -121,13 +132,13 @@ class Wealth(Model):
     @model_validator(mode="after")
     def _check_cells(self) -> Self:
         n_cells_saved = [len(cells) for cells in self.counts]
-        n_cells_expected = [n_cells for n_cells, _ in HISTOGRAMS]
+        n_cells_expected = [n_cells for n_cells, _ in HISTOGRAM_SETTINGS]
         if n_cells_saved != n_cells_expected:
             raise ValueError("the histograms have other cells")
         return self
 
 
-class State(Model):
+class State(FrozenModel):
     """State of a monitor without the calibration and without the monitored values."""
 
     kind: Literal["monitor"] = "monitor"
@@ -136,7 +147,7 @@ class State(Model):
     unscored: Count  # number of monitored rows without an uncertainty
     accepted: Count  # number of accepted rows among the monitored rows
     tests: tuple[Test, ...]
-    wealth: dict[str, Wealth | None]  # by test, for each ``Watch``; None before the first row
+    wealth: dict[str, Wealth | None]  # by test, for each ``ShiftTest``; None before the first row
     audited: tuple[Count, Count]  # number of audited answers, and number of wrong answers
     remembered: tuple[Count, Count]  # number of hashes of rows, and number of hashes of labels
     # for each rate: number of rows, and number of rows with the event, such as a review

@@ -20,7 +20,7 @@ from vilu.datasets.known.entry import (
 )
 from vilu.errors import DataError, StorageError, UsageError, did_you_mean
 from vilu.progress import track
-from vilu.registry import ADDERS, Catalogue, refuse_name_of_bench
+from vilu.registry import REGISTER_FUNCTIONS, Catalogue, refuse_name_of_bench
 
 __all__ = [
     "KNOWN",
@@ -103,7 +103,7 @@ def _add_dataset(entry: object) -> bool:
     return True
 
 
-ADDERS["a vilu.datasets.known.KnownDataset"] = _add_dataset
+REGISTER_FUNCTIONS["a vilu.datasets.known.KnownDataset"] = _add_dataset
 
 
 ArchiveState = Literal["present", "right", "wrong"]

@@ -75,7 +75,7 @@ def _sum_if_known(first: int | None, second: int | None) -> int | None:
     return first + second
 
 
-NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # pattern of the names of data sets
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # pattern of the names of data sets
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class KnownDataset:
         template: The prompt of ViLU's protocol.
     """
 
-    name: Annotated[str, Field(pattern=NAME)]
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
     title: str
     sizes: Annotated[Mapping[str, PositiveInt], Field(min_length=1)]
     url: str

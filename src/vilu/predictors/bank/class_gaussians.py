@@ -20,15 +20,15 @@ from vilu.predictors.bank.search import Count, class_labels, image_blocks
 from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
-Blocks = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
+BlockReader = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
 """Function from rows to an iterator of blocks: positions (a slice) and images (b, D).
 
 ``image_blocks`` is such a function, with images of unit norm.
 """
 
-NO_SPREAD = 1e-12
+NEGLIGIBLE_VARIANCE = 1e-12
 """Unit vectors count as equal if the variance is at most this."""
-RELATIVE_FLOOR = 1e-9
+RELATIVE_RIDGE = 1e-9
 """``whitener`` adds the mean variance times this number to the diagonal of a covariance.
 
 Otherwise a covariance could not be inverted if the embeddings span only a subspace.
@@ -41,14 +41,14 @@ Rounding would lose a smaller ridge.
 
 
 def class_means(
-    train: Rows, label: Tensor, n_classes: int, blocks: Blocks = image_blocks
+    train: Rows, label: Tensor, n_classes: int, read_blocks: BlockReader = image_blocks
 ) -> tuple[Tensor, Tensor]:
     """Mean (K, D) and number (K,) of the images of each class, from class labels (M,).
 
     The mean of a class without images is replaced by the mean of all images.
     """
     total = torch.zeros(n_classes, train.source.space.embed_dim, dtype=torch.float64)
-    for block, image in blocks(train):
+    for block, image in read_blocks(train):
         total.index_add_(0, label[block], image.double())
     count = torch.bincount(label, minlength=n_classes)
     count_column = count.clamp(min=1)[:, None]
@@ -58,7 +58,7 @@ def class_means(
 
 
 def scatter_within_classes(
-    train: Rows, label: Tensor, mean: Tensor, blocks: Blocks = image_blocks
+    train: Rows, label: Tensor, mean: Tensor, read_blocks: BlockReader = image_blocks
 ) -> tuple[Tensor, float]:
     """Sums over all images of x x^T (D, D) and of |x|^4, where x = image - mean of the class.
 
@@ -67,20 +67,20 @@ def scatter_within_classes(
     dim = mean.shape[1]
     scatter = torch.zeros(dim, dim, dtype=torch.float64)
     fourth_moment = 0.0
-    for block, image in blocks(train):
+    for block, image in read_blocks(train):
         x = image.double() - mean[label[block]]
         scatter += x.T @ x
         fourth_moment += float(x.square().sum(dim=1).square().sum())
     return scatter, fourth_moment
 
 
-def whitener(covariance: Tensor, floor: float = RELATIVE_FLOOR) -> Tensor:
+def whitener(covariance: Tensor, relative_ridge: float = RELATIVE_RIDGE) -> Tensor:
     """Whitening matrix W (D, D) of a covariance: |x W|^2 = x^T covariance^-1 x.
 
-    ``floor`` times the mean variance is added to the diagonal of the covariance first.
+    ``relative_ridge`` times the mean variance is added to the diagonal of the covariance first.
     """
     identity = torch.eye(len(covariance), dtype=covariance.dtype)
-    raised_covariance = covariance + floor * covariance.diagonal().mean() * identity
+    raised_covariance = covariance + relative_ridge * covariance.diagonal().mean() * identity
     lower_triangle = torch.linalg.cholesky(raised_covariance)
     inverse: Tensor = torch.linalg.solve_triangular(lower_triangle, identity, upper=False)
     return inverse.T.contiguous()
@@ -112,27 +112,27 @@ class ClassDensity(ClosedSet):
         "centre:dD projection:dDR means:dKR whiteners:dGRR log_dets:dG groups:iK<G classes:fKD"
     )
 
-    def _densities(
+    def _fit_densities(
         self,
         train: Rows,
         max_components: int,
         ridge: float,
-        blocks: Blocks = image_blocks,
-        floor: float = RELATIVE_FLOOR,
+        read_blocks: BlockReader = image_blocks,
+        relative_ridge: float = RELATIVE_RIDGE,
     ) -> dict[str, Tensor]:
         """Fit the Gaussians in at most ``max_components`` principal components.
 
-        ``ridge`` is added to the diagonal of every covariance. ``floor`` is as in ``whitener``. The
-        result has the tensors by name.
+        ``ridge`` is added to the diagonal of every covariance. ``relative_ridge`` is as in
+        ``whitener``. The result has the tensors by name.
         """
         label = class_labels(train)
-        means, count = class_means(train, label, train.source.n_candidates, blocks)
-        centre, projection, variance = principal_components(train, max_components, blocks)
-        scatters, groups = class_scatters(train, label, means, count, projection, blocks)
+        means, count = class_means(train, label, train.source.n_candidates, read_blocks)
+        centre, projection, variance = principal_components(train, max_components, read_blocks)
+        scatters, groups = class_scatters(train, label, means, count, projection, read_blocks)
         identity = torch.eye(len(variance), dtype=torch.float64)
         n_classes_with_images = int((count > 0).sum())
         pooled_covariance = scatters.sum(dim=0) / max(len(label) - n_classes_with_images, 1)
-        if float(pooled_covariance.trace()) <= NO_SPREAD:
+        if float(pooled_covariance.trace()) <= NEGLIGIBLE_VARIANCE:
             pooled_covariance = identity * variance.mean()
         has_own_covariance = groups > POOLED_GROUP
         degrees_of_freedom = count[has_own_covariance] - 1
@@ -142,7 +142,7 @@ class ClassDensity(ClosedSet):
         mean_variances = covariances.diagonal(dim1=1, dim2=2).mean(dim=1)
         ridge = max(ridge, MIN_RIDGE * float(mean_variances.amax()))
         covariances += ridge * identity
-        whiteners = [whitener(covariance, floor) for covariance in covariances]
+        whiteners = [whitener(covariance, relative_ridge) for covariance in covariances]
         return {
             "centre": centre,
             "projection": projection,
@@ -211,7 +211,7 @@ def average_with_zero_shot(batch: Batch, log_odds: Tensor) -> Tensor:
     p is the zero-shot probability of the answer a. s_d = N_a / sum_c N_c is the share of the answer
     in the density. ``log_odds`` (B,) is log((1 - s_d) / s_d).
     """
-    doubt_of_zero_shot = batch.judged_rivals.doubt.to(log_odds.device)
+    doubt_of_zero_shot = batch.judged_rivals.total_probability.to(log_odds.device)
     doubt_of_density = torch.sigmoid(log_odds)
     return (doubt_of_zero_shot + doubt_of_density) / 2
 
@@ -282,7 +282,7 @@ class ClassGaussians(ClassDensity):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        return Learnt(self._densities(train, self.components, self.ridge))
+        return Learnt(self._fit_densities(train, self.components, self.ridge))
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """Log-posterior log q_c (B, K) float64 of every class c.
@@ -308,7 +308,12 @@ class ClassGaussians(ClassDensity):
 
 
 def class_scatters(
-    train: Rows, label: Tensor, means: Tensor, count: Tensor, basis: Tensor, blocks: Blocks
+    train: Rows,
+    label: Tensor,
+    means: Tensor,
+    count: Tensor,
+    basis: Tensor,
+    read_blocks: BlockReader,
 ) -> tuple[Tensor, Tensor]:
     """Scatters (G, R, R) of the projected images, and the covariance index (K,) of every class.
 
@@ -328,7 +333,7 @@ def class_scatters(
     for class_scatter, class_index in zip(scatters, large_classes.tolist(), strict=True):
         index_of_rows = train.index[positions_of_class[class_index]]
         rows_of_class = dataclasses.replace(train, index=index_of_rows)
-        for _, image in blocks(rows_of_class):
+        for _, image in read_blocks(rows_of_class):
             projected_image = (image.double() - means[class_index]) @ basis
             class_scatter.add_(projected_image.T @ projected_image)  # a view of ``scatters``
     return scatters, groups
@@ -343,15 +348,15 @@ def squared_distances(queries: Tensor, means: Tensor) -> Tensor:
 
 
 def principal_components(
-    train: Rows, max_components: int, blocks: Blocks
+    train: Rows, max_components: int, read_blocks: BlockReader
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (D,), first R principal components (D, R) and R variances (R,) of the images.
 
     R = min(max_components, D, number of images - 1), but at least 1.
     """
     one_label = torch.zeros_like(train.index)  # all images are in the same class
-    mean, _ = class_means(train, one_label, n_classes=1, blocks=blocks)
-    scatter, _ = scatter_within_classes(train, one_label, mean, blocks)
+    mean, _ = class_means(train, one_label, n_classes=1, read_blocks=read_blocks)
+    scatter, _ = scatter_within_classes(train, one_label, mean, read_blocks)
     n = len(one_label)
     rank = max(min(max_components, len(scatter), n - 1), 1)
     # ``eigh`` sorts by ascending variance, but principal components by descending variance

@@ -80,7 +80,7 @@ def nearest_in_bank(
     query: Tensor,
     bank: Tensor,
     k: int,
-    allowed: AllowedPairs | None = None,
+    allowed_pairs: AllowedPairs | None = None,
     *,
     query_rows: int = QUERY_BLOCK_ROWS,
     bank_rows: int = BANK_BLOCK_ROWS,
@@ -88,7 +88,7 @@ def nearest_in_bank(
     """Cosines (B, k) and indices (B, k) of the k most similar bank rows of every query.
 
     The queries are (B, D), and the bank is (N, D). The cosines are float32 and descending. If N is
-    less than k, the results have N columns. Pairs outside ``allowed`` get the cosine minus
+    less than k, the results have N columns. Pairs outside ``allowed_pairs`` get the cosine minus
     infinity.
 
     The search is exact and runs on the device of the queries. Only one block of similarities
@@ -101,19 +101,19 @@ def nearest_in_bank(
     for start in range(0, len(query), query_rows):
         block = query[start : start + query_rows]
         similarity, index = _nearest_to_queries(
-            block, bank, k, allowed, first_query=start, bank_rows=bank_rows
+            block, bank, k, allowed_pairs, first_query=start, bank_rows=bank_rows
         )
         similarities.append(similarity)
         indices.append(index)
     return torch.cat(similarities), torch.cat(indices)
 
 
-def distance(similarity: Tensor) -> Tensor:
+def distance_of_cosine(similarity: Tensor) -> Tensor:
     """Euclidean distance between unit vectors, from the cosine."""
-    return squared_distance(similarity).sqrt()
+    return squared_distance_of_cosine(similarity).sqrt()
 
 
-def squared_distance(similarity: Tensor) -> Tensor:
+def squared_distance_of_cosine(similarity: Tensor) -> Tensor:
     """Squared Euclidean distance between unit vectors, from the cosine."""
     return (2 - 2 * similarity).clamp(min=0)
 
@@ -122,7 +122,7 @@ def _nearest_to_queries(
     query: Tensor,
     bank: Tensor,
     k: int,
-    allowed: AllowedPairs | None,
+    allowed_pairs: AllowedPairs | None,
     first_query: int,
     bank_rows: int,
 ) -> tuple[Tensor, Tensor]:
@@ -135,8 +135,8 @@ def _nearest_to_queries(
     for start in range(0, len(bank), bank_rows):
         block = bank[start : start + bank_rows].to(query.device)
         similarity = query @ block.T
-        if allowed is not None:
-            is_allowed = allowed(query_slice, slice(start, start + len(block)))
+        if allowed_pairs is not None:
+            is_allowed = allowed_pairs(query_slice, slice(start, start + len(block)))
             similarity = similarity.masked_fill(~is_allowed, -math.inf)
         similarity_in_block, index_in_block = k_largest(similarity, k)
         # Rows of earlier blocks come first in the concatenation, and the sort is stable. So equal

@@ -12,7 +12,7 @@ from torch import Tensor
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
 from vilu.metrics.counts import Floats, Ints, check_codes, real_vector, require_same_length
-from vilu.predictors.contract.seen import one_per_picture, rows_to_score
+from vilu.predictors.contract.seen import one_row_per_picture, rows_to_score
 
 MIN_DISTANCE = 1e-15
 """Probabilities are clipped to this distance from 0 and from 1, so that log-odds are finite."""
@@ -70,7 +70,7 @@ def failure_of_pictures(
     has_pools = calibration.pool_size is not None
     if has_pools:
         priority = np.zeros_like(known_rows)  # without priorities, the first row is chosen
-    rows = known_rows[one_per_picture(picture, priority)]
+    rows = known_rows[one_row_per_picture(picture, priority)]
     failure_of_row = np.full(len(calibration), UNKNOWN)
     failure_of_row[rows] = failure[rows]
     return failure_of_row

@@ -10,9 +10,9 @@ from typing import cast
 from vilu.errors import UsageError, did_you_mean
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.registry import (
-    ADDERS,
     METHODS,
     METHODS_OF_TABLES,
+    REGISTER_FUNCTIONS,
     Catalogue,
     refuse_name_of_bench,
 )
@@ -69,7 +69,7 @@ def add_predictor(cls: object) -> bool:
     return True
 
 
-ADDERS["a subclass of vilu.FailurePredictor"] = add_predictor
+REGISTER_FUNCTIONS["a subclass of vilu.FailurePredictor"] = add_predictor
 
 
 def method_names() -> list[str]:

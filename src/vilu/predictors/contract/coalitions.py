@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.embeddings.rows import SCORING_BATCH
-from vilu.embeddings.similarity import TILE_CELLS
+from vilu.embeddings.similarity import MAX_TILE_LOGITS
 from vilu.embeddings.source import Batch
 from vilu.predictors.contract.labelled import failure_log_odds, log_odds_with_outside
 from vilu.predictors.nn.head import FailureHead
@@ -35,7 +35,7 @@ PLAYER_OF_INPUT = {"logits": ZERO_SHOT, "image": IMAGE}
 PLAYER_OF_HEAD_INPUT = {"image": IMAGE, "attended": TEXTS, "caption": TEXTS, "mcm": ZERO_SHOT}
 """Maps the name of an input of a ``FailureHead`` to the player with this input."""
 
-LOG_ODDS = "log-odds of failure"
+LOG_ODDS_UNIT = "log-odds of failure"
 """Unit of values, if the values are log-odds instead of uncertainties."""
 
 ScoredBatch = tuple[Batch, NDArray[np.float64]]
@@ -50,7 +50,7 @@ class Coalitions(ABC):
     players: tuple[str, ...]
     unit: str  # unit of the values
     meaning: str  # meaning of the values, as a sentence of an explanation
-    background_batch = 1  # number of background rows in a scored batch
+    background_batch_size = 1  # number of background rows in a scored batch
 
     @abstractmethod
     def set_background(self, background: list[ScoredBatch]) -> None:
@@ -72,22 +72,22 @@ class SingleCoalitions(Coalitions):
     """
 
     unit = "uncertainty"
-    background_batch = SCORING_BATCH
+    background_batch_size = SCORING_BATCH
 
     def __init__(self, player: str) -> None:
         self.players = (player,)
         self.meaning = f"the score is a function of one input alone, so all of it is the {player}"
-        self._mean = 0.0
+        self._background_mean = 0.0
 
     def set_background(self, background: list[ScoredBatch]) -> None:
         """Store the mean score of the background rows."""
         all_scores = np.concatenate([scores for _, scores in background])
-        self._mean = float(all_scores.mean())
+        self._background_mean = float(all_scores.mean())
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
         """(2, B): the background mean for the empty coalition, and the scores for the player."""
         score = torch.from_numpy(scores).double()
-        background_mean = torch.full_like(score, self._mean)
+        background_mean = torch.full_like(score, self._background_mean)
         return torch.stack([background_mean, score])
 
 
@@ -113,7 +113,8 @@ class HeadCoalitions(Coalitions):
         self.heads = heads
         self.link = link
         self.unit = unit
-        players_with_input = {PLAYER_OF_HEAD_INPUT[name] for name in heads[0].first}
+        input_names = list(heads[0].first)  # ``first`` has a weight matrix for each input
+        players_with_input = {PLAYER_OF_HEAD_INPUT[name] for name in input_names}
         possible_players = (ZERO_SHOT, IMAGE, TEXTS)
         self.players = tuple(player for player in possible_players if player in players_with_input)
         self.meaning = (
@@ -129,7 +130,7 @@ class HeadCoalitions(Coalitions):
 
     def _background_terms(self, head: FailureHead, background: list[ScoredBatch]) -> LayerTerms:
         """Terms (M, H) of M background rows in the first layer of a head, by player."""
-        terms_of_batches = [first_layer_terms(head, batch) for batch, _ in background]
+        terms_of_batches = [terms_by_player(head, batch) for batch, _ in background]
         terms: LayerTerms = {}
         for player in self.players:
             terms[player] = torch.cat([batch_terms[player] for batch_terms in terms_of_batches])
@@ -141,17 +142,17 @@ class HeadCoalitions(Coalitions):
         total = torch.zeros(n_coalitions, len(batch.image), dtype=torch.float64)
         with torch.no_grad():
             for head, background_terms in zip(self.heads, self._background, strict=True):
-                own_terms = first_layer_terms(head, batch)
+                row_terms = terms_by_player(head, batch)
                 for coalition in range(n_coalitions):
-                    total[coalition] += self._value(head, own_terms, background_terms, coalition)
+                    total[coalition] += self._value(head, row_terms, background_terms, coalition)
         return total / len(self.heads)
 
     def _value(
-        self, head: FailureHead, own_terms: LayerTerms, background_terms: LayerTerms, coalition: int
+        self, head: FailureHead, row_terms: LayerTerms, background_terms: LayerTerms, coalition: int
     ) -> Tensor:
         """(B,) float64 v(S) of a single head. Bit i of ``coalition`` says if player i is in S.
 
-        ``own_terms`` belong to the B explained rows, ``background_terms`` to M background rows.
+        ``row_terms`` belong to the B explained rows, ``background_terms`` to M background rows.
         """
         # The first layer is the sum of two parts: terms of the members, from the explained rows,
         # and terms of the missing players, from the background rows.
@@ -159,20 +160,20 @@ class HeadCoalitions(Coalitions):
         member_part = head.first_bias + missing_part
         for bit, player in enumerate(self.players):
             if is_member(bit, coalition):
-                member_part = member_part + own_terms[player]
+                member_part = member_part + row_terms[player]
             else:
                 missing_part = missing_part + background_terms[player]
         # All coalitions use tensors of the same shape. All coalitions then round alike, and a
         # player without effect gets exactly zero.
-        member_part = member_part.expand_as(own_terms[IMAGE])  # (B, H)
+        member_part = member_part.expand_as(row_terms[IMAGE])  # (B, H)
         missing_part = missing_part.expand_as(background_terms[IMAGE])  # (M, H)
         # number of rows in memory at a time, together with all background rows
-        block_rows = max(TILE_CELLS // (len(missing_part) * member_part.shape[1]), 1)
+        block_rows = max(MAX_TILE_LOGITS // (len(missing_part) * member_part.shape[1]), 1)
         means = []
         for block in member_part.split(block_rows):
             # (b, M, H): every row of the block with every background row
-            pairs = block[:, None] + missing_part
-            logits = head.rest(pairs).squeeze(-1)
+            first_layer = block[:, None] + missing_part
+            logits = head.rest(first_layer).squeeze(-1)  # ``rest`` has all later layers
             means.append(self.link(logits.cpu().double()).mean(dim=1))
         return torch.cat(means)
 
@@ -183,14 +184,14 @@ def is_member(player: int, coalition: int) -> bool:
     return bool(bit)
 
 
-def first_layer_terms(head: FailureHead, batch: Batch) -> LayerTerms:
+def terms_by_player(head: FailureHead, batch: Batch) -> LayerTerms:
     """The terms of every player in the first hidden layer of a head.
 
     The sum over the players plus the bias is ``head.first_layer``.
     """
     terms: LayerTerms = {}
-    parts = head.to(batch.image.device).parts(batch)
-    for name, term in parts.items():
+    terms_by_input = head.to(batch.image.device).first_layer_terms(batch)
+    for name, term in terms_by_input.items():
         player = PLAYER_OF_HEAD_INPUT[name]
         if player in terms:
             terms[player] = terms[player] + term
@@ -220,12 +221,13 @@ class PoolCoalitions(Coalitions):
     are logits of classes. A summand of one image has no meaning beside the zero-shot logits of
     another image.
 
-    ``parts`` computes the summands of a batch. ``outside_log_odds`` computes the log-odds (B,) that
-    an image is outside all classes. If ``outside_log_odds`` is given, "none of the classes" is a
-    further player. If this player is in S, f(S) counts "outside" as a further wrong answer.
+    ``pooled_parts`` computes the summands of a batch. ``outside_log_odds`` computes the log-odds
+    (B,) that an image is outside all classes. If ``outside_log_odds`` is given, "none of the
+    classes" is a further player. If this player is in S, f(S) counts "outside" as a further wrong
+    answer.
     """
 
-    unit = LOG_ODDS
+    unit = LOG_ODDS_UNIT
     meaning = (
         "log-odds from the parts of the pooled logits in a coalition, plus what the missing parts "
         "add to background rows on average"
@@ -236,42 +238,44 @@ class PoolCoalitions(Coalitions):
         parts: Callable[[Batch], PooledLogits],
         outside_log_odds: Callable[[Batch], Tensor] | None = None,
     ) -> None:
-        self.parts = parts
+        self.pooled_parts = parts
         self.outside_log_odds = outside_log_odds
         self.players: tuple[str, ...] = (ZERO_SHOT, IMAGE, TEXTS)
         if outside_log_odds is not None:
             self.players = (*self.players, NONE_OF_CLASSES)
-        self._mean = torch.zeros(2 ** len(self.players), dtype=torch.float64)
+        self._background_mean = torch.zeros(2 ** len(self.players), dtype=torch.float64)
 
     def set_background(self, background: list[ScoredBatch]) -> None:
         """Store the mean of f(S) over the background rows, for every coalition S."""
         log_odds = [self._log_odds(batch) for batch, _ in background]
-        self._mean = torch.cat(log_odds, dim=1).mean(dim=1)
+        self._background_mean = torch.cat(log_odds, dim=1).mean(dim=1)
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
         """(2^G, B): v(S) of every coalition S."""
-        mean_of_all = self._mean[-1]  # the last coalition has all players
-        missing_effect = mean_of_all - self._mean
+        mean_of_all = self._background_mean[-1]  # the last coalition has all players
+        missing_effect = mean_of_all - self._background_mean
         return self._log_odds(batch) + missing_effect[:, None]
 
     def _log_odds(self, batch: Batch) -> Tensor:
         """(2^G, B): f(S) of every coalition S."""
         with torch.no_grad():
-            parts = self.parts(batch)
+            parts = self.pooled_parts(batch)
             # in the order of the players
             summands = [parts.zero_shot, parts.image_effect, parts.class_offset]
-            values = [torch.zeros(len(batch.image), dtype=torch.float64)]  # the empty coalition
+            of_empty_coalition = torch.zeros(len(batch.image), dtype=torch.float64)
+            log_odds_of_coalitions = [of_empty_coalition]
             for coalition in range(1, 2 ** len(summands)):
                 logits = torch.zeros_like(parts.zero_shot)
                 for bit, summand in enumerate(summands):
                     if is_member(bit, coalition):
                         logits = logits + summand
-                values.append(failure_log_odds(logits, batch).cpu())
+                log_odds_of_coalitions.append(failure_log_odds(logits, batch).cpu())
             if self.outside_log_odds is not None:
                 # "none of the classes" is the last player, and the highest bit. Therefore all
                 # coalitions without this player come first. The same coalitions with this player
                 # follow.
                 outside = self.outside_log_odds(batch).cpu()
-                with_outside = [log_odds_with_outside(log_odds, outside) for log_odds in values]
-                values += with_outside
-        return torch.stack(values)
+                log_odds_of_coalitions += [
+                    log_odds_with_outside(log_odds, outside) for log_odds in log_odds_of_coalitions
+                ]
+        return torch.stack(log_odds_of_coalitions)

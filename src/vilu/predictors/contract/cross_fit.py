@@ -12,10 +12,10 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN
 from vilu.predictors.contract.calibrating import scores_and_failures
 from vilu.predictors.contract.held_out import HeldOutAnswers, JudgedAnswers, folds_have_every_class
-from vilu.predictors.contract.labelled import cross_fitting, rows_and_failures
+from vilu.predictors.contract.labelled import cross_fit_splits, rows_and_failures
 from vilu.predictors.contract.predictor import FailurePredictor
 
-ENOUGH_HELD_OUT: Final = 250
+ENOUGH_HELD_OUT_ROWS: Final = 250
 """With so many held-out rows no further fold is fitted."""
 
 
@@ -25,7 +25,7 @@ def labelled_folds(train: EmbeddingSource) -> list[tuple[Rows, Rows]]:
     usable_rows = train.usable_rows
     rows = Rows(train, usable_rows[is_labelled[usable_rows]])
     _, failure = rows_and_failures(rows.batches(SCORING_BATCH))
-    return cross_fitting(rows, failure, validation=None, seed=0)
+    return cross_fit_splits(rows, failure, validation=None, seed=0)
 
 
 def cross_fitted(
@@ -38,7 +38,7 @@ def cross_fitted(
     """Zero-shot and adapted answers for held-out rows, judged by copies of the predictor.
 
     Each copy judges only rows held out of its fit. No further fold is fitted once there are
-    ``ENOUGH_HELD_OUT`` held-out rows.
+    ``ENOUGH_HELD_OUT_ROWS`` held-out rows.
 
     Args:
         predictor: The predictor, which is not changed.
@@ -57,7 +57,7 @@ def cross_fitted(
         zero_shot_of_folds.append(_judge_answers(zero_shot_judge, train, held_out_rows))
         adapted_of_folds.append(_judge_answers(adapted_judge, train, held_out_rows))
         n_held_out += len(held_out_rows.index)
-        if n_held_out >= ENOUGH_HELD_OUT:
+        if n_held_out >= ENOUGH_HELD_OUT_ROWS:
             break
     return HeldOutAnswers(
         zero_shot=_join_answers(zero_shot_of_folds),

@@ -8,37 +8,37 @@ from typing import Any
 from vilu.embeddings.columns import DataKind
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.predictors.contract.seen import candidates_of, same_candidates
+from vilu.predictors.contract.seen import candidates_agree, describe_candidates
 from vilu.registry import METHODS, METHODS_OF_TABLES
 
 
-def require_inputs(method: type[Any], data: EmbeddingSource) -> None:
+def require_inputs(method_class: type[Any], data: EmbeddingSource) -> None:
     """Refuse rows with given logits that lack an input of the method.
 
     Args:
-        method: A subclass of ``FailurePredictor``.
+        method_class: A subclass of ``FailurePredictor``.
         data: Rows with given logits.
 
     Raises:
         DataError: If the method needs embeddings of the candidates, or vectors of the rows.
     """
-    looks_at = inputs_of(method)
+    looks_at = inputs_of(method_class)
     if not looks_at:
         raise DataError(
-            f"{method.name} needs embeddings of the candidates (texts), and these rows have given "
-            f"logits without texts. These methods need logits alone: {_methods_on_logits()}. These "
-            f"need features of the rows, too: {_methods_on_vectors()}. Take one of them, or give "
-            "vilu.Embeddings(image, text)."
+            f"{method_class.name} needs embeddings of the candidates (texts), and these rows have "
+            f"given logits without texts. These methods need logits alone: {_methods_on_logits()}. "
+            f"These need features of the rows, too: {_methods_on_vectors()}. Take one of them, or "
+            "give vilu.Embeddings(image, text)."
         )
     if "image" in looks_at and not data.has_vectors:
         raise DataError(
-            f"{method.name} needs a vector of every row, and these rows have logits alone. Give "
-            "vilu.Embeddings.from_logits(logits, features), or `vilu import --features FILE`. "
+            f"{method_class.name} needs a vector of every row, and these rows have logits alone. "
+            "Give vilu.Embeddings.from_logits(logits, features), or `vilu import --features FILE`. "
             f"These methods need logits alone: {_methods_on_logits()}."
         )
 
 
-def refuse_unlabelled(method: str, train: EmbeddingSource) -> None:
+def refuse_unlabelled(method_name: str, train: EmbeddingSource) -> None:
     """Refuse rows without labels if the logits of the training rows were given.
 
     Methods learn from such rows through the texts of the classes, and given logits have no texts.
@@ -46,14 +46,14 @@ def refuse_unlabelled(method: str, train: EmbeddingSource) -> None:
     if train.has_texts:
         return
     raise UsageError(
-        f"{method} learns from rows without labels by the embeddings of the candidates (texts), "
-        "and these rows have given logits without texts. Leave the unlabelled rows out."
+        f"{method_name} learns from rows without labels by the embeddings of the candidates "
+        "(texts), and these rows have given logits without texts. Leave the unlabelled rows out."
     )
 
 
-def inputs_of(method: type[Any]) -> frozenset[str]:
+def inputs_of(method_class: type[Any]) -> frozenset[str]:
     """The inputs ``looks_at`` defined in the class itself; empty without such a definition."""
-    inputs: frozenset[str] = vars(method).get("looks_at", frozenset())
+    inputs: frozenset[str] = vars(method_class).get("looks_at", frozenset())
     return inputs
 
 
@@ -75,15 +75,17 @@ def _methods_on_vectors() -> str:
     return ", ".join(names)
 
 
-def require_same_logits(method: str, fit_notes: Mapping[str, Any], data: EmbeddingSource) -> None:
+def require_same_logits(
+    method_name: str, fit_notes: Mapping[str, Any], data: EmbeddingSource
+) -> None:
     """Refuse data with given logits, unless the logits are of the classes of the fit.
 
     A candidate without an embedding is identified only by position. The classes must therefore be
     the same, in the same order.
 
     Args:
-        method: Name of the fitted method.
-        fit_notes: The notes of the fit, including the description by ``candidates_of``.
+        method_name: Name of the fitted method.
+        fit_notes: The notes of the fit, including the description by ``describe_candidates``.
         data: The rows to score.
 
     Raises:
@@ -94,11 +96,11 @@ def require_same_logits(method: str, fit_notes: Mapping[str, Any], data: Embeddi
     has_logits = not data.has_texts
     if not fitted_on_logits and not has_logits:
         return
-    candidates = candidates_of(data)
-    if fitted_on_logits and has_logits and same_candidates(fit_notes, candidates):
+    candidates = describe_candidates(data)
+    if fitted_on_logits and has_logits and candidates_agree(fit_notes, candidates):
         return
     raise ProvenanceError(
-        f"this {method} was fitted on {_candidates_in_words(fit_notes)}, and these rows have "
+        f"this {method_name} was fitted on {_candidates_in_words(fit_notes)}, and these rows have "
         f"{_candidates_in_words(candidates)}. Without embeddings of the candidates a class is "
         "identified by its position alone: give the same classes in the same order, or fit on rows "
         "like these."
@@ -106,7 +108,7 @@ def require_same_logits(method: str, fit_notes: Mapping[str, Any], data: Embeddi
 
 
 def is_of_given_logits(candidates: Mapping[str, Any]) -> bool:
-    """Whether a description by ``candidates_of`` is of given logits: the sketch is empty."""
+    """Whether a description by ``describe_candidates`` is of given logits: the sketch is empty."""
     return bool(candidates.get("texts") == [])
 
 
@@ -129,14 +131,15 @@ KIND_IN_WORDS: dict[DataKind, str] = {
 """Maps the kind of the rows of a source to words for a message."""
 
 
-def require_kind(method: type[Any], data: EmbeddingSource) -> None:
+def require_kind(method_class: type[Any], data: EmbeddingSource) -> None:
     """Refuse a table for a method of embeddings, and embeddings for a method of tables."""
-    if method.takes == data.holds:
+    if method_class.takes == data.data_kind:
         return
     suitable_methods = list(METHODS_OF_TABLES)
-    if data.holds == "embeddings":
+    if data.data_kind == "embeddings":
         suitable_methods = METHODS.names()
     raise UsageError(
-        f"{method.name} takes {KIND_IN_WORDS[method.takes]}. Got {KIND_IN_WORDS[data.holds]} "
-        f"instead, for which there are {', '.join(suitable_methods)}."
+        f"{method_class.name} takes {KIND_IN_WORDS[method_class.takes]}. "
+        f"Got {KIND_IN_WORDS[data.data_kind]} instead, for which there are "
+        f"{', '.join(suitable_methods)}."
     )

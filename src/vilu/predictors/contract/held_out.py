@@ -41,7 +41,7 @@ class HeldOutAnswers(NamedTuple):
     adapted: JudgedAnswers
     has_every_class: bool = True
 
-    def judged(self, answer: AnswerKind) -> JudgedAnswers:
+    def of_kind(self, answer: AnswerKind) -> JudgedAnswers:
         """The answers of the kind ``answer``, "zero_shot" or "adapted"."""
         if answer == "adapted":
             return self.adapted

@@ -18,12 +18,12 @@ from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import RivalWeights, float64
 from vilu.embeddings.source import SAME_TEXT_COSINE, Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
-from vilu.predictors.contract.seen import overlap
+from vilu.predictors.contract.seen import find_overlap
 from vilu.predictors.nn.processes import current_world
 
-MAX_UNUSABLE = 0.01  # maximum share of rows without a usable embedding
-FEW_ROWS = 20  # a fit to fewer rows, fewer failures or fewer successes is unreliable
-GROUP_BLOCK_ROWS = 16_384  # number of captions in memory at the same time
+MAX_UNUSABLE_SHARE = 0.01  # maximum share of rows without a usable embedding
+MIN_RELIABLE_ROWS = 20  # a fit to fewer rows, fewer failures or fewer successes is unreliable
+CAPTION_BLOCK_ROWS = 16_384  # number of captions in memory at the same time
 
 
 def without_training_rows(validation: EmbeddingSource, train: EmbeddingSource) -> EmbeddingSource:
@@ -36,10 +36,10 @@ def without_training_rows(validation: EmbeddingSource, train: EmbeddingSource) -
     train_name = "the training set"
     validation_name = "the validation set"
     train.space.require_match(validation.space, name=train_name, other_name=validation_name)
-    common_rows = overlap(train, validation, names=(train_name, validation_name))
+    common_rows = find_overlap(train, validation, names=(train_name, validation_name))
     if common_rows is None:
         return validation
-    is_new = common_rows.unshared(
+    is_new = common_rows.unshared_mask(
         validation,
         rows_name="validation rows",
         predicate="are in the training set, too",
@@ -152,10 +152,10 @@ def _count_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
         )
     n_left_over = int(np.count_nonzero(source.status == SHORT_POOL))
     n_unusable = int(np.count_nonzero(source.status != VALID)) - n_left_over
-    if n_unusable > MAX_UNUSABLE * len(source):
+    if n_unusable > MAX_UNUSABLE_SHARE * len(source):
         raise DataError(
             f"{n_unusable} of {len(source)} {role} rows are not finite or of zero norm, more than "
-            f"{MAX_UNUSABLE:.0%}. Embed them again."
+            f"{MAX_UNUSABLE_SHARE:.0%}. Embed them again."
         )
     return n_left_over, n_unusable
 
@@ -169,20 +169,20 @@ def rows_and_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     rows = [torch.empty(0, dtype=torch.int64)]
     failures = [torch.empty(0, dtype=torch.int64)]
     for batch in batches:
-        own_rows = batch.rows(world.own_slice(len(batch.index)))
+        process_batch = batch.rows(world.process_slice(len(batch.index)))
         rows.append(batch.index)
-        failures.append(world.gather(own_rows.failure))
+        failures.append(world.gather(process_batch.failure))
     return torch.cat(rows), torch.cat(failures)
 
 
-def degenerate_rate(failure: Tensor, method: str, *, allowed: bool) -> float | None:
+def degenerate_rate(failure: Tensor, method_name: str, *, allow_degenerate: bool) -> float | None:
     """The error rate, 0 or 1, if failures (M,) are all equal; else None.
 
-    Warns if there are fewer than ``FEW_ROWS`` failures or successes. ``method`` is the name of the
-    method in messages.
+    Warns if there are fewer than ``MIN_RELIABLE_ROWS`` failures or successes. ``method_name`` is
+    the name of the method in messages.
 
     Raises:
-        DataError: If the failures are all equal, unless ``allowed`` is true.
+        DataError: If the failures are all equal, unless ``allow_degenerate`` is true.
     """
     n_rows = len(failure)
     n_failures = int(failure.sum())
@@ -191,13 +191,14 @@ def degenerate_rate(failure: Tensor, method: str, *, allowed: bool) -> float | N
     if n_failures <= n_successes:
         rarer_kind = "failures"
     n_rarer = min(n_failures, n_successes)
-    if n_rarer == 0 and not allowed:
+    if n_rarer == 0 and not allow_degenerate:
         raise DataError(
-            f"{method} learns to tell failures from successes. Found {n_rarer} {rarer_kind} among "
-            f"{n_rows} training rows; at least {FEW_ROWS} are needed for a useful fit. Add harder "
-            "(or easier) images, or set allow_degenerate=true for a constant predictor."
+            f"{method_name} learns to tell failures from successes. Found {n_rarer} {rarer_kind} "
+            f"among {n_rows} training rows; at least {MIN_RELIABLE_ROWS} are needed for a useful "
+            "fit. Add harder (or easier) images, or set allow_degenerate=true for a constant "
+            "predictor."
         )
-    if n_rarer < FEW_ROWS:
+    if n_rarer < MIN_RELIABLE_ROWS:
         warn_caller(
             f"only {n_rarer} {rarer_kind} among {n_rows} training rows: expect an unreliable fit."
         )
@@ -206,14 +207,14 @@ def degenerate_rate(failure: Tensor, method: str, *, allowed: bool) -> float | N
     return n_failures / n_rows
 
 
-def warn_of_few_rows(failure: Tensor, method: str) -> None:
-    """Warn if the ``method`` learns a probability of failure from fewer than ``FEW_ROWS`` rows."""
+def warn_of_few_rows(failure: Tensor, method_name: str) -> None:
+    """Warn if a method learns a probability of failure from fewer than ``MIN_RELIABLE_ROWS``."""
     n_rows = len(failure)
-    if n_rows < FEW_ROWS:
+    if n_rows < MIN_RELIABLE_ROWS:
         unit = "row" if n_rows == 1 else "rows"
         warn_caller(
-            f"{method} is fitted on {n_rows} {unit}: with fewer than {FEW_ROWS} its probabilities "
-            "say little."
+            f"{method_name} is fitted on {n_rows} {unit}: with fewer than {MIN_RELIABLE_ROWS} its "
+            "probabilities say little."
         )
 
 
@@ -269,7 +270,7 @@ def _held_out_mask(train: Rows, failure: Tensor, fraction: float, seed: int) -> 
         groups = caption_groups(train.source, train.index)
     else:
         _, groups = train.pictures()
-    positions = hold_out(failure, fraction, pool_size, generator, groups)
+    positions = held_out_positions(failure, fraction, pool_size, generator, groups)
     is_held_out = torch.zeros(len(train.index), dtype=torch.bool)
     is_held_out[positions] = True
     # Both failures and successes must be left. With pools a single kind is enough, because every
@@ -284,7 +285,7 @@ def _held_out_mask(train: Rows, failure: Tensor, fraction: float, seed: int) -> 
     return is_held_out
 
 
-def hold_out(
+def held_out_positions(
     failure: Tensor,
     fraction: float,
     pool_size: int | None,
@@ -301,7 +302,7 @@ def hold_out(
     With so few groups every pool holds several rows of a group anyway.
     """
     if pool_size is not None:
-        return _hold_out_pools(len(failure), fraction, pool_size, generator, groups)
+        return _held_out_pool_positions(len(failure), fraction, pool_size, generator, groups)
     if groups is None:
         groups = torch.arange(len(failure))
     _, first_indices = np.unique(groups.numpy(), return_index=True)
@@ -316,7 +317,7 @@ def hold_out(
     return torch.isin(groups, chosen_groups).nonzero().squeeze(1)
 
 
-def _hold_out_pools(
+def _held_out_pool_positions(
     n_rows: int, fraction: float, pool_size: int, generator: torch.Generator, groups: Tensor | None
 ) -> Tensor:
     """Sorted positions (H,) of random rows that fill whole pools; whole groups where possible.
@@ -332,14 +333,14 @@ def _hold_out_pools(
     if groups is None or len(groups.unique()) < pool_size:
         chosen_rows = order[:n_rows_held_out]
     else:
-        positions_in_order = whole_groups(groups[order], max_rows=n_rows_held_out)
+        positions_in_order = rows_of_whole_groups(groups[order], max_rows=n_rows_held_out)
         chosen_rows = order[positions_in_order]
     if len(chosen_rows) < pool_size:  # too few rows for a pool
         chosen_rows = chosen_rows[:0]
     return chosen_rows.sort().values
 
 
-def whole_groups(groups: Tensor, max_rows: int) -> Tensor:
+def rows_of_whole_groups(groups: Tensor, max_rows: int) -> Tensor:
     """Sorted indices of the rows of some whole groups, together at most ``max_rows`` rows.
 
     ``groups`` (M,) has the number of the group of every row. Groups are taken in the order of their
@@ -368,7 +369,9 @@ def whole_groups(groups: Tensor, max_rows: int) -> Tensor:
     return is_taken[group_of_row].nonzero().squeeze(1)
 
 
-def caption_groups(source: PairSource, rows: Tensor, block_rows: int = GROUP_BLOCK_ROWS) -> Tensor:
+def caption_groups(
+    source: PairSource, rows: Tensor, block_rows: int = CAPTION_BLOCK_ROWS
+) -> Tensor:
     """(M,) int64 numbers of groups: equal for rows with equal captions, compared as float16.
 
     A caption equal to the text of a class makes a row a group of its own. If all rows of such a
@@ -429,24 +432,24 @@ def log_odds_with_outside(log_odds: Tensor, outside_log_odds: Tensor) -> Tensor:
     return torch.logaddexp(log_odds, outside_term)
 
 
-FOLDED_ROWS = 5_000  # with more rows, only a single fold is held out
+MAX_FOLDED_ROWS = 5_000  # with more rows, only a single fold is held out
 N_FOLDS = 5
 
 
-def cross_fitting(
+def cross_fit_splits(
     train: Rows,
     failure: Tensor,
     validation: EmbeddingSource | None,
     seed: int,
     needs: Needs = "class",
-    folded_rows: int = FOLDED_ROWS,
+    max_folded_rows: int = MAX_FOLDED_ROWS,
 ) -> list[tuple[Rows, Rows]]:
     """Split rows into pairs: rows to fit on, and rows held out of this fit.
 
     1. With a validation set there is a single pair: all training rows, and the validation set.
-    2. Up to ``folded_rows`` training rows there is a pair for each of five folds.
+    2. Up to ``max_folded_rows`` training rows there is a pair for each of five folds.
     3. With more rows there is a single pair. The held-out rows are a fifth of the training rows,
-       but at most ``folded_rows``.
+       but at most ``max_folded_rows``.
 
     Folds are stratified by failure (M,). All rows of a picture are in the same fold, and the
     failure of the first row counts for the picture.
@@ -468,14 +471,14 @@ def cross_fitting(
     fold_of_picture[order] = torch.arange(n_pictures) % N_FOLDS
     fold_of_row = fold_of_picture[picture_of_row]
     n_held_out_folds = N_FOLDS
-    if len(failure) > folded_rows:
+    if len(failure) > max_folded_rows:
         n_held_out_folds = 1
     pairs = []
     for fold in range(n_held_out_folds):
         rows_of_fold = train.index[fold_of_row == fold]
         # chosen at random, since rows may be sorted by class
         order_of_fold = torch.randperm(len(rows_of_fold), generator=generator)
-        positions_in_fold = order_of_fold[:folded_rows].sort().values
+        positions_in_fold = order_of_fold[:max_folded_rows].sort().values
         if len(positions_in_fold):
             rows_to_fit = replace(train, index=train.index[fold_of_row != fold])
             held_out_rows = replace(train, index=rows_of_fold[positions_in_fold])

@@ -36,19 +36,19 @@ def parameters(predictor: Parametrised | type[Parametrised]) -> dict[str, datacl
 def check_parameters(predictor: Parametrised) -> None:
     """Refuse values outside the annotated types and ranges."""
     for name in parameters(predictor):
-        convert(type(predictor), name, getattr(predictor, name), strict=True)
+        convert_parameter(type(predictor), name, getattr(predictor, name), strict=True)
 
 
-def build(cls: type[Made], values: Mapping[str, object]) -> Made:
+def build_predictor(cls: type[Made], values: Mapping[str, object]) -> Made:
     """Make a predictor from parameters, which may be strings (``--set key=value``)."""
-    require_known(cls, values)
+    require_known_parameters(cls, values)
     converted_values = {
-        name: convert(cls, name, value, strict=False) for name, value in values.items()
+        name: convert_parameter(cls, name, value, strict=False) for name, value in values.items()
     }
     return cls(**converted_values)
 
 
-def require_known(cls: type[Parametrised], names: Iterable[str]) -> None:
+def require_known_parameters(cls: type[Parametrised], names: Iterable[str]) -> None:
     """Refuse names that are not names of parameters."""
     known_parameters = parameters(cls)
     for name in names:
@@ -60,7 +60,7 @@ def require_known(cls: type[Parametrised], names: Iterable[str]) -> None:
             raise UsageError(f"{cls.name} has no parameter {name!r}.{suggestion}")
 
 
-def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) -> object:
+def convert_parameter(cls: type[Parametrised], name: str, value: object, *, strict: bool) -> object:
     """Convert the value of a parameter to its annotated type.
 
     With ``strict`` the string "3" and the value True are not accepted as numbers. Numbers of numpy
@@ -161,7 +161,7 @@ def set_params(self: Made, **values: object) -> Made:
         >>> vilu.PREDICTORS["gen"]().set_params(gamma=0.5)
         GEN(gamma=0.5)
     """
-    require_known(type(self), values)
+    require_known_parameters(type(self), values)
     for name, value in values.items():
         setattr(self, name, value)
     return self

@@ -25,7 +25,7 @@ from vilu.embeddings.columns import (
     DataKind,
 )
 from vilu.embeddings.rows import SCORING_BATCH, Rows
-from vilu.embeddings.similarity import float64, rows_in_cache
+from vilu.embeddings.similarity import float64, n_rows_in_cache
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, UsageError
@@ -51,7 +51,7 @@ CONSTANT = "constant"
 CLASSES = "classes"
 """Name of the saved tensor with the embedded texts of the classes."""
 
-FEWEST_CANDIDATES = 2
+MIN_CANDIDATES = 2
 """Minimum number of candidates. A single candidate leaves no other answer, and u is NaN."""
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class FailurePredictor(ABC):
     """
 
     # phrase for messages about a wrong argument: how to get a predictor
-    how: ClassVar[str] = "a predictor (such as vilu.MCM(), or vilu.load(folder))"
+    how_to_make: ClassVar[str] = "a predictor (such as vilu.MCM(), or vilu.load(folder))"
     name: ClassVar[str]
     summary: ClassVar[str]
     reference: ClassVar[str]
@@ -443,7 +443,7 @@ class FailurePredictor(ABC):
         values.update(replacements)
         return settings_class(**values)
 
-    def _log_weight(self) -> float:
+    def _log_odds_bias(self) -> float:
         """Bias that a weighted loss adds to the log-odds of failure."""
         return 0.0
 
@@ -553,9 +553,9 @@ class FailurePredictor(ABC):
             sketches = seen.join_sketches(sketches, seen.make_sketches(further_source))
         self.seen_ = sketches
         self.sample_ = FitSample.draw(sources, getattr(self, "seed", 0))
-        self.similarity_ = seen.similarity_range(source)
+        self.similarity_ = seen.similarity_statistics(source)
         counts = {"n_train": len(failure), "n_failures": int((failure == 1).sum())}
-        self.notes_ = {**counts, **seen.candidates_of(source), **learnt.notes}
+        self.notes_ = {**counts, **seen.describe_candidates(source), **learnt.notes}
         self.held_out_ = learnt.held_out
         if self.answer == "given":
             has_class = ~source.outside[rows]
@@ -568,8 +568,8 @@ class FailurePredictor(ABC):
         from vilu.predictors.contract.labelled import degenerate_rate, warn_of_few_rows
 
         if self.learns_failure:
-            allowed = getattr(self, "allow_degenerate", False)
-            rate = degenerate_rate(failure, self.name, allowed=allowed)
+            allow_degenerate = getattr(self, "allow_degenerate", False)
+            rate = degenerate_rate(failure, self.name, allow_degenerate=allow_degenerate)
             if rate is not None:
                 return Learnt({CONSTANT: torch.tensor(rate, dtype=torch.float64)})
         elif self.is_probability:
@@ -756,7 +756,7 @@ class FailurePredictor(ABC):
         for _, scores in self._scored_on_device(data, all_rows):
             parts.append(scores.to(data.device))  # the method ``stacking`` scores on the CPU
         uncertainty = torch.cat(parts)
-        if data.n_candidates >= FEWEST_CANDIDATES:
+        if data.n_candidates >= MIN_CANDIDATES:
             is_broken = ~torch.isfinite(uncertainty)
             self._require_finite(int(is_broken.sum()))
         return uncertainty.masked_fill(~data.is_usable, torch.nan)
@@ -790,7 +790,7 @@ class FailurePredictor(ABC):
         for batch, scores_on_device in self._scored_on_device(data, rows):
             scores = scores_on_device.numpy(force=True)
             n_candidates = batch.text.shape[-2]
-            if n_candidates >= FEWEST_CANDIDATES:
+            if n_candidates >= MIN_CANDIDATES:
                 is_broken = ~np.isfinite(scores)
                 self._require_finite(int(np.count_nonzero(is_broken)))
             yield batch, scores
@@ -807,12 +807,12 @@ class FailurePredictor(ABC):
             # Such scores spend most of their time on reading memory. Blocks are therefore faster if
             # their logits stay in the processor's cache.
             read_blocks = data.many
-            block_rows = rows_in_cache(data.n_candidates)
+            block_rows = n_rows_in_cache(data.n_candidates)
         columns = (*self.columns_to_score, *self.answer_columns)
         for block in read_blocks(block_rows, rows=rows, columns=columns):
             batch = block.to(device)
             n_candidates = batch.text.shape[-2]  # equal captions of a pool are a single candidate
-            if n_candidates < FEWEST_CANDIDATES:
+            if n_candidates < MIN_CANDIDATES:
                 nan_scores = torch.full((len(batch.index),), torch.nan, dtype=torch.float64)
                 yield batch, nan_scores.to(device)
                 continue
@@ -907,7 +907,7 @@ class FailurePredictor(ABC):
         """
         from vilu.predictors.contract.seen import WHY_NOT_FIT_ROWS
 
-        return self.seen(data).unshared(
+        return self.seen(data).unshared_mask(
             data,
             rows_name=f"{role} rows",
             predicate=f"were used to fit this {self.name}",
@@ -916,7 +916,7 @@ class FailurePredictor(ABC):
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
         """Refuse data that the method cannot use."""
-        if self.takes != data.holds:
+        if self.takes != data.data_kind:
             from vilu.predictors.contract.given_logits import require_kind
 
             require_kind(type(self), data)
@@ -924,7 +924,7 @@ class FailurePredictor(ABC):
             raise UsageError(
                 f"{self.name} does not work on image-caption pairs: {self.no_captions}."
             )
-        if not data.has_texts and data.holds == "embeddings":
+        if not data.has_texts and data.data_kind == "embeddings":
             from vilu.predictors.contract.given_logits import require_inputs
 
             require_inputs(type(self), data)
@@ -1000,7 +1000,7 @@ class FailurePredictor(ABC):
 
         After calibration the result is the calibrated probability. Before calibration the result is
         the uncertainty, if the uncertainty is a probability. The bias of a weighted loss is removed
-        (``_log_weight``).
+        (``_log_odds_bias``).
 
         Raises:
             UsageError: If the uncertainty of this method is not a probability, and the predictor
@@ -1100,7 +1100,7 @@ class FailurePredictor(ABC):
         scores = real_vector(uncertainty, "uncertainty")
         if not self.is_probability:
             return scores
-        return log_odds(scores) - self._log_weight()
+        return log_odds(scores) - self._log_odds_bias()
 
 
 def own_graph(predictor: FailurePredictor) -> nn.Module:

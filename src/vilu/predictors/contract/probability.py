@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
 
-from vilu.artifacts.documents import Model
+from vilu.artifacts.documents import FrozenModel
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats
 
 N_FOLDS = 10  # of the cross-validation
 MAX_NEWTON_STEPS = 100  # Newton's method needs about eight
 # with fewer failures, or with fewer successes, the smoothest form is used without cross-validation
-MIN_OF_EACH_KIND = 20
+MIN_ROWS_OF_EACH_KIND = 20
 MIN_ISOTONIC_ROWS = 1000  # with fewer rows, the steps of isotonic regression would fit the noise
 
 
-class Form(NamedTuple):
+class LogisticForm(NamedTuple):
     """A logistic form: the log-odds of failure are linear in features of the score."""
 
     features: Callable[[Floats], Floats]  # from scores (N,) to features (N, F)
@@ -55,10 +55,10 @@ def _as_column(score: Floats) -> Floats:
     return score[:, None]
 
 
-FORMS = {
-    "temperature": Form(_as_column, has_intercept=False, needs_log_odds=True),
-    "platt": Form(_as_column, has_intercept=True, needs_log_odds=False),
-    "beta": Form(_logarithms, has_intercept=True, needs_log_odds=True),
+LOGISTIC_FORMS = {
+    "temperature": LogisticForm(_as_column, has_intercept=False, needs_log_odds=True),
+    "platt": LogisticForm(_as_column, has_intercept=True, needs_log_odds=False),
+    "beta": LogisticForm(_logarithms, has_intercept=True, needs_log_odds=True),
 }
 """The logistic forms, sorted by smoothness, the smoothest form first.
 
@@ -66,7 +66,7 @@ Temperature scaling and beta calibration need a probability (Guo et al. 2017; Ku
 """
 
 
-class _FitFacts(Model):
+class _FitFacts(FrozenModel):
     """Facts about the fit of a calibrator."""
 
     n: int = Field(ge=1)  # number of calibration rows
@@ -88,7 +88,7 @@ class Logistic(_FitFacts):
     @np.errstate(under="ignore")  # an underflow to 0 is exact enough
     def __call__(self, score: Floats) -> Floats:
         """(N,) probabilities of scores (N,)."""
-        features = FORMS[self.form].features(score)
+        features = LOGISTIC_FORMS[self.form].features(score)
         return expit(features @ np.array(self.weights) + self.intercept)
 
 
@@ -119,7 +119,9 @@ class Isotonic(_FitFacts):
 
 
 Calibrator = Logistic | Isotonic
-_READER: TypeAdapter[Calibrator] = TypeAdapter(Annotated[Calibrator, Field(discriminator="form")])
+_CALIBRATOR_READER: TypeAdapter[Calibrator] = TypeAdapter(
+    Annotated[Calibrator, Field(discriminator="form")]
+)
 
 
 def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bool) -> Calibrator:
@@ -145,12 +147,12 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
         'temperature'
     """
     forms: list[str] = []
-    for name, form in FORMS.items():
+    for name, form in LOGISTIC_FORMS.items():
         if is_log_odds or not form.needs_log_odds:
             forms.append(name)
     n_failures = int(failure.sum())
     n_successes = len(failure) - n_failures
-    if min(n_failures, n_successes) < MIN_OF_EACH_KIND:
+    if min(n_failures, n_successes) < MIN_ROWS_OF_EACH_KIND:
         smoothest_form = forms[0]
         return _fit(smoothest_form, score, failure)
     if len(score) >= MIN_ISOTONIC_ROWS:
@@ -180,7 +182,7 @@ def _smoothest_good_form(losses: dict[str, Floats]) -> str:
 def read_calibrator(value: object) -> Calibrator:
     """Read a calibrator from plain JSON; raises DataError for any other value."""
     try:
-        calibrator = _READER.validate_python(value)
+        calibrator = _CALIBRATOR_READER.validate_python(value)
     except ValidationError as error:
         raise DataError(
             f"this is no calibrator of probabilities: {error.errors()[0]['msg']}."
@@ -202,7 +204,7 @@ def _require_knots(calibrator: Isotonic) -> None:
 
 def _require_weights(calibrator: Logistic) -> None:
     """Refuse the calibrator unless its form has as many features as weights."""
-    features = FORMS[calibrator.form].features(np.zeros(1))
+    features = LOGISTIC_FORMS[calibrator.form].features(np.zeros(1))
     n_weights = len(calibrator.weights)
     if n_weights != features.shape[1]:
         raise DataError(
@@ -292,14 +294,14 @@ def _begins_pool(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> NDArr
 def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  # noqa: ANN401
     """Fit a calibrator: isotonic regression, or logistic regression without a penalty.
 
-    ``form`` is a key of ``FORMS``, or "isotonic". The targets of the logistic regression are
-    smoothed (``_smoothed_targets``).
+    ``form`` is a key of ``LOGISTIC_FORMS``, or "isotonic". The targets of the logistic regression
+    are smoothed (``_smoothed_targets``).
     """
     if form == "isotonic":
         return _fit_isotonic(score, failure)
-    features = FORMS[form].features(score)
+    features = LOGISTIC_FORMS[form].features(score)
     weights, intercept = _least_log_loss(
-        features, failure, with_intercept=FORMS[form].has_intercept
+        features, failure, with_intercept=LOGISTIC_FORMS[form].has_intercept
     )
     negative_indices = np.flatnonzero(np.array(weights) < 0)
     # Beta calibration has no negative weights. The feature of the first negative weight is dropped,

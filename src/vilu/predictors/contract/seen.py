@@ -1,6 +1,6 @@
 """Rows of a fit: the choice of a few rows per class, and the recognition of rows after the fit.
 
-Rows are recognised by hashes of their pictures, embeddings or names (``Identity``).
+Rows are recognised by hashes of their pictures, embeddings or names (``IdentityKind``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vilu.artifacts.hashing import digest
 from vilu.callers import warn_caller
-from vilu.embeddings.checks import SHORT_POOL, VALID, Identity
+from vilu.embeddings.checks import SHORT_POOL, VALID, IdentityKind
 from vilu.embeddings.source import EmbeddingSource, warn_once
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.validation import require_at_least
@@ -26,16 +26,16 @@ from vilu.validation import require_at_least
 logger = logging.getLogger(__name__)
 
 
-def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
-    """Sorted indices of ``n`` random usable labelled rows per class.
+def draw_shots(source: EmbeddingSource, n_per_class: int, seed: int = 0) -> Tensor:
+    """Sorted indices of ``n_per_class`` random usable labelled rows per class.
 
     If a class has fewer rows, all rows of the class are taken. All usable rows outside the classes
     are taken as well.
 
-    A larger ``n`` only adds rows. The rows chosen from a class by ``seed`` do not depend on the
-    other classes.
+    A larger ``n_per_class`` only adds rows. The rows chosen from a class by ``seed`` do not depend
+    on the other classes.
     """
-    require_at_least("shots", n, 1)
+    require_at_least("shots", n_per_class, 1)
     if source.pool_size is not None:
         raise UsageError(
             "shots are rows per class, and image-caption pairs have no classes. Leave shots out."
@@ -50,19 +50,19 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
         rows_of_class = rows[target == label]
         # a generator for each class, so that the order depends only on the rows of the class
         order = np.random.default_rng([seed, label]).permutation(len(rows_of_class))
-        chosen_rows.append(rows_of_class[order[:n]])
-    _warn_of_small_classes([len(rows_of_class) for rows_of_class in chosen_rows], n)
+        chosen_rows.append(rows_of_class[order[:n_per_class]])
+    _warn_of_small_classes([len(rows_of_class) for rows_of_class in chosen_rows], n_per_class)
     ood_rows = usable_rows[source.outside[usable_rows]]
     return torch.cat([*chosen_rows, ood_rows]).sort().values
 
 
-def _warn_of_small_classes(sizes: list[int], n: int) -> None:
-    """Warn if classes have fewer than ``n`` labelled rows; ``sizes`` are the numbers of rows."""
-    n_small_classes = sum(size < n for size in sizes)
+def _warn_of_small_classes(sizes: list[int], n_per_class: int) -> None:
+    """Warn if classes have fewer than ``n_per_class`` rows; ``sizes`` are the numbers of rows."""
+    n_small_classes = sum(size < n_per_class for size in sizes)
     if n_small_classes:
         warn_caller(
-            f"{n_small_classes} of {len(sizes)} classes have fewer than {n} labelled rows "
-            f"(the fewest: {min(sizes)}); all their rows are taken.",
+            f"{n_small_classes} of {len(sizes)} classes have fewer than {n_per_class} labelled "
+            f"rows (the fewest: {min(sizes)}); all their rows are taken.",
         )
 
 
@@ -72,14 +72,14 @@ MAX_HASHES = 16_384  # maximum number of hashes of fit rows in a predictor
 BLOCK_ROWS = 2**20  # number of rows with hashes in memory at the same time
 LARGEST_HASH = np.iinfo(np.int64).max  # hashes have 63 bits
 
-MAX_SHARED = 0.01
+MAX_OVERLAP_SHARE = 0.01
 """Largest share of rows in common between two sets.
 
 Real data contain some rows twice. Such rows are left out. A larger share is a mistake and is
 refused.
 """
 
-SHOWN_NAMES = 3  # number of row names listed in a message
+MAX_SHOWN_NAMES = 3  # number of row names listed in a message
 
 WHY_NOT_FIT_ROWS = "It learned from them, so nothing measured on them holds for others."
 """The reason, in messages, why a measurement refuses rows of the predictor's fit."""
@@ -98,7 +98,7 @@ class RowSketch:
     n_rows: int  # number of rows of the set, including repeats
 
     @classmethod
-    def of(cls, source: EmbeddingSource, kind: Identity) -> RowSketch:
+    def of(cls, source: EmbeddingSource, kind: IdentityKind) -> RowSketch:
         """Sketch of all rows of a source, by the hashes of the identity ``kind``."""
         hashes = np.empty(0, np.int64)
         for _, hashes_of_block in _hash_blocks(source, kind, np.arange(len(source))):
@@ -127,7 +127,9 @@ class RowSketch:
         hashes = torch.cat([self.hashes, other.hashes]).unique()
         return RowSketch(hashes[:MAX_HASHES], self.n_rows + other.n_rows)
 
-    def overlap(self, source: EmbeddingSource, kind: Identity, rows: NDArray[np.int64]) -> Overlap:
+    def overlap(
+        self, source: EmbeddingSource, kind: IdentityKind, rows: NDArray[np.int64]
+    ) -> Overlap:
         """Find which of the ``rows`` (M,) of a source are in the set."""
         has_known_hash = np.zeros(len(rows), np.bool_)
         n_comparable = 0
@@ -145,7 +147,7 @@ class RowSketch:
 
 
 def _hash_blocks(
-    source: EmbeddingSource, kind: Identity, rows: NDArray[np.int64]
+    source: EmbeddingSource, kind: IdentityKind, rows: NDArray[np.int64]
 ) -> Iterator[tuple[slice, NDArray[np.int64]]]:
     """Yield for every block of ``rows`` (M,) the slice of ``rows``, and the hashes of the block."""
     for start in range(0, len(rows), BLOCK_ROWS):
@@ -155,7 +157,7 @@ def _hash_blocks(
         yield slice(start, start + len(hashes)), hashes
 
 
-def _has_identity(source: EmbeddingSource, kind: Identity) -> NDArray[np.bool_]:
+def _has_identity(source: EmbeddingSource, kind: IdentityKind) -> NDArray[np.bool_]:
     """(N,) whether the identity of a row distinguishes the row from other rows.
 
     All rows without a usable embedding have the same embedding, and therefore the same identity.
@@ -181,7 +183,7 @@ class Overlap:
         """Phrase for a message, such as "3 of 200 rows"."""
         return count_in_words(len(self), len(self.shared), rows_name, is_complete=self.is_complete)
 
-    def unshared(
+    def unshared_mask(
         self,
         source: EmbeddingSource,
         rows_name: str,
@@ -199,13 +201,13 @@ class Overlap:
         """
         if not len(self):
             return ~self.shared
-        shown_rows = np.flatnonzero(self.shared)[:SHOWN_NAMES]
+        shown_rows = np.flatnonzero(self.shared)[:MAX_SHOWN_NAMES]
         names = [repr(source.ids[row]) for row in shown_rows.tolist()]
-        if len(self) > SHOWN_NAMES:
+        if len(self) > MAX_SHOWN_NAMES:
             names.append("...")
         problem = f"{self.in_words(rows_name)} {predicate} ({', '.join(names)})"
-        if len(self) > MAX_SHARED * self.n_comparable:
-            limit = f"{MAX_SHARED:.0%}"
+        if len(self) > MAX_OVERLAP_SHARE * self.n_comparable:
+            limit = f"{MAX_OVERLAP_SHARE:.0%}"
             if not self.is_complete:
                 limit += f" of the {self.n_comparable} that can be compared"
             raise DataError(f"{problem}, more than {limit}. {remedy}")
@@ -221,7 +223,7 @@ def count_in_words(n: int, n_rows: int, rows_name: str, *, is_complete: bool) ->
     return f"at least {count} (a sample of {MAX_HASHES} rows of the fit is known)"
 
 
-Sketches = Mapping[Identity, RowSketch]
+Sketches = Mapping[IdentityKind, RowSketch]
 """Maps a kind of identity to the sketch of a set of rows; empty if no rows are known."""
 
 
@@ -255,7 +257,7 @@ def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
     if not has_identity.all():  # leave out rows without a usable embedding: all share a hash
         n_rows = int(has_identity.sum())
         n_distinct -= 1
-    max_repeats = MAX_SHARED
+    max_repeats = MAX_OVERLAP_SHARE
     qualifier = ""
     if not row_sketch.is_complete:
         max_repeats = MAX_ESTIMATED_REPEATS
@@ -287,14 +289,14 @@ def join_sketches(first: Sketches, second: Sketches) -> Sketches:
 
 
 def common_identity(
-    first: Collection[Identity], second: Collection[Identity], names: tuple[str, str]
-) -> Identity | None:
+    first: Collection[IdentityKind], second: Collection[IdentityKind], names: tuple[str, str]
+) -> IdentityKind | None:
     """The most reliable kind of identity in both sets; None if the sets have no kind in common.
 
     ``names`` are the names of the two sets in a logged message. The message appears if rows can be
     compared only by names.
     """
-    identities: tuple[Identity, ...] = get_args(Identity)  # the most reliable kind first
+    identities: tuple[IdentityKind, ...] = get_args(IdentityKind)  # the most reliable kind first
     common_kinds = [kind for kind in identities if kind in first and kind in second]
     if not common_kinds:
         return None
@@ -320,7 +322,7 @@ def rows_to_score(data: EmbeddingSource, is_unseen: NDArray[np.bool_]) -> Tensor
     return data.usable_rows[mask[data.usable_rows]]
 
 
-def overlap(
+def find_overlap(
     first: EmbeddingSource, second: EmbeddingSource, names: tuple[str, str]
 ) -> Overlap | None:
     """Find the rows of ``second`` that are in ``first``; None if the sources are not comparable.
@@ -335,7 +337,9 @@ def overlap(
     return Overlap(shared=shared, n_comparable=len(second))
 
 
-def one_per_picture(picture: NDArray[np.int64], failure: NDArray[np.int64]) -> NDArray[np.int64]:
+def one_row_per_picture(
+    picture: NDArray[np.int64], failure: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Ascending indices (M,) of a single row per picture, a failure if the picture has a failure.
 
     Args:
@@ -344,20 +348,20 @@ def one_per_picture(picture: NDArray[np.int64], failure: NDArray[np.int64]) -> N
         failure: (N,) 1 where the answer is wrong. If no row is 1, the result has the first row of
             every picture.
     """
-    rows_alone = np.flatnonzero(picture == UNKNOWN)
+    rows_of_unknown_picture = np.flatnonzero(picture == UNKNOWN)
     known_rows = np.flatnonzero(picture != UNKNOWN)
     is_no_failure = failure[known_rows] != 1
     # The rows are sorted by picture, then failures before the rest, then by index. ``np.lexsort``
     # sorts by the last key first. ``np.unique`` then finds the first row of every picture.
     order = known_rows[np.lexsort((known_rows, is_no_failure, picture[known_rows]))]
     _, first_positions = np.unique(picture[order], return_index=True)
-    return np.sort(np.concatenate([rows_alone, order[first_positions]]))
+    return np.sort(np.concatenate([rows_of_unknown_picture, order[first_positions]]))
 
 
-SIMILARITY_ROWS = 100  # usable rows read by ``similarity_range``
+SIMILARITY_ROWS = 100  # usable rows read by ``similarity_statistics``
 
 
-def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
+def similarity_statistics(data: EmbeddingSource) -> tuple[float, float]:
     """Mean and standard deviation of the largest cosine of a row, over the first 100 usable rows.
 
     The largest cosine of a row is the cosine with the nearest candidate.
@@ -376,7 +380,7 @@ def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
 
 
 N_DIRECTIONS = 8  # number of random projections in the sketch of the candidate texts
-SAME_CANDIDATES = 0.02
+MAX_SKETCH_DIFFERENCE = 0.02
 """Largest difference between two sketches of the same candidate texts.
 
 Rounding to bfloat16 changes a sketch by less. Another prompt template changes it by ten times as
@@ -384,7 +388,7 @@ much.
 """
 
 
-def candidates_of(data: EmbeddingSource) -> dict[str, Any]:
+def describe_candidates(data: EmbeddingSource) -> dict[str, Any]:
     """Describe the candidates of the images, as plain JSON.
 
     The description has the number of candidates, the hash of their names, and a sketch of their
@@ -407,8 +411,8 @@ def candidates_of(data: EmbeddingSource) -> dict[str, Any]:
     return candidates
 
 
-def same_candidates(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two descriptions by ``candidates_of`` may be of the same candidates.
+def candidates_agree(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two descriptions by ``describe_candidates`` may be of the same candidates.
 
     The texts are compared, or the names if a description has no texts.
     """
@@ -423,7 +427,7 @@ def same_candidates(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool
             return False
     if first_texts and second_texts:
         distance = np.abs(np.subtract(first_texts, second_texts)).max()
-        return float(distance) <= SAME_CANDIDATES
+        return float(distance) <= MAX_SKETCH_DIFFERENCE
     first_classes = first.get("classes")
     second_classes = second.get("classes")
     if first_classes is None or second_classes is None:
@@ -434,13 +438,13 @@ def same_candidates(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool
 def warn_of_other_space(data: EmbeddingSource, mean: float, deviation: float) -> None:
     """Warn if the mean largest cosine differs by more than 4 ``deviation`` from the ``mean``.
 
-    ``mean`` and ``deviation`` are the results of ``similarity_range`` for the rows of the fit.
+    ``mean`` and ``deviation`` are the results of ``similarity_statistics`` for the rows of the fit.
     Embeddings without provenance may come from another model of the same width. No other check
     recognises such embeddings.
     """
     if data.n_candidates < 2 or not len(data.usable_rows):
         return
-    mean_here, _ = similarity_range(data)
+    mean_here, _ = similarity_statistics(data)
     if abs(mean_here - mean) > 4 * deviation:
         warn_caller(
             f"the largest cosine of a row is {mean_here:.3f} on average here and was {mean:.3f} ± "

@@ -17,7 +17,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 SPREAD: Final = "spread"
 """Key of the quantiles in the notes of a predictor."""
 
-N_STEPS: Final = 200
+N_QUANTILE_STEPS: Final = 200
 """Number of steps between the quantiles, from the smallest score to the largest."""
 
 
@@ -25,12 +25,12 @@ def note_spread(predictor: FailurePredictor, uncertainty: Floats) -> None:
     """Note the quantiles of the scores (N,) of the fit rows. NaN scores are left out."""
     scores = uncertainty[np.isfinite(uncertainty)]
     if len(scores):
-        steps = np.linspace(0, 1, N_STEPS + 1)
+        steps = np.linspace(0, 1, N_QUANTILE_STEPS + 1)
         predictor.notes_[SPREAD] = np.quantile(scores, steps).tolist()
 
 
-def states_probability(predictor: FailurePredictor) -> bool:
-    """Whether the score of a predictor may be shown as a probability of failure."""
+def is_shown_as_probability(predictor: FailurePredictor) -> bool:
+    """Whether the score of a predictor is shown as a probability of failure."""
     return predictor.is_probability and SPREAD not in predictor.notes_
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.embeddings.rows import SCORING_BATCH, Rows
-from vilu.embeddings.similarity import MAX_CELLS, nearest_rows
+from vilu.embeddings.similarity import MAX_BATCH_LOGITS, nearest_rows
 from vilu.embeddings.source import SAME_TEXT_COSINE, Batch, LogitBatch
 
-TEMPERATURE_SD = 0.5
+LOG_TEMPERATURE_SD = 0.5
 """Standard deviation of the normal prior of log a, where a is the zero-shot temperature.
 
 The mean of the prior is 0.
@@ -37,7 +37,7 @@ The factor is below 1, because a few images may have a property in common by cha
 DEFAULT_MISSED_SHARE = 0.1
 """If no class has two labels, this share of images is assumed to be of classes without labels."""
 
-MAX_STEPS = 150
+MAX_LBFGS_STEPS = 150
 """Maximum number of L-BFGS steps."""
 
 STREAMED_ROWS = 1_024
@@ -46,11 +46,11 @@ STREAMED_ROWS = 1_024
 MAX_SAMPLE_ROWS = 4_096
 """Maximum number of ``sample_rows``, from which statistics of all rows are estimated."""
 
-MIN_CHANGE = 1e-9
+MIN_LOSS_CHANGE = 1e-9
 """The solver stops when a step changes the mean loss by less than this limit."""
 
-MIN_STREAMED_CHANGE = 3e-5
-"""The limit for streamed rows, in place of ``MIN_CHANGE``.
+MIN_STREAMED_LOSS_CHANGE = 3e-5
+"""The limit for streamed rows, in place of ``MIN_LOSS_CHANGE``.
 
 Fifty further steps would not increase the AUROC.
 """
@@ -63,19 +63,19 @@ MIN_VARIANCE = 1e-6
 
 
 class Moments:
-    """Number of rows, sum ``total`` (D,) of the rows, and sum ``squares`` of the squared norms."""
+    """Number of rows, sum (D,) of the rows, and sum of the squared norms."""
 
     def __init__(self) -> None:
         self.n_rows = 0
-        self.total = torch.zeros((), dtype=torch.float64)
-        self.squares = torch.zeros((), dtype=torch.float64)
+        self.row_sum = torch.zeros((), dtype=torch.float64)
+        self.square_sum = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Add a block (N, D) of rows."""
         rows = rows.cpu().double()
         self.n_rows += len(rows)
-        self.total = self.total + rows.sum(dim=0)
-        self.squares = self.squares + rows.square().sum()
+        self.row_sum = self.row_sum + rows.sum(dim=0)
+        self.square_sum = self.square_sum + rows.square().sum()
 
 
 class Standardisation(nn.Module):
@@ -91,9 +91,9 @@ class Standardisation(nn.Module):
 
     def fit(self, moments: Moments) -> None:
         """Set mean and norm from the moments of the training rows."""
-        mean = moments.total / moments.n_rows
+        mean = moments.row_sum / moments.n_rows
         # E |x - mean|^2 = E |x|^2 - |mean|^2. In float64 this difference has enough digits.
-        mean_square = moments.squares / moments.n_rows
+        mean_square = moments.square_sum / moments.n_rows
         variance = (mean_square - mean.square().sum()).clamp_min(0)
         norm = torch.ones((), dtype=torch.float32)  # the norm if all rows are equal
         if variance > MIN_VARIANCE:
@@ -148,17 +148,17 @@ class ImageInputs(nn.Module):
         return 1
 
 
-class Match(NamedTuple):
+class ClassMatch(NamedTuple):
     """Comparison of K candidates with the training classes.
 
-    ``reach`` is 1 for a training class. For any other candidate, ``reach`` is the squared cosine
-    between the standardised texts of the candidate and of the nearest class, or 0 if the cosine is
-    negative. The square is the share of variance that both texts have in common.
+    ``class_similarity`` is 1 for a training class. For any other candidate, ``class_similarity`` is
+    the squared cosine between the standardised texts of the candidate and of the nearest class, or
+    0 if the cosine is negative. The square is the share of variance that both texts have in common.
     """
 
     nearest_class: Tensor  # (K,) int64 index of the training class with the most similar text
     is_class: Tensor  # (K,) bool: whether the candidate is the nearest class
-    reach: Tensor  # (K,) from 0 to 1: how similar the candidate is to the training classes
+    class_similarity: Tensor  # (K,) from 0 to 1: similarity to the training classes
 
 
 class StartLogits(NamedTuple):
@@ -171,7 +171,7 @@ class StartLogits(NamedTuple):
     centre: Tensor  # (D,) float64
     weight: Tensor  # (K, D) float64
     bias: Tensor  # (K,) float64
-    occurrence: Tensor  # (K,) log-probability that the class occurs at all; at most 0
+    log_occurrence: Tensor  # (K,) log-probability that the class occurs at all; at most 0
 
 
 class SupervisedAttention(nn.Module):
@@ -186,9 +186,9 @@ class SupervisedAttention(nn.Module):
     training set, and is zero for a candidate outside the training classes. So any candidate can be
     scored.
 
-    For candidates outside the training classes, ``Match.reach`` reduces the effect of A and of the
-    temperature. If the text of a candidate is unlike the texts of all classes, the logit is nearly
-    the zero-shot logit.
+    For candidates outside the training classes, ``ClassMatch.class_similarity`` reduces the effect
+    of A and of the temperature. If the text of a candidate is unlike the texts of all classes, the
+    logit is nearly the zero-shot logit.
 
     If the rows have logits instead of texts (``LogitBatch``), t_j is zero, and only v_j is learned.
 
@@ -196,7 +196,8 @@ class SupervisedAttention(nn.Module):
     images without labels (``start_from``).
 
     The logits are computed as products of queries (x, 1) of the images with keys of the candidates.
-    For a ``LogitBatch``, the tempered given logits are added to the product (``given_offset``).
+    For a ``LogitBatch``, the tempered given logits are added to the product
+    (``tempered_given_logits``).
 
     Args:
         inputs: Fitted ``ImageInputs``.
@@ -229,23 +230,23 @@ class SupervisedAttention(nn.Module):
     def initial_logits(self, batch: Batch) -> Tensor:
         """(B, K) logits at the start of training, before learning from labels."""
         logits = self.queries(batch) @ self.initial_keys(batch).T
-        return add_offset(logits, self.given_offset(batch))
+        return add_given_logits(logits, self.tempered_given_logits(batch))
 
     def initial_keys(self, batch: Batch) -> Tensor:
         """(K, D + F + 1) keys of the ``initial_logits``."""
-        keys = self.offset_keys(batch)
+        keys = self.tempered_logit_keys(batch)
         if len(self.own):
             keys = keys + math.sqrt(1 - self.sharing) * self.own
         return keys
 
-    def given_offset(self, batch: Batch) -> Tensor | None:
-        """(B, K) ``offset`` of a ``LogitBatch``, for which no keys exist; otherwise None."""
+    def tempered_given_logits(self, batch: Batch) -> Tensor | None:
+        """(B, K) ``tempered_logits`` of a ``LogitBatch``, which has no keys; otherwise None."""
         if isinstance(batch, LogitBatch):
-            return self.offset(batch)
+            return self.tempered_logits(batch)
         return None
 
-    def offset_keys(self, batch: Batch) -> Tensor:
-        """(K, D + F + 1) keys of the ``offset``, if all candidates are training classes.
+    def tempered_logit_keys(self, batch: Batch) -> Tensor:
+        """(K, D + F + 1) keys of the ``tempered_logits``, if all candidates are training classes.
 
         For a ``LogitBatch`` the keys are zero.
         """
@@ -265,30 +266,31 @@ class SupervisedAttention(nn.Module):
         """(B, D + F + 1) vectors (x, 1): the ``ImageInputs``, and the number 1."""
         return functional.pad(self.inputs(batch), (0, 1), value=1.0)
 
-    def offset(self, batch: Batch, match: Match | None = None) -> Tensor:
+    def tempered_logits(self, batch: Batch, class_match: ClassMatch | None = None) -> Tensor:
         """(B, K) tempered zero-shot logits, without the logit bias.
 
         The temperature is nearer to 1 if the candidates are less similar to the training classes.
-        ``match`` is the result of the method ``match`` for the candidates. None: the candidates are
-        the training classes.
+        ``class_match`` is the result of ``match_classes`` for the candidates. None: the candidates
+        are the training classes.
         """
         temperature: Tensor = self.temperature
-        if match is not None:
+        if class_match is not None:
             # All candidates have the same temperature, because their logits are compared.
-            temperature = temperature ** match.reach.mean()
+            temperature = temperature ** class_match.class_similarity.mean()
         return temperature * (batch.logits - batch.logit_bias)
 
-    def match(self, text: Tensor) -> Match:
+    def match_classes(self, text: Tensor) -> ClassMatch:
         """Compare candidates (K, D) with the training classes.
 
-        If the attention was fitted to captions, there are no classes, and ``reach`` is 1.
+        If the attention was fitted to captions, there are no classes, and ``class_similarity`` is
+        1.
         """
         if not len(self.classes):
             no_class = torch.zeros(len(text), dtype=torch.long, device=text.device)
-            return Match(
+            return ClassMatch(
                 nearest_class=no_class,
                 is_class=torch.zeros_like(no_class, dtype=torch.bool),
-                reach=torch.ones_like(text[:, 0]),
+                class_similarity=torch.ones_like(text[:, 0]),
             )
         cosine, nearest_class = nearest_rows(text, self.classes)
         is_class = cosine >= SAME_TEXT_COSINE
@@ -296,39 +298,39 @@ class SupervisedAttention(nn.Module):
         classes = functional.normalize(self.text(self.classes), dim=1)
         nearest_cosine, _ = nearest_rows(candidates, classes)
         common_variance = nearest_cosine.clamp(0, 1).square()
-        reach = torch.where(is_class, 1.0, common_variance)
-        return Match(nearest_class, is_class, reach)
+        class_similarity = torch.where(is_class, 1.0, common_variance)
+        return ClassMatch(nearest_class, is_class, class_similarity)
 
-    def forward(self, batch: Batch, match: Match | None = None) -> Tensor:
+    def forward(self, batch: Batch, class_match: ClassMatch | None = None) -> Tensor:
         """(B, K) logits.
 
-        ``match`` is the result of the method ``match`` for the candidates. None: the candidates are
-        the training classes, in the original order.
+        ``class_match`` is the result of ``match_classes`` for the candidates. None: the candidates
+        are the training classes, in the original order.
         """
-        learned_keys = self.learned_keys(batch.text, match)
+        learned_keys = self.learned_keys(batch.text, class_match)
         learned_logits: Tensor = self.queries(batch) @ learned_keys.T
-        return self.offset(batch, match) + learned_logits
+        return self.tempered_logits(batch, class_match) + learned_logits
 
-    def learned_keys(self, text: Tensor, match: Match | None) -> Tensor:
-        """(K, D + F + 1) keys of the learned part of the logits, without the ``offset``."""
+    def learned_keys(self, text: Tensor, class_match: ClassMatch | None) -> Tensor:
+        """(K, D + F + 1) keys of the learned part of the logits, without ``tempered_logits``."""
         keys: Tensor = math.sqrt(self.sharing) * (self.text(text) @ self.shared.T)
-        if match is not None:
-            reach_column = match.reach[:, None]
-            keys = keys * reach_column
+        if class_match is not None:
+            similarity_column = class_match.class_similarity[:, None]
+            keys = keys * similarity_column
         if len(self.own):
             class_weights: Tensor = self.own
-            if match is not None:
-                is_class_column = match.is_class[:, None]
-                class_weights = class_weights[match.nearest_class] * is_class_column
+            if class_match is not None:
+                is_class_column = class_match.is_class[:, None]
+                class_weights = class_weights[class_match.nearest_class] * is_class_column
             keys = keys + math.sqrt(1 - self.sharing) * class_weights
         return keys
 
 
-def add_offset(logits: Tensor, offset: Tensor | None) -> Tensor:
-    """Add to logits (B, K) the ``given_offset`` (B, K) of the batch, unless the offset is None."""
-    if offset is None:
+def add_given_logits(logits: Tensor, given_logits: Tensor | None) -> Tensor:
+    """Add the ``tempered_given_logits`` (B, K) of a batch to logits (B, K), unless None."""
+    if given_logits is None:
         return logits
-    return logits + offset
+    return logits + given_logits
 
 
 def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many arguments
@@ -347,12 +349,12 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
 
     1. The start is the zero-shot logits, or the logits of ``start``, times a fitted temperature.
        ``class_log_prior`` is added to the bias of each class. With a ``start``, a class without
-       labels gets ``start.occurrence`` instead, if ``start.occurrence`` is lower.
+       labels gets ``start.log_occurrence`` instead, if ``start.log_occurrence`` is lower.
     2. The learned part, which is added to the start, has a normal prior. The prior of the weights
        of x is N(0, C) with C = ``variance`` * ``zero_shot_variance``. The prior of the biases is
        N(0, C / 50). Finding the posterior mode is a convex problem.
     3. The solution is multiplied by n / (n + 8). If ``has_few_rows``, it is also multiplied by the
-       result of ``held_out_share``.
+       result of ``held_out_shrinkage``.
 
     Args:
         inputs: Fitted ``ImageInputs``.
@@ -362,27 +364,29 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
         sharing: The share rho of the prior variance that the classes have in common.
         device: Device on which the problem is solved.
         start: Logits estimated from images without labels.
-        has_few_rows: Whether the rows are so few that ``held_out_share`` is used.
+        has_few_rows: Whether the rows are so few that ``held_out_shrinkage`` is used.
         warm_start: An attention fitted to most of the rows. For streamed rows, the search begins at
             the solution of this attention, to save steps.
     """
     attention = SupervisedAttention(inputs, rows.source.space.embed_dim, n_classes, sharing)
     _fit_texts(attention, rows)
     target = rows.source.target[rows.index]
-    prior = class_log_prior(target, n_classes)
+    log_prior = class_log_prior(target, n_classes)
     if start is not None:
         attention.start_from(start)
         has_labels = torch.bincount(target, minlength=n_classes) > 0
-        prior = torch.where(has_labels, 0.0, torch.minimum(prior, start.occurrence.float()))
+        log_prior = torch.where(
+            has_labels, 0.0, torch.minimum(log_prior, start.log_occurrence.float())
+        )
     attention.to(device)
-    _set_start(attention, rows, prior, device)
+    _set_start(attention, rows, log_prior, device)
     prior_variance = variance * zero_shot_variance(attention, rows, device)
     problem = Problem(attention, rows, prior_variance)
-    share = 1.0
+    held_out_factor = 1.0
     if has_few_rows and problem.whole_block is not None:
-        share = held_out_share(problem)
+        held_out_factor = held_out_shrinkage(problem)
     n_rows = len(rows.index)
-    shrinkage = share * n_rows / (n_rows + SHRINKAGE_ROWS)
+    shrinkage = held_out_factor * n_rows / (n_rows + SHRINKAGE_ROWS)
     solution = problem.in_attention_coordinates(problem.solve(warm_start=warm_start))
     attention.shared.data.add_(shrinkage * solution.shared_weights)
     attention.own.data.add_(shrinkage * solution.class_weights)
@@ -390,7 +394,7 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
 
 
 def _set_start(
-    attention: SupervisedAttention, rows: Rows, prior: Tensor, device: torch.device
+    attention: SupervisedAttention, rows: Rows, log_prior: Tensor, device: torch.device
 ) -> None:
     """Multiply the start by the fitted temperature, and add the log prior (K,)."""
     temperature = fit_temperature(attention, rows, device)
@@ -399,29 +403,29 @@ def _set_start(
     # the last column of ``own`` is the bias, because the last entry of a query (x, 1) is 1
     bias = attention.own.data[:, -1]
     # in the logits, ``own`` is multiplied by sqrt(1 - rho); the division cancels this factor
-    bias.add_(prior.to(device) / math.sqrt(1 - attention.sharing))
+    bias.add_(log_prior.to(device) / math.sqrt(1 - attention.sharing))
 
 
 class Block(NamedTuple):
     """Some labelled rows in the coordinates of a ``Problem``.
 
-    The logits are image @ (initial_keys + text @ A^T + sqrt(1 - rho) V)^T, plus the ``offset`` if
-    the offset is not None.
+    The logits are queries @ (initial_keys + text @ A^T + sqrt(1 - rho) V)^T, plus the
+    ``given_logits`` if these are not None.
 
     Attributes:
         batch: The rows.
-        image: (B, P) queries times the prior standard deviations. So the prior of every element of
-            A and V is N(0, 1).
+        queries: (B, P) queries of the attention, times the prior standard deviations. So the prior
+            of every element of A and V is N(0, 1).
         text: (K, Q) sqrt(rho) times the standardised texts.
         initial_keys: (K, P) keys of the logits at the start of training.
-        offset: (B, K) ``given_offset`` of the batch, or None.
+        given_logits: (B, K) ``tempered_given_logits`` of the batch, or None.
     """
 
     batch: Batch
-    image: Tensor
+    queries: Tensor
     text: Tensor
     initial_keys: Tensor
-    offset: Tensor | None
+    given_logits: Tensor | None
 
     def losses(self, logits: Tensor) -> Tensor:
         """(B,) cross-entropy of the rows."""
@@ -482,36 +486,36 @@ class Problem:
         self.rows = rows
         self.device = attention.shared.device
         self.n_rows = len(rows.index)
-        # ``scale`` is the prior standard deviation of the weight of each input. The inputs are
-        # multiplied by ``scale``, so that the prior of A and V is N(0, 1). The last input is the
-        # constant 1. The weight of the last input is the bias, with a smaller variance.
-        scale = torch.full(
+        # ``input_scale`` is the prior standard deviation of the weight of each input. The inputs
+        # are multiplied by ``input_scale``, so that the prior of A and V is N(0, 1). The last input
+        # is the constant 1. The weight of the last input is the bias, with a smaller variance.
+        input_scale = torch.full(
             (attention.inputs.width + 1,),
             math.sqrt(variance),
             device=self.device,
             dtype=torch.float32,
         )
-        scale[-1] *= math.sqrt(BIAS_SHARE)
-        self.scale = scale
-        self.own_scale = math.sqrt(1 - attention.sharing)  # factor of V in the keys
-        self.has_labels = scale.new_zeros(len(attention.own), 1)
+        input_scale[-1] *= math.sqrt(BIAS_SHARE)
+        self.input_scale = input_scale
+        self.class_weight_factor = math.sqrt(1 - attention.sharing)  # factor of V in the keys
+        self.labelled_class_mask = input_scale.new_zeros(len(attention.own), 1)
         if len(attention.own):  # captions have no classes
             labelled_classes = rows.source.target[rows.index].unique()
-            self.has_labels[labelled_classes] = 1.0
+            self.labelled_class_mask[labelled_classes] = 1.0
         self.whole_block: Block | None = None
         n_classes = len(attention.classes)
-        if n_classes and self.n_rows <= min(SCORING_BATCH, MAX_CELLS // n_classes):
+        if n_classes and self.n_rows <= min(SCORING_BATCH, MAX_BATCH_LOGITS // n_classes):
             self._load_whole_block()
 
     def _load_whole_block(self) -> None:
         """Set ``whole_block`` to all rows, in the bases of their images and texts."""
         (block,) = self._streamed_blocks()
-        self.image_basis = orthonormal_basis(block.image)
+        self.query_basis = orthonormal_basis(block.queries)
         self.text_basis = orthonormal_basis(block.text)
         self.whole_block = block._replace(
-            image=block.image @ self.image_basis,
+            queries=block.queries @ self.query_basis,
             text=block.text @ self.text_basis,
-            initial_keys=block.initial_keys @ self.image_basis,
+            initial_keys=block.initial_keys @ self.query_basis,
         )
 
     def _streamed_blocks(self) -> Iterator[Block]:
@@ -528,22 +532,22 @@ class Problem:
         for batch in self.rows.batches(block_rows):
             device_batch = batch.to(self.device)
             with torch.no_grad():
-                image = attention.queries(device_batch) * self.scale
+                queries = attention.queries(device_batch) * self.input_scale
                 # classes are the same in every batch, but captions differ from batch to batch
                 if text is None or initial_keys is None or not has_classes:
                     text = math.sqrt(attention.sharing) * attention.text(device_batch.text)
-                    initial_keys = attention.initial_keys(device_batch) / self.scale
-                offset = attention.given_offset(device_batch)
-            yield Block(device_batch, image, text, initial_keys, offset)
+                    initial_keys = attention.initial_keys(device_batch) / self.input_scale
+                given_logits = attention.tempered_given_logits(device_batch)
+            yield Block(device_batch, queries, text, initial_keys, given_logits)
 
     def solve(
-        self, weight: Tensor | None = None, warm_start: SupervisedAttention | None = None
+        self, row_weight: Tensor | None = None, warm_start: SupervisedAttention | None = None
     ) -> Solution:
         """Minimise the objective by L-BFGS.
 
         Args:
-            weight: (N,) number of times that each row counts; only for rows in memory. None: every
-                row counts once.
+            row_weight: (N,) number of times that each row counts; only for rows in memory. None:
+                every row counts once.
             warm_start: An attention fitted to most of the rows. If the rows are streamed, the
                 search begins at the weights of this attention. For rows in memory ``warm_start``
                 has no effect.
@@ -554,24 +558,24 @@ class Problem:
             unknowns.append(class_weights)
         optimizer = torch.optim.LBFGS(
             unknowns,
-            max_iter=MAX_STEPS,
+            max_iter=MAX_LBFGS_STEPS,
             history_size=10,
             tolerance_grad=1e-7,
-            tolerance_change=self._min_change(),
+            tolerance_change=self._min_loss_change(),
             line_search_fn="strong_wolfe",
         )
 
         def objective() -> Tensor:
-            return self._objective_with_gradient(shared_weights, class_weights, weight)
+            return self._objective_with_gradient(shared_weights, class_weights, row_weight)
 
         optimizer.step(objective)
         return Solution(shared_weights, class_weights)
 
-    def _min_change(self) -> float:
+    def _min_loss_change(self) -> float:
         """The solver stops when a step changes the mean loss by less than this limit."""
         if self.whole_block is None:
-            return MIN_STREAMED_CHANGE
-        return MIN_CHANGE
+            return MIN_STREAMED_LOSS_CHANGE
+        return MIN_LOSS_CHANGE
 
     def _first_guess(self, warm_start: SupervisedAttention | None) -> Solution:
         """The starting point of the search, with the sizes of A and V.
@@ -579,24 +583,26 @@ class Problem:
         The point is zero, or for streamed rows the solution of ``warm_start``, if given.
         """
         if warm_start is not None and self.whole_block is None:
-            scale_column = self.scale[:, None]
+            scale_column = self.input_scale[:, None]
             shared_weights = warm_start.shared.detach() / scale_column
-            class_weights = (warm_start.own.detach() - self.attention.own.detach()) / self.scale
+            class_weights = (
+                warm_start.own.detach() - self.attention.own.detach()
+            ) / self.input_scale
             return Solution(shared_weights, class_weights)
         # any block shows the sizes of A and V
         block = self.whole_block or next(self._streamed_blocks())
-        n_image = block.image.shape[1]
+        query_width = block.queries.shape[1]
         shared_weights = torch.zeros(
-            n_image, block.text.shape[1], device=self.device, dtype=torch.float32
+            query_width, block.text.shape[1], device=self.device, dtype=torch.float32
         )
         class_weights = torch.zeros(
-            len(self.attention.own), n_image, device=self.device, dtype=torch.float32
+            len(self.attention.own), query_width, device=self.device, dtype=torch.float32
         )
         return Solution(shared_weights, class_weights)
 
     @torch.no_grad()
     def _objective_with_gradient(
-        self, shared_weights: Tensor, class_weights: Tensor, weight: Tensor | None
+        self, shared_weights: Tensor, class_weights: Tensor, row_weight: Tensor | None
     ) -> Tensor:
         """The negative log-posterior divided by n; also sets the gradient on the two weights.
 
@@ -612,12 +618,12 @@ class Problem:
                 self._add_gradient(text_keys, gradient)
                 keys = block.initial_keys + self.keys(block, shared_weights, class_weights)
                 text_keys = TextKeys(block.text, keys, gradient_of_keys=torch.zeros_like(keys))
-            row_weight = self._row_weight(block, weight)
-            weight_column = row_weight[:, None]
-            logits = add_offset(block.image @ text_keys.keys.T, block.offset)
-            total += (block.losses(logits) * row_weight).sum()
+            loss_weight = self._loss_weight(block, row_weight)
+            weight_column = loss_weight[:, None]
+            logits = add_given_logits(block.queries @ text_keys.keys.T, block.given_logits)
+            total += (block.losses(logits) * loss_weight).sum()
             weighted_slopes = block.slopes(logits) * weight_column
-            text_keys.gradient_of_keys.addmm_(weighted_slopes.T, block.image)
+            text_keys.gradient_of_keys.addmm_(weighted_slopes.T, block.queries)
         self._add_gradient(text_keys, gradient)
         shared_weights.grad = gradient.shared_weights
         class_weights.grad = gradient.class_weights
@@ -629,11 +635,11 @@ class Problem:
             return self._streamed_blocks()
         return (self.whole_block,)
 
-    def _row_weight(self, block: Block, weight: Tensor | None) -> Tensor:
+    def _loss_weight(self, block: Block, row_weight: Tensor | None) -> Tensor:
         """(B,) weight of each row in the mean loss."""
-        if weight is None:
-            return torch.full_like(block.image[:, 0], 1 / self.n_rows)
-        return weight / self.n_rows
+        if row_weight is None:
+            return torch.full_like(block.queries[:, 0], 1 / self.n_rows)
+        return row_weight / self.n_rows
 
     def _add_gradient(self, text_keys: TextKeys | None, gradient: Solution) -> None:
         """Add the gradient in the keys to the ``gradient`` in A and V, by the chain rule.
@@ -646,23 +652,25 @@ class Problem:
         gradient_of_keys = text_keys.gradient_of_keys
         gradient.shared_weights.add_(gradient_of_keys.T @ text_keys.text)
         if len(gradient.class_weights):
-            gradient.class_weights.add_(self.own_scale * self.has_labels * gradient_of_keys)
+            gradient.class_weights.add_(
+                self.class_weight_factor * self.labelled_class_mask * gradient_of_keys
+            )
 
     def keys(self, block: Block, shared_weights: Tensor, class_weights: Tensor) -> Tensor:
         """(K, P) learned part of the keys, to be added to ``block.initial_keys``."""
         keys = block.text @ shared_weights.T
         if len(class_weights):
-            keys = keys + self.own_scale * self.has_labels * class_weights
+            keys = keys + self.class_weight_factor * self.labelled_class_mask * class_weights
         return keys
 
     def in_attention_coordinates(self, solution: Solution) -> Solution:
         """Convert a solution to coordinates of the attention: (D + F + 1, D) and (K, D + F + 1)."""
         shared_weights, class_weights = solution
         if self.whole_block is not None:
-            shared_weights = self.image_basis @ shared_weights @ self.text_basis.T
-            class_weights = class_weights @ self.image_basis.T
-        scale_column = self.scale[:, None]
-        return Solution(scale_column * shared_weights, self.scale * class_weights)
+            shared_weights = self.query_basis @ shared_weights @ self.text_basis.T
+            class_weights = class_weights @ self.query_basis.T
+        scale_column = self.input_scale[:, None]
+        return Solution(scale_column * shared_weights, self.input_scale * class_weights)
 
 
 def orthonormal_basis(rows: Tensor) -> Tensor:
@@ -677,14 +685,14 @@ def orthonormal_basis(rows: Tensor) -> Tensor:
 N_FOLDS = 5
 """Number of folds of the rows. The folds are held out in turn."""
 
-ENOUGH_HELD_OUT = 200
+ENOUGH_HELD_OUT_ROWS = 200
 """If this number of held-out rows is reached, no further fold is held out."""
 
-SHARE_SD = 0.2
+SHRINKAGE_SD = 0.2
 """Standard deviation of the normal prior of the held-out share. The mean of the prior is 1."""
 
 
-def held_out_share(problem: Problem) -> float:
+def held_out_shrinkage(problem: Problem) -> float:
     """The factor w in [0, 1] of the learned logits with the best fit to held-out rows.
 
     In the model, the labels of held-out rows are drawn from softmax(b + w r). b are the logits at
@@ -696,28 +704,28 @@ def held_out_share(problem: Problem) -> float:
     if problem.n_rows == 1:  # no row would be left to learn from
         return 1.0
     block = cast("Block", problem.whole_block)
-    initial_logits = add_offset(block.image @ block.initial_keys.T, block.offset)
-    fold_of_row = _folds(problem, block)
+    initial_logits = add_given_logits(block.queries @ block.initial_keys.T, block.given_logits)
+    fold_of_row = _fold_of_rows(problem, block)
     rows_per_fold = problem.n_rows / N_FOLDS
-    n_folds = min(math.ceil(ENOUGH_HELD_OUT / rows_per_fold), N_FOLDS, problem.n_rows)
+    n_folds = min(math.ceil(ENOUGH_HELD_OUT_ROWS / rows_per_fold), N_FOLDS, problem.n_rows)
     learned_logits = torch.zeros_like(initial_logits)  # of each row, learned without this row
     for fold in range(n_folds):
         is_fitted = fold_of_row != fold
-        solution = problem.solve(weight=is_fitted.to(initial_logits))
+        solution = problem.solve(row_weight=is_fitted.to(initial_logits))
         keys = problem.keys(block, solution.shared_weights, solution.class_weights)
-        logits_of_fold = block.image @ keys.T
+        logits_of_fold = block.queries @ keys.T
         learned_logits = torch.where(is_fitted[:, None], learned_logits, logits_of_fold)
     was_held_out = fold_of_row < n_folds
 
-    def objective(share: float) -> float:
-        losses = block.losses(initial_logits + share * learned_logits)
-        penalty = (share - 1) ** 2 / (2 * SHARE_SD**2)
+    def objective(shrinkage: float) -> float:
+        losses = block.losses(initial_logits + shrinkage * learned_logits)
+        penalty = (shrinkage - 1) ** 2 / (2 * SHRINKAGE_SD**2)
         return penalty + float(losses[was_held_out].double().sum())
 
     return float(minimize_scalar(objective, bounds=(0, 1), method="bounded").x)
 
 
-def _folds(problem: Problem, block: Block) -> Tensor:
+def _fold_of_rows(problem: Problem, block: Block) -> Tensor:
     """Index (N,) of the fold of every row; all rows of a picture are in the same fold."""
     first_row, picture_of_row = problem.rows.pictures()
     first_row = first_row.to(problem.device)
@@ -757,16 +765,16 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
     n = len(target)
     m = int((count > 0).sum())
     if n == m:  # each of the m classes has exactly one label
-        share = DEFAULT_MISSED_SHARE
+        missed_share = DEFAULT_MISSED_SHARE
     else:
         n_single = int((count == 1).sum())
-        share = max(n_single, 1) / n
-    prior = torch.zeros(n_classes, dtype=torch.float32)
+        missed_share = max(n_single, 1) / n
+    log_prior = torch.zeros(n_classes, dtype=torch.float32)
     has_both = 0 < m < n_classes  # classes with labels, and classes without labels
     if has_both:
-        ratio = share * m / ((1 - share) * (n_classes - m))
-        prior[count == 0] = min(math.log(ratio), 0.0)
-    return prior
+        ratio = missed_share * m / ((1 - missed_share) * (n_classes - m))
+        log_prior[count == 0] = min(math.log(ratio), 0.0)
+    return log_prior
 
 
 def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
@@ -774,8 +782,8 @@ def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch
     sum_of_variances = 0.0
     n_rows = 0
     for batch in sample_rows(rows).batches(SCORING_BATCH):
-        offset = attention.offset(batch.to(device))
-        variance_of_row = offset.var(dim=1, correction=0)
+        tempered_logits = attention.tempered_logits(batch.to(device))
+        variance_of_row = tempered_logits.var(dim=1, correction=0)
         sum_of_variances += float(variance_of_row.double().sum())
         n_rows += len(batch.index)
     return max(sum_of_variances / n_rows, MIN_VARIANCE)
@@ -818,7 +826,7 @@ def fit_temperature(attention: SupervisedAttention, rows: Rows, device: torch.de
                 logits = math.exp(log_a) * attention.initial_logits(device_batch)
                 loss -= float(device_batch.log_likelihood(logits).sum())
         loss_of_all = loss * len(rows.index) / len(sampled_rows.index)
-        penalty = log_a**2 / (2 * TEMPERATURE_SD**2)
+        penalty = log_a**2 / (2 * LOG_TEMPERATURE_SD**2)
         return penalty + loss_of_all
 
     return math.exp(float(minimize_scalar(objective, bounds=(-3, 3), method="bounded").x))

@@ -25,8 +25,8 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
 from vilu.artifacts.disk import (
-    LOCK,
-    TEMPORARY,
+    LOCK_FILE,
+    TEMPORARY_NAME,
     convert_os_errors,
     locked,
     make_folder,
@@ -48,7 +48,7 @@ CHECKPOINT_FILE_NAME = re.compile(r"\d{8,}\.(json|safetensors)")
 RERUN_ADVICE = "Remove it, and run the training again"
 """Advice in messages about a damaged file."""
 
-Binding = Mapping[str, object]
+RunInputs = Mapping[str, object]
 """The inputs of a training run, as plain JSON. Only a run with the same inputs is resumed."""
 
 
@@ -81,7 +81,7 @@ class CheckpointSaver:
     This base class saves nothing.
     """
 
-    def latest(self) -> Checkpoint | None:
+    def latest_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to resume from; None: start from the beginning."""
         return None
 
@@ -98,23 +98,23 @@ class FolderCheckpointSaver(CheckpointSaver):
     If several processes train together, only the leading process writes.
     """
 
-    def __init__(self, folder: Path, binding: Binding, world: World) -> None:
+    def __init__(self, folder: Path, run_inputs: RunInputs, world: World) -> None:
         self.folder = folder
         self.world = world
         # JSON has no tuples, so a binding read from a checkpoint has lists instead. The binding of
         # this run is converted in the same way, to compare both bindings.
-        self.binding = json.loads(json.dumps(binding))
+        self.run_inputs = json.loads(json.dumps(run_inputs))
 
-    def latest(self) -> Checkpoint | None:
+    def latest_checkpoint(self) -> Checkpoint | None:
         """The newest intact checkpoint; warns about damaged checkpoints."""
         # Only the leading process reads, because the other processes may have other disks. In all
         # other processes the call returns None, and ``broadcast`` passes on the bytes.
-        record, weights = self.world.call_on_leader(self._read_newest) or (b"", b"")
+        record, weight_bytes = self.world.call_on_leader(self._read_newest) or (b"", b"")
         record = self.world.broadcast(record)
-        weights = self.world.broadcast(weights)
+        weight_bytes = self.world.broadcast(weight_bytes)
         if not record:
             return None
-        return Checkpoint(json.loads(record)["position"], safetensors_torch.load(weights))
+        return Checkpoint(json.loads(record)["position"], safetensors_torch.load(weight_bytes))
 
     def save(self, make_checkpoint: Callable[[], Checkpoint]) -> None:
         """Write a checkpoint, and remove all older checkpoints except the previous checkpoint."""
@@ -128,17 +128,17 @@ class FolderCheckpointSaver(CheckpointSaver):
         tensors = {}
         for key, tensor in checkpoint.tensors.items():
             tensors[key] = tensor.detach().cpu().contiguous()
-        weights = safetensors_torch.save(tensors)
+        weight_bytes = safetensors_torch.save(tensors)
         record = {
-            "binding": self.binding,
+            "binding": self.run_inputs,
             "position": checkpoint.position,
-            "tensors_sha256": bytes_hash(weights),
+            "tensors_sha256": bytes_hash(weight_bytes),
         }
         # The process may be killed at any moment. The record has the hash of the tensors, and is
         # written after the tensors. So a checkpoint with a record is complete. Older checkpoints
         # are removed last.
         make_folder(self.folder)
-        write_bytes(self.folder / f"{name}.safetensors", weights)
+        write_bytes(self.folder / f"{name}.safetensors", weight_bytes)
         write_json(self.folder / f"{name}.json", record)
         self._prune(names_to_keep={name, last_name})
 
@@ -173,13 +173,13 @@ class FolderCheckpointSaver(CheckpointSaver):
         faults = []
         for serial in reversed(serials):
             try:
-                record, weights = read_checkpoint_files(self.folder / f"{serial:08d}.json")
+                record, weight_bytes = read_checkpoint_files(self.folder / f"{serial:08d}.json")
             except DataError as error:
                 faults.append(str(error))
                 warn_caller(f"a checkpoint is left out: {error}")
                 continue
-            self._require_same_binding(record["binding"])
-            return json.dumps(record).encode(), weights
+            self._require_same_inputs(record["binding"])
+            return json.dumps(record).encode(), weight_bytes
         if serials:
             raise DataError(
                 f"no checkpoint in {self.folder} is intact. {' '.join(faults)} "
@@ -187,12 +187,12 @@ class FolderCheckpointSaver(CheckpointSaver):
             )
         return b"", b""
 
-    def _require_same_binding(self, saved_binding: dict[str, object]) -> None:
+    def _require_same_inputs(self, saved_inputs: dict[str, object]) -> None:
         """Refuse checkpoints with another binding than the binding of this run."""
         differences = []
-        for key in sorted(saved_binding.keys() | self.binding.keys()):
-            saved_value = saved_binding.get(key)
-            own_value = self.binding.get(key)
+        for key in sorted(saved_inputs.keys() | self.run_inputs.keys()):
+            saved_value = saved_inputs.get(key)
+            own_value = self.run_inputs.get(key)
             if saved_value != own_value:
                 differences.append(f"{key}: {saved_value!r} there, {own_value!r} here")
         if differences:
@@ -205,7 +205,7 @@ class FolderCheckpointSaver(CheckpointSaver):
 
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file name belongs to a checkpoint file, or to a temporary form of such a file."""
-    temporary_name = TEMPORARY.fullmatch(name)
+    temporary_name = TEMPORARY_NAME.fullmatch(name)
     if temporary_name:
         name = temporary_name["name"]
     return CHECKPOINT_FILE_NAME.fullmatch(name) is not None
@@ -222,19 +222,19 @@ def read_checkpoint_files(path: Path) -> tuple[dict[str, Any], bytes]:
     if not tensors_path.is_file():
         raise DataError(f"{tensors_path} is missing.")
     with convert_os_errors(f"cannot read {tensors_path}"):
-        weights = tensors_path.read_bytes()
-    if bytes_hash(weights) != record.get("tensors_sha256"):
+        weight_bytes = tensors_path.read_bytes()
+    if bytes_hash(weight_bytes) != record.get("tensors_sha256"):
         raise DataError(f"{tensors_path} is not the file that {path.name} names.")
-    return record, weights
+    return record, weight_bytes
 
 
 RUN_FOLDER_NAME = re.compile(r"run_\d+")
 """Name of the sub-folder of a training run."""
 FIT_DIGEST_FILE = "fit.txt"
 """Name of the file with the digest of the inputs of a fit."""
-SAMPLED_IDS = 1024
+MAX_SAMPLED_IDS = 1024
 """Maximum number of identifiers in a fingerprint of data."""
-SAMPLED_ROWS = 64
+MAX_SAMPLED_ROWS = 64
 """Maximum number of embeddings in a fingerprint of data."""
 
 
@@ -244,10 +244,10 @@ class Session:
     The savers of this base class save nothing.
     """
 
-    def saver(self, binding: Callable[[], Binding]) -> CheckpointSaver:  # noqa: ARG002
+    def saver(self, run_inputs: Callable[[], RunInputs]) -> CheckpointSaver:  # noqa: ARG002
         """The saver of the next training run.
 
-        ``binding`` returns the inputs of the run, and is called only if checkpoints are saved.
+        ``run_inputs`` returns the inputs of the run, and is called only if checkpoints are saved.
         """
         return CheckpointSaver()
 
@@ -261,12 +261,12 @@ class FolderSession(Session):
         self.n_runs = 0
         self.is_removed = False
 
-    def saver(self, binding: Callable[[], Binding]) -> CheckpointSaver:
+    def saver(self, run_inputs: Callable[[], RunInputs]) -> CheckpointSaver:
         """The saver of the next training run."""
         # A run is recognised by its number. When a fit is repeated, the runs have the same order.
         folder = self.folder / f"run_{self.n_runs}"
         self.n_runs += 1
-        return FolderCheckpointSaver(folder, binding(), self.world)
+        return FolderCheckpointSaver(folder, run_inputs(), self.world)
 
     def write_fit_digest(self, inputs_digest: str) -> None:
         """Write the digest of the inputs of the fit to a file."""
@@ -301,7 +301,7 @@ class FolderSession(Session):
 _session: ContextVar[Session] = ContextVar("session", default=Session())  # noqa: B039
 
 
-def current_session() -> Session:
+def current_checkpoint_session() -> Session:
     """The session of a ``with checkpointing()`` block.
 
     Outside such a block, the result is a session without checkpoints.
@@ -355,7 +355,7 @@ def _claim_folder(session: FolderSession, lock_stack: ExitStack, *, resume: bool
 def _remove_empty(folder: Path) -> None:
     """Remove the lock file, and then the folder if the folder is empty."""
     with convert_os_errors(f"cannot remove {folder}"):
-        (folder / LOCK).unlink(missing_ok=True)
+        (folder / LOCK_FILE).unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()
 
@@ -369,9 +369,9 @@ def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
     tensors = {
         "rows": rows,
         "target": source.target[rows],
-        "image": source.image_rows(evenly_spaced_rows(rows, SAMPLED_ROWS)),
+        "image": source.image_rows(evenly_spaced_rows(rows, MAX_SAMPLED_ROWS)),
     }
-    sampled_rows = evenly_spaced_rows(rows, SAMPLED_IDS)
+    sampled_rows = evenly_spaced_rows(rows, MAX_SAMPLED_IDS)
     ids = [source.ids[row] for row in sampled_rows.tolist()]
     content = tensors_hash(tensors)
     return digest([source.space.fingerprint, source.n_candidates, source.pool_size, ids, content])
@@ -379,7 +379,7 @@ def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
 
 def text_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
     """Hash of the texts of all shared candidates, or of the captions of a sample of the rows."""
-    text = source.candidates(evenly_spaced_rows(rows, SAMPLED_ROWS)).text
+    text = source.candidates(evenly_spaced_rows(rows, MAX_SAMPLED_ROWS)).text
     return tensor_hash(text)
 
 
@@ -429,17 +429,17 @@ class Position:
     history: History = field(default_factory=History)
 
 
-def pack(
+def pack_checkpoint(
     position: Position,
     head: nn.Module,
     optimizer: torch.optim.Optimizer,
     order_generator: torch.Generator,
-    stateful: Sequence[Stateful],
+    stateful_parts: Sequence[Stateful],
 ) -> Checkpoint:
     """Make a checkpoint with everything needed for the rest of a training run.
 
-    ``position`` is the progress of the run. ``order_generator`` shuffles the rows. ``stateful`` are
-    the parts of a step with a memory of earlier batches.
+    ``position`` is the progress of the run. ``order_generator`` shuffles the rows.
+    ``stateful_parts`` are the parts of a step with a memory of earlier batches.
     """
     parts: dict[str, Mapping[str, Tensor]] = {
         "head": head.state_dict(),
@@ -448,7 +448,7 @@ def pack(
         "masks": _mask_states(head),
         "loop": {"order": order_generator.get_state()},
     }
-    for i, stateful_part in enumerate(stateful):
+    for i, stateful_part in enumerate(stateful_parts):
         parts[f"memory{i}"] = stateful_part.state()
     tensors = {}
     for part, content in parts.items():
@@ -458,16 +458,16 @@ def pack(
     return Checkpoint({"epoch": position.epoch, "history": history}, tensors)
 
 
-def unpack(
+def unpack_checkpoint(
     checkpoint: Checkpoint,
     head: nn.Module,
     optimizer: torch.optim.Optimizer,
     order_generator: torch.Generator,
-    stateful: Sequence[Stateful],
+    stateful_parts: Sequence[Stateful],
 ) -> Position:
-    """Restore the head, the optimizer, the generators and the ``stateful`` parts from a checkpoint.
+    """Restore the head, the optimizer, the generators and the ``stateful_parts``.
 
-    Returns the position. This is the inverse of ``pack``.
+    Returns the position. This is the inverse of ``pack_checkpoint``.
     """
     parts = _tensors_by_part(checkpoint)
     head_weights = head.state_dict()  # shares memory with the head, so copying sets the weights
@@ -476,7 +476,7 @@ def unpack(
     _require_same_forms("kept weights", chosen_weights, head_weights)
     _load_momenta(parts.get("momentum", {}), optimizer)
     _load_masks(parts.get("masks", {}), head)
-    for i, stateful_part in enumerate(stateful):
+    for i, stateful_part in enumerate(stateful_parts):
         stateful_part.restore(parts.get(f"memory{i}", {}))
     loop = {"order": order_generator.get_state()}
     copy_tensors_into(loop, saved_tensors=parts.get("loop", {}), tensors_name="state of the loop")

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.embeddings.rows import Rows
-from vilu.embeddings.similarity import CACHED_CELLS, float64, row_blocks, rows_in_cache
+from vilu.embeddings.similarity import CACHED_LOGITS, float64, n_rows_in_cache, row_blocks
 from vilu.embeddings.source import Batch
 from vilu.predictors.nn.attention import (
     FEATURES,
+    ClassMatch,
     ImageInputs,
-    Match,
     SupervisedAttention,
-    add_offset,
+    add_given_logits,
 )
 from vilu.predictors.nn.layers import dropout_mask, linear
 from vilu.predictors.nn.pooled import PooledLogits
 
-RIDGE = 0.1
+KERNEL_RIDGE = 0.1
 """Ridge of the kernel regression of ``Memory``."""
 
 LOGIT_GAIN = 8.0
@@ -94,13 +94,13 @@ class Memory(nn.Module):
         self.values = nn.Buffer(torch.zeros(n_rows, n_classes, dtype=torch.float32))
 
     @staticmethod
-    def kernel(rows: Tensor, bank: Tensor) -> Tensor:
+    def gaussian_kernels(row_factors: Tensor, bank_factors: Tensor) -> Tensor:
         """Gaussian kernels (N, M) of rows and bank, both given as results of ``exponent_factor``.
 
         The exponents are computed in float64, because the exponents are small differences of terms
         as large as 10. In float32 the kernel would have an error of 1e-4.
         """
-        return (rows @ bank.T).exp_()
+        return (row_factors @ bank_factors.T).exp_()
 
     @staticmethod
     def exponent_factor(rows: Tensor, *, is_bank: bool) -> Tensor:
@@ -121,7 +121,7 @@ class Memory(nn.Module):
         return torch.cat([rows, minus_half_square, unit_column], dim=1)
 
     @classmethod
-    def of(cls, attention: SupervisedAttention, rows: Rows) -> Memory:
+    def fit(cls, attention: SupervisedAttention, rows: Rows) -> Memory:
         """Fit a memory to labelled rows. The rows must be few enough for a single batch."""
         device = attention.classes.device
         (batch_of_all,) = rows.steps(len(rows.index))
@@ -129,7 +129,7 @@ class Memory(nn.Module):
         n_classes = len(batch.text)
         memory = cls(attention.inputs, len(batch.index), n_classes).to(device)
         memory.bank.copy_(attention.inputs(batch))
-        posterior = attention.offset(batch).softmax(dim=-1)
+        posterior = attention.tempered_logits(batch).softmax(dim=-1)
         errors = functional.one_hot(batch.target, n_classes) - posterior
         weights = ridge_weights(memory.bank.cpu(), errors.cpu().double())
         memory.values.copy_(LOGIT_GAIN * weights)
@@ -145,16 +145,19 @@ class Memory(nn.Module):
 
         The vectors of the bank are the same for all batches, and are computed only once.
         """
-        bank = self.exponent_factor(self.bank, is_bank=True)
+        bank_factors = self.exponent_factor(self.bank, is_bank=True)
         values = float64(self.values)
 
         def residual(batch: Batch) -> Tensor:
-            rows = self.exponent_factor(self.inputs(batch), is_bank=False)
+            row_factors = self.exponent_factor(self.inputs(batch), is_bank=False)
             # an exported graph is for any number of rows, and therefore has no blocks
             if torch.compiler.is_exporting():
-                return (self.kernel(rows, bank) @ values).to(self.bank)
-            block_rows = max(CACHED_CELLS // len(bank), MIN_BLOCK_ROWS)
-            blocks = [self.kernel(block, bank) @ values for block in rows.split(block_rows)]
+                return (self.gaussian_kernels(row_factors, bank_factors) @ values).to(self.bank)
+            block_rows = max(CACHED_LOGITS // len(bank_factors), MIN_BLOCK_ROWS)
+            blocks = [
+                self.gaussian_kernels(block, bank_factors) @ values
+                for block in row_factors.split(block_rows)
+            ]
             return torch.cat(blocks).to(self.bank)
 
         return residual
@@ -162,10 +165,10 @@ class Memory(nn.Module):
 
 def ridge_weights(bank: Tensor, errors: Tensor) -> Tensor:
     """Solution (G + 0.1 I)^-1 ``errors`` (M, K) float64. G is the Gram matrix of ``bank``."""
-    rows = Memory.exponent_factor(bank, is_bank=False)
-    gram = Memory.kernel(rows, Memory.exponent_factor(bank, is_bank=True))
+    row_factors = Memory.exponent_factor(bank, is_bank=False)
+    gram = Memory.gaussian_kernels(row_factors, Memory.exponent_factor(bank, is_bank=True))
     # G is positive semi-definite. The ridge makes G positive definite, as required by Cholesky.
-    gram.diagonal().add_(RIDGE)
+    gram.diagonal().add_(KERNEL_RIDGE)
     return torch.cholesky_solve(errors, torch.linalg.cholesky(gram))
 
 
@@ -191,9 +194,9 @@ class Experts(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, K) of the pool: sum_m w_m l_m, with the weight w_m of expert m."""
-        return torch.cat([logits for _, logits in self.blocks(batch)])
+        return torch.cat([logits for _, logits in self.logit_blocks(batch)])
 
-    def blocks(self, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
+    def logit_blocks(self, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
         """Yield blocks of rows with their pooled logits.
 
         A block is so small that the logits of the block stay in the cache. The part of the logits
@@ -201,55 +204,57 @@ class Experts(nn.Module):
         computed once per batch.
         """
         attention = self.attention
-        match = attention.match(batch.text)
-        all_are_classes = bool(match.is_class.all())
+        class_match = attention.match_classes(batch.text)
+        all_are_classes = bool(class_match.is_class.all())
         if all_are_classes:
-            keys = self._pooled_keys(batch, match)
-            residuals = self._weighted_residuals(match)
+            keys = self._pooled_keys(batch, class_match)
+            residuals = self._weighted_residuals(class_match)
         else:  # only the attention scores candidates beyond the training classes
-            keys = attention.learned_keys(batch.text, match)
+            keys = attention.learned_keys(batch.text, class_match)
             residuals = []
         n_candidates = len(batch.text)
-        max_rows = rows_in_cache(n_candidates)
+        max_rows = n_rows_in_cache(n_candidates)
         for block in row_blocks(len(batch.image), n_candidates, max_rows):
-            rows = batch.rows(block)
-            logits = attention.queries(rows) @ keys.T
+            block_batch = batch.rows(block)
+            logits = attention.queries(block_batch) @ keys.T
             if all_are_classes:
-                logits = add_offset(logits, self._given_offset(rows))
-            else:  # the keys have no offset, because the temperature depends on the match
-                logits = logits + attention.offset(rows, match)
-            for weight, residual in residuals:
-                logits = logits.add_(residual(rows), alpha=weight)
-            yield rows, logits
+                logits = add_given_logits(logits, self._pooled_given_logits(block_batch))
+            else:  # the keys lack the tempered logits, because the temperature depends on the match
+                logits = logits + attention.tempered_logits(block_batch, class_match)
+            for weight, residual_of in residuals:
+                logits = logits.add_(residual_of(block_batch), alpha=weight)
+            yield block_batch, logits
 
-    def _pooled_keys(self, batch: Batch, match: Match) -> Tensor:
+    def _pooled_keys(self, batch: Batch, class_match: ClassMatch) -> Tensor:
         """Keys (K, D + F + 1) of the part of the pool that is linear in the image.
 
         All candidates must be training classes.
         """
-        # Expert m has the logits l_m = offset + r_m. So the pool is
-        # (sum_m w_m) offset + sum_m w_m r_m.
-        # The offset is linear in the image, and so is the residual r_m of the attention.
+        # Expert m has the logits l_m = a l0 + r_m, with the tempered logits a l0. So the pool is
+        # (sum_m w_m) a l0 + sum_m w_m r_m. a l0 is linear in the image, and so is the residual r_m
+        # of the attention.
         weights: list[float] = self.weights.tolist()
         attention_weight = weights[0]
-        keys = attention_weight * self.attention.learned_keys(batch.text, match)
-        return keys + sum(weights) * self.attention.offset_keys(batch)
+        keys = attention_weight * self.attention.learned_keys(batch.text, class_match)
+        return keys + sum(weights) * self.attention.tempered_logit_keys(batch)
 
-    def _given_offset(self, batch: Batch) -> Tensor | None:
-        """Offset (B, K) of the pool for a ``LogitBatch``, which has no keys; otherwise None."""
-        offset = self.attention.given_offset(batch)
-        if offset is None:
+    def _pooled_given_logits(self, batch: Batch) -> Tensor | None:
+        """Tempered given logits (B, K) of the pool for a ``LogitBatch``; otherwise None."""
+        given_logits = self.attention.tempered_given_logits(batch)
+        if given_logits is None:
             return None
-        return float(self.weights.sum()) * offset
+        return float(self.weights.sum()) * given_logits
 
-    def _weighted_residuals(self, match: Match) -> list[tuple[float, Callable[[Batch], Tensor]]]:
+    def _weighted_residuals(
+        self, class_match: ClassMatch
+    ) -> list[tuple[float, Callable[[Batch], Tensor]]]:
         """The weight of each companion, and a function from a batch to residual logits (B, K).
 
         All candidates must be training classes.
         """
         # Companions have outputs for all training classes, in their order. If the candidates are
         # not just these classes in this order, columns of the outputs are selected.
-        classes = match.nearest_class  # the class of every candidate
+        classes = class_match.nearest_class  # the class of every candidate
         is_complete = len(classes) == len(self.attention.classes)
         is_in_order = is_complete and bool((classes.diff() == 1).all())
         companion_weights = self.weights.tolist()[1:]
@@ -259,37 +264,37 @@ class Experts(nn.Module):
             if isinstance(companion, Memory):
                 residual = companion.residual_function()
             if not is_in_order:
-                residual = _columns_of(residual, classes)
+                residual = _select_columns(residual, classes)
             weighted_residuals.append((weight, residual))
         return weighted_residuals
 
     def log_posteriors(self, batch: Batch) -> Tensor:
         """Log-probabilities (B, M, K) float64 of the experts."""
-        return float64(self.logits(batch)).log_softmax(dim=-1)
+        return float64(self.expert_logits(batch)).log_softmax(dim=-1)
 
-    def logits(self, batch: Batch) -> Tensor:
+    def expert_logits(self, batch: Batch) -> Tensor:
         """Logits (B, M, K) of all experts.
 
         If a candidate is no training class, the result is the logits (B, 1, K) of the attention.
         """
-        match = self.attention.match(batch.text)
-        if bool(match.is_class.all()):
-            return self.all_logits(batch, match)
-        logits: Tensor = self.attention(batch, match)
+        class_match = self.attention.match_classes(batch.text)
+        if bool(class_match.is_class.all()):
+            return self.all_expert_logits(batch, class_match)
+        logits: Tensor = self.attention(batch, class_match)
         return logits.unsqueeze(1)
 
-    def all_logits(self, batch: Batch, match: Match | None) -> Tensor:
+    def all_expert_logits(self, batch: Batch, class_match: ClassMatch | None) -> Tensor:
         """Logits (B, M, K) of all experts, without a check of the candidates.
 
-        The logits of the companions are wrong for candidates beyond the training classes. ``match``
-        is the result of the attention's ``match`` for the candidates, or None without training
-        classes.
+        The logits of the companions are wrong for candidates beyond the training classes.
+        ``class_match`` is the result of the attention's ``match_classes`` for the candidates, or
+        None without training classes.
         """
-        logits = [self.attention(batch, match)]
-        if match is not None and len(self.companions):
-            offset = self.attention.offset(batch)
+        logits = [self.attention(batch, class_match)]
+        if class_match is not None and len(self.companions):
+            tempered_logits = self.attention.tempered_logits(batch)
             for companion in self.companions.values():
-                logits.append(offset + companion(batch)[:, match.nearest_class])
+                logits.append(tempered_logits + companion(batch)[:, class_match.nearest_class])
         return torch.stack(logits, dim=1)
 
     def pooled_parts(self, batch: Batch) -> PooledLogits:
@@ -301,21 +306,21 @@ class Experts(nn.Module):
 
             sum_m w_m l_m = (sum_m w_m) a l0 + R(0) + (R(x) - R(0))
         """
-        residual, offset, total_weight = self._pooled_residual(batch)
+        residual, tempered_logits, total_weight = self._pooled_residual(batch)
         residual_at_mean, _, _ = self._pooled_residual(self._mean_image(batch))
         return PooledLogits(
-            zero_shot=total_weight * offset,
+            zero_shot=total_weight * tempered_logits,
             class_offset=residual_at_mean,
             image_effect=residual - residual_at_mean,
         )
 
     def _pooled_residual(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """R(x) (B, K), the offset a l0 (B, K), and the total weight () of the experts: float64."""
-        match = self.attention.match(batch.text)
-        offset = float64(self.attention.offset(batch, match))
-        logits = float64(self.logits(batch))
-        residual = pool(logits - offset.unsqueeze(1), self.weights)
-        return residual, offset, pool_weights(logits, self.weights).sum()
+        """R(x) (B, K), the tempered logits (B, K), and the total weight (): all float64."""
+        class_match = self.attention.match_classes(batch.text)
+        tempered_logits = float64(self.attention.tempered_logits(batch, class_match))
+        logits = float64(self.expert_logits(batch))
+        residual = pooled_logits(logits - tempered_logits.unsqueeze(1), self.weights)
+        return residual, tempered_logits, pool_weights(logits, self.weights).sum()
 
     def _mean_image(self, batch: Batch) -> Batch:
         """A batch with a single row, the mean training image, and the candidates of ``batch``."""
@@ -328,16 +333,18 @@ class Experts(nn.Module):
         return dataclasses.replace(first_row, image=mean_image, columns=columns)
 
 
-def _columns_of(residual: Callable[[Batch], Tensor], index: Tensor) -> Callable[[Batch], Tensor]:
-    """Return a function to compute the columns ``index`` (K,) of ``residual``."""
+def _select_columns(
+    residual: Callable[[Batch], Tensor], column_index: Tensor
+) -> Callable[[Batch], Tensor]:
+    """Return a function to compute the columns ``column_index`` (K,) of ``residual``."""
 
     def columns_of_residual(batch: Batch) -> Tensor:
-        return residual(batch)[:, index]
+        return residual(batch)[:, column_index]
 
     return columns_of_residual
 
 
-def pool(logits: Tensor, weights: Tensor) -> Tensor:
+def pooled_logits(logits: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum (B, K) float64 of the logits (B, M, K) of M experts."""
     # Logits are log-probabilities up to a constant. So the weighted sum of logits belongs to a
     # product of probabilities: the log-linear pool q ~ prod_m p_m^w_m.

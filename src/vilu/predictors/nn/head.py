@@ -44,7 +44,7 @@ class Dropout(nn.Module):
         world = current_world()
         n_rows = world.total(len(hidden))
         masks = self.mask((n_rows, *hidden.shape[1:]), self.generator)
-        mask = masks[world.own_slice(n_rows)]
+        mask = masks[world.process_slice(n_rows)]
         return hidden * mask.to(hidden.device)
 
     def mask(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -152,14 +152,14 @@ class PaperAttention(CrossAttention):
         return self.query, self.key, self.value_projection, 1 / math.sqrt(len(self.query))
 
 
-ATTENTION: dict[str, type[OfficialAttention] | type[PaperAttention]] = {
+ATTENTION_CLASSES: dict[str, type[OfficialAttention] | type[PaperAttention]] = {
     "official": OfficialAttention,
     "paper": PaperAttention,
 }
 """Forms of the cross-attention, by name."""
 
 
-HIDDEN = (512, 256, 128)
+HIDDEN_WIDTHS = (512, 256, 128)
 """Widths of the hidden layers of the published head (supplement, A.2)."""
 
 
@@ -208,7 +208,7 @@ class FailureHead(nn.Module):
     def __init__(
         self,
         dim: int,
-        hidden: Sequence[int] = HIDDEN,
+        hidden: Sequence[int] = HIDDEN_WIDTHS,
         *,
         attention: str | None = "official",
         predicted_caption: bool = True,
@@ -226,12 +226,12 @@ class FailureHead(nn.Module):
             widths["mcm"] = 1
         layer_outputs = [*hidden, 1]
         n_first_outputs = layer_outputs[0]  # 1 if there is no hidden layer
-        self.first = first_weights(widths, generator, n_outputs=n_first_outputs, dim=dim)
+        self.first = first_layer_weights(widths, generator, n_outputs=n_first_outputs, dim=dim)
         self.first_bias = nn.Parameter(torch.zeros(n_first_outputs, dtype=torch.float32))
         self.rest = perceptron(layer_outputs, dropout, generator)
         self.attention: CrossAttention | None = None
         if attention is not None:
-            self.attention = ATTENTION[attention](dim, generator)
+            self.attention = ATTENTION_CLASSES[attention](dim, generator)
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) failure logits in float32."""
@@ -242,24 +242,24 @@ class FailureHead(nn.Module):
 
         The batch has an effect on all later layers only through these outputs.
         """
-        total: Tensor = self.first_bias
-        for term in self.parts(batch).values():
-            total = total + term
-        return total
+        outputs: Tensor = self.first_bias
+        for term in self.first_layer_terms(batch).values():
+            outputs = outputs + term
+        return outputs
 
-    def parts(self, batch: Batch) -> dict[str, Tensor]:
+    def first_layer_terms(self, batch: Batch) -> dict[str, Tensor]:
         """Terms (B, H) of the outputs of the first layer, for each part of z by name."""
-        parts = {"image": functional.linear(batch.image, self.first["image"])}
+        terms = {"image": functional.linear(batch.image, self.first["image"])}
         if self.attention is not None:
-            parts["attended"] = self.attention(
+            terms["attended"] = self.attention(
                 batch.image, batch.text, batch.logit_scale, self.first["attended"]
             )
         if "caption" in self.first:
-            parts["caption"] = self._caption_term(batch)
+            terms["caption"] = self._caption_term(batch)
         if "mcm" in self.first:
             probability_column = batch.answer_probability[:, None]
-            parts["mcm"] = functional.linear(probability_column, self.first["mcm"])
-        return parts
+            terms["mcm"] = functional.linear(probability_column, self.first["mcm"])
+        return terms
 
     def _caption_term(self, batch: Batch) -> Tensor:
         """(B, H) term of the predicted caption in the outputs of the first layer."""
@@ -272,7 +272,7 @@ class FailureHead(nn.Module):
         return functional.linear(batch.text[batch.prediction], weight)
 
 
-def first_weights(
+def first_layer_weights(
     widths: Mapping[str, int], generator: torch.Generator | None, *, n_outputs: int, dim: int
 ) -> nn.ParameterDict:
     """Initial weights (H, width) of the first layer, for each part of z by name."""
@@ -312,10 +312,10 @@ def perceptron(
     return nn.Sequential(*layers)
 
 
-def load_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> nn.Module:
+def load_weights(network: nn.Module, state: dict[str, Tensor], method_name: str) -> nn.Module:
     """Give a network a copy of the weights ``state``, and set it to evaluation.
 
-    ``method`` is the name of the method in messages.
+    ``method_name`` is the name of the method in messages.
 
     Raises:
         DataError: If names, shapes or types of the weights differ from the weights of the network.
@@ -326,7 +326,7 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> n
         # pairs (name, sizes and type) found only in the network or only in the state
         differing_forms = sorted({*actual_forms.items()} ^ {*expected_forms.items()}, key=str)
         raise DataError(
-            f"the weights do not fit a {method} with these parameters; "
+            f"the weights do not fit a {method_name} with these parameters; "
             f"they differ in {differing_forms[:4]}."
         )
     copies = {}

@@ -66,51 +66,51 @@ class FailureWeight:
 
     MODES = ("batch", "dataset", "ema", "static", "balanced")
 
-    def __init__(self, mode: str, error_rate: float, static: float = 1.0) -> None:
+    def __init__(self, mode: str, error_rate: float, static_weight: float = 1.0) -> None:
         if mode not in self.MODES:
             raise UsageError(
                 f"weighting must be one of {', '.join(self.MODES)}. Got {mode!r} instead."
             )
-        if not static > 0:  # unlike ``static <= 0``, this refuses NaN, too
-            raise UsageError(f"static_weight must be positive. Got {static} instead.")
+        if not static_weight > 0:  # unlike ``static_weight <= 0``, this refuses NaN, too
+            raise UsageError(f"static_weight must be positive. Got {static_weight} instead.")
         self.mode = mode
-        self.rate = torch.tensor(float(error_rate), dtype=torch.float32)
-        self.constant = self._constant_weight(static)
+        self.error_rate = torch.tensor(float(error_rate), dtype=torch.float32)
+        self.constant_weight = self._constant_weight(static_weight)
 
     def __call__(self, failure: Tensor) -> Tensor:
         """Scalar w for a batch of failures (B,), each 0 or 1."""
-        if self.constant is not None:
-            return self.constant.to(failure.device)
+        if self.constant_weight is not None:
+            return self.constant_weight.to(failure.device)
         # The mean is over all processes, and waits until every process has called ``mean``. So mode
         # "dataset" calls ``mean``, too, although the result is not used.
         batch_rate = current_world().mean(failure.float())
         if self.mode == "batch":
             return adaptive_weight(batch_rate)
         if self.mode == "ema":
-            self.rate = EMA_MOMENTUM * self.rate + (1 - EMA_MOMENTUM) * batch_rate.cpu()
-        # in mode "dataset" ``rate`` is the error rate of the training set, and never changes
-        return adaptive_weight(self.rate.to(failure.device))
+            self.error_rate = EMA_MOMENTUM * self.error_rate + (1 - EMA_MOMENTUM) * batch_rate.cpu()
+        # in mode "dataset" ``error_rate`` is the error rate of the training set, and never changes
+        return adaptive_weight(self.error_rate.to(failure.device))
 
-    def _constant_weight(self, static: float) -> Tensor | None:
+    def _constant_weight(self, static_weight: float) -> Tensor | None:
         """The weight in a mode with the same weight for all batches; None in other modes."""
         if self.mode == "static":
-            return torch.tensor(float(static), dtype=torch.float32)
+            return torch.tensor(float(static_weight), dtype=torch.float32)
         if self.mode == "balanced":
-            error_rate = self.rate.clamp(MIN_ERROR_RATE, 1 - MIN_ERROR_RATE)
+            error_rate = self.error_rate.clamp(MIN_ERROR_RATE, 1 - MIN_ERROR_RATE)
             return (1 - error_rate) / error_rate
         return None
 
     def state(self) -> dict[str, Tensor]:
         """The error rate for later calls, for example the moving average."""
-        return {"rate": self.rate}
+        return {"rate": self.error_rate}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Set the error rate to the error rate in a ``state``."""
-        is_one_rate = state.keys() == {"rate"} and state["rate"].shape == self.rate.shape
+        is_one_rate = state.keys() == {"rate"} and state["rate"].shape == self.error_rate.shape
         if not is_one_rate:
             names = ", ".join(sorted(state)) or "nothing"
             raise DataError(f"a failure weight holds one rate. Found {names} instead.")
-        self.rate = state["rate"]
+        self.error_rate = state["rate"]
 
 
 def weighted_bce(logit: Tensor, failure: Tensor, weight: Tensor) -> Tensor:
@@ -139,11 +139,11 @@ def weighted_mse(
     return (row_weight * squared_error).mean()
 
 
-def bce_loss(weight: FailureWeight) -> Loss:
+def bce_loss(failure_weight: FailureWeight) -> Loss:
     """Return the weighted BCE between failure logits and failures of answers, as a loss."""
 
     def loss(batch: Batch, logit: Tensor) -> Tensor:
-        return weighted_bce(logit, batch.failure, weight(batch.failure))
+        return weighted_bce(logit, batch.failure, failure_weight(batch.failure))
 
     return loss
 
@@ -171,7 +171,7 @@ def weighted_mse_loss(
     return make_loss
 
 
-def withheld_probability(batch: Batch) -> Tensor:
+def wrong_class_probability(batch: Batch) -> Tensor:
     """(B,) 1 - p_y, with the zero-shot probability p_y of the true class."""
     return -torch.expm1(batch.target_log_probability)  # accurate even if p_y is near 1
 
@@ -182,7 +182,7 @@ def zero_shot_loss(batch: Batch) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[FailureWeight], Loss]] = {
-    "mse": weighted_mse_loss(withheld_probability, torch.sigmoid),
+    "mse": weighted_mse_loss(wrong_class_probability, torch.sigmoid),
     "loss": weighted_mse_loss(zero_shot_loss, functional.softplus),
     "bce": bce_loss,
 }

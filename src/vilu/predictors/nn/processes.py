@@ -37,7 +37,7 @@ class World:
         """Whether this is the leading process. The leading process writes files and messages."""
         return self.rank == 0
 
-    def own_slice(self, n_rows: int) -> slice:
+    def process_slice(self, n_rows: int) -> slice:
         """This process's slice of ``n_rows`` rows.
 
         The slices of all processes together are all rows. The lengths of the slices differ by at
@@ -47,7 +47,7 @@ class World:
         stop = n_rows * (self.rank + 1) // self.size
         return slice(start, stop)
 
-    def averaging_gradients(self, network: nn.Module) -> nn.Module:
+    def wrap_for_averaging(self, network: nn.Module) -> nn.Module:
         """Wrap a network, in order to average the gradients over the processes."""
         return network
 
@@ -91,7 +91,7 @@ class Group(World):
         self.size = size
         self.device = device
 
-    def averaging_gradients(self, network: nn.Module) -> nn.Module:
+    def wrap_for_averaging(self, network: nn.Module) -> nn.Module:
         """Wrap a network, so that torch averages the gradients in the backward pass."""
         return DistributedDataParallel(network)
 
@@ -235,8 +235,8 @@ def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
     is_from_torchrun = bool(environment.keys() & {"RANK", "WORLD_SIZE"})
     if not is_from_torchrun:
         return 0, 1, 0
-    _require_all(environment)
-    rank, size, local_rank = _whole_numbers(environment)
+    _require_all_variables(environment)
+    rank, size, local_rank = _read_whole_numbers(environment)
     if rank >= size or local_rank > rank:
         raise UsageError(
             f"RANK={rank} must be below WORLD_SIZE={size}, "
@@ -245,7 +245,7 @@ def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
     return rank, size, local_rank
 
 
-def _require_all(environment: Mapping[str, str]) -> None:
+def _require_all_variables(environment: Mapping[str, str]) -> None:
     """Refuse an environment with only a part of the variables of torchrun."""
     missing_names = [name for name in TORCHRUN_VARIABLES if not environment.get(name)]
     if not missing_names:
@@ -257,7 +257,7 @@ def _require_all(environment: Mapping[str, str]) -> None:
     )
 
 
-def _whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
+def _read_whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK as integers.
 
     Refuses values of these variables or of MASTER_PORT, unless the values are whole numbers.

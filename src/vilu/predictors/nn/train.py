@@ -24,8 +24,8 @@ from vilu.predictors.nn.checkpoint import (
     History,
     Position,
     Stateful,
-    pack,
-    unpack,
+    pack_checkpoint,
+    unpack_checkpoint,
 )
 from vilu.predictors.nn.head import FailureHead
 from vilu.predictors.nn.processes import World, current_world
@@ -33,7 +33,7 @@ from vilu.progress import Task, track
 
 logger = logging.getLogger(__name__)
 
-EPOCHS = 35
+DEFAULT_EPOCHS = 35
 """Default number of epochs, if this gives ``MIN_STEPS`` to ``MAX_STEPS`` steps in all."""
 MIN_STEPS = 1_400
 """Minimum number of steps of a training run with the default number of epochs."""
@@ -54,30 +54,30 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: float) -> fl
     return 0.5 * (1 + math.cos(angle))
 
 
-def default_epochs(steps: int) -> int:
-    """Default number of epochs, given ``steps`` steps per epoch.
+def default_epochs(epoch_steps: int) -> int:
+    """Default number of epochs, given ``epoch_steps`` steps per epoch.
 
     The number is 35, changed so that there are at least 1,400 and at most 6,000 steps in all, and
     then clipped to 10 ... 300.
     """
-    min_epochs = math.ceil(MIN_STEPS / steps)
-    max_epochs = math.ceil(MAX_STEPS / steps)
-    epochs = min(max(EPOCHS, min_epochs), max_epochs)
+    min_epochs = math.ceil(MIN_STEPS / epoch_steps)
+    max_epochs = math.ceil(MAX_STEPS / epoch_steps)
+    epochs = min(max(DEFAULT_EPOCHS, min_epochs), max_epochs)
     return min(max(epochs, 10), 300)
 
 
-def small_network_epochs(steps: int) -> int:
-    """Default number of epochs of a small network, given ``steps`` steps per epoch.
+def small_network_epochs(epoch_steps: int) -> int:
+    """Default number of epochs of a small network, given ``epoch_steps`` steps per epoch.
 
     The number is 20, or more if 20 epochs have fewer than 300 steps in all. If 20 epochs have more
     than 2,000 steps in all, the number is reduced, but not below 10.
     """
-    min_epochs = max(20, math.ceil(300 / steps))
-    max_epochs = max(math.ceil(2_000 / steps), 10)
+    min_epochs = max(20, math.ceil(300 / epoch_steps))
+    max_epochs = max(math.ceil(2_000 / epoch_steps), 10)
     return min(min_epochs, max_epochs)
 
 
-def default_batch(n_rows: int) -> int:
+def default_batch_size(n_rows: int) -> int:
     """Default batch size: a fortieth of the number of rows, clipped to 32 ... 128.
 
     With few rows the batches are small, because noisy steps find equally good weights sooner.
@@ -89,35 +89,38 @@ def default_batch(n_rows: int) -> int:
 class Plan:
     """Numbers of steps and epochs of a training run."""
 
-    steps: int  # steps per epoch
+    epoch_steps: int  # steps per epoch
     epochs: int
     warmup_steps: float
     frozen_epochs: int  # epochs before the attention is trained
 
     @classmethod
     def of(
-        cls, steps: int, epochs: int | None, warmup_epochs: float, freeze_epochs: int | None
+        cls, epoch_steps: int, epochs: int | None, warmup_epochs: float, freeze_epochs: int | None
     ) -> Plan:
-        """The plan for ``steps`` steps per epoch; all other arguments are as in ``TrainConfig``."""
-        epochs = epochs or default_epochs(steps)
+        """The plan for ``epoch_steps`` steps per epoch; other arguments as in ``TrainConfig``."""
+        epochs = epochs or default_epochs(epoch_steps)
         frozen_epochs = freeze_epochs
         if frozen_epochs is None:
             # without this maximum, a short run would never train the attention
             max_frozen = max(epochs // 2, 1)
-            frozen_epochs = min(math.ceil(FREEZE_STEPS / steps), max_frozen)
-        warmup_steps = min(warmup_epochs, epochs / 10) * steps
+            frozen_epochs = min(math.ceil(FREEZE_STEPS / epoch_steps), max_frozen)
+        warmup_steps = min(warmup_epochs, epochs / 10) * epoch_steps
         return cls(
-            steps=steps, epochs=epochs, warmup_steps=warmup_steps, frozen_epochs=frozen_epochs
+            epoch_steps=epoch_steps,
+            epochs=epochs,
+            warmup_steps=warmup_steps,
+            frozen_epochs=frozen_epochs,
         )
 
-    def rates(self, epoch: int) -> list[float]:
+    def rate_factors(self, epoch: int) -> list[float]:
         """Factors of the learning rate in the steps of an epoch."""
-        first_step = epoch * self.steps
-        total_steps = self.epochs * self.steps
-        rates = []
-        for step in range(first_step, first_step + self.steps):
-            rates.append(learning_rate_factor(step, total_steps, self.warmup_steps))
-        return rates
+        first_step = epoch * self.epoch_steps
+        total_steps = self.epochs * self.epoch_steps
+        rate_factors = []
+        for step in range(first_step, first_step + self.epoch_steps):
+            rate_factors.append(learning_rate_factor(step, total_steps, self.warmup_steps))
+        return rate_factors
 
 
 Loss = Callable[[Batch, Tensor], Tensor]
@@ -134,8 +137,8 @@ def with_zero_shot_answers(rows: Rows, device: torch.device, world: World) -> Ro
         return rows
     answers_of_batches = []
     for batch in rows.batches(SCORING_BATCH):
-        own_rows = batch.rows(world.own_slice(len(batch.index)))
-        zero_shot = own_rows.to(device).zero_shot  # a tuple of tensors
+        process_batch = batch.rows(world.process_slice(len(batch.index)))
+        zero_shot = process_batch.to(device).zero_shot  # a tuple of tensors
         answers_of_batches.append([world.gather(tensor).cpu() for tensor in zero_shot])
     fields = []
     # ``zip`` turns the fields of each batch into the blocks of each field of ``ZeroShot``
@@ -177,14 +180,14 @@ def steps_per_epoch(rows: Rows, batch_size: int) -> int:
     return n_pools
 
 
-def finite_mean(mean: float, learning_rate: float) -> float:
+def require_finite_loss(mean_loss: float, learning_rate: float) -> float:
     """Return the mean loss of an epoch, or raise an error if the mean loss is not finite."""
-    if not math.isfinite(mean):
+    if not math.isfinite(mean_loss):
         raise DataError(
-            f"training diverged: the mean loss of an epoch is {mean}. "
+            f"training diverged: the mean loss of an epoch is {mean_loss}. "
             f"Lower learning_rate (now {learning_rate}) or check the embeddings."
         )
-    return mean
+    return mean_loss
 
 
 def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> float:
@@ -214,22 +217,22 @@ class HeadTrainer:
         loss: Loss,
         config: TrainConfig,
         saver: CheckpointSaver | None = None,
-        stateful: Sequence[Stateful] = (),
+        stateful_parts: Sequence[Stateful] = (),
     ) -> None:
         self.head = head.to(config.device)
         self.network: nn.Module = self.head
         self.loss = loss
         self.config = config
         self.saver = saver or CheckpointSaver()
-        self.stateful = stateful
+        self.stateful_parts = stateful_parts
         self.world = current_world()
         warn_of_slow_bfloat16(config)
         self.attention_parameters: list[nn.Parameter] = []
         if head.attention is not None:
             self.attention_parameters = list(head.attention.parameters())
-        for parameter in self.attention_parameters:  # frozen until ``thaw``
+        for parameter in self.attention_parameters:  # frozen until ``unfreeze_attention``
             parameter.requires_grad_(False)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.order_generator = torch.Generator().manual_seed(config.seed)
         perceptron_parameters = [*head.first.values(), head.first_bias, *head.rest.parameters()]
         # A frozen attention has no gradients, so SGD does not change the attention, not even by
         # weight decay. The attention has a separate group, because the fused kernel of SGD starts
@@ -251,26 +254,26 @@ class HeadTrainer:
         rows, the last epoch is chosen.
         """
         config = self.config
-        batch_size = config.batch_size or default_batch(len(train.index))
-        require_rows_for_all(train.source.pool_size or batch_size, self.world)
+        batch_size = config.batch_size or default_batch_size(len(train.index))
+        require_rows_for_processes(train.source.pool_size or batch_size, self.world)
         train = with_zero_shot_answers(train, config.device, self.world)
         if validation is not None:
             validation = with_zero_shot_answers(validation, config.device, self.world)
-        steps = steps_per_epoch(train, batch_size)
-        plan = Plan.of(steps, config.epochs, config.warmup_epochs, config.freeze_epochs)
+        epoch_steps = steps_per_epoch(train, batch_size)
+        plan = Plan.of(epoch_steps, config.epochs, config.warmup_epochs, config.freeze_epochs)
         position = self._resume_or_begin(plan)
-        with track("train", plan.epochs * plan.steps, "steps") as task:
-            task.advance(position.epoch * plan.steps)
+        with track("train", plan.epochs * plan.epoch_steps, "steps") as task:
+            task.advance(position.epoch * plan.epoch_steps)
             while not self._is_over(plan, position):
                 if position.epoch >= plan.frozen_epochs:
-                    self.thaw()
-                loss = self._train_epoch(train, batch_size, plan.rates(position.epoch), task)
+                    self.unfreeze_attention()
+                loss = self._train_epoch(train, batch_size, plan.rate_factors(position.epoch), task)
                 self._end_epoch(validation, loss, position)
                 self._save(position)
         self.head.load_state_dict(position.chosen_weights)
         return position.history
 
-    def thaw(self) -> None:
+    def unfreeze_attention(self) -> None:
         """Train the attention from now on."""
         for parameter in self.attention_parameters:
             parameter.requires_grad_(True)
@@ -287,24 +290,28 @@ class HeadTrainer:
 
     def _resume_or_begin(self, plan: Plan) -> Position:
         """Load the latest checkpoint and return its position, or return the beginning."""
-        checkpoint = self.saver.latest()
+        checkpoint = self.saver.latest_checkpoint()
         if checkpoint is None:
             return Position()
         attention_was_trained = checkpoint.n_epochs() > plan.frozen_epochs
         if attention_was_trained:  # the checkpoint then has momenta of the attention
-            self.thaw()
-        return unpack(checkpoint, self.head, self.optimizer, self.generator, self.stateful)
+            self.unfreeze_attention()
+        return unpack_checkpoint(
+            checkpoint, self.head, self.optimizer, self.order_generator, self.stateful_parts
+        )
 
     def _save(self, position: Position) -> None:
         """Save a checkpoint, if checkpoints are wanted."""
 
         def make_checkpoint() -> Checkpoint:
-            return pack(position, self.head, self.optimizer, self.generator, self.stateful)
+            return pack_checkpoint(
+                position, self.head, self.optimizer, self.order_generator, self.stateful_parts
+            )
 
         self.saver.save(make_checkpoint)
 
     def _train_epoch(
-        self, train: Rows, batch_size: int, rates: Sequence[float], task: Task
+        self, train: Rows, batch_size: int, rate_factors: Sequence[float], task: Task
     ) -> float:
         """Train for an epoch, with these factors of the learning rate; returns the mean loss.
 
@@ -314,28 +321,29 @@ class HeadTrainer:
         begins with a new wrapper. An uninterrupted run must therefore have a new wrapper in every
         epoch, too. Otherwise the two runs could round differently.
         """
-        self.network = self.world.averaging_gradients(self.head)
+        self.network = self.world.wrap_for_averaging(self.head)
         self.network.train()
-        total = torch.zeros((), device=self.config.device, dtype=torch.float32)
-        batches = train.steps(batch_size, self.generator)
-        for batch, rate in zip(batches, rates, strict=True):
-            total += self.step(batch, self.config.learning_rate * rate)
+        loss_sum = torch.zeros((), device=self.config.device, dtype=torch.float32)
+        batches = train.steps(batch_size, self.order_generator)
+        for batch, rate_factor in zip(batches, rate_factors, strict=True):
+            loss_sum += self.step(batch, self.config.learning_rate * rate_factor)
             task.advance(1)
-        return float(total) / len(rates)
+        return float(loss_sum) / len(rate_factors)
 
-    def step(self, batch: Batch, rate: float) -> Tensor:
+    def step(self, batch: Batch, learning_rate: float) -> Tensor:
         """Do a step on a batch, at this learning rate; returns the mean loss of the batch."""
         config = self.config
-        own_batch = batch.rows(self.world.own_slice(len(batch.index))).to(config.device)
+        process_batch = batch.rows(self.world.process_slice(len(batch.index))).to(config.device)
         is_bf16 = config.precision == "bf16"
         with torch.autocast(config.device.type, torch.bfloat16, enabled=is_bf16):
-            logit = self.network(own_batch)
+            logit = self.network(process_batch)
         # The loss is called even if this process has no rows, because the loss may wait for a call
         # from every process.
-        mean = self.loss(own_batch, logit)
-        share_of_batch = len(own_batch.index) / len(batch.index)
+        mean_loss = self.loss(process_batch, logit)
+        share_of_batch = len(process_batch.index) / len(batch.index)
         if share_of_batch:
-            loss = mean * share_of_batch  # the sum over the processes is the mean over the batch
+            # the sum over the processes is the mean over the batch
+            loss = mean_loss * share_of_batch
         else:
             loss = logit.sum()  # an empty sum, with gradients that exist and are zero
         self.optimizer.zero_grad(set_to_none=True)
@@ -344,14 +352,14 @@ class HeadTrainer:
         mean_of_batch = loss.detach()
         self.world.sum_(mean_of_batch)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate
         self.optimizer.step()
         return mean_of_batch
 
     def _end_epoch(self, validation: Rows | None, loss: float, position: Position) -> None:
         """Record the loss and the AUROC of an epoch, and store the weights of a chosen epoch."""
         history = position.history
-        history.loss.append(finite_mean(loss, self.config.learning_rate))
+        history.loss.append(require_finite_loss(loss, self.config.learning_rate))
         if self._is_chosen(validation, history):
             history.kept_epoch = position.epoch
             position.chosen_weights = copy.deepcopy(self.head.state_dict())
@@ -380,10 +388,10 @@ class HeadTrainer:
         logits = []
         failures = []
         for batch in validation.batches(SCORING_BATCH):
-            rows_of_process = self.world.own_slice(len(batch.index))
-            own_batch = batch.rows(rows_of_process).to(self.config.device)
-            logits.append(self.head(own_batch))
-            failures.append(own_batch.failure)
+            rows_of_process = self.world.process_slice(len(batch.index))
+            process_batch = batch.rows(rows_of_process).to(self.config.device)
+            logits.append(self.head(process_batch))
+            failures.append(process_batch.failure)
         logit = self.world.gather(torch.cat(logits))
         failure = self.world.gather(torch.cat(failures))
         return logit.cpu().numpy(), failure.cpu().numpy()
@@ -400,7 +408,7 @@ def warn_of_slow_bfloat16(config: TrainConfig) -> None:
         )
 
 
-def require_rows_for_all(n_rows: int, world: World) -> None:
+def require_rows_for_processes(n_rows: int, world: World) -> None:
     """Refuse more processes than rows in a step, because some processes would have no work."""
     if n_rows < world.size:
         raise UsageError(
@@ -409,7 +417,7 @@ def require_rows_for_all(n_rows: int, world: World) -> None:
         )
 
 
-BETAS = (0.8, 0.95)
+ADAMW_BETAS = (0.8, 0.95)
 """Betas of AdamW, as in Pretrained Visual Uncertainties."""
 
 
@@ -438,15 +446,15 @@ def train_adamw(
     has no number of epochs, ``epochs_of_steps`` computes the number from the number of steps per
     epoch.
     """
-    batch_size = config.batch_size or default_batch(len(rows.index))
-    steps = steps_per_epoch(rows, batch_size)
-    epochs = config.epochs or epochs_of_steps(steps)
-    total_steps = epochs * steps
+    batch_size = config.batch_size or default_batch_size(len(rows.index))
+    epoch_steps = steps_per_epoch(rows, batch_size)
+    epochs = config.epochs or epochs_of_steps(epoch_steps)
+    total_steps = epochs * epoch_steps
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.AdamW(
         network.to(config.device).parameters(),
         lr=config.learning_rate,
-        betas=BETAS,
+        betas=ADAMW_BETAS,
         weight_decay=config.weight_decay,
         fused=True,
     )
@@ -458,12 +466,12 @@ def train_adamw(
     history = []
     with track("train", total_steps, "steps") as task:
         for _ in range(epochs):
-            total = torch.zeros((), device=config.device, dtype=torch.float32)
+            loss_sum = torch.zeros((), device=config.device, dtype=torch.float32)
             for batch in rows.steps(batch_size, generator):
-                total += _adamw_step(network, loss, batch.to(config.device), optimizer)
+                loss_sum += _adamw_step(network, loss, batch.to(config.device), optimizer)
                 scheduler.step()
                 task.advance(1)
-            history.append(finite_mean(float(total) / steps, config.learning_rate))
+            history.append(require_finite_loss(float(loss_sum) / epoch_steps, config.learning_rate))
     return history
 
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol
 
 from vilu.backbones.catalog import named_backbones
 from vilu.embeddings.columns import DataKind
-from vilu.embeddings.space import REDUCED_JPEGS
-from vilu.text import printable
+from vilu.embeddings.space import REDUCED_JPEGS_SUFFIX
+from vilu.text import escape_unprintable
 
 TAGS = (
     "failure-prediction",
@@ -120,7 +120,7 @@ def _card_of_image_predictor(
     notes = description["notes"]
     name = description["method"]
     space_facts = fact_lines(space, SPACE_FACTS) or ["- unknown: it was made from bare arrays"]
-    seed = fact_lines(description["parameters"], {"seed": "seed"})
+    seed_lines = fact_lines(description["parameters"], {"seed": "seed"})
     sections = [
         yaml_header(space.get("backbone"), name),
         f"# {name}, a failure predictor",
@@ -129,7 +129,7 @@ def _card_of_image_predictor(
         f"{MADE_WITH}{code_span(description['vilu'])}.",
         method_paragraph(name, predictor),
         section("Embedding space", space_facts),
-        section("Fit", [*fit_lines(notes, predictor), *seed]),
+        section("Fit", [*fit_lines(notes, predictor), *seed_lines]),
         section("Hyper-parameters", parameter_lines(description["parameters"])),
         section("Guarantee", guarantee_lines(risk)),
         section("Use", usage_lines(space, notes, predictor)),
@@ -145,15 +145,15 @@ def _card_of_table_predictor(
     """The card of a predictor for tables of answers."""
     notes = description["notes"]
     name = description["method"]
-    fit = fact_lines(notes, TABLE_FIT_FACTS) or ["- nothing is learned"]
-    seed = fact_lines(description["parameters"], {"seed": "seed"})
+    fit_facts = fact_lines(notes, TABLE_FIT_FACTS) or ["- nothing is learned"]
+    seed_lines = fact_lines(description["parameters"], {"seed": "seed"})
     sections = [
         yaml_header(None, name),
         f"# {name}, a failure predictor",
         "For every answer in a table it says how likely the answer is wrong (higher = more likely "
         f"wrong), from the columns of numbers. {MADE_WITH}{code_span(description['vilu'])}.",
         method_paragraph(name, predictor),
-        section("Fit", [*fit, *seed]),
+        section("Fit", [*fit_facts, *seed_lines]),
         section("Hyper-parameters", parameter_lines(description["parameters"])),
         section("Guarantee", guarantee_lines(risk)),
         section("Use", TABLE_USAGE_LINES),
@@ -239,11 +239,11 @@ def usage_lines(
     space: Mapping[str, Any], notes: Mapping[str, Any], predictor: DescribedPredictor
 ) -> list[str]:
     """Lines with the commands to download the predictor, and to score images."""
-    options = ["--backbone", shlex.quote(printable(space.get("backbone") or "BACKBONE"))]
+    options = ["--backbone", shlex.quote(escape_unprintable(space.get("backbone") or "BACKBONE"))]
     if space.get("precision") == "bf16":
         options += ["--precision", "bf16"]
     preprocess = space.get("preprocess")
-    if preprocess and not str(preprocess).endswith(REDUCED_JPEGS):
+    if preprocess and not str(preprocess).endswith(REDUCED_JPEGS_SUFFIX):
         options.append("--full-decode")
     if "features" in predictor.columns_to_score:
         options.append("--features")
@@ -323,7 +323,7 @@ def code_span(value: object) -> str:
     """A Markdown code span on a single line, with a text, or with another value as JSON."""
     if not isinstance(value, str):
         value = json.dumps(value)
-    text = printable(value)
+    text = escape_unprintable(value)
     if len(text) > MAX_VALUE_LENGTH:
         text = f"{text[:MAX_VALUE_LENGTH]} ..."
     # the fence must be longer than any run of backticks in the text

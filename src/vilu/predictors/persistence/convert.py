@@ -16,7 +16,7 @@ from vilu.backbones.loading import READING_ERRORS, unpickling_problem
 from vilu.device import torch_defaults
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, StorageError, ViLUError
-from vilu.extras import quiet
+from vilu.extras import suppress_messages
 from vilu.predictors.vilu.head import HeadPredictor
 from vilu.predictors.vilu.vilu import LVU, ViLU
 from vilu.validation import checked
@@ -179,14 +179,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     # The name of the function in the file depends on the version of numpy that wrote the file.
     make_scalar = cast("Callable[..., Any]", np.float64(0).__reduce__()[0])
     number_types = [type(np.dtype(code)) for code in ("f8", "f4", "i8")]
-    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    allowed_globals: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         (make_scalar, "numpy.core.multiarray.scalar"),
         (make_scalar, "numpy._core.multiarray.scalar"),
         np.dtype,
         *number_types,
     ]
     try:
-        with quiet(), torch.serialization.safe_globals(allowed):
+        with suppress_messages(), torch.serialization.safe_globals(allowed_globals):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist.") from error

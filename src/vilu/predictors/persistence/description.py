@@ -15,7 +15,7 @@ from torch import Tensor
 from vilu.artifacts.disk import convert_os_errors, make_folder, write_bytes, write_text
 from vilu.artifacts.documents import (
     MAX_DOCUMENT_BYTES,
-    SCHEMA,
+    SCHEMA_KEY,
     SCHEMA_VERSION,
     VERSION_KEY,
     content_digest,
@@ -28,7 +28,7 @@ from vilu.artifacts.documents import (
 )
 from vilu.artifacts.hashing import bytes_hash
 from vilu.artifacts.paths import claim_folder, kind_and_inputs
-from vilu.embeddings.checks import Identity
+from vilu.embeddings.checks import IdentityKind
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
 from vilu.predictors.contract.parameters import Parametrised, parameters
@@ -49,21 +49,21 @@ from vilu.predictors.persistence.files import (
     WEIGHTS,
 )
 
-NOT_SAVED = {"device"}  # parameters that depend on the machine
-SKETCH_TENSOR_NAMES: dict[Identity, str] = {
+UNSAVED_PARAMETERS = {"device"}  # parameters that depend on the machine
+SKETCH_TENSOR_NAMES: dict[IdentityKind, str] = {
     "pictures": "seen.pictures",
     "embeddings": "seen.embeddings",
     "rows": "seen.rows",
     "names": "seen",
 }
 """Maps a kind of identity to the name of the tensor with the hashes of the fitted rows."""
-FINGERPRINT = "fingerprint"
+FINGERPRINT_KEY = "fingerprint"
 """Key of the digest of ``predictor.json`` in the file.
 
 In the result of ``read_description`` this key has the fingerprint of the predictor instead.
 """
-REFIT = "Run `vilu fit` again"
-RECALIBRATE = "Run `vilu calibrate` again"
+REFIT_ADVICE = "Run `vilu fit` again"
+RECALIBRATE_ADVICE = "Run `vilu calibrate` again"
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +134,8 @@ def save(predictor: SavablePredictor, folder: str | Path) -> str:
     write_bytes(path / WEIGHTS, weights)
     _write_sample(path, predictor.sample_, description["weights_sha256"])
     fingerprint = content_digest(description)
-    write_card(path, {**description, FINGERPRINT: fingerprint}, predictor, risk=None)
-    write_json(path / PREDICTOR, description, seal=FINGERPRINT)
+    write_card(path, {**description, FINGERPRINT_KEY: fingerprint}, predictor, risk=None)
+    write_json(path / PREDICTOR, description, digest_key=FINGERPRINT_KEY)
     return fingerprint
 
 
@@ -182,7 +182,7 @@ def _drop_calibration(path: Path) -> None:
 
 def _without_calibration(description: dict[str, Any]) -> dict[str, Any]:
     """The description without the calibrator, the fingerprint and the version of vilu."""
-    return without_version(description, "calibrator", FINGERPRINT)
+    return without_version(description, "calibrator", FINGERPRINT_KEY)
 
 
 def read_fit_description(path: Path) -> dict[str, Any] | None:
@@ -259,14 +259,14 @@ def describe(predictor: SavablePredictor) -> dict[str, Any]:
     """The description of a predictor as plain JSON: everything except the tensors."""
     parameter_values = {}
     for name in parameters(predictor):
-        if name not in NOT_SAVED:
+        if name not in UNSAVED_PARAMETERS:
             parameter_values[name] = getattr(predictor, name)
     space = None
     if predictor.space_ is not None:
         space = dataclasses.asdict(predictor.space_)
     numbers_of_rows = [sketch.n_rows for sketch in predictor.seen_.values()]
     description = {
-        SCHEMA: SCHEMA_VERSION,
+        SCHEMA_KEY: SCHEMA_VERSION,
         VERSION_KEY: metadata.version("vilu"),
         "method": predictor.name,
         "parameters": parameter_values,
@@ -308,7 +308,7 @@ def pop_sketches(tensors: dict[str, Tensor], description: dict[str, Any], path: 
 
 def fit_fingerprint(folder: str | Path) -> str:
     """Hash of a saved predictor: of everything except the version of vilu."""
-    return str(read_description(Path(folder) / PREDICTOR)[FINGERPRINT])
+    return str(read_description(Path(folder) / PREDICTOR)[FINGERPRINT_KEY])
 
 
 def write_card(
@@ -361,12 +361,12 @@ def read_description(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise DataError(f"no predictor here: {path} does not exist. Make one with `vilu fit`.")
-    description = read_json(path, REFIT, seal=FINGERPRINT)
+    description = read_json(path, REFIT_ADVICE, digest_key=FINGERPRINT_KEY)
     try:
         _Description.model_validate(description)
     except ValidationError as error:
-        raise DataError(f"{path} is damaged: {first_error(error)}. {REFIT}.") from error
-    return {**description, FINGERPRINT: content_digest(description, FINGERPRINT)}
+        raise DataError(f"{path} is damaged: {first_error(error)}. {REFIT_ADVICE}.") from error
+    return {**description, FINGERPRINT_KEY: content_digest(description, FINGERPRINT_KEY)}
 
 
 def home_of(cls: type) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class SavedModel(ABC):
     """
 
     # phrase for messages about a wrong argument: how to get such a model
-    how: ClassVar[str] = "a vilu.Selective"
+    how_to_make: ClassVar[str] = "a vilu.Selective"
 
     @property
     @abstractmethod

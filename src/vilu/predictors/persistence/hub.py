@@ -24,7 +24,7 @@ from vilu.artifacts.disk import (
     make_folder,
     temporary_paths,
 )
-from vilu.artifacts.documents import MAX_DOCUMENT_BYTES, SEAL, read_json, without_version
+from vilu.artifacts.documents import DIGEST_KEY, MAX_DOCUMENT_BYTES, read_json, without_version
 from vilu.artifacts.paths import claim_folder
 from vilu.errors import (
     DataError,
@@ -34,11 +34,11 @@ from vilu.errors import (
     UsageError,
     ViLUError,
 )
-from vilu.extras import hub_reachable, import_extra, quiet
+from vilu.extras import import_extra, is_hub_reachable, suppress_messages
 from vilu.predictors.persistence.card import HUB_ID, without_version_of_vilu
 from vilu.predictors.persistence.description import (
-    FINGERPRINT,
-    RECALIBRATE,
+    FINGERPRINT_KEY,
+    RECALIBRATE_ADVICE,
     fit_fingerprint,
     is_predictor_file,
     read_description,
@@ -99,7 +99,7 @@ def temporary_folder_beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def copy_files(
+def copy_predictor_files(
     source: Path,
     destination: Path,
     *,
@@ -132,7 +132,7 @@ def copy_files(
                 continue
             copy_path = destination / name
             with os.fdopen(descriptor, "rb") as content, copy_path.open("xb") as copy_file:
-                require_size(str(source / name), os.fstat(descriptor).st_size, limit)
+                require_max_size(str(source / name), os.fstat(descriptor).st_size, limit)
                 shutil.copyfileobj(content, copy_file)
                 copy_file.flush()
                 os.fsync(copy_file.fileno())
@@ -217,7 +217,7 @@ def _target_in_cache(link: Path, cache: Path | None) -> str:
     return str(file)
 
 
-def require_size(name: str, size: int, limit: int) -> None:
+def require_max_size(name: str, size: int, limit: int) -> None:
     """Refuse a file of the given ``name`` with more bytes than the ``limit``."""
     if size > limit:
         raise DataError(
@@ -238,22 +238,27 @@ def check_copy(folder: Path, original_folder: Path) -> str:
             Vocabulary.load(folder)
         for document in (LOOKS, LIKELY):
             if (folder / document).is_file():
-                read_json(folder / document, RECALIBRATE)  # this checks the digest of the file
-        return str(read_description(folder / PREDICTOR)[FINGERPRINT])
+                read_json(
+                    folder / document, RECALIBRATE_ADVICE
+                )  # this checks the digest of the file
+        return str(read_description(folder / PREDICTOR)[FINGERPRINT_KEY])
     except ViLUError as error:
         raise type(error)(str(error).replace(str(folder), str(original_folder))) from error
 
 
 def _check_calibration(folder: Path) -> None:
     """Refuse a calibration of another predictor, or without calibration rows."""
-    risk = read_json(folder / RISK, RECALIBRATE)
+    risk = read_json(folder / RISK, RECALIBRATE_ADVICE)
     if risk.get("predictor") != fit_fingerprint(folder):
         raise ProvenanceError(
             f"{folder / RISK} was made for another predictor than the one beside it, so its "
-            f"guarantee does not hold for the one beside it. {RECALIBRATE}, or remove the file."
+            f"guarantee does not hold for the one beside it. {RECALIBRATE_ADVICE}, or remove the "
+            "file."
         )
     if not (folder / ROWS).is_file() or file_hash(folder / ROWS) != risk.get("rows_sha256"):
-        raise DataError(f"{folder / ROWS} does not hold the rows that {RISK} names. {RECALIBRATE}.")
+        raise DataError(
+            f"{folder / ROWS} does not hold the rows that {RISK} names. {RECALIBRATE_ADVICE}."
+        )
 
 
 def _comparable_content(path: Path) -> object:
@@ -271,10 +276,10 @@ def _comparable_content(path: Path) -> object:
         if path.name == PREDICTOR:
             document = read_description(path)
         else:
-            document = read_json(path, RECALIBRATE)
+            document = read_json(path, RECALIBRATE_ADVICE)
     except ViLUError:  # a damaged file differs from every intact file, and is replaced
         return file_hash(path)
-    return without_version(document, FINGERPRINT, SEAL)
+    return without_version(document, FINGERPRINT_KEY, DIGEST_KEY)
 
 
 def _have_same_files(first: Path, second: Path) -> bool:
@@ -358,7 +363,7 @@ def push(
         )
         return str(copied_folder)
     with tempfile.TemporaryDirectory() as staged_folder:
-        copy_files(folder_of(folder), Path(staged_folder), excluded_names=excluded_names)
+        copy_predictor_files(folder_of(folder), Path(staged_folder), excluded_names=excluded_names)
         return _upload(Path(staged_folder), repository, private, revision)
 
 
@@ -426,7 +431,7 @@ def _copy_to_folder(
     claim_folder(target, "predictor", is_predictor_file, overwrite=True)
     resolved_target = target.resolve()
     with temporary_folder_beside(resolved_target) as staged_folder:
-        copy_files(source, staged_folder, cache=cache, excluded_names=excluded_names)
+        copy_predictor_files(source, staged_folder, cache=cache, excluded_names=excluded_names)
         is_same = _have_same_files(staged_folder, resolved_target)
         has_same_predictor = claim_folder(
             target, "predictor", is_predictor_file, has_same_inputs=is_same, overwrite=overwrite
@@ -448,7 +453,7 @@ def _upload(
             f"pushing to {repository} needs a token: set HF_TOKEN, or run `hf auth login`."
         )
     absent_names = [name for name in MAX_FILE_SIZES if not (staged_folder / name).exists()]
-    with quiet(), _translated_errors(repository, revision):
+    with suppress_messages(), _translated_errors(repository, revision):
         api = hub.HfApi(library_name="vilu")
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
@@ -488,7 +493,7 @@ def _download(repository: str, revision: str | None) -> Path:
             for name, limit in MAX_FILE_SIZES.items():
                 # 0 if the repository does not have the file, or does not know the size of the file
                 size = sizes.get(name) or 0
-                require_size(f"{name} of {repository}", size, limit)
+                require_max_size(f"{name} of {repository}", size, limit)
         return Path(
             hub.snapshot_download(
                 repository, revision=revision, allow_patterns=list(MAX_FILE_SIZES)
@@ -508,7 +513,7 @@ def _reachable_hub(repository: str, action: Literal["pushed to", "pulled from"])
         raise MissingModelError(
             f"{repository} cannot be {action}: HF_HUB_OFFLINE is set. Unset it."
         )
-    if not hub_reachable():
+    if not is_hub_reachable():
         raise MissingModelError(
             f"{repository} cannot be {action}: {constants.ENDPOINT} cannot be reached. "
             "Check the network. With HF_HUB_OFFLINE=1 a predictor is pulled from the cache of the "

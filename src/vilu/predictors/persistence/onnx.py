@@ -22,7 +22,7 @@ from vilu.embeddings.similarity import ZeroShot
 from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, UsageError
-from vilu.extras import import_extra, quiet
+from vilu.extras import import_extra, suppress_messages
 from vilu.predictors.contract.catalogue import PREDICTORS
 from vilu.predictors.contract.given_logits import is_of_given_logits
 from vilu.predictors.contract.predictor import FailurePredictor, NotExportable
@@ -53,13 +53,13 @@ class GraphBatch(Batch):
     @cached_property
     def zero_shot(self) -> ZeroShot:
         """The zero-shot answers, from the logits."""
-        return self.rivals.zero_shot(self.first_equal)
+        return self.rivals.zero_shot(self.first_equal_index)
 
     @cached_property
-    def first_equal(self) -> Tensor:
+    def first_equal_index(self) -> Tensor:
         """(K,) int64: for every candidate, the index of the first candidate with equal embedding.
 
-        The function ``vilu.embeddings.similarity.first_equal`` has the same result.
+        The function ``vilu.embeddings.similarity.index_of_first_equal`` has the same result.
         """
         _, group_of_text = torch.unique(self.text, dim=0, return_inverse=True)
         # without this conversion, torch 2.10 exports the groups with the dtype of the text
@@ -288,7 +288,7 @@ def write_graph(
     dimensions = {"text": torch.export.Dim("K", min=2), NEGATIVES: torch.export.Dim("M", min=2)}
     # dimension 0 of every input has a variable size
     dynamic_shapes = {name: {0: dimensions.get(name, n_rows)} for name in example}
-    with quiet():
+    with suppress_messages():
         exported_program = torch.onnx.export(
             graph,
             kwargs=example,
@@ -389,11 +389,11 @@ def largest_difference(
         differences.append(largest_absolute(uncertainty - expected_uncertainty, is_clear))
         roundings.append(largest_absolute(rounding, is_clear))
     difference = float(np.max(differences))
-    allowed = max(MAX_DIFFERENCE, MAX_ROUNDINGS * max(roundings))
-    if not difference <= allowed:  # true also if the difference is NaN
+    allowed_difference = max(MAX_DIFFERENCE, MAX_ROUNDINGS * max(roundings))
+    if not difference <= allowed_difference:  # true also if the difference is NaN
         raise DataError(
             f"the exported {predictor.name} differs by {difference:.2g} from the predictor, "
-            f"and rounding explains {allowed:.2g} of it. Nothing was written."
+            f"and rounding explains {allowed_difference:.2g} of it. Nothing was written."
         )
     return difference
 
@@ -418,7 +418,9 @@ def reference_scores(
     text = inputs["text"]
     columns = {name: inputs[name] for name in predictor.columns_to_score}
     source = Embeddings(image, text, space=predictor.space_, columns=columns)
-    with quiet():  # the predictor may warn that random rows differ from its training rows
+    with (
+        suppress_messages()
+    ):  # the predictor may warn that random rows differ from its training rows
         scored_batches = list(predictor.scored(source))
     uncertainty = np.concatenate([scores for _, scores in scored_batches])
     answer = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in scored_batches])

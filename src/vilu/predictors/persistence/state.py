@@ -13,14 +13,14 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.predictors.nn.head import load_weights
 
-SHOWN_NAMES = 8
+MAX_SHOWN_NAMES = 8
 """Number of names of tensors listed in a message."""
 
 
 class StateLayout(NamedTuple):
     """The saved tensors of a method: tensors of the method itself, and weights of a network."""
 
-    method: str
+    method_name: str
     names: tuple[str, ...]  # names of the method's own tensors; all further tensors are weights
     forms: str  # types and sizes of the method's own tensors, see ``require_forms``
     # function that makes the network for the tensors and the space; None without a network
@@ -46,53 +46,53 @@ class StateLayout(NamedTuple):
                 network = self.make_network(tensors, space)
         if network is not None:
             weights = {name: tensors[name] for name in tensors if name not in self.names}
-            network = load_weights(network, weights, self.method).requires_grad_(False)
+            network = load_weights(network, weights, self.method_name).requires_grad_(False)
         elif tensors.keys() != set(self.names):
             raise DataError(self._wrong_names_message(tensors))
         width = 0
         if space is not None:
             width = space.embed_dim
-        require_forms(self.method, method_tensors, self.forms, width)
+        require_forms(self.method_name, method_tensors, self.forms, width)
         return method_tensors, network
 
     def _wrong_names_message(self, tensors: Mapping[str, Tensor]) -> str:
         """Message for tensors with other names than the tensors of the method."""
-        expectation = f"{self.method} has no weights"
+        expectation = f"{self.method_name} has no weights"
         if self.names:
-            expectation = f"a {self.method} holds {', '.join(self.names)}"
-        return f"{expectation}. The file has {', '.join(sorted(tensors)[:SHOWN_NAMES])}."
+            expectation = f"a {self.method_name} holds {', '.join(self.names)}"
+        return f"{expectation}. The file has {', '.join(sorted(tensors)[:MAX_SHOWN_NAMES])}."
 
 
-FORM = re.compile(r"(\S+):([fdi?])(\w*)<?(\w?)")
+FORM_PATTERN = re.compile(r"(\S+):([fdi?])(\w*)<?(\w?)")
 """Form of a tensor: name, type, a letter for each size, and the size that bounds the values."""
 
-TYPES = {"f": torch.float32, "d": torch.float64, "i": torch.int64, "?": torch.bool}
+TYPE_OF_LETTER = {"f": torch.float32, "d": torch.float64, "i": torch.int64, "?": torch.bool}
 """Types of tensors by letter in a form."""
 
 
-def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: int) -> None:
+def require_forms(method_name: str, tensors: dict[str, Tensor], forms: str, width: int) -> None:
     """Refuse tensors with other types or sizes than in ``forms``.
 
     An example of ``forms`` is "bank:fND classes:fKD labels:iN<K": a float32 bank (N, D), float32
-    classes (K, D), and int64 labels (N,). Every form has a name, a type (a key of ``TYPES``), and a
-    letter for every size:
+    classes (K, D), and int64 labels (N,). Every form has a name, a type (a key of
+    ``TYPE_OF_LETTER``), and a letter for every size:
 
     - The same letter stands for the same size in all forms. D is the ``width`` of the embeddings.
     - A size with a small letter may be 0. If one such size is 0, all such sizes must be 0.
     - "<K" means that all values are from 0 to K - 1.
     """
     sizes = {"D": width, "1": 1, "2": 2}  # known sizes, by letter or digit
-    expected_forms = [_Form(*form) for form in FORM.findall(forms)]
+    expected_forms = [_Form(*form) for form in FORM_PATTERN.findall(forms)]
     present_forms = [form for form in expected_forms if form.name in tensors]
     small_sizes_are_zero = _has_small_sizes_of_zero(tensors, present_forms)
     for name, type_letter, size_letters, bound in present_forms:
         tensor = tensors[name]
-        dtype = TYPES[type_letter]
+        dtype = TYPE_OF_LETTER[type_letter]
         shape = tuple(tensor.shape)
         expected_shape = _expected_shape(
             size_letters, shape, sizes, small_sizes_are_zero=small_sizes_are_zero
         )
-        subject = f"{name} of {method} must be"
+        subject = f"{name} of {method_name} must be"
         if tensor.dtype != dtype or shape != expected_shape:
             raise DataError(
                 f"{subject} {dtype} of shape {expected_shape}. "
@@ -108,7 +108,7 @@ def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: in
 
 
 class _Form(NamedTuple):
-    """Form of a single tensor, as parsed by ``FORM``."""
+    """Form of a single tensor, as parsed by ``FORM_PATTERN``."""
 
     name: str
     type_letter: str

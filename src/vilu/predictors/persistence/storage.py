@@ -23,13 +23,13 @@ from vilu.device import torch_defaults
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ViLUError
 from vilu.predictors.contract.catalogue import PREDICTORS, find_method, method_names
-from vilu.predictors.contract.parameters import build
+from vilu.predictors.contract.parameters import build_predictor
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import read_calibrator
 from vilu.predictors.persistence import description
 from vilu.predictors.persistence.description import (
-    RECALIBRATE,
-    REFIT,
+    RECALIBRATE_ADVICE,
+    REFIT_ADVICE,
     pop_sketches,
     read_description,
 )
@@ -62,28 +62,36 @@ def load_predictor(folder: str | Path) -> FailurePredictor:
         array([0.25, 0.25])
     """
     path = Path(folder)
-    content = read_description(path / PREDICTOR)
-    if not (path / WEIGHTS).is_file():
-        raise DataError(f"the predictor is not complete: {path / WEIGHTS} does not exist. {REFIT}.")
-    with convert_os_errors(f"cannot read {path / WEIGHTS}"):
-        weights = (path / WEIGHTS).read_bytes()
-    if bytes_hash(weights) != content["weights_sha256"]:
-        raise DataError(
-            f"{path / WEIGHTS} is damaged: it is not the file that {PREDICTOR} names. {REFIT}."
-        )
-    method = method_of(content, path / PREDICTOR)
-    sample = FitSample.load(path, content["weights_sha256"])
+    saved_description = read_description(path / PREDICTOR)
+    weight_bytes = _read_weights(path / WEIGHTS, saved_description["weights_sha256"])
+    method_class = saved_method_class(saved_description, path / PREDICTOR)
+    sample = FitSample.load(path, saved_description["weights_sha256"])
     try:
-        predictor = _assemble(method, content, safetensors_torch.load(weights), path / PREDICTOR)
+        predictor = _assemble(
+            method_class, saved_description, safetensors_torch.load(weight_bytes), path / PREDICTOR
+        )
     except LOADING_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, ViLUError):
             reason = str(error).rstrip(".")
         raise DataError(
-            f"{path / PREDICTOR} is damaged, or {WEIGHTS} beside it: {reason}. {REFIT}."
+            f"{path / PREDICTOR} is damaged, or {WEIGHTS} beside it: {reason}. {REFIT_ADVICE}."
         ) from error
     predictor.sample_ = sample
     return predictor
+
+
+def _read_weights(path: Path, expected_sha256: str) -> bytes:
+    """The bytes of the file of weights at ``path``, after a check of their hash."""
+    if not path.is_file():
+        raise DataError(f"the predictor is not complete: {path} does not exist. {REFIT_ADVICE}.")
+    with convert_os_errors(f"cannot read {path}"):
+        weight_bytes = path.read_bytes()
+    if bytes_hash(weight_bytes) != expected_sha256:
+        raise DataError(
+            f"{path} is damaged: it is not the file that {PREDICTOR} names. {REFIT_ADVICE}."
+        )
+    return weight_bytes
 
 
 LOADING_ERRORS = (
@@ -98,24 +106,27 @@ LOADING_ERRORS = (
 
 
 def _assemble(
-    method: type[FailurePredictor], content: dict[str, Any], tensors: dict[str, Tensor], path: Path
+    method_class: type[FailurePredictor],
+    saved_description: dict[str, Any],
+    tensors: dict[str, Tensor],
+    path: Path,
 ) -> FailurePredictor:
-    """Make a predictor from ``tensors`` and the ``content`` of the description at ``path``."""
-    predictor = build(method, content["parameters"])
-    if content["space"]:
-        predictor.space_ = EmbeddingSpace(**content["space"])
-    if content["similarity"]:
-        predictor.similarity_ = tuple(content["similarity"])
-    predictor.seen_ = pop_sketches(tensors, content, path)
-    predictor.notes_ = content["notes"]
-    if content.get("calibrator"):
-        predictor.calibrator_ = read_calibrator(content["calibrator"])
+    """Make a predictor from ``tensors`` and the description read from ``path``."""
+    predictor = build_predictor(method_class, saved_description["parameters"])
+    if saved_description["space"]:
+        predictor.space_ = EmbeddingSpace(**saved_description["space"])
+    if saved_description["similarity"]:
+        predictor.similarity_ = tuple(saved_description["similarity"])
+    predictor.seen_ = pop_sketches(tensors, saved_description, path)
+    predictor.notes_ = saved_description["notes"]
+    if saved_description.get("calibrator"):
+        predictor.calibrator_ = read_calibrator(saved_description["calibrator"])
     state = {name.removeprefix("state."): tensor for name, tensor in tensors.items()}
     predictor.restore(state)
     return predictor
 
 
-def inputs_of_fit(predictor: FailurePredictor, files: Sequence[Path], **flags: object) -> str:
+def fit_inputs_digest(predictor: FailurePredictor, files: Sequence[Path], **flags: object) -> str:
     """Digest of all inputs of a fit.
 
     The inputs are the method, its parameters, the ``files`` read by the fit, and further ``flags``.
@@ -126,8 +137,8 @@ def inputs_of_fit(predictor: FailurePredictor, files: Sequence[Path], **flags: o
     )
 
 
-def claim_output_folder(folder: Path, inputs: str, *, overwrite: bool) -> bool:
-    """Check an output folder; true if it has an intact predictor of the same ``inputs``.
+def claim_output_folder(folder: Path, fit_digest: str, *, overwrite: bool) -> bool:
+    """Check an output folder; true if it has an intact predictor of the same ``fit_digest``.
 
     If that predictor is damaged, the result is false, with a warning. A folder with a predictor of
     different inputs is refused, unless ``overwrite``.
@@ -136,7 +147,7 @@ def claim_output_folder(folder: Path, inputs: str, *, overwrite: bool) -> bool:
     saved_description = description.read_fit_description(folder / PREDICTOR)
     if saved_description is not None:
         notes = saved_description.get("notes")
-    is_same = isinstance(notes, dict) and notes.get("inputs") == inputs
+    is_same = isinstance(notes, dict) and notes.get("inputs") == fit_digest
     if is_same and not overwrite:
         try:
             load_predictor(folder)
@@ -156,16 +167,16 @@ def claim_output_folder(folder: Path, inputs: str, *, overwrite: bool) -> bool:
     )
 
 
-def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
-    """The class of a saved predictor, from the ``content`` of the description at ``path``.
+def saved_method_class(saved_description: dict[str, Any], path: Path) -> type[FailurePredictor]:
+    """The class of a saved predictor, from the description read from ``path``.
 
     Raises:
         DataError: If the class is not installed. The message names the package to install, or the
             module to load.
         MissingModelError: If the class belongs to vilu-bench, and vilu-bench is not installed.
     """
-    name = content["method"]
-    home = content.get("home")  # package and module of a method outside vilu, else None
+    name = saved_description["method"]
+    home = saved_description.get("home")  # package and module of a method outside vilu, else None
     if name in method_names():
         return find_method(name)
     if not isinstance(home, dict) or str(home.get("module")).startswith("vilu_bench."):
@@ -184,6 +195,6 @@ def write_card(folder: str | Path) -> None:
     path = Path(folder)
     risk = None
     if (path / RISK).exists():
-        risk = read_json(path / RISK, RECALIBRATE)
-    content = read_description(path / PREDICTOR)
-    description.write_card(path, content, load_predictor(path), risk)
+        risk = read_json(path / RISK, RECALIBRATE_ADVICE)
+    saved_description = read_description(path / PREDICTOR)
+    description.write_card(path, saved_description, load_predictor(path), risk)

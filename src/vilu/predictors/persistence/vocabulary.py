@@ -20,14 +20,14 @@ from torch import Tensor
 from vilu.artifacts.disk import convert_os_errors, write_bytes
 from vilu.artifacts.documents import parse_json, plain_json
 from vilu.artifacts.hashing import digest, tensor_hash
-from vilu.embeddings.checks import check_class_names, require_usable
+from vilu.embeddings.checks import check_class_names, require_usable_rows
 from vilu.embeddings.column_checks import check_columns
 from vilu.embeddings.columns import ROW_COLUMNS
 from vilu.embeddings.new_images import NewImages, image_matrix
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.persistence.description import RECALIBRATE
+from vilu.predictors.persistence.description import RECALIBRATE_ADVICE
 from vilu.predictors.persistence.files import VOCABULARY, VOCABULARY_KEY
 
 
@@ -113,8 +113,8 @@ class Vocabulary:
         if not path.is_file():
             raise DataError(
                 f"{folder} does not say what its answers are chosen from: {path} is missing. It "
-                f"was calibrated on captions, or not at all. {RECALIBRATE} on rows with classes; "
-                "this writes it."
+                f"was calibrated on captions, or not at all. {RECALIBRATE_ADVICE} on rows with "
+                "classes; this writes it."
             )
         try:
             with convert_os_errors(f"cannot read {path}"), safe_open(path, framework="pt") as file:
@@ -132,7 +132,7 @@ class Vocabulary:
             TypeError,
             ValueError,
         ) as error:
-            raise DataError(f"{path} is damaged ({error}). {RECALIBRATE}.") from error
+            raise DataError(f"{path} is damaged ({error}). {RECALIBRATE_ADVICE}.") from error
 
     @classmethod
     def _from_content(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Vocabulary:
@@ -140,7 +140,7 @@ class Vocabulary:
         saved_digest = header.pop("digest", None)
         if saved_digest != digest(header) or _tensor_hashes(tensors) != header["tensors"]:
             raise DataError("its content is not what its digest says")
-        text = require_usable(tensors.pop("text"), "text")
+        text = require_usable_rows(tensors.pop("text"), "text")
         # an empty list means that the classes have no names
         names = check_class_names(header["names"] or None, len(text))
         columns = {name.removeprefix("columns."): column for name, column in tensors.items()}

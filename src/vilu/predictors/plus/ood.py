@@ -44,7 +44,7 @@ _FAR_WORDS_CACHE: MutableMapping[Tensor, MutableMapping[Tensor, dict[object, Ten
 )
 
 
-def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
+def far_word_indices(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
     """Return the ascending indices (M',) of the words (M, D) far from the classes (K, D).
 
     The nearness of a word is the 1 - ``nearest`` quantile of the K cosines of the word with the
@@ -55,12 +55,12 @@ def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -
     cache = cache_of_text.setdefault(words, {})
     settings = (share, nearest)
     if settings not in cache:
-        cache[settings] = _find_far_words(words, text, share, nearest)
+        cache[settings] = _find_far_word_indices(words, text, share, nearest)
     return cache[settings]
 
 
-def _find_far_words(words: Tensor, text: Tensor, share: float, nearest: float) -> Tensor:
-    """As ``far_words``, without the cache."""
+def _find_far_word_indices(words: Tensor, text: Tensor, share: float, nearest: float) -> Tensor:
+    """As ``far_word_indices``, without the cache."""
     # Words near a class are left out. Such a word would take softmax mass from images of the class,
     # and these images are inside.
     cosine = words @ text.T
@@ -72,7 +72,7 @@ def _find_far_words(words: Tensor, text: Tensor, share: float, nearest: float) -
     return nearness.argsort(stable=True)[:n_far].sort().values
 
 
-def word_mass(batch: Batch, word_index: Tensor) -> Tensor:
+def log_word_mass(batch: Batch, word_index: Tensor) -> Tensor:
     """(B,) float64 log sum_w exp l_w over the words w with these indices.
 
     The logit bias is left out. The bias is the same for all words and classes, and so cancels.
@@ -83,14 +83,14 @@ def word_mass(batch: Batch, word_index: Tensor) -> Tensor:
         return float64(logits).logsumexp(dim=1)
 
 
-def class_mass(batch: Batch) -> Tensor:
+def log_class_mass(batch: Batch) -> Tensor:
     """(B,) float64 log sum_c exp l_c over the classes c, without the logit bias."""
     return float64(batch.logits - batch.logit_bias).logsumexp(dim=1)
 
 
-def margin(batch: Batch, word_index: Tensor) -> Tensor:
+def word_margins(batch: Batch, word_index: Tensor) -> Tensor:
     """(B,) float64 margins m(x), over the words with these indices."""
-    return word_mass(batch, word_index) - class_mass(batch)
+    return log_word_mass(batch, word_index) - log_class_mass(batch)
 
 
 @dataclass
@@ -155,8 +155,10 @@ class NegLabel(FailurePredictor):
         return f"{self.name} (answer)"
 
     def _score(self, batch: Batch) -> Tensor:
-        word_index = far_words(batch.columns[NEGATIVES], batch.text, self.share, self.nearest)
-        log_words = word_mass(batch, word_index)
+        word_index = far_word_indices(
+            batch.columns[NEGATIVES], batch.text, self.share, self.nearest
+        )
+        log_words = log_word_mass(batch, word_index)
         logits = float64(batch.logits - batch.logit_bias)
         if self.of == "classes":
             return torch.sigmoid(log_words - logits.logsumexp(dim=1))
@@ -173,7 +175,7 @@ class NegLabel(FailurePredictor):
 WORD_SHARE = 0.25
 """The outcome "outside" uses this share of the words: the words farthest from the classes."""
 
-DIRECTION_ROWS = 100
+MIN_DIRECTION_ROWS = 100
 """A direction and a share of images outside are estimated if there are at least this many rows."""
 
 DIRECTION_VARIANCE = 0.1
@@ -209,9 +211,9 @@ EM_TOLERANCE = 1e-9  # EM ends if the mean and the share outside change by less 
 MAX_LBFGS_STEPS = 200  # maximum number of steps of L-BFGS
 
 
-def outside_words(batch: Batch) -> Tensor:
+def outside_word_indices(batch: Batch) -> Tensor:
     """Indices (M',) of the words used by the outcome "outside"."""
-    return far_words(batch.columns[NEGATIVES], batch.text, WORD_SHARE)
+    return far_word_indices(batch.columns[NEGATIVES], batch.text, WORD_SHARE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,7 +293,7 @@ class Outside:
         )
         evidence = image @ weight + bias
         if self.columns:
-            margins = margin(batch, outside_words(batch))
+            margins = word_margins(batch, outside_word_indices(batch))
             evidence = evidence + word_weight * margins.to(image.device)
         if classes is None or len(slope) == 1:
             # the last entry is for all answers, or for answers that are no class of the fit
@@ -304,8 +306,8 @@ class Outside:
 class OutsideGraph(nn.Module):
     """``Outside.log_odds`` as a graph for export, for any number M of words.
 
-    ``far_words`` selects some of the words. In this graph all M words stay, and near words get a
-    mass of zero.
+    ``far_word_indices`` selects some of the words. In this graph all M words stay, and near words
+    get a mass of zero.
     """
 
     def __init__(self, outcome: Outside) -> None:
@@ -322,7 +324,7 @@ class OutsideGraph(nn.Module):
         """(B,) float64 log-odds; ``classes`` is as in ``Outside.log_odds``."""
         evidence = float64(batch.image) @ self.weight + self.bias
         if self.looks_at_words:
-            evidence = evidence + self.word_weight * self.margin(batch)
+            evidence = evidence + self.word_weight * self.word_margins(batch)
         if classes is None or not self.is_per_class:
             return self.slope[-1] * evidence + self.offset[-1]
         # not every runtime reads the index -1 as the last entry
@@ -331,8 +333,8 @@ class OutsideGraph(nn.Module):
         index = torch.where(answer < 0, index_of_no_class, answer)
         return self.slope[index] * evidence + self.offset[index]
 
-    def margin(self, batch: Batch) -> Tensor:
-        """(B,) float64 margins m(x), equal to the results of the function ``margin``."""
+    def word_margins(self, batch: Batch) -> Tensor:
+        """(B,) float64 margins m(x), equal to the results of the function ``word_margins``."""
         words = batch.columns[NEGATIVES]
         nearness = (words @ batch.text.T).amax(dim=1)
         # The sort need not be stable. In practice only equal words have equal nearness, and the
@@ -400,9 +402,9 @@ def learn_outside(train: Rows) -> Outside:
     if NEGATIVES not in train.columns:
         return Outside.not_learned()
     if train.unlabelled is None:
-        return learn_from_words(train, known_inside=True)
+        return learn_from_words(train, all_known_inside=True)
     source = train.unlabelled
-    return learn_from_words(Rows(source, source.usable_rows, train.columns), known_inside=False)
+    return learn_from_words(Rows(source, source.usable_rows, train.columns), all_known_inside=False)
 
 
 class Margins(NamedTuple):
@@ -423,22 +425,22 @@ class Margins(NamedTuple):
         dim = rows.source.space.embed_dim
         n = len(rows.index)
         # sums over the rows of z, z z^T, and z times the margin
-        total = torch.zeros(dim, dtype=torch.float64)
+        sum_of_images = torch.zeros(dim, dtype=torch.float64)
         gram = torch.zeros(dim, dim, dtype=torch.float64)
         cross = torch.zeros(dim, dtype=torch.float64)
         margins = []
         answers = []
         for batch in rows.batches(SCORING_BATCH):
             image = float64(batch.image)
-            margins_of_batch = margin(batch, outside_words(batch))
-            total += image.sum(dim=0)
+            margins_of_batch = word_margins(batch, outside_word_indices(batch))
+            sum_of_images += image.sum(dim=0)
             gram += image.T @ image
             cross += image.T @ margins_of_batch
             margins.append(margins_of_batch)
             answers.append(batch.prediction)
         all_margins = torch.cat(margins)
-        mean = total / n
-        # the sums with z - mean in place of z
+        mean = sum_of_images / n
+        # ``gram`` and ``cross`` are turned into sums with z - mean in place of z
         return cls(
             margin=all_margins,
             answer=torch.cat(answers),
@@ -447,7 +449,7 @@ class Margins(NamedTuple):
             cross=cross - mean * all_margins.sum(),
         )
 
-    def direction(self) -> tuple[Tensor, Tensor]:
+    def regress_on_image(self) -> tuple[Tensor, Tensor]:
         """Weights (D,) and intercept () of the ridge regression of the margin on the image.
 
         The centred images are divided by the root mean square of the image norms. The margins are
@@ -491,7 +493,7 @@ class Mixture(NamedTuple):
 
 
 def fit_mixture(
-    value: Tensor, answer: Tensor, n_classes: int, mean_sum: float, *, known_inside: bool
+    value: Tensor, answer: Tensor, n_classes: int, sum_of_means: float, *, all_known_inside: bool
 ) -> Mixture:
     """Fit the mixture with the largest posterior to values (N,) of images with answers (N,), by EM.
 
@@ -500,11 +502,11 @@ def fit_mixture(
 
     - The mean inside of a class is averaged with the mean over all classes. The mean over all
       classes has the weight of ``CLASS_PRIOR_ROWS`` rows.
-    - The mean outside is averaged with an expected value, ``mean_sum`` minus the lower quartile.
-      The expected value has the weight of ``OUTSIDE_PRIOR`` N rows. If all rows are inside, the
-      mean outside therefore stays near the expected value, and the share stays small.
+    - The mean outside is averaged with an expected value, ``sum_of_means`` minus the lower
+      quartile. The expected value has the weight of ``OUTSIDE_PRIOR`` N rows. If all rows are
+      inside, the mean outside therefore stays near the expected value, and the share stays small.
 
-    With ``known_inside`` no row is outside, so a single step gives the means inside and the
+    With ``all_known_inside`` no row is outside, so a single step gives the means inside and the
     variance. The mean outside is then the expected value, and the share is
     ``ASSUMED_OUTSIDE_SHARE``.
 
@@ -512,17 +514,17 @@ def fit_mixture(
         value: (N,) values, for example margins.
         answer: (N,) zero-shot answers.
         n_classes: Number K of classes.
-        mean_sum: Expected sum of the mean inside and the mean outside.
-        known_inside: Whether all images are known to be inside.
+        sum_of_means: Expected sum of the mean inside and the mean outside.
+        all_known_inside: Whether all images are known to be inside.
     """
     last_index = len(value) - 1
     ascending_value = value.sort().values
     low_quantile = float(ascending_value[int(0.05 * last_index)])  # the 5 % quantile
     lower_quartile = float(ascending_value[int(0.25 * last_index)])
-    expected_outside = mean_sum - lower_quartile
+    expected_outside = sum_of_means - lower_quartile
     # The likelihood grows without bound if a Gaussian narrows around equal values. The standard
     # deviation is therefore at least |expected_outside - lower_quartile| / MAX_SEPARATION.
-    min_deviation = max(abs(mean_sum - 2 * lower_quartile) / MAX_SEPARATION, 1e-6)
+    min_deviation = max(abs(sum_of_means - 2 * lower_quartile) / MAX_SEPARATION, 1e-6)
     # the 5 % and 25 % quantiles of a normal distribution are 1.645 - 0.674 = 0.97 standard
     # deviations apart
     deviation = max((lower_quartile - low_quantile) / 0.97, min_deviation)
@@ -532,13 +534,13 @@ def fit_mixture(
         variance=deviation**2,
         outside_share=ASSUMED_OUTSIDE_SHARE,
     )
-    n_passes = 1 if known_inside else MAX_EM_PASSES
+    n_passes = 1 if all_known_inside else MAX_EM_PASSES
     for _ in range(n_passes):
         p_outside = torch.zeros_like(value)
-        if not known_inside:
+        if not all_known_inside:
             slope, offset = mixture.log_odds()
             p_outside = torch.sigmoid(slope[answer] * value + offset[answer])
-        updated_mixture = _mixture_of_members(
+        updated_mixture = _maximisation_step(
             value,
             answer,
             p_outside,
@@ -546,7 +548,7 @@ def fit_mixture(
             expected_outside=expected_outside,
             min_deviation=min_deviation,
         )
-        if known_inside:
+        if all_known_inside:
             updated_mixture = updated_mixture._replace(outside_share=ASSUMED_OUTSIDE_SHARE)
         change_of_mean = abs(updated_mixture.outside_mean - mixture.outside_mean)
         change_of_share = abs(updated_mixture.outside_share - mixture.outside_share)
@@ -556,7 +558,7 @@ def fit_mixture(
     return mixture
 
 
-def _mixture_of_members(
+def _maximisation_step(
     value: Tensor,
     answer: Tensor,
     p_outside: Tensor,
@@ -567,7 +569,7 @@ def _mixture_of_members(
 ) -> Mixture:
     """The mixture for values (N,) of images, given P(outside) of every image as ``p_outside`` (N,).
 
-    This is one step of ``fit_mixture``. ``answer`` (N,) are the zero-shot answers.
+    This is the second step of a pass of EM. ``answer`` (N,) are the zero-shot answers.
     ``expected_outside`` is the expected mean outside, and ``min_deviation`` is the minimum standard
     deviation.
     """
@@ -599,31 +601,31 @@ def _mixture_of_members(
     )
 
 
-def learn_from_words(rows: Rows, *, known_inside: bool) -> Outside:
+def learn_from_words(rows: Rows, *, all_known_inside: bool) -> Outside:
     """Learn the outcome "outside" from everyday words, without examples of images outside.
 
     An image outside relates to the M words as an image inside relates to the K classes. The
     expected margin of an image outside is therefore log(M / K) minus the margin of an image inside.
 
-    Unless the rows are ``known_inside``, the rows are a mixture of images inside and outside. If
-    enough rows are outside, the value of a row is an average of two numbers: the margin, and the
-    margin predicted from the image by a ridge regression (``Margins.direction``). Otherwise the
-    value is the margin alone.
+    Unless the rows are ``all_known_inside``, the rows are a mixture of images inside and outside.
+    If enough rows are outside, the value of a row is an average of two numbers: the margin, and the
+    margin predicted from the image by a ridge regression (``Margins.regress_on_image``). Otherwise
+    the value is the margin alone.
     """
     margins = Margins.of(rows)
     n_classes = rows.source.n_candidates
     # all rows have the same words, so the words are read for no row
     all_words = rows.source.column(NEGATIVES, rows.index[:0])
     n_words = max(round(WORD_SHARE * len(all_words)), 1)
-    mean_sum = math.log(n_words / n_classes)  # of the margins inside and outside
+    sum_of_means = math.log(n_words / n_classes)  # of the margins inside and outside
     # with these weights, the value of a row is the margin alone
     weight = torch.zeros_like(margins.mean)
     bias = torch.zeros((), dtype=torch.float64)
     word_weight = torch.ones((), dtype=torch.float64)
     mixture = None
-    has_few_rows = len(margins.margin) < DIRECTION_ROWS
-    if not known_inside and not has_few_rows:
-        direction, intercept = margins.direction()
+    has_few_rows = len(margins.margin) < MIN_DIRECTION_ROWS
+    if not all_known_inside and not has_few_rows:
+        direction, intercept = margins.regress_on_image()
         direction = PREDICTION_SHARE * direction
         intercept = PREDICTION_SHARE * intercept
         predictions = []
@@ -631,7 +633,7 @@ def learn_from_words(rows: Rows, *, known_inside: bool) -> Outside:
             predictions.append(float64(batch.image) @ direction + intercept)
         value = torch.cat(predictions) + (1 - PREDICTION_SHARE) * margins.margin
         mixture_of_averages = fit_mixture(
-            value, margins.answer, n_classes, mean_sum, known_inside=False
+            value, margins.answer, n_classes, sum_of_means, all_known_inside=False
         )
         # With hardly any image outside, the regression fits another property of the images. The
         # value is then the margin alone.
@@ -643,12 +645,12 @@ def learn_from_words(rows: Rows, *, known_inside: bool) -> Outside:
     if mixture is None:
         # A few rows do not show the share of images outside. The mixture is then fitted as if all
         # rows were inside.
-        assume_inside = known_inside or has_few_rows
+        assume_inside = all_known_inside or has_few_rows
         mixture = fit_mixture(
-            margins.margin, margins.answer, n_classes, mean_sum, known_inside=assume_inside
+            margins.margin, margins.answer, n_classes, sum_of_means, all_known_inside=assume_inside
         )
     notes = {
-        "outside_share": None if known_inside else mixture.outside_share,
+        "outside_share": None if all_known_inside else mixture.outside_share,
         "outside_apart": mixture.separation,
     }
     # With less separation the two Gaussians are two halves of one mode. P(outside) would then only
@@ -672,7 +674,7 @@ class Regressors(NamedTuple):
             return cls(replace(rows, columns=()), None)
         margins = []
         for batch in replace(rows, columns=(NEGATIVES,)).batches(SCORING_BATCH):
-            margins.append(margin(batch, outside_words(batch)))
+            margins.append(word_margins(batch, outside_word_indices(batch)))
         return cls(replace(rows, columns=()), torch.cat(margins))
 
     def blocks(self) -> Iterator[Tensor]:
@@ -718,7 +720,7 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
         optimizer.zero_grad()
         penalty = (prior_precision * weights.square()).sum() / (2 * n_rows)
         penalty.backward()
-        total = penalty.detach()
+        total_loss = penalty.detach()
         for is_outside, regressors in ((0, inside), (1, outside)):
             for inputs in regressors.blocks():
                 standardised_inputs = (inputs - centre) / scale
@@ -730,8 +732,8 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
                 )
                 loss = loss_sum / n_rows
                 loss.backward()
-                total = total + loss.detach()
-        return total
+                total_loss = total_loss + loss.detach()
+        return total_loss
 
     optimizer.step(objective)
     # the weights of inputs that are centred but not scaled
@@ -750,19 +752,21 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
 def _standardisation(sets: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:
     """Number of rows of all sets, and means (W,) and scales (W,) of the W regressors.
 
-    The scale of all D image regressors is the root mean square norm of the centred images. The
+    All D image regressors have the same scale, the root mean square norm of the centred images. The
     scale of the margin is the standard deviation of the margins.
     """
     n_rows = 0
-    total = torch.zeros((), dtype=torch.float64)
-    squares = torch.zeros((), dtype=torch.float64)
+    # The sums over all rows have the shape (W,) from the first block on. The zeros () add to a
+    # block of any width.
+    sum_of_inputs = torch.zeros((), dtype=torch.float64)
+    sum_of_squares = torch.zeros((), dtype=torch.float64)
     for regressors in sets:
         for inputs in regressors.blocks():
             n_rows = n_rows + len(inputs)
-            total = total + inputs.sum(dim=0)
-            squares = squares + inputs.square().sum(dim=0)
-    mean = total / n_rows
-    variance = (squares / n_rows - mean.square()).clamp_min(0)
+            sum_of_inputs = sum_of_inputs + inputs.sum(dim=0)
+            sum_of_squares = sum_of_squares + inputs.square().sum(dim=0)
+    mean = sum_of_inputs / n_rows
+    variance = (sum_of_squares / n_rows - mean.square()).clamp_min(0)
     # scales of at least 1e-6 avoid a division by 0 for constant regressors
     image_scale = variance[:dim].sum().sqrt().clamp_min(1e-6).expand(dim)
     margin_scale = variance[dim:].sqrt().clamp_min(1e-6)

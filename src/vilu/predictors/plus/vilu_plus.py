@@ -22,22 +22,27 @@ from vilu.predictors.contract.coalitions import Coalitions, PoolCoalitions
 from vilu.predictors.contract.held_out import HeldOutAnswers, folds_have_every_class
 from vilu.predictors.contract.labelled import (
     class_texts,
-    cross_fitting,
+    cross_fit_splits,
     failure_log_odds,
     log_odds_with_outside,
 )
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt
 from vilu.predictors.nn.attention import (
     FEATURES,
+    ClassMatch,
     ImageInputs,
-    Match,
     StartLogits,
     SupervisedAttention,
     fit_attention,
 )
-from vilu.predictors.nn.experts import Adapter, Experts, Memory, pool
+from vilu.predictors.nn.experts import Adapter, Experts, Memory, pooled_logits
 from vilu.predictors.nn.pooled import PooledLogits
-from vilu.predictors.nn.train import AdamWConfig, default_batch, small_network_epochs, train_adamw
+from vilu.predictors.nn.train import (
+    AdamWConfig,
+    default_batch_size,
+    small_network_epochs,
+    train_adamw,
+)
 from vilu.predictors.plus.ood import (
     NEGATIVES,
     Outside,
@@ -55,7 +60,7 @@ The prior mean is 1 for the first expert, the attention, and 0 for further exper
 """
 
 
-def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.float64]:
+def fit_pool_weights(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.float64]:
     """Weights w (M,) >= 0 with the largest posterior, for a log-linear pool of M experts.
 
     The prior of w is N((1, 0, ...), ``POOL_SD``^2). The problem is convex.
@@ -87,19 +92,19 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
     return np.asarray(minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=bounds).x)
 
 
-MEMORY_ROWS = 4_096
+MAX_MEMORY_ROWS = 4_096
 """The memory is an expert of the pool if there are at most this many training rows.
 
 With more rows the network learns enough without the memory (docs/methods/vilu_plus.md).
 """
 
-MIN_LABELS = 10
+MIN_LABELS_PER_CLASS = 10
 """There are experts beside the attention if the classes have at least this many labels on average.
 
 With fewer labels, folds lack classes, and the experts overfit.
 """
 
-ENOUGH_POOL_ROWS = 250
+ENOUGH_HELD_OUT_ROWS = 250
 """This number of held-out rows suffices to fit the three weights of the pool.
 
 Folds are fitted until this number of rows was held out.
@@ -247,41 +252,43 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         weights = torch.ones(1, dtype=torch.float64)
-        kinds = self._companion_kinds(train)
-        if kinds and validation is not None:
+        companion_kinds = self._companion_kinds(train)
+        if companion_kinds and validation is not None:
             require_known_classes(validation, class_texts(train))
         learned_classes = self._learn_classes(train)
-        start = None
+        start_logits = None
         if learned_classes is not None:
             logit_scale = train.source.space.logit_scale
-            start = learned_classes.start_logits(class_texts(train), logit_scale)
+            start_logits = learned_classes.start_logits(class_texts(train), logit_scale)
         experts = None
         rows_of_experts = None  # the rows of the fit of ``experts``
         held_out_answers = None
-        if kinds:
+        if companion_kinds:
             # The pool and the experts are fitted on different rows. On the same rows the memory
             # would get all the weight, since the memory contains the labels of the rows.
-            folds = cross_fitting(train, failure, validation, self.seed)
+            folds = cross_fit_splits(train, failure, validation, self.seed)
             _, first_held_out = folds[0]  # all folds hold out about the same number of rows
-            n_folds = math.ceil(ENOUGH_POOL_ROWS / len(first_held_out.index))
+            n_folds = math.ceil(ENOUGH_HELD_OUT_ROWS / len(first_held_out.index))
             posteriors_of_batches = []
             for rows_to_fit, held_out_rows in folds[:n_folds]:
                 experts = self._fit_experts(
-                    rows_to_fit, kinds, weights, start, similar_experts=experts
+                    rows_to_fit, companion_kinds, weights, start_logits, similar_experts=experts
                 )
                 rows_of_experts = rows_to_fit
-                posteriors_of_batches += log_posteriors(experts, held_out_rows, self.device_)
+                posteriors_of_batches += expert_posteriors(experts, held_out_rows, self.device_)
             log_p = torch.cat([batch.log_p for batch in posteriors_of_batches])
             target = torch.cat([batch.target for batch in posteriors_of_batches]).numpy()
             answer = torch.cat([batch.answer for batch in posteriors_of_batches]).numpy()
-            weights = torch.from_numpy(fit_pool(log_p.numpy(), target))
+            weights = torch.from_numpy(fit_pool_weights(log_p.numpy(), target))
             if folds_have_every_class(folds):
-                log_q = pool(log_p, weights).log_softmax(dim=1).numpy()
+                log_q = pooled_logits(log_p, weights).log_softmax(dim=1).numpy()
                 held_out_answers = HeldOutAnswers.of_posterior(log_q, answer, target)
         # With a validation set, the experts above were already fitted on all training rows.
         # Otherwise the experts were fitted on a fold, or there are no experts yet.
         if experts is None or rows_of_experts is not train:
-            experts = self._fit_experts(train, kinds, weights, start, similar_experts=experts)
+            experts = self._fit_experts(
+                train, companion_kinds, weights, start_logits, similar_experts=experts
+            )
         tensors = {name: tensor.cpu() for name, tensor in experts.state_dict().items()}
         tensors[POOL_TENSOR] = weights
         outside = learn_outside(train)
@@ -303,26 +310,26 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     def _companion_kinds(self, train: Rows) -> tuple[str, ...]:
         """The kinds of experts beside the attention, by the size of the training set."""
         n_rows = len(train.index)
-        has_few_labels = n_rows < MIN_LABELS * train.source.n_candidates
+        has_few_labels = n_rows < MIN_LABELS_PER_CLASS * train.source.n_candidates
         if train.source.pool_size is not None or has_few_labels:
             return ()
-        if n_rows > MEMORY_ROWS:
+        if n_rows > MAX_MEMORY_ROWS:
             return ("adapter",)
         return ("adapter", "memory")
 
     def _fit_experts(
         self,
         rows: Rows,
-        kinds: tuple[str, ...],
+        companion_kinds: tuple[str, ...],
         weights: Tensor,
         start: StartLogits | None,
         similar_experts: Experts | None,
     ) -> Experts:
-        """Fit the experts of the pool: the attention, and an expert of each of these ``kinds``.
+        """Fit the experts of the pool: the attention, and an expert of each kind.
 
         Args:
             rows: The rows to fit on.
-            kinds: Kinds of the experts beside the attention: "adapter", "memory".
+            companion_kinds: Kinds of the experts beside the attention: "adapter", "memory".
             weights: Weights of the experts in the pool.
             start: Logits estimated from images without labels.
             similar_experts: Experts already fitted to most of these rows. The fit starts from the
@@ -347,22 +354,24 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             sharing=self.sharing,
             device=self.device_,
             start=start,
-            has_few_rows=not kinds,
+            has_few_rows=not companion_kinds,
             warm_start=warm_start,
         )
-        fits = {"adapter": self._fit_adapter, "memory": Memory.of}
-        companions = {kind: fits[kind](attention, rows) for kind in kinds}
+        fit_functions = {"adapter": self._fit_adapter, "memory": Memory.fit}
+        companions = {kind: fit_functions[kind](attention, rows) for kind in companion_kinds}
         return Experts(attention, companions, weights).eval().requires_grad_(requires_grad=False)
 
     def _fit_adapter(self, attention: SupervisedAttention, rows: Rows) -> Adapter:
-        """Train the network to add a residual to the logits ``attention.offset``."""
+        """Train the network to add a residual to the logits ``attention.tempered_logits``."""
 
         def loss(batch: Batch, residual: Tensor) -> Tensor:
-            return functional.cross_entropy(attention.offset(batch) + residual, batch.target)
+            return functional.cross_entropy(
+                attention.tempered_logits(batch) + residual, batch.target
+            )
 
         batch_size = self.batch_size
         if batch_size is None:
-            batch_size = 2 * default_batch(len(rows.index))
+            batch_size = 2 * default_batch_size(len(rows.index))
         n_classes = len(attention.classes)
         adapter = Adapter(attention.inputs, n_classes, self.width, self.dropout, self.seed)
         config = self._settings(AdamWConfig, batch_size=batch_size)
@@ -372,16 +381,19 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     def _score(self, batch: Batch) -> Tensor:
         # zero-shot answers are computed here for all rows at once, and kept by the batch
         answered_batch = batch.answered(batch.zero_shot)
-        blocks = self.experts.blocks(answered_batch)
-        log_odds = torch.cat([failure_log_odds(logits, rows) for rows, logits in blocks])
+        blocks = self.experts.logit_blocks(answered_batch)
+        log_odds = torch.cat(
+            [failure_log_odds(logits, block_batch) for block_batch, logits in blocks]
+        )
         if self.outcome:
             log_odds = log_odds_with_outside(log_odds, self.outside_log_odds(batch))
         return torch.sigmoid(log_odds)
 
     def outside_log_odds(self, batch: Batch) -> Tensor:
         """(B,) float64 log-odds of the outcome "outside": an image of none of the classes."""
-        match = self.experts.attention.match(batch.text)
-        classes = torch.where(match.is_class, match.nearest_class, -1)  # -1: no training class
+        class_match = self.experts.attention.match_classes(batch.text)
+        # -1: no training class
+        classes = torch.where(class_match.is_class, class_match.nearest_class, -1)
         return self.outcome.log_odds(batch, classes)
 
     def log_posterior(self, batch: Batch) -> Tensor:
@@ -453,29 +465,31 @@ class PlusGraph(nn.Module):
         """(N,) float64 uncertainties of the judged answers."""
         log_odds = failure_log_odds(self.log_posterior(batch), batch)
         if self.outside is not None:
-            match = self.match(batch)
+            class_match = self.match_classes(batch)
             classes = None
-            if match is not None:
+            if class_match is not None:
                 # -1: no training class
-                classes = torch.where(match.is_class, match.nearest_class, -1)
+                classes = torch.where(class_match.is_class, class_match.nearest_class, -1)
             log_odds = log_odds_with_outside(log_odds, self.outside(batch, classes))
         return torch.sigmoid(log_odds)
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """(N, K) float64 log probabilities of the candidates, up to a constant of every row."""
-        match = self.match(batch)
-        logits = self.experts.all_logits(batch, match)
+        class_match = self.match_classes(batch)
+        logits = self.experts.all_expert_logits(batch, class_match)
         weights: Tensor = self.attention_only
-        if match is not None and len(self.expert_weights) > 1:
-            weights = torch.where(match.is_class.all(), self.expert_weights, self.attention_only)
-        return pool(float64(logits).log_softmax(dim=-1), weights)
+        if class_match is not None and len(self.expert_weights) > 1:
+            weights = torch.where(
+                class_match.is_class.all(), self.expert_weights, self.attention_only
+            )
+        return pooled_logits(float64(logits).log_softmax(dim=-1), weights)
 
-    def match(self, batch: Batch) -> Match | None:
+    def match_classes(self, batch: Batch) -> ClassMatch | None:
         """The candidates compared with the training classes; None without training classes."""
         attention = self.experts.attention
         if not len(attention.classes):
             return None
-        return attention.match(batch.text)
+        return attention.match_classes(batch.text)
 
 
 def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
@@ -505,15 +519,15 @@ class ExpertPosteriors(NamedTuple):
     answer: Tensor  # (B,) zero-shot answers
 
 
-def log_posteriors(experts: Experts, rows: Rows, device: torch.device) -> list[ExpertPosteriors]:
+def expert_posteriors(experts: Experts, rows: Rows, device: torch.device) -> list[ExpertPosteriors]:
     """The posteriors of all rows by the experts, batch by batch, on the CPU."""
     posteriors_of_batches = []
     with torch.no_grad():
         for batch in rows.batches(SCORING_BATCH):
-            posteriors = ExpertPosteriors(
+            posteriors_of_batch = ExpertPosteriors(
                 log_p=experts.log_posteriors(batch.to(device)).cpu(),
                 target=batch.target,
                 answer=batch.zero_shot.prediction,
             )
-            posteriors_of_batches.append(posteriors)
+            posteriors_of_batches.append(posteriors_of_batch)
     return posteriors_of_batches

@@ -24,7 +24,7 @@ from vilu.predictors.bank.closed_set import ClosedSet
 from vilu.predictors.bank.search import Count, draw_rows
 from vilu.predictors.contract.coalitions import Coalitions, PoolCoalitions
 from vilu.predictors.contract.labelled import (
-    FEW_ROWS,
+    MIN_RELIABLE_ROWS,
     class_texts,
     failure_log_odds,
     log_odds_with_outside,
@@ -51,20 +51,20 @@ The first pass uses the zero-shot posterior, and the second the pooled posterior
 """
 RIDGE = 0.7
 """Weight of the spherical part in the regularised covariance within classes."""
-NO_SPREAD = 1e-12
+NEGLIGIBLE_VARIANCE = 1e-12
 """All images count as equal if the variance is at most this."""
-ABSENT_SCALE = 0.5
+ABSENT_MEAN_COUNT = 0.5
 """Assumed mean count, in rows, of an absent class."""
-KNOWN_TO_OCCUR = 5.0
+PRIOR_OCCURRING_CLASSES = 5.0
 """As a prior, this number of further classes is taken to occur.
 
 Without this prior, a few classes with a count of zero would make most classes count as absent.
 """
-LOST_SHARE = 0.1
+MISCOUNTED_SHARE = 0.1
 """Assumed share of occurring classes with a count near zero: the rows count for wrong classes."""
-MAX_ANCHOR = 100.0
+MAX_ANCHOR_ROWS = 100.0
 """Maximum weight, in rows, of the anchor of a class mean."""
-FULL_TRUST_VARIANCE = 0.2
+FULL_WEIGHT_VARIANCE = 0.2
 """The prototypes get full weight if the variance between class means is at least this.
 
 The unit is the variance within classes.
@@ -73,11 +73,11 @@ MIN_PLACEMENT = 0.5
 """The prototypes get no weight if purity and slope (``placement``) are at most this."""
 FULL_PLACEMENT = 0.7
 """The prototypes get full weight if purity or slope (``placement``) is at least this."""
-MIN_MEMBERS = 2.0
+MIN_ROWS_PER_CLASS = 2.0
 """The prototypes get no weight if an occurring class has at most this many rows on average."""
-STRENGTHS = (0.0, 0.25, 0.5, 1.0)
+OCCURRENCE_STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 """Candidate values of lambda, the factor of the log occurrence probabilities."""
-TRUSTS = (0.0, *(0.01 * 1.3**i for i in range(24)))
+PROTOTYPE_SCALES = (0.0, *(0.01 * 1.3**i for i in range(24)))
 """Candidate values of tau, the factor of the discriminants of the prototypes."""
 
 
@@ -118,8 +118,8 @@ class ViLUZero(SeesOutside, ClosedSet):
     The weight s of the prototypes is ``share`` times three factors in [0, 1]. The first factor is
     1 - 2 K' / N, with K' = K (1 - rho) occurring classes. Up to two rows per occurring class this
     factor is 0, because prototypes of so few rows do harm. The second factor is the square of r,
-    where r is the variance between the means of the classes divided by ``FULL_TRUST_VARIANCE``, and
-    at most 1. The third factor measures whether the mean of a class lies at the class, by the
+    where r is the variance between the means of the classes divided by ``FULL_WEIGHT_VARIANCE``,
+    and at most 1. The third factor measures whether the mean of a class lies at the class, by the
     members or by the texts (``placement``).
 
     *Images of none of the classes* (P_outside). Where the data have the column ``negatives`` of
@@ -196,19 +196,19 @@ class ViLUZero(SeesOutside, ClosedSet):
         bank, _ = draw_rows(train, self.max_bank, self.seed)
         learned_classes = learn_classes(bank, self.share, self.seed, self.device_)
         outside = Outside.not_learned()
-        if NEGATIVES in bank.columns and len(bank.index) >= FEW_ROWS:
-            outside = learn_from_words(bank, known_inside=False)
+        if NEGATIVES in bank.columns and len(bank.index) >= MIN_RELIABLE_ROWS:
+            outside = learn_from_words(bank, all_known_inside=False)
         tensors = {
             "scale": torch.tensor(1 - learned_classes.share, dtype=torch.float64),
             "centre": learned_classes.centre,
             "weight": learned_classes.weight,
-            "bias": learned_classes.bias + learned_classes.occurrence,
+            "bias": learned_classes.bias + learned_classes.log_occurrence,
             CLASSES: class_texts(train),
             **outside.tensors(),
         }
         return Learnt(tensors, {**learned_classes.notes, **outside.notes})
 
-    def parts(self, batch: Batch) -> PooledLogits:
+    def pooled_parts(self, batch: Batch) -> PooledLogits:
         """The three parts of the pooled logits l' of a batch."""
         image = float64(normalize(batch.image, dim=1))
         classes = self.classes_of(batch.text).to(image.device)
@@ -223,7 +223,7 @@ class ViLUZero(SeesOutside, ClosedSet):
         )
 
     def _score(self, batch: Batch) -> Tensor:
-        log_odds = failure_log_odds(self.parts(batch).logits, batch)
+        log_odds = failure_log_odds(self.pooled_parts(batch).logits, batch)
         return torch.sigmoid(log_odds_with_outside(log_odds, self.outside_log_odds(batch)))
 
     def outside_log_odds(self, batch: Batch) -> Tensor:
@@ -232,11 +232,11 @@ class ViLUZero(SeesOutside, ClosedSet):
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64 log probabilities of the candidates under the pooled logits."""
-        return self.parts(batch).logits.log_softmax(dim=-1)
+        return self.pooled_parts(batch).logits.log_softmax(dim=-1)
 
     def coalitions(self) -> Coalitions:
         """Coalitions of the parts of the pooled logits."""
-        return PoolCoalitions(self.parts, self.outside_log_odds if self.outcome else None)
+        return PoolCoalitions(self.pooled_parts, self.outside_log_odds if self.outcome else None)
 
 
 class LearnedClasses(NamedTuple):
@@ -253,7 +253,7 @@ class LearnedClasses(NamedTuple):
     centre: Tensor  # (D,)
     weight: Tensor  # (K, D)
     bias: Tensor  # (K,)
-    occurrence: Tensor  # (K,), o of ``ViLUZero``
+    log_occurrence: Tensor  # (K,), o of ``ViLUZero``
     notes: dict[str, Any]
 
     def start_logits(self, text: Tensor, logit_scale: float) -> StartLogits:
@@ -267,7 +267,7 @@ class LearnedClasses(NamedTuple):
             centre=self.centre,
             weight=self.weight - scaled_text,
             bias=self.bias - scaled_text @ self.centre,
-            occurrence=self.occurrence,
+            log_occurrence=self.log_occurrence,
         )
 
 
@@ -278,36 +278,36 @@ def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device)
     """
     text = class_texts(rows)
     share = 0.0
-    trust = 0.0
+    prototype_scale = 0.0
     prototypes = Classifier.zero(text)
-    occurrence = torch.zeros(len(text), dtype=torch.float64)
+    log_occurrence = torch.zeros(len(text), dtype=torch.float64)
     notes: dict[str, Any] = {}
     # Each half of the rows checks the estimates of the other half. Fewer rows do not suffice for
     # two halves. Nothing is learned then, and the pooled logits are the zero-shot logits.
     n_rows = len(rows.index)
-    if n_rows >= FEW_ROWS:
+    if n_rows >= MIN_RELIABLE_ROWS:
         halves = UnlabelledHalves(rows, seed, device)
-        occurrence, absent_share = halves.occurrence()
+        log_occurrence, absent_share = halves.estimate_occurrence()
         n_occurring = len(text) * (1 - absent_share)
-        max_share = max_share * sufficiency(n_rows, n_occurring)
-        purity = halves.purity(occurrence)
-        share, trust, prototypes = halves.prototypes(occurrence, max_share, purity)
+        max_share = max_share * row_count_factor(n_rows, n_occurring)
+        purity = halves.purity(log_occurrence)
+        share, prototype_scale, prototypes = halves.prototypes(log_occurrence, max_share, purity)
         notes = {
             "absent": absent_share,
             "share": share,
-            "trust": trust,
+            "trust": prototype_scale,
             "slope": prototypes.slope,
             "anchor": prototypes.anchor,
             "apart": prototypes.separation,
             "purity": purity,
         }
-    factor = share * trust
+    factor = share * prototype_scale
     return LearnedClasses(
         share=share,
         centre=prototypes.centre,
         weight=factor * prototypes.weight,
         bias=factor * prototypes.bias,
-        occurrence=occurrence,
+        log_occurrence=log_occurrence,
         notes=notes,
     )
 
@@ -375,7 +375,7 @@ class Classifier(NamedTuple):
         return centred @ self.weight.to(image).T + self.bias.to(image)
 
 
-def fit_classifier(moments: SoftMembers, text: Tensor) -> Classifier:
+def fit_classifier(member_sums: SoftMembers, text: Tensor) -> Classifier:
     """Fit Gaussians with a common covariance W and means anchored at texts (K, D).
 
     The mean m_c of the n_c soft members of class c is modelled as
@@ -388,30 +388,30 @@ def fit_classifier(moments: SoftMembers, text: Tensor) -> Classifier:
        sum_c sum_i p_ic^2 / n_c.
     2. a is the slope of the weighted least-squares regression, at least 0.
     3. 1 / kappa is estimated from the mean square of the residuals; kappa is at most
-       ``MAX_ANCHOR``.
+       ``MAX_ANCHOR_ROWS``.
     4. ``separation`` is the variance between the means of the classes: the mean square of m_c - m,
        minus the sampling noise.
     """
-    count = moments.counts.clamp(min=1e-9)  # a divisor, so never 0
-    n = float(moments.counts.sum())
-    mean = moments.image_sums.sum(0) / n
-    centred_means = moments.image_sums / count[:, None] - mean
-    scatter = moments.image_products - n * torch.outer(mean, mean)
-    scatter_within = scatter - (centred_means.T * moments.counts) @ centred_means
+    count = member_sums.counts.clamp(min=1e-9)  # a divisor, so never 0
+    n = float(member_sums.counts.sum())
+    mean = member_sums.image_sums.sum(0) / n
+    centred_means = member_sums.image_sums / count[:, None] - mean
+    scatter = member_sums.image_products - n * torch.outer(mean, mean)
+    scatter_within = scatter - (centred_means.T * member_sums.counts) @ centred_means
     # division by N would treat the means as known, and underestimate the variance of small classes
-    degrees_of_means = float((moments.squares / count).sum())
+    degrees_of_means = float((member_sums.squares / count).sum())
     covariance = scatter_within / max(n - degrees_of_means, 1.0)
     dim = len(covariance)
     variance = float(covariance.trace()) / dim
-    if variance <= NO_SPREAD:
+    if variance <= NEGLIGIBLE_VARIANCE:
         return Classifier.zero(text)
     # Few rows estimate D^2 / 2 covariances badly, and the inverse magnifies small eigenvalues. The
     # covariance is therefore mixed with a spherical covariance.
     identity = torch.eye(dim, dtype=torch.float64)
     precision = torch.linalg.inv((1 - RIDGE) * covariance + RIDGE * variance * identity)
     # the slope of weighted least squares: products of means and texts, over products of texts
-    centred_texts = text - (moments.counts @ text) / n
-    weighted_texts = moments.counts[:, None] * (centred_texts @ precision)
+    centred_texts = text - (member_sums.counts @ text) / n
+    weighted_texts = member_sums.counts[:, None] * (centred_texts @ precision)
     means_on_texts = (weighted_texts * centred_means).sum()
     texts_on_texts = (weighted_texts * centred_texts).sum().clamp(min=1e-12)
     slope = float((means_on_texts / texts_on_texts).clamp(min=0))
@@ -424,14 +424,14 @@ def fit_classifier(moments: SoftMembers, text: Tensor) -> Classifier:
         The variance is the mean square, weighted by the counts, minus the noise K / N of K means.
         """
         squares = ((vectors @ precision) * vectors).sum(1)
-        mean_square = float((moments.counts * squares).sum()) / (mean_square_within * n)
+        mean_square = float((member_sums.counts * squares).sum()) / (mean_square_within * n)
         return mean_square - len(count) / n
 
     residual_variance = variance_without_noise(centred_means - slope * centred_texts)
-    anchor = 1 / max(residual_variance, 1 / MAX_ANCHOR)
+    anchor = 1 / max(residual_variance, 1 / MAX_ANCHOR_ROWS)
     # weighted means of the means of the members (weight n_c) and the prior means (weight kappa)
-    weighted_sums = moments.counts[:, None] * centred_means + anchor * slope * centred_texts
-    means = weighted_sums / (moments.counts + anchor)[:, None]
+    weighted_sums = member_sums.counts[:, None] * centred_means + anchor * slope * centred_texts
+    means = weighted_sums / (member_sums.counts + anchor)[:, None]
     weight = means @ precision
     bias = -(weight * means).sum(1) / 2
     separation = variance_without_noise(centred_means)
@@ -488,19 +488,19 @@ class UnlabelledHalves:
                     count += posterior.sum(0).double().cpu()
         return count
 
-    def occurrence(self) -> tuple[Tensor, float]:
+    def estimate_occurrence(self) -> tuple[Tensor, float]:
         """The offsets o (K,) of ``ViLUZero``, at most 0, and the share of absent classes."""
-        log_presence, absent_share = presence(self.counts(halves=(0, 1)))
+        log_presence, absent_share = fit_presence(self.counts(halves=(0, 1)))
         all_occur = not bool(log_presence.any())  # every log P(c occurs) is 0
         if all_occur:
             return log_presence, 0.0
         # The evidence of a half is computed with the counts of the other half. With counts of the
         # same half, the full strength would always have the most evidence.
-        evidence = torch.zeros(len(STRENGTHS), dtype=torch.float64)
+        evidence = torch.zeros(len(OCCURRENCE_STRENGTHS), dtype=torch.float64)
         for half in (0, 1):
-            log_presence_in_other, _ = presence(self.counts(halves=(1 - half,)))
+            log_presence_in_other, _ = fit_presence(self.counts(halves=(1 - half,)))
             evidence += self._evidence(half, log_presence_in_other)
-        strength = STRENGTHS[int(evidence.argmax())]
+        strength = OCCURRENCE_STRENGTHS[int(evidence.argmax())]
         if strength == 0:
             absent_share = 0.0
         return strength * log_presence, absent_share
@@ -514,7 +514,7 @@ class UnlabelledHalves:
         """
         # s o_c minus the logarithm of the denominator
         offsets = []
-        for strength in STRENGTHS:
+        for strength in OCCURRENCE_STRENGTHS:
             offset = strength * log_presence
             offsets.append(offset - offset.logsumexp(0))
         total = torch.zeros(len(offsets), dtype=torch.float64)
@@ -525,38 +525,40 @@ class UnlabelledHalves:
         return total
 
     def prototypes(
-        self, occurrence: Tensor, max_share: float, purity: float
+        self, log_occurrence: Tensor, max_share: float, purity: float
     ) -> tuple[float, float, Classifier]:
         """The weight of the prototypes (at most ``max_share``), tau, and the prototypes."""
         text = float64(self.text).cpu()
         share = 0.0
-        trust = 0.0
+        prototype_scale = 0.0
         no_prototypes = Classifier.zero(text)
         # each half is scored with the prototypes of the other half
         other_half_prototypes = [no_prototypes, no_prototypes]
         prototypes = no_prototypes
         for _ in range(N_ROUNDS):
-            moments = self._moments(occurrence, other_half_prototypes, trust, share)
-            first_prototypes = fit_classifier(moments.of_half(0), text)
-            second_prototypes = fit_classifier(moments.of_half(1), text)
+            member_sums = self._member_sums(
+                log_occurrence, other_half_prototypes, prototype_scale, share
+            )
+            first_prototypes = fit_classifier(member_sums.of_half(0), text)
+            second_prototypes = fit_classifier(member_sums.of_half(1), text)
             other_half_prototypes = [second_prototypes, first_prototypes]
-            prototypes = fit_classifier(moments.of_both_halves(), text)
-            trust = self._trust(occurrence, other_half_prototypes)
+            prototypes = fit_classifier(member_sums.of_both_halves(), text)
+            prototype_scale = self._best_prototype_scale(log_occurrence, other_half_prototypes)
             share = 0.0
-            if trust:
-                relative_variance = prototypes.separation / FULL_TRUST_VARIANCE
+            if prototype_scale:
+                relative_variance = prototypes.separation / FULL_WEIGHT_VARIANCE
                 separation_factor = min(max(relative_variance, 0.0), 1.0) ** 2
                 share = max_share * separation_factor * placement(purity, prototypes.slope)
-        return share, trust, prototypes
+        return share, prototype_scale, prototypes
 
-    def purity(self, occurrence: Tensor) -> float:
+    def purity(self, log_occurrence: Tensor) -> float:
         """The expected share of right rows among the soft members of a class, sum p^2 / N.
 
         p are the posteriors softmax(l + o). At most ``MAX_EM_ROWS`` / 2 rows of each half are read.
         """
         # A row counts as a member of class c with weight p_c. If posteriors are calibrated, the row
         # belongs to class c with probability p_c.
-        offset = occurrence.float().to(self.device)
+        offset = log_occurrence.float().to(self.device)
         squares = 0.0
         n = 0
         for half in (0, 1):
@@ -566,53 +568,56 @@ class UnlabelledHalves:
                 n += len(logits)
         return squares / n
 
-    def _moments(
+    def _member_sums(
         self,
-        occurrence: Tensor,
+        log_occurrence: Tensor,
         other_half_prototypes: list[Classifier],
-        trust: float,
+        prototype_scale: float,
         share: float,
     ) -> SoftMembers:
         """Sums over the soft members of both halves.
 
         The posterior of a row is pooled with the prototypes of the other half, with weight
-        ``share`` and scale ``trust``. ``occurrence`` (K,) is o of ``ViLUZero``.
+        ``share`` and scale ``prototype_scale``. ``log_occurrence`` (K,) is o of ``ViLUZero``.
         """
         n_classes, dim = self.text.shape
-        moments = SoftMembers.empty(n_classes, dim)
+        member_sums = SoftMembers.empty(n_classes, dim)
         for half in (0, 1):
             for image, logits in self.blocks(half):
-                pooled_logits = logits + occurrence.float().to(self.device)
+                pooled_logits = logits + log_occurrence.float().to(self.device)
                 # prototypes of the same half would only confirm the memberships of this half
-                if trust:
-                    prototype_logits = trust * other_half_prototypes[half].discriminants(image)
+                if prototype_scale:
+                    discriminants = other_half_prototypes[half].discriminants(image)
+                    prototype_logits = prototype_scale * discriminants
                     pooled_logits = pooled_logits + share * (prototype_logits - logits)
-                moments.add(half, pooled_logits.softmax(1), image)
-        return moments
+                member_sums.add(half, pooled_logits.softmax(1), image)
+        return member_sums
 
-    def _trust(self, occurrence: Tensor, other_half_prototypes: list[Classifier]) -> float:
+    def _best_prototype_scale(
+        self, log_occurrence: Tensor, other_half_prototypes: list[Classifier]
+    ) -> float:
         """The tau with the least mean cross-entropy between softmax(tau g + o) and softmax(l + o).
 
         g are the discriminants of a row by the prototypes of the other half of the rows.
         """
-        losses = torch.zeros(len(TRUSTS), dtype=torch.float64)
-        offset = occurrence.float().to(self.device)
+        losses = torch.zeros(len(PROTOTYPE_SCALES), dtype=torch.float64)
+        offset = log_occurrence.float().to(self.device)
         for half in (0, 1):
             for image, logits in self.blocks(half, MAX_EM_ROWS // 2):
                 posterior = (logits + offset).softmax(1)
                 g = other_half_prototypes[half].discriminants(image)
-                for index, trust in enumerate(TRUSTS):
-                    log_predicted = (trust * g + offset).log_softmax(1)
+                for index, prototype_scale in enumerate(PROTOTYPE_SCALES):
+                    log_predicted = (prototype_scale * g + offset).log_softmax(1)
                     losses[index] -= (posterior * log_predicted).sum(1).double().sum().cpu()
-        return TRUSTS[int(losses.argmin())]
+        return PROTOTYPE_SCALES[int(losses.argmin())]
 
 
-def sufficiency(n_rows: int, n_classes: float) -> float:
+def row_count_factor(n_rows: int, n_classes: float) -> float:
     """Factor in [0, 1] of the weight of the prototypes, for ``n_classes`` occurring classes.
 
-    The factor is 1 - ``MIN_MEMBERS`` n_classes / n_rows, and at least 0.
+    The factor is 1 - ``MIN_ROWS_PER_CLASS`` n_classes / n_rows, and at least 0.
     """
-    return max(1 - MIN_MEMBERS * n_classes / n_rows, 0.0)
+    return max(1 - MIN_ROWS_PER_CLASS * n_classes / n_rows, 0.0)
 
 
 def placement(purity: float, slope: float) -> float:
@@ -634,32 +639,32 @@ def placement(purity: float, slope: float) -> float:
     return min(max(factor, 0.0), 1.0)
 
 
-def presence(count: Tensor) -> tuple[Tensor, float]:
+def fit_presence(count: Tensor) -> tuple[Tensor, float]:
     """(K,) log P(c occurs | n_c) for class counts n_c (K,), and the share rho of absent classes.
 
     The density of a count n_c is
 
         rho f(s) + (1 - rho) (0.9 f(m) + 0.1 f(s)), with f(m) = exp(-n_c / m) / m
 
-    where s = ``ABSENT_SCALE`` and m = N / (K (1 - rho)). The 0.1 is ``LOST_SHARE``: a tenth of the
-    occurring classes have counts like absent classes, since the rows count for wrong classes. rho
-    is found by EM, as if ``KNOWN_TO_OCCUR`` further classes occurred. If m is at most s, all
-    classes are taken to occur.
+    where s = ``ABSENT_MEAN_COUNT`` and m = N / (K (1 - rho)). The 0.1 is ``MISCOUNTED_SHARE``: a
+    tenth of the occurring classes have counts like absent classes, since the rows count for wrong
+    classes. rho is found by EM, as if ``PRIOR_OCCURRING_CLASSES`` further classes occurred. If m is
+    at most s, all classes are taken to occur.
     """
     n = float(count.sum())
     k = len(count)
     absent_share = 0.5
     p_absent = torch.zeros_like(count)
-    absent_density = torch.exp(-count / ABSENT_SCALE) / ABSENT_SCALE  # f(s)
+    absent_density = torch.exp(-count / ABSENT_MEAN_COUNT) / ABSENT_MEAN_COUNT  # f(s)
     for _ in range(200):  # passes of EM
         mean = n / (k * (1 - absent_share))
-        if mean <= ABSENT_SCALE:
+        if mean <= ABSENT_MEAN_COUNT:
             return torch.zeros_like(count), 0.0
-        # without LOST_SHARE, every class overlooked by the zero-shot model would count as absent
-        usual_density = (1 - LOST_SHARE) * torch.exp(-count / mean) / mean  # 0.9 f(m)
-        mass_occurring = (1 - absent_share) * (usual_density + LOST_SHARE * absent_density)
+        # without MISCOUNTED_SHARE, classes overlooked by the zero-shot model would count as absent
+        usual_density = (1 - MISCOUNTED_SHARE) * torch.exp(-count / mean) / mean  # 0.9 f(m)
+        mass_occurring = (1 - absent_share) * (usual_density + MISCOUNTED_SHARE * absent_density)
         mass_absent = absent_share * absent_density
         p_absent = mass_absent / (mass_absent + mass_occurring)  # Bayes' rule
         # the share stays below 1, because ``mean`` is divided by 1 - absent_share
-        absent_share = min(float(p_absent.sum()) / (k + KNOWN_TO_OCCUR), 0.99)
+        absent_share = min(float(p_absent.sum()) / (k + PRIOR_OCCURRING_CLASSES), 0.99)
     return torch.log1p(-p_absent), absent_share

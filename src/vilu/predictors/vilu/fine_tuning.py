@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors import PREDICTORS
-from vilu.predictors.contract.parameters import build, parameters
+from vilu.predictors.contract.parameters import build_predictor, parameters
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.vilu.head import HeadPredictor
 
@@ -26,23 +26,24 @@ FINE_TUNING = {"epochs": None, "learning_rate": 1e-3, "freeze_epochs": 0}
 """
 
 
-def initialise(
+def start_from_fitted(
     cls: type[FailurePredictor],
-    fitted: FailurePredictor,
+    fitted_predictor: FailurePredictor,
     values: Mapping[str, object] | None = None,
 ) -> HeadPredictor:
     """Create a predictor of class ``cls``, with a ``fit`` that begins with the fitted weights.
 
     Args:
         cls: Class of a method with a failure head.
-        fitted: A fitted predictor of this class.
+        fitted_predictor: A fitted predictor of this class.
         values: Parameters by name, also as strings (``--set key=value``). All other parameters are
-            taken from ``FINE_TUNING``, or else from ``fitted``.
+            taken from ``FINE_TUNING``, or else from ``fitted_predictor``.
 
     Raises:
         UsageError: If the method ``cls`` has no failure head.
-        ProvenanceError: If ``fitted`` is of another class, or its weights do not fit ``values``.
-        DataError: If ``fitted`` is a constant.
+        ProvenanceError: If ``fitted_predictor`` is of another class, or its weights do not fit
+            ``values``.
+        DataError: If ``fitted_predictor`` is a constant.
     """
     if not issubclass(cls, HeadPredictor):
         methods_with_head = []
@@ -54,29 +55,31 @@ def initialise(
             f"{', '.join(methods_with_head)}. (vilu_plus needs no other fit: with few labels it "
             "stays near the zero-shot logits.)"
         )
-    if not isinstance(fitted, HeadPredictor) or type(fitted) is not cls:
+    if not isinstance(fitted_predictor, HeadPredictor) or type(fitted_predictor) is not cls:
         raise ProvenanceError(
-            f"a {cls.name} begins from a fitted {cls.name}. Got a {fitted.name} instead."
+            f"a {cls.name} begins from a fitted {cls.name}. Got a {fitted_predictor.name} instead."
         )
-    fitted.require_fitted()
-    if fitted.constant_ is not None:
+    fitted_predictor.require_fitted()
+    if fitted_predictor.constant_ is not None:
         raise DataError(
-            f"the {fitted.name} to begin from is a constant: "
+            f"the {fitted_predictor.name} to begin from is a constant: "
             "its training rows were all failures, or all successes."
         )
-    settings: dict[str, object] = {name: getattr(fitted, name) for name in parameters(fitted)}
+    settings: dict[str, object] = {
+        name: getattr(fitted_predictor, name) for name in parameters(fitted_predictor)
+    }
     settings |= FINE_TUNING
     if values is not None:
         settings |= values
-    predictor = build(cls, settings)
+    predictor = build_predictor(cls, settings)
     # a second predictor, only to check that the fitted weights can be loaded
-    trial_predictor = build(cls, settings)
-    trial_predictor.space_ = fitted.space_
+    trial_predictor = build_predictor(cls, settings)
+    trial_predictor.space_ = fitted_predictor.space_
     try:
-        trial_predictor.restore(fitted.state())
+        trial_predictor.restore(fitted_predictor.state())
     except DataError as error:
         raise ProvenanceError(
-            f"the {fitted.name} to begin from has another architecture: {error}"
+            f"the {fitted_predictor.name} to begin from has another architecture: {error}"
         ) from error
-    predictor.start_ = fitted
+    predictor.start_ = fitted_predictor
     return predictor

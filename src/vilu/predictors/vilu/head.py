@@ -17,13 +17,17 @@ from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.predictors.contract.coalitions import LOG_ODDS, Coalitions, HeadCoalitions
+from vilu.predictors.contract.coalitions import LOG_ODDS_UNIT, Coalitions, HeadCoalitions
 from vilu.predictors.contract.labelled import fit_and_selection
 from vilu.predictors.contract.parameters import parameters
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt
 from vilu.predictors.contract.seen import join_sketches
-from vilu.predictors.nn.checkpoint import current_session, data_fingerprint, text_fingerprint
-from vilu.predictors.nn.head import HIDDEN, FailureHead, load_weights
+from vilu.predictors.nn.checkpoint import (
+    current_checkpoint_session,
+    data_fingerprint,
+    text_fingerprint,
+)
+from vilu.predictors.nn.head import HIDDEN_WIDTHS, FailureHead, load_weights
 from vilu.predictors.nn.losses import LOSSES, FailureWeight, adaptive_weight
 from vilu.predictors.nn.train import HeadTrainer, TrainConfig
 
@@ -72,7 +76,7 @@ class HeadPredictor(FailurePredictor):
     seed: int = 0
     allow_degenerate: bool = False
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    hidden: Widths = HIDDEN
+    hidden: Widths = HIDDEN_WIDTHS
     epochs: Count | None = None
     batch_size: Count | None = None
     learning_rate: Positive = 0.03
@@ -123,10 +127,12 @@ class HeadPredictor(FailurePredictor):
         """
         head = self._initial_head(train.source.space)
         weight = FailureWeight(self.weighting, error_rate, self.static_weight)
-        saver = current_session().saver(lambda: self._binding(head, train, validation))
+        saver = current_checkpoint_session().saver(
+            lambda: self._run_inputs(head, train, validation)
+        )
         loss = LOSSES[self.loss](weight)
         config = self._settings(TrainConfig)
-        trainer = HeadTrainer(head, loss, config, saver, stateful=[weight])
+        trainer = HeadTrainer(head, loss, config, saver, stateful_parts=[weight])
         history = trainer.run(train, validation)
         weights = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
         return Learnt(weights, {**self._start_notes(), "history": dataclasses.asdict(history)})
@@ -138,23 +144,23 @@ class HeadPredictor(FailurePredictor):
             load_weights(head, self.start_.state(), self.name)
         return head
 
-    def _binding(
+    def _run_inputs(
         self, head: FailureHead, train: Rows, validation: Rows | None
     ) -> dict[str, object]:
         """Settings and data that must be unchanged when training resumes from a checkpoint."""
-        binding: dict[str, object] = {"method": self.name}
+        run_inputs: dict[str, object] = {"method": self.name}
         for name in parameters(self):
             if name != "device":
-                binding[name] = getattr(self, name)
-        binding["weights at the start"] = tensors_hash(head.state_dict())
-        binding["training rows"] = data_fingerprint(train.source, train.index)
-        binding["validation rows"] = None
+                run_inputs[name] = getattr(self, name)
+        run_inputs["weights at the start"] = tensors_hash(head.state_dict())
+        run_inputs["training rows"] = data_fingerprint(train.source, train.index)
+        run_inputs["validation rows"] = None
         texts = [text_fingerprint(train.source, train.index)]
         if validation is not None:
-            binding["validation rows"] = data_fingerprint(validation.source, validation.index)
+            run_inputs["validation rows"] = data_fingerprint(validation.source, validation.index)
             texts.append(text_fingerprint(validation.source, validation.index))
-        binding["texts"] = texts
-        return binding
+        run_inputs["texts"] = texts
+        return run_inputs
 
     def _start_notes(self) -> dict[str, object]:
         """Notes on the earlier fit with the starting weights; empty without such a fit."""
@@ -175,7 +181,7 @@ class HeadPredictor(FailurePredictor):
         return torch.stack(probabilities).mean(dim=0)
 
     @torch_defaults()
-    def _log_weight(self) -> float:
+    def _log_odds_bias(self) -> float:
         """The excess of the log-odds of a trained head over the log-odds of failure.
 
         The excess is log w for the weight w of failures in the loss. If p is the probability of
@@ -191,9 +197,9 @@ class HeadPredictor(FailurePredictor):
             return 0.0
         error_rate = torch.tensor(n_failures / n_rows, dtype=torch.float32)
         weight = FailureWeight(self.weighting, float(error_rate), self.static_weight)
-        if weight.constant is None:
+        if weight.constant_weight is None:
             return math.log(float(adaptive_weight(error_rate)))
-        return math.log(float(weight.constant))
+        return math.log(float(weight.constant_weight))
 
 
 class HeadGraph(nn.Module):
@@ -226,4 +232,4 @@ def head_coalitions(predictor: HeadPredictor) -> Coalitions:
 
     A class of such predictors sets ``coalitions`` to this function.
     """
-    return HeadCoalitions(predictor.heads, link=lambda logit: logit, unit=LOG_ODDS)
+    return HeadCoalitions(predictor.heads, link=lambda logit: logit, unit=LOG_ODDS_UNIT)

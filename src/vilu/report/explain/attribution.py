@@ -107,7 +107,7 @@ class Attributor:
         self.coalitions = coalitions_of(predictor)
         background_rows = draw_rows(background, n_rows, seed, rows_to_leave_out)
         self.n_background = len(background_rows)
-        batch_size = self.coalitions.background_batch
+        batch_size = self.coalitions.background_batch_size
         scored_batches = scored_rows(predictor, background, background_rows, batch_size)
         self.coalitions.set_background(list(scored_batches))
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.checks import Identity
+from vilu.embeddings.checks import IdentityKind
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UNKNOWN, UsageError
@@ -23,7 +23,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.nn.head import CrossAttention
 from vilu.predictors.plus.vilu_plus import ViLUPlus
 from vilu.predictors.vilu.head import HeadPredictor
-from vilu.report.explain.rows import CandidateNames, truths, unscored_rows
+from vilu.report.explain.rows import CandidateNames, true_classes, unscored_rows
 
 
 class Weights(NamedTuple):
@@ -93,30 +93,31 @@ def _attention_weights(attentions: list[CrossAttention], batch: Batch) -> Tensor
 
 
 def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> NDArray[np.int64]:
-    """(N,) candidate of largest weight other than the judged answer.
+    """(N,) candidate with the largest weight among all candidates except the judged answer.
 
     Rows without a score have the value -1.
     """
     if data.pool_size is not None:
         raise UsageError(
-            "captions have no classes, so an answer's competitors have no common name. "
+            "captions have no classes, so the competitors of answers cannot be counted by class. "
             "Give class data."
         )
     weights = weights_of(predictor)
     competitor = np.full(len(data), UNKNOWN, dtype=np.int64)
     with torch.no_grad():
-        # ``scored`` gives the same answers as ``vilu.score``; the uncertainties are not needed
+        # The batches of ``predictor.scored`` have the answers that ``vilu.score`` judges.
         for batch, _ in predictor.scored(data):
             weight = weights.compute(batch)
             # A candidate with the same text as the answer is no competitor of the answer.
-            # Candidates of equal texts have the same value of ``first_equal``.
-            group = batch.first_equal
+            # Candidates of equal texts have the same value of ``first_equal_index``.
+            group = batch.first_equal_index
             group_of_answer = group[batch.prediction].unsqueeze(1)
             has_text_of_answer = group == group_of_answer
-            # weights are at least 0, so a candidate of weight -1 is not the best
+            # weights are at least 0, so a candidate of weight -1 never has the largest weight
             weight_of_others = weight.masked_fill(has_text_of_answer.to(weight.device), -1.0)
-            best = weight_of_others.argmax(dim=1)
-            competitor[batch.index.numpy(force=True)] = best.cpu().numpy()
+            best_candidate = weight_of_others.argmax(dim=1)
+            rows = batch.index.numpy(force=True)
+            competitor[rows] = best_candidate.cpu().numpy()
     return competitor
 
 
@@ -131,9 +132,9 @@ class Neighbour:
 
 
 class RowsToSkip(NamedTuple):
-    """The explained rows. The search must recognise and skip these rows among the training rows."""
+    """The explained rows, which the search must skip if they are training rows, too."""
 
-    kind: Identity  # kind of identity of a row, such as the picture
+    kind: IdentityKind  # kind of identity of a row, such as the picture
     hashes: NDArray[np.uint64]  # (B,) identity of each explained row
 
 
@@ -216,7 +217,7 @@ class TrainingRows:
     def _near_other_rows(
         self, image: Tensor, to_skip: RowsToSkip | None, rows: Tensor, k: int
     ) -> list[list[NearRow]]:
-        """The ``k`` nearest of ``rows`` to each image, less the rows that are the image itself."""
+        """The ``k`` nearest of ``rows`` to each image, then without rows of the image itself."""
         cosine, index = nearest_rows(image, Rows(self.train, rows), k)  # (B, k) each
         row = rows[index]  # (B, k) positions in ``train``
         is_image_itself = torch.zeros(row.shape, dtype=torch.bool)  # (B, k)
@@ -236,7 +237,11 @@ class TrainingRows:
         names = CandidateNames(self.train)
         answers = {}
         for batch in unscored_rows(self.train, torch.tensor(sorted(rows), dtype=torch.int64)):
-            columns = (batch.index.tolist(), batch.prediction.tolist(), truths(batch).tolist())
+            columns = (
+                batch.index.tolist(),
+                batch.prediction.tolist(),
+                true_classes(batch).tolist(),
+            )
             for row, answer, truth in zip(*columns, strict=True):
                 answers[row] = AnswerAndTruth(names.name_of(row, answer), names.name_of(row, truth))
         return answers

@@ -25,8 +25,8 @@ from vilu.predictors.contract.seen import common_identity
 from vilu.progress import track
 from vilu.report.explain.attribution import Attribution, Attributor
 from vilu.report.explain.competitors import Neighbour, RowsToSkip, TrainingRows, Weights, weights_of
-from vilu.report.explain.rows import CandidateNames, find_rows, scored_rows, truths
-from vilu.text import aligned, more_line, shown
+from vilu.report.explain.rows import CandidateNames, find_rows, scored_rows, true_classes
+from vilu.text import align_columns, hidden_rows_line, to_terminal_text
 from vilu.validation import checked
 
 MAX_ROWS_SHOWN = 15  # maximum number of rows of a printed table; further rows are only counted
@@ -65,11 +65,13 @@ class Findings:
         write_json(path, self.to_dict())
 
 
-def first_lines(heading: Sequence[str], rows: Sequence[Sequence[str]], noun: str) -> list[str]:
+def first_table_lines(
+    heading: Sequence[str], rows: Sequence[Sequence[str]], noun: str
+) -> list[str]:
     """Format the first rows as a table. A last line counts any further rows as ``noun``."""
     return [
-        *aligned([heading, *rows[:MAX_ROWS_SHOWN]]),
-        *more_line(len(rows), MAX_ROWS_SHOWN, noun),
+        *align_columns([heading, *rows[:MAX_ROWS_SHOWN]]),
+        *hidden_rows_line(len(rows), MAX_ROWS_SHOWN, noun),
     ]
 
 
@@ -146,8 +148,10 @@ class Explanations(Findings):
 
 def _row_text(row: Explanation, unit: str | None) -> str:
     """Format an explanation as a paragraph."""
-    lines = [f"row {row.row}  {shown(row.key)}", _answer_line(row)]
-    competitors = [f"{shown(rival.name)} {rival.weight:.3f}" for rival in row.competitors]
+    lines = [f"row {row.row}  {to_terminal_text(row.key)}", _answer_line(row)]
+    competitors = [
+        f"{to_terminal_text(rival.name)} {rival.weight:.3f}" for rival in row.competitors
+    ]
     lines.append("  competes    " + "   ".join(competitors))
     if row.attribution is not None:
         lines.append(_attribution_line(row.attribution, unit))
@@ -158,13 +162,13 @@ def _row_text(row: Explanation, unit: str | None) -> str:
 
 def _answer_line(row: Explanation) -> str:
     """Text of the answer, the uncertainty of the answer, and the truth if known."""
-    answer = f"{shown(row.answer)} ({row.posterior:.1%})"
+    answer = f"{to_terminal_text(row.answer)} ({row.posterior:.1%})"
     if row.zero_shot is not None:
-        answer += f"; zero-shot: {shown(row.zero_shot)}"
+        answer += f"; zero-shot: {to_terminal_text(row.zero_shot)}"
     line = f"  answer      {answer}   uncertainty {row.uncertainty:.4g}"
     if row.truth is None:
         return line
-    line += f"   truth {shown(row.truth)}"
+    line += f"   truth {to_terminal_text(row.truth)}"
     if row.wrong is not None:
         line += "  WRONG" if row.wrong else "  right"
     return line
@@ -187,9 +191,10 @@ def _neighbour_lines(kind: str, neighbours: Sequence[Neighbour] | None) -> list[
 
 def _neighbour_text(row: Neighbour) -> str:
     """Format the line of a neighbour. The line has the truth only if the answer is wrong."""
-    text = f"    {row.cosine:.3f}  {shown(row.key)}  answered {shown(row.answer)}"
+    text = f"    {row.cosine:.3f}  {to_terminal_text(row.key)}"
+    text += f"  answered {to_terminal_text(row.answer)}"
     if row.answer != row.truth:
-        text += f", true {shown(row.truth)}"
+        text += f", true {to_terminal_text(row.truth)}"
     return text
 
 
@@ -332,7 +337,7 @@ def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -
     return torch.from_numpy(rows_with_score[order[:n]])
 
 
-class _Explained(NamedTuple):
+class _ExplainedRow(NamedTuple):
     """An explanation without neighbours, and the image for the search of neighbours."""
 
     explanation: Explanation
@@ -345,9 +350,9 @@ def _explain_without_neighbours(
     rows: Tensor,
     depth: Depth,
     attributor: Attributor | None,
-) -> list[_Explained]:
+) -> list[_ExplainedRow]:
     """Explain rows without neighbours, in the order of ``rows``."""
-    explained_of_row: dict[int, _Explained] = {}
+    explained_of_row: dict[int, _ExplainedRow] = {}
     names = CandidateNames(data)
     weights = weights_of(predictor)
     with track("explain", len(rows), "rows") as task, torch.no_grad():
@@ -355,7 +360,7 @@ def _explain_without_neighbours(
             batch, _ = scored_batch
             explanations = _explain_batch(scored_batch, names, weights, depth, attributor)
             for explanation, image in zip(explanations, batch.image, strict=True):
-                explained_of_row[explanation.row] = _Explained(explanation, image.cpu())
+                explained_of_row[explanation.row] = _ExplainedRow(explanation, image.cpu())
                 task.advance(1)
     return [explained_of_row[row] for row in rows.tolist()]
 
@@ -372,8 +377,8 @@ def _explain_batch(
     posterior = log_posterior(batch).exp().cpu()
     n_competitors = min(depth.candidates, len(batch.text))
     # (B, L) each: the candidates of largest weight, and the weights of these candidates
-    leader_weights, leaders = k_largest(weights.compute(batch).cpu(), n_competitors)
-    truth = truths(batch).tolist()
+    top_weights, top_candidates = k_largest(weights.compute(batch).cpu(), n_competitors)
+    truth = true_classes(batch).tolist()
     zero_shot = batch.zero_shot.prediction.tolist()
     failure = batch.failure.tolist()
     attributions: list[Attribution] | None = None
@@ -391,7 +396,7 @@ def _explain_batch(
             uncertainty=float(scores[i]),
             truth=names.name_of(row, truth[i]) if is_labelled else None,
             wrong=bool(failure[i]) if is_judged else None,
-            competitors=_competitors(row, names, leaders[i], leader_weights[i], posterior[i]),
+            competitors=_competitors(row, names, top_candidates[i], top_weights[i], posterior[i]),
             failures=None,
             successes=None,
             attribution=None if attributions is None else attributions[i],
@@ -400,26 +405,26 @@ def _explain_batch(
 
 
 def _competitors(
-    row: int, names: CandidateNames, leaders: Tensor, leader_weights: Tensor, posterior: Tensor
+    row: int, names: CandidateNames, top_candidates: Tensor, top_weights: Tensor, posterior: Tensor
 ) -> tuple[Competitor, ...]:
     """The candidates of largest weight of a row, with names.
 
     Args:
         row: Position of the row.
         names: Names of the candidates.
-        leaders: (L,) candidates of largest weight, the largest first.
-        leader_weights: (L,) weights of these candidates.
+        top_candidates: (L,) candidates of largest weight, the largest first.
+        top_weights: (L,) weights of these candidates.
         posterior: (K,) zero-shot probabilities of all candidates.
     """
     competitors = []
-    for candidate, weight in zip(leaders.tolist(), leader_weights.tolist(), strict=True):
+    for candidate, weight in zip(top_candidates.tolist(), top_weights.tolist(), strict=True):
         name = names.name_of(row, candidate)
         competitors.append(Competitor(name, weight, float(posterior[candidate])))
     return tuple(competitors)
 
 
 def _with_neighbours(
-    explained_rows: list[_Explained],
+    explained_rows: list[_ExplainedRow],
     data: EmbeddingSource,
     train: EmbeddingSource | None,
     depth: Depth,

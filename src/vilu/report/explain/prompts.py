@@ -18,7 +18,7 @@ from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.predictors.bank.search import k_largest
 from vilu.progress import Task, track
-from vilu.report.explain.explain import Findings, first_lines
+from vilu.report.explain.explain import Findings, first_table_lines
 from vilu.report.explain.rows import BATCH_ROWS, class_name
 from vilu.validation import checked, require_at_least
 
@@ -80,7 +80,7 @@ class PromptGains(Findings):
         )
         heading = ("class", "rows", "failures", "saved", "lost", "accuracy", "95 % interval")
         cells = [row.cells() for row in self.rows]
-        return "\n".join([head, "", *first_lines(heading, cells, noun="classes")])
+        return "\n".join([head, "", *first_table_lines(heading, cells, noun="classes")])
 
 
 @checked
@@ -146,7 +146,7 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
                 means.better_texts(text, {measured_fold, left_out}) for left_out in range(folds)
             ]
             measured_rows = rows[fold[rows] == measured_fold]
-            changes.append(_changes(data, measured_rows, texts_without_fold, task))
+            changes.append(_count_changes(data, measured_rows, texts_without_fold, task))
     saved, lost = _changes_at_best_mix(torch.stack(changes))
     gains = tuple(_gains_in_order(data, n, failures, saved, lost))
     accuracy = 1 - float(failures.sum() / n.sum())
@@ -251,7 +251,7 @@ class Rivals(NamedTuple):
         """Find the rival of every class for each row of a batch of labelled class data."""
         # Classes with equal texts all get the logit of the first of these classes. Otherwise a
         # matrix product may round the equal logits differently and break the tie.
-        logits = batch.logits[:, batch.first_equal]
+        logits = batch.logits[:, batch.first_equal_index]
         two_largest, two_classes = k_largest(logits, 2)
         logit_of_answer, logit_of_runner_up = two_largest.split(1, dim=1)  # (B, 1) each
         answer, runner_up = two_classes.split(1, dim=1)
@@ -284,7 +284,7 @@ class Rivals(NamedTuple):
         return torch.stack([saved, lost])
 
 
-def _changes(
+def _count_changes(
     data: EmbeddingSource, rows: Tensor, texts_without_fold: Sequence[Tensor], task: Task
 ) -> Tensor:
     """Count the saved and the lost rows for each of the new texts.
@@ -369,11 +369,11 @@ def paired_interval(saved: int, lost: int, n: int) -> tuple[float, float]:
     Half a row is added to each of the four cells of the paired table: right before and after, wrong
     before and after, saved, and lost.
     """
-    more_saved = saved + 0.5
-    more_lost = lost + 0.5
-    more_rows = n + 2
-    difference = more_saved - more_lost
-    middle = difference / more_rows
-    variance_of_difference = more_saved + more_lost - difference**2 / more_rows
-    half_width = NORMAL_95 * math.sqrt(variance_of_difference) / more_rows
+    saved_plus_half = saved + 0.5
+    lost_plus_half = lost + 0.5
+    n_plus_two = n + 2
+    difference = saved_plus_half - lost_plus_half
+    middle = difference / n_plus_two
+    variance_of_difference = saved_plus_half + lost_plus_half - difference**2 / n_plus_two
+    half_width = NORMAL_95 * math.sqrt(variance_of_difference) / n_plus_two
     return middle - half_width, middle + half_width

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.report.explain.explain import Findings, first_lines
+from vilu.report.explain.explain import Findings, first_table_lines
 from vilu.report.explain.rows import class_name
 from vilu.report.figures import failure_probability_of
 from vilu.validation import checked, require_between
@@ -91,7 +91,7 @@ class RiskMap(Findings):
         measures = ("of all", "mean uncertainty", "accepted", "accepted risk")
         heading = ("answered", title_of_right_class, failures, *measures)
         cells = [row.cells() for row in self.rows]
-        return "\n".join([head, "", *first_lines(heading, cells, noun="confusions")])
+        return "\n".join([head, "", *first_table_lines(heading, cells, noun="confusions")])
 
 
 @checked

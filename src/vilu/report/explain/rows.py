@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.checks import SHORT_POOL, STATUS, VALID
+from vilu.embeddings.checks import SHORT_POOL, STATUS_NAMES, VALID
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import OUTSIDE, UNKNOWN, DataError
@@ -156,7 +156,7 @@ def why_unusable(status: int) -> str:
     """The reason why a row of this status is not scored."""
     if status == SHORT_POOL:
         return "its pool is not full"
-    return f"its embedding is of status {STATUS[status]!r}"
+    return f"its embedding is of status {STATUS_NAMES[status]!r}"
 
 
 def class_name(names: Sequence[str] | None, candidate: int) -> str:
@@ -171,7 +171,7 @@ def class_name(names: Sequence[str] | None, candidate: int) -> str:
     return f"candidate {candidate}" if names is None else names[candidate]
 
 
-def truths(batch: Batch) -> Tensor:
+def true_classes(batch: Batch) -> Tensor:
     """(B,) int64 targets, with ``OUTSIDE`` where the picture shows none of the classes."""
     if batch.outside is None:
         return batch.target
@@ -188,7 +188,7 @@ class CandidateNames:
         self._row_of_candidate = torch.empty(0, dtype=torch.int64)
 
     def name_of(self, row: int, candidate: int) -> str:
-        """Name of candidate number ``candidate`` of a row; also accepts any value of ``truths``."""
+        """Name of a candidate of a row; ``candidate`` may be any value of ``true_classes``."""
         if self.data.pool_size is None or candidate < 0:
             return class_name(self.data.class_names, candidate)
         return self.data.ids[int(self._rows_of_candidates(row)[candidate])]

@@ -23,7 +23,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, ProvenanceError, UsageError
 from vilu.extras import import_extra
 from vilu.metrics.catalog import METRICS, not_in_percent
-from vilu.metrics.counts import Floats, Ints, check_pair
+from vilu.metrics.counts import Floats, Ints, check_scores_and_failures
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
@@ -32,7 +32,7 @@ from vilu.report.page import charts
 from vilu.report.page.charts import Chart, Rate, class_rows, round_percent
 from vilu.report.page.choice import (
     CalibratedRule,
-    Choice,
+    OperatingPoint,
     choose_by_hindsight,
     choose_by_rule,
     choose_main,
@@ -57,9 +57,9 @@ HARMFUL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 MAX_NAME_CHARACTERS = 60  # maximum number of characters of a name in the page
 MAX_TOOLTIP_CHARACTERS = 300  # maximum number of characters of a name in a tooltip
-NOTHING = "–"  # shown for a missing value
+MISSING_VALUE_TEXT = "–"  # shown for a missing value
 THRESHOLD_TABLE = "What a threshold would do, and probabilities"
-TABLES = {
+METRICS_OF_TABLES = {
     "How well right and wrong answers are told apart": (
         "auroc", "fpr95", "aupr_failure", "aupr_success", "aurc", "excess_aurc", "augrc",
     ),
@@ -144,57 +144,59 @@ def report_page(
         # Evaluate before making the charts: ``evaluate`` raises DataError if no row can be used.
         table = evaluate(methods)
     if calibrated is None:
-        choice = choose_by_hindsight(main_outcomes, max_risk)
+        operating_point = choose_by_hindsight(main_outcomes, max_risk)
     else:
-        choice = choose_by_rule(main_outcomes, calibrated)
+        operating_point = choose_by_rule(main_outcomes, calibrated)
     uncertainty, failure = evaluable_scores(main_outcomes)
-    n_accepted = int(choice.accepted[main_outcomes.evaluable].sum())
-    points = operating_points(uncertainty, failure, choice.threshold, n_accepted)
-    return render(
+    n_accepted = int(operating_point.accepted[main_outcomes.evaluable].sum())
+    points = slider_points(uncertainty, failure, operating_point.threshold, n_accepted)
+    return render_page(
         template,
-        script=asset("page.js"),
+        script=read_asset("page.js"),
         title=title or _default_title(main_outcomes),
         main=main_outcomes,
         methods=methods,
-        looks=charts.line_looks([method_outcomes.method or "" for method_outcomes in methods]),
-        choice=choice,
-        numbers=_page_numbers(main_outcomes, choice, max_risk),
-        curves=_curves(methods, choice),
+        line_styles=charts.svg_line_styles(
+            [method_outcomes.method or "" for method_outcomes in methods]
+        ),
+        operating_point=operating_point,
+        numbers=_page_numbers(main_outcomes, operating_point, max_risk),
+        curves=_curves(methods, operating_point),
         histograms=_histograms(methods, points),
         reliability=charts.reliability(methods),
         tables=_tables(methods, table),
         metrics=METRICS,
-        classes=class_rows(main_outcomes, choice),
-        gallery=_gallery(main_outcomes, choice, images, embeddings),
+        classes=class_rows(main_outcomes, operating_point),
+        gallery=_gallery(main_outcomes, operating_point, images, embeddings),
         with_pictures=images is not None,
-        data=_script_data(main_outcomes, choice, points),
+        data=_script_data(main_outcomes, operating_point, points),
         provenance=[_provenance(method_outcomes) for method_outcomes in methods],
-        facts=list(flat_items(choice.facts)),
+        facts=list(flat_items(operating_point.facts)),
     )
 
 
-def _curves(methods: Sequence[Outcomes], choice: Choice) -> list[Chart]:
+def _curves(methods: Sequence[Outcomes], operating_point: OperatingPoint) -> list[Chart]:
     """The risk-coverage chart and, if there are right and wrong answers, the ROC chart."""
-    curves = [charts.risk_coverage(methods, choice)]
-    roc = charts.roc(methods, choice)
+    curves = [charts.risk_coverage(methods, operating_point)]
+    roc = charts.roc(methods, operating_point)
     if roc is not None:
         curves.append(roc)
     return curves
 
 
-def _histograms(methods: Sequence[Outcomes], points: Points) -> list[Chart]:
+def _histograms(methods: Sequence[Outcomes], points: SliderPoints) -> list[Chart]:
     """Make one histogram per method. The main method comes first, and has the threshold."""
     histograms = []
     for number, method_outcomes in enumerate(methods):
         is_main = number == 0
-        threshold = points.threshold[points.start] if is_main else None
+        threshold = points.threshold[points.start_index] if is_main else None
         histograms.append(charts.histogram(method_outcomes, threshold, number))
     return histograms
 
 
-def render(template: Template, *, script: str = "", **values: object) -> str:
+def render_page(template: Template, *, script: str = "", **values: object) -> str:
     """Render a page with one style and one script. Its security policy forbids any other."""
-    style = asset("page.css")
+    style = read_asset("page.css")
     return template.render(
         style=style,
         script=script,
@@ -216,14 +218,14 @@ def find_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    tip = partial(shortened, max_characters=MAX_TOOLTIP_CHARACTERS)
-    environment.filters.update(short=shortened, tip=tip, pct=percent, bound=bound_in_percent)
+    tip = partial(shorten_name, max_characters=MAX_TOOLTIP_CHARACTERS)
+    environment.filters.update(short=shorten_name, tip=tip, pct=percent, bound=bound_in_percent)
     environment.filters.update(count="{:,}".format, score=format_score, round_pct=round_percent)
     template: Template = environment.get_template(name)
     return template
 
 
-def asset(name: str) -> str:
+def read_asset(name: str) -> str:
     """Read the text of a style or a script."""
     file = resources.files("vilu.report.page").joinpath("templates", name)
     return file.read_text(encoding="utf-8")
@@ -237,15 +239,17 @@ def _default_title(outcomes: Outcomes) -> str:
     return " · ".join(names)
 
 
-def _page_numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, Any]:
+def _page_numbers(
+    outcomes: Outcomes, operating_point: OperatingPoint, max_risk: float
+) -> dict[str, Any]:
     """The numbers in the text of the page."""
     is_evaluable = outcomes.evaluable
     failure = outcomes.failure[is_evaluable]
-    accepted = choice.accepted[is_evaluable]
-    target = max_risk if choice.max_risk is None else choice.max_risk
-    hindsight_choice = choose_by_hindsight(outcomes, target)
+    accepted = operating_point.accepted[is_evaluable]
+    target = max_risk if operating_point.max_risk is None else operating_point.max_risk
+    hindsight_point = choose_by_hindsight(outcomes, target)
     scores = outcomes.tally().scores
-    rows_per_independent = scores.rows_per_independent
+    design_effect = scores.design_effect
     has_score = np.isfinite(outcomes.uncertainty)
     n_accepted = int(accepted.sum())
     n_outside = int(outcomes.outside[is_evaluable].sum())
@@ -253,13 +257,13 @@ def _page_numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[s
         "n": len(failure),
         "n_pictures": scores.n_pictures,
         "n_rows": len(outcomes),
-        "failures": Rate(int(failure.sum()), len(failure), rows_per_independent),
-        "outside": Rate(n_outside, len(failure), rows_per_independent),
-        "accepted": Rate(n_accepted, len(failure), rows_per_independent),
-        "wrong": Rate(int(failure[accepted].sum()), n_accepted, rows_per_independent),
+        "failures": Rate(int(failure.sum()), len(failure), design_effect),
+        "outside": Rate(n_outside, len(failure), design_effect),
+        "accepted": Rate(n_accepted, len(failure), design_effect),
+        "wrong": Rate(int(failure[accepted].sum()), n_accepted, design_effect),
         "target": target,
         # the share of answers that could be accepted if the threshold were chosen with hindsight
-        "reachable": float(hindsight_choice.accepted[is_evaluable].mean()),
+        "reachable": float(hindsight_point.accepted[is_evaluable].mean()),
         "n_unlabelled": int(np.count_nonzero(has_score & ~is_evaluable)),
         "n_unusable": int(np.count_nonzero(~has_score)),
     }
@@ -269,9 +273,11 @@ def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, A
     """Make tables of metrics, with one row of cells per method."""
     cells = {(row.method, row.metric): row for row in table}
     present_names = dict.fromkeys(row.metric for row in table)
-    listed_names = set(chain.from_iterable(TABLES.values()))
+    listed_names = set(chain.from_iterable(METRICS_OF_TABLES.values()))
     names_not_listed = tuple(name for name in present_names if name not in listed_names)
-    names_of_table = TABLES | {THRESHOLD_TABLE: TABLES[THRESHOLD_TABLE] + names_not_listed}
+    names_of_table = METRICS_OF_TABLES | {
+        THRESHOLD_TABLE: METRICS_OF_TABLES[THRESHOLD_TABLE] + names_not_listed
+    }
     tables = []
     for caption, names in names_of_table.items():
         metrics = [name for name in names if name in present_names]
@@ -293,25 +299,27 @@ def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, A
 
 def _gallery(
     outcomes: Outcomes,
-    choice: Choice,
+    operating_point: OperatingPoint,
     images: ImageDataset | None,
     embeddings: EmbeddingSource | None,
 ) -> dict[str, list[Card]]:
     """The cards of every section of the gallery."""
-    sections = {name: rows.tolist() for name, rows in pick_rows(outcomes, choice).items()}
+    sections = {name: rows.tolist() for name, rows in pick_rows(outcomes, operating_point).items()}
     rows = list(dict.fromkeys(chain.from_iterable(sections.values())))
     pictures = {} if images is None else thumbnails(outcomes, rows, images)
-    rivals = {} if embeddings is None else competitors(outcomes, rows, embeddings)
+    classes_by_row = {} if embeddings is None else likeliest_classes(outcomes, rows, embeddings)
     cards = {}
     for row in rows:
-        cards[row] = make_card(outcomes, choice, row, pictures.get(row), rivals.get(row, ()))
+        cards[row] = make_card(
+            outcomes, operating_point, row, pictures.get(row), classes_by_row.get(row, ())
+        )
     gallery = {}
     for name, rows_of_section in sections.items():
         gallery[name] = [cards[row] for row in rows_of_section]
     return gallery
 
 
-def competitors(
+def likeliest_classes(
     outcomes: Outcomes, rows: Iterable[int], source: EmbeddingSource
 ) -> dict[int, list[tuple[str, float]]]:
     """The likeliest classes of some rows, with zero-shot probabilities.
@@ -335,7 +343,7 @@ def competitors(
             "the store has other classes than the scores. Give the store that was scored."
         )
     row_of_position = _map_positions_to_rows(ids, rows, source)
-    likeliest: dict[int, list[tuple[str, float]]] = {}
+    classes_by_row: dict[int, list[tuple[str, float]]] = {}
     for batch in source.batches(256, rows=torch.tensor(sorted(row_of_position), dtype=torch.int64)):
         probability = batch.logits.double().softmax(dim=1).numpy()
         columns = (batch.index.tolist(), batch.prediction.tolist(), probability)
@@ -347,9 +355,9 @@ def competitors(
                     f"{names[scored_answer[row]]!r} ({ids[row]!r}). "
                     "Give the store that was scored."
                 )
-            likeliest_classes = np.argsort(-probabilities, kind="stable")[:MAX_COMPETITORS]
-            likeliest[row] = [(names[k], float(probabilities[k])) for k in likeliest_classes]
-    return likeliest
+            class_indices = np.argsort(-probabilities, kind="stable")[:MAX_COMPETITORS]
+            classes_by_row[row] = [(names[k], float(probabilities[k])) for k in class_indices]
+    return classes_by_row
 
 
 def _map_positions_to_rows(
@@ -366,7 +374,7 @@ def _map_positions_to_rows(
 
 
 @dataclass(frozen=True, eq=False)
-class Points:
+class SliderPoints:
     """The P thresholds that the slider of the page can select."""
 
     threshold: Floats  # (P,) ascending, the first is -inf
@@ -374,16 +382,16 @@ class Points:
     n_wrong: Ints  # (P,) number of wrong rows among the accepted rows
     # index of the chosen threshold; if the rule is not a single threshold, index of the threshold
     # with about the same number of accepted rows
-    start: int
+    start_index: int
 
 
-def operating_points(
+def slider_points(
     uncertainty: ArrayLike,
     failure: ArrayLike,
     chosen_threshold: float | None,
     n_accepted: int,
     limit: int = MAX_POINTS,
-) -> Points:
+) -> SliderPoints:
     """Select thresholds for the slider, with about evenly spaced numbers of accepted rows.
 
     Args:
@@ -395,7 +403,7 @@ def operating_points(
             the threshold with about as many accepted rows.
         limit: Maximum number of thresholds.
     """
-    scores, wrong = check_pair(uncertainty, failure)
+    scores, wrong = check_scores_and_failures(uncertainty, failure)
     order = np.argsort(scores, kind="stable")
     ascending_scores = scores[order]
     # entry i is the number of wrong answers among the i least uncertain rows
@@ -411,23 +419,27 @@ def operating_points(
     thresholds = np.concatenate([[-np.inf], thresholds])
     n_below = np.searchsorted(ascending_scores, thresholds, side="right")
     if chosen_threshold is None:
-        start = int(np.argmin(np.abs(n_below - n_accepted)))
+        start_index = int(np.argmin(np.abs(n_below - n_accepted)))
     else:
-        start = int(np.searchsorted(thresholds, chosen_threshold))
-    return Points(thresholds, n_accepted=n_below, n_wrong=n_wrong_of_first[n_below], start=start)
+        start_index = int(np.searchsorted(thresholds, chosen_threshold))
+    return SliderPoints(
+        thresholds, n_accepted=n_below, n_wrong=n_wrong_of_first[n_below], start_index=start_index
+    )
 
 
-def _script_data(outcomes: Outcomes, choice: Choice, points: Points) -> dict[str, Any]:
+def _script_data(
+    outcomes: Outcomes, operating_point: OperatingPoint, points: SliderPoints
+) -> dict[str, Any]:
     """The data of the slider, for JSON. The first threshold, -inf, becomes null."""
     failure = outcomes.failure[outcomes.evaluable]
-    accepts_nothing = not choice.accepted.any()
+    accepts_nothing = not operating_point.accepted.any()
     # whether the threshold at the start of the slider accepts exactly the chosen rows
-    exact = choice.threshold is not None or accepts_nothing
+    exact = operating_point.threshold is not None or accepts_nothing
     return {
         "threshold": [None, *points.threshold[1:].tolist()],
         "accepted": points.n_accepted.tolist(),
         "wrong": points.n_wrong.tolist(),
-        "start": points.start,
+        "start": points.start_index,
         "exact": exact,
         "n": len(failure),
         "n_wrong": int(failure.sum()),
@@ -451,10 +463,10 @@ def _provenance(outcomes: Outcomes) -> dict[str, Any]:
     return {"method": outcomes.method, "facts": facts}
 
 
-def harmless(text: str) -> str:
+def escape_harmful(text: str) -> str:
     r"""Escape the control characters and the direction marks of a text, as in ``\u202e``."""
     safe = ""
-    # No more characters are ever shown. The extra character tells ``shortened`` to cut the text.
+    # No more characters are ever shown. The extra character tells ``shorten_name`` to cut the text.
     for character in text[: MAX_TOOLTIP_CHARACTERS + 1]:
         is_harmful = (
             character in DIRECTION_MARKS or unicodedata.category(character) in HARMFUL_CATEGORIES
@@ -463,9 +475,9 @@ def harmless(text: str) -> str:
     return safe
 
 
-def shortened(text: str, max_characters: int = MAX_NAME_CHARACTERS) -> str:
-    """Escape a text with ``harmless``, and shorten the text to at most ``max_characters``."""
-    safe = harmless(text)
+def shorten_name(text: str, max_characters: int = MAX_NAME_CHARACTERS) -> str:
+    """Escape a text with ``escape_harmful``, and shorten the text to at most ``max_characters``."""
+    safe = escape_harmful(text)
     if len(safe) <= max_characters:
         return safe
     return f"{safe[: max_characters - 1]}…"
@@ -473,7 +485,7 @@ def shortened(text: str, max_characters: int = MAX_NAME_CHARACTERS) -> str:
 
 def percent(value: float | None, digits: int = 1) -> str:
     """Format a fraction in percent, without the percent sign."""
-    return NOTHING if value is None else f"{100 * value:.{digits}f}"
+    return MISSING_VALUE_TEXT if value is None else f"{100 * value:.{digits}f}"
 
 
 def format_score(value: float) -> str:
@@ -490,4 +502,4 @@ def flat_items(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple
         if isinstance(value, Mapping):
             yield from flat_items(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", NOTHING if value is None else str(value)
+            yield f"{prefix}{name}", MISSING_VALUE_TEXT if value is None else str(value)

@@ -15,8 +15,8 @@ from vilu.metrics import risk_coverage_curve, roc_curve_points
 from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.figures import evaluable_scores, failure_probability_of
-from vilu.report.page.choice import Choice
-from vilu.report.style import looks_of
+from vilu.report.page.choice import OperatingPoint
+from vilu.report.style import line_styles_of
 
 # edges of the plotting area between the axes, in the units of the SVG
 LEFT = 46.0
@@ -52,8 +52,8 @@ class Line:
     label: str
     x: Floats  # (P,)
     y: Floats  # (P,)
-    look: int  # number of the colour and dashes; a method has the same number in every chart
-    filled: bool = False  # whether the area below the line is filled
+    style_index: int  # number of the colour and dashes; a method has the same number in every chart
+    is_filled: bool = False  # whether the area below the line is filled
     low: Floats | None = None  # (P,) lower ends of the intervals of y
     high: Floats | None = None  # (P,) upper ends of the intervals of y
 
@@ -121,15 +121,15 @@ def round_ticks(low: float, high: float, n_wanted: int = 5) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
-def thin_points(x: ArrayLike, y: ArrayLike, limit: int) -> tuple[Floats, Floats]:
-    """Keep at most ``limit`` points of a line: both ends, and points evenly along the line."""
+def thin_points(x: ArrayLike, y: ArrayLike, max_points: int) -> tuple[Floats, Floats]:
+    """Keep at most ``max_points`` points of a line: both ends, and points evenly along the line."""
     xs = np.asarray(x, dtype=np.float64)
     ys = np.asarray(y, dtype=np.float64)
-    if len(xs) <= limit:
+    if len(xs) <= max_points:
         return xs, ys
     segment_lengths = np.hypot(np.diff(xs), np.diff(ys))
     length_up_to_point = np.concatenate([[0.0], np.cumsum(segment_lengths)])
-    even_lengths = np.linspace(0, length_up_to_point[-1], limit)
+    even_lengths = np.linspace(0, length_up_to_point[-1], max_points)
     indices = np.unique(np.searchsorted(length_up_to_point, even_lengths))
     inner_indices = indices[1:-1]
     with_ends = np.union1d(inner_indices, [0, len(xs) - 1])
@@ -147,7 +147,7 @@ class Rate:
     k: int
     n: int
     # number of rows that count as one independent row; 1 if all rows are independent
-    rows_per_independent: float = 1.0
+    design_effect: float = 1.0
 
     @property
     def value(self) -> float | None:
@@ -166,7 +166,7 @@ class Rate:
 
     def _independent_counts(self) -> tuple[float, float]:
         """The numbers k and n, as effective numbers of independent rows."""
-        return self.k / self.rows_per_independent, self.n / self.rows_per_independent
+        return self.k / self.design_effect, self.n / self.design_effect
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class ClassRow:
     accepted_failures: Rate  # wrong answers among the accepted answers of this class
 
 
-def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]:
+def class_rows(outcomes: Outcomes, operating_point: OperatingPoint) -> tuple[list[ClassRow], int]:
     """The table of the answered classes, and the number of classes left out of the table.
 
     The class with most wrong answers comes first. As in every metric, rows without a known failure
@@ -199,9 +199,9 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
 
     n = count_per_class(is_counted)
     n_wrong = count_per_class(is_wrong)
-    n_accepted = count_per_class(choice.accepted)
-    n_accepted_wrong = count_per_class(choice.accepted & is_wrong)
-    rows_per_independent = outcomes.tally().scores.rows_per_independent
+    n_accepted = count_per_class(operating_point.accepted)
+    n_accepted_wrong = count_per_class(operating_point.accepted & is_wrong)
+    design_effect = outcomes.tally().scores.design_effect
 
     def wrong_then_all(c: int) -> tuple[int, int]:
         """The number of wrong answers of a class, then the number of all answers of the class."""
@@ -213,9 +213,9 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
     for c in listed_classes:
         row = ClassRow(
             names[c],
-            failures=Rate(n_wrong[c], n[c], rows_per_independent),
-            accepted=Rate(n_accepted[c], n[c], rows_per_independent),
-            accepted_failures=Rate(n_accepted_wrong[c], n_accepted[c], rows_per_independent),
+            failures=Rate(n_wrong[c], n[c], design_effect),
+            accepted=Rate(n_accepted[c], n[c], design_effect),
+            accepted_failures=Rate(n_accepted_wrong[c], n_accepted[c], design_effect),
         )
         table.append(row)
     return table, len(answered_classes) - len(listed_classes)
@@ -224,18 +224,18 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
 HISTOGRAM_BINS = 30
 RELIABILITY_BINS = 15
 MAX_POINTS_PER_CHART = 2000  # maximum number of points of all lines in a chart
-# values of ``Line.look`` for kinds of answers; methods have the values 0, 1, 2, ...
-RIGHT_LOOK = -1
-WRONG_LOOK = -2
-OUTSIDE_LOOK = -3
+# values of ``Line.style_index`` for kinds of answers; methods have the values 0, 1, 2, ...
+RIGHT_STYLE = -1
+WRONG_STYLE = -2
+OUTSIDE_STYLE = -3
 DASHES = {"-": "", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"}
 
 
-def line_looks(methods: Sequence[str]) -> list[dict[str, str]]:
+def svg_line_styles(methods: Sequence[str]) -> list[dict[str, str]]:
     """Colour and SVG dash pattern of each method, in the given order."""
-    looks = looks_of(methods)
+    styles = line_styles_of(methods)
     return [
-        {"colour": looks[method].colour, "dash": _svg_dash(looks[method].dash)}
+        {"colour": styles[method].colour, "dash": _svg_dash(styles[method].dash)}
         for method in methods
     ]
 
@@ -248,17 +248,18 @@ def _svg_dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (off
     return " ".join(str(2 * length) for length in lengths)
 
 
-def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
+def risk_coverage(methods: Sequence[Outcomes], operating_point: OperatingPoint) -> Chart:
     """Chart of the selective risk against the coverage; the first method is the main method."""
     main, *_ = methods
     curves = [
         risk_coverage_curve(*evaluable_scores(method_outcomes)) for method_outcomes in methods
     ]
     largest_risk = max(_largest_risk(coverage, risk) for coverage, risk in curves)
+    y_end = _round_axis_end(largest_risk)
     _, failure = evaluable_scores(main)
-    accepted = choice.accepted[main.evaluable]
+    accepted = operating_point.accepted[main.evaluable]
     n_accepted = int(accepted.sum())
-    risk_of_choice = float(failure[accepted].mean()) if n_accepted else 0.0
+    risk_of_accepted = float(failure[accepted].mean()) if n_accepted else 0.0
     error_rate = float(failure.mean())
     guide = None
     if error_rate > 0:
@@ -272,9 +273,9 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
             "lower is better."
         ),
         x=Axis("accepted, % of all answers", name="coverage", low=0.0, high=1.0),
-        y=Axis("wrong, % of the accepted", name="errors", low=0.0, high=_axis_end(largest_risk)),
+        y=Axis("wrong, % of the accepted", name="errors", low=0.0, high=y_end),
         lines=_thin_lines(methods, curves),
-        marker=(n_accepted / len(failure), risk_of_choice),
+        marker=(n_accepted / len(failure), risk_of_accepted),
         guide=guide,
     )
 
@@ -285,7 +286,7 @@ def _largest_risk(coverage: Floats, risk: Floats) -> float:
     return float(risk[is_steady].max())
 
 
-def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
+def roc(methods: Sequence[Outcomes], operating_point: OperatingPoint) -> Chart | None:
     """Chart of the share of right answers accepted against the share of wrong answers accepted.
 
     None if all answers are right, or all are wrong.
@@ -296,7 +297,7 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
     if n_wrong in {0, len(failure)}:
         return None
     curves = [roc_curve_points(*evaluable_scores(method_outcomes)) for method_outcomes in methods]
-    accepted = choice.accepted[main.evaluable]
+    accepted = operating_point.accepted[main.evaluable]
     wrong_accepted = float(accepted[failure == 1].mean())
     right_accepted = float(accepted[failure == 0].mean())
     return Chart(
@@ -326,21 +327,23 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
         number: Number of the method; 0 is the main method.
     """
     uncertainty, _ = evaluable_scores(outcomes)
-    low, high = _axis_ends(outcomes)
+    low, high = _uncertainty_range(outcomes)
     edges = np.linspace(low, high, HISTOGRAM_BINS + 1)
-    look_of_row = _looks_of_answers(outcomes)
-    labels = {RIGHT_LOOK: "right answers", WRONG_LOOK: "wrong answers"}
-    if OUTSIDE_LOOK in look_of_row:
-        labels[WRONG_LOOK] = "wrong within the classes"
-        labels[OUTSIDE_LOOK] = "of none of the classes"
+    style_of_row = _styles_of_answers(outcomes)
+    labels = {RIGHT_STYLE: "right answers", WRONG_STYLE: "wrong answers"}
+    if OUTSIDE_STYLE in style_of_row:
+        labels[WRONG_STYLE] = "wrong within the classes"
+        labels[OUTSIDE_STYLE] = "of none of the classes"
     # two points per bin, at the left and the right edge, draw the bins as steps
     x = np.repeat(edges, 2)[1:-1]
     lines = []
-    for look, label in labels.items():
-        counts, _ = np.histogram(uncertainty[look_of_row == look], edges)
+    for style_index, label in labels.items():
+        counts, _ = np.histogram(uncertainty[style_of_row == style_index], edges)
         share = counts / max(counts.sum(), 1)
-        is_filled = look != OUTSIDE_LOOK
-        lines.append(Line(label, x=x, y=np.repeat(share, 2), look=look, filled=is_filled))
+        is_filled = style_index != OUTSIDE_STYLE
+        lines.append(
+            Line(label, x=x, y=np.repeat(share, 2), style_index=style_index, is_filled=is_filled)
+        )
     largest_share = max(float(line.y.max()) for line in lines)
     title = "Uncertainty of right and wrong answers"
     if number > 0:
@@ -355,13 +358,13 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
             "Right and wrong answers by their uncertainty; the bars of each kind add up to 100 %."
         ),
         x=Axis("uncertainty", name="uncertainty", low=low, high=high, percent=False),
-        y=Axis("% of its kind", name="share", low=0.0, high=_axis_end(largest_share)),
+        y=Axis("% of its kind", name="share", low=0.0, high=_round_axis_end(largest_share)),
         lines=tuple(lines),
         marker=marker,
     )
 
 
-def _axis_ends(outcomes: Outcomes) -> tuple[float, float]:
+def _uncertainty_range(outcomes: Outcomes) -> tuple[float, float]:
     """The two ends of the axis of uncertainties. The ends always differ."""
     if outcomes.is_probability:
         return 0.0, 1.0
@@ -373,12 +376,12 @@ def _axis_ends(outcomes: Outcomes) -> tuple[float, float]:
     return low, high
 
 
-def _looks_of_answers(outcomes: Outcomes) -> Ints:
-    """(M,) value of ``Line.look`` for each row with an uncertainty and a known failure."""
+def _styles_of_answers(outcomes: Outcomes) -> Ints:
+    """(M,) value of ``Line.style_index`` for each row with an uncertainty and a known failure."""
     _, failure = evaluable_scores(outcomes)
     is_outside = outcomes.outside[outcomes.evaluable]
-    look_within_classes = np.where(failure, WRONG_LOOK, RIGHT_LOOK)
-    return np.where(is_outside, OUTSIDE_LOOK, look_within_classes)
+    style_within_classes = np.where(failure, WRONG_STYLE, RIGHT_STYLE)
+    return np.where(is_outside, OUTSIDE_STYLE, style_within_classes)
 
 
 def reliability(methods: Sequence[Outcomes]) -> Chart | None:
@@ -391,10 +394,10 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
     if failure_probability_of(main) is None:
         return None
     lines = []
-    for look, method_outcomes in enumerate(methods):
+    for style_index, method_outcomes in enumerate(methods):
         stated_probability = failure_probability_of(method_outcomes)
         if stated_probability is not None:
-            lines.append(_reliability_line(method_outcomes, stated_probability, look))
+            lines.append(_reliability_line(method_outcomes, stated_probability, style_index))
     return Chart(
         key="reliability",
         title="Stated and found failure rates",
@@ -409,10 +412,10 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
     )
 
 
-def _reliability_line(outcomes: Outcomes, stated_probability: Floats, look: int) -> Line:
+def _reliability_line(outcomes: Outcomes, stated_probability: Floats, style_index: int) -> Line:
     """Line through the bins of the ECE with at least one row. A bin includes the upper end.
 
-    The line of the main method (``look`` 0) has an interval at each bin.
+    The line of the main method (``style_index`` 0) has an interval at each bin.
     """
     rows = outcomes.evaluable
     counts = tie_counts(stated_probability[rows], outcomes.failure[rows])
@@ -425,14 +428,14 @@ def _reliability_line(outcomes: Outcomes, stated_probability: Floats, look: int)
     n_rows = n_rows[has_rows]
     n_wrong = n_wrong[has_rows]
     mean_value = sum_of_values[has_rows] / n_rows
-    line = Line(outcomes.method or "", x=mean_value, y=n_wrong / n_rows, look=look)
-    is_main = look == 0
+    line = Line(outcomes.method or "", x=mean_value, y=n_wrong / n_rows, style_index=style_index)
+    is_main = style_index == 0
     if not is_main:
         return line
-    rows_per_independent = outcomes.tally().scores.rows_per_independent
+    design_effect = outcomes.tally().scores.design_effect
     rates = []
     for wrong_in_bin, rows_in_bin in zip(n_wrong, n_rows, strict=True):
-        rates.append(Rate(int(wrong_in_bin), int(rows_in_bin), rows_per_independent))
+        rates.append(Rate(int(wrong_in_bin), int(rows_in_bin), design_effect))
     low = np.array([rate.low for rate in rates])
     high = np.array([rate.high for rate in rates])
     return replace(line, low=low, high=high)
@@ -442,20 +445,20 @@ def _thin_lines(
     methods: Sequence[Outcomes], curves: Sequence[tuple[Floats, Floats]]
 ) -> tuple[Line, ...]:
     """One line per method, with few points. The last line is of the main method, drawn on top."""
-    limit = int(np.clip(MAX_POINTS_PER_CHART // len(methods), 40, 250))  # points per line
+    max_points = int(np.clip(MAX_POINTS_PER_CHART // len(methods), 40, 250))  # points per line
     lines = []
-    for look, (method_outcomes, curve) in enumerate(zip(methods, curves, strict=True)):
-        x, y = thin_points(*curve, limit)
-        lines.append(Line(method_outcomes.method or "", x, y, look))
+    for style_index, (method_outcomes, curve) in enumerate(zip(methods, curves, strict=True)):
+        x, y = thin_points(*curve, max_points)
+        lines.append(Line(method_outcomes.method or "", x, y, style_index))
     return tuple(reversed(lines))
 
 
-AXIS_ENDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+ROUND_AXIS_ENDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 
 
-def _axis_end(value: float) -> float:
-    """The end of an axis: the smallest of ``AXIS_ENDS`` that is at least ``value``, or else 1."""
-    for end in AXIS_ENDS:
+def _round_axis_end(value: float) -> float:
+    """The smallest of ``ROUND_AXIS_ENDS`` that is at least ``value``, or else 1."""
+    for end in ROUND_AXIS_ENDS:
         if value <= end:
             return end
     return 1.0

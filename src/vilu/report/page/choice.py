@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.artifacts.disk import RUN
+from vilu.artifacts.disk import RUN_FILE
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.rules import Rule, group_names
 from vilu.calibration.thresholds import Threshold
@@ -41,7 +41,7 @@ class CalibratedRule:
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class OperatingPoint:
     """The operating point of a page."""
 
     accepted: NDArray[np.bool_] = field(repr=False)  # (N,) whether each row is accepted
@@ -56,7 +56,7 @@ class Choice:
     facts: Mapping[str, Any] = field(default_factory=dict)  # recorded facts about the calibration
 
 
-def choose_by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
+def choose_by_hindsight(outcomes: Outcomes, max_risk: float) -> OperatingPoint:
     """Choose a threshold from the failures of the same rows, so the threshold guarantees nothing.
 
     The threshold is the largest uncertainty t of a row with
@@ -69,13 +69,13 @@ def choose_by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
     is_low_enough = counts.accepted_wrong <= max_risk * counts.accepted
     if not is_low_enough.any():
         none_accepted = np.zeros(len(outcomes), dtype=np.bool_)
-        return Choice(none_accepted, threshold=None, max_risk=max_risk)
+        return OperatingPoint(none_accepted, threshold=None, max_risk=max_risk)
     threshold = float(counts.value[is_low_enough].max())
     is_accepted = outcomes.uncertainty <= threshold
-    return Choice(is_accepted, threshold=threshold, max_risk=max_risk)
+    return OperatingPoint(is_accepted, threshold=threshold, max_risk=max_risk)
 
 
-def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> Choice:
+def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> OperatingPoint:
     """Choose the rows accepted by a calibrated rule.
 
     The outcomes and the rule must be of the same method.
@@ -103,7 +103,7 @@ def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> Choice:
         # Conformal selection has no fixed threshold. In a single batch the accepted rows are the
         # same as for a threshold at the largest accepted uncertainty.
         threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
-        return Choice(
+        return OperatingPoint(
             accepted,
             threshold=threshold,
             max_risk=rule.max_risk,
@@ -111,7 +111,7 @@ def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> Choice:
             facts=calibrated.facts,
         )
     is_one_threshold = rule.grouped_by is None and rule.floor is None
-    return Choice(
+    return OperatingPoint(
         accepted=accepted,
         threshold=rule.threshold if is_one_threshold else None,
         max_risk=rule.max_risk,
@@ -167,7 +167,7 @@ def read_scores(path: str | Path) -> list[Outcomes]:
             f"{root} is the folder of a predictor. It only has the scores of the calibration rows, "
             f"on which its rule was chosen. Give scores of other rows, and add --predictor {root}."
         )
-    if (root / RUN).is_file():
+    if (root / RUN_FILE).is_file():
         return _with_distinct_names([(root, ScoreFolder(root).outcomes())])
     files = sorted(root.glob("*.parquet")) if root.is_dir() else [root]
     if not files:

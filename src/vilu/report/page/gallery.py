@@ -16,7 +16,7 @@ from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.coalitions import NONE_OF_CLASSES
 from vilu.progress import track
-from vilu.report.page.choice import Choice
+from vilu.report.page.choice import OperatingPoint
 
 MAX_CARDS_PER_SECTION = 24  # maximum number of cards in a section
 THUMBNAIL_SIDE = 128  # longest side of a thumbnail in pixels
@@ -39,16 +39,16 @@ class Card:
 
     key: str  # identifier of the row
     answer: str | None  # name of the judged class
-    true: str | None  # name of the true class, or "none of the classes"
-    wrong: bool | None  # whether the answer is wrong
+    true_class: str | None  # name of the true class, or "none of the classes"
+    is_wrong: bool | None  # whether the answer is wrong
     uncertainty: float
-    accepted: bool
+    is_accepted: bool
     picture: Thumbnail | None = None
     competitors: Sequence[tuple[str, float]] = ()  # (class name, zero-shot probability)
     zero_shot: str | None = None  # the zero-shot answer if different from ``answer``
 
 
-def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
+def pick_rows(outcomes: Outcomes, operating_point: OperatingPoint) -> dict[str, Ints]:
     """Pick rows for each section, at most ``MAX_CARDS_PER_SECTION``. All have an uncertainty.
 
     - "suspicious": the answers of largest uncertainty.
@@ -60,7 +60,7 @@ def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
     ascending_rows = np.argsort(outcomes.uncertainty, kind="stable")[:n_scored]
     descending_rows = np.argsort(-outcomes.uncertainty, kind="stable")[:n_scored]
     is_wrong = outcomes.failure[ascending_rows] == 1
-    is_accepted = choice.accepted[ascending_rows]
+    is_accepted = operating_point.accepted[ascending_rows]
     return {
         "suspicious": descending_rows[:MAX_CARDS_PER_SECTION],
         "confident": ascending_rows[is_wrong][:MAX_CARDS_PER_SECTION],
@@ -70,23 +70,23 @@ def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
 
 def make_card(
     outcomes: Outcomes,
-    choice: Choice,
+    operating_point: OperatingPoint,
     row: int,
     picture: Thumbnail | None,
     competitors: Sequence[tuple[str, float]],
 ) -> Card:
     """Make the card of a row."""
-    true = _class_name(outcomes, outcomes.target, row)
+    true_class = _class_name(outcomes, outcomes.target, row)
     if outcomes.outside[row]:
-        true = NONE_OF_CLASSES
+        true_class = NONE_OF_CLASSES
     failure = outcomes.failure[row]
     return Card(
         key=str(row) if outcomes.ids is None else outcomes.ids[row],
         answer=_class_name(outcomes, outcomes.prediction, row),
-        true=true,
-        wrong=None if failure == UNKNOWN else bool(failure),
+        true_class=true_class,
+        is_wrong=None if failure == UNKNOWN else bool(failure),
         uncertainty=float(outcomes.uncertainty[row]),
-        accepted=bool(choice.accepted[row]),
+        is_accepted=bool(operating_point.accepted[row]),
         picture=picture,
         competitors=competitors,
         zero_shot=outcomes.zero_shot_beside(row),

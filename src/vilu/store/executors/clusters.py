@@ -18,14 +18,14 @@ import numpy as np
 
 from vilu.artifacts.hashing import bytes_hash
 from vilu.errors import MissingModelError, StorageError
-from vilu.extras import import_extra, quiet, temporarily_set
+from vilu.extras import import_extra, suppress_messages, temporarily_set
 from vilu.store.executors.local import (
     Worker,
     check_processes,
     pack_job,
-    receipt_of,
     take_gpu,
     threads_per_process,
+    unpack_receipt,
 )
 from vilu.store.job import EmbedJob
 from vilu.store.manifest import Receipt
@@ -66,35 +66,35 @@ class RayExecutor:
         if not parts:
             return
         with (
-            self._running_ray() as plan,
+            self._running_ray() as actor_plan,
             self._ray_data_settings(),
-            closing(self._outcome_rows(job, parts, plan)) as rows,
+            closing(self._outcome_rows(job, parts, actor_plan)) as rows,
         ):
             while True:
-                # ``quiet`` is not around the yield, because messages of the caller must be shown
-                with quiet():
+                # not around the yield, because messages of the caller must be shown
+                with suppress_messages():
                     row = next(rows, None)
                 if row is None:
                     return
-                yield receipt_of(row["outcome"])
+                yield unpack_receipt(row["outcome"])
 
     def _outcome_rows(
-        self, job: EmbedJob, parts: Sequence[int], plan: _ActorPlan
+        self, job: EmbedJob, parts: Sequence[int], actor_plan: _ActorPlan
     ) -> Generator[dict[str, Any], None, None]:
         """Yield a row with the outcome of each part, in the order of the rows from Ray.
 
         Closing this generator ends the threads of Ray Data. These threads must end before Ray is
         shut down.
         """
-        items = [{"part": part} for part in parts]
-        dataset = self._data.from_items(items, override_num_blocks=len(items))
+        part_rows = [{"part": part} for part in parts]
+        dataset = self._data.from_items(part_rows, override_num_blocks=len(part_rows))
         outcomes = dataset.map_batches(
             _Actor,
-            fn_constructor_args=(pack_job(job, plan.threads_per_actor),),
+            fn_constructor_args=(pack_job(job, actor_plan.threads_per_actor),),
             batch_size=1,
-            compute=self._data.ActorPoolStrategy(size=min(plan.n_actors, len(items))),
-            num_cpus=plan.threads_per_actor,
-            num_gpus=plan.gpus_per_actor,
+            compute=self._data.ActorPoolStrategy(size=min(actor_plan.n_actors, len(part_rows))),
+            num_cpus=actor_plan.threads_per_actor,
+            num_gpus=actor_plan.gpus_per_actor,
             max_restarts=-1,  # no limit
             max_task_retries=-1,  # no limit
         )
@@ -109,16 +109,16 @@ class RayExecutor:
         address = os.environ.get("RAY_ADDRESS")
         processes = self.processes or n_cores()
         if address:
-            options: dict[str, object] = {"address": address}
+            ray_options: dict[str, object] = {"address": address}
         else:
-            options = {
+            ray_options = {
                 "address": "local",
                 "num_cpus": max(processes, n_cores()),
                 "include_dashboard": False,
                 "object_store_memory": SHARED_MEMORY_BYTES,
             }
-        with quiet():
-            self._ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        with suppress_messages():
+            self._ray.init(**ray_options, log_to_driver=False, logging_level=logging.ERROR)
         try:
             if address:
                 yield self._plan_for_running_ray()
@@ -141,8 +141,8 @@ class RayExecutor:
         cpu_machines = [machine for machine in machines if machine.get("CPU")]
         resource = "GPU" if gpu_machines else "CPU"
         used_machines = gpu_machines or cpu_machines
-        n_that_fit = int(sum(machine[resource] for machine in used_machines))
-        n_actors = self.processes or max(1, n_that_fit)
+        n_fitting_actors = int(sum(machine[resource] for machine in used_machines))
+        n_actors = self.processes or max(1, n_fitting_actors)
         actors_per_machine = math.ceil(n_actors / max(1, len(used_machines)))
         # an actor must fit on any machine, so the machine with the fewest cores decides
         fewest_cores = int(min((machine.get("CPU", 1) for machine in used_machines), default=1))
@@ -163,7 +163,7 @@ class RayExecutor:
     @contextmanager
     def _ray_data_settings(self) -> Iterator[None]:
         """Change settings of Ray Data in the block."""
-        with quiet():
+        with suppress_messages():
             context = self._data.DataContext.get_current()
         settings = {
             "enable_progress_bars": False,
@@ -209,8 +209,8 @@ class _Actor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Do the part in the batch, and return a batch with the outcome."""
-        (part,) = batch["part"]
-        outcome = self._worker.do_part(int(part))
+        (part_number,) = batch["part"]
+        outcome = self._worker.do_part(int(part_number))
         return {"outcome": np.array([outcome], dtype=object)}
 
 
@@ -220,7 +220,7 @@ MAX_FAILURES = 6
 # environment variable of ``spark-submit``; if the variable is set, Spark has settings already
 SPARK_SUBMIT_VARIABLE = "PYSPARK_GATEWAY_PORT"
 POLL_SECONDS = 0.05  # time between checks for new receipts
-_workers: dict[str, Worker] = {}  # hash of a job -> the only worker of this Python process
+_worker_of_job: dict[str, Worker] = {}  # hash of a job -> the only worker of this Python process
 
 
 class SparkExecutor:
@@ -243,8 +243,8 @@ class SparkExecutor:
         """Yield the receipt of each part as soon as the part is done."""
         if not parts:
             return
-        with self._context() as (context, threads):
-            payload = pack_job(job, threads)
+        with self._context() as (context, n_threads):
+            payload = pack_job(job, n_threads)
             broadcast = context.broadcast(payload)
             outcomes = context.accumulator([], _OutcomeLists())
             task = partial(_run_task, broadcast, bytes_hash(payload), outcomes)
@@ -252,15 +252,15 @@ class SparkExecutor:
             tasks = context.parallelize(list(parts), numSlices=len(parts)).map(task)
             spark_job = _SparkJob(self._spark, context, tasks)
             try:
-                n_taken = 0
+                n_taken_outcomes = 0
                 # The last receipts may arrive just before the job ends. So after the end of the
                 # job, the loop goes on until all receipts are taken.
-                while spark_job.is_running_after_poll() or n_taken < len(outcomes.value):
-                    new_outcomes = outcomes.value[n_taken:]
+                while spark_job.is_running_after_poll() or n_taken_outcomes < len(outcomes.value):
+                    new_outcomes = outcomes.value[n_taken_outcomes:]
                     for outcome in new_outcomes:
-                        n_taken += 1
-                        yield receipt_of(outcome)
-                spark_job.check(n_taken, len(parts))
+                        n_taken_outcomes += 1
+                        yield unpack_receipt(outcome)
+                spark_job.check(n_taken_outcomes, len(parts))
             finally:
                 spark_job.cancel()
                 broadcast.unpersist()
@@ -319,7 +319,7 @@ class _SparkJob:
 
     def __init__(self, spark: Any, context: Any, tasks: Any) -> None:  # noqa: ANN401 - PySpark's
         self._context = context
-        self._group = f"vilu-{secrets.token_hex(4)}"
+        self._job_group = f"vilu-{secrets.token_hex(4)}"
         self._error: Exception | None = None
         self._tasks = tasks
         self._thread = spark.InheritableThread(target=self._collect, daemon=True)
@@ -328,7 +328,7 @@ class _SparkJob:
     def _collect(self) -> None:
         """Run all tasks. This is the function of the thread."""
         try:
-            self._context.setJobGroup(self._group, "vilu")
+            self._context.setJobGroup(self._job_group, "vilu")
             self._tasks.collect()
         # Any exception is caught, because the job runs the model and the reader of the user. An
         # uncaught exception of this thread would only be printed. check() raises the exception in
@@ -355,7 +355,7 @@ class _SparkJob:
     def cancel(self) -> None:
         """Stop the job if it is still running."""
         if self._thread.is_alive():
-            self._context.cancelJobGroup(self._group)
+            self._context.cancelJobGroup(self._job_group)
             self._thread.join()
 
 
@@ -389,7 +389,7 @@ def _run_task(
     broadcast: Any,  # noqa: ANN401 - PySpark's
     job_hash: str,
     outcomes: Any,  # noqa: ANN401 - PySpark's
-    part: int,
+    part_number: int,
 ) -> None:
     """Do a part in a Python worker of Spark.
 
@@ -397,18 +397,18 @@ def _run_task(
         broadcast: Broadcast variable with the packed job.
         job_hash: Hash of the packed job.
         outcomes: Accumulator for the outcome of the part.
-        part: Number of the part.
+        part_number: Number of the part.
     """
     from pyspark import TaskContext
 
-    if job_hash not in _workers:
+    if job_hash not in _worker_of_job:
         context = TaskContext.get()
-        gpu = context.resources().get("gpu") if context else None
-        if gpu:
-            take_gpu(int(gpu.addresses[0]))
-        _workers.clear()
-        _workers[job_hash] = Worker(broadcast.value)
+        gpu_resource = context.resources().get("gpu") if context else None
+        if gpu_resource:
+            take_gpu(int(gpu_resource.addresses[0]))
+        _worker_of_job.clear()
+        _worker_of_job[job_hash] = Worker(broadcast.value)
         # PySpark collects garbage after every task. With torch imported, this would take 0.2 s.
         # Garbage collection skips frozen objects.
         gc.freeze()
-    outcomes.add([_workers[job_hash].do_part(part)])
+    outcomes.add([_worker_of_job[job_hash].do_part(part_number)])

@@ -39,15 +39,15 @@ class Worker:
         self._payload = payload
         self._job: EmbedJob | None = None
 
-    def do_part(self, part: int) -> bytes:
-        """Do the part with the number ``part``, and return the pickled outcome.
+    def do_part(self, part_number: int) -> bytes:
+        """Do the part with the number ``part_number``, and return the pickled outcome.
 
         The outcome is the receipt of the part, or the exception raised during the work.
         """
         try:
             if self._job is None:
                 self._job = self._unpack_job()
-            return pickle.dumps(self._job.process(part))
+            return pickle.dumps(self._job.process(part_number))
         # Any exception is caught, because the model or the reader may come from a plugin. Otherwise
         # the exception would end this process without a message. Instead, the driver gets the
         # exception as bytes, and raises the exception.
@@ -74,7 +74,7 @@ class PackedJob:
     job: EmbedJob
 
 
-def receipt_of(packed_outcome: bytes) -> Receipt:
+def unpack_receipt(packed_outcome: bytes) -> Receipt:
     """Return the receipt in an outcome of ``Worker.do_part``, or raise the exception."""
     outcome = pickle.loads(packed_outcome)  # noqa: S301 - from our own worker
     if isinstance(outcome, Exception):
@@ -132,21 +132,23 @@ def threads_per_process(processes: int) -> int:
     return max(1, n_cores() // processes)
 
 
-def take_gpu(number: int) -> None:
-    """If there are n GPUs, make GPU number ``number`` modulo n the device "cuda"."""
+def take_gpu(gpu_number: int) -> None:
+    """If there are n GPUs, make GPU number ``gpu_number`` modulo n the device "cuda"."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(number % torch.cuda.device_count())
+        torch.cuda.set_device(gpu_number % torch.cuda.device_count())
 
 
 # The run ends after this number of deaths of workers in the same part. A job gives up a part after
 # fewer deaths (MAX_ATTEMPTS).
 MAX_DEATHS = 5
-READY = b""  # message of a worker that has started and waits for the job
+READY_MESSAGE = b""  # message of a worker that has started and waits for the job
 GRACE_SECONDS = 5.0  # time for a worker to end, before the worker is killed
 # advice if workers die before their first part
-HINT_MAIN = "A script that embeds in processes needs its work under `if __name__ == '__main__':`."
+MAIN_GUARD_HINT = (
+    "A script that embeds in processes needs its work under `if __name__ == '__main__':`."
+)
 # advice if workers die in a part
-HINT_MEMORY = (
+MEMORY_HINT = (
     "Finished parts are kept. If memory ran out, take fewer processes or a smaller batch size."
 )
 
@@ -171,14 +173,14 @@ class LocalExecutor:
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
         """Yield the receipt of each part as soon as the part is done."""
-        pool = _Pool(job, parts, self.processes, self.max_deaths)
+        worker_pool = _WorkerPool(job, parts, self.processes, self.max_deaths)
         try:
-            yield from pool.receipts()
+            yield from worker_pool.receipts()
         finally:
-            pool.stop()
+            worker_pool.stop()
 
 
-class _Process:
+class _WorkerProcess:
     """A worker process from the view of the driver: the pipe, and the current part.
 
     ``number`` is the number of the worker among all workers of a run.
@@ -187,7 +189,7 @@ class _Process:
     def __init__(self, number: int) -> None:
         context = get_context("spawn")
         self.number = number
-        self.part: int | None = None  # number of the current part; None if the process is idle
+        self.part_number: int | None = None  # the current part; None if the process is idle
         self.has_job = False  # whether the process has started and got the job
         self.pipe, worker_end = context.Pipe()
         self.process: SpawnProcess = context.Process(
@@ -213,7 +215,7 @@ class _Process:
         return self.process.exitcode
 
 
-class _Pool:
+class _WorkerPool:
     """The workers of a ``run``, with the parts that wait for a worker."""
 
     def __init__(
@@ -221,16 +223,16 @@ class _Pool:
     ) -> None:
         self.max_deaths = max_deaths
         self.payload = pack_job(job, threads_per_process(processes))
-        self.waiting_parts = deque(parts)
+        self.waiting_part_numbers = deque(parts)
         self.max_workers = min(processes, len(parts))
-        self.workers: dict[object, _Process] = {}  # pipe -> the worker at the far end
+        self.workers: dict[object, _WorkerProcess] = {}  # pipe -> the worker at the far end
         # part number -> number of workers that died in the part; None -> deaths before the first
         # part
-        self.deaths: Counter[int | None] = Counter()
+        self.n_deaths_in_part: Counter[int | None] = Counter()
 
     def receipts(self) -> Iterator[Receipt]:
         """Yield the receipts in the order of arrival."""
-        while self.waiting_parts or self._n_busy():
+        while self.waiting_part_numbers or self._n_busy():
             self._start_workers()
             self._assign_parts()
             pipes = [worker.pipe for worker in self.workers.values()]
@@ -243,12 +245,12 @@ class _Pool:
                     # The worker gets a new part before the yield, because the caller may need some
                     # time for the receipt.
                     self._assign_parts()
-                    yield receipt_of(outcome)
+                    yield unpack_receipt(outcome)
 
     def stop(self) -> None:
         """End all workers."""
         for worker in self.workers.values():
-            if worker.part is None:
+            if worker.part_number is None:
                 worker.process.kill()
             else:
                 worker.process.terminate()  # lets the process remove its temporary files
@@ -258,40 +260,40 @@ class _Pool:
 
     def _n_busy(self) -> int:
         """Return the number of workers with a part."""
-        return sum(worker.part is not None for worker in self.workers.values())
+        return sum(worker.part_number is not None for worker in self.workers.values())
 
     def _start_workers(self) -> None:
         """Start workers: one for each unfinished part, but at most ``max_workers``."""
-        n_parts_left = self._n_busy() + len(self.waiting_parts)
+        n_parts_left = self._n_busy() + len(self.waiting_part_numbers)
         n_wanted = min(self.max_workers, n_parts_left)
         n_missing = max(0, n_wanted - len(self.workers))
         used_numbers = {worker.number for worker in self.workers.values()}
         # a new worker gets the number and so also the GPU of a dead worker (``take_gpu``)
         free_numbers = sorted(set(range(self.max_workers)) - used_numbers)
         for number in free_numbers[:n_missing]:
-            worker = _Process(number)
+            worker = _WorkerProcess(number)
             self.workers[worker.pipe] = worker
 
     def _assign_parts(self) -> None:
         """Send waiting parts to idle workers."""
         # a copy of the values, because _remove_dead_worker removes a worker from the dictionary
         for worker in list(self.workers.values()):
-            is_idle = worker.has_job and worker.part is None
+            is_idle = worker.has_job and worker.part_number is None
             if not is_idle:
                 continue
-            if not self.waiting_parts:
+            if not self.waiting_part_numbers:
                 return
-            worker.part = self.waiting_parts.popleft()
+            worker.part_number = self.waiting_part_numbers.popleft()
             try:
-                worker.pipe.send(worker.part)
+                worker.pipe.send(worker.part_number)
             except OSError:
                 self._remove_dead_worker(worker)
 
-    def _receive(self, worker: _Process) -> bytes | None:
+    def _receive(self, worker: _WorkerProcess) -> bytes | None:
         """Return the outcome from a worker; None if the worker has just started, or has died."""
         try:
             message = worker.pipe.recv_bytes()
-            if message == READY:
+            if message == READY_MESSAGE:
                 # the job is sent once, and only after the worker has started
                 worker.pipe.send_bytes(self.payload)
                 worker.has_job = True
@@ -299,10 +301,10 @@ class _Pool:
         except (EOFError, OSError):
             self._remove_dead_worker(worker)
             return None
-        worker.part = None
+        worker.part_number = None
         return message
 
-    def _remove_dead_worker(self, worker: _Process) -> None:
+    def _remove_dead_worker(self, worker: _WorkerProcess) -> None:
         """Remove a dead worker, and put the part of the worker back into the queue.
 
         Raises:
@@ -310,22 +312,22 @@ class _Pool:
                 part.
         """
         del self.workers[worker.pipe]
-        part = worker.part
-        self.deaths[part] += 1
-        if part is not None:
-            self.waiting_parts.appendleft(part)
-        moment = "before its first part" if part is None else f"in part {part}"
-        cause = _describe_exit_code(worker.end())
+        part_number = worker.part_number
+        self.n_deaths_in_part[part_number] += 1
+        if part_number is not None:
+            self.waiting_part_numbers.appendleft(part_number)
+        moment_text = "before its first part" if part_number is None else f"in part {part_number}"
+        exit_text = _describe_exit_code(worker.end())
         logger.warning(
-            "worker %d ended %s with %s; another one goes on", worker.number, moment, cause
+            "worker %d ended %s with %s; another one goes on", worker.number, moment_text, exit_text
         )
-        if self.deaths[part] < self.max_deaths:
+        if self.n_deaths_in_part[part_number] < self.max_deaths:
             return
-        hint = HINT_MEMORY
-        if part is None:
-            hint = HINT_MAIN
+        hint = MEMORY_HINT
+        if part_number is None:
+            hint = MAIN_GUARD_HINT
         raise StorageError(
-            f"workers ended {self.max_deaths} times {moment}, last with {cause}. {hint}"
+            f"workers ended {self.max_deaths} times {moment_text}, last with {exit_text}. {hint}"
         )
 
 
@@ -337,10 +339,10 @@ def _describe_exit_code(exit_code: int | None) -> str:
     return f"exit code {exit_code}"
 
 
-def _run_worker(pipe: Connection, number: int) -> None:
+def _run_worker(pipe: Connection, worker_number: int) -> None:
     """Run a worker: receive part numbers and send outcomes until the driver closes the pipe.
 
-    ``number`` is the number of the worker.
+    ``worker_number`` is the number of the worker.
     """
     # Ctrl-C reaches all processes of the terminal. A worker ignores Ctrl-C, because the driver ends
     # the worker.
@@ -348,13 +350,13 @@ def _run_worker(pipe: Connection, number: int) -> None:
     # sys.exit runs the ``finally`` blocks, and these blocks remove temporary files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=end_with_driver, daemon=True).start()
-    take_gpu(number)
+    take_gpu(worker_number)
     try:
-        pipe.send_bytes(READY)
+        pipe.send_bytes(READY_MESSAGE)
         worker = Worker(pipe.recv_bytes())
         while True:
-            part = pipe.recv()
-            pipe.send_bytes(worker.do_part(part))
+            part_number = pipe.recv()
+            pipe.send_bytes(worker.do_part(part_number))
     except (EOFError, OSError):
         return
 
@@ -471,19 +473,23 @@ def _read_array_rank(environment: Mapping[str, str]) -> Rank | None:
             f"{', '.join(ARRAY_VARIABLES)} must be set together. Missing: "
             f"{', '.join(missing_names)}."
         )
-    index, count, smallest = (_parse_number(name, environment[name]) for name in ARRAY_VARIABLES)
+    array_index, n_jobs, min_index = (
+        _parse_number(name, environment[name]) for name in ARRAY_VARIABLES
+    )
     step_text = environment.get("SLURM_ARRAY_TASK_STEP", "1")
     step = _parse_number("SLURM_ARRAY_TASK_STEP", step_text)
-    offset = index - smallest
+    offset = array_index - min_index
     if step < 1 or offset % step != 0:
         raise UsageError(
-            f"array task {index} is not in steps of {step} from {smallest}. Give the array as 0-N."
+            f"array task {array_index} is not in steps of {step} from {min_index}. Give the array "
+            "as 0-N."
         )
     try:
-        return Rank(rank=offset // step, world=count)
+        return Rank(rank=offset // step, world=n_jobs)
     except UsageError as error:
         raise UsageError(
-            f"array task {index} is not among {count} from {smallest} on. Give the array as 0-N."
+            f"array task {array_index} is not among {n_jobs} from {min_index} on. Give the array "
+            "as 0-N."
         ) from error
 
 

@@ -56,11 +56,11 @@ def overlaps(first: Floats, second: Floats, is_crowd: NDArray[np.bool_] | None =
     return share
 
 
-def require_box(box: Sequence[float], where: str) -> None:
+def require_box(box: Sequence[float], location: str) -> None:
     """Raise DataError if a side is negative, or if an edge is too far away for a picture."""
     is_far = max(abs(edge) for edge in box) > LARGEST_EDGE
     if is_far or min(box[2:]) < 0:
         raise DataError(
-            f"{where}: a box is left, top, width and height in pixels, up to {LARGEST_EDGE:g}, and "
-            f"no side is negative. Got {list(box)} instead."
+            f"{location}: a box is left, top, width and height in pixels, up to {LARGEST_EDGE:g}, "
+            f"and no side is negative. Got {list(box)} instead."
         )

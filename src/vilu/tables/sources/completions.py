@@ -163,15 +163,16 @@ def _read_rows(path: Path) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     line_of_id: dict[str, int] = {}
     for number, content in _lines(path):
-        where = f"{path} line {number}"
-        row_id, completion = _parse_line(content, number, where)
+        location = f"{path} line {number}"
+        row_id, completion = _parse_line(content, number, location)
         if row_id in line_of_id:
             raise DataError(
-                f"{where}: every id must occur once. {row_id!r} is on line {line_of_id[row_id]}, "
-                "too. Put all samples of a request into the choices of one line (n=...)."
+                f"{location}: every id must occur once. {row_id!r} is on line "
+                f"{line_of_id[row_id]}, too. Put all samples of a request into the choices of "
+                "one line (n=...)."
             )
         line_of_id[row_id] = number
-        samples = [_sample(choice, where) for choice in completion.choices]
+        samples = [_parse_sample(choice, location) for choice in completion.choices]
         rows[row_id] = _row_of_samples(samples)
     if not rows:
         raise DataError(f"{path} must have one completion per line. It has none.")
@@ -201,13 +202,13 @@ def _bounded_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
         line = file.readline(MAX_LINE_BYTES + 1)
 
 
-def _parse_line(content: bytes, number: int, where: str) -> tuple[str, Completion]:
+def _parse_line(content: bytes, number: int, location: str) -> tuple[str, Completion]:
     """The id and the completion on a line. Without an id, ``number`` is the id."""
     try:
         record = parse_json(content)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where} must hold a whole JSON object. The line is cut off or damaged: {error}. "
+            f"{location} must hold a whole JSON object. The line is cut off or damaged: {error}. "
             "Write it again, or remove it."
         ) from error
     batch_id = None
@@ -215,44 +216,44 @@ def _parse_line(content: bytes, number: int, where: str) -> tuple[str, Completio
         if "custom_id" in record:
             request = BatchLine.model_validate(record)
             batch_id = request.custom_id
-            record = _completion_of_batch(request, where)
+            record = _completion_of_batch(request, location)
         completion = Completion.model_validate(record)
     except ValidationError as error:
         raise DataError(
-            f"{where} must hold a completion in OpenAI's format with logprobs: "
+            f"{location} must hold a completion in OpenAI's format with logprobs: "
             f"{first_error(error)}."
         ) from error
     return batch_id or completion.id or str(number), completion
 
 
-def _completion_of_batch(request: BatchLine, where: str) -> dict[str, Any]:
+def _completion_of_batch(request: BatchLine, location: str) -> dict[str, Any]:
     """The completion in a line of a batch; DataError if the request failed."""
     body = (request.response or {}).get("body")
     if request.error is None and isinstance(body, dict):
         return body
     reason = request.error or request.response or "it has no response"
     raise DataError(
-        f"{where}: the request {request.custom_id!r:.80} failed: {reason!s:.200}. Ask it again, "
+        f"{location}: the request {request.custom_id!r:.80} failed: {reason!s:.200}. Ask it again, "
         "or remove the line."
     )
 
 
-def _sample(choice: CompletionChoice, where: str) -> CompletionSample:
+def _parse_sample(choice: CompletionChoice, location: str) -> CompletionSample:
     """The answer of a choice; DataError without an answer or without log-probabilities."""
     answer = choice.text
     if choice.message is not None:
         answer = choice.message.content
     if answer is None:
         raise DataError(
-            f"{where} must have choices with a text, or with a message that has content. Calls of "
-            "tools, refusals and parts of a stream have none; remove the line."
+            f"{location} must have choices with a text, or with a message that has content. Calls "
+            "of tools, refusals and parts of a stream have none; remove the line."
         )
     return CompletionSample(
-        answer.strip(), _token_logprobs(choice, where), choice.finish_reason == "length"
+        answer.strip(), _token_logprobs(choice, location), choice.finish_reason == "length"
     )
 
 
-def _token_logprobs(choice: CompletionChoice, where: str) -> list[float]:
+def _token_logprobs(choice: CompletionChoice, location: str) -> list[float]:
     """Log-probabilities of all tokens of a choice."""
     logprobs_field = choice.logprobs or LogProbabilities()
     if logprobs_field.content is not None:
@@ -260,17 +261,17 @@ def _token_logprobs(choice: CompletionChoice, where: str) -> list[float]:
     elif logprobs_field.token_logprobs is not None:
         if None in logprobs_field.token_logprobs:
             raise DataError(
-                f"{where} has a token without a log-probability, as the first token of a prompt. "
-                "Ask without echo, so that only the answer has log-probabilities."
+                f"{location} has a token without a log-probability, as the first token of a "
+                "prompt. Ask without echo, so that only the answer has log-probabilities."
             )
         logprobs = [logprob for logprob in logprobs_field.token_logprobs if logprob is not None]
     else:
         raise DataError(
-            f"{where} must have log-probabilities. Ask with logprobs: true for a chat, and with "
+            f"{location} must have log-probabilities. Ask with logprobs: true for a chat, and with "
             "logprobs: 1 for a plain completion."
         )
     if not logprobs:
-        raise DataError(f"{where} must have at least one token. Remove the line.")
+        raise DataError(f"{location} must have at least one token. Remove the line.")
     return logprobs
 
 
@@ -282,8 +283,10 @@ def _row_of_samples(samples: list[CompletionSample]) -> Row:
     votes = Counter(comparable_text(sample.answer) for sample in samples)
     most_votes = max(votes.values())
     # samples with a most frequent answer; several answers may be equally frequent
-    leaders = [sample for sample in samples if votes[comparable_text(sample.answer)] == most_votes]
-    best_sample = max(leaders, key=CompletionSample.mean)
+    samples_with_most_votes = [
+        sample for sample in samples if votes[comparable_text(sample.answer)] == most_votes
+    ]
+    best_sample = max(samples_with_most_votes, key=CompletionSample.mean)
     return {
         "answer": best_sample.answer,
         "score_mean_logprob": best_sample.mean(),

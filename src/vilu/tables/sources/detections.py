@@ -20,16 +20,16 @@ from vilu.tables.sources.boxes import LARGEST_EDGE, areas, as_boxes, overlaps
 from vilu.tables.sources.converted import Columns, Converted
 from vilu.validation import checked, require_between
 
-MAX_BYTES = 2**30
+MAX_FILE_BYTES = 2**30
 """Maximum size of a file."""
 
-MAX_BOXES_IN_CELL = 2_000
+MAX_BOXES_TO_MATCH = 2_000
 """Maximum number of boxes of a category in an image. All pairs of these boxes are compared."""
 
 Edge = Annotated[float, Field(ge=-LARGEST_EDGE, le=LARGEST_EDGE)]
 ImageId = int | str
-Cell = tuple[ImageId, int]
-"""An image and a category. Only detections and objects of the same cell are matched."""
+MatchKey = tuple[ImageId, int]
+"""An image and a category. Only detections and objects with the same key are matched."""
 
 
 class CocoEntry(BaseModel):
@@ -54,7 +54,7 @@ class CocoBox(CocoEntry):
         return bbox
 
     @property
-    def cell(self) -> Cell:
+    def match_key(self) -> MatchKey:
         """The image and the category of the box, for matching."""
         return self.image_id, self.category_id
 
@@ -169,21 +169,21 @@ def detection_answers(
     detections = _read_coco(Path(results), TypeAdapter(list[Detection]))
     names = {category.id: category.name for category in truth.categories}
     _require_known_ids(detections, names, {image.id for image in truth.images}, results)
-    objects_of_cell = {}
+    objects_of_match_key = {}
     n_wanted = 0
-    for cell, object_indices in _indices_by_cell(truth.annotations, annotations).items():
+    for match_key, object_indices in _indices_by_match_key(truth.annotations, annotations).items():
         objects = _make_objects([truth.annotations[index] for index in object_indices])
-        objects_of_cell[cell] = objects
+        objects_of_match_key[match_key] = objects
         n_wanted += int((~objects.is_ignored).sum())
     columns = _columns(detections, names)
-    for cell, indices in _indices_by_cell(detections, results).items():
+    for match_key, indices in _indices_by_match_key(detections, results).items():
         boxes = as_boxes([detections[index].bbox for index in indices])
         scores = np.array([detections[index].score for index in indices])
-        objects = objects_of_cell.get(cell, NO_OBJECTS)
-        verdicts = match_detections(boxes, scores, objects, min_iou)
+        objects = objects_of_match_key.get(match_key, NO_OBJECTS)
+        correct = match_detections(boxes, scores, objects, min_iou)
         overlap_with_others = _overlap_with_others(boxes).tolist()
         for position, index in enumerate(indices):
-            columns["correct"][index] = verdicts[position]
+            columns["correct"][index] = correct[position]
             columns["largest_overlap"][index] = overlap_with_others[position]
     n_taken = columns["correct"].count(1)
     return Converted(columns, n_wanted=n_wanted, n_missed=n_wanted - n_taken)
@@ -199,20 +199,20 @@ def match_detections(
     """
     overlap = overlaps(boxes, objects.boxes, objects.is_crowd)
     # As in pycocotools: with min_iou = 1, an overlap of 1 after rounding down has to be enough.
-    is_enough = overlap >= min(min_iou, 1 - 1e-10)
+    overlaps_enough = overlap >= min(min_iou, 1 - 1e-10)
     is_free = np.ones(len(objects.boxes), dtype=bool)
-    verdicts: list[int | None] = [0] * len(boxes)
+    correct: list[int | None] = [0] * len(boxes)
     for detection in np.argsort(-scores, kind="stable").tolist():
         # First choice: an object that is not ignored. Then the detection is right (1). Second
-        # choice: an ignored object. Then the verdict is None.
-        for is_ignored, verdict in ((False, 1), (True, None)):
-            can_be_taken = is_enough[detection] & is_free & (objects.is_ignored == is_ignored)
+        # choice: an ignored object. Then the result is None.
+        for is_ignored, is_right in ((False, 1), (True, None)):
+            can_be_taken = overlaps_enough[detection] & is_free & (objects.is_ignored == is_ignored)
             if can_be_taken.any():
                 object_index = _last_argmax(overlap[detection], can_be_taken)
                 is_free[object_index] = objects.is_crowd[object_index]  # a crowd stays free
-                verdicts[detection] = verdict
+                correct[detection] = is_right
                 break
-    return verdicts
+    return correct
 
 
 def _last_argmax(numbers: Floats, mask: NDArray[np.bool_]) -> int:
@@ -232,7 +232,7 @@ def _overlap_with_others(boxes: Floats) -> Floats:
 
 def _read_coco(path: Path, adapter: TypeAdapter[T]) -> T:
     """The content of a JSON file, after ``adapter`` has checked it."""
-    content = read_bounded(path, "Give a JSON file in COCO's format", DataError, MAX_BYTES)
+    content = read_bounded(path, "Give a JSON file in COCO's format", DataError, MAX_FILE_BYTES)
     try:
         return adapter.validate_json(content)
     except ValidationError as error:
@@ -252,31 +252,32 @@ def _require_known_ids(
     if not detections:
         raise DataError(f"{results} must have at least one detection. It has none.")
     for index, detection in enumerate(detections):
-        where = f"{results}: detection {index} (counted from 0)"
+        location = f"{results}: detection {index} (counted from 0)"
         if detection.category_id not in names:
             raise DataError(
-                f"{where} has category_id {detection.category_id}, which is none of the categories "
-                "of the annotations. Give the numbers of the annotations, not those of the model."
+                f"{location} has category_id {detection.category_id}, which is none of the "
+                "categories of the annotations. Give the numbers of the annotations, not those of "
+                "the model."
             )
         if detection.image_id not in images:
             raise DataError(
-                f"{where} has image_id {detection.image_id!r}, which is none of the images of the "
-                "annotations. Nobody knows which objects are in it, so leave it out."
+                f"{location} has image_id {detection.image_id!r}, which is none of the images of "
+                "the annotations. Nobody knows which objects are in it, so leave it out."
             )
 
 
-def _indices_by_cell(
+def _indices_by_match_key(
     entries: Sequence[CocoBox], path: str | os.PathLike[str]
-) -> dict[Cell, list[int]]:
-    """Cell -> indices of boxes in ``entries``. ``path`` is the file, for the message."""
-    indices: dict[Cell, list[int]] = defaultdict(list)
+) -> dict[MatchKey, list[int]]:
+    """Image and category -> indices in ``entries``. ``path`` is the file, for the message."""
+    indices: dict[MatchKey, list[int]] = defaultdict(list)
     for index, entry in enumerate(entries):
-        indices[entry.cell].append(index)
-    for (image, category), cell_indices in indices.items():
-        if len(cell_indices) > MAX_BOXES_IN_CELL:
+        indices[entry.match_key].append(index)
+    for (image, category), indices_of_key in indices.items():
+        if len(indices_of_key) > MAX_BOXES_TO_MATCH:
             raise DataError(
-                f"{path} must have at most {MAX_BOXES_IN_CELL:,} boxes of a category in an image. "
-                f"Got {len(cell_indices):,} of category {category} in image {image!r}. "
+                f"{path} must have at most {MAX_BOXES_TO_MATCH:,} boxes of a category in an image. "
+                f"Got {len(indices_of_key):,} of category {category} in image {image!r}. "
                 "Keep the best."
             )
     return indices

@@ -13,7 +13,7 @@ from vilu.errors import OUTSIDE, UNKNOWN, DataError, did_you_mean
 from vilu.metrics.counts import Floats, Ints
 from vilu.tables.sources.converted import Columns, Converted
 
-WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+WHOLE_NUMBER_PATTERN = re.compile(r"-?[0-9]{1,18}")
 
 BLOCK_ROWS = 4_096
 """Number of rows in a block. Probabilities are computed block by block."""
@@ -53,17 +53,17 @@ def logit_answers(
         >>> np.round(table.columns["score_margin"], 6).tolist()
         [0.6, 0.2]
     """
-    rows = np.asarray(logits)
-    if rows.ndim != 2 or rows.shape[1] < 2 or rows.dtype.kind not in "fiu":
+    logit_rows = np.asarray(logits)
+    if logit_rows.ndim != 2 or logit_rows.shape[1] < 2 or logit_rows.dtype.kind not in "fiu":
         raise DataError(
             "logits must be numbers (N, K) with at least two classes. Got "
-            f"{rows.dtype} of shape {rows.shape} instead."
+            f"{logit_rows.dtype} of shape {logit_rows.shape} instead."
         )
-    n, n_classes = rows.shape
+    n, n_classes = logit_rows.shape
     if not n:
         raise DataError("logits must have at least one row. They have none.")
     names = _texts_or_numbers(class_names, n_classes, "class_names")
-    answer = rows.argmax(axis=1)
+    answer = logit_rows.argmax(axis=1)
     columns: Columns = {
         "id": _texts_or_numbers(ids, n, "ids"),
         "answer": [names[index] for index in answer.tolist()],
@@ -72,7 +72,7 @@ def logit_answers(
     if target is not None:
         columns["correct"] = _correct_cells(answer, _class_numbers(target, names), n_classes)
     for start in range(0, n, BLOCK_ROWS):
-        block = np.asarray(rows[start : start + BLOCK_ROWS], dtype=np.float64)
+        block = np.asarray(logit_rows[start : start + BLOCK_ROWS], dtype=np.float64)
         _require_finite(block, start)
         for name, numbers in _score_columns(block).items():
             columns.setdefault(name, []).extend(numbers.tolist())
@@ -116,7 +116,7 @@ def _class_numbers(target: ArrayLike, names: Sequence[str]) -> Ints:
     texts = labels.tolist()
     number_of_name = {name: number for number, name in enumerate(names)} | {"": UNKNOWN}
     unknown_texts = [text for text in texts if text not in number_of_name]
-    are_numbers = all(WHOLE_NUMBER.fullmatch(text) for text in texts)
+    are_numbers = all(WHOLE_NUMBER_PATTERN.fullmatch(text) for text in texts)
     if unknown_texts and are_numbers:
         return labels.astype(np.int64)
     if unknown_texts:

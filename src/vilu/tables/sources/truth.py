@@ -35,9 +35,9 @@ def read_words(path: Path) -> dict[str, list[Word]]:
     """
     pages: dict[str, list[Word]] = {}
     for row in _read_rows(path, ("page", "text", *BOX_COLUMNS)):
-        where = f"{path} line {row.line}"
-        left, top, width, height = (parse_number(row[edge], edge, where) for edge in BOX_COLUMNS)
-        require_box([left, top, width, height], where)
+        location = f"{path} line {row.line}"
+        left, top, width, height = (parse_number(row[edge], edge, location) for edge in BOX_COLUMNS)
+        require_box([left, top, width, height], location)
         word = Word(row["text"], (left, top, width, height))
         pages.setdefault(row["page"], []).append(word)
     return pages

@@ -40,7 +40,7 @@ LINE_COLUMNS = ("page_num", "block_num", "par_num", "line_num")
 BOX_COLUMNS = ("left", "top", "width", "height")
 """Columns of the box of a word, in pixels."""
 
-READ_COLUMNS = ("level", *LINE_COLUMNS, *BOX_COLUMNS, "conf", "text")
+REQUIRED_COLUMNS = ("level", *LINE_COLUMNS, *BOX_COLUMNS, "conf", "text")
 """Required columns of a TSV file."""
 
 
@@ -58,19 +58,19 @@ class Word:
 
 
 @dataclass(frozen=True)
-class ReadWord(Word):
+class RecognisedWord(Word):
     """A word recognised by Tesseract.
 
     Attributes:
         confidence: Tesseract's confidence, from 0 to 100.
-        line: Numbers of the page, block, paragraph and text line.
+        line_key: Numbers of the page, block, paragraph and text line.
     """
 
     confidence: float
-    line: tuple[int, ...]
+    line_key: tuple[int, ...]
 
 
-Pages = dict[str, list[ReadWord]]
+Pages = dict[str, list[RecognisedWord]]
 """Name of a page -> words, in the order of reading."""
 
 
@@ -169,7 +169,7 @@ def _all_pages(files: Sequence[str | os.PathLike[str]]) -> Pages:
 
 
 def match_words(
-    words_read: Sequence[Word], true_words: Sequence[Word]
+    recognised_words: Sequence[Word], true_words: Sequence[Word]
 ) -> tuple[list[int | None], int]:
     """Match words by their boxes.
 
@@ -177,14 +177,15 @@ def match_words(
     match.
     """
     overlap = overlaps(
-        as_boxes([word.box for word in words_read]), as_boxes([word.box for word in true_words])
+        as_boxes([word.box for word in recognised_words]),
+        as_boxes([word.box for word in true_words]),
     )
-    correct: list[int | None] = [0] * len(words_read)
+    correct: list[int | None] = [0] * len(recognised_words)
     n_unread = len(true_words)
     while overlap.size and overlap.max() >= MIN_OVERLAP:
         flat_index = int(overlap.argmax())  # the pair that overlaps most
         read_index, true_index = divmod(flat_index, overlap.shape[1])
-        correct[read_index] = int(words_read[read_index].text == true_words[true_index].text)
+        correct[read_index] = int(recognised_words[read_index].text == true_words[true_index].text)
         n_unread -= 1
         # neither word can be matched again
         overlap[read_index] = 0
@@ -196,8 +197,8 @@ def _read_pages(file: Path) -> Pages:
     """The words of each page of a TSV file."""
     pages: Pages = {}
     for number, cells in _read_rows(file):
-        where = f"{file} line {number}"
-        numbers = _row_numbers(cells, where)
+        location = f"{file} line {number}"
+        numbers = _row_numbers(cells, location)
         name = file.stem
         if numbers["page_num"] != 1:
             name = f"{file.stem}#{numbers['page_num']:.0f}"
@@ -205,8 +206,10 @@ def _read_pages(file: Path) -> Pages:
         text = cells["text"].strip()
         if numbers["level"] == WORD_LEVEL and text:
             left, top, width, height = (numbers[edge] for edge in BOX_COLUMNS)
-            line = tuple(int(numbers[column]) for column in LINE_COLUMNS)
-            words.append(ReadWord(text, (left, top, width, height), numbers["conf"], line))
+            line_key = tuple(int(numbers[column]) for column in LINE_COLUMNS)
+            words.append(
+                RecognisedWord(text, (left, top, width, height), numbers["conf"], line_key)
+            )
     return pages
 
 
@@ -217,7 +220,7 @@ def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
         table = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
             missing_columns = [
-                name for name in READ_COLUMNS if name not in (table.fieldnames or ())
+                name for name in REQUIRED_COLUMNS if name not in (table.fieldnames or ())
             ]
             if missing_columns:
                 raise DataError(
@@ -235,32 +238,32 @@ def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
             raise DataError(f"{file} is no TSV file in UTF-8: {error}. Read it again.") from error
 
 
-def _row_numbers(cells: Mapping[str, str], where: str) -> dict[str, float]:
-    """Column -> number in a row; ``where`` names the row in errors."""
+def _row_numbers(cells: Mapping[str, str], location: str) -> dict[str, float]:
+    """Column -> number in a row; ``location`` names the row in errors."""
     numbers = {}
-    for name in READ_COLUMNS:
+    for name in REQUIRED_COLUMNS:
         if name != "text":
-            numbers[name] = parse_number(cells[name], name, where)
-    require_box([numbers[edge] for edge in BOX_COLUMNS], where)
+            numbers[name] = parse_number(cells[name], name, location)
+    require_box([numbers[edge] for edge in BOX_COLUMNS], location)
     return numbers
 
 
-def parse_number(cell: str, column: str, where: str) -> float:
+def parse_number(cell: str, column: str, location: str) -> float:
     """The finite number in a cell; DataError if the cell is no finite number.
 
-    ``column`` and ``where`` name the column and the row in the message.
+    ``column`` and ``location`` name the column and the row in the message.
     """
     try:
         number = float(cell)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"{where}: {column} must be a number. Got {cell!r:.80} instead.")
+        raise DataError(f"{location}: {column} must be a number. Got {cell!r:.80} instead.")
     return number
 
 
 def _page_columns(
-    page: str, words: Sequence[ReadWord], correct: list[int | None], dictionary: Collection[str]
+    page: str, words: list[RecognisedWord], correct: list[int | None], dictionary: Collection[str]
 ) -> Columns:
     """The columns of the words of a page.
 
@@ -274,11 +277,11 @@ def _page_columns(
         "answer": texts,
         "correct": correct,
         "score_confidence": [word.confidence for word in words],
-        **_doubts(words),
+        **_doubt_columns(words),
         "n_characters": [len(text) for text in texts],
-        "share_of_digits": [_count(str.isdigit, text) / len(text) for text in texts],
+        "share_of_digits": [_count_characters(str.isdigit, text) / len(text) for text in texts],
         "capital": [int(text[0].isupper()) for text in texts],
-        "n_marks": [len(text) - _count(str.isalnum, text) for text in texts],
+        "n_marks": [len(text) - _count_characters(str.isalnum, text) for text in texts],
         "height": [word.box[3] for word in words],
         "character_width": [word.box[2] / len(word.text) for word in words],
         "n_words": [n_words] * n_words,
@@ -290,20 +293,20 @@ def _page_columns(
     return columns
 
 
-def _count(is_of_kind: Callable[[str], bool], text: str) -> int:
+def _count_characters(is_of_kind: Callable[[str], bool], text: str) -> int:
     """Number of the characters of a kind in a text."""
     return sum(is_of_kind(character) for character in text)
 
 
-def _doubts(words: Sequence[ReadWord]) -> Columns:
+def _doubt_columns(words: Sequence[RecognisedWord]) -> Columns:
     """The columns of doubts: of each word, of the two neighbours, of the line and of the page.
 
     If a word has no neighbour on one side of the line, the doubt of the word is used instead. The
     doubt of a line or a page is the mean of the doubts of its words.
     """
     doubts: Columns = {"doubt": [], "doubt_before": [], "doubt_after": [], "doubt_line": []}
-    for _, line in groupby(words, key=lambda word: word.line):
-        doubts_of_line = [_doubt(word.confidence) for word in line]
+    for _, words_of_line in groupby(words, key=lambda word: word.line_key):
+        doubts_of_line = [_doubt(word.confidence) for word in words_of_line]
         doubts["doubt"] += doubts_of_line
         # the doubts of the line, shifted by one word in both directions
         doubts["doubt_before"] += [doubts_of_line[0], *doubts_of_line[:-1]]

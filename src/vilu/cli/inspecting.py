@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from pydantic import ValidationError
 
-from vilu.artifacts.disk import RUN
+from vilu.artifacts.disk import RUN_FILE
 from vilu.artifacts.documents import first_error, read_json
 from vilu.artifacts.tables import read_table
 from vilu.calibration.calibration import Calibration
@@ -36,10 +36,10 @@ class Artefact(NamedTuple):
     """An artefact that passed its check."""
 
     path: Path
-    what: str  # short description of the artefact
+    description: str
 
 
-def check(path: Path) -> Iterator[Artefact]:
+def check_artefacts(path: Path) -> Iterator[Artefact]:
     """Check the artefacts at a path; yield each artefact.
 
     For stores and score folders, all bytes of all files are read and checked.
@@ -52,13 +52,13 @@ def check(path: Path) -> Iterator[Artefact]:
     if (path / PREDICTOR).is_file():
         yield _check_predictor(path)
         return
-    if (path / RUN).is_file():
+    if (path / RUN_FILE).is_file():
         if is_store(path):
             yield _check_store(path)
         else:
             yield _check_scores(path)
         return
-    artefact = _recognised_by_plugin(path)
+    artefact = _find_by_plugin(path)
     if artefact is not None:
         yield artefact
         return
@@ -74,7 +74,7 @@ def check(path: Path) -> Iterator[Artefact]:
         yield check_file(file)
 
 
-def _recognised_by_plugin(path: Path) -> Artefact | None:
+def _find_by_plugin(path: Path) -> Artefact | None:
     """The artefact at a path, if another package recognises the artefact; else None."""
     for entry in entry_points(ARTEFACT_GROUP):
         recognise = load_entry(entry, "artefact")
@@ -118,7 +118,7 @@ def _check_table(path: Path) -> Artefact:
     kind = str(metadata.get("kind", "table of another program"))
     n_rows = len(table)
     if kind == "monitor":
-        _check_state(path, metadata)
+        _check_monitor_state(path, metadata)
     elif kind == "outcomes":
         n_rows = len(Outcomes.load(path))
     elif kind == "results":
@@ -126,7 +126,7 @@ def _check_table(path: Path) -> Artefact:
     return _describe(path, kind, n_rows)
 
 
-def _check_state(path: Path, metadata: dict[str, object]) -> None:
+def _check_monitor_state(path: Path, metadata: dict[str, object]) -> None:
     """Raise DataError if the state of a monitor is not valid."""
     try:
         State.model_validate(metadata)
@@ -136,18 +136,18 @@ def _check_state(path: Path, metadata: dict[str, object]) -> None:
 
 def _describe(path: Path, kind: str, n_rows: int) -> Artefact:
     """The artefact, described by the kind and by the number of rows, if any."""
-    what = f"{kind}, {plural(n_rows, 'row')}" if n_rows else kind
-    return Artefact(path, what)
+    description = f"{kind}, {plural(n_rows, 'row')}" if n_rows else kind
+    return Artefact(path, description)
 
 
 def _check_predictor(path: Path) -> Artefact:
     """Check a predictor and the calibration, if any, by loading both."""
     predictor = load_predictor(path)
     calibration = Calibration.find(path)
-    state = "not calibrated"
+    calibration_text = "not calibrated"
     if calibration is not None:
-        state = f"calibrated: {calibration.guarantee_text}"
-    return Artefact(path, f"predictor {predictor.label}, {state}")
+        calibration_text = f"calibrated: {calibration.guarantee_text}"
+    return Artefact(path, f"predictor {predictor.label}, {calibration_text}")
 
 
 def _check_store(path: Path) -> Artefact:
@@ -167,7 +167,7 @@ def require_sound(report: StoreReport, path: Path) -> None:
 
 def _check_scores(path: Path) -> Artefact:
     """Read every byte of a folder of scores."""
-    folder = ScoreFolder(path)
-    folder.verify()
-    folder.tally()
-    return Artefact(path, f"scores, {plural(len(folder), 'row')}")
+    scores = ScoreFolder(path)
+    scores.verify()
+    scores.tally()
+    return Artefact(path, f"scores, {plural(len(scores), 'row')}")
