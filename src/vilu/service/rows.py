@@ -24,7 +24,7 @@ import sqlite3
 import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -242,17 +242,28 @@ class RowFile:
         # of ends count as damaged.
         with convert_os_errors(f"cannot write {self._ends_path}"):
             self._ends_descriptor = os.open(self._ends_path, os.O_RDWR | os.O_CREAT, 0o666)
-        self._write_ends()
-        os.fsync(self._ends_descriptor)
-        with self._convert_sqlite_errors():
-            self._connection = sqlite3.connect(
-                self.path, timeout=LOCK_WAIT_SECONDS, check_same_thread=False, isolation_level=None
-            )
-            self._connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
-            self._connection.executescript(CREATE_TABLES)
+        with ExitStack() as on_failure:
+            on_failure.callback(os.close, self._ends_descriptor)
+            self._write_ends()
+            os.fsync(self._ends_descriptor)
+            with self._convert_sqlite_errors():
+                self._connection = self._connect()
+            on_failure.pop_all()
         paths = (self.path, folder / WAL_FILE)
         # identities of the files at this moment, to notice later if a file was replaced
         self._identities = {path: _file_identity(path) for path in paths}
+
+    def _connect(self) -> sqlite3.Connection:
+        """Open the file, with the tables of this version; close the file if that fails."""
+        with ExitStack() as on_failure:
+            connection = sqlite3.connect(
+                self.path, timeout=LOCK_WAIT_SECONDS, check_same_thread=False, isolation_level=None
+            )
+            on_failure.callback(connection.close)
+            connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+            connection.executescript(CREATE_TABLES)
+            on_failure.pop_all()
+        return connection
 
     def skip_numbers_to(self, row_number: int) -> None:
         """Give new rows only numbers above ``row_number``, the last number seen by the monitor.
