@@ -79,6 +79,7 @@ def test_convolutions_are_those_of_torch(
             torch.testing.assert_close(outcome.double(), expected, atol=ROUNDING, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # of torch 2.10
 def test_small_batches_are_convolved_by_onednn_in_the_mode_alone(
     generator: torch.Generator, limit_to_one_thread: None
 ) -> None:

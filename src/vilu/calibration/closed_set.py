@@ -144,19 +144,23 @@ def level_shares(n_thresholds: int) -> Floats:
     """Return the share (G,) of the level for each threshold, fixed before any label is seen."""
     shares = np.full(n_thresholds, LEVEL_SHARE_BELOW_LIMIT / (N_THRESHOLDS_UP_TO_LIMIT - 1))
     shares[N_THRESHOLDS_UP_TO_LIMIT - 1] = LEVEL_SHARE_AT_LIMIT
-    # The thresholds beyond the first limit have the numbers j = 1, 2, ... The parts 1 / (j (j + 1))
-    # of all j add up to 1, so a grid of any length can be tested.
+    # Threshold number j = 1, 2, ... beyond the first limit gets the part 1 / (j (j + 1)) of
+    # LEVEL_SHARE_BEYOND_LIMIT. These parts add up to at most 1, for any number of thresholds. So
+    # the shares of a grid of any length add up to at most 1.
     j = np.arange(1, n_thresholds - N_THRESHOLDS_UP_TO_LIMIT + 1)
     shares[N_THRESHOLDS_UP_TO_LIMIT:] = LEVEL_SHARE_BEYOND_LIMIT / (j * (j + 1))
     return shares
 
 
 class ClosedCounts(FrozenModel):
-    """Numbers of accepted photos of a closed set, for each threshold (G,) of a grid.
+    """Numbers of accepted photos of a closed set (a fixed set of photos, such as one folder).
+
+    Each attribute has a number for each threshold (G,) of a grid.
 
     Attributes:
-        photos: Number of accepted photos, with or without a label.
-        aside: Number of accepted photos with a label that were not drawn at random.
+        photos: Number of all accepted photos, with or without a label.
+        aside: Number of accepted photos with a label that were not drawn at random. These
+            photos are counted apart from the random sample.
         aside_wrong: Number of photos among ``aside`` with a wrong answer.
     """
 

@@ -72,6 +72,7 @@ def detections_(
     from vilu.tables.sources import detection_answers
 
     input_paths = _require_files(results, annotations)
+    # ``min_iou`` is part of the digest of the inputs, because another value gives another result.
     write_output = prepare_output(
         output, "answers", input_paths, overwrite=overwrite, min_iou=min_iou
     )

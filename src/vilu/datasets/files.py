@@ -150,7 +150,9 @@ class AllowedFolders:
         if self._table_folder is None or is_relative_without_dotdot(path):
             return resolve_below(self.folder, path)
         if not _can_be_path(path):
-            return resolve_below(self.folder, path)  # raises ForbiddenPathError
+            # ``resolve_below`` returns nothing here: it raises ForbiddenPathError for an empty path
+            # and for a path with NUL.
+            return resolve_below(self.folder, path)
         return os.path.normpath(os.path.join(self._table_folder, path))  # noqa: PTH118  for speed
 
     def is_forbidden_link(self, full_path: str) -> bool:

@@ -70,7 +70,9 @@ class ListedFiles:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the images at positions start ... stop - 1."""
         for path, number in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
-            label: int | None = None if number == UNKNOWN else number
+            label: int | None = number
+            if number == UNKNOWN:
+                label = None
             yield ImageRecord(portable_name(path), label, self._make_reader(path))
 
     def _make_reader(self, path: str) -> Callable[[], bytes]:

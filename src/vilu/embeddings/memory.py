@@ -211,12 +211,13 @@ class PairEmbeddings(PairSource):
     Args:
         image: (N, D) image embeddings.
         text: (N, D) caption embeddings, in the order of ``image``.
-        pool_size: Number of pairs of a pool, or ``Pools`` with all choices. If a number is given,
-            a pool consists of consecutive rows.
+        pool_size: Number of pairs in a pool; with a number, each pool has consecutive rows. To
+            choose the direction or other pools, give a ``Pools`` object instead.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         ids: N row identifiers; by default the row numbers.
-        space: Full identity of the space, if known.
+        space: The embedding space with the facts about the model, if known. Then ``logit_scale``
+            and ``logit_bias`` are taken from ``space``.
         columns: Further data for some methods, by name (``vilu.embeddings.columns``).
 
     Raises:

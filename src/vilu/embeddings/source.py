@@ -711,10 +711,12 @@ class EmbeddingSource(ABC):
     def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """Identities (M,) int64 of the pictures of the ``rows`` (M,), by default of all rows.
 
-        Rows with equal identities show the same picture. An identity is from 0 to 2^63 - 1: a hash
-        of the encoded bytes of the picture, or of the embedding if the bytes are not known. The
-        identity of a row without a usable embedding is -1. The picture of an image-caption pair is
-        the image, whatever the caption and the direction.
+        Rows with equal identities from 0 to 2^63 - 1 show the same picture. Such an identity is a
+        hash of the picture's encoded bytes. If the bytes are not known, the embedding is hashed
+        instead. All rows without a usable embedding have the identity -1.
+
+        For image-caption pairs, only the image is hashed. So the captions and the direction of the
+        search have no influence.
 
         Examples:
             >>> import numpy as np, vilu
@@ -1046,6 +1048,12 @@ class RowSubset(EmbeddingSource):
     """A view of some rows of another source, as returned by ``EmbeddingSource.take``.
 
     The rows are read only on demand.
+
+    Args:
+        source: The original source.
+        rows: (M,) indices in ``source`` of the rows of the view, in the order of the view.
+        classes: (K',) candidates to keep, in their new order; None keeps all candidates.
+        columns: Names of the columns to keep.
     """
 
     def __init__(

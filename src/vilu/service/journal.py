@@ -271,7 +271,11 @@ class Journal:
         previous_save.result()
 
     def _save_monitor(self, monitor: Monitor) -> None:
-        """Write the state of the monitor; a failed save is logged, since the rows are on disk."""
+        """Write the state of the monitor.
+
+        A failed save is logged and not raised: the rows are on disk, so a restart can read the
+        rows again.
+        """
         try:
             monitor.save(self.folder / STATE_FILE)
         except ViLUError as error:

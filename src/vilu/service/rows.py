@@ -238,14 +238,14 @@ class RowFile:
         self.ends = self._load_ends()
         # number of the last row ever answered; the file may have lost this row
         self._last_row_number = self.ends.row_number
-        # The file of ends must exist before the first row is written, because rows without a file
-        # of ends count as damaged.
+        # The file of ends holds the last link of each chain (``ChainEnds``). The file must exist
+        # before the first row is written, because rows without a file of ends count as damaged.
         with convert_os_errors(f"cannot write {self._ends_path}"):
-            self._ends_descriptor = os.open(self._ends_path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._ends_file_descriptor = os.open(self._ends_path, os.O_RDWR | os.O_CREAT, 0o666)
         with ExitStack() as on_failure:
-            on_failure.callback(os.close, self._ends_descriptor)
+            on_failure.callback(os.close, self._ends_file_descriptor)
             self._write_ends()
-            os.fsync(self._ends_descriptor)
+            os.fsync(self._ends_file_descriptor)
             with self._convert_sqlite_errors():
                 self._connection = self._connect()
             on_failure.pop_all()
@@ -370,7 +370,7 @@ class RowFile:
         """Close both files."""
         with self._convert_sqlite_errors():
             self._connection.close()
-        os.close(self._ends_descriptor)
+        os.close(self._ends_file_descriptor)
 
     def _require_in_place(self) -> None:
         """Raise StorageError if the file was removed or replaced."""
@@ -393,7 +393,7 @@ class RowFile:
         A power cut may lose the line.
         """
         with convert_os_errors(f"cannot write {self._ends_path}"):
-            os.pwrite(self._ends_descriptor, self.ends.to_line(), 0)
+            os.pwrite(self._ends_file_descriptor, self.ends.to_line(), 0)
 
     @contextmanager
     def _write_transaction(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -63,17 +64,28 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
     Raises:
         ViLUError: If a rule cannot be verified, or if the predictor was fitted on another model.
     """
+    from vilu.service.local_journals import LocalJournals
+
+    if journals is not None:
+        return _load_engine_with(journals, setup)
+    # Opening the journals verifies the rules. The rules are verified before the model is loaded, to
+    # report an invalid rule at once.
+    new_journals = LocalJournals(setup.state, setup.predictors)
+    with ExitStack() as on_failure:
+        on_failure.callback(new_journals.close)
+        engine = _load_engine_with(new_journals, setup)
+        on_failure.pop_all()
+    return engine
+
+
+def _load_engine_with(journals: Journals, setup: Setup) -> Engine:
+    """The engine with these journals."""
     # These modules are imported here, since the imports take seconds. The service already answers
     # /healthz meanwhile.
     from vilu.guard.guard import Guard
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.service.engine import Engine
-    from vilu.service.local_journals import LocalJournals
 
-    if journals is None:
-        # Opening the journals verifies the rules. The rules are verified before the model is
-        # loaded, to report an invalid rule at once.
-        journals = LocalJournals(setup.state, setup.predictors)
     if load_predictor(setup.predictor).takes == "answers":
         return _table_engine(setup, journals)
     guard = Guard(

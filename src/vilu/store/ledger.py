@@ -235,9 +235,9 @@ class Ledger(ABC, Generic[P, R]):
 
     def remove_temporary_files(self) -> None:
         """Remove the temporary files of dead processes."""
-        folders = [self.root / name for name in self.folders]
+        folder_paths = [self.root / name for name in self.folders]
         with convert_os_errors(f"cannot clean {self.root}"):
-            for folder in [self.root, *folders]:
+            for folder in [self.root, *folder_paths]:
                 if folder.is_dir():
                     _remove_leftovers(folder)
 

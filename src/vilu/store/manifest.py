@@ -196,6 +196,7 @@ class StoreInputs(StoreDocument):
     @property
     def n_units(self) -> int:
         """Number of shards if parts are made of shards, or else number of images."""
+        # ``n_in`` is the number of images.
         return self.shards or self.n_in
 
     @property

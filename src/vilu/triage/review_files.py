@@ -117,6 +117,7 @@ def _confidence(task: ReviewTask) -> float | None:
 def label_config(names: Sequence[str]) -> str:
     """Make Label Studio's labelling configuration (XML) for a choice from ``names``."""
     view = ElementTree.Element("View")
+    # In Label Studio, "$image" stands for the field "image" of a task.
     ElementTree.SubElement(view, "Image", name=IMAGE, value=f"${IMAGE}")
     choices = ElementTree.SubElement(
         view, "Choices", name=CHOICE, toName=IMAGE, choice="single", showInLine="true"

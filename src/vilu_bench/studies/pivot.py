@@ -121,8 +121,8 @@ def _seeds_note(entrants: Sequence[Entrant]) -> str:
 def _methods_in_words(entrants: Sequence[Entrant], all_entrants: Sequence[Entrant]) -> str:
     """Names of the methods of ``entrants``, as text.
 
-    If a method has further entrants in ``all_entrants``, the data sets and settings follow the
-    name of the method in parentheses.
+    A name stands alone if ``entrants`` has all entrants of the method in ``all_entrants``. If not,
+    the data sets and settings of ``entrants`` are added to the name, in parentheses.
     """
     cases_of_method: dict[str, list[str]] = {}
     for entrant in entrants:

@@ -99,7 +99,7 @@ class Audit:
 
     @property
     def prior_of_right(self) -> Prior:
-        """The same prior as a distribution of the rate of right answers, 1 - theta."""
+        """Prior of the rate of right answers, 1 - theta: ``prior`` with a and b swapped."""
         a, b = self.prior
         return b, a
 

@@ -290,14 +290,16 @@ class Monitor:
 
         Raises:
             UsageError: If there is no guarantee to audit, or if groups are needed and not given.
-            ProvenanceError: If the scores are of another predictor, or if the candidates differ.
+            ProvenanceError: If the predictor, the calibration or the candidates of the scores
+                differ from the monitor's.
 
         Examples:
             >>> import numpy as np, vilu
             >>> rng = np.random.default_rng(0)
             >>> calibration = vilu.Outcomes(rng.random(500), np.zeros(500))
             >>> monitor = vilu.Monitor(calibration, vilu.certify(calibration, max_risk=0.05))
-            >>> uncertainty, unknown = rng.random(200), np.full(200, -1)
+            >>> uncertainty = rng.random(200)
+            >>> unknown = np.full(200, -1)  # -1: no label yet
             >>> ids = [f"{i}.jpg" for i in range(200)]
             >>> monitor.update(vilu.Outcomes(uncertainty, unknown, ids=ids)).verdict
             'holds'

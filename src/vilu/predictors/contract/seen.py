@@ -191,13 +191,21 @@ class Overlap:
         remedy: str,
         consequence: str = "they are left out",
     ) -> NDArray[np.bool_]:
-        """(N,) bool: whether each row of the source is not shared. Warns if some rows are shared.
+        """Return a mask (N,) of the rows of ``source``: true for rows not known as shared.
 
-        The warning is "3 of 200 <rows_name> <predicate> (<names of rows>); <consequence>.", and the
-        error is "... (<names of rows>), more than 1 %. <remedy>".
+        Args:
+            source: The source with the N rows. Its ``ids`` are the names of the rows in a message.
+            rows_name: The subject of a message, such as "validation rows".
+            predicate: The verb phrase of a message, such as "are in the training set, too".
+            remedy: Advice in whole sentences, for the end of the error.
+            consequence: Clause about the shared rows, for the end of the warning.
+
+        Warns:
+            UserWarning: If a row is shared. Example: "1 of 200 validation rows are in the training
+                set, too ('a.jpg'); they are left out."
 
         Raises:
-            DataError: If more than 1 % of the rows are shared.
+            DataError: If more than 1 % of the comparable rows are shared.
         """
         if not len(self):
             return ~self.shared
@@ -436,9 +444,12 @@ def candidates_agree(first: Mapping[str, Any], second: Mapping[str, Any]) -> boo
 
 
 def warn_of_other_space(data: EmbeddingSource, mean: float, deviation: float) -> None:
-    """Warn if the mean largest cosine differs by more than 4 ``deviation`` from the ``mean``.
+    """Warn if the embeddings of ``data`` and of the rows of the fit seem to be of two models.
 
-    ``mean`` and ``deviation`` are the results of ``similarity_statistics`` for the rows of the fit.
+    ``similarity_statistics`` gives the average of the largest cosines of rows. ``mean`` is this
+    average for the rows of the fit, and ``deviation`` is the standard deviation. The warning comes
+    if the average for ``data`` is more than 4 standard deviations away from ``mean``.
+
     Embeddings without provenance may come from another model of the same width. No other check
     recognises such embeddings.
     """
