@@ -71,8 +71,7 @@ def methods(name: str, cls: type, *, inherited: bool) -> Iterator[str]:
                     bare = (
                         thing.__func__ if isinstance(thing, classmethod | staticmethod) else thing
                     )
-                    is_ours = getattr(bare, "__module__", "vilu").startswith("vilu")
-                    if inspect.isfunction(bare) and not is_ours:
+                    if inspect.isfunction(bare) and bare.__module__.startswith("pydantic"):
                         continue  # of pydantic, whose arguments have other names in each version
                     if inspect.isfunction(bare) or isinstance(thing, property):
                         seen.add(method)

@@ -151,18 +151,18 @@ def labelled(n: int, first: int) -> FakeDataset:
     )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def left_open(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Close the files of journals that a test leaves open, as a kill does.
+    """For tests that leave journals open, as a kill does: their connections are closed at the end.
 
     Python 3.13 warns of a connection that is collected without having been closed.
     """
     opened: list[RowFile] = []
     begin = RowFile.__init__
 
-    def noted(file: RowFile, *arguments: Any) -> None:
+    def noted(file: RowFile, *arguments: Any, **settings: Any) -> None:
         opened.append(file)
-        begin(file, *arguments)
+        begin(file, *arguments, **settings)
 
     monkeypatch.setattr(RowFile, "__init__", noted)
     yield

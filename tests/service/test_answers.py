@@ -40,6 +40,8 @@ from vilu.service.limits import read_keys
 from vilu.service.local_journals import LocalJournals
 from vilu.store.pipeline import Decoder
 
+pytestmark = pytest.mark.usefixtures("left_open")  # several tests imitate a kill
+
 Photos = Callable[[int], list[bytes]]
 
 

@@ -17,6 +17,8 @@ from vilu.errors import ProvenanceError, StorageError
 from vilu.service.journal import Journal
 from vilu.service.rows import RowFile
 
+pytestmark = pytest.mark.usefixtures("left_open")  # several tests imitate a kill
+
 N = 60
 """Rows of the journal that is damaged."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 import vilu
@@ -101,6 +102,8 @@ def test_what_is_for_images_is_refused(calibration: Path, tmp_path: Path) -> Non
     setup = Setup(calibration, None, tmp_path / "state", ClientLimits(), None, precision="bf16")
     with pytest.raises(UsageError, match="--precision is for images"):
         load_engine(setup)
+    open_paths = [Path(file.path) for file in psutil.Process().open_files()]
+    assert [path for path in open_paths if path.is_relative_to(tmp_path)] == []
 
 
 def test_a_probe_is_served_with_its_features(tmp_path: Path) -> None:

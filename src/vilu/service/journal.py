@@ -241,9 +241,17 @@ class Journal:
         """Save the monitor, and close the file of rows."""
         with self._lock:
             self._save_thread.shutdown()
-            self.monitor.save(self.folder / STATE_FILE)
-            self._row_file.close()
+            try:
+                self.monitor.save(self.folder / STATE_FILE)
+            finally:
+                self._row_file.close()
             self._latest_save.result()
+
+    def close_without_saving(self) -> None:
+        """Close the file of rows. The next start reads the rows since the last save again."""
+        with self._lock:
+            self._save_thread.shutdown()
+            self._row_file.close()
 
     def _update_status(self) -> None:
         """Update the status; save the monitor if the verdict has changed or a save is due."""

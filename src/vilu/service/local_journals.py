@@ -165,6 +165,11 @@ class LocalJournals:
         for journal in self._journals.values():
             journal.close()
 
+    def close_without_saving(self) -> None:
+        """Close the journals, if the service cannot start."""
+        for journal in self._journals.values():
+            journal.close_without_saving()
+
 
 def _fingerprints(predictors: Mapping[str, Path]) -> dict[str, str]:
     """Map the name of every predictor to the fingerprint; UsageError for equal fingerprints."""

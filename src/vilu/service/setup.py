@@ -72,7 +72,7 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
     # report an invalid rule at once.
     new_journals = LocalJournals(setup.state, setup.predictors)
     with ExitStack() as on_failure:
-        on_failure.callback(new_journals.close)
+        on_failure.callback(new_journals.close_without_saving)
         engine = _load_engine_with(new_journals, setup)
         on_failure.pop_all()
     return engine
