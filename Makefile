@@ -193,7 +193,8 @@ clean:
 		{ echo "vilu needs Python 3.11 or newer; found $$($(PYTHON) --version). Say: make PYTHON=python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-# A tenth of all modules is ever imported. Python compiles these on import, so to compile none here halves the time.
+# Only a tenth of the installed modules is ever imported, and Python compiles these on import. To compile none here
+# halves the time of an installation.
 .venv/.%: .venv/pyvenv.cfg pyproject.toml $(BENCH)/pyproject.toml
 	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --editable '.[$*]' --editable $(BENCH)
 	@touch $@

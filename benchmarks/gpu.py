@@ -71,7 +71,7 @@ def head_steps(device: str) -> dict[str, float]:
             torch.backends.cuda.matmul.allow_tf32 = allowed
             dtype = torch.bfloat16 if name == "bf16" else torch.float32
             floor = products(head_training.executed_products(b, k), steps, device, dtype)
-            step = head_training.library_epoch(data, b, precision, device)
+            step = head_training.vilu_epoch(data, b, precision, device)
             figures[f"gpu_head_{name}_{b}"] = report_rate(
                 f"head, batch {b:,}, {name}, {steps} steps",
                 seconds(step, device),

@@ -68,9 +68,7 @@ def embeddings(k: int) -> Embeddings:
     return Embeddings(image, text, target=rng.integers(k, size=N))
 
 
-def library_epoch(
-    data: Embeddings, b: int, precision: str, device: str = "cpu"
-) -> Callable[[], None]:
+def vilu_epoch(data: Embeddings, b: int, precision: str, device: str = "cpu") -> Callable[[], None]:
     """A function that runs an epoch of the library's training loop."""
     config = TrainConfig(1, b, 1e-3, 0.9, 5e-4, 1, 0, None, precision, 0, torch.device(device))
     torch.manual_seed(0)
@@ -108,8 +106,8 @@ def measure(b: int, k: int) -> dict[str, float]:
     """Medians over interleaved repeats, in seconds per step."""
     steps, data = N // b, embeddings(k)
     runs: dict[str, Callable[[], None]] = {
-        "fp32": library_epoch(data, b, "fp32"),
-        "bf16": library_epoch(data, b, "bf16"),
+        "fp32": vilu_epoch(data, b, "fp32"),
+        "bf16": vilu_epoch(data, b, "bf16"),
         "plain": plain_epoch(data, b),
         "executed": products(executed_products(b, k), steps),
     }

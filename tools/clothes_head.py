@@ -52,7 +52,7 @@ def make_head(photos: Path, work: Path) -> Path:
         n_calibration=len(stores["validation"]),
         n_test=len(scores),
         share=is_accepted.mean(),
-        failure_of_accepted=failure_of_accepted.mean() if len(failure_of_accepted) else 0,
+        wrong=failure_of_accepted.mean() if len(failure_of_accepted) else 0,
         max_risk=MAX_RISK,
         confidence=CONFIDENCE,
     )

@@ -65,7 +65,7 @@ def divide_changelog(changelog: str, version: str, date: str) -> tuple[str, str]
     section, following, older = rest.partition("\n## [")
     page, heading, lists = section.partition(LISTS)
     if not heading:
-        sys.exit("CHANGELOG.md has nothing unreleased.")
+        sys.exit("CHANGELOG.md has no heading '### Added' in its unreleased section.")
     link = f"All changes: [docs/changes-{version}.md](docs/changes-{version}.md).\n"
     new_changelog = f"{before}{UNRELEASED}\n## [{version}] - {date}\n{page}{link}{following}{older}"
     # links of the lists start at the root, but the page is in a folder below the root

@@ -1,7 +1,8 @@
 """All errors that vilu raises on purpose, each with an exit code of the command line.
 
 A message states the found value, the expected value, and the correction. This module also defines
-the codes for labels outside the classes, because all subpackages use these codes.
+the codes for unknown labels and for labels outside the classes, because all subpackages use these
+codes.
 """
 
 from __future__ import annotations

@@ -402,7 +402,7 @@ def test_the_first_text_shows_no_bar_of_transformers() -> None:
     code = """if True:
         import torch
         from vilu.backbones import compact
-        compact._load_sentence_encoder(compact._find_files().text, torch.device("cpu"))
+        compact._load_sentence_encoder(compact._find_files().text_folder, torch.device("cpu"))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

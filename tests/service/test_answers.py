@@ -40,8 +40,6 @@ from vilu.service.limits import read_keys
 from vilu.service.local_journals import LocalJournals
 from vilu.store.pipeline import Decoder
 
-pytestmark = pytest.mark.usefixtures("left_open")  # several tests imitate a kill
-
 Photos = Callable[[int], list[bytes]]
 
 
@@ -172,6 +170,7 @@ def test_every_row_is_counted_once(
         assert [one["answers"] for one in after] == [False, True]  # as it was left
 
 
+@pytest.mark.usefixtures("left_open")
 def test_a_void_guarantee_stays_void_after_a_kill_in_any_order_of_labels(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -200,6 +199,7 @@ def test_a_void_guarantee_stays_void_after_a_kill_in_any_order_of_labels(
     assert (again.guarantee, again.status) == ("void", journal.status)
 
 
+@pytest.mark.usefixtures("left_open")
 def test_labels_of_a_request_are_taken_in_together(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +229,7 @@ def test_labels_of_a_request_are_taken_in_together(
     assert together.status == alone.status
 
 
+@pytest.mark.usefixtures("left_open")
 def test_rows_do_not_wait_for_the_state_to_be_written_and_do_without(
     predictors: tuple[Path, Path],
     tmp_path: Path,
@@ -275,6 +276,7 @@ def test_rows_do_not_wait_for_the_state_to_be_written_and_do_without(
     assert Journal(tmp_path / "j", predictors[0]).status == journal.status
 
 
+@pytest.mark.usefixtures("left_open")
 def test_a_fault_while_saving_is_reported_once_and_saving_goes_on(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

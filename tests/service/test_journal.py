@@ -17,8 +17,6 @@ from vilu.errors import ProvenanceError, StorageError
 from vilu.service.journal import Journal
 from vilu.service.rows import RowFile
 
-pytestmark = pytest.mark.usefixtures("left_open")  # several tests imitate a kill
-
 N = 60
 """Rows of the journal that is damaged."""
 
@@ -119,6 +117,7 @@ def whole(predictors: tuple[Path, Path], tmp_path: Path) -> Path:
     return tmp_path / "whole"
 
 
+@pytest.mark.usefixtures("left_open")
 @pytest.mark.parametrize("saved", [True, False])
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_told_and_what_follows_stays(
@@ -154,6 +153,7 @@ def test_damage_is_told_and_what_follows_stays(
     assert caplog.text == ""
 
 
+@pytest.mark.usefixtures("left_open")
 def test_another_monitors_rows_do_not_fit(
     whole: Path, predictors: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -226,6 +226,7 @@ def test_a_kill_between_two_writes_is_no_damage(
     assert (seen[0], seen[-1]) == (0, 30)
 
 
+@pytest.mark.usefixtures("left_open")
 def test_rows_that_a_lost_log_of_sqlite_held_are_missed(
     predictors: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -240,6 +241,7 @@ def test_rows_that_a_lost_log_of_sqlite_held_are_missed(
     assert "60 rows were noted, and 0 rows are intact" in caplog.text
 
 
+@pytest.mark.usefixtures("left_open")
 @pytest.mark.parametrize(
     "names", [("rows.sqlite",), ("rows.sqlite-wal",), ("rows.sqlite", "rows.sqlite-wal")]
 )
@@ -257,6 +259,7 @@ def test_no_row_is_kept_where_the_file_is_gone(
     assert journal.status.rows == 10
 
 
+@pytest.mark.usefixtures("left_open")
 def test_no_row_is_kept_where_the_file_goes_while_it_is_written(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

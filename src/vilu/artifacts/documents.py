@@ -38,7 +38,7 @@ def without_version(content: Mapping[str, object], *excluded_keys: str) -> dict[
 
 
 VERSION_KEY: Final = "vilu"
-"""Key of the version of vilu in a document. The version informs people, and is never compared."""
+"""Key of the version of vilu that wrote a document. It informs people, and is never compared."""
 
 DIGEST_KEY: Final = "digest"
 """Last key of a document. The value is the digest of all other entries (``hashing.digest``)."""

@@ -77,7 +77,7 @@ SUFFIXES_OF_KIND: dict[FileKind, tuple[str, ...]] = {
 }
 """Maps kinds of files with a fixed format to the allowed suffixes."""
 
-MAX_LISTED_FILES = 100_000  # in a folder without a document of vilu
+MAX_LISTED_ENTRIES = 100_000  # files and folders, in a folder without a document of vilu
 INPUTS_KEY = "inputs"  # key of the digest of the inputs of a file
 
 TEXT_MARK_PATTERN = re.compile(
@@ -234,7 +234,7 @@ def claim_folder(
         raise UsageError(
             f"{root} holds another {result_kind}. Give a new folder, or --overwrite to replace it."
         )
-        # A missing folder can be made if the nearest existing parent is writable.
+    # A missing folder can be made if the nearest existing parent is writable.
     _require_writable_folder(_first_existing(root), target=root)
     return False
 
@@ -317,7 +317,7 @@ def content_identity(path: Path) -> object:
     return documents or list_files(path)
 
 
-def list_files(folder: Path, max_entries: int = MAX_LISTED_FILES) -> list[object]:
+def list_files(folder: Path, max_entries: int = MAX_LISTED_ENTRIES) -> list[object]:
     """The names, sizes and modification times of all files in a folder, at any depth.
 
     Raises UsageError for more than ``max_entries`` files and folders. A user who names a whole disk

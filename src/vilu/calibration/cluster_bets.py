@@ -27,7 +27,7 @@ by the level of the earlier sequence (Wiens 2003).
 **Proof.** Condition on the tenth of the clusters set aside.
 
 1. Let t* be the first threshold from a start on with a true H_t. R(t) is continuous from the right,
-   so there is a first threshold. t* does not depend on the tested rows. So E[E(t*)] <= 1.
+   so t* exists if any such H_t is true. t* does not depend on the tested rows. So E[E(t*)] <= 1.
 2. The sequence certifies a wrong threshold only after rejecting H_t*. At level a this has a
    probability of at most a.
 3. A level is passed on only if all H_t before the next start were rejected. So before a true H_t

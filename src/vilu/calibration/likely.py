@@ -134,7 +134,7 @@ class LikelyRight(FrozenModel):
             update={
                 "n_drawn": len(drawn_answers.failure),
                 "n_drawn_wrong": int(drawn_answers.failure.sum()),
-                "probability": calibrator,  # the field has a function that gives the probability
+                "probability": calibrator,  # maps log-odds to P(failure)
             }
         )
         threshold = estimate_with_calibrator.threshold_among(uncertainty)

@@ -475,8 +475,8 @@ def certify(
             threshold with this coverage, and states a bound of the risk.
         method: "ltt" or "crc" (``vilu.calibration.thresholds``), or "selection". "selection"
             accepts part of a batch such that E[share of wrong answers among the accepted] <=
-            max_risk (``vilu.calibration.selection``). The method "anytime" needs labels in their
-            order of arrival: ``vilu.Selective.next_labels``, or ``vilu next``.
+            max_risk (``vilu.calibration.selection``). The method "anytime" needs labels
+            requested by ``vilu.Selective.next_labels`` or ``vilu next``.
         groups: Names of the groups of the N rows, or "prediction" for the judged answers. Every
             group with enough rows has a separate threshold. All smaller groups, and a group with
             the name "(other)", share the threshold "(other)". delta is divided among the
@@ -688,7 +688,7 @@ def make_anytime_rule(
     confidence: float,
     closed_photos: ClosedPhotos | None = None,
 ) -> Rule:
-    """Make the rule certified so far by the labels, in their order of arrival.
+    """Make the rule of the method "anytime", certified by the labels so far.
 
     Args:
         groups: Maps the name of each group to the tests of thresholds and to the labelled rows. If

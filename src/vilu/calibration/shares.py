@@ -328,7 +328,7 @@ def log_mean(evidence: Floats) -> Floats:
 def n_rows_needed_in_stratum(
     share: float, max_risk: float, level: float, *, is_all_wrong: bool
 ) -> int | None:
-    """Return the smallest number of rows in a stratum of this share; None: no number is enough.
+    """Return the number of rows that a stratum of this share needs; None: no number is enough.
 
     The number is for the best case: all other strata have infinitely many rows, and every accepted
     answer is right. If ``is_all_wrong``, all answers to rows of this stratum are wrong, and in the

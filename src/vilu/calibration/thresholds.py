@@ -448,7 +448,7 @@ def _index_of_start(n_accepted: Ints, sequence_start: SequenceStart) -> int:
     # A start depends on numbers of rows only. A start where the answers happen to be right would be
     # the best of many tests, but the level allows for a single test.
     best_n_rows = sequence_start.best_n_rows
-    index = int(np.searchsorted(n_accepted, best_n_rows))  # the first with enough rows
+    index = int(np.searchsorted(n_accepted, best_n_rows))  # the first with at least best_n_rows
     if index == 0:
         return index
     n_before = n_accepted[index - 1]

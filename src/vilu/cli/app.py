@@ -300,7 +300,7 @@ def command_that_raises(error: UsageError) -> Callable[[], None]:
 
 
 ALLOW_ANY_ARGUMENTS: Final = {"ignore_unknown_options": True, "allow_extra_args": True}
-"""Settings of a command without any action but an error, whatever arguments the user gives."""
+"""Settings of a command that only raises an error, whatever arguments the user gives."""
 
 
 def add_plugin_command(entry: EntryPoint) -> None:

@@ -391,8 +391,8 @@ def _open_training_set(
             "--second is for classes, but --pseudo turns classes into captions. Leave one of the "
             "two flags out."
         )
-    # With --pseudo, a store with classes is opened without pools. ``PseudoCaptions`` makes the
-    # pools at the end.
+    # With --pseudo, every store has classes and is opened without pools. ``PseudoCaptions`` makes
+    # the pools at the end.
     pools_of_store = None if pseudo else pools
     sources = []
     for store in stores:

@@ -359,8 +359,8 @@ def _labels_to_keep(
 ) -> list[int]:
     """Return the labels of the classes with neither name in ``outside``."""
     labels = []
-    class_names = zip(data_names, prompt_names, strict=True)
-    for label, (data_name, prompt_name) in enumerate(class_names):
+    name_pairs = zip(data_names, prompt_names, strict=True)
+    for label, (data_name, prompt_name) in enumerate(name_pairs):
         is_outside = data_name in outside or prompt_name in outside
         if not is_outside:
             labels.append(label)

@@ -76,7 +76,7 @@ def resolve_below(folder: Path, path: str) -> str:
     """Return the full path of a file below a folder.
 
     Raises:
-        ForbiddenPathError: If ``path`` is absolute or contains "..".
+        ForbiddenPathError: If ``path`` is absolute, is empty, or contains ".." or NUL.
     """
     if not is_relative_without_dotdot(path):
         raise ForbiddenPathError(
@@ -150,8 +150,7 @@ class AllowedFolders:
         if self._table_folder is None or is_relative_without_dotdot(path):
             return resolve_below(self.folder, path)
         if not _can_be_path(path):
-            # ``resolve_below`` returns nothing here: it raises ForbiddenPathError for an empty path
-            # and for a path with NUL.
+            # raises ForbiddenPathError, because the path is empty or has NUL
             return resolve_below(self.folder, path)
         return os.path.normpath(os.path.join(self._table_folder, path))  # noqa: PTH118  for speed
 

@@ -267,8 +267,8 @@ def _colour_table_bytes(flags: int) -> int:
 
 DEEP_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})
 """Pillow's pixel modes with a single channel of more than 8 bits."""
-_MODES_OF_8_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
-CONVERTIBLE_MODES: Final = DEEP_MODES | _MODES_OF_8_BITS
+_MODES_UP_TO_8_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+CONVERTIBLE_MODES: Final = DEEP_MODES | _MODES_UP_TO_8_BITS
 """Pillow's pixel modes that are converted to RGB."""
 
 

@@ -142,13 +142,13 @@ def select_table_rows(
         table_labels = _unlabelled(table)
     split_name = find_column(table.column_names, SPLIT_ALIASES)
     positions = selection.find_rows(table, source, split_name)
-    positions_in_table = pa.array(positions)
+    arrow_positions = pa.array(positions)
     return TableRows(
         positions,
         labels=table_labels.labels[positions],
-        keys=_select_keys(table, source, positions_in_table, default_key),
+        keys=_select_keys(table, source, arrow_positions, default_key),
         classes=table_labels.classes,
-        captions=None if captions is None else captions.take(positions_in_table),
+        captions=None if captions is None else captions.take(arrow_positions),
         labels_without_class=table_labels.labels_without_class,
     )
 
@@ -156,11 +156,7 @@ def select_table_rows(
 def _select_keys(
     table: pa.Table, source: str, positions: pa.Array, default_key: str | None
 ) -> pa.Array:
-    """Return the keys of the rows at ``positions``.
-
-    The keys are in the key column. Without a key column, the keys are in the column
-    ``default_key``. If ``default_key`` is None, the keys are the positions.
-    """
+    """Return the keys of the rows at ``positions``, by the rule in ``select_table_rows``."""
     key_name = find_column(table.column_names, KEY_ALIASES) or default_key
     if key_name is None:
         return positions.cast(pa.string())

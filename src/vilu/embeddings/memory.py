@@ -211,8 +211,8 @@ class PairEmbeddings(PairSource):
     Args:
         image: (N, D) image embeddings.
         text: (N, D) caption embeddings, in the order of ``image``.
-        pool_size: Number of pairs in a pool; with a number, each pool has consecutive rows. To
-            choose the direction or other pools, give a ``Pools`` object instead.
+        pool_size: Number of pairs in a pool of consecutive rows, or a ``Pools`` object to choose
+            the direction or other pools.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         ids: N row identifiers; by default the row numbers.

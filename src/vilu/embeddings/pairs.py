@@ -414,7 +414,7 @@ class PseudoCaptions(PairSource):
             prefix is the number of the source.
 
     Raises:
-        UsageError: If there is no source, or if ``names`` has no different name for each source.
+        UsageError: If there is no source, or if two sources have the same name in ``names``.
         ProvenanceError: If the embedding spaces differ.
         DataError: If the labelled rows do not fill a pool.
 

@@ -70,7 +70,7 @@ def _first_rows(group: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _distinct_identities(picture: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Replace each identity -1 (the picture is in no other row) by an unused identity."""
+    """Replace each identity -1 (the picture is in no other row) by a different unused identity."""
     identity = picture.copy()
     is_in_no_other_row = identity < 0
     first_unused = identity.max(initial=-1) + 1

@@ -8,8 +8,8 @@ The rows are sorted once. A resample is a vector of counts over the sorted score
 computed for a block of resamples at a time. If there are many distinct scores, neighbouring scores
 are grouped, and the time is of order resamples · groups.
 
-Rows of the same picture are not independent. If the picture of each row is known, pictures are
-resampled together with all rows of the picture. There are three strata: pictures with
+Rows of the same picture are not independent. If some rows are known to show the same picture,
+pictures are resampled together with all rows of the picture. There are three strata: pictures with
 only right answers, with only wrong answers, and with both. Therefore, if every row of a data set is
 repeated, no interval changes.
 """

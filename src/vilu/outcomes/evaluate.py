@@ -420,9 +420,8 @@ def _result_rows(
     rows = []
     for name, metric in metrics.items():
         interval = intervals.get(name, UNDEFINED_INTERVAL)
-        scores_of_metric = (
-            tally.rows_for(metric) or scores
-        )  # ``scores`` if there are no probabilities
+        # without probabilities, ``scores``
+        scores_of_metric = tally.rows_for(metric) or scores
         why = None
         if math.isnan(interval.value):
             why = _why_no_value(metric, tally)

@@ -7,7 +7,6 @@ import math
 from abc import abstractmethod
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -611,9 +610,6 @@ def _score_missing_parts(
     all_scored_rows, all_unscored_rows = _scored_and_unscored(source)
     n_scored = len(all_scored_rows)
     is_seen = predictor.seen(source).shared
-    score_rows_of_source = partial(
-        score_rows, predictor, source, origin_fields, calibration=calibration
-    )
     n_rows = sum(len(part) for part in missing_parts)
     with track("score", n_rows, "rows") as task:
         for part in missing_parts:
@@ -621,7 +617,15 @@ def _score_missing_parts(
             rows = scored_rows.numpy()
             if not len(scored_rows):  # rows without a score come after all rows to score
                 rows = all_unscored_rows[part.start - n_scored : part.stop - n_scored]
-            outcomes = score_rows_of_source(rows=rows, scored_rows=scored_rows, task=task)
+            outcomes = score_rows(
+                predictor,
+                source,
+                origin_fields,
+                calibration=calibration,
+                rows=rows,
+                scored_rows=scored_rows,
+                task=task,
+            )
             ledger.write_part(part, rows, outcomes, int(is_seen[rows].sum()))
             task.advance(len(part) - len(scored_rows))
 

@@ -127,8 +127,8 @@ class LocalJournals:
         """Replace labels by other labels; both arguments map the id of a row to a label.
 
         Raises:
-            ContradictionError: If a row has a label not in ``labels_before``; then no label is
-                replaced.
+            ContradictionError: If the label of a row differs from the label of this row in
+                ``labels_before``; then no label is replaced.
             DataError: As ``Journal.correct``.
         """
         with self._lock:

@@ -59,7 +59,7 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
 
     Args:
         setup: Settings of the service.
-        journals: Journals shared by replicas; None: the engine gets new journals.
+        journals: Journals shared by replicas; None: the journals in ``setup.state`` are opened.
 
     Raises:
         ViLUError: If a rule cannot be verified, or if the predictor was fitted on another model.
@@ -70,10 +70,10 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
         return _load_engine_with(journals, setup)
     # Opening the journals verifies the rules. The rules are verified before the model is loaded, to
     # report an invalid rule at once.
-    new_journals = LocalJournals(setup.state, setup.predictors)
+    local_journals = LocalJournals(setup.state, setup.predictors)
     with ExitStack() as on_failure:
-        on_failure.callback(new_journals.close_without_saving)
-        engine = _load_engine_with(new_journals, setup)
+        on_failure.callback(local_journals.close_without_saving)
+        engine = _load_engine_with(local_journals, setup)
         on_failure.pop_all()
     return engine
 

@@ -100,13 +100,13 @@ class TableEngine(Engine):
         n_features = int(self.guard.predictor.notes_.get("n_features", 0))
         return len(self.guard.predictor.used_columns) + n_features + 1
 
-    def check_rows(self, content: Mapping[str, Any]) -> ClientRows:
+    def check_rows(self, columns: Mapping[str, Any]) -> ClientRows:
         """Check the columns of a client like the columns of a file.
 
         Raises:
             DataError: If a column is missing or wrong; the message names the row.
         """
-        table = open_table(content)
+        table = open_table(columns)
         arrays = self.guard.predictor.inputs(table)
         # Two answers may have equal numbers and be different answers. So rows belong to the same
         # answer only if the identifiers are equal.

@@ -129,21 +129,18 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 ) -> EmbeddingStore | CaptionStore | None:
     """Embed all images of a data set. After an earlier run, embed only the remaining images.
 
-    If the images have captions, the captions are the candidates. The captions are stored with the
-    images.
+    If the images have captions, the captions are the candidates, and are stored, too.
 
-    The process can be killed at any moment. Finished parts stay, and after the next run the store
-    has the same bytes as after a run without interruption. With V views per image, memory holds at
-    most (V + 1) ``batch_size`` images, and V + 1 embeddings of every image of a part.
+    The process can be killed at any moment. Finished parts stay, and the next run does the rest;
+    the store has the same bytes as without the kill. With V views per image, memory holds at most
+    (V + 1) ``batch_size`` images, and V + 1 embeddings of every image of a part.
 
     Args:
         dataset: The images.
-        backbone: The model. Give a ``BackboneSpec`` with the name of the model if other processes
-            must load the model.
+        backbone: The model, or a ``BackboneSpec`` if other processes must load the model.
         output: Folder of the store.
         names: K class names for the prompts, in label order; empty if images have captions.
-        templates: Prompts of a class, with ``{}`` for the name of the class; by default "a photo of
-            a {}.".
+        templates: Prompts, with ``{}`` for the name of a class; by default "a photo of a {}.".
         columns: Further columns to store; by default none.
         batch_size: Images per forward pass.
         workers: Decoding threads; by default one per core.
@@ -152,16 +149,14 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         limits: Limits of size and shape. An image beyond these limits is an error.
         max_error_rate: Largest share of failed images for which the store is sealed.
         allow_bad_shards: Whether to seal the store, with a warning, although a shard cannot be read
-            to the end. If False, a bad shard is a DataError at the end of the run; finished parts
-            stay.
+            to the end. If False, a bad shard is a DataError at the end; finished parts stay.
         on_error: "skip" counts bad images and goes on. "raise" stops at the first bad image.
         split: Name of the split, recorded in the store.
         overwrite: Whether to replace a store in ``output``.
-        executor: Object that does the parts in other processes. By default, this process does all
-            parts.
-        shared: Whether other processes, here or on other machines, call this function with the same
-            arguments at the same time. The last process to end seals the store. If False, this
-            process locks the store, and earlier failed attempts at parts are forgotten.
+        executor: Does the parts in other processes. By default, this process does all parts.
+        shared: Whether other processes, here or elsewhere, call this function with the same
+            arguments at the same time. The last process seals the store. If False, this process
+            locks the store, and earlier failed attempts at parts are forgotten.
 
     Returns:
         The store; None if the store is shared and other processes have not finished their parts.
@@ -212,7 +207,16 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     settings |= _candidate_settings(dataset, names, templates, columns)
     settings |= _image_column_settings(model, columns)
     run = plan_run(dataset, model.space, part_size=part_size, **settings)
-    job = EmbedJob(root, run, dataset, backbone, batch_size, workers, strict, limits)
+    job = EmbedJob(
+        root,
+        run,
+        dataset,
+        backbone,
+        batch_size=batch_size,
+        workers=workers,
+        strict=strict,
+        limits=limits,
+    )
     if not shared:
         _embed_alone(job, model, executor, loss_budget, overwrite=overwrite)
     elif not _embed_shared(job, model, executor, loss_budget):

@@ -118,9 +118,8 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     answers.
 
     Rows are normalised to unit norm. There is one warning if rows of the source had another norm.
-    Image rows with non-finite numbers or with norm zero become errors. Only the rows of one part
-    are in memory. Nothing is unpickled. The process can be killed at any moment. Finished parts
-    stay, and the next run writes the same bytes as a run without interruption.
+    Image rows with non-finite numbers or with norm zero become errors. Nothing is unpickled. The
+    process can be killed at any moment. Finished parts stay, and the next run does the rest.
 
     Args:
         source: An ``.npz`` file, or a folder of ``.npy`` files. None: all arrays are in ``files``.
@@ -184,6 +183,7 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
             dtype=source_arrays.choose_number_format(dtype),
             part_size=part_size,
         )
+        _require_shapes(source_arrays, run)
         loss_budget = LossBudget(max_error_rate, accepts_bad_shards=False)
         _write_store(root, run, source_arrays, loss_budget, overwrite=overwrite)
     return EmbeddingStore(root)
@@ -930,9 +930,6 @@ def _plan_run(
     """Return the run for the import of these arrays.
 
     All arrays are read once, because the fingerprint of the run contains a hash of the arrays.
-
-    Raises:
-        DataError: If a column of the classes or of the model has a wrong shape.
     """
     inputs: dict[str, object] = {
         "dataset_fingerprint": source_arrays.fingerprint(),
@@ -950,9 +947,7 @@ def _plan_run(
     source_path, _, _ = source_arrays.row_array.location.partition(", array ")
     path = Path(source_path)
     source = path.parent if path.suffix == ".npy" else path
-    run = make_run(inputs, source.name or path.stem)
-    _require_shapes(source_arrays, run)
-    return run
+    return make_run(inputs, source.name or path.stem)
 
 
 def _write_store(

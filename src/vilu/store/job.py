@@ -228,7 +228,8 @@ class EmbedJob:
         if progress is None:
             progress = SilentProgress()
         untried_parts: list[Part] = []  # parts to embed together, in order
-        for part in [self.ledger.parts[part_number] for part_number in parts]:
+        for part_number in parts:
+            part = self.ledger.parts[part_number]
             receipt_or_reason = self.ledger.receipt_or_reason(part)
             is_done = isinstance(receipt_or_reason, Receipt)
             n_deaths = 0 if is_done else count_attempts(self.root, part)
@@ -241,8 +242,7 @@ class EmbedJob:
             if isinstance(receipt_or_reason, Receipt):
                 receipt = receipt_or_reason
             elif n_deaths < MAX_ATTEMPTS:
-                # this part is embedded alone, so that no other part has a mark if this process
-                # dies, too
+                # alone, so that no other part has a mark if this process dies, too
                 yield from self._embed([part], progress)
                 continue
             else:

@@ -66,8 +66,8 @@ def open_source(
             default a pool has 1024 pairs.
         fold: "train", "validation" or "test": only pairs with a caption in this fold are used.
             None: all pairs.
-        logit_scale: Multiplier of the cosine. Required for embeddings of another tool, but not for
-            a store.
+        logit_scale: Multiplier of the cosine. Required for embeddings of another tool. Must be
+            None for a store, because a store has the logit scale of its model.
 
     Raises:
         UsageError: If an argument does not fit the data, or the logit scale is missing.

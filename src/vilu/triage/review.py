@@ -84,7 +84,8 @@ class Review:
     Attributes:
         tasks: The photos, in the order of the review.
         names: Class names as tables write them, then the labels for "none of the classes".
-        photos: Folder of the photos and start of all paths; None if the folder is not known.
+        photos: Folder of the photos. The paths of the tasks are relative to this folder. None if
+            the folder is not known.
         model: Name of the model or method that gave the answers.
         answer: Kind of the answers.
         follow_links: Whether links in the folder of the photos may lead anywhere.

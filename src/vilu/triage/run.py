@@ -1,8 +1,9 @@
 """The steps of a triage run: each step takes the state of the folder and returns the next state.
 
 ``advance`` calls the steps in order. A step first writes its files, then writes the next state to
-``triage.json``, then returns this state. So if a run is killed between two steps, the next run
-continues with the second step. If a run is killed inside a step, the next run repeats the step.
+``triage.json``, then returns this state. Only the last step (``ask_for_labels``) writes the state
+first. So if a run is killed between two steps, the next run continues with the second step. If a
+run is killed inside a step, the next run repeats the step.
 """
 
 from __future__ import annotations

@@ -163,6 +163,7 @@ def rows_picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> Embed
     Raises:
         UsageError: If ``vilu next`` drew some labels for a guarantee. Such labels are a random
             sample only of the rows that could be accepted, not of all rows.
+        DataError: In the cases of ``label_store``, or if no row is left.
     """
     photos, book = label_store(store, files)
     if any(entry.stream == "calibration" for entry in book):

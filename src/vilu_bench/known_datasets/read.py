@@ -47,9 +47,8 @@ class Listing:
     origin: str  # text that says where the splits come from
     # cleaned class names for prompts; None: ``classes`` with underscores replaced by spaces
     names: tuple[str, ...] | None = None
-    uncleaned_names: tuple[str, ...] | None = (
-        None  # uncleaned class names for prompts; None: ``classes``
-    )
+    # uncleaned class names for prompts; None: ``classes``
+    uncleaned_names: tuple[str, ...] | None = None
     binding: bool = True  # whether the splits must have the published sizes
 
 

@@ -111,9 +111,9 @@ def likeliest_index(
     seed: int,
     log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
 ) -> int | None:
-    """Index of the most likely value, judged by held-out labels; None if no row is held out.
+    """Index of the value that gives the held-out labels the largest likelihood.
 
-    The arguments are those of ``held_out_posteriors``.
+    None if no row is held out. The arguments are those of ``held_out_posteriors``.
     """
     posteriors_and_labels = held_out_posteriors(rows, seed, log_posteriors)
     if posteriors_and_labels is None:

@@ -30,14 +30,14 @@ def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None
     class means were estimated from the same M images. The result is None if no class has two
     different images.
     """
-    scatter_matrix, fourth_moment = scatter_within_classes(train, label, mean)
+    scatter_matrix, fourth_power_sum = scatter_within_classes(train, label, mean)
     n = len(label)
     n_means = len(label.unique())
     has_spread = float(scatter_matrix.trace()) > NEGLIGIBLE_VARIANCE * n
     if n == n_means or not has_spread:
         return None
     bias_correction = n / (n - n_means)
-    return ledoit_wolf(scatter_matrix, fourth_moment, n) * bias_correction
+    return ledoit_wolf(scatter_matrix, fourth_power_sum, n) * bias_correction
 
 
 def spherical_covariance(train: Rows) -> Tensor:
@@ -55,16 +55,16 @@ def spherical_covariance(train: Rows) -> Tensor:
     return torch.eye(dim, dtype=torch.float64) * scale
 
 
-def ledoit_wolf(scatter_matrix: Tensor, fourth_moment: float, n: int) -> Tensor:
+def ledoit_wolf(scatter_matrix: Tensor, fourth_power_sum: float, n: int) -> Tensor:
     """Covariance (D, D) shrunk towards a multiple of the identity.
 
     Args:
         scatter_matrix: (D, D) sum of x x^T over the n centred rows x.
-        fourth_moment: Sum of |x|^4 over these rows.
+        fourth_power_sum: Sum of |x|^4 over these rows.
         n: Number of rows.
 
     The estimate needs the sum of x_a^2 x_b^2 over all rows x and all pairs (a, b) of coordinates.
-    This sum equals ``fourth_moment``, so one pass over the rows is enough.
+    This sum equals ``fourth_power_sum``, so one pass over the rows is enough.
 
     Source: Ledoit and Wolf, Journal of Multivariate Analysis 2004.
     """
@@ -73,7 +73,7 @@ def ledoit_wolf(scatter_matrix: Tensor, fourth_moment: float, n: int) -> Tensor:
     variance = covariance.trace() / d
     squares = covariance.square().sum()
     dispersion = squares - d * variance**2
-    error = (fourth_moment / n - squares) / n
+    error = (fourth_power_sum / n - squares) / n
     shrinkage = torch.ones((), dtype=torch.float32)
     if float(dispersion) > 0:
         shrinkage = (error / dispersion).clamp(0, 1)

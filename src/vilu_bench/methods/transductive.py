@@ -289,9 +289,8 @@ def nearest_affinity(image: Tensor, n_neighbours: int) -> Tensor:
     for start in range(0, n, SCORING_BATCH):
         cosine = image[start : start + SCORING_BATCH] @ image.T
         row_in_block = torch.arange(len(cosine))
-        cosine[
-            row_in_block, start + row_in_block
-        ] = -torch.inf  # an image is no neighbour of itself
+        # an image is no neighbour of itself
+        cosine[row_in_block, start + row_in_block] = -torch.inf
         top_cosine, top_column = cosine.topk(n_neighbours, dim=1)
         cosines.append(top_cosine.flatten())
         columns.append(top_column.flatten())

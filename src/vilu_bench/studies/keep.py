@@ -208,9 +208,8 @@ def _stored_multiples(table: pa.Table) -> Multiples:
     for metric_index, resample_index in np.ndindex(len(metrics), len(resamples)):
         column = table[f"draw_{metric_index}_{resample_index}"]
         multiples[:, metric_index, resample_index] = column.to_numpy()
-    multiples[:, :, 1:] += multiples[
-        :, :, :1
-    ]  # later resamples are stored as differences from the first
+    # later resamples are stored as differences from the first
+    multiples[:, :, 1:] += multiples[:, :, :1]
     return multiples
 
 

@@ -18,10 +18,8 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
-RANKING_METRICS = (
-    "auroc",
-    "fpr95",
-)  # metrics with intervals; methods are ranked by the first metric
+# metrics with intervals; methods are ranked by the first metric
+RANKING_METRICS = ("auroc", "fpr95")
 # These metrics replace ``RANKING_METRICS`` in a study whose methods judge different answers. AUROC
 # and FPR95 measure how well right and wrong answers are told apart, so they cannot compare such
 # methods.

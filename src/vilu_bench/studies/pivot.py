@@ -72,9 +72,8 @@ def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     for entrant in entrants:
         if entrant.results:
             _, data, setting = entrant.method_case
-            settings_by_numbers.setdefault((data, _row_numbers_in_words(entrant)), {})[setting] = (
-                None
-            )
+            numbers = _row_numbers_in_words(entrant)
+            settings_by_numbers.setdefault((data, numbers), {})[setting] = None
     n_texts = Counter(data for data, _ in settings_by_numbers)
     parts = []
     for (data, numbers), settings in settings_by_numbers.items():

@@ -136,13 +136,12 @@ def load_times(root: Path, cells: Iterable[Cell]) -> dict[Cell, Timing]:
     times: dict[Cell, Timing] = {}
     cell_of_path = {cell.path.as_posix(): cell for cell in cells}
     for facts in read_log(root):
-        timing_facts = dict(facts)
-        cell_path = timing_facts.pop("cell", None)
+        cell_path = facts.pop("cell", None)
         cell = cell_of_path.get(str(cell_path))
         if cell is not None:
             # a line with different content is skipped: a log does not follow a fixed schema
             with suppress(ValidationError):
-                times[cell] = Timing.model_validate(timing_facts)
+                times[cell] = Timing.model_validate(facts)
     return times
 
 

@@ -298,7 +298,7 @@ def run_cells(
 
     Args:
         runner: Runs the cells.
-        study_index: Index of the benchmark in the crew.
+        study_index: Index of the benchmark among the studies of the runner.
         groups: Groups of cells with a common fit.
         root: The run folder.
         n_done: Number of cells finished before.
@@ -314,8 +314,8 @@ def run_cells(
 
 
 # globals of a worker process
-_data_arguments: list[StudyDataArguments] = []  # an opening for each benchmark of the crew
-_open_study_data: dict[int, StudyData] = {}  # at most one open workbench, by the benchmark's index
+_data_arguments: list[StudyDataArguments] = []  # for each benchmark of the runner
+_open_study_data: dict[int, StudyData] = {}  # at most one open study, by the benchmark's index
 
 
 def _start_worker(modules: Sequence[str], data_arguments: list[StudyDataArguments]) -> None:
@@ -333,7 +333,7 @@ def _start_worker(modules: Sequence[str], data_arguments: list[StudyDataArgument
 def _run_in_worker(study_index: int, cells: Sequence[Cell], root: Path) -> list[Cell]:
     """Run cells of the benchmark with this index, and return the cells."""
     if study_index not in _open_study_data:
-        _open_study_data.clear()  # benchmarks run in sequence, so a single open workbench is enough
+        _open_study_data.clear()  # benchmarks run in sequence, so a single open study is enough
         _open_study_data[study_index] = StudyData(*_data_arguments[study_index])
     return list(run_group(_open_study_data[study_index], cells, root))
 
@@ -437,7 +437,7 @@ class _OpenBenchmark:
     def run(self, runner: CellRunner, study_index: int, output: Path, share: CellShare) -> None:
         """Run the missing cells of a share.
 
-        ``study_index`` is the index of this benchmark in the crew.
+        ``study_index`` is the index of this benchmark in the runner.
         """
         config = self.study_data.config
         groups = group_by_fit(config, cells_to_run(self.cells))

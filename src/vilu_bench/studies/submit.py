@@ -201,7 +201,7 @@ def _matching_cells(board: Board, submitted_file: SubmittedFile) -> list[Cell]:
 def _with_submitted_files(
     board: Board, run: Path, pairs: Sequence[tuple[SubmittedFile, Cell]]
 ) -> Board:
-    """A study with files added; a pair is a file and the study's cell of the same data and seed."""
+    """A study with files added; a pair is a file and the cell of equal data, setting and seed."""
     submitted_files: dict[Cell, SubmittedFile] = {}
     result_cells = {cell: cell.result_cell for cell in board.cells}
     results = dict(board.results)

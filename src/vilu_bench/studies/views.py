@@ -256,18 +256,16 @@ class HistogramView(View):
     There is a panel for each data set and method.
     """
 
-    shows_submitted_methods: ClassVar[bool] = (
-        False  # histograms need the score files of a run folder
-    )
+    # histograms need the score files of a run folder
+    shows_submitted_methods: ClassVar[bool] = False
     kind: Literal["histograms"]
 
 
 class GridView(View):
     """A grid of two hyper-parameters, with one setting for choosing and one for reporting."""
 
-    shows_submitted_methods: ClassVar[bool] = (
-        False  # the parameters of submitted methods are unknown
-    )
+    # the parameters of submitted methods are unknown
+    shows_submitted_methods: ClassVar[bool] = False
     kind: Literal["grid"]
     parameters: tuple[str, str]  # hyper-parameter of the rows, hyper-parameter of the columns
     select_on: str  # setting for choosing the best pair of values
@@ -405,7 +403,7 @@ class PublishedNumber:
     """A number of a publication."""
 
     value: float  # the metric, as a fraction
-    backbone: str  # the model that was measured (``vilu.backbones.catalog``)
+    backbone: str  # the model used for the measurement (``vilu.backbones.catalog``)
     source: str  # table or figure of the publication
     doubt: str  # why the number is doubtful; "" if there is no doubt
 

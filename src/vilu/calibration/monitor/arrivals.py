@@ -56,8 +56,8 @@ class SeenRows:
         run = np.unique(hashes[~self._contains(hashes)])
         if not len(run):
             return
-        # Earlier runs are merged into the new run, unless an earlier run is longer. So every run is
-        # shorter than the previous run, and there are few runs to search. Long runs are never
+        # The last runs are merged into the new run, back to a longer run. So every run is shorter
+        # than the previous run, and there are few runs to search. Long runs are never
         # merged, because a merge takes several times the memory of the merged runs.
         while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST_MERGED_RUN):
             run = np.concatenate([self.runs.pop(), run])

@@ -61,9 +61,9 @@ class ShiftTest:
     def with_saved_state(
         self, test: Test, wealth: Wealth | None, values: Floats, counts: Ints, n_tested: int
     ) -> ShiftTest:
-        """Restore this test after n tested rows, from saved parts.
+        """Return this test after ``n_tested`` tested rows, from saved parts.
 
-        Raises a ValueError if the saved values do not belong to n rows.
+        Raises a ValueError if the saved values do not belong to ``n_tested`` rows.
 
         Args:
             test: The saved test.

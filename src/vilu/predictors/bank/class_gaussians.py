@@ -66,12 +66,12 @@ def scatter_within_classes(
     """
     dim = mean.shape[1]
     scatter = torch.zeros(dim, dim, dtype=torch.float64)
-    fourth_moment = 0.0
+    fourth_power_sum = 0.0
     for block, image in read_blocks(train):
         x = image.double() - mean[label[block]]
         scatter += x.T @ x
-        fourth_moment += float(x.square().sum(dim=1).square().sum())
-    return scatter, fourth_moment
+        fourth_power_sum += float(x.square().sum(dim=1).square().sum())
+    return scatter, fourth_power_sum
 
 
 def whitener(covariance: Tensor, relative_ridge: float = RELATIVE_RIDGE) -> Tensor:

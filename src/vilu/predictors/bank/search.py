@@ -34,7 +34,7 @@ BANK_BLOCK_ROWS = 8_192
 
 
 def draw_rows(train: Rows, max_rows: int, seed: int) -> tuple[Rows, Tensor]:
-    """Draw at most ``max_rows`` of the training rows at random, in ascending order.
+    """Draw at most ``max_rows`` of the training rows at random, in the order of ``train``.
 
     Returns the drawn rows, and the positions (M,) of the drawn rows in ``train``. Warns if rows are
     left out.

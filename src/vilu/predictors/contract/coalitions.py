@@ -235,10 +235,10 @@ class PoolCoalitions(Coalitions):
 
     def __init__(
         self,
-        parts: Callable[[Batch], PooledLogits],
+        pooled_parts: Callable[[Batch], PooledLogits],
         outside_log_odds: Callable[[Batch], Tensor] | None = None,
     ) -> None:
-        self.pooled_parts = parts
+        self.pooled_parts = pooled_parts
         self.outside_log_odds = outside_log_odds
         self.players: tuple[str, ...] = (ZERO_SHOT, IMAGE, TEXTS)
         if outside_log_odds is not None:

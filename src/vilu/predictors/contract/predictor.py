@@ -1016,7 +1016,7 @@ class FailurePredictor(ABC):
         return self.calibrator_(self._calibration_score(uncertainty))
 
     def raw_failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """P(failure) (N,) without calibration; otherwise like ``failure_probability``.
+        """The P(failure) (N,) of ``failure_probability`` before calibration, at any time.
 
         Examples:
             >>> import vilu

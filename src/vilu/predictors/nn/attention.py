@@ -689,7 +689,7 @@ ENOUGH_HELD_OUT_ROWS = 200
 """If this number of held-out rows is reached, no further fold is held out."""
 
 SHRINKAGE_SD = 0.2
-"""Standard deviation of the normal prior of the held-out share. The mean of the prior is 1."""
+"""Standard deviation of the normal prior of ``held_out_shrinkage``. The mean of the prior is 1."""
 
 
 def held_out_shrinkage(problem: Problem) -> float:

@@ -101,8 +101,8 @@ class FolderCheckpointSaver(CheckpointSaver):
     def __init__(self, folder: Path, run_inputs: RunInputs, world: World) -> None:
         self.folder = folder
         self.world = world
-        # JSON has no tuples, so a binding read from a checkpoint has lists instead. The binding of
-        # this run is converted in the same way, to compare both bindings.
+        # JSON has no tuples, so the inputs read from a checkpoint have lists instead. The inputs of
+        # this run are converted in the same way, to compare both.
         self.run_inputs = json.loads(json.dumps(run_inputs))
 
     def latest_checkpoint(self) -> Checkpoint | None:
@@ -188,7 +188,7 @@ class FolderCheckpointSaver(CheckpointSaver):
         return b"", b""
 
     def _require_same_inputs(self, saved_inputs: dict[str, object]) -> None:
-        """Refuse checkpoints with another binding than the binding of this run."""
+        """Refuse checkpoints of a run with other inputs than this run ("binding" of the record)."""
         differences = []
         for key in sorted(saved_inputs.keys() | self.run_inputs.keys()):
             saved_value = saved_inputs.get(key)

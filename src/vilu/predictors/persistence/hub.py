@@ -238,9 +238,8 @@ def check_copy(folder: Path, original_folder: Path) -> str:
             Vocabulary.load(folder)
         for document in (LOOKS, LIKELY):
             if (folder / document).is_file():
-                read_json(
-                    folder / document, RECALIBRATE_ADVICE
-                )  # this checks the digest of the file
+                # reading checks the digest of the file
+                read_json(folder / document, RECALIBRATE_ADVICE)
         return str(read_description(folder / PREDICTOR)[FINGERPRINT_KEY])
     except ViLUError as error:
         raise type(error)(str(error).replace(str(folder), str(original_folder))) from error

@@ -418,9 +418,8 @@ def reference_scores(
     text = inputs["text"]
     columns = {name: inputs[name] for name in predictor.columns_to_score}
     source = Embeddings(image, text, space=predictor.space_, columns=columns)
-    with (
-        suppress_messages()
-    ):  # the predictor may warn that random rows differ from its training rows
+    # the predictor may warn that random rows differ from its training rows
+    with suppress_messages():
         scored_batches = list(predictor.scored(source))
     uncertainty = np.concatenate([scores for _, scores in scored_batches])
     answer = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in scored_batches])

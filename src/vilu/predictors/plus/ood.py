@@ -452,10 +452,10 @@ class Margins(NamedTuple):
     def regress_on_image(self) -> tuple[Tensor, Tensor]:
         """Weights (D,) and intercept () of the ridge regression of the margin on the image.
 
-        The centred images are divided by the root mean square of the image norms. The margins are
-        divided by the standard deviation of the margins. The prior variance of the weights is
-        ``DIRECTION_VARIANCE``; the noise variance is 1. The prior shrinks predictions towards the
-        mean margin.
+        The centred images are divided by the root mean square of the norms of the centred images.
+        The margins are divided by the standard deviation of the margins. The prior variance of the
+        weights is ``DIRECTION_VARIANCE``; the noise variance is 1. The prior shrinks predictions
+        towards the mean margin.
         """
         # The margin of an image is noisy, because few words fit a given image. The regression of
         # the margin on the image finds the common properties of images with a large margin. Without
@@ -696,9 +696,9 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
     Where there are words, the margin is a further regressor. ``outside_rows`` are the indices of
     the examples of images outside.
 
-    Images are centred and divided by the root mean square of the image norms. Margins are
-    standardised. The prior variances then have the same meaning for every backbone. L-BFGS reads
-    the rows in blocks.
+    Images are centred, and then divided by the root mean square norm of the centred images. Margins
+    are standardised. The prior variances then have the same meaning for every backbone. L-BFGS
+    reads the rows in blocks.
     """
     inside = Regressors.of(train)
     outside = Regressors.of(replace(train, index=outside_rows))

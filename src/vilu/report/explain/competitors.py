@@ -99,7 +99,7 @@ def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> 
     """
     if data.pool_size is not None:
         raise UsageError(
-            "captions have no classes, so the competitors of answers cannot be counted by class. "
+            "captions have no classes, so the competitors of an answer have no class names. "
             "Give class data."
         )
     weights = weights_of(predictor)

@@ -205,12 +205,12 @@ def match_detections(
     for detection in np.argsort(-scores, kind="stable").tolist():
         # First choice: an object that is not ignored. Then the detection is right (1). Second
         # choice: an ignored object. Then the result is None.
-        for is_ignored, is_right in ((False, 1), (True, None)):
+        for is_ignored, result in ((False, 1), (True, None)):
             can_be_taken = overlaps_enough[detection] & is_free & (objects.is_ignored == is_ignored)
             if can_be_taken.any():
                 object_index = _last_argmax(overlap[detection], can_be_taken)
                 is_free[object_index] = objects.is_crowd[object_index]  # a crowd stays free
-                correct[detection] = is_right
+                correct[detection] = result
                 break
     return correct
 

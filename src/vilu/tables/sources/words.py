@@ -263,7 +263,10 @@ def parse_number(cell: str, column: str, location: str) -> float:
 
 
 def _page_columns(
-    page: str, words: list[RecognisedWord], correct: list[int | None], dictionary: Collection[str]
+    page: str,
+    words: Sequence[RecognisedWord],
+    correct: list[int | None],
+    dictionary: Collection[str],
 ) -> Columns:
     """The columns of the words of a page.
 
