@@ -1,9 +1,10 @@
-"""Import optional libraries, silence their messages, and check the connection to the hub."""
+"""Import optional libraries, silence their messages, start Ray, and check connections."""
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
 import socket
 import sys
 import threading
@@ -16,10 +17,10 @@ from types import ModuleType
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from vilu.errors import MissingModelError
+from vilu.errors import MissingModelError, UsageError
 
-# Seconds to wait for a connection to the hub. Without such a test of the connection, the client of
-# the hub would try again and again for 23 s per file.
+# Seconds to wait for a connection. Without such a test of the connection, the client of the hub
+# would try again and again for 23 s per file, and Ray for three minutes.
 CONNECT_SECONDS = 3.0
 
 
@@ -263,9 +264,52 @@ def is_hub_reachable() -> bool:
     if has_proxy:
         return True  # the connection behind a proxy cannot be tested
     usual_port = 443 if endpoint.scheme == "https" else 80
-    address = (endpoint.hostname, endpoint.port or usual_port)
+    return _accepts_connection(endpoint.hostname, endpoint.port or usual_port)
+
+
+def _accepts_connection(host: str | None, port: int) -> bool:
+    """Whether a server accepts a connection in time."""
     try:
-        with socket.create_connection(address, timeout=CONNECT_SECONDS):
+        with socket.create_connection((host, port), timeout=CONNECT_SECONDS):
             return True
     except OSError:
         return False
+
+
+def start_ray(**local_options: object) -> None:
+    """Join the Ray cluster at ``RAY_ADDRESS``. Without this variable, start Ray on this machine.
+
+    Args:
+        local_options: Options of ``ray.init`` for a Ray on this machine.
+
+    Raises:
+        MissingModelError: If Ray is not installed.
+        UsageError: If no cluster answers at ``RAY_ADDRESS``, or if Ray cannot start.
+    """
+    ray = import_extra("ray", "ray")
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _require_ray_cluster(address)
+        options: dict[str, object] = {"address": address}
+    else:
+        options = {"address": "local", **local_options}
+    try:
+        with suppress_messages():
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    except (ValueError, RuntimeError, OSError) as error:
+        place = f"is not found at RAY_ADDRESS={address}" if address else "does not start here"
+        raise UsageError(
+            f"Ray {place}: {error}. Set RAY_ADDRESS to a running cluster, or give another executor."
+        ) from error
+
+
+def _require_ray_cluster(address: str) -> None:
+    """Raise UsageError if ``address`` is a host and a port, and no server is there."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in address:
+        return  # another form, such as "auto"; Ray knows its forms
+    if not _accepts_connection(host.strip("[]"), int(port)):
+        raise UsageError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}. Start one there (ray start --head), "
+            "or unset RAY_ADDRESS: then Ray is started on this machine."
+        )

@@ -4,6 +4,7 @@ and engines begun for one run.
 
 from __future__ import annotations
 
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from tests.command import PYTHONPATH
 from tests.executors.conftest import require
 from tests.executors.fake_job import FileJob, calls
 from vilu.errors import DataError, MissingModelError, UsageError
+from vilu.extras import start_ray
 from vilu.store.executors import EXECUTORS, make_executor
 from vilu.store.executors.local import Rank, RankExecutor
 
@@ -37,6 +39,47 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, name, package)
     with pytest.raises(MissingModelError, match=rf"pip install 'vilu\[{name}\]'") as caught:
         make_executor(name)
     assert caught.value.exit_code == 5
+
+
+class FakeRay:
+    """Notes with which options Ray was started; knows no cluster."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, object] = {}
+
+    def init(self, **options: object) -> None:
+        self.options = options
+        if options["address"] == "auto":
+            raise ConnectionError("Could not find any running Ray instance.")
+
+
+def test_ray_starts_here_unless_a_cluster_is_named(monkeypatch):
+    fake = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    start_ray(num_cpus=2)
+    assert (fake.options["address"], fake.options["num_cpus"]) == ("local", 2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        start_ray(num_cpus=2)
+    assert fake.options["address"] == address
+    assert "num_cpus" not in fake.options  # Ray refuses this option for a running cluster
+    fake.options = {}
+    with pytest.raises(UsageError, match=rf"no Ray cluster answers at RAY_ADDRESS={address}"):
+        start_ray(num_cpus=2)
+    assert fake.options == {}  # Ray itself would have tried for three minutes
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(UsageError, match=r"RAY_ADDRESS=auto: Could not find any running Ray"):
+        start_ray()
+
+
+@pytest.mark.engine
+def test_an_address_that_ray_refuses_is_named(monkeypatch):
+    require("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+    with pytest.raises(UsageError, match=r"RAY_ADDRESS=nonsense: Invalid address format"):
+        start_ray()
 
 
 def array(number: int, count: int, least: int = 0, **more: str) -> dict[str, str]:

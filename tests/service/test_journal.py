@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
+from vilu.calibration.monitor.monitor import Monitor
 from vilu.errors import ProvenanceError, StorageError
 from vilu.service.journal import Journal
+from vilu.service.local_journals import LocalJournals
 from vilu.service.rows import RowFile
 
 N = 60
@@ -172,6 +175,34 @@ def test_a_journal_of_another_version_is_refused(
     with pytest.raises(ProvenanceError, match=r"before vilu 0\.2\.0.*Serve with a new --state"):
         Journal(tmp_path, predictors[0])
     assert (tmp_path / "rows.sqlite").read_bytes() == before
+
+
+def open_files_in(folder: Path) -> list[str]:
+    return [file.path for file in psutil.Process().open_files() if folder.name in file.path]
+
+
+def test_no_file_stays_open_if_one_of_two_journals_cannot_be_read(
+    predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, second = predictors
+    state = tmp_path / "state"
+    folders = {"first": main, "second": second}
+    with closing(LocalJournals(state, folders)):
+        assert len(open_files_in(state)) >= 2
+
+    take_in_rows = Journal._take_in_rows
+
+    def fail_for_the_second(journal: Journal) -> None:
+        assert open_files_in(journal.folder)
+        if journal.monitor.fingerprint != first_fingerprint:
+            raise StorageError("cannot read the rows")
+        take_in_rows(journal)
+
+    first_fingerprint = Monitor.of_folder(main).fingerprint
+    monkeypatch.setattr(Journal, "_take_in_rows", fail_for_the_second)
+    with pytest.raises(StorageError, match="cannot read the rows"):
+        LocalJournals(state, folders)
+    assert open_files_in(state) == []
 
 
 def test_a_kill_between_two_writes_is_no_damage(

@@ -44,7 +44,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import identity_calibrator
 from vilu.predictors.persistence.description import refuse_foreign_files
 from vilu.predictors.persistence.files import RISK
-from vilu.predictors.persistence.storage import load_predictor, write_card
+from vilu.predictors.persistence.storage import load_predictor, load_uncalibrated, write_card
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import predictor_fingerprint, score_unseen, source_fingerprint
 from vilu.store.reader import EmbeddingStore
@@ -197,8 +197,7 @@ def _calibrate(
     drawn_below: float | None,
 ) -> Calibration:
     """Calibrate in a locked folder, with the arguments of ``calibrate_predictor``."""
-    predictor = load_predictor(folder)
-    predictor.calibrator_ = None
+    predictor = load_uncalibrated(folder)
     inputs_digest = _digest_of_inputs(predictor, data, target, dataset_and_split, drawn_below)
     if not overwrite:
         calibration = _existing_calibration(folder, inputs_digest)

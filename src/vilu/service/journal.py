@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -77,11 +77,14 @@ class Journal:
         self._make_monitor = partial(Monitor.of_folder, predictor, false_alarm=false_alarm)
         self.monitor = self._load_monitor()
         self._row_file = RowFile(folder, self.monitor.fingerprint)
-        self._compare_row_counts()
         self._last_seen_row = self.monitor.rows  # number of the last row taken in by the monitor
         self._n_rows_saved = self.monitor.rows
         self.is_writable = True  # whether the last write succeeded
-        self._take_in_all()
+        with ExitStack() as on_failure:
+            on_failure.callback(self.close_without_saving)
+            self._compare_row_counts()
+            self._take_in_all()
+            on_failure.pop_all()
         self.status = self.monitor.status
 
     def _take_in_all(self) -> None:

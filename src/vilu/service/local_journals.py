@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -56,13 +57,20 @@ class LocalJournals:
         self.fingerprints = _fingerprints(predictors)
         self._answering_name = self._read_answering_name()
         self._journals: dict[str, Journal] = {}
+        with ExitStack() as on_failure:
+            on_failure.callback(self.close_without_saving)
+            self._open_journals(predictors)
+            on_failure.pop_all()
+
+    def _open_journals(self, predictors: Mapping[str, Path]) -> None:
+        """Open the journals of all predictors with a guarantee."""
         for name, predictor in predictors.items():
             calibration = Calibration.find(predictor)
             if calibration is None or calibration.guarantee is None:
                 continue
             # Every calibration has a new guarantee, so a new calibration begins a new journal.
             journal_name = f"{self.fingerprints[name]}-{calibration.fingerprint[:16]}"
-            self._journals[name] = Journal(folder / journal_name, predictor)
+            self._journals[name] = Journal(self.folder / journal_name, predictor)
 
     def _read_answering_name(self) -> str:
         """Name of the answering predictor before the last stop; at first the main predictor."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import signal
@@ -13,7 +12,7 @@ from typing import Any, Final, NamedTuple, cast
 from vilu.artifacts.disk import locked, make_folder
 from vilu.calibration.monitor.status import Status
 from vilu.errors import UsageError, ViLUError
-from vilu.extras import import_extra
+from vilu.extras import import_extra, start_ray
 from vilu.process import RAY_CLUSTERS, keep_freed_memory
 from vilu.registry import load_plugin, plugins
 from vilu.service.app import Service
@@ -202,7 +201,8 @@ def serve_ray(
         announce: Called with the URL and then with "ready", as soon as all replicas answer.
 
     Raises:
-        UsageError: If the port is 0, since Ray does not report the chosen free port.
+        UsageError: If the port is 0, since Ray does not report the chosen free port, or if no
+            cluster answers at ``RAY_ADDRESS``.
         BusyError: If another process serves with the same state folder.
         ViLUError: If the rule of a predictor cannot be verified, or if the model differs from the
             model of the predictor.
@@ -213,13 +213,7 @@ def serve_ray(
         raise UsageError("with --executor ray give a --port other than 0.")
     make_folder(setup.state)
     with locked(setup.state, activity="serving with the state in"):
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS", "local"),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=False,
-            ignore_reinit_error=True,
-        )
+        start_ray(include_dashboard=False, ignore_reinit_error=True)
         try:
             url, journals = deploy(setup, host, port, replicas)
             announce(url)

@@ -185,13 +185,6 @@ class RisingMaps:
             mapped_numbers += self.rise[:, piece] * np.clip(share_of_piece, 0, 1)
         return mapped_numbers
 
-    def take(self, columns: Sequence[int]) -> RisingMaps:
-        """The functions of these columns."""
-        chosen_columns = list(columns)
-        return RisingMaps(
-            self.lower[chosen_columns], self.width[chosen_columns], self.rise[chosen_columns]
-        )
-
 
 def straight_maps(numbers: Floats) -> RisingMaps:
     """Straight lines: a column divided by its standard deviation, within the range of the fit.

@@ -23,7 +23,7 @@ from vilu.guard.guard import Answer
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.persistence.storage import load_predictor
+from vilu.predictors.persistence.storage import load_uncalibrated
 from vilu.scoring.score import score_rows
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.answers import answer_of
@@ -347,8 +347,7 @@ def calibrate_by_labels(
     # The earlier calibration is compared with the new calibration. The lock keeps other processes
     # from changing the earlier calibration meanwhile.
     with locked(folder, activity="calibrating", holder_kind="calibration"):
-        predictor = load_predictor(folder)
-        predictor.calibrator_ = None
+        predictor = load_uncalibrated(folder)
         require_probability(predictor)
         store_draws = StoreDraws.of(store, predictor, files, seed, max_risk, per_class=per_class)
         if not store_draws.draws:

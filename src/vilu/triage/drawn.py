@@ -33,8 +33,7 @@ from vilu.device import torch_defaults
 from vilu.errors import OUTSIDE_NAME, DataError, ProvenanceError, UsageError
 from vilu.guard.guard import Answer
 from vilu.metrics.counts import Ints
-from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.persistence.storage import load_predictor
+from vilu.predictors.persistence.storage import load_uncalibrated
 from vilu.scoring.score import source_fingerprint
 from vilu.store.reader import EmbeddingStore
 from vilu.text import plural
@@ -150,7 +149,7 @@ def draw_for_guarantee(
     """
     _require_no_record(table, overwrite=overwrite)
     _require_enough_rows(n, max_risk)
-    predictor = _load_uncalibrated(folder)
+    predictor = load_uncalibrated(folder)
     require_probability(predictor)
     draws = StoreDraws.of(store, predictor, files, seed, max_risk, per_class=False)
     is_unseen = unseen_rows(predictor, draws.photos)
@@ -173,13 +172,6 @@ def draw_for_guarantee(
     write_next(table, entries, answers, predictor.answer)
     n_open = sum(entry.label is None for entry in entries)
     return GuaranteeDraw(record, n_open, is_expected)
-
-
-def _load_uncalibrated(folder: Path) -> FailurePredictor:
-    """Load the predictor without the probabilities of an earlier calibration."""
-    predictor = load_predictor(folder)
-    predictor.calibrator_ = None
-    return predictor
 
 
 def _require_no_record(table: Path, *, overwrite: bool) -> None:
@@ -318,7 +310,7 @@ def _read_record(table: Path) -> DrawRecord:
 
 def _require_same_origin(record: DrawRecord, folder: Path, store: EmbeddingStore) -> None:
     """Refuse a predictor or a store that differs from the record of the draw."""
-    predictor = _load_uncalibrated(folder)
+    predictor = load_uncalibrated(folder)
     fingerprints = {"predictor": fingerprint_of(predictor), "store": source_fingerprint(store)}
     path_of = {"predictor": folder, "store": store.path}
     for name, fingerprint in fingerprints.items():

@@ -35,7 +35,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.spread import is_shown_as_probability
 from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import PREDICTOR
-from vilu.predictors.persistence.storage import load_predictor
+from vilu.predictors.persistence.storage import load_predictor, load_uncalibrated
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import provenance_of, score_rows
 from vilu.text import plural
@@ -446,7 +446,7 @@ def test_before_a_fit(run: TriageRun, state: TriageState) -> TriageState:
     is_missing = not (run.tested_folder(state) / PREDICTOR).is_file()
     if predictor_stays or is_missing or state.tested_trial is None:
         return state
-    predictor = _load_uncalibrated(run.tested_folder(state))
+    predictor = load_uncalibrated(run.tested_folder(state))
     run = dataclasses.replace(run, split=run.split.for_predictor(predictor, run.photos))
     state, _ = test_predictor(run, state, predictor, run.score(predictor))
     return state
@@ -486,7 +486,7 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
     """Load the tested predictor or fit a new one, as the ``FitCase`` of the run says."""
     case = fit_case_of(run, state)
     if case.keeps_predictor:
-        return state, _load_uncalibrated(run.tested_folder(state))
+        return state, load_uncalibrated(run.tested_folder(state))
     fit_rows = run.split.fit_rows
     method = choose_method(run.photos, fit_rows)
     predictor = fit_predictor(method, run.photos, fit_rows, run.settings.seed)
@@ -515,13 +515,6 @@ def fit_case_of(run: TriageRun, state: TriageState) -> FitCase:
         is_guaranteed=rule_in_force(run.present_folder) is not None,
         has_calibration_photos=bool(run.split.usable_calibration_mask.any()),
     )
-
-
-def _load_uncalibrated(folder: Path) -> FailurePredictor:
-    """Load the predictor without the probabilities of an earlier calibration."""
-    predictor = load_predictor(folder)
-    predictor.calibrator_ = None
-    return predictor
 
 
 def _save_as_present(
@@ -568,7 +561,7 @@ def _begin_trial(
     next_state = state.model_copy(update={"n_fit_of_last_candidate": n_labels})
     if not is_worth_testing(candidate, state, n_labels):
         next_state = run.write(next_state)
-        return next_state, _load_uncalibrated(run.tested_folder(state))
+        return next_state, load_uncalibrated(run.tested_folder(state))
     predictor.save(run.candidate_folder)
     likely_right.save(run.candidate_folder)
     next_state = next_state.model_copy(update={"candidate": candidate, "candidate_answer": answer})

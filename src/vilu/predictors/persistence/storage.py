@@ -81,6 +81,18 @@ def load_predictor(folder: str | Path) -> FailurePredictor:
     return predictor
 
 
+def load_uncalibrated(folder: str | Path) -> FailurePredictor:
+    """Load a predictor without the probabilities of an earlier calibration.
+
+    Raises:
+        DataError: If the folder holds no predictor, or a damaged predictor.
+        ProvenanceError: If the predictor has the schema of another version of vilu.
+    """
+    predictor = load_predictor(folder)
+    predictor.calibrator_ = None
+    return predictor
+
+
 def _read_weights(path: Path, expected_sha256: str) -> bytes:
     """The bytes of the file of weights at ``path``, after a check of their hash."""
     if not path.is_file():

@@ -18,7 +18,7 @@ import numpy as np
 
 from vilu.artifacts.hashing import bytes_hash
 from vilu.errors import MissingModelError, StorageError
-from vilu.extras import import_extra, suppress_messages, temporarily_set
+from vilu.extras import import_extra, start_ray, suppress_messages, temporarily_set
 from vilu.store.executors.local import (
     Worker,
     check_processes,
@@ -108,17 +108,11 @@ class RayExecutor:
             return
         address = os.environ.get("RAY_ADDRESS")
         processes = self.processes or n_cores()
-        if address:
-            ray_options: dict[str, object] = {"address": address}
-        else:
-            ray_options = {
-                "address": "local",
-                "num_cpus": max(processes, n_cores()),
-                "include_dashboard": False,
-                "object_store_memory": SHARED_MEMORY_BYTES,
-            }
-        with suppress_messages():
-            self._ray.init(**ray_options, log_to_driver=False, logging_level=logging.ERROR)
+        start_ray(
+            num_cpus=max(processes, n_cores()),
+            include_dashboard=False,
+            object_store_memory=SHARED_MEMORY_BYTES,
+        )
         try:
             if address:
                 yield self._plan_for_running_ray()
