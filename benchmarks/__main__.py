@@ -29,10 +29,13 @@ def main() -> None:
     chosen = sys.argv[1:] or NAMES
     unknown = sorted(set(chosen) - set(NAMES))
     if unknown:
-        sys.exit(f"no benchmark called {', '.join(unknown)}; there are {', '.join(NAMES)}")
+        unknown_names = ", ".join(unknown)
+        known_names = ", ".join(NAMES)
+        sys.exit(f"no benchmark called {unknown_names}; there are {known_names}")
     figures: dict[str, object] = {}
     for name in chosen:
-        figures |= importlib.import_module(f"benchmarks.{name}").main()
+        benchmark = importlib.import_module(f"benchmarks.{name}")
+        figures |= benchmark.main()
     print(json.dumps(figures))
 
 

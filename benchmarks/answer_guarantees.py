@@ -68,8 +68,10 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        self.mean = self._unit(self.rng.normal(size=(K, DIM)))
-        self.text = self._unit(self.mean + TEXT_NOISE * self.rng.normal(size=(K, DIM)))
+        directions = self.rng.normal(size=(K, DIM))
+        self.mean = self._unit(directions)
+        noise = self.rng.normal(size=(K, DIM))
+        self.text = self._unit(self.mean + TEXT_NOISE * noise)
 
     def draw(self, n: int) -> tuple[Floats, Ints]:
         """Images (n, D) and the classes (n,) of the images."""
@@ -112,10 +114,13 @@ class Problem(NamedTuple):
 def simulated_problem(seed: int = 0) -> Problem:
     """A simulated problem; a second world provides the images of none of the classes."""
     world = World(seed)
-    outside, _ = World(seed + 1).draw(n_outside(N_POPULATION))
+    second_world = World(seed + 1)
+    n = n_outside(N_POPULATION)
+    outside, _ = second_world.draw(n)
     fit = world.draw(N_FIT)
     answer_fit_rows = world.draw(N_FIT)
-    return Problem(world.text, fit, fit, answer_fit_rows, world.draw(N_POPULATION), outside)
+    population = world.draw(N_POPULATION)
+    return Problem(world.text, fit, fit, answer_fit_rows, population, outside)
 
 
 def n_outside(n: int) -> int:
@@ -126,7 +131,8 @@ def n_outside(n: int) -> int:
 def real_problem(name: str, sets: dict[str, Arrays], division: int) -> Problem:
     """The problem of a set; the next set provides the images of none of the classes."""
     arrays = sets[name]
-    rows = Division.of(arrays.target, Cell(name, LABELS, division))
+    cell = Cell(name, LABELS, division)
+    rows = Division.of(arrays.target, cell)
     rng = np.random.default_rng([division, 2])
     fit_of_judge, answer_fit_rows = split_in_halves(arrays.target, rows.labelled, rng)
     names = list(sets)
@@ -152,7 +158,8 @@ def real_problem(name: str, sets: dict[str, Arrays], division: int) -> Problem:
 def answers_of(predictor: FailurePredictor, data: vilu.Embeddings) -> Ints:
     """(N,) the most likely candidate of each row, by the posterior of the predictor."""
     parts = [predictor.log_posterior(batch).argmax(dim=1) for batch in data.batches(BATCH)]
-    return torch.cat(parts).numpy()
+    answers = torch.cat(parts)
+    return answers.numpy()
 
 
 def judged_kinds(problem: Problem, seed: int) -> Iterator[tuple[str, JudgedAnswers]]:
@@ -163,13 +170,19 @@ def judged_kinds(problem: Problem, seed: int) -> Iterator[tuple[str, JudgedAnswe
         "adapted, linear_probe": linear_probe(),
     }
     for name, predictor in own.items():
-        yield name, _judged(predictor.fit(problem.data(problem.fit)), everything)
-    another = linear_probe().fit(problem.data(problem.answer_fit_rows))
-    given_train = problem.data(
-        problem.fit_of_judge, answers_of(another, problem.data(problem.fit_of_judge))
-    )
-    given_all = problem.data(problem.everything, answers_of(another, everything))
-    plus = vilu.ViLUPlus(seed=seed, answer="given").fit(given_train)
+        train = problem.data(problem.fit)
+        predictor.fit(train)
+        yield name, _judged(predictor, everything)
+    answer_train = problem.data(problem.answer_fit_rows)
+    another = linear_probe()
+    another.fit(answer_train)
+    judge_train = problem.data(problem.fit_of_judge)
+    given_answers = answers_of(another, judge_train)
+    given_train = problem.data(problem.fit_of_judge, given_answers)
+    all_given_answers = answers_of(another, everything)
+    given_all = problem.data(problem.everything, all_given_answers)
+    plus = vilu.ViLUPlus(seed=seed, answer="given")
+    plus.fit(given_train)
     yield "given", _judged(plus, given_all)
 
 
@@ -196,7 +209,8 @@ def calibrate_often(population: JudgedAnswers, n_rules: int, seed: int) -> Broke
     rng = np.random.default_rng(seed)
     order = population.uncertainty.argsort(kind="stable")
     uncertainty = population.uncertainty[order]
-    n_wrong_before = np.concatenate([[0], population.failure[order].cumsum()])
+    n_wrong_up_to_row = population.failure[order].cumsum()
+    n_wrong_before = np.concatenate([[0], n_wrong_up_to_row])
     n_broken = 0
     coverages = []
     for _ in range(n_rules):
@@ -215,7 +229,8 @@ def calibrate_often(population: JudgedAnswers, n_rules: int, seed: int) -> Broke
         n_wrong = n_wrong_before[end] - n_wrong_before[first]
         n_broken += bool(n_wrong > MAX_RISK * n_accepted)
         coverages.append(n_accepted / len(order))
-    return BrokenRules(n_rules, n_broken, float(np.mean(coverages)))
+    coverage = float(np.mean(coverages))
+    return BrokenRules(n_rules, n_broken, coverage)
 
 
 def both_populations(problem: Problem, judged: JudgedAnswers) -> dict[str, JudgedAnswers]:
@@ -237,12 +252,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     total: dict[tuple[str, str], list[BrokenRules]] = {}
     for name, division, problem in problems(options.arrays, options.divisions):
         for kind, judged in judged_kinds(problem, division):
-            for share, population in both_populations(problem, judged).items():
+            populations = both_populations(problem, judged)
+            for share, population in populations.items():
                 broken = calibrate_often(population, options.calibrations, division)
                 total.setdefault((kind, share), []).append(broken)
                 accuracy = 1 - float(population.failure.mean())
                 facts = {"set": name, "division": division, "answers": kind, "outside": share}
-                print(json.dumps({**facts, "accuracy": accuracy, **broken._asdict()}), flush=True)
+                counts = broken._asdict()
+                print(json.dumps({**facts, "accuracy": accuracy, **counts}), flush=True)
     print("| answers | outside | certified at 5 % | broken | rules |\n|---|---|---|---|---|")
     for (kind, share), parts in total.items():
         n = sum(part.n for part in parts)

@@ -91,12 +91,14 @@ def measured(cell: dict[str, Any], method: str, weights: Ints) -> dict[Measure, 
     rank = np.array(cell["methods"][method]["rank"])
     failure = np.array(list(cell["methods"][method]["failure"]), dtype=np.int64)
     order = rank.argsort(kind="stable")
-    starts = np.flatnonzero(np.diff(rank[order], prepend=-1))
+    steps = np.diff(rank[order], prepend=-1)
+    starts = np.flatnonzero(steps)
     own = np.ones((1, len(rank)), dtype=np.int64)  # the original sample is the first resample
     weights = np.concatenate([own, weights[:, cell["rows"]]])[:, order]
     wrong = np.add.reduceat(weights * failure[order], starts, axis=1)
     size = np.add.reduceat(weights, starts, axis=1)
-    counts = TieCounts(np.arange(len(starts), dtype=np.float64), size - wrong, wrong)
+    positions = np.arange(len(starts), dtype=np.float64)
+    counts = TieCounts(positions, size - wrong, wrong)
     values: dict[Measure, Floats] = {"accuracy": counts.n_correct / counts.n}
     for risk in RISKS:
         values[risk] = coverage_at_risk_kernel(counts, risk)
@@ -114,7 +116,8 @@ def reading(cells: Sequence[dict[str, Any]], method: str, weights: Ints) -> Read
         rules = [cell["methods"][method]["certified"][index] for cell in cells]
         coverage = np.array([rule["coverage"] for rule in rules])
         above = np.array([(rule["risk"] or 0.0) > risk for rule in rules], dtype=np.int64)
-        certified.append(Certified(coverage, above))
+        certified_at_risk = Certified(coverage, above)
+        certified.append(certified_at_risk)
     seconds = float(np.median([cell["methods"][method]["seconds"] for cell in cells]))
     return Reading(values, tuple(certified), seconds)
 
@@ -134,7 +137,8 @@ class Cells(NamedTuple):
     def load(cls, path: Path) -> Cells:
         """Read a file written by ``benchmarks.answers``."""
         by_key = {}
-        for line in path.read_text().splitlines():
+        text = path.read_text()
+        for line in text.splitlines():
             cell = json.loads(line)
             name = cell["name"].removesuffix(MODEL)
             by_key[name, cell["n_labels"], cell["division"]] = cell
@@ -157,7 +161,8 @@ def read(cells: Cells, resamples: int) -> Readings:
     for number, name in enumerate(cells.names):
         n = cells.of(name, LABELS[0])[0]["n"]
         rng = np.random.default_rng(number)
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples)
+        equal_shares = np.full(n, 1 / n)
+        weights = rng.multinomial(n, equal_shares, size=resamples)
         for n_labels in LABELS:
             of_set = cells.of(name, n_labels)
             for method in ANSWERS:
@@ -199,17 +204,21 @@ def means_table(readings: Readings, names: Sequence[str]) -> list[str]:
             row = [str(n_labels or "all"), title]
             for measure in MEASURES:
                 mean = Quantity.mean([of_set.values[measure] for of_set in of_sets])
-                row.append(in_points(mean))
+                text = in_points(mean)
+                row.append(text)
             above = []
             for index in range(len(RISKS)):
                 rules = [of_set.certified[index] for of_set in of_sets]
-                coverage = np.mean([rule.coverage.mean() for rule in rules])
+                coverages = [rule.coverage.mean() for rule in rules]
+                coverage = np.mean(coverages)
                 row.append(f"{100 * coverage:.1f}")
                 n_above = sum(int(rule.above.sum()) for rule in rules)
                 above.append(str(n_above))
             n_rules = sum(len(of_set.certified[0].above) for of_set in of_sets)
-            row.append(f"{', '.join(above)} of {n_rules}")
-            row.append(f"{np.mean([of_set.seconds for of_set in of_sets]):.1f}")
+            above_in_words = ", ".join(above)
+            row.append(f"{above_in_words} of {n_rules}")
+            seconds = np.mean([of_set.seconds for of_set in of_sets])
+            row.append(f"{seconds:.1f}")
             lines.append(f"| {' | '.join(row)} |")
     return lines
 
@@ -231,7 +240,8 @@ def short_table(readings: Readings, names: Sequence[str]) -> list[str]:
             interval = f"<sub>[{100 * ends.ci_low:.1f}, {100 * ends.ci_high:.1f}]</sub>"
             row.append(f"{100 * accuracy.value:.1f}")
             row.append(f"{100 * coverage.value:.1f} {interval}")
-        lines.append(f"| {' | '.join(row)} |")
+        cells = " | ".join(row)
+        lines.append(f"| {cells} |")
     return lines
 
 
@@ -245,13 +255,17 @@ def differences_table(readings: Readings, names: Sequence[str], pair: tuple[str,
         (without, "**mean without ImageNet**"),
         (not_in_view, f"**mean without sets with {MARK}**"),
     ]
-    heads = " | ".join(title_of(n_labels) for n_labels in LABELS)
+    titles = [title_of(n_labels) for n_labels in LABELS]
+    heads = " | ".join(titles)
     lines = [f"| set | {heads} |", f"|---|{'---|' * len(LABELS)}"]
     for members, title in groups:
         row = [title]
         for n_labels in LABELS:
-            row.append(in_points(difference(readings, members, n_labels, pair), "+"))
-        lines.append(f"| {' | '.join(row)} |")
+            mean = difference(readings, members, n_labels, pair)
+            text = in_points(mean, "+")
+            row.append(text)
+        cells = " | ".join(row)
+        lines.append(f"| {cells} |")
     return lines
 
 
@@ -272,12 +286,14 @@ def kept_table(readings: Readings, names: Sequence[str]) -> list[str]:
             gains = []
             for kind in ("chosen", "adapted"):
                 pair = (f"{kind}{suffix}", zero_shot)
-                gains.append(difference(readings, names, n_labels, pair).value)
+                gain = difference(readings, names, n_labels, pair)
+                gains.append(gain.value)
             if gains[1] > 0:
                 row.append(f"{100 * gains[0] / gains[1]:.0f} %")
             else:
                 row.append("no gain")
-        lines.append(f"| {' | '.join(row)} |")
+        cells = " | ".join(row)
+        lines.append(f"| {cells} |")
     return lines
 
 
@@ -296,7 +312,8 @@ def notes_table(cells: Cells) -> list[str]:
         for key in ("choice", "choice_images"):
             row.append(str(sum(note[key][0] == "zero_shot" for note in notes)))
         row.append(str(sum(note["cross_fitted"] for note in notes)))
-        lines.append(f"| {' | '.join(row)} |")
+        cells_of_row = " | ".join(row)
+        lines.append(f"| {cells_of_row} |")
     return lines
 
 

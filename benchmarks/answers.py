@@ -100,8 +100,10 @@ def draw_per_class(target: Ints, rows: Ints, n: int, rng: np.random.Generator) -
     drawn_rows = []
     for label in np.unique(target[rows]):
         rows_of_class = rows[target[rows] == label]
-        drawn_rows.append(rng.permutation(rows_of_class)[:n])
-    return np.sort(np.concatenate(drawn_rows))
+        shuffled = rng.permutation(rows_of_class)
+        drawn_rows.append(shuffled[:n])
+    all_rows = np.concatenate(drawn_rows)
+    return np.sort(all_rows)
 
 
 def split_in_halves(target: Ints, rows: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
@@ -167,12 +169,14 @@ def certified_rules(
     """For each risk, coverage and risk of a rule on new rows; risk None if no row is accepted."""
     rules = []
     for max_risk in RISKS:
-        rule = vilu.certify(Outcomes(*calibration), max_risk=max_risk)
+        outcomes = Outcomes(*calibration)
+        rule = vilu.certify(outcomes, max_risk=max_risk)
         accepted = rule.accept(new.uncertainty)
         risk = None
         if accepted.any():
             risk = float(new.failure[accepted].mean())
-        rules.append({"coverage": float(accepted.mean()), "risk": risk})
+        coverage = float(accepted.mean())
+        rules.append({"coverage": coverage, "risk": risk})
     return rules
 
 
@@ -194,10 +198,10 @@ class Division(NamedTuple):
         first = np.sort(order[:middle])
         labelled = draw_per_class(target, first, cell.n_labels, rng)
         # A separate generator, so that equal labelled rows have equal halves.
-        fit_half, calibration_half = split_in_halves(
-            target, labelled, np.random.default_rng([cell.division, 1])
-        )
-        return cls(first, np.sort(order[middle:]), labelled, fit_half, calibration_half)
+        rng_of_halves = np.random.default_rng([cell.division, 1])
+        fit_half, calibration_half = split_in_halves(target, labelled, rng_of_halves)
+        second = np.sort(order[middle:])
+        return cls(first, second, labelled, fit_half, calibration_half)
 
 
 def results_of(arrays: Arrays, rows: Division, seed: int) -> dict[str, Any]:
@@ -235,9 +239,11 @@ def cells_in(path: Path) -> set[Cell]:
     if not path.exists():
         return set()
     cells = set()
-    for line in path.read_text().splitlines():
+    text = path.read_text()
+    for line in text.splitlines():
         cell_line = json.loads(line)
-        cells.add(Cell(cell_line["name"], cell_line["n_labels"], cell_line["division"]))
+        cell = Cell(cell_line["name"], cell_line["n_labels"], cell_line["division"])
+        cells.add(cell)
     return cells
 
 
@@ -276,7 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if key not in measured:
             measured[key] = results_of(arrays, rows, cell.division)
         with options.cells.open("a") as file:
-            file.write(json.dumps({**cell._asdict(), **measured[key]}) + "\n")
+            line = json.dumps({**cell._asdict(), **measured[key]})
+            file.write(line + "\n")
         print(*cell, f"{time.perf_counter() - start:.0f} s", flush=True)
 
 

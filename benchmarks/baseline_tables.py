@@ -63,12 +63,14 @@ class Cells(NamedTuple):
     def read(cls, file: Path, n_divisions: int) -> Cells:
         """Read the cells of the first ``n_divisions`` divisions from a file."""
         lines: dict[Column, dict[tuple[str, int], Line]] = {}
-        for text in file.read_text().splitlines():
+        content = file.read_text()
+        for text in content.splitlines():
             line = json.loads(text)
             name, n_labels, division, method = line["cell"]
             if division >= n_divisions:
                 continue
-            lines.setdefault(Column(method, n_labels), {})[name, division] = line
+            column = Column(method, n_labels)
+            lines.setdefault(column, {})[name, division] = line
         return cls(lines)
 
     def common(self, names: Sequence[str]) -> list[tuple[str, int]]:
@@ -93,7 +95,8 @@ def mean_over_sets(values: dict[tuple[str, int], Floats], names: Sequence[str]) 
     means_of_sets = []
     for name in names:
         values_of_divisions = [value for (of_set, _), value in values.items() if of_set == name]
-        means_of_sets.append(np.mean(values_of_divisions, axis=0))
+        mean_of_set = np.mean(values_of_divisions, axis=0)
+        means_of_sets.append(mean_of_set)
     mean: Floats = np.mean(means_of_sets, axis=0)
     return mean
 
@@ -109,11 +112,12 @@ def entry_text(cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) ->
     """AUROC with an interval, and FPR95."""
     names = sorted({name for name, _ in keys})
     lines = {key: cells.lines[column][key] for key in keys}
-    area = mean_over_sets({key: np.array(line["auroc"]) for key, line in lines.items()}, names)
-    resamples = mean_over_sets(
-        {key: np.array(line["resampled"]) for key, line in lines.items()}, names
-    )
-    fpr = mean_over_sets({key: np.array(line["fpr95"]) for key, line in lines.items()}, names)
+    areas = {key: np.array(line["auroc"]) for key, line in lines.items()}
+    area = mean_over_sets(areas, names)
+    resampled = {key: np.array(line["resampled"]) for key, line in lines.items()}
+    resamples = mean_over_sets(resampled, names)
+    fpr_of_key = {key: np.array(line["fpr95"]) for key, line in lines.items()}
+    fpr = mean_over_sets(fpr_of_key, names)
     return f"{100 * area:.1f} <sub>{interval_text(resamples)}</sub> / {100 * fpr:.0f}"
 
 
@@ -160,7 +164,8 @@ class Gains(NamedTuple):
                 divisions = gains_of_set[name]
                 chosen = rng.integers(len(divisions), size=len(divisions))
                 row_resample = rng.integers(len(divisions[0]))
-                drawn.append(np.mean([divisions[number][row_resample] for number in chosen]))
+                gain = np.mean([divisions[number][row_resample] for number in chosen])
+                drawn.append(gain)
             means[resample] = np.mean(drawn)
         return means
 
@@ -168,16 +173,21 @@ class Gains(NamedTuple):
 def gain_text(cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> str:
     """How far ViLU+ is above a method on the same rows, with the interval over rows."""
     gains = Gains.over(cells, column, keys)
-    interval = interval_text(mean_over_sets(gains.resampled, gains.names))
+    resamples = mean_over_sets(gains.resampled, gains.names)
+    interval = interval_text(resamples)
     return f"{gains.mean:+.1f} <sub>{interval}</sub>"
 
 
 def gain_over_best_text(cells: Cells, n_labels: int, keys: Sequence[tuple[str, int]]) -> str:
     """How far ViLU+ is above the best baseline, with the interval over sets, divisions and rows."""
-    gains_over = {method: Gains.over(cells, Column(method, n_labels), keys) for method in BASELINES}
+    gains_over = {}
+    for method in BASELINES:
+        column = Column(method, n_labels)
+        gains_over[method] = Gains.over(cells, column, keys)
     best = min(gains_over, key=lambda method: gains_over[method].mean)
     gains = gains_over[best]
-    return f"{gains.mean:+.1f} <sub>{interval_text(gains.over_sets())}</sub> ({best})"
+    resamples = gains.over_sets()
+    return f"{gains.mean:+.1f} <sub>{interval_text(resamples)}</sub> ({best})"
 
 
 def heading_text(n_labels: int) -> str:
@@ -231,7 +241,8 @@ def print_tables(cells: Cells, names: Sequence[str]) -> None:
 
 def main() -> None:
     """Print the tables of all sets in the file, then the tables without some of the sets."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("cells", type=Path)
     parser.add_argument("--without", nargs="+", choices=NAMES, default=[])
     parser.add_argument(
@@ -239,7 +250,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     names = [name for name in NAMES if name not in options.without]
-    print_tables(Cells.read(options.cells, options.divisions), names)
+    cells = Cells.read(options.cells, options.divisions)
+    print_tables(cells, names)
 
 
 if __name__ == "__main__":

@@ -72,28 +72,41 @@ class Halves(NamedTuple):
 
     def without_fit(self) -> Floats:
         """Uncertainties by MCM."""
-        return vilu.MCM().predict_uncertainty(self.arrays.labelled(self.test_rows))
+        predictor = vilu.MCM()
+        test = self.arrays.labelled(self.test_rows)
+        return predictor.predict_uncertainty(test)
 
     def with_labels(self, name: str) -> Floats:
         """Uncertainties by a method fitted on the labelled rows."""
-        predictor = vilu.PREDICTORS[name]().fit(self.arrays.labelled(self.labelled))
-        return predictor.predict_uncertainty(self.arrays.labelled(self.test_rows))
+        train = self.arrays.labelled(self.labelled)
+        predictor = vilu.PREDICTORS[name]()
+        predictor.fit(train)
+        test = self.arrays.labelled(self.test_rows)
+        return predictor.predict_uncertainty(test)
 
     def with_images(self) -> Floats:
         """Uncertainties by ViLU+, fitted on the labelled rows and all images of the first half."""
         images = self.arrays.images(self.fit_rows)
-        predictor = vilu.ViLUPlus().fit(self.arrays.labelled(self.labelled), unlabelled=images)
-        return predictor.predict_uncertainty(self.arrays.labelled(self.test_rows))
+        train = self.arrays.labelled(self.labelled)
+        predictor = vilu.ViLUPlus()
+        predictor.fit(train, unlabelled=images)
+        test = self.arrays.labelled(self.test_rows)
+        return predictor.predict_uncertainty(test)
 
     def without_labels(self, name: str) -> Floats:
         """Uncertainties by a method fitted on the images of the first half."""
-        predictor = vilu.PREDICTORS[name]().fit(self.arrays.images(self.fit_rows))
-        return predictor.predict_uncertainty(self.arrays.labelled(self.test_rows))
+        images = self.arrays.images(self.fit_rows)
+        predictor = vilu.PREDICTORS[name]()
+        predictor.fit(images)
+        test = self.arrays.labelled(self.test_rows)
+        return predictor.predict_uncertainty(test)
 
     def otter_sees(self) -> Floats:
         """Uncertainties by OTTER, fitted on the test images."""
         data = self.arrays.images(self.test_rows)
-        return vilu.PREDICTORS["otter"]().fit(data).predict_uncertainty(data)
+        predictor = vilu.PREDICTORS["otter"]()
+        predictor.fit(data)
+        return predictor.predict_uncertainty(data)
 
     def stata_sees(self) -> Floats:
         """Uncertainties by StatA's own posterior of the test images, neighbour terms included."""
@@ -101,8 +114,9 @@ class Halves(NamedTuple):
         rows = torch.arange(len(data))
         (batch,) = data.batches(len(data))
         settings = StatA()
+        images = data.image_rows(rows).double()
         learned = fit_gaussians(
-            data.image_rows(rows).double(),
+            images,
             batch.logits.double(),
             data.text.double(),
             settings.anchor,
@@ -111,7 +125,8 @@ class Halves(NamedTuple):
         )
         others = learned.posterior.clone()
         others[rows, batch.prediction] = 0.0  # 1 - q_t̂ would be 0 for many confident rows
-        return others.sum(dim=1).numpy()
+        uncertainty = others.sum(dim=1)
+        return uncertainty.numpy()
 
 
 FREE: dict[str, Callable[[Halves], Floats]] = {
@@ -148,7 +163,8 @@ def cells_in_order(names: Sequence[str], methods: Sequence[str], divisions: int)
 
 def measure(folder: Path, cell: Cell) -> dict[str, Any]:
     """Fit the method of a cell, and measure it on the test rows."""
-    rows = rows_of(folder, Division(cell.name, 0, cell.n_labels, cell.division))
+    division = Division(cell.name, 0, cell.n_labels, cell.division)
+    rows = rows_of(folder, division)
     if rows is None:
         raise ValueError(f"{cell.name} has no rows for {cell}")
     rng = np.random.default_rng([cell.division, max(cell.n_labels, 0)])
@@ -158,7 +174,9 @@ def measure(folder: Path, cell: Cell) -> dict[str, Any]:
     begin = time.perf_counter()
     uncertainty = score(halves)
     seconds = time.perf_counter() - begin
-    failure = vilu.score(vilu.MCM(), rows.arrays.labelled(rows.test_rows)).failure
+    zero_shot = vilu.MCM()
+    test = rows.arrays.labelled(rows.test_rows)
+    failure = vilu.score(zero_shot, test).failure
     return {
         "n_labelled": len(labelled) if cell.n_labels != WITHOUT_LABELS else 0,
         "n_read": len(rows.test_rows),
@@ -176,12 +194,15 @@ def known_cells(file: Path) -> set[Cell]:
     """The cells of a file; none if the file does not exist."""
     if not file.is_file():
         return set()
-    return {Cell(*json.loads(line)["cell"]) for line in file.read_text().splitlines()}
+    text = file.read_text()
+    cells = [json.loads(line)["cell"] for line in text.splitlines()]
+    return {Cell(*cell) for cell in cells}
 
 
 def main() -> None:
     """Measure the cells missing in the file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("arrays", type=Path)
     parser.add_argument("cells", type=Path)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(NAMES))
@@ -196,7 +217,8 @@ def main() -> None:
             continue
         result = measure(options.arrays, cell)
         with options.cells.open("a") as file:
-            file.write(json.dumps({"cell": cell, **result}) + "\n")
+            line = json.dumps({"cell": cell, **result})
+            file.write(line + "\n")
         print(*cell, f"{100 * result['auroc']:.2f}, {result['seconds']:.1f} s", flush=True)
 
 

@@ -16,7 +16,8 @@ SEEDS = 3
 
 def main() -> dict[str, float]:
     """Print both means and return the difference in percentage points."""
-    folders = sorted(Path("demo-output/cache").glob("*/embeddings/test/manifest.json"))
+    cache = Path("demo-output/cache")
+    folders = sorted(cache.glob("*/embeddings/test/manifest.json"))
     if not folders:
         print("bf16 quality: skipped, run `make demo` first")
         return {}
@@ -26,19 +27,14 @@ def main() -> dict[str, float]:
     )
     means = {}
     for precision in ("fp32", "bf16"):
-        values = [
-            vilu.evaluate(
-                vilu.score(
-                    vilu.ViLU(batch_size=1024, precision=precision, seed=seed).fit(
-                        train, validation
-                    ),
-                    test,
-                ),
-                metrics=["auroc"],
-                n_resamples=0,
-            ).value("auroc")
-            for seed in range(SEEDS)
-        ]
+        values = []
+        for seed in range(SEEDS):
+            predictor = vilu.ViLU(batch_size=1024, precision=precision, seed=seed)
+            predictor.fit(train, validation)
+            outcomes = vilu.score(predictor, test)
+            table = vilu.evaluate(outcomes, metrics=["auroc"], n_resamples=0)
+            area = table.value("auroc")
+            values.append(area)
         means[precision] = 100 * float(np.mean([value for value in values if value is not None]))
     print(
         f"ViLU, batch 1,024, {SEEDS} seeds: AUROC {means['fp32']:.2f} in float32, "

@@ -34,7 +34,8 @@ from vilu.errors import DataError
 def tensor(path: Path) -> Tensor:
     """The tensor of a ``.pt`` or ``.npy`` file."""
     if path.suffix == ".npy":
-        return torch.from_numpy(np.load(path, allow_pickle=False))
+        array = np.load(path, allow_pickle=False)
+        return torch.from_numpy(array)
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(loaded, Tensor):
         raise DataError(f"{path} must hold one tensor. Got {type(loaded).__name__} instead.")

@@ -96,8 +96,10 @@ class Folder:
         rng = np.random.default_rng([seed, n_photos])
         image = rng.normal(size=(n_photos, DIM))
         self.image = image / np.linalg.norm(image, axis=1, keepdims=True)
-        rate = np.minimum(WORLDS[world](self.image, max_risk), 1.0)
-        self.wrong = (rng.random(n_photos) < rate).astype(np.int64)
+        unlimited_rate = WORLDS[world](self.image, max_risk)
+        rate = np.minimum(unlimited_rate, 1.0)
+        is_wrong = rng.random(n_photos) < rate
+        self.wrong = is_wrong.astype(np.int64)
         self.position = rng.permutation(n_photos)
         # the uncertainty before the first label: informative in some worlds
         self.first_uncertainty = self.image[:, 0] + 0.1 * rng.normal(size=n_photos)
@@ -122,7 +124,8 @@ class LookResults(NamedTuple):
     def with_look(self, folder: Folder, is_left: NDArray[np.bool_]) -> LookResults:
         """The results after a further look: the unlabelled photos ``is_left`` (N,) are accepted."""
         is_false = bool(folder.wrong[is_left].sum() > folder.max_risk * is_left.sum())
-        return LookResults(self.broken or is_false, max(self.accepted, float(is_left.mean())))
+        accepted = max(self.accepted, float(is_left.mean()))
+        return LookResults(self.broken or is_false, accepted)
 
 
 def look_results(folder: Folder) -> dict[str, LookResults]:
@@ -193,10 +196,11 @@ def tests_of(folder: Folder, population: Floats, attempt: int) -> ClosedSetTests
     """The tests of a predictor on the uncertainties (M,) of a population."""
     limit = float(np.quantile(population, LIMIT, method="higher"))
     grid = threshold_grid(population, limit)
-    closed = ClosedCounts.of(
-        grid, population, aside_scores=np.zeros(0), aside_failure=np.zeros(0, np.int64)
-    )
-    return ClosedSetTests(grid, folder.max_risk, level_of(attempt, DELTA), closed, limit)
+    no_scores = np.zeros(0)
+    no_failure = np.zeros(0, np.int64)
+    closed = ClosedCounts.of(grid, population, aside_scores=no_scores, aside_failure=no_failure)
+    level = level_of(attempt, DELTA)
+    return ClosedSetTests(grid, folder.max_risk, level, closed, limit)
 
 
 class BrokenFolders(NamedTuple):
@@ -217,7 +221,8 @@ def measure(world: str, n_photos: int, max_risk: float, n_folders: int) -> dict[
     all_results = []
     for seed in range(n_folders):
         folder = Folder(world, n_photos, seed, max_risk)
-        all_results.append(look_results(folder))
+        results_of_folder = look_results(folder)
+        all_results.append(results_of_folder)
     broken = {}
     for test in TESTS:
         n_broken = sum(results[test].broken for results in all_results)
@@ -241,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 by_test = measure(world, n_photos, max_risk, options.folders)
                 for test, broken in by_test.items():
                     facts = {"test": test, "risk": max_risk, "world": world, "photos": n_photos}
-                    print(json.dumps({**facts, **broken._asdict()}), flush=True)
+                    counts = broken._asdict()
+                    print(json.dumps({**facts, **counts}), flush=True)
                     total.setdefault((test, max_risk), []).append(broken)
     print("| test | risk | accepted | broken | folders |\n|---|---|---|---|---|")
     for (test, max_risk), parts in total.items():

@@ -70,21 +70,27 @@ class World:
         """True error rate of the rows with an uncertainty of at most ``threshold``."""
         grid = np.linspace(0, threshold, 20_001)
         middle = (grid[1:] + grid[:-1]) / 2  # every uncertainty in [0, 1] is equally likely
-        return float(self.wrong_probability(middle).mean())
+        probability = self.wrong_probability(middle)
+        return float(probability.mean())
 
     def draw(
         self, random: np.random.Generator, rho: float, n_clusters: int
     ) -> tuple[Floats, Ints, Ints]:
         """Uncertainty (N,), failure (N,) and index (N,) of the cluster of every row."""
         size = random.integers(self.fewest, self.most + 1, size=n_clusters)
-        cluster = np.repeat(np.arange(n_clusters), size)
+        index = np.arange(n_clusters)
+        cluster = np.repeat(index, size)
         n = len(cluster)
         of_cluster = random.standard_normal(n_clusters)[cluster]
         of_row = random.standard_normal(n)
-        uncertainty = special.ndtr(np.sqrt(ALIKE) * of_cluster + np.sqrt(1 - ALIKE) * of_row)
+        normal = np.sqrt(ALIKE) * of_cluster + np.sqrt(1 - ALIKE) * of_row
+        uncertainty = special.ndtr(normal)
         shares_fate = random.random(n) < np.sqrt(rho)
-        fate = np.where(shares_fate, random.random(n_clusters)[cluster], random.random(n))
-        failure = (fate < self.wrong_probability(uncertainty)).astype(np.int64)
+        fate_of_cluster = random.random(n_clusters)[cluster]
+        fate_of_row = random.random(n)
+        fate = np.where(shares_fate, fate_of_cluster, fate_of_row)
+        is_wrong = fate < self.wrong_probability(uncertainty)
+        failure = is_wrong.astype(np.int64)
         return uncertainty, failure, cluster
 
 
@@ -105,7 +111,8 @@ class MajorityRisk:
         random = np.random.default_rng(seed)
         uncertainty, failure, cluster = world.draw(random, rho, TRUTH_CLUSTERS)
         names = [str(index) for index in cluster]
-        clusters = majority_outcomes(vilu.Outcomes(uncertainty, failure), names)
+        rows = vilu.Outcomes(uncertainty, failure)
+        clusters = majority_outcomes(rows, names)
         order = np.argsort(clusters.uncertainty)
         self.uncertainty = clusters.uncertainty[order]
         self.n_wrong = np.cumsum(clusters.failure[order])
@@ -166,9 +173,11 @@ class Simulation:
         outcomes = vilu.Outcomes(uncertainty, failure)
         names = [str(index) for index in cluster]
         rows = vilu.certify(outcomes, max_risk=MAX_RISK)
-        self.tallies["rows"].add(rows, world.risk(rows.threshold or 0.0))
+        risk_of_rows = world.risk(rows.threshold or 0.0)
+        self.tallies["rows"].add(rows, risk_of_rows)
         accepted = rows.accept(uncertainty)
-        self.correlations.append(correlation(failure[accepted], cluster[accepted]).value)
+        correlation_of_accepted = correlation(failure[accepted], cluster[accepted])
+        self.correlations.append(correlation_of_accepted.value)
         majority = vilu.certify_clusters(outcomes, names, "majority", max_risk=MAX_RISK)
         true_risk = 0.0
         if majority.threshold is not None:
@@ -177,7 +186,8 @@ class Simulation:
         ratio = vilu.certify_clusters(
             outcomes, names, "ratio", max_risk=MAX_RISK, largest=world.most
         )
-        self.tallies["ratio"].add(ratio, world.risk(ratio.threshold or 0.0))
+        risk_of_ratio = world.risk(ratio.threshold or 0.0)
+        self.tallies["ratio"].add(ratio, risk_of_ratio)
 
     def lines(self, draws: int) -> Iterator[str]:
         """Yield a line for the world, then a line for each kind of calibration."""
@@ -202,7 +212,8 @@ def main() -> None:
         for rho in CORRELATIONS:
             simulation = Simulation(world, rho, options.seed)
             simulation.run(options.draws)
-            print("\n".join(simulation.lines(options.draws)), flush=True)
+            lines = simulation.lines(options.draws)
+            print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

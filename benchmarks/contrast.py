@@ -56,7 +56,8 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 
 def config(pool: int, device: str) -> TrainConfig:
     """Settings: a pool per step, and a learning rate so small that steps change little."""
-    return TrainConfig(1, pool, 1e-3, 0.9, 5e-4, 1, 0, None, "fp32", 0, torch.device(device))
+    torch_device = torch.device(device)
+    return TrainConfig(1, pool, 1e-3, 0.9, 5e-4, 1, 0, None, "fp32", 0, torch_device)
 
 
 def tiled_step(data: PairEmbeddings, device: str = "cpu") -> Callable[[], float]:
@@ -65,11 +66,14 @@ def tiled_step(data: PairEmbeddings, device: str = "cpu") -> Callable[[], float]
     The step has batch, answers, head, weighted BCE, backward pass and SGD.
     """
     torch.manual_seed(0)
-    trainer = HeadTrainer(
-        FailureHead(D), bce_loss(FailureWeight("batch", 0.5)), config(len(data), device)
-    )
+    head = FailureHead(D)
+    weight = FailureWeight("batch", 0.5)
+    loss = bce_loss(weight)
+    settings = config(len(data), device)
+    trainer = HeadTrainer(head, loss, settings)
     trainer.unfreeze_attention()
-    rows = Rows(data, torch.arange(len(data)))
+    index = torch.arange(len(data))
+    rows = Rows(data, index)
     return lambda: float(trainer.step(next(rows.steps(len(data))), 1e-3))
 
 
@@ -84,9 +88,9 @@ class Dense(nn.Module):
         self.query, self.key = nn.Parameter(torch.eye(D)), nn.Parameter(torch.eye(D))
         self.first = nn.Linear(3 * D, HIDDEN_WIDTHS[0])
         with torch.no_grad():
-            self.first.weight.copy_(
-                torch.cat([head.first[part] for part in ("image", "attended", "caption")], dim=1)
-            )
+            parts = [head.first[part] for part in ("image", "attended", "caption")]
+            first_weight = torch.cat(parts, dim=1)
+            self.first.weight.copy_(first_weight)
             self.first.bias.copy_(head.first_bias)
         self.rest = head.rest
 
@@ -103,14 +107,14 @@ class Dense(nn.Module):
 def dense_step(data: PairEmbeddings) -> Callable[[], float]:
     """A function that makes a training step of the dense head and returns the loss."""
     head, weight, target = Dense(SCALE), FailureWeight("batch", 0.5), torch.arange(len(data))
-    optimizer = torch.optim.SGD(
-        head.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True
-    )
+    parameters = head.parameters()
+    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
 
     def step() -> float:
         logit, answer = head(data.image, data.text)
         failure = (answer != target).long()
-        loss = weighted_bce(logit, failure, weight(failure))
+        weights = weight(failure)
+        loss = weighted_bce(logit, failure, weights)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -194,7 +198,8 @@ def times() -> dict[str, float]:
             start = time.perf_counter()
             loss = steps[name]()
             if repeat:
-                seconds[name].append(time.perf_counter() - start)
+                elapsed = time.perf_counter() - start
+                seconds[name].append(elapsed)
             else:
                 losses[name] = loss
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -215,7 +220,8 @@ def agreement() -> dict[str, float]:
     failure = (answer != torch.arange(LABEL_POOL)).long()
     n_different = int((answer != batch.prediction).sum() + (failure != batch.failure).sum())
     image, text = data.image[:TIME_POOL], data.text[:TIME_POOL]
-    output_gradient = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    output_gradient = torch.randn(image.shape, generator=generator)
     results = {}
     for dtype, attention in ((torch.float32, fused_attention), (torch.float64, plain_attention)):
         query = image.to(dtype, copy=True).requires_grad_()

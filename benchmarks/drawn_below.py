@@ -84,8 +84,9 @@ def _worlds() -> dict[str, World]:
     doubled = np.minimum(2 * rising, 1)
     trusted = np.where(RANKS < 0.1, 0.06, 0.01 + rising)
     ten_values = np.ceil(10 * RANKS) / 10
+    constant = np.full(len(RANKS), 0.0501)
     return {
-        "flat": World(claimed_rate=0.04 * RANKS, true_rate=np.full(len(RANKS), 0.0501)),
+        "flat": World(claimed_rate=0.04 * RANKS, true_rate=constant),
         "honest": World(claimed_rate=rising, true_rate=rising),
         "too sure": World(claimed_rate=rising, true_rate=doubled),
         "trusted": World(claimed_rate=rising, true_rate=trusted),
@@ -108,7 +109,8 @@ def simulate_draw(world: World, rng: np.random.Generator) -> tuple[float, float]
     limit, _ = choose_limit_of_draw(scores_to_choose, N_LABELS, MAX_RISK, DELTA)
     rows_up_to_limit = np.flatnonzero(uncertainty <= limit)
     drawn_rows = rng.permutation(rows_up_to_limit)[:N_LABELS]
-    failure = (rng.random(len(drawn_rows)) < world.true_rate[rank[drawn_rows]]).astype(np.int64)
+    is_wrong = rng.random(len(drawn_rows)) < world.true_rate[rank[drawn_rows]]
+    failure = is_wrong.astype(np.int64)
     threshold = certified_threshold(uncertainty[drawn_rows], failure)
     n_accepted = int(np.searchsorted(world.claimed_rate, threshold, side="right"))
     if not n_accepted:
@@ -120,7 +122,8 @@ def certified_threshold(uncertainty: Floats, failure: Ints) -> float:
     """The threshold certified by the drawn labels; -inf if there is none."""
     if not len(uncertainty):
         return -math.inf
-    best = learn_then_test(tie_counts(uncertainty, failure), MAX_RISK, DELTA)
+    counts = tie_counts(uncertainty, failure)
+    best = learn_then_test(counts, MAX_RISK, DELTA)
     if best is None or best.threshold is None:
         return -math.inf
     return best.threshold
@@ -161,7 +164,9 @@ def test_rows(uncertainty: Floats, failure: Ints, rows: Ints) -> DrawResult:
     is_accepted = uncertainty <= certified_threshold(uncertainty[rows], failure[rows])
     if not is_accepted.any():
         return DrawResult(coverage=0.0, risk=0.0)
-    return DrawResult(float(is_accepted.mean()), float(failure[is_accepted].mean()))
+    coverage = float(is_accepted.mean())
+    risk = float(failure[is_accepted].mean())
+    return DrawResult(coverage, risk)
 
 
 @dataclass(frozen=True)
@@ -186,10 +191,13 @@ class Fit:
         drawn = []
         uniform = []
         for seed in range(n_draws):
-            order = np.random.default_rng(seed).permutation(len(uncertainty))
+            rng = np.random.default_rng(seed)
+            order = rng.permutation(len(uncertainty))
             below = order[uncertainty[order] <= limit]
-            drawn.append(test_rows(uncertainty, failure, below[:N_LABELS]))
-            uniform.append(test_rows(uncertainty, failure, order[:N_LABELS]))
+            drawn_below = test_rows(uncertainty, failure, below[:N_LABELS])
+            drawn_anywhere = test_rows(uncertainty, failure, order[:N_LABELS])
+            drawn.append(drawn_below)
+            uniform.append(drawn_anywhere)
         hindsight = vilu.metrics.coverage_at_risk(uncertainty, failure, MAX_RISK)
         return cls(hindsight, drawn, uniform)
 
@@ -215,8 +223,10 @@ def measure(folder: Path, n_draws: int) -> None:
     for name, fits in by_set.items():
         gains = [mean_coverage(fit.drawn) - mean_coverage(fit.uniform) for fit in fits]
         hindsight = float(np.mean([fit.hindsight for fit in fits]))
-        uniform = float(np.mean([mean_coverage(fit.uniform) for fit in fits]))
-        drawn = float(np.mean([mean_coverage(fit.drawn) for fit in fits]))
+        uniform_coverages = [mean_coverage(fit.uniform) for fit in fits]
+        drawn_coverages = [mean_coverage(fit.drawn) for fit in fits]
+        uniform = float(np.mean(uniform_coverages))
+        drawn = float(np.mean(drawn_coverages))
         print(
             f"| {name} ({len(fits)} × {n_draws}) | {hindsight:.1%} | {uniform:.1%} | {drawn:.1%} "
             f"| {np.mean(gains):+.1%} ± {half_width(np.array(gains)):.1%} "
@@ -234,7 +244,8 @@ def half_width(values: Floats) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Simulate, or measure."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary)
     commands = parser.add_subparsers(dest="command", required=True)
     simulation = commands.add_parser("simulate")
     simulation.add_argument("--draws", type=int, default=10_000)

@@ -90,14 +90,18 @@ class Coverage:
 def truth_of(world: World, binning: Binning, seed: int = 0) -> float:
     """The error on a million rows, with the failure rates in place of failures."""
     rng = np.random.default_rng(seed)
-    p = np.sort(world.draw(rng, MANY))
+    drawn = world.draw(rng, MANY)
+    p = np.sort(drawn)
     if binning == "width":
         edges = np.arange(1, 15) / 15
         index = np.searchsorted(edges, p)
     else:
         first = np.searchsorted(p, p)  # equal probabilities get the same index, and so one bin
         index = first * 15 // MANY
-    return float(np.abs(np.bincount(index, weights=world.rate(p) - p, minlength=15)).sum() / MANY)
+    excess = world.rate(p) - p
+    excess_of_bin = np.bincount(index, weights=excess, minlength=15)
+    error_of_bin = np.abs(excess_of_bin)
+    return float(error_of_bin.sum() / MANY)
 
 
 def coverage_of(
@@ -112,12 +116,13 @@ def coverage_of(
     """Evaluate the intervals of ``streams`` test sets of n rows."""
     truth, rng = truth_of(world, binning), np.random.default_rng([n, streams])
     kernel = BinnedError(binning=binning)
+    plain = Plain(binning)
     ends = np.empty((streams, 3))
     for stream in range(streams):
         p = world.draw(rng, n)
         failure = (rng.random(n) < world.rate(p)).astype(int)
         if percentile:
-            ends[stream] = bootstrap_interval(Plain(binning), p, failure, n_resamples=draws)
+            ends[stream] = bootstrap_interval(plain, p, failure, n_resamples=draws)
         else:
             counts = tie_counts(p, failure)
             ends[stream] = kernel(counts), *kernel.interval(counts, draws, 0.95, stream)

@@ -48,7 +48,8 @@ class Pictures:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         for i in range(start, stop):
-            yield ImageRecord(str(i), None, partial(bytes, self.blobs[i]))
+            read = partial(bytes, self.blobs[i])
+            yield ImageRecord(str(i), None, read)
 
 
 def synthetic(n: int, width: int, height: int) -> list[bytes]:
@@ -56,24 +57,29 @@ def synthetic(n: int, width: int, height: int) -> list[bytes]:
     generator = np.random.default_rng(0)
     blobs = []
     for _ in range(n):
-        coarse = Image.fromarray(generator.integers(0, 256, (12, 12, 3), dtype=np.uint8))
-        smooth = np.asarray(
-            coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16
-        )
-        noisy = np.clip(smooth + generator.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8)
+        pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        coarse = Image.fromarray(pixels)
+        resized = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        smooth = np.asarray(resized, dtype=np.int16)
+        noise = generator.integers(-8, 9, smooth.shape)
+        clipped = np.clip(smooth + noise, 0, 255)
+        noisy = clipped.astype(np.uint8)
         buffer = io.BytesIO()
-        Image.fromarray(noisy).save(buffer, "JPEG", quality=85)
-        blobs.append(buffer.getvalue())
+        image = Image.fromarray(noisy)
+        image.save(buffer, "JPEG", quality=85)
+        blob = buffer.getvalue()
+        blobs.append(blob)
     return blobs
 
 
 def photos(n: int) -> Pictures:
     if PHOTOS.exists():
-        return Pictures(
-            "clothing photos",
-            pq.read_table(PHOTOS, columns=["image"]).slice(0, n)["image"].to_pylist(),
-        )
-    return Pictures("synthetic photos", synthetic(n, 224, 298))
+        table = pq.read_table(PHOTOS, columns=["image"])
+        rows = table.slice(0, n)
+        blobs = rows["image"].to_pylist()
+        return Pictures("clothing photos", blobs)
+    blobs = synthetic(n, 224, 298)
+    return Pictures("synthetic photos", blobs)
 
 
 def ready_batches(pictures: Pictures, backbone: Backbone) -> list[Tensor]:
@@ -91,7 +97,8 @@ def time_forward(backbone: Backbone, batches: list[Tensor]) -> float:
 def time_embed(backbone: Backbone, pictures: Pictures) -> float:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        embed(pictures, backbone, Path(folder) / "store", names=NAMES, batch_size=BATCH)
+        store = Path(folder) / "store"
+        embed(pictures, backbone, store, names=NAMES, batch_size=BATCH)
         return time.perf_counter() - start
 
 
@@ -100,8 +107,10 @@ def compare(backbone: Backbone, pictures: Pictures, repeats: int) -> dict[str, f
     time_forward(backbone, batches[:2])  # warm up
     forward, whole = [], []
     for _ in range(repeats):
-        forward.append(time_forward(backbone, batches))
-        whole.append(time_embed(backbone, pictures))
+        forward_seconds = time_forward(backbone, batches)
+        forward.append(forward_seconds)
+        whole_seconds = time_embed(backbone, pictures)
+        whole.append(whole_seconds)
     n = len(pictures)
     bare, end_to_end = n / statistics.median(forward), n / statistics.median(whole)
     return {
@@ -120,9 +129,10 @@ def compare(backbone: Backbone, pictures: Pictures, repeats: int) -> dict[str, f
 def main(images: int = 512, repeats: int = 5) -> dict[str, float]:
     """Print a table of both cases and return the ratios."""
     keep_freed_memory()  # for both sides of the comparison
+    small_blobs = synthetic(images, 32, 32)
     cases = [
         ("compact", photos(images)),
-        ("compact:128", Pictures("32 x 32", synthetic(images, 32, 32))),
+        ("compact:128", Pictures("32 x 32", small_blobs)),
     ]
     results = [compare(load_backbone(spec), pictures, repeats) for spec, pictures in cases]
     columns = list(results[0])

@@ -55,7 +55,8 @@ class Towers:
 
 
 def noise_images(size: int) -> Tensor:
-    return torch.rand(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(IMAGES, 3, size, size, generator=generator)
 
 
 def named_towers(name: str) -> Towers:
@@ -65,13 +66,12 @@ def named_towers(name: str) -> Towers:
     model_name, _, tag = entry.open_clip.partition("/")
     wants = open_clip.get_pretrained_cfg(model_name, tag)
     with suppress_messages():
-        model: Any = open_clip.create_model(
-            model_name, force_quick_gelu=bool(wants.get("quick_gelu"))
-        ).eval()
+        quick_gelu = bool(wants.get("quick_gelu"))
+        model: Any = open_clip.create_model(model_name, force_quick_gelu=quick_gelu)
+        model.eval()
     vocabulary = open_clip.get_model_config(model_name)["text_cfg"]["vocab_size"]
-    tokens = torch.randint(
-        1, vocabulary, (TEXTS, entry.context_length), generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, vocabulary, (TEXTS, entry.context_length), generator=generator)
     pixels = noise_images(entry.image_size)
     rounded = with_bf16_members(model, ["visual"])
 
@@ -80,13 +80,14 @@ def named_towers(name: str) -> Towers:
             rows: Tensor = model.encode_image(pixels)
         return rows
 
+    n_weights = sum(weight.numel() for weight in model.parameters())
     return Towers(
         name,
         entry.image_size,
         encode_in_float32,
         lambda: rounded.encode_image(pixels.bfloat16()),
         lambda: model.encode_text(tokens),
-        f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.0f}",
+        f"{n_weights / 1e6:.0f}",
     )
 
 
@@ -174,4 +175,5 @@ def main(*names: str, repeats: int = 6) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*sys.argv[1:])))
+    figures = main(*sys.argv[1:])
+    print(json.dumps(figures))

@@ -124,7 +124,8 @@ def add_estimate(
     labelled = random.permutation(len(failure))[:labels]
     known[labelled] = failure[labelled]
     truth = float(failure.mean())
-    (error_rate,) = vilu.estimate(vilu.Outcomes(probability, known, is_probability=True))
+    outcomes = vilu.Outcomes(probability, known, is_probability=True)
+    (error_rate,) = vilu.estimate(outcomes)
     held["predictions"].add(error_rate.low, error_rate.high, truth)
     held["plain exact"].add(*error_rate.plain, truth)
     share = float(failure[labelled].mean())
@@ -139,8 +140,10 @@ def world_lines(names: list[str], seed: int, draws: int, labels: int) -> Iterato
         random = np.random.default_rng(seed)
         held = {way: IntervalCoverage() for way in ("predictions", "plain exact", "plain normal")}
         for _ in range(draws):
-            probability, predicted = world(random.random(ROWS))
-            failure = (random.random(ROWS) < probability).astype(np.int64)
+            ranks = random.random(ROWS)
+            probability, predicted = world(ranks)
+            is_wrong = random.random(ROWS) < probability
+            failure = is_wrong.astype(np.int64)
             add_estimate(held, predicted, failure, labels, random)
         yield f"{name}, {labels} labels of {ROWS:,} rows, {draws:,} draws"
         for way, counted in held.items():
@@ -151,16 +154,18 @@ def set_line(path: Path, seed: int, seeds: int, labels: int) -> str:
     """A line for a set of real embeddings."""
     arrays = np.load(path, allow_pickle=False)
     image = arrays["image"].astype(np.float32)
-    order = np.random.default_rng(seed).permutation(len(image))
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(image))
     half = len(order) // 2
     halves = []
     for rows in (order[:half], order[half:]):
         target = arrays["target"][rows]
-        halves.append(
-            vilu.Embeddings(image[rows], arrays["text"], target=target, logit_scale=100.0)
-        )
+        data = vilu.Embeddings(image[rows], arrays["text"], target=target, logit_scale=100.0)
+        halves.append(data)
     fit_rows, rest = halves
-    outcomes = vilu.score(vilu.ViLUPlus().fit(fit_rows), rest)
+    predictor = vilu.ViLUPlus()
+    predictor.fit(fit_rows)
+    outcomes = vilu.score(predictor, rest)
     random = np.random.default_rng(seed + 1)
     held = estimate_often(outcomes.uncertainty, outcomes.failure, seeds, labels, random)
     words = held["predictions"].in_words(held["plain exact"])

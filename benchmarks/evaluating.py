@@ -40,10 +40,10 @@ class HistogramOutcomes:
         """The histogram of all rows."""
         starts = range(0, len(self.failure), self.part)
         parts = (slice(start, start + self.part) for start in starts)
-        whole = Histogram.total(
-            Histogram.of(self.uncertainty[part], self.failure[part]) for part in parts
-        )
-        return Tally(whole, whole, Histogram.empty(), 0, 0, whole)
+        histograms = (Histogram.of(self.uncertainty[part], self.failure[part]) for part in parts)
+        whole = Histogram.total(histograms)
+        empty = Histogram.empty()
+        return Tally(whole, whole, empty, 0, 0, whole)
 
 
 def seconds(run: Callable[[], object], repeats: int = 1) -> float:
@@ -52,7 +52,8 @@ def seconds(run: Callable[[], object], repeats: int = 1) -> float:
     for _ in range(repeats):
         start = time.perf_counter()
         run()
-        times.append(time.perf_counter() - start)
+        elapsed = time.perf_counter() - start
+        times.append(elapsed)
     return min(times)
 
 
@@ -112,7 +113,9 @@ def main() -> dict[str, float]:
         "the same of 10,000,000 rows, counted and evaluated: "
         f"{figures['evaluate_1e7_seconds']:.1f} s"
     )
-    for name, (ours, theirs) in other_libraries(*rows(10**6)).items():
+    million_rows = rows(10**6)
+    functions = other_libraries(*million_rows)
+    for name, (ours, theirs) in functions.items():
         our_seconds, their_seconds = seconds(ours, 3), seconds(theirs, 3)
         figures[f"times_{name.replace(', ', '_')}"] = their_seconds / our_seconds
         print(

@@ -53,9 +53,12 @@ def outcomes_of(chain: Chain, n_orders: int) -> dict[int, Floats]:
     """For each number of labels, the reached coverages (n_orders,)."""
     coverages_of_budget = defaultdict(list)
     for number in range(n_orders):
-        curve = list(Replay(chain.in_another_order(number), DEFAULT_PROCEDURE).rounds())
+        shuffled_chain = chain.in_another_order(number)
+        replay = Replay(shuffled_chain, DEFAULT_PROCEDURE)
+        curve = list(replay.rounds())
         for n_labels in LABEL_BUDGETS:
-            coverages_of_budget[n_labels].append(coverage_at(curve, n_labels))
+            coverage = coverage_at(curve, n_labels)
+            coverages_of_budget[n_labels].append(coverage)
     return {n_labels: np.array(coverages) for n_labels, coverages in coverages_of_budget.items()}
 
 
@@ -64,6 +67,7 @@ def forecast_of(path: Path, chain: Chain, stage: int) -> Forecast:
     with np.load(path) as arrays:
         n_photos = len(arrays["cal"])
     n_fit = int(chain.n_fit[stage])
+    level = level_of(1, DELTA)
     return Forecast.of(
         chain.uncertainty[stage],
         n_photos=n_photos,
@@ -72,7 +76,7 @@ def forecast_of(path: Path, chain: Chain, stage: int) -> Forecast:
         most_fit_labels=n_photos - len(chain.luck),
         n_labels=n_fit,
         max_risk=MAX_RISK,
-        level=level_of(1, DELTA),
+        level=level,
         make_tests=PhotoSplit.tests_before_labels,
     )
 
@@ -87,9 +91,8 @@ def judge_forecast(forecast: Forecast, outcomes: dict[int, Floats]) -> dict[int,
         is_above = outcome >= expected.lowest - TOLERANCE
         is_below = outcome <= expected.highest + TOLERANCE
         width = expected.highest - expected.lowest
-        judged_forecasts[expected.n_labels] = JudgedForecast(
-            width, float((is_above & is_below).mean())
-        )
+        share = float((is_above & is_below).mean())
+        judged_forecasts[expected.n_labels] = JudgedForecast(width, share)
     return judged_forecasts
 
 
@@ -130,7 +133,8 @@ def show(paths: Sequence[Path], n_orders: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare forecasts with outcomes."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--orders", type=int, default=40)
     parser.add_argument("--sets", nargs="+", help="Names of sets; by default all.")

@@ -33,7 +33,8 @@ def seconds(run: Callable[[], object], device: str) -> float:
         start = time.perf_counter()
         run()
         wait_for_device(device)
-        times.append(time.perf_counter() - start)
+        elapsed = time.perf_counter() - start
+        times.append(elapsed)
     return min(times[1:])
 
 
@@ -70,13 +71,13 @@ def head_steps(device: str) -> dict[str, float]:
         ):
             torch.backends.cuda.matmul.allow_tf32 = allowed
             dtype = torch.bfloat16 if name == "bf16" else torch.float32
-            floor = products(head_training.executed_products(b, k), steps, device, dtype)
+            executed = head_training.executed_products(b, k)
+            floor = products(executed, steps, device, dtype)
             step = head_training.vilu_epoch(data, b, precision, device)
+            step_seconds = seconds(step, device)
+            floor_seconds = seconds(floor, device)
             figures[f"gpu_head_{name}_{b}"] = report_rate(
-                f"head, batch {b:,}, {name}, {steps} steps",
-                seconds(step, device),
-                seconds(floor, device),
-                device,
+                f"head, batch {b:,}, {name}, {steps} steps", step_seconds, floor_seconds, device
             )
     torch.backends.cuda.matmul.allow_tf32 = False
     return figures
@@ -86,7 +87,8 @@ def plus_scores(device: str, n: int, k: int) -> dict[str, float]:
     """Time scores and a fit of ``vilu_plus``; scores from logits alone stay on the processor."""
     test, train = plus_speed.data(k, n, 2), plus_speed.data(k, n // 4, 1)
     start = time.perf_counter()
-    predictor = build_predictor(vilu.PREDICTORS["vilu_plus"], {"device": device}).fit(train)
+    predictor = build_predictor(vilu.PREDICTORS["vilu_plus"], {"device": device})
+    predictor.fit(train)
     print(f"  vilu_plus, fit of {n // 4:,} rows, K = {k:,}: {time.perf_counter() - start:.1f} s")
     d, h = plus_speed.D, plus_speed.HIDDEN
     floor = seconds(products([(n, d, k), (n, d + 1, k), (n, d, h), (n, h, k)], 1, device), device)
@@ -125,7 +127,8 @@ def bare_tensors(device: str, n: int, k: int) -> dict[str, float]:
     test = plus_speed.data(k, n, 2)
     image = test.image.to(device)
     text = test.text.to(device)
-    predictor = vilu.MCM().fit(test)
+    predictor = vilu.MCM()
+    predictor.fit(test)
     with Downloads() as downloads:
         uncertainty = predictor.predict_uncertainty(image, text)
     if uncertainty.device != image.device or downloads.largest > n:
@@ -143,9 +146,8 @@ def pool_step(device: str, n: int) -> dict[str, float]:
     """Time a step on a pool of captions, compared with the six products of pool x pool."""
     step = contrast.tiled_step(contrast.random_pairs(n), device)
     floor = seconds(products([(n, contrast.D, n)] * 6, 1, device), device)
-    return {
-        "gpu_pool": report_rate(f"pool of {n:,}, one step", seconds(step, device), floor, device)
-    }
+    step_seconds = seconds(step, device)
+    return {"gpu_pool": report_rate(f"pool of {n:,}, one step", step_seconds, floor, device)}
 
 
 def main(arguments: list[str]) -> dict[str, float]:

@@ -47,16 +47,19 @@ def replay(
         everything = u <= limit
         joint = method == "crc"
         coverage.append(accepted.mean())
-        broken.append(_risk(everything, failure, joint) > max_risk)
-        above.append(_risk(accepted, failure[test], joint) > max_risk)
-        shares.append(_risk(accepted, failure[test], joint))
+        risk = _risk(everything, failure, joint)
+        risk_of_test = _risk(accepted, failure[test], joint)
+        broken.append(risk > max_risk)
+        above.append(risk_of_test > max_risk)
+        shares.append(risk_of_test)
+    accepts_nothing = np.array(coverage) == 0
     return {
         "coverage": float(np.mean(coverage)),
         "sd": float(np.std(coverage)),
         "broken": float(np.mean(broken)),
         "seen above": float(np.mean(above)),
         "mean risk": float(np.mean(shares)),
-        "nothing": float(np.mean(np.array(coverage) == 0)),
+        "nothing": float(np.mean(accepts_nothing)),
     }
 
 
@@ -86,7 +89,8 @@ def main() -> None:
         for n_calibration in options.calibration or [len(u) // 2]:
             for method in ("ltt", "crc", "selection"):
                 found = replay(u, failure, method, options.max_risk, n_calibration)
-                words = ", ".join(f"{name} {value:.1%}" for name, value in found.items())
+                shares = [f"{name} {value:.1%}" for name, value in found.items()]
+                words = ", ".join(shares)
                 print(f"  {n_calibration} calibration rows, {method}: {words}")
 
 

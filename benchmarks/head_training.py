@@ -65,16 +65,23 @@ def embeddings(k: int) -> Embeddings:
         rows / np.linalg.norm(rows, axis=1, keepdims=True)
         for rows in (rng.normal(size=(N, D)), rng.normal(size=(k, D)))
     )
-    return Embeddings(image, text, target=rng.integers(k, size=N))
+    target = rng.integers(k, size=N)
+    return Embeddings(image, text, target=target)
 
 
 def vilu_epoch(data: Embeddings, b: int, precision: str, device: str = "cpu") -> Callable[[], None]:
     """A function that runs an epoch of the library's training loop."""
     config = TrainConfig(1, b, 1e-3, 0.9, 5e-4, 1, 0, None, precision, 0, torch.device(device))
     torch.manual_seed(0)
-    trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.9)), config)
+    head = FailureHead(D)
+    weight = FailureWeight("batch", 0.9)
+    loss = bce_loss(weight)
+    trainer = HeadTrainer(head, loss, config)
     trainer.unfreeze_attention()
-    rows = with_zero_shot_answers(Rows(data, torch.arange(N)), config.device, World())
+    index = torch.arange(N)
+    rows_without_answers = Rows(data, index)
+    world = World()
+    rows = with_zero_shot_answers(rows_without_answers, config.device, world)
     generator = torch.Generator().manual_seed(0)
 
     def run() -> None:
@@ -87,16 +94,17 @@ def vilu_epoch(data: Embeddings, b: int, precision: str, device: str = "cpu") ->
 def plain_epoch(data: Embeddings, b: int) -> Callable[[], None]:
     """A function that runs an epoch of the head as in the paper."""
     head, weight = Dense(data.space.logit_scale), FailureWeight("batch", 0.9)
-    optimizer = torch.optim.SGD(
-        head.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True
-    )
+    parameters = head.parameters()
+    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
 
     def run() -> None:
-        for rows in torch.randperm(N).split(b):
+        order = torch.randperm(N)
+        for rows in order.split(b):
             logit, answer = head(data.image_rows(rows), data.text)
             failure = (answer != data.target[rows]).long()
             optimizer.zero_grad(set_to_none=True)
-            weighted_bce(logit, failure, weight(failure)).backward()
+            weights = weight(failure)
+            weighted_bce(logit, failure, weights).backward()
             optimizer.step()
 
     return run
@@ -105,11 +113,12 @@ def plain_epoch(data: Embeddings, b: int) -> Callable[[], None]:
 def measure(b: int, k: int) -> dict[str, float]:
     """Medians over interleaved repeats, in seconds per step."""
     steps, data = N // b, embeddings(k)
+    executed = executed_products(b, k)
     runs: dict[str, Callable[[], None]] = {
         "fp32": vilu_epoch(data, b, "fp32"),
         "bf16": vilu_epoch(data, b, "bf16"),
         "plain": plain_epoch(data, b),
-        "executed": products(executed_products(b, k), steps),
+        "executed": products(executed, steps),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(REPEATS + 1):

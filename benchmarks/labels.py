@@ -79,38 +79,35 @@ def failures(source: EmbeddingSource) -> Ints:
 
 def fitted_scores(source: EmbeddingSource, rows: Ints, seed: int) -> Floats:
     """(N,) uncertainty of all rows by a predictor fitted on ``rows``."""
-    return ViLUPlus(seed=seed).fit(source.take(rows)).predict_uncertainty(source)
+    labelled = source.take(rows)
+    predictor = ViLUPlus(seed=seed)
+    predictor.fit(labelled)
+    return predictor.predict_uncertainty(source)
 
 
 def single_look_arms(
     source: EmbeddingSource, wrong: Ints, seed: int, n: int
 ) -> Iterator[tuple[str, float, float]]:
     """Yield the arms with a single look at ``n`` labels: name, coverage and error rate."""
-    order = np.random.default_rng([seed, n]).permutation(len(source))
+    rng = np.random.default_rng([seed, n])
+    order = rng.permutation(len(source))
     fit_rows, rest = order[: n // 2], order[n // 2 :]
     u = fitted_scores(source, fit_rows, seed)
     held_out_rows = rest[: n - n // 2]
-    yield (
-        "random, exact",
-        *coverage_and_risk(
-            certify(Outcomes(u[held_out_rows], wrong[held_out_rows]), max_risk=MAX_RISK).accept(u),
-            wrong,
-        ),
-    )
-    yield (
-        "random, one look",
-        *coverage_and_risk(u <= certified_threshold(u, wrong, held_out_rows), wrong),
-    )
+    held_out = Outcomes(u[held_out_rows], wrong[held_out_rows])
+    rule = certify(held_out, max_risk=MAX_RISK)
+    is_accepted = rule.accept(u)
+    yield "random, exact", *coverage_and_risk(is_accepted, wrong)
+    is_accepted = u <= certified_threshold(u, wrong, held_out_rows)
+    yield "random, one look", *coverage_and_risk(is_accepted, wrong)
     u = fitted_scores(source, fit_rows[: n // 4], seed)
     others = np.setdiff1d(order, fit_rows[: n // 4])
     most_uncertain = others[np.argsort(-u[others], kind="stable")][: n // 2 - n // 4]
     fit_rows = np.concatenate([fit_rows[: n // 4], most_uncertain])
     held_out_rows = order[~np.isin(order, fit_rows)][: n - n // 2]
     u = fitted_scores(source, fit_rows, seed)
-    yield (
-        "uncertain, one look",
-        *coverage_and_risk(u <= certified_threshold(u, wrong, held_out_rows), wrong),
-    )
+    is_accepted = u <= certified_threshold(u, wrong, held_out_rows)
+    yield "uncertain, one look", *coverage_and_risk(is_accepted, wrong)
 
 
 def divided_arms(
@@ -122,15 +119,13 @@ def divided_arms(
         accepted = []
         for fold in np.array_split(order, k):
             u = fitted_scores(source, np.setdiff1d(order, fold), seed)
-            rule = certify(
-                Outcomes(u[fold], wrong[fold]), max_risk=MAX_RISK, confidence=1 - DELTA / k
-            )
+            held_out = Outcomes(u[fold], wrong[fold])
+            rule = certify(held_out, max_risk=MAX_RISK, confidence=1 - DELTA / k)
             accepted.append(rule.accept(u))
             if k == 2 and len(accepted) == 1:
-                whole = certify(
-                    Outcomes(u[fold], wrong[fold]), max_risk=MAX_RISK, confidence=1 - DELTA
-                )
-                yield "half", *coverage_and_risk(whole.accept(u), wrong)
+                whole = certify(held_out, max_risk=MAX_RISK, confidence=1 - DELTA)
+                is_accepted = whole.accept(u)
+                yield "half", *coverage_and_risk(is_accepted, wrong)
         yield f"{k} folds", *mixture_coverage_and_risk(accepted, wrong, np.ones(k))
     blocks = np.array_split(order[n // 2 :], 4)
     before = [np.concatenate([order[: n // 2], *blocks[:number]]) for number in range(len(blocks))]
@@ -139,13 +134,15 @@ def divided_arms(
         wealth, accepted = np.zeros(len(BETS_WITH_SHARES)), []
         for u, rows in zip(scores, blocks, strict=True):
             ordered = np.sort(u)
-            few = np.flatnonzero(np.cumsum(ordered) / np.arange(1, len(u) + 1) <= share * MAX_RISK)
+            mean_up_to_row = np.cumsum(ordered) / np.arange(1, len(u) + 1)
+            few = np.flatnonzero(mean_up_to_row <= share * MAX_RISK)
             accepted.append(u <= (ordered[few[-1]] if len(few) else -np.inf))
             accepted_rows = rows[accepted[-1][rows]]
             k, m = int(wrong[accepted_rows].sum()), len(accepted_rows)
             bet = np.array(BETS_WITH_SHARES)[:, 0]
             wealth += k * np.log1p(-bet) + (m - k) * np.log1p(bet * MAX_RISK / (1 - MAX_RISK))
-        log_mean_wealth = np.logaddexp.reduce(wealth + np.log(np.array(BETS_WITH_SHARES)[:, 1]))
+        share_of_bet = np.array(BETS_WITH_SHARES)[:, 1]
+        log_mean_wealth = np.logaddexp.reduce(wealth + np.log(share_of_bet))
         is_shown = log_mean_wealth >= -math.log(DELTA)
         found = mixture_coverage_and_risk(accepted, wrong, np.array([len(rows) for rows in blocks]))
         yield f"progressive, {share} of the risk", *(found if is_shown else (0.0, 0.0))
@@ -153,16 +150,19 @@ def divided_arms(
 
 def mixture_coverage_and_risk(accepted: list[Any], wrong: Ints, weight: Any) -> tuple[float, float]:  # noqa: ANN401
     """Coverage and error rate of a mixture of rules with the probabilities ``weight``."""
-    coverage = np.average([is_accepted.mean() for is_accepted in accepted], weights=weight)
-    risk = np.average(
-        [(is_accepted & (wrong == 1)).mean() for is_accepted in accepted], weights=weight
-    )
+    coverages = [is_accepted.mean() for is_accepted in accepted]
+    risks = [(is_accepted & (wrong == 1)).mean() for is_accepted in accepted]
+    coverage = np.average(coverages, weights=weight)
+    risk = np.average(risks, weights=weight)
     return float(coverage), float(risk / coverage) if coverage else 0.0
 
 
 def certified_threshold(u: Floats, wrong: Ints, rows: Ints) -> float:
     """The threshold certified by the labels of ``rows``, with the whole level."""
-    looks = ThresholdTests(threshold_grid(u, float(np.median(u))), MAX_RISK, level_of(1, DELTA))
+    median = float(np.median(u))
+    grid = threshold_grid(u, median)
+    level = level_of(1, DELTA)
+    looks = ThresholdTests(grid, MAX_RISK, level)
     at = looks.index_of_laxest_certified_threshold(u[rows], wrong[rows])
     return -np.inf if at is None else float(looks.grid[at])
 
@@ -184,9 +184,8 @@ def triage_rounds(
     truth = {
         key: names[place] for key, place in zip(photos.ids, store.target.tolist(), strict=True)
     }
-    order = [
-        photos.ids[row] for row in np.random.default_rng(seed).permutation(len(photos)).tolist()
-    ]
+    rng = np.random.default_rng(seed)
+    order = [photos.ids[row] for row in rng.permutation(len(photos)).tolist()]
     embedding = EmbeddingSettings(BackboneSpec("none"), tuple(names), None, ())
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "out"
@@ -320,10 +319,11 @@ def labels_to_reach(curves: dict[str, list[tuple[int, float]]], coverage: float)
 
 def main() -> None:
     """Measure and write line by line, or show tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("stores", type=Path, nargs="*")
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path("build/labels.csv"))
+    parser.add_argument("--out", type=Path, default="build/labels.csv")
     parser.add_argument(
         "--show", action="store_true", help="Print the tables of --out, and run nothing."
     )
@@ -332,7 +332,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.show:
-        print("\n".join(result_tables(options.out)))
+        lines = result_tables(options.out)
+        print("\n".join(lines))
         return
     warnings.simplefilter("ignore")
     logging.getLogger("vilu").setLevel(logging.ERROR)

@@ -75,10 +75,9 @@ class JudgedCell(NamedTuple):
     def load(cls, path: Path) -> JudgedCell:
         """Read the file of a cell."""
         with np.load(path, allow_pickle=False) as arrays:
-            return cls(
-                JudgedAnswers(arrays["held_out_uncertainty"], arrays["held_out_failure"]),
-                JudgedAnswers(arrays["uncertainty"], arrays["failure"]),
-            )
+            held_out = JudgedAnswers(arrays["held_out_uncertainty"], arrays["held_out_failure"])
+            others = JudgedAnswers(arrays["uncertainty"], arrays["failure"])
+            return cls(held_out, others)
 
 
 def random_rows(arrays: Arrays, cell: Cell) -> Ints:
@@ -90,35 +89,46 @@ def asked_rows(arrays: Arrays, cell: Cell) -> Ints:
     """Rows for which ``vilu triage`` would ask for a label, in one half of the rows."""
     order = shuffled(arrays, cell)
     fit_side = np.sort(order[: len(order) // 2])
-    source = arrays.labelled(np.arange(len(order)))
-    uncertainty = vilu.MCM().predict_uncertainty(source)
+    all_rows = np.arange(len(order))
+    source = arrays.labelled(all_rows)
+    zero_shot = vilu.MCM()
+    uncertainty = zero_shot.predict_uncertainty(source)
     chosen = np.empty(0, dtype=np.int64)
     while True:
         free = np.setdiff1d(fit_side, chosen)
         n = min(ROUND, cell.n_labels - len(chosen))
-        chosen = np.append(chosen, choose_rows_to_fit(source, free, uncertainty, n, cell.seed))
+        rows_to_add = choose_rows_to_fit(source, free, uncertainty, n, cell.seed)
+        chosen = np.append(chosen, rows_to_add)
         if len(chosen) >= cell.n_labels:
             return chosen
-        predictor = vilu.ViLUPlus(seed=cell.seed).fit(source.take(chosen))
+        labelled = source.take(chosen)
+        predictor = vilu.ViLUPlus(seed=cell.seed)
+        predictor.fit(labelled)
         uncertainty = predictor.predict_uncertainty(source)
 
 
 def shuffled(arrays: Arrays, cell: Cell) -> Ints:
     """All rows in the random order of a cell."""
-    return np.random.default_rng([cell.seed, cell.n_labels]).permutation(len(arrays.target))
+    rng = np.random.default_rng([cell.seed, cell.n_labels])
+    return rng.permutation(len(arrays.target))
 
 
 def measure(arrays: Arrays, cell: Cell, chosen: Ints) -> JudgedCell:
     """Fit on the labels of the chosen rows, and judge all rows without a label."""
-    rest = np.setdiff1d(np.arange(len(arrays.target)), chosen)
+    all_rows = np.arange(len(arrays.target))
+    rest = np.setdiff1d(all_rows, chosen)
     labelled = arrays.labelled(chosen)
     unlabelled = arrays.labelled(rest)  # the labels are only used to judge the answers
-    predictor = vilu.ViLUPlus(seed=cell.seed).fit(labelled)
-    predictor.held_out_ = cross_fitted(predictor, labelled, labelled_folds(labelled))
+    predictor = vilu.ViLUPlus(seed=cell.seed)
+    predictor.fit(labelled)
+    folds = labelled_folds(labelled)
+    predictor.held_out_ = cross_fitted(predictor, labelled, folds)
     choice = choose_answer(predictor, labelled, MAX_RISK)
-    outcomes = score(predictor.judging(choice.answer), unlabelled)
+    judge = predictor.judging(choice.answer)
+    outcomes = score(judge, unlabelled)
     held_out = predictor.held_out_.of_kind(choice.answer)
-    return JudgedCell(held_out, JudgedAnswers(outcomes.uncertainty, outcomes.failure))
+    others = JudgedAnswers(outcomes.uncertainty, outcomes.failure)
+    return JudgedCell(held_out, others)
 
 
 def cells(seeds: int, labels: Sequence[int]) -> Iterator[Cell]:
@@ -131,7 +141,8 @@ def cells(seeds: int, labels: Sequence[int]) -> Iterator[Cell]:
 
 def main() -> None:
     """Measure the cells without a file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("arrays", type=Path)
     parser.add_argument("cells", type=Path)
     parser.add_argument("--seeds", type=int, default=20)
@@ -147,7 +158,9 @@ def main() -> None:
         if path.exists():
             continue
         arrays = Arrays.load(arguments.arrays / f"{cell.name}{SUFFIX}.npz")
-        measure(arrays, cell, rows_of(arrays, cell)).save(path)
+        rows = rows_of(arrays, cell)
+        judged = measure(arrays, cell, rows)
+        judged.save(path)
         print(path.name, flush=True)
 
 

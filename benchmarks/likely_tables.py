@@ -43,10 +43,12 @@ def mark_likely(cell: JudgedCell, widening: float) -> MarkedAnswers | None:
     if likely_right.probability is None:
         return None
     widened = likely_right.model_copy(update={"widening": widening})
-    is_likely = np.array(widened.flags_by_own_threshold(uncertainty), dtype=np.bool_)
+    flags = widened.flags_by_own_threshold(uncertainty)
+    is_likely = np.array(flags, dtype=np.bool_)
     wrong = float(failure[is_likely].mean()) if is_likely.any() else np.nan
     hindsight = coverage_at_risk(uncertainty, failure, risk=MAX_RISK)
-    return MarkedAnswers(float(is_likely.mean()), wrong, hindsight)
+    share = float(is_likely.mean())
+    return MarkedAnswers(share, wrong, hindsight)
 
 
 def read_cells(folder: Path) -> dict[Group, list[JudgedCell]]:
@@ -54,13 +56,15 @@ def read_cells(folder: Path) -> dict[Group, list[JudgedCell]]:
     cells = defaultdict(list)
     for path in sorted(folder.glob("*.npz")):
         name, n_labels, _ = path.stem.rsplit("-", 2)
-        cells[name, int(n_labels)].append(JudgedCell.load(path))
+        cell = JudgedCell.load(path)
+        cells[name, int(n_labels)].append(cell)
     return cells
 
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean of the values except NaN, and half the width of the 95 % interval (t)."""
-    known = np.array([value for value in values if not np.isnan(value)])
+    known_values = [value for value in values if not np.isnan(value)]
+    known = np.array(known_values)
     if not len(known):
         return np.nan, np.nan
     if len(known) == 1:
@@ -107,16 +111,20 @@ def result_rows(cells: dict[Group, list[JudgedCell]]) -> Iterator[str]:
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("cells", type=Path)
-    cells = read_cells(parser.parse_args().cells)
+    options = parser.parse_args()
+    cells = read_cells(options.cells)
     print("| widening | largest mean share wrong | where |\n|---|---|---|")
-    print("\n".join(choice_rows(cells)))
+    rows_of_choices = choice_rows(cells)
+    print("\n".join(rows_of_choices))
     print(
         "| set | labels | rows without a label | seeds with an estimate | wrong among likely, % | "
         "likely, % | hindsight, % | likely / hindsight |\n|---|---|---|---|---|---|---|---|"
     )
-    print("\n".join(result_rows(cells)))
+    rows_of_results = result_rows(cells)
+    print("\n".join(rows_of_results))
 
 
 if __name__ == "__main__":

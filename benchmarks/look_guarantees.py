@@ -88,7 +88,8 @@ def tested(
     """The test of a trial, without an estimate of the number of labels still needed."""
     rows = split.counted_rows(outcomes.uncertainty, trial.limit)
     level = trial.level or level_of(state.n_tested + 1, DELTA)
-    looks = ThresholdTests(np.array(trial.grid), MAX_RISK, level, trial.limit)
+    grid = np.array(trial.grid)
+    looks = ThresholdTests(grid, MAX_RISK, level, trial.limit)
     counted = outcomes.take(rows)
     certified = looks.index_of_laxest_certified_threshold(counted.uncertainty, counted.failure)
     nothing: Ints = np.zeros(0, np.int64)
@@ -99,12 +100,13 @@ def tested(
 
 def plan(state: TriageState, outcomes: Outcomes, n_answered: int) -> Trial:
     """The plan of a predictor, from the scores alone."""
+    level = level_of(state.n_tested + 1, DELTA)
     return Trial.plan(
         n_fit=0,
         scores=outcomes.uncertainty,
         n_answered=n_answered,
         max_risk=MAX_RISK,
-        delta=level_of(state.n_tested + 1, DELTA),
+        delta=level,
     )
 
 
@@ -158,7 +160,8 @@ def run(world: str, n_photos: int, rng: np.random.Generator) -> tuple[bool, int]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a line for every world."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--photos", type=int, default=2_000)
     parser.add_argument("--worlds", nargs="+", default=["all", "beyond", "later", "trusted"])

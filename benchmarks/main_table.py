@@ -50,20 +50,27 @@ def training(classes: int) -> tuple[float, float]:
     rng, n = np.random.default_rng(0), 8 * BATCH
     image, text = (rng.normal(size=(rows, D)) for rows in (n, classes))
     unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (image, text)]
-    data = Embeddings(unit[0], unit[1], target=rng.integers(classes, size=n))
+    target = rng.integers(classes, size=n)
+    data = Embeddings(unit[0], unit[1], target=target)
     torch.manual_seed(0)
-    config = TrainConfig(1, BATCH, 1e-3, 0.9, 5e-4, 1, 0, None, "fp32", 0, torch.device("cpu"))
-    trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.9)), config)
+    device = torch.device("cpu")
+    config = TrainConfig(1, BATCH, 1e-3, 0.9, 5e-4, 1, 0, None, "fp32", 0, device)
+    head = FailureHead(D)
+    weight = FailureWeight("batch", 0.9)
+    loss = bce_loss(weight)
+    trainer = HeadTrainer(head, loss, config)
     trainer.unfreeze_attention()
     rows, generator = Rows(data, torch.arange(n)), torch.Generator().manual_seed(0)
     with FlopCounterMode(display=False) as counter:
-        trainer.step(next(rows.steps(BATCH, generator)), 1e-3)
+        first_batch = next(rows.steps(BATCH, generator))
+        trainer.step(first_batch, 1e-3)
     spent = []
     for _ in range(REPEATS):
         start = time.perf_counter()
         for batch in rows.steps(BATCH, generator):
             trainer.step(batch, 1e-3)
-        spent.append(time.perf_counter() - start)
+        elapsed = time.perf_counter() - start
+        spent.append(elapsed)
     return n / statistics.median(spent), counter.get_total_flops() / BATCH
 
 

@@ -13,9 +13,8 @@ N, K, D = 50_000, 1_000, 512
 
 def peak_mb() -> float:
     """Largest resident size in MB since the last reset."""
-    line = next(
-        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
-    )
+    status = Path("/proc/self/status").read_text()
+    line = next(text for text in status.splitlines() if text.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 
@@ -41,7 +40,8 @@ def child() -> None:
     )  # thread pools and libraries belong to the program, not to the data
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_mb()
-    predictor = vilu.ViLU(epochs=1).fit(data)
+    predictor = vilu.ViLU(epochs=1)
+    predictor.fit(data)
     fitted = peak_mb() - before
     predictor.predict_uncertainty(data)
     print(before, fitted, peak_mb() - before)

@@ -68,8 +68,10 @@ def experts(probe: FailurePredictor, data: EmbeddingSource) -> Experts:
     by_logits = []
     by_probe = []
     for batch in data.batches(BATCH):
-        by_logits.append(batch.logits.double().log_softmax(dim=1).numpy())
-        by_probe.append(probe.log_posterior(batch).numpy())
+        zero_shot = batch.logits.double().log_softmax(dim=1)
+        posterior = probe.log_posterior(batch)
+        by_logits.append(zero_shot.numpy())
+        by_probe.append(posterior.numpy())
     return Experts(np.concatenate(by_logits), np.concatenate(by_probe))
 
 
@@ -77,7 +79,8 @@ def fit_weights(train: vilu.Embeddings, target: Ints, seed: int) -> Weights:
     """The weights with the largest likelihood on held-out rows."""
     is_only_label = np.bincount(target)[target] == 1
     if is_only_label.all():
-        return Weights(mix=0.5, pool=np.array([0.5, 0.5]), cross_fitted=False)
+        equal_pool = np.array([0.5, 0.5])
+        return Weights(mix=0.5, pool=equal_pool, cross_fitted=False)
     parts = []
     targets = []
     fold = class_folds(target, seed)
@@ -86,19 +89,21 @@ def fit_weights(train: vilu.Embeddings, target: Ints, seed: int) -> Weights:
         if not is_held_out.any():
             continue
         held_out = np.flatnonzero(is_held_out)
-        probe = linear_probe().fit(train.take(np.flatnonzero(~is_held_out)))
-        parts.append(experts(probe, train.take(held_out)))
+        labelled = train.take(np.flatnonzero(~is_held_out))
+        probe = linear_probe()
+        probe.fit(labelled)
+        unlabelled = train.take(held_out)
+        part = experts(probe, unlabelled)
+        parts.append(part)
         targets.append(target[held_out])
     held_out_experts = Experts(
         np.concatenate([part.zero_shot for part in parts]),
         np.concatenate([part.probe for part in parts]),
     )
     held_out_target = np.concatenate(targets)
-    return Weights(
-        mix=_mix_weight(held_out_experts, held_out_target),
-        pool=fit_mix_weights(held_out_experts.both, held_out_target),
-        cross_fitted=True,
-    )
+    mix = _mix_weight(held_out_experts, held_out_target)
+    pool = fit_mix_weights(held_out_experts.both, held_out_target)
+    return Weights(mix=mix, pool=pool, cross_fitted=True)
 
 
 def linear_probe() -> FailurePredictor:
@@ -120,7 +125,9 @@ def _judged(q: Floats, target: Ints) -> JudgedAnswers:
     # The sum of all other probabilities, since 1 - q_a would be 0 for many confident rows.
     rest = q.copy()
     rest[rows, answer] = 0.0
-    return JudgedAnswers(rest.sum(axis=1), (answer != target).astype(np.int64))
+    uncertainty = rest.sum(axis=1)
+    failure = (answer != target).astype(np.int64)
+    return JudgedAnswers(uncertainty, failure)
 
 
 def _mix_weight(held_out: Experts, target: Ints) -> float:
@@ -128,5 +135,7 @@ def _mix_weight(held_out: Experts, target: Ints) -> float:
     likelihoods = []
     for weight in GRID:
         with np.errstate(divide="ignore"):  # the probe alone may give a class the probability 0
-            likelihoods.append(np.log(held_out.mixed(weight)[rows, target]).sum())
+            probability = held_out.mixed(weight)[rows, target]
+            log_likelihood = np.log(probability).sum()
+            likelihoods.append(log_likelihood)
     return float(GRID[np.argmax(likelihoods)])

@@ -60,7 +60,8 @@ def replay(
     n_shifted = len(shifted[0])
     after = rng.permutation(n_shifted)[:N_AFTER]
     twins = np.array([where[key] for key in shifted[0].ids or ()])[after]
-    others = rng.permutation(np.setdiff1d(np.arange(len(clean)), twins))
+    rows_without_twin = np.setdiff1d(np.arange(len(clean)), twins)
+    others = rng.permutation(rows_without_twin)
     first, undisturbed, calibration = np.split(others, [N_BEFORE, N_BEFORE + N_AFTER])
     rows = part(clean, calibration[:N_CALIBRATION])
     monitor = vilu.Monitor(rows, vilu.certify(rows, max_risk=MAX_RISK), seed=seed)
@@ -85,10 +86,10 @@ def report(name: str, alarms: list[dict[str, int | None]]) -> dict[str, float]:
     before, soon = float(np.mean(delays < 0)), float(np.mean((delays >= 0) & (delays < LIMIT)))
     fair = delays[delays >= 0]
     within = float(np.mean(fair < LIMIT))
-    quantiles = " / ".join(
-        f"{q:.0f}" for q in np.quantile(fair, [0.1, 0.5, 0.9], method="inverted_cdf")
-    )
-    each = ", ".join(f"{test} {share:.1%}" for test, share in ever.items() if test != "any")
+    delay_quantiles = np.quantile(fair, [0.1, 0.5, 0.9], method="inverted_cdf")
+    quantiles = " / ".join(f"{q:.0f}" for q in delay_quantiles)
+    shares = [f"{test} {share:.1%}" for test, share in ever.items() if test != "any"]
+    each = ", ".join(shares)
     print(
         f"  {name}: any alarm {ever['any']:.1%} ({each}); before the change {before:.1%}; "
         f"of the others within {LIMIT} "

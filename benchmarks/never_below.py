@@ -112,8 +112,10 @@ def rows_of(folder: Path, cell: Cell) -> Rows | None:
         rng = np.random.default_rng([cell.division, 1])
         n_kept = round(source.share_of_classes * len(occurring_classes))
         occurring_classes = rng.permutation(occurring_classes)[:n_kept]
-        rows = np.flatnonzero(np.isin(arrays.target, occurring_classes))
-    shuffled = np.random.default_rng(cell.division).permutation(rows)
+        is_kept = np.isin(arrays.target, occurring_classes)
+        rows = np.flatnonzero(is_kept)
+    rng_of_rows = np.random.default_rng(cell.division)
+    shuffled = rng_of_rows.permutation(rows)
     n_part = round(source.share_to_fit * len(rows))
     n_fitted = n_part
     if cell.size:
@@ -130,13 +132,16 @@ def measure(rows: Rows, cell: Cell) -> dict[str, Any]:
     failure = vilu.score(mcm, data).failure
     methods: dict[str, FailurePredictor] = {"mcm": mcm}
     images = rows.arrays.images(rows.fit_rows)
-    methods["vilu_zero"] = vilu.PREDICTORS["vilu_zero"]().fit(images)
+    methods["vilu_zero"] = vilu.PREDICTORS["vilu_zero"]()
+    methods["vilu_zero"].fit(images)
     if cell.n_labels != WITHOUT_LABELS:
         rng = np.random.default_rng([cell.division, cell.n_labels])
         labelled_rows = draw_per_class(rows.arrays.target, rows.fit_rows, cell.n_labels, rng)
         train = rows.arrays.labelled(labelled_rows)
-        methods["vilu_plus"] = vilu.ViLUPlus().fit(train)
-        methods["vilu_plus_images"] = vilu.ViLUPlus().fit(train, unlabelled=images)
+        methods["vilu_plus"] = vilu.ViLUPlus()
+        methods["vilu_plus"].fit(train)
+        methods["vilu_plus_images"] = vilu.ViLUPlus()
+        methods["vilu_plus_images"].fit(train, unlabelled=images)
     uncertainties = {name: method.predict_uncertainty(data) for name, method in methods.items()}
     target = rows.arrays.target[rows.test_rows]
     return {
@@ -159,8 +164,9 @@ def accuracy(method: FailurePredictor, data: vilu.Embeddings, target: Ints) -> f
         log_scores = batch.logits
         if method.name != "mcm":
             log_scores = method.log_posterior(batch)
-        answer = log_scores.argmax(dim=1).numpy()
-        n_right += int((answer == target[batch.index.numpy()]).sum())
+        answer = log_scores.argmax(dim=1)
+        is_right = answer.numpy() == target[batch.index.numpy()]
+        n_right += int(is_right.sum())
     return n_right / len(target)
 
 
@@ -173,9 +179,8 @@ def resampled_aurocs(
     for _ in range(N_RESAMPLES):
         drawn_rows = rng.integers(len(failure), size=len(failure))
         for name, uncertainty in uncertainties.items():
-            values[name].append(
-                round(float(auroc(uncertainty[drawn_rows], failure[drawn_rows])), 5)
-            )
+            area = float(auroc(uncertainty[drawn_rows], failure[drawn_rows]))
+            values[name].append(round(area, 5))
     return values
 
 
@@ -202,13 +207,15 @@ def known_cells(file: Path) -> set[Cell]:
     """The cells of a file; none if the file does not exist."""
     if not file.is_file():
         return set()
-    lines = file.read_text().splitlines()
-    return {Cell(*json.loads(line)["cell"]) for line in lines}
+    text = file.read_text()
+    cells = [json.loads(line)["cell"] for line in text.splitlines()]
+    return {Cell(*cell) for cell in cells}
 
 
 def main() -> None:
     """Measure the cells missing in the file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("arrays", type=Path)
     parser.add_argument("cells", type=Path)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
@@ -227,7 +234,8 @@ def main() -> None:
         result = measure(rows, cell)
         seconds = time.perf_counter() - begin
         with options.cells.open("a") as file:
-            file.write(json.dumps({"cell": cell, **result, "seconds": round(seconds, 2)}) + "\n")
+            line = json.dumps({"cell": cell, **result, "seconds": round(seconds, 2)})
+            file.write(line + "\n")
         values = {name: round(100 * value, 2) for name, value in result["auroc"].items()}
         print(*cell, values, f"{seconds:.1f} s", flush=True)
 

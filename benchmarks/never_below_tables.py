@@ -34,7 +34,8 @@ class Group(NamedTuple):
 def read_groups(file: Path) -> dict[Group, list[Line]]:
     """The cells of a file by group, in the order of the sets."""
     groups: dict[Group, list[Line]] = {}
-    for text in file.read_text().splitlines():
+    content = file.read_text()
+    for text in content.splitlines():
         line = json.loads(text)
         group = Group(*line["cell"][:3])
         groups.setdefault(group, []).append(line)
@@ -62,8 +63,11 @@ def interval(lines: Sequence[Line], method: str, baseline: str) -> str:
     differences: list[Floats] = []
     for line in lines:
         resampled = line["resampled"]
-        differences.append(np.asarray(resampled[method]) - np.asarray(resampled[baseline]))
-    low, high = np.nanpercentile(np.mean(differences, axis=0), [2.5, 97.5]) * 100
+        areas = np.asarray(resampled[method])
+        baseline_areas = np.asarray(resampled[baseline])
+        differences.append(areas - baseline_areas)
+    mean_difference = np.mean(differences, axis=0)
+    low, high = np.nanpercentile(mean_difference, [2.5, 97.5]) * 100
     return f"[{low:+.1f}, {high:+.1f}]"
 
 
@@ -121,7 +125,8 @@ def table_with_labels(cells: dict[Group, list[Line]], before: dict[Group, list[L
         old = "–"
         if group in before:
             old = f"{mean(before[group], 'auroc', 'vilu_plus_images'):.1f}"
-        _, read_rows = counts_text(lines).split(" | ")
+        counts = counts_text(lines)
+        _, read_rows = counts.split(" | ")
         print(
             f"| {group.name} | {size_text(group.size)} | {size_text(group.n_labels)} | {read_rows} "
             f"| {values['mcm']:.1f} | {values['vilu_zero']:.1f} | {values['vilu_plus']:.1f} "
@@ -135,7 +140,8 @@ def table_with_labels(cells: dict[Group, list[Line]], before: dict[Group, list[L
 
 def main() -> None:
     """Print the tables with cells, and the number of divisions."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("cells", type=Path)
     parser.add_argument("--before", type=Path, help="cells of an earlier version")
     options = parser.parse_args()

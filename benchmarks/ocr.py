@@ -59,7 +59,8 @@ def dictionary() -> frozenset[str]:
     for module in (np, np.fft, np.linalg, np.random):
         for name in dir(module):
             documentation = inspect.getdoc(getattr(module, name)) or ""
-            words.update(WORD_IN_DICTIONARY.findall(documentation.casefold()))
+            text = documentation.casefold()
+            words.update(WORD_IN_DICTIONARY.findall(text))
     return frozenset(words)
 
 
@@ -68,10 +69,13 @@ def read_page(page: Page, output: Path) -> None:
     environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "page.png"
-        page.picture().save(picture)
+        image = page.picture()
+        image.save(picture)
         command = ["tesseract", str(picture), str(Path(folder) / "page"), "tsv"]
         subprocess.run(command, check=True, env=environment, capture_output=True)
-        output.write_bytes((Path(folder) / "page.tsv").read_bytes())
+        table_file = Path(folder) / "page.tsv"
+        content = table_file.read_bytes()
+        output.write_bytes(content)
 
 
 def read_pages(folder: Path, n_pages: int, seed: int) -> Converted:
@@ -86,19 +90,24 @@ def read_pages(folder: Path, n_pages: int, seed: int) -> Converted:
             read_page(page, file)
         truth[file.stem] = page.words
         files.append(file)
-    return word_answers(files, truth=truth, dictionary=dictionary())
+    known_words = dictionary()
+    return word_answers(files, truth=truth, dictionary=known_words)
 
 
 def split_in_thirds(table: vilu.AnswerTable, seed: int) -> list[vilu.AnswerTable]:
     """Divide the table into three parts with the same number of pages."""
     page_of_row = np.array(table.cluster)
-    pages_of_parts = np.array_split(_shuffled_pages(table, seed), 3)
+    shuffled_pages = _shuffled_pages(table, seed)
+    pages_of_parts = np.array_split(shuffled_pages, 3)
     return [table[np.isin(page_of_row, pages)] for pages in pages_of_parts]
 
 
 def _shuffled_pages(table: vilu.AnswerTable, seed: int) -> NDArray[np.str_]:
     """Names of all pages in a random order."""
-    return np.random.default_rng(seed).permutation(np.unique(np.array(table.cluster)))
+    page_of_row = np.array(table.cluster)
+    pages = np.unique(page_of_row)
+    rng = np.random.default_rng(seed)
+    return rng.permutation(pages)
 
 
 def split_result(table: vilu.AnswerTable, seed: int) -> Result:
@@ -153,21 +162,26 @@ def risk_of(wrong: Mask, accepted: Mask) -> float:
 
 def page_correlation(table: vilu.AnswerTable, wrong: Mask, chosen: Mask) -> float:
     """Correlation between the errors of two words of a page, among the ``chosen`` words."""
-    _, page = np.unique(np.array(table.cluster)[chosen], return_inverse=True)
+    page_of_row = np.array(table.cluster)
+    _, page = np.unique(page_of_row[chosen], return_inverse=True)
     if not chosen.any():
         return float("nan")
-    return float(correlation(wrong[chosen].astype(np.int64), page).value)
+    failure = wrong[chosen].astype(np.int64)
+    return float(correlation(failure, page).value)
 
 
 def split_results(table: vilu.AnswerTable, file: Path, n_splits: int) -> list[Result]:
     """The results of all divisions; results in the file are not computed again."""
     results: list[Result] = []
     if file.is_file():
-        results = [json.loads(line) for line in file.read_text().splitlines()]
+        text = file.read_text()
+        results = [json.loads(line) for line in text.splitlines()]
     with file.open("a") as lines:
         for seed in range(len(results), n_splits):
-            results.append(split_result(table, seed))
-            lines.write(json.dumps(results[-1]) + "\n")
+            results_of_seed = split_result(table, seed)
+            results.append(results_of_seed)
+            line = json.dumps(results_of_seed)
+            lines.write(line + "\n")
             lines.flush()
     return results
 
@@ -197,8 +211,10 @@ def tables(results: list[Result]) -> Iterator[str]:
     yield "|---|---|---|---|"
     for place, risk in enumerate(MAX_RISKS):
         gains = [gain_of_probe(results, f"{way} {risk}", 0) for way in (ROWS, PAGES)]
-        gains.append(gain_of_probe(results, "best", place))
-        yield f"| {risk:.0%} | {' | '.join(percent_range(values) for values in gains)} |"
+        best_gain = gain_of_probe(results, "best", place)
+        gains.append(best_gain)
+        ranges = [percent_range(values) for values in gains]
+        yield f"| {risk:.0%} | {' | '.join(ranges)} |"
     yield ""
     yield f"correlation within a page, of all words: {mean_of(results, 'correlation of all'):.2f}"
     for risk in MAX_RISKS:
@@ -216,20 +232,20 @@ def broken_lines(table: vilu.AnswerTable, n_draws: int) -> Iterator[str]:
 
     The test is on all other pages.
     """
-    outcomes = vilu.score(AnswerScore(column="score_confidence"), table)
+    confidence = AnswerScore(column="score_confidence")
+    outcomes = vilu.score(confidence, table)
     page_of_row = np.array(table.cluster)
     pages = np.unique(page_of_row)
     for risk in MAX_RISKS:
         n_broken = 0
         for seed in range(n_draws):
-            calibration_pages = np.random.default_rng(seed).permutation(pages)[: len(pages) // 3]
+            rng = np.random.default_rng(seed)
+            calibration_pages = rng.permutation(pages)[: len(pages) // 3]
             is_calibration = np.isin(page_of_row, calibration_pages)
-            rule = vilu.certify(
-                vilu.Outcomes(
-                    outcomes.uncertainty[is_calibration], outcomes.failure[is_calibration]
-                ),
-                max_risk=risk,
+            calibration = vilu.Outcomes(
+                outcomes.uncertainty[is_calibration], outcomes.failure[is_calibration]
             )
+            rule = vilu.certify(calibration, max_risk=risk)
             accepted = rule.accept(outcomes.uncertainty[~is_calibration])
             n_broken += int(risk_of(outcomes.failure[~is_calibration] == 1, accepted) > risk)
         low = lower_bound(n_broken, n_draws, 0.025)
@@ -259,9 +275,8 @@ def by_page_of_two_thirds(table: vilu.AnswerTable, n_splits: int) -> Iterator[st
                 largest=MAX_PAGE_WORDS,
             )
             test_outcomes = outcomes.take(is_test)
-            accepted = rule.accept(
-                test_outcomes.uncertainty, clusters=page_of_row[is_test].tolist()
-            )
+            test_clusters = page_of_row[is_test].tolist()
+            accepted = rule.accept(test_outcomes.uncertainty, clusters=test_clusters)
             coverages.append(accepted.mean())
             risks.append(risk_of(test_outcomes.failure == 1, accepted))
         n_above = sum(share > risk for share in risks)
@@ -299,7 +314,8 @@ def main() -> None:
     n_wrong = words.columns["correct"].count(0)
     print(f"{len(words)} words read, {n_wrong / len(words):.1%} wrong", flush=True)
     table = vilu.open_table(options.folder / "words.csv")
-    for line in tables(split_results(table, options.folder / "splits.jsonl", options.splits)):
+    results = split_results(table, options.folder / "splits.jsonl", options.splits)
+    for line in tables(results):
         print(line, flush=True)
     for line in by_page_of_two_thirds(table, options.splits):
         print(line, flush=True)

@@ -68,7 +68,8 @@ class PageStyle:
 
 def words_of_pages(n_pages: int, seed: int) -> list[list[str]]:
     """The words of ``n_pages`` pages; no part of the text is on two pages."""
-    words = [word for word in " ".join(topics.values()).split() if PLAIN_WORD.fullmatch(word)]
+    text = " ".join(topics.values())
+    words = [word for word in text.split() if PLAIN_WORD.fullmatch(word)]
     random = np.random.default_rng(seed)
     pages = []
     first = 0
@@ -92,7 +93,8 @@ class Page:
     def __init__(self, words: list[str], seed: tuple[int, int]) -> None:
         self.random = np.random.default_rng(seed)
         self.style = PageStyle.draw(self.random)
-        self.font = ImageFont.truetype(_font_file(self.style.font), self.style.size)
+        font_file = _font_file(self.style.font)
+        self.font = ImageFont.truetype(font_file, self.style.size)
         self.upright = _lines(words, self.font)
         _, last_top, _, last_height = self.upright[-1].box
         self.size = (LINE_WIDTH + 2 * MARGIN, round(last_top + last_height) + MARGIN)
@@ -115,7 +117,8 @@ class Page:
 
 
 def _font_file(name: str) -> str:
-    return str(Path(mpl.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf")
+    data_folder = mpl.get_data_path()
+    return str(Path(data_folder) / "fonts" / "ttf" / f"{name}.ttf")
 
 
 def _lines(words: list[str], font: ImageFont.FreeTypeFont) -> list[Word]:
@@ -129,7 +132,8 @@ def _lines(words: list[str], font: ImageFont.FreeTypeFont) -> list[Word]:
         if left + width > MARGIN + LINE_WIDTH:
             left = float(MARGIN)
             top += 1.35 * (ascent + descent)
-        placed.append(Word(text, (left, top, width, ascent + descent)))
+        word = Word(text, (left, top, width, ascent + descent))
+        placed.append(word)
         left += width + space
     return placed
 
@@ -145,15 +149,19 @@ def _rotated(word: Word, size: tuple[int, int], angle: float) -> Word:
     # y grows downwards, so for Pillow's counterclockwise angle the sine has this sign
     x = corners[:, 0] * np.cos(radians) + corners[:, 1] * np.sin(radians) + middle[0]
     y = corners[:, 1] * np.cos(radians) - corners[:, 0] * np.sin(radians) + middle[1]
-    return Word(word.text, (float(x.min()), float(y.min()), float(np.ptp(x)), float(np.ptp(y))))
+    box = (float(x.min()), float(y.min()), float(np.ptp(x)), float(np.ptp(y)))
+    return Word(word.text, box)
 
 
 def _degrade(image: Image.Image, style: PageStyle, random: np.random.Generator) -> Image.Image:
     """The image after blur, then noise of a sensor, then JPEG."""
-    blurred = image.filter(ImageFilter.GaussianBlur(style.blur))
+    gaussian = ImageFilter.GaussianBlur(style.blur)
+    blurred = image.filter(gaussian)
     grey = np.asarray(blurred, dtype=np.float64)
     noisy = grey + style.noise * random.normal(size=grey.shape)
-    clipped = Image.fromarray(np.clip(np.rint(noisy), 0, 255).astype(np.uint8))
+    rounded = np.rint(noisy)
+    levels = np.clip(rounded, 0, 255)
+    clipped = Image.fromarray(levels.astype(np.uint8))
     file = io.BytesIO()
     clipped.save(file, "JPEG", quality=style.quality)
     return Image.open(file)

@@ -87,13 +87,16 @@ def scores() -> dict[str, float]:
     torch.set_num_threads(1)
     figures: dict[str, float] = {}
     for k, n, floor in ((10, MEMORY, memory), (CLASSES, 12_000, products)):
-        predictor = build_predictor(
-            vilu.PREDICTORS["vilu_plus"], {"device": "cpu", "epochs": 2}
-        ).fit(data(k, n, 1))
+        predictor = build_predictor(vilu.PREDICTORS["vilu_plus"], {"device": "cpu", "epochs": 2})
+        train = data(k, n, 1)
+        predictor.fit(train)
         test = data(k, 8_192, 2)
         work: dict[str, Callable[..., object]]
         work = {"ours": predictor.predict_uncertainty, "floor": floor, "softmax": softmax}
-        seconds = least({name: partial(run, test) for name, run in work.items()})
+        runs: dict[str, Callable[[], object]] = {}
+        for name, run in work.items():
+            runs[name] = partial(run, test)
+        seconds = least(runs)
         share = figures[f"score_vilu_plus_k{k}"] = seconds["floor"] / seconds["ours"]
         print(
             f"  scores, K = {k:,}: {8_192 / seconds['ours']:,.0f} rows/s, "
@@ -109,14 +112,17 @@ def fits() -> dict[str, float]:
     image, text = torch.randn(8_192, D), torch.randn(CLASSES, D)
     product = least({"one": lambda: image @ text.T})["one"] / len(image)
     test, figures = data(CLASSES, 20_000, 3), {}
-    failure = torch.cat([batch.failure for batch in test.batches(4_096)]).numpy()
+    failures = [batch.failure for batch in test.batches(4_096)]
+    failure = torch.cat(failures).numpy()
     for method, sizes in {"vilu_plus": FITS, "linear_probe": FITS[-1:]}.items():
         for n in sizes:
             train = data(CLASSES, n, 1)
             start = time.perf_counter()
-            predictor = build_predictor(vilu.PREDICTORS[method], {"device": "cpu"}).fit(train)
+            predictor = build_predictor(vilu.PREDICTORS[method], {"device": "cpu"})
+            predictor.fit(train)
             seconds = time.perf_counter() - start
-            auroc = 100 * vilu.metrics.auroc(predictor.predict_uncertainty(test), failure)
+            uncertainty = predictor.predict_uncertainty(test)
+            auroc = 100 * vilu.metrics.auroc(uncertainty, failure)
             figures[f"fit_{method}_{n}_products"] = seconds / (n * product)
             print(
                 f"  {method}, {n:,} x {D}, K = {CLASSES:,}, {threads} threads: {seconds:.0f} s, "

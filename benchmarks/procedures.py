@@ -136,7 +136,8 @@ def planned_looks(growth: float, first_share: float, decay: float, n_looks: int)
 
 def weighted_draws(floor: float) -> Procedure:
     """The default procedure with draws by predicted risk, and weighted bets."""
-    return replace(DEFAULT_PROCEDURE, test=WeightedBets(SEQUENCE_STARTS, 0.0, floor))
+    weighted_bets = WeightedBets(SEQUENCE_STARTS, 0.0, floor)
+    return replace(DEFAULT_PROCEDURE, test=weighted_bets)
 
 
 PROCEDURES: Final = {
@@ -206,7 +207,8 @@ def judge_photos(
     predictor: FailurePredictor, photos: Photos, store: EmbeddingStore, answer: AnswerKind
 ) -> tuple[Floats, Ints]:
     """Uncertainty (N,) of a kind of answers to all photos, and whether the answers are wrong."""
-    outcomes = score(predictor.judging(answer), photos)
+    judge = predictor.judging(answer)
+    outcomes = score(judge, photos)
     is_wrong = np.asarray(outcomes.prediction) != store.target.numpy()
     return outcomes.uncertainty, is_wrong.astype(np.int64)
 
@@ -253,7 +255,9 @@ def exact_look_curve(chain: Chain) -> Curve:
     """An exact look at every number of labels, each as if there were no other look."""
     curve = []
     for n_labels in LABEL_COUNTS:
-        curve.append(Reached(n_labels, exact_look(chain, n_labels, ONE_LOOK, EXACT_SHARE), 0.0))
+        coverage = exact_look(chain, n_labels, ONE_LOOK, EXACT_SHARE)
+        reached = Reached(n_labels, coverage, 0.0)
+        curve.append(reached)
     return curve
 
 
@@ -265,7 +269,8 @@ def coverage_at(curve: Curve, n_labels: int) -> float:
 
 def mean_coverage(curves: Sequence[Curve], n_labels: int) -> float:
     """Mean over seeds of the coverage reached with at most ``n_labels`` labels."""
-    return float(np.mean([coverage_at(curve, n_labels) for curve in curves]))
+    coverages = [coverage_at(curve, n_labels) for curve in curves]
+    return float(np.mean(coverages))
 
 
 def labels_to_half(curves: Sequence[Curve], half: float) -> int:
@@ -293,9 +298,10 @@ def share_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterat
     for name, curves in all_curves.items():
         cells = []
         for size in LABEL_COUNTS:
-            share = np.array([mean_coverage(curves[key], size) for key in sets])
-            share_before = np.array([mean_coverage(before[key], size) for key in sets])
-            difference = share - share_before
+            shares = [mean_coverage(curves[key], size) for key in sets]
+            shares_before = [mean_coverage(before[key], size) for key in sets]
+            share = np.array(shares)
+            difference = share - np.array(shares_before)
             cell = f"{share.mean():.3f}"
             if name != "before":
                 cell += f" ({difference.mean():+.3f} ± {half_width(difference):.3f})"
@@ -310,7 +316,8 @@ def half_way_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Ite
     before = [labels_to_half(all_curves["before"][key], HALF_OF_RANDOM[key]) for key in sets]
     for name, curves in all_curves.items():
         numbers = [labels_to_half(curves[key], HALF_OF_RANDOM[key]) for key in sets]
-        ratio = np.mean(np.array(numbers) / np.array(before))
+        ratios = np.array(numbers) / np.array(before)
+        ratio = np.mean(ratios)
         cells = [str(n) if n < LABELS_IF_NEVER else "–" for n in numbers]
         yield f"| {name} | " + " | ".join(cells) + f" | {ratio:.2f} |"
 
@@ -323,11 +330,10 @@ def set_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator
     for name, curves in all_curves.items():
         cells = []
         for key in sets:
-            share = np.array([coverage_at(curve, LABELS_OF_SET_TABLE) for curve in curves[key]])
-            share_before = np.array(
-                [coverage_at(curve, LABELS_OF_SET_TABLE) for curve in before[key]]
-            )
-            difference = share - share_before
+            shares = [coverage_at(curve, LABELS_OF_SET_TABLE) for curve in curves[key]]
+            shares_before = [coverage_at(curve, LABELS_OF_SET_TABLE) for curve in before[key]]
+            share = np.array(shares)
+            difference = share - np.array(shares_before)
             cell = f"{share.mean():.2f}"
             if name != "before":
                 cell += f" ({difference.mean():+.2f} ± {half_width(difference):.2f})"
@@ -356,17 +362,21 @@ def replay(folder: Path, names: Sequence[str], n_orders: int) -> None:
         chains += [chain.in_another_order(number) for number in range(n_orders)]
     all_curves = {}
     for name in ("before", *names):
-        all_curves[name] = curves_of(chains, replay_function(PROCEDURES[name]))
+        replay_chain = replay_function(PROCEDURES[name])
+        all_curves[name] = curves_of(chains, replay_chain)
         print(f"{name}: at most {largest_risk(all_curves[name]):.3f} wrong", flush=True)
     all_curves[ONE_LOOK_NAME] = curves_of(chains, exact_look_curve)
     sets = list(all_curves["before"])
     sets_with_half = [key for key in sets if key in HALF_OF_RANDOM]
     print(f"\n{len(sets)} sets, {len(chains)} replays, level {DELTA}\n")
-    print("\n".join(share_table(all_curves, sets)) + "\n")
+    lines = share_table(all_curves, sets)
+    print("\n".join(lines) + "\n")
     if sets_with_half:
         print(f"{len(sets_with_half)} sets with a known half of the coverage of random labels\n")
-        print("\n".join(share_table(all_curves, sets_with_half)) + "\n")
-        print("\n".join(half_way_table(all_curves, sets_with_half)) + "\n")
+        lines = share_table(all_curves, sets_with_half)
+        print("\n".join(lines) + "\n")
+        lines = half_way_table(all_curves, sets_with_half)
+        print("\n".join(lines) + "\n")
     if n_orders == 1:
         print(f"At {LABELS_OF_SET_TABLE} labels, by set (number of seeds)\n")
         print("\n".join(set_table(all_curves, sets)))
@@ -374,11 +384,12 @@ def replay(folder: Path, names: Sequence[str], n_orders: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write or replay chains."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary)
     commands = parser.add_subparsers(dest="command", required=True)
     chains = commands.add_parser("chains", help="Fit once for every set, seed and labels.")
     chains.add_argument("stores", type=Path, nargs="+")
-    chains.add_argument("--out", type=Path, default=Path("build/chains"))
+    chains.add_argument("--out", type=Path, default="build/chains")
     chains.add_argument("--seeds", type=int, default=5)
     replays = commands.add_parser("replay", help="Compare procedures on the chains of a folder.")
     replays.add_argument("folder", type=Path)

@@ -74,14 +74,17 @@ class Chain:
         with np.load(path) as arrays:
             calibration_rows = np.flatnonzero(arrays["cal"])
             order = calibration_rows[np.argsort(arrays["pos"][calibration_rows])]
+            failure = arrays["wrong"][:, order].astype(np.int64)
+            rng = np.random.default_rng(int(seed))
+            luck = rng.random(len(order))
             return cls(
                 name=name,
                 seed=int(seed),
                 n_classes=int(arrays["n_classes"]),
                 uncertainty=arrays["u"][:, order],
-                failure=arrays["wrong"][:, order].astype(np.int64),
+                failure=failure,
                 n_fit=arrays["n_fit"],
-                luck=np.random.default_rng(int(seed)).random(len(order)),
+                luck=luck,
             )
 
     def in_another_order(self, number: int) -> Chain:
@@ -332,7 +335,8 @@ class Replay:
         if not needs_labels or self.n_fit < self.n_labels_for_a_new_fit():
             return
         if self.threshold is None:
-            self.present = Trialled(fit, self.plan(fit, least_share=0.0))
+            first_trial = self.plan(fit, least_share=0.0)
+            self.present = Trialled(fit, first_trial)
             return
         least_share = min(self.procedure.worth_more * self.share_accepted(), 1.0)
         trial = self.plan(fit, least_share=least_share)
@@ -361,12 +365,13 @@ class Replay:
     def plan(self, fit: int, *, least_share: float) -> Trial:
         """The plan of a predictor's test, from the scores alone."""
         n_answered = int(self.is_labelled.sum())
+        delta = self.procedure.planned_share * self.next_level()
         return Trial.plan(
             n_fit=self.n_fit,
             scores=self.chain.uncertainty[fit],
             n_answered=n_answered,
             max_risk=MAX_RISK,
-            delta=self.procedure.planned_share * self.next_level(),
+            delta=delta,
             least_share=least_share,
         )
 
@@ -399,8 +404,10 @@ class Replay:
         uncertainty = self.chain.uncertainty[under_test.fit][rows]
         failure = self.chain.failure[under_test.fit][rows]
         level = trial.level or self.next_level()
-        looks = ThresholdTests(np.array(trial.grid), MAX_RISK, level, trial.limit)
-        can_certify = test.certified_index(looks, uncertainty, np.zeros_like(failure)) is not None
+        grid = np.array(trial.grid)
+        looks = ThresholdTests(grid, MAX_RISK, level, trial.limit)
+        no_failure = np.zeros_like(failure)
+        can_certify = test.certified_index(looks, uncertainty, no_failure) is not None
         if can_certify and not under_test.is_tested:
             under_test.trial = trial.model_copy(update={"level": level})
             self.n_tested += 1
@@ -457,7 +464,8 @@ class Replay:
         """Move the limit, and draw the next ``n`` photos up to the limit."""
         scores = self.chain.uncertainty[under_test.fit]
         under_test.trial = self.procedure.move_limit(under_test.trial, scores, test_result)
-        rows = np.flatnonzero(self.is_drawn(under_test) & ~self.is_labelled)[:n]
+        is_open = self.is_drawn(under_test) & ~self.is_labelled
+        rows = np.flatnonzero(is_open)[:n]
         if len(rows):
             self.end_of_draws = max(self.end_of_draws, int(rows[-1]) + 1)
         return rows
@@ -492,7 +500,8 @@ def exact_look(chain: Chain, n_labels: int, test: ExactLook, planned_share: floa
     scores = chain.uncertainty[fit]
     trial = Trial.plan(n_fit, scores, n_labels - n_fit, MAX_RISK, planned_share * DELTA)
     rows = np.flatnonzero(scores <= trial.limit)[: n_labels - n_fit]
-    looks = ThresholdTests(np.array(trial.grid), MAX_RISK, DELTA, trial.limit)
+    grid = np.array(trial.grid)
+    looks = ThresholdTests(grid, MAX_RISK, DELTA, trial.limit)
     certified = test.certified_index(looks, scores[rows], chain.failure[fit][rows])
     if certified is None:
         return 0.0

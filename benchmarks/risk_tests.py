@@ -117,7 +117,8 @@ class PlannedLooks(RiskTest):
         first = math.ceil(math.log(first_level) / math.log1p(-looks.max_risk))
         numbers = [first]
         while len(numbers) < self.n_looks:
-            numbers.append(math.ceil(numbers[-1] * self.growth))
+            next_number = math.ceil(numbers[-1] * self.growth)
+            numbers.append(next_number)
         return numbers
 
     def spent(self) -> Floats:
@@ -133,7 +134,8 @@ class PlannedLooks(RiskTest):
         # A look ends at a fixed position in the order of the labels, for every present limit.
         is_below_planned = uncertainty <= looks.grid[N_THRESHOLDS_UP_TO_LIMIT - 1]
         n_below = np.cumsum(is_below_planned)
-        ends = np.searchsorted(n_below, self.numbers(looks))
+        planned_numbers = self.numbers(looks)
+        ends = np.searchsorted(n_below, planned_numbers)
         ends = ends[ends < len(uncertainty)]
         if not len(ends):
             return None
@@ -145,7 +147,8 @@ class PlannedLooks(RiskTest):
             wrong = np.cumsum(is_accepted & (failure == 1))[ends]
             levels = level * spent[: len(ends)]
             bounds = boundaries(tuple(accepted.tolist()), tuple(levels), looks.max_risk)
-            return bool((wrong <= np.array(bounds)).any())
+            is_few_wrong = wrong <= np.array(bounds)
+            return bool(is_few_wrong.any())
 
         return index_of_laxest_certified_threshold(looks, self.starts, self.handed_on, rejects)
 
@@ -186,7 +189,8 @@ def boundaries(
 @functools.lru_cache(maxsize=10_000)
 def wrong_among(n: int, rate: float) -> Floats:
     """Probabilities (n + 1,) of 0 to n wrong answers among n."""
-    probabilities: Floats = stats.binom.pmf(np.arange(n + 1), n, rate)
+    n_wrong = np.arange(n + 1)
+    probabilities: Floats = stats.binom.pmf(n_wrong, n, rate)
     return probabilities
 
 
@@ -211,7 +215,8 @@ class WeightedBets(RiskTest):
     def draw_probability(self, uncertainty: Floats, planned_limit: float) -> Floats:
         """Probability (N,) of drawing photos up to the limit."""
         relative_risk = np.maximum(uncertainty, 0) / max(planned_limit, 1e-12)
-        probability: Floats = np.clip(np.sqrt(relative_risk), self.floor, 1.0)
+        root_of_risk = np.sqrt(relative_risk)
+        probability: Floats = np.clip(root_of_risk, self.floor, 1.0)
         return probability
 
     def log_factors(self, probability: Floats, failure: Ints, max_risk: float) -> Floats:
@@ -219,7 +224,8 @@ class WeightedBets(RiskTest):
         bet, _ = np.array(BETS_WITH_SHARES).T
         excess = (failure - max_risk) / (1 - max_risk)
         share_of_largest_weight = self.floor / probability
-        factors: Floats = np.log1p(-np.outer(share_of_largest_weight * excess, bet))
+        losses = np.outer(share_of_largest_weight * excess, bet)
+        factors: Floats = np.log1p(-losses)
         return factors
 
     def certified_index(
@@ -230,7 +236,8 @@ class WeightedBets(RiskTest):
         probability = self.draw_probability(uncertainty, looks.grid[N_THRESHOLDS_UP_TO_LIMIT - 1])
         factors = self.log_factors(probability, failure, looks.max_risk)
         is_accepted = uncertainty <= looks.grid[:, None]  # (G, N)
-        evidence = np.logaddexp.reduce(is_accepted @ factors + np.log(share), axis=1)
+        log_wealth = is_accepted @ factors + np.log(share)
+        evidence = np.logaddexp.reduce(log_wealth, axis=1)
 
         def rejects(index: int, level: float) -> bool:
             return bool(evidence[index] >= -math.log(level))

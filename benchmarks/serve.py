@@ -71,7 +71,8 @@ def requests_of(images: Sequence[bytes]) -> list[bytes]:
             "boundary=x\r\n"
             f"Content-Length: {len(body)}\r\n\r\n"
         )
-        requests.append(head.encode() + body)
+        head_bytes = head.encode()
+        requests.append(head_bytes + body)
     return requests
 
 
@@ -92,8 +93,10 @@ class Client:
         try:
             reader, writer = self.streams
             writer.write(request)
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-            length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
+            head_bytes = await reader.readuntil(b"\r\n\r\n")
+            head = head_bytes.decode("latin-1").lower()
+            _, _, after_name = head.partition("content-length: ")
+            length = int(after_name.partition("\r\n")[0])
             body = await reader.readexactly(length)
         except (OSError, asyncio.IncompleteReadError):
             self.close()
@@ -129,7 +132,8 @@ class LoadResult:
         self.status[status] += 1
         if status != 200:
             return
-        self.seconds.append(time.perf_counter() - began)
+        elapsed = time.perf_counter() - began
+        self.seconds.append(elapsed)
         (answer,) = json.loads(body)["answers"]
         self.wrong += not is_same(answer, self.expected[place])
 
@@ -170,7 +174,8 @@ async def ask_steadily(
             await load.ask(client, place, requests[place])
         client.close()
 
-    await asyncio.gather(*(ask_again_and_again() for _ in range(CLIENTS)))
+    clients = [ask_again_and_again() for _ in range(CLIENTS)]
+    await asyncio.gather(*clients)
 
 
 async def ask_and_watch(
@@ -187,7 +192,8 @@ async def ask_and_watch(
     async def watch() -> None:
         while True:
             await asyncio.sleep(SECONDS_BETWEEN_READINGS)
-            sizes.append(round(process.memory_info().rss / 2**20, 1))
+            memory = process.memory_info()
+            sizes.append(round(memory.rss / 2**20, 1))
 
     watching = asyncio.create_task(watch())
     await ask_steadily(port, requests, places, load, seconds)
@@ -246,7 +252,9 @@ async def stop(
         await asyncio.sleep(3)
         server.send_signal(signal.SIGTERM)
 
-    await asyncio.gather(*(ask_until_the_end() for _ in range(CLIENTS)), end())
+    clients = [ask_until_the_end() for _ in range(CLIENTS)]
+    ending = end()
+    await asyncio.gather(*clients, ending)
     code = server.wait(60)
     return {**load.summary(), "exit code": code}
 

@@ -51,7 +51,9 @@ REST_SECONDS = 5
 
 def request_of(vectors: np.ndarray) -> bytes:
     """The bytes of a complete request with vectors (B, D)."""
-    body = json.dumps({"embeddings": np.round(vectors, 5).tolist()}).encode()
+    rows = np.round(vectors, 5).tolist()
+    text = json.dumps({"embeddings": rows})
+    body = text.encode()
     head = (
         "POST /v1/scores HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
@@ -64,7 +66,8 @@ async def send(port: int, n_requests: int, n_rows: int, width: int, seed: int) -
     client = Client(port)
     generator = np.random.default_rng(seed)
     n_answered = 0
-    request = request_of(generator.standard_normal((n_rows, width)))
+    vectors = generator.standard_normal((n_rows, width))
+    request = request_of(vectors)
     while n_answered < n_requests:
         status, body = await client.ask(request)
         if status == 429:
@@ -73,7 +76,8 @@ async def send(port: int, n_requests: int, n_rows: int, width: int, seed: int) -
         if status != 200:
             raise SystemExit(f"status {status} after {n_answered} requests: {body[:200]!r}")
         n_answered += 1
-        request = request_of(generator.standard_normal((n_rows, width)))
+        vectors = generator.standard_normal((n_rows, width))
+        request = request_of(vectors)
     client.close()
 
 
@@ -82,13 +86,15 @@ async def send_all(port: int, options: argparse.Namespace, n_requests: int, seed
     share = n_requests // options.clients
     seeds = [options.clients * seed + client for client in range(options.clients)]
     shape = (options.rows, options.width)
-    await asyncio.gather(*(send(port, share, *shape, seed_of_client) for seed_of_client in seeds))
+    clients = [send(port, share, *shape, seed_of_client) for seed_of_client in seeds]
+    await asyncio.gather(*clients)
 
 
 def memory_of(process: int) -> dict[str, int]:
     """Resident memory of a process, and the memory of pages without a file, in bytes."""
     sizes = {}
-    for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]:
+    text = Path(f"/proc/{process}/smaps_rollup").read_text()
+    for line in text.splitlines()[1:]:
         name, kilobytes, *_ = line.split()
         sizes[name.rstrip(":")] = 1024 * int(kilobytes)
     return {"resident": sizes["Rss"], "own": sizes["Anonymous"]}
@@ -129,8 +135,10 @@ class Readings:
 
     def read(self) -> None:
         """Read the memory now, and once more at rest."""
-        self.sizes["any moment"].append(memory_of(self.process))
-        self.sizes["at rest"].append(settled_memory_of(self.process))
+        memory = memory_of(self.process)
+        self.sizes["any moment"].append(memory)
+        settled_memory = settled_memory_of(self.process)
+        self.sizes["at rest"].append(settled_memory)
 
     def facts(self, n_rows: int) -> dict[str, Any]:
         """First size, last size and slope of every reading; a part has ``n_rows`` rows."""
@@ -161,7 +169,8 @@ def measure(port: int, process: int, options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Start the service, and print the growth of the memory."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("predictor", type=Path)
     parser.add_argument("--requests", type=int, default=200_000)
     parser.add_argument("--warm", type=int, default=20_000)

@@ -56,7 +56,8 @@ class Population:
             self.wrong[order],
             np.sort(self.ood_scores),
         )
-        self.wrong_below = np.concatenate([[0], np.cumsum(self.wrong)])
+        n_wrong = np.cumsum(self.wrong)
+        self.wrong_below = np.concatenate([[0], n_wrong])
 
     def rates(self, t: Floats, share: float) -> tuple[Floats, Floats]:
         """For each threshold, the shares of accepted rows, and of accepted and wrong rows."""
@@ -69,12 +70,14 @@ class Population:
 
     def best(self, share: float) -> float:
         """Coverage of the laxest threshold with a small enough risk."""
-        accepted, wrong = self.rates(np.unique(np.r_[self.u, self.ood_scores]), share)
+        thresholds = np.unique(np.r_[self.u, self.ood_scores])
+        accepted, wrong = self.rates(thresholds, share)
         return float(accepted[wrong <= RISK * accepted].max(initial=0.0))
 
     def of(self, rule: Rule, share: float) -> tuple[float, float]:
         """Coverage and risk of a rule."""
-        accepted, wrong = self.rates(np.array(rule.thresholds[""].interval), share)
+        interval = np.array(rule.thresholds[""].interval)
+        accepted, wrong = self.rates(interval, share)
         coverage = float(accepted[1] - accepted[0])
         return coverage, float(wrong[1] - wrong[0]) / coverage if coverage else 0.0
 
@@ -84,16 +87,20 @@ class Population:
         rows = rng.integers(len(self.u), size=N_CALIBRATION - n)
         u = np.r_[self.u[rows], rng.choice(self.ood_scores, n)]
         outside = np.arange(N_CALIBRATION) >= N_CALIBRATION - n
-        return Outcomes(u, np.r_[self.wrong[rows], np.ones(n, int)], outside=outside)
+        failure = np.r_[self.wrong[rows], np.ones(n, int)]
+        return Outcomes(u, failure, outside=outside)
 
 
 def simulated_populations(rng: np.random.Generator, n: int = 400_000) -> dict[str, Population]:
     """Pots of predictors that do and do not recognise out-of-distribution rows, and edge."""
     u = rng.beta(0.5, 2, n)
-    f = (rng.random(n) < 0.9 * u**2).astype(int)
+    is_wrong = rng.random(n) < 0.9 * u**2
+    f = is_wrong.astype(int)
+    far_scores = rng.beta(9, 1.5, n)
+    near_scores = rng.beta(4, 1.5, n)
     return {
-        "told apart": Population(u, f, rng.beta(9, 1.5, n)),
-        "half told apart": Population(u, f, rng.beta(4, 1.5, n)),
+        "told apart": Population(u, f, far_scores),
+        "half told apart": Population(u, f, near_scores),
     }
 
 
@@ -101,9 +108,11 @@ def edge_population(share: float, n: int = 400_000) -> Population:
     """Scores without information; up to every threshold the error rate is 5.01 % or barely more."""
     rate = (0.0501 - share) / (1 - share)
     wrong = np.zeros(n, int)
-    wrong[np.floor(np.arange(int(np.ceil(n * rate))) / rate).astype(int)] = (
-        1  # evenly, beginning with the first
-    )
+    n_wrong = int(np.ceil(n * rate))
+    even_steps = np.arange(n_wrong) / rate
+    positions = np.floor(even_steps)
+    wrong_rows = positions.astype(int)
+    wrong[wrong_rows] = 1  # evenly, beginning with the first
     even = np.arange(n) / n
     return Population(even, wrong, even)
 
@@ -138,9 +147,8 @@ def replay(
     """Mean coverage, and share of broken guarantees."""
     rng, coverage, broken = np.random.default_rng([seed, int(100 * share)]), 0.0, 0
     for _ in range(draws):
-        rule = vilu.certify(
-            pot.draw(rng, drawn), max_risk=RISK, confidence=1 - DELTA, outside_share=stated
-        )
+        calibration = pot.draw(rng, drawn)
+        rule = vilu.certify(calibration, max_risk=RISK, confidence=1 - DELTA, outside_share=stated)
         found, risk = pot.of(rule, share)
         coverage, broken = coverage + found, broken + (risk > RISK)
     return coverage / draws, broken / draws
@@ -165,7 +173,8 @@ def line(name: str, pot: Population, share: float, draws: int, seed: int) -> str
 
 def confident_mistakes_rate(u: Floats) -> Floats:
     """Error rates: 50 % in the most trusted 4 % of the rows, 1 % in the next 60 %, then 50 %."""
-    return np.where(u < 0.04, 0.5, np.where(u < 0.64, 0.01, 0.5))
+    rate_of_others = np.where(u < 0.64, 0.01, 0.5)
+    return np.where(u < 0.04, 0.5, rate_of_others)
 
 
 RATES: dict[str, Rate] = {
@@ -206,12 +215,15 @@ def compare_procedures(draws: int, method: str) -> None:
     """Print coverage and broken guarantees in every world of ``RATES``, at 5 % and delta 0.1."""
     grid = (np.arange(1_000_000) + 0.5) / 1_000_000
     for name, rate in RATES.items():
-        sums = np.concatenate([[0.0], np.cumsum(rate(grid))]) / len(grid)
+        rates = rate(grid)
+        cumulated = np.cumsum(rates)
+        sums = np.concatenate([[0.0], cumulated]) / len(grid)
         for n in (150, 600, 2000, 10_000):
             rng, coverage, broken = np.random.default_rng(n), [], 0
             for _ in range(draws):
                 u = rng.random(n)
-                f = (rng.random(n) < rate(u)).astype(int)
+                is_wrong = rng.random(n) < rate(u)
+                f = is_wrong.astype(int)
                 ends = certified_interval(
                     method, (np.floor(10 * u) + 1) / 10 if name == "tied" else u, f
                 ) or (0.0, 0.0)

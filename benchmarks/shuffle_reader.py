@@ -33,9 +33,9 @@ def write_shards(root: Path, rng: np.random.Generator) -> None:
 def write_files(root: Path, rng: np.random.Generator) -> None:
     """Write a file for every pair, with the image and the caption."""
     for number in range(FILES):
-        np.save(
-            root / f"{number}.npy", rng.standard_normal((2, D), dtype=np.float32).astype(np.float16)
-        )
+        pair = rng.standard_normal((2, D), dtype=np.float32)
+        half = pair.astype(np.float16)
+        np.save(root / f"{number}.npy", half)
 
 
 def shard_pass(root: Path) -> tuple[float, float]:
@@ -49,11 +49,12 @@ def shard_pass(root: Path) -> tuple[float, float]:
     rates = []
     for seed in range(3):
         start, n_rows = time.perf_counter(), 0
-        for batch in source.steps(
-            POOL, rows=source.shuffled(rows, torch.Generator().manual_seed(seed))
-        ):
+        generator = torch.Generator().manual_seed(seed)
+        shuffled = source.shuffled(rows, generator)
+        for batch in source.steps(POOL, rows=shuffled):
             n_rows += len(batch.index)
-        rates.append(n_rows / (time.perf_counter() - start))
+        rate = n_rows / (time.perf_counter() - start)
+        rates.append(rate)
     return sorted(rates)[1], checked
 
 
@@ -66,14 +67,15 @@ def file_pass(root: Path) -> float:
 
     rates = []
     for seed in range(3):
-        order = np.random.default_rng(seed).permutation(FILES)
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(FILES)
         start = time.perf_counter()
         for first in range(0, FILES, POOL):
-            pairs = torch.from_numpy(
-                np.stack([load(i) for i in order[first : first + POOL]])
-            ).float()
+            stacked = np.stack([load(i) for i in order[first : first + POOL]])
+            pairs = torch.from_numpy(stacked).float()
             pairs.unbind(1)
-        rates.append(FILES / (time.perf_counter() - start))
+        rate = FILES / (time.perf_counter() - start)
+        rates.append(rate)
     return sorted(rates)[1]
 
 

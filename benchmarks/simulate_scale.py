@@ -87,7 +87,8 @@ class Replay:
 
     def __init__(self, plan: Plan, seed: int) -> None:
         self.plan, self.random = plan, np.random.default_rng(seed)
-        self.need = self.random.choice(np.asarray(plan.seconds), plan.parts)
+        seconds = np.asarray(plan.seconds)
+        self.need = self.random.choice(seconds, plan.parts)
         slow = self.random.random(plan.parts) < plan.stragglers
         self.need[slow] *= plan.straggler_factor
         self.poison = self.random.random(plan.parts) < plan.poison
@@ -103,7 +104,9 @@ class Replay:
         heapq.heapify(free)
         while waiting or running:
             if waiting and free and (not running or free[0] <= running[0][0]):
-                self._begin(heapq.heappop(free), waiting.popleft(), running)
+                begin = heapq.heappop(free)
+                next_part = waiting.popleft()
+                self._begin(begin, next_part, running)
                 continue
             when, part, back = heapq.heappop(running)
             if part >= 0:  # the part was lost with the worker
@@ -192,9 +195,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, int]:
         "start", "death_hours", "preemption_hours", "preemption_wait",
         "poison", "stragglers", "straggler_factor", "price",
     ):  # fmt: skip
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name)
-        )
+        option = name.replace("_", "-")
+        parser.add_argument(f"--{option}", type=float, default=getattr(defaults, name))
     given = vars(parser.parse_args(arguments))
     store, mean, seeds = given.pop("receipts"), given.pop("seconds"), given.pop("seeds")
     if store is None and mean is None:
@@ -202,7 +204,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, int]:
     times = np.asarray(seconds_of(store) if store is not None else (mean,), dtype=float)
     if mean is not None:
         times = times * mean / times.mean()
-    return replace(Plan(**given), seconds=tuple(times.tolist())), seeds
+    plan = Plan(**given)
+    return replace(plan, seconds=tuple(times.tolist())), seeds
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:

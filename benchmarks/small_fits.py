@@ -29,9 +29,8 @@ def rows() -> Embeddings:
     rng = np.random.default_rng(0)
     text = rng.normal(size=(K, D)) + 2 * rng.normal(size=D)
     target = rng.integers(K, size=N)
-    return Embeddings(
-        text[target] + 8 * rng.normal(size=(N, D)) * rng.random((N, 1)), text, target=target
-    )
+    image = text[target] + 8 * rng.normal(size=(N, D)) * rng.random((N, 1))
+    return Embeddings(image, text, target=target)
 
 
 def seconds(name: str, data: Embeddings, **values: int) -> float:

@@ -69,16 +69,18 @@ def main() -> dict[str, float]:
     """Print and return the medians."""
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder))
+        root = Path(folder)
+        make(root)
         for repeat in range(REPEATS + 1):
             for name, arguments in COMMANDS.items():
                 if name == "vilu score":  # the command refuses an existing output
-                    (Path(folder) / "scores.parquet").unlink(missing_ok=True)
-                seconds = run(arguments, Path(folder))
+                    (root / "scores.parquet").unlink(missing_ok=True)
+                seconds = run(arguments, root)
                 if repeat:
                     times[name].append(seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    listed = ", ".join(f"{name} {value:.2f} s" for name, value in medians.items())
+    median_texts = [f"{name} {value:.2f} s" for name, value in medians.items()]
+    listed = ", ".join(median_texts)
     print(f"whole processes, medians of {REPEATS}, {ROWS:,} rows: {listed}")
     return medians
 

@@ -54,7 +54,8 @@ def make(root: Path, n: int, seed: int) -> None:
 
 def status_mb(name: str) -> float:
     """The value in MB of a line of /proc/self/status."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    status = Path("/proc/self/status").read_text()
+    line = next(text for text in status.splitlines() if text.startswith(name))
     return int(line.split()[1]) / 1024
 
 
@@ -124,10 +125,10 @@ def errors(out: Path) -> dict[str, float]:
 
     folder = ScoreFolder(out / "all")
     tables = [read_table(out / "all" / part.scores_file, ())[0] for part in folder.run.parts]
-    columns = [
-        np.concatenate([t[name].drop_null().to_numpy(zero_copy_only=False) for t in tables])
-        for name in ("uncertainty", "failure")
-    ]
+    columns = []
+    for name in ("uncertainty", "failure"):
+        parts = [table[name].drop_null().to_numpy(zero_copy_only=False) for table in tables]
+        columns.append(np.concatenate(parts))
     exact, counts = tie_counts(*columns), folder.histogram.counts()
     return {
         name: abs(float(KNOWN[name].kernel(exact)) - float(KNOWN[name].kernel(counts)))

@@ -36,9 +36,11 @@ WORLDS: Final = ("useful", "coarse", "flat")
 def world_of(name: str, rng: np.random.Generator) -> vilu.AnswerTable:
     """All answers of a world, as a table."""
     hidden = rng.normal(size=N_ANSWERS)
+    score_a = hidden + rng.normal(size=N_ANSWERS)
+    log_of_b = -hidden + rng.normal(size=N_ANSWERS)
     columns: dict[str, Any] = {
-        "score_a": hidden + rng.normal(size=N_ANSWERS),
-        "uncertainty_b": np.exp(-hidden + rng.normal(size=N_ANSWERS)),
+        "score_a": score_a,
+        "uncertainty_b": np.exp(log_of_b),
         "width": rng.normal(size=N_ANSWERS) - 0.3 * hidden,
     }
     correct = hidden + 0.5 * rng.normal(size=N_ANSWERS) > -1
@@ -46,7 +48,8 @@ def world_of(name: str, rng: np.random.Generator) -> vilu.AnswerTable:
         columns = {key: np.round(2 * column) / 2 for key, column in columns.items()}
     if name == "flat":
         correct = rng.random(N_ANSWERS) >= 0.051
-    return vilu.open_table({"id": np.arange(N_ANSWERS), **columns, "correct": correct})
+    ids = np.arange(N_ANSWERS)
+    return vilu.open_table({"id": ids, **columns, "correct": correct})
 
 
 def broken_and_accepted(
@@ -54,7 +57,8 @@ def broken_and_accepted(
 ) -> tuple[bool, float]:
     """Whether a calibration is broken, and the share of accepted answers."""
     rows = rng.choice(len(uncertainty), N_CALIBRATION, replace=False)
-    rule = vilu.certify(Outcomes(uncertainty[rows], failure[rows]), max_risk=MAX_RISK)
+    calibration = Outcomes(uncertainty[rows], failure[rows])
+    rule = vilu.certify(calibration, max_risk=MAX_RISK)
     accepted = rule.accept(uncertainty)
     if not accepted.any():
         return False, 0.0

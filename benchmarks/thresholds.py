@@ -48,7 +48,9 @@ def mean_coverage(rate: Rate, *, tied: bool, n: int, max_risk: float) -> float:
     rng, coverages = np.random.default_rng(0), []
     for _ in range(DRAWS):
         u = rng.random(n)
-        counts = tie_counts(np.floor(10 * u) if tied else u, (rng.random(n) < rate(u)).astype(int))
+        is_wrong = rng.random(n) < rate(u)
+        failure = is_wrong.astype(int)
+        counts = tie_counts(np.floor(10 * u) if tied else u, failure)
         threshold = thresholds.learn_then_test(counts, max_risk, DELTA)
         coverages.append(0.0 if threshold is None else threshold.coverage)
     return float(np.mean(coverages))
@@ -68,9 +70,8 @@ def main() -> None:
                     with mock.patch.multiple(
                         thresholds, START_SHARES=starts, LARGEST_SHARE_AT_ALL_ROWS=whole
                     ):
-                        cells.append(
-                            mean_coverage(rate, tied=name == "tied", n=n, max_risk=max_risk)
-                        )
+                        coverage = mean_coverage(rate, tied=name == "tied", n=n, max_risk=max_risk)
+                    cells.append(coverage)
                 print(
                     f"{name:12} {n:6} {max_risk:5.2f}  "
                     + "  ".join(f"{cell:15.3f}" for cell in cells),

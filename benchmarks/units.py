@@ -91,7 +91,8 @@ def verdict_without_copies(
 ) -> str:
     """The verdict of a calibration from scores alone."""
     rows = vilu.score(predictor, data)
-    rule = vilu.certify(Outcomes(rows.uncertainty, rows.failure), max_risk=MAX_RISK)
+    scores_alone = Outcomes(rows.uncertainty, rows.failure)
+    rule = vilu.certify(scores_alone, max_risk=MAX_RISK)
     return verdict(rule, everything)
 
 
@@ -102,7 +103,8 @@ def verdict_with_copies(
     with tempfile.TemporaryDirectory() as folder:
         predictor.save(folder)
         try:
-            record = calibrate_predictor(folder, data, Target(max_risk=MAX_RISK))
+            target = Target(max_risk=MAX_RISK)
+            record = calibrate_predictor(folder, data, target)
         except InfeasibleError:
             return NOTHING_ACCEPTED
         except DataError:
@@ -139,9 +141,11 @@ def lines_on_repeated_rows(seed: int, draws: int) -> Iterator[str]:
             repeated = np.repeat(image, times, axis=0)
             if noise:
                 repeated = world.near_copies(repeated, noise)
-            data = world.embeddings(repeated, np.repeat(target, times))
+            repeated_target = np.repeat(target, times)
+            data = world.embeddings(repeated, repeated_target)
             for way, run in CALIBRATIONS.items():
-                verdicts[way].append(run(predictor, data, everything))
+                verdict_of_way = run(predictor, data, everything)
+                verdicts[way].append(verdict_of_way)
         for way, reached in verdicts.items():
             yield verdict_line(f"{name}, {way}", reached)
 
@@ -150,7 +154,9 @@ def lines_on_fitted_rows(seed: int, draws: int) -> Iterator[str]:
     """Yield the same lines for a predictor that remembers the fitted rows."""
     world = World(seed)
     image, target = world.rows(300)
-    predictor = KNNVote(k=1).fit(world.embeddings(image, target))
+    train = world.embeddings(image, target)
+    predictor = KNNVote(k=1)
+    predictor.fit(train)
     everything = vilu.score(predictor, world.embeddings(*world.rows(N_POPULATION)))
     for share in (0.0, 0.02, 0.5, 1.0):
         verdicts: dict[str, list[str]] = {way: [] for way in CALIBRATIONS}
@@ -158,10 +164,13 @@ def lines_on_fitted_rows(seed: int, draws: int) -> Iterator[str]:
             n_copies = round(300 * share)
             copied = world.random.permutation(300)[:n_copies]
             fresh, labels = world.rows(300 - n_copies)
-            rows = np.concatenate([fresh, world.near_copies(image[copied], NOISE / 2)])
-            data = world.embeddings(rows, np.concatenate([labels, target[copied]]))
+            near_copies = world.near_copies(image[copied], NOISE / 2)
+            rows = np.concatenate([fresh, near_copies])
+            target_of_rows = np.concatenate([labels, target[copied]])
+            data = world.embeddings(rows, target_of_rows)
             for way, run in CALIBRATIONS.items():
-                verdicts[way].append(run(predictor, data, everything))
+                verdict_of_way = run(predictor, data, everything)
+                verdicts[way].append(verdict_of_way)
         for way, reached in verdicts.items():
             yield verdict_line(f"{share:.0%} near copies of fitted rows, {way}", reached)
 
@@ -194,10 +203,10 @@ def halves_line(path: Path, seed: int) -> str:
         train, rest = parts
         predictor = KNNVote(k=10).fit(train)
         outcomes = vilu.score(predictor, rest)
-        as_before = vilu.certify(
-            Outcomes(outcomes.uncertainty, outcomes.failure), max_risk=MAX_RISK
-        )
-        before.append(as_before.accept(outcomes.uncertainty).mean())
+        scores_alone = Outcomes(outcomes.uncertainty, outcomes.failure)
+        as_before = vilu.certify(scores_alone, max_risk=MAX_RISK)
+        is_accepted = as_before.accept(outcomes.uncertainty)
+        before.append(is_accepted.mean())
         with tempfile.TemporaryDirectory() as folder:
             predictor.save(folder)
             try:

@@ -49,9 +49,8 @@ def make(root: Path, n: int) -> None:
         part_size=PART_ROWS,
         dtype="float16",
     )
-    run = Run(
-        **dict(inputs), fingerprint=digest(inputs.fingerprint_fields()), dataset="noise", vilu="0"
-    )
+    fingerprint = digest(inputs.fingerprint_fields())
+    run = Run(**dict(inputs), fingerprint=fingerprint, dataset="noise", vilu="0")
     ledger = StoreLedger(root, run)
     root.mkdir()
     ledger.begin(run, StoreLedger.required_folders)
@@ -68,14 +67,13 @@ def make(root: Path, n: int) -> None:
         receipts.append(ledger.write_part(part, content, 1, ""))
     counts = {"n_in": n, "n_ok": n, "n_error": 0, "errors": {}}
     classes = read_classes(root, run)[0].hash
-    ledger.seal(
-        Manifest(
-            **dict(run) | counts,
-            parts=len(receipts),
-            classes=classes,
-            content=content_hash(receipts),
-        )
+    manifest = Manifest(
+        **dict(run) | counts,
+        parts=len(receipts),
+        classes=classes,
+        content=content_hash(receipts),
     )
+    ledger.seal(manifest)
 
 
 def seconds(root: Path, *, verified: bool) -> tuple[float, float]:
@@ -86,7 +84,9 @@ def seconds(root: Path, *, verified: bool) -> tuple[float, float]:
     ledger._verified_files.clear()
     start, busy = time.perf_counter(), time.process_time()
     with patch.object(ledger, "require_hash", ledger.require_hash if verified else lambda *_: None):
-        vilu.score(vilu.MCM(), vilu.EmbeddingStore(root))
+        predictor = vilu.MCM()
+        store = vilu.EmbeddingStore(root)
+        vilu.score(predictor, store)
     return time.perf_counter() - start, time.process_time() - busy
 
 

@@ -32,7 +32,8 @@ METHODS = (*EXACT, "max_logit", "margin", "prob_margin", "energy", "gen", "kl_un
 def random_data(k: int, n: int, noise: float) -> Embeddings:
     """Images near the class texts."""
     generator = torch.Generator().manual_seed(0)
-    text = torch.nn.functional.normalize(torch.randn(k, D, generator=generator), dim=1)
+    directions = torch.randn(k, D, generator=generator)
+    text = torch.nn.functional.normalize(directions, dim=1)
     beside = noise * torch.randn(n, D, generator=generator)
     label = torch.randint(k, (n,), generator=generator)
     image = torch.nn.functional.normalize(text[label] + beside, dim=1)
@@ -93,8 +94,11 @@ def measure(k: int, n: int, kind: str) -> dict[str, float]:
     for name, share in found.items():
         line = f"  {name:14} {share:.2f} of the rate of product and softmax"
         if name in EXACT:
-            scores = predictors[name].predict_uncertainty(Embeddings(few, source.text))
-            error = np.abs(scores / exact_scores(name, logits).numpy() - 1).max()
+            data = Embeddings(few, source.text)
+            scores = predictors[name].predict_uncertainty(data)
+            exact = exact_scores(name, logits)
+            relative_error = np.abs(scores / exact.numpy() - 1)
+            error = relative_error.max()
             line += f", relative error {error:.1e}"
         print(line)
     return {f"score_{name}_k{k}{kind}": found[name] for name in predictors}

@@ -91,16 +91,19 @@ def test_what_the_table_of_the_rooms_counts() -> None:
         "def one(given: int, *rest: int) -> int:\n"
         '    """Text that it ends."""\n'
         "    return given if rest else (lambda some: some)(1)\n"
+        "flat = math.exp(len(range(9)))\n"
+        "deep = math.exp(math.log(1))\n"
         "class Pair:\n"
         "    def joined(self, other: object) -> None: ...\n"
         "    def __exit__(self, *given: object) -> None: ...\n" + "#" * 101 + "\n"
     )
     module = HOUSE["Module"]("vilu", "vilu/x/y.py", "vilu.x.y", text, ast.parse(text))
-    statements = 9  # two assignments, three functions, a class, a return, and two bodies of "..."
+    statements = 11  # four assignments, three functions, a class, a return, and two bodies of "..."
     assert HOUSE["measure"]([module]) == {
         "statements": statements,
         "dense": 4 / statements,  # a comprehension, an "and", an "if else", a lambda
         "pairs": 1000 / statements,
+        "nested": 1000 / statements,  # deep; the class is none, whatever is inside
         "wide": 1,
         "vague": 4000 / statements,  # found, one, given, some
         "longest": 3,
@@ -264,6 +267,21 @@ def test_heavy_libraries_are_imported_late(code: str, heavy: set[str]) -> None:
         [sys.executable, "-c", check + code], capture_output=True, text=True, check=True
     )
     assert done.stderr == "[]"
+
+
+def test_scores_are_evaluated_without_torch(tmp_path: Path) -> None:
+    outcomes = vilu.Outcomes(uncertainty=[0.1, 0.9, 0.4, 0.6], failure=[0, 1, 1, 0])
+    outcomes.save(tmp_path / "scores.parquet")
+    arguments = ["vilu", "evaluate", str(tmp_path / "scores.parquet"), "--resamples", "9"]
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        f"sys.argv = {arguments!r}\n"
+        "from vilu.cli import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
 
 
 FEW_MODULES = 20

@@ -40,11 +40,13 @@ def make_head(photos: Path, work: Path) -> Path:
     """Fit, calibrate and measure the head; returns the folder of the head."""
     stores = embed_splits(photos, work)
     head = work / "head"
-    model = vilu.ViLUPlus(seed=0, answer="adapted").fit(stores["train"])
+    model = vilu.ViLUPlus(seed=0, answer="adapted")
+    model.fit(stores["train"])
     model.save(head)
     target = vilu.Target(max_risk=MAX_RISK, confidence=CONFIDENCE)
     vilu.calibrate_predictor(head, stores["validation"], target)
-    scores = vilu.score(vilu.load(head), stores["test"])
+    predictor = vilu.load(head)
+    scores = vilu.score(predictor, stores["test"])
     is_accepted = np.array(scores.decision) == "accept"
     failure_of_accepted = scores.failure[is_accepted]
     about = ABOUT.format(
@@ -77,9 +79,10 @@ def main() -> None:
     """Make and push the head."""
     parser = argparse.ArgumentParser()
     parser.add_argument("target")
-    parser.add_argument("--work", type=Path, default=Path("build/clothes-head"))
+    parser.add_argument("--work", type=Path, default="build/clothes-head")
     options = parser.parse_args()
-    assets = resources.files("vilu").joinpath("assets", "clothing.parquet")
+    package = resources.files("vilu")
+    assets = package.joinpath("assets", "clothing.parquet")
     with resources.as_file(assets) as photos:
         head = make_head(photos, options.work)
     print(push(head, options.target, overwrite=True))

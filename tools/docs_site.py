@@ -70,7 +70,8 @@ EXAMPLE = re.compile(r"^\| (?P<question>.*?) \| \[(?P<name>\w+)\.py\].*\n", re.M
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The navigation."""
     navigation: list[Any] = [{"Home": "index.md"}]
-    for title, pages in sections((DOCS / "index.md").read_text(encoding="utf-8")):
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    for title, pages in sections(index):
         generated_pages = [{"Python": list(api_pages())}, {"Command line": commands_by_group()}]
         navigation.append({title: [*pages, *generated_pages] if title == REFERENCE else pages})
     config.nav = navigation
@@ -86,7 +87,8 @@ def sections(index: str) -> Iterator[tuple[str, list[Any]]]:
             target for item in listed for target in LINK.findall(item) if target.endswith(".md")
         ]
         if targets:
-            uris: list[Any] = [uri_of((DOCS / target).resolve()) for target in targets]
+            paths = [(DOCS / target).resolve() for target in targets]
+            uris: list[Any] = [uri_of(path) for path in paths]
             if GALLERY in uris:
                 place = uris.index(GALLERY)
                 uris[place : place + 1] = [{"Examples": [GALLERY, *gallery_pages()]}]
@@ -95,10 +97,14 @@ def sections(index: str) -> Iterator[tuple[str, list[Any]]]:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages, and the linked files outside docs/."""
-    for uri, text in (command_pages() | api_pages() | example_pages()).items():
-        files.append(File.generated(config, uri, content=text))
+    generated_pages = command_pages() | api_pages() | example_pages()
+    for uri, text in generated_pages.items():
+        page_file = File.generated(config, uri, content=text)
+        files.append(page_file)
     for path in EXAMPLES.glob("pictures/*"):
-        files.append(File.generated(config, uri_of(path), abs_src_path=str(path)))
+        uri = uri_of(path)
+        picture_file = File.generated(config, uri, abs_src_path=str(path))
+        files.append(picture_file)
     pages_to_read = [
         DOCS / page.src_uri
         for page in files.documentation_pages()
@@ -109,7 +115,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for path in linked_files(page):
             uri = uri_of(path)
             if files.get_file_from_path(uri) is None:
-                files.append(File.generated(config, uri, abs_src_path=str(path)))
+                linked_file = File.generated(config, uri, abs_src_path=str(path))
+                files.append(linked_file)
                 pages_to_read += [path] if path.suffix == ".md" else []
     return files
 
@@ -121,12 +128,13 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:  # noqa: AN
         markdown = gallery_cards(markdown)
 
     def site_link(match: re.Match[str]) -> str:
-        path = Path(os.path.normpath(source.parent / match[1]))
-        return (
-            posixpath.relpath(uri_of(path), posixpath.dirname(page.file.src_uri))
-            if path.is_file()
-            else match[1]
-        )
+        normal_path = os.path.normpath(source.parent / match[1])
+        path = Path(normal_path)
+        if not path.is_file():
+            return match[1]
+        uri = uri_of(path)
+        folder = posixpath.dirname(page.file.src_uri)
+        return posixpath.relpath(uri, folder)
 
     return LINK.sub(site_link, markdown)
 
@@ -154,15 +162,18 @@ def on_post_build(*, config: MkDocsConfig) -> None:
     site, base_url = Path(config.site_dir), "http://here/"
     pages = {path.relative_to(site).as_posix(): Links() for path in sorted(site.rglob("*.html"))}
     for place, page in pages.items():
-        page.feed((site / place).read_text(encoding="utf-8"))
+        html_text = (site / place).read_text(encoding="utf-8")
+        page.feed(html_text)
     for place, page in pages.items():
         for link in [*page.link_targets, *page.loaded_resources]:
-            url, anchor = urldefrag(urljoin(f"{base_url}{place}", link))
+            full_link = urljoin(f"{base_url}{place}", link)
+            url, anchor = urldefrag(full_link)
             if not url.startswith(base_url):
                 if link in page.loaded_resources:
                     LOG.warning("%s loads %s", place, link)
                 continue
-            target = unquote(url.removeprefix(base_url))
+            quoted_target = url.removeprefix(base_url)
+            target = unquote(quoted_target)
             target += "index.html" if target.endswith("/") or not target else ""
             if not (site / target).is_file() or (
                 anchor and unquote(anchor) not in pages[target].anchors
@@ -172,8 +183,10 @@ def on_post_build(*, config: MkDocsConfig) -> None:
 
 def linked_files(page: Path) -> Iterator[Path]:
     """The files of the repository linked from a page."""
-    for target in LINK.findall(page.read_text(encoding="utf-8")):
-        path = Path(os.path.normpath(page.parent / target))
+    markdown = page.read_text(encoding="utf-8")
+    for target in LINK.findall(markdown):
+        normal_path = os.path.normpath(page.parent / target)
+        path = Path(normal_path)
         if path.is_file() and path.is_relative_to(ROOT):
             yield path
 
@@ -183,11 +196,13 @@ def uri_of(path: Path) -> str:
     if path == ROOT / "README.md":
         return "index.md"
     if path.is_relative_to(DOCS):
-        return path.relative_to(DOCS).as_posix()
+        place = path.relative_to(DOCS)
+        return place.as_posix()
     inside = path.relative_to(ROOT)
     if path.is_relative_to(EXAMPLES):
         is_script = path.suffix == ".py" and path.parent == EXAMPLES
-        return (inside.with_suffix(".md") if is_script else inside).as_posix()
+        page = inside.with_suffix(".md") if is_script else inside
+        return page.as_posix()
     return (OUTSIDE_DOCS / inside).as_posix()
 
 
@@ -209,23 +224,27 @@ def gallery_pages() -> list[str]:
 
 def example_pages() -> dict[str, str]:
     """Pages of the examples and of the example data, by place."""
-    listed = [row["name"] for row in EXAMPLE.finditer((ROOT / GALLERY).read_text(encoding="utf-8"))]
+    gallery = (ROOT / GALLERY).read_text(encoding="utf-8")
+    listed = [row["name"] for row in EXAMPLE.finditer(gallery)]
     return {f"examples/{name}.md": example_page(name) for name in [*listed, "example_data"]}
 
 
 def example_page(name: str) -> str:
     """Page of an example: the docstring, the picture, the printed output and the script."""
-    _, docstring, code = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").split('"""', 2)
+    script = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    _, docstring, code = script.split('"""', 2)
     title, _, docstring_body = docstring.partition("\n")
     output = EXAMPLES / "output" / f"{name}.txt"
+    words = name.replace("_", " ")
     parts = [
-        f"---\ntitle: {name.replace('_', ' ').capitalize()}\n---\n\n# {title}",
+        f"---\ntitle: {words.capitalize()}\n---\n\n# {title}",
         docstring_body.strip(),
     ]
     if picture_path := picture_of(name):
         parts.append(f"![What {name}.py draws]({picture_path})")
     if output.exists():
-        parts += ["It prints:", f"```text\n{output.read_text(encoding='utf-8').rstrip()}\n```"]
+        printed_text = output.read_text(encoding="utf-8")
+        parts += ["It prints:", f"```text\n{printed_text.rstrip()}\n```"]
     parts += [f"## examples/{name}.py", f"```python\n{code.strip()}\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -240,31 +259,26 @@ def gallery_cards(markdown: str) -> str:
     card_texts = []
     for row in EXAMPLE.finditer(markdown):
         name, picture_path = row["name"], picture_of(row["name"])
-        last_line = (
-            (EXAMPLES / "output" / f"{name}.txt")
-            .read_text(encoding="utf-8")
-            .rstrip()
-            .rpartition("\n")[2]
-        )
+        printed_text = (EXAMPLES / "output" / f"{name}.txt").read_text(encoding="utf-8")
+        text_without_end = printed_text.rstrip()
+        last_line = text_without_end.rpartition("\n")[2]
         card_body = (
             f"[![]({picture_path})]({name}.md)"
             if picture_path
             else f"*{escape_markdown(last_line)}*"
         )
         card = f"**[{row['question']}]({name}.md)**\n\n{card_body}"
-        card_texts.append("-   " + card.replace("\n", "\n    "))
+        indented_card = card.replace("\n", "\n    ")
+        card_texts.append("-   " + indented_card)
     grid = "\n\n".join(['<div class="grid cards" markdown>', *card_texts, "</div>", ""])
-    return re.sub(
-        r"^\| question .*\n\|[-|]+\n", lambda _: grid, EXAMPLE.sub("", markdown), flags=re.MULTILINE
-    )
+    without_rows = EXAMPLE.sub("", markdown)
+    return re.sub(r"^\| question .*\n\|[-|]+\n", lambda _: grid, without_rows, flags=re.MULTILINE)
 
 
 def command_pages() -> dict[str, str]:
     """Pages of the commands of the application, by place."""
-    return {
-        place_of_command(names): text
-        for names, text in command_texts(typer.main.get_command(app), ("vilu",))
-    }
+    application = typer.main.get_command(app)
+    return {place_of_command(names): text for names, text in command_texts(application, ("vilu",))}
 
 
 def place_of_command(names: tuple[str, ...]) -> str:
@@ -334,8 +348,10 @@ def api_pages() -> dict[str, str]:
         )
     pages = {}
     for task, names in TASKS.items():
-        place = f"python/{task.lower().replace(' ', '-')}.md"
-        pages[place] = api_page(task, names.split())
+        words = task.lower()
+        place = f"python/{words.replace(' ', '-')}.md"
+        names_of_task = names.split()
+        pages[place] = api_page(task, names_of_task)
     metrics = [f"metrics.{name}" for name in vilu.metrics.__all__]
     pages["python/metrics.md"] = api_page("Metrics", metrics)
     pages["python/sklearn.md"] = api_page("scikit-learn", ["sklearn.SelectiveClassifier"])

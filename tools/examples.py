@@ -35,7 +35,8 @@ EXAMPLE_LINE = re.compile(r"^\s*(?:>>>|\.\.\.) (.*)", re.MULTILINE)
 
 def example_code(item: object) -> str:
     """The lines of code in the examples of the docstring of ``item``."""
-    return "\n".join(EXAMPLE_LINE.findall(item.__doc__ or ""))
+    lines = EXAMPLE_LINE.findall(item.__doc__ or "")
+    return "\n".join(lines)
 
 
 def own_bases(cls: type) -> Iterator[type]:
@@ -71,12 +72,12 @@ def has_example_by_object(objects: list[object]) -> dict[Any, bool]:
         item: bool(example_code(item))
         for item in [*filter(inspect.isfunction, objects), *public_classes]
     }
-    classes = dict.fromkeys(
-        base for public_class in public_classes for base in own_bases(public_class)
-    )
+    bases = [base for public_class in public_classes for base in own_bases(public_class)]
+    classes = dict.fromkeys(bases)
     for cls in classes:
         family = [other for other in classes if issubclass(cls, other) or issubclass(other, cls)]
-        for name, function in public_functions(cls).items():
+        functions = public_functions(cls)
+        for name, function in functions.items():
             codes_of_same_name = [
                 example_code(public_functions(other)[name])
                 for other in family
@@ -98,15 +99,19 @@ def table_row(room: str, has_example: list[bool]) -> str:
 
 def main() -> int:
     """Count examples, print the table, and return the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--missing", action="store_true", help="name what has no example")
     lists_missing = parser.parse_args().missing
     rooms: dict[str, dict[str, bool]] = defaultdict(dict)
-    for item, has_example in has_example_by_object(public_objects()).items():
+    objects = public_objects()
+    has_example_of = has_example_by_object(objects)
+    for item, has_example in has_example_of.items():
         rooms[item.__module__.split(".")[1]][f"{item.__module__}.{item.__qualname__}"] = has_example
     print(f"{'room':<14}{'called':>8}{'example':>9}{'%':>8}")
     for room, items_of_room in sorted(rooms.items()):
-        print(table_row(room, list(items_of_room.values())))
+        has_example_in_room = list(items_of_room.values())
+        print(table_row(room, has_example_in_room))
         for name in sorted(
             name for name in items_of_room if lists_missing and not items_of_room[name]
         ):

@@ -60,12 +60,12 @@ def extras_of(wheel: Path) -> list[str]:
     """The extras of a wheel. Every extra must be known to this tool."""
     with ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        extras: list[str] = message_from_bytes(archive.read(name)).get_all("Provides-Extra", [])
+        content = archive.read(name)
+        wheel_metadata = message_from_bytes(content)
+        extras: list[str] = wheel_metadata.get_all("Provides-Extra", [])
     if set(extras) != EXTRAS.keys() | WITHOUT_COMMAND:
-        sys.exit(
-            "tools/extras.py has not the extras of the wheel: "
-            f"{sorted(set(extras) ^ (EXTRAS.keys() | WITHOUT_COMMAND))}."
-        )
+        unmatched = sorted(set(extras) ^ (EXTRAS.keys() | WITHOUT_COMMAND))
+        sys.exit(f"tools/extras.py has not the extras of the wheel: {unmatched}.")
     return extras
 
 
@@ -156,14 +156,15 @@ def write_inputs() -> None:
     for name in ("cat", "dog"):
         Path("photos", name).mkdir(parents=True)
         for number in range(4):
-            Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(
-                f"photos/{name}/{number}.png"
-            )
+            pixels = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
+            photo = Image.fromarray(pixels)
+            photo.save(f"photos/{name}/{number}.png")
     Path("classes.txt").write_text("cat\ndog\n")
     text = np.eye(3, 8, dtype=np.float32)
     for file, n in (("rows.npz", 150), ("late.npz", 300)):
         target = rng.integers(3, size=n)
-        image = text[target] + 0.4 * rng.normal(size=(n, 8)).astype(np.float32)
+        noise = rng.normal(size=(n, 8))
+        image = text[target] + 0.4 * noise.astype(np.float32)
         arrays: dict[str, Any] = {
             "image": image,
             "text": text,
@@ -202,7 +203,8 @@ def run_command(arguments: str) -> tuple[int, str]:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--inside"]:
-        print(json.dumps(list(check_inside())))
+        faults_inside = list(check_inside())
+        print(json.dumps(faults_inside))
         sys.exit(0)
     parser = argparse.ArgumentParser()
     parser.add_argument("uv", type=Path)
@@ -212,9 +214,9 @@ if __name__ == "__main__":
     (vilu_wheel,) = options.wheels.glob("vilu-*.whl")
     has_failed = False
     for name in options.extras or ["none", *extras_of(vilu_wheel)]:
-        faults = find_problems(
-            make_environment(options.uv, vilu_wheel, "" if name == "none" else name)
-        )
+        extra = "" if name == "none" else name
+        programs = make_environment(options.uv, vilu_wheel, extra)
+        faults = find_problems(programs)
         has_failed |= bool(faults)
         print(f"{name}: {'; '.join(faults) or 'fine'}", flush=True)
     sys.exit(has_failed)

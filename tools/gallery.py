@@ -32,7 +32,8 @@ def run_example(name: str) -> tuple[str, Figure | None]:
     """Run an example; returns the printed text and the figure. examples/ has to be on the path."""
     printed_text = io.StringIO()
     with contextlib.redirect_stdout(printed_text):
-        figure: Figure | None = importlib.import_module(name).main()
+        example = importlib.import_module(name)
+        figure: Figure | None = example.main()
     return printed_text.getvalue(), figure
 
 
@@ -49,7 +50,8 @@ def record(names: Iterable[str]) -> None:
         output, figure = run_example(name)
         (FOLDER / "output" / f"{name}.txt").write_text(output, encoding="utf-8")
         if figure is not None:
-            save_figure(figure, picture_path(name, figure))
+            path = picture_path(name, figure)
+            save_figure(figure, path)
         print(f"{name}: {sum(os.times()[:4]) - seconds_before:.1f} s")
 
 

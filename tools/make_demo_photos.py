@@ -26,7 +26,8 @@ TARGET = Path(__file__).parents[1] / "src" / "vilu" / "assets" / "clothing.parqu
 
 def shrink(data: bytes) -> bytes:
     """Crop a photo to the central square, and reduce the size."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    photo = Image.open(io.BytesIO(data))
+    image = photo.convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.resize(
@@ -51,15 +52,20 @@ def main() -> None:
     """Read and shrink the photos, split the rows, and write the asset."""
     source = pq.read_table(sys.argv[1])
     photos = [shrink(data.as_py()) for data in source["image"]]
+    labels = source["label"].to_numpy()
+    splits = split_of(labels)
+    # The folder is the old split. This file has a new split, so the folder is dropped.
+    keys = [key.as_py().split("/", 1)[1] for key in source["key"]]
     columns = {
         "image": pa.array(photos, pa.binary()),
         "label": source["label"],
-        "split": pa.array(split_of(source["label"].to_numpy())),
-        # The folder is the old split. This file has a new split, so the folder is dropped.
-        "key": pa.array([key.as_py().split("/", 1)[1] for key in source["key"]]),
+        "split": pa.array(splits),
+        "key": pa.array(keys),
     }
     names = source.schema.metadata[b"class_names"]
-    table = pa.table(columns).replace_schema_metadata({"class_names": names, "licence": "CC0-1.0"})
+    metadata = {"class_names": names, "licence": "CC0-1.0"}
+    table_without_metadata = pa.table(columns)
+    table = table_without_metadata.replace_schema_metadata(metadata)
     pq.write_table(table, TARGET, row_group_size=512, compression="none", use_dictionary=["split"])
     size = TARGET.stat().st_size
     if size > MAX_BYTES:

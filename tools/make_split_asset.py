@@ -33,7 +33,9 @@ def lines_of(name: str, file: Path) -> list[str]:
     """Lines of a data set: a head, then per class the name, a letter per image, and the paths."""
     images: dict[int, list[tuple[str, str]]] = {}
     names: dict[int, str] = {}
-    for split, entries in json.loads(file.read_text(encoding="utf-8")).items():
+    text = file.read_text(encoding="utf-8")
+    entries_of_split = json.loads(text)
+    for split, entries in entries_of_split.items():
         for path, label, class_name in entries:
             images.setdefault(label, []).append((path, LETTERS[split]))
             if names.setdefault(label, class_name) != class_name:
@@ -55,7 +57,9 @@ def main() -> None:
         for name, file in FILES.items()
         for line in lines_of(name, folder / f"split_zhou_{file}.json")
     ]
-    data = lzma.compress("\n".join(lines).encode() + b"\n", preset=9 | lzma.PRESET_EXTREME)
+    text = "\n".join(lines)
+    content = text.encode() + b"\n"
+    data = lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)
     if len(data) > MAX_BYTES:
         sys.exit(f"{TARGET.name} would have {len(data):,} bytes; at most {MAX_BYTES:,} may ship")
     TARGET.write_bytes(data)

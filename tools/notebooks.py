@@ -32,9 +32,9 @@ def run_notebook(notebook: Any) -> None:  # noqa: ANN401 - nbformat has no types
     notebook.cells.insert(0, path_cell)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            NotebookClient(
-                notebook, timeout=TIMEOUT, resources={"metadata": {"path": folder}}
-            ).execute()
+            resources = {"metadata": {"path": folder}}
+            client = NotebookClient(notebook, timeout=TIMEOUT, resources=resources)
+            client.execute()
         finally:
             notebook.cells.remove(path_cell)
 

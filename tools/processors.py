@@ -91,7 +91,8 @@ def settings_in_force(environment: dict[str, str]) -> Iterator[str]:
         text=True,
         check=True,
     )
-    return iter(dict.fromkeys(match.group() for match in REPORTED.finditer(probe_run.stdout)))
+    reported_settings = [match.group() for match in REPORTED.finditer(probe_run.stdout)]
+    return iter(dict.fromkeys(reported_settings))
 
 
 def run_tests(name: str, arguments: list[str]) -> tuple[int, str]:
@@ -122,12 +123,9 @@ def run_tests(name: str, arguments: list[str]) -> tuple[int, str]:
     ]
     start = time.monotonic()
     with (OUTPUT / f"{name}.log").open("w") as log:
-        log.write(
-            "\n".join(
-                [f"{key}={value}" for key, value in switches_of_run.items()]
-                + [*settings_in_force(environment), "", ""]
-            )
-        )
+        switch_lines = [f"{key}={value}" for key, value in switches_of_run.items()]
+        settings = [*switch_lines, *settings_in_force(environment), "", ""]
+        log.write("\n".join(settings))
         log.flush()
         status = subprocess.run(
             command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False
@@ -138,9 +136,9 @@ def run_tests(name: str, arguments: list[str]) -> tuple[int, str]:
         *re.findall(r"^(?:FAILED|ERROR) .*|^Using --randomly-seed.*", text, re.M),
         sep="\n",
     )
+    last_line = text.splitlines()[-1]
     counts = {
-        outcome: n
-        for n, outcome in re.findall(r"(\d+) (passed|failed|error|skipped)", text.splitlines()[-1])
+        outcome: n for n, outcome in re.findall(r"(\d+) (passed|failed|error|skipped)", last_line)
     }
     cells = [counts.get(outcome, "0") for outcome in ("passed", "failed", "error", "skipped")]
     return status, f"| {name} | {threads} | {' | '.join(cells)} | {time.monotonic() - start:.0f} |"
@@ -164,7 +162,8 @@ def main() -> int:
         status, row = run_tests(name, arguments)
         has_failed |= status != 0
         table.append(row)
-        (OUTPUT / "table.md").write_text("\n".join(table) + "\n")
+        text = "\n".join(table) + "\n"
+        (OUTPUT / "table.md").write_text(text)
         print(row, flush=True)
     print("\n".join(table))
     return int(has_failed)

@@ -35,6 +35,7 @@ def repack(package: bytes, epoch: int) -> bytes:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        Path(name).write_bytes(
-            repack(Path(name).read_bytes(), int(os.environ["SOURCE_DATE_EPOCH"]))
-        )
+        package_file = Path(name)
+        built_package = package_file.read_bytes()
+        repacked = repack(built_package, int(os.environ["SOURCE_DATE_EPOCH"]))
+        package_file.write_bytes(repacked)

@@ -83,10 +83,13 @@ class Page(NamedTuple):
 def read_page(path: Path) -> Page:
     """The sentences of a Markdown page."""
     sentences = []
-    for paragraph in _paragraphs(path.read_text(encoding="utf-8")):
+    text = path.read_text(encoding="utf-8")
+    for paragraph in _paragraphs(text):
         if LISTED_LINK.fullmatch(paragraph):
             continue
-        sentences += _sentences(_plain(BOLD_HEADING.sub("", paragraph)))
+        body = BOLD_HEADING.sub("", paragraph)
+        plain_text = _plain(body)
+        sentences += _sentences(plain_text)
     return Page(path, sentences)
 
 
@@ -101,10 +104,12 @@ def _paragraphs(text: str) -> list[str]:
         begins_item = re.match(r"\s*([-*]|\d+\.)\s", line) is not None
         if is_left_out or begins_item or not line.strip():
             if current:
-                paragraphs.append(" ".join(current))
+                paragraph = " ".join(current)
+                paragraphs.append(paragraph)
             current = []
         if not is_left_out and line.strip():
-            current.append(re.sub(r"^\s*([-*]|\d+\.)\s+", "", line).strip())
+            line_of_text = re.sub(r"^\s*([-*]|\d+\.)\s+", "", line)
+            current.append(line_of_text.strip())
     return paragraphs
 
 
@@ -137,12 +142,14 @@ def main(names: list[str]) -> int:
         page = read_page(path)
         if not page.sentences:
             continue
-        name = path.resolve().relative_to(ROOT).as_posix()
+        absolute_path = path.resolve()
+        name = absolute_path.relative_to(ROOT).as_posix()
         lengths = page.lengths
         share = sum(length > LONG_SENTENCE for length in lengths) / len(lengths)
         mark = ""
         if page.faults:
-            failed.append(f"{name}: {'; '.join(page.faults)}")
+            faults = "; ".join(page.faults)
+            failed.append(f"{name}: {faults}")
             mark = " NO"
         median = statistics.median(lengths)
         print(f"{name:40} {len(lengths):9} {median:7g} {share:6.0%} {max(lengths):8}{mark}")

@@ -31,15 +31,13 @@ def set_version(root: Path, version: str, date: str) -> None:
         ("src/vilu_bench/pyproject.toml", r'^version = ".*"$', f'version = "{version}"'),
         ("deploy/conda/recipe.yaml", r'^  version: ".*"$', f'  version: "{version}"'),
     ):
-        new_texts[root / name] = replace_once(
-            root / name, read_text(root / name), pattern, replacement
-        )
+        old_text = read_text(root / name)
+        new_texts[root / name] = replace_once(root / name, old_text, pattern, replacement)
     bench = root / "src/vilu_bench/pyproject.toml"
     pin = f'"vilu[report]=={version}"'
     new_texts[bench] = replace_once(bench, new_texts[bench], r'"vilu\[report\]==.*?"', pin)
-    page, lists = divide_changelog(
-        (root / "CHANGELOG.md").read_text(encoding="utf-8"), version, date
-    )
+    changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    page, lists = divide_changelog(changelog, version, date)
     new_texts[root / "CHANGELOG.md"] = page
     new_texts[root / "docs" / f"changes-{version}.md"] = lists
     for path, text in new_texts.items():
@@ -79,6 +77,8 @@ def divide_changelog(changelog: str, version: str, date: str) -> tuple[str, str]
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("version")
-    parser.add_argument("--date", default=datetime.datetime.now(datetime.UTC).date().isoformat())
+    now = datetime.datetime.now(datetime.UTC)
+    today = now.date()
+    parser.add_argument("--date", default=today.isoformat())
     options = parser.parse_args()
     set_version(ROOT, options.version, options.date)

@@ -35,9 +35,8 @@ def resolve_device(name: str) -> torch.device:
     if is_available and number:
         is_available = int(number) < torch.cuda.device_count()
     if not is_available:
-        raise UsageError(
-            f"device {name!r} is not on this machine. Found: {', '.join(available_kinds)}."
-        )
+        listed_kinds = ", ".join(available_kinds)
+        raise UsageError(f"device {name!r} is not on this machine. Found: {listed_kinds}.")
     return torch.device(name)
 
 

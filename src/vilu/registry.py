@@ -226,7 +226,8 @@ class Catalogue(MutableMapping[str, Added]):
     def _import_object(self, name: str) -> None:
         """Import an object of this package, and register it."""
         module, _, attribute = self.addresses[name].partition(":")
-        register(getattr(importlib.import_module(module), attribute))
+        imported_module = importlib.import_module(module)
+        register(getattr(imported_module, attribute))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -243,9 +244,8 @@ class Catalogue(MutableMapping[str, Added]):
         object_of_name = self.registered.get(entry.name)
         is_same = is_file or object_of_name == imported_object
         if object_of_name is None or not is_same:
-            raise UsageError(
-                f"{_entry_in_words(entry, self.kind)} has another name than its entry point."
-            )
+            described_entry = _entry_in_words(entry, self.kind)
+            raise UsageError(f"{described_entry} has another name than its entry point.")
 
 
 def entry_points(group: str) -> list[EntryPoint]:
@@ -258,7 +258,9 @@ def entry_points(group: str) -> list[EntryPoint]:
 @cache
 def names_of_bench() -> dict[str, list[str]]:
     """Map each group of entry points to the names added by vilu-bench, installed or not."""
-    text = resources.files("vilu").joinpath("assets", "bench.toml").read_text(encoding="utf-8")
+    package = resources.files("vilu")
+    file = package.joinpath("assets", "bench.toml")
+    text = file.read_text(encoding="utf-8")
     return tomllib.loads(text)
 
 
@@ -345,8 +347,8 @@ def load_plugins() -> None:
 
 def plugins() -> list[str]:
     """Names of the plugins of this process, from ``VILU_PLUGINS`` and from ``load_plugin``."""
-    names_of_user = os.environ.get(PLUGINS_VARIABLE, "").split(",")
-    modules_of_user = [name for name in names_of_user if name]
+    joined_names = os.environ.get(PLUGINS_VARIABLE, "")
+    modules_of_user = [name for name in joined_names.split(",") if name]
     return list(dict.fromkeys([*modules_of_user, *IMPORTED_PLUGINS]))
 
 

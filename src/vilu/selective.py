@@ -94,7 +94,8 @@ class Selective(DecidingModel):
     @checked
     def __init__(self, predictor: FailurePredictor, *, answer: AnswerKind | None = None) -> None:
         if answer is not None and answer != predictor.answer:
-            predictor = type(predictor)(**{**predictor.get_params(), "answer": answer})
+            parameters = {**predictor.get_params(), "answer": answer}
+            predictor = type(predictor)(**parameters)
         predictor.check_answer()
         self.predictor = copy.copy(predictor)  # a fit must not change the caller's object
         self.calibration: Calibration | None = None
@@ -390,7 +391,8 @@ class Selective(DecidingModel):
             ('accept', 'accept')
         """
         self._require_calibrated()
-        return score(self, self._source_of(data), dataset=dataset, split=split)
+        source = self._source_of(data)
+        return score(self, source, dataset=dataset, split=split)
 
     @overload
     def predict_uncertainty(self, data: Tensor) -> Tensor: ...
@@ -437,7 +439,8 @@ class Selective(DecidingModel):
             >>> bool(model.predict_failure_probability(image[:1])[0] < 0.5)
             True
         """
-        return self.predictor.predict_failure_probability(self._source_of(data))
+        source = self._source_of(data)
+        return self.predictor.predict_failure_probability(source)
 
     def _source_of(self, data: EmbeddingSource | RowsLike) -> EmbeddingSource:
         """The data; bare image embeddings get the classes of the calibration."""
@@ -499,7 +502,8 @@ class Selective(DecidingModel):
             ...         print(str(error).endswith("is not calibrated. Run `vilu calibrate` first."))
             True
         """
-        model = cls(load_predictor(folder))
+        predictor = load_predictor(folder)
+        model = cls(predictor)
         Calibration.load(folder)  # an error about a damaged calibration names this folder
         _copy_calibration(Path(folder), model.folder)
         model._read_folder(model.folder)

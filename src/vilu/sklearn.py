@@ -159,7 +159,8 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
 
     def predict_uncertainty(self, X: Any) -> Floats:  # noqa: ANN401
         """Uncertainty (N,) of every row: 1 - max_c p_c."""
-        uncertainty: Floats = 1 - self.predict_proba(X).max(axis=1).astype(np.float64)
+        largest_probability = self.predict_proba(X).max(axis=1)
+        uncertainty: Floats = 1 - largest_probability.astype(np.float64)
         return uncertainty
 
     def accept(self, X: Any) -> NDArray[np.bool_]:  # noqa: ANN401
@@ -217,7 +218,8 @@ def _calibration_mask(
     generator = check_random_state(random_state)
     is_calibration = np.zeros(len(labels), np.bool_)
     for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
+        rows_of_label = np.flatnonzero(labels == label)
+        rows = generator.permutation(rows_of_label)
         n_calibration = int(share * len(rows))
         is_calibration[rows[:n_calibration]] = True
     return is_calibration

@@ -45,7 +45,8 @@ def align_columns(lines: Sequence[Sequence[str]]) -> list[str]:
     aligned_lines: list[str] = []
     for line in cells:
         padded_cells = map(str.ljust, line, widths)
-        aligned_lines.append("  ".join(padded_cells).rstrip())
+        padded_line = "  ".join(padded_cells)
+        aligned_lines.append(padded_line.rstrip())
     return aligned_lines
 
 
@@ -53,7 +54,8 @@ def markdown_rows(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> lis
     """Lines of a Markdown table; the cells must already be valid Markdown."""
     rows = [_markdown_row(heading), "|---" * len(heading) + "|"]
     for line in lines:
-        rows.append(_markdown_row(line))
+        row = _markdown_row(line)
+        rows.append(row)
     return rows
 
 
@@ -93,13 +95,15 @@ def escape_unprintable(text: str, keep: str = "") -> str:
         if character.isprintable() or character in keep:
             characters.append(character)
         else:
-            characters.append(character.encode("unicode_escape").decode())
+            escape = character.encode("unicode_escape")
+            characters.append(escape.decode())
     return "".join(characters)
 
 
 def to_terminal_text(text: str) -> str:
     """Make a name printable for a terminal, and shorten it to ``MAX_CELL_LENGTH`` characters."""
-    return _cut(escape_unprintable(text), MAX_CELL_LENGTH)
+    printable_text = escape_unprintable(text)
+    return _cut(printable_text, MAX_CELL_LENGTH)
 
 
 def _cut(line: str, length: int) -> str:
@@ -123,7 +127,9 @@ def plural(n: int, noun: str) -> str:
 
 def shorten_line(text: str, length: int) -> str:
     """Put a text on one line, and shorten it to ``length`` characters."""
-    return _cut(" ".join(text.split()), length)
+    words = text.split()
+    line = " ".join(words)
+    return _cut(line, length)
 
 
 def hidden_rows_line(n: int, n_shown: int, noun: str) -> list[str]:
@@ -139,8 +145,9 @@ def hidden_rows_line(n: int, n_shown: int, noun: str) -> list[str]:
 
 def csp_hash(content: str) -> str:
     """The hash to allow an inline script or style in a Content-Security-Policy."""
-    digest = hashlib.sha256(content.encode()).digest()
-    return f"sha256-{base64.b64encode(digest).decode()}"
+    sha256 = hashlib.sha256(content.encode())
+    encoded_digest = base64.b64encode(sha256.digest())
+    return f"sha256-{encoded_digest.decode()}"
 
 
 def render_page(package: str, name: str, images: str) -> tuple[str, str]:
@@ -160,4 +167,6 @@ def render_page(package: str, name: str, images: str) -> tuple[str, str]:
         f"style-src '{csp_hash(style)}'; script-src '{csp_hash(script)}'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    return page.replace("{{style}}", style).replace("{{script}}", script), policy
+    page = page.replace("{{style}}", style)
+    page = page.replace("{{script}}", script)
+    return page, policy

@@ -46,7 +46,8 @@ def require_between(name: str, value: float, interval: str = "(0, 1)") -> None:
 def require_one_of(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise UsageError if a value is not one of the choices."""
     if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}. Got {value!r} instead.")
+        listed_choices = ", ".join(choices)
+        raise UsageError(f"{name} must be one of {listed_choices}. Got {value!r} instead.")
 
 
 def refuse_masked(values: Any, name: str) -> None:  # noqa: ANN401 - any argument
@@ -148,7 +149,8 @@ def _type_hints(function: Callable[..., object]) -> dict[str, Any]:
     Positional-only parameters, *args and **kwargs are left out.
     """
     annotations = {}
-    for name, parameter in inspect.signature(function).parameters.items():
+    signature = inspect.signature(function)
+    for name, parameter in signature.parameters.items():
         if parameter.kind in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}:
             continue
         if parameter.kind is parameter.POSITIONAL_ONLY:

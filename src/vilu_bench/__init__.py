@@ -7,4 +7,5 @@ from importlib import resources
 
 def read_asset(name: str) -> str:
     """Text of a file in the package's folder ``assets``."""
-    return resources.files(__name__).joinpath("assets", name).read_text(encoding="utf-8")
+    file = resources.files(__name__).joinpath("assets", name)
+    return file.read_text(encoding="utf-8")

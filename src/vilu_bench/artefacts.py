@@ -37,9 +37,11 @@ def check(path: Path) -> Artefact | None:
 def _check_cell(file: Path, run: Path) -> None:
     """Raise a DataError if a document is damaged or is not at the path of the cell."""
     try:
-        result = CellResult.model_validate(read_json(file, RUN_AGAIN))
+        document = read_json(file, RUN_AGAIN)
+        result = CellResult.model_validate(document)
     except ValidationError as error:
-        raise DataError(f"{file} is damaged: {first_error(error)}. {RUN_AGAIN}.") from error
+        damage = first_error(error)
+        raise DataError(f"{file} is damaged: {damage}. {RUN_AGAIN}.") from error
     is_in_place = run / result.cell.path == file
     if not is_in_place or load_result(run, result.cell, result.fingerprint) is None:
         raise DataError(

@@ -134,7 +134,8 @@ def _print_plans(studies: list[Config], data: Path, output: Path) -> None:
 
     plans = [plan_study(study, data, output) for study in studies]
     facts = [plan.to_dict() for plan in plans]
-    print_result(facts, describe_plans(plans))
+    text = describe_plans(plans)
+    print_result(facts, text)
 
 
 @wants_inputs(train=STORE_KIND, test=STORE_KIND)
@@ -168,7 +169,7 @@ def render(
     run: Annotated[
         Path,
         path_argument(
-            "Output folder of `vilu benchmark`, whose stores are not needed; or a file of --keep."
+            "Output folder of `vilu benchmark`, whose stores may be removed; or a file of --keep."
         ),
     ],
     document: Annotated[
@@ -235,7 +236,7 @@ def render(
 @wants_inputs(run=BENCHMARK_KIND)
 def submit(
     run: Annotated[
-        Path, path_argument("Output folder of `vilu benchmark`; its stores are not needed.")
+        Path, path_argument("Output folder of `vilu benchmark`. Its stores may be removed.")
     ],
     method: Annotated[str, typer.Argument(help="Label of the method, as in [methods.LABEL].")],
     output: Annotated[
@@ -246,7 +247,8 @@ def submit(
     from vilu_bench.studies.study import load_studies
     from vilu_bench.studies.submit import export_cells
 
-    paths = export_cells(load_studies(run), run, method, output)
+    boards = load_studies(run)
+    paths = export_cells(boards, run, method, output)
     print_outputs(output)
     log_next_step(
         f"{len(paths)} cells; whoever has the same study: vilu render RUN --submitted {output}"
@@ -266,14 +268,16 @@ def _print_studies(studies: list[Rendered]) -> None:
         parts.append(text)
         parts.append(study.times)
     if parts:
-        typer.echo("\n\n".join(part for part in parts if part))
+        tables = "\n\n".join(part for part in parts if part)
+        typer.echo(tables)
 
 
 def _print_summaries(studies: list[Rendered]) -> None:
     from vilu_bench.studies.ranking import summarise
 
     summaries = {study.board.config.name: summarise(study.board).to_dict() for study in studies}
-    typer.echo(json.dumps(summaries, indent=2))
+    text = json.dumps(summaries, indent=2)
+    typer.echo(text)
 
 
 PUBLISHED_SIZES = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViLU's Table 6
@@ -346,9 +350,8 @@ def _arguments_by_label(predictors: list[str]) -> dict[str, str]:
     """
     argument_of = {Path(name).name: name for name in predictors}
     if len(argument_of) < len(predictors):
-        raise UsageError(
-            f"folders must differ in their last names. Got {', '.join(predictors)}. Rename one."
-        )
+        names = ", ".join(predictors)
+        raise UsageError(f"folders must differ in their last names. Got {names}. Rename one.")
     return argument_of
 
 
@@ -356,7 +359,9 @@ def _print_sizes(table: ResultTable, draws: int) -> None:
     """Print the results, with a column for each pool size."""
     from vilu_bench.studies.pool_sizes import size_table
 
-    print_result(table.to_dicts(), size_table(table))
+    rows = table.to_dicts()
+    text = size_table(table)
+    print_result(rows, text)
     legend = "AUROC / FPR95 in percent; positive=correct for FPR95"
     if draws > 1:
         legend += f", ± over {draws} draws"
@@ -369,7 +374,9 @@ def _load_or_make_predictor(name: str) -> FailurePredictor:
     from vilu.predictors.persistence.storage import load_predictor
 
     if _is_folder(name):
-        return load_predictor(require_existing(Path(name)))
+        folder = Path(name)
+        require_existing(folder)
+        return load_predictor(folder)
     cls = find_method(name)
     if cls.needs_fit:
         raise UsageError(
@@ -381,15 +388,17 @@ def _load_or_make_predictor(name: str) -> FailurePredictor:
 
 def _is_folder(name: str) -> bool:
     """Whether an argument is the path of a folder, rather than the name of a method."""
-    has_several_parts = Path(name).name != name
-    return has_several_parts or Path(name).is_dir()
+    path = Path(name)
+    has_several_parts = path.name != name
+    return has_several_parts or path.is_dir()
 
 
 def _parse_sizes(text: str) -> list[int]:
     """The different pool sizes in a text, ascending."""
     sizes = set()
     for word in text.split(","):
-        size = _whole_number(word.strip())
+        size_text = word.strip()
+        size = _whole_number(size_text)
         if size is None or size < 2:
             raise UsageError(
                 f"--sizes must be whole numbers from 2, joined by commas. Got {text!r} instead."

@@ -60,16 +60,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     target = Path(path)
     # "ignore" drops the last character if the limit cuts the bytes of the character in two
-    final_name = os.fsencode(target.name)[:MAX_NAME_BYTES].decode("utf-8", "ignore")
+    encoded_name = os.fsencode(target.name)
+    final_name = encoded_name[:MAX_NAME_BYTES].decode("utf-8", "ignore")
     unique_part = f"{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}"
     temporary_path = target.with_name(f".{final_name}.{unique_part}.tmp")
     hint = "Give a folder that exists, is writable and has room."
     with convert_os_errors(f"cannot write {target}", hint=hint):
-        # ``pop`` removes the entry, so leftovers of each final name are searched only once
-        earlier_files = temporary_paths(target.parent.absolute()).pop(final_name, ())
-        for earlier_file in earlier_files:
-            if is_leftover(earlier_file):
-                earlier_file.unlink(missing_ok=True)
+        _remove_leftovers(target.parent, final_name)
         try:
             with temporary_path.open("xb") as handle:
                 yield handle
@@ -83,6 +80,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         _sync_folder(target.parent)
 
 
+def _remove_leftovers(folder: Path, final_name: str) -> None:
+    """Remove the temporary files for ``final_name`` that crashes left in a folder."""
+    paths_of_name = temporary_paths(folder.absolute())
+    # ``pop`` removes the entry, so leftovers of each final name are searched only once
+    for earlier_file in paths_of_name.pop(final_name, ()):
+        if is_leftover(earlier_file):
+            earlier_file.unlink(missing_ok=True)
+
+
 @lru_cache(maxsize=1024)
 def temporary_paths(folder: Path) -> dict[str, list[Path]]:
     """Map each final name to the temporary files and folders for this name in a folder.
@@ -94,7 +100,8 @@ def temporary_paths(folder: Path) -> dict[str, list[Path]]:
     for path in folder.iterdir():
         match = TEMPORARY_NAME.fullmatch(path.name)
         if match is not None:
-            paths_of_name.setdefault(match["name"], []).append(path)
+            paths = paths_of_name.setdefault(match["name"], [])
+            paths.append(path)
     return paths_of_name
 
 
@@ -135,7 +142,9 @@ def advice_to_owner(error: OSError) -> str:
     if not isinstance(error, PermissionError) or error.filename is None:
         return ""
     try:
-        mode = Path(os.fsdecode(error.filename)).stat().st_mode
+        file_name = os.fsdecode(error.filename)
+        path = Path(file_name)
+        mode = path.stat().st_mode
         is_private = (mode & 0o077) == 0  # the group and other users have no rights
     except PermissionError:  # the user may not open the folder of the file
         is_private = True
@@ -151,8 +160,9 @@ def advice_to_owner(error: OSError) -> str:
 
 def host_hash() -> str:
     """Eight hex digits that identify this machine among the machines that share a file system."""
-    name = socket.gethostname().encode("utf-8", "surrogateescape")
-    return bytes_hash(name)[:8]
+    name = socket.gethostname()
+    encoded_name = name.encode("utf-8", "surrogateescape")
+    return bytes_hash(encoded_name)[:8]
 
 
 def is_leftover(path: Path) -> bool:
@@ -182,15 +192,17 @@ def _is_alive(pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)  # the signal 0 does nothing, but raises an error if there is no process
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        stat_file = Path(f"/proc/{pid}/stat")
+        stat = stat_file.read_bytes()
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # the process belongs to another user, or this system has no /proc
         return True
     # "PID (NAME) STATE ...", where NAME may contain any character, also ")"
     _, _, after_name = stat.rpartition(b")")
+    from_state_on = after_name.lstrip()
     # in the state Z (zombie) a process has ended, but the parent has not read the exit status yet
-    return not after_name.lstrip().startswith(b"Z")
+    return not from_state_on.startswith(b"Z")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -288,11 +300,12 @@ def _warn_of_other_machine(holder_file: Path, host: str, activity: str) -> None:
     """Warn if a holder file names a process of a machine other than ``host``, this machine."""
     holder = _read_holder(holder_file)
     if holder and holder["host"] != host:
+        other_process = holder.group()
         logger.warning(
             "%s names %s. Either it died there, or it is %s too, because the locks of this file "
             "system do not exclude other machines. Make sure that only one machine works there.",
             holder_file,
-            holder.group(),
+            other_process,
             activity,
         )
 
@@ -315,7 +328,9 @@ def _read_holder(holder_file: Path) -> re.Match[str] | None:
     """
     try:
         with holder_file.open("rb") as handle:
-            return HOLDER_PATTERN.fullmatch(handle.read(1024).decode(errors="replace"))
+            content = handle.read(1024)
+            text = content.decode(errors="replace")
+            return HOLDER_PATTERN.fullmatch(text)
     except OSError:  # without the file, messages name no process
         return None
 
@@ -325,7 +340,8 @@ def cache_folder() -> Path:
 
     The folder may not exist. Users may delete the folder at any time.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder_of_user = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(folder_of_user)
     if not base.is_absolute():  # the XDG specification says to ignore a relative path
         base = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111
     return base / "vilu"

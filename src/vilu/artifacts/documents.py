@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 def content_digest(content: Mapping[str, object], *excluded_keys: str) -> str:
     """Digest of the content of a document, without the parts removed by ``without_version``."""
-    return digest(without_version(content, *excluded_keys))
+    compared_content = without_version(content, *excluded_keys)
+    return digest(compared_content)
 
 
 def without_version(content: Mapping[str, object], *excluded_keys: str) -> dict[str, object]:
@@ -74,7 +75,8 @@ D = TypeVar("D", bound=Document)
 
 def write_document(path: Path, document: Document) -> None:
     """Write a document atomically."""
-    write_json(path, document.model_dump(mode="json"))
+    content = document.model_dump(mode="json")
+    write_json(path, content)
 
 
 def read_document(path: Path, document_class: type[D]) -> D:
@@ -83,11 +85,11 @@ def read_document(path: Path, document_class: type[D]) -> D:
     error_class = document_class.error_class
     content = read_json(path, remedy, error_class)
     try:
-        return document_class.model_validate_json(json.dumps(content))
+        text = json.dumps(content)
+        return document_class.model_validate_json(text)
     except ValidationError as error:
-        raise error_class(
-            f"{path} is damaged: {first_error(error)}. {remedy} to repair it."
-        ) from error
+        problem = first_error(error)
+        raise error_class(f"{path} is damaged: {problem}. {remedy} to repair it.") from error
 
 
 def read_json(
@@ -274,7 +276,8 @@ def plain_json(value: object, subject: str = "metadata", indent: int | None = No
     The message of the error is "SUBJECT must be plain JSON, but REASON."
     """
     try:
-        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False).encode()
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+        return text.encode()
     except (TypeError, ValueError) as error:
         raise DataError(f"{subject} must be plain JSON, but {error}.") from error
 
@@ -293,8 +296,11 @@ def fill_dataclass(entry_class: type[Entry], values: Mapping[str, object], title
     field_names = [field.name for field in fields(entry_class)]
     for name in values:
         if name not in field_names:
-            raise UsageError(f"{title} has no {name!r}; it has {', '.join(field_names)}.")
+            listed_names = ", ".join(field_names)
+            raise UsageError(f"{title} has no {name!r}; it has {listed_names}.")
     try:
-        return TypeAdapter(entry_class).validate_python(values)
+        adapter = TypeAdapter(entry_class)
+        return adapter.validate_python(values)
     except ValidationError as error:
-        raise UsageError(f"{title}, {first_error(error)}.") from error
+        problem = first_error(error)
+        raise UsageError(f"{title}, {problem}.") from error

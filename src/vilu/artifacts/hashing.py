@@ -34,12 +34,14 @@ def digest(value: object) -> str:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     # file names without valid UTF-8 contain surrogates
     content = text.encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    blake2b = hashlib.blake2b(content, digest_size=16)
+    return blake2b.hexdigest()
 
 
 def bytes_hash(content: bytes) -> str:
     """SHA-256 of bytes, in hex."""
-    return hashlib.sha256(content).hexdigest()
+    sha256 = hashlib.sha256(content)
+    return sha256.hexdigest()
 
 
 def stream_hash(handle: BufferedReader) -> str:
@@ -47,7 +49,8 @@ def stream_hash(handle: BufferedReader) -> str:
 
     See also ``disk.file_hash``.
     """
-    return hashlib.file_digest(handle, "sha256").hexdigest()
+    sha256 = hashlib.file_digest(handle, "sha256")
+    return sha256.hexdigest()
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -82,8 +85,6 @@ def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     A tensor with repeated rows (``Tensor.expand``) takes little memory. Block by block, such a
     tensor is never copied as a whole.
     """
-    import torch
-
     if not tensor.numel():
         return
     n_rows = tensor.shape[0] if tensor.ndim else 1
@@ -91,4 +92,13 @@ def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     rows = tensor.reshape(n_rows, width)
     rows_per_block = max(MAX_BLOCK_SIZE // width, 1)
     for block in rows.split(rows_per_block):
-        yield block.cpu().contiguous().view(torch.uint8).numpy().data
+        yield _bytes_of(block)
+
+
+def _bytes_of(block: Tensor) -> memoryview:
+    """The bytes of a tensor, in the order of its entries."""
+    import torch
+
+    block = block.cpu().contiguous()
+    single_bytes = block.view(torch.uint8)
+    return single_bytes.numpy().data

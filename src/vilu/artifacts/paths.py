@@ -109,7 +109,8 @@ def inputs_entry(inputs: str | None) -> dict[str, str]:
 
 def write_with_inputs(path: Path, content: dict[str, object], inputs: str) -> None:
     """Write a document together with the digest of the inputs."""
-    write_json(path, {**content, **inputs_entry(inputs)})
+    content_with_inputs = {**content, **inputs_entry(inputs)}
+    write_json(path, content_with_inputs)
 
 
 # Every name of a lock or of a temporary file has a part with this pattern, and begins with a dot.
@@ -175,8 +176,9 @@ def _require_suffix(target: Path, kind: FileKind) -> None:
     """Raise UsageError if the suffix of a file is wrong for this kind."""
     suffixes = SUFFIXES_OF_KIND.get(kind)
     if suffixes is not None and target.suffix.lower() not in suffixes:
+        listed_suffixes = " or ".join(suffixes)
         raise UsageError(
-            f"vilu keeps {kind} in a {' or '.join(suffixes)} file. Got {target.name!r} instead."
+            f"vilu keeps {kind} in a {listed_suffixes} file. Got {target.name!r} instead."
         )
 
 
@@ -219,7 +221,8 @@ def claim_folder(
         StorageError: If the folder cannot be written to.
     """
     root = Path(path)
-    if os.path.lexists(root) and not root.is_dir():
+    is_anything = os.path.lexists(root)  # also a link without a target
+    if is_anything and not root.is_dir():
         raise UsageError(
             f"{root} is a file, so no {result_kind} can be put there. Give a new folder."
         )
@@ -261,8 +264,9 @@ def refuse_foreign_files(root: Path, result_kind: str, foreign_paths: Iterable[P
     """
     first_foreign_path = min(foreign_paths, default=None)
     if first_foreign_path is not None:
+        name_in_folder = str(first_foreign_path.relative_to(root))
         raise UsageError(
-            f"{root} holds {str(first_foreign_path.relative_to(root))!r}, which is no part of "
+            f"{root} holds {name_in_folder!r}, which is no part of "
             f"vilu's {result_kind}, so nothing there is touched. Give a new folder."
         )
 
@@ -281,10 +285,12 @@ def kind_and_inputs(path: Path) -> KindAndInputs | None:
             return _kind_by_bytes(path)
     if entries is None:
         return None
-    kind = KIND_OF_ENTRY.get(str(entries.get("kind")))
+    stated_kind = entries.get("kind")
+    kind = KIND_OF_ENTRY.get(str(stated_kind))
     if kind is None:
         return None
-    return KindAndInputs(kind, str(entries.get(INPUTS_KEY) or ""))
+    inputs = entries.get(INPUTS_KEY) or ""
+    return KindAndInputs(kind, str(inputs))
 
 
 def inputs_digest(*paths: Path, **settings: object) -> str:
@@ -313,7 +319,8 @@ def content_identity(path: Path) -> object:
     documents: list[object] = []
     for name in ("predictor.json", "risk.json", RUN_FILE, MANIFEST_FILE):
         if (path / name).is_file():
-            documents.append([name, _document_identity(path / name)])
+            identity = _document_identity(path / name)
+            documents.append([name, identity])
     return documents or list_files(path)
 
 
@@ -336,7 +343,8 @@ def list_files(folder: Path, max_entries: int = MAX_LISTED_ENTRIES) -> list[obje
         listing: list[object] = []
         for file in sorted(files):
             status = file.stat()
-            listing.append([str(file.relative_to(folder)), status.st_size, status.st_mtime_ns])
+            name = str(file.relative_to(folder))
+            listing.append([name, status.st_size, status.st_mtime_ns])
     return listing
 
 
@@ -365,7 +373,8 @@ def _document_identity(path: Path) -> object:
 def _document_content(path: Path) -> dict[str, Any] | None:
     """The content of a JSON document; None for any other file."""
     try:
-        return parse_json(read_bounded(path, "Make it again", DataError))
+        content = read_bounded(path, "Make it again", DataError)
+        return parse_json(content)
     except (ValueError, RecursionError):
         return None
 
@@ -400,11 +409,13 @@ def _kind_by_bytes(path: Path) -> KindAndInputs | None:
             return KindAndInputs(kind, inputs="")
     onnx_match = ONNX_MARK_PATTERN.search(end)
     if onnx_match:
-        return KindAndInputs("ONNX export", onnx_match["inputs"].decode())
+        inputs = onnx_match["inputs"].decode()
+        return KindAndInputs("ONNX export", inputs)
     text_match = TEXT_MARK_PATTERN.search(end)
     if text_match:
         kind_of_text = KIND_OF_TEXT[text_match["kind"]]
-        return KindAndInputs(kind_of_text, text_match["inputs"].decode())
+        inputs = text_match["inputs"].decode()
+        return KindAndInputs(kind_of_text, inputs)
     # a page of vilu without the mark, and so without the digest of the inputs
     if b"Made by vilu " in end and end.rstrip().endswith(b"</html>"):
         return KindAndInputs("page", inputs="")

@@ -90,8 +90,10 @@ def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
     table = _replace_in_texts(table, text_columns, pattern=_FORMULA_PATTERN, replacement=r"'\1")
     buffer = BytesIO()
     header = StringIO()
-    csv.writer(header, lineterminator="\n").writerow(table.column_names)
-    buffer.write(header.getvalue().encode())
+    writer = csv.writer(header, lineterminator="\n")
+    writer.writerow(table.column_names)
+    heading = header.getvalue()
+    buffer.write(heading.encode())
     options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed")
     pyarrow.csv.write_csv(table, buffer, options)
     return buffer.getvalue()
@@ -115,7 +117,8 @@ def parquet_bytes(
     content = parse_json(plain_json({SCHEMA_KEY: SCHEMA_VERSION, **metadata}))
     content[DIGEST_KEY] = table_digest(table, content)
     buffer = BytesIO()
-    sealed_table = table.replace_schema_metadata({METADATA_KEY: plain_json(content)})
+    schema_metadata = {METADATA_KEY: plain_json(content)}
+    sealed_table = table.replace_schema_metadata(schema_metadata)
     repetitive_columns = [name for name in table.column_names if _is_repetitive(table[name])]
     pyarrow.parquet.write_table(
         sealed_table,
@@ -139,8 +142,8 @@ def _is_repetitive(column: pa.ChunkedArray) -> bool:
     import pyarrow.compute as pc
 
     first_values = column[:SAMPLE_SIZE]
-    n_distinct = pc.count_distinct(first_values).as_py()
-    return bool(n_distinct <= len(first_values) / 2)
+    n_distinct = pc.count_distinct(first_values)
+    return bool(n_distinct.as_py() <= len(first_values) / 2)
 
 
 def table_digest(table: pa.Table, metadata: Mapping[str, object]) -> str:
@@ -166,7 +169,7 @@ def _column_hash(column: pa.ChunkedArray) -> str:
         column = column.cast(pa.int8())
     if column.null_count:
         for chunk in column.chunks:
-            sha256.update(chunk.is_null().cast(pa.int8()).to_numpy())
+            sha256.update(_null_mask(chunk).to_numpy())
         # Arrow stores undefined bytes for a null, so a fixed value replaces these bytes
         fixed_value = "" if is_text else pa.scalar(0).cast(column.type)
         column = pc.fill_null(column, fixed_value)
@@ -180,6 +183,14 @@ def _column_hash(column: pa.ChunkedArray) -> str:
     for chunk in column.chunks:
         sha256.update(_text_bytes(chunk))
     return sha256.hexdigest()
+
+
+def _null_mask(chunk: pa.Array) -> pa.Array:
+    """Array (N,) with 1 for each null of an array, and 0 for each other value."""
+    import pyarrow as pa
+
+    is_null = chunk.is_null()
+    return is_null.cast(pa.int8())
 
 
 def _text_bytes(chunk: pa.Array) -> memoryview:
@@ -268,7 +279,8 @@ def read_table(
 def _read_parquet(source: pa.NativeFile) -> pa.Table:
     import pyarrow.parquet
 
-    table = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True).read()
+    file = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
+    table = file.read()
     table.validate(full=True)  # checks the UTF-8 of strings, and the offsets into the buffers
     return table
 
@@ -278,7 +290,8 @@ def _footer(source: pa.NativeFile) -> bytes:
     # a file ends with the footer, the length of the footer in four bytes, and the text "PAR1"
     end = source.size() - 8
     source.seek(end)
-    length = int.from_bytes(source.read(4), "little")
+    length_bytes = source.read(4)
+    length = int.from_bytes(length_bytes, "little")
     start = max(end - length, 0)  # 0 if the length is damaged, and larger than the file
     source.seek(start)
     return bytes(source.read(end - start))
@@ -299,7 +312,8 @@ def read_column(path: str | Path, table: pa.Table, name: str, type_name: str) ->
 
     arrow_type = pa.type_for_alias(type_name)
     if name not in table.column_names:
-        return pa.chunked_array([pa.nulls(len(table), arrow_type)])
+        nulls = pa.nulls(len(table), arrow_type)
+        return pa.chunked_array([nulls])
     try:
         return table[name].cast(arrow_type)
     except pa.ArrowException as error:
@@ -397,8 +411,9 @@ def require_distinct_columns(
     example = ""
     if example_cells:
         example = f" The first row has {' and '.join(example_cells)} there."
+    listed_names = ", ".join(repeated_names)
     raise DataError(
-        f"{location}: distinct columns are needed. Repeated: {', '.join(repeated_names)}.{example} "
+        f"{location}: distinct columns are needed. Repeated: {listed_names}.{example} "
         "Rename or remove all but one."
     )
 
@@ -421,9 +436,10 @@ def _require_named_columns(location: str, names: Sequence[str], cells: Sequence[
         cell_before = ""
         if index:
             cell_before = f" after {cells[index - 1]!r}"
+        listed_names = ", ".join(names)
         raise DataError(
             f"{location}: {cells[index]!r}{cell_before} is in none of the columns "
-            f"{', '.join(names)}. Put a text that holds a comma into quotes, or name the column."
+            f"{listed_names}. Put a text that holds a comma into quotes, or name the column."
         )
 
 
@@ -432,7 +448,8 @@ def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
     # Python decodes a file in blocks, and the first block also contains rows. Invalid UTF-8 in a
     # row is escaped here, and refused when the rows are read.
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(_lines_of_limited_length(file, path), delimiter=delimiter)
+        lines = _lines_of_limited_length(file, path)
+        reader = csv.reader(lines, delimiter=delimiter)
         names = next(reader, [])
         require_width(path, len(names))
         if len(set(names)) < len(names):
@@ -460,11 +477,9 @@ def read_columns(
     """
     import pyarrow.csv
 
-    return pyarrow.csv.read_csv(
-        source,
-        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=types, **convert_options),
-    )
+    parsing = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    conversion = pyarrow.csv.ConvertOptions(column_types=types, **convert_options)
+    return pyarrow.csv.read_csv(source, parse_options=parsing, convert_options=conversion)
 
 
 def _lines_of_limited_length(file: TextIO, path: str | Path) -> Iterator[str]:
@@ -492,18 +507,21 @@ def require_width(path: str | Path, n_columns: int) -> None:
 
 def table_suffix(path: str | Path) -> str:
     """The suffix of a table, ``.parquet`` or ``.csv``; UsageError for a different suffix."""
-    suffix = Path(path).suffix.lower()
+    file = Path(path)
+    suffix = file.suffix.lower()
     if suffix not in {".parquet", ".csv"}:
-        raise UsageError(f"a table is a .parquet or a .csv file. Got {Path(path).name!r} instead.")
+        raise UsageError(f"a table is a .parquet or a .csv file. Got {file.name!r} instead.")
     return suffix
 
 
 def _parse_csv(source: pa.NativeFile, text_columns: Collection[str], delimiter: str) -> pa.Table:
     import pyarrow as pa
 
+    text_type = pa.string()
+    types = dict.fromkeys(text_columns, text_type)
     table = read_columns(
         source,
-        dict.fromkeys(text_columns, pa.string()),
+        types,
         delimiter,
         null_values=[""],
         strings_can_be_null=True,

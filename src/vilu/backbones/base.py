@@ -78,10 +78,12 @@ def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str
     rows: list[Tensor] = []
     with _progress(len(texts)) as task:
         for batch in batches:
-            rows.append(encode([texts[i] for i in batch]))
+            batch_rows = encode([texts[i] for i in batch])
+            rows.append(batch_rows)
             task.advance(len(batch))
     sorted_rows = torch.cat(rows)
-    row_of_text = torch.tensor(order).argsort()  # text -> row in ``sorted_rows``: inverse of order
+    text_of_row = torch.tensor(order)
+    row_of_text = text_of_row.argsort()  # text -> row in ``sorted_rows``: inverse of order
     return sorted_rows[row_of_text.to(sorted_rows.device)]
 
 
@@ -89,7 +91,8 @@ def _progress(n_texts: int) -> AbstractContextManager[Task]:
     """The progress display for ``n_texts`` texts; silent if all texts fit into a single batch."""
     if n_texts > TEXT_BATCH_SIZE:
         return track("encode texts", n_texts, "texts")
-    return nullcontext(SilentProgress())
+    silence = SilentProgress()
+    return nullcontext(silence)
 
 
 MIN_JPEG_FACTOR: Final = 2
@@ -190,7 +193,8 @@ class DualEncoder:
     def preprocess(self, image: Image.Image) -> Tensor:
         """Pixels (3, H, W) float32 on the CPU."""
         # torchvision uses torch's default type, and a caller may have changed this type
-        return self._transform(image).float()
+        pixels = self._transform(image)
+        return pixels.float()
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Unit-norm embeddings (B, D) float32 on the CPU; the pixels are (B, 3, H, W)."""
@@ -200,8 +204,10 @@ class DualEncoder:
     def encode_images_and_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of ``encode_images``, and features (B, F) float32 on the CPU."""
         rows, features = self._run_image_tower(pixels)
+        embeddings = _normalise(rows)
         # tensors of inference mode cannot be trained on, but a copy from outside this mode can
-        return _normalise(rows), features.clone().cpu()
+        trainable_features = features.clone()
+        return embeddings, trainable_features.cpu()
 
     def _run_image_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, D) of any norm and features (B, F), both in float32."""
@@ -218,13 +224,17 @@ class DualEncoder:
         is_bf16 = self.space.precision == "bf16"
         if is_bf16 and self._bf16_tower is not None:
             with torch.autocast(device_type, enabled=False):
-                return self._bf16_tower(pixels.bfloat16()).float()
+                bf16_pixels = pixels.bfloat16()
+                features = self._bf16_tower(bf16_pixels)
+                return features.float()
         if is_bf16:
             with torch.autocast(device_type, torch.bfloat16):
-                return self._image_tower(pixels).float()
+                features = self._image_tower(pixels)
+                return features.float()
         # the same float32 products, from the faster library on this processor
         with torch.autocast(device_type, enabled=False), fast_products(self.device):
-            return self._image_tower(pixels).float()
+            features = self._image_tower(pixels)
+            return features.float()
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit-norm embeddings (M, D) float32 on the CPU."""
@@ -232,7 +242,8 @@ class DualEncoder:
             return torch.empty(0, self.space.embed_dim, dtype=torch.float32)
 
         def encode(batch: list[str]) -> Tensor:
-            return self._text_head(self._text_tower(batch))
+            features = self._text_tower(batch)
+            return self._text_head(features)
 
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             rows = encode_in_batches(encode, texts)
@@ -243,7 +254,11 @@ class DualEncoder:
         if self._text_cache_key is None:
             return self.encode_texts(texts)
         key = digest([self._text_cache_key, self.device.type, list(texts)])
-        return load_or_compute_rows(f"texts-{key}", lambda: self.encode_texts(texts))
+
+        def encode() -> Tensor:
+            return self.encode_texts(texts)
+
+        return load_or_compute_rows(f"texts-{key}", encode)
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
         """Whether the tokenizer truncates each text."""
@@ -253,7 +268,9 @@ class DualEncoder:
         """Features (M, F_t) float32 on the CPU; ``texts`` are M >= 1 texts."""
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             rows = encode_in_batches(self._text_tower, texts)
-        return rows.float().clone().cpu()
+        float32_rows = rows.float()
+        trainable_rows = float32_rows.clone()
+        return trainable_rows.cpu()
 
 
 MAX_CACHED_ENTRIES = 2**22
@@ -269,11 +286,14 @@ def load_or_compute_rows(name: str, compute: Callable[[], Tensor]) -> Tensor:
     rows_in_cache = _read_cached(path)
     if rows_in_cache is not None:
         return rows_in_cache
-    rows = compute().cpu().contiguous()
+    rows = compute()
+    rows = rows.cpu().contiguous()
     if rows.numel() <= MAX_CACHED_ENTRIES:
         try:
             make_folder(path.parent)
-            write_bytes(path, save({"rows": rows}, {"sha256": tensor_hash(rows)}))
+            metadata = {"sha256": tensor_hash(rows)}
+            content = save({"rows": rows}, metadata)
+            write_bytes(path, content)
         except StorageError as error:
             # not raised, because the next process can compute the rows again
             logger.debug("%s is not stored: %s", path, error)
@@ -311,7 +331,9 @@ def _normalise(rows: Tensor) -> Tensor:
     The function must run outside inference mode. Predictors cannot be trained on tensors made in
     inference mode.
     """
-    return functional.normalize(rows.float(), dim=-1).cpu()
+    float32_rows = rows.float()
+    unit_rows = functional.normalize(float32_rows, dim=-1)
+    return unit_rows.cpu()
 
 
 def with_bf16_members(network: nn.Module, names: Sequence[str]) -> Any:  # noqa: ANN401 - any class
@@ -387,6 +409,6 @@ def _is_mapped(features: Tensor, weight: Tensor, embedding: Tensor) -> bool:
     """Whether ``weight`` (D, F) maps the features (1, F) of the probe to ``embedding`` (1, D)."""
     if weight.shape != (embedding.shape[-1], features.shape[-1]):
         return False
-    largest_error = (features @ weight.T - embedding).abs().max()
-    largest_entry = embedding.abs().max()
-    return bool(largest_error < PROJECTION_TOLERANCE * largest_entry)
+    errors = (features @ weight.T - embedding).abs()
+    entries = embedding.abs()
+    return bool(errors.max() < PROJECTION_TOLERANCE * entries.max())

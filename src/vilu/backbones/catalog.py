@@ -146,9 +146,11 @@ def _library_of_folder(folder: Path, model: NamedBackbone, libraries: list[str])
     for library in libraries:
         files.append(CONFIG_FILES[library])
         commands.append(f"`hf download {repositories[library]} --local-dir {folder}`")
+    listed_files = " or ".join(files)
+    listed_commands = " or ".join(commands)
     raise MissingModelError(
-        f"there is no {' or '.join(files)} in the folder {folder}, where {model.title} was "
-        f"expected. Where there is a network, {' or '.join(commands)} makes that folder. vilu "
+        f"there is no {listed_files} in the folder {folder}, where {model.title} was "
+        f"expected. Where there is a network, {listed_commands} makes that folder. vilu "
         "downloads nothing if it gets a folder of models."
     )
 
@@ -219,27 +221,24 @@ def load_backbone(
     from vilu.backbones.base import DualEncoder
     from vilu.device import SeparateGenerator, resolve_device
 
-    named_source = find_named_backbone(spec, None if models is None else Path(models))
+    models_folder = None if models is None else Path(models)
+    named_source = find_named_backbone(spec, models_folder)
     full_spec = spec if named_source is None else named_source.spec
     kind, _, argument = full_spec.partition(":")
     entry = BACKBONES.get(kind)
     if not isinstance(entry, BackboneKind):
-        known_names = list(BACKBONES)
-        name, _, _ = kind.partition("@")
-        hint = did_you_mean(name, known_names, cutoff=0.5)
-        raise UsageError(
-            f"there is no backbone {spec!r}; known are {', '.join(known_names)}.{hint}"
-        )
+        raise _unknown_backbone(spec, kind)
     require_one_of("precision", precision, PRECISIONS)
     module_name, _, function_name = entry.loader.partition(":")
     options = {} if named_source is None else named_source.options
-    if named_source is None and models is not None:
-        argument = _with_local_path(argument, Path(models))
+    if named_source is None and models_folder is not None:
+        argument = _with_local_path(argument, models_folder)
     logger.info("loading %s ...", spec)
     start = time.monotonic()
     with track(f"load {spec}", total=None, unit="steps"), SeparateGenerator():
         load = getattr(importlib.import_module(module_name), function_name)
-        backbone: Backbone = load(argument, resolve_device(device), precision, **options)
+        torch_device = resolve_device(device)
+        backbone: Backbone = load(argument, torch_device, precision, **options)
     seconds = time.monotonic() - start
     if seconds > SLOW_SECONDS:
         logger.info("%s loaded in %.1f s", spec, seconds)
@@ -250,6 +249,15 @@ def load_backbone(
     if isinstance(backbone, DualEncoder) and not full_decode:
         backbone.reduce_jpegs()
     return backbone
+
+
+def _unknown_backbone(spec: str, kind: str) -> UsageError:
+    """The error for a spec without a backbone; ``kind`` is the part of the spec before ":"."""
+    known_names = list(BACKBONES)
+    name, _, _ = kind.partition("@")
+    hint = did_you_mean(name, known_names, cutoff=0.5)
+    listed_names = ", ".join(known_names)
+    return UsageError(f"there is no backbone {spec!r}; known are {listed_names}.{hint}")
 
 
 def _with_local_path(argument: str, models: Path) -> str:
@@ -306,7 +314,8 @@ def add_backbones(source: Path | str) -> list[str]:
         UsageError: If the source cannot be read, if a key is missing, unknown or of a wrong type,
             or if a name is already taken.
     """
-    return add_tables(toml_tables(source))
+    tables = toml_tables(source)
+    return add_tables(tables)
 
 
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -319,10 +328,17 @@ def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[str]:
         if "loader" in table:
             entry_class = BackboneKind
         values = {"name": name, **table}
-        add_backbone(fill_dataclass(entry_class, values, title=f"backbone {name!r}"))
+        entry = fill_dataclass(entry_class, values, title=f"backbone {name!r}")
+        add_backbone(entry)
     return list(tables)
 
 
-add_backbones(
-    resources.files("vilu").joinpath("assets", "backbones.toml").read_text(encoding="utf-8")
-)
+def _add_built_in_backbones() -> None:
+    """Add the backbones of ``assets/backbones.toml``."""
+    package = resources.files("vilu")
+    file = package.joinpath("assets", "backbones.toml")
+    toml = file.read_text(encoding="utf-8")
+    add_backbones(toml)
+
+
+_add_built_in_backbones()

@@ -77,11 +77,13 @@ class ClosedFormHead(nn.Module):
         text_mean = class_text.mean(dim=0)
         centred_text = class_text - text_mean
         # Wc of the docstring; in float64, because the normal equations square the condition number
-        centred_weight = (weight - weight.mean(dim=0)).double()
+        mean_weight = weight.mean(dim=0)
+        centred_weight = (weight - mean_weight).double()
         n_features = centred_weight.shape[1]
         identity = torch.eye(n_features, dtype=torch.float64, device=weight.device)
         gram = centred_weight.T @ centred_weight + RIDGE_STRENGTH * identity
-        projection = torch.linalg.solve(gram, centred_weight.T @ centred_text.double())
+        cross_products = centred_weight.T @ centred_text.double()
+        projection = torch.linalg.solve(gram, cross_products)
         self.weight = nn.Buffer(weight)
         self.bias = nn.Buffer(bias)
         self.text_mean = nn.Buffer(text_mean)
@@ -91,7 +93,8 @@ class ClosedFormHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Embeddings (B, 2 E) of image features (B, F)."""
-        probability = functional.linear(features, self.weight, self.bias).softmax(dim=-1)
+        logits = functional.linear(features, self.weight, self.bias)
+        probability = logits.softmax(dim=-1)
         convex_embedding = functional.normalize(probability @ self.class_text, dim=-1)
         regressed_features = (features - self.mean_feature) @ self.projection
         ridge_embedding = functional.normalize(regressed_features, dim=-1)
@@ -121,8 +124,10 @@ def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
 
 def _expected_hinge(z: Tensor) -> Tensor:
     """h(z) = z Phi(z) + phi(z) = E[max(z + e, 0)] for e ~ N(0, 1)."""
-    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-    return torch.addcmul(density, z, torch.special.ndtr(z))
+    exponent = -z.square() / 2
+    density = torch.exp(exponent) / math.sqrt(2 * math.pi)
+    distribution = torch.special.ndtr(z)
+    return torch.addcmul(density, z, distribution)
 
 
 def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -130,8 +135,10 @@ def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     The counters of batch norms are left out.
     """
-    expected = _without_counters(model.state_dict())
-    tensors = list(_without_counters(weights).values())
+    weights_of_model = model.state_dict()
+    expected = _without_counters(weights_of_model)
+    plain_weights = _without_counters(weights)
+    tensors = list(plain_weights.values())
     expected_shapes = [tensor.shape for tensor in expected.values()]
     shapes = [tensor.shape for tensor in tensors]
     if shapes != expected_shapes:
@@ -158,29 +165,16 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
     space = _space(files, size, precision)
 
     # Assembling the model takes seconds, and a complete store needs only the space. So the model is
-    # assembled at the first call of any of these functions.
-    def image_tower(pixels: Tensor) -> Tensor:
-        channels_last = pixels.contiguous(memory_format=torch.channels_last)
-        return _assemble_model(files, device).tower(channels_last)
-
-    def image_head(features: Tensor) -> Tensor:
-        rows: Tensor = _assemble_model(files, device).head(features)
-        return rows
-
-    def text_tower(texts: list[str]) -> Tensor:
-        return _assemble_model(files, device).encode_texts(texts)
-
-    def truncates(texts: list[str]) -> list[bool]:
-        return _assemble_model(files, device).sentence_encoder.truncates(texts)
-
+    # assembled at the first call of any method of ``_LazyModel``.
+    model = _LazyModel(files, device)
     return DualEncoder(
         space,
         device,
         transform=lambda image: to_pixels(image, size),
-        image_tower=image_tower,
-        image_head=image_head,
-        text_tower=text_tower,
-        truncates=truncates,
+        image_tower=model.image_tower,
+        image_head=model.image_head,
+        text_tower=model.text_tower,
+        truncates=model.truncates,
         feature_dim=N_FEATURES,
         text_cache_key=space.fingerprint,
         resize_to=size,
@@ -254,7 +248,38 @@ class CompactModel:
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Text embeddings (M, D)."""
-        return self.head.text_embeddings(self.sentence_encoder.encode(texts))
+        sentence_embeddings = self.sentence_encoder.encode(texts)
+        return self.head.text_embeddings(sentence_embeddings)
+
+
+@dataclass(frozen=True)
+class _LazyModel:
+    """The parts of a ``DualEncoder``; the model is assembled at the first call of a method."""
+
+    files: WeightFiles
+    device: torch.device
+
+    def image_tower(self, pixels: Tensor) -> Tensor:
+        """Features (B, F) of pixels (B, 3, H, W)."""
+        channels_last = pixels.contiguous(memory_format=torch.channels_last)
+        model = _assemble_model(self.files, self.device)
+        return model.tower(channels_last)
+
+    def image_head(self, features: Tensor) -> Tensor:
+        """Embeddings (B, D) of image features (B, F)."""
+        model = _assemble_model(self.files, self.device)
+        rows: Tensor = model.head(features)
+        return rows
+
+    def text_tower(self, texts: list[str]) -> Tensor:
+        """Text embeddings (M, D)."""
+        model = _assemble_model(self.files, self.device)
+        return model.encode_texts(texts)
+
+    def truncates(self, texts: list[str]) -> list[bool]:
+        """For each text, whether the sentence encoder cuts off the end."""
+        model = _assemble_model(self.files, self.device)
+        return model.sentence_encoder.truncates(texts)
 
 
 def _find_files() -> WeightFiles:
@@ -278,7 +303,9 @@ def _find_files() -> WeightFiles:
         RIDGE_STRENGTH,
         "mean feature from batch norm",
     ]
-    return WeightFiles(image_file, text_folder, bytes_hash(json.dumps(facts_to_hash).encode()))
+    facts_as_json = json.dumps(facts_to_hash)
+    sha256 = bytes_hash(facts_as_json.encode())
+    return WeightFiles(image_file, text_folder, sha256)
 
 
 @cache  # assembling takes seconds, and the result is never changed
@@ -286,18 +313,28 @@ def _assemble_model(files: WeightFiles, device: torch.device) -> CompactModel:
     """Load all parts of the compact model except the sentence encoder."""
     with _default_modes(device), track("load compact", total=None, unit="steps"):
         # Any, because the types of torch lack ``memory_format``
-        tower: Any = EfficientNetLite0().float().eval()
-        copy_by_position(tower, torch.load(files.image_file, weights_only=True, map_location="cpu"))
-        tower.requires_grad_(requires_grad=False)
+        tower: Any = _load_tower(files.image_file)
         tower.to(device, memory_format=torch.channels_last)
         last_norm = tower.last.norm
         mean_feature = expected_activation(mean=last_norm.bias, std=last_norm.weight)
         tower.merge_norms()
-        class_text = _encode_class_prompts(files, device).to(device)
+        class_text = _encode_class_prompts(files, device)
+        class_text = class_text.to(device)
         head = ClosedFormHead(
             tower.classifier.weight, tower.classifier.bias, class_text, mean_feature
         )
     return CompactModel(tower, head, files, device)
+
+
+def _load_tower(image_file: Path) -> EfficientNetLite0:
+    """Load the image tower onto the CPU, with the weights in ``image_file``."""
+    tower = EfficientNetLite0()
+    tower.float()
+    tower.eval()
+    weights = torch.load(image_file, weights_only=True, map_location="cpu")
+    copy_by_position(tower, weights)
+    tower.requires_grad_(requires_grad=False)
+    return tower
 
 
 @contextmanager
@@ -322,7 +359,8 @@ def _encode_class_prompts(files: WeightFiles, device: torch.device) -> Tensor:
     prompts = [PROMPT_TEMPLATE.format(name) for name in imagenet_class_names()]
 
     def encode() -> Tensor:
-        return encode_in_batches(_load_sentence_encoder(files.text_folder, device).encode, prompts)
+        sentence_encoder = _load_sentence_encoder(files.text_folder, device)
+        return encode_in_batches(sentence_encoder.encode, prompts)
 
     rows = load_or_compute_rows(f"compact-{files.sha256[:32]}", encode)
     if 2 * rows.shape[1] != EMBED_DIM:
@@ -344,16 +382,18 @@ def to_pixels(image: Image.Image, size: int) -> Tensor:
     top = (image.height - side) // 2
     box = (left, top, left + side, top + side)
     square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float().sub_(127).div_(128)
+    levels = torch.from_numpy(np.array(square))  # (size, size, 3) uint8
+    pixels = levels.permute(2, 0, 1).float()
+    pixels.sub_(127)
+    pixels.div_(128)
+    return pixels
 
 
 def imagenet_class_names() -> list[str]:
     """The 1,000 ImageNet-1k class names of CLIP, in the order of the classifier."""
-    text = (
-        resources.files("vilu")
-        .joinpath("assets", "imagenet_class_names.json")
-        .read_text(encoding="utf-8")
-    )
+    package = resources.files("vilu")
+    file = package.joinpath("assets", "imagenet_class_names.json")
+    text = file.read_text(encoding="utf-8")
     return [str(name) for name in json.loads(text)]
 
 
@@ -385,5 +425,7 @@ def _load_sentence_encoder(folder: Path, device: torch.device) -> SentenceEncode
                 f"the weights in {folder.name} do not fill the sentence encoder: reinstall its "
                 "package."
             )
-        model = model.eval().requires_grad_(requires_grad=False).to(device)
+        model.eval()
+        model.requires_grad_(requires_grad=False)
+        model.to(device)
         return SentenceEncoder(tokenizer, model)

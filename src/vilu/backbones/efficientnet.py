@@ -82,7 +82,8 @@ class Convolution(nn.Module):
         """Map channels (B, C_in, H, W) to channels (B, C, H / stride, W / stride)."""
         if not self.is_padding_symmetric:
             feature_maps = functional.pad(feature_maps, self.padding_of_sides)
-        feature_maps = self.norm(self.conv(feature_maps))
+        feature_maps = self.conv(feature_maps)
+        feature_maps = self.norm(feature_maps)
         if self.has_activation:
             return functional.relu6(feature_maps, inplace=True)
         return feature_maps
@@ -101,17 +102,17 @@ class InvertedResidual(nn.Module):
         inner_channels = channels_in * stage.expansion
         layers: list[nn.Module] = []
         if stage.expansion > 1:
-            layers.append(Convolution(channels_in, inner_channels))
-        layers.append(
-            Convolution(
-                inner_channels,
-                inner_channels,
-                kernel=stage.kernel,
-                stride=stride,
-                groups=inner_channels,
-            )
+            expansion = Convolution(channels_in, inner_channels)
+            layers.append(expansion)
+        filters = Convolution(
+            inner_channels,
+            inner_channels,
+            kernel=stage.kernel,
+            stride=stride,
+            groups=inner_channels,
         )
-        layers.append(Convolution(inner_channels, stage.channels, has_activation=False))
+        projection = Convolution(inner_channels, stage.channels, has_activation=False)
+        layers += [filters, projection]
         self.layers = nn.Sequential(*layers)
         self.is_residual = stride == 1 and channels_in == stage.channels
 
@@ -138,7 +139,8 @@ class EfficientNetLite0(nn.Module):
         for stage in STAGES:
             for number in range(stage.n_blocks):
                 stride = stage.stride if number == 0 else 1
-                blocks.append(InvertedResidual(channels, stage, stride=stride))
+                block = InvertedResidual(channels, stage, stride=stride)
+                blocks.append(block)
                 channels = stage.channels
         self.blocks = nn.Sequential(*blocks)
         self.last = Convolution(channels, N_FEATURES)
@@ -146,8 +148,11 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of images: the means of the last channels over the positions."""
-        channels = self.last(self.blocks(self.stem(images)))
-        return functional.adaptive_avg_pool2d(channels, 1).flatten(1)
+        channels = self.stem(images)
+        channels = self.blocks(channels)
+        channels = self.last(channels)
+        means = functional.adaptive_avg_pool2d(channels, 1)
+        return means.flatten(1)
 
     def merge_norms(self) -> None:
         """Multiply all batch norms into the weights of the convolutions.

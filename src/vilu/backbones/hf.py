@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -73,7 +74,8 @@ class Towers:
             max_length=self.n_padded_tokens,
             return_tensors="pt",
         )
-        inputs: dict[str, Tensor] = dict(tokens.to(self.model.device).items())
+        tokens_on_device = tokens.to(self.model.device)
+        inputs: dict[str, Tensor] = dict(tokens_on_device.items())
         if self.model.config.model_type.startswith("siglip"):
             inputs.pop("attention_mask", None)
         return inputs
@@ -85,7 +87,8 @@ class Towers:
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Embeddings (M, D) of M texts, of any norm."""
-        return self._embeddings("get_text_features", **self.tokenize(texts))
+        inputs = self.tokenize(texts)
+        return self._embeddings("get_text_features", **inputs)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Embeddings (B, D) of pixels (B, 3, H, W), of any norm."""
@@ -104,7 +107,8 @@ class Towers:
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Pixels (3, H, W) of an image."""
-        return cast("Tensor", self.processor(images=image, return_tensors="pt")["pixel_values"][0])
+        inputs = self.processor(images=image, return_tensors="pt")
+        return cast("Tensor", inputs["pixel_values"][0])
 
     def resized_side(self) -> int | None:
         """Length to which the processor resizes the shorter side of an image, or a larger number.
@@ -125,7 +129,8 @@ class Towers:
         """
         processor = self.processor.image_processor
         settings = {"class": type(processor).__name__}
-        for key, value in processor.to_dict().items():
+        all_settings = processor.to_dict()
+        for key, value in all_settings.items():
             if key.startswith(PIXEL_SETTING_PREFIXES):
                 settings[key] = value
         return json.dumps(settings, sort_keys=True)
@@ -179,8 +184,9 @@ def _require_dual_encoder(
         )
     missing_members = [member for member in DUAL_ENCODER_MEMBERS if not hasattr(model, member)]
     if missing_members:
+        listed_members = ", ".join(missing_members)
         raise UsageError(
-            f"{name} is a {type(model).__name__}, which has no {', '.join(missing_members)}; a "
+            f"{name} is a {type(model).__name__}, which has no {listed_members}; a "
             "dual encoder was expected, such as CLIP or SigLIP."
         )
 
@@ -195,27 +201,27 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         precision: "fp32" or "bf16" (image tower in bfloat16).
     """
     name, towers, tokenizer = _load_towers(argument)
-    model = towers.model.eval().requires_grad_(requires_grad=False)
+    model = towers.model
+    model.eval()
+    model.requires_grad_(requires_grad=False)
     weights = tensors_hash(model.state_dict())
     model.to(device)
     probe_pixels = towers.preprocess(PROBE_IMAGE)[None].to(device)
-    bias = model.logit_bias.item() if hasattr(model, "logit_bias") else 0.0
+    logit_bias = model.logit_bias.item() if hasattr(model, "logit_bias") else 0.0
+    text_embedding = towers.encode_texts(["a photo"])
+    logit_scale = model.logit_scale.exp().item()
+    preprocess = towers.pixel_settings()
     space = EmbeddingSpace(
-        embed_dim=towers.encode_texts(["a photo"]).shape[1],
-        logit_scale=model.logit_scale.exp().item(),
-        logit_bias=bias,
+        embed_dim=text_embedding.shape[1],
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
         backbone=name,
         weights=weights,
-        preprocess=towers.pixel_settings(),
+        preprocess=preprocess,
         tokenizer=tokenizer,
         precision=precision,
     )
-    image_projection = detach_projection(
-        model, ["visual_projection"], lambda: towers.encode_images(probe_pixels)
-    )
-    text_projection = detach_projection(
-        model, ["text_projection"], lambda: towers.encode_texts(["a photo"])
-    )
+    image_projection, text_projection = _detach_projections(towers, probe_pixels)
     bf16_tower = None
     if precision == "bf16":
         bf16_model = with_bf16_members(model, ["vision_model", "visual_projection"])
@@ -235,6 +241,25 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
     )
 
 
+def _detach_projections(
+    towers: Towers, probe_pixels: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Remove the last maps of the image tower and of the text tower, and return these maps.
+
+    See ``detach_projection``.
+    """
+
+    def encode_probe_image() -> Tensor:
+        return towers.encode_images(probe_pixels)
+
+    def encode_probe_text() -> Tensor:
+        return towers.encode_texts(["a photo"])
+
+    image_map = detach_projection(towers.model, ["visual_projection"], encode_probe_image)
+    text_map = detach_projection(towers.model, ["text_projection"], encode_probe_text)
+    return image_map, text_map
+
+
 def _load_towers(argument: str) -> tuple[str, Towers, str]:
     """Load the towers from a folder or the hub.
 
@@ -244,11 +269,11 @@ def _load_towers(argument: str) -> tuple[str, Towers, str]:
     folder = Path(argument).expanduser()
     if argument and folder.is_dir():
         name = f"hf:{folder.resolve().name}"
-        towers, tokenizer = load_local(lambda: _read_towers(transformers, folder, name), name)
+        read_folder = partial(_read_towers, transformers, folder, name)
+        towers, tokenizer = load_local(read_folder, name)
         return name, towers, tokenizer
     require_hub_id(argument)
     name = f"hf:{argument}"
-    towers, tokenizer = load_cached_first(
-        lambda: _read_towers(transformers, argument, name), name, repository=argument
-    )
+    read_repository = partial(_read_towers, transformers, argument, name)
+    towers, tokenizer = load_cached_first(read_repository, name, repository=argument)
     return name, towers, tokenizer

@@ -170,4 +170,5 @@ def unpickling_problem(error: Exception) -> str:
 def _short_message(error: BaseException) -> str:
     """The message of an exception on a single line, shortened to 300 characters."""
     message = str(error) or type(error).__name__
-    return textwrap.shorten(message, 300, placeholder=" ...").rstrip(".")
+    shortened = textwrap.shorten(message, 300, placeholder=" ...")
+    return shortened.rstrip(".")

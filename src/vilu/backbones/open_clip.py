@@ -33,6 +33,7 @@ IMAGE_PROJECTIONS = ("visual.proj", "visual.head.proj")
 """Possible dotted names of the last map of an image tower in open_clip."""
 TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
 """Possible dotted names of the last map of a text tower in open_clip."""
+PROBE_IMAGE = Image.new("RGB", (64, 64))  # image for trying a tower
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -84,26 +85,26 @@ def load(
     network = network.to(device)
 
     def encode_texts(texts: list[str]) -> Tensor:
-        return cast("Tensor", network.encode_text(tokenizer(texts).to(device)))
+        tokens = tokenizer(texts).to(device)
+        return cast("Tensor", network.encode_text(tokens))
 
-    probe_pixels = transform(Image.new("RGB", (64, 64)))[None].to(device)
+    probe_pixels = transform(PROBE_IMAGE)[None].to(device)
     pixel_settings = open_clip.get_model_preprocess_cfg(network)
+    text_embedding = encode_texts(["a photo"])
+    logit_scale = network.logit_scale.exp().item()
+    logit_bias = 0.0 if network.logit_bias is None else network.logit_bias.item()
+    preprocess = json.dumps(pixel_settings, sort_keys=True)
     space = EmbeddingSpace(
-        embed_dim=encode_texts(["a photo"]).shape[1],
-        logit_scale=network.logit_scale.exp().item(),
-        logit_bias=0.0 if network.logit_bias is None else network.logit_bias.item(),
+        embed_dim=text_embedding.shape[1],
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
         backbone=location.name,
         weights=weights,
-        preprocess=json.dumps(pixel_settings, sort_keys=True),
+        preprocess=preprocess,
         tokenizer=tokenizer_id,
         precision=precision,
     )
-    image_projection = detach_projection(
-        network, IMAGE_PROJECTIONS, lambda: network.encode_image(probe_pixels)
-    )
-    text_projection = detach_projection(
-        network, TEXT_PROJECTIONS, lambda: encode_texts(["a photo"])
-    )
+    image_projection, text_projection = _detach_projections(network, probe_pixels, encode_texts)
     bf16_tower = None
     if precision == "bf16":
         bf16_tower = with_bf16_members(network, ["visual"]).encode_image
@@ -121,6 +122,28 @@ def load(
         # "size" is a single length, or height and width
         resize_to=int(np.max(pixel_settings["size"])),
     )
+
+
+def _detach_projections(
+    network: Any,  # noqa: ANN401 - untyped in open_clip
+    probe_pixels: Tensor,
+    encode_texts: Callable[[list[str]], Tensor],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Remove the last maps of the image tower and of the text tower, and return these maps.
+
+    See ``detach_projection``.
+    """
+
+    def encode_probe_image() -> Tensor:
+        embedding: Tensor = network.encode_image(probe_pixels)
+        return embedding
+
+    def encode_probe_text() -> Tensor:
+        return encode_texts(["a photo"])
+
+    image_projection = detach_projection(network, IMAGE_PROJECTIONS, encode_probe_image)
+    text_projection = detach_projection(network, TEXT_PROJECTIONS, encode_probe_text)
+    return image_projection, text_projection
 
 
 def _load_model(
@@ -175,7 +198,8 @@ def find_model(open_clip: ModuleType, argument: str) -> ModelLocation:
     """Return the location of the model named by ``argument``."""
     if argument.startswith("hf-hub:"):
         return _hub_location(open_clip, argument)
-    folder = Path(argument.removeprefix("local-dir:")).expanduser()
+    folder_path = argument.removeprefix("local-dir:")
+    folder = Path(folder_path).expanduser()
     if argument.startswith("local-dir:") or (argument and folder.is_dir()):
         name = f"open_clip:{folder.resolve().name}"
         return ModelLocation(
@@ -189,7 +213,8 @@ def find_model(open_clip: ModuleType, argument: str) -> ModelLocation:
 
 def _hub_location(open_clip: ModuleType, argument: str) -> ModelLocation:
     """Return the location of a model hf-hub:ORG/NAME. The configuration is on the hub, too."""
-    repository = require_hub_id(argument.removeprefix("hf-hub:"))
+    hub_id = argument.removeprefix("hf-hub:")
+    repository = require_hub_id(hub_id)
     hub = open_clip.pretrained
 
     def download_weights() -> None:

@@ -53,9 +53,9 @@ def everyday_words() -> tuple[str, ...]:
     The words help to detect images outside all classes. The list was written for vilu and has the
     MIT licence.
     """
-    text = (
-        resources.files("vilu").joinpath("assets", "everyday_words.txt").read_text(encoding="utf-8")
-    )
+    package = resources.files("vilu")
+    file = package.joinpath("assets", "everyday_words.txt")
+    text = file.read_text(encoding="utf-8")
     return tuple(line for line in text.splitlines() if not line.startswith("#"))
 
 
@@ -99,7 +99,8 @@ def embed_prompts(backbone: Backbone, names: Sequence[str], templates: Sequence[
     distinct_names = tuple(dict.fromkeys(names))
     encode = backbone.encode_prompts if isinstance(backbone, DualEncoder) else backbone.encode_texts
     prompts = fill_templates(distinct_names, templates)
-    rows = encode(prompts).view(len(distinct_names), len(templates), -1)
+    prompt_rows = encode(prompts)
+    rows = prompt_rows.view(len(distinct_names), len(templates), -1)
     if len(distinct_names) == len(names):
         return rows
     row_of_name = {name: row for row, name in enumerate(distinct_names)}
@@ -193,7 +194,8 @@ def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
         cosines = block @ text[start:].T  # rows and columns both count from ``start``
         # only cosines above the diagonal, so that each pair is reported once
         is_near = cosines.triu(diagonal=1) > NEAR_DUPLICATE_COSINE
-        for i, j in torch.nonzero(is_near).tolist():
+        near_pairs = torch.nonzero(is_near)
+        for i, j in near_pairs.tolist():
             first = names[start + i]
             second = names[start + j]
             if first != second:  # classes with equal names are the same answer

@@ -77,9 +77,8 @@ def log_evidence(n_wrong: ArrayLike, n_accepted: ArrayLike, max_risk: float) -> 
     change_by_right = (m - k) * np.log1p(bets * max_risk / (1 - max_risk))
     # The mean wealth of the bets has an expectation of at most 1, so Ville's inequality holds. The
     # largest wealth among the bets must not be used instead: its expectation can exceed 1.
-    evidence: Floats = np.logaddexp.reduce(
-        np.log(wealth_shares) + change_by_wrong + change_by_right, axis=-1
-    )
+    log_wealth_of_bets = np.log(wealth_shares) + change_by_wrong + change_by_right
+    evidence: Floats = np.logaddexp.reduce(log_wealth_of_bets, axis=-1)
     return evidence
 
 
@@ -157,9 +156,10 @@ def n_accepted_relative_to_limit(n_thresholds: int) -> Floats:
 def require_grid(grid: Floats) -> None:
     """Raise a DataError for a grid with too few thresholds, or not in ascending order."""
     if len(grid) < N_THRESHOLDS_UP_TO_LIMIT or (np.diff(grid) < 0).any():
+        thresholds = np.asarray(grid).tolist()
         raise DataError(
             f"a grid must have at least {N_THRESHOLDS_UP_TO_LIMIT} thresholds, in ascending order. "
-            f"Got {np.asarray(grid).tolist()}."
+            f"Got {thresholds}."
         )
 
 
@@ -176,11 +176,13 @@ class SavedThresholdTests(FrozenModel):
     @classmethod
     def of(cls, tests: ThresholdTests) -> Self:
         """Return the settings of the tests ``tests``."""
-        return cls(grid=tuple(tests.grid.tolist()), delta=tests.delta, limit=tests.limit)
+        grid = tuple(tests.grid.tolist())
+        return cls(grid=grid, delta=tests.delta, limit=tests.limit)
 
     def tests(self, max_risk: float) -> ThresholdTests:
         """Make the tests of the thresholds for a maximal risk."""
-        return ThresholdTests(np.array(self.grid), max_risk, self.delta, self.limit)
+        grid = np.array(self.grid)
+        return ThresholdTests(grid, max_risk, self.delta, self.limit)
 
 
 @dataclass(frozen=True)

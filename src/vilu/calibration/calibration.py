@@ -206,7 +206,8 @@ class Calibration(Document):
         The hash does not depend on the version of vilu, or on the bytes of
         ``calibration.parquet``. These bytes contain the version of pyarrow.
         """
-        return content_digest(self.model_dump(mode="json"), "rows_sha256")
+        document = self.model_dump(mode="json")
+        return content_digest(document, "rows_sha256")
 
     @property
     def guarantee(self) -> Rule | LabelSets | None:
@@ -281,7 +282,8 @@ class Calibration(Document):
         """Refuse data with pictures outside a guarantee about a folder."""
         if self.rule is None or self.rule.closed is None:
             return
-        is_covered = self.rule.closed.covers(data.picture_identities())
+        pictures = data.picture_identities()
+        is_covered = self.rule.closed.covers(pictures)
         n_not_covered = int((~is_covered).sum())
         if n_not_covered:
             raise ProvenanceError(
@@ -488,7 +490,8 @@ def _first_difference(rule: Rule, recomputed_rule: Rule) -> str | None:
             return f"{threshold}{for_group}"
     fields_not_compared = {"thresholds", "counted"}
     saved_fields = rule.model_dump(exclude=fields_not_compared)
-    for field, value in recomputed_rule.model_dump(exclude=fields_not_compared).items():
+    recomputed_fields = recomputed_rule.model_dump(exclude=fields_not_compared)
+    for field, value in recomputed_fields.items():
         if saved_fields.get(field) != value:
             return f"its rule has another {field} than its rows and its target lead to"
     return None

@@ -17,13 +17,14 @@ guarantee would have to stay the same. So the hypotheses here are the fixed valu
    distribution. The denominator is the probability of the labels if K are wrong. A label of a wrong
    answer multiplies E(K) by q / p, and a label of a right answer by (1 - q) / (1 - p). q is the
    probability of a wrong answer under the beta distribution. p = (K - k) / (c - m) is the
-   probability of a wrong answer if K are wrong. So E(K) is a bet against p, with an expectation of
-   1 if K are wrong.
-2. If a certified guarantee is false, the true K was rejected. Only the true K can be rejected
-   wrongly. So testing all K at the full level is valid, as in a confidence sequence.
-3. The thresholds share the level. Let the shares w add up to 1. Take the sum of w E(K) over all
-   thresholds, each with the true K of the threshold. This sum has an expectation of at most 1. By
-   Ville's inequality (1939) the sum ever reaches 1 / delta with a probability of at most delta.
+   probability of a wrong answer if K are wrong. If K are wrong, E(K) has the expectation 1.
+2. A guarantee is certified when all K that break the guarantee are rejected. If such a guarantee is
+   false, the true K is among the rejected K. So only the rejection of the true K is an error, and
+   every K may be tested at the full level, as in a confidence sequence.
+3. The thresholds share the level. Every threshold has a share w, and the shares add up to 1. Take
+   the sum of w E(K) over all thresholds, where K is the true K of a threshold. The sum has an
+   expectation of at most 1. So by Ville's inequality (1939) the probability is at most delta that
+   the sum is ever 1 / delta or more.
 
 Source: Waudby-Smith and Ramdas, Confidence sequences for sampling without replacement (2020),
 section 2, with a mixture over thresholds in place of a single threshold.
@@ -181,17 +182,17 @@ class ClosedCounts(FrozenModel):
                 random.
             aside_failure: (M,) 1 for a wrong answer, 0 for a right answer.
         """
-        return cls(
-            photos=_count_accepted(grid, photo_scores),
-            aside=_count_accepted(grid, aside_scores),
-            aside_wrong=_count_accepted(grid, aside_scores[aside_failure == 1]),
-        )
+        photos = _count_accepted(grid, photo_scores)
+        aside = _count_accepted(grid, aside_scores)
+        aside_wrong = _count_accepted(grid, aside_scores[aside_failure == 1])
+        return cls(photos=photos, aside=aside, aside_wrong=aside_wrong)
 
 
 def _count_accepted(grid: Floats, uncertainty: Floats) -> tuple[int, ...]:
     """Count for each threshold (G,) the accepted uncertainties among ``uncertainty`` (N,)."""
     ascending = np.sort(uncertainty)
-    return tuple(np.searchsorted(ascending, grid, side="right").tolist())
+    n_accepted = np.searchsorted(ascending, grid, side="right")
+    return tuple(n_accepted.tolist())
 
 
 class ClosedPhotos(FrozenModel):
@@ -209,7 +210,8 @@ class ClosedPhotos(FrozenModel):
 
     def covers(self, pictures: Ints) -> NDArray[np.bool_]:
         """Return the mask (N,) of the pictures (N,) under the guarantee."""
-        return np.isin(pictures, np.array(self.pictures))
+        covered_pictures = np.array(self.pictures)
+        return np.isin(pictures, covered_pictures)
 
     def __str__(self) -> str:
         n_pictures = len(self.pictures)
@@ -234,7 +236,8 @@ class SavedClosedSetTests(FrozenModel):
 
     def tests(self, max_risk: float) -> ClosedSetTests:
         """Make the tests of the thresholds for a maximal risk."""
-        return ClosedSetTests(np.array(self.grid), max_risk, self.delta, self.counts, self.limit)
+        grid = np.array(self.grid)
+        return ClosedSetTests(grid, max_risk, self.delta, self.counts, self.limit)
 
 
 @dataclass(frozen=True)
@@ -369,7 +372,8 @@ class ClosedSetTests:
         log_e = log_evidence(n_wrong, n_drawn, n_photos, min_n_wrong, self.max_risk)
         # True where the threshold of the column is laxer than the threshold of the row, or equal
         is_evidence = np.triu(np.ones(log_e.shape, np.bool_))
-        log_level_share = np.log(level_shares(len(self.grid))[: len(n_wrong)])
+        level_share = level_shares(len(self.grid))[: len(n_wrong)]
+        log_level_share = np.log(level_share)
         terms = np.where(is_evidence, log_e + log_level_share, -np.inf)
         evidence: Floats = logsumexp(terms, axis=1)
         return evidence
@@ -388,7 +392,9 @@ class ClosedSetTests:
         # Every label takes a photo out of the guarantee, so more labels may certify less. Bisection
         # could therefore miss the smallest number. So numbers are tried in ascending order.
         evenly_spaced = np.linspace(0, n_up_to_limit, MAX_TRIED_NUMBERS, endpoint=False)
-        numbers_to_try: list[int] = np.unique(np.ceil(evenly_spaced).astype(np.int64)).tolist()
+        rounded_up = np.ceil(evenly_spaced)
+        distinct_numbers = np.unique(rounded_up.astype(np.int64))
+        numbers_to_try: list[int] = distinct_numbers.tolist()
         for n_more in numbers_to_try:
             n_more_drawn = np.floor(n_more * n_unlabelled / max(n_up_to_limit, 1)).astype(np.int64)
             n_drawn_then = n_drawn + n_more_drawn

@@ -165,7 +165,8 @@ def _cluster_sums(values: Floats, cluster: Ints) -> tuple[Floats, Floats]:
     is_first_of_cluster = np.ones(len(cluster), dtype=np.bool_)
     is_first_of_cluster[1:] = sorted_cluster[1:] != sorted_cluster[:-1]
     # for each row, the index of the first row of the same cluster
-    index_if_first = np.where(is_first_of_cluster, np.arange(len(cluster)), 0)
+    index = np.arange(len(cluster))
+    index_if_first = np.where(is_first_of_cluster, index, 0)
     first_row_of_cluster = np.maximum.accumulate(index_if_first)
     # Z_c with a row is the running total over all clusters, minus the total before cluster c.
     running_total = np.cumsum(sorted_values)

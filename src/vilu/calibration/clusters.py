@@ -178,7 +178,8 @@ def _majority_answer(cluster: Ints, answer: Ints, uncertainty: Floats) -> Ints:
     ``cluster`` (N,), ``answer`` (N,) and ``uncertainty`` (N,) have an entry for every row.
     """
     # all P different pairs of a cluster and an answer, as an array (2, P)
-    pairs, pair_of_row = np.unique(np.stack([cluster, answer]), axis=1, return_inverse=True)
+    pair_in_row = np.stack([cluster, answer])  # (2, N)
+    pairs, pair_of_row = np.unique(pair_in_row, axis=1, return_inverse=True)
     pair_of_row = pair_of_row.reshape(-1)  # some versions of NumPy return two dimensions
     cluster_of_pair, answer_of_pair = pairs
     n_rows = np.bincount(pair_of_row)
@@ -360,7 +361,8 @@ def _clusters_set_aside(cluster: Ints, names: list[str]) -> list[int]:
     """
 
     def hash_of_name(cluster_index: int) -> bytes:
-        return hashlib.blake2b(names[cluster_index].encode(), digest_size=8).digest()
+        name = names[cluster_index].encode()
+        return hashlib.blake2b(name, digest_size=8).digest()
 
     n_aside = math.ceil(SHARE_ASIDE * len(cluster))
     return sorted(cluster.tolist(), key=hash_of_name)[:n_aside]

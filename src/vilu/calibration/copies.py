@@ -83,7 +83,8 @@ class Copies:
         # less than a binomial number. The bounds are therefore conservative.
         if n_detected < 0:
             return np.zeros(len(n_copies))
-        return binomial_tail(np.full(len(n_copies), n_detected), n_copies, self.sample_share)
+        n_detected_each = np.full(len(n_copies), n_detected)
+        return binomial_tail(n_detected_each, n_copies, self.sample_share)
 
     def in_words(self, cosine: float) -> str:
         """Return a text on the number of rows with a cosine of at least ``cosine`` to fitted rows.
@@ -161,7 +162,8 @@ def _has_too_many_copies(copies: Copies, sample: FitSample) -> bool:
         return False
     # In some data (frames of films, photos of products) many rows are copies of each other. Then
     # new rows are copies of fitted rows, too, so copies do not make the calibration wrong.
-    copies_in_fit = _count_copies(sample.nearest_cosines_within(), SAME_PICTURE_COSINE, sample)
+    nearest_cosine = sample.nearest_cosines_within()
+    copies_in_fit = _count_copies(nearest_cosine, SAME_PICTURE_COSINE, sample)
     if not copies_in_fit.n_detected:
         return True
     least_share = lower_bound(copies.lower_n_copies, copies.n, SHARE_BOUND_LEVEL)

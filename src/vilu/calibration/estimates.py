@@ -237,7 +237,8 @@ def _calibrate_in_folds(
     """
     labelled_uncertainty = uncertainty[is_labelled]
     labelled_failure = failure[is_labelled]
-    fold_of_label = np.random.default_rng(0).permutation(len(labelled_uncertainty)) % N_FOLDS
+    rng = np.random.default_rng(0)
+    fold_of_label = rng.permutation(len(labelled_uncertainty)) % N_FOLDS
     of_labelled = np.empty(len(labelled_uncertainty))
     of_all_rows = np.zeros(len(uncertainty))
     for fold in np.unique(fold_of_label):
@@ -281,11 +282,10 @@ def _estimate_class_shares(
             of_all_rows=predicts_class * (1 - failure_probability.of_all_rows),
         )
         is_of_class = (right_class == index).astype(np.float64)
-        estimates.append(
-            _estimate_share(
-                name, is_of_class, class_probability, confidence, min_expected=MIN_EXPECTED_OF_CLASS
-            )
+        class_share = _estimate_share(
+            name, is_of_class, class_probability, confidence, min_expected=MIN_EXPECTED_OF_CLASS
         )
+        estimates.append(class_share)
     return estimates
 
 
@@ -348,9 +348,11 @@ def _estimate_with_predictions(
     largest_residual = 1 - weight * predictions.smallest
     smallest_residual = -weight * predictions.largest
     low, high = mean_interval(residual, smallest_residual, largest_residual, confidence)
+    unbounded_share = weighted_mean + residual.mean()
+    share = float(np.clip(unbounded_share, 0, 1))
     return replace(
         exact_estimate,
-        share=float(np.clip(weighted_mean + residual.mean(), 0, 1)),
+        share=share,
         low=max(weighted_mean + low, 0.0),
         high=min(weighted_mean + high, 1.0),
         method="prediction-powered",
@@ -415,6 +417,7 @@ def mean_interval(
 @lru_cache(maxsize=1)  # the shares of all classes use the same labels, and so the same weights
 def _random_weights(n: int, n_draws: int, seed: int) -> Floats:
     """Draw (n_draws, n) weights from the Dirichlet distribution with n parameters of 1."""
-    exponential = np.random.default_rng(seed).standard_exponential((n_draws, n))
+    rng = np.random.default_rng(seed)
+    exponential = rng.standard_exponential((n_draws, n))
     weights: Floats = exponential / exponential.sum(axis=1, keepdims=True)
     return weights

@@ -93,7 +93,8 @@ def nonconformity(
     predictor: FailurePredictor, batch: Batch, uncertainty: Floats, method: SetMethod
 ) -> Tensor:
     """Return the scores s(x, j) (B, K) of all candidates, float64; see ``LabelSets``."""
-    f = torch.from_numpy(predictor.raw_failure_probability(uncertainty))
+    failure_probability = predictor.raw_failure_probability(uncertainty)
+    f = torch.from_numpy(failure_probability)
     with torch.no_grad():
         if predictor.has_posterior:
             log_p = predictor.log_posterior(batch)
@@ -129,15 +130,23 @@ def fit_label_sets(
     limit = float(true_scores.sort().values[rank - 1])
     sizes = []
     for all_scores, _ in _labelled_scores(predictor, unseen_data, method):
-        sizes.append((all_scores <= limit).sum(dim=1))
+        sizes_of_batch = (all_scores <= limit).sum(dim=1)
+        sizes.append(sizes_of_batch)
+    all_sizes = torch.cat(sizes)
+    is_missed = true_scores > limit
     return LabelSets(
         method=method,
         max_miss=max_miss,
         limit=limit,
         n=len(true_scores),
-        mean_size=float(torch.cat(sizes).double().mean()),
-        empirical_miss=float((true_scores > limit).double().mean()),
+        mean_size=_mean_as_float64(all_sizes),
+        empirical_miss=_mean_as_float64(is_missed),
     )
+
+
+def _mean_as_float64(numbers: Tensor) -> float:
+    """Return the mean of integers or Booleans, computed in float64."""
+    return float(numbers.double().mean())
 
 
 def _rank_of_limit(n: int, max_miss: float) -> int:
@@ -148,8 +157,9 @@ def _rank_of_limit(n: int, max_miss: float) -> int:
     # a little larger, and rounding up alone would give the next whole number.
     rank = math.ceil(round((n + 1) * (1 - max_miss), 9))
     if rank > n:
+        n_needed = n_rows_for_mean_risk(max_miss)
         raise InfeasibleError(
-            f"sets that miss at most {max_miss:.2%} need at least {n_rows_for_mean_risk(max_miss)} "
+            f"sets that miss at most {max_miss:.2%} need at least {n_needed} "
             f"calibration rows. Got {n}."
         )
     return rank
@@ -172,7 +182,8 @@ def _scores_of_true_labels(
     """Return the scores s_i (n,) of the true labels of the n labelled rows."""
     scores_of_batches = [torch.empty(0, dtype=torch.float64)]
     for all_scores, target in _labelled_scores(predictor, data, method):
-        scores_of_batches.append(all_scores.gather(1, target[:, None]).squeeze(1))
+        true_scores = all_scores.gather(1, target[:, None])  # (B, 1)
+        scores_of_batches.append(true_scores.squeeze(1))
     return torch.cat(scores_of_batches)
 
 
@@ -210,5 +221,6 @@ def sets_as_json(members: Tensor, class_names: Sequence[str] | None) -> list[str
     texts = []
     for is_member in members.tolist():  # K Booleans for one row
         names_in_set = list(compress(names, is_member))
-        texts.append(json.dumps(names_in_set, ensure_ascii=False))
+        text = json.dumps(names_in_set, ensure_ascii=False)
+        texts.append(text)
     return texts

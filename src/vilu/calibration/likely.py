@@ -145,8 +145,10 @@ class LikelyRight(FrozenModel):
         calibrator = self.probability
         if calibrator is None:
             return None
-        ascending = np.sort(uncertainty[np.isfinite(uncertainty)])
-        failure_probability = calibrator(log_odds(ascending))
+        is_scored = np.isfinite(uncertainty)
+        ascending = np.sort(uncertainty[is_scored])
+        scores = log_odds(ascending)
+        failure_probability = calibrator(scores)
         # for each row, the expected error rate of this row and all earlier rows
         expected_risk = np.cumsum(failure_probability) / np.arange(1, len(ascending) + 1)
         # Rows of equal uncertainty get the same flag. So only the last row of equal uncertainty may
@@ -158,7 +160,8 @@ class LikelyRight(FrozenModel):
 
     def flags_by_own_threshold(self, uncertainty: Floats) -> LikelyFlags:
         """Whether each of N rows is likely right, with the threshold found among these rows."""
-        return self._flags(self.threshold_among(uncertainty), uncertainty)
+        threshold = self.threshold_among(uncertainty)
+        return self._flags(threshold, uncertainty)
 
     def flags_of_new_rows(self, uncertainty: Floats) -> LikelyFlags:
         """Whether each of N new rows is likely right, with the saved threshold."""

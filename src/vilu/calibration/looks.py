@@ -85,7 +85,8 @@ def record_target(folder: Path, picture: Ints, target: dict[str, object]) -> int
         new_digests = [text for text in target_digests if text not in recorded_set.targets]
         target_digests = (*recorded_set.targets, *new_digests)
     updated_sets = (*unchanged_sets, RowsWithTargets(hashes=hashes, targets=target_digests))
-    write_document(folder / LOOKS, record.model_copy(update={"rows": updated_sets}))
+    updated_record = record.model_copy(update={"rows": updated_sets})
+    write_document(folder / LOOKS, updated_record)
     return len(target_digests)
 
 

@@ -179,7 +179,8 @@ def require_probability(predictor: FailurePredictor) -> None:
 
 def _require_below_limit(rows: Outcomes, limit: float) -> None:
     """Refuse rows with an uncertainty above ``limit``: no such row can be in the draw."""
-    n_above = int(is_above_limit(rows, limit).sum())
+    is_above = is_above_limit(rows, limit)
+    n_above = int(is_above.sum())
     if n_above:
         raise DataError(
             f"{n_above:,} of {len(rows):,} rows have an uncertainty above {limit:.6g}, so they "
@@ -213,9 +214,9 @@ def _calibrate(
         _require_below_limit(outcomes, drawn_below)
     n_tried_targets = 1
     if outcomes.picture is not None and target.has_rule:
-        n_tried_targets = record_target(
-            folder, outcomes.picture[outcomes.evaluable], target.facts()
-        )
+        pictures = outcomes.picture[outcomes.evaluable]
+        target_facts = target.facts()
+        n_tried_targets = record_target(folder, pictures, target_facts)
     rows_and_rule = _choose_rows_and_rule(target, outcomes, data, index_in_data)
     rule = rows_and_rule.rule
     if rule is not None:
@@ -250,16 +251,17 @@ def _calibrate(
 def _fit_label_sets_on_rows(
     predictor: FailurePredictor, data: EmbeddingSource, rows: Ints, target: Target
 ) -> LabelSets | None:
-    """Fit label sets on the rows of ``data`` with the indices ``rows`` (M,).
+    """Fit label sets on some rows of ``data``; None if the target asks for no label sets.
 
-    None if the target asks for no label sets.
+    ``rows`` (M,) are the indices of the rows.
     """
     if target.label_sets is None:
         return None
     is_left_out = np.ones(len(data), np.bool_)
     is_left_out[rows] = False
+    data_to_fit = data.without(is_left_out)
     return fit_label_sets(
-        predictor, data.without(is_left_out), max_miss=target.max_miss, method=target.label_sets
+        predictor, data_to_fit, max_miss=target.max_miss, method=target.label_sets
     )
 
 
@@ -287,7 +289,8 @@ def _digest_of_inputs(
     # several kinds of identity, the best kind first.
     if not isinstance(data, EmbeddingStore):
         best_kind = data.identified_by[:1]  # empty if the rows have no identity
-        origin.append([data.identities(by).tolist() for by in best_kind])
+        identities = [data.identities(by).tolist() for by in best_kind]
+        origin.append(identities)
     return digest(origin)
 
 
@@ -336,10 +339,10 @@ def _choose_rows_and_rule(
         # Pictures that differ by noise only are a single draw. If all copies count, the bound is
         # too small. If a single copy counts, the answer about this copy may be right by chance. So
         # both rules are made, and the rule that accepts less is used.
-        rule_without_copies = _make_feasible_rule(
-            rows.take(picture_rows[is_first_of_noise_copies]), target
-        )
-        if _accepts_less(rule_without_copies, rule, rows.take(picture_rows)):
+        first_copies = rows.take(picture_rows[is_first_of_noise_copies])
+        rule_without_copies = _make_feasible_rule(first_copies, target)
+        pictures = rows.take(picture_rows)
+        if _accepts_less(rule_without_copies, rule, pictures):
             rule = rule_without_copies
             left_out_rows = picture_rows[~is_first_of_noise_copies]
     if rule is not None:
@@ -528,13 +531,14 @@ def _existing_calibration(folder: Path, inputs_digest: str) -> Calibration | Non
 def _infeasible_message(rule: Rule) -> str:
     """Return the message of an infeasible target: the reasons, the missing rows, and advice."""
     reasons = []
-    for name, threshold in list(rule.thresholds.items())[:MAX_GROUPS_SHOWN]:
+    groups = list(rule.thresholds.items())
+    for name, threshold in groups[:MAX_GROUPS_SHOWN]:
         group_in_words = f"{name}: " if name else ""
         need_in_words = ""
         if threshold.n_needed is not None:
             need_in_words = f" At least {threshold.n_needed:,} calibration rows are needed."
         reasons.append(f"{group_in_words}{threshold.why}.{need_in_words}")
-    n_groups_not_shown = len(rule.thresholds) - MAX_GROUPS_SHOWN
+    n_groups_not_shown = len(groups) - MAX_GROUPS_SHOWN
     if n_groups_not_shown > 0:
         reasons.append(f"And {n_groups_not_shown} more groups.")
     if rule.counted is not None:

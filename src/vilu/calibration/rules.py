@@ -331,7 +331,8 @@ class Rule(FrozenModel):
         """
         if not self.needs_batch:
             raise UsageError(f"the method {self.method} has thresholds, and no p-values.")
-        return p_values(real_vector(uncertainty, "uncertainty"), self.wrong, self.n)
+        scores = real_vector(uncertainty, "uncertainty")
+        return p_values(scores, self.wrong, self.n)
 
     def reasons(
         self,
@@ -603,8 +604,10 @@ def _make_cluster_rule(outcomes: Outcomes, target: Target) -> Rule:
         rows, start_rows = ratio_rows(outcomes, is_usable, outcomes.cluster, target.largest_cluster)
         return _make_ratio_rule(rows, start_rows, max_risk, target.confidence)
     cluster_outcomes = majority_outcomes(outcomes, outcomes.cluster)  # one outcome per cluster
-    rule = make_rule(cluster_outcomes, Target(max_risk=max_risk, confidence=target.confidence))
-    return rule.model_copy(update={"clusters": Clusters(risk="majority", n=rule.n)})
+    target_without_clusters = Target(max_risk=max_risk, confidence=target.confidence)
+    rule = make_rule(cluster_outcomes, target_without_clusters)
+    clusters = Clusters(risk="majority", n=rule.n)
+    return rule.model_copy(update={"clusters": clusters})
 
 
 def _make_ratio_rule(
@@ -615,13 +618,14 @@ def _make_ratio_rule(
     ``start_rows`` are the rows of the clusters set aside (``ratio_threshold``).
     """
     threshold = ratio_threshold(rows, start_rows, max_risk, delta=1 - confidence)
+    clusters = Clusters(risk="ratio", n=rows.n_clusters, largest=rows.largest_cluster)
     return Rule(
         method="ltt",
         max_risk=max_risk,
         confidence=confidence,
         thresholds={ALL_ROWS_GROUP: threshold},
         n=threshold.n,
-        clusters=Clusters(risk="ratio", n=rows.n_clusters, largest=rows.largest_cluster),
+        clusters=clusters,
     )
 
 
@@ -700,13 +704,14 @@ def make_anytime_rule(
     thresholds: dict[str, Threshold] = {}
     for name, (tests, rows) in groups.items():
         thresholds[name] = _laxest_threshold(tests, rows, max_risk)
+    n = sum(threshold.n for threshold in thresholds.values())
     return Rule(
         method="anytime",
         max_risk=max_risk,
         confidence=confidence,
         grouped_by=None if ALL_ROWS_GROUP in groups else "prediction",
         thresholds=thresholds,
-        n=sum(threshold.n for threshold in thresholds.values()),
+        n=n,
         about="new" if closed_photos is None else "folder",
         closed=closed_photos,
     )
@@ -864,7 +869,8 @@ def _thresholds_of_groups(
     If all groups together accept less than ``min_coverage``, every threshold accepts nothing.
     """
     delta = 1 - target.confidence
-    group_rows = rows_of_groups(names, len(rows), delta, partial(_n_rows_needed, target))
+    n_rows_needed = partial(_n_rows_needed, target)
+    group_rows = rows_of_groups(names, len(rows), delta, n_rows_needed)
     # The guarantees of all groups must hold together. With all of delta for each group, some
     # guarantee would be broken far more often than with probability delta (union bound).
     level = delta / len(group_rows)

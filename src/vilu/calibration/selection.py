@@ -86,6 +86,7 @@ def choose_sample_rows(n: int) -> Ints:
     # The sample is random, because rows may be sorted by class. The first million would then hold
     # only some classes. Raw numbers of PCG64 are the same in every version of NumPy, while the
     # methods of a Generator may change.
-    random_numbers = np.random.PCG64([MAX_RULE_ROWS, n]).random_raw(n)
+    generator = np.random.PCG64([MAX_RULE_ROWS, n])
+    random_numbers = generator.random_raw(n)
     random_order = np.argsort(random_numbers)
     return random_order[:MAX_RULE_ROWS]

@@ -185,7 +185,8 @@ class Strata:
                 share, max_risk, level, is_all_wrong=name == OUTSIDE_NAME
             )
             if n_needed is None or n < n_needed:
-                small_strata.append(SmallStratum(name=name, n=n, n_needed=n_needed))
+                small_stratum = SmallStratum(name=name, n=n, n_needed=n_needed)
+                small_strata.append(small_stratum)
         return small_strata
 
 
@@ -295,7 +296,8 @@ def _levels_of_floors(n_accepted: Ints, n: int, delta: float) -> list[tuple[int,
     """
     floor_levels = [(NO_FLOOR, level_without_floor(delta))]
     for share in FLOOR_ROW_SHARES:
-        floor_index = int(np.searchsorted(n_accepted, math.ceil(n * share)))
+        rank = math.ceil(n * share)
+        floor_index = int(np.searchsorted(n_accepted, rank))
         floor_levels.append((floor_index, delta * FLOOR_LEVEL_SHARE))
     return floor_levels
 

@@ -62,11 +62,13 @@ class Target:
     @model_serializer(mode="wrap")
     def _fields_to_save(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Return the fields to save, without unused fields about clusters."""
-        return self._without_unused_fields(fields_of(self))
+        all_fields = fields_of(self)
+        return self._without_unused_fields(all_fields)
 
     def facts(self) -> dict[str, Any]:
         """Return the fields as a dictionary, for digests."""
-        return self._without_unused_fields(dataclasses.asdict(self))
+        all_fields = dataclasses.asdict(self)
+        return self._without_unused_fields(all_fields)
 
     def _without_unused_fields(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Remove the fields about clusters from ``fields`` if there is no risk of clusters."""
@@ -100,8 +102,9 @@ class Target:
             require_between("min_coverage", self.min_coverage, "(0, 1]")
         require_between("confidence", self.confidence)
         if self.method == "anytime":
+            rows_methods = ", ".join(get_args(RowsMethod))
             raise UsageError(
-                f"method must be one of {', '.join(get_args(RowsMethod))} if all labels are there "
+                f"method must be one of {rows_methods} if all labels are there "
                 'already. Got "anytime" instead, which is for labels that arrive one by one: '
                 "vilu.Selective has next_labels, and calibrate with the method anytime. The "
                 "commands are `vilu next` and `vilu calibrate --method anytime`."

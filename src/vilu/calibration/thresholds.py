@@ -358,7 +358,8 @@ def _floor_indices(n_accepted: Ints, max_risk: float, delta: float) -> list[int]
         rank = math.ceil(n * floor_share)
         n_rows_at_first_start = (n - rank) * start_share
         if n_rows_at_first_start >= n_needed:
-            floor_indices.append(int(np.searchsorted(n_accepted, rank)))
+            floor_index = int(np.searchsorted(n_accepted, rank))
+            floor_indices.append(floor_index)
     return floor_indices
 
 
@@ -470,9 +471,8 @@ def _first_not_rejected(
     """
     for block_start in range(start, end, BLOCK_SIZE):
         block = slice(block_start, min(block_start + BLOCK_SIZE, end))
-        positions_not_rejected = np.flatnonzero(
-            binomial_tail(n_wrong[block], n_accepted[block], max_risk) > level
-        )
+        tail = binomial_tail(n_wrong[block], n_accepted[block], max_risk)
+        positions_not_rejected = np.flatnonzero(tail > level)
         if len(positions_not_rejected):
             return block_start + int(positions_not_rejected[0])
     return end

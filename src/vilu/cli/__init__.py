@@ -128,7 +128,8 @@ def _run_command() -> int:
     except KeyboardInterrupt:  # a command that had begun has already printed a message
         return INTERRUPTED_EXIT_CODE
     except TYPER_USAGE_ERROR as error:
-        print_to_stderr("error", _usage_error_message(error))
+        message = _usage_error_message(error)
+        print_to_stderr("error", message)
         return UsageError.exit_code
     except ViLUError as error:
         print_to_stderr("error", str(error))
@@ -210,7 +211,8 @@ def _send_signal_again(unraisable: Any) -> None:  # noqa: ANN401 - Python export
     else:
         # The signal is sent after a short time: the main thread has then left the code that lost
         # the exception.
-        threading.Timer(0.01, os.kill, [os.getpid(), signal_number]).start()
+        timer = threading.Timer(0.01, os.kill, [os.getpid(), signal_number])
+        timer.start()
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:

@@ -88,7 +88,8 @@ def show_version(value: bool) -> None:
         # This import is here because it takes as much time as the rest of `vilu --help`.
         import importlib.metadata
 
-        typer.echo(importlib.metadata.version("vilu"))
+        version = importlib.metadata.version("vilu")
+        typer.echo(version)
         raise typer.Exit
 
 
@@ -167,14 +168,14 @@ def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
     parameters = list(signature(command, eval_str=True).parameters.values())
     clashing_names = [parameter.name for parameter in parameters if parameter.name in flags]
     if clashing_names:
+        joined_names = ", ".join(clashing_names)
         raise UsageError(
             f"the command {command.__name__} has parameters that every command of vilu gets: "
-            f"{', '.join(clashing_names)}. Leave them out."
+            f"{joined_names}. Leave them out."
         )
     for name, annotation in flags.items():
-        parameters.append(
-            Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
-        )
+        flag = Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        parameters.append(flag)
     # typer reads the options from here
     vars(run)["__signature__"] = Signature(parameters)
     return run
@@ -209,11 +210,13 @@ def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(**values)
         except KeyboardInterrupt:
-            print_to_stderr("stopped", _stop_message(command, values))
+            message = _stop_message(command, values)
+            print_to_stderr("stopped", message)
             raise
         except SystemExit as system_exit:
             if system_exit.code == TERMINATED_EXIT_CODE:
-                print_to_stderr("stopped", _stop_message(command, values))
+                message = _stop_message(command, values)
+                print_to_stderr("stopped", message)
             raise
 
     return run_with_message
@@ -261,7 +264,8 @@ def add_command(
     group: typer.Typer, name: str, command: Callable[..., None], panel: str | None = None
 ) -> None:
     """Add a command to a group of commands, with checks and the common flags."""
-    wrapped_command = with_common_flags(with_stop_message(command))
+    stoppable_command = with_stop_message(command)
+    wrapped_command = with_common_flags(stoppable_command)
     group.command(name, cls=PanelledCommand, rich_help_panel=panel)(wrapped_command)
 
 
@@ -309,9 +313,11 @@ def add_plugin_command(entry: EntryPoint) -> None:
         command = load_entry(entry, "command")
         add_command(app, entry.name, command, RESEARCH)
     except UsageError as error:
-        app.command(entry.name, context_settings=ALLOW_ANY_ARGUMENTS, rich_help_panel=RESEARCH)(
-            command_that_raises(error)
+        failing_command = command_that_raises(error)
+        register = app.command(
+            entry.name, context_settings=ALLOW_ANY_ARGUMENTS, rich_help_panel=RESEARCH
         )
+        register(failing_command)
 
 
 def add_missing_bench_commands() -> None:
@@ -319,9 +325,8 @@ def add_missing_bench_commands() -> None:
     installed = {entry.name for entry in entry_points(COMMAND_GROUP)}
     for name in names_of_bench()[COMMAND_GROUP]:
         if name not in installed:
-            app.command(name, context_settings=ALLOW_ANY_ARGUMENTS, hidden=True)(
-                refuse_bench_command
-            )
+            register = app.command(name, context_settings=ALLOW_ANY_ARGUMENTS, hidden=True)
+            register(refuse_bench_command)
 
 
 def refuse_bench_command(context: typer.Context) -> None:

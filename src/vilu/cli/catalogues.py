@@ -60,7 +60,8 @@ def list_datasets() -> None:
     rows = []
     for entry in KNOWN.values():
         facts.append({name: getattr(entry, name) for name in DATASET_FIELDS})
-        rows.append(_dataset_cells(entry))
+        cells = _dataset_cells(entry)
+        rows.append(cells)
     table = format_columns(rows, keys_below=("how", "url"))
     print_result(facts, table)
     if not rows:
@@ -146,9 +147,11 @@ def _presence_cells(presence: Presence) -> dict[str, str]:
     for name, split in presence.splits.items():
         problems.append(split.problem)
         missing_files += split.missing
-        counts.append(f"{name} {_count_text(split)}")
+        count = _count_text(split)
+        counts.append(f"{name} {count}")
     if missing_files:
-        problems.append(f"missing: {', '.join(missing_files)}")
+        joined_files = ", ".join(missing_files)
+        problems.append(f"missing: {joined_files}")
     # keeps the order, and leaves out repeated and empty texts
     distinct_problems = dict.fromkeys(problem for problem in problems if problem)
     folder = ""
@@ -183,18 +186,16 @@ def _count_text(split: Count) -> str:
 
     The published number is left out if it is unknown, or equal to the listed number.
     """
-    published = split.expected
-    listed = split.listed
-    if listed is None:
-        listed = published
+    n_expected = split.expected if split.listed is None else split.listed
     count = "?"
     if split.found is not None:
         count = f"{split.found:,}"
-    if listed is not None:
-        count = f"{count}/{listed:,}"
-    if published is None or published == listed:
+    if n_expected is not None:
+        count = f"{count}/{n_expected:,}"
+    n_published = split.expected
+    if n_published is None or n_published == n_expected:
         return count
-    return f"{count} (published {published:,})"
+    return f"{count} (published {n_published:,})"
 
 
 def list_(
@@ -218,7 +219,8 @@ def list_(
         "metrics": _metric_rows,
     }
     rows = rows_of_catalogue[what]()
-    print_result(rows, _catalogue_table(what, rows))
+    table = _catalogue_table(what, rows)
+    print_result(rows, table)
     if what == "datasets":
         log_next_step("data sets that vilu knows by name: vilu datasets list")
 
@@ -315,7 +317,8 @@ def _predictor_cells(row: dict[str, Any]) -> dict[str, str]:
     flags = _embed_flags(row["needs columns"])
     optional_flags = _embed_flags(row["uses columns"])
     if optional_flags:
-        flags.append(f"[{' '.join(optional_flags)}]")
+        joined_flags = " ".join(optional_flags)
+        flags.append(f"[{joined_flags}]")
     classes = "fitted"
     if row["classes"] == "any":
         classes = "any"
@@ -354,7 +357,8 @@ def _backbone_rows() -> list[dict[str, Any]]:
         if isinstance(kind, BackboneKind):
             facts = {"name": name, "install": _extra_text(kind), "what it is": kind.description}
             rows.append(facts)
-    for name, model in named_backbones().items():
+    models = named_backbones()
+    for name, model in models.items():
         description = (
             f"{model.title}, {model.image_size} px: open_clip:{model.open_clip}, or by {name}@hf "
             f"hf:{model.hf}"

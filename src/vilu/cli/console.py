@@ -41,7 +41,8 @@ TERMINATED_EXIT_CODE = 143
 def print_to_stderr(level: str, message: str) -> None:
     """Write a line to stderr. Control characters, for example in file names, are escaped."""
     with suppress(OSError):  # stderr may be closed; then only the exit code reports the error
-        sys.stderr.write(f"vilu: {level}: {escape_unprintable(message)}\n")
+        printable_message = escape_unprintable(message)
+        sys.stderr.write(f"vilu: {level}: {printable_message}\n")
 
 
 class EscapingFormatter(logging.Formatter):
@@ -49,7 +50,8 @@ class EscapingFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """Format the message on one line. A traceback after the message is not escaped."""
-        return escape_unprintable(super().formatMessage(record))
+        message = super().formatMessage(record)
+        return escape_unprintable(message)
 
 
 class CheckedOutput:
@@ -76,7 +78,8 @@ class CheckedOutput:
             except UnicodeEncodeError:
                 encoding = self.stream.encoding
                 escaped = text.encode(encoding, "backslashreplace")
-                return self.stream.write(escaped.decode(encoding))
+                encodable_text = escaped.decode(encoding)
+                return self.stream.write(encodable_text)
 
     def flush(self) -> None:
         """Write the text in the buffer."""
@@ -164,7 +167,8 @@ def set_verbosity(flags: OutputFlags) -> None:
     elif flags.quiet:
         level = logging.WARNING
     handler = logging.StreamHandler()
-    handler.setFormatter(EscapingFormatter("vilu: %(message)s"))
+    formatter = EscapingFormatter("vilu: %(message)s")
+    handler.setFormatter(formatter)
     logger.handlers[:] = [handler]
     logger.setLevel(level)
 
@@ -211,7 +215,8 @@ class BarReporter:
         class Speed(bars.ProgressColumn):
             def render(self, task: bars.Task) -> Text:
                 speed = task.finished_speed or task.speed or 0
-                return Text(_format_speed(speed, task.fields["unit"]))
+                speed_with_unit = _format_speed(speed, task.fields["unit"])
+                return Text(speed_with_unit)
 
         progress = bars.Progress(
             bars.TextColumn("{task.description}"),
@@ -503,7 +508,8 @@ def wants_json() -> bool:
 def print_result(facts: object, text: str) -> None:
     """Print the result of a command: ``facts`` as JSON with --json, else ``text``."""
     if wants_json():
-        typer.echo(json.dumps(facts, indent=2))
+        document = json.dumps(facts, indent=2)
+        typer.echo(document)
     else:
         typer.echo(text)
 
@@ -511,7 +517,8 @@ def print_result(facts: object, text: str) -> None:
 def print_outputs(*outputs: Path | str) -> None:
     """Print the files, folders or addresses made by a command; with --json a list of them."""
     names = [str(output) for output in outputs]
-    print_result({"outputs": names}, "\n".join(names))
+    text = "\n".join(names)
+    print_result({"outputs": names}, text)
 
 
 def format_columns(rows: list[dict[str, str]], keys_below: Sequence[str] = ()) -> str:

@@ -171,7 +171,8 @@ def _require_packages() -> None:
 def demo_key(photos: Path, seed: int) -> str:
     """Digest of all inputs of a demo: the weights of the model, the photos and the seed."""
     versions_of_weights = [metadata.version(package) for package in WEIGHT_PACKAGES]
-    return digest([versions_of_weights, file_hash(photos), seed])
+    hash_of_photos = file_hash(photos)
+    return digest([versions_of_weights, hash_of_photos, seed])
 
 
 FIGURE_NAMES = ("histograms", "roc", "risk_coverage", "contact_sheet")
@@ -304,7 +305,9 @@ def write_folder(photos: Path, output: Path, seed: int) -> None:
     records = list(dataset.records(0, len(dataset)))
     folder = make_folder(output / "photos")
     lines = ["path,label"]
-    for row in np.random.default_rng(seed).permutation(len(records)).tolist():
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(records))
+    for row in order.tolist():
         record = records[row]
         file = f"{Path(record.key).stem}.jpg"
         label = record.label or 0  # every record has a label, although the type allows None
@@ -315,8 +318,10 @@ def write_folder(photos: Path, output: Path, seed: int) -> None:
             continue
         write_bytes(folder / file, record.read())
         lines.append(f"{file},{name}")
-    write_text(output / "classes.txt", "\n".join(SORTED_CLASSES) + "\n")
-    write_text(output / "labels.csv", "\n".join(lines) + "\n")
+    class_lines = "\n".join(SORTED_CLASSES)
+    write_text(output / "classes.txt", class_lines + "\n")
+    label_lines = "\n".join(lines)
+    write_text(output / "labels.csv", label_lines + "\n")
 
 
 class PhotoAnswer(NamedTuple):
@@ -340,7 +345,8 @@ def photo_answers(outcomes: Outcomes, rows: Ints) -> list[PhotoAnswer]:
     for row in rows:
         prediction = names[predictions[row]]
         truth = names[targets[row]]
-        answers.append(PhotoAnswer(keys[row], prediction, truth, outcomes.uncertainty[row]))
+        answer = PhotoAnswer(keys[row], prediction, truth, outcomes.uncertainty[row])
+        answers.append(answer)
     return answers
 
 

@@ -41,7 +41,8 @@ def demo(
 
     demo_result = run_demo(output, seed=seed, overwrite=overwrite)
     sorting_text = sort_folder(output, seed)
-    console.print_result(demo_result.table.to_dicts(), f"{demo_result.text}\n\n{sorting_text}")
+    table_rows = demo_result.table.to_dicts()
+    console.print_result(table_rows, f"{demo_result.text}\n\n{sorting_text}")
     log_next_step(f"figures and tables are in {output}; your own images: vilu embed FOLDER -o emb")
 
 
@@ -96,7 +97,8 @@ def write_asked_labels(output: Path, name: str) -> Path:
     lines = ["path,label"]
     for row in read_rows(output / "triage" / "next_labels.csv"):
         path = row["path"]
-        lines.append(f"{path},{label_of_path.get(path, SKIPPED)}")
+        label = label_of_path.get(path, SKIPPED)
+        lines.append(f"{path},{label}")
     write_text(output / name, "\n".join(lines) + "\n")
     return output / name
 

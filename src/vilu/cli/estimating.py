@@ -78,7 +78,8 @@ def estimate(
     outcomes = _score_unused_rows(scoring_predictor, source, data, with_classes=classes)
     estimates = estimate_outcomes(outcomes, confidence=confidence, of_classes=classes)
     facts = [asdict(share) for share in estimates]
-    console.print_result(facts, _estimates_in_words(estimates, confidence))
+    text = _estimates_in_words(estimates, confidence)
+    console.print_result(facts, text)
 
 
 def _refuse_labels_chosen_to_fit(source: EmbeddingSource) -> None:

@@ -140,7 +140,8 @@ def _set_metavar(parameter: Any) -> None:  # noqa: ANN401 - a parameter of typer
         return
     if isinstance(parameter, TyperOption):
         context: Any = None  # typer needs a context only to change the case of choices
-        metavar = METAVAR_OF_TYPE.get(parameter.display_type(context))
+        type_name = parameter.display_type(context)
+        metavar = METAVAR_OF_TYPE.get(type_name)
         if metavar is not None:  # None: typer lists all values
             parameter.metavar = METAVAR_OF_OPTION.get(parameter.name, metavar)
     else:

@@ -220,6 +220,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     --features, --views, --prompts and --negatives store additional data, needed by some methods
     (see `vilu list predictors`). Captions of images are embedded, too, and need no classes.
     """
+    conditions = console.parse_pairs("--where", where, form="COLUMN=VALUE")
     images = _open_images(
         source,
         max_error_rate,
@@ -228,7 +229,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         classes=classes,
         captions=captions,
         outside=outside or (),
-        where=console.parse_pairs("--where", where, form="COLUMN=VALUE"),
+        where=conditions,
         dataset=dataset,
         root=root,
         follow_links=follow_links,
@@ -240,11 +241,9 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     negative_words: Sequence[str] = ()
     if negatives:
         negative_words = everyday_words()
+    prompt_templates = templates_of(prompts) or ()
     columns = ExtraColumns(
-        features=features,
-        views=views,
-        prompts=templates_of(prompts) or (),
-        negatives=negative_words,
+        features=features, views=views, prompts=prompt_templates, negatives=negative_words
     )
     store = embed_images(
         images,
@@ -265,7 +264,8 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         shared=executor == "rank",
     )
     console.print_outputs(output)
-    log_next_step(store_in_words(output, store, split=split, source=source))
+    closing_line = store_in_words(output, store, split=split, source=source)
+    log_next_step(closing_line)
 
 
 def backbone_spec(
@@ -286,9 +286,8 @@ def backbone_spec(
     log_advice_on_compact(name)
     if models is not None:
         models = models.absolute()
-    return BackboneSpec(
-        name, device, _resolve_precision(precision, name, device), models, full_decode
-    )
+    resolved_precision = _resolve_precision(precision, name, device)
+    return BackboneSpec(name, device, resolved_precision, models, full_decode)
 
 
 def _resolve_precision(
@@ -299,7 +298,8 @@ def _resolve_precision(
 
     if wanted_precision == "bf16":
         return wanted_precision
-    has_fast_bf16 = multiplies_bf16(resolve_device(device))
+    resolved_device = resolve_device(device)
+    has_fast_bf16 = multiplies_bf16(resolved_device)
     if wanted_precision == "auto":
         precision = "bf16" if has_fast_bf16 else "fp32"
         log_next_step(f"--precision auto: {precision}")

@@ -96,7 +96,8 @@ def check_file(path: Path) -> Artefact:
     if path.suffix == ".parquet":
         return _check_table(path)
     if path.suffix == ".csv":
-        return _describe(path, "outcomes", len(Outcomes.load(path)))
+        outcomes = Outcomes.load(path)
+        return _describe(path, "outcomes", len(outcomes))
     raise DataError(
         f"{path} cannot be checked by itself: only .json, .parquet and .csv files can. Give its "
         "folder."
@@ -131,7 +132,8 @@ def _check_monitor_state(path: Path, metadata: dict[str, object]) -> None:
     try:
         State.model_validate(metadata)
     except ValidationError as error:
-        raise DataError(f"{path} is damaged: {first_error(error)}. Begin a new monitor.") from error
+        reason = first_error(error)
+        raise DataError(f"{path} is damaged: {reason}. Begin a new monitor.") from error
 
 
 def _describe(path: Path, kind: str, n_rows: int) -> Artefact:

@@ -106,7 +106,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
-    from vilu.tables.read import with_features_files
+    from vilu.tables.files import with_features_files
     from vilu.tables.table import AnswerTable
 
     if output is not None:
@@ -187,7 +187,8 @@ def _answers_in_words(
 
     explanation = explain_answers(predictor, table, rows, n)
     closing_line = f"{plural(len(explanation.rows), 'row')} explained"
-    return ExplainOutput(explanation.to_dict(), str(explanation), closing_line)
+    facts = explanation.to_dict()
+    return ExplainOutput(facts, str(explanation), closing_line)
 
 
 def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) -> ExplainOutput:
@@ -209,7 +210,8 @@ def _rows_in_words(explanations: Explanations, command: str, *, has_summary: boo
     closing_line = f"{plural(len(explanations), 'row')} explained"
     if has_summary:
         closing_line += f"; where the failures are: {command} --summary"
-    return ExplainOutput(explanations.to_dict(), str(explanations), closing_line)
+    facts = explanations.to_dict()
+    return ExplainOutput(facts, str(explanations), closing_line)
 
 
 def _compute_summary(
@@ -310,7 +312,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.artifacts.disk import locked
     from vilu.artifacts.paths import claim_file, inputs_digest
     from vilu.progress import track
-    from vilu.tables.read import with_features_files
+    from vilu.tables.files import with_features_files
 
     new_paths = scores or []
     late_paths = late_labels or []
@@ -321,7 +323,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             # A state is updated even without the flag --overwrite, so ``overwrite`` is True. The
             # flag does not reset a state, because there is no other copy of the state.
             claim_file(state, "monitor state", overwrite=True)
-            stack.enter_context(locked(state.parent, activity="monitoring with a state in"))
+            state_lock = locked(state.parent, activity="monitoring with a state in")
+            stack.enter_context(state_lock)
         settings = {
             "false_alarm": false_alarm,
             "shuffle": shuffle,
@@ -329,18 +332,15 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             "seed": seed,
         }
         loaded_monitor = _open_monitor(predictor, state, false_alarm=false_alarm, seed=seed)
+        score_files = with_features_files(*new_paths, *late_paths)
         # The state is no part of the digest, because this command changes the state.
-        input_digest = inputs_digest(
-            predictor,
-            *with_features_files(*new_paths, *late_paths),
-            n_new=len(new_paths),
-            **settings,
-        )
+        input_digest = inputs_digest(predictor, *score_files, n_new=len(new_paths), **settings)
         has_report = False
         if output is not None:
             has_report = claim_file(output, "monitor report", input_digest, overwrite=overwrite)
         report_entries: list[dict[str, Any]] = []
-        task = stack.enter_context(track("monitor", len(new_paths) + len(late_paths), "files"))
+        progress = track("monitor", len(new_paths) + len(late_paths), "files")
+        task = stack.enter_context(progress)
         shuffle_seed = None
         if shuffle:
             shuffle_seed = seed
@@ -463,11 +463,11 @@ def _load_scores(path: Path, predictor: Path) -> Outcomes:
     """Load the scores in a file or a folder. If the path is a table of answers, score the table."""
     from vilu.outcomes.outcomes import Outcomes
     from vilu.scoring.score_folder import ScoreFolder
+    from vilu.tables.files import is_answer_table
     from vilu.tables.scores import scores_of_file
 
-    table_scores = scores_of_file(path, predictor)
-    if table_scores:
-        (outcomes,) = table_scores
+    if is_answer_table(path):
+        (outcomes,) = scores_of_file(path, predictor)
         return outcomes
     if path.is_dir():
         return ScoreFolder(path).outcomes()
@@ -533,7 +533,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.report.page.build import report_page
     from vilu.report.page.choice import read_calibrated, read_scores
     from vilu.store.reader import open_source
-    from vilu.tables.read import with_features_files
+    from vilu.tables.files import is_answer_table, with_features_files
     from vilu.tables.scores import scores_of_file
 
     if output.suffix.lower() not in {".html", ".htm"}:
@@ -564,7 +564,10 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         console.print_outputs(output)
         console.log_nothing_to_do(output)
         return
-    outcomes = scores_of_file(run, predictor) or read_scores(run)
+    if is_answer_table(run):
+        outcomes = scores_of_file(run, predictor)
+    else:
+        outcomes = read_scores(run)
     calibrated_rule = None
     if predictor is not None:
         calibrated_rule = read_calibrated(predictor)

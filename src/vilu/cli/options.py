@@ -57,14 +57,16 @@ def complete_methods(incomplete: str) -> list[str]:
     """Names of methods that begin with ``incomplete``, for completion in the shell."""
     from vilu.predictors.contract.catalogue import method_names
 
-    return _names_that_begin_with(incomplete, method_names())
+    names = method_names()
+    return _names_that_begin_with(incomplete, names)
 
 
 def complete_backbones(incomplete: str) -> list[str]:
     """Names and prefixes of backbones that begin with ``incomplete``, for the shell."""
     from vilu.backbones.catalog import BACKBONES
 
-    return _names_that_begin_with(incomplete, BACKBONES.names())
+    names = BACKBONES.names()
+    return _names_that_begin_with(incomplete, names)
 
 
 def complete_datasets(incomplete: str) -> list[str]:
@@ -275,7 +277,8 @@ class ReadingFlags:
 
     def open_with_second(self, store: Path) -> EmbeddingSource:
         """Open a store together with the store of the second model, if any."""
-        return self.with_second(self.open(store))
+        data = self.open(store)
+        return self.with_second(data)
 
     def with_second(self, data: EmbeddingSource) -> EmbeddingSource:
         """Combine ``data`` with the store of the second model, if any."""
@@ -284,14 +287,16 @@ class ReadingFlags:
         from vilu.embeddings.two_models import TwoModels
         from vilu.store.reader import open_source
 
-        return TwoModels(data, open_source(self.second))
+        data_of_second = open_source(self.second)
+        return TwoModels(data, data_of_second)
 
     def open_with_pools(
         self, pools: Pools | None, store: Path, role: Fold | None = None
     ) -> EmbeddingSource:
         """Open a store like ``open``, but with the given pools; or open a table of answers."""
         from vilu.store.reader import open_source
-        from vilu.tables.read import may_be_table, open_table
+        from vilu.tables.files import may_be_table
+        from vilu.tables.read import open_table
 
         if may_be_table(store):
             if replace(self, cluster_column=None) != ReadingFlags():
@@ -345,11 +350,13 @@ def with_reading_flags(
 
     @wraps(command)
     def run_with_flags(**values: Any) -> None:  # noqa: ANN401 - values of all flags of the command
-        reading_flags = ReadingFlags(**{name: values.pop(name) for name in flag_parameters})
+        flag_values = {name: values.pop(name) for name in flag_parameters}
+        reading_flags = ReadingFlags(**flag_values)
         command(reading_flags=reading_flags, **values)
 
     parameters: list[Parameter] = []
-    for name, parameter in signature(command, eval_str=True).parameters.items():
+    parameters_of_command = signature(command, eval_str=True).parameters
+    for name, parameter in parameters_of_command.items():
         if name == "reading_flags":
             parameters += flag_parameters.values()
         else:

@@ -148,16 +148,14 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     from vilu.predictors.contract.seen import describe_candidates
     from vilu.predictors.nn.processes import world
     from vilu.predictors.persistence import storage
-    from vilu.tables.read import with_features_files
+    from vilu.tables.files import with_features_files
 
     with ExitStack() as stack:
         processes = stack.enter_context(world(device))  # processes of torchrun, or only this one
-        predictor = _new_predictor(
-            method or _default_method(stores),
-            {"seed": seed, "device": device},
-            _add_answer_setting(settings or [], answer),
-            init,
-        )
+        chosen_method = method or _default_method(stores)
+        defaults: dict[str, object] = {"seed": seed, "device": device}
+        all_settings = _add_answer_setting(settings or [], answer)
+        predictor = _new_predictor(chosen_method, defaults, all_settings, init)
         if unlabelled is not None:
             _require_use_of_unlabelled(type(predictor))
         if labels:
@@ -204,14 +202,15 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         if checkpoints is not None:
             checkpoints.remove()
         console.print_outputs(output)
-        n_rows = predictor.notes_.get("n_train", len(train))
+        n_train = predictor.notes_.get("n_train", len(train))
+        n_rows = plural(n_train, "row")
         hint = _score_hint(output, train.data_kind)
-        log_next_step(f"{predictor.name} fitted on {plural(n_rows, 'row')}; {hint}")
+        log_next_step(f"{predictor.name} fitted on {n_rows}; {hint}")
 
 
 def _default_method(stores: list[Path]) -> str:
     """The method to fit if the user names no method: one for tables, or one for embeddings."""
-    from vilu.tables.read import may_be_table
+    from vilu.tables.files import may_be_table
 
     if may_be_table(stores[0]):
         return "answer_scores"
@@ -281,7 +280,8 @@ def _new_predictor(
     if init is None:
         predictor = build_predictor(cls, values)
     else:
-        predictor = start_from_fitted(cls, load_predictor(init), values)
+        initial_predictor = load_predictor(init)
+        predictor = start_from_fitted(cls, initial_predictor, values)
     predictor.check_answer()
     return predictor
 
@@ -329,9 +329,10 @@ def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
         alternative = f"or give them as the STORE to fit {cls.name} on"
     else:
         alternative = f"or fit {_method_names(label_free_methods)} with them as the STORE"
+    names_of_using_methods = _method_names(using_methods)
     raise UsageError(
         f"{cls.name} does not use --unlabelled. Give rows without labels as --unlabelled of "
-        f"{_method_names(using_methods)}, {alternative}."
+        f"{names_of_using_methods}, {alternative}."
     )
 
 
@@ -425,7 +426,8 @@ def _open_checkpoints(
     if not isinstance(predictor, HeadPredictor):
         return None
     folder = output.with_name(f"{output.name}.checkpoints")
-    return stack.enter_context(checkpointing(folder, resume=True))
+    session = checkpointing(folder, resume=True)
+    return stack.enter_context(session)
 
 
 def _remove_old_checkpoints(
@@ -435,7 +437,8 @@ def _remove_old_checkpoints(
 
     Checkpoints of another fit are kept.
     """
-    if not output.with_name(f"{output.name}.checkpoints").is_dir():
+    checkpoint_folder = output.with_name(f"{output.name}.checkpoints")
+    if not checkpoint_folder.is_dir():
         return
     checkpoints = _open_checkpoints(stack, predictor, output)
     if checkpoints is None:
@@ -470,7 +473,7 @@ def score(
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.scoring.score import score as score_rows
     from vilu.scoring.score import score_parts
-    from vilu.tables.read import with_features_files
+    from vilu.tables.files import with_features_files
 
     is_folder = output.is_dir() or not output.suffix
     if not is_folder and output.suffix.lower() not in {".parquet", ".csv"}:
@@ -482,12 +485,9 @@ def score(
     if is_folder:
         # With None, ``prepare_output`` checks nothing. ``score_parts`` checks the folder.
         file = None
+    input_paths = [predictor, *with_features_files(store), *reading_flags.input_paths]
     write_output = console.prepare_output(
-        file,
-        "scores",
-        [predictor, *with_features_files(store), *reading_flags.input_paths],
-        overwrite=overwrite,
-        reading=reading_flags.digest_settings,
+        file, "scores", input_paths, overwrite=overwrite, reading=reading_flags.digest_settings
     )
     loaded_predictor = load_predictor(predictor)
     _require_judged_answer(predictor, loaded_predictor.answer, answer)
@@ -544,21 +544,21 @@ def evaluate(
     from vilu.outcomes.evaluate import evaluate as evaluate_outcomes
     from vilu.outcomes.outcomes import Outcomes
     from vilu.scoring.score_folder import ScoreFolder
-    from vilu.tables.read import with_features_files
-    from vilu.tables.scores import scores_of_file
+    from vilu.tables.files import is_answer_table, with_features_files
 
     settings: dict[str, object] = {"resamples": resamples, "seed": seed}
     # This flag is newer than the digest. Without the flag, the digest must not change.
     if cluster_column is not None:
         settings["clusters"] = cluster_column
-    write_output = console.prepare_output(
-        output, "results", with_features_files(*scores), overwrite=overwrite, **settings
-    )
+    files = with_features_files(*scores)
+    write_output = console.prepare_output(output, "results", files, overwrite=overwrite, **settings)
     scored_sets: list[SupportsTally] = []
     for path in scores:
-        table_scores = scores_of_file(path, cluster_column=cluster_column)
-        if table_scores:
-            scored_sets += table_scores
+        if is_answer_table(path):
+            # This module imports torch, which takes a second.
+            from vilu.tables.scores import scores_of_file
+
+            scored_sets += scores_of_file(path, cluster_column=cluster_column)
             continue
         if cluster_column is not None:
             raise UsageError(
@@ -571,7 +571,8 @@ def evaluate(
             scored_sets.append(Outcomes.load(path))
     table = evaluate_outcomes(scored_sets, n_resamples=resamples, seed=seed)
     write_output(lambda path, inputs: table.save(path, inputs=inputs))
-    console.print_result(table.to_dicts(), str(table))
+    rows = table.to_dicts()
+    console.print_result(rows, str(table))
 
 
 def convert(
@@ -584,7 +585,7 @@ def convert(
     ] = 100.0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert a checkpoint of the reference implementation, without running code in it.
+    """Convert a checkpoint of the reference implementation. No code in the checkpoint is run.
 
     Prints the folder of the predictor.
     """
@@ -602,7 +603,8 @@ def convert(
     predictor.notes_["inputs"] = input_digest
     predictor.save(output)
     console.print_outputs(output)
-    log_next_step(f"a {predictor.name} head; {_score_hint(output)}")
+    hint = _score_hint(output)
+    log_next_step(f"a {predictor.name} head; {hint}")
 
 
 MaxRisk = Annotated[
@@ -825,8 +827,9 @@ def _write_score_predictor(
 ) -> Path:
     """Write the predictor for the only score of a table; return the folder of the predictor."""
     from vilu.predictors.persistence import storage
+    from vilu.tables.files import may_be_table
     from vilu.tables.methods import method_of_only_score
-    from vilu.tables.read import may_be_table, open_table
+    from vilu.tables.read import open_table
 
     if not may_be_table(table):
         raise UsageError(
@@ -835,7 +838,8 @@ def _write_score_predictor(
         )
     if output is None:
         raise UsageError("a table that is calibrated alone needs -o FOLDER for the result.")
-    predictor = method_of_only_score(open_table(table, clusters=reading_flags.cluster_column))
+    answers = open_table(table, clusters=reading_flags.cluster_column)
+    predictor = method_of_only_score(answers)
     input_digest = storage.fit_inputs_digest(predictor, [])
     is_written = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
     if not is_written:
@@ -861,9 +865,10 @@ def _calibrate_at_any_time(
         raise UsageError(
             "anytime needs --labels. `vilu next` writes the file of labels to fill in."
         )
+    class_store = _store_with_classes(data)
     return calibrate_by_labels(
         predictor,
-        _store_with_classes(data),
+        class_store,
         labels,
         max_risk=max_risk,
         confidence=target.confidence,
@@ -893,9 +898,8 @@ def _calibrate_by_draw(
             f"--drawn-below takes its labels from {draw_file}. Leave --labels out, and fill in the "
             "column label of that file."
         )
-    return calibrate_by_draw(
-        predictor, _store_with_classes(data), draw_file, target, overwrite=overwrite
-    )
+    class_store = _store_with_classes(data)
+    return calibrate_by_draw(predictor, class_store, draw_file, target, overwrite=overwrite)
 
 
 def _calibrate_once(
@@ -913,14 +917,11 @@ def _calibrate_once(
     from vilu.triage.store_labels import rows_picked_at_random
 
     if labels is not None:
-        data = rows_picked_at_random(_store_with_classes(data), labels)
+        class_store = _store_with_classes(data)
+        data = rows_picked_at_random(class_store, labels)
+    split = reading_flags.split_of(data)
     return calibrate_predictor(
-        predictor,
-        data,
-        target,
-        dataset=store.name,
-        split=reading_flags.split_of(data),
-        overwrite=overwrite,
+        predictor, data, target, dataset=store.name, split=split, overwrite=overwrite
     )
 
 
@@ -950,9 +951,10 @@ def _calibration_in_words(calibration: Calibration) -> str:
         lines.append(f"decision: {calibration.guarantee_text}")
     label_sets = calibration.label_sets
     if label_sets is not None:
+        max_miss = percent(label_sets.max_miss, 1)
         lines.append(
             f"label sets: {label_sets.method}, on average {label_sets.mean_size:.2f} labels; at "
-            f"most {percent(label_sets.max_miss, 1)} miss the right one "
+            f"most {max_miss} miss the right one "
             f"({label_sets.empirical_miss:.1%} of "
             f"{label_sets.n} calibration rows)"
         )
@@ -1052,9 +1054,8 @@ def push(
         predictor, repository, private=private, overwrite=overwrite, with_sample=with_sample
     )
     console.print_outputs(address)
-    log_next_step(
-        f"elsewhere: {console.shell_command('vilu', 'pull', repository, '-o', 'predictor')}"
-    )
+    pull_command = console.shell_command("vilu", "pull", repository, "-o", "predictor")
+    log_next_step(f"elsewhere: {pull_command}")
 
 
 def pull(
@@ -1068,4 +1069,5 @@ def pull(
 
     folder = pull_predictor(repository, output, revision=revision, overwrite=overwrite)
     console.print_outputs(folder)
-    log_next_step(_score_hint(output))
+    hint = _score_hint(output)
+    log_next_step(hint)

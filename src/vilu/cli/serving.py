@@ -254,8 +254,9 @@ def _client_limits(host: str, names: list[str], key_file: Path | None) -> Client
     keys: frozenset[ClientKey] = frozenset()
     if key_file is not None:
         keys = read_keys(key_file)
+    own_host = in_brackets(host.lower())
     return ClientLimits(
-        hosts=frozenset([*LOOPBACK_HOSTS, in_brackets(host.lower()), *hosts]),
+        hosts=frozenset([*LOOPBACK_HOSTS, own_host, *hosts]),
         tls_hosts=frozenset(tls_hosts),
         keys=keys,
     )

@@ -215,7 +215,7 @@ def inspect(
     The exit code is 3, 6 or 7 if something is wrong.
     """
     from vilu.cli.inspecting import check_artefacts, is_store
-    from vilu.tables.read import is_answer_table
+    from vilu.tables.files import is_answer_table
 
     if is_store(path):
         _inspect_store(path, deep=deep)
@@ -238,7 +238,8 @@ def _inspect_store(path: Path, *, deep: bool) -> None:
     from vilu.store.inspect import inspect as inspect_store
 
     report = inspect_store(path, deep=deep)
-    print_result(report.to_dict(), str(report))
+    facts = report.to_dict()
+    print_result(facts, str(report))
     require_sound(report, path)
 
 
@@ -264,6 +265,8 @@ def _inspect_table(path: Path) -> None:
     ]
     width = max(map(len, table.roles))
     for name, role in table.roles.items():
-        lines.append(f"  {escape_unprintable(name):{width}}  {role}")
-    print_result(facts, "\n".join(lines))
+        printable_name = escape_unprintable(name)
+        lines.append(f"  {printable_name:{width}}  {role}")
+    text = "\n".join(lines)
+    print_result(facts, text)
     log_next_step("every cell that is used has the type that its column needs")

@@ -49,11 +49,11 @@ def completions_(
     from vilu.tables.sources import completion_answers
     from vilu.tables.sources.truth import read_truth
 
-    write_output = prepare_output(
-        output, "answers", _require_files(run, truth), overwrite=overwrite
-    )
+    input_paths = _require_files(run, truth)
+    write_output = prepare_output(output, "answers", input_paths, overwrite=overwrite)
     truth_of_id = None if truth is None else read_truth(truth)
-    _write_and_report(completion_answers(run, truth_of_id), output, write_output)
+    converted = completion_answers(run, truth_of_id)
+    _write_and_report(converted, output, write_output)
 
 
 def detections_(
@@ -76,9 +76,8 @@ def detections_(
     write_output = prepare_output(
         output, "answers", input_paths, overwrite=overwrite, min_iou=min_iou
     )
-    _write_and_report(
-        detection_answers(results, annotations, min_iou=min_iou), output, write_output
-    )
+    converted = detection_answers(results, annotations, min_iou=min_iou)
+    _write_and_report(converted, output, write_output)
 
 
 def logits_(
@@ -100,17 +99,16 @@ def logits_(
     """
     from vilu.tables.sources import logit_answers
 
+    input_paths = _require_files(logits, labels, classes)
+    # Without this entry, a file of labels and a file of class names would give equal digests.
+    has_labels = labels is not None
     write_output = prepare_output(
-        output,
-        "answers",
-        _require_files(logits, labels, classes),
-        overwrite=overwrite,
-        # Without this entry, a file of labels and a file of class names would give equal digests.
-        has_labels=labels is not None,
+        output, "answers", input_paths, overwrite=overwrite, has_labels=has_labels
     )
     arrays = _read_arrays({"logits": logits, "target": labels, "class_names": classes})
     logit_array = arrays.pop("logits")
-    _write_and_report(logit_answers(logit_array, **arrays), output, write_output)
+    converted = logit_answers(logit_array, **arrays)
+    _write_and_report(converted, output, write_output)
 
 
 def words_(
@@ -138,19 +136,15 @@ def words_(
     from vilu.tables.sources import word_answers
     from vilu.tables.sources.truth import read_dictionary, read_words
 
+    input_paths = _require_files(*pages, truth, dictionary)
+    has_truth = truth is not None
     write_output = prepare_output(
-        output,
-        "answers",
-        _require_files(*pages, truth, dictionary),
-        overwrite=overwrite,
-        n_pages=len(pages),
-        has_truth=truth is not None,
+        output, "answers", input_paths, overwrite=overwrite, n_pages=len(pages), has_truth=has_truth
     )
     true_words = None if truth is None else read_words(truth)
     known_words = () if dictionary is None else read_dictionary(dictionary)
-    _write_and_report(
-        word_answers(pages, truth=true_words, dictionary=known_words), output, write_output
-    )
+    converted = word_answers(pages, truth=true_words, dictionary=known_words)
+    _write_and_report(converted, output, write_output)
 
 
 def _require_files(*paths: Path | None) -> list[Path]:
@@ -196,6 +190,7 @@ def _write_and_report(
         f"{len(converted):,} answers, of which {n_known:,} are known as right or wrong{missed_text}"
     )
     if n_known:
-        log_next_step(f"next: {shell_command('vilu', 'fit', output, '-o', 'predictor')}")
+        fit_command = shell_command("vilu", "fit", output, "-o", "predictor")
+        log_next_step(f"next: {fit_command}")
     else:
         log_next_step("next: write 1 (right) or 0 (wrong) into the column correct of some rows")

@@ -201,9 +201,10 @@ def _log_summary(summary: TriageSummary, output: Path) -> None:
         page_command = console.shell_command(
             "vilu", "review", output, "--serve", "-o", "labels.csv"
         )
+        n_photos = plural(summary.n_asked, "photo")
         log_next_step(
             f"next: fill in the column label of {table_to_fill_in} "
-            f"({plural(summary.n_asked, 'photo')}; or label them on a page: {page_command}), then "
+            f"({n_photos}; or label them on a page: {page_command}), then "
             f"the same command with --labels {table_to_fill_in}"
         )
 
@@ -307,7 +308,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.artifacts.paths import claim_file, inputs_digest
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.store.reader import EmbeddingStore
-    from vilu.tables.read import may_be_table
+    from vilu.tables.files import may_be_table
     from vilu.triage.answers import write_next
     from vilu.triage.ask import choose_rows_to_label
 
@@ -382,7 +383,7 @@ def _refuse_for_tables(max_risk: float | None, *, per_class: bool, for_guarantee
 
 def _require_new_table(output: Path) -> None:
     """Refuse an existing output, an output other than .csv, or one next to a file of features."""
-    from vilu.tables.read import FEATURES_SUFFIX
+    from vilu.tables.files import FEATURES_SUFFIX
 
     if output.exists() or output.suffix.lower() != ".csv":
         raise UsageError(f"the answers to label go to a new .csv file. Got {output} instead.")
@@ -411,9 +412,9 @@ def _write_rows_to_label_next(
 
     _require_new_table(output)
     answers = open_table(table, clusters=cluster_column)
-    rows, purposes = choose_next_answers(
-        answers, load_predictor(predictor), read_asked_ids(labels), n, seed
-    )
+    loaded_predictor = load_predictor(predictor)
+    asked_ids = read_asked_ids(labels)
+    rows, purposes = choose_next_answers(answers, loaded_predictor, asked_ids, n, seed)
     if not len(rows):
         raise UsageError(
             f"every answer of {table} has a label, was fitted on or was asked for before, or is in "
@@ -422,7 +423,8 @@ def _write_rows_to_label_next(
     answers_to_label = answers.take(rows)
     write_label_requests(output, answers_to_label, purposes)
     console.print_outputs(output)
-    log_next_step(_labelling_advice(answers_to_label, output))
+    advice = _labelling_advice(answers_to_label, output)
+    log_next_step(advice)
 
 
 def _labelling_advice(questions: AnswerTable, output: Path) -> str:
@@ -452,21 +454,16 @@ def _draw_for_guarantee(
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.drawn import draw_for_guarantee
 
+    data = EmbeddingStore(store)
     draw = draw_for_guarantee(
-        predictor,
-        EmbeddingStore(store),
-        labels,
-        output,
-        n=n,
-        max_risk=max_risk,
-        seed=seed,
-        overwrite=overwrite,
+        predictor, data, labels, output, n=n, max_risk=max_risk, seed=seed, overwrite=overwrite
     )
     console.print_outputs(output)
     calibrate_command = console.shell_command(
         "vilu", "calibrate", predictor, store, "--drawn-below", output
     )
-    log_next_step(f"{draw.in_words()}; then: {calibrate_command}")
+    draw_in_words = draw.in_words()
+    log_next_step(f"{draw_in_words}; then: {calibrate_command}")
 
 
 def review(  # noqa: PLR0913, PLR0917 - one parameter per flag

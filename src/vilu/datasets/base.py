@@ -328,7 +328,8 @@ class ImagesWithOutside:
                 yield record
             else:
                 # a removed class is not in ``_new_label_of``
-                yield replace(record, label=self._new_label_of.get(record.label, OUTSIDE))
+                new_label = self._new_label_of.get(record.label, OUTSIDE)
+                yield replace(record, label=new_label)
 
 
 def _require_known_names(
@@ -348,9 +349,10 @@ def _require_known_names(
         return
     first_unknown = unknown_names[0]
     hint = did_you_mean(first_unknown, sorted(known_names), cutoff=0.5)
+    listed_names = _list_names(data_names)
     raise UsageError(
         f"{images.source} has no class or label {first_unknown!r} for --outside; "
-        f"it has {_list_names(data_names)}.{hint}"
+        f"it has {listed_names}.{hint}"
     )
 
 
@@ -385,10 +387,8 @@ def parse_split(split: str, existing_splits: Collection[str], source: str) -> tu
         raise UsageError(f"{source} has no splits. Leave --split {split} out.")
     first_unknown = unknown_names[0]
     hint = did_you_mean(first_unknown, existing_splits, cutoff=0.5)
-    raise UsageError(
-        f"{source} has no split {first_unknown!r}; "
-        f"it has {', '.join(sorted(existing_splits))}.{hint}"
-    )
+    listed_splits = ", ".join(sorted(existing_splits))
+    raise UsageError(f"{source} has no split {first_unknown!r}; it has {listed_splits}.{hint}")
 
 
 CAPTIONS_OR_CLASSES: Final = "captions replace the classes. Give --captions or --classes, not both."
@@ -433,9 +433,9 @@ class Selection:
         for name in self.where:
             n_columns = table_columns.count(name)
             if n_columns == 0:
+                listed_columns = _list_names(table_columns)
                 raise UsageError(
-                    f"{source} has no column {name!r} for --where; "
-                    f"it has {_list_names(table_columns)}."
+                    f"{source} has no column {name!r} for --where; it has {listed_columns}."
                 )
             if n_columns > 1:
                 raise DataError(
@@ -458,16 +458,20 @@ class Selection:
             splits = pa.array([], pa.string())  # without the column, parse_split raises an error
             if split_column is not None:
                 splits = table[split_column].cast(pa.string())
-            existing_splits = [name for name in splits.unique().to_pylist() if name]
+            distinct_splits = splits.unique()
+            existing_splits = [name for name in distinct_splits.to_pylist() if name]
             chosen_splits = parse_split(self.split, existing_splits, source)
-            is_chosen &= pc.is_in(splits, value_set=pa.array(chosen_splits)).to_numpy()
+            accepted_splits = pa.array(chosen_splits)
+            is_in_split = pc.is_in(splits, value_set=accepted_splits)
+            is_chosen &= is_in_split.to_numpy()
         for name, value in self.where.items():
             cells = cells_as_bytes(table[name], f"{source}, column {name!r}")
             accepted_values = pa.array([value.encode()], cells.type)
             has_value = pc.is_in(cells, value_set=accepted_values).to_numpy(zero_copy_only=False)
             is_still_chosen = is_chosen & has_value
             if not is_still_chosen.any():
-                raise UsageError(_no_row_message(source, name, value, cells, is_chosen))
+                message = _no_row_message(source, name, value, cells, is_chosen)
+                raise UsageError(message)
             is_chosen = is_still_chosen
         return np.flatnonzero(is_chosen).astype(np.int64)
 
@@ -480,10 +484,12 @@ def _no_row_message(
     ``cells`` is the column. ``is_chosen`` marks the rows that fulfil the earlier conditions.
     """
     restriction = "" if is_chosen.all() else " among those chosen so far"
-    values = pc.unique(cells.filter(pa.array(is_chosen)).drop_null())
+    mask = pa.array(is_chosen)
+    chosen_cells = cells.filter(mask).drop_null()
+    values = pc.unique(chosen_cells)
     # ``_list_names`` gets an extra value, to end the list with "..."
-    first_values = values.slice(0, MAX_LISTED + 1).to_pylist()
-    first_texts = [value.decode("utf-8", "backslashreplace") for value in first_values]
+    first_values = values.slice(0, MAX_LISTED + 1)
+    first_texts = [value.decode("utf-8", "backslashreplace") for value in first_values.to_pylist()]
     return (
         f"{source} has no row with {name}={value}{restriction}; "
         f"column {name!r} has {_list_names(first_texts)}."
@@ -505,7 +511,9 @@ def cells_as_bytes(column: pa.ChunkedArray, location: str) -> pa.Array:
         column = column.cast(column_type.value_type)
     if not is_bytes_type(column.type):
         column = column.cast(pa.large_string())
-    return column.cast(pa.large_binary()).combine_chunks()
+    bytes_type = pa.large_binary()
+    cells = column.cast(bytes_type)
+    return cells.combine_chunks()
 
 
 def is_bytes_type(column_type: pa.DataType) -> bool:

@@ -232,9 +232,10 @@ def _source_error(path: Path) -> UsageError | DataError:
         return DataError(f"{path} is no regular file. Expected {expected}.")
     suffixes = sorted({*TABLE_SUFFIXES, TAR_SUFFIX})
     ending = f"ending in {path.suffix!r}" if path.suffix else "without an ending"
+    listed_suffixes = ", ".join(suffixes)
     return DataError(
         f"{path} is a file {ending}. "
-        f"Expected a folder of images, or a file ending in {', '.join(suffixes)}."
+        f"Expected a folder of images, or a file ending in {listed_suffixes}."
     )
 
 

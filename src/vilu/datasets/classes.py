@@ -38,11 +38,12 @@ class ClassTable:
             # Repeated names are accepted here. They occur only with numbers as labels, and these
             # numbers distinguish classes of the same name.
             return
-        repeated_names = _repeated_names(Counter(self.data_names))
+        counts = Counter(self.data_names)
+        repeated_names = _repeated_names(counts)
         if repeated_names:
+            listed_names = _list_names(repeated_names)
             raise DataError(
-                f"class names must be distinct. Repeated: {_list_names(repeated_names)}. "
-                "Merge or rename them."
+                f"class names must be distinct. Repeated: {listed_names}. Merge or rename them."
             )
 
 
@@ -56,7 +57,8 @@ def _require_texts(kind: str, names: Sequence[str]) -> None:
             raise DataError(f"{kind} names must not be blank. Class {number} (counting from 0) is.")
     invalid_names = [portable_name(name) for name in names if not _is_utf8(name)]
     if invalid_names:
-        raise DataError(f"{kind} names must be UTF-8 text. Rename: {_list_names(invalid_names)}.")
+        listed_names = _list_names(invalid_names)
+        raise DataError(f"{kind} names must be UTF-8 text. Rename: {listed_names}.")
 
 
 def _repeated_names(counts: Counter[str]) -> list[str]:
@@ -178,7 +180,9 @@ def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     A byte order mark, line ends of any system (CRLF, CR) and blank lines at the end are accepted.
     """
     text = _read_text(file)
-    rows = [line.split("\t") for line in re.split(r"\r\n?|\n", text.rstrip())]
+    text_without_end = text.rstrip()
+    lines = re.split(r"\r\n?|\n", text_without_end)
+    rows = [line.split("\t") for line in lines]
     n_columns = len(rows[0])
     for line_number, row in enumerate(rows, start=1):
         if not all(cell.strip() for cell in row):
@@ -201,7 +205,8 @@ def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
 def _read_text(file: Path) -> str:
     """Return the text of a classes file, without the byte order mark."""
     try:
-        return read_file(file).decode("utf-8-sig")
+        content = read_file(file)
+        return content.decode("utf-8-sig")
     except PermissionError as error:
         raise StorageError(f"cannot read {file}: {error.strerror}.") from error
     except OSError as error:
@@ -212,9 +217,8 @@ def _read_text(file: Path) -> str:
 
 def _cleaned_table(data_names: Sequence[str]) -> ClassTable:
     """Return the class table of a data set without a classes file."""
-    return ClassTable(
-        tuple(data_names), tuple(clean_name(name) for name in data_names), has_cleaned_names=True
-    )
+    names = tuple(clean_name(name) for name in data_names)
+    return ClassTable(tuple(data_names), names, has_cleaned_names=True)
 
 
 def clean_name(name: str) -> str:
@@ -295,8 +299,9 @@ def refuse_numbers_as_names(classes: ClassTable, source: str) -> None:
     are_labels = [int(name) for name in names] == list(range(len(names)))
     if are_labels:
         return
+    listed_names = _list_names(names)
     raise DataError(
-        f"{source}: labels are numbers, and so are the classes ({_list_names(names)}). Is a label "
+        f"{source}: labels are numbers, and so are the classes ({listed_names}). Is a label "
         "a name, or a line of the classes file, counted from 0? Make the labels such numbers, and "
         "write number<TAB>name in that file."
     )

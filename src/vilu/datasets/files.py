@@ -57,7 +57,8 @@ def read_file(path: str | Path) -> bytes:
 
 def read_below(folder: Path, path: str) -> bytes:
     """Return the bytes of a file below a folder."""
-    return read_file(resolve_below(folder, path))
+    full_path = resolve_below(folder, path)
+    return read_file(full_path)
 
 
 def status_below(folder: Path, path: str) -> os.stat_result | None:
@@ -175,7 +176,8 @@ class AllowedFolders:
 
     def read(self, path: str) -> bytes:
         """Return the bytes of a file."""
-        return read_file(self.resolve(path))
+        full_path = self.resolve(path)
+        return read_file(full_path)
 
 
 def _real_prefix(folder: str | Path) -> str:
@@ -192,7 +194,8 @@ def _has_real_prefix(folder: str, prefixes: tuple[str, ...]) -> bool:
 
     The results are cached, because most files of a data set are in few folders.
     """
-    return _real_prefix(folder).startswith(prefixes)
+    real_prefix = _real_prefix(folder)
+    return real_prefix.startswith(prefixes)
 
 
 def _can_be_path(path: str) -> bool:
@@ -280,7 +283,8 @@ def original_path(text: str) -> str:
     """
     if "\\x" not in text:
         return text
-    path_bytes = _ESCAPE_PATTERN.sub(_unescape_byte, _path_bytes(text))
+    escaped_bytes = _path_bytes(text)
+    path_bytes = _ESCAPE_PATTERN.sub(_unescape_byte, escaped_bytes)
     path = os.fsdecode(path_bytes)
     if portable_name(path) != text:
         return text
@@ -307,7 +311,9 @@ def text_of_version_0_1(text: str) -> str:
     Label books of vilu 0.1.0 have such texts. The texts were not unique: two paths could have the
     same text.
     """
-    return os.fsencode(original_path(text)).decode("utf-8", "backslashreplace")
+    path = original_path(text)
+    path_bytes = os.fsencode(path)
+    return path_bytes.decode("utf-8", "backslashreplace")
 
 
 def subfolders(folder: str | Path, *, follow_links: bool = False) -> list[str]:
@@ -468,7 +474,8 @@ class ListingHash:
             size = status.st_size
             time = status.st_mtime_ns
         # four whole numbers of 64 bits, then the name; the first number is the length of the name
-        self._hash.update(struct.pack("<Qqqq", len(name), label, size, time) + name)
+        numbers = struct.pack("<Qqqq", len(name), label, size, time)
+        self._hash.update(numbers + name)
 
     def add_texts(self, texts: Iterable[bytes | None]) -> None:
         """Add the texts of files, in order; None for a file without a text."""
@@ -476,7 +483,8 @@ class ListingHash:
             if text is None:
                 self._hash.update(struct.pack("<q", NO_VALUE))
             else:
-                self._hash.update(struct.pack("<q", len(text)) + text)
+                length = struct.pack("<q", len(text))
+                self._hash.update(length + text)
 
     def hexdigest(self) -> str:
         """Return the hash as 32 hexadecimal digits."""

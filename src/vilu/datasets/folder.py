@@ -73,7 +73,9 @@ class ListedFiles:
             label: int | None = number
             if number == UNKNOWN:
                 label = None
-            yield ImageRecord(portable_name(path), label, self._make_reader(path))
+            key = portable_name(path)
+            read = self._make_reader(path)
+            yield ImageRecord(key, label, read)
 
     def _make_reader(self, path: str) -> Callable[[], bytes]:
         """Return a function that reads the file ``path``."""
@@ -89,7 +91,9 @@ class ListedFiles:
         """Add a file to the list and to the hash of the listing."""
         self._paths.append(path)
         self._labels.append(label)
-        self._faults.append(find_fault(status, partial(os.path.join, self._folder, path)))
+        get_full_path = partial(os.path.join, self._folder, path)
+        fault = find_fault(status, get_full_path)
+        self._faults.append(fault)
         listing_hash.add(path, label, status)
 
 
@@ -240,7 +244,8 @@ def _warn_of_ignored(ignored_counts: Counter[str], root: Path) -> None:
     advice = "Give --follow-links to read what links lead to."
     if ignored_counts["outside_class"]:
         advice = f"{advice} Put images into class folders."
-    logger.warning("%s: left out %s. %s", root, _list_counts(ignored_counts), advice)
+    listed_counts = _list_counts(ignored_counts)
+    logger.warning("%s: left out %s. %s", root, listed_counts, advice)
 
 
 def _list_counts(ignored_counts: Counter[str]) -> str:
@@ -281,7 +286,8 @@ class PhotoFiles(ListedFiles):
         self.fingerprint = listing_hash.hexdigest()
 
     def _make_reader(self, path: str) -> Callable[[], bytes]:
-        new_path = self._moved_paths.get(portable_name(path))
+        key = portable_name(path)
+        new_path = self._moved_paths.get(key)
         if new_path is None:
             return partial(self._allowed_folders.read, path)
         return partial(read_file, new_path)
@@ -291,7 +297,8 @@ def _class_folders(root: Path, splits: Sequence[str], *, follow_links: bool) -> 
     """Return the names of the class folders in all split folders, sorted by bytes."""
     names: set[str] = set()
     for split in splits:
-        names.update(subfolders(root / split, follow_links=follow_links))
+        class_folders = subfolders(root / split, follow_links=follow_links)
+        names.update(class_folders)
     return sorted(names, key=_as_bytes)
 
 
@@ -327,6 +334,5 @@ def _require_no_splits(root: Path, folders: Sequence[str]) -> None:
     options = f"--split {folders[0]}"
     if len(folders) > 1:
         options = f"--split {folders[0]}, or --split {'+'.join(folders)}"
-    raise UsageError(
-        f"{root} holds splits, not classes: {', '.join(folders)}. Choose with {options}."
-    )
+    listed_folders = ", ".join(folders)
+    raise UsageError(f"{root} holds splits, not classes: {listed_folders}. Choose with {options}.")

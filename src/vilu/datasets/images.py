@@ -178,9 +178,8 @@ OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
 """Name of a decoded format -> class or function that opens a file of this format."""
 
 MAX_FRAMES = 10_000  # counting stops here, since a file can hold millions of empty frames
-_SIGNATURE_TABLE = (
-    resources.files("vilu").joinpath("assets", "image_signatures.csv").read_text(encoding="utf-8")
-)
+_SIGNATURE_FILE = resources.files("vilu").joinpath("assets", "image_signatures.csv")
+_SIGNATURE_TABLE = _SIGNATURE_FILE.read_text(encoding="utf-8")
 _, _SIGNATURE_ROWS = parse_csv(_SIGNATURE_TABLE.splitlines(), "image_signatures.csv")
 _SIGNATURES = [
     (int(row["offset"]), bytes.fromhex(row["bytes"]), row["format"]) for row in _SIGNATURE_ROWS
@@ -563,10 +562,12 @@ def _require_format(data: bytes, limits: ImageLimits) -> str:
             f"no image: {len(data)} bytes of an unknown format", stage="open", kind="unidentified"
         )
     if format_name.startswith("RAW"):
-        raise _raw_photo_error(format_name.removeprefix("RAW "))
+        raw_format = format_name.removeprefix("RAW ")
+        raise _raw_photo_error(raw_format)
     if format_name not in OPENERS:
+        decoded_formats = ", ".join(OPENERS)
         raise BadImage(
-            f"{format_name} is not decoded; convert it to one of {', '.join(OPENERS)}",
+            f"{format_name} is not decoded; convert it to one of {decoded_formats}",
             stage="open",
             kind="unsupported",
         )
@@ -589,7 +590,8 @@ def n_pixels_in_header(data: bytes) -> int:
     The result is 0 if the header is damaged, or if the format has no decoder here. ``decode_image``
     raises an error for such data.
     """
-    opener = OPENERS.get(detect_format(data) or "")
+    format_name = detect_format(data) or ""
+    opener = OPENERS.get(format_name)
     if opener is None:
         return 0
     try:

@@ -40,8 +40,9 @@ def find_opener(folder: Path) -> Opener | None:
         if opener is not None:
             openers[name] = opener
     if len(openers) > 1:
+        listed_names = ", ".join(openers)
         raise DataError(
-            f"{folder} holds more than one data set: {', '.join(openers)}. Give a folder with one."
+            f"{folder} holds more than one data set: {listed_names}. Give a folder with one."
         )
     return next(iter(openers.values()), None)
 

@@ -101,9 +101,10 @@ def caption_column(
     if selection.classes is not None:
         raise UsageError(CAPTIONS_OR_CLASSES)
     if column is None:
+        expected_names = ", ".join(CAPTION_ALIASES)
+        listed_names = ", ".join(names)
         raise UsageError(
-            f"no column of captions: expected one of {', '.join(CAPTION_ALIASES)}. "
-            f"Found: {', '.join(names)}."
+            f"no column of captions: expected one of {expected_names}. Found: {listed_names}."
         )
     return column
 
@@ -137,8 +138,10 @@ def select_table_rows(
         table_labels = _read_labels(table, source, selection)
     else:
         captions = cells_as_bytes(table[caption_name], f"{source}, column {caption_name!r}")
-        # captions are checked on reading, so a bad caption is an error of its row only
-        table.drop_columns([caption_name]).validate(full=True)
+        # Captions are not validated here. A bad caption shows when its row is read, and then only
+        # this row is an error.
+        other_columns = table.drop_columns([caption_name])
+        other_columns.validate(full=True)
         table_labels = _unlabelled(table)
     split_name = find_column(table.column_names, SPLIT_ALIASES)
     positions = selection.find_rows(table, source, split_name)
@@ -160,7 +163,8 @@ def _select_keys(
     key_name = find_column(table.column_names, KEY_ALIASES) or default_key
     if key_name is None:
         return positions.cast(pa.string())
-    return _read_keys(table, key_name, source).take(positions)
+    keys = _read_keys(table, key_name, source)
+    return keys.take(positions)
 
 
 class _TableLabels(NamedTuple):
@@ -173,7 +177,8 @@ class _TableLabels(NamedTuple):
 
 def _unlabelled(table: pa.Table) -> _TableLabels:
     """Return the labels of a table without classes: all labels are unknown."""
-    return _TableLabels(labels=np.full(len(table), UNKNOWN, dtype=np.int32), classes=None)
+    labels = np.full(len(table), UNKNOWN, dtype=np.int32)
+    return _TableLabels(labels=labels, classes=None)
 
 
 def _read_labels(table: pa.Table, source: str, selection: Selection) -> _TableLabels:
@@ -228,7 +233,8 @@ def _check_label_numbers(
     n_classes = len(classes.names)
     numbers, labels_without_class = _replace_labels_without_class(numbers, n_classes, outside)
     _require_valid_labels(numbers, n_classes, source)
-    labels = pc.fill_null(numbers, UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int32)
+    numbers = pc.fill_null(numbers, UNKNOWN)
+    labels = numbers.to_numpy(zero_copy_only=False).astype(np.int32)
     return _TableLabels(labels, classes, labels_without_class)
 
 
@@ -240,27 +246,39 @@ def _replace_labels_without_class(
     Returns all labels, and the replaced labels.
     """
     labels_without_class = []
-    for label in pc.drop_null(pc.unique(numbers)).to_pylist():
+    distinct_numbers = pc.unique(numbers)
+    distinct_labels = pc.drop_null(distinct_numbers)
+    for label in distinct_labels.to_pylist():
         is_class = 0 <= label < n_classes
         if not is_class and str(label) in outside:
             labels_without_class.append(label)
-    is_without_class = pc.is_in(numbers, value_set=pa.array(labels_without_class, numbers.type))
+    numbers_without_class = pa.array(labels_without_class, numbers.type)
+    is_without_class = pc.is_in(numbers, value_set=numbers_without_class)
     is_without_class = pc.fill_null(is_without_class, fill_value=False)
-    labels = pc.if_else(is_without_class, pa.scalar(OUTSIDE, numbers.type), numbers)
+    outside_label = pa.scalar(OUTSIDE, numbers.type)
+    labels = pc.if_else(is_without_class, outside_label, numbers)
     return labels, frozenset(map(str, labels_without_class))
 
 
 def _encode_labels(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
     """Return the label of each text, and the different texts, sorted. Label i means text i."""
     # ``encoded`` has a dictionary of the different texts, and a dictionary index for each row
-    encoded = _null_if_unknown(column.cast(pa.large_string())).dictionary_encode()
+    encoded = _dictionary_encode(column)
     names: list[str] = encoded.dictionary.to_pylist()
     order = sorted(range(len(names)), key=names.__getitem__)  # indices that sort the names
     label_of_index = np.empty(len(names) + 1, dtype=np.int32)
     label_of_index[order] = np.arange(len(names))  # the first name in sorted order gets label 0
     label_of_index[-1] = UNKNOWN  # missing labels have the index -1 below, and read the last entry
-    indices = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
+    index_or_last = pc.fill_null(encoded.indices, -1)
+    indices = index_or_last.to_numpy(zero_copy_only=False)
     return label_of_index[indices], [names[i] for i in order]
+
+
+def _dictionary_encode(column: pa.Array) -> pa.DictionaryArray:
+    """Encode texts by a dictionary; null if the label is empty or ``NO_NAME``."""
+    texts = column.cast(pa.large_string())
+    known_texts = _null_if_unknown(texts)
+    return known_texts.dictionary_encode()
 
 
 def _to_whole_numbers(column: pa.Array, location: str) -> pa.Array:
@@ -277,7 +295,9 @@ def _to_whole_numbers(column: pa.Array, location: str) -> pa.Array:
             f"{location}: labels must be whole numbers or strings. Found {column_type}."
         )
     if is_floating:  # pandas writes whole numbers with missing values as floats with NaN
-        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column_type), column)
+        is_missing = pc.is_nan(column)
+        no_label = pa.scalar(None, column_type)
+        column = pc.if_else(is_missing, no_label, column)
     try:
         return column.cast(pa.int64())
     except pa.ArrowException as error:
@@ -288,8 +308,11 @@ def _to_whole_numbers(column: pa.Array, location: str) -> pa.Array:
 
 def _require_valid_labels(numbers: pa.Array, n_classes: int, source: str) -> None:
     """Raise DataError for the first label that is not 0 to ``n_classes`` - 1, -2 or null."""
-    is_no_class = pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, n_classes))
-    is_wrong = pc.and_(is_no_class, pc.not_equal(numbers, OUTSIDE))
+    is_negative = pc.less(numbers, 0)
+    is_too_large = pc.greater_equal(numbers, n_classes)
+    is_no_class = pc.or_(is_negative, is_too_large)
+    is_not_outside = pc.not_equal(numbers, OUTSIDE)
+    is_wrong = pc.and_(is_no_class, is_not_outside)
     row = pc.index(is_wrong, value=True).as_py()  # -1 if no label is wrong
     if row >= 0:
         raise DataError(
@@ -309,10 +332,13 @@ def _names_in_schema(schema: pa.Schema, label_name: str | None, source: str) -> 
     metadata: Mapping[bytes, bytes] = schema.metadata or {}
     try:
         if CLASS_NAMES_KEY in metadata:
-            return [name.strip() for name in metadata[CLASS_NAMES_KEY].decode().split(",")]
+            joined_names = metadata[CLASS_NAMES_KEY].decode()
+            return [name.strip() for name in joined_names.split(",")]
         description: Any = json.loads(metadata.get(b"huggingface", b"{}"))
-        features: Any = description.get("info", {}).get("features", {})
-        names = features.get(label_name, {}).get("names")
+        info: Any = description.get("info", {})
+        features: Any = info.get("features", {})
+        column_features: Any = features.get(label_name, {})
+        names = column_features.get("names")
     except (ValueError, AttributeError) as error:
         raise DataError(
             f"{source}: damaged class names in the schema metadata: {error}."
@@ -330,16 +356,21 @@ def _names_in_schema(schema: pa.Schema, label_name: str | None, source: str) -> 
 
 def _read_keys(table: pa.Table, name: str, source: str) -> pa.Array:
     """Return the keys in a column; DataError if a key is missing or occurs twice."""
-    keys = table[name].cast(pa.large_string()).combine_chunks()
-    row_without_key = pc.index(pc.is_null(keys), value=True).as_py()  # -1 if every row has a key
+    text_type = pa.large_string()
+    keys = table[name].cast(text_type)
+    keys = keys.combine_chunks()
+    has_no_key = pc.is_null(keys)
+    row_without_key = pc.index(has_no_key, value=True).as_py()  # -1 if every row has a key
     if row_without_key >= 0:
         raise DataError(
             f"{source} row {row_without_key} (counting from 0) has no {name!r}. Every row needs "
             "one."
         )
-    if pc.count_distinct(keys).as_py() < len(keys):
+    n_distinct = pc.count_distinct(keys)
+    if n_distinct.as_py() < len(keys):
         counts = keys.value_counts()
-        repeated_keys = counts.filter(pc.greater(counts.field("counts"), 1))
+        is_repeated = pc.greater(counts.field("counts"), 1)
+        repeated_keys = counts.filter(is_repeated)
         first_repeated = repeated_keys[0]["values"].as_py()
         raise DataError(
             f"{source}: column {name!r} must be unique. {first_repeated!r} occurs more than once."
@@ -472,7 +503,8 @@ class ParquetDataset(_ImagesOfTable):
         """Yield the image cells of all selected rows from the position ``first`` on."""
         rows = self._row_positions[first:]
         # ``rows`` are ascending, so the rows of a row group are consecutive: rows[begin:end]
-        group_borders = pairwise(np.searchsorted(rows, self._group_starts))
+        borders = np.searchsorted(rows, self._group_starts)
+        group_borders = pairwise(borders)
         try:
             with pq.ParquetFile(self._path, metadata=self._metadata, **STREAM_OPTIONS) as file:
                 for group, (begin, end) in enumerate(group_borders):
@@ -563,7 +595,8 @@ class PathTable(_ImagesOfTable):
         path_name = _path_column(source, table.column_names)
         table_rows = select_table_rows(table, str(source), selection, default_key=path_name)
         super().__init__(source, table_rows)
-        paths = table[path_name].cast(pa.large_string()).combine_chunks()
+        paths = table[path_name].cast(pa.large_string())
+        paths = paths.combine_chunks()
         self._paths = pc.fill_null(paths, "").take(pa.array(table_rows.positions))
         self._allowed_folders = selection.allowed_folders(source)
         data_names = () if self.classes is None else self.classes.data_names
@@ -575,7 +608,8 @@ class PathTable(_ImagesOfTable):
                 path = cell.as_py()
                 status = self._allowed_folders.status(path)
                 listing_hash.add(key.as_py(), int(label), status)
-                faults[position] = find_fault(status, partial(self._allowed_folders.resolve, path))
+                get_full_path = partial(self._allowed_folders.resolve, path)
+                faults[position] = find_fault(status, get_full_path)
                 task.advance(1)
         self.faults = Faults(
             kinds=faults,
@@ -604,7 +638,8 @@ class PathTable(_ImagesOfTable):
         """
         folders: list[str] = []
         for position in forbidden_positions:
-            file = self._allowed_folders.real_path(self._path_at(position))
+            path = self._path_at(position)
+            file = self._allowed_folders.real_path(path)
             folders.append(os.path.dirname(file))  # noqa: PTH120
         common_folder = os.path.commonpath(folders)
         hint = ""
@@ -622,9 +657,11 @@ def _path_column(source: Path, names: Sequence[str]) -> str:
     """Return the column of paths; DataError if there is no such column."""
     column = find_column(names, PATH_ALIASES)
     if column is None:
+        expected_names = ", ".join(PATH_ALIASES)
+        listed_names = ", ".join(names) or "no columns"
         raise DataError(
-            f"{source} has no column of images: expected one of {', '.join(PATH_ALIASES)}, or in "
-            f"Parquet 'image' with encoded bytes. Found: {', '.join(names) or 'no columns'}."
+            f"{source} has no column of images: expected one of {expected_names}, or in "
+            f"Parquet 'image' with encoded bytes. Found: {listed_names}."
         )
     return column
 
@@ -638,10 +675,11 @@ def _read_csv(source: Path, selection: Selection) -> pa.Table:
     if source.suffix.lower() == ".tsv":
         delimiter = "\t"
     names = csv_names(source, delimiter)
-    schema = pa.schema([(name, pa.string()) for name in names])
+    text_type = pa.string()
+    schema = pa.schema([(name, text_type) for name in names])
     columns = [_path_column(source, names), *columns_to_read(schema, selection, str(source))]
     columns = list(dict.fromkeys(columns))  # without repetitions, in order
-    type_of_column = dict.fromkeys(columns, pa.string())
+    type_of_column = dict.fromkeys(columns, text_type)
     caption_name = caption_column(names, {}, selection)
     if caption_name is not None:
         type_of_column[caption_name] = pa.binary()
@@ -652,7 +690,8 @@ def _read_csv(source: Path, selection: Selection) -> pa.Table:
     if label_name is None or caption_name is not None:
         return table
     labels = _numbers_if_possible(table[label_name])
-    return table.set_column(columns.index(label_name), label_name, labels)
+    position = columns.index(label_name)
+    return table.set_column(position, label_name, labels)
 
 
 def _numbers_if_possible(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -672,5 +711,7 @@ def _null_if_unknown(
 ) -> Any:  # noqa: ANN401 - the same kind of array
     """Return labels without outer blanks; null if the label is empty or ``NO_NAME``."""
     texts = pc.utf8_trim_whitespace(column)
-    is_unknown = pc.is_in(texts, value_set=pa.array(["", NO_NAME], texts.type))
-    return pc.if_else(is_unknown, pa.scalar(None, texts.type), texts)
+    unknown_texts = pa.array(["", NO_NAME], texts.type)
+    is_unknown = pc.is_in(texts, value_set=unknown_texts)
+    no_label = pa.scalar(None, texts.type)
+    return pc.if_else(is_unknown, no_label, texts)

@@ -94,8 +94,9 @@ class Sample:
         """Return the member with the caption; BadImage if there is no usable caption."""
         member = self.plain_member(CAPTION_EXTENSION)
         if member is None:
+            extensions = self.list_extensions()
             raise BadImage(
-                f"the sample has no .{CAPTION_EXTENSION}; it has {self.list_extensions()}",
+                f"the sample has no .{CAPTION_EXTENSION}; it has {extensions}",
                 stage="text",
                 kind="missing_caption",
             )
@@ -167,7 +168,8 @@ def list_samples(path: Path, required_extension: str) -> tuple[list[Sample], Bad
     try:
         n_bytes = _file_size(path)
         with path.open("rb") as file:
-            _group_by_key(read_members(file, n_bytes), sample_of_key)
+            members = read_members(file, n_bytes)
+            _group_by_key(members, sample_of_key)
     except BadImage as error:
         shard_error = error
     except OSError as error:
@@ -311,7 +313,8 @@ class TarShards:
         paths = self._shard_paths[start:stop]
         for name, path in zip(names, paths, strict=True):
             try:
-                listing_hash.add(name, label=NO_VALUE, status=path.stat())
+                status = path.stat()
+                listing_hash.add(name, label=NO_VALUE, status=status)
             except OSError:  # the shard is hashed as missing, and reading it reports the error
                 listing_hash.add(name, label=NO_VALUE, status=None)
         return listing_hash.hexdigest()
@@ -328,9 +331,11 @@ class TarShards:
         try:
             image_member = sample.image_member()
             if self.captioned:
-                caption = partial(_read_caption, path, sample.caption_member())
+                caption_member = sample.caption_member()
+                caption = partial(_read_caption, path, caption_member)
             else:
-                label = self._read_label(path, sample.plain_member(LABEL_EXTENSION))
+                label_member = sample.plain_member(LABEL_EXTENSION)
+                label = self._read_label(path, label_member)
         except BadImage as error:
             return self._unusable_record(key, error, position)
         read = partial(_read_bytes_at, path, image_member.start, image_member.size)
@@ -348,7 +353,8 @@ class TarShards:
             return None
         n_bytes = min(member.size, MAX_LABEL_BYTES + 1)  # one byte more shows that it is too long
         try:
-            text = _read_bytes_at(path, member.start, n_bytes).strip()
+            content = _read_bytes_at(path, member.start, n_bytes)
+            text = content.strip()
         except OSError as error:
             raise BadImage(
                 f"cannot read the label: {error.strerror}", stage="text", kind="read_error"
@@ -374,9 +380,11 @@ def _shard_names(paths: Sequence[Path]) -> list[str]:
     common_folder = os.path.commonpath({path.parent for path in paths})
     names = []
     for path in paths:
-        name = portable_name(path.relative_to(common_folder).as_posix())
+        relative_path = path.relative_to(common_folder)
+        name = portable_name(relative_path.as_posix())
         names.append(name.replace("#", "%23"))
-    for name, count in Counter(names).items():
+    counts = Counter(names)
+    for name, count in counts.items():
         if count > 1:
             raise UsageError(f"the shard {name} is named more than once. Name each once.")
     return names
@@ -399,7 +407,8 @@ def _read_bytes_at(path: Path, start: int, size: int) -> bytes:
 
 def _read_caption(path: Path, member: Member) -> str:
     """Return the caption in a member of the shard ``path``; BadImage if it is not valid."""
-    return decode_caption(_read_bytes_at(path, member.start, member.size))
+    content = _read_bytes_at(path, member.start, member.size)
+    return decode_caption(content)
 
 
 def _raise_bad_image(message: str, *, stage: ReadingStage, kind: ErrorKind) -> NoReturn:

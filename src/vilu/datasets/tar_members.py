@@ -277,17 +277,20 @@ def _make_member(
     """
     is_sparse = any(key.startswith(b"GNU.sparse.") for key in extension_fields)
     # in a sparse file, "path" is a made-up name, so "GNU.sparse.name" has precedence
-    extended_name = extension_fields.get(b"GNU.sparse.name", extension_fields.get(b"path"))
+    extended_path = extension_fields.get(b"path")
+    extended_name = extension_fields.get(b"GNU.sparse.name", extended_path)
     name = header.name
     if extended_name is not None:
         name = extended_name.decode("utf-8", "surrogateescape")
-    size = extension_fields.get(b"size", str(header.size).encode())
+    size_in_header = str(header.size).encode()
+    size = extension_fields.get(b"size", size_in_header)
     if not re.fullmatch(rb"[0-9]{1,19}", size):
         raise _bad_shard(f"the header at byte {header_start} gives a size of {size[:30]!r}")
     if len(name) > MAX_NAME_LENGTH:
         raise _bad_shard(f"a name of {len(name)} characters; at most {MAX_NAME_LENGTH} are read")
     is_file = header.type in PLAIN_FILE_TYPES and not is_sparse
-    return Member(portable_name(name), data_start, int(size), is_file)
+    member_name = portable_name(name)
+    return Member(member_name, data_start, int(size), is_file)
 
 
 def _round_up_to_blocks(n_bytes: int) -> int:

@@ -96,7 +96,8 @@ def as_matrix(values: ArrayLike | Tensor, name: str, *, keep_direction: bool = T
     if keep_direction and is_wide:
         array = _scale_into_float32(array, name)
     with np.errstate(over="ignore"):
-        return torch.from_numpy(array.astype(np.float32, order="C"))
+        float32_array = array.astype(np.float32, order="C")
+        return torch.from_numpy(float32_array)
 
 
 def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
@@ -105,7 +106,9 @@ def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
     Scaling keeps the direction of a row.
     """
     # largest absolute number of each row
-    largest = np.maximum(array.max(axis=1, initial=0), -array.min(axis=1, initial=0))
+    highest = array.max(axis=1, initial=0)
+    lowest = array.min(axis=1, initial=0)
+    largest = np.maximum(highest, -lowest)
     smallest_safe, largest_safe = SAFE_VALUES
     is_safe = (largest > smallest_safe) & (largest < largest_safe)
     has_direction = np.isfinite(largest) & (largest > 0)
@@ -151,7 +154,8 @@ def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np
 
     Rows of unit norm stay unchanged. If any row is changed, a warning is given.
     """
-    rows, status, previous_norms = normalise_rows(as_matrix(values, name))
+    matrix = as_matrix(values, name)
+    rows, status, previous_norms = normalise_rows(matrix)
     previous_norms.warn(name)
     return rows, status
 
@@ -197,12 +201,11 @@ def normalise_rows(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], NormSummary
         return rows, status, NormSummary(n_rows=len(rows))
     normalised_rows = (rows / norms[:, None]).float()
     normalised_rows = torch.where(is_changed[:, None], normalised_rows, rows)
-    previous_norms = NormSummary(
-        n_rows=len(rows),
-        n_changed=int(is_changed.sum()),
-        low=norms[is_usable].min().item(),
-        high=norms[is_usable].max().item(),
-    )
+    usable_norms = norms[is_usable]
+    n_changed = int(is_changed.sum())
+    low = float(usable_norms.min())
+    high = float(usable_norms.max())
+    previous_norms = NormSummary(n_rows=len(rows), n_changed=n_changed, low=low, high=high)
     return normalised_rows, status, previous_norms
 
 
@@ -286,7 +289,8 @@ def check_answers(
             f"answer must be a row of text, 0 to {n_candidates - 1}. An answer that is none of the "
             f"candidates cannot be judged. Got values from {array.min()} to {array.max()} instead."
         )
-    return torch.from_numpy(array.astype(np.int64))
+    answer = array.astype(np.int64)
+    return torch.from_numpy(answer)
 
 
 def _texts_or_none(array: NDArray[np.generic]) -> list[str] | None:
@@ -329,10 +333,10 @@ def _indices_of_names(
     unknown_names = sorted({name for name in names if name not in index_of_name})
     if unknown_names:
         first_unknown = ", ".join(repr(name) for name in unknown_names[:5])
+        suggestion = did_you_mean(unknown_names[0], class_names)
         raise DataError(
             f"{argument} must hold names of the {len(class_names)} candidates. "
-            f"Got {first_unknown} too."
-            f"{did_you_mean(unknown_names[0], class_names)} {_REMEDIES[argument]}"
+            f"Got {first_unknown} too.{suggestion} {_REMEDIES[argument]}"
         )
     return np.array([index_of_name[name] for name in names], np.int64)
 
@@ -361,7 +365,8 @@ def check_indices(values: ArrayLike | Tensor, n_items: int, name: str) -> Tensor
         raise DataError(
             f"{name} must be from 0 to {n_items - 1}. Got {array.min()} to {array.max()} instead."
         )
-    return torch.from_numpy(array.astype(np.int64))
+    indices = array.astype(np.int64)
+    return torch.from_numpy(indices)
 
 
 def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[str, ...] | None:
@@ -458,13 +463,15 @@ HASH_BYTES = 8
 
 def hash_items(items: Iterable[bytes | memoryview]) -> NDArray[np.uint64]:
     """Hash (N,) of each item: a BLAKE2b digest of 8 bytes, as a whole number."""
-    digests = b"".join([blake2b(item, digest_size=HASH_BYTES).digest() for item in items])
-    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+    digests = [blake2b(item, digest_size=HASH_BYTES).digest() for item in items]
+    joined_digests = b"".join(digests)
+    return np.frombuffer(joined_digests, dtype="<u8").astype(np.uint64)
 
 
 def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
     """Hashes (N,) of identifiers."""
-    return hash_items(name.encode(errors="surrogatepass") for name in names)
+    encoded_names = (name.encode(errors="surrogatepass") for name in names)
+    return hash_items(encoded_names)
 
 
 def hash_rows(rows: Tensor) -> NDArray[np.uint64]:
@@ -473,7 +480,8 @@ def hash_rows(rows: Tensor) -> NDArray[np.uint64]:
     Because of the rounding, a row stored in float32 has the same hash as in float16.
     """
     rounded_rows = rows.half() + 0  # adding 0 turns -0 into 0
-    content = memoryview(rounded_rows.numpy().astype("<f2").tobytes())
+    row_array = rounded_rows.numpy()
+    content = memoryview(row_array.astype("<f2").tobytes())
     row_bytes = 2 * rows.shape[1]  # a number in float16 has 2 bytes
     starts = range(0, len(content), row_bytes)
     return hash_items(content[start : start + row_bytes] for start in starts)

@@ -84,8 +84,8 @@ class LogitEmbeddings(EmbeddingSource):
         float32_logits = logits_to_float32(logits)
         n_rows, n_candidates = float32_logits.shape
         self.image, self.status = _unit_vectors(features, n_rows)
-        is_finite = torch.isfinite(float32_logits).all(dim=1).numpy()
-        self.status[~is_finite] = NONFINITE
+        is_finite = torch.isfinite(float32_logits).all(dim=1)
+        self.status[~is_finite.numpy()] = NONFINITE
         self.space = logit_space(self.image.shape[1])
         self.text = zero_texts(n_candidates, self.space)
         self.target, self.outside = check_targets(target, n_rows, n_candidates)
@@ -129,14 +129,16 @@ def logits_to_float32(logits: ArrayLike | Tensor) -> Tensor:
     rounded_logits = as_matrix(exact_logits, "logits", keep_direction=False)
     if not len(rounded_logits):
         return rounded_logits
-    answer = torch.from_numpy(exact_logits.argmax(axis=1))
+    exact_answer = exact_logits.argmax(axis=1)
+    answer = torch.from_numpy(exact_answer)
     is_answer_changed = rounded_logits.argmax(dim=1) != answer
     is_finite = torch.isfinite(rounded_logits).all(dim=1)
     changed_rows = (is_answer_changed & is_finite).nonzero().squeeze(1)
     # In these rows, rounding made the logit of an earlier candidate equal to the answer's logit.
     # The answer's logit is set to the next larger float32 number, to be the largest logit again.
     largest = rounded_logits[changed_rows].amax(dim=1)
-    next_larger = torch.nextafter(largest, torch.tensor(torch.inf))
+    infinity = torch.tensor(torch.inf)
+    next_larger = torch.nextafter(largest, infinity)
     rounded_logits[changed_rows, answer[changed_rows]] = next_larger
     return rounded_logits
 
@@ -168,5 +170,6 @@ def _unit_vectors(
         raise DataError(
             f"features must have one row per row of logits ({n_rows}). Got {n_features} instead."
         )
-    vectors, status, _ = normalise_rows(as_matrix(features, "features"))
+    matrix = as_matrix(features, "features")
+    vectors, status, _ = normalise_rows(matrix)
     return vectors, status

@@ -80,12 +80,15 @@ class NewImages(EmbeddingSource):
         """
         candidates = require_usable_rows(text, "text")
         require_width("text", candidates, space)
-        if not torch.equal(index_of_first_equal(candidates), torch.arange(len(candidates))):
+        first_equal_index = index_of_first_equal(candidates)
+        own_index = torch.arange(len(candidates))
+        if not torch.equal(first_equal_index, own_index):
             raise DataError(
                 "text must have different rows, because equal rows are one answer. Leave out the "
                 "repeats, or merge them: vilu.Embeddings(image, text)."
             )
-        return cls(image_matrix(image, space), candidates, space)
+        image_rows = image_matrix(image, space)
+        return cls(image_rows, candidates, space)
 
     @property
     def is_on_cpu(self) -> bool:
@@ -137,7 +140,8 @@ class NewImages(EmbeddingSource):
         if are_consecutive:
             start = int(index[0])
             return rows[start : start + len(index)]
-        return rows.index_select(0, index.to(self.device))
+        device_index = index.to(self.device)
+        return rows.index_select(0, device_index)
 
     @cached_property
     def _first_equal_index(self) -> Tensor:
@@ -148,14 +152,17 @@ class NewImages(EmbeddingSource):
         return torch.arange(len(self.text), device=self.device)
 
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
+        image = self.image_rows(index)
+        unknown_target = torch.full((len(index),), UNKNOWN, device=self.device)
+        tensors = {name: self.column(name, index) for name in columns}
         batch = Batch(
-            image=self.image_rows(index),
+            image=image,
             text=self.text,
-            target=torch.full((len(index),), UNKNOWN, device=self.device),
+            target=unknown_target,
             index=index,
             logit_scale=self.space.logit_scale,
             logit_bias=self.space.logit_bias,
-            columns={name: self.column(name, index) for name in columns},
+            columns=tensors,
         )
         # The cached property of the batch is set here, so that no batch has to compute it.
         batch.__dict__["first_equal_index"] = self._first_equal_index
@@ -213,5 +220,6 @@ def usable_rows(rows: Tensor, substitute: Tensor) -> tuple[Tensor, Tensor]:
     has_unit_norm = (norm - 1).abs() <= NORM_TOLERANCE
     normalised_rows = torch.where(has_unit_norm, float32_rows, normalised_rows)
     status = torch.full_like(is_finite, VALID, dtype=torch.uint8)
-    status = status.masked_fill(largest == 0, ZERO_NORM).masked_fill(~is_finite, NONFINITE)
+    status = status.masked_fill(largest == 0, ZERO_NORM)
+    status = status.masked_fill(~is_finite, NONFINITE)
     return torch.where(is_usable, normalised_rows, substitute), status.squeeze(1)

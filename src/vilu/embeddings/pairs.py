@@ -118,7 +118,8 @@ class PairSource(EmbeddingSource):
         """Indices (M,) int64 of all usable pairs, ascending, whether in a full pool or not."""
         if self._remaining_pairs is not None:
             return self._remaining_pairs
-        return torch.from_numpy(np.flatnonzero(self._row_status == VALID))
+        usable_pairs = np.flatnonzero(self._row_status == VALID)
+        return torch.from_numpy(usable_pairs)
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
@@ -126,7 +127,8 @@ class PairSource(EmbeddingSource):
 
         To find these rows, the order of the pools is computed.
         """
-        status = np.where(self._row_status == VALID, np.uint8(SHORT_POOL), self._row_status)
+        short_pool = np.uint8(SHORT_POOL)
+        status = np.where(self._row_status == VALID, short_pool, self._row_status)
         status[self.usable_rows.numpy()] = VALID
         return status
 
@@ -162,10 +164,13 @@ class PairSource(EmbeddingSource):
         return self.caption_rows(index)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-        return hash_row_blocks(torch.from_numpy(rows), self.picture_rows)
+        index = torch.from_numpy(rows)
+        return hash_row_blocks(index, self.picture_rows)
 
     def _hashed_numbers(self, index: Tensor) -> Tensor:
-        return torch.cat([self.picture_rows(index), self.caption_rows(index)], dim=1)
+        pictures = self.picture_rows(index)
+        captions = self.caption_rows(index)
+        return torch.cat([pictures, captions], dim=1)
 
     @torch_defaults()
     def candidates(self, index: Tensor) -> Candidates:
@@ -260,9 +265,11 @@ class PairSource(EmbeddingSource):
         Only the keys of the rows are compared. Equal rows have equal keys, and different rows
         seldom have equal keys.
         """
-        keys = row_keys(rows).view(-1, self.pools.size).sort(dim=1).values
+        keys = row_keys(rows)
+        keys_of_pool = keys.view(-1, self.pools.size)
+        sorted_keys = keys_of_pool.sort(dim=1).values
         # after sorting, equal keys of a pool are neighbours
-        equals_next = keys[:, :-1] == keys[:, 1:]
+        equals_next = sorted_keys[:, :-1] == sorted_keys[:, 1:]
         return equals_next.any(dim=1)
 
     @torch_defaults()
@@ -511,9 +518,10 @@ class PseudoCaptions(PairSource):
         return identities
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        index = torch.from_numpy(rows)
         hashes = np.empty(len(rows), np.uint64)
         for number, source in enumerate(self.sources):
-            positions, source_rows = self._find_rows_of_source(number, torch.from_numpy(rows))
+            positions, source_rows = self._find_rows_of_source(number, index)
             hashes[positions.numpy()] = source._picture_hashes(source_rows.numpy())
         return hashes
 
@@ -564,8 +572,9 @@ def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> N
     if not sources:
         raise UsageError("pseudo-captions need at least one data set.")
     if len(names) != len(sources) or len(set(names)) < len(names):
+        joined_names = ", ".join(names)
         raise UsageError(
-            f"{len(sources)} data sets need as many different names. Got {', '.join(names)}."
+            f"{len(sources)} data sets need as many different names. Got {joined_names}."
         )
     for name, source in zip(names, sources, strict=True):
         sources[0].space.require_match(
@@ -687,11 +696,13 @@ def _greedy_leaders(are_near: Tensor) -> Tensor:
     # A row can have another leader than itself only if the row is near an earlier row. Usually such
     # rows are few.
     first_near = is_near.argmax(axis=1)  # argmax of a boolean row is the index of its first True
-    for row in np.flatnonzero(first_near < np.arange(n_rows)):
+    own_index = np.arange(n_rows)
+    for row in np.flatnonzero(first_near < own_index):
         is_near_leader = is_near[row, :row] & is_leader[:row]
         is_leader[row] = not is_near_leader.any()
     is_near &= is_leader  # keeps only the columns of leaders
-    return torch.from_numpy(is_near.argmax(axis=1))
+    first_leader = is_near.argmax(axis=1)
+    return torch.from_numpy(first_leader)
 
 
 def hard_pool_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tensor:

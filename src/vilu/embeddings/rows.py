@@ -57,7 +57,8 @@ class Rows:
         the first row with the picture. The positions ascend. The second tensor has the picture
         number (M,) of every row.
         """
-        identities = self.source.picture_identities(self.index.numpy(force=True))
+        index = self.index.numpy(force=True)
+        identities = self.source.picture_identities(index)
         # for every row, the position of the first row of the same picture
         first_position = first_rows(identities)
         first_of_picture, picture_of_row = np.unique(first_position, return_inverse=True)
@@ -86,4 +87,5 @@ class Rows:
         """Set the zero-shot answers of a batch if already computed; return the batch."""
         if self.answers is None:
             return batch
-        return batch.answered(self.answers.take(batch.index))
+        answers_of_batch = self.answers.take(batch.index)
+        return batch.answered(answers_of_batch)

@@ -112,11 +112,9 @@ def zero_shot(
             for block in image.split(n_rows)
         ]
     prediction = torch.cat([summary.prediction for summary in summaries])
-    return ZeroShot(
-        prediction=first_equal_index[prediction],
-        max_logit=torch.cat([summary.max_logit for summary in summaries]),
-        log_norm=torch.cat([summary.log_norm for summary in summaries]),
-    )
+    max_logit = torch.cat([summary.max_logit for summary in summaries])
+    log_norm = torch.cat([summary.log_norm for summary in summaries])
+    return ZeroShot(first_equal_index[prediction], max_logit=max_logit, log_norm=log_norm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +174,8 @@ class RivalWeights:
     @cached_property
     def logit_gap(self) -> Tensor:
         """Gap (s - l_a) / T (B,) float64 between the largest rival logit and the answer's logit."""
-        difference = float64(self.max_rival_logit.squeeze(1)) - float64(self.answer_logit)
+        max_rival_logit = self.max_rival_logit.squeeze(1)
+        difference = float64(max_rival_logit) - float64(self.answer_logit)
         return difference / self.temperature
 
     @property
@@ -202,7 +201,8 @@ class RivalWeights:
         """
         # p = exp(l_a) / sum_j exp(l_j), and 1 / p = 1 + odds.
         # Therefore log sum_j exp(l_j) = l_a + log(1 + odds). log1p keeps the digits of small odds.
-        log_norm = self.answer_logit + torch.log1p(self.odds).to(self.answer_logit)
+        log_inverse_probability = torch.log1p(self.odds)
+        log_norm = self.answer_logit + log_inverse_probability.to(self.answer_logit)
         prediction = first_equal_index[self.answer.squeeze(1)]
         return ZeroShot(prediction, max_logit=self.answer_logit, log_norm=log_norm)
 
@@ -224,7 +224,8 @@ def index_of_first_equal(rows: Tensor) -> Tensor:
     ``torch.unique`` of all rows would also find the groups of equal rows, but would be slow:
     ``torch.unique`` sorts whole rows. Here, only rows with a repeated key are sorted.
     """
-    _, key_number, key_count = torch.unique(row_keys(rows), return_inverse=True, return_counts=True)
+    keys = row_keys(rows)
+    _, key_number, key_count = torch.unique(keys, return_inverse=True, return_counts=True)
     has_repeated_key = key_count[key_number] > 1
     repeated_rows = has_repeated_key.nonzero().squeeze(1)  # indices of the rows with a repeated key
     first = torch.arange(len(rows), device=rows.device)
@@ -338,11 +339,9 @@ def _summary_of_tile(logits: Tensor, first_candidate: int) -> ZeroShot:
     # ``argmax`` takes the first of equal values. ``torch.max`` would compute both results at once,
     # but its documentation does not say which of equal values is taken.
     column = logits.argmax(dim=1)
-    return ZeroShot(
-        prediction=column + first_candidate,
-        max_logit=logits.amax(dim=1),
-        log_norm=logits.logsumexp(dim=1),
-    )
+    max_logit = logits.amax(dim=1)
+    log_norm = logits.logsumexp(dim=1)
+    return ZeroShot(column + first_candidate, max_logit=max_logit, log_norm=log_norm)
 
 
 def _merge_summaries(left: ZeroShot, right: ZeroShot) -> ZeroShot:
@@ -351,11 +350,10 @@ def _merge_summaries(left: ZeroShot, right: ZeroShot) -> ZeroShot:
     If the largest logits of a row are equal, the answer is taken from ``left``.
     """
     right_is_larger = right.max_logit > left.max_logit
-    return ZeroShot(
-        prediction=torch.where(right_is_larger, right.prediction, left.prediction),
-        max_logit=torch.where(right_is_larger, right.max_logit, left.max_logit),
-        log_norm=torch.logaddexp(left.log_norm, right.log_norm),
-    )
+    prediction = torch.where(right_is_larger, right.prediction, left.prediction)
+    max_logit = torch.where(right_is_larger, right.max_logit, left.max_logit)
+    log_norm = torch.logaddexp(left.log_norm, right.log_norm)
+    return ZeroShot(prediction, max_logit=max_logit, log_norm=log_norm)
 
 
 def float64(tensor: Tensor) -> Tensor:

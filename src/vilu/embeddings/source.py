@@ -182,7 +182,8 @@ class Batch:
             is_right = self.prediction == self.target
         else:
             is_right = self.matches.are_right(self.prediction)
-        failure = torch.where(self.target != UNKNOWN, (~is_right).long(), UNKNOWN)
+        failure_if_known = (~is_right).long()
+        failure = torch.where(self.target != UNKNOWN, failure_if_known, UNKNOWN)
         if self.outside is None:
             return failure
         return failure.masked_fill(self.outside, 1)  # any answer is wrong for these rows
@@ -208,7 +209,8 @@ class Batch:
                 n_rows = len(target)
                 for block in row_blocks(n_rows, n_candidates=len(self.text), size=n_rows):
                     batch = self.rows(block)
-                    log_probabilities.append(batch.log_likelihood(batch.logits))
+                    log_probability = batch.log_likelihood(batch.logits)
+                    log_probabilities.append(log_probability)
                 return torch.cat(log_probabilities)
             # Each target is a single candidate, so a single dot product per row is enough.
             cosine = (self.image * self.text[target]).sum(dim=1)
@@ -293,7 +295,8 @@ class Batch:
         columns = {name: tensor.to(device) for name, tensor in self.columns.items()}
         batch = replace(self, **moved_tensors, columns=columns)
         if self._has_answers:
-            batch.answered(self.zero_shot.to(device))
+            moved_answers = self.zero_shot.to(device)
+            batch.answered(moved_answers)
         return batch
 
     def rows(self, part: slice | Tensor) -> Batch:
@@ -312,7 +315,8 @@ class Batch:
             outside=None if self.outside is None else self.outside[part],
         )
         if self._has_answers:
-            batch.answered(self.zero_shot.take(part))
+            answers = self.zero_shot.take(part)
+            batch.answered(answers)
         if "first_equal_index" in self.__dict__:
             batch.__dict__["first_equal_index"] = self.first_equal_index
         return batch
@@ -435,7 +439,8 @@ class PooledBatch(WholeLogits):
                 outside=None if self.outside is None else self.outside[part],
             )
             if self._has_answers:
-                pool.answered(self.zero_shot.take(part))
+                answers = self.zero_shot.take(part)
+                pool.answered(answers)
             yield part, pool
 
 
@@ -521,7 +526,9 @@ class EmbeddingSource(ABC):
         if len(class_of_candidate) == len(candidate_of):
             return None
         names = self.class_names or tuple(f"class {i}" for i in range(len(candidate_of)))
-        warn_once(_merge_message(names, first_class.tolist()))
+        first_classes = first_class.tolist()
+        message = _merge_message(names, first_classes)
+        warn_once(message)
         self.candidate_of = candidate_of
         self.text = self.text[class_of_candidate]
         self.target = torch.where(self.target == UNKNOWN, UNKNOWN, candidate_of[self.target])
@@ -660,7 +667,8 @@ class EmbeddingSource(ABC):
 
         If there are pools, each pool consists of the next ``pool_size`` rows in this order.
         """
-        return torch.from_numpy(np.flatnonzero(self.status == VALID))
+        usable_rows = np.flatnonzero(self.status == VALID)
+        return torch.from_numpy(usable_rows)
 
     @property
     def identified_by(self) -> tuple[IdentityKind, ...]:
@@ -699,8 +707,10 @@ class EmbeddingSource(ABC):
         if by == "names":
             if rows is None:
                 return hash_names(self.ids)
-            return hash_names(self.ids[row] for row in rows.tolist())
-        return hash_row_blocks(self._as_index(rows), self._hashed_numbers)
+            names = (self.ids[row] for row in rows.tolist())
+            return hash_names(names)
+        index = self._as_index(rows)
+        return hash_row_blocks(index, self._hashed_numbers)
 
     def _as_index(self, rows: NDArray[np.int64] | None) -> Tensor:
         """The indices ``rows`` as a tensor (M,) int64, by default the indices of all rows."""
@@ -732,9 +742,11 @@ class EmbeddingSource(ABC):
         if not self.has_vectors:
             return np.full(len(index), UNKNOWN)
         # clear the highest bit of each hash: the identities are from 0 to 2^63 - 1
-        hashes = self._picture_hashes(index) & np.uint64(np.iinfo(np.int64).max)
+        largest_identity = np.iinfo(np.int64).max
+        hashes = self._picture_hashes(index) & np.uint64(largest_identity)
         has_embedding = np.isin(self.status[index], (VALID, SHORT_POOL))
-        return np.where(has_embedding, hashes.astype(np.int64), UNKNOWN)
+        identities = hashes.astype(np.int64)
+        return np.where(has_embedding, identities, UNKNOWN)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Hashes (M,) of the pictures of the ``rows`` (M,)."""
@@ -807,10 +819,12 @@ class EmbeddingSource(ABC):
         Raises:
             DataError: If ``rows`` is no such mask.
         """
-        is_left_out = require_mask("rows", np.asarray(rows), len(self))
+        mask = np.asarray(rows)
+        is_left_out = require_mask("rows", mask, len(self))
         if not is_left_out.any():
             return self
-        return self.take(np.flatnonzero(~is_left_out))
+        remaining_rows = np.flatnonzero(~is_left_out)
+        return self.take(remaining_rows)
 
     def inseparable(self) -> NDArray[np.int64]:
         """Group number (N,) of every row. A split must not divide a group.
@@ -828,8 +842,11 @@ class EmbeddingSource(ABC):
             return self.picture_identities()
         from vilu.embeddings.split import connected_row_groups
 
-        _, cluster = np.unique(np.array(self.cluster), return_inverse=True)
-        return connected_row_groups(cluster.astype(np.int64), self.picture_identities())
+        cluster_of_row = np.array(self.cluster)
+        _, cluster_index = np.unique(cluster_of_row, return_inverse=True)
+        cluster_number = cluster_index.astype(np.int64)
+        picture = self.picture_identities()
+        return connected_row_groups(cluster_number, picture)
 
     @checked
     def split(
@@ -922,7 +939,9 @@ class EmbeddingSource(ABC):
         if self.pool_size is not None:
             size = self.pool_size
             rows = rows[: len(rows) // size * size]  # leave out rows that do not fill a pool
-        yield from self._map_parts(partial(self._batch, columns=columns), rows.split(size))
+        read_batch = partial(self._batch, columns=columns)
+        parts = rows.split(size)
+        yield from self._map_parts(read_batch, parts)
 
     def many(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
@@ -961,8 +980,9 @@ class EmbeddingSource(ABC):
         if not self.has_texts:
             batch_type = LogitBatch
             tensors[LOGITS] = self.column(LOGITS, index)
+        image = self.image_rows(index)
         return batch_type(
-            image=self.image_rows(index),
+            image=image,
             text=candidates.text,
             target=candidates.target,
             index=index,
@@ -979,7 +999,8 @@ def hash_row_blocks(index: Tensor, read_rows: Callable[[Tensor], Tensor]) -> NDA
 
     ``read_rows`` returns the numbers of some rows. Each call reads a block of rows.
     """
-    return np.concatenate([hash_rows(read_rows(block)) for block in index.split(HASH_BLOCK_ROWS)])
+    hashes = [hash_rows(read_rows(block)) for block in index.split(HASH_BLOCK_ROWS)]
+    return np.concatenate(hashes)
 
 
 @cache
@@ -1027,11 +1048,10 @@ def index_of_first_same_answer(text: Tensor, names: Sequence[str] | None) -> Ten
     first_of_name = torch.tensor([first_index[name] for name in names])
     # cosine of every text with the first text of the same name
     cosine = (text * text[first_of_name]).sum(dim=1)
-    differing_indices = (cosine < SAME_TEXT_COSINE).nonzero().squeeze(1).tolist()
-    if differing_indices:
-        quoted_names = ", ".join(
-            repr(name) for name in sorted({names[i] for i in differing_indices})
-        )
+    differing_indices = (cosine < SAME_TEXT_COSINE).nonzero().squeeze(1)
+    if len(differing_indices):
+        differing_names = sorted({names[i] for i in differing_indices.tolist()})
+        quoted_names = ", ".join(repr(name) for name in differing_names)
         raise DataError(
             f"classes of one name must have one text. Different texts: {quoted_names:.200}. "
             "Rename them, or give both the same row of text."
@@ -1112,7 +1132,8 @@ class RowSubset(EmbeddingSource):
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Hashes (M,) of the pictures of the rows, from the original source."""
-        return self._source._picture_hashes(self._rows.numpy()[rows])
+        source_rows = self._rows.numpy()[rows]
+        return self._source._picture_hashes(source_rows)
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Column ``name`` of the original source, for the rows or candidates of this source."""

@@ -88,10 +88,11 @@ class EmbeddingSpace:
             )
         smallest, largest = LOGARITHM_RANGE
         if smallest < self.logit_scale < largest:
+            multiplier = math.exp(self.logit_scale)
             raise UsageError(
                 f"logit_scale must be the multiplier of the cosine. Got {self.logit_scale:g}, "
                 "which is probably its logarithm, the parameter of the model. Give its "
-                f"exponential: logit_scale={math.exp(self.logit_scale):.6g}."
+                f"exponential: logit_scale={multiplier:.6g}."
             )
         if not math.isfinite(self.logit_bias):
             raise UsageError(f"logit_bias must be finite. Got {self.logit_bias} instead.")
@@ -116,7 +117,8 @@ class EmbeddingSpace:
         """The space of the same model with JPEGs decoded in full."""
         if self.preprocess is None:
             return self
-        return replace(self, preprocess=self.preprocess.removesuffix(REDUCED_JPEGS_SUFFIX))
+        full_preprocess = self.preprocess.removesuffix(REDUCED_JPEGS_SUFFIX)
+        return replace(self, preprocess=full_preprocess)
 
     @property
     def with_reduced_jpegs(self) -> EmbeddingSpace:
@@ -166,7 +168,7 @@ class EmbeddingSpace:
             advice = "Embed both with the same backbone, weights and preprocessing."
             if self.differs_by_decoding(other):
                 advice = FULL_DECODE_ADVICE
+            listing = "; ".join(differences)
             raise ProvenanceError(
-                f"{name} and {other_name} come from different embedding spaces: "
-                f"{'; '.join(differences)}. {advice}"
+                f"{name} and {other_name} come from different embedding spaces: {listing}. {advice}"
             )

@@ -54,8 +54,11 @@ def connected_row_groups(
     n_rows = len(cluster)
     may_share_picture = picture >= 0
     first_row_with_picture = _first_rows(picture)[may_share_picture]
-    edge_start = np.concatenate([np.arange(n_rows), np.flatnonzero(may_share_picture)])
-    edge_end = np.concatenate([_first_rows(cluster), first_row_with_picture])
+    rows = np.arange(n_rows)
+    rows_with_picture = np.flatnonzero(may_share_picture)
+    edge_start = np.concatenate([rows, rows_with_picture])
+    first_row_of_cluster = _first_rows(cluster)
+    edge_end = np.concatenate([first_row_of_cluster, first_row_with_picture])
     weights = np.ones(len(edge_start))
     graph = coo_array((weights, (edge_start, edge_end)), shape=(n_rows, n_rows))
     group: NDArray[np.int32]

@@ -173,13 +173,14 @@ def _require_same_candidates(first: EmbeddingSource, second: EmbeddingSource) ->
     differences = [f"{first.n_candidates} against {second.n_candidates}"]
     only_one_has_names = (first_names is None) != (second_names is None)
     if first_names is not None and second_names is not None:
-        differences.append(_first_difference(first_names, second_names))
+        difference = _first_difference(first_names, second_names)
+        differences.append(difference)
     elif only_one_has_names:
         differences.append("one of them has names of its classes, the other has none")
+    listing = "; ".join(differences)
     raise DataError(
-        "the two sources must have the same candidates in the same order. Got "
-        f"{'; '.join(differences)}. "
-        "Embed both with the same names."
+        "the two sources must have the same candidates in the same order. "
+        f"Got {listing}. Embed both with the same names."
     )
 
 

@@ -95,8 +95,9 @@ class FirstPhotos:
             if position not in float32_photos:
                 continue
             float32_embedding, float32_answer = float32_photos[position]
+            cosine = cosine_similarity(embedding, float32_embedding, dim=0)
             pair = PhotoPair(
-                cosine=float(cosine_similarity(embedding, float32_embedding, dim=0)),
+                cosine=float(cosine),
                 is_answer_equal=answer.label == float32_answer.label,
                 is_decision_equal=answer.decision == float32_answer.decision,
             )

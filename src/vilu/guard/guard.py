@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -274,7 +275,8 @@ class Guard:
             # The calibration is compared with the candidates. A source without rows has candidates,
             # too.
             no_rows = torch.empty(0, self.vocabulary.space.embed_dim, dtype=torch.float32)
-            self.calibration.require_match(self.predictor, self.vocabulary.new_images(no_rows))
+            source = self.vocabulary.new_images(no_rows)
+            self.calibration.require_match(self.predictor, source)
         if self.predictor.space_ is not None:
             self.predictor.space_.require_match(
                 self.vocabulary.space,
@@ -285,8 +287,9 @@ class Guard:
         row_columns = columns & ROW_COLUMNS  # without the columns of the candidates
         impossible_columns = sorted(row_columns - {FEATURES})
         if impossible_columns:
+            listed_columns = ", ".join(impossible_columns)
             raise UsageError(
-                f"this {self.predictor.name} uses {', '.join(impossible_columns)}, which cannot be "
+                f"this {self.predictor.name} uses {listed_columns}, which cannot be "
                 "made from one image. Embed and score with `vilu embed` and `vilu score`."
             )
         return (IMAGE, *sorted(row_columns))
@@ -321,29 +324,32 @@ class Guard:
         require_same_model(self, backbone)
         all_widths = {IMAGE: self.vocabulary.space.embed_dim, FEATURES: backbone.feature_dim}
         widths = {name: all_widths[name] for name in self.arrays}
+        row_shapes = {name: (width,) for name, width in widths.items()}
+        silence = SilentProgress()
         encoder = Encoder(
             backbone,
             self.batch_size,
             strict=False,
-            task=SilentProgress(),
-            row_shapes={name: (width,) for name, width in widths.items()},
+            task=silence,
+            row_shapes=row_shapes,
             dtype=self.vocabulary.dtype,
         )
-        decoder = Decoder(
-            backbone.preprocess, limits, len(self.names), jpeg_side=jpeg_side_of(backbone)
-        )
+        jpeg_side = jpeg_side_of(backbone)
+        decoder = Decoder(backbone.preprocess, limits, len(self.names), jpeg_side=jpeg_side)
         first_photos = None
         precision = backbone.space.precision or "fp32"
         is_low = precision not in {"fp32", self.vocabulary.space.precision}
         if is_low and isinstance(backbone, DualEncoder):
-            float32_encoder = replace(encoder, backbone=backbone.in_float32())
+            float32_backbone = backbone.in_float32()
+            float32_encoder = replace(encoder, backbone=float32_backbone)
             first_photos = FirstPhotos(precision, float32_encoder, self._answer_photos)
         return ImageModel(backbone, widths, encoder, decoder, first_photos)
 
     def _answer_photos(self, content: PartContent) -> list[Answer]:
         """Return answers about embedded photos."""
         keys = [row.key for row in content.metadata]
-        answers, _ = self.answer(join_arrays(content), keys)
+        arrays = join_arrays(content)
+        answers, _ = self.answer(arrays, keys)
         return answers
 
     @property
@@ -477,7 +483,8 @@ class Guard:
         key = _text_of_row(outcomes.ids, row) or ""
         uncertainty = float(outcomes.uncertainty[row])
         if math.isnan(uncertainty):
-            return answer_without_score(self, key, _text_of_row(outcomes.reason, row))
+            reason = _text_of_row(outcomes.reason, row)
+            return answer_without_score(self, key, reason)
         probability = _probability_of(outcomes, row)
         quantile: float | None = None
         if probability is None:
@@ -586,11 +593,13 @@ def make_record(index: int, image: ImageLike) -> ImageRecord:
     """Return the record of an image. The key is the path, or without a path ``index``."""
     if isinstance(image, str | os.PathLike):
         path = Path(image)
-        return ImageRecord(str(path), None, lambda: read_file(path))
+        read = partial(read_file, path)
+        return ImageRecord(str(path), None, read)
     if isinstance(image, bytes):
         return ImageRecord(str(index), None, lambda: image)
     if isinstance(image, Image.Image):
-        return ImageRecord(str(index), None, lambda: _png_bytes(image))
+        encode = partial(_png_bytes, image)
+        return ImageRecord(str(index), None, encode)
     raise UsageError(
         f"an image is a path, encoded bytes or a picture of Pillow. Got {type(image).__name__} at "
         f"index {index}."

@@ -105,8 +105,9 @@ def _refuse_settings(settings: Iterable[str]) -> None:
     """Raise UsageError if there are any settings."""
     names = sorted(settings)
     if names:
+        listed_names = ", ".join(names)
         raise UsageError(
-            f"this pipeline takes no {', '.join(names)}: classes and prompts are those of the "
+            f"this pipeline takes no {listed_names}: classes and prompts are those of the "
             "predictor, and all other settings are arguments of the guard, as in "
             "vilu.Guard(folder, device='cpu', batch_size=32)."
         )

@@ -99,7 +99,8 @@ class ImageGraph(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Return uncertainty (N,), answer (N,), is_accepted (N,) with a rule, and the arrays."""
         arrays = self.embed(pixels)
-        uncertainty, answer = self.score(**self.inputs(arrays))
+        inputs = self.inputs(arrays)
+        uncertainty, answer = self.score(**inputs)
         if self.limits is None:
             return uncertainty, answer, *arrays
         floors = self.limits[0]
@@ -137,12 +138,15 @@ def floors_and_thresholds(guard: Guard) -> Tensor | None:
     if rule.grouped_by == "prediction":
         groups = names
     floor, threshold = rule.limits(len(names), groups)
-    return nn.Buffer(torch.from_numpy(np.stack([floor, threshold])))
+    stacked_limits = np.stack([floor, threshold])
+    limits = torch.from_numpy(stacked_limits)
+    return nn.Buffer(limits)
 
 
 def export_fingerprint(folder: str | Path) -> str:
     """Return a digest of the inputs of an export: predictor, rule and classes of a folder."""
-    return inputs_digest(Path(folder), Path(folder) / VOCABULARY, graph=PIXELS)
+    folder_path = Path(folder)
+    return inputs_digest(folder_path, folder_path / VOCABULARY, graph=PIXELS)
 
 
 def export_image_graph(
@@ -248,25 +252,30 @@ def _metadata_of_file(guard: Guard) -> dict[str, str]:
     decision = ""
     if guard.calibration is not None and guard.calibration.rule is not None:
         decision = guard.calibration.guarantee_text or ""
+    class_names = plain_json(list(guard.names))
+    fingerprint_of_fit = fit_fingerprint(guard.folder)
+    fingerprint_of_export = export_fingerprint(guard.folder)
     return {
-        "vilu.classes": plain_json(list(guard.names)).decode(),
+        "vilu.classes": class_names.decode(),
         "vilu.decision": decision,
         "vilu.preprocess": space.preprocess or "",
-        "vilu.predictor": fit_fingerprint(guard.folder),
-        **file_metadata(guard.predictor, space, export_fingerprint(guard.folder)),
+        "vilu.predictor": fingerprint_of_fit,
+        **file_metadata(guard.predictor, space, fingerprint_of_export),
     }
 
 
 def _random_pixels(n_pictures: int, backbone: Backbone) -> Tensor:
     """Return pixels (N, 3, H, W) of random pictures, from large patches to fine grain."""
     generator = np.random.default_rng(n_pictures)
-    pictures = []
+    pixels_of_pictures = []
     for index in range(n_pictures):
         side = 2 ** (1 + index % 7)  # number of patches in a row: 2, 4, ..., 128
-        patches = Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        noise = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        patches = Image.fromarray(noise)
         picture = patches.resize((256, 256), Image.Resampling.BICUBIC)
-        pictures.append(backbone.preprocess(picture))
-    return torch.stack(pictures)
+        pixels = backbone.preprocess(picture)
+        pixels_of_pictures.append(pixels)
+    return torch.stack(pixels_of_pictures)
 
 
 def _check_file(
@@ -332,9 +341,10 @@ def _require_near(name: str, array: Tensor, expected_array: Tensor, relative_ste
     largest_of_row = magnitude.amax(dim=1, keepdim=True)
     is_near = difference <= relative_step * magnitude + PROJECTION_TOLERANCE * largest_of_row
     if not bool(is_near.all()):
+        largest = float(difference.max())
         raise DataError(
             f"the {name} rows of the exported tower differ from torch's by "
-            f"{float(difference.max()):.2g}. Nothing was written."
+            f"{largest:.2g}. Nothing was written."
         )
 
 

@@ -113,14 +113,17 @@ class Quantity:
         drawn_seeds = generator.integers(n_seeds, size=(n_seeds, n_resamples))
         # (S, B) for each of the B resamples, the values with the S drawn seeds
         values_of_drawn_seeds = np.take_along_axis(per_seed, drawn_seeds, axis=0)
-        return cls(float(np.mean(values)), draws=values_of_drawn_seeds.mean(axis=0))
+        value = float(np.mean(values))
+        draws = values_of_drawn_seeds.mean(axis=0)
+        return cls(value, draws)
 
     @classmethod
     def mean(cls, quantities: Sequence[Quantity]) -> Quantity:
         """Mean of several quantities, for example of a method on several data sets."""
         draws = np.mean([quantity.draws for quantity in quantities], axis=0)
         values = [quantity.value for quantity in quantities]
-        return cls(float(np.mean(values)), draws)
+        value = float(np.mean(values))
+        return cls(value, draws)
 
     @classmethod
     def slope(cls, x: Floats, quantities: Sequence[Quantity]) -> Quantity:
@@ -155,7 +158,9 @@ class Quantity:
 
     def difference(self, confidence: float) -> Difference:
         """Interval and p-value of this quantity, a difference between two quantities."""
-        return Difference(*self.interval(confidence), self.p_value())
+        interval = self.interval(confidence)
+        p_value = self.p_value()
+        return Difference(*interval, p_value)
 
 
 @runtime_checkable
@@ -196,11 +201,9 @@ class SortedScores:
         wrong rows (B, ·). If a row is drawn several times, the row counts several times.
         """
         right_rows, wrong_rows = drawn_rows
-        return TieCounts(
-            self.value,
-            correct=self._rows_per_score(right_rows),
-            wrong=self._rows_per_score(wrong_rows),
-        )
+        correct = self._rows_per_score(right_rows)
+        wrong = self._rows_per_score(wrong_rows)
+        return TieCounts(self.value, correct, wrong)
 
     def observed_counts(self) -> TieCounts:
         """Counts (1, G) of the sample itself, with each row once."""
@@ -225,7 +228,7 @@ ScoresToResample = SortedScores | PictureScores
 def scores_to_resample(
     uncertainty: Floats, failure: NDArray[np.bool_], picture: Ints | None
 ) -> ScoresToResample:
-    """Scores to resample by rows if ``picture`` is None, or else by pictures.
+    """Prepare scores for resamples of pictures. If ``picture`` is None, rows are resampled.
 
     ``picture`` is the result of ``repeated_picture_numbers``.
     """
@@ -313,7 +316,8 @@ def intervals_of(
     """Intervals of several metrics from the same resamples, for rows or for a histogram."""
     if isinstance(scores, Histogram):
         check_settings(n_resamples, confidence)
-        return intervals_from_counts(kernels, scores.counts(), n_resamples, confidence, seed)
+        counts = scores.counts()
+        return intervals_from_counts(kernels, counts, n_resamples, confidence, seed)
     return bootstrap_intervals(
         kernels,
         scores.uncertainty,
@@ -391,18 +395,34 @@ def _intervals_over_pictures(
         kernels, counts, n_resamples, confidence, seed, picture
     )
     groups = group_scores(counts)
-    score_of_row = np.searchsorted(counts.value, uncertainty)
-    group_of_row = group_indices(counts)[score_of_row]
-    scores = PictureScores.of(groups.value, group_of_row, failure, picture).merge_equal_pictures()
+    scores = _kinds_of_pictures(counts, groups, uncertainty, failure, picture)
     # A score has up to two entries: one for right rows and one for wrong rows. So half the number
     # of entries is comparable with the number of scores in ``intervals_from_counts``.
     cells_per_resample = max(len(groups.value), scores.cells_per_resample // 2)
     sizes = block_sizes(n_resamples, max_size=MAX_RESAMPLED_CELLS // cells_per_resample)
-    blocks = scores.resample_blocks(np.random.default_rng(seed), sizes)
+    rng = np.random.default_rng(seed)
+    blocks = scores.resample_blocks(rng, sizes)
     resampled_intervals = _intervals_from_groups(
         other_kernels, counts, groups, blocks, n_resamples, confidence
     )
     return intervals | resampled_intervals
+
+
+def _kinds_of_pictures(
+    counts: TieCounts,
+    groups: TieCounts,
+    uncertainty: Floats,
+    failure: NDArray[np.bool_],
+    picture: Ints,
+) -> PictureScores:
+    """Scores to resample by kinds of equal pictures, with the grouped scores of N rows.
+
+    ``groups`` are the ``counts`` (G,) of the rows after ``group_scores``.
+    """
+    score_of_row = np.searchsorted(counts.value, uncertainty)
+    group_of_row = group_indices(counts)[score_of_row]
+    scores = PictureScores.of(groups.value, group_of_row, failure, picture)
+    return scores.merge_equal_pictures()
 
 
 def _intervals_from_groups(
@@ -431,7 +451,8 @@ def _intervals_from_groups(
         highest = max(drawn_values.max(), value, 1.0)
         value_of_groups = float(kernel(groups))
         shifted_values = drawn_values + value - value_of_groups
-        quantity = Quantity(value, draws=np.clip(shifted_values, lowest, highest))
+        clipped_values = np.clip(shifted_values, lowest, highest)
+        quantity = Quantity(value, clipped_values)
         intervals[name] = quantity.interval(confidence)
     return intervals
 
@@ -523,7 +544,8 @@ def values_on_blocks(
     with track("bootstrap", n_resamples, "resamples") as task:
         for counts in blocks:
             for name, kernel in kernels.items():
-                values[name].append(kernel(counts))
+                values_of_block = kernel(counts)
+                values[name].append(values_of_block)
             n_in_block = len(counts.n)  # number of resamples
             task.advance(n_in_block)
     return {name: np.concatenate(per_block) for name, per_block in values.items()}
@@ -625,13 +647,27 @@ def paired_bootstrap(
     kernel = _kernel(metric, failure, uncertainty_a, uncertainty_b)
     scores_a, failures = check_scores_and_failures(uncertainty_a, failure)
     scores_b, _ = check_scores_and_failures(uncertainty_b, failure)
-    picture_number = repeated_picture_numbers(check_pictures(picture, len(failures)))
+    picture_identity = check_pictures(picture, len(failures))
+    picture_number = repeated_picture_numbers(picture_identity)
     a = scores_to_resample(scores_a, failures, picture_number)
     b = scores_to_resample(scores_b, failures, picture_number)
     observed = kernel(a.observed_counts()) - kernel(b.observed_counts())  # (1,)
     observed_difference = float(observed[0])
     if np.isnan(observed_difference):
         return Difference(difference=np.nan, ci_low=np.nan, ci_high=np.nan, p_value=np.nan)
+    differences = _drawn_differences(kernel, a, b, n_resamples, seed)
+    # A kernel of type ``OwnInterval`` is biased, and resampling adds the bias once more. The added
+    # biases of a and b may differ. So the differences are centred on the observed difference.
+    if isinstance(kernel, OwnInterval):
+        differences += observed_difference - differences.mean()
+    quantity = Quantity(observed_difference, differences)
+    return quantity.difference(confidence)
+
+
+def _drawn_differences(
+    kernel: Kernel, a: ScoresToResample, b: ScoresToResample, n_resamples: int, seed: int
+) -> Floats:
+    """Differences (B,) of a metric between the scores ``a`` and ``b`` on the same resamples."""
     blocks = []
     # The strata of a and b are the same, so a or b can draw the rows. The scores with more memory
     # per resample draw the rows, so that the blocks are small enough for a and b.
@@ -641,12 +677,7 @@ def paired_bootstrap(
             difference = kernel(a.counts(*drawn_rows)) - kernel(b.counts(*drawn_rows))  # (B,)
             blocks.append(difference)
             task.advance(len(difference))
-    differences = np.concatenate(blocks)
-    # A kernel of type ``OwnInterval`` is biased, and resampling adds the bias once more. The added
-    # biases of a and b may differ. So the differences are centred on the observed difference.
-    if isinstance(kernel, OwnInterval):
-        differences += observed_difference - differences.mean()
-    return Quantity(observed_difference, differences).difference(confidence)
+    return np.concatenate(blocks)
 
 
 def paired_across_answers(
@@ -666,7 +697,7 @@ def paired_across_answers(
     are drawn without strata. Rows of the same ``picture`` (N,) are drawn together.
     """
     check_settings(n_resamples, confidence)
-    observed_difference = float(kernel(tie_counts(*a))) - float(kernel(tie_counts(*b)))
+    observed_difference = observed_value(kernel, *a) - observed_value(kernel, *b)
     draws = []
     for uncertainty, failure in (a, b):
         values = values_without_strata(
@@ -674,7 +705,14 @@ def paired_across_answers(
         )
         draws.append(values["metric"])
     draws_a, draws_b = draws
-    return Quantity(observed_difference, draws_a - draws_b).difference(confidence)
+    quantity = Quantity(observed_difference, draws_a - draws_b)
+    return quantity.difference(confidence)
+
+
+def observed_value(kernel: Kernel, uncertainty: Floats, failure: Ints) -> float:
+    """The metric of the rows themselves, each row once."""
+    counts = tie_counts(uncertainty, failure)
+    return float(kernel(counts))
 
 
 def values_without_strata(
@@ -704,7 +742,8 @@ def values_without_strata(
             n_draws_of_unit = rng.multinomial(n_units, equal_shares, size=size)  # (B, n_units)
             yield rows.counts(n_draws_of_unit[:, unit])
 
-    return values_on_blocks(kernels, blocks(), n_resamples)
+    resampled_counts = blocks()
+    return values_on_blocks(kernels, resampled_counts, n_resamples)
 
 
 class _TiedRows(NamedTuple):

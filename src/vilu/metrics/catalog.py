@@ -246,8 +246,10 @@ def add_metric(metric: Metric) -> None:
     # The kernel is tested with two resamples of three scores.
     correct = np.array([[2, 1, 0], [1, 1, 1]])
     wrong = correct[:, ::-1]
-    trial_counts = TieCounts(np.array([0.0, 0.5, 1.0]), correct, wrong)
-    shape = np.shape(metric.kernel(trial_counts))
+    scores = np.array([0.0, 0.5, 1.0])
+    trial_counts = TieCounts(scores, correct, wrong)
+    trial_values = metric.kernel(trial_counts)
+    shape = np.shape(trial_values)
     if shape != (2,):
         raise UsageError(
             f"the kernel of {metric.name} must give values (B,) for counts (B, G). "

@@ -89,8 +89,10 @@ def check_scores_and_failures(
     uncertainty: ArrayLike, failure: ArrayLike
 ) -> tuple[Floats, NDArray[np.bool_]]:
     """Uncertainty (N,) as float64 and failure (N,) as bool; DataError for invalid values."""
-    scores: Floats = _vector_of_reals(uncertainty, "uncertainty").astype(np.float64, copy=False)
-    failures: Floats = _vector_of_reals(failure, "failure").astype(np.float64, copy=False)
+    given_scores = _vector_of_reals(uncertainty, "uncertainty")
+    scores: Floats = given_scores.astype(np.float64, copy=False)
+    given_failures = _vector_of_reals(failure, "failure")
+    failures: Floats = given_failures.astype(np.float64, copy=False)
     require_same_length(scores, failures)
     if not len(scores):
         raise DataError("a metric needs at least one row. Got none.")
@@ -176,17 +178,28 @@ def tie_counts(
     blocks = []
     for start in range(0, len(scores), block_rows):
         rows = slice(start, start + block_rows)
-        blocks.append(_counts_of_block(scores[rows], failures[rows]))
+        counts_of_block = _counts_of_block(scores[rows], failures[rows])
+        blocks.append(counts_of_block)
     if len(blocks) == 1:
         return blocks[0]
     values_of_blocks = np.concatenate([block.value for block in blocks])
     # for each score of each block, ``value_index`` is the position of the score in ``value``
     value, value_index = np.unique(values_of_blocks, return_inverse=True)
-    correct = np.zeros(len(value), np.int64)
-    np.add.at(correct, value_index, np.concatenate([block.correct for block in blocks]))
-    wrong = np.zeros(len(value), np.int64)
-    np.add.at(wrong, value_index, np.concatenate([block.wrong for block in blocks]))
+    correct = _totals([block.correct for block in blocks], value_index, len(value))
+    wrong = _totals([block.wrong for block in blocks], value_index, len(value))
     return TieCounts(value, correct, wrong)
+
+
+def _totals(counts_of_blocks: list[Ints], value_index: Ints, n_values: int) -> Ints:
+    """Total count (n_values,) of every value.
+
+    ``value_index`` (N,) holds, for the N counts of all blocks one after another, the index of the
+    value that was counted.
+    """
+    counts = np.concatenate(counts_of_blocks)
+    totals = np.zeros(n_values, np.int64)
+    np.add.at(totals, value_index, counts)
+    return totals
 
 
 def _counts_of_block(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
@@ -206,7 +219,8 @@ def ratio(
     """Quotient in float64; ``if_undefined`` where the denominator is zero."""
     shape = np.broadcast_shapes(np.shape(numerator), np.shape(denominator))
     quotient: Floats = np.full(shape, if_undefined)
-    np.divide(numerator, denominator, out=quotient, where=np.asarray(denominator) != 0)
+    is_defined = np.asarray(denominator) != 0
+    np.divide(numerator, denominator, out=quotient, where=is_defined)
     return quotient
 
 
@@ -274,7 +288,8 @@ def repeated_picture_numbers(picture: Ints | None) -> Ints | None:
     """
     if picture is None:
         return None
-    first_row_of_picture, number = np.unique(first_rows(picture), return_inverse=True)
+    first_row = first_rows(picture)
+    first_row_of_picture, number = np.unique(first_row, return_inverse=True)
     if len(first_row_of_picture) == len(picture):
         return None
     return number

@@ -28,7 +28,8 @@ _SMALLEST_MAGNITUDE = 2.0**-512  # scores of a smaller magnitude count as 0
 
 def _bits_of(number: float) -> int:
     """The bits of a float64, read as an integer."""
-    return np.float64(number).view(np.int64).item()
+    bits = np.float64(number).view(np.int64)
+    return bits.item()
 
 
 # An octave (all numbers from a power of two to the next) has 2^52 codes. The codes of 0 and of 1
@@ -119,7 +120,8 @@ class Histogram:
         if not np.size(uncertainty) and not np.size(failure):
             return cls.empty()
         scores, failures = check_scores_and_failures(uncertainty, failure)
-        scores = np.where(np.abs(scores) < _SMALLEST_MAGNITUDE, 0.0, scores)
+        is_zero = np.abs(scores) < _SMALLEST_MAGNITUDE
+        scores = np.where(is_zero, 0.0, scores)
         wrong = failures.astype(np.int64)
         one_bin_per_row = cls(
             bins=codes_of_scores(scores),
@@ -147,7 +149,8 @@ class Histogram:
 
     def without(self, part: Histogram) -> Histogram:
         """Histogram without the rows of ``part``. All answers in ``part`` must be wrong."""
-        return self.with_counts(self.correct, self.wrong - self.rows_of_part(part))
+        n_in_part = self.rows_of_part(part)
+        return self.with_counts(self.correct, self.wrong - n_in_part)
 
     def with_part_as_wrong(self, part: Histogram) -> Histogram:
         """Histogram with the rows of ``part`` as wrong, and all remaining rows as correct.
@@ -227,9 +230,12 @@ class Histogram:
             return np.empty(0)
         first_code = self.bins << self.level
         last_code = first_code + (1 << self.level) - 1
-        smallest, largest = codes_of_scores(np.array([self.low, self.high]))
-        start = scores_of_codes(np.maximum(first_code, smallest))
-        end = scores_of_codes(np.minimum(last_code, largest))
+        score_range = np.array([self.low, self.high])
+        smallest, largest = codes_of_scores(score_range)
+        start_code = np.maximum(first_code, smallest)
+        start = scores_of_codes(start_code)
+        end_code = np.minimum(last_code, largest)
+        end = scores_of_codes(end_code)
         return start / 2 + end / 2  # not (start + end) / 2, because the sum may overflow
 
     @property
@@ -254,10 +260,13 @@ class Histogram:
     def _join(histograms: list[Histogram]) -> Histogram:
         """Join one or several histograms into the histogram of all rows."""
         level = max(part.level for part in histograms)
+        bins = np.concatenate([part.bins >> (level - part.level) for part in histograms])
+        correct = np.concatenate([part.correct for part in histograms])
+        wrong = np.concatenate([part.wrong for part in histograms])
         histogram_of_all_bins = Histogram(
-            bins=np.concatenate([part.bins >> (level - part.level) for part in histograms]),
-            correct=np.concatenate([part.correct for part in histograms]),
-            wrong=np.concatenate([part.wrong for part in histograms]),
+            bins=bins,
+            correct=correct,
+            wrong=wrong,
             level=level,
             low=min(part.low for part in histograms),
             high=max(part.high for part in histograms),

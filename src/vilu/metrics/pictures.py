@@ -47,13 +47,15 @@ class PictureScores:
         key = _join_key(picture, group, failure, n_groups=len(value))
         key_of_entry, n_rows = np.unique(key, return_counts=True)
         entry_picture, entry_group, entry_wrong = _split_key(key_of_entry, n_groups=len(value))
+        n_pictures = int(picture.max()) + 1
+        n_merged = np.ones(n_pictures, np.int64)
         return cls(
             value,
             picture=entry_picture,
             group=entry_group,
             wrong=entry_wrong,
             n_rows=n_rows,
-            n_merged=np.ones(int(picture.max()) + 1, np.int64),
+            n_merged=n_merged,
         )
 
     @cached_property
@@ -87,8 +89,9 @@ class PictureScores:
         # One bincount call counts all resamples: the cells of resample b begin at b * n_pictures.
         first_cell = n_pictures * np.arange(n_resamples)[:, None]
         cells = pictures + first_cell
-        n_draws = np.bincount(cells.ravel(), minlength=n_resamples * n_pictures)
-        return self._counts_of_draws(n_draws.reshape(n_resamples, n_pictures))
+        draws_of_cells = np.bincount(cells.ravel(), minlength=n_resamples * n_pictures)
+        n_draws = draws_of_cells.reshape(n_resamples, n_pictures)
+        return self._counts_of_draws(n_draws)
 
     def observed_counts(self) -> TieCounts:
         """Counts (1, G) of the sample itself, with each row once."""
@@ -96,11 +99,9 @@ class PictureScores:
 
     def _counts_of_draws(self, n_draws: Ints) -> TieCounts:
         """Counts (B, G) of resamples; ``n_draws`` (B, P) says how often each picture is drawn."""
-        return TieCounts(
-            self.value,
-            correct=self._rows_per_score(n_draws, ~self.wrong),
-            wrong=self._rows_per_score(n_draws, self.wrong),
-        )
+        correct = self._rows_per_score(n_draws, ~self.wrong)
+        wrong = self._rows_per_score(n_draws, self.wrong)
+        return TieCounts(self.value, correct, wrong)
 
     def _rows_per_score(self, n_draws: Ints, is_counted: NDArray[np.bool_]) -> Ints:
         """Number (B, G) of drawn rows at each score, of the entries in a mask.
@@ -115,7 +116,8 @@ class PictureScores:
         cells = self.group[is_counted] + first_cell
         # With weights, bincount sums in float64. This is exact for whole numbers below 2^53.
         sums = np.bincount(cells.ravel(), weights=n_rows.ravel(), minlength=n_resamples * n_scores)
-        return sums.astype(np.int64).reshape(n_resamples, n_scores)
+        n_drawn_rows = sums.astype(np.int64)
+        return n_drawn_rows.reshape(n_resamples, n_scores)
 
     def merge_equal_pictures(self) -> PictureScores:
         """The same counts, with one picture in place of all pictures with equal rows.
@@ -134,14 +136,16 @@ class PictureScores:
         # Each kind becomes one picture. Pictures with several entries do not change, but get new
         # numbers after the numbers of the kinds.
         n_kinds = len(key_of_kind)
+        kind_numbers = np.arange(n_kinds)
         unmerged_pictures, unmerged_index = np.unique(self.picture[~is_single], return_inverse=True)
+        n_of_unmerged = np.ones(len(unmerged_pictures), np.int64)
         return PictureScores(
             self.value,
-            picture=np.concatenate([np.arange(n_kinds), n_kinds + unmerged_index]),
+            picture=np.concatenate([kind_numbers, n_kinds + unmerged_index]),
             group=np.concatenate([kind_group, self.group[~is_single]]),
             wrong=np.concatenate([kind_wrong, self.wrong[~is_single]]),
             n_rows=np.concatenate([kind_n_rows, self.n_rows[~is_single]]),
-            n_merged=np.concatenate([n_of_kind, np.ones(len(unmerged_pictures), np.int64)]),
+            n_merged=np.concatenate([n_of_kind, n_of_unmerged]),
         )
 
     def resample_blocks(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[TieCounts]:

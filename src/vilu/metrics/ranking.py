@@ -41,7 +41,8 @@ def auroc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
         >>> vilu.metrics.auroc(uncertainty, failure)  # 3 of 4 pairs are in order, 1 is tied
         0.875
     """
-    return float(auroc_kernel(tie_counts(uncertainty, failure)))
+    counts = tie_counts(uncertainty, failure)
+    return float(auroc_kernel(counts))
 
 
 @checked
@@ -110,7 +111,8 @@ def aupr_failure(uncertainty: ArrayLike, failure: ArrayLike) -> float:
         >>> round(vilu.metrics.aupr_failure(uncertainty, failure), 4)  # 1/2 * 1/1 + 1/2 * 2/3
         0.8333
     """
-    return float(aupr_kernel(tie_counts(uncertainty, failure), "failure"))
+    counts = tie_counts(uncertainty, failure)
+    return float(aupr_kernel(counts, "failure"))
 
 
 def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
@@ -126,7 +128,8 @@ def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
         >>> round(vilu.metrics.aupr_success(uncertainty, failure), 4)  # (1/1 + 2/2 + 3/4) / 3
         0.9167
     """
-    return float(aupr_kernel(tie_counts(uncertainty, failure), "correct"))
+    counts = tie_counts(uncertainty, failure)
+    return float(aupr_kernel(counts, "correct"))
 
 
 @checked
@@ -154,7 +157,9 @@ def roc_curve_points(
         array([0. , 0.5, 0.5, 1. , 1. ])
     """
     require_one_of("positive", positive, get_args(PositiveClass))
-    return _roc_points(tie_counts(uncertainty, failure).with_positive(positive))
+    counts = tie_counts(uncertainty, failure)
+    positive_counts = counts.with_positive(positive)
+    return _roc_points(positive_counts)
 
 
 def auroc_kernel(counts: TieCounts) -> Floats:
@@ -180,14 +185,16 @@ def fpr_at_tpr_kernel(
         raise UsageError(f"level must be a true positive rate in (0, 1]. Got {level} instead.")
     require_one_of("positive", positive, get_args(PositiveClass))
     require_one_of("rule", rule, get_args(Rule))
-    fpr, tpr = _roc_points(counts.with_positive(positive))
+    positive_counts = counts.with_positive(positive)
+    fpr, tpr = _roc_points(positive_counts)
     if rule == "first":
         # The rates are ascending. So the number of rates below ``level`` is the index of the first
         # rate of at least ``level``.
         first_index = (tpr < level).sum(-1)
         return _entries_at(first_index, fpr)
     if rule == "nearest":
-        nearest_index = np.abs(tpr - level).argmin(-1)
+        distance = np.abs(tpr - level)
+        nearest_index = distance.argmin(-1)
         return _entries_at(nearest_index, fpr)
     return _interpolated_fpr(fpr, tpr, level)
 
@@ -238,5 +245,6 @@ def _roc_points(counts: TieCounts) -> tuple[Floats, Floats]:
 
 def _entries_at(index: NDArray[np.intp], values: Floats) -> Floats:
     """Entries (...) of ``values`` (..., M) at the indices ``index`` (...) of the last axis."""
-    entries = np.take_along_axis(values, np.asarray(index)[..., None], axis=-1)  # (..., 1)
+    index_of_entry = np.asarray(index)[..., None]
+    entries = np.take_along_axis(values, index_of_entry, axis=-1)  # (..., 1)
     return entries[..., 0]

@@ -68,7 +68,8 @@ def brier(probability: ArrayLike, failure: ArrayLike) -> float:
         >>> round(vilu.metrics.brier(probability, failure), 4)  # (0² + 0.5² + 0²) / 3
         0.0833
     """
-    return float(brier_kernel(probability_counts(probability, failure)))
+    counts = probability_counts(probability, failure)
+    return float(brier_kernel(counts))
 
 
 def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
@@ -86,7 +87,8 @@ def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
         >>> round(vilu.metrics.log_loss(probability, failure), 4)  # -(ln 0.8 + ln 0.5) / 2
         0.4581
     """
-    return float(log_loss_kernel(probability_counts(probability, failure)))
+    counts = probability_counts(probability, failure)
+    return float(log_loss_kernel(counts))
 
 
 def probability_counts(probability: ArrayLike, failure: ArrayLike) -> TieCounts:
@@ -114,7 +116,8 @@ def ece_kernel(counts: TieCounts, bins: int = 15, binning: Binning = "width") ->
     """Expected calibration error (...); see ``ece``."""
     gap_of_score = counts.wrong - counts.value * counts.size
     (gap_of_bin,) = _sums_per_bin(counts, bins, binning, gap_of_score)
-    return ratio(np.abs(gap_of_bin).sum(-1), counts.n)
+    sum_of_gaps = np.abs(gap_of_bin).sum(-1)
+    return ratio(sum_of_gaps, counts.n)
 
 
 def _sums_per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) -> list[Floats]:
@@ -141,8 +144,9 @@ def _sums_per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Float
     for numbers in values:
         sum_of_cell = np.bincount(
             cells.ravel(), weights=numbers.ravel(), minlength=bins * n_resamples
-        ).astype(np.float64)
-        sums.append(sum_of_cell.reshape(*leading_shape, bins))
+        )
+        sum_of_bin = sum_of_cell.astype(np.float64).reshape(*leading_shape, bins)
+        sums.append(sum_of_bin)
     return sums
 
 
@@ -194,12 +198,15 @@ class BinnedError:
         The interval contains the estimate.
         """
         gap, deviation = self._gaps(counts)
-        noise = deviation * np.random.default_rng(seed).standard_normal((n_resamples, self.bins))
+        rng = np.random.default_rng(seed)
+        noise = deviation * rng.standard_normal((n_resamples, self.bins))
         estimate = np.abs(gap).sum()  # T
         level = 1 - (1 - confidence) / 2  # of the upper quantiles q_hi
-        clear_gap = np.where(np.abs(gap) < CLEAR_ERRORS * deviation, 0.0, gap)  # c_b
+        is_unclear = np.abs(gap) < CLEAR_ERRORS * deviation
+        clear_gap = np.where(is_unclear, 0.0, gap)  # c_b
         drawn_clear_error = np.abs(clear_gap + noise).sum(axis=1)  # T(c) of each draw
-        largest_bias = np.quantile(drawn_clear_error - np.abs(clear_gap).sum(), level)
+        clear_error = np.abs(clear_gap).sum()  # sum_b |c_b|
+        largest_bias = np.quantile(drawn_clear_error - clear_error, level)
         low = min(estimate - largest_bias, estimate)
         drawn_error = np.abs(gap + noise).sum(axis=1)  # T(g) of each draw
         smallest_bias = drawn_error.mean() - estimate
@@ -233,7 +240,8 @@ class BinnedError:
 def brier_kernel(counts: TieCounts) -> Floats:
     """Brier score (...)."""
     squares = counts.correct * counts.value**2 + counts.wrong * (1 - counts.value) ** 2
-    return ratio(squares.sum(-1), counts.n)
+    sum_of_squares = squares.sum(-1)
+    return ratio(sum_of_squares, counts.n)
 
 
 def log_loss_kernel(counts: TieCounts) -> Floats:

@@ -54,7 +54,8 @@ def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "m
         >>> vilu.metrics.aurc(uncertainty, failure)  # (0/1 + 0/2 + 0/3 + 1/4) / 4
         0.0625
     """
-    return float(aurc_kernel(tie_counts(uncertainty, failure), convention))
+    counts = tie_counts(uncertainty, failure)
+    return float(aurc_kernel(counts, convention))
 
 
 def excess_aurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
@@ -73,7 +74,8 @@ def excess_aurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
         >>> round(vilu.metrics.excess_aurc(uncertainty, failure), 4)  # the difference, 1/2 / 4
         0.125
     """
-    return float(excess_aurc_kernel(tie_counts(uncertainty, failure)))
+    counts = tie_counts(uncertainty, failure)
+    return float(excess_aurc_kernel(counts))
 
 
 def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
@@ -89,7 +91,8 @@ def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
         >>> round(vilu.metrics.naurc(uncertainty, failure), 4)  # (1/8) / (7/24)
         0.4286
     """
-    return float(naurc_kernel(tie_counts(uncertainty, failure)))
+    counts = tie_counts(uncertainty, failure)
+    return float(naurc_kernel(counts))
 
 
 def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
@@ -109,7 +112,8 @@ def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
         >>> vilu.metrics.augrc(uncertainty, failure)  # 1/4 * 1/2 * 1/2 + 1/4 / 2
         0.1875
     """
-    return float(augrc_kernel(tie_counts(uncertainty, failure)))
+    counts = tie_counts(uncertainty, failure)
+    return float(augrc_kernel(counts))
 
 
 @checked
@@ -128,7 +132,8 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
         >>> round(vilu.metrics.risk_at_coverage(uncertainty, failure, coverage=0.75), 4)
         0.3333
     """
-    return float(risk_at_coverage_kernel(tie_counts(uncertainty, failure), coverage))
+    counts = tie_counts(uncertainty, failure)
+    return float(risk_at_coverage_kernel(counts, coverage))
 
 
 @checked
@@ -150,7 +155,8 @@ def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0
         >>> vilu.metrics.coverage_at_risk(uncertainty, failure, risk=0.4)  # 3 of 4 answers
         0.75
     """
-    return float(coverage_at_risk_kernel(tie_counts(uncertainty, failure), risk))
+    counts = tie_counts(uncertainty, failure)
+    return float(coverage_at_risk_kernel(counts, risk))
 
 
 def risk_coverage_curve(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, Floats]:
@@ -189,7 +195,8 @@ def naurc_kernel(counts: TieCounts) -> Floats:
     aurc_of_random_order = ratio(counts.n_wrong, counts.n)
     random_excess = aurc_of_random_order - _aurc_of_best_order(counts)
     # If all answers are right or all are wrong, the denominator is zero and the result is NaN.
-    return ratio(excess_aurc_kernel(counts), random_excess)
+    excess = excess_aurc_kernel(counts)
+    return ratio(excess, random_excess)
 
 
 def augrc_kernel(counts: TieCounts) -> Floats:
@@ -218,7 +225,8 @@ def coverage_at_risk_kernel(counts: TieCounts, risk: float) -> Floats:
     """Coverage (...) at one risk; see ``coverage_at_risk``."""
     require_between("risk", risk, "[0, 1]")
     meets_risk = ratio(counts.accepted_wrong, counts.accepted) <= risk
-    most_accepted = np.where(meets_risk, counts.accepted, 0).max(-1)
+    accepted_at_risk = np.where(meets_risk, counts.accepted, 0)
+    most_accepted = accepted_at_risk.max(-1)
     return ratio(most_accepted, counts.n)
 
 
@@ -231,7 +239,8 @@ def _harmonic(n: Ints) -> Floats:
         return _harmonic_table()[n]
     last = len(_HARMONIC) - 1
     exact = _HARMONIC[np.minimum(n, last)]
-    return np.where(n <= last, exact, _harmonic_of_large(n))
+    asymptotic = _harmonic_of_large(n)
+    return np.where(n <= last, exact, asymptotic)
 
 
 def _harmonic_of_large(n: Ints) -> Floats:
@@ -250,7 +259,8 @@ def _harmonic_of_large(n: Ints) -> Floats:
 def _harmonic_table() -> Floats:
     """Table of H_0 to H_(HARMONIC_TABLE_SIZE - 1), computed on first use."""
     large_n = np.arange(len(_HARMONIC), HARMONIC_TABLE_SIZE)
-    return np.concatenate([_HARMONIC, _harmonic_of_large(large_n)])
+    harmonic_of_large = _harmonic_of_large(large_n)
+    return np.concatenate([_HARMONIC, harmonic_of_large])
 
 
 def _mean_risk(counts: TieCounts) -> Floats:
@@ -272,7 +282,8 @@ def _mean_risk(counts: TieCounts) -> Floats:
     # For a block of one row the difference is 1 / (s + 1), computed here without cancellation.
     np.divide(1.0, counts.accepted, out=harmonic_difference, where=counts.size == 1)
     sum_over_block = counts.wrong + (wrong_before - error_rate * n_before) * harmonic_difference
-    return ratio(sum_over_block.sum(-1), counts.n)
+    sum_of_risks = sum_over_block.sum(-1)
+    return ratio(sum_of_risks, counts.n)
 
 
 def _trapezoid_risk(counts: TieCounts) -> Floats:

@@ -16,11 +16,12 @@ from vilu.metrics.bootstrap import (
     Interval,
     OwnInterval,
     intervals_of,
+    observed_value,
     paired_across_answers,
     paired_bootstrap,
 )
 from vilu.metrics.catalog import METRICS, Kernel, Metric, Question, evaluated_metrics, get_metric
-from vilu.metrics.counts import repeated_picture_numbers, tie_counts
+from vilu.metrics.counts import repeated_picture_numbers
 from vilu.outcomes.outcomes import Outcomes, Scores, SupportsTally, Tally, identity_fields
 from vilu.outcomes.results import ResultRow, ResultTable, scores_name
 from vilu.validation import checked, describe_value, require_at_least
@@ -73,7 +74,8 @@ def evaluate(
     Examples:
         >>> import vilu
         >>> failure = [0, 1, 0, 1] * 20
-        >>> rising, falling = [0.1, 0.2, 0.3, 0.4] * 20, [0.4, 0.3, 0.2, 0.1] * 20
+        >>> rising = [0.1, 0.2, 0.3, 0.4] * 20
+        >>> falling = [0.4, 0.3, 0.2, 0.1] * 20
         >>> mine = vilu.Outcomes(rising, failure, method="mine", dataset="pets")
         >>> other = vilu.Outcomes(falling, failure, method="other", dataset="pets")
         >>> print(vilu.evaluate([mine, other], metrics=["auroc", "augrc"], n_resamples=0))
@@ -165,7 +167,8 @@ def _tallies(outcomes: SupportsTally | Iterable[object]) -> list[Tally]:
                 "evaluate takes vilu.Outcomes, which vilu.score gives, or a list of them. "
                 f"Got {describe_value(wrong_value)}."
             )
-        tallies.append(item.tally())
+        tally = item.tally()
+        tallies.append(tally)
     return tallies
 
 
@@ -309,8 +312,8 @@ def compare(
         metric=metric,
         method_a=_method_name(a),
         method_b=_method_name(b),
-        value_a=float(metric_to_compare.kernel(tie_counts(uncertainty_a, failure_a))),
-        value_b=float(metric_to_compare.kernel(tie_counts(uncertainty_b, failure_b))),
+        value_a=observed_value(metric_to_compare.kernel, uncertainty_a, failure_a),
+        value_b=observed_value(metric_to_compare.kernel, uncertainty_b, failure_b),
         difference=result.difference,
         ci_low=result.ci_low,
         ci_high=result.ci_high,
@@ -347,7 +350,8 @@ def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.i
     The numbers come from ``a`` if two rows of ``a`` show the same picture, or else from ``b``.
     """
     for outcomes in (a, b):
-        picture = repeated_picture_numbers(outcomes.identities(rows))
+        identities = outcomes.identities(rows)
+        picture = repeated_picture_numbers(identities)
         if picture is not None:
             return picture
     return None
@@ -514,7 +518,8 @@ def _uncertainty_and_failure(
     """Uncertainties and failures of the rows in a mask (N,); refuses a mask without any True."""
     if not rows.any():
         n_known = np.count_nonzero(outcomes.failure != UNKNOWN)
-        n_scored = np.count_nonzero(np.isfinite(outcomes.uncertainty))
+        is_scored = np.isfinite(outcomes.uncertainty)
+        n_scored = np.count_nonzero(is_scored)
         raise DataError(
             f"the outcomes of {_scores_in_words(outcomes)} have no row to evaluate: of "
             f"{len(outcomes)}, {n_known} have a known failure and {n_scored} an uncertainty. Give "

@@ -82,18 +82,28 @@ def nullable_codes(codes: NDArray[np.int64] | None, n: int) -> pa.Array:
     """Arrow int32 column (N,) of codes, null where a code is unknown."""
     import pyarrow as pa
 
+    code_type = pa.int32()
     if codes is None:
-        return pa.nulls(n, pa.int32())
-    return pa.array(codes, pa.int32(), mask=codes == UNKNOWN)
+        return pa.nulls(n, code_type)
+    return pa.array(codes, code_type, mask=codes == UNKNOWN)
 
 
 def _text_column(values: Sequence[str | None] | None, n: int) -> pa.Array:
     """Arrow column of texts (N,), null where there is no text."""
     import pyarrow as pa
 
+    text_type = pa.string()
     if values is None:
-        return pa.nulls(n, pa.string())
-    return pa.array(values, pa.string())
+        return pa.nulls(n, text_type)
+    return pa.array(values, text_type)
+
+
+def _repeated_text(text: str | None, n: int) -> pa.Array:
+    """Arrow column of texts (n,) with ``text`` in every row, null if there is no text."""
+    import pyarrow as pa
+
+    scalar = pa.scalar(text, pa.string())
+    return pa.repeat(scalar, n)
 
 
 def check_probabilities(values: ArrayLike | None, name: str) -> NDArray[np.float64] | None:
@@ -112,7 +122,8 @@ def plain_values(column: pa.ChunkedArray, column_type: str) -> Any:  # noqa: ANN
     """Values of a column, with -1 (integers), NaN (floats) or None (texts) for null."""
     if column_type == "string":
         return column.to_pylist()
-    return column.fill_null(MISSING_VALUE[column_type]).to_numpy()
+    filled_column = column.fill_null(MISSING_VALUE[column_type])
+    return filled_column.to_numpy()
 
 
 Scores = ScoredRows | Histogram
@@ -225,7 +236,9 @@ def _require_joinable(first: Outcomes, part: Outcomes) -> None:
     for name in ("method", "answer", "class_names", "is_probability"):
         _require_equal(name, getattr(first, name), getattr(part, name))
     for name in PROBLEM_ENTRIES:
-        _require_equal(name, first.provenance.get(name), part.provenance.get(name))
+        first_entry = first.provenance.get(name)
+        entry = part.provenance.get(name)
+        _require_equal(name, first_entry, entry)
     for name in OPTIONAL_COLUMNS:
         first_has_it = getattr(first, name) is not None
         part_has_it = getattr(part, name) is not None
@@ -282,8 +295,35 @@ def _label_set_column(texts: Sequence[str | None]) -> pa.Array:
 
     label_sets: list[list[str] | None] = []
     for text in texts:
-        label_sets.append(None if text is None else json.loads(text))
-    return pa.array(label_sets, pa.list_(pa.string()))
+        label_set: list[str] | None = None
+        if text is not None:
+            label_set = json.loads(text)
+        label_sets.append(label_set)
+    set_type = pa.list_(pa.string())
+    return pa.array(label_sets, set_type)
+
+
+def _common_fields_of_file(
+    path: str | Path, table: pa.Table, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The metadata of a file, with the method and the kind of answers."""
+    methods = _distinct_texts(path, table, "score_name")
+    common_fields: dict[str, Any] = dict(metadata)
+    # If the metadata lack the method or the kind of answers, the only value of the column is
+    # used.
+    if len(methods) == 1:
+        common_fields.setdefault("method", methods[0])
+    answer_kinds = _distinct_texts(path, table, "answer")
+    if len(answer_kinds) == 1 and answer_kinds[0] is not None:
+        common_fields.setdefault("answer", answer_kinds[0])
+    return common_fields
+
+
+def _distinct_texts(path: str | Path, table: pa.Table, name: str) -> list[str | None]:
+    """The different texts of a column of a file."""
+    column = read_column(path, table, name, "string")
+    texts: list[str | None] = column.unique().to_pylist()
+    return texts
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -424,7 +464,8 @@ class Outcomes:
                 f"the target is {OUTSIDE}. Got {self.failure[row]} in row {row} instead."
             )
         if outside.any():
-            object.__setattr__(self, "target", np.where(outside, UNKNOWN, target))
+            target_within = np.where(outside, UNKNOWN, target)
+            object.__setattr__(self, "target", target_within)
         object.__setattr__(self, "outside", outside)
 
     def _check_uncertainty(self) -> None:
@@ -475,7 +516,8 @@ class Outcomes:
         if len(failure):
             field_texts += [f"evaluable={len(failure)}", f"accuracy={1 - failure.mean():.3f}"]
         if self.decision is not None:
-            field_texts.append(f"accepted={self.decision.count(ACCEPT)}")
+            n_accepted = self.decision.count(ACCEPT)
+            field_texts.append(f"accepted={n_accepted}")
         for name in IDENTITY_FIELDS:
             value = getattr(self, name)
             if value is not None:
@@ -605,20 +647,19 @@ class Outcomes:
             {'answer': 'cat', 'target': '(outside)', 'uncertainty': 0.9, 'failure': True}
         """
         import pyarrow as pa
-        import pyarrow.compute as pc
 
         columns: dict[str, pa.Array] = {}
         if self.ids is not None:
-            columns["id"] = pa.array(self.ids, pa.string())
+            columns["id"] = _text_column(self.ids, len(self))
         fields = {"answer": "prediction", "target": "target", "zero_shot": "zero_shot"}
         for name, field_name in fields.items():
             codes = getattr(self, field_name)
             if codes is not None:
                 columns[name] = self._names_of(codes)
         if "target" in columns and self.outside.any():
-            texts = columns["target"].cast(pa.string())
-            columns["target"] = pc.if_else(pa.array(self.outside), OUTSIDE_NAME, texts)
-        columns["uncertainty"] = pa.array(self.uncertainty, mask=np.isnan(self.uncertainty))
+            columns["target"] = self._names_with_outside(columns["target"])
+        is_missing = np.isnan(self.uncertainty)
+        columns["uncertainty"] = pa.array(self.uncertainty, mask=is_missing)
         columns["failure"] = nullable_codes(self.failure, len(self)).cast(pa.bool_())
         if self.failure_probability is not None:
             columns["failure_probability"] = pa.array(self.failure_probability, from_pandas=True)
@@ -627,7 +668,7 @@ class Outcomes:
             columns["accept"] = pa.array([decision == ACCEPT for decision in self.decision])
             reason = self.decision_reason
         if reason is not None:
-            columns["reason"] = pa.array(reason, pa.string())
+            columns["reason"] = _text_column(reason, len(self))
         if self.label_set is not None:
             columns["label_set"] = _label_set_column(self.label_set)
         if self.picture is not None:
@@ -652,12 +693,20 @@ class Outcomes:
 
     def _names_of(self, codes: NDArray[np.int64]) -> pa.Array:
         """Names of the candidates with the codes (N,), or the codes if there are no names."""
-        import pyarrow as pa
-
         column = nullable_codes(codes, len(codes))
         if self.class_names is None:
             return column
-        return pa.array(self.class_names, pa.string()).take(column)
+        names = _text_column(self.class_names, len(self.class_names))
+        return names.take(column)
+
+    def _names_with_outside(self, targets: pa.Array) -> pa.Array:
+        """Names (N,) of targets, "(outside)" in the rows that are ``outside``."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        names = targets.cast(pa.string())
+        is_outside = pa.array(self.outside)
+        return pc.if_else(is_outside, OUTSIDE_NAME, names)
 
     def identities(self, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
         """Number (M,) of the cluster, or else the picture, of each row in the mask ``rows`` (N,).
@@ -670,7 +719,8 @@ class Outcomes:
             numbers = []
             for name in self.cluster:
                 next_number = len(number_of_cluster)
-                numbers.append(number_of_cluster.setdefault(name, next_number))
+                number = number_of_cluster.setdefault(name, next_number)
+                numbers.append(number)
             return np.array(numbers, dtype=np.int64)[rows]
         if self.picture is not None:
             return self.picture[rows]
@@ -689,11 +739,9 @@ class Outcomes:
         is_scored = np.isfinite(self.uncertainty)
         failure = self.failure[rows]
         is_outside = self.outside[rows]
-        pictures = None
-        if self.picture is not None:
-            pictures = self.picture[rows]
         # numbers of clusters or pictures; rows with the same number are resampled together
-        resampling_unit = repeated_picture_numbers(self.identities(rows))
+        identities = self.identities(rows)
+        resampling_unit = repeated_picture_numbers(identities)
         scores = ScoredRows(self.uncertainty[rows], failure, picture=resampling_unit)
         within = scores
         if self.outside.any():
@@ -704,26 +752,38 @@ class Outcomes:
             probability = ScoredRows(
                 self.failure_probability[rows], failure, note=note, picture=resampling_unit
             )
-        ids = None
-        if self.ids is not None:
-            ids = [self.ids[row] for row in np.flatnonzero(rows).tolist()]
         n_seen_in_fit = self.provenance.get("n_seen_in_fit")
         if not isinstance(n_seen_in_fit, int):
             n_seen_in_fit = 0  # not known
+        outside_failure = is_outside.astype(np.int64)
+        outside = ScoredRows(scores.uncertainty, outside_failure, picture=resampling_unit)
+        n_unlabelled = int(np.count_nonzero((self.failure == UNKNOWN) & is_scored))
+        n_unusable = int(np.count_nonzero(~is_scored))
+        sample = self._sample(rows)
+        identity = identity_fields(self)
         return Tally(
             scores=scores,
             within=within,
-            outside=ScoredRows(
-                scores.uncertainty, is_outside.astype(np.int64), picture=resampling_unit
-            ),
+            outside=outside,
             probability=probability,
-            n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & is_scored)),
-            n_unusable=int(np.count_nonzero(~is_scored)),
-            sample=sample_of_rows(pictures, ids),
+            n_unlabelled=n_unlabelled,
+            n_unusable=n_unusable,
+            sample=sample,
             has_clusters=self.cluster is not None,
             n_seen_in_fit=n_seen_in_fit,
-            **identity_fields(self),
+            **identity,
         )
+
+    def _sample(self, rows: NDArray[np.bool_]) -> RowSample | None:
+        """Sample of the rows in a mask (N,); see ``sample_of_rows``."""
+        pictures = None
+        if self.picture is not None:
+            pictures = self.picture[rows]
+        ids = None
+        if self.ids is not None:
+            indices = np.flatnonzero(rows)
+            ids = [self.ids[row] for row in indices.tolist()]
+        return sample_of_rows(pictures, ids)
 
     @checked
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
@@ -753,7 +813,8 @@ class Outcomes:
         """
         claim_file(path, "scores", overwrite=True)
         columns, metadata = self.table()
-        write_table(path, columns, {**metadata, **inputs_entry(inputs)})
+        inputs_metadata = inputs_entry(inputs)
+        write_table(path, columns, {**metadata, **inputs_metadata})
 
     def table(self, row_id: ArrayLike | None = None) -> tuple[dict[str, pa.Array], dict[str, Any]]:
         """Return the columns and the metadata of a file of ``save``.
@@ -775,7 +836,6 @@ class Outcomes:
             ([7, 3], [0, None])
         """
         import pyarrow as pa
-        import pyarrow.compute as pc
 
         n = len(self)
         row_numbers = np.arange(n)
@@ -783,14 +843,14 @@ class Outcomes:
             row_numbers = np.asarray(row_id, dtype=np.int64)
         pred = nullable_codes(self.prediction, n)
         target = nullable_codes(self.target, n)
-        label = pc.if_else(pa.array(self.outside), pa.scalar(OUTSIDE, pa.int32()), target)
-        no_names = pa.nulls(n, pa.string())
+        label = self._codes_with_outside(target)
+        no_names = _text_column(None, n)
         pred_name = no_names
         label_name = no_names
         names = None
         try:
             if self.class_names is not None:
-                names = pa.array(self.class_names, pa.string())
+                names = _text_column(self.class_names, len(self.class_names))
                 pred_name = names.take(pred)
                 label_name = names.take(target)
             columns = {
@@ -803,8 +863,8 @@ class Outcomes:
                 "uncertainty": pa.array(self.uncertainty, mask=np.isnan(self.uncertainty)),
                 "failure": nullable_codes(self.failure, n).cast(pa.int8()),
                 "reason": _text_column(self.reason, n),
-                "score_name": pa.repeat(pa.scalar(self.method, pa.string()), n),
-                "answer": pa.repeat(pa.scalar(self.answer, pa.string()), n),
+                "score_name": _repeated_text(self.method, n),
+                "answer": _repeated_text(self.answer, n),
             }
             if self.zero_shot is not None:
                 zero_shot = nullable_codes(self.zero_shot, n)
@@ -824,6 +884,15 @@ class Outcomes:
         present_columns = [name for name in OPTIONAL_COLUMNS if getattr(self, name) is not None]
         metadata = {name: getattr(self, name) for name in ("class_names", *COMMON_FIELD_TYPES)}
         return columns, {"kind": "outcomes", "present": present_columns, **metadata}
+
+    def _codes_with_outside(self, targets: pa.Array) -> pa.Array:
+        """Codes (N,) of targets, ``OUTSIDE`` in the rows that are ``outside``."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        is_outside = pa.array(self.outside)
+        outside_code = pa.scalar(OUTSIDE, pa.int32())
+        return pc.if_else(is_outside, outside_code, targets)
 
     @classmethod
     @checked
@@ -858,26 +927,20 @@ class Outcomes:
             )
         values: dict[str, Any] = {}
         for name, column_type in (("uncertainty", "float64"), ("failure", "int64")):
-            values[name] = plain_values(read_column(path, table, name, column_type), column_type)
+            required_column = read_column(path, table, name, column_type)
+            values[name] = plain_values(required_column, column_type)
         # A file of ``save`` lists the optional columns of the outcomes. In any other table, a
         # column counts as present if any row has a value.
         listed_columns = metadata.get("present")
         for name, column_type in OPTIONAL_COLUMNS.items():
-            column = read_column(path, table, COLUMN_OF_FIELD.get(name, name), column_type)
+            column_name = COLUMN_OF_FIELD.get(name, name)
+            column = read_column(path, table, column_name, column_type)
             is_present = column.null_count < len(table)
             if isinstance(listed_columns, list):
                 is_present = name in listed_columns
             if is_present:
                 values[name] = plain_values(column, column_type)
-        methods = read_column(path, table, "score_name", "string").unique().to_pylist()
-        common_fields: dict[str, Any] = dict(metadata)
-        # If the metadata lack the method or the kind of answers, the only value of the column is
-        # used.
-        if len(methods) == 1:
-            common_fields.setdefault("method", methods[0])
-        answer_kinds = read_column(path, table, "answer", "string").unique().to_pylist()
-        if len(answer_kinds) == 1 and answer_kinds[0] is not None:
-            common_fields.setdefault("answer", answer_kinds[0])
+        common_fields = _common_fields_of_file(path, table, metadata)
         for name in ("class_names", *COMMON_FIELD_TYPES):
             if name in common_fields:
                 values[name] = common_fields[name]

@@ -291,8 +291,11 @@ class ResultTable:
         shown_metrics = _shown_metrics(self.rows, metrics)
         blocks = []
         for title, lines in _tables_by_data_set(self.rows, shown_metrics):
-            blocks.append("\n".join([title, *align_columns(lines)]))
-        blocks.append("\n".join(_notes(self.rows, shown_metrics)))
+            aligned_lines = align_columns(lines)
+            block = "\n".join([title, *aligned_lines])
+            blocks.append(block)
+        notes = _notes(self.rows, shown_metrics)
+        blocks.append("\n".join(notes))
         return "\n\n".join(blocks)
 
     @checked
@@ -318,7 +321,9 @@ class ResultTable:
         for title, lines in _tables_by_data_set(self.rows, shown_metrics):
             heading, *body = [list(map(escape_markdown, line)) for line in lines]
             rows = markdown_rows(heading, body)
-            blocks.append("\n".join([f"**{escape_markdown(title)}**", "", *rows]))
+            escaped_title = escape_markdown(title)
+            block = "\n".join([f"**{escaped_title}**", "", *rows])
+            blocks.append(block)
         notes = [f"- {escape_markdown(note)}" for note in _notes(self.rows, shown_metrics)]
         blocks.append("\n".join(notes))
         return "\n\n".join(blocks)
@@ -354,7 +359,8 @@ class ResultTable:
 
         metadata = {"kind": "results", **inputs_entry(inputs)}
         if Path(path).suffix.lower() == ".json":
-            write_json(path, {**metadata, "rows": self.to_dicts()})
+            rows = self.to_dicts()
+            write_json(path, {**metadata, "rows": rows})
             return
         columns = {}
         for name in self._columns:
@@ -419,9 +425,8 @@ def _table_of_json(path: str | Path) -> pa.Table:
     for row in content["rows"]:
         if not isinstance(row, dict):
             raise DataError(f"every entry of 'rows' in {path} must be an object.")
-    schema = pa.schema(
-        [(name, pa.type_for_alias(arrow_type)) for name, arrow_type in COLUMN_TYPES.items()]
-    )
+    types = [(name, pa.type_for_alias(arrow_type)) for name, arrow_type in COLUMN_TYPES.items()]
+    schema = pa.schema(types)
     try:
         return pa.Table.from_pylist(content["rows"], schema)
     except (pa.ArrowException, TypeError, OverflowError) as error:
@@ -434,9 +439,11 @@ def _refuse_folds(rows: Sequence[ResultRow]) -> None:
     if not are_disjoint(samples):
         return
     first_row = rows[0]
+    scores = scores_name(first_row.method, first_row.answer)
+    data_set = _data_set_name(first_row)
     raise UsageError(
-        f"the {len(samples)} results of {scores_name(first_row.method, first_row.answer)} on "
-        f"{_data_set_name(first_row)} are of different rows, so they are folds and not seeds. Join "
+        f"the {len(samples)} results of {scores} on "
+        f"{data_set} are of different rows, so they are folds and not seeds. Join "
         "the folds first: vilu.evaluate(vilu.Outcomes.concat(folds))."
     )
 
@@ -479,7 +486,8 @@ def _mean_pictures(rows: Sequence[ResultRow]) -> int | None:
     """Mean number of pictures over seeds; None if for every seed each row shows another picture."""
     if all(row.n_pictures is None for row in rows):
         return None
-    return round(fmean(_n_pictures(row) for row in rows))
+    n_pictures_of_seeds = [_n_pictures(row) for row in rows]
+    return round(fmean(n_pictures_of_seeds))
 
 
 def _n_pictures(row: ResultRow) -> int:
@@ -527,7 +535,8 @@ def _are_default_metrics(names: set[str]) -> bool:
         if not metric.of_probability and metric.question == "failure":
             always_computed.add(metric.name)
     has_all_of_them = always_computed.issubset(names)
-    has_only_defaults = names.issubset(evaluated_metrics())
+    default_names = evaluated_metrics()
+    has_only_defaults = names.issubset(default_names)
     return has_all_of_them and has_only_defaults
 
 
@@ -537,7 +546,9 @@ def _tables_by_data_set(
     """One table per data set and split, with ``shown_metrics`` as columns."""
     groups: dict[str, list[ResultRow]] = {}
     for row in rows:
-        groups.setdefault(_data_set_name(row), []).append(row)
+        data_set = _data_set_name(row)
+        rows_of_data_set = groups.setdefault(data_set, [])
+        rows_of_data_set.append(row)
     return [_table_of_data_set(group, shown_metrics) for group in groups.values()]
 
 
@@ -560,7 +571,8 @@ def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Tit
         first_cell = escape_unprintable(name)
         if n_seeds > 1 and seed is not None:
             first_cell = f"{first_cell} (seed {seed})"
-        table.append([first_cell, *[_cell(line.get(metric)) for metric in metrics]])
+        cells = [_cell(line.get(metric)) for metric in metrics]
+        table.append([first_cell, *cells])
     return _title(rows), table
 
 
@@ -570,7 +582,8 @@ def _metric_named(name: str) -> Metric:
     An unknown name gets a metric with this name as the title, and the number format of AUROC.
     """
     if name not in METRICS:
-        return replace(METRICS["auroc"], title=escape_unprintable(name))
+        title = escape_unprintable(name)
+        return replace(METRICS["auroc"], title=title)
     return METRICS[name]
 
 
@@ -640,7 +653,8 @@ def _percent(count: int, n: int) -> str:
 def _data_set_name(row: ResultRow) -> str:
     """Name of the data set and the split; "results" if both are unknown."""
     names = [name for name in (row.dataset, row.split) if name]
-    return escape_unprintable(" ".join(names)) or "results"
+    joined_names = " ".join(names)
+    return escape_unprintable(joined_names) or "results"
 
 
 def _notes(rows: Sequence[ResultRow], shown_metrics: Sequence[str]) -> list[str]:
@@ -654,9 +668,9 @@ def _notes(rows: Sequence[ResultRow], shown_metrics: Sequence[str]) -> list[str]
         first_note = f"{first_note}; in brackets: {intervals}"
     notes = [first_note]
     for row in rows:
-        notes.append(
-            f"{_metric_named(row.metric).title}: {row.convention}{_own_interval_note(row)}"
-        )
+        metric = _metric_named(row.metric)
+        interval_note = _own_interval_note(row)
+        notes.append(f"{metric.title}: {row.convention}{interval_note}")
     notes += [f"undefined on {_data_set_name(row)}: {row.why}" for row in rows if row.why]
     if len({row.answer for row in rows}) > 1:
         notes += _notes_across_answers(rows)
@@ -687,7 +701,8 @@ def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
     methods: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.interval and not _is_own_interval(row):
-            name = escape_unprintable(scores_name(row.method, row.answer))
+            scores = scores_name(row.method, row.answer)
+            name = escape_unprintable(scores)
             names = methods.setdefault(row.interval, {})
             names[name] = None
     if not methods:
@@ -697,7 +712,8 @@ def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
         return interval
     texts = []
     for interval, names in methods.items():
-        texts.append(f"{interval} ({', '.join(names)})")
+        joined_names = ", ".join(names)
+        texts.append(f"{interval} ({joined_names})")
     return "; ".join(texts)
 
 

@@ -43,10 +43,12 @@ def sample_of_rows(
     """
     if picture is not None and (picture != UNKNOWN).any():
         known_pictures = picture[picture != UNKNOWN]
-        return RowSample("pictures", _smallest_hashes(known_pictures))
+        sampled_pictures = _smallest_hashes(known_pictures)
+        return RowSample("pictures", sampled_pictures)
     if ids:
         hashes = np.fromiter(map(_hash, ids), np.int64, len(ids))
-        return RowSample("names", _smallest_hashes(hashes))
+        sampled_hashes = _smallest_hashes(hashes)
+        return RowSample("names", sampled_hashes)
     return None
 
 
@@ -58,7 +60,8 @@ def _smallest_hashes(hashes: NDArray[np.int64]) -> frozenset[int]:
 def _hash(identifier: str) -> int:
     """Hash of an identifier as a whole number of 64 bits."""
     content = identifier.encode(errors="surrogatepass")
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big", signed=True)
+    digest = blake2b(content, digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 
 def are_disjoint(samples: Sequence[RowSample]) -> bool:

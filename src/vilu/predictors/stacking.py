@@ -123,14 +123,16 @@ class Stacking(WithSecondModel):
     def modules(self) -> tuple[str, ...]:
         """Names of the modules with the code of the stack and of the members."""
         modules = list(super().modules)
-        for member in self._new_members().values():
+        members = self._new_members()
+        for member in members.values():
             modules += member.modules
         return tuple(dict.fromkeys(modules))
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """Names of the columns used by the members in a fit."""
         columns: list[str] = []
-        for member in self._new_members().values():
+        members = self._new_members()
+        for member in members.values():
             columns += member.columns_to_fit(train)
         return tuple(dict.fromkeys(columns))
 
@@ -146,9 +148,10 @@ class Stacking(WithSecondModel):
         """Make the members without a fit; returns the members by name."""
         has_duplicates = len(set(self.members)) < len(self.members)
         if has_duplicates or self.name in self.members:
+            member_names = ", ".join(self.members)
             raise UsageError(
                 f"the members of {self.name} must be different methods, "
-                f"and {self.name} itself cannot be a member. Got {', '.join(self.members)}."
+                f"and {self.name} itself cannot be a member. Got {member_names}."
             )
         settings = {"seed": self.seed, "device": self.device, "allow_degenerate": True}
         members = {}
@@ -177,7 +180,8 @@ class Stacking(WithSecondModel):
             members = self._fit_members(rows_to_fit)
             with torch.no_grad():
                 for batch in held_out_rows.batches(SCORING_BATCH):
-                    scores.append(member_scores(members, batch.to(self.device_)))
+                    scores_of_batch = member_scores(members, batch.to(self.device_))
+                    scores.append(scores_of_batch)
                     failures.append(batch.failure)
         regression = self._regress(torch.cat(scores), torch.cat(failures))
         coefficients = regression["coefficients"].tolist()
@@ -185,12 +189,14 @@ class Stacking(WithSecondModel):
         # ``second_notes`` reads the columns of the fitted members
         self.members_ = self._fit_members(train)
         tensors = regression | member_tensors(self.members_)
-        return Learnt(tensors, notes | self.second_notes(train.source))
+        second_notes = self.second_notes(train.source)
+        return Learnt(tensors, notes | second_notes)
 
     def _fit_members(self, rows: Rows) -> dict[str, FailurePredictor]:
         """Make new members, fitted on some rows."""
         members = self._new_members()
-        failure = torch.cat([batch.failure for batch in rows.batches(SCORING_BATCH)])
+        failures = [batch.failure for batch in rows.batches(SCORING_BATCH)]
+        failure = torch.cat(failures)
         is_ood = rows.source.outside[rows.index]  # images of none of the classes
         ood_rows = rows.index[is_ood]
         for member in members.values():
@@ -231,14 +237,16 @@ class Stacking(WithSecondModel):
             "deviation": deviation.masked_fill(has_no_spread, torch.inf),
         }
         model = LogisticRegression(C=self.C, max_iter=1_000, tol=1e-6)
-        model.fit(standardise(scores, regression).numpy(), failure.numpy())
-        coefficients = model.coef_[0]  # for two classes, ``coef_`` has a single row
-        regression["coefficients"] = torch.from_numpy(coefficients.copy())
+        x = standardise(scores, regression)
+        model.fit(x.numpy(), failure.numpy())
+        coefficients = model.coef_[0].copy()  # for two classes, ``coef_`` has a single row
+        regression["coefficients"] = torch.from_numpy(coefficients)
         regression["intercept"] = torch.from_numpy(model.intercept_.copy())
         return regression
 
     def _score(self, batch: Batch) -> Tensor:
-        x = standardise(member_scores(self.members_, batch), self.learned_)
+        scores = member_scores(self.members_, batch)
+        x = standardise(scores, self.learned_)
         log_odds = x @ self.learned_["coefficients"] + self.learned_["intercept"]
         return torch.sigmoid(log_odds)
 
@@ -287,7 +295,8 @@ def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
     """The learned tensors of all members. Each name begins with the prefix of the member."""
     tensors = {}
     for name, member in members.items():
-        for key, tensor in member.state().items():
+        state = member.state()
+        for key, tensor in state.items():
             tensors[tensor_prefix(name) + key] = tensor
     return tensors
 
@@ -299,7 +308,8 @@ def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
     """
     columns = []
     for member in members.values():
-        column = member.score_batch(batch).cpu().double()
+        score = member.score_batch(batch)
+        column = score.cpu().double()
         if member.is_probability:
             column = torch.logit(column, eps=MIN_PROBABILITY)
         columns.append(column)

@@ -108,7 +108,8 @@ class MCMTS(FailurePredictor):
                 f"temperature, so {self.name} scores as mcm."
             )
         tensors = {"log_multiplier": torch.tensor(log_multiplier, dtype=torch.float64)}
-        return Learnt(tensors, {"multiplier": math.exp(log_multiplier)})
+        multiplier = math.exp(log_multiplier)
+        return Learnt(tensors, {"multiplier": multiplier})
 
     graph = own_graph
 
@@ -128,7 +129,8 @@ def most_likely_log_multiplier(train: Rows, n_rows: int, device: torch.device) -
 
     def objective(batch: Batch, point: list[float]) -> Tensor:
         (log_multiplier,) = point
-        return loss_and_derivative(batch.to(device), log_multiplier)
+        device_batch = batch.to(device)
+        return loss_and_derivative(device_batch, log_multiplier)
 
     limits = (-MAX_LOG_FACTOR, MAX_LOG_FACTOR)
     (best_log_multiplier,) = minimise_mean_loss(
@@ -157,16 +159,31 @@ def minimise_mean_loss(
     from scipy.optimize import minimize
 
     def objective(point: NDArray[np.float64]) -> tuple[float, list[float]]:
-        sums = []
-        for batch in train.batches(SCORING_BATCH):
-            sums.append(loss_and_derivatives(batch, point.tolist()))
-        mean_loss, *derivatives = (torch.stack(sums).sum(dim=0) / n_rows).tolist()
+        coordinates = point.tolist()
+        means = _mean_over_rows(loss_and_derivatives, train, n_rows, coordinates)
+        mean_loss, *derivatives = means
         return mean_loss, derivatives
 
     bounds = [limits] * len(start)
     options = {"ftol": 1e-15, "gtol": 1e-8}
     best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return list(map(float, best.x))
+
+
+def _mean_over_rows(
+    loss_and_derivatives: Callable[[Batch, list[float]], Tensor],
+    train: Rows,
+    n_rows: int,
+    point: list[float],
+) -> list[float]:
+    """Mean loss and mean derivatives of ``n_rows`` labelled rows at a point."""
+    sums = []
+    for batch in train.batches(SCORING_BATCH):
+        sums_of_batch = loss_and_derivatives(batch, point)
+        sums.append(sums_of_batch)
+    total = torch.stack(sums).sum(dim=0)
+    means: list[float] = (total / n_rows).tolist()
+    return means
 
 
 def loss_and_derivative(batch: Batch, log_multiplier: float) -> Tensor:
@@ -177,7 +194,8 @@ def loss_and_derivative(batch: Batch, log_multiplier: float) -> Tensor:
     logits = float64(batch.logits)
     # subtracting the largest logit does not change p, and avoids large numbers
     z = (logits - logits.amax(dim=-1, keepdim=True)) * math.exp(log_multiplier)
-    return pooled_loss_and_derivatives(batch, z.unsqueeze(-1), factors=[1.0])
+    logits_of_factor = z.unsqueeze(-1)
+    return pooled_loss_and_derivatives(batch, logits_of_factor, factors=[1.0])
 
 
 def pooled_loss_and_derivatives(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tensor:
@@ -194,7 +212,9 @@ def pooled_loss_and_derivatives(batch: Batch, logits: Tensor, factors: Sequence[
     loss = torch.logsumexp(z, dim=-1) - torch.logsumexp(z_right, dim=-1)
     derivative_in_z = torch.softmax(z, dim=-1) - torch.softmax(z_right, dim=-1)
     derivatives = torch.einsum("bk,bkm->m", derivative_in_z, logits)
-    return torch.cat([loss.sum().unsqueeze(0), derivatives]).cpu()
+    total_loss = loss.sum().unsqueeze(0)
+    loss_and_derivatives = torch.cat([total_loss, derivatives])
+    return loss_and_derivatives.cpu()
 
 
 def best_calibrated_log_multiplier(train: Rows, n_rows: int, device: torch.device) -> float:
@@ -204,9 +224,8 @@ def best_calibrated_log_multiplier(train: Rows, n_rows: int, device: torch.devic
         (error,) = calibration_errors(train, n_rows, device, [log_multiplier])
         return error
 
-    grid = torch.linspace(
-        -MAX_LOG_FACTOR, MAX_LOG_FACTOR, N_GRID_VALUES, dtype=torch.float64
-    ).tolist()
+    points = torch.linspace(-MAX_LOG_FACTOR, MAX_LOG_FACTOR, N_GRID_VALUES, dtype=torch.float64)
+    grid = points.tolist()
     errors = calibration_errors(train, n_rows, device, grid)
     best_index = errors.index(min(errors))
     low = grid[max(best_index - 1, 0)]
@@ -235,7 +254,8 @@ def calibration_errors(
             u = tempered_uncertainty(device_batch, log_multiplier).cpu()
             bin_of_row = torch.bucketize(u, edges)
             gap_of_bin.index_add_(0, bin_of_row, failure - u)  # a view: this changes ``gaps``
-    errors: list[float] = (gaps.abs().sum(dim=1) / n_rows).tolist()
+    total_gaps = gaps.abs().sum(dim=1)
+    errors: list[float] = (total_gaps / n_rows).tolist()
     return errors
 
 
@@ -384,21 +404,25 @@ class Duo(WithSecondModel):
     def _score(self, batch: Batch) -> Tensor:
         multipliers = self.tensor("multipliers", batch.image.device)
         pooled_logits = torch.einsum("bkm,m->bk", two_logits(batch), multipliers)
-        return failure_log_odds(pooled_logits, batch).sigmoid()
+        log_odds = failure_log_odds(pooled_logits, batch)
+        return log_odds.sigmoid()
 
 
 def two_logits(batch: Batch) -> Tensor:
     """(B, K, 2) float64 logits of the VLM and of the second model."""
     with torch.autocast(batch.image.device.type, enabled=False):
         second_logits = batch.columns["second_image"] @ batch.columns["second_text"].T
-    return torch.stack([float64(batch.logits), float64(second_logits)], dim=-1)
+    vlm_float64 = float64(batch.logits)
+    second_float64 = float64(second_logits)
+    return torch.stack([vlm_float64, second_float64], dim=-1)
 
 
 def best_multipliers(train: Rows, n_rows: int, device: torch.device) -> list[float]:
     """The factors [T_L, T_S] with the least mean negative log-likelihood of ``n_rows`` rows."""
 
     def objective(batch: Batch, multipliers: list[float]) -> Tensor:
-        return duo_loss_and_derivatives(batch.to(device), multipliers)
+        device_batch = batch.to(device)
+        return duo_loss_and_derivatives(device_batch, multipliers)
 
     limits = (0.0, math.exp(MAX_LOG_FACTOR))
     return minimise_mean_loss(objective, train, n_rows, start=[0.5, 0.5], limits=limits)
@@ -406,4 +430,5 @@ def best_multipliers(train: Rows, n_rows: int, device: torch.device) -> list[flo
 
 def duo_loss_and_derivatives(batch: Batch, multipliers: Sequence[float]) -> Tensor:
     """(3,) ``pooled_loss_and_derivatives`` of the two models, with the factors T_L and T_S."""
-    return pooled_loss_and_derivatives(batch, two_logits(batch), multipliers)
+    logits = two_logits(batch)
+    return pooled_loss_and_derivatives(batch, logits, multipliers)

@@ -119,7 +119,9 @@ class Doctor(FailurePredictor):
         odds = rivals.odds  # s
         # e_j = largest_ratio * weight_j. The largest weight is 1, so this ratio is max_j e_j.
         largest_ratio = rivals.logit_gap.exp()
-        squares = largest_ratio.square() * float64(rivals.weight.square().sum(dim=1))  # q
+        squared_ratio = largest_ratio.square()
+        sum_of_squares = rivals.weight.square().sum(dim=1)
+        squares = squared_ratio * float64(sum_of_squares)  # q
         return (odds * (2 + odds) - squares) / (1 + squares)
 
 
@@ -296,7 +298,8 @@ class GEN(FailurePredictor):
         n_largest = min(self.largest, all_log_p.shape[-1])
         log_p = all_log_p.topk(n_largest, dim=-1).values
         log_rest = torch.log(-torch.expm1(log_p))  # log(1 - p)
-        return (self.gamma * (log_p + log_rest)).exp().sum(dim=-1)
+        terms = (self.gamma * (log_p + log_rest)).exp()
+        return terms.sum(dim=-1)
 
 
 @dataclass
@@ -354,4 +357,6 @@ def entropy(batch: Batch) -> Tensor:
 
 def log_n_candidates(batch: Batch) -> Tensor:
     """() float64 log K as a tensor, for exported graphs with any K."""
-    return float64(batch.text.new_ones(batch.text.shape[-2])).sum().log()
+    one_per_candidate = batch.text.new_ones(batch.text.shape[-2])
+    n_candidates = float64(one_per_candidate).sum()
+    return n_candidates.log()

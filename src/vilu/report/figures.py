@@ -180,7 +180,8 @@ def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
     for panel, (title, photos) in zip(panels, sections.items(), strict=True):
         panel.suptitle(title, fontsize=11, x=0.01, ha="left")
         for number, photo in enumerate(photos):
-            draw_photo(panel.add_subplot(1, columns, number + 1), photo)
+            axes = panel.add_subplot(1, columns, number + 1)
+            draw_photo(axes, photo)
     return figure
 
 
@@ -348,7 +349,8 @@ def _write_line_labels(
     heights = {}
     for label, value in last_values.items():
         heights[label] = (100 * value - bottom) / (top - bottom)
-    for label, height in _spaced_heights(heights, LABEL_HEIGHT).items():
+    spaced_heights = _spaced_heights(heights, LABEL_HEIGHT)
+    for label, height in spaced_heights.items():
         axis.annotate(
             label,
             (1.02, height),
@@ -409,12 +411,16 @@ def _are_too_close(
 def _draw_points(axis: Axes, line: Series, line_style: LineStyle) -> None:
     """Draw the points of a series with the intervals as bars, x and y in percent."""
     y = np.asarray(line.y)
-    below = np.maximum(y - np.asarray(line.low), 0)
-    above = np.maximum(np.asarray(line.high) - y, 0)
+    low = np.asarray(line.low)
+    high = np.asarray(line.high)
+    below = np.maximum(y - low, 0)
+    above = np.maximum(high - y, 0)
+    x = np.asarray(line.x)
+    lengths_of_bars = np.stack([below, above])
     axis.errorbar(
-        100 * np.asarray(line.x),
+        100 * x,
         100 * y,
-        100 * np.stack([below, above]),
+        100 * lengths_of_bars,
         label=line.label,
         color=line_style.colour,
         marker=line_style.marker,
@@ -435,9 +441,10 @@ def _draw_published(axis: Axes, line: Series, line_style: LineStyle) -> None:
     points = sorted(line.published)  # in ascending order of x
     x = [point_x for point_x, _ in points]
     y = [point_y for _, point_y in points]
+    y_in_percent = 100 * np.asarray(y)
     axis.plot(
         x,
-        100 * np.asarray(y),
+        y_in_percent,
         color=line_style.colour,
         marker=line_style.marker,
         linestyle=":",

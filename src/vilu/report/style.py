@@ -75,9 +75,8 @@ def require_matplotlib() -> None:
 
 def new_figure(width: float, height: float) -> Figure:
     """Make an empty figure; a screen is not needed. Width and height are in inches."""
-    figure: Figure = import_extra("matplotlib.figure", extra="report").Figure(
-        figsize=(width, height), layout="constrained"
-    )
+    matplotlib_figure = import_extra("matplotlib.figure", extra="report")
+    figure: Figure = matplotlib_figure.Figure(figsize=(width, height), layout="constrained")
     return figure
 
 
@@ -130,17 +129,20 @@ def _possible_styles(label: str) -> list[LineStyle]:
         index = MAIN_METHODS.index(method)
         colours = [COLOURS[index]]
         if label == method:
-            line_styles.append(LineStyle(COLOURS[index], DASHES[0], MARKERS[index]))
+            preferred_style = LineStyle(COLOURS[index], DASHES[0], MARKERS[index])
+            line_styles.append(preferred_style)
     # The styles of a label are numbered, and the hash of the label is the first number. With each
     # next number, colours, dashes and markers change at different rates.
-    first_number = zlib.crc32(label.encode("utf-8", "backslashreplace"))
+    label_bytes = label.encode("utf-8", "backslashreplace")
+    first_number = zlib.crc32(label_bytes)
     n_numbers = 3 * len(colours) * len(DASHES) * len(MARKERS)  # after these, the styles repeat
     dashed = DASHES[1:]  # solid lines are left to the main methods
     for number in range(first_number, first_number + n_numbers):
         colour = colours[number % len(colours)]
         dash = dashed[number // len(colours) % len(dashed)]
         marker = MARKERS[number // 3 % len(MARKERS)]
-        line_styles.append(LineStyle(colour, dash, marker))
+        line_style = LineStyle(colour, dash, marker)
+        line_styles.append(line_style)
     return line_styles
 
 
@@ -158,9 +160,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     file_format = path.suffix.removeprefix(".")
     with house_style():
-        figure.savefig(
-            buffer, format=file_format, dpi=DPI, metadata=LEFT_OUT_METADATA.get(path.suffix)
-        )
+        left_out_metadata = LEFT_OUT_METADATA.get(path.suffix)
+        figure.savefig(buffer, format=file_format, dpi=DPI, metadata=left_out_metadata)
     content = buffer.getvalue()
     if path.suffix == ".svg":
         content = with_dark_colours(content)

@@ -212,9 +212,8 @@ def score_unseen(
     origin_fields = _origin_fields(
         predictor, data, None, dataset=dataset, split=split, n_seen_in_fit=0
     )
-    outcomes = score_rows(
-        predictor, data, origin_fields, scored_rows=rows_to_score(data, is_unseen)
-    )
+    unseen_rows = rows_to_score(data, is_unseen)
+    outcomes = score_rows(predictor, data, origin_fields, scored_rows=unseen_rows)
     return outcomes.take(is_unseen)
 
 
@@ -456,7 +455,8 @@ def _reasons_for_no_score(
     if source.n_candidates < 2:
         return ["k<2"] * len(rows)
     reasons: list[str | None] = [None] * len(rows)
-    for position in np.flatnonzero(lacks_score).tolist():
+    positions_without_score = np.flatnonzero(lacks_score)
+    for position in positions_without_score.tolist():
         status = int(source.status[rows[position]])
         if has_one_candidate[position]:
             reasons[position] = "k<2"
@@ -554,14 +554,14 @@ def score_parts(
         200 100
     """
     predictor, calibration = predictor_and_calibration(predictor, calibration)
-    ScoreLedger.check_folder(Path(folder), overwrite=overwrite)
+    folder_path = Path(folder)
+    ScoreLedger.check_folder(folder_path, overwrite=overwrite)
     _check_data(predictor, source, calibration)
     predictor.require_fitted()
     require_streaming(calibration)
     origin_fields = _origin_fields(predictor, source, calibration, dataset=dataset, split=split)
-    ledger = ScoreLedger(
-        Path(folder), _describe_run(predictor, source, origin_fields, rows_per_part)
-    )
+    run = _describe_run(predictor, source, origin_fields, rows_per_part)
+    ledger = ScoreLedger(folder_path, run)
     with ledger.lock_folder(ledger.root):
         ledger.resume(overwrite=overwrite)
         missing_parts, _ = ledger.check_parts()
@@ -673,7 +673,8 @@ def predictor_fingerprint(predictor: FailurePredictor) -> str:
     weights = {}
     for name, tensor in tensors.items():
         weights[name] = [str(tensor.dtype), list(tensor.shape), tensor_hash(tensor)]
-    return content_digest({**describe(predictor), "weights": weights})
+    description = {**describe(predictor), "weights": weights}
+    return content_digest(description)
 
 
 def source_fingerprint(source: EmbeddingSource) -> str:
@@ -686,12 +687,11 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     """
     rows = source.usable_rows
     stored_source = source.first if isinstance(source, TwoModels) else source
-    n_sampled = min(N_SAMPLED_ROWS, len(rows))
-    positions = np.linspace(0, len(rows) - 1, n_sampled).round().astype(np.int64)
-    sample = rows[torch.from_numpy(positions)]
+    sample = _evenly_spaced(rows, N_SAMPLED_ROWS)
     n_in_pool = source.pool_size or 1
     first_pool = rows[:n_in_pool]  # in a source with classes, only the first usable row
     has_candidates = source.n_candidates > 0 and len(first_pool) >= n_in_pool
+    status = torch.from_numpy(np.asarray(source.status))
     facts: dict[str, Any] = {
         "content": source.fingerprint,
         "space": source.space.fingerprint,
@@ -702,14 +702,15 @@ def source_fingerprint(source: EmbeddingSource) -> str:
         "pools": None,
         "columns": sorted(source.columns),
         "target": tensor_hash(source.target),
-        "status": tensor_hash(torch.from_numpy(np.asarray(source.status))),
+        "status": tensor_hash(status),
         "order": tensor_hash(rows),
         "ids": [],
         "images": tensor_hash(source.image_rows(sample)),
         "texts": None,
     }
     if not source.has_texts:
-        facts["logits"] = tensor_hash(source.column(LOGITS, sample).contiguous())
+        logits = source.column(LOGITS, sample)
+        facts["logits"] = tensor_hash(logits.contiguous())
     if isinstance(stored_source, EmbeddingStore | CaptionStore):
         facts["content"] = stored_source.manifest.content
     if source.second is not None:
@@ -725,3 +726,11 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     if has_candidates:
         facts["texts"] = tensor_hash(source.candidates(first_pool).text)
     return digest(facts)
+
+
+def _evenly_spaced(rows: Tensor, max_rows: int) -> Tensor:
+    """Return at most ``max_rows`` of the rows, evenly spaced."""
+    n_sampled = min(max_rows, len(rows))
+    spaced_numbers = np.linspace(0, len(rows) - 1, n_sampled).round()
+    positions = spaced_numbers.astype(np.int64)
+    return rows[torch.from_numpy(positions)]

@@ -67,7 +67,8 @@ class ScoreRun(ScoreDocument):
     @property
     def fingerprint(self) -> str:
         """Hash of all fields."""
-        return digest(self.model_dump(mode="json"))
+        content = self.model_dump(mode="json")
+        return digest(content)
 
     @property
     def parts(self) -> list[ScorePart]:
@@ -79,7 +80,8 @@ class ScoreRun(ScoreDocument):
         boundaries = [*starts_of_scored_parts, *starts_of_unscored_parts, self.n_in]
         parts = []
         for number, (start, stop) in enumerate(pairwise(boundaries)):
-            parts.append(ScorePart(number=number, start=start, stop=stop))
+            part = ScorePart(number=number, start=start, stop=stop)
+            parts.append(part)
         return parts
 
     def require_same(self, run: ScoreRun, path: Path) -> None:
@@ -94,8 +96,9 @@ class ScoreRun(ScoreDocument):
             if value != new_fields[name]:
                 differences.append(f"{name}: {value!r} ({path}) against {new_fields[name]!r} (now)")
         if differences:
+            listed_differences = "; ".join(differences)
             raise ProvenanceError(
-                f"{path} holds the scores of another run: {'; '.join(differences)}. "
+                f"{path} holds the scores of another run: {listed_differences}. "
                 "Give another folder, or --overwrite to replace it."
             )
 
@@ -183,7 +186,8 @@ class Counts(FrozenModel):
             unscored.update(counts.unscored)
             for name in names:
                 sums[name] += getattr(counts, name)
-        return cls(unscored=dict(sorted(unscored.items())), **sums)
+        sorted_counts = dict(sorted(unscored.items()))
+        return cls(unscored=sorted_counts, **sums)
 
 
 class ScoreReceipt(AnyReceipt, ScoreDocument):
@@ -207,11 +211,13 @@ class ScoreManifest(ScoreDocument):
     def of(cls, run: ScoreRun, receipts: list[ScoreReceipt]) -> Self:
         """Return the seal of the parts with these receipts."""
         counts = Counts.total(receipt.counts for receipt in receipts)
+        fingerprint = run.fingerprint
+        content = content_hash(receipts)
         return cls(
-            fingerprint=run.fingerprint,
+            fingerprint=fingerprint,
             n_parts=len(receipts),
             counts=counts,
-            content=content_hash(receipts),
+            content=content,
         )
 
 
@@ -296,7 +302,8 @@ def histogram_bytes(histogram: Histogram, histogram_ood: Histogram) -> bytes:
         "wrong": pa.array(histogram.wrong),
     }
     if histogram_ood.n:
-        columns["outside"] = pa.array(histogram.rows_of_part(histogram_ood))
+        rows_outside = histogram.rows_of_part(histogram_ood)
+        columns["outside"] = pa.array(rows_outside)
     ends = None  # the lowest and the highest score
     if histogram.n:
         ends = [histogram.low, histogram.high]
@@ -374,7 +381,8 @@ def _has_valid_bins(histogram: Histogram) -> bool:
     bins = histogram.bins
     if not len(bins):
         return True
-    are_ascending = bool((np.diff(bins) > 0).all())
+    steps = np.diff(bins)
+    are_ascending = bool((steps > 0).all())
     if len(bins) > MAX_BINS or not are_ascending:
         return False
     is_negative = (histogram.correct < 0) | (histogram.wrong < 0)
@@ -445,7 +453,8 @@ class ScoreFolder(PickledByPath):
                 f"{RERUN_ADVICE}."
             )
         self.counts: Counts = manifest.counts
-        self.folder_hash = digest(manifest.model_dump(mode="json"))
+        content = manifest.model_dump(mode="json")
+        self.folder_hash = digest(content)
 
     def __len__(self) -> int:
         return self.run.n_in
@@ -494,15 +503,17 @@ class ScoreFolder(PickledByPath):
         histogram_within = histogram
         if histogram_ood.n:
             histogram_within = histogram.without(histogram_ood)
+        histogram_outside = histogram.with_part_as_wrong(histogram_ood)
+        identity = identity_fields(self.run)
         return Tally(
             scores=histogram,
             within=histogram_within,
-            outside=histogram.with_part_as_wrong(histogram_ood),
+            outside=histogram_outside,
             probability=histogram if self.run.is_probability else None,
             n_unlabelled=self.counts.n_unlabelled,
             n_unusable=self.counts.n_unscored,
             n_seen_in_fit=self.counts.n_seen,
-            **identity_fields(self.run),
+            **identity,
         )
 
     def _has_repeated_pictures(self) -> bool:
@@ -543,8 +554,9 @@ class ScoreFolder(PickledByPath):
             is_probability=self.run.is_probability,
             **identity_fields(self.run),
         )
+        tally = outcomes.tally()
         return replace(
-            outcomes.tally(),
+            tally,
             n_unlabelled=self.counts.n_unlabelled,
             n_unusable=self.counts.n_unscored,
         )

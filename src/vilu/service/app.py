@@ -161,13 +161,15 @@ class Service:
         answer_model: type[BaseModel] | None = None,
     ) -> None:
         """Let ``route`` answer POST requests; both models are described in OpenAPI."""
+        responses = openapi_responses(takes_body=True, answer_model=answer_model)
+        body_description = openapi_body(body_model)
         self.api.add_api_route(
             path,
             route,
             methods=["POST"],
-            responses=openapi_responses(takes_body=True, answer_model=answer_model),
+            responses=responses,
             response_model=None,
-            openapi_extra=openapi_body(body_model),
+            openapi_extra=body_description,
         )
 
     def _add_get(
@@ -256,7 +258,8 @@ class Service:
                 _write_images, self.image_folder, images, judgements
             )
         try:
-            replies = await asyncio.wrap_future(self.loaded_engine.record(judgements))
+            replies_future = self.loaded_engine.record(judgements)
+            replies = await asyncio.wrap_future(replies_future)
         except StorageError:  # the rows are not written, so the images must not be kept
             await asyncio.to_thread(_remove_files, new_files)
             raise
@@ -269,9 +272,8 @@ class Service:
             guarantee=guarantee,
             answers=[_answer_body(reply) for reply in replies],
         )
-        return Response(
-            body.model_dump_json(), media_type="application/json", headers={"Guarantee": guarantee}
-        )
+        headers = {"Guarantee": guarantee}
+        return Response(body.model_dump_json(), media_type="application/json", headers=headers)
 
     async def _wait_for_judgements(self, futures: Sequence[Future[Judgement]]) -> list[Judgement]:
         """Wait for the judgements of a request; Refused (503) after a time limit."""
@@ -348,7 +350,8 @@ class Service:
 
     async def predictors(self) -> Response:
         """The predictors of the service, and the choice of the answering predictor."""
-        return _json_response({"predictors": await self._describe_predictors()})
+        descriptions = await self._describe_predictors()
+        return _json_response({"predictors": descriptions})
 
     async def switch(self, request: Request) -> Response:
         """Let another predictor answer.
@@ -376,6 +379,7 @@ class Service:
         descriptions = []
         for name, predictor in engine.served_predictors.items():
             guarantee = state.guarantees[name]
+            guarantee_in_words = predictor.guarantee_in_words(guarantee)
             descriptions.append(
                 {
                     "name": name,
@@ -384,7 +388,7 @@ class Service:
                     "answers": name == state.answering_name,
                     "guarantee": guarantee,
                     "guarantee_text": predictor.guarantee_text,
-                    "in_words": predictor.guarantee_in_words(guarantee),
+                    "in_words": guarantee_in_words,
                 }
             )
         return descriptions
@@ -484,14 +488,16 @@ def _remove_files(paths: Sequence[Path]) -> None:
 
 
 def _json_response(value: object) -> Response:
-    return Response(plain_json(value), media_type="application/json")
+    content = plain_json(value)
+    return Response(content, media_type="application/json")
 
 
 def _problem_response(
     status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None
 ) -> Response:
+    content = problem_document(status, detail)
     return Response(
-        problem_document(status, detail),
+        content,
         status_code=status,
         headers=dict(headers or {}),
         media_type=PROBLEM_TYPE,
@@ -508,7 +514,8 @@ async def _unknown_route_response(_: Request, error: Exception) -> Response:
     """The answer to a request for an unknown path or with an unknown method."""
     assert isinstance(error, HTTPException)  # noqa: S101 - the handler is registered for this type
     detail = f"{error.detail}. The paths are listed at /docs."
-    return _problem_response(HTTPStatus(error.status_code), detail, error.headers)
+    status = HTTPStatus(error.status_code)
+    return _problem_response(status, detail, error.headers)
 
 
 async def _disconnect_response(_: Request, _error: Exception) -> Response:

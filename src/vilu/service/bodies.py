@@ -184,7 +184,8 @@ class AnswersOut(BaseModel):
 
 def content_type(request: Request) -> str:
     """The content type of a request, without parameters."""
-    media_type, _, _ = request.headers.get("content-type", "").partition(";")
+    content_type_header = request.headers.get("content-type", "")
+    media_type, _, _ = content_type_header.partition(";")
     return media_type.strip().lower()
 
 
@@ -210,7 +211,8 @@ def count_labels(content: bytes, limit: int) -> int:
     max_texts = 2 * limit + 2
     if n_texts > max_texts:
         return n_texts // 2
-    return count_values(JSON_TEXT_PATTERN.sub(b"", unescaped))
+    content_without_texts = JSON_TEXT_PATTERN.sub(b"", unescaped)
+    return count_values(content_without_texts)
 
 
 async def read_json(request: Request, body_model: type[Body], *, limit: int, noun: str) -> Body:

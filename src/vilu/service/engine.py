@@ -167,7 +167,8 @@ class Engine:
         self.journals = journals
         self.served_predictors = {PREDICTOR_NAMES[0]: ServedPredictor(guard)}
         if second is not None:
-            self.served_predictors[PREDICTOR_NAMES[1]] = ServedPredictor(self._open_second(second))
+            second_guard = self._open_second(second)
+            self.served_predictors[PREDICTOR_NAMES[1]] = ServedPredictor(second_guard)
         self.on_batch: Callable[[int], None] | None = None  # called with the size of each batch
         self._next_positions = count()  # numbers of the images in the order of decoding
         self._lock = threading.Lock()  # for _waiting_images, _is_scheduled and _unwritten_requests
@@ -236,7 +237,8 @@ class Engine:
                 array = _unit_rows(array)
             arrays[name] = array.to(dtype)
         # Rows with equal numbers count as the same picture.
-        return ClientRows(arrays, picture_keys=bytes_of_rows(arrays))
+        picture_keys = bytes_of_rows(arrays)
+        return ClientRows(arrays, picture_keys=picture_keys)
 
     def submit_rows(self, request_id: str, rows: ClientRows) -> list[Future[Judgement]]:
         """Submit the B rows of the request with this id.
@@ -246,7 +248,8 @@ class Engine:
         """
         ids = []
         for index, content in enumerate(bytes_of_rows(rows.arrays)):
-            ids.append(make_row_id(request_id, index, content, picture=rows.picture_keys[index]))
+            row_id = make_row_id(request_id, index, content, picture=rows.picture_keys[index])
+            ids.append(row_id)
         futures: list[Future[Judgement]] = [Future() for _ in ids]
         self._model_thread.submit(
             self._set_results, futures, lambda: self._judge_rows(rows.arrays, ids)
@@ -268,12 +271,11 @@ class Engine:
             return
         position = next(self._next_positions)
         try:
-            decoded_image = self.guard.model.decoder((position, make_record(position, content)))
-            picture_bytes = content
-            if isinstance(decoded_image, PreparedImage):
-                # 16 bits tell the 256 levels of a photo's colours apart, and are hashed faster
-                picture_bytes = decoded_image.pixels.half().numpy().tobytes()
-            row_id = make_row_id(request_id, index, hashlib.sha256(content).digest(), picture_bytes)
+            record = make_record(position, content)
+            decoded_image = self.guard.model.decoder((position, record))
+            picture_bytes = _picture_bytes(content, decoded_image)
+            content_digest = hashlib.sha256(content).digest()
+            row_id = make_row_id(request_id, index, content_digest, picture_bytes)
         except BaseException as error:  # noqa: BLE001 - raised where the judgement is awaited
             future.set_exception(error)
             return
@@ -281,7 +283,8 @@ class Engine:
         # never sends this mark.
         assert decoded_image is not None  # noqa: S101
         with self._lock:
-            self._waiting_images.append(WaitingImage(row_id, position, decoded_image, future))
+            waiting_image = WaitingImage(row_id, position, decoded_image, future)
+            self._waiting_images.append(waiting_image)
             self._schedule()
 
     def _schedule(self) -> None:
@@ -438,10 +441,19 @@ class Engine:
         self._journal_thread.shutdown(wait=True)
 
 
+def _picture_bytes(content: bytes, decoded_image: PreparedImage | ErrorRow | None) -> bytes:
+    """The bytes that equal pictures share: the pixels, or the content of an undecodable image."""
+    if not isinstance(decoded_image, PreparedImage):
+        return content
+    # 16 bits tell the 256 levels of a photo's colours apart, and are hashed faster
+    half_pixels = decoded_image.pixels.half()
+    return half_pixels.numpy().tobytes()
+
+
 def bytes_of_rows(arrays: Mapping[str, Tensor]) -> list[bytes]:
     """For each of B rows, the bytes of the numbers in all arrays (B, ...)."""
-    joined_rows = torch.cat([*arrays.values()], dim=1).numpy()
-    return [row.tobytes() for row in joined_rows]
+    joined_rows = torch.cat([*arrays.values()], dim=1)
+    return [row.tobytes() for row in joined_rows.numpy()]
 
 
 def _require_shape(name: str, rows: list[list[float]], *, n_rows: int, width: int) -> None:

@@ -349,7 +349,8 @@ class Journal:
         rows = self._row_file.labels_after(after)
         if rows:
             labels = [row.label for row in rows]
-            self.monitor.audit(self._outcomes(rows, labels), in_order=True)
+            outcomes = self._outcomes(rows, labels)
+            self.monitor.audit(outcomes, in_order=True)
 
     def _outcomes(
         self, rows: Sequence[AnsweredRow | AuditedRow], labels: Sequence[int] | None = None

@@ -166,9 +166,10 @@ def _client_key(path: Path, key: bytes, *scopes: bytes) -> ClientKey:
     if scope_names <= KEY_SCOPES:
         return ClientKey(digest, frozenset(scope for scope in KEY_SCOPES if scope in scope_names))
     unknown_names = ", ".join(sorted(scope_names - KEY_SCOPES))
+    known_names = ", ".join(get_args(KeyScope))
     raise UsageError(
         f"{path} has a key with unknown scopes: {unknown_names!r:.60}. The scopes are "
-        f"{', '.join(get_args(KeyScope))}. Write every key on its own line."
+        f"{known_names}. Write every key on its own line."
     )
 
 
@@ -184,9 +185,10 @@ class Refused(Exception):  # noqa: N818 - an answer to the client, not an error 
 
 def problem_document(status: HTTPStatus, detail: str) -> bytes:
     """The body of a refusal: a problem document (RFC 9457)."""
-    return json.dumps(
+    document = json.dumps(
         {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail}
-    ).encode()
+    )
+    return document.encode()
 
 
 @dataclass
@@ -223,7 +225,8 @@ class Gate:
         try:
             self._check_head(scope, headers)
             with self._in_progress_with_body(scope, headers):
-                deadline = asyncio.get_running_loop().time() + self.limits.upload_seconds
+                event_loop = asyncio.get_running_loop()
+                deadline = event_loop.time() + self.limits.upload_seconds
                 max_bytes = self.limits.max_body_bytes(scope["path"])
                 body_receiver = _BodyReceiver(
                     receive, max_bytes, self.limits.upload_seconds, deadline
@@ -233,7 +236,8 @@ class Gate:
             if not answer_sender.has_begun:
                 await self._refuse(refusal, receive, answer_sender)
         finally:
-            self._log_request(scope, answer_sender.status, seconds=time.perf_counter() - start_time)
+            seconds = time.perf_counter() - start_time
+            self._log_request(scope, answer_sender.status, seconds)
 
     def _check_head(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Raise Refused if the head of a request already breaks a limit."""
@@ -261,7 +265,9 @@ class Gate:
         site cannot change the Host and Origin headers, because the browser sets these headers.
         Another port counts as another site.
         """
-        host_and_port = headers.get(b"host", b"").decode("latin-1").strip().lower()
+        host_header = headers.get(b"host", b"")
+        host_text = host_header.decode("latin-1")
+        host_and_port = host_text.strip().lower()
         host = _without_port(host_and_port)
         if host not in self.limits.hosts:
             raise Refused(
@@ -280,8 +286,10 @@ class Gate:
 
     def _require_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Refuse a request without a key (401), or with a key without the needed scope (403)."""
-        auth_scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
+        authorization = headers.get(b"authorization", b"")
+        auth_scheme, _, padded_key = authorization.partition(b" ")
+        key = padded_key.strip()
+        digest = hashlib.sha256(key).digest()
         # All keys are compared, even after a match, and each comparison takes the same time. So the
         # duration reveals no key.
         matching_keys = [
@@ -360,7 +368,8 @@ class Gate:
             "images": scope["state"]["images"],
             "seconds": round(seconds, 4),
         }
-        access_logger.info(json.dumps(log_entry))
+        log_line = json.dumps(log_entry)
+        access_logger.info(log_line)
 
 
 @dataclass
@@ -383,7 +392,8 @@ class _AnswerSender:
             self.status = message["status"]
             present_names = {name.lower() for name, _ in message["headers"]}
             headers = list(message["headers"])
-            for name, value in self._headers().items():
+            service_headers = self._headers()
+            for name, value in service_headers.items():
                 if name not in present_names:
                     headers.append((name, value))
             message["headers"] = headers

@@ -81,9 +81,10 @@ class LocalJournals:
         for name, fingerprint in self.fingerprints.items():
             if fingerprint == wanted_fingerprint:
                 return name
+        served_fingerprints = ", ".join(self.fingerprints.values())
         raise UsageError(
             f"{path} says that the predictor {wanted_fingerprint} answers, but this service has "
-            f"{', '.join(self.fingerprints.values())}. Start with {wanted_fingerprint} too, or "
+            f"{served_fingerprints}. Start with {wanted_fingerprint} too, or "
             f"remove {path} so that the first predictor answers."
         )
 

@@ -68,7 +68,9 @@ async def docs_file(name: str) -> Response:
     """A file of Swagger UI; 404 for any other name."""
     if name not in DOCS_FILE_TYPES:
         raise HTTPException(HTTPStatus.NOT_FOUND)
-    content = resources.files("fastapi_offline").joinpath("static", name).read_bytes()
+    package_folder = resources.files("fastapi_offline")
+    file = package_folder.joinpath("static", name)
+    content = file.read_bytes()
     headers = {"Cache-Control": "max-age=86400"}
     return Response(content, media_type=DOCS_FILE_TYPES[name], headers=headers)
 

@@ -7,7 +7,7 @@ import queue
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 from vilu.artifacts.disk import locked, make_folder
 from vilu.calibration.monitor.status import Status
@@ -45,7 +45,8 @@ class RemoteJournals:
         """Call a method of the actor. An error of vilu in the actor is raised here unchanged."""
         ray = import_extra("ray", "serve-ray")
         try:
-            return ray.get(getattr(self._actor, method).remote(*arguments))
+            pending_call = getattr(self._actor, method).remote(*arguments)
+            return ray.get(pending_call)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ViLUError):
                 raise error.cause from None
@@ -53,33 +54,40 @@ class RemoteJournals:
 
     def record(self, ids: Sequence[str], scores: Mapping[str, ScoreColumns]) -> ServiceState:
         """As ``LocalJournals``."""
-        return cast("ServiceState", self._call("record", ids, scores))
+        state: ServiceState = self._call("record", ids, scores)
+        return state
 
     def state(self) -> ServiceState:
         """As ``LocalJournals``."""
-        return cast("ServiceState", self._call("state"))
+        state: ServiceState = self._call("state")
+        return state
 
     def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
         """As ``LocalJournals``."""
-        return cast("dict[str, LabelCounts]", self._call("label", labels))
+        counts: dict[str, LabelCounts] = self._call("label", labels)
+        return counts
 
     def check_writable(self) -> ServiceState:
         """As ``LocalJournals``."""
-        return cast("ServiceState", self._call("check_writable"))
+        state: ServiceState = self._call("check_writable")
+        return state
 
     def correct(
         self, labels_before: Mapping[str, str], labels_after: Mapping[str, str]
     ) -> ServiceState:
         """As ``LocalJournals``."""
-        return cast("ServiceState", self._call("correct", labels_before, labels_after))
+        state: ServiceState = self._call("correct", labels_before, labels_after)
+        return state
 
     def statuses(self) -> dict[str, Status]:
         """As ``LocalJournals``."""
-        return cast("dict[str, Status]", self._call("statuses"))
+        statuses: dict[str, Status] = self._call("statuses")
+        return statuses
 
     def switch(self, name: str) -> ServiceState:
         """As ``LocalJournals``."""
-        return cast("ServiceState", self._call("switch", name))
+        state: ServiceState = self._call("switch", name)
+        return state
 
     def close(self) -> None:
         """As ``LocalJournals``."""
@@ -133,19 +141,17 @@ def deploy(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str,
         keep_freed_memory()
         log_access()
         service = Service(setup.limits, setup.keep)
-        service.start(load_engine(setup, journals))
+        engine = load_engine(setup, journals)
+        service.start(engine)
         return service.gate
 
     serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
-    deployment = serve.deployment(serve.ingress(build_application)()).options(
-        name=APPLICATION_NAME,
-        max_ongoing_requests=4 * setup.limits.max_queued_images,
-        graceful_shutdown_timeout_s=DRAIN_SECONDS,
-        health_check_period_s=HEALTH_SECONDS,
-        health_check_timeout_s=HEALTH_SECONDS,
-        **_replica_options(replicas),
-    )
-    serve.run(deployment.bind(), name=APPLICATION_NAME, route_prefix="/")
+    make_replica_class = serve.ingress(build_application)
+    replica_class = make_replica_class()
+    options = _deployment_options(setup, replicas)
+    deployment = serve.deployment(replica_class).options(**options)
+    application = deployment.bind()
+    serve.run(application, name=APPLICATION_NAME, route_prefix="/")
     return f"http://{host}:{port}", journals
 
 
@@ -172,10 +178,23 @@ def _start_journals_actor(setup: Setup) -> RemoteJournals:
     # Ray restarts the actor after a failure, also on another machine if the state folder is on a
     # shared disk. -1 means no limit. The journals need a single call at a time (max_concurrency).
     make_remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)
-    actor = make_remote(LocalJournals).remote(setup.state, setup.predictors)
+    actor_class = make_remote(LocalJournals)
+    actor = actor_class.remote(setup.state, setup.predictors)
     journals = RemoteJournals(actor)
     journals.state()  # raises the error of the actor if the journals could not be opened
     return journals
+
+
+def _deployment_options(setup: Setup, replicas: Replicas) -> dict[str, Any]:
+    """Options of the deployment: number of replicas, largest load, and time limits."""
+    return {
+        "name": APPLICATION_NAME,
+        "max_ongoing_requests": 4 * setup.limits.max_queued_images,
+        "graceful_shutdown_timeout_s": DRAIN_SECONDS,
+        "health_check_period_s": HEALTH_SECONDS,
+        "health_check_timeout_s": HEALTH_SECONDS,
+        **_replica_options(replicas),
+    }
 
 
 def _replica_options(replicas: Replicas) -> dict[str, Any]:

@@ -204,11 +204,13 @@ class ChainEnds:
         match = ENDS_LINE_PATTERN.fullmatch(line)
         if match is None:
             return None
+        row_digest_text = match["row_digest"].decode()
+        label_digest_text = match["label_digest"].decode()
         return cls(
             row_number=int(match["row_number"]),
-            row_digest=bytes.fromhex(match["row_digest"].decode()),
+            row_digest=bytes.fromhex(row_digest_text),
             label_number=int(match["label_number"]),
-            label_digest=bytes.fromhex(match["label_digest"].decode()),
+            label_digest=bytes.fromhex(label_digest_text),
         )
 
 
@@ -230,7 +232,8 @@ class RowFile:
     def __init__(self, folder: Path, monitor: str) -> None:
         self.path = folder / ROWS_FILE
         self._ends_path = folder / ENDS_FILE
-        first_digest = hashlib.blake2b(monitor.encode(), digest_size=DIGEST_BYTES).digest()
+        monitor_bytes = monitor.encode()
+        first_digest = hashlib.blake2b(monitor_bytes, digest_size=DIGEST_BYTES).digest()
         # the ends of chains without a row and without a label
         self._empty_ends = ChainEnds(
             row_number=0, row_digest=first_digest, label_number=0, label_digest=first_digest
@@ -393,7 +396,8 @@ class RowFile:
         A power cut may lose the line.
         """
         with convert_os_errors(f"cannot write {self._ends_path}"):
-            os.pwrite(self._ends_file_descriptor, self.ends.to_line(), 0)
+            line = self.ends.to_line()
+            os.pwrite(self._ends_file_descriptor, line, 0)
 
     @contextmanager
     def _write_transaction(self) -> Iterator[None]:
@@ -433,7 +437,8 @@ class RowFile:
         with convert_os_errors(f"cannot read {self._ends_path}"):
             if not self._ends_path.exists():
                 return None
-            return ChainEnds.parse(self._ends_path.read_bytes())
+            line = self._ends_path.read_bytes()
+            return ChainEnds.parse(line)
 
     def _require_version(self) -> None:
         """Raise ProvenanceError for tables of another version of vilu; damage is found later."""

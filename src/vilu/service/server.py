@@ -45,7 +45,8 @@ class TimedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for the head of a request; close the connection if there are too many."""
         # The transport of a socket is always an asyncio.Transport.
-        super().connection_made(cast("asyncio.Transport", transport))
+        socket_transport = cast("asyncio.Transport", transport)
+        super().connection_made(socket_transport)
         max_connections = connection_limit()
         if len(self.connections) > max_connections:
             self._close_with(

@@ -120,11 +120,14 @@ def _table_engine(setup: Setup, journals: Journals) -> Engine:
                 f"{setup.predictor} judges tables of answers, and --{name} is for images. Leave it "
                 "out."
             )
-    return TableEngine(TableGuard(setup.predictor), journals)
+    guard = TableGuard(setup.predictor)
+    return TableEngine(guard, journals)
 
 
 def _grey_picture() -> bytes:
     """A grey picture as PNG, to test the model with."""
     content = BytesIO()
-    Image.fromarray(np.full((64, 64, 3), 127, np.uint8)).save(content, "PNG")
+    pixels = np.full((64, 64, 3), 127, np.uint8)
+    picture = Image.fromarray(pixels)
+    picture.save(content, "PNG")
     return content.getvalue()

@@ -276,7 +276,8 @@ class ArrayFiles(ExitStack):
                 content = _lines_to_npy(file)
                 return StoredArray(location, BytesIO(content), len(content), self.block_bytes)
             handle = self.enter_context(file.open("rb"))
-            return StoredArray(location, handle, file.stat().st_size, self.block_bytes)
+            n_bytes = file.stat().st_size
+            return StoredArray(location, handle, n_bytes, self.block_bytes)
 
     def _open_member(self, member: zipfile.ZipInfo, location: str) -> StoredArray:
         is_encrypted = member.flag_bits & 1
@@ -319,7 +320,8 @@ def _find_files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
         if path.suffix != ".npy" or path.name.startswith("."):
             continue
         # a pipe or a device is refused, because reading it may never end
-        if not stat.S_ISREG(path.stat().st_mode):
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
             raise DataError(f"{path} is no file.")
         file_of_array[path.stem] = path
     if not file_of_array:

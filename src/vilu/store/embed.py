@@ -444,8 +444,9 @@ def make_run(settings: Mapping[str, object], dataset_name: str) -> Run:
         raise UsageError(
             f"cannot make a store with these settings: {first_error(error)}."
         ) from error
+    input_fields = inputs.fingerprint_fields()
     further_fields = {
-        "fingerprint": digest(inputs.fingerprint_fields()),
+        "fingerprint": digest(input_fields),
         "dataset": dataset_name,
         "vilu": version("vilu"),
     }
@@ -533,17 +534,16 @@ def seal(ledger: StoreLedger, loss_budget: LossBudget) -> None:
     if not run.captions:
         class_table, _ = read_classes(ledger.root, run)
         classes_hash = class_table.hash
-    ledger.seal(
-        Manifest(
-            **{**dict(run), "n_in": n_in},
-            n_ok=n_ok,
-            n_error=n_errors_of_kind.total(),
-            errors=dict(sorted(n_errors_of_kind.items())),
-            parts=len(receipts),
-            classes=classes_hash,
-            content=content_hash(receipts),
-        )
+    manifest = Manifest(
+        **{**dict(run), "n_in": n_in},
+        n_ok=n_ok,
+        n_error=n_errors_of_kind.total(),
+        errors=dict(sorted(n_errors_of_kind.items())),
+        parts=len(receipts),
+        classes=classes_hash,
+        content=content_hash(receipts),
     )
+    ledger.seal(manifest)
 
 
 def _check_losses(
@@ -577,11 +577,10 @@ def _check_losses(
             "loss with --allow-bad-shards."
         )
     if n_images and n_image_errors_of_kind.total() / n_images > loss_budget.max_error_rate:
-        raise DataError(
-            _too_many_errors_message(
-                ledger.root, n_images, n_image_errors_of_kind, loss_budget.max_error_rate
-            )
+        message = _too_many_errors_message(
+            ledger.root, n_images, n_image_errors_of_kind, loss_budget.max_error_rate
         )
+        raise DataError(message)
     if bad_shards_sentence:
         warn_caller(f"{bad_shards_sentence} This is accepted (--allow-bad-shards).")
     if not n_images:

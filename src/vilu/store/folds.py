@@ -41,7 +41,8 @@ def fold_of(caption: str) -> Fold:
         True
     """
     content = caption.strip().encode(errors="surrogatepass")
-    whole_number = int.from_bytes(blake2b(content, digest_size=8).digest(), "big")
+    hash_bytes = blake2b(content, digest_size=8).digest()
+    whole_number = int.from_bytes(hash_bytes, "big")
     fraction = whole_number / 2**64
     if fraction < TRAIN_END:
         return "train"
@@ -72,7 +73,8 @@ def rows_of_fold(
         for path, n_file_rows in metadata_files:
             for captions in read_captions(path, column_names, n_file_rows):
                 is_in_fold = [fold_of(caption or "") == fold for caption in captions]
-                row_numbers.append(np.flatnonzero(is_in_fold) + first_row)
+                index_in_block = np.flatnonzero(is_in_fold)
+                row_numbers.append(index_in_block + first_row)
                 first_row += len(captions)
                 task.advance(len(captions))
     return np.concatenate(row_numbers)

@@ -239,9 +239,8 @@ class SourceArrays:
 
     def describe_import(self, origin: str | None) -> ImportFacts:
         """Return the store's record of these arrays. ``origin`` is a text for people."""
-        return ImportFacts(
-            columns=self.row_shapes(), ids="ids" in self.opened_arrays, source=origin
-        )
+        columns = self.row_shapes()
+        return ImportFacts(columns=columns, ids="ids" in self.opened_arrays, source=origin)
 
     def make_space(
         self, logit_scale: float | None, logit_bias: float | None, model: str | None
@@ -260,7 +259,8 @@ class SourceArrays:
                 "logits have their scale and bias already. Leave --logit-scale and --logit-bias "
                 "out."
             )
-        return replace(logit_space(self.width), backbone=model)
+        unnamed_space = logit_space(self.width)
+        return replace(unnamed_space, backbone=model)
 
     def choose_number_format(
         self, user_format: Literal["float16", "float32"] | None
@@ -290,9 +290,10 @@ class SourceArrays:
         array = self.opened_arrays.get(name)
         if array is None:
             if user_value is None:
+                option = name.replace("_", "-")
                 raise UsageError(
                     f"the arrays have no {name}, which makes a cosine a logit and cannot be "
-                    f"guessed. Give --{name.replace('_', '-')}: OpenAI's CLIP has --logit-scale "
+                    f"guessed. Give --{option}: OpenAI's CLIP has --logit-scale "
                     "100 --logit-bias 0; for other models the scale is the exponential of the "
                     "learned parameter, and only models like SigLIP have a bias. Or save both as "
                     "arrays with these names."
@@ -303,7 +304,7 @@ class SourceArrays:
                 f"{array.location} must be one number. Got {array.dtype} of shape {array.shape} "
                 "instead."
             )
-        (number,) = array.read_whole().reshape(-1).tolist()
+        number = array.read_whole().item()
         if user_value is None:
             return float(number)
         if float(number) != user_value:
@@ -323,7 +324,8 @@ class SourceArrays:
             def advance(n_bytes_read: int) -> None:
                 task.advance(n_bytes_read / MIB)
 
-            return digest({name: array.hash(advance) for name, array in hashed_arrays.items()})
+            hash_of_array = {name: array.hash(advance) for name, array in hashed_arrays.items()}
+            return digest(hash_of_array)
 
     def read_part(self, part: Part) -> PartContent:
         """Read the rows of a part, and return the usable rows and the errors."""
@@ -362,9 +364,11 @@ class SourceArrays:
         for position, key, label, status_of_row in facts_of_rows:
             if status_of_row == VALID:
                 known_label = None if label == UNKNOWN else label
-                content.metadata.append(self._metadata_of_row(position, key, known_label))
+                metadata = self._metadata_of_row(position, key, known_label)
+                content.metadata.append(metadata)
             else:
-                content.errors.append(_error_row(position, key, STATUS_NAMES[status_of_row]))
+                error = _error_row(position, key, STATUS_NAMES[status_of_row])
+                content.errors.append(error)
         return content
 
     def _metadata_of_row(self, position: int, key: str, label: int | None) -> RowMetadata:
@@ -378,7 +382,8 @@ class SourceArrays:
         ids = self.opened_arrays.get("ids")
         if ids is None:
             return [str(row) for row in range(part.start, part.stop)]
-        return array_to_texts(ids.read(part.start, part.stop), ids.location)
+        ids_of_part = ids.read(part.start, part.stop)
+        return array_to_texts(ids_of_part, ids.location)
 
 
 def _error_row(position: int, key: str, kind: str) -> ErrorRow:
@@ -405,13 +410,13 @@ def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8
     if name == LOGITS:
         rows = logits_to_float32(block)
     else:
-        rows = as_matrix(
-            block.reshape(-1, block.shape[-1]), name, keep_direction=not may_have_any_norm
-        )
+        flat_rows = block.reshape(-1, block.shape[-1])
+        rows = as_matrix(flat_rows, name, keep_direction=not may_have_any_norm)
     if may_have_any_norm:
-        is_finite = torch.isfinite(rows).all(dim=1).numpy()
-        status = np.where(is_finite, VALID, NONFINITE).astype(np.uint8)
-        return rows, status, NormSummary()
+        has_finite_numbers = torch.isfinite(rows).all(dim=1)
+        is_finite = has_finite_numbers.numpy()
+        status_of_rows = np.where(is_finite, VALID, NONFINITE)
+        return rows, status_of_rows.astype(np.uint8), NormSummary()
     # in ``rows``, every view of an image is a row
     rows, status, norm_summary = normalise_rows(rows)
     status_of_views = status.reshape(len(block), -1)
@@ -435,6 +440,34 @@ def _read_source(
         if name in opened_arrays:
             _require_matrix(opened_arrays[name])
     n_rows = len(_row_array(opened_arrays))
+    _require_entry_per_row(opened_arrays, n_rows)
+    width = _embedding_width(opened_arrays)
+    _check_columns(opened_arrays, width)
+    source_names = _read_class_names(opened_arrays.get("class_names"), class_names)
+    targets = _read_targets(opened_arrays.get("target"), n_rows)
+    if LOGITS in opened_arrays:
+        store_classes = _classes_with_logits(targets, source_names, outside, opened_arrays[LOGITS])
+        text = zero_texts(len(store_classes.names), logit_space(width))
+    else:
+        store_classes = _classes_with_texts(targets, source_names, outside, opened_arrays["text"])
+        text = _read_texts(opened_arrays, store_classes.text_rows, store_classes.names)
+    _check_ids(opened_arrays.get("ids"), n_rows)
+    class_columns = _read_class_columns(opened_arrays, store_classes.text_rows)
+    answer_array = opened_arrays.get(ANSWER)
+    answer = _read_answers(answer_array, n_rows, source_names, store_classes.names)
+    return SourceArrays(
+        opened_arrays=opened_arrays,
+        target=store_classes.target,
+        class_names=store_classes.names,
+        text=text,
+        class_columns=class_columns,
+        outside=outside,
+        answer=answer,
+    )
+
+
+def _require_entry_per_row(opened_arrays: Mapping[str, StoredArray], n_rows: int) -> None:
+    """Raise DataError if an array of the image rows does not have ``n_rows`` entries."""
     for name in ROW_ARRAYS:
         if name not in opened_arrays:
             continue
@@ -444,25 +477,6 @@ def _read_source(
                 f"{array.location} must have one entry per image row ({n_rows}). Got shape "
                 f"{array.shape} instead."
             )
-    _check_columns(opened_arrays, _embedding_width(opened_arrays))
-    source_names = _read_class_names(opened_arrays.get("class_names"), class_names)
-    targets = _read_targets(opened_arrays.get("target"), n_rows)
-    if LOGITS in opened_arrays:
-        store_classes = _classes_with_logits(targets, source_names, outside, opened_arrays[LOGITS])
-        text = zero_texts(len(store_classes.names), logit_space(_embedding_width(opened_arrays)))
-    else:
-        store_classes = _classes_with_texts(targets, source_names, outside, opened_arrays["text"])
-        text = _read_texts(opened_arrays, store_classes.text_rows, store_classes.names)
-    _check_ids(opened_arrays.get("ids"), n_rows)
-    return SourceArrays(
-        opened_arrays=opened_arrays,
-        target=store_classes.target,
-        class_names=store_classes.names,
-        text=text,
-        class_columns=_read_class_columns(opened_arrays, store_classes.text_rows),
-        outside=outside,
-        answer=_read_answers(opened_arrays.get(ANSWER), n_rows, source_names, store_classes.names),
-    )
 
 
 def _row_array(opened_arrays: Mapping[str, StoredArray]) -> StoredArray:
@@ -567,7 +581,8 @@ def _classes_with_logits(
     target = _index_targets(targets, source_names, outside)
     # ``check_class_names`` returns None only for None. ``or ()`` tells this to the type checker.
     checked_names = check_class_names(source_names, n_candidates=len(source_names)) or ()
-    return StoreClasses(checked_names, text_rows=torch.arange(len(source_names)), target=target)
+    text_rows = torch.arange(len(source_names))
+    return StoreClasses(checked_names, text_rows=text_rows, target=target)
 
 
 def _require_matrix(array: StoredArray) -> None:
@@ -697,7 +712,8 @@ def _read_class_names(
             "them (--key class_names=NAME), or give --classes FILE with one name per line."
         )
     _require_short_texts(array)
-    return tuple(array_to_texts(array.read_whole(), array.location))
+    stored_names = array.read_whole()
+    return tuple(array_to_texts(stored_names, array.location))
 
 
 def _require_short_texts(array: StoredArray) -> None:
@@ -717,7 +733,8 @@ def _check_ids(array: StoredArray | None, n_rows: int) -> None:
     _require_short_texts(array)
     hashes_of_blocks = [np.empty(0, np.uint64)]  # np.concatenate refuses an empty list
     for block in array.blocks():
-        hashes_of_blocks.append(hash_names(array_to_texts(block, array.location)))
+        hashes_of_block = hash_names(array_to_texts(block, array.location))
+        hashes_of_blocks.append(hashes_of_block)
     hashes = np.concatenate(hashes_of_blocks)
     # After sorting, equal hashes are neighbours.
     order = np.argsort(hashes, kind="stable")
@@ -740,7 +757,8 @@ def _check_ids(array: StoredArray | None, n_rows: int) -> None:
 
 def _read_identifier(array: StoredArray, row: int) -> str:
     """Read the identifier of a row."""
-    (identifier,) = array_to_texts(array.read(row, row + 1), array.location)
+    entries = array.read(row, row + 1)
+    (identifier,) = array_to_texts(entries, array.location)
     return identifier
 
 
@@ -756,7 +774,8 @@ def _read_targets(array: StoredArray | None, n_rows: int) -> Targets:
     if array is None:
         n_values = min(n_rows, 1)  # all rows have the same value; without rows there is no value
         unknown_target = np.full(n_values, UNKNOWN, np.int64)
-        return Targets(values=unknown_target, index_of_row=np.zeros(n_rows, np.int64))
+        index_of_unknown = np.zeros(n_rows, np.int64)
+        return Targets(values=unknown_target, index_of_row=index_of_unknown)
     is_vector = len(array.shape) == 1
     holds_names = is_vector and array.dtype.kind in TEXT_KINDS
     if holds_names:
@@ -779,14 +798,16 @@ def _read_targets(array: StoredArray | None, n_rows: int) -> Targets:
 def _join_targets(targets_of_blocks: Sequence[Targets]) -> Targets:
     """Join the targets of consecutive blocks of rows."""
     if not targets_of_blocks:
-        return Targets(values=np.empty(0, np.int64), index_of_row=np.empty(0, np.int64))
+        empty = np.empty(0, np.int64)
+        return Targets(values=empty, index_of_row=empty)
     all_values = np.unique(np.concatenate([targets.values for targets in targets_of_blocks]))
     index_of_row: list[NDArray[np.int64]] = []
     for targets in targets_of_blocks:
         # for each value of the block, the index among the values of all blocks
         new_index_of_value = np.searchsorted(all_values, targets.values)
         index_of_row.append(new_index_of_value[targets.index_of_row])
-    return Targets(all_values, np.concatenate(index_of_row))
+    joined_index = np.concatenate(index_of_row)
+    return Targets(all_values, joined_index)
 
 
 def _classes_with_texts(
@@ -886,12 +907,12 @@ def _indices_of_numbers(
     """Check whole-number targets and return the targets (n,), with -2 for every label outside."""
     is_label_outside = np.array([str(value) in labels_outside for value in values.tolist()], bool)
     is_checked = ~is_label_outside
+    n_checked = int(is_checked.sum())
     # ``is_outside`` marks the targets with -2 in the source
-    target, is_outside = check_targets(
-        values[is_checked], n_rows=int(is_checked.sum()), n_candidates=n_classes
-    )
+    target, is_outside = check_targets(values[is_checked], n_rows=n_checked, n_candidates=n_classes)
     indices = np.full(len(values), OUTSIDE, np.int64)
-    indices[is_checked] = torch.where(is_outside, OUTSIDE, target).numpy()
+    checked_indices = torch.where(is_outside, OUTSIDE, target)
+    indices[is_checked] = checked_indices.numpy()
     return indices
 
 

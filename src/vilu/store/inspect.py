@@ -125,7 +125,8 @@ class StoreReport:
     def _columns_text(self) -> str:
         columns: list[str] = []
         for name, shape in self.columns.items():
-            columns.append(f"{name} {' x '.join(map(str, shape))}")
+            sizes = " x ".join(map(str, shape))
+            columns.append(f"{name} {sizes}")
         return ", ".join(columns)
 
     def _problems_text(self) -> str:
@@ -199,7 +200,8 @@ def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
                 require_hash(ledger.root / name, info.sha256, receipt.remedy)
         report.problems += list(_part_problems(ledger, part, receipt))
     if not ledger.run.captions:
-        report.labels.update(_label_counts(ledger, part, receipt))
+        label_counts = _label_counts(ledger, part, receipt)
+        report.labels.update(label_counts)
 
 
 def _label_counts(ledger: StoreLedger, part: Part, receipt: Receipt) -> dict[str, int]:

@@ -317,7 +317,8 @@ class EmbedJob:
         Raises:
             ProvenanceError: If embeddings or answers differ too much.
         """
-        decoder = replace(self._decoder(backbone), views=None)
+        decoder_with_views = self._decoder(backbone)
+        decoder = replace(decoder_with_views, views=None)
 
         def first_pixels() -> Iterator[Tensor]:
             for part in self.ledger.parts[:1]:  # the first part; without images there is no part

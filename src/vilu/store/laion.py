@@ -355,7 +355,8 @@ class LaionPairs(PickledByPath, MappedPairs):
                 # A row has one status code for image and caption: the first code that is not VALID.
                 status_so_far = status[start : start + len(block_status)]
                 np.copyto(status_so_far, block_status, where=status_so_far == VALID)
-                statistics.add(norms[torch.from_numpy(block_status == VALID)])
+                is_valid = torch.from_numpy(block_status == VALID)
+                statistics.add(norms[is_valid])
                 task.advance(len(block_status))
         self._has_unit_norms = statistics.n_not_unit == 0
         if statistics.n_not_unit:
@@ -418,8 +419,10 @@ def _check_block(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[
     """
     first_row, rows = block
     # torch accepts only the native byte order
-    native_rows = rows.astype(rows.dtype.newbyteorder("="))
-    status, norms = row_status(torch.from_numpy(native_rows).float())
+    native_dtype = rows.dtype.newbyteorder("=")
+    native_rows = rows.astype(native_dtype)
+    float32_rows = torch.from_numpy(native_rows).float()
+    status, norms = row_status(float32_rows)
     return first_row, status, norms
 
 
@@ -431,7 +434,9 @@ def _listing_hash(root: Path, shards: list[Shard]) -> str:
             if path is None:
                 continue
             with convert_os_errors(f"cannot read {path}"):
-                listing.add(path.relative_to(root).as_posix(), NO_VALUE, path.stat())
+                name = path.relative_to(root).as_posix()
+                file_status = path.stat()
+                listing.add(name, NO_VALUE, file_status)
     return listing.hexdigest()
 
 

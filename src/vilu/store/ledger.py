@@ -170,7 +170,8 @@ class Ledger(ABC, Generic[P, R]):
         )
         if overwrite and root.is_dir():
             # without this check, remove_run() would also remove the user's files in the sub-folders
-            refuse_foreign_files(root, cls.folder_kind, cls._foreign_files(root))
+            foreign_files = cls._foreign_files(root)
+            refuse_foreign_files(root, cls.folder_kind, foreign_files)
 
     @classmethod
     def has_begun(cls, root: Path) -> bool:
@@ -178,7 +179,8 @@ class Ledger(ABC, Generic[P, R]):
         if not (root / RUN_FILE).is_file():
             return False
         try:
-            content = parse_json(read_bounded(root / RUN_FILE, "Give another folder", DataError))
+            document = read_bounded(root / RUN_FILE, "Give another folder", DataError)
+            content = parse_json(document)
         except (ValueError, RecursionError):
             # The file is damaged. The next reader of the file reports the damage. False would lead
             # to the wrong message that the run is of another kind.
@@ -423,7 +425,8 @@ def write_hashed(path: Path, payload: bytes) -> FileInfo:
     write_bytes(path, payload)
     # The hash is computed from ``payload`` and not from the file. So if writing damaged the file, a
     # later comparison with the hash reveals the damage.
-    return FileInfo(bytes=len(payload), sha256=bytes_hash(payload))
+    sha256 = bytes_hash(payload)
+    return FileInfo(bytes=len(payload), sha256=sha256)
 
 
 def require_hash(path: Path, sha256: str, remedy: str, document: str = "its receipt") -> None:

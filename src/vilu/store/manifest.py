@@ -95,7 +95,8 @@ def _uniform_numbers(seed: int, view_number: int, key: str) -> tuple[float, floa
     version of a library.
     """
     text = f"{seed} {view_number} {key}"
-    digest_bytes = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    text_bytes = text.encode("utf-8", "surrogatepass")
+    digest_bytes = hashlib.sha256(text_bytes).digest()
     # the 256 bits of the hash as four whole numbers of 64 bits
     whole_numbers = np.frombuffer(digest_bytes, "<u8")
     # a float64 has 53 bits of precision, so only the upper 53 bits are used, without rounding
@@ -246,7 +247,8 @@ class StoreInputs(StoreDocument):
             # ``n_in`` is left out. Then the run and the manifest have the same fingerprint.
             covered_names.remove("n_in")
         flat_fields: dict[str, object] = {}
-        for name, value in self.model_dump(mode="json", include=covered_names).items():
+        covered_fields = self.model_dump(mode="json", include=covered_names)
+        for name, value in covered_fields.items():
             if not isinstance(value, dict):
                 flat_fields[name] = value
                 continue
@@ -286,7 +288,8 @@ class Run(StoreInputs):
 
     @model_validator(mode="after")
     def _check_fingerprint(self) -> Self:
-        if self.fingerprint != digest(self.fingerprint_fields()):
+        input_fields = self.fingerprint_fields()
+        if self.fingerprint != digest(input_fields):
             raise ValueError("the fingerprint does not match the inputs")
         return self
 
@@ -372,11 +375,13 @@ class StoredClasses(StoreDocument):
             text_file=text_file,
             columns=dict(columns or {}),
         )
-        return draft.model_copy(update={"hash": draft.digest()})
+        draft_hash = draft.digest()
+        return draft.model_copy(update={"hash": draft_hash})
 
     def digest(self) -> str:
         """Return the hash of all fields except ``hash``."""
-        return digest(self.model_dump(mode="json", exclude={"hash"}))
+        hashed_fields = self.model_dump(mode="json", exclude={"hash"})
+        return digest(hashed_fields)
 
 
 class Manifest(CountedDocument, Run):

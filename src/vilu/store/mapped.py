@@ -147,12 +147,15 @@ class MappedArrays:
         """Return the (B, ...) float32 rows ``index`` (int64) of an array."""
         row_numbers = index.numpy()
         if row_numbers.size:
-            self._require_rows(int(row_numbers.min()), int(row_numbers.max()))
+            first_row = int(row_numbers.min())
+            last_row = int(row_numbers.max())
+            self._require_rows(first_row, last_row)
         # ``sorting_order[part_bounds[p] : part_bounds[p + 1]]`` are the positions in ``index`` of
         # the rows of part p.
         sorting_order = np.argsort(row_numbers, kind="stable")
         part_bounds = np.searchsorted(row_numbers, self.part_starts, sorter=sorting_order)
-        used_part_numbers = np.flatnonzero(np.diff(part_bounds))
+        n_rows_of_parts = np.diff(part_bounds)
+        used_part_numbers = np.flatnonzero(n_rows_of_parts)
         rows = np.empty((len(row_numbers), *self.row_shapes[array_name]), self._widest_dtype)
         # one part at a time, because more than ``max_open_parts`` parts may be in use
         for part_number in used_part_numbers.tolist():
@@ -190,7 +193,8 @@ class MappedArrays:
             self._touched_bytes = 0
             part = None
         if part is None:
-            part = np.asarray(self.open_part(array_name, part_number))
+            mapped_rows = self.open_part(array_name, part_number)
+            part = np.asarray(mapped_rows)
             self._mapped_parts[array_name, part_number] = part
         return part
 
@@ -234,7 +238,8 @@ def shuffled_in_blocks(
     if n_blocks <= BLOCKS_PER_GROUP:
         return rows[torch.randperm(len(rows), generator=generator, device="cpu")]
     n_groups = math.ceil(n_blocks / BLOCKS_PER_GROUP)
-    blocks = rows.sort().values.tensor_split(n_blocks)
+    sorted_rows = rows.sort().values
+    blocks = sorted_rows.tensor_split(n_blocks)
     order = torch.randperm(n_blocks, generator=generator)
     shuffled_groups: list[Tensor] = []
     for block_numbers in order.tensor_split(n_groups):

@@ -119,9 +119,8 @@ def has_all_positions(
     """
     position_range = possible_positions(run, part)
     if not run.shards:
-        return np.array_equal(
-            sorted_positions, np.arange(position_range.start, position_range.stop)
-        )
+        all_positions = np.arange(position_range.start, position_range.stop)
+        return np.array_equal(sorted_positions, all_positions)
     if len(sorted_positions) != n_images:
         return False
     if n_images == 0:
@@ -152,7 +151,8 @@ class StoreLedger(Ledger[Part, Receipt]):
     folders = (*required_folders, *get_args(ImageColumn), "columns")
 
     def __init__(self, root: Path, run: Run, dataset: ImageDataset | None = None) -> None:
-        super().__init__(root, run.fingerprint, plan_parts(run), Receipt)
+        parts = plan_parts(run)
+        super().__init__(root, run.fingerprint, parts, Receipt)
         self.run = run
         self.dataset = dataset
 
@@ -190,7 +190,8 @@ class StoreLedger(Ledger[Part, Receipt]):
         """Return the current fingerprint of a part's shards; "" if there are no shards."""
         if not self.run.shards:
             return ""
-        return cast("ShardedDataset", self.dataset).shard_fingerprint(part.start, part.stop)
+        dataset = cast("ShardedDataset", self.dataset)
+        return dataset.shard_fingerprint(part.start, part.stop)
 
     def write_part(
         self, part: Part, content: PartContent, batch_size: int, shard_fingerprint: str
@@ -205,6 +206,7 @@ class StoreLedger(Ledger[Part, Receipt]):
         n_errors_of_kind = Counter(error.kind for error in content.errors)
 
         def make_receipt(files: dict[str, FileInfo]) -> Receipt:
+            sorted_errors = sorted(n_errors_of_kind.items())
             return Receipt(
                 fingerprint=self.run.fingerprint,
                 part=part.number,
@@ -213,13 +215,14 @@ class StoreLedger(Ledger[Part, Receipt]):
                 n_in=n_ok + n_error,
                 n_ok=n_ok,
                 n_error=n_error,
-                errors=dict(sorted(n_errors_of_kind.items())),
+                errors=dict(sorted_errors),
                 files=files,
                 batch_size=batch_size,
                 source=shard_fingerprint,
             )
 
-        return self.write_files(part, self._payloads(part, content), make_receipt)
+        payloads = self._payloads(part, content)
+        return self.write_files(part, payloads, make_receipt)
 
     def _payloads(self, part: Part, content: PartContent) -> dict[str, bytes]:
         """Return a dictionary from the name of every file of a part to the bytes of the file."""
@@ -228,7 +231,8 @@ class StoreLedger(Ledger[Part, Receipt]):
             blocks = content.array_blocks.get(name, [])  # if all images failed, there are no blocks
             rows = _join_blocks(name, blocks, (len(content.metadata), *shape), self.run.dtype)
             payloads[part.array_file(name)] = _npy_bytes(rows)
-        payloads[part.metadata_file] = _parquet_bytes(content.metadata, metadata_schema(self.run))
+        schema = metadata_schema(self.run)
+        payloads[part.metadata_file] = _parquet_bytes(content.metadata, schema)
         payloads[part.errors_file] = _parquet_bytes(content.errors, ERROR_SCHEMA)
         return payloads
 
@@ -357,7 +361,8 @@ def read_columns(
         table.validate(full=True)  # checks that strings are UTF-8, and offsets within buffers
     if len(table) != n_rows:
         raise StorageError(f"{path} has {len(table)} rows, expected {n_rows}. {REDO_HINT}")
-    expected_schema = pa.schema([schema.field(name) for name in column_names])
+    expected_fields = [schema.field(name) for name in column_names]
+    expected_schema = pa.schema(expected_fields)
     if not table.schema.equals(expected_schema):
         raise StorageError(
             f"{path} has columns {table.schema.to_string()!r}, expected "
@@ -500,16 +505,24 @@ def write_classes(
     root: Path, run: Run, text: Tensor, columns: Mapping[ClassColumn, Tensor]
 ) -> None:
     """Write the (K, D) float32 text embeddings, the columns, and finally the class table."""
-    text_file = write_hashed(root / TEXT_FILE, _npy_bytes(text.numpy().astype("<f4")))
+    text_rows = text.numpy()
+    text_file = _write_npy(root / TEXT_FILE, text_rows.astype("<f4"))
     column_files: dict[ClassColumn, ArrayInfo] = {}
     for name, values in columns.items():
         path = column_path(root, name)
         make_folder(path.parent)
         rows = np.ascontiguousarray(values.numpy(), dtype="<f4")
-        info = write_hashed(path, _npy_bytes(rows))
+        info = _write_npy(path, rows)
         column_files[name] = ArrayInfo(**dict(info), shape=tuple(values.shape))
     # like a receipt, the table states the hashes of all other files, so the table is written last
-    write_document(root / CLASSES_FILE, StoredClasses.from_files(run, text_file, column_files))
+    class_table = StoredClasses.from_files(run, text_file, column_files)
+    write_document(root / CLASSES_FILE, class_table)
+
+
+def _write_npy(path: Path, array: NDArray[np.floating]) -> FileInfo:
+    """Write an array to a ``.npy`` file atomically, and return size and hash of the file."""
+    payload = _npy_bytes(array)
+    return write_hashed(path, payload)
 
 
 def _join_blocks(
@@ -523,7 +536,8 @@ def _join_blocks(
         shape: Shape of the array.
         dtype: Number format of the array.
     """
-    rows = np.zeros(shape, dtype=np.dtype(dtype).newbyteorder("<"))
+    little_endian = np.dtype(dtype).newbyteorder("<")
+    rows = np.zeros(shape, dtype=little_endian)
     if blocks:
         np.concatenate([block.numpy() for block in blocks], out=rows)
     if not np.isfinite(rows).all():
@@ -547,7 +561,8 @@ def _parquet_bytes(rows: Sequence[RowMetadata | ErrorRow], schema: pa.Schema) ->
     for name in schema.names:
         columns[name] = [_escape_surrogates(getattr(row, name)) for row in rows]
     buffer = BytesIO()
-    pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
+    table = pa.table(columns, schema=schema)
+    pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
 
 

@@ -225,7 +225,8 @@ class Encoder:
             )
             if n_images == 0:
                 return content
-            self.task.advance(n_images, f"{self.n_errors} errors, {self._waiting_text()}")
+            waiting_text = self._waiting_text()
+            self.task.advance(n_images, f"{self.n_errors} errors, {waiting_text}")
 
     def _next_image_or_error(
         self, images_or_errors: Iterator[ImageOrError | None]
@@ -319,8 +320,9 @@ class Encoder:
                     f"the backbone gave {name} of shape {tuple(rows.shape)} for {len(batch)} "
                     f"images, where it says width {shape[-1]}."
                 )
-            is_finite = torch.isfinite(rows).flatten(1).all(dim=1).numpy()
-            status[~is_finite] = NONFINITE
+            flat_rows = rows.flatten(1)  # (B, D) or (B, V * D)
+            is_finite = torch.isfinite(flat_rows).all(dim=1)
+            status[~is_finite.numpy()] = NONFINITE
         return arrays, status
 
     def _forward(self, batch: Sequence[PreparedImage]) -> dict[str, Tensor]:
@@ -340,7 +342,8 @@ class Encoder:
             view_rows: list[Tensor] = []
             for view_number in range(len(batch[0].views)):
                 views = [image.views[view_number] for image in batch]
-                view_rows.append(model.encode_images(_stack_images(views)))
+                rows = model.encode_images(_stack_images(views))
+                view_rows.append(rows)
             arrays["views"] = torch.stack(view_rows, dim=1)
         return arrays
 

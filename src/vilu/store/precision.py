@@ -132,10 +132,12 @@ def _compare_precisions(
         low_answers = (low_rows @ text.T).argmax(dim=1)
         float32_answers = (float32_rows @ text.T).argmax(dim=1)
         equal_answers = float((low_answers == float32_answers).float().mean())
+    cosines = (low_rows * float32_rows).sum(dim=1)
+    least_cosine = float(cosines.min())
     return PrecisionCheck(
         precision=str(model.space.precision),
         n=len(low_rows),
-        least_cosine=float((low_rows * float32_rows).sum(dim=1).min()),
+        least_cosine=least_cosine,
         equal_answers=equal_answers,
         speedup=round(speedup, 2),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -122,11 +122,13 @@ class SealedStore(PickledByPath):
         StoreLedger.require_sealed(path)
         self.path = path
         self.manifest = read_document(path / MANIFEST_FILE, Manifest)
-        self.folder_hash = digest(self.manifest.model_dump(mode="json"))
+        manifest_fields = self.manifest.model_dump(mode="json")
+        self.folder_hash = digest(manifest_fields)
         ledger = StoreLedger(path, self.manifest)
         self.parts = ledger.parts
         receipts = ledger.receipts()
-        self.require_agreement(content_hash(receipts) == self.manifest.content)
+        hash_of_receipts = content_hash(receipts)
+        self.require_agreement(hash_of_receipts == self.manifest.content)
         for count_name in ("n_in", "n_ok", "n_error"):
             sum_of_parts = sum(getattr(receipt, count_name) for receipt in receipts)
             self.require_agreement(sum_of_parts == getattr(self.manifest, count_name))
@@ -135,9 +137,8 @@ class SealedStore(PickledByPath):
         n_rows_of_parts = [receipt.n_ok for receipt in receipts]
         part_starts = np.cumsum([0, *n_rows_of_parts], dtype=np.int64)
         map_part = partial(_map_part, ledger, part_starts)
-        self.mapped_arrays = MappedArrays(
-            part_starts, self.manifest.row_shapes, open_part=partial(map_part, self.verify_file)
-        )
+        open_part = partial(map_part, self.verify_file)
+        self.mapped_arrays = MappedArrays(part_starts, self.manifest.row_shapes, open_part)
         # Every array is mapped once, to check the header. ``path.joinpath`` finds the files,
         # because ``verify_file`` would also hash every file. A file is hashed later, when a row of
         # the file is first read.
@@ -163,14 +164,14 @@ class SealedStore(PickledByPath):
         part_starts = self.mapped_arrays.part_starts
         n_rows = int(part_starts[part_number + 1] - part_starts[part_number])
         path = self.verify_file(self.parts[part_number].metadata_file)
-        table = read_columns(path, metadata_schema(self.manifest), [column_name], n_rows)
+        schema = metadata_schema(self.manifest)
+        table = read_columns(path, schema, [column_name], n_rows)
         return table[column_name].combine_chunks()
 
     def keys(self, rows: NDArray[np.int64] | None = None) -> StoredIdentifiers:
         """Return the keys of ``rows`` (ascending indices), by default of all rows."""
-        return StoredIdentifiers(
-            self.mapped_arrays.part_starts, partial(self.metadata_column, "key"), rows
-        )
+        read_keys = partial(self.metadata_column, "key")
+        return StoredIdentifiers(self.mapped_arrays.part_starts, read_keys, rows)
 
     def identities(
         self, by: IdentityKind, rows: NDArray[np.int64], *, with_captions: bool = True
@@ -188,7 +189,8 @@ class SealedStore(PickledByPath):
         # the rows of part p.
         sorting_order = np.argsort(rows, kind="stable")
         part_bounds = np.searchsorted(rows, self.mapped_arrays.part_starts, sorter=sorting_order)
-        used_part_numbers = np.flatnonzero(np.diff(part_bounds))
+        n_rows_of_parts = np.diff(part_bounds)
+        used_part_numbers = np.flatnonzero(n_rows_of_parts)
         hashes = np.empty(len(rows), np.uint64)
         for part_number in used_part_numbers.tolist():
             positions = sorting_order[part_bounds[part_number] : part_bounds[part_number + 1]]
@@ -215,24 +217,28 @@ class SealedStore(PickledByPath):
             rows_in_part: (m,) numbers of the rows, counted from the first row of the part.
             with_captions: As for ``identities``.
         """
-
-        def read_cells(column_name: str) -> list[Any]:
-            column = self.metadata_column(column_name, part_number)
-            cells: list[Any] = column.take(pa.array(rows_in_part)).to_pylist()
-            return cells
-
         if by == "names":
-            return hash_names(read_cells("key"))
-        pictures: list[bytes] = read_cells("picture")
+            keys = self._read_cells("key", part_number, rows_in_part)
+            return hash_names(keys)
+        pictures: list[bytes] = self._read_cells("picture", part_number, rows_in_part)
         has_captions = self.manifest.captions and with_captions
         if not has_captions:
             # the column "picture" has hashes of pictures; only the first bytes of a hash are used
             first_bytes = b"".join(picture[:HASH_BYTES] for picture in pictures)
             return np.frombuffer(first_bytes, "<u8").astype(np.uint64)
-        texts: list[str] = read_cells("caption")
+        texts: list[str] = self._read_cells("caption", part_number, rows_in_part)
         return hash_items(
             picture + text.encode() for picture, text in zip(pictures, texts, strict=True)
         )
+
+    def _read_cells(
+        self, column_name: str, part_number: int, rows_in_part: NDArray[np.int64]
+    ) -> list[Any]:
+        """Return the cells (m,) of a column of the metadata, for rows of a single part."""
+        column = self.metadata_column(column_name, part_number)
+        indices = pa.array(rows_in_part)
+        cells: list[Any] = column.take(indices).to_pylist()
+        return cells
 
 
 def _map_part(
@@ -254,7 +260,8 @@ def _map_part(
     """
     n_rows = int(part_starts[part_number + 1] - part_starts[part_number])
     shape = (n_rows, *ledger.run.row_shapes[array_name])
-    path = find_file(ledger.parts[part_number].array_file(array_name))
+    file_name = ledger.parts[part_number].array_file(array_name)
+    path = find_file(file_name)
     return map_rows(path, shape, ledger.run.dtype)
 
 
@@ -281,14 +288,14 @@ class StoredRows(EmbeddingSource):
         if by == "embeddings":
             return super().identities(by, rows)
         index = np.arange(len(self)) if rows is None else rows
-        return self._sealed_store.identities(by, self._rows_in_store(index))
+        rows_in_store = self._rows_in_store(index)
+        return self._sealed_store.identities(by, rows_in_store)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         if "pictures" not in self.identified_by:
             return super()._picture_hashes(rows)
-        return self._sealed_store.identities(
-            "pictures", self._rows_in_store(rows), with_captions=False
-        )
+        rows_in_store = self._rows_in_store(rows)
+        return self._sealed_store.identities("pictures", rows_in_store, with_captions=False)
 
     def _rows_in_store(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Convert indices (M,) of rows in this source to indices in the whole store."""
@@ -354,7 +361,7 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
         image_columns = frozenset(self.manifest.row_shapes) - {IMAGE}
         self.columns = image_columns | frozenset(self._class_table.columns)
         labels_of_parts = map(self._read_labels, self._sealed_store.parts)
-        labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *labels_of_parts]))
+        labels = torch.from_numpy(_join_numbers(labels_of_parts))
         # a row with the label -2 (outside) gets the target -1, and is marked in ``outside``
         self.target = labels.clamp(min=UNKNOWN)
         self.outside = labels == OUTSIDE
@@ -362,10 +369,10 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
         if not self._sealed_store.has_identifiers:
             # The keys are the numbers of the rows in the imported arrays. ``ListedNumbers`` marks
             # the keys as numbers. Numbers identify no row of another source.
-            self.ids = ListedNumbers(self._sealed_store.keys())
+            self.ids = ListedNumbers(self.ids)
         if self.manifest.has_answers:
             answers = map(self._read_answers, self._sealed_store.parts)
-            answer = np.concatenate([np.empty(0, np.int64), *answers])
+            answer = _join_numbers(answers)
             self._columns = {ANSWER: torch.from_numpy(answer)}
             self.columns |= {ANSWER}
         self._class_of_candidate = None
@@ -427,9 +434,16 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
         return answer
 
 
+def _join_numbers(numbers_of_parts: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Join the whole numbers of all parts, in the order of the parts."""
+    no_numbers = np.empty(0, np.int64)  # np.concatenate refuses an empty list
+    return np.concatenate([no_numbers, *numbers_of_parts])
+
+
 def _read_class_column(root: Path, class_table: StoredClasses, name: ClassColumn) -> Tensor:
     """Read a column of the classes or of the model, and check its numbers."""
-    values = map_rows(column_path(root, name), class_table.columns[name].shape, "float32")
+    path = column_path(root, name)
+    values = map_rows(path, class_table.columns[name].shape, "float32")
     # n_rows has no effect, because only columns of images depend on n_rows
     checked_columns = check_columns({name: values}, n_rows=0, n_texts=len(class_table.names))
     return checked_columns[name]

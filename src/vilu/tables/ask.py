@@ -16,7 +16,8 @@ from vilu.calibration.clusters import cluster_indices
 from vilu.errors import UNKNOWN
 from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.tables.read import FEATURES_SUFFIX, open_table
+from vilu.tables.files import FEATURES_SUFFIX
+from vilu.tables.read import open_table
 from vilu.tables.table import AnswerTable, LabelPurpose
 
 
@@ -93,8 +94,9 @@ def _evenly_spaced_units(candidates: Ints, mean_uncertainty: Floats, n_units: in
     """
     ascending_units = candidates[np.argsort(mean_uncertainty[candidates], kind="stable")]
     n_chosen = min(n_units, len(ascending_units))
-    positions = np.linspace(0, len(ascending_units) - 1, n_chosen).round().astype(np.int64)
-    return ascending_units[positions]
+    exact_positions = np.linspace(0, len(ascending_units) - 1, n_chosen)
+    positions = exact_positions.round()
+    return ascending_units[positions.astype(np.int64)]
 
 
 def _askable_mask(
@@ -109,7 +111,8 @@ def _askable_mask(
     was_fitted_on = predictor.seen(table).shared
     may_be_asked: NDArray[np.bool_] = (table.correct == UNKNOWN) & ~was_asked & ~was_fitted_on
     if table.cluster is None:
-        _, first_copies = np.unique(table.picture_identities(), return_index=True)
+        pictures = table.picture_identities()
+        _, first_copies = np.unique(pictures, return_index=True)
         is_first = np.zeros(len(table), dtype=np.bool_)
         is_first[first_copies] = True
         may_be_asked &= is_first
@@ -122,7 +125,8 @@ def _rows_of_units(units: Ints, unit_of_row: Ints) -> Ints:
     ``unit_of_row`` (N,) is the unit of every row of the table.
     """
     # the rank of a unit is the position in ``units``; all other units have the rank len(units)
-    rank_of_unit = np.full(int(unit_of_row.max()) + 1, len(units))
+    last_unit = int(unit_of_row.max())
+    rank_of_unit = np.full(last_unit + 1, len(units))
     rank_of_unit[units] = np.arange(len(units))
     rank_of_row = rank_of_unit[unit_of_row]
     rows = np.flatnonzero(rank_of_row < len(units))
@@ -131,7 +135,9 @@ def _rows_of_units(units: Ints, unit_of_row: Ints) -> Ints:
 
 def _random_number(key: str, seed: int) -> int:
     """A random number from 0 to 2^64 - 1, determined by the key and the seed only."""
-    digest = hashlib.blake2b(f"{seed}\n{key}".encode(), digest_size=8).digest()
+    seed_and_key = f"{seed}\n{key}".encode()
+    key_hash = hashlib.blake2b(seed_and_key, digest_size=8)
+    digest = key_hash.digest()
     return int.from_bytes(digest, "little")
 
 
@@ -139,7 +145,8 @@ def read_asked_ids(files: Sequence[Path]) -> set[str]:
     """Identifiers of all rows in ``files``, the earlier tables of ``vilu next``."""
     asked_ids: set[str] = set()
     for file in files:
-        asked_ids.update(open_table(file).ids)
+        ids_of_file = open_table(file).ids
+        asked_ids.update(ids_of_file)
     return asked_ids
 
 
@@ -164,4 +171,5 @@ def write_label_requests(path: Path, table: AnswerTable, purposes: Sequence[Labe
             atomic_write(features_file) as file,
         ):
             np.save(file, table.features, allow_pickle=False)
-    write_bytes(path, csv_bytes(columns))
+    content = csv_bytes(columns)
+    write_bytes(path, content)

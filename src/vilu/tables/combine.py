@@ -61,11 +61,13 @@ def make_folds(cluster: Ints, failure: Ints, seed: int) -> list[Fold]:
         if has_right_and_wrong and held_out_mask.any():
             folds.append(Fold(fit_mask=~held_out_mask, held_out_mask=held_out_mask))
     if not folds:
-        raise DataError(_too_few_message(cluster, failure))
+        message = _too_few_message(cluster, failure)
+        raise DataError(message)
     is_held_out = np.any([fold.held_out_mask for fold in folds], axis=0)
     has_both_held_out = len(np.unique(failure[is_held_out])) == 2
     if not has_both_held_out:
-        raise DataError(_too_few_message(cluster, failure))
+        message = _too_few_message(cluster, failure)
+        raise DataError(message)
     return folds
 
 
@@ -73,10 +75,11 @@ def _too_few_message(cluster: Ints, failure: Ints) -> str:
     """The message about too few answers for a cross-validation."""
     n_wrong = int(failure.sum())
     n_right = len(failure) - n_wrong
+    n_clusters = len(np.unique(cluster))
     return (
         f"the fit compares by {N_FOLDS}-fold cross-validation, so right and wrong answers must be "
         f"in several folds each. Got {n_wrong} wrong and {n_right} right answers in "
-        f"{plural(len(np.unique(cluster)), 'cluster')}, and rows of one cluster are in one fold. "
+        f"{plural(n_clusters, 'cluster')}, and rows of one cluster are in one fold. "
         "Label more answers, of more clusters."
     )
 
@@ -115,12 +118,14 @@ def rising_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
         weights = parameters[:n_columns]
         intercept = parameters[n_columns]
         log_odds = inputs @ weights + intercept
-        loss = log_losses(log_odds, failure).mean() + ridge / 2 * (weights @ weights)
+        losses = log_losses(log_odds, failure)
+        loss = losses.mean() + ridge / 2 * (weights @ weights)
         # 1 / (1 + exp(-s)), written with tanh to avoid an overflow
         probability = (1 + np.tanh(log_odds / 2)) / 2
         error = probability - failure
         gradient = inputs.T @ error / len(failure) + ridge * weights
-        return float(loss), np.append(gradient, error.mean())
+        gradient_of_intercept = error.mean()
+        return float(loss), np.append(gradient, gradient_of_intercept)
 
     initial_parameters = np.zeros(n_columns + 1)
     bounds = [(0.0, None)] * n_columns + [(None, None)]  # weights >= 0; any intercept
@@ -146,7 +151,8 @@ def ridge_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
         # not needed, because cross-validation judges every fit.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(inputs, failure)
-    return Linear(model.coef_[0].astype(np.float64), float(model.intercept_[0]))
+    weights = model.coef_[0].astype(np.float64)
+    return Linear(weights, float(model.intercept_[0]))
 
 
 def platt_scaling(log_odds: Floats, failure: Ints) -> tuple[float, float]:
@@ -157,7 +163,8 @@ def platt_scaling(log_odds: Floats, failure: Ints) -> tuple[float, float]:
     """
     column = log_odds[:, None]
     # the optimiser gets numbers from -1 to 1, whatever the range of the log-odds
-    scale = max(float(np.abs(column).max()), 1e-12)
+    magnitude = np.abs(column)
+    scale = max(float(magnitude.max()), 1e-12)
     linear = ridge_logistic(column / scale, failure, ridge=1e-9)
     slope = float(linear.weights[0]) / scale
     if slope <= 0:
@@ -194,7 +201,8 @@ def straight_maps(numbers: Floats) -> RisingMaps:
     lowest = numbers.min(axis=0)
     span = numbers.max(axis=0) - lowest
     is_constant = span == 0
-    deviation = np.where(is_constant, 1.0, numbers.std(axis=0))  # never 0
+    standard_deviation = numbers.std(axis=0)
+    deviation = np.where(is_constant, 1.0, standard_deviation)  # never 0
     width = np.where(is_constant, 1.0, span)
     rise = np.where(is_constant, 0.0, span / deviation)
     return RisingMaps(lowest[:, None], width[:, None], rise[:, None])
@@ -260,7 +268,8 @@ def recipes_to_compare(n_columns: int) -> list[Recipe]:
     all_recipes = []
     for map_name in MAP_MAKERS:
         for column in range(n_columns):
-            all_recipes.append(Recipe(map_name, (column,), weakest_ridge))
+            recipe = Recipe(map_name, (column,), weakest_ridge)
+            all_recipes.append(recipe)
         if n_columns > 1:
             every_column = tuple(range(n_columns))
             all_recipes += [Recipe(map_name, every_column, ridge) for ridge in RIDGES]
@@ -277,7 +286,8 @@ class Combination:
 
     def __call__(self, numbers: Floats) -> Floats:
         """Log-odds (N,) of numbers (N, C). The numbers are not mapped yet."""
-        return self.linear(self.maps(numbers * self.direction))
+        mapped_numbers = self.maps(numbers * self.direction)
+        return self.linear(mapped_numbers)
 
 
 def fit_combination(
@@ -302,7 +312,8 @@ def _fit_mapped(
     linear = rising_logistic(mapped_numbers[:, chosen_columns], failure, recipe.ridge)
     weights = np.zeros(len(direction))
     weights[chosen_columns] = linear.weights
-    return Combination(direction, maps, Linear(weights, linear.intercept))
+    linear_in_all_columns = Linear(weights, linear.intercept)
+    return Combination(direction, maps, linear_in_all_columns)
 
 
 def held_out_log_odds(
@@ -345,7 +356,8 @@ class CrossValidation(NamedTuple, Generic[FitOption]):
         loss_of_option = {}
         for option, log_odds in held_out.items():
             is_known = np.isfinite(log_odds)
-            loss_of_option[option] = float(log_losses(log_odds[is_known], failure[is_known]).mean())
+            losses = log_losses(log_odds[is_known], failure[is_known])
+            loss_of_option[option] = float(losses.mean())
         best_option = min(loss_of_option, key=loss_of_option.__getitem__)
         is_known = np.isfinite(held_out[best_option])
         slope, shift = platt_scaling(held_out[best_option][is_known], failure[is_known])

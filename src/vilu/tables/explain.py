@@ -104,10 +104,10 @@ def explain_answers(
     explanations = []
     for position_or_id in rows:
         row = _row_position(table, position_or_id)
-        explanations.append(_explain_row(table, row, uncertainty, contributions))
-    return ExplainedAnswers(
-        predictor.label, predictor.notes_.get("shares", {}), tuple(explanations)
-    )
+        explanation = _explain_row(table, row, uncertainty, contributions)
+        explanations.append(explanation)
+    shares = predictor.notes_.get("shares", {})
+    return ExplainedAnswers(predictor.label, shares, tuple(explanations))
 
 
 def _explain_row(

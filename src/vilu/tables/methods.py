@@ -75,7 +75,8 @@ class AnswerMethod(FailurePredictor):
                 f"{self.name} selects by cross-validation. Leave the validation rows out, or add "
                 "them to the table."
             )
-        return super().fit(_as_table(train), unlabelled=unlabelled)
+        table = _as_table(train)
+        return super().fit(table, unlabelled=unlabelled)
 
     def predict_uncertainty(  # type: ignore[override]
         self,
@@ -86,7 +87,8 @@ class AnswerMethod(FailurePredictor):
 
         Raises the errors of ``vilu.open_table`` and of ``FailurePredictor.predict_uncertainty``.
         """
-        uncertainty: Floats = super().predict_uncertainty(_as_table(data), text)
+        table = _as_table(data)
+        uncertainty: Floats = super().predict_uncertainty(table, text)
         return uncertainty
 
     @property
@@ -116,7 +118,8 @@ class AnswerMethod(FailurePredictor):
         fit_table = table.arranged(self.used_columns)
         with torch.no_grad():
             for batch in fit_table.batches(len(fit_table), columns=self.columns_to_score):
-                batch_terms.append(self.terms(batch).numpy())
+                terms_of_batch = self.terms(batch)
+                batch_terms.append(terms_of_batch.numpy())
         terms = np.concatenate(batch_terms)
         centred = terms - terms.mean(axis=0)
         return {name: centred[:, column] for column, name in enumerate(self.term_names)}
@@ -247,7 +250,8 @@ class AnswerScore(AnswerMethod):
         return -sign * batch.columns[NUMBERS]
 
     def _score(self, batch: Batch) -> Tensor:
-        return self.terms(batch).squeeze(1)
+        terms = self.terms(batch)
+        return terms.squeeze(1)
 
 
 def method_of_only_score(table: AnswerTable) -> AnswerScore:
@@ -355,7 +359,9 @@ class AnswerScores(AnswerMethod):
         return mapped_numbers * self.learned_["weight"]
 
     def _score(self, batch: Batch) -> Tensor:
-        return torch.sigmoid(self.terms(batch).sum(dim=1) + self.learned_["intercept"])
+        terms = self.terms(batch)
+        log_odds = terms.sum(dim=1) + self.learned_["intercept"]
+        return torch.sigmoid(log_odds)
 
 
 @dataclass
@@ -415,7 +421,8 @@ class AnswerProbe(AnswerMethod):
         names = tuple(table.numbers)
         inputs = _probe_inputs(table, names)
         failure_array = failure.numpy()
-        folds = make_folds(table.inseparable(), failure_array, self.seed)
+        cluster = table.inseparable()
+        folds = make_folds(cluster, failure_array, self.seed)
         probe, comparison = best_probe(inputs, failure_array, folds)
         terms = (inputs - probe.mean) / probe.scale * probe.linear.weights
         deviation_of_terms = terms[:, : len(names)].std(axis=0)
@@ -432,7 +439,8 @@ class AnswerProbe(AnswerMethod):
             "chosen": f"ridge {ridge:g}, log-loss {comparison.loss_of_option[ridge]:.4f}",
         }
         arrays = {"mean": probe.mean, "scale": probe.scale, **_arrays_of_linear(probe.linear)}
-        return Learnt(_as_tensors(arrays), notes)
+        tensors = _as_tensors(arrays)
+        return Learnt(tensors, notes)
 
     def terms(self, batch: Batch) -> Tensor:
         """Terms (B, C) of the log-odds of failure, or (B, C + 1) with features."""
@@ -448,7 +456,9 @@ class AnswerProbe(AnswerMethod):
         return torch.cat([terms[:, :n_columns], term_of_features], dim=1)
 
     def _score(self, batch: Batch) -> Tensor:
-        return torch.sigmoid(self.terms(batch).sum(dim=1) + self.learned_["intercept"])
+        terms = self.terms(batch)
+        log_odds = terms.sum(dim=1) + self.learned_["intercept"]
+        return torch.sigmoid(log_odds)
 
 
 def _training_table(train: Rows) -> AnswerTable:
@@ -466,7 +476,8 @@ def _probe_inputs(table: AnswerTable, names: Sequence[str]) -> Floats:
     numbers = table.matrix(names)
     if table.features is None:
         return numbers
-    return np.hstack([numbers, table.features.astype(np.float64)])
+    features = table.features.astype(np.float64)
+    return np.hstack([numbers, features])
 
 
 def _arrays_of_maps(maps: RisingMaps) -> dict[str, Floats]:
@@ -489,10 +500,11 @@ def _shares(term_names: tuple[str, ...], deviation_of_terms: Floats) -> dict[str
 
     The sign of ``deviation_of_terms`` is ignored: a deviation times a negative weight is negative.
     """
-    total = np.abs(deviation_of_terms).sum()
+    magnitude = np.abs(deviation_of_terms)
+    total = magnitude.sum()
     if total == 0:
         return dict.fromkeys(term_names, 0.0)
-    share = (np.abs(deviation_of_terms) / total).round(4)
+    share = (magnitude / total).round(4)
     return dict(zip(term_names, share.tolist(), strict=True))
 
 

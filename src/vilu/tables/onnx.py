@@ -45,7 +45,8 @@ class TableGraph(nn.Module):
 
     def forward(self, numbers: Tensor, features: Tensor | None = None) -> Tensor:
         """Uncertainties (N,) float64."""
-        return self.predictor.score_batch(batch_of(numbers, features))
+        batch = batch_of(numbers, features)
+        return self.predictor.score_batch(batch)
 
 
 def batch_of(numbers: Tensor, features: Tensor | None = None) -> Batch:
@@ -83,8 +84,10 @@ def export_answers(folder: str | Path | SavedModel, path: str | Path) -> float:
     if not isinstance(predictor, AnswerMethod):
         raise DataError(f"{folder} holds a {predictor.name}, which is no method for tables.")
     random_inputs = random_graph_inputs(predictor)
-    metadata = _metadata(predictor, fit_fingerprint(folder))
-    content = write_graph(TableGraph(predictor).eval(), random_inputs, ("uncertainty",), metadata)
+    fingerprint = fit_fingerprint(folder)
+    metadata = _metadata(predictor, fingerprint)
+    graph = TableGraph(predictor).eval()
+    content = write_graph(graph, random_inputs, ("uncertainty",), metadata)
     difference = _difference(predictor, content, random_inputs)
     write_bytes(path, content)
     return difference
@@ -95,10 +98,14 @@ def _difference(predictor: AnswerMethod, content: bytes, inputs: GraphInputs) ->
 
     DataError if the difference is above ``MAX_DIFFERENCE``. ``content`` are the bytes of the file.
     """
-    (uncertainty,) = onnx_function(content)(inputs)
+    graph_function = onnx_function(content)
+    (uncertainty,) = graph_function(inputs)
     with torch.no_grad():
-        expected_uncertainty = predictor.score_batch(batch_of(**inputs)).numpy()
-    difference = float(np.abs(uncertainty - expected_uncertainty).max())
+        batch = batch_of(**inputs)
+        expected_scores = predictor.score_batch(batch)
+        expected_uncertainty = expected_scores.numpy()
+    differences = np.abs(uncertainty - expected_uncertainty)
+    difference = float(differences.max())
     if not difference <= MAX_DIFFERENCE:  # true also if the difference is NaN
         raise DataError(
             f"the exported {predictor.name} differs by {difference:.2g} from the predictor. "
@@ -109,9 +116,10 @@ def _difference(predictor: AnswerMethod, content: bytes, inputs: GraphInputs) ->
 
 def _metadata(predictor: AnswerMethod, fingerprint: str) -> dict[str, str]:
     """Metadata of the file. ``fingerprint`` is the hash of the fit."""
+    columns_json = plain_json(list(predictor.used_columns))
     return {
         **predictor_metadata(predictor, fingerprint),
-        "vilu.columns": plain_json(list(predictor.used_columns)).decode(),
+        "vilu.columns": columns_json.decode(),
     }
 
 
@@ -139,12 +147,16 @@ def _centre_and_spread(predictor: AnswerMethod) -> tuple[Tensor, Tensor]:
     if "mean" in learned:  # a probe
         return learned["mean"], learned["scale"]
     if "lower" not in learned:
-        ones = torch.ones(len(predictor.used_columns), dtype=torch.float64)
-        return torch.zeros_like(ones), ones
+        unit_scale = torch.ones(len(predictor.used_columns), dtype=torch.float64)
+        return torch.zeros_like(unit_scale), unit_scale
     # A combination: the rising functions have the range from the first to the last piece. A column
     # without a piece gets the range from 0 to 0.
     is_piece = learned["rise"] > 0
     upper = learned["lower"] + learned["width"]
-    lowest = learned["lower"].where(is_piece, torch.inf).amin(dim=1).nan_to_num(posinf=0.0)
-    highest = upper.where(is_piece, -torch.inf).amax(dim=1).nan_to_num(neginf=0.0)
+    lower_of_pieces = learned["lower"].where(is_piece, torch.inf)
+    upper_of_pieces = upper.where(is_piece, -torch.inf)
+    first_lower = lower_of_pieces.amin(dim=1)
+    last_upper = upper_of_pieces.amax(dim=1)
+    lowest = first_lower.nan_to_num(posinf=0.0)
+    highest = last_upper.nan_to_num(neginf=0.0)
     return learned["direction"] * (lowest + highest) / 2, (highest - lowest) / 2

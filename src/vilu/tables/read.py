@@ -15,6 +15,7 @@ import numpy as np
 from vilu.artifacts.tables import csv_names, read_table, require_distinct_columns, table_suffix
 from vilu.errors import UNKNOWN, DataError, StorageError, UsageError, did_you_mean
 from vilu.metrics.counts import Floats, Ints
+from vilu.tables.files import FEATURES_SUFFIX
 from vilu.tables.table import SCORE, UNCERTAINTY, AnswerTable, Features, LabelPurpose, sign_of
 from vilu.text import plural
 from vilu.validation import checked, describe_value
@@ -36,9 +37,6 @@ ROLE_COLUMNS: Final = (
 
 MAY_BE_EMPTY: Final = ("answer", "truth")
 """Columns of texts that may have empty cells."""
-
-FEATURES_SUFFIX: Final = ".features.npy"
-"""Suffix of the file with the features of a table: ``answers.features.npy`` for ``answers.csv``."""
 
 CORRECT_VALUES: Final = {
     "": UNKNOWN,
@@ -101,49 +99,6 @@ def open_table(
     return _checked_table(columns, unchecked_features, "the table", name)
 
 
-def may_be_table(path: Path) -> bool:
-    """Whether a path can be a table of answers: an existing file with suffix .csv or .parquet."""
-    return path.is_file() and path.suffix.lower() in {".csv", ".parquet"}
-
-
-def is_answer_table(path: Path) -> bool:
-    """Whether a file is a table of answers.
-
-    A CSV file without the column ``id`` counts as a table, too, unless it has columns of ``vilu
-    score``. ``open_table`` then reports the mistake in the file.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    if not may_be_table(path):
-        return False
-    try:
-        if table_suffix(path) == ".csv":
-            names = csv_names(path)
-        else:
-            names = pyarrow.parquet.read_schema(path).names
-    except (pa.ArrowException, ValueError, OSError):
-        return False  # another reader will read the file and report the error
-    score_columns = {"uncertainty", "failure"} & set(names)
-    is_score_file = len(score_columns) == 2  # files of `vilu score` have both columns
-    if "id" in names:
-        return not is_score_file
-    return table_suffix(path) == ".csv" and not score_columns
-
-
-def with_features_files(*paths: Path) -> list[Path]:
-    """The paths; after each table follows the file with the features, if this file exists."""
-    files = []
-    for path in paths:
-        files.append(path)
-        if not may_be_table(path):
-            continue
-        features_file = path.with_suffix(FEATURES_SUFFIX)
-        if features_file.is_file():
-            files.append(features_file)
-    return files
-
-
 def _read_file(path: Path, name: str, cluster_column: str | None) -> AnswerTable:
     """The table in a CSV or Parquet file."""
     if not path.is_file():
@@ -203,7 +158,8 @@ def _csv_columns(path: Path) -> dict[str, pa.ChunkedArray]:
     for separator in (";", "\t"):
         is_unsplit = len(names) == 1  # no comma in the first line
         if is_unsplit and separator in names[0]:
-            table, _ = read_table(path, csv_names(path, separator), separator)
+            separated_names = csv_names(path, separator)
+            table, _ = read_table(path, separated_names, separator)
             columns = _columns_by_name(table)
             for name in columns.keys() - set(ROLE_COLUMNS):
                 columns[name] = _with_decimal_points(columns[name])
@@ -238,7 +194,8 @@ def _with_decimal_points(column: pa.ChunkedArray) -> pa.ChunkedArray:
         if "." in cell or _parse_number(number) is None:
             return column
         converted_cells.append(number)
-    return pa.chunked_array([pa.array(converted_cells, pa.string())])
+    converted_column = pa.array(converted_cells, pa.string())
+    return pa.chunked_array([converted_column])
 
 
 def _columns_of_arrays(arrays: Mapping[str, Any]) -> dict[str, pa.ChunkedArray]:
@@ -273,7 +230,8 @@ def _columns_of_frame(source: Any) -> dict[str, pa.ChunkedArray]:  # noqa: ANN40
     names = getattr(source, "column_names", source.columns)
     require_distinct_columns("the table", [str(name) for name in names])
     try:
-        return _columns_by_name(pa.table(source))
+        table = pa.table(source)
+        return _columns_by_name(table)
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise DataError(f"the table must have columns of one type each: {error}") from error
 
@@ -370,7 +328,9 @@ def _require_known_names(source_name: str, columns: Mapping[str, pa.ChunkedArray
     """
     missing_roles = [role for role in ROLE_COLUMNS if role not in columns]
     for name in columns:
-        normalised = name.strip().lower().replace(" ", "_").replace("-", "_")
+        lower_name = name.strip().lower()
+        without_spaces = lower_name.replace(" ", "_")
+        normalised = without_spaces.replace("-", "_")
         stem, _, _ = normalised.partition("_")
         has_role = normalised in ROLE_COLUMNS or stem in {SCORE, UNCERTAINTY}
         if has_role and normalised != name:
@@ -402,24 +362,34 @@ def _text_column(
 
     if name not in columns:
         return None
-    column = columns[name]
-    if pa.types.is_dictionary(column.type):
-        # pyarrow cannot cast the categories of polars, but can list the categories.
-        column = pa.chunked_array([pa.array(column.to_pylist())])
+    column = _without_categories(columns[name])
     try:
-        cells = column.cast(pa.string()).to_pylist()
+        text_column = column.cast(pa.string())
+        cells = text_column.to_pylist()
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{source_name}: column {name} must hold texts: {error}") from error
     texts = []
     for row, cell in enumerate(cells):
         text = "" if cell is None else cell
         if name not in MAY_BE_EMPTY and not text.strip():
+            row_in_words = _row_in_words(row, ids)
             raise DataError(
-                f"{source_name}, {_row_in_words(row, ids)}: {name} is empty. Fill it, or remove "
-                "the row."
+                f"{source_name}, {row_in_words}: {name} is empty. Fill it, or remove the row."
             )
         texts.append(text)
     return tuple(texts)
+
+
+def _without_categories(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column, with the texts of its rows if it has categories."""
+    import pyarrow as pa
+
+    if not pa.types.is_dictionary(column.type):
+        return column
+    # pyarrow cannot cast the categories of polars, but can list the categories.
+    cells = column.to_pylist()
+    texts = pa.array(cells)
+    return pa.chunked_array([texts])
 
 
 def _purpose_column(
@@ -435,11 +405,13 @@ def _purpose_column(
     purposes = []
     for row, text in enumerate(texts):
         if text not in get_args(LabelPurpose):
+            row_in_words = _row_in_words(row, ids)
             raise DataError(
-                f"{source_name}, {_row_in_words(row, ids)}: asked_for must be fit or calibration, "
+                f"{source_name}, {row_in_words}: asked_for must be fit or calibration, "
                 f"as `vilu next` writes it. Got {text!r:.60} instead."
             )
-        purposes.append(cast("LabelPurpose", text))
+        purpose = cast("LabelPurpose", text)
+        purposes.append(purpose)
     return tuple(purposes)
 
 
@@ -508,7 +480,8 @@ class _CellReader:
 
     def cell_error(self, row: int, problem: str) -> DataError:
         """Make the error for a cell of a row. ``problem`` is a clause for the message."""
-        return DataError(f"{self.source_name}, {_row_in_words(row, self.ids)}: {problem}")
+        row_in_words = _row_in_words(row, self.ids)
+        return DataError(f"{self.source_name}, {row_in_words}: {problem}")
 
     def read_numbers(self, name: str, column: pa.ChunkedArray) -> Floats:
         """A column as finite numbers (N,)."""
@@ -518,12 +491,14 @@ class _CellReader:
             numbers = self._numbers_of_texts(name, column)
         else:
             try:
-                numbers = column.cast(pa.float64(), safe=False).to_numpy()
+                float_column = column.cast(pa.float64(), safe=False)
+                numbers = float_column.to_numpy()
             except pa.ArrowException as error:
                 raise DataError(
                     f"{self.source_name}: column {name} must hold numbers: {error}"
                 ) from None
-        bad_rows = np.flatnonzero(~np.isfinite(numbers))
+        is_finite = np.isfinite(numbers)
+        bad_rows = np.flatnonzero(~is_finite)
         if len(bad_rows):
             row = int(bad_rows[0])
             is_missing = math.isnan(numbers[row])
@@ -587,7 +562,8 @@ class _CellReader:
                 f"{self.source_name}: features must have the shape ({n_rows}, F). Got "
                 f"{features.shape} instead."
             )
-        bad_rows = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        is_finite = np.isfinite(features).all(axis=1)
+        bad_rows = np.flatnonzero(~is_finite)
         if len(bad_rows):
             raise self.cell_error(
                 int(bad_rows[0]),

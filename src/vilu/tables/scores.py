@@ -12,14 +12,14 @@ from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.storage import load_predictor
 from vilu.scoring.score import score
-from vilu.tables.read import is_answer_table, open_table
+from vilu.tables.read import open_table
 from vilu.tables.table import AnswerTable, sign_of
 
 
 def scores_of_file(
     path: Path, predictor: Path | None = None, *, cluster_column: str | None = None
 ) -> list[Outcomes]:
-    """Return the scores of a table of answers; an empty list if the path is no such table.
+    """Return the scores of a table of answers.
 
     Args:
         path: The table.
@@ -31,15 +31,12 @@ def scores_of_file(
     Raises:
         UsageError: If no column has a sign in its name and there is no predictor.
     """
-    if not is_answer_table(path):
-        return []
     table = open_table(path, clusters=cluster_column)
     if predictor is None:
         return scores_of_columns(table)
     calibration = Calibration.find(predictor)
-    return [
-        score(load_predictor(predictor), table, dataset=path.name, calibration=calibration),
-    ]
+    failure_predictor = load_predictor(predictor)
+    return [score(failure_predictor, table, dataset=path.name, calibration=calibration)]
 
 
 def scores_of_columns(table: AnswerTable) -> list[Outcomes]:
@@ -59,19 +56,19 @@ def scores_of_columns(table: AnswerTable) -> list[Outcomes]:
     for name, numbers in table.numbers.items():
         sign = sign_of(name)
         if sign != 0:
-            outcomes.append(
-                Outcomes(
-                    -sign * numbers,
-                    table.failure,
-                    ids=table.ids,
-                    picture=table.picture_identities(),
-                    prediction=table.answer_numbers,
-                    cluster=table.cluster,
-                    method=name,
-                    dataset=table.name,
-                    answer="given",
-                )
+            pictures = table.picture_identities()
+            outcomes_of_column = Outcomes(
+                -sign * numbers,
+                table.failure,
+                ids=table.ids,
+                picture=pictures,
+                prediction=table.answer_numbers,
+                cluster=table.cluster,
+                method=name,
+                dataset=table.name,
+                answer="given",
             )
+            outcomes.append(outcomes_of_column)
     if not outcomes:
         raise UsageError(
             "no column of this table says by its name whether a higher number means more likely "

@@ -174,10 +174,12 @@ class AnswerTable(EmbeddingSource):
     def _batch_columns(self) -> dict[str, Tensor]:
         """Name -> column, for the columns of batches."""
         n_rows = len(self.ids)
+        logits_of_row = torch.tensor([[1.0, 0.0]])
+        numbers = self.matrix(list(self.numbers))
         tensors = {
-            LOGITS: torch.tensor([[1.0, 0.0]]).expand(n_rows, -1),
+            LOGITS: logits_of_row.expand(n_rows, -1),
             ANSWER: torch.zeros(n_rows, dtype=torch.int64),
-            NUMBERS: torch.from_numpy(self.matrix(list(self.numbers))),
+            NUMBERS: torch.from_numpy(numbers),
         }
         if self.features is not None:
             tensors[FEATURES] = torch.from_numpy(self.features)
@@ -187,7 +189,8 @@ class AnswerTable(EmbeddingSource):
         self, rows: slice | Sequence[int] | Sequence[bool] | Tensor | NDArray[Any]
     ) -> AnswerTable:
         """Some rows as a new table: a slice, a mask (N,) bool, or indices (M,)."""
-        return cast("AnswerTable", super().__getitem__(rows))
+        table = super().__getitem__(rows)
+        return cast("AnswerTable", table)
 
     def __repr__(self) -> str:
         n_known = int((self.correct != UNKNOWN).sum())
@@ -252,7 +255,8 @@ class AnswerTable(EmbeddingSource):
         for newer_texts in (self.asked_for, self.truth):
             if newer_texts is not None:
                 texts.append(newer_texts)
-        return digest([list(self.numbers), texts, self.n_features, content.hexdigest()])
+        content_digest = content.hexdigest()
+        return digest([list(self.numbers), texts, self.n_features, content_digest])
 
     def matrix(self, names: Sequence[str]) -> Floats:
         """The columns of numbers with these names, as (N, C) float64.
@@ -338,7 +342,9 @@ class AnswerTable(EmbeddingSource):
         answer, because different answers often have equal scores.
         """
         hashes = self.identities(self.identified_by[0], rows)
-        return (hashes & np.uint64(np.iinfo(np.int64).max)).astype(np.int64)
+        largest_identity = np.iinfo(np.int64).max
+        identities = hashes & np.uint64(largest_identity)
+        return identities.astype(np.int64)
 
     @checked
     def take(
@@ -408,5 +414,6 @@ def _feature_directions(
     centred = features - features.mean(axis=0, dtype=np.float64)
     deviation = centred.std(axis=0)
     deviation[deviation == 0] = 1.0
-    vectors, _, _ = normalise_rows(torch.from_numpy((centred / deviation).astype(np.float32)))
+    standardised = (centred / deviation).astype(np.float32)
+    vectors, _, _ = normalise_rows(torch.from_numpy(standardised))
     return vectors

@@ -56,7 +56,7 @@ def answers_of(
     answers = []
     for row, path in enumerate(photos.ids):
         if path in labels:
-            answers.append(_answer_by_label(path, labels[path]))
+            answer = _answer_by_label(path, labels[path])
         else:
             answer = answer_of(
                 outcomes,
@@ -65,7 +65,7 @@ def answers_of(
                 likely=flags[row],
                 quantiles=quantiles,
             )
-            answers.append(answer)
+        answers.append(answer)
     for path, fault in photos.fault_of_path.items():
         answers.append(_no_answer(path, reason=fault))
     return sorted(answers, key=lambda answer: answer.key)
@@ -228,7 +228,8 @@ def write_next(
     answers_of_entries = []
     for entry in entries:
         no_answer = _no_answer(entry.path, reason=None)
-        answers_of_entries.append(answers.get(entry.path, no_answer))
+        answer = answers.get(entry.path, no_answer)
+        answers_of_entries.append(answer)
     columns = {
         **columns_of(entries, ("path", "label")),  # the cell is empty if there is no label yet
         **_answer_columns(answers_of_entries),

@@ -410,24 +410,31 @@ def _keep_better_rule(
             return Calibration.load(folder)
     if not rule.feasible:
         _remove_if_changed(folder, outcomes)  # also if ``overwrite`` has ignored the earlier rule
-        reasons = []
-        for group, threshold in rule.thresholds.items():
-            # The group of all answers has the name "". An empty name needs no colon.
-            reasons.append(f"{group}: {threshold.why}".removeprefix(": "))
-        raise InfeasibleError(
-            f"a risk of at most {max_risk:.2%} is not shown: {'; '.join(reasons)}."
-        )
-    rows = np.sort(np.concatenate([progress.counted_rows for progress in all_progress.values()]))
+        reasons = _reasons_in_words(rule)
+        raise InfeasibleError(f"a risk of at most {max_risk:.2%} is not shown: {reasons}.")
+    counted_rows = [progress.counted_rows for progress in all_progress.values()]
+    rows = np.sort(np.concatenate(counted_rows))
     photos = store_draws.photos
+    counted_outcomes = outcomes.take(rows)
     return keep_guarantee(
         folder,
         predictor,
         photos,
         all_progress,
-        counted_outcomes=outcomes.take(rows),
+        counted_outcomes=counted_outcomes,
         rule=rule,
         dataset=photos.first_store.path.name,
     )
+
+
+def _reasons_in_words(rule: Rule) -> str:
+    """Text on why a rule accepts no answers, with a reason for each group."""
+    reasons = []
+    for group, threshold in rule.thresholds.items():
+        # The group of all answers has the name "". An empty name needs no colon.
+        reason = f"{group}: {threshold.why}".removeprefix(": ")
+        reasons.append(reason)
+    return "; ".join(reasons)
 
 
 def _remove_if_changed(folder: Path, outcomes: Outcomes) -> bool:

@@ -72,7 +72,8 @@ def carry_over(root: Path, state: TriageState, settings: TriageSettings) -> Tria
         # If the model cannot be loaded, the run ends here, before anything is removed.
         settings.embedding.backbone.load()
         outdated_folders.append(EMBEDDINGS_FOLDER)
-    logger.warning("%s", _changes_in_words(changes, state, embeds_again=embeds_again))
+    changes_in_words = _changes_in_words(changes, state, embeds_again=embeds_again)
+    logger.warning("%s", changes_in_words)
     for name in outdated_folders:
         if (root / name).is_dir():
             shutil.rmtree(root / name)
@@ -99,7 +100,8 @@ def _changes_in_words(
     phrases = []
     for name, (old, new) in changes.items():
         if isinstance(old, list) and isinstance(new, list):
-            phrases.append(f"{name} {_lists_in_words(old, new)}")
+            difference = _lists_in_words(old, new)
+            phrases.append(f"{name} {difference}")
         else:
             phrases.append(f"{name} {old!r}, now {new!r}")
     sentences = [
@@ -122,9 +124,11 @@ def _lists_in_words(old: Sequence[object], new: Sequence[object]) -> str:
     new_values = [repr(value) for value in new if value not in old]
     phrases = []
     if removed_values:
-        phrases.append(f"without {_join_names(removed_values)}")
+        removed_names = _join_names(removed_values)
+        phrases.append(f"without {removed_names}")
     if new_values:
-        phrases.append(f"with {_join_names(new_values)}")
+        new_names = _join_names(new_values)
+        phrases.append(f"with {new_names}")
     return " and ".join(phrases) or "in another order"
 
 
@@ -200,11 +204,13 @@ def _names_with_numbers(labels: Sequence[str]) -> str:
 def _log_moved_labels(removed_entries: Sequence[Entry], returning_entries: Sequence[Entry]) -> None:
     """Log the numbers of labels moved to the book of former labels, and of labels moved back."""
     if removed_entries:
+        n_removed = plural(len(removed_entries), "label")
+        removed_names = _names_with_numbers([str(entry.label) for entry in removed_entries])
         logger.warning(
             "%s left out, because the class no longer exists: %s. They stay in %s and count again "
             "once the class is back",
-            plural(len(removed_entries), "label"),
-            _names_with_numbers([str(entry.label) for entry in removed_entries]),
+            n_removed,
+            removed_names,
             FORMER_BOOK_FILE,
         )
     if returning_entries:
@@ -230,18 +236,21 @@ def without_former_labels(
         else:
             former_labels.append(label)
     if former_labels:
+        n_left_out = plural(len(former_labels), "label")
+        former_names = _names_with_numbers(former_labels)
         logger.warning(
             "%s: %s left out, because the class no longer exists: %s",
             source,
-            plural(len(former_labels), "label"),
-            _names_with_numbers(former_labels),
+            n_left_out,
+            former_names,
         )
     return remaining_labels
 
 
 def former_class_names(root: Path, known_labels: Collection[str]) -> set[str]:
     """Names of classes in the labels of a triage, without the ``known_labels``."""
-    return set(all_labels(root).labels.values()) - set(known_labels)
+    labels = all_labels(root).labels
+    return set(labels.values()) - set(known_labels)
 
 
 def all_labels(root: Path) -> LabelBook:

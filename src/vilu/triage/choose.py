@@ -61,10 +61,12 @@ def choose_rows_to_fit(
     """
     from sklearn.cluster import KMeans
 
-    rows = _clustering_pool(rows[np.isfinite(uncertainty[rows])], uncertainty, seed)
+    scored_rows = rows[np.isfinite(uncertainty[rows])]
+    rows = _clustering_pool(scored_rows, uncertainty, seed)
     if len(rows) <= n:
         return _sort_by_doubt(rows, uncertainty)
-    image = source.image_rows(torch.from_numpy(rows)).numpy()
+    row_index = torch.from_numpy(rows)
+    image = source.image_rows(row_index).numpy()
     excess = uncertainty[rows] - np.nanmin(uncertainty)  # at least 0
     largest_excess = max(float(excess.max()), 1e-12)  # above 0, because it is a divisor
     weight = excess / largest_excess + 1e-3  # above 0, to leave no photo out
@@ -87,7 +89,8 @@ def _clustering_pool(rows: Ints, uncertainty: Floats, seed: int) -> Ints:
     rows_by_doubt = _sort_by_doubt(rows, uncertainty)
     half = CLUSTERING_POOL_SIZE // 2
     shuffled_others = np.random.default_rng(seed).permutation(rows_by_doubt[half:])
-    return np.sort(np.concatenate([rows_by_doubt[:half], shuffled_others[:half]]))
+    pool = np.concatenate([rows_by_doubt[:half], shuffled_others[:half]])
+    return np.sort(pool)
 
 
 def _sort_by_doubt(rows: Ints, uncertainty: Floats) -> Ints:
@@ -114,10 +117,12 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
     """
 
     def is_risk_shown(wrong: Floats) -> Mask:
-        evidence = log_evidence(n_wrong=wrong, n_accepted=np.full(len(wrong), n), max_risk=max_risk)
+        n_accepted = np.full(len(wrong), n)
+        evidence = log_evidence(n_wrong=wrong, n_accepted=n_accepted, max_risk=max_risk)
         return evidence >= -math.log(delta)
 
-    return _largest_limit(uncertainty, n, n_right_labels_needed(max_risk, delta), is_risk_shown)
+    least_photos = n_right_labels_needed(max_risk, delta)
+    return _largest_limit(uncertainty, n, least_photos, is_risk_shown)
 
 
 def choose_limit_of_draw(
@@ -130,11 +135,14 @@ def choose_limit_of_draw(
     """
 
     def is_risk_shown(wrong: Floats) -> Mask:
-        return binomial_tail(wrong.astype(np.int64), np.full(len(wrong), n), max_risk) <= delta
+        n_wrong = wrong.astype(np.int64)
+        n_accepted = np.full(len(wrong), n)
+        return binomial_tail(n_wrong, n_accepted, max_risk) <= delta
 
     limit, is_expected = _largest_limit(uncertainty, n, MIN_PHOTOS_OF_DRAW, is_risk_shown)
     ascending = np.sort(uncertainty[np.isfinite(uncertainty)])
-    n_included = math.ceil(DRAW_WIDENING_FACTOR * np.searchsorted(ascending, limit, side="right"))
+    n_up_to_limit = np.searchsorted(ascending, limit, side="right")
+    n_included = math.ceil(DRAW_WIDENING_FACTOR * n_up_to_limit)
     if n_included >= len(ascending):
         return 1.0, is_expected
     return float(ascending[n_included - 1]), is_expected
@@ -161,7 +169,8 @@ def _largest_limit(
     n_up_to_limit = np.arange(1, len(ascending) + 1)
     expected_risk = np.cumsum(ascending) / n_up_to_limit
     expected_wrong = np.round(expected_risk * n)
-    shown_indices = np.flatnonzero(is_risk_shown(expected_wrong))
+    is_shown = is_risk_shown(expected_wrong)
+    shown_indices = np.flatnonzero(is_shown)
     last_shown_index = int(shown_indices[-1]) if len(shown_indices) else -1
     n_least = max(math.ceil(LEAST_SHARE * len(ascending)), least_photos)
     least_index = min(n_least, len(ascending)) - 1

@@ -55,11 +55,12 @@ class FolderSplit(PhotoSplit):
         # If a photo is picked, all photos with the same picture count as picked.
         picked_positions = split.random_position[_picked_mask(photos, book)]
         has_picked_picture = np.isin(split.random_position, picked_positions)
+        no_given_label = np.zeros(len(photos), np.bool_)  # only drawn photos count
         return dataclasses.replace(
             split,
             is_usable=is_readable & is_first,
             is_calibration=~has_picked_picture,
-            has_given_label=np.zeros(len(photos), np.bool_),  # only drawn photos count
+            has_given_label=no_given_label,
         )
 
     @staticmethod
@@ -78,7 +79,8 @@ class FolderSplit(PhotoSplit):
 
     def pictures_digest(self, photos: Photos) -> str:
         """Digest of the pictures of the folder."""
-        return digest(sorted({picture.hex() for picture in photos.pictures}))
+        picture_digests = sorted({picture.hex() for picture in photos.pictures})
+        return digest(picture_digests)
 
     def for_predictor(self, predictor: FailurePredictor, photos: Photos) -> Self:
         """The split with the population of a predictor as the calibration side.
@@ -92,7 +94,8 @@ class FolderSplit(PhotoSplit):
 
     def rows_to_pick(self, photos: Photos, book: LabelBook) -> Ints:
         """(M,) rows that may be picked to fit on, whether drawn or not."""
-        return np.flatnonzero(self.is_usable & ~_picked_mask(photos, book))
+        is_picked = _picked_mask(photos, book)
+        return np.flatnonzero(self.is_usable & ~is_picked)
 
     def threshold_tests(
         self, trial: Trial, outcomes: Outcomes, rows: Ints, max_risk: float, level: float

@@ -176,9 +176,10 @@ def draw_for_guarantee(
 
 def _require_no_record(table: Path, *, overwrite: bool) -> None:
     """Refuse to replace the record of an earlier draw, unless ``overwrite`` is True."""
-    if record_path(table).exists() and not overwrite:
+    record_file = record_path(table)
+    if record_file.exists() and not overwrite:
         raise UsageError(
-            f"{record_path(table)} is there, the record of an earlier draw. Give another file, or "
+            f"{record_file} is there, the record of an earlier draw. Give another file, or "
             "--overwrite to replace both."
         )
 

@@ -129,23 +129,26 @@ def _n_fit(trial: Trial | None) -> int:
 
 def choose_method(photos: Photos, fit_rows: Ints) -> str:
     """The method to fit: it uses labels if enough rows have a class."""
-    n_with_class = np.count_nonzero(photos.target.numpy()[fit_rows] >= 0)
+    target = photos.target.numpy()[fit_rows]
+    n_with_class = np.count_nonzero(target >= 0)
     return METHOD_WITH_LABELS if n_with_class >= MIN_LABELS_TO_FIT else METHOD_WITHOUT_LABELS
 
 
 def fit_predictor(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredictor:
     """Fit a method on the labels of ``fit_rows``, or ``METHOD_WITHOUT_LABELS`` on all photos."""
     predictor: FailurePredictor
+    predictor_class = find_method(method)
     if method == METHOD_WITH_LABELS:
-        predictor = build_predictor(find_method(method), {"seed": seed})
+        predictor = build_predictor(predictor_class, {"seed": seed})
         labelled_photos = photos.take(fit_rows)
         predictor.fit(labelled_photos)
         _add_held_out_answers(predictor, labelled_photos)
         logger.info("%s is fitted on %s labels", method, f"{len(fit_rows):,}")
         return predictor
-    predictor = find_method(method)()
+    predictor = predictor_class()
     predictor.fit(photos)
-    note_spread(predictor, predictor.predict_uncertainty(photos))
+    uncertainty = predictor.predict_uncertainty(photos)
+    note_spread(predictor, uncertainty)
     logger.info("%s is fitted on %s photos, without labels", method, f"{len(photos):,}")
     return predictor
 

@@ -309,9 +309,11 @@ class _Simulation:
         drawn_rows: Ints = self.rng.permutation(rows_up_to_limit)[:n_drawn]
         drawn_scores = self.scores[drawn_rows]
         # the predictor's probabilities may all be too low or too high by this factor
-        probability_factor = math.exp(self.rng.normal(0.0, LOG_FACTOR_SPREAD))
+        log_factor = self.rng.normal(0.0, LOG_FACTOR_SPREAD)
+        probability_factor = math.exp(log_factor)
         failure_probability = np.minimum(probability_factor * drawn_scores, 1.0)
-        failure = (self.rng.random(len(drawn_rows)) < failure_probability).astype(np.int64)
+        is_wrong = self.rng.random(len(drawn_rows)) < failure_probability
+        failure = is_wrong.astype(np.int64)
         threshold = -math.inf
         for n_so_far in _label_counts_at_tests(n_drawn):
             scores_so_far = drawn_scores[:n_so_far]
@@ -330,16 +332,19 @@ class _Simulation:
             tests = self.make_tests(trial, self.scores, risk, level)
             # Every test is tried, not only the last test. If all photos of a folder had a label, no
             # photo would be left for the guarantee. So fewer labels can show more.
-            for n_so_far in _label_counts_at_tests(self.n_to_draw(trial, n_labels)):
-                if tests.can_certify(self._evenly_spread_scores(trial.limit, n_so_far)):
+            n_drawn = self.n_to_draw(trial, n_labels)
+            for n_so_far in _label_counts_at_tests(n_drawn):
+                spread_scores = self._evenly_spread_scores(trial.limit, n_so_far)
+                if tests.can_certify(spread_scores):
                     return risk
         return None
 
     def _evenly_spread_scores(self, limit: float, n: int) -> Floats:
         """``n`` scores up to a limit, with evenly spaced ranks."""
         scores_up_to_limit = self.scores[self.scores <= limit]
-        ranks = np.linspace(0, len(scores_up_to_limit) - 1, n).round().astype(np.int64)
-        spread_scores: Floats = scores_up_to_limit[ranks]
+        exact_ranks = np.linspace(0, len(scores_up_to_limit) - 1, n)
+        ranks = exact_ranks.round()
+        spread_scores: Floats = scores_up_to_limit[ranks.astype(np.int64)]
         return spread_scores
 
 

@@ -127,7 +127,8 @@ class PhotoSplit:
     def unanswered_rows(self, uncertainty: Floats, limit: float) -> Ints:
         """(M,) calibration rows up to a limit without a label, in the random order."""
         is_open = self.usable_calibration_mask & (uncertainty <= limit) & ~self.is_answered
-        return self.in_random_order(np.flatnonzero(is_open))
+        open_rows = np.flatnonzero(is_open)
+        return self.in_random_order(open_rows)
 
     def counted_rows(self, uncertainty: Floats, limit: float) -> Ints:
         """(M,) calibration rows up to a limit that count for a guarantee.
@@ -193,7 +194,8 @@ class PhotoSplit:
 
         ``scores`` (M,) are the uncertainties of the calibration photos.
         """
-        return ThresholdTests(np.array(trial.grid), max_risk, level, trial.limit)
+        grid = np.array(trial.grid)
+        return ThresholdTests(grid, max_risk, level, trial.limit)
 
     def closed_photos(
         self,

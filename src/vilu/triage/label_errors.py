@@ -146,7 +146,8 @@ def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None
     # ``photos`` does not contain unreadable photos.
     worst_photos = [photos[row] for row in photos if row in worst_rows]
     best_photos = [photos[row] for row in photos if row in best_rows]
-    style.save_figure(figures.contact_sheet(best_photos, worst_photos), path)
+    sheet = figures.contact_sheet(best_photos, worst_photos)
+    style.save_figure(sheet, path)
 
 
 def _photos(errors: LabelErrors, rows: Sequence[int], images: ImageDataset) -> dict[int, Photo]:
@@ -156,8 +157,9 @@ def _photos(errors: LabelErrors, rows: Sequence[int], images: ImageDataset) -> d
     for record in find_pictures(images, row_of):
         row = row_of[record.key]
         with suppress(BadImage):
+            image = read_image(record).image
             photos[row] = Photo(
-                image=read_image(record).image,
+                image=image,
                 prediction=errors.suggested[row],
                 truth=errors.label[row],
                 uncertainty=1 - float(errors.quality[row]),

@@ -52,14 +52,15 @@ def write_labels(
         The number of written labels.
 
     Raises:
-        UsageError: With ``scores`` if the output exists. Without ``scores`` if the output is no
-            .csv file, or exists and has other content.
+        UsageError: If ``scores`` are given and the output exists. If ``scores`` are not given and
+            the output has another suffix than .csv, or is an existing file with other content.
         DataError: If no label belongs to a row of the scores, or if a label is no class of the
             scores.
     """
     if scores is None:
         require_suffix(output, ".csv")
-        write_new_file(output, csv_bytes(label_columns(labels, streams or {})))
+        columns = label_columns(labels, streams or {})
+        write_new_file(output, csv_bytes(columns))
         return len(labels)
     if output.exists():
         raise UsageError(

@@ -117,7 +117,8 @@ def columns_of(rows: Sequence[object], names: Iterable[str]) -> dict[str, pa.Arr
     columns = {}
     for name in names:
         values = [getattr(row, name) for row in rows]
-        columns[name] = pa.array(values, NUMBER_TYPES.get(name, pa.string()), from_pandas=True)
+        column_type = NUMBER_TYPES.get(name, pa.string())
+        columns[name] = pa.array(values, column_type, from_pandas=True)
     return columns
 
 
@@ -131,7 +132,7 @@ class LabelBook:
     Examples:
         >>> from vilu.triage.labels import LabelBook
         >>> book = LabelBook()
-        >>> book.request_labels(["a.jpg", "b.jpg"], "calibration", predictor="fingerprint")
+        >>> book.request_labels(["a.jpg", "b.jpg"], "calibration", predictor="8a41b0")
         >>> n_noted = book.note_labels({"b.jpg": "cat", "c.jpg": "dog"})
         >>> book.entries["c.jpg"].stream  # nobody asked for this label
         'given'
@@ -174,7 +175,8 @@ class LabelBook:
         """
         now = int(time.time())
         for path in paths:
-            entry = self.entries.get(path, Entry(path, label=None, stream=stream))
+            new_entry = Entry(path, label=None, stream=stream)
+            entry = self.entries.get(path, new_entry)
             self.entries[path] = replace(
                 entry, stream=stream, probability=probability, predictor=predictor, asked=now
             )
@@ -193,7 +195,8 @@ class LabelBook:
         for path, label in labels.items():
             entry = self.entries.get(path)
             if entry is None:
-                entry = Entry(path, label=None, stream=_unasked_stream(path, streams or {}))
+                stream = _unasked_stream(path, streams or {})
+                entry = Entry(path, label=None, stream=stream)
             if entry.label != label:
                 # The labelled picture is not known yet. ``note_pictures`` notes it later.
                 self.entries[path] = replace(entry, label=label, answered=now, picture="")
@@ -238,7 +241,8 @@ class LabelBook:
             former_path = former_text_of(path)
             # If the former path is the path of another photo now, the entry belongs to this photo.
             if former_path in self.entries and former_path not in present_paths:
-                self.entries[path] = replace(self.entries.pop(former_path), path=path)
+                entry = self.entries.pop(former_path)
+                self.entries[path] = replace(entry, path=path)
 
     @property
     def has_drawn(self) -> bool:
@@ -251,7 +255,8 @@ class LabelBook:
 
     def save(self, path: Path) -> None:
         """Write the book as a table."""
-        write_table(path, columns_of(list(self), COLUMNS), {"kind": "labels"})
+        columns = columns_of(list(self), COLUMNS)
+        write_table(path, columns, {"kind": "labels"})
 
     @classmethod
     def load(cls, path: Path) -> LabelBook:
@@ -401,7 +406,8 @@ class PhotoNames:
         # The folder may be a link. The path may start with the link or with the target of the link.
         for root in (self.root.absolute(), self.root.resolve()):
             if path.is_relative_to(root):
-                return matching_text(path.relative_to(root).as_posix(), self.paths)
+                path_in_folder = path.relative_to(root)
+                return matching_text(path_in_folder.as_posix(), self.paths)
         file_name = matching_text(relative, self.photos_of_name)
         if file_name is None:
             return None

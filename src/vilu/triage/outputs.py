@@ -21,7 +21,7 @@ from vilu.calibration.thresholds import exact_percent, percent
 from vilu.device import torch_defaults
 from vilu.errors import UsageError
 from vilu.guard.guard import Answer
-from vilu.metrics.counts import Floats
+from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.decisions import ACCEPT, REVIEW
 from vilu.report.page.build import find_template, render_page
 from vilu.report.page.gallery import thumbnails
@@ -195,7 +195,8 @@ def _write_accepted_labels(
     """Write the accepted labels to sidecars; return a text for the summary."""
     # The photos are listed again because they may have been moved.
     photo_folder = list_folder(settings.photos, output, follow_links=settings.follow_links)
-    n_written = write_sidecars(accepted_labels(output, photo_folder, answers, settings))
+    labels = accepted_labels(output, photo_folder, answers, settings)
+    n_written = write_sidecars(labels)
     if not n_written:
         return NO_SIDECAR_TEXT
     return f"{plural(n_written, 'photo')} with the accepted label in PHOTO.xmp"
@@ -388,8 +389,11 @@ def threshold_rows(
     if progress is not None:
         return _rows_of_test(uncertainty, progress, threshold_in_force)
     rows = []
-    for decile in np.quantile(uncertainty, np.arange(1, 11) / 10).tolist():
-        rows.append(_row_without_labels(uncertainty, decile, threshold_in_force))
+    shares = np.arange(1, 11) / 10
+    deciles = np.quantile(uncertainty, shares)
+    for decile in deciles.tolist():
+        row = _row_without_labels(uncertainty, decile, threshold_in_force)
+        rows.append(row)
     return rows
 
 
@@ -404,9 +408,8 @@ def _rows_of_test(
     evidence = log_evidence(n_wrong, n_accepted, tests.max_risk)
     # These bounds are not valid for a closed set, with labels drawn without replacement.
     has_bounds = isinstance(tests, ThresholdTests)
-    spread_indices = np.linspace(0, len(tests.grid) - 1, THRESHOLDS_SHOWN).round().astype(int)
     rows = []
-    for index in np.unique(spread_indices):  # a small grid has fewer thresholds
+    for index in _spread_indices(len(tests.grid)):
         threshold = float(tests.grid[index])
         # The guarantee is about all photos up to the threshold in force. The photos up to a lower
         # threshold may have a higher error rate, so a lower threshold needs separate evidence.
@@ -430,17 +433,26 @@ def _rows_of_test(
     return rows
 
 
+def _spread_indices(n_thresholds: int) -> Ints:
+    """Indices of the shown thresholds, spread evenly over a grid of ``n_thresholds`` thresholds."""
+    exact_indices = np.linspace(0, n_thresholds - 1, THRESHOLDS_SHOWN)
+    rounded_indices = exact_indices.round()
+    return np.unique(rounded_indices.astype(np.int64))  # a small grid has fewer thresholds
+
+
 def _row_without_labels(
     uncertainty: Floats, threshold: float, threshold_in_force: float | None
 ) -> ThresholdRow:
     """The row of the table for a threshold without counted labels."""
+    coverage = float((uncertainty <= threshold).mean())
+    expected_risk = _mean_up_to(uncertainty, threshold)
     return ThresholdRow(
-        coverage=float((uncertainty <= threshold).mean()),
+        coverage=coverage,
         threshold=threshold,
         n_accepted=0,
         n_wrong=0,
         risk_bound=None,
-        expected_risk=_mean_up_to(uncertainty, threshold),
+        expected_risk=expected_risk,
         is_certified=threshold_in_force is not None and threshold <= threshold_in_force,
     )
 
@@ -468,7 +480,8 @@ def lowest_shown_bound(n_wrong: int, n_accepted: int, delta: float) -> float | N
         return float(log_evidence(n_wrong, n_accepted, bound))
 
     # The evidence rises with the bound, so bisection finds the lowest bound with enough evidence.
-    index = bisect_left(TRIED_BOUNDS, -math.log(delta), key=evidence_against_more_than)
+    needed_evidence = -math.log(delta)
+    index = bisect_left(TRIED_BOUNDS, needed_evidence, key=evidence_against_more_than)
     return TRIED_BOUNDS[index] if index < len(TRIED_BOUNDS) else None
 
 
@@ -631,7 +644,8 @@ def scenes_in_words(result: TriageResult) -> str:
     what_is_guaranteed = "nothing is guaranteed"
     if certified_index is not None:
         threshold = float(progress.tests.grid[certified_index])
-        share = float((_unlabelled_scores(result) <= threshold).mean())
+        scores = _unlabelled_scores(result)
+        share = float((scores <= threshold).mean())
         accepts_as_many = threshold >= (result.rule.threshold or 0.0)
         what_is_guaranteed = f"{share:.0%} of the photos without a label are guaranteed"
         if accepts_as_many:
@@ -709,5 +723,6 @@ def _pictures(
     if not paths:
         return {}
     rows = sorted(row_of[path] for path in paths)
-    by_row = thumbnails(result.outcomes, rows, photo_folder.files_of(paths))
+    files = photo_folder.files_of(paths)
+    by_row = thumbnails(result.outcomes, rows, files)
     return {path: by_row[row_of[path]] for path in paths}

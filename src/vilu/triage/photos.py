@@ -156,15 +156,16 @@ class PhotoStores:
 
     def is_complete(self, number: int) -> bool:
         """Whether the embedding of a store was finished."""
-        return (self.store_folder(number) / MANIFEST_FILE).is_file()
+        manifest_file = self.store_folder(number) / MANIFEST_FILE
+        return manifest_file.is_file()
 
     def listed_versions(self, number: int) -> dict[str, FileVersion]:
         """Map the paths of the photos in the list of a store to the versions of the photos."""
-        table, metadata = read_table(self._photo_list_file(number), ())
+        list_file = self._photo_list_file(number)
+        table, metadata = read_table(list_file, ())
         if metadata.get("kind") != "photos":
             raise DataError(
-                f"{self._photo_list_file(number)} is no list of photos of vilu. Remove the folder "
-                f"{self.root}."
+                f"{list_file} is no list of photos of vilu. Remove the folder {self.root}."
             )
         paths = table["path"].to_pylist()
         sizes = table["size"].to_pylist()
@@ -217,9 +218,9 @@ class PhotoStores:
             elif is_unchanged:
                 interrupted_store = number  # this store can be continued
             else:
+                folder = self.store_folder(number)
                 logger.info(
-                    "%s was begun with photos that have changed since, so it is removed",
-                    self.store_folder(number),
+                    "%s was begun with photos that have changed since, so it is removed", folder
                 )
                 self._remove_store(number)
         return _StoredPhotos(versions, unreadable_paths, interrupted_store)
@@ -229,7 +230,9 @@ class PhotoStores:
         kinds_to_retry = {"read_error"}  # kinds of faults
         if find_spec("pillow_heif") is not None:
             kinds_to_retry.add(NEEDS_PILLOW_HEIF)
-        bad_images = EmbeddingStore(self.store_folder(number)).bad_images()
+        folder = self.store_folder(number)
+        store = EmbeddingStore(folder)
+        bad_images = store.bad_images()
         return {path for path, kind in bad_images if kind in kinds_to_retry}
 
     @staticmethod
@@ -253,7 +256,8 @@ class PhotoStores:
             "size": pa.array(sizes, pa.int64()),
             "time": pa.array(times, pa.int64()),
         }
-        write_table(self._photo_list_file(number), columns, {"kind": "photos"})
+        list_file = self._photo_list_file(number)
+        write_table(list_file, columns, {"kind": "photos"})
 
     def _embed(
         self,
@@ -269,7 +273,8 @@ class PhotoStores:
             # If the stores were of different models, every later run would fail. So the models are
             # compared before the new store is written.
             folder = self.store_folder(complete_stores[0])
-            EmbeddingStore(folder).space.require_match(
+            store = EmbeddingStore(folder)
+            store.space.require_match(
                 model.space, name=str(folder), other_name="the model of this run"
             )
         embed(
@@ -286,9 +291,10 @@ class PhotoStores:
 
     def _remove_store(self, number: int) -> None:
         """Remove a store and its list."""
-        with convert_os_errors(f"cannot remove {self.store_folder(number)}"):
-            if self.store_folder(number).exists():
-                shutil.rmtree(self.store_folder(number))
+        folder = self.store_folder(number)
+        with convert_os_errors(f"cannot remove {folder}"):
+            if folder.exists():
+                shutil.rmtree(folder)
             self._photo_list_file(number).unlink()
 
     def open_photos(self, listed_photos: Sequence[ListedPhoto]) -> Photos:
@@ -304,11 +310,13 @@ class PhotoStores:
         parts = []
         fault_of_path: dict[str, str] = {}
         for number in numbers:
-            store = EmbeddingStore(self.store_folder(number))
+            folder = self.store_folder(number)
+            store = EmbeddingStore(folder)
             rows = [
                 row for row, path in enumerate(store.ids) if newest_store_number.get(path) == number
             ]
-            parts.append((store, np.array(rows, dtype=np.int64)))
+            newest_rows = np.array(rows, dtype=np.int64)
+            parts.append((store, newest_rows))
             for path, kind in store.bad_images():
                 if newest_store_number.get(path) == number:
                     fault_of_path[path] = kind

@@ -68,13 +68,13 @@ def posterior_of(
     predictor: FailurePredictor, source: EmbeddingSource, rows: NDArray[np.int64]
 ) -> Floats:
     """(M, K) posterior of the predictor, or the zero-shot posterior if the predictor has none."""
-    batches = source.batches(
-        SCORING_BATCH, rows=torch.from_numpy(rows), columns=predictor.columns_to_score
-    )
+    row_index = torch.from_numpy(rows)
+    batches = source.batches(SCORING_BATCH, rows=row_index, columns=predictor.columns_to_score)
     log_posterior_of = predictor.log_posterior if predictor.has_posterior else log_posterior
     parts = [np.empty((0, source.n_candidates))]  # the result if there are no rows
     with torch.no_grad():
         for batch in batches:
             log_p = log_posterior_of(batch.to(predictor.device_))
-            parts.append(log_p.exp().numpy(force=True))
+            posterior = log_p.exp().numpy(force=True)
+            parts.append(posterior)
     return np.concatenate(parts)

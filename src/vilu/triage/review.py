@@ -136,7 +136,8 @@ def _review_of_triage(folder: Path, selection: PhotoSelection) -> Review:
         is_blind = task.stream == "calibration" or task.path in calibration_paths
         tasks.append(task.without_answer() if is_blind else task)
     labels = {}
-    for path, label in all_labels(folder).labels.items():
+    label_of_path = all_labels(folder).labels
+    for path, label in label_of_path.items():
         labels[portable_name(path)] = portable_name(label)
     return Review(
         tasks,
@@ -161,7 +162,8 @@ def _tasks_in_order(folder: Path, selection: PhotoSelection) -> list[ReviewTask]
     tasks = []
     for row in _read_table_of_triage(folder / DECISIONS_CSV, DECISION_COLUMNS):
         if _is_selected(row, streams, selection):
-            tasks.append(_task_of_row(row, streams.get(row["path"], DEFAULT_STREAM)))
+            stream = streams.get(row["path"], DEFAULT_STREAM)
+            tasks.append(_task_of_row(row, stream))
     number_of_request = {path: number for number, path in enumerate(streams)}
     n_requests = len(number_of_request)
 
@@ -180,8 +182,10 @@ def _calibration_side(folder: Path, state: TriageState) -> set[str]:
     stores = PhotoStores(folder / EMBEDDINGS_FOLDER)
     for number in stores.store_numbers():
         if stores.is_complete(number):
-            store = EmbeddingStore(stores.store_folder(number))
-            photos = Photos([(store, np.arange(len(store)))], fault_of_path={})
+            store_folder = stores.store_folder(number)
+            store = EmbeddingStore(store_folder)
+            all_rows = np.arange(len(store))
+            photos = Photos([(store, all_rows)], fault_of_path={})
             # If an older store contains the same photo, the newer store replaces it.
             picture_of_path.update(zip(photos.ids, photos.pictures, strict=True))
     seed = int(str(state.settings.get("seed", 0)))
@@ -261,11 +265,12 @@ def _task_of_row(row: Mapping[str, str], stream: str) -> ReviewTask:
     zero_shot = row.get("zero_shot")
     if zero_shot in {"", row["answer"]}:
         zero_shot = None
+    quantile_cell = row.get("quantile", "")  # earlier versions did not write this column
     return ReviewTask(
         path=row["path"],
         answer=row["answer"] or None,
         failure_probability=_number(row["failure_probability"]),
-        quantile=_number(row.get("quantile", "")),  # earlier versions did not write this column
+        quantile=_number(quantile_cell),
         runner_up=row["runner_up"] or None,
         zero_shot=zero_shot,
         stream=stream,

@@ -81,15 +81,18 @@ def _write_label_studio(review: Review, output: Path, prefix: str) -> list[Path]
     require_suffix(output, ".json")
     config = output.with_suffix(".xml")
     tasks = [_label_studio_task(task, review.model, prefix) for task in review.tasks]
-    write_new_file(output, json.dumps(tasks, indent=1).encode())
-    write_new_file(config, label_config(review.names).encode())
+    tasks_content = json.dumps(tasks, indent=1).encode()
+    write_new_file(output, tasks_content)
+    config_content = label_config(review.names).encode()
+    write_new_file(config, config_content)
     return [output, config]
 
 
 def _label_studio_task(task: ReviewTask, model: str, prefix: str) -> dict[str, Any]:
     """The task of one photo, with the answer of the model ``model`` as a prediction."""
+    path_bytes = os.fsencode(original_path(task.path))
     data = {
-        IMAGE: prefix + quote(os.fsencode(original_path(task.path))),
+        IMAGE: prefix + quote(path_bytes),
         "path": task.path,
         "vilu_uncertainty": task.failure_probability,
         "vilu_runner_up": task.runner_up,
@@ -137,7 +140,8 @@ def _write_csv(review: Review, output: Path) -> list[Path]:
     }
     if review.answer != "zero_shot":
         columns |= columns_of(review.tasks, ("zero_shot",))
-    write_new_file(output, csv_bytes(columns))
+    content = csv_bytes(columns)
+    write_new_file(output, content)
     return [output]
 
 
@@ -169,9 +173,11 @@ def _write_fiftyone(review: Review, output: Path) -> list[Path]:
     }
     metadata_file = output / "metadata.json"
     samples_file = output / "samples.json"
-    write_new_file(metadata_file, plain_json(metadata, indent=1))
+    metadata_content = plain_json(metadata, indent=1)
+    write_new_file(metadata_file, metadata_content)
     samples = [_fiftyone_sample(task) for task in review.tasks]
-    write_new_file(samples_file, plain_json({"samples": samples}, indent=1))
+    samples_content = plain_json({"samples": samples}, indent=1)
+    write_new_file(samples_file, samples_content)
     return [metadata_file, samples_file]
 
 
@@ -244,9 +250,11 @@ def read_finished_tasks(path: Path) -> LabelsAndStreams:
         DataError: If the file has another format, or if a photo has two labels.
     """
     if (path / STATE_FILE).is_file():
-        return labels_and_streams(all_labels(path))
+        book = all_labels(path)
+        return labels_and_streams(book)
     if path.is_dir():
-        return _labels_of_samples(_read_json(path / "samples.json"), path)
+        samples = _read_json(path / "samples.json")
+        return _labels_of_samples(samples, path)
     if path.suffix.lower() != ".json":
         return read_labels(path)
     content = _read_json(path)
@@ -283,7 +291,8 @@ def _labels_of_tasks(tasks: list[Any], source: Path) -> LabelsAndStreams:
         path = _path_of_task(task, source)
         label = _label_of_task(task, path, source)
         add_label(labels, source, path, label)
-        stream = task.get("data", task).get("vilu_stream")
+        data = task.get("data", task)
+        stream = data.get("vilu_stream")
         if label is not None and isinstance(stream, str):
             streams[path] = stream
     return labels, streams
@@ -297,7 +306,8 @@ def _path_of_task(task: Mapping[str, Any], source: Path) -> str:
     if path is None and isinstance(data, dict) and isinstance(data.get(IMAGE), str):
         # The path is everything after "?d=", or the whole address without "?d=".
         _, _, quoted_path = data[IMAGE].rpartition("?d=")
-        path = portable_name(unquote(quoted_path, errors="surrogateescape"))
+        image_path = unquote(quoted_path, errors="surrogateescape")
+        path = portable_name(image_path)
     if not isinstance(path, str):
         raise DataError(f"{source}: a task does not say which photo it is about: {task!r:.100}.")
     return path
@@ -306,7 +316,8 @@ def _path_of_task(task: Mapping[str, Any], source: Path) -> str:
 def _label_of_task(task: Mapping[str, Any], path: str, source: Path) -> str | None:
     """The label of a task; None without a label."""
     if "annotations" not in task:  # an export as JSON-MIN
-        return _only_choice(task.get(CHOICE), path, source)
+        choice = task.get(CHOICE)
+        return _only_choice(choice, path, source)
     annotations = [item for item in task["annotations"] if isinstance(item, dict)]
     if not annotations:
         return None
@@ -349,7 +360,8 @@ def _labels_of_samples(
             # Samples of another program have no field "path".
             path = str(sample.get("path") or sample.get("filepath"))
             add_label(labels, source, path, str(label))
-            streams[path] = _stream_of_tags(sample.get("tags") or ())
+            tags = sample.get("tags") or ()
+            streams[path] = _stream_of_tags(tags)
     return labels, streams
 
 

@@ -247,7 +247,8 @@ def _require_photos(photos: Photos, folder: Path) -> None:
     """Raise DataError if no photo was embedded."""
     if len(photos):
         return
-    reasons = Counter(photos.fault_of_path.values()).most_common()
+    n_of_reason = Counter(photos.fault_of_path.values())
+    reasons = n_of_reason.most_common()
     why = ", ".join(f"{n} {reason}" for reason, n in reasons)
     raise DataError(
         f"not one of {plural(len(photos.fault_of_path), 'photo')} in {folder} can be read: {why}."
@@ -307,16 +308,19 @@ def advance(
     split = SPLIT_CLASSES[settings.about].of(photos, book, settings.seed)
     run = TriageRun(root, settings, photos, book, split)
     has_drawn = state.has_drawn or book.has_drawn
-    state = bind_to_pictures(state, split.pictures_digest(photos), has_drawn=has_drawn)
+    pictures_digest = split.pictures_digest(photos)
+    state = bind_to_pictures(state, pictures_digest, has_drawn=has_drawn)
     state = test_before_a_fit(run, state)
     state, predictor = choose_predictor(run, state)
-    run = dataclasses.replace(run, split=split.for_predictor(predictor, photos))
+    predictor_split = split.for_predictor(predictor, photos)
+    run = dataclasses.replace(run, split=predictor_split)
     tested_outcomes = run.score(predictor)
     state, progress = test_predictor(run, state, predictor, tested_outcomes)
     state = ask_for_labels(run, state, tested_outcomes.uncertainty, progress)
     result = _result(run, state, tested_outcomes, progress)
     guarantee = "" if result.rule is None else str(result.rule)
-    state = run.write(state.model_copy(update={"guarantee": guarantee}))
+    next_state = state.model_copy(update={"guarantee": guarantee})
+    state = run.write(next_state)
     return state, result
 
 
@@ -375,7 +379,8 @@ def _result(
 
 def _outcomes_with_decisions(run: TriageRun, predictor: FailurePredictor, n_fit: int) -> Outcomes:
     """Outcomes of all photos by the present predictor. ``n_fit`` labels were used to fit it."""
-    outcomes = run.score(predictor, Calibration.find(run.present_folder))
+    calibration = Calibration.find(run.present_folder)
+    outcomes = run.score(predictor, calibration)
     # With these entries `vilu evaluate` and `vilu calibrate` know that the predictor was fitted on
     # some of the labels.
     entries = {"n_seen_in_fit": n_fit, "n_compared_with_fit": len(run.book.labels)}
@@ -422,6 +427,8 @@ def forecast_of(run: TriageRun, state: TriageState, tested_outcomes: Outcomes) -
     trial = state.tested_trial
     settings = run.settings
     n_photos_to_pick = len(run.split.rows_to_pick(run.photos, run.book))
+    level = level_of(state.n_tested + 1, settings.delta)
+    present_share = share_accepted(run)
     return Forecast.of(
         tested_outcomes.uncertainty[run.split.usable_calibration_mask],
         n_photos=len(run.photos),
@@ -430,9 +437,9 @@ def forecast_of(run: TriageRun, state: TriageState, tested_outcomes: Outcomes) -
         most_fit_labels=len(run.split.fit_rows) + n_photos_to_pick,
         n_labels=len(run.book.labels),
         max_risk=settings.max_risk,
-        level=level_of(state.n_tested + 1, settings.delta),
+        level=level,
         make_tests=run.split.tests_before_labels,
-        share_accepted=share_accepted(run),
+        share_accepted=present_share,
     )
 
 
@@ -443,12 +450,15 @@ def test_before_a_fit(run: TriageRun, state: TriageState) -> TriageState:
     requested for the tested predictor. This test uses them before the predictor is replaced.
     """
     predictor_stays = fit_case_of(run, state).keeps_predictor
-    is_missing = not (run.tested_folder(state) / PREDICTOR).is_file()
+    tested_folder = run.tested_folder(state)
+    is_missing = not (tested_folder / PREDICTOR).is_file()
     if predictor_stays or is_missing or state.tested_trial is None:
         return state
-    predictor = load_uncalibrated(run.tested_folder(state))
-    run = dataclasses.replace(run, split=run.split.for_predictor(predictor, run.photos))
-    state, _ = test_predictor(run, state, predictor, run.score(predictor))
+    predictor = load_uncalibrated(tested_folder)
+    predictor_split = run.split.for_predictor(predictor, run.photos)
+    run = dataclasses.replace(run, split=predictor_split)
+    tested_outcomes = run.score(predictor)
+    state, _ = test_predictor(run, state, predictor, tested_outcomes)
     return state
 
 
@@ -486,7 +496,8 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
     """Load the tested predictor or fit a new one, as the ``FitCase`` of the run says."""
     case = fit_case_of(run, state)
     if case.keeps_predictor:
-        return state, load_uncalibrated(run.tested_folder(state))
+        tested_folder = run.tested_folder(state)
+        return state, load_uncalibrated(tested_folder)
     fit_rows = run.split.fit_rows
     method = choose_method(run.photos, fit_rows)
     predictor = fit_predictor(method, run.photos, fit_rows, run.settings.seed)
@@ -507,13 +518,18 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
 def fit_case_of(run: TriageRun, state: TriageState) -> FitCase:
     """Whether the run fits a new predictor, and why."""
     fit_rows = run.split.fit_rows
+    method = choose_method(run.photos, fit_rows)
+    predictor_file = run.tested_folder(state) / PREDICTOR
+    is_saved = predictor_file.is_file()
+    rule = rule_in_force(run.present_folder)
+    has_calibration_photos = bool(run.split.usable_calibration_mask.any())
     return fit_case(
         state,
-        method=choose_method(run.photos, fit_rows),
+        method=method,
         n_labels=len(fit_rows),
-        is_saved=(run.tested_folder(state) / PREDICTOR).is_file(),
-        is_guaranteed=rule_in_force(run.present_folder) is not None,
-        has_calibration_photos=bool(run.split.usable_calibration_mask.any()),
+        is_saved=is_saved,
+        is_guaranteed=rule is not None,
+        has_calibration_photos=has_calibration_photos,
     )
 
 
@@ -530,7 +546,8 @@ def _save_as_present(
     predictor.save(run.present_folder)
     if likely_right is not None:
         likely_right.save(run.present_folder)
-    Vocabulary.of(run.photos, run.photos.first_store.manifest.dtype).save(run.present_folder)
+    vocabulary = Vocabulary.of(run.photos, run.photos.first_store.manifest.dtype)
+    vocabulary.save(run.present_folder)
     return state.model_copy(
         update={
             "method": predictor.name,
@@ -561,7 +578,8 @@ def _begin_trial(
     next_state = state.model_copy(update={"n_fit_of_last_candidate": n_labels})
     if not is_worth_testing(candidate, state, n_labels):
         next_state = run.write(next_state)
-        return next_state, load_uncalibrated(run.tested_folder(state))
+        tested_folder = run.tested_folder(state)
+        return next_state, load_uncalibrated(tested_folder)
     predictor.save(run.candidate_folder)
     likely_right.save(run.candidate_folder)
     next_state = next_state.model_copy(update={"candidate": candidate, "candidate_answer": answer})
@@ -582,14 +600,16 @@ def plan_trial(
     """
     settings = run.settings
     usable_calibration_mask = run.split.usable_calibration_mask
-    require_scores(scores, np.flatnonzero(usable_calibration_mask), run.photos.ids)
+    calibration_rows = np.flatnonzero(usable_calibration_mask)
+    require_scores(scores, calibration_rows, run.photos.ids)
     n_answered = int((usable_calibration_mask & run.split.is_answered).sum())
+    level = level_of(state.n_tested + 1, settings.delta)
     return Trial.plan(
         n_fit=len(run.split.fit_rows),
         scores=scores[usable_calibration_mask],
         n_answered=n_answered,
         max_risk=settings.max_risk,
-        delta=level_of(state.n_tested + 1, settings.delta),
+        delta=level,
         least_share=least_share,
     )
 
@@ -600,7 +620,8 @@ def share_accepted(run: TriageRun) -> float:
     rule = rule_in_force(run.present_folder)
     if rule is None or rule.threshold is None or not usable_calibration_mask.any():
         return 0.0
-    uncertainty = load_predictor(run.present_folder).predict_uncertainty(run.photos)
+    predictor = load_predictor(run.present_folder)
+    uncertainty = predictor.predict_uncertainty(run.photos)
     is_accepted = uncertainty[usable_calibration_mask] <= rule.threshold
     return float(is_accepted.mean())
 
@@ -620,7 +641,8 @@ def count_labels(
     progress = progress_of(
         trial, tested_outcomes, run.split, max_risk=settings.max_risk, level=level
     )
-    state = run.write(state_after_test(state, trial, progress))
+    next_state = state_after_test(state, trial, progress)
+    state = run.write(next_state)
     return state, progress
 
 
@@ -666,7 +688,8 @@ def write_certified_guarantee(
             100 * share_before,
         )
         state = _replace_present_predictor(run, state, predictor)
-    if _is_better(progress, rule_in_force(run.present_folder)):
+    present_rule = rule_in_force(run.present_folder)
+    if _is_better(progress, present_rule):
         _write_guarantee(run, predictor, tested_outcomes, progress)
     return state
 
@@ -675,6 +698,7 @@ def _replace_present_predictor(
     run: TriageRun, state: TriageState, candidate: FailurePredictor
 ) -> TriageState:
     """Replace the present predictor by the candidate; return the next state."""
+    likely_right = LikelyRight.find(run.candidate_folder)
     state = _save_as_present(
         run,
         state,
@@ -683,7 +707,7 @@ def _replace_present_predictor(
         # field keeps this name because saved files (triage.json) contain the name.
         trial=state.candidate,
         answer=state.candidate_answer,
-        likely_right=LikelyRight.find(run.candidate_folder),
+        likely_right=likely_right,
     )
     # The old state refers to the folder of the candidate. So the new state is written before the
     # folder is removed.
@@ -738,11 +762,13 @@ def ask_for_labels(
 
     ``uncertainty`` (N,) are the uncertainties of all photos by the tested predictor.
     """
-    description = read_description(run.tested_folder(state) / PREDICTOR)
+    predictor_file = run.tested_folder(state) / PREDICTOR
+    description = read_description(predictor_file)
     # The book names each predictor by the start of the digest of the weights.
     fingerprint = str(description["weights_sha256"])[:16]
     missing_rows = np.zeros(0, np.int64) if progress is None else progress.missing_rows
-    _withdraw_requests(run, fingerprint, _paths_of(run, missing_rows))
+    missing_paths = _paths_of(run, missing_rows)
+    _withdraw_requests(run, fingerprint, missing_paths)
     drawn_rows = missing_rows
     if progress is not None and not len(missing_rows):
         state, drawn_rows = _draw_photos(run, state, uncertainty, progress)
@@ -782,11 +808,13 @@ def _draw_photos(
     trial = state.tested_trial
     if trial is None:
         return state, no_rows
+    rule = rule_in_force(run.present_folder)
+    is_ready = is_ready_to_draw(run, trial)
     n_drawn = n_to_draw(
         state,
         run.settings.n_next,
-        is_guaranteed=rule_in_force(run.present_folder) is not None,
-        is_ready_to_draw=is_ready_to_draw(run, trial),
+        is_guaranteed=rule is not None,
+        is_ready_to_draw=is_ready,
         can_be_certified=progress.n_more_labels is not None,
     )
     if not n_drawn:
@@ -884,4 +912,5 @@ def _ask_to_fit(run: TriageRun, fingerprint: str, uncertainty: Floats, n: int) -
         return
     rows = run.split.rows_to_pick(run.photos, run.book)
     fit_rows = choose_rows_to_fit(run.photos, rows, uncertainty, n, run.settings.seed)
-    run.book.request_labels(_paths_of(run, fit_rows), "fit", predictor=fingerprint)
+    paths = _paths_of(run, fit_rows)
+    run.book.request_labels(paths, "fit", predictor=fingerprint)

@@ -135,7 +135,8 @@ class ReviewSession:
         for task in self.review.tasks:
             if task.path not in self.labelled_before:
                 streams[task.path] = task.stream
-        content = csv_bytes(label_columns(labels, streams))
+        columns = label_columns(labels, streams)
+        content = csv_bytes(columns)
         write_bytes(self.output, content)
         self.last_content = content
 
@@ -262,12 +263,15 @@ class PageHandler(BaseHTTPRequestHandler):
         if not self._is_allowed():
             return
         # The paths are /, /tasks and /photo/NUMBER.
-        resource, _, number = urlsplit(self.path).path.strip("/").partition("/")
+        address = urlsplit(self.path)
+        path = address.path.strip("/")
+        resource, _, number = path.partition("/")
         n_photos = len(self.page_session.review.tasks)
         if not resource:
             self._send_page()
         elif resource == "tasks":
-            content = json.dumps(self.page_session.page_data()).encode()
+            page_data = self.page_session.page_data()
+            content = json.dumps(page_data).encode()
             self._send(HTTPStatus.OK, content, "application/json")
         elif resource == "photo" and number.isdigit() and int(number) < n_photos:
             self._send_photo(int(number))
@@ -285,7 +289,8 @@ class PageHandler(BaseHTTPRequestHandler):
             )
             return
         try:
-            body = json.loads(self.rfile.read(int(length)))
+            content = self.rfile.read(int(length))
+            body = json.loads(content)
             self.page_session.set_label(body["index"], body["label"])
         except (DataError, KeyError, RecursionError, TypeError, ValueError) as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
@@ -300,7 +305,8 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def _is_allowed(self) -> bool:
         """Whether a request is allowed. A refused request gets an error as response."""
-        query = parse_qs(urlsplit(self.path).query)
+        address = urlsplit(self.path)
+        query = parse_qs(address.query)
         key, *_ = query.get("key", [""])  # the first key if there are several
         _, port = self.connection.getsockname()
         host = self.headers.get("Host", "")
@@ -354,11 +360,8 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def _refuse(self, status: HTTPStatus, detail: str) -> None:
         self.close_connection = True
-        self._send(
-            status,
-            json.dumps({"status": int(status), "detail": detail}).encode(),
-            "application/problem+json",
-        )
+        content = json.dumps({"status": int(status), "detail": detail}).encode()
+        self._send(status, content, "application/problem+json")
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
         """Log nothing, because the terminal shows only the messages of the command."""

@@ -85,7 +85,8 @@ def moved_photos(root: Path) -> dict[str, Path]:
     for name, place in zip(table["path"].to_pylist(), table["place"].to_pylist(), strict=True):
         target = root / place
         if target.is_file() and not target.is_symlink():
-            moved[portable_name(original_path(name))] = target
+            path = original_path(name)
+            moved[portable_name(path)] = target
     return moved
 
 
@@ -149,7 +150,8 @@ def accepted_labels(
         photo = sources[answer.key]
         if not lies_inside(photo, photo_folder.root, root):
             continue
-        is_accepted = folder_of(answer, settings.outside_labels).startswith("accepted/")
+        folder = folder_of(answer, settings.outside_labels)
+        is_accepted = folder.startswith("accepted/")
         labels[photo] = answer.label if is_accepted else None
     return labels
 
@@ -230,7 +232,9 @@ def _link(source: Path, target: Path) -> None:
     make_folder(target.parent)
     # Path.resolve raises an error for a link to itself; os.path.realpath does not.
     real_file = os.path.realpath(source)
-    target.symlink_to(os.path.relpath(real_file, target.parent.resolve()))
+    real_folder = target.parent.resolve()
+    relative_path = os.path.relpath(real_file, real_folder)
+    target.symlink_to(relative_path)
 
 
 def _move(source: Path, target: Path) -> None:
@@ -243,7 +247,8 @@ def _move(source: Path, target: Path) -> None:
 def _copy(source: str | Path, target: str | Path) -> None:
     """Copy a photo with the file times to another disk; a killed process leaves no partial file."""
     with atomic_write(target) as copy:
-        copy.write(Path(source).read_bytes())
+        photo = Path(source)
+        copy.write(photo.read_bytes())
         copy.flush()
         shutil.copystat(source, copy.name)
 
@@ -254,7 +259,8 @@ def _write_moves(root: Path, moves: Sequence[tuple[str, Path]]) -> None:
     targets = []
     for path, target in moves:
         paths.append(path)
-        targets.append(target.relative_to(root).as_posix())
+        relative_target = target.relative_to(root)
+        targets.append(relative_target.as_posix())
     columns: Mapping[str, pa.Array] = {
         "path": pa.array(paths, pa.string()),
         "place": pa.array(targets, pa.string()),

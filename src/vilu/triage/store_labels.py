@@ -51,7 +51,8 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
     # An error about a label names the first file of labels, or else the store.
     source = files[0] if files else store.path
     classes = tuple(photos.candidates_by_name())
-    book.note_labels(names_of_labels(book.labels, classes, (OUTSIDE_NAME,), source))
+    labels = names_of_labels(book.labels, classes, (OUTSIDE_NAME,), source)
+    book.note_labels(labels)
     photos.set_labels(book.labels, (OUTSIDE_NAME,))
     return photos, book
 

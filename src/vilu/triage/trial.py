@@ -96,7 +96,8 @@ class Trial(FrozenModel):
         index_of_limit = int(np.searchsorted(self.grid, self.limit, side="right")) - 1
         last_index = len(self.grid) - 1
         limit = self.grid[min(index_of_limit + n_thresholds, last_index)]
-        return self.model_copy(update={"limit": limit, "share": share_up_to(limit, scores)})
+        share = share_up_to(limit, scores)
+        return self.model_copy(update={"limit": limit, "share": share})
 
 
 def share_up_to(limit: float, scores: Floats) -> float:

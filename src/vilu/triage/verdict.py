@@ -210,9 +210,9 @@ def _judgement(labelled_answers: LabelledAnswers, outcomes: Outcomes) -> list[st
         sentences.append("So the answers are worth no more than that one word.")
     confusion_texts = []
     for label, answer, n in labelled_answers.confusions(judged_kind):
-        confusion_texts.append(
-            f"{_class_name(outcomes, answer)!r} for {_class_name(outcomes, label)!r} ({n})"
-        )
+        answer_name = _class_name(outcomes, answer)
+        label_name = _class_name(outcomes, label)
+        confusion_texts.append(f"{answer_name!r} for {label_name!r} ({n})")
     if confusion_texts:
         sentences.append(f"The most frequent confusions: {', '.join(confusion_texts)}.")
     return sentences

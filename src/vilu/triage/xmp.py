@@ -57,7 +57,8 @@ FORBIDDEN_CHARACTER: Final = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000
 
 def new_xmp(subject: str) -> bytes:
     """XMP with a single subject and nothing else; DataError if XML cannot hold the subject."""
-    return SIDECAR_TEMPLATE.format(label=_escaped(subject)).encode()
+    escaped_subject = _escaped(subject)
+    return SIDECAR_TEMPLATE.format(label=escaped_subject).encode()
 
 
 def _escaped(subject: str) -> str:
@@ -198,7 +199,8 @@ def add_subject(data: bytes, subject: str) -> bytes:
         addition = _Addition(xmp.bag_end_positions[0], tag_name="Bag", opening="", closing="")
     else:
         raise DataError("its dc:subject holds no rdf:Bag")
-    merged = addition.insert_into(data, _escaped(subject))
+    escaped_subject = _escaped(subject)
+    merged = addition.insert_into(data, escaped_subject)
     if read_xmp(merged).subjects != [*xmp.subjects, subject]:
         raise DataError("the label could not be added to its subjects")
     return merged

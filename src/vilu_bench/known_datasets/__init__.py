@@ -25,7 +25,8 @@ def add_datasets(source: Path | str) -> list[KnownDataset]:
         UsageError: If the TOML cannot be read, a key is missing, unknown or of a wrong type, or a
             name is taken.
     """
-    return add_tables(toml_tables(source))
+    tables = toml_tables(source)
+    return add_tables(tables)
 
 
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[KnownDataset]:
@@ -45,7 +46,8 @@ def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[KnownDataset]:
 def _known_dataset(name: str, facts: dict[str, object]) -> KnownDataset:
     """Make the data set with this name from a table of ``facts``."""
     where = f"data set {name!r}"
-    reader = make_reader(facts.pop("layout", None), where)
+    layout = facts.pop("layout", None)
+    reader = make_reader(layout, where)
     entry = fill_dataclass(KnownDataset, {"name": name, **facts, "reader": reader}, where)
     has_captions = isinstance(reader, ShardReader)
     if entry.captioned != has_captions:
@@ -58,7 +60,8 @@ def _known_dataset(name: str, facts: dict[str, object]) -> KnownDataset:
 
 def paper_datasets() -> list[KnownDataset]:
     """The data sets of the paper, in the paper's order, from ``assets/datasets.toml``."""
-    tables = toml_tables(read_asset("datasets.toml"))
+    text = read_asset("datasets.toml")
+    tables = toml_tables(text)
     return [_known_dataset(name, facts) for name, facts in tables.items()]
 
 

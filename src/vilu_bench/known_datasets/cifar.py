@@ -171,7 +171,8 @@ def _unpickle(file: Path) -> object:
             raise ValueError(
                 f"it holds {n_tuples} tuples, and an array needs no more than {MAX_TUPLES}"
             )
-        return _Unpickler(io.BytesIO(raw), encoding="latin1").load()
+        unpickler = _Unpickler(io.BytesIO(raw), encoding="latin1")
+        return unpickler.load()
 
 
 def _as_text(name: object) -> str:
@@ -278,9 +279,9 @@ class CifarDataset:
         for batch, row in self._rows[start:stop]:
             pixels = batch.pixels[row]
             # the pixels identify a picture, because a PNG's bytes depend on the library
-            yield ImageRecord(
-                batch.key(row), batch.labels[row], partial(_as_png, pixels), content=pixels.tobytes
-            )
+            key = batch.key(row)
+            encode = partial(_as_png, pixels)
+            yield ImageRecord(key, batch.labels[row], encode, content=pixels.tobytes)
 
 
 @dataclass(frozen=True)
@@ -298,9 +299,8 @@ class _Batch:
         array = content.get("data")
         labels = content.get(label_key)
         if not isinstance(array, PickledArray) or not isinstance(labels, list):
-            raise DataError(
-                f"{file} must hold 'data' and {label_key!r}. Found: {', '.join(content)}."
-            )
+            keys = ", ".join(content)
+            raise DataError(f"{file} must hold 'data' and {label_key!r}. Found: {keys}.")
         try:
             pixels = array.as_bytes(PIXELS)
         except ValueError as error:
@@ -323,7 +323,8 @@ class _Batch:
 
 
 def _class_names(file: Path, key: str) -> list[str]:
-    names = read_pickle(file).get(key)
+    content = read_pickle(file)
+    names = content.get(key)
     if not isinstance(names, list) or not names:
         raise DataError(f"{file} must hold a list {key!r}. Unpack the archive again.")
     return [_as_text(name) for name in names]
@@ -333,7 +334,8 @@ def _as_png(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     channels_last = pixels.reshape(3, 32, 32).transpose(1, 2, 0)
     picture = np.ascontiguousarray(channels_last)
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
+    image = Image.fromarray(picture)
+    image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
@@ -368,7 +370,8 @@ def _folder_layout(name: str, layout: Layout) -> FolderLayout:
     description = (
         f"{layout.folder}, or the folder it is in, as torchvision unpacks it; --split train or test"
     )
-    return FolderLayout(name, description, partial(opener_of_cifar, layout=layout))
+    opener = partial(opener_of_cifar, layout=layout)
+    return FolderLayout(name, description, opener)
 
 
 CIFAR10_LAYOUT = _folder_layout("cifar10", CIFAR10)

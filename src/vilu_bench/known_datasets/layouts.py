@@ -90,8 +90,9 @@ class ClassFolders:
             raise self._without_classes(folder)
         for name in names:
             if name not in self.labels:
+                stray_folder = folder / portable_name(name)
                 raise DataError(
-                    f"{folder / portable_name(name)} is no class: expected the "
+                    f"{stray_folder} is no class: expected the "
                     f"{len(self.labels)} folders {next(iter(self.labels))}, ... Move it out."
                 )
         return sorted(names, key=self.labels.__getitem__)
@@ -124,7 +125,8 @@ class SplitFolders:
         classes: set[str] = set()
         for folder in folders:
             if folder.is_dir():
-                classes.update(subfolders(folder))
+                names_in_split = subfolders(folder)
+                classes.update(names_in_split)
         names = tuple(sorted(classes, key=os.fsencode))
         if not names:
             searched = " or ".join(map(str, folders))
@@ -144,12 +146,13 @@ def imagenet(place: Place) -> Listing:
 
     As in CoOp, the validation images are the test split.
     """
-    labels = {wnid: label for label, wnid in enumerate(wnids())}
+    classes = wnids()
+    labels = {wnid: label for label, wnid in enumerate(classes)}
     splits = {
         "train": ClassFolders(place.folder, "train", labels),
         "test": ClassFolders(place.folder, "val", labels, advice=SORT_ADVICE),
     }
-    return _listing(wnids(), splits, "official split, its validation images as test")
+    return _listing(classes, splits, "official split, its validation images as test")
 
 
 def imagenet_v2(place: Place) -> Listing:
@@ -160,7 +163,8 @@ def imagenet_v2(place: Place) -> Listing:
 
 def imagenet_sketch(place: Place) -> Listing:
     """ImageNet-Sketch: about fifty sketches per class, in class folders named by wnid."""
-    return _halves(place, wnids())
+    classes = wnids()
+    return _halves(place, classes)
 
 
 def half_by_hash(name: str, files: ClassImages, *, first: bool) -> ClassImages:
@@ -174,7 +178,8 @@ def half_by_hash(name: str, files: ClassImages, *, first: bool) -> ClassImages:
     hashes = []
     for path, _ in files:
         key = f"{name}/{path}".encode("utf-8", "surrogateescape")
-        hashes.append(blake2b(key, digest_size=8).digest())
+        key_hash = blake2b(key, digest_size=8)
+        hashes.append(key_hash.digest())
     order = sorted(range(len(files)), key=hashes.__getitem__)
     middle = len(files) // 2
     chosen = order[:middle] if first else order[middle:]
@@ -184,14 +189,16 @@ def half_by_hash(name: str, files: ClassImages, *, first: bool) -> ClassImages:
 @cache
 def wnids() -> tuple[str, ...]:
     """WordNet ids of the 1,000 classes in label order. This is the ascending order of ids."""
-    return tuple(read_asset("imagenet_wnids.txt").split())
+    text = read_asset("imagenet_wnids.txt")
+    return tuple(text.split())
 
 
 @cache
 def clip_names() -> tuple[str, ...]:
     """CLIP's names of the 1,000 classes in label order, with ``RENAMED_CLASSES`` applied."""
     file = resources.files("vilu").joinpath("assets", "imagenet_class_names.json")
-    names: list[str] = json.loads(file.read_text(encoding="utf-8"))
+    text = file.read_text(encoding="utf-8")
+    names: list[str] = json.loads(text)
     return tuple(RENAMED_CLASSES.get(label, name) for label, name in enumerate(names))
 
 
@@ -207,7 +214,8 @@ def _halves(place: Place, folders: tuple[str, ...]) -> Listing:
 
 def _listing(folders: tuple[str, ...], splits: Mapping[str, ClassFolders], origin: str) -> Listing:
     """Listing of a data set with ImageNet's classes; prompts have CLIP's names unchanged."""
-    return Listing(folders, splits, origin, names=clip_names(), uncleaned_names=clip_names())
+    names = clip_names()
+    return Listing(folders, splits, origin, names=names, uncleaned_names=names)
 
 
 @dataclass(frozen=True)
@@ -244,7 +252,8 @@ class CifarReader:
         if missing:
             return Count(found=0, listed=published, missing=missing)
         try:
-            n_pictures = len(self.open(place, Request(split)))
+            request = Request(split)
+            n_pictures = len(self.open(place, request))
         except DataError as error:  # not raised, because the next split is counted, too
             return Count(found=None, listed=published, problem=str(error))
         return Count(found=n_pictures, listed=n_pictures)  # the files themselves are the list
@@ -264,7 +273,8 @@ class ShardReader:
                 f"{place.entry.title} has captions, no classes and no splits. Leave "
                 f"{unfit_options[0]} out."
             )
-        return TarShards(f"{place.folder} (all pairs)", find_known_shards(place.folder))
+        shards = find_known_shards(place.folder)
+        return TarShards(f"{place.folder} (all pairs)", shards)
 
     def survey(self, place: Place, *, deep: bool) -> Survey:
         """Count the tar files and find gaps in the numbers of the files.
@@ -311,7 +321,8 @@ def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
     for (parent, prefix, width), present_numbers in numbers.items():
         for number in islice(_gaps(present_numbers), MAX_MISSING_NAMES):
             path = parent / f"{prefix}{number:0{width}}.tar"
-            missing.append(path.relative_to(folder).as_posix())
+            relative_path = path.relative_to(folder)
+            missing.append(relative_path.as_posix())
     return tuple(missing[:MAX_MISSING_NAMES])
 
 
@@ -358,13 +369,16 @@ def make_reader(layout: object, where: str) -> Reader:
     options = dict(layout) if isinstance(layout, Mapping) else {}
     kind = options.pop("kind", None)
     if not isinstance(kind, str) or kind not in LAYOUTS:
+        kinds = ", ".join(LAYOUTS)
         raise UsageError(
             f"{where} must say how it is laid out, as layout = {{ kind = ... }}; "
-            f"kinds are {', '.join(LAYOUTS)}. Got {layout!r} instead."
+            f"kinds are {kinds}. Got {layout!r} instead."
         )
     reader = LAYOUTS[kind]
     if isinstance(reader, type):
-        return ListReader(fill_dataclass(reader, options, f"{where}, layout {kind}"))
+        read_listing = fill_dataclass(reader, options, f"{where}, layout {kind}")
+        return ListReader(read_listing)
     if options:
-        raise UsageError(f"{where}, layout {kind} has no options. Leave out {', '.join(options)}.")
+        refused = ", ".join(options)
+        raise UsageError(f"{where}, layout {kind} has no options. Leave out {refused}.")
     return reader

@@ -60,7 +60,8 @@ class ListReader:
 
     def open(self, place: Place, request: Request) -> ListedDataset:
         """The images of the requested splits."""
-        return ListedDataset(place, self.read(place), request)
+        listing = self.read(place)
+        return ListedDataset(place, listing, request)
 
     def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002
         """Count listed files and existing files; ``deep`` matters only for archives."""
@@ -149,7 +150,8 @@ def _count(entries: Iterable[ListedImage], task: Task) -> Count:
             if is_file:
                 n_existing += 1
             elif len(missing) < MAX_MISSING_NAMES:
-                missing.append(portable_name(path))
+                name = portable_name(path)
+                missing.append(name)
     except DataError as error:  # not raised, because the next split is counted, too
         return Count(found=n_existing, listed=None, problem=str(error))
     return Count(found=n_existing, listed=n_listed, missing=tuple(missing))
@@ -293,7 +295,8 @@ def read_json_object(file: Path) -> dict[str, object]:
 def read_lines(file: Path) -> Iterator[str]:
     """The stripped lines of a text file, without blank lines."""
     try:
-        text = read_file(file).decode("utf-8-sig")
+        content = read_file(file)
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         refuse(file, error)
     lines = [line.strip() for line in text.splitlines()]
@@ -341,7 +344,8 @@ def read_split_file(file: Path) -> SplitLists:
                 return path, label
         raise ValueError(f"expected [relative path, class index, class name]; found {entry!r:.80}")
 
-    for key, entries in read_json_object(file).items():
+    content = read_json_object(file)
+    for key, entries in content.items():
         if key not in SPLIT_OF_KEY or not isinstance(entries, list):
             kind = type(entries).__name__
             refuse(file, f"expected lists named train, val and test; found {key[:20]!r}: {kind}")
@@ -360,8 +364,7 @@ def shipped_lists_of(dataset: str) -> SplitLists | None:
     - a line with a letter for every image of the class (t, v, e: train, validation, test),
     - a line with the path of every image.
     """
-    data = resources.files("vilu_bench").joinpath("assets", COOP_ASSET).read_bytes()
-    lines = iter(lzma.decompress(data).decode().splitlines())
+    lines = _coop_lines()
     for head in lines:
         name, n_classes = head.split("\t")
         lists = SplitLists({split: [] for split in SPLITS})
@@ -378,6 +381,14 @@ def shipped_lists_of(dataset: str) -> SplitLists | None:
         if name == dataset:
             return lists
     return None
+
+
+def _coop_lines() -> Iterator[str]:
+    """The lines of the shipped CoOp lists."""
+    file = resources.files("vilu_bench").joinpath("assets", COOP_ASSET)
+    compressed = file.read_bytes()
+    content = lzma.decompress(compressed)
+    return iter(content.decode().splitlines())
 
 
 @dataclass(frozen=True)
@@ -404,7 +415,8 @@ def fgvc_aircraft(place: Place) -> Listing:
     variants = place.require("variants.txt")
     keys = {"train": "train", "validation": "val", "test": "test"}
     files = {split: place.require(f"images_variant_{key}.txt") for split, key in keys.items()}
-    lists = SplitLists.of(files, read_lines(variants), variants)
+    names = read_lines(variants)
+    lists = SplitLists.of(files, names, variants)
 
     def parse(line: str) -> tuple[str, int]:
         number, _, variant = line.partition(" ")
@@ -451,7 +463,8 @@ def sun397(place: Place) -> Listing:
     file_names = {"train": "Training_01.txt", "test": "Testing_01.txt"}
     files = {split: place.require(name, f"Partitions/{name}") for split, name in file_names.items()}
     scenes = place.require("ClassName.txt", "Partitions/ClassName.txt")
-    lists = SplitLists.of(files, read_lines(scenes), scenes)
+    scene_names = read_lines(scenes)
+    lists = SplitLists.of(files, scene_names, scenes)
 
     def parse(line: str) -> tuple[str, int]:
         class_name, _, _ = line.rpartition("/")
@@ -464,7 +477,8 @@ def sun397(place: Place) -> Listing:
     for path in listing.classes:  # such as /a/apartment_building/outdoor
         below_letter = path.split("/")[2:]  # without the empty first part and the letter
         classes.append("/".join(below_letter))
-        names.append(clean_name(" ".join(reversed(below_letter))))
+        words = " ".join(reversed(below_letter))
+        names.append(clean_name(words))
     return replace(listing, classes=tuple(classes), names=tuple(names))
 
 

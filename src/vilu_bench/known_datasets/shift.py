@@ -31,18 +31,21 @@ DamageFunction = Callable[[Image.Image, float, Rng], Image.Image]
 def gaussian_noise(image: Image.Image, strength: float, rng: Rng) -> Image.Image:
     """Add normal noise of standard deviation ``strength`` to every value in [0, 1]."""
     pixels = _to_pixels(image)
-    return _to_image(pixels + strength * rng.standard_normal(pixels.shape, dtype=np.float32))
+    noise = rng.standard_normal(pixels.shape, dtype=np.float32)
+    return _to_image(pixels + strength * noise)
 
 
 def shot_noise(image: Image.Image, strength: float, rng: Rng) -> Image.Image:
     """Add Poisson noise, as if the value 1 were an expected count of ``strength`` photons."""
-    n_photons = rng.poisson(_to_pixels(image) * strength).astype(np.float32)
+    expected_counts = _to_pixels(image) * strength
+    n_photons = rng.poisson(expected_counts).astype(np.float32)
     return _to_image(n_photons / strength)
 
 
 def blur(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
     """Blur with a Gaussian of radius ``strength``, in pixels at a short side of 32."""
-    return image.filter(ImageFilter.GaussianBlur(strength * min(image.size) / REFERENCE_SIDE))
+    gaussian = ImageFilter.GaussianBlur(strength * min(image.size) / REFERENCE_SIDE)
+    return image.filter(gaussian)
 
 
 def low_contrast(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
@@ -66,7 +69,8 @@ def jpeg(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa:
 
 def pixelate(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
     """Shrink by the factor ``strength``, averaging pixels; restore the size by repeating pixels."""
-    small = image.resize(_scaled_size(image, strength), Image.Resampling.BOX)
+    small_size = _scaled_size(image, strength)
+    small = image.resize(small_size, Image.Resampling.BOX)
     return small.resize(image.size, Image.Resampling.NEAREST)
 
 
@@ -75,7 +79,8 @@ def low_resolution(image: Image.Image, strength: float, rng: Rng) -> Image.Image
 
     At severity 3 a side of 32 pixels is resized to 16 and back to 32.
     """
-    small = image.resize(_scaled_size(image, strength), Image.Resampling.BICUBIC)
+    small_size = _scaled_size(image, strength)
+    small = image.resize(small_size, Image.Resampling.BICUBIC)
     return small.resize(image.size, Image.Resampling.BICUBIC)
 
 
@@ -103,9 +108,8 @@ class ShiftedImages(ChosenImages):
         unknown = [kind for kind in kinds if kind not in DAMAGE_KINDS]
         if unknown or not kinds:
             refused = ", ".join(unknown) if unknown else "none"
-            raise UsageError(
-                f"kinds of shift are {', '.join(DAMAGE_KINDS)}. Got {refused} instead."
-            )
+            known_kinds = ", ".join(DAMAGE_KINDS)
+            raise UsageError(f"kinds of shift are {known_kinds}. Got {refused} instead.")
         if not 1 <= severity <= MAX_SEVERITY:
             raise UsageError(f"severity must be 1 to {MAX_SEVERITY}. Got {severity} instead.")
         self._strengths = {}
@@ -126,8 +130,10 @@ class ShiftedImages(ChosenImages):
 
 def _damaged_png(record: ImageRecord, strengths: dict[str, float]) -> bytes:
     """The damaged picture as a PNG; a hash of the key seeds the choice of damage and the noise."""
-    key_hash = blake2b(record.key.encode(), digest_size=16).digest()
-    rng = np.random.default_rng(int.from_bytes(key_hash, "big"))
+    key = record.key.encode()
+    key_hash = blake2b(key, digest_size=16).digest()
+    seed = int.from_bytes(key_hash, "big")
+    rng = np.random.default_rng(seed)
     kind = list(strengths)[rng.integers(len(strengths))]
     damage, _ = DAMAGE_KINDS[kind]
     image = decode_image(record.read()).image
@@ -142,7 +148,8 @@ def _to_pixels(image: Image.Image) -> NDArray[np.float32]:
 
 
 def _to_image(pixels: NDArray[np.float32]) -> Image.Image:
-    return Image.fromarray(np.rint(pixels.clip(0, 1) * 255).astype(np.uint8))
+    levels = np.rint(pixels.clip(0, 1) * 255)
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def _scaled_size(image: Image.Image, share: float) -> tuple[int, int]:

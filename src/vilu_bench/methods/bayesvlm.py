@@ -101,8 +101,9 @@ def curvature_factors(
     """
     dim = candidates.shape[1]
     outputs = candidates.new_zeros(dim, dim)
+    output_norm = layer.outputs.norm(dim=-1)
     # scale² / ‖g‖² for every pair that contains the row
-    weights = layer.count * (scale / layer.outputs.norm(dim=-1)).square()
+    weights = layer.count * (scale / output_norm).square()
     directions = layer.directions.split(block_rows)
     for unit, weight in zip(directions, weights.split(block_rows), strict=True):
         logits = scale * unit @ candidates.T + bias
@@ -399,7 +400,8 @@ class BayesVLM(FailurePredictor):
             return train.source.space.embed_dim
         # every row has the same projection, so the first row is enough
         projection = train.source.column(f"{encoder}_projection", train.index[:1])
-        return float(projection.double().square().sum())
+        squares = projection.double().square()
+        return float(squares.sum())
 
     def _factors_of_chunks(
         self, train: Rows
@@ -421,9 +423,11 @@ class BayesVLM(FailurePredictor):
         g = float64(g)
         h = float64(h)
         one_pair_per_image = g.new_ones(len(g))
-        image_layer = Layer(float64(phi), g, one_pair_per_image)
+        phi = float64(phi)
+        image_layer = Layer(phi, g, one_pair_per_image)
+        psi = float64(psi)
         pairs_per_text = torch.bincount(batch.target, minlength=len(h))
-        text_layer = Layer(float64(psi), h, pairs_per_text.to(h))
+        text_layer = Layer(psi, h, pairs_per_text.to(h))
         scale = batch.logit_scale
         bias = batch.logit_bias
         return (
@@ -446,7 +450,8 @@ class BayesVLM(FailurePredictor):
         # the softmax of the softened logits approximates the expected softmax of Gaussian logits
         divisor = (1 + math.pi / 8 * (scale**2 * variance)).sqrt()
         logits = (scale * mean + batch.logit_bias) / divisor
-        return torch.sigmoid(failure_log_odds(logits, batch))
+        log_odds = failure_log_odds(logits, batch)
+        return torch.sigmoid(log_odds)
 
 
 def run_last_layers(
@@ -489,7 +494,7 @@ def run_last_layer(
             "Make both with `vilu embed --features`."
         )
     g = phi @ layer.T
-    distance = float((functional.normalize(g, dim=-1) - embedding).norm(dim=-1).max())
+    distance = _largest_distance(g, embedding)
     if distance > MAX_DISTANCE:
         raise DataError(
             f"{features!r} times {projection!r} must be the embeddings, "
@@ -500,3 +505,10 @@ def run_last_layer(
             "or leave them out (bayesvlm: mode=embeddings, icpe: features=false)."
         )
     return phi, g
+
+
+def _largest_distance(g: Tensor, embedding: Tensor) -> float:
+    """Largest distance of normalised outputs P phi (B, D) from the embeddings of the same rows."""
+    difference = functional.normalize(g, dim=-1) - embedding
+    distance = difference.norm(dim=-1)
+    return float(distance.max())

@@ -37,7 +37,8 @@ NO_CAPTIONS = (
 
 def cosine_margin(batch: Batch) -> Tensor:
     """Gap (B,) between the two largest cosines of an image with the candidates, float64."""
-    two_largest_logits = float64(batch.logits.topk(2, dim=1).values)
+    top_logits = batch.logits.topk(2, dim=1).values
+    two_largest_logits = float64(top_logits)
     largest, second_largest = two_largest_logits.unbind(dim=1)
     return (largest - second_largest) / batch.logit_scale
 
@@ -105,11 +106,12 @@ class DeltaKNN(ClosedSet):
         bank_failure = failure[positions]
         # the rightly answered images come first, then the wrongly answered images
         right_first_order = bank_failure.argsort(stable=True)
-        bank = read_images(dataclasses.replace(bank_rows, index=bank_rows.index[right_first_order]))
+        sorted_rows = dataclasses.replace(bank_rows, index=bank_rows.index[right_first_order])
+        bank = read_images(sorted_rows)
         n_right = (bank_failure == 0).sum()
-        return Learnt(
-            {"bank": bank, "n_right": n_right, CLASSES: class_texts(train)}, {"n_bank": len(bank)}
-        )
+        classes = class_texts(train)
+        tensors = {"bank": bank, "n_right": n_right, CLASSES: classes}
+        return Learnt(tensors, {"n_bank": len(bank)})
 
     def _score(self, batch: Batch) -> Tensor:
         # Raises an error for other classes: with other classes, other training images would be
@@ -127,10 +129,13 @@ class DeltaKNN(ClosedSet):
         Zero if the bank is empty.
         """
         if not len(bank):
-            return float64(image.new_zeros(len(image)))
+            no_distance = image.new_zeros(len(image))
+            return float64(no_distance)
         similarity, _ = nearest_in_bank(image, bank, self.k)
-        squares = squared_distance_of_cosine(float64(similarity))
-        return torch.log(squares + LOG_OFFSET).mean(dim=1)
+        cosine = float64(similarity)
+        squares = squared_distance_of_cosine(cosine)
+        log_squares = torch.log(squares + LOG_OFFSET)
+        return log_squares.mean(dim=1)
 
 
 @dataclasses.dataclass
@@ -222,7 +227,8 @@ class DeltaMDS(ClosedSet):
         label = class_labels(train)
         right_tensors = self._fit_bank("right", train, label, failure == 0)
         wrong_tensors = self._fit_bank("wrong", train, label, failure == 1)
-        return Learnt(right_tensors | wrong_tensors | {CLASSES: class_texts(train)})
+        classes = class_texts(train)
+        return Learnt(right_tensors | wrong_tensors | {CLASSES: classes})
 
     def _fit_bank(
         self, bank_name: str, train: Rows, label: Tensor, is_member: Tensor
@@ -248,7 +254,8 @@ class DeltaMDS(ClosedSet):
 
     def _score(self, batch: Batch) -> Tensor:
         image = float64(batch.image)
-        classes = self.classes_of(batch.text).to(image.device)
+        class_of_candidate = self.classes_of(batch.text)
+        classes = class_of_candidate.to(image.device)
         distance_to_right = self._distance(image, classes, "right")
         distance_to_wrong = self._distance(image, classes, "wrong")
         return distance_to_right - distance_to_wrong - self.margin_weight * cosine_margin(batch)

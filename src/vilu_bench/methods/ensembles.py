@@ -153,19 +153,23 @@ class MCDropout(ViLU):
         space: EmbeddingSpace,
     ) -> nn.Module:
         """The head, with dropout layers that are active in training."""
-        return self._head(space, Dropout(self.dropout, self.seed))
+        dropout_layer = Dropout(self.dropout, self.seed)
+        return self._head(space, dropout_layer)
 
     def _score(self, batch: Batch) -> Tensor:
         (head,) = self.heads
         first_layer_output = head.first_layer(batch)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator()
+        generator.manual_seed(self.seed)
         total = torch.zeros(len(first_layer_output), dtype=torch.float64)
         for _ in range(self.passes):
             hidden = first_layer_output
             for layer in head.rest:
                 if isinstance(layer, Dropout):
-                    hidden = hidden * layer.mask(hidden.shape[1:], generator).to(hidden.device)
+                    mask = layer.mask(hidden.shape[1:], generator)
+                    hidden = hidden * mask.to(hidden.device)
                 else:
                     hidden = layer(hidden)
-            total += torch.sigmoid(hidden.squeeze(-1).cpu().double())
+            output = hidden.squeeze(-1).cpu()
+            total += torch.sigmoid(output.double())
         return total / self.passes

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
@@ -56,7 +56,9 @@ class LabelledImages(NamedTuple):
         bank_rows, _ = draw_rows(train, max_bank, seed)
         image = read_images(bank_rows)
         blocks = [float64(batch.logits) for batch in bank_rows.batches(SCORING_BATCH)]
-        return cls(image, class_labels(bank_rows), torch.cat(blocks), train.source.n_candidates)
+        label = class_labels(bank_rows)
+        logits = torch.cat(blocks)
+        return cls(image, label, logits, train.source.n_candidates)
 
     def take(self, rows: Tensor) -> LabelledImages:
         """The rows at these indices."""
@@ -65,7 +67,8 @@ class LabelledImages(NamedTuple):
 
 def class_folds(label: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     """Number (M,) of the fold of every row; the rows of a class are dealt to the folds in turn."""
-    shuffled = np.random.default_rng(seed).permutation(len(label))
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(len(label))
     rows_by_class = shuffled[np.argsort(label[shuffled], kind="stable")]
     fold_of_row = np.empty(len(label), dtype=np.int64)
     fold_of_row[rows_by_class] = np.arange(len(label)) % N_FOLDS
@@ -88,22 +91,32 @@ def held_out_posteriors(
         log_posteriors: Function that gets the rows to fit on and n held-out rows. It returns the
             log posteriors (V, n, K) of the held-out rows.
     """
-    count = torch.bincount(rows.label, minlength=rows.n_classes)
-    is_only_label = count[rows.label] == 1
-    fold_of_row = torch.from_numpy(class_folds(rows.label.numpy(), seed))
     posteriors_of_folds = []
     held_out_labels = []
-    for fold in range(N_FOLDS):
-        is_held_out = (fold_of_row == fold) & ~is_only_label
-        if not is_held_out.any():
-            continue
-        held_out_rows = rows.take(is_held_out.nonzero().squeeze(1))
-        rows_to_fit = rows.take((~is_held_out).nonzero().squeeze(1))
-        posteriors_of_folds.append(log_posteriors(rows_to_fit, held_out_rows))
+    for is_held_out in _held_out_masks(rows, seed):
+        (held_out_index,) = is_held_out.nonzero(as_tuple=True)
+        held_out_rows = rows.take(held_out_index)
+        is_to_fit = ~is_held_out
+        (index_to_fit,) = is_to_fit.nonzero(as_tuple=True)
+        rows_to_fit = rows.take(index_to_fit)
+        log_p = log_posteriors(rows_to_fit, held_out_rows)
+        posteriors_of_folds.append(log_p)
         held_out_labels.append(held_out_rows.label)
     if not posteriors_of_folds:
         return None
     return torch.cat(posteriors_of_folds, dim=1), torch.cat(held_out_labels)
+
+
+def _held_out_masks(rows: LabelledImages, seed: int) -> Iterator[Tensor]:
+    """Yield a mask (M,) of the held-out rows of every fold; folds without such rows are skipped."""
+    count = torch.bincount(rows.label, minlength=rows.n_classes)
+    is_only_label = count[rows.label] == 1
+    fold_numbers = class_folds(rows.label.numpy(), seed)
+    fold_of_row = torch.from_numpy(fold_numbers)
+    for fold in range(N_FOLDS):
+        is_held_out = (fold_of_row == fold) & ~is_only_label
+        if is_held_out.any():
+            yield is_held_out
 
 
 def likeliest_index(
@@ -120,7 +133,8 @@ def likeliest_index(
         return None
     log_p, label = posteriors_and_labels
     log_p_of_label = log_p[:, torch.arange(len(label)), label]
-    return int(log_p_of_label.sum(dim=1).argmax())
+    log_likelihood = log_p_of_label.sum(dim=1)
+    return int(log_likelihood.argmax())
 
 
 def most_accurate_index(
@@ -138,7 +152,8 @@ def most_accurate_index(
     log_p, label = posteriors_and_labels
     is_right = log_p.argmax(dim=2) == label
     n_right = is_right.sum(dim=1)
-    return int((n_right == n_right.max()).nonzero()[0])
+    is_best = n_right == n_right.max()
+    return int(is_best.nonzero()[0])
 
 
 @dataclasses.dataclass
@@ -191,12 +206,11 @@ class LinearProbeCV(ClassRegression):
         rows = LabelledImages.of(train, self.max_bank, self.seed)
 
         def log_posteriors(rows_to_fit: LabelledImages, held_out_rows: LabelledImages) -> Tensor:
-            return torch.stack(
-                [
-                    probe_log_posteriors(rows_to_fit, held_out_rows, inverse_penalty, self.max_iter)
-                    for inverse_penalty in self.grid
-                ]
-            )
+            log_p_by_penalty = [
+                probe_log_posteriors(rows_to_fit, held_out_rows, inverse_penalty, self.max_iter)
+                for inverse_penalty in self.grid
+            ]
+            return torch.stack(log_p_by_penalty)
 
         inverse_penalty = PROBE_INVERSE_PENALTY
         best_index = likeliest_index(rows, self.seed, log_posteriors)
@@ -225,7 +239,8 @@ def probe_log_posteriors(
         rows_to_fit.image, rows_to_fit.label, rows_to_fit.n_classes, inverse_penalty, max_iter
     )
     log_p = (rows.image.double() @ weight.T + bias).log_softmax(dim=1)
-    return log_p.clamp(min=float(np.log(MIN_PROBABILITY)))
+    min_log_p = float(np.log(MIN_PROBABILITY))
+    return log_p.clamp(min=min_log_p)
 
 
 def fit_mix_weights(log_p: Floats, label: NDArray[np.int64]) -> Floats:
@@ -241,7 +256,8 @@ def fit_mix_weights(log_p: Floats, label: NDArray[np.int64]) -> Floats:
     def loss(weights: Floats) -> tuple[float, Floats]:
         mixed_log_p = weights[0] * log_p[:, 0] + weights[1] * log_p[:, 1]
         log_q = mixed_log_p - np.logaddexp.reduce(mixed_log_p, axis=1, keepdims=True)
-        expected_log_p = np.einsum("nk,nmk->nm", np.exp(log_q), log_p)
+        q = np.exp(log_q)
+        expected_log_p = np.einsum("nk,nmk->nm", q, log_p)
         gradient = (expected_log_p - log_p_of_label).mean(axis=0)
         return float(-log_q[rows, label].mean()), gradient
 
@@ -303,13 +319,15 @@ class ProbeAndZeroShot(ClassRegression):
 
         def log_posteriors(rows_to_fit: LabelledImages, held_out_rows: LabelledImages) -> Tensor:
             probe = probe_log_posteriors(rows_to_fit, held_out_rows, self.C, self.max_iter)
-            return torch.stack([held_out_rows.logits.log_softmax(dim=1), probe])
+            zero_shot = held_out_rows.logits.log_softmax(dim=1)
+            return torch.stack([zero_shot, probe])
 
         weights = np.array([0.5, 0.5])
         posteriors_and_labels = held_out_posteriors(rows, self.seed, log_posteriors)
         if posteriors_and_labels is not None:
             log_p, label = posteriors_and_labels
-            weights = fit_mix_weights(log_p.transpose(0, 1).numpy(), label.numpy())
+            log_p_by_row = log_p.transpose(0, 1)
+            weights = fit_mix_weights(log_p_by_row.numpy(), label.numpy())
         weight, bias = fit_regression(rows.image, rows.label, rows.n_classes, self.C, self.max_iter)
         tensors = {
             "weight": weight,
@@ -322,7 +340,9 @@ class ProbeAndZeroShot(ClassRegression):
     def _logits(self, batch: Batch) -> Tensor:
         """Logits (B, K) float64 of the mix."""
         zero_shot = float64(batch.logits).log_softmax(dim=1)
-        probe = super()._logits(batch).log_softmax(dim=1).clamp(min=float(np.log(MIN_PROBABILITY)))
+        min_log_p = float(np.log(MIN_PROBABILITY))
+        probe = super()._logits(batch).log_softmax(dim=1)
+        probe = probe.clamp(min=min_log_p)
         weights = self.tensor("mix", zero_shot.device)
         mixed_logits: Tensor = weights[0] * zero_shot + weights[1] * probe
         return mixed_logits
@@ -346,10 +366,13 @@ class AddedToZeroShot(ClosedSet):
     def log_posterior(self, batch: Batch) -> Tensor:
         """Log posterior (B, K) float64 of the sum of the logits."""
         added_logits = self._added_logits(batch)
-        return (float64(batch.logits).to(added_logits.device) + added_logits).log_softmax(dim=1)
+        logits = float64(batch.logits).to(added_logits.device) + added_logits
+        return logits.log_softmax(dim=1)
 
     def _score(self, batch: Batch) -> Tensor:
-        return torch.sigmoid(failure_log_odds(self.log_posterior(batch), batch))
+        log_p = self.log_posterior(batch)
+        log_odds = failure_log_odds(log_p, batch)
+        return torch.sigmoid(log_odds)
 
 
 @dataclasses.dataclass
@@ -410,12 +433,11 @@ class GDAAndZeroShot(AddedToZeroShot):
         def log_posteriors(rows_to_fit: LabelledImages, held_out_rows: LabelledImages) -> Tensor:
             weight, bias = gaussian_discriminants(rows_to_fit)
             discriminants = held_out_rows.image.double() @ weight.T + bias
-            return torch.stack(
-                [
-                    (held_out_rows.logits + alpha * discriminants).log_softmax(dim=1)
-                    for alpha in self.grid
-                ]
-            )
+            log_p_by_alpha = [
+                (held_out_rows.logits + alpha * discriminants).log_softmax(dim=1)
+                for alpha in self.grid
+            ]
+            return torch.stack(log_p_by_alpha)
 
         weight, bias = gaussian_discriminants(rows)
         alpha = 0.0  # with one label per class there is no covariance, and nothing is added
@@ -427,7 +449,8 @@ class GDAAndZeroShot(AddedToZeroShot):
 
     def _added_logits(self, batch: Batch) -> Tensor:
         image = float64(batch.image)
-        classes = self.classes_of(batch.text).to(image.device)
+        class_of_candidate = self.classes_of(batch.text)
+        classes = class_of_candidate.to(image.device)
         weight = self.tensor("weight", image.device)[classes]
         bias = self.tensor("bias", image.device)[classes]
         return image @ weight.T + bias
@@ -449,7 +472,8 @@ def gaussian_discriminants(rows: LabelledImages) -> tuple[Tensor, Tensor]:
     if trace <= MIN_VARIANCE:
         return torch.zeros_like(mean), torch.zeros(rows.n_classes, dtype=torch.float64)
     # inverse of the covariance, with the trace as ridge
-    precision = dim * torch.linalg.inv(scatter + trace * torch.eye(dim, dtype=torch.float64))
+    ridge = trace * torch.eye(dim, dtype=torch.float64)
+    precision = dim * torch.linalg.inv(scatter + ridge)
     weight = mean @ precision
     return weight, -(weight * mean).sum(dim=1) / 2
 
@@ -517,12 +541,11 @@ class TipAdapter(AddedToZeroShot):
                 )
                 for beta in self.betas
             }
-            return torch.stack(
-                [
-                    (held_out_rows.logits + alpha * logits_of_beta[beta]).log_softmax(dim=1)
-                    for alpha, beta in alpha_beta_pairs
-                ]
-            )
+            log_p_by_pair = [
+                (held_out_rows.logits + alpha * logits_of_beta[beta]).log_softmax(dim=1)
+                for alpha, beta in alpha_beta_pairs
+            ]
+            return torch.stack(log_p_by_pair)
 
         # the paper's values, if no row can be held out
         alpha = 1.0
@@ -540,10 +563,12 @@ class TipAdapter(AddedToZeroShot):
 
     def _added_logits(self, batch: Batch) -> Tensor:
         device = batch.image.device
-        classes = self.classes_of(batch.text).to(device)
+        class_of_candidate = self.classes_of(batch.text)
+        classes = class_of_candidate.to(device)
         bank = self.tensor("bank", device)
         label = self.tensor("labels", device)
-        alpha, beta = self.tensor("shape", device).tolist()
+        shape = self.tensor("shape", device)
+        alpha, beta = shape.tolist()
         n_classes = len(self.learned_[CLASSES])
         logits = cache_logits(batch.image, bank, label, beta, n_classes)
         added: Tensor = alpha * logits[:, classes]

@@ -112,11 +112,13 @@ class ICPE(ClassDensity):
         densities = self._fit_densities(
             train, self.components, self.ridge, read_blocks, relative_ridge=0.0
         )
-        return Learnt(densities | {"on_features": torch.tensor(uses_features)})
+        on_features = torch.tensor(uses_features)
+        return Learnt(densities | {"on_features": on_features})
 
     def _score(self, batch: Batch) -> Tensor:
         image = outputs_before_norm(batch) if self._uses_features else float64(batch.image)
-        return average_with_zero_shot(batch, self._log_odds(batch, image))
+        log_odds = self._log_odds(batch, image)
+        return average_with_zero_shot(batch, log_odds)
 
 
 def outputs_before_norm(batch: Batch) -> Tensor:

@@ -138,10 +138,12 @@ class Mahalanobis(ClosedSet):
         label = class_labels(train)
         learned = fit_gaussian(train, label, train.source.n_candidates)
         if self.relative:
-            global_gaussian = fit_gaussian(train, torch.zeros_like(label), n_classes=1)
+            one_label = torch.zeros_like(label)
+            global_gaussian = fit_gaussian(train, one_label, n_classes=1)
             learned["global_mean"] = global_gaussian["means"]
             learned["global_whitener"] = global_gaussian["whitener"]
-        return Learnt(learned | {CLASSES: class_texts(train)})
+        classes = class_texts(train)
+        return Learnt(learned | {CLASSES: classes})
 
     def tensor_names(self) -> tuple[str, ...]:
         """Names of the fitted tensors; the two global tensors exist only with ``relative``."""

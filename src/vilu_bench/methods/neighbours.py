@@ -49,9 +49,9 @@ class LabelledBank(ClosedSet):
     ) -> Learnt:
         bank_rows, _ = draw_rows(train, self.max_bank, self.seed)
         bank, label = self._choose_images(read_images(bank_rows), class_labels(bank_rows))
-        return Learnt(
-            {"bank": bank, "labels": label, CLASSES: class_texts(train)}, {"n_bank": len(bank)}
-        )
+        classes = class_texts(train)
+        tensors = {"bank": bank, "labels": label, CLASSES: classes}
+        return Learnt(tensors, {"n_bank": len(bank)})
 
     def _choose_images(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """The images of ``bank`` (N, D) to keep, and their classes; by default all images."""
@@ -273,13 +273,16 @@ class TrustScore(LabelledBank):
             return bank, label
         dense_members = []
         for class_label in label.unique():
-            members = (label == class_label).nonzero().squeeze(1)
+            is_member = label == class_label
+            (members,) = is_member.nonzero(as_tuple=True)
             similarity, _ = nearest_in_bank(bank[members], bank[members], self.k)
             # distance of each member to the k-th nearest member
-            radius = distance_of_cosine(similarity[:, -1]).double()
+            distance = distance_of_cosine(similarity[:, -1])
+            radius = distance.double()
             is_dense = radius <= radius.quantile(1 - self.alpha)
             dense_members.append(members[is_dense])
-        dense_rows = torch.cat(dense_members).sort().values
+        dense_rows_by_class = torch.cat(dense_members)
+        dense_rows = dense_rows_by_class.sort().values
         return bank[dense_rows], label[dense_rows]
 
     def _score(self, batch: Batch) -> Tensor:

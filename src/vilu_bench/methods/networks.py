@@ -62,16 +62,19 @@ class NetworkPredictor(FailurePredictor):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         nothing_fitted: dict[str, Tensor] = {}
-        network = cast("nn.Module", self.module(nothing_fitted, train.source.space))
+        untrained_network = self.module(nothing_fitted, train.source.space)
+        network = cast("nn.Module", untrained_network)
         settings = self._settings(AdamWConfig)
         history = train_adamw(network, self._loss, train, settings, self._default_epochs)
-        weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+        state = network.state_dict()
+        weights = {name: tensor.cpu() for name, tensor in state.items()}
         return Learnt(weights, {"history": {"loss": history}})
 
 
 def perceptron(widths: list[int], seed: int) -> nn.Sequential:
     """Linear layers of ``widths`` with leaky ReLUs in between; ``seed`` draws the weights."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator()
+    generator.manual_seed(seed)
     layers: list[nn.Module] = []
     for n_inputs, n_outputs in itertools.pairwise(widths):
         layers += [linear(n_inputs, n_outputs, generator), nn.LeakyReLU()]
@@ -147,16 +150,22 @@ class PVU(NetworkPredictor):
         return Graph(self._score_without_softplus, self.network)
 
     def _score_without_softplus(self, batch: Batch) -> Tensor:
-        output = float64(self.network(batch))
-        return torch.logaddexp(output, torch.zeros_like(output)) + MIN_UNCERTAINTY
+        network_output = self.network(batch)
+        output = float64(network_output)
+        zero = torch.zeros_like(output)
+        return torch.logaddexp(output, zero) + MIN_UNCERTAINTY
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
-        vlm_loss = -batch.log_likelihood(log_posterior(batch))
+        log_p = log_posterior(batch)
+        vlm_loss = -batch.log_likelihood(log_p)
         uncertainty = functional.softplus(output) + MIN_UNCERTAINTY
-        return LOSSES[self.loss](uncertainty, vlm_loss.to(output.device))
+        vlm_loss_on_device = vlm_loss.to(output.device)
+        return LOSSES[self.loss](uncertainty, vlm_loss_on_device)
 
     def _score(self, batch: Batch) -> Tensor:
-        return functional.softplus(float64(self.network(batch))) + MIN_UNCERTAINTY
+        network_output = self.network(batch)
+        output = float64(network_output)
+        return functional.softplus(output) + MIN_UNCERTAINTY
 
 
 class ImageNetwork(nn.Module):
@@ -169,7 +178,8 @@ class ImageNetwork(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Output (B,) of the MLP, float32."""
-        return cast("Tensor", self.layers(batch.image * self.scale)).squeeze(-1)
+        output: Tensor = self.layers(batch.image * self.scale)
+        return output.squeeze(-1)
 
 
 def ranking_loss(uncertainty: Tensor, vlm_loss: Tensor) -> Tensor:
@@ -179,16 +189,20 @@ def ranking_loss(uncertainty: Tensor, vlm_loss: Tensor) -> Tensor:
     (B,), and at least 0.1 apart.
     """
     n_pairs = len(vlm_loss) // 2
-    u_1, u_2 = uncertainty[: 2 * n_pairs].view(n_pairs, 2).unbind(dim=1)
-    loss_1, loss_2 = vlm_loss[: 2 * n_pairs].view(n_pairs, 2).unbind(dim=1)
-    sign = torch.sign(loss_1 - loss_2).to(uncertainty.dtype)
+    uncertainty_of_pair = uncertainty[: 2 * n_pairs].view(n_pairs, 2)
+    u_1, u_2 = uncertainty_of_pair.unbind(dim=1)
+    loss_of_pair = vlm_loss[: 2 * n_pairs].view(n_pairs, 2)
+    loss_1, loss_2 = loss_of_pair.unbind(dim=1)
+    order_of_losses = torch.sign(loss_1 - loss_2)
+    sign = order_of_losses.to(uncertainty.dtype)
     hinge = functional.relu(RANKING_MARGIN - sign * (u_1 - u_2))
     return hinge.sum() / max(n_pairs, 1)
 
 
 def regression_loss(uncertainty: Tensor, vlm_loss: Tensor) -> Tensor:
     """Mean squared difference between the uncertainties (B,) and the VLM's losses (B,)."""
-    return functional.mse_loss(uncertainty, vlm_loss.to(uncertainty.dtype))
+    loss_to_learn = vlm_loss.to(uncertainty.dtype)
+    return functional.mse_loss(uncertainty, loss_to_learn)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -286,19 +300,23 @@ class LMN(NetworkPredictor):
         inverse_temperature = torch.exp(-output)[:, None]
         log_p = torch.log_softmax(batch.logits * inverse_temperature, dim=-1)
         log_s = log_p.amax(dim=-1)
-        psi = target_curve(log_s.exp(), self.steepness)
+        s = log_s.exp()
+        psi = target_curve(s, self.steepness)
         n_candidates = log_p.shape[-1]
         divergence = -log_p.mean(dim=-1) - math.log(n_candidates)  # KL(uniform || p)
         loss_if_right = self.balance * (1 - psi - log_s)
         loss_if_wrong = (1 - self.balance) * (psi + divergence)
-        return torch.where(batch.failure == 1, loss_if_wrong, loss_if_right).mean()
+        loss_of_row = torch.where(batch.failure == 1, loss_if_wrong, loss_if_right)
+        return loss_of_row.mean()
 
     graph = own_graph  # the score can be exported to ONNX
 
     def _score(self, batch: Batch) -> Tensor:
-        temperature = float64(self.network(batch)).exp()
+        log_temperature = self.network(batch)
+        temperature = float64(log_temperature).exp()
         log_p = log_posterior(batch, temperature[:, None])
-        return -torch.expm1(log_p.amax(dim=-1))
+        largest_log_p = log_p.amax(dim=-1)
+        return -torch.expm1(largest_log_p)
 
 
 class MetaNetwork(nn.Module):
@@ -321,7 +339,8 @@ class MetaNetwork(nn.Module):
             batch.image * self.scale,
             answer * self.scale,
         ]
-        output: Tensor = self.layers(torch.cat(inputs, dim=1)).squeeze(-1)
+        joint_input = torch.cat(inputs, dim=1)
+        output: Tensor = self.layers(joint_input).squeeze(-1)
         return MAX_LOG_TEMPERATURE * torch.tanh(output / MAX_LOG_TEMPERATURE)
 
 

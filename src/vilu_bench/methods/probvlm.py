@@ -111,19 +111,20 @@ class ProbabilisticAdapter(nn.Module):
             if masks:
                 y = y * masks[number].to(y.device)
         y = x + self.out(y)
-        inverse_scale = functional.softplus(self.inverse_scale(y)).clamp(
-            MIN_INVERSE_SCALE, MAX_INVERSE_SCALE
-        )
+        inverse_scale = functional.softplus(self.inverse_scale(y))
+        inverse_scale = inverse_scale.clamp(MIN_INVERSE_SCALE, MAX_INVERSE_SCALE)
         position = torch.sigmoid(self.shape(y))  # 0 is the smallest beta, 1 the largest
         shape = MIN_SHAPE + (MAX_SHAPE - MIN_SHAPE) * position
-        return GeneralisedGaussian(self.mean(y), inverse_scale, shape)
+        mean = self.mean(y)
+        return GeneralisedGaussian(mean, inverse_scale, shape)
 
 
 def two_layers(dim: int, generator: torch.Generator) -> nn.Sequential:
     """A head of two layers with ``dim`` inputs and ``dim`` outputs."""
     first = linear(dim, dim, generator)
     second = linear(dim, dim, generator)
-    return nn.Sequential(first, nn.ReLU(), second)
+    activation = nn.ReLU()
+    return nn.Sequential(first, activation, second)
 
 
 def times_root_of_width(embedding: Tensor) -> Tensor:
@@ -257,10 +258,12 @@ class PairAdapters(nn.Module):
     def __init__(self, dim: int, settings: ProbVLM) -> None:
         super().__init__()
         self.settings = settings
-        weight_generator = torch.Generator().manual_seed(settings.seed)
+        weight_generator = torch.Generator()
+        weight_generator.manual_seed(settings.seed)
         self.image = ProbabilisticAdapter(dim, settings.width, weight_generator)
         self.text = ProbabilisticAdapter(dim, settings.width, weight_generator)
-        self.mask_generator = torch.Generator().manual_seed(settings.seed)
+        self.mask_generator = torch.Generator()
+        self.mask_generator.manual_seed(settings.seed)
 
     def forward(self, batch: Batch) -> Tensor:
         """Alignment losses (B,) in training mode, uncertainties (B,) in evaluation mode."""
@@ -293,21 +296,25 @@ class PairAdapters(nn.Module):
         """
         masks = self._masks(len(embedding), self.mask_generator)
         distribution: GeneralisedGaussian = adapter(embedding, masks)
-        image_loss, text_loss = distribution.nll(times_root_of_width(pair)).mean(dim=-1)
+        coordinates = times_root_of_width(pair)
+        image_loss, text_loss = distribution.nll(coordinates).mean(dim=-1)
         return image_loss, text_loss
 
     def aleatoric(self, batch: Batch) -> Tensor:
         """Log-variances (B,) of the images' distributions, averaged over the dimensions."""
-        log_variance: Tensor = self.image(batch.image).log_variance()
+        distribution: GeneralisedGaussian = self.image(batch.image)
+        log_variance = distribution.log_variance()
         return log_variance.mean(dim=-1)
 
     def epistemic(self, batch: Batch) -> Tensor:
         """Variances (B,) of the means over dropout masks, averaged over the dimensions."""
-        mask_generator = torch.Generator().manual_seed(self.settings.seed)
+        mask_generator = torch.Generator()
+        mask_generator.manual_seed(self.settings.seed)
         first_masks, second_masks = self._masks(self.settings.samples, mask_generator)
         samples = zip(first_masks, second_masks, strict=True)
         means = torch.stack([self.image(batch.image, masks).mean for masks in samples])
-        return means.var(dim=0).mean(dim=-1)
+        variance = means.var(dim=0)
+        return variance.mean(dim=-1)
 
     def cross_modal(self, batch: Batch) -> Tensor:
         """Log-odds (B,) of a wrong answer of the VLM.
@@ -325,7 +332,8 @@ class PairAdapters(nn.Module):
             texts_under_image = image_by_candidate.nll(times_root_of_width(batch.text[block]))
             images_under_text = text.index_all(block).nll(times_root_of_width(batch.image)[:, None])
             losses.append((texts_under_image + images_under_text).mean(dim=-1))
-        return failure_log_odds(-torch.cat(losses, dim=1), batch)
+        logits = -torch.cat(losses, dim=1)
+        return failure_log_odds(logits, batch)
 
     def _masks(self, n: int, mask_generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """``n`` dropout masks of each of the two hidden layers."""

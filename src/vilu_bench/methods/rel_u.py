@@ -105,11 +105,14 @@ class RelU(ClosedSet):
             )
             weight = signed_weight.float().to(p)
             moment = moment.to(p) + p.T @ (weight[:, None] * p)
-        return Learnt({"penalty": best_penalty(moment).cpu(), CLASSES: class_texts(train)})
+        penalty = best_penalty(moment).cpu()
+        classes = class_texts(train)
+        return Learnt({"penalty": penalty, CLASSES: classes})
 
     def _score(self, batch: Batch) -> Tensor:
         p = log_posterior(batch, self.temperature).exp()
-        classes = self.classes_of(batch.text).to(p.device)  # the class of every candidate
+        class_of_candidate = self.classes_of(batch.text)
+        classes = class_of_candidate.to(p.device)  # the class of every candidate
         penalty = self.tensor("penalty", p.device)[classes][:, classes]
         return (p @ penalty * p).sum(dim=-1)
 

@@ -87,9 +87,11 @@ class SIRC(FailurePredictor):
             learned["complement"] = self._complement(train, len(failure))
         typicality_by_batch = []
         for batch in train.batches(SCORING_BATCH):
-            typicality_by_batch.append(self._typicality(batch.to(self.device_), learned).cpu())
+            typicality_of_batch = self._typicality(batch.to(self.device_), learned)
+            typicality_by_batch.append(typicality_of_batch.cpu())
         typicality = torch.cat(typicality_by_batch)
-        deviation = typicality.std(correction=0).clamp(min=MIN_DEVIATION)
+        spread = typicality.std(correction=0)
+        deviation = spread.clamp(min=MIN_DEVIATION)
         learned["shift"] = typicality.mean() - 3 * deviation
         learned["slope"] = 1 / deviation
         return Learnt(learned)
@@ -109,7 +111,8 @@ class SIRC(FailurePredictor):
             image = float64(batch.to(self.device_).image)
             moment = moment.to(image.device) + image.T @ image
         eigenvectors: Tensor = torch.linalg.eigh(moment).eigenvectors  # the least moment first
-        return eigenvectors[:, : dim - components].cpu().clone()
+        complement = eigenvectors[:, : dim - components].cpu()
+        return complement.clone()
 
     def tensor_names(self) -> tuple[str, ...]:
         """Names of the fitted tensors; ``complement`` exists only for "residual"."""
@@ -131,23 +134,27 @@ class SIRC(FailurePredictor):
         shift = self.tensor("shift", log_doubt.device)
         slope = self.tensor("slope", log_doubt.device)
         untypicality = slope * (shift - self._typicality(batch, self.learned_))
-        return log_doubt + torch.logaddexp(untypicality, torch.zeros_like(untypicality))
+        zero = torch.zeros_like(untypicality)
+        return log_doubt + torch.logaddexp(untypicality, zero)
 
 
 def log_rest(log_p: Tensor) -> Tensor:
     """log(1 - max_j p_j) (B,), computed as the log-sum-exp of all but the largest log p_j."""
     largest = log_p.argmax(dim=-1, keepdim=True)
-    return torch.logsumexp(log_p.scatter(1, largest, -torch.inf), dim=-1)
+    log_p_of_rest = log_p.scatter(1, largest, -torch.inf)
+    return torch.logsumexp(log_p_of_rest, dim=-1)
 
 
 def log_entropy(log_p: Tensor) -> Tensor:
     """Logarithm of the entropy H(p) (B,)."""
-    return torch.logsumexp(log_p + torch.log(-log_p), dim=-1)
+    log_terms = log_p + torch.log(-log_p)
+    return torch.logsumexp(log_terms, dim=-1)
 
 
 def log_gini(log_p: Tensor) -> Tensor:
     """Logarithm of the Gini impurity sum_j p_j (1 - p_j) (B,)."""
-    return torch.logsumexp(log_p + torch.log(-torch.expm1(log_p)), dim=-1)
+    log_terms = log_p + torch.log(-torch.expm1(log_p))
+    return torch.logsumexp(log_terms, dim=-1)
 
 
 LOG_DOUBT_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -39,7 +39,9 @@ class AdaptedToImages(ClosedSet):
     max_bank: Count = 20_000
 
     def _score(self, batch: Batch) -> Tensor:
-        return torch.sigmoid(failure_log_odds(self.log_posterior(batch), batch))
+        log_p = self.log_posterior(batch)
+        log_odds = failure_log_odds(log_p, batch)
+        return torch.sigmoid(log_odds)
 
     def _rows_to_learn_from(self, train: Rows) -> Rows:
         """The rows to learn from."""
@@ -49,7 +51,8 @@ class AdaptedToImages(ClosedSet):
 
 def zero_shot_logits(rows: Rows) -> Tensor:
     """Zero-shot logits (N, K) float64."""
-    return torch.cat([float64(batch.logits) for batch in rows.batches(SCORING_BATCH)])
+    blocks = [float64(batch.logits) for batch in rows.batches(SCORING_BATCH)]
+    return torch.cat(blocks)
 
 
 @dataclasses.dataclass
@@ -102,24 +105,29 @@ class OTTER(AdaptedToImages):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        logits = zero_shot_logits(self._rows_to_learn_from(train))
+        rows = self._rows_to_learn_from(train)
+        logits = zero_shot_logits(rows)
         offset = torch.zeros(logits.shape[1], dtype=torch.float64)
         for _ in range(self.passes):
             mean = (logits + offset).softmax(dim=1).mean(dim=0)
             # Sinkhorn's step: raise the logits of classes with a share below 1/K, and lower the
             # logits of classes with a share above 1/K
-            step = -(mean * len(mean)).clamp(min=MIN_SHARE).log()
+            relative_share = (mean * len(mean)).clamp(min=MIN_SHARE)
+            step = -relative_share.log()
             offset = offset + step
             if float(step.abs().max()) < MAX_CONVERGED_STEP:
                 break
         offset = offset - offset.mean()
-        return Learnt({"offset": offset, CLASSES: class_texts(train)})
+        classes = class_texts(train)
+        return Learnt({"offset": offset, CLASSES: classes})
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """Log posterior (B, K) float64 of the matched classes."""
         logits = float64(batch.logits)
-        classes = self.classes_of(batch.text).to(logits.device)
-        return (logits + self.tensor("offset", logits.device)[classes]).log_softmax(dim=1)
+        class_of_candidate = self.classes_of(batch.text)
+        classes = class_of_candidate.to(logits.device)
+        offset = self.tensor("offset", logits.device)
+        return (logits + offset[classes]).log_softmax(dim=1)
 
 
 MIN_SHARE = 1e-12
@@ -187,10 +195,13 @@ class StatA(AdaptedToImages):
     ) -> Learnt:
         rows = self._rows_to_learn_from(train)
         text = class_texts(train)
+        image = read_images(rows).double()
+        logits = zero_shot_logits(rows)
+        text_float64 = text.double()
         gaussians = fit_gaussians(
-            image=read_images(rows).double(),
-            logits=zero_shot_logits(rows),
-            text=text.double(),
+            image=image,
+            logits=logits,
+            text=text_float64,
             anchor=self.anchor,
             n_neighbours=self.neighbours,
             passes=self.passes,
@@ -200,11 +211,13 @@ class StatA(AdaptedToImages):
     def log_posterior(self, batch: Batch) -> Tensor:
         """Log posterior (B, K) float64 of zero-shot logits and Gaussians."""
         image = float64(batch.image)
-        classes = self.classes_of(batch.text).to(image.device)
+        class_of_candidate = self.classes_of(batch.text)
+        classes = class_of_candidate.to(image.device)
         mean = self.tensor("mean", image.device)[classes]
         variance = self.tensor("variance", image.device)[classes]
         likelihood = gaussian_likelihood(image, mean, variance)
-        return (float64(batch.logits) + likelihood / TEMPERATURE).log_softmax(dim=1)
+        logits = float64(batch.logits) + likelihood / TEMPERATURE
+        return logits.log_softmax(dim=1)
 
 
 TEMPERATURE = 50.0
@@ -262,10 +275,12 @@ def fit_gaussians(
 
 def variance_about(image: Tensor, posterior: Tensor, mean: Tensor) -> Tensor:
     """(K, D) mean of (z - mean_c)^2 over images (N, D), weighted by the posteriors (N, K)."""
-    total_weight = posterior.sum(dim=0).clamp(min=1e-300)[:, None]  # a divisor, so never 0
+    class_weight = posterior.sum(dim=0)
+    total_weight = class_weight.clamp(min=1e-300)[:, None]  # a divisor, so never 0
     mean_image = posterior.T @ image / total_weight
     mean_square = posterior.T @ image.square() / total_weight
-    return (mean_square - 2 * mean_image * mean + mean.square()).clamp(min=0)
+    variance = mean_square - 2 * mean_image * mean + mean.square()
+    return variance.clamp(min=0)
 
 
 def gaussian_likelihood(image: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
@@ -295,4 +310,5 @@ def nearest_affinity(image: Tensor, n_neighbours: int) -> Tensor:
         cosines.append(top_cosine.flatten())
         columns.append(top_column.flatten())
     positions = torch.stack([rows, torch.cat(columns)])
-    return torch.sparse_coo_tensor(positions, torch.cat(cosines), (n, n), check_invariants=True)
+    affinity = torch.cat(cosines)
+    return torch.sparse_coo_tensor(positions, affinity, (n, n), check_invariants=True)

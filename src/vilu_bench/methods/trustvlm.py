@@ -78,7 +78,8 @@ class TrustVLM(ClosedSet):
         sum_of_class = features.new_zeros(train.source.n_candidates, features.shape[1])
         sum_of_class.index_add_(0, label[shot_rows], features)
         prototypes = normalize(sum_of_class, dim=1)
-        return Learnt({"prototypes": prototypes, CLASSES: class_texts(train)})
+        classes = class_texts(train)
+        return Learnt({"prototypes": prototypes, CLASSES: classes})
 
     def _score(self, batch: Batch) -> Tensor:
         answer = self.answer_of(batch)
@@ -96,7 +97,9 @@ class TrustVLM(ClosedSet):
 
 def draw_per_class(label: Tensor, max_rows: int, seed: int) -> Tensor:
     """Sorted indices of at most ``max_rows`` rows of each class, drawn at random."""
-    shuffled = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    shuffled = torch.randperm(len(label), generator=generator)
     # all rows, sorted by class; the rows of a class stay in random order
     rows_by_class = shuffled[label[shuffled].argsort(stable=True)]
     count = torch.bincount(label)

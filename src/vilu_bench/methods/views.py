@@ -62,12 +62,14 @@ def improbability(logits: Tensor, answer: Tensor) -> Tensor:
     answer = answer.to(logits.device)
     relative_logits = logits - logits.gather(1, answer)  # the answer has the logit 0
     rivals = relative_logits.scatter(1, answer, -math.inf)
-    return torch.sigmoid(torch.logsumexp(rivals, dim=1))
+    log_odds = torch.logsumexp(rivals, dim=1)
+    return torch.sigmoid(log_odds)
 
 
 def has_other_answer(logits: Tensor, answer: Tensor) -> Tensor:
     """(B,) float64: 1 if a candidate other than ``answer`` (B, 1) has the largest logit, else 0."""
-    return float64(logits.argmax(dim=1) != answer.squeeze(1))
+    is_other = logits.argmax(dim=1) != answer.squeeze(1)
+    return float64(is_other)
 
 
 DISAGREEMENT_FUNCTIONS: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {

@@ -80,7 +80,9 @@ class ViLUPaper(ViLU):
     ) -> nn.Module:
         """A new head; the seed draws initial weights as torch does by default."""
         head = cast("FailureHead", super().module(tensors, space))
-        draw_weights_like_torch(head, torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator()
+        generator.manual_seed(self.seed)
+        draw_weights_like_torch(head, generator)
         return head
 
 

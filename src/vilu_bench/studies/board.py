@@ -57,7 +57,8 @@ class Entrant:
 
     def mean(self, metric: str) -> float | None:
         """Mean of a metric over seeds; None if the metric is undefined for any seed."""
-        return _mean_if_known([result.value(metric) for result in self.results.values()])
+        values = [result.value(metric) for result in self.results.values()]
+        return _mean_if_known(values)
 
     def quantity(self, metric: str, seeds: Sequence[int] | None = None) -> Quantity:
         """Mean of one of ``ranking_metrics`` over seeds; by default all seeds with a result."""
@@ -68,8 +69,11 @@ class Entrant:
         bootstrap_values = []
         for seed in seeds:
             values.append(self.results[seed].value(metric))
-            bootstrap_values.append(self.load_bootstrap(self.run_cells[seed])[row_of_metric])
-        return Quantity.over_seeds(np.array(values, dtype=np.float64), np.stack(bootstrap_values))
+            bootstrap = self.load_bootstrap(self.run_cells[seed])
+            bootstrap_values.append(bootstrap[row_of_metric])
+        value_per_seed = np.array(values, dtype=np.float64)
+        bootstrap_per_seed = np.stack(bootstrap_values)
+        return Quantity.over_seeds(value_per_seed, bootstrap_per_seed)
 
     def difference_from(self, rival: Entrant, metric: str) -> Quantity | None:
         """This mean minus the rival's mean, over common seeds.
@@ -130,11 +134,13 @@ class MethodMean:
 
     def mean(self, metric: str) -> float | None:
         """Mean of a metric over data sets; None if the metric is undefined on any data set."""
-        return _mean_if_known([part.mean(metric) for part in self.parts])
+        means = [part.mean(metric) for part in self.parts]
+        return _mean_if_known(means)
 
     def quantity(self, metric: str) -> Quantity:
         """Mean of a metric of ``ranking_metrics`` over data sets."""
-        return Quantity.mean([part.quantity(metric) for part in self.parts])
+        quantities = [part.quantity(metric) for part in self.parts]
+        return Quantity.mean(quantities)
 
     def difference_from(self, rival: MethodMean, metric: str) -> Quantity | None:
         """This mean minus the rival's mean on the same data sets.
@@ -165,7 +171,8 @@ class Board:
         self.results = results
         self.seeds: dict[MethodCase, frozenset[int]] = {}
         self.entrants: dict[MethodCase, Entrant] = {}
-        for method_case, cells_of_case in _cells_by_method_case(cells).items():
+        cells_by_case = _cells_by_method_case(cells)
+        for method_case, cells_of_case in cells_by_case.items():
             self.seeds[method_case] = frozenset(cell.seed for cell in cells_of_case)
             self.entrants[method_case] = _entrant(
                 method_case, cells_of_case, results, load_bootstrap, config.ranking_metrics

@@ -93,18 +93,20 @@ def fit_inputs_of(config: Config, cell: Cell) -> FitInputs:
         return FitInputs()
     setting = config.settings[cell.setting]
     if isinstance(setting, UnionSetting):
+        division_seed = _division_seed(config, setting.of, cell.seed)
         return FitInputs(
             train=setting.of,
-            division_seed=_division_seed(config, setting.of, cell.seed),
+            division_seed=division_seed,
             across_preprocessing=setting.across_preprocessing,
             pool_size=setting.train_pool_size,
         )
     own_fit_inputs = _own_fit_inputs(config, cell)
     if isinstance(setting, AdaptSetting):
+        first_fit = FitInputs((setting.source,))
         return replace(
             own_fit_inputs,
             across_preprocessing=setting.across_preprocessing,
-            start=FitInputs((setting.source,)),
+            start=first_fit,
         )
     if isinstance(setting, OtherSourceSetting):
         seed = _division_seed(config, setting.sources, cell.seed)
@@ -119,12 +121,14 @@ def _own_fit_inputs(config: Config, cell: Cell) -> FitInputs:
     if not config.class_of(cell.method).needs_labels:
         budget = "none"
     draws_rows = not isinstance(budget, str)
+    halves_seed = _halves_seed(config, cell)
+    division_seed = _division_seed(config, (cell.data,), cell.seed)
     return FitInputs(
         train=(cell.data,),
         budget=budget,
         rows_seed=cell.seed if draws_rows else None,
-        halves_seed=_halves_seed(config, cell),
-        division_seed=_division_seed(config, (cell.data,), cell.seed),
+        halves_seed=halves_seed,
+        division_seed=division_seed,
         unlabelled=config.method_entries[cell.method].unlabelled,
     )
 
@@ -138,12 +142,14 @@ def scored_set_of(config: Config, cell: Cell) -> ScoredSet:
         and config.class_of(cell.method).needs_fit
     ):
         across_preprocessing = setting.across_preprocessing
+    halves_seed = _halves_seed(config, cell)
+    division_seed = _division_seed(config, (cell.data,), cell.seed)
     return ScoredSet(
         data=cell.data,
         role=setting.test_on,
         pool_size=setting.pool_size,
-        halves_seed=_halves_seed(config, cell),
-        division_seed=_division_seed(config, (cell.data,), cell.seed),
+        halves_seed=halves_seed,
+        division_seed=division_seed,
         across_preprocessing=across_preprocessing,
     )
 
@@ -171,7 +177,8 @@ def plan_cells(config: Config) -> tuple[Cell, ...]:
     for cell in _all_cells(config):
         deciding_facts = (*fit_key(config, cell), scored_set_of(config, cell))
         if deciding_facts in first_cell:
-            cells.append(replace(cell, same_as=first_cell[deciding_facts]))
+            sharing_cell = replace(cell, same_as=first_cell[deciding_facts])
+            cells.append(sharing_cell)
         else:
             first_cell[deciding_facts] = cell
             cells.append(cell)

@@ -72,17 +72,14 @@ def _decide_better(board: Board, claim: BetterClaim) -> Verdict:
     rival_entrants = _entrants(board, claim.than.method, rival_cases)
     if better_entrants is None or rival_entrants is None:
         return _not_tested(claim, number_in_words)
-    difference = MethodMean(better_entrants).difference_from(
-        MethodMean(rival_entrants), claim.metric
-    )
+    better_mean = MethodMean(better_entrants)
+    rival_mean = MethodMean(rival_entrants)
+    difference = better_mean.difference_from(rival_mean, claim.metric)
     if difference is None:
         return _not_tested(claim, number_in_words, NO_SEED)
-    return _verdict(
-        board,
-        claim,
-        _sign(claim) * difference,
-        number_in_words + _common_seeds_in_words(better_entrants, rival_entrants),
-    )
+    signed_difference = _sign(claim) * difference
+    number_in_words += _common_seeds_in_words(better_entrants, rival_entrants)
+    return _verdict(board, claim, signed_difference, number_in_words)
 
 
 def _decide_trend(board: Board, claim: TrendClaim) -> Verdict:
@@ -101,10 +98,12 @@ def _decide_trend(board: Board, claim: TrendClaim) -> Verdict:
         if points is None:
             return _not_tested(claim, number_in_words)
         quantities = [point.quantity(claim.metric) for point in points]
-        slopes.append(Quantity.slope(doublings, quantities))
+        slope_of_data = Quantity.slope(doublings, quantities)
+        slopes.append(slope_of_data)
     slope = Quantity.mean(slopes)
     sign = 1 if claim.metric_goes == "up" else -1
-    return _verdict(board, claim, sign * slope, f"{number_in_words}, {_data_in_words(data)}")
+    number_in_words += f", {_data_in_words(data)}"
+    return _verdict(board, claim, sign * slope, number_in_words)
 
 
 def _decide_steeper(board: Board, claim: SteeperClaim) -> Verdict:
@@ -127,12 +126,9 @@ def _decide_steeper(board: Board, claim: SteeperClaim) -> Verdict:
         return _not_tested(claim, number_in_words, NO_SEED)
     steeper_slope = _slope_over_accuracy(steeper_entrants, seeds_of_cases, claim.metric)
     rival_slope = _slope_over_accuracy(rival_entrants, seeds_of_cases, claim.metric)
-    return _verdict(
-        board,
-        claim,
-        _sign(claim) * (steeper_slope - rival_slope),
-        number_in_words + _common_seeds_in_words(steeper_entrants, rival_entrants),
-    )
+    signed_difference = _sign(claim) * (steeper_slope - rival_slope)
+    number_in_words += _common_seeds_in_words(steeper_entrants, rival_entrants)
+    return _verdict(board, claim, signed_difference, number_in_words)
 
 
 def _sign(claim: BetterClaim | SteeperClaim) -> int:
@@ -176,7 +172,8 @@ def _verdict(board: Board, claim: AnyClaim, number: Quantity, number_in_words: s
     interval = number.interval(board.config.confidence)
     if not np.isfinite([interval.ci_low, interval.ci_high]).all():
         return _not_tested(claim, number_in_words, "the number is undefined")
-    return Verdict(claim, _ruling(interval), number.value, interval, number_in_words)
+    ruling = _ruling(interval)
+    return Verdict(claim, ruling, number.value, interval, number_in_words)
 
 
 def _ruling(interval: Interval) -> Ruling:

@@ -156,9 +156,8 @@ class UnionSetting(Setting):
         return self.of
 
     def __str__(self) -> str:
-        return self.describe(
-            f"fitted on the union of {', '.join(self.of)} in pools of {self.train_pool_size}"
-        )
+        data = ", ".join(self.of)
+        return self.describe(f"fitted on the union of {data} in pools of {self.train_pool_size}")
 
 
 class UnseenSetting(Setting):
@@ -289,7 +288,8 @@ class Config(Section):
         """Refuse a method with unknown names, or with an entry that contradicts the class."""
         method = self.methods[label]
         name = method.method or label
-        require_known(f"method (methods.{label})", [name], method_names())
+        known_methods = method_names()
+        require_known(f"method (methods.{label})", [name], known_methods)
         # None stands for all settings or all data sets, so there is no name to check
         require_known(f"setting (methods.{label})", method.settings or (), self.settings)
         require_known(f"data set (methods.{label})", method.data or (), self.data)
@@ -352,7 +352,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_presentation(self) -> Self:
         """Refuse invalid views and claims, and views with equal names."""
-        for name, count in Counter(view.name for view in self.views).items():
+        n_views = Counter(view.name for view in self.views)
+        for name, count in n_views.items():
             if count > 1:
                 raise ValueError(f"two views are called {name}, and would be one file")
         for view in self.views:
@@ -449,7 +450,8 @@ class Config(Section):
             return False
         if "seed" in method.params:  # the method's table fixes the seed
             return False
-        return "seed" in parameters(self.class_of(label))
+        cls = self.class_of(label)
+        return "seed" in parameters(cls)
 
     def predictor(self, label: str, seed: int = 0) -> FailurePredictor:
         """A new predictor for a label."""
@@ -488,4 +490,5 @@ class Config(Section):
 
 def is_trained(name: str) -> bool:
     """Whether a method trains a network, that is, has parameters ``epochs`` and ``batch_size``."""
-    return {"epochs", "batch_size"} <= parameters(find_method(name)).keys()
+    cls = find_method(name)
+    return {"epochs", "batch_size"} <= parameters(cls).keys()

@@ -70,7 +70,8 @@ def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np
     With the same seed, a larger share draws the same rows and further rows.
     """
     rng = np.random.default_rng([DRAW_ROWS, seed])
-    rows = rng.permutation(np.flatnonzero(target != UNKNOWN))
+    labelled_rows = np.flatnonzero(target != UNKNOWN)
+    rows = rng.permutation(labelled_rows)
     n_drawn = max(round(share * len(rows)), 1)
     return np.sort(rows[:n_drawn])
 
@@ -90,7 +91,8 @@ def divide_rows(n: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDA
     Returns:
         Sorted indices of the rows to fit on, and sorted indices of the rows to test on.
     """
-    order = np.random.default_rng([DRAW_DIVISION, seed]).permutation(n)
+    rng = np.random.default_rng([DRAW_DIVISION, seed])
+    order = rng.permutation(n)
     n_fit = round(share * n)
     return np.sort(order[:n_fit]), np.sort(order[n_fit:])
 
@@ -105,14 +107,17 @@ def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[
             "unseen classes need at least 4 classes, 2 to fit on and 2 to test on. "
             f"Got {n_classes}."
         )
-    order = np.random.default_rng([DRAW_HALVES, seed]).permutation(n_classes)
+    rng = np.random.default_rng([DRAW_HALVES, seed])
+    order = rng.permutation(n_classes)
     half = n_classes // 2
     return np.sort(order[:half]), np.sort(order[half:])
 
 
 def rows_of_classes(source: EmbeddingSource, classes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Indices of the rows with a label in ``classes``."""
-    return np.flatnonzero(np.isin(source.target.numpy(), classes))
+    target = source.target.numpy()
+    is_of_classes = np.isin(target, classes)
+    return np.flatnonzero(is_of_classes)
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,8 @@ class StudyData:
         best_kind, *_ = training_rows.identified_by  # the kind that recognises copies best is first
         is_validation = held_out_mask(training_rows.identities(best_kind), share)
         is_chosen = is_validation if role == "validation" else ~is_validation
-        return training_rows.take(np.flatnonzero(is_chosen)), digest([training_hash, role, share])
+        chosen_rows = np.flatnonzero(is_chosen)
+        return training_rows.take(chosen_rows), digest([training_hash, role, share])
 
     def _open_store(
         self, data: str, role: Role, pool_size: int | None
@@ -186,13 +192,15 @@ class StudyData:
         if entry.captions:
             pools = Pools(pool_size or entry.pool_size)
             pairs, content_hashes = _open_vilu_store(folder, pools, role)
-            return pairs, digest([*content_hashes, role, asdict(pools)])
+            pool_settings = asdict(pools)
+            return pairs, digest([*content_hashes, role, pool_settings])
         source, content_hashes = _open_vilu_store(folder)
         second_folder = self.second_folders.get((data, role))
         if second_folder is not None:
             second_source = open_source(second_folder)
             source = TwoModels(source, second_source)
-            content_hashes.append(source_fingerprint(second_source))
+            second_hash = source_fingerprint(second_source)
+            content_hashes.append(second_hash)
         limit = entry.limit_of(role)
         if limit is None or limit >= len(source):
             return source, digest([*content_hashes, None])
@@ -218,15 +226,16 @@ class StudyData:
         shared_rows = find_overlap(test, fit, (f"the test rows of {data}", "its training rows"))
         if not shared_rows:
             return fit
-        warn_caller(
-            f"{shared_rows.in_words('rows to fit on')} of {data} are left out: they are tested on.",
-        )
+        rows_in_words = shared_rows.in_words("rows to fit on")
+        warn_caller(f"{rows_in_words} of {data} are left out: they are tested on.")
         is_tested_on = shared_rows.shared  # for every row of ``fit``
-        return fit.take(np.flatnonzero(~is_tested_on))
+        untested_rows = np.flatnonzero(~is_tested_on)
+        return fit.take(untested_rows)
 
     def check(self) -> None:
         """Raise an error for data sets with parts that do not belong together."""
-        parts = needed_parts(self.config, plan_cells(self.config))
+        cells = plan_cells(self.config)
+        parts = needed_parts(self.config, cells)
         for data in self.config.data:
             roles = [role for role in ROLES if (data, role) in parts]
             if "test" in roles and not self.config.data[data].captions:
@@ -267,9 +276,10 @@ class StudyData:
         shared_rows = find_overlap(a, b, (name_a, name_b))
         if shared_rows is None:
             return
-        consequence = "they are scored all the same"
+        consequence = "they are scored, too"
         if role_b == "validation":
             consequence = "a fit leaves them out"
+        # only for the warning or the error; the mask is not needed
         shared_rows.unshared_mask(
             b,
             rows_name=f"{role_b} rows of {data}",
@@ -296,15 +306,15 @@ class StudyData:
 
     def _all_training_rows(self, data: str, fit_inputs: FitInputs) -> EmbeddingSource:
         """All training rows of a data set, labels included."""
-        return self._fit_or_test_rows(
-            data, fit_inputs.division_seed, self.source(data, "train"), to_fit=True
-        )
+        source = self.source(data, "train")
+        return self._fit_or_test_rows(data, fit_inputs.division_seed, source, to_fit=True)
 
     def unlabelled_set(self, fit_inputs: FitInputs) -> EmbeddingSource | None:
         """All training rows without labels, if the fit also gets unlabelled rows; else None."""
         if not fit_inputs.unlabelled:
             return None
-        return without_labels(self._all_training_rows(fit_inputs.train[0], fit_inputs))
+        training_rows = self._all_training_rows(fit_inputs.train[0], fit_inputs)
+        return without_labels(training_rows)
 
     def _chosen_training_rows(
         self, source: EmbeddingSource, fit_inputs: FitInputs, columns: tuple[str, ...]
@@ -315,12 +325,15 @@ class StudyData:
         # Pictures of none of the classes are all taken, because a budget limits labels per class.
         outside_rows = np.flatnonzero(source.outside.numpy() & is_valid)
         if fit_inputs.halves_seed is None:
-            return source.take(np.union1d(rows_in_budget(target, fit_inputs), outside_rows))
+            labelled_rows = rows_in_budget(target, fit_inputs)
+            return source.take(np.union1d(labelled_rows, outside_rows))
         classes, _ = class_halves(source.n_candidates, fit_inputs.halves_seed)
         # a row of a class of the other half gets no label here, so the row is not drawn
-        target_of_half = np.where(np.isin(target, classes), target, UNKNOWN)
-        rows = rows_in_budget(target_of_half, fit_inputs)
-        return source.take(np.union1d(rows, outside_rows), classes, columns)
+        is_in_half = np.isin(target, classes)
+        target_of_half = np.where(is_in_half, target, UNKNOWN)
+        rows_of_half = rows_in_budget(target_of_half, fit_inputs)
+        rows = np.union1d(rows_of_half, outside_rows)
+        return source.take(rows, classes, columns)
 
     def validation_set(self, fit_inputs: FitInputs) -> EmbeddingSource | None:
         """The rows that a method selects on; None if it must hold out training rows itself."""
@@ -353,7 +366,8 @@ class StudyData:
         if scored_set.halves_seed is None:
             return source
         _, classes = class_halves(source.n_candidates, scored_set.halves_seed)
-        return source.take(rows_of_classes(source, classes), classes, columns)
+        rows = rows_of_classes(source, classes)
+        return source.take(rows, classes, columns)
 
     def candidates(self, cell: Cell) -> tuple[Tensor, Tensor] | None:
         """Texts (K, D) of the training candidates and of the test candidates; None for captions."""
@@ -376,7 +390,8 @@ class StudyData:
 
     def truth(self, cell: Cell) -> Truth:
         """The truth of a cell's test set, computed once per test set."""
-        return self._truth(scored_set_of(self.config, cell))
+        scored_set = scored_set_of(self.config, cell)
+        return self._truth(scored_set)
 
     def _compute_truth(self, scored_set: ScoredSet) -> Truth:
         """The truth of a test set."""
@@ -386,7 +401,9 @@ class StudyData:
         share = self.config.data[scored_set.data].fit_share
         if share is not None:
             facts += [share, scored_set.division_seed]
-        return truth_of(self._test_rows(scored_set), digest(facts))
+        test_rows = self._test_rows(scored_set)
+        rows_hash = digest(facts)
+        return truth_of(test_rows, rows_hash)
 
 
 def _open_vilu_store(

@@ -79,14 +79,16 @@ def plan_study(config: Config, data: Path, output: Path) -> StudyPlan:
     for group in group_by_fit(config, cells_run):
         if fit_inputs_of(config, group[0]).train:
             n_fits += 1
+    distinct_parts = dict.fromkeys(parts)
+    listed_cells = [_cell_to_dict(cell) for cell in cells]
     return StudyPlan(
         name=config.name,
         title=config.study.title if config.study else "",
-        parts=tuple(dict.fromkeys(parts)),
+        parts=tuple(distinct_parts),
         cells=len(cells),
         runs=len(cells_run),
         fits=n_fits,
-        listed=tuple(_cell_to_dict(cell) for cell in cells),
+        listed=tuple(listed_cells),
     )
 
 
@@ -107,7 +109,8 @@ def _plan_of_part(part: Part, entry: Data, data_folder: Path, output: Path) -> P
     try:
         folder = store_of(part, entry, data_folder, output)
         if is_complete(folder):
-            return _plan_of_store(part, entry, read_document(folder / MANIFEST_FILE, Manifest))
+            manifest = read_document(folder / MANIFEST_FILE, Manifest)
+            return _plan_of_store(part, entry, manifest)
         with open_images(entry, role, data_folder) as images:
             if not isinstance(images, ShardedDataset):
                 return _plan_to_embed(part, entry, len(images), counted="listing")
@@ -128,7 +131,8 @@ def _has_data_here(entry: Data, data_folder: Path) -> bool:
         return is_pattern or folder.exists()
     if not folder.is_dir():
         return False
-    return find_place(find_known(entry.dataset), folder, named=True) is not None
+    dataset = find_known(entry.dataset)
+    return find_place(dataset, folder, named=True) is not None
 
 
 def _plan_of_store(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
@@ -136,9 +140,10 @@ def _plan_of_store(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
     name, _role = part
     numbers_per_image = sum(math.prod(shape) for shape in manifest.row_shapes.values())
     n_bytes = manifest.n_ok * numbers_per_image * np.dtype(manifest.dtype).itemsize
+    title = _part_title(part, entry)
     return PartPlan(
         data=name,
-        part=_part_title(part, entry),
+        part=title,
         backbone=str(manifest.space.backbone),
         images=manifest.n_ok,
         counted="store",
@@ -150,7 +155,8 @@ def _plan_of_store(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
 def _plan_by_catalogue(part: Part, entry: Data) -> PartPlan:
     """The plan of a part, with the number of images from the catalogue."""
     _name, role = part
-    return _plan_to_embed(part, entry, _catalogued_images(entry, role), counted="catalogue")
+    n_images = _catalogued_images(entry, role)
+    return _plan_to_embed(part, entry, n_images, counted="catalogue")
 
 
 def _plan_to_embed(part: Part, entry: Data, images: int | None, counted: str) -> PartPlan:
@@ -160,9 +166,10 @@ def _plan_to_embed(part: Part, entry: Data, images: int | None, counted: str) ->
     n_bytes = None
     if images is not None and numbers_per_image is not None:
         n_bytes = images * numbers_per_image * FLOAT16_BYTES
+    title = _part_title(part, entry)
     return PartPlan(
         data=name,
-        part=_part_title(part, entry),
+        part=title,
         backbone=entry.backbone,
         images=images,
         counted=counted,
@@ -252,20 +259,20 @@ def _describe_study(study: StudyPlan) -> str:
     problems = []
     for part in study.parts:
         size = "?" if part.n_bytes is None else f"{part.n_bytes / 1e6:,.1f}"
-        rows.append([part.data, part.part, part.backbone, _images_in_words(part), part.state, size])
+        images = _images_in_words(part)
+        rows.append([part.data, part.part, part.backbone, images, part.state, size])
         if part.problem:
             problems.append(f"{part.data} ({part.part}) cannot be read: {part.problem}")
     n_cells = Counter(f"{cell['data']}/{cell['setting']}" for cell in study.listed)
     cells = ", ".join(f"{data_and_setting} {n}" for data_and_setting, n in n_cells.items())
-    return "\n".join(
-        [
-            f"{study.name}: {study.title}",
-            *align_columns(rows),
-            *problems,
-            f"cells: {study.cells} ({cells})",
-            f"runs: {study.runs} results from {study.fits} fits",
-        ]
-    )
+    lines = [
+        f"{study.name}: {study.title}",
+        *align_columns(rows),
+        *problems,
+        f"cells: {study.cells} ({cells})",
+        f"runs: {study.runs} results from {study.fits} fits",
+    ]
+    return "\n".join(lines)
 
 
 def _images_in_words(part: PartPlan) -> str:

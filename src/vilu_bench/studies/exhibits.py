@@ -58,9 +58,12 @@ def make_exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
     """The exhibit of a view; ``root`` is the run folder with the files of the cells."""
     match view:
         case TableView():
-            return Exhibit(view.name, view.title, table_sheet(board, view))
+            sheet = table_sheet(board, view)
+            return Exhibit(view.name, view.title, sheet)
         case RankingView():
-            return Exhibit(view.name, view.title, ranking_text(board.config, summarise(board)))
+            summary = summarise(board)
+            text = ranking_text(board.config, summary)
+            return Exhibit(view.name, view.title, text)
         case GridView():
             body, draw = _grid(board, view)
         case HistogramView():
@@ -215,7 +218,8 @@ def _score_files(board: Board, view: HistogramView, root: Path) -> dict[str, Pat
     several settings.
     """
     entrants = {}
-    for key, entrant in entrants_by_key(board, view).items():
+    all_entrants = entrants_by_key(board, view)
+    for key, entrant in all_entrants.items():
         if entrant.results and key.metric == view.metrics[0]:
             entrants[key] = entrant
     fields = ["data", "method"]
@@ -335,7 +339,8 @@ def _grid_cell(board: Board, key: NumberKey) -> TableNumber | None:
     entrant = board.find(key.method, key.data, key.setting)
     if entrant is None:
         return None
-    return make_table_number(board.config, key, MethodMean((entrant,)))
+    mean = MethodMean((entrant,))
+    return make_table_number(board.config, key, mean)
 
 
 def _draw_grids(board: Board, view: GridView, data_grids: list[_DataGrid]) -> Figure:

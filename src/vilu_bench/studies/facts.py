@@ -69,14 +69,16 @@ def code_digest(*modules: str) -> str:
 @cache
 def _hash_and_imports(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
     """Hash of a module's code, and the imported names from vilu and the module's own package."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    source = file.read_text(encoding="utf-8")
+    tree = ast.parse(source)
     own_package = module.partition(".")[0]
     followed_prefixes = ("vilu.", f"{own_package}.")
     imported = [
         name for name in _imported_names(tree, module, file) if name.startswith(followed_prefixes)
     ]
     _remove_docstrings(tree)
-    return digest(ast.unparse(tree)), tuple(imported)  # unparsed code has no comments
+    code = ast.unparse(tree)  # unparsed code has no comments
+    return digest(code), tuple(imported)
 
 
 def _imported_names(tree: ast.Module, module: str, file: Path) -> list[str]:

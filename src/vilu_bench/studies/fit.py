@@ -55,7 +55,8 @@ def fit_cell(
     ``fit_results`` maps the inputs of fits to the results of earlier fits. New results are added.
     """
     if not fit_inputs.train:
-        return FitResult(predictor_of(study_data.config, cell))
+        predictor = predictor_of(study_data.config, cell)
+        return FitResult(predictor)
     if fit_inputs not in fit_results:
         earlier_fit = None
         if fit_inputs.start is not None:
@@ -89,11 +90,12 @@ def _fit_predictor(
             predictor.fit(train, validation, unlabelled=study_data.unlabelled_set(fit_inputs))
         except REFUSALS as error:
             refusal = refusal_from(error)
+    seconds = time.perf_counter() - start_time
     return FitResult(
         predictor,
         refusal=refusal,
         n_train=n_train,
-        seconds=time.perf_counter() - start_time,
+        seconds=seconds,
         warnings=tuple(fit_warnings),
     )
 

@@ -80,13 +80,15 @@ def keep_studies(run: Path, file: Path, *, overwrite: bool = False) -> int:
             )
         n_resamples = min(board.config.resamples, RESAMPLES)
         config = board.config.model_copy(update={"resamples": n_resamples})
-        archives[name] = archive_of(config, board.results).model_dump(mode="json")
+        archive = archive_of(config, board.results)
+        archives[name] = archive.model_dump(mode="json")
         for cell, result in board.results.items():
             results[cell.path] = result
     sorted_results = [results[path] for path in sorted(results)]
     columns = _columns(run, sorted_results)
     metadata = {"kind": "kept studies", "studies": archives}
-    write_bytes(file, parquet_bytes(columns, metadata, compression="zstd"))
+    content = parquet_bytes(columns, metadata, compression="zstd")
+    write_bytes(file, content)
     return len(sorted_results)
 
 
@@ -128,11 +130,13 @@ def _short_document(result: CellResult) -> str:
     """
     code = {"code": result.decided_by.get("code")}
     short = result.model_copy(update={"decided_by": code, "files": {}})
-    return json.dumps(short.model_dump(mode="json"), separators=(",", ":"))
+    document = short.model_dump(mode="json")
+    return json.dumps(document, separators=(",", ":"))
 
 
 def _to_multiples(values: Floats) -> Multiples:
-    multiples = np.rint(np.nan_to_num(values) / ROUNDING_STEP).astype(np.uint16)
+    defined_values = np.nan_to_num(values)
+    multiples = np.rint(defined_values / ROUNDING_STEP).astype(np.uint16)
     multiples[np.isnan(values)] = UNDEFINED_MULTIPLE
     return multiples
 
@@ -190,7 +194,8 @@ def restore_run(file: Path, run: Path) -> None:
         for row, text in enumerate(table["document"].to_pylist()):
             _restore_cell(text, multiples[row, : n_metrics[row], : n_resamples[row]], run)
     except ValidationError as error:
-        raise DataError(f"{file} is damaged: {first_error(error)}. {RUN_AGAIN}.") from error
+        damage = first_error(error)
+        raise DataError(f"{file} is damaged: {damage}. {RUN_AGAIN}.") from error
     except KeyError as error:  # a column is missing
         raise DataError(f"{file} is damaged: it has no column {error}. {RUN_AGAIN}.") from error
 
@@ -222,7 +227,8 @@ def _restore_cell(document: str, multiples: Multiples, run: Path) -> None:
     if result.refused is None:
         bootstrap_file = path.with_suffix(BOOTSTRAP)
         with atomic_write(bootstrap_file) as handle:
-            np.save(handle, _to_values(multiples), allow_pickle=False)
+            values = _to_values(multiples)
+            np.save(handle, values, allow_pickle=False)
         files[BOOTSTRAP] = file_hash(bootstrap_file)
     complete_result = result.model_copy(update={"files": files})
     write_json(path, complete_result.model_dump(mode="json"))

@@ -28,7 +28,9 @@ SELECTABLE_TABLES = ("data", "settings", "methods")  # tables whose entries ``[u
 
 def load_config(path: Path) -> Config:
     """Read and check a benchmark file; the default name of the benchmark is the file's name."""
-    return parse_config({"name": path.stem, **_with_included(_read_tables(path), path)}, path.name)
+    tables = _read_tables(path)
+    content = _with_included(tables, path)
+    return parse_config({"name": path.stem, **content}, path.name)
 
 
 def load_configs(names: Sequence[Path | str]) -> list[Config]:
@@ -40,9 +42,10 @@ def load_configs(names: Sequence[Path | str]) -> list[Config]:
     """
     paths: list[Path] = []
     for name in names:
-        paths.extend(find_studies(name))
+        paths += find_studies(name)
     configs = [load_config(path) for path in paths]
-    for name, count in Counter(config.name for config in configs).items():
+    n_configs = Counter(config.name for config in configs)
+    for name, count in n_configs.items():
         if count > 1:
             raise UsageError(
                 f"two benchmarks are called {name!r}. "
@@ -58,7 +61,8 @@ def study_names() -> list[str]:
         study = path.with_suffix("")
         is_group = study.is_dir()
         if not is_group:  # the file of a group only has parts that studies include
-            names.append(study.relative_to(CONFIGS).as_posix())
+            relative_path = study.relative_to(CONFIGS)
+            names.append(relative_path.as_posix())
     return names
 
 
@@ -75,10 +79,11 @@ def find_studies(name: Path | str) -> list[Path]:
     studies = study_names()
     matching = [study for study in studies if study == str(name) or study.startswith(f"{name}/")]
     if not matching:
+        all_names = ", ".join(studies)
+        suggestion = did_you_mean(str(name), studies)
         raise UsageError(
             f"{name} does not exist: there is no file and no study of this name. "
-            f"Studies that come with vilu_bench: {', '.join(studies)}."
-            f"{did_you_mean(str(name), studies)}"
+            f"Studies that come with vilu_bench: {all_names}.{suggestion}"
         )
     return [CONFIGS / f"{study}.toml" for study in matching]
 
@@ -86,7 +91,8 @@ def find_studies(name: Path | str) -> list[Path]:
 def _read_tables(path: Path) -> dict[str, Any]:
     """Read a benchmark file, and check that ``SELECTABLE_TABLES`` are tables in the file."""
     try:
-        content = tomllib.loads(read_toml_text(path))
+        text = read_toml_text(path)
+        content = tomllib.loads(text)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UsageError(f"cannot read {path}: {error.strerror}.") from error
     except OSError as error:
@@ -139,10 +145,8 @@ def _check_include(name: object, selections: Any, path: Path) -> None:  # noqa: 
         )
     for table in selections:
         if table not in SELECTABLE_TABLES:
-            raise UsageError(
-                f"{path.name}: [use] can choose {', '.join(SELECTABLE_TABLES)}. "
-                f"Got {table!r} instead."
-            )
+            selectable = ", ".join(SELECTABLE_TABLES)
+            raise UsageError(f"{path.name}: [use] can choose {selectable}. Got {table!r} instead.")
 
 
 def _is_table_of_lists(selections: object) -> bool:
@@ -173,7 +177,8 @@ def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Con
     try:
         config = Config.model_validate(content)
     except ValidationError as error:
-        raise UsageError(_error_message(name, error)) from error
+        message = _error_message(name, error)
+        raise UsageError(message) from error
     for label in config.method_entries:
         try:
             config.predictor(label)
@@ -264,7 +269,8 @@ def _shrink_pools(setting: AnySetting) -> AnySetting:
 
 def _shrink_epochs(config: Config, label: str, entry: Method) -> Method:
     """The entry of a method, with few epochs if the method has epochs."""
-    if "epochs" not in parameters(config.class_of(label)):
+    cls = config.class_of(label)
+    if "epochs" not in parameters(cls):
         return entry
     return entry.model_copy(
         update={"params": {**entry.params, "epochs": SMOKE_EPOCHS}, "steps": None}

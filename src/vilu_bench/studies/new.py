@@ -128,9 +128,12 @@ def _few_labels_setting(store: EmbeddingStore, *, is_divided: bool) -> str:
 
 def _toml_key(path: Path) -> str:
     """The name of a folder as a key of TOML. The key is also a part of paths."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", path.resolve().name).strip("_") or "data"
+    folder_name = path.resolve().name
+    key = re.sub(r"[^A-Za-z0-9_-]+", "_", folder_name)
+    return key.strip("_") or "data"
 
 
 def _toml_path(path: Path, folder: Path) -> str:
     """The path of a store below the folder, as a string of TOML."""
-    return json.dumps(path.resolve().relative_to(folder).as_posix(), ensure_ascii=False)
+    relative_path = path.resolve().relative_to(folder)
+    return json.dumps(relative_path.as_posix(), ensure_ascii=False)

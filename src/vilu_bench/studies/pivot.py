@@ -39,7 +39,8 @@ def notes_of(
     notes.append(_conventions_note(view))
     if not set(view.metrics) <= set(board.config.ranking_metrics):
         titles = [METRICS[name].title for name in board.config.ranking_metrics]
-        notes.append(f"Intervals and ≈ only for {' and '.join(titles)}.")
+        ranking_titles = " and ".join(titles)
+        notes.append(f"Intervals and ≈ only for {ranking_titles}.")
     notes += _published_notes(board, entrants, numbers)
     notes += _refusal_notes(entrants)
     return tuple(notes)
@@ -86,11 +87,10 @@ def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
 
 def _row_numbers_in_words(entrant: Entrant) -> str:
     """Text with the numbers of test rows and wrong answers of an entrant."""
-    return row_counts_in_words(
-        distinct_row_counts("n", [entrant]),
-        distinct_row_counts("n_failures", [entrant]),
-        distinct_row_counts("n_outside", [entrant]),
-    )
+    n_rows = distinct_row_counts("n", [entrant])
+    n_failures = distinct_row_counts("n_failures", [entrant])
+    n_outside = distinct_row_counts("n_outside", [entrant])
+    return row_counts_in_words(n_rows, n_failures, n_outside)
 
 
 def _seeds_note(entrants: Sequence[Entrant]) -> str:
@@ -110,9 +110,8 @@ def _seeds_note(entrants: Sequence[Entrant]) -> str:
     exceptions = []
     for n_runs in sorted(entrants_of_count):
         if n_runs != usual_n_runs:
-            exceptions.append(
-                f"{n_runs} for {_methods_in_words(entrants_of_count[n_runs], entrants_with_result)}"
-            )
+            methods = _methods_in_words(entrants_of_count[n_runs], entrants_with_result)
+            exceptions.append(f"{n_runs} for {methods}")
     parts = "; ".join([*exceptions, f"{usual_n_runs} for the others"])
     return f"{intro} {parts}. Methods are compared on the seeds that both have."
 
@@ -151,8 +150,9 @@ def _published_notes(
     ]
     differences = _differences_in_words(board.config, entrants, all_published)
     if differences:
+        all_differences = " and ".join(differences)
         notes.append(
-            f"Ours are of {' and '.join(differences)}, so the differences from the published "
+            f"Ours are of {all_differences}, so the differences from the published "
             "numbers say nothing of either implementation; compare the order of the methods."
         )
     return notes
@@ -173,9 +173,9 @@ def _differences_in_words(
             other_data.append(f"{entry.title or name} for {entry.published}")
     differences = []
     if our_models:
-        differences.append(
-            f"another model ({', '.join(our_models)} for {', '.join(published_models)})"
-        )
+        used_names = ", ".join(our_models)
+        published_names = ", ".join(published_models)
+        differences.append(f"another model ({used_names} for {published_names})")
     if other_data:
         differences.append(f"other data ({', '.join(other_data)})")
     return differences
@@ -193,7 +193,8 @@ def _refusal_notes(entrants: Sequence[Entrant]) -> list[str]:
         entrants_by_reason.setdefault(reason, []).append(entrant)
     notes = []
     for reason, refused_entrants in entrants_by_reason.items():
-        notes.append(f"No result of {_methods_in_words(refused_entrants, entrants)}: {reason}")
+        methods = _methods_in_words(refused_entrants, entrants)
+        notes.append(f"No result of {methods}: {reason}")
     return notes
 
 
@@ -227,9 +228,12 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
     cells = {}
     for key, number in ranked_numbers.items():
         # new labels get the next index, and known labels keep the index
-        row = rows.setdefault(key.values_of(view.rows), len(rows))
-        column = columns.setdefault(key.values_of(view.columns), len(columns))
+        row_labels = key.values_of(view.rows)
+        column_labels = key.values_of(view.columns)
+        row = rows.setdefault(row_labels, len(rows))
+        column = columns.setdefault(column_labels, len(columns))
         cells[row, column] = number
+    notes = notes_of(board, view, ranked_numbers.values(), entrants.values())
     return Sheet(
         name=view.name,
         title=view.title,
@@ -238,7 +242,7 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
         rows=tuple(_titles_of_labels(config, view.rows, labels) for labels in rows),
         columns=tuple(_titles_of_labels(config, view.columns, labels) for labels in columns),
         cells=cells,
-        notes=notes_of(board, view, ranked_numbers.values(), entrants.values()),
+        notes=notes,
     )
 
 
@@ -267,11 +271,11 @@ def entrants_by_key(board: Board, view: View) -> dict[NumberKey, Entrant]:
     """The entrants of a view by key, in the order of the view; also entrants without a result."""
     config = board.config
     entrants = {}
+    data_entries = view.entries_of(config, "data")
+    setting_entries = view.entries_of(config, "setting")
+    method_entries = view.entries_of(config, "method")
     for data, setting, method, metric in itertools.product(
-        view.entries_of(config, "data"),
-        view.entries_of(config, "setting"),
-        view.entries_of(config, "method"),
-        view.metrics,
+        data_entries, setting_entries, method_entries, view.metrics
     ):
         entrant = board.entrants.get((method, data, setting))
         if entrant is not None:
@@ -289,13 +293,16 @@ def make_table_number(config: Config, key: NumberKey, mean: MethodMean) -> Table
     value = mean.mean(key.metric)
     interval = None
     if value is not None and key.metric in config.ranking_metrics:
-        interval = mean.quantity(key.metric).interval(config.confidence)
+        quantity = mean.quantity(key.metric)
+        interval = quantity.interval(config.confidence)
+    n_rows = distinct_row_counts("n", parts)
+    n_failures = distinct_row_counts("n_failures", parts)
     return TableNumber(
         metric=key.metric,
         value=value,
         interval=interval,
-        n=distinct_row_counts("n", parts),
-        n_failures=distinct_row_counts("n_failures", parts),
+        n=n_rows,
+        n_failures=n_failures,
         n_runs=max(part.n_runs for part in parts),
         published=published,
         why="undefined" if value is None else None,
@@ -362,7 +369,8 @@ def _with_ranks(
             is_tied = n_better > 0 and any(
                 _is_tied(means[key], best, metric) for best in best_means
             )
-            ranked_numbers[key] = replace(numbers[key], rank=_rank(n_better), is_tied=is_tied)
+            rank = _rank(n_better)
+            ranked_numbers[key] = replace(numbers[key], rank=rank, is_tied=is_tied)
     return ranked_numbers
 
 
@@ -374,7 +382,8 @@ def _competing_keys(
     groups: dict[tuple[str, ...], list[NumberKey]] = {}
     for key, number in numbers.items():
         if number.value is not None:
-            groups.setdefault(key.values_of(fixed_fields), []).append(key)
+            fixed_values = key.values_of(fixed_fields)
+            groups.setdefault(fixed_values, []).append(key)
     for keys in groups.values():
         if len(keys) > 1:
             yield keys

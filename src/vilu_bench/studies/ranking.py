@@ -120,11 +120,14 @@ def summarise(board: Board) -> Summary:
         block = _rank_methods(board, data, setting, entrants)
         blocks.append(block)
         contests += block.contests.values()
+    all_standings = standings(contests)
+    result_rows = _result_rows(board)
+    table = ResultTable(tuple(result_rows))
     return Summary(
         blocks=tuple(blocks),
-        standings=standings(contests),
+        standings=all_standings,
         n_contests=len(contests),
-        results=ResultTable(tuple(_result_rows(board))),
+        results=table,
     )
 
 
@@ -139,7 +142,8 @@ def _result_rows(board: Board) -> list[ResultRow]:
     )
     for result_cell, _, setting in distinct_results:
         for row in board.results[result_cell].results:
-            rows.append(replace(row, split=setting))
+            row_of_setting = replace(row, split=setting)
+            rows.append(row_of_setting)
     return rows
 
 
@@ -181,19 +185,24 @@ def _rank_methods(board: Board, data: str, setting: str, entrants: Sequence[Entr
         else:
             refused[entrant.method] = str(entrant.reason)
     entrants_with_result.sort(key=_best_first)
+    n_rows = distinct_row_counts("n", entrants_with_result)
+    n_failures = distinct_row_counts("n_failures", entrants_with_result)
+    n_outside = distinct_row_counts("n_outside", entrants_with_result)
+    lines = [
+        _ranked_method(board.config, entrant, entrants_with_result)
+        for entrant in entrants_with_result
+    ]
+    contests = _contests(board, entrants_with_result)
     return Ranking(
         data=data,
         setting=setting,
         description=str(board.config.settings[setting]),
-        n=distinct_row_counts("n", entrants_with_result),
-        n_failures=distinct_row_counts("n_failures", entrants_with_result),
-        lines=tuple(
-            _ranked_method(board.config, entrant, entrants_with_result)
-            for entrant in entrants_with_result
-        ),
+        n=n_rows,
+        n_failures=n_failures,
+        lines=tuple(lines),
         refused=refused,
-        contests=_contests(board, entrants_with_result),
-        n_outside=distinct_row_counts("n_outside", entrants_with_result),
+        contests=contests,
+        n_outside=n_outside,
     )
 
 
@@ -232,20 +241,19 @@ def _ranked_method(
     gap = None
     if rivals:
         against = rivals[0].method
-        gap = _difference_or_none(
-            entrant.difference_from(rivals[0], entrant.ranking_metrics[0]), config.confidence
-        )
+        difference = entrant.difference_from(rivals[0], entrant.ranking_metrics[0])
+        gap = _difference_or_none(difference, config.confidence)
     first_result = next(iter(entrant.results.values()))
+    intervals = {
+        name: entrant.quantity(name).interval(config.confidence) for name in config.ranking_metrics
+    }
     return RankedMethod(
         method=entrant.method,
         variant=first_result.variant,
         rank=1 + _n_better(entrant, rivals),
         n_runs=entrant.n_runs,
         values={metric: entrant.mean(metric) for metric in config.metrics},
-        intervals={
-            name: entrant.quantity(name).interval(config.confidence)
-            for name in config.ranking_metrics
-        },
+        intervals=intervals,
         against=against,
         gap=gap,
         refused_seeds=entrant.refused_seeds,
@@ -289,7 +297,8 @@ def times_table(board: Board, times: Mapping[Cell, Timing]) -> str:
             )
             times_shown = _time_texts(fit_seconds, rows_per_second)
             lines.append([data, setting, entrant.method, *times_shown])
-    return "\n".join(["wall time with one thread:", *align_columns(lines)])
+    table = align_columns(lines)
+    return "\n".join(["wall time with one thread:", *table])
 
 
 def _time_texts(fit_seconds: float | None, rows_per_second: float | None) -> list[str]:
@@ -303,9 +312,9 @@ def _time_texts(fit_seconds: float | None, rows_per_second: float | None) -> lis
 def ranking_text(config: Config, summary: Summary) -> str:
     """A summary as text: tables by data set and setting, the standings, and notes."""
     parts = [_block_text(config, block) for block in summary.blocks]
-    parts.append(_standings_table(summary, config.ranking_metrics[0]))
-    parts.append("\n".join(_notes(config)))
-    return "\n\n".join(parts)
+    standings_table = _standings_table(summary, config.ranking_metrics[0])
+    notes = "\n".join(_notes(config))
+    return "\n\n".join([*parts, standings_table, notes])
 
 
 def _block_text(config: Config, block: Ranking) -> str:
@@ -317,9 +326,11 @@ def _block_text(config: Config, block: Ranking) -> str:
         lines = [f"{title}: {numbers}", *_block_table(config, block)]
     methods_of_reason: dict[str, list[str]] = {}  # methods without a result, by reason
     for method, reason in block.refused.items():
-        methods_of_reason.setdefault(shorten_line(reason, REASON_LENGTH), []).append(method)
+        short_reason = shorten_line(reason, REASON_LENGTH)
+        methods_of_reason.setdefault(short_reason, []).append(method)
     for reason, methods in methods_of_reason.items():
-        lines.append(f"no result: {', '.join(methods)}: {reason}")
+        refused_methods = ", ".join(methods)
+        lines.append(f"no result: {refused_methods}: {reason}")
     return "\n".join(lines)
 
 
@@ -342,7 +353,8 @@ def _table_row(config: Config, line: RankedMethod) -> list[str]:
         runs += f" (not {join_distinct(line.refused_seeds)})"
     cells = [str(line.rank), line.method + line.variant, runs]
     for name in config.metrics:
-        cells.append(_value_text(name, line.values[name], line.intervals.get(name)))
+        interval = line.intervals.get(name)
+        cells.append(_value_text(name, line.values[name], interval))
     cells.append(line.against or EMPTY_CELL)
     cells += _gap_texts(line.gap)
     return cells
@@ -383,10 +395,12 @@ def _standings_table(summary: Summary, metric: str) -> str:
             f"{standing.contests} of {summary.n_contests}",
         ]
         for value_of_method in values_of_blocks:
-            row.append(_value_text(metric, value_of_method.get(standing.method)))
+            value = value_of_method.get(standing.method)
+            row.append(_value_text(metric, value))
         rows.append(row)
     title = f"all contests (data set × setting × seed), and mean {METRICS[metric].title}:"
-    return "\n".join([title, *align_columns(rows)])
+    table = align_columns(rows)
+    return "\n".join([title, *table])
 
 
 def _notes(config: Config) -> list[str]:

@@ -93,7 +93,8 @@ class CellResult(Section):
             with atomic_write(path.with_suffix(BOOTSTRAP)) as handle:
                 np.save(handle, bootstrap, allow_pickle=False)
             files = {suffix: file_hash(path.with_suffix(suffix)) for suffix in (SCORES, BOOTSTRAP)}
-        write_json(path, self.model_copy(update={"files": files}).model_dump(mode="json"))
+        complete_result = self.model_copy(update={"files": files})
+        write_json(path, complete_result.model_dump(mode="json"))
 
     @property
     def cell(self) -> Cell:
@@ -111,9 +112,11 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
     if not path.is_file():
         return None
     try:
-        result = CellResult.model_validate(read_json(path, RUN_AGAIN))
+        document = read_json(path, RUN_AGAIN)
+        result = CellResult.model_validate(document)
     except ValidationError as error:
-        logger.warning("%s is damaged: %s. %s is run again.", path, first_error(error), cell)
+        damage = first_error(error)
+        logger.warning("%s is damaged: %s. %s is run again.", path, damage, cell)
         return None
     except DataError as error:
         logger.warning("%s %s is run again.", error, cell)

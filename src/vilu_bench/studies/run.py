@@ -81,11 +81,11 @@ def run_group(study_data: StudyData, cells: Sequence[Cell], root: Path) -> Itera
         with cell_named_in_errors(cell), limit_to_one_thread(), reporting(SilentProgress()):
             refusal = refuse_other_classes(study_data, cell)
             if refusal is not None:
-                fit_result = FitResult(predictor_of(study_data.config, cell), refusal)
+                predictor = predictor_of(study_data.config, cell)
+                fit_result = FitResult(predictor, refusal)
             else:
-                fit_result = fit_cell(
-                    study_data, cell, fit_inputs_of(study_data.config, cell), fit_results
-                )
+                fit_inputs = fit_inputs_of(study_data.config, cell)
+                fit_result = fit_cell(study_data, cell, fit_inputs, fit_results)
             write_result(study_data, cell, fit_result, root)
         yield cell
 
@@ -104,21 +104,19 @@ def refuse_other_classes(study_data: StudyData, cell: Cell) -> Refusal | None:
     train_width = train_texts.shape[1]
     test_width = test_texts.shape[1]
     if train_width != test_width:
-        return refusal_from(
-            ProvenanceError(
-                f"it is fitted on embeddings of width {train_width}, and these have {test_width}."
-            )
+        error = ProvenanceError(
+            f"it is fitted on embeddings of width {train_width}, and these have {test_width}."
         )
+        return refusal_from(error)
     similarity, _ = nearest_rows(test_texts, train_texts)
     n_unknown = int((similarity < SAME_TEXT_COSINE).sum())
     if n_unknown == 0:
         return None
-    return refusal_from(
-        ProvenanceError(
-            f"it scores the {len(train_texts)} classes that it is fitted on, and {n_unknown} of "
-            f"the {len(test_texts)} candidates here are others."
-        )
+    error = ProvenanceError(
+        f"it scores the {len(train_texts)} classes that it is fitted on, and {n_unknown} of "
+        f"the {len(test_texts)} candidates here are others."
     )
+    return refusal_from(error)
 
 
 def write_result(study_data: StudyData, cell: Cell, fit_result: FitResult, root: Path) -> None:
@@ -133,7 +131,8 @@ def write_result(study_data: StudyData, cell: Cell, fit_result: FitResult, root:
             outcomes, timing = score_test_rows(study_data, cell, fit_result, truth)
             rows = evaluate(outcomes, metrics=study_data.config.metrics, n_resamples=0).rows
         except REFUSALS as error:
-            result.model_copy(update={"refused": refusal_from(error)}).save(root)
+            refused_result = result.model_copy(update={"refused": refusal_from(error)})
+            refused_result.save(root)
             return
     bootstrap = _bootstrap_values(study_data, outcomes, truth)
     measured_fields = {
@@ -142,20 +141,23 @@ def write_result(study_data: StudyData, cell: Cell, fit_result: FitResult, root:
         "warnings": (*fit_result.warnings, *score_warnings),
     }
     append_to_log(root, cell=cell.path.as_posix(), **timing.model_dump())
-    result.model_copy(update=measured_fields).save(root, outcomes, bootstrap)
+    complete_result = result.model_copy(update=measured_fields)
+    complete_result.save(root, outcomes, bootstrap)
 
 
 def _without_metrics(study_data: StudyData, cell: Cell, fit_result: FitResult) -> CellResult:
     """The result of a cell, with the fields that are known before the test rows are scored."""
     facts = deciding_facts(study_data, cell)
+    fingerprint = digest(facts)
+    truth = study_data.truth(cell)
     return CellResult(
-        fingerprint=digest(facts),
+        fingerprint=fingerprint,
         decided_by=facts,
         method=cell.method,
         data=cell.data,
         setting=cell.setting,
         seed=cell.seed,
-        test_rows=study_data.truth(cell).rows_hash,
+        test_rows=truth.rows_hash,
         n_train=fit_result.n_train,
         refused=fit_result.refusal,
         warnings=fit_result.warnings,
@@ -234,7 +236,8 @@ def limit_to_one_thread(
     # At the first call in a thread, torch sets the number of threads without the limit. This call
     # comes first, so that torch does not undo the limit later.
     torch.get_num_threads()
-    return cast("AbstractContextManager[object]", threadpool_limits(1, user_api=user_api))
+    limit = threadpool_limits(1, user_api=user_api)
+    return cast("AbstractContextManager[object]", limit)
 
 
 StudyDataArguments = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
@@ -260,8 +263,9 @@ class CellRunner:
             for study_data in data_of_studies:
                 folders = dict(study_data.folders)
                 data_arguments.append((study_data.config, folders, dict(study_data.second_folders)))
+            modules = plugins()
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                jobs, context, _start_worker, (plugins(), data_arguments)
+                jobs, context, _start_worker, (modules, data_arguments)
             )
 
     def __enter__(self) -> Self:
@@ -432,7 +436,9 @@ class _OpenBenchmark:
             folders = make_stores(config, parts, data, output, models=models)
         else:
             folders = require_stores(config, parts, data, output)
-        return cls(cells, StudyData(config, folders, find_second_stores(config, folders, data)))
+        second_folders = find_second_stores(config, folders, data)
+        study_data = StudyData(config, folders, second_folders)
+        return cls(cells, study_data)
 
     def run(self, runner: CellRunner, study_index: int, output: Path, share: CellShare) -> None:
         """Run the missing cells of a share.
@@ -440,7 +446,8 @@ class _OpenBenchmark:
         ``study_index`` is the index of this benchmark in the runner.
         """
         config = self.study_data.config
-        groups = group_by_fit(config, cells_to_run(self.cells))
+        cells = cells_to_run(self.cells)
+        groups = group_by_fit(config, cells)
         # of N shares, share i has the groups i, i + N, i + 2 N, ...
         groups_of_share = groups[share.index :: share.n_shares]
         cells_of_share = list(itertools.chain.from_iterable(groups_of_share))
@@ -455,13 +462,8 @@ class _OpenBenchmark:
                 config.name,
                 n_stale,
             )
-        run_cells(
-            runner,
-            study_index,
-            group_by_fit(config, missing_cells),
-            output,
-            n_done=len(finished_cells),
-        )
+        missing_groups = group_by_fit(config, missing_cells)
+        run_cells(runner, study_index, missing_groups, output, n_done=len(finished_cells))
 
     def board(self, output: Path) -> Board:
         """The board with the results of all cells."""
@@ -492,9 +494,10 @@ def refuse_contradictions(benchmarks: Sequence[_OpenBenchmark]) -> None:
                 key for key in first_facts | facts if first_facts.get(key) != facts.get(key)
             ]
             if differing:
+                fact_names = ", ".join(differing)
                 raise UsageError(
                     f"{first_name} and {name} both have {cell}, and mean different things by it: "
-                    f"they differ in {', '.join(differing)}. "
+                    f"they differ in {fact_names}. "
                     "Give one of them another name, or each an output of its own."
                 )
 
@@ -514,7 +517,9 @@ def finished_results(
     results = {}
     for cell in cells:
         try:
-            result = load_result(root, cell, digest(deciding_facts(study_data, cell)))
+            facts = deciding_facts(study_data, cell)
+            fingerprint = digest(facts)
+            result = load_result(root, cell, fingerprint)
         except ProvenanceError as error:
             logger.warning("%s %s is run again.", error, cell)
             continue

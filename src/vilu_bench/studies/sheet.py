@@ -112,9 +112,9 @@ def to_text(sheet: Sheet) -> str:
     for line in _body_lines(sheet, str, _plain_cell):
         # the labels of a row share a column, and every cell has a separate column
         lines.append([" / ".join(line[:n_labels]), *line[n_labels:]])
-    return "\n".join(
-        [sheet.title, *align_columns(lines), *_all_notes(sheet, "*: best; +: second best")]
-    )
+    table = align_columns(lines)
+    notes = _all_notes(sheet, "*: best; +: second best")
+    return "\n".join([sheet.title, *table, *notes])
 
 
 def to_markdown(sheet: Sheet) -> str:
@@ -122,34 +122,36 @@ def to_markdown(sheet: Sheet) -> str:
     heading = [*sheet.row_fields]
     for labels in sheet.columns:
         heading.append("<br>".join(map(escape_markdown, labels)))
-    lines = markdown_rows(heading, _body_lines(sheet, escape_markdown, _markdown_cell))
+    body = _body_lines(sheet, escape_markdown, _markdown_cell)
+    lines = markdown_rows(heading, body)
     notes = [f"<sub>{escape_markdown(note)}</sub>" for note in _all_notes(sheet, BOLD_LEGEND)]
-    return "\n".join(
-        [f"**{escape_markdown(sheet.title)}**", "", *lines, "", "<br>\n".join(notes), ""]
-    )
+    title = escape_markdown(sheet.title)
+    note_lines = "<br>\n".join(notes)
+    return "\n".join([f"**{title}**", "", *lines, "", note_lines, ""])
 
 
 def to_latex(sheet: Sheet) -> str:
     """The table as a LaTeX ``table`` with booktabs; neighbouring equal column labels are merged."""
     columns = "l" * len(sheet.row_fields) + "c" * len(sheet.columns)
     notes = [f"  {escape_latex(note)}" for note in _all_notes(sheet, BOLD_LEGEND)]
-    return "\n".join(
-        [
-            r"\begin{table}",
-            rf"\caption{{{escape_latex(sheet.title)}}}",
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            *latex_rows(_latex_heading(sheet)),
-            r"\midrule",
-            *latex_rows(_body_lines(sheet, escape_latex, _latex_cell)),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\par\footnotesize",
-            *notes,
-            r"\end{table}",
-            "",
-        ]
-    )
+    heading = _latex_heading(sheet)
+    body = _body_lines(sheet, escape_latex, _latex_cell)
+    lines = [
+        r"\begin{table}",
+        rf"\caption{{{escape_latex(sheet.title)}}}",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        *latex_rows(heading),
+        r"\midrule",
+        *latex_rows(body),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\par\footnotesize",
+        *notes,
+        r"\end{table}",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def _latex_heading(sheet: Sheet) -> list[list[str]]:
@@ -162,7 +164,8 @@ def _latex_heading(sheet: Sheet) -> list[list[str]]:
             fields = [escape_latex(field) for field in sheet.row_fields]
         # Columns are merged only if the labels in all lines down to this line are equal.
         labels_down_to_line = [labels[:level] for labels in sheet.columns]
-        lines.append(fields + _merged_headings(labels_down_to_line))
+        headings = _merged_headings(labels_down_to_line)
+        lines.append(fields + headings)
     return lines
 
 
@@ -204,11 +207,9 @@ def _body_lines(
             if table_number is None:
                 line.append("")
             else:
-                line.append(
-                    write_cell(
-                        table_number, _number_text(table_number), _text_beside(table_number, doubts)
-                    )
-                )
+                number_text = _number_text(table_number)
+                text_beside = _text_beside(table_number, doubts)
+                line.append(write_cell(table_number, number_text, text_beside))
         lines.append(line)
     return lines
 
@@ -226,7 +227,8 @@ def _text_beside(table_number: TableNumber, doubts: Sequence[str]) -> str:
         _, low, high = table_number.interval
         parts.append(METRICS[table_number.metric].brackets(low, high))
     if table_number.published is not None:
-        parts.append(_published_text(table_number, table_number.published, doubts))
+        published_text = _published_text(table_number, table_number.published, doubts)
+        parts.append(published_text)
     return " ".join(parts)
 
 
@@ -283,7 +285,9 @@ def _merged_headings(labels: Sequence[tuple[str, ...]]) -> list[str]:
     for label, neighbours in groupby(labels):
         head = escape_latex(label[-1])
         width = len(list(neighbours))
-        heads.append(head if width == 1 else rf"\multicolumn{{{width}}}{{c}}{{{head}}}")
+        if width > 1:
+            head = rf"\multicolumn{{{width}}}{{c}}{{{head}}}"
+        heads.append(head)
     return heads
 
 

@@ -42,9 +42,8 @@ def cut_images(images: ImageDataset, limit: int | None, shards: int | None) -> I
         return images
     # Images are often sorted by class, so the first images have few classes. Evenly spaced images
     # have many.
-    return ChosenImages(
-        images, evenly_spaced(len(images), limit).tolist(), {"evenly_spaced": limit}
-    )
+    indices = evenly_spaced(len(images), limit)
+    return ChosenImages(images, indices.tolist(), {"evenly_spaced": limit})
 
 
 def evenly_spaced(n_rows: int, n_chosen: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -87,10 +86,12 @@ def make_stores(
         if entry.stores is not None:
             continue
         if not is_complete(folder):
-            _embed(entry, role, data_folder, folder, load_model(entry.backbone))
+            backbone = load_model(entry.backbone)
+            _embed(entry, role, data_folder, folder, backbone)
         elif models is not None:
             stored_space = read_document(folder / MANIFEST_FILE, Manifest).space
-            load_model(entry.backbone).space.require_match(
+            backbone = load_model(entry.backbone)
+            backbone.space.require_match(
                 stored_space, name=f"the model in {models}", other_name=f"{folder}"
             )
     return folders
@@ -192,14 +193,10 @@ def _ready_made_folder(
 def _embed(entry: Data, role: Role, data_folder: Path, folder: Path, backbone: Backbone) -> None:
     """Embed the images of a role into a store."""
     with open_images(entry, role, data_folder) as images:
-        embed(
-            images,
-            backbone,
-            folder,
-            names=_class_names(entry, images),
-            columns=_columns(entry, role),
-            split=_split(entry, role),
-        )
+        names = _class_names(entry, images)
+        columns = _columns(entry, role)
+        split = _split(entry, role)
+        embed(images, backbone, folder, names=names, columns=columns, split=split)
 
 
 def _columns(entry: Data, role: Role) -> ExtraColumns:
@@ -251,16 +248,18 @@ def open_images(entry: Data, role: Role, data_folder: Path) -> Iterator[ImageDat
     pictures of all roles are opened.
     """
     with _source_path(entry, data_folder) as path:
+        split = _split(entry, role)
         images = open_dataset(
             path,
-            split=_split(entry, role),
+            split=split,
             # a known data set tells the reader whether the data set has captions
             captions=entry.captions and entry.dataset is None,
             where=entry.where,
             dataset=entry.dataset,
             raw_names=entry.raw_names,
         )
-        images = cut_images(images, entry.limit_of(role), entry.shards)
+        limit = entry.limit_of(role)
+        images = cut_images(images, limit, entry.shards)
         if entry.shift is not None:
             if isinstance(images, ShardedDataset):
                 raise UsageError(

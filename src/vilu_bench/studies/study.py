@@ -66,9 +66,10 @@ class Archive(Section):
 
 def archive_of(config: Config, results: Mapping[Cell, CellResult]) -> Archive:
     """The document of a study with these results."""
+    full_config = config.with_every_method_named()
     return Archive(
         vilu=importlib.metadata.version("vilu"),
-        config=config.with_every_method_named().model_dump(mode="json"),
+        config=full_config.model_dump(mode="json"),
         fingerprints={cell.path.as_posix(): result.fingerprint for cell, result in results.items()},
     )
 
@@ -96,11 +97,11 @@ def load_studies(output: Path) -> list[Board]:
 def _load_study(path: Path, output: Path) -> Board:
     """Read a study from the document and the cells."""
     try:
-        archive = Archive.model_validate(read_json(path, RUN_AGAIN))
+        document = read_json(path, RUN_AGAIN)
+        archive = Archive.model_validate(document)
     except ValidationError as error:
-        raise DataError(
-            f"{path} is not the document of a study: {first_error(error)}. {RUN_AGAIN}."
-        ) from error
+        fault = first_error(error)
+        raise DataError(f"{path} is not the document of a study: {fault}. {RUN_AGAIN}.") from error
     config: Config = parse_config(archive.config, str(path))
     cells = plan_cells(config)
     results = {}
@@ -119,7 +120,8 @@ def _load_study(path: Path, output: Path) -> Board:
     if n_older:
         n_results = len(results)
         logger.info("%s: %d of %d results are of older code", config.name, n_older, n_results)
-    return Board(config, cells, results, cache(partial(load_bootstrap, output)))
+    bootstrap = cache(partial(load_bootstrap, output))
+    return Board(config, cells, results, bootstrap)
 
 
 def _archived_result(archive: Archive, cell: Cell, output: Path) -> CellResult | None:
@@ -163,7 +165,9 @@ def study_page(
             parts.append(claims_table(config, verdicts_on_claims))
     for exhibit in exhibits:
         if exhibit.draw is not None:
-            parts.append(f"![{escape_markdown(exhibit.title)}]({figure_path(exhibit.name)})")
+            title = escape_markdown(exhibit.title)
+            path = figure_path(exhibit.name)
+            parts.append(f"![{title}]({path})")
         parts.append(_body_in_markdown(exhibit))
     return "\n\n".join(parts) + "\n"
 
@@ -234,7 +238,8 @@ def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
         claim_text = escape_markdown(verdict.claim.says)
         ruling, _ = RULING_TEXTS[verdict.ruling]
         source = escape_markdown(verdict.claim.source)
-        lines.append([claim_text, ruling, _deciding_number(verdict), source])
+        number = _deciding_number(verdict)
+        lines.append([claim_text, ruling, number, source])
     table = markdown_rows(["claim", "here", "by", "source"], lines)
     note = (
         f"Brackets: {100 * config.confidence:g} % bootstrap interval; "
@@ -288,16 +293,16 @@ def render_study(board: Board, output: Path) -> Rendered:
     exhibits = tuple(make_exhibit(board, view, output) for view in config.views or [DEFAULT_VIEW])
     verdicts = tuple(decide(board, claim) for claim in config.claims)
     text = _terminal_text(exhibits, verdicts)
-    times = times_table(board, load_times(output, board.results))
+    time_of_cell = load_times(output, board.results)
+    times = times_table(board, time_of_cell)
     _write_results(board, folder)
     for exhibit in exhibits:
         _write_exhibit(exhibit, folder)
     write_text(folder / "table.txt", text + "\n")
     if times:
         write_text(folder / "times.txt", times + "\n")
-    write_text(
-        folder / "README.md", study_page(config, exhibits, verdicts, "figures/{}.svg".format)
-    )
+    page = study_page(config, exhibits, verdicts, "figures/{}.svg".format)
+    write_text(folder / "README.md", page)
     return Rendered(board, exhibits, verdicts, text, times)
 
 
@@ -309,9 +314,8 @@ def _terminal_text(exhibits: Iterable[Exhibit], verdicts: Sequence[Verdict]) -> 
     if verdicts:
         lines = ["claims:"]
         for verdict in verdicts:
-            lines.append(
-                f"{verdict.ruling.upper()}: {verdict.claim.says} ({verdict.number_in_words})"
-            )
+            ruling = verdict.ruling.upper()
+            lines.append(f"{ruling}: {verdict.claim.says} ({verdict.number_in_words})")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -329,7 +333,8 @@ def write_document(
     parts = [f"# {title}", ""]
     if intro:
         parts += [intro, ""]
-    parts.append(claims_in_markdown([study.verdicts for study in studies]))
+    claims = claims_in_markdown([study.verdicts for study in studies])
+    parts.append(claims)
     for study in studies:
         name = study.board.config.name
         for exhibit in study.exhibits:
@@ -338,14 +343,16 @@ def write_document(
                 write_bytes(figures / f"{name}-{figure_file.name}", figure_file.read_bytes())
         # the method ``format`` of this text maps the name of a view to the path of the figure
         figure_path = f"{figures.name}/{name}-{{}}.svg".format
-        parts.append(study_page(study.board.config, study.exhibits, study.verdicts, figure_path))
-    write_text(document, "\n".join(parts) + "\n" + text_mark("study", inputs))
+        page = study_page(study.board.config, study.exhibits, study.verdicts, figure_path)
+        parts.append(page)
+    text = "\n".join(parts) + "\n" + text_mark("study", inputs)
+    write_text(document, text)
 
 
 def _write_results(board: Board, folder: Path) -> None:
     summary = summarise(board)
-    config = board.config.with_every_method_named().model_dump(mode="json")
-    content = {"kind": "benchmark", "config": config}
+    full_config = board.config.with_every_method_named()
+    content = {"kind": "benchmark", "config": full_config.model_dump(mode="json")}
     write_json(folder / "results.json", {**content, **summary.to_dict()})
     summary.results.write(folder / "results.parquet")
 
@@ -355,7 +362,8 @@ def _write_exhibit(exhibit: Exhibit, folder: Path) -> None:
     if isinstance(exhibit.body, Sheet):
         tables = make_folder(folder / "tables")
         for suffix, write_table in TABLE_WRITERS.items():
-            write_text(tables / f"{exhibit.name}{suffix}", write_table(exhibit.body))
+            table = write_table(exhibit.body)
+            write_text(tables / f"{exhibit.name}{suffix}", table)
     if exhibit.draw is not None:
         figures = make_folder(folder / "figures")
         drawing = exhibit.draw()

@@ -93,21 +93,23 @@ def _write(
     board: Board, run: Path, cell: Cell, settings_and_seeds: list[tuple[str, int]], folder: Path
 ) -> Path:
     """Write the scores of a cell as a file for submission."""
-    submission = Submission(
-        made_by=_maker(board, cell.method),
-        result=board.results[cell].model_copy(update={"files": {}}),
-        stands_for=tuple(dict.fromkeys(settings_and_seeds)),
-    )
-    cell_folder = make_folder((folder / cell.path.relative_to("cells")).parent)
+    made_by = _maker(board, cell.method)
+    result = board.results[cell].model_copy(update={"files": {}})
+    stands_for = tuple(dict.fromkeys(settings_and_seeds))
+    submission = Submission(made_by=made_by, result=result, stands_for=stands_for)
+    relative_path = cell.path.relative_to("cells")
+    cell_folder = make_folder((folder / relative_path).parent)
     path = cell_folder / f"seed-{cell.seed}{SCORES}"
     provenance = {SUBMISSION_KEY: submission.model_dump(mode="json")}
-    replace(_scores(run, cell), provenance=provenance).save(path)
+    scores = replace(_scores(run, cell), provenance=provenance)
+    scores.save(path)
     return path
 
 
 def _maker(board: Board, method: str) -> str:
     """Distribution and version of a method from outside vilu; "" for our methods."""
-    home = home_of(board.config.class_of(method)).get("home", {})
+    cls = board.config.class_of(method)
+    home = home_of(cls).get("home", {})
     distribution = home.get("distribution")
     if distribution in {None, "vilu", "vilu-bench"}:
         return ""
@@ -157,11 +159,11 @@ def _read(path: Path) -> SubmittedFile:
     try:
         outcomes = Outcomes.load(path)
         table, _ = read_table(path, TEXT_COLUMNS)
-        submission = Submission.model_validate(outcomes.provenance.get(SUBMISSION_KEY))
+        document = outcomes.provenance.get(SUBMISSION_KEY)
+        submission = Submission.model_validate(document)
     except ValidationError as error:
-        raise DataError(
-            f"{path} is no cell as `vilu submit` writes it: {first_error(error)}"
-        ) from error
+        fault = first_error(error)
+        raise DataError(f"{path} is no cell as `vilu submit` writes it: {fault}") from error
     except DataError as error:
         raise DataError(f"{path} is no cell as `vilu submit` writes it: {error}") from error
     has_all_rows = False
@@ -221,12 +223,9 @@ def _with_submitted_files(
     makers = {}
     for submitted_file in submitted_files.values():
         makers[submitted_file.submission.result.method] = submitted_file.submission.made_by
-    return Board(
-        board.config.with_submitted_methods(makers),
-        (*board.cells, *submitted_files),
-        results,
-        _bootstrap_with_submissions(board, run, submitted_files, results),
-    )
+    config = board.config.with_submitted_methods(makers)
+    bootstrap = _bootstrap_with_submissions(board, run, submitted_files, results)
+    return Board(config, (*board.cells, *submitted_files), results, bootstrap)
 
 
 def _present_scores(

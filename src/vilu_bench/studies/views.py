@@ -33,7 +33,8 @@ class Study(Section):
     @field_validator("published")
     @classmethod
     def _check_published(cls, names: Names) -> Names:
-        require_known("table of published numbers", names, published_tables())
+        tables = published_tables()
+        require_known("table of published numbers", names, tables)
         return names
 
 
@@ -187,7 +188,8 @@ class TableView(View):
         """Refuse unknown fields, and a field in both rows and columns."""
         for names in (self.rows, self.columns, self.compete):
             require_known("field", names, KEY_FIELDS)
-        for name, count in Counter((*self.rows, *self.columns)).items():
+        n_uses = Counter((*self.rows, *self.columns))
+        for name, count in n_uses.items():
             if count > 1:
                 raise ValueError(f"{name} is both in the rows and in the columns")
         return self
@@ -236,7 +238,8 @@ class CurveView(View):
     def check(self, study_names: StudyNames) -> None:
         """Also raise a ValueError if no point has a position on the axis."""
         super().check(study_names)
-        if all(entry.x is None for entry in self.entries_of(study_names, self.x).values()):
+        entries = self.entries_of(study_names, self.x)
+        if all(entry.x is None for entry in entries.values()):
             raise ValueError(f"no {self.x} has an x, its position on the axis {self.section_name}")
 
 

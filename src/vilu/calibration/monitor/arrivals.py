@@ -53,7 +53,8 @@ class SeenRows:
 
     def add(self, hashes: Ints) -> None:
         """Add hashes; known hashes are ignored."""
-        run = np.unique(hashes[~self._contains(hashes)])
+        is_known = self._contains(hashes)
+        run = np.unique(hashes[~is_known])
         if not len(run):
             return
         # The last runs are merged into the new run, back to a longer run. So every run is shorter
@@ -84,7 +85,8 @@ class SeenRows:
     ) -> tuple[Ints, NDArray[np.bool_]]:
         """As ``find_new``, for rows with identifiers."""
         identifying_numbers = _identifying_numbers(outcomes)
-        hashes = hash_items(_rows_as_bytes(ids, identifying_numbers)).view(np.int64)
+        bytes_of_rows = _rows_as_bytes(ids, identifying_numbers)
+        hashes = hash_items(bytes_of_rows).view(np.int64)
         # Equal rows of this batch count once: the first of the equal rows may be new.
         _, first_of_equals = np.unique(hashes, return_index=True)
         is_first = np.isin(np.arange(len(outcomes)), first_of_equals)

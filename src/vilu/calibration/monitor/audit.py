@@ -51,10 +51,12 @@ def log_wealth(n_wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
     #
     # Either term of M may be 0. The logarithm is then -inf, and this is no error.
     with np.errstate(divide="ignore", under="ignore"):
-        log_not_bet = np.log(special.betainc(a, b, rate))
+        share_not_bet = special.betainc(a, b, rate)
+        log_not_bet = np.log(share_not_bet)
         # The integral over all theta is a quotient of two beta functions. The factor ``betaincc``
         # is the share of the integral above ``rate``.
-        log_share_above = np.log(special.betaincc(a + n_wrong, b + n_right, rate))
+        share_above = special.betaincc(a + n_wrong, b + n_right, rate)
+        log_share_above = np.log(share_above)
         log_integral = (
             special.betaln(a + n_wrong, b + n_right) - special.betaln(a, b) + log_share_above
         )
@@ -140,11 +142,9 @@ class Audit:
 
     def with_answers(self, failure: Ints) -> Audit:
         """Return the audit with B more answers; ``failure`` (B,) is 1 where an answer is wrong."""
-        return replace(
-            self,
-            n_audited=self.n_audited + len(failure),
-            n_wrong=self.n_wrong + int(failure.sum()),
-        )
+        n_audited = self.n_audited + len(failure)
+        n_wrong = self.n_wrong + int(failure.sum())
+        return replace(self, n_audited=n_audited, n_wrong=n_wrong)
 
     def n_more_needed(self) -> int | None:
         """Estimate how many more audited answers lead to a verdict, at the same error rate.
@@ -161,7 +161,8 @@ class Audit:
         round_to_limit: Callable[[float], int] = math.ceil if is_below_limit else math.floor
 
         def is_enough(n: int) -> bool:
-            later_audit = replace(self, n_audited=n, n_wrong=round_to_limit(error_rate * n))
+            n_wrong = round_to_limit(error_rate * n)
+            later_audit = replace(self, n_audited=n, n_wrong=n_wrong)
             return later_audit.verdict != "not enough audited answers"
 
         if is_enough(self.n_audited):

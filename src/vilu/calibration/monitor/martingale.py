@@ -145,7 +145,8 @@ class Martingale:
         """
         log_wealth = [np.empty(0)]
         for first_row in range(0, len(p), ROWS_PER_BLOCK):
-            log_wealth.append(self._update_block(p[first_row : first_row + ROWS_PER_BLOCK]))
+            log_wealth_of_block = self._update_block(p[first_row : first_row + ROWS_PER_BLOCK])
+            log_wealth.append(log_wealth_of_block)
         return np.concatenate(log_wealth)
 
     @np.errstate(under="ignore")  # numbers far smaller than the largest number are rounded to 0
@@ -175,7 +176,8 @@ class Martingale:
         self.growth = growth[-1].copy()
         self.started = started[-1].copy()
         log_used = special.logsumexp(growth_after + started_after + np.log(WEALTH_SHARES), axis=1)
-        log_unused = np.log(unused_wealth_share(start))
+        unused_share = unused_wealth_share(start)
+        log_unused = np.log(unused_share)
         log_wealth: Floats = np.logaddexp(log_used, log_unused)
         return log_wealth
 
@@ -217,7 +219,8 @@ class SortedRun:
         """Make a run of values (N,) in any order; each value occurred ``counts`` (N,) times."""
         distinct_values, index = np.unique(values, return_inverse=True)
         counts_of_distinct = np.bincount(index, weights=counts)
-        return cls(distinct_values, np.cumsum(counts_of_distinct).astype(np.int64))
+        cumulated_counts = np.cumsum(counts_of_distinct).astype(np.int64)
+        return cls(distinct_values, cumulated_counts)
 
     @classmethod
     def merge(cls, runs: Sequence[SortedRun]) -> SortedRun:
@@ -378,8 +381,9 @@ def is_grouped(codes: Ints) -> bool:
     def count_equal_if_sorted(codes: Floats) -> float:
         return len(codes) - len(np.unique(codes))
 
+    codes_as_floats = codes.astype(np.float64)
     return _is_sorted_in_halves(
-        codes.astype(np.float64),
+        codes_as_floats,
         measure_order=count_equal_neighbours,
         measure_largest_order=count_equal_if_sorted,
         min_excess_share=0.1,
@@ -396,14 +400,16 @@ def is_rising(values: Floats) -> bool:
 
     # minus the total distance of neighbours, so that more order gives a larger number
     def measure_nearness(rank: Floats) -> float:
-        return -float(np.abs(np.diff(rank)).sum())
+        steps = np.diff(rank)
+        return -float(np.abs(steps).sum())
 
     def measure_nearness_if_sorted(rank: Floats) -> float:
         return float(rank.min() - rank.max())
 
     _, rank = np.unique(values, return_inverse=True)
+    ranks_as_floats = rank.astype(np.float64)
     return _is_sorted_in_halves(
-        rank.astype(np.float64),
+        ranks_as_floats,
         measure_order=measure_nearness,
         measure_largest_order=measure_nearness_if_sorted,
         min_excess_share=0.75,

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,7 +150,8 @@ class Monitor:
             tests[name] = Test(name=name, level=self.false_alarm * LEVEL_PARTS[name] / total_parts)
         self.shift_tests: dict[TestName, ShiftTest] = {}
         for name, values_of_test in values.items():
-            self.shift_tests[name] = ShiftTest(tests[name], ReferenceValues.of(values_of_test))
+            reference = ReferenceValues.of(values_of_test)
+            self.shift_tests[name] = ShiftTest(tests[name], reference)
         self.error_audit: Audit | None = None
         self.audit_test = tests.get("audit")
         if guaranteed_risk is not None:
@@ -171,7 +172,8 @@ class Monitor:
         The limit is infinite if all rows are compared.
         """
         scores = self.calibration.uncertainty
-        distinct_scores = np.unique(scores[np.isfinite(scores)])
+        is_finite = np.isfinite(scores)
+        distinct_scores = np.unique(scores[is_finite])
         # With the method "anytime", or with rows drawn below a limit, the labelled rows are a
         # random sample only up to the limit. Labelled rows beyond the limit were chosen by
         # somebody, so new rows are not like them.
@@ -205,7 +207,8 @@ class Monitor:
             >>> len(monitor.calibration), monitor.rule.max_risk
             (200, 0.05)
         """
-        calibration, guarantee = _load_guarantee(folder_of(folder))
+        predictor_folder = folder_of(folder)
+        calibration, guarantee = _load_guarantee(predictor_folder)
         monitor = cls(calibration.rows, guarantee, false_alarm=false_alarm, seed=seed)
         monitor.risk = calibration.fingerprint
         return monitor
@@ -352,24 +355,34 @@ class Monitor:
         import pyarrow as pa
 
         claim_file(path, "monitor state", overwrite=True)
+        # With this option, missing columns are filled with null.
+        whole_table = pa.concat_tables(self._tables_to_save(), promote_options="default")
+        columns = {name: whole_table[name] for name in ("test", "value", "count", "row")}
+        metadata = self.state().model_dump(mode="json")
+        write_table(path, columns, metadata)
+
+    def _tables_to_save(self) -> list[pa.Table]:
+        """Make the tables with the values of every test, and with the hashes of rows and labels."""
+        import pyarrow as pa
+
         tables = []
         for name, shift_test in self.shift_tests.items():
             values, counts = shift_test.reference.value_counts()
-            tables.append(
-                pa.table({"test": pa.repeat(name, len(counts)), "value": values, "count": counts})
-            )
+            test_of_line = pa.repeat(name, len(counts))
+            table = pa.table({"test": test_of_line, "value": values, "count": counts})
+            tables.append(table)
         # without a test, this empty table still brings the columns "value" and "count"
         empty_columns = {"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())}
-        tables.append(pa.table(empty_columns))
+        empty_table = pa.table(empty_columns)
+        tables.append(empty_table)
         # The hashes of seen rows and seen labels are in the same table. In lines with hashes, the
         # column "test" names the kind of hash.
         for kind, seen in ((ROWS_SEEN, self.seen_rows), (LABELS_SEEN, self.seen_labels)):
             hashes = seen.hashes()
-            tables.append(pa.table({"test": pa.repeat(kind, len(hashes)), "row": hashes}))
-        # With this option, missing columns are filled with null.
-        whole_table = pa.concat_tables(tables, promote_options="default")
-        columns = {name: whole_table[name] for name in ("test", "value", "count", "row")}
-        write_table(path, columns, self.state().model_dump(mode="json"))
+            kind_of_line = pa.repeat(kind, len(hashes))
+            table = pa.table({"test": kind_of_line, "row": hashes})
+            tables.append(table)
+        return tables
 
     @checked
     def resume(self, path: str | Path) -> Self:
@@ -411,8 +424,8 @@ class Monitor:
         test_column = read_column(path, table, "test", "string")
         test_of_line = np.asarray(test_column.to_pylist(), dtype=object)
         # The columns "value" and "count" are null in the lines with hashes.
-        value = read_column(path, table, "value", "float64").fill_null(np.nan).to_numpy()
-        count = read_column(path, table, "count", "int64").fill_null(0).to_numpy()
+        value = _read_numbers(path, table, "value", "float64", in_place_of_null=np.nan)
+        count = _read_numbers(path, table, "count", "int64", in_place_of_null=0)
         row_hash = read_column(path, table, "row", "int64")
         values: dict[TestName, tuple[Floats, Ints]] = {}
         for name in self.shift_tests:
@@ -528,6 +541,7 @@ class Monitor:
         ood_text = None
         if ood_audit is not None and self.rule is not None and self.rule.outside_share is not None:
             ood_text = ood_in_words(ood_audit, self.rule.outside_share)
+        acceptance = self._acceptance_shares()
         return Status(
             verdict=verdict,
             raised_at=raised_at,
@@ -537,7 +551,7 @@ class Monitor:
             unscored=self.unscored,
             false_alarm=self.false_alarm,
             tests=tuple(tests),
-            acceptance=self._acceptance_shares(),
+            acceptance=acceptance,
             audit=audited,
             present=ood_text,
         )
@@ -635,15 +649,15 @@ class Monitor:
         labelled_rows = np.flatnonzero((outcomes.failure != UNKNOWN) & is_counted)
         if labelled_rows.size == 0:  # the usual case in a service, because labels arrive later
             return
-        hashes, is_new = self.seen_labels.find_new(
-            outcomes.take(labelled_rows), compare_failures=True
-        )
+        labelled_outcomes = outcomes.take(labelled_rows)
+        hashes, is_new = self.seen_labels.find_new(labelled_outcomes, compare_failures=True)
+        n_repeated = int(np.count_nonzero(~is_new))
         if not is_new.all():
             warn_caller(
-                f"{np.count_nonzero(~is_new)} of {len(is_new)} labels were given before and are "
+                f"{n_repeated} of {len(is_new)} labels were given before and are "
                 "not counted again.",
             )
-        self.repeated += int(np.count_nonzero(~is_new))
+        self.repeated += n_repeated
         self.seen_labels.add(hashes)
         new_rows = labelled_rows[is_new]
         is_ood = outcomes.outside[new_rows]
@@ -706,7 +720,8 @@ class Monitor:
             content_hash.update(strata.stratum.tobytes())
         rule = None if self.rule is None else self.rule.model_dump(mode="json")
         test_names = list(self.shift_tests)
-        return digest([content_hash.hexdigest(), rule, self.false_alarm, self.seed, test_names])
+        hash_of_values = content_hash.hexdigest()
+        return digest([hash_of_values, rule, self.false_alarm, self.seed, test_names])
 
 
 def _load_guarantee(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
@@ -737,9 +752,20 @@ def _add_saved_hashes(seen: SeenRows, hashes: pa.ChunkedArray, n: int) -> None:
 
     Raises a ValueError if ``hashes`` does not hold n distinct hashes.
     """
-    seen.add(hashes.drop_null().to_numpy())
+    saved_hashes = hashes.drop_null().to_numpy()
+    seen.add(saved_hashes)
     if len(hashes) != n or len(seen) != n:
         raise ValueError("it does not hold the rows that were taken in")
+
+
+def _read_numbers(
+    path: str | Path, table: pa.Table, name: str, column_type: str, *, in_place_of_null: float
+) -> NDArray[Any]:
+    """Read a column of numbers of a saved state, with a number in place of null."""
+    column = read_column(path, table, name, column_type)
+    filled_column = column.fill_null(in_place_of_null)
+    numbers: NDArray[Any] = filled_column.to_numpy()
+    return numbers
 
 
 def _read_state(path: str | Path) -> tuple[pa.Table, State]:

@@ -45,7 +45,8 @@ def make_rate_audits(
     rate_audits: dict[TestName, Audit] = {}
     if rule.outside_share is not None:
         rate_audits["outside"] = Audit(limit=max(rule.outside_share, MIN_OOD_LIMIT), delta=level)
-    review_limit = _largest_review_share(rule, calibration.take(calibration.evaluable), level / 2)
+    labelled_rows = calibration.take(calibration.evaluable)
+    review_limit = _largest_review_share(rule, labelled_rows, level / 2)
     if review_limit < 1:
         rate_audits["review"] = Audit(limit=review_limit, delta=level / 2)
     return rate_audits
@@ -63,7 +64,8 @@ def _largest_review_share(rule: Rule, rows: Outcomes, delta: float) -> float:
     delta_of_stratum = delta / int(np.count_nonzero(strata.share))
     bounds = []
     for n_reviewed_here, n_here in zip(n_reviewed.tolist(), strata.n_rows.tolist(), strict=True):
-        bounds.append(upper_bound(n_reviewed_here, n_here, delta_of_stratum))
+        bound = upper_bound(n_reviewed_here, n_here, delta_of_stratum)
+        bounds.append(bound)
     *class_bounds, ood_bound = bounds  # out-of-distribution rows are the last stratum
     ood_share = float(strata.share[-1])
     class_shares = strata.share[:-1]

@@ -202,7 +202,8 @@ def conclude(tests: Sequence[Test], audit: Audited | None) -> Conclusion:
     alarms = []
     for test in tests:
         if test.raised_at is not None:
-            alarms.append(Alarm(row=test.raised_at, test=test.name))
+            alarm_of_test = Alarm(row=test.raised_at, test=test.name)
+            alarms.append(alarm_of_test)
     alarms.sort(key=attrgetter("row"))
     if alarms:
         first_alarm = alarms[0]

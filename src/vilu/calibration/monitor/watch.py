@@ -53,7 +53,8 @@ class ShiftTest:
         # Otherwise the evidence would depend on the division, and a user could choose a division
         # with a convenient result.
         generator.advance(self.martingale.n)
-        uniform_numbers = np.random.Generator(generator).random(len(values))
+        rng = np.random.Generator(generator)
+        uniform_numbers = rng.random(len(values))
         p = self.reference.p_values(values, uniform_numbers)
         log_wealth = self.martingale.update(p)
         self.test = self.test.after(log_wealth, row_numbers)
@@ -122,12 +123,10 @@ class Wealth(FrozenModel):
 
     def martingale(self) -> Martingale:
         """Return the saved martingale."""
-        return Martingale(
-            n=self.n,
-            growth=np.array(self.growth),
-            started=np.array(self.started),
-            counts=[np.array(cells) for cells in self.counts],
-        )
+        growth = np.array(self.growth)
+        started = np.array(self.started)
+        counts = [np.array(cells) for cells in self.counts]
+        return Martingale(n=self.n, growth=growth, started=started, counts=counts)
 
     @model_validator(mode="after")
     def _check_cells(self) -> Self:

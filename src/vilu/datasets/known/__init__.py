@@ -46,7 +46,8 @@ def find_known(name: str) -> KnownDataset:
     if name in KNOWN:
         return KNOWN[name]
     refuse_name_of_bench(KNOWN.group, name)
-    hint = did_you_mean(name.lower().replace("-", "_"), KNOWN, cutoff=0.5)
+    usual_spelling = name.lower().replace("-", "_")
+    hint = did_you_mean(usual_spelling, KNOWN, cutoff=0.5)
     if hint == "":
         hint = f" There are: {', '.join(KNOWN)}."
     raise UsageError(f"there is no data set {name!r}.{hint}")
@@ -184,7 +185,8 @@ def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> 
     presence = replace(presence, origin=survey.origin, splits=splits)
     damaged_names = _damaged_archives(archives, archive_paths, place)
     if damaged_names:
-        return replace(presence, problem=f"wrong checksum: {', '.join(damaged_names)}")
+        listed_names = ", ".join(damaged_names)
+        return replace(presence, problem=f"wrong checksum: {listed_names}")
     state = _state_by_counts(splits.values(), survey)
     if state == "incomplete":
         return presence

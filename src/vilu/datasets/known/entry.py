@@ -170,7 +170,8 @@ class KnownDataset:
         """Return the published sizes of these splits; empty if no such splits were published."""
         for sizes in (self.sizes, self.official_sizes):
             # joined and split again, because a key may name several splits, such as "train+val"
-            published_splits = "+".join(sizes).split("+")
+            joined_splits = "+".join(sizes)
+            published_splits = joined_splits.split("+")
             if set(published_splits) == set(splits):
                 return sizes
         return {}
@@ -207,8 +208,9 @@ class Place:
 
     def missing_error(self, *names: str) -> DataError:
         """Return the error for missing files ``names``."""
+        listed_names = " or ".join(names)
         return DataError(
-            f"{self.entry.title} in {self.folder} has no {' or '.join(names)}, "
+            f"{self.entry.title} in {self.folder} has no {listed_names}, "
             "so nothing says which image is in which split. "
             f"{self.entry.how} ({self.entry.url})"
         )
@@ -250,9 +252,11 @@ def require_place(entry: KnownDataset, root: Path) -> Place:
     place = find_place(entry, root, named=True)
     if place is not None:
         return place
+    listed_folders = " or ".join(entry.folders)
+    listed_marks = " or ".join(entry.marks)
     raise DataError(
-        f"{entry.title} is not in {root}: there is no {' or '.join(entry.folders)} "
-        f"with {' or '.join(entry.marks)} in it, nor is it that folder itself. "
+        f"{entry.title} is not in {root}: there is no {listed_folders} "
+        f"with {listed_marks} in it, nor is it that folder itself. "
         f"{entry.how} ({entry.url})"
     )
 

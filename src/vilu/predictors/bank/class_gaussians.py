@@ -70,7 +70,9 @@ def scatter_within_classes(
     for block, image in read_blocks(train):
         x = image.double() - mean[label[block]]
         scatter += x.T @ x
-        fourth_power_sum += float(x.square().sum(dim=1).square().sum())
+        squared_norms = x.square().sum(dim=1)
+        fourth_powers = squared_norms.square()
+        fourth_power_sum += float(fourth_powers.sum())
     return scatter, fourth_power_sum
 
 
@@ -80,7 +82,9 @@ def whitener(covariance: Tensor, relative_ridge: float = RELATIVE_RIDGE) -> Tens
     ``relative_ridge`` times the mean variance is added to the diagonal of the covariance first.
     """
     identity = torch.eye(len(covariance), dtype=covariance.dtype)
-    raised_covariance = covariance + relative_ridge * covariance.diagonal().mean() * identity
+    variances = covariance.diagonal()
+    ridge = relative_ridge * variances.mean()
+    raised_covariance = covariance + ridge * identity
     lower_triangle = torch.linalg.cholesky(raised_covariance)
     inverse: Tensor = torch.linalg.solve_triangular(lower_triangle, identity, upper=False)
     return inverse.T.contiguous()
@@ -130,16 +134,15 @@ class ClassDensity(ClosedSet):
         centre, projection, variance = principal_components(train, max_components, read_blocks)
         scatters, groups = class_scatters(train, label, means, count, projection, read_blocks)
         identity = torch.eye(len(variance), dtype=torch.float64)
-        n_classes_with_images = int((count > 0).sum())
-        pooled_covariance = scatters.sum(dim=0) / max(len(label) - n_classes_with_images, 1)
-        if float(pooled_covariance.trace()) <= NEGLIGIBLE_VARIANCE:
-            pooled_covariance = identity * variance.mean()
+        covariance_of_all = variance.diag()
+        pooled_covariance = _covariance_within_classes(scatters, count, variance)
         has_own_covariance = groups > POOLED_GROUP
         degrees_of_freedom = count[has_own_covariance] - 1
         own_covariances = scatters / degrees_of_freedom[:, None, None]
         # in the order of their indices: ABSENT_GROUP, POOLED_GROUP, and then single classes
-        covariances = torch.stack([variance.diag(), pooled_covariance, *own_covariances])
-        mean_variances = covariances.diagonal(dim1=1, dim2=2).mean(dim=1)
+        covariances = torch.stack([covariance_of_all, pooled_covariance, *own_covariances])
+        variances = covariances.diagonal(dim1=1, dim2=2)
+        mean_variances = variances.mean(dim=1)
         ridge = max(ridge, MIN_RIDGE * float(mean_variances.amax()))
         covariances += ridge * identity
         whiteners = [whitener(covariance, relative_ridge) for covariance in covariances]
@@ -162,7 +165,8 @@ class ClassDensity(ClosedSet):
         """
         answer_column = batch.prediction.to(image.device)[:, None]
         log_density, is_seen = self._log_densities(batch, image)
-        answer_log_density = log_density.gather(1, answer_column).squeeze(1)
+        answer_log_density_column = log_density.gather(1, answer_column)
+        answer_log_density = answer_log_density_column.squeeze(1)
         # Classes without training images are no rivals. Such a class has the density of all images.
         # This density would be the largest for every image slightly unlike the true class.
         log_density_of_seen = log_density.masked_fill(~is_seen, -math.inf)
@@ -191,7 +195,8 @@ class ClassDensity(ClosedSet):
         whiteners = self.tensor("whiteners", image.device)
         log_dets = self.tensor("log_dets", image.device)
         log_density = z.new_empty(len(z), len(groups))
-        for group in groups.unique().tolist():
+        distinct_groups = groups.unique()
+        for group in distinct_groups.tolist():
             is_in_group = groups == group
             whitener_of_group = whiteners[group]
             # In whitened coordinates the Mahalanobis distance is the Euclidean distance. A single
@@ -201,6 +206,20 @@ class ClassDensity(ClosedSet):
             )
             log_density[:, is_in_group] = -(squares + log_dets[group]) / 2
         return log_density
+
+
+def _covariance_within_classes(scatters: Tensor, count: Tensor, variance: Tensor) -> Tensor:
+    """Mean covariance (R, R) within classes, of scatters (G, R, R) and numbers of images (K,).
+
+    If no class has two different images, the result is the identity times the mean ``variance``.
+    """
+    n_images = int(count.sum())
+    n_classes_with_images = int((count > 0).sum())
+    covariance = scatters.sum(dim=0) / max(n_images - n_classes_with_images, 1)
+    if float(covariance.trace()) <= NEGLIGIBLE_VARIANCE:
+        identity = torch.eye(len(variance), dtype=torch.float64)
+        covariance = identity * variance.mean()
+    return covariance
 
 
 def average_with_zero_shot(batch: Batch, log_odds: Tensor) -> Tensor:
@@ -282,7 +301,8 @@ class ClassGaussians(ClassDensity):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        return Learnt(self._fit_densities(train, self.components, self.ridge))
+        tensors = self._fit_densities(train, self.components, self.ridge)
+        return Learnt(tensors)
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """Log-posterior log q_c (B, K) float64 of every class c.
@@ -323,7 +343,7 @@ def class_scatters(
     ``label`` (M,) are the classes of the images. ``means`` (K, D) and ``count`` (K,) are the
     results of ``class_means``. The images are projected on the columns of ``basis`` (D, R).
     """
-    large_classes = (count > 1).nonzero().squeeze(1)
+    (large_classes,) = (count > 1).nonzero(as_tuple=True)
     groups = torch.where(count > 0, POOLED_GROUP, ABSENT_GROUP)
     groups[large_classes] = torch.arange(len(large_classes)) + POOLED_GROUP + 1
     # positions of the rows of each class: the positions sorted by class, and split between classes
@@ -361,6 +381,8 @@ def principal_components(
     rank = max(min(max_components, len(scatter), n - 1), 1)
     # ``eigh`` sorts by ascending variance, but principal components by descending variance
     rising_variances, rising_components = torch.linalg.eigh(scatter / max(n - 1, 1))
-    components = rising_components.flip(1)[:, :rank].contiguous()
-    variances = rising_variances.flip(0)[:rank].clamp(min=0).contiguous()
+    falling_components = rising_components.flip(1)
+    falling_variances = rising_variances.flip(0)
+    components = falling_components[:, :rank].contiguous()
+    variances = falling_variances[:rank].clamp(min=0)
     return mean.squeeze(0), components, variances

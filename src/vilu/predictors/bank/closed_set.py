@@ -34,11 +34,14 @@ class ClosedSet(FailurePredictor):
             ProvenanceError: If a candidate is no learned class, or two candidates are the same
                 class.
         """
-        cosine, class_index = nearest_rows(text, self.tensor(CLASSES, text.device))
+        learned_text = self.tensor(CLASSES, text.device)
+        cosine, class_index = nearest_rows(text, learned_text)
         n_unknown = int((cosine < SAME_TEXT_COSINE).sum())
         if n_unknown:
             raise self._other_classes_error(len(text), f"{n_unknown} are not among them")
-        n_repeated = int((class_index.sort().values.diff() == 0).sum())
+        sorted_index, _ = class_index.sort()
+        index_steps = sorted_index.diff()
+        n_repeated = int((index_steps == 0).sum())
         if n_repeated:
             raise self._other_classes_error(
                 len(text), f"{n_repeated} are the same class as another candidate"

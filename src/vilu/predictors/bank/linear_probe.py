@@ -52,8 +52,8 @@ def fit_regression(
     # For two classes scikit-learn has only the logit of the second class. The logit of the first
     # class stays 0.
     fitted_classes = seen_classes if len(seen_classes) > 2 else seen_classes[1:]
-    weight[fitted_classes] = torch.from_numpy(model.coef_).double()
-    intercept = torch.from_numpy(model.intercept_).double()
+    weight[fitted_classes] = torch.tensor(model.coef_, dtype=torch.float64)
+    intercept = torch.tensor(model.intercept_, dtype=torch.float64)
     bias[fitted_classes] = intercept - weight[fitted_classes] @ centre.double()
     return weight, bias
 
@@ -69,14 +69,16 @@ class ClassRegression(ClosedSet):
     def _logits(self, batch: Batch) -> Tensor:
         """Logits (B, K) float64 of the regression; -inf for a class without training images."""
         image = float64(batch.image)
-        classes = self.classes_of(batch.text).to(image.device)
+        class_index = self.classes_of(batch.text)
+        classes = class_index.to(image.device)
         weight = self.tensor("weight", image.device)[classes]
         bias = self.tensor("bias", image.device)[classes]
         return image @ weight.T + bias
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """Log-posterior (B, K) float64; -inf for a class without training images."""
-        return self._logits(batch).log_softmax(dim=-1)
+        logits = self._logits(batch)
+        return logits.log_softmax(dim=-1)
 
     def _score(self, batch: Batch) -> Tensor:
         logits = self._logits(batch)
@@ -84,8 +86,10 @@ class ClassRegression(ClosedSet):
         # The uncertainty of an answer without training images is 1. This number is set directly,
         # because the softmax is 0 / 0 if no candidate has training images.
         answer_column = batch.prediction.to(logits.device)[:, None]
-        answer_logit = logits.gather(1, answer_column).squeeze(1)
-        return torch.sigmoid(log_odds).masked_fill(answer_logit == -math.inf, 1.0)
+        answer_logit_column = logits.gather(1, answer_column)
+        answer_logit = answer_logit_column.squeeze(1)
+        uncertainty = torch.sigmoid(log_odds)
+        return uncertainty.masked_fill(answer_logit == -math.inf, 1.0)
 
 
 @dataclasses.dataclass
@@ -150,4 +154,5 @@ class LinearProbe(ClassRegression):
             inverse_penalty=self.C,
             max_iter=self.max_iter,
         )
-        return Learnt({"weight": weight, "bias": bias, CLASSES: class_texts(train)})
+        text = class_texts(train)
+        return Learnt({"weight": weight, "bias": bias, CLASSES: text})

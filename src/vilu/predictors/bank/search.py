@@ -46,7 +46,9 @@ def draw_rows(train: Rows, max_rows: int, seed: int) -> tuple[Rows, Tensor]:
         f"{max_rows} of {n} training rows are kept, drawn with seed {seed}. "
         "Raise max_bank for more."
     )
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    order = torch.randperm(n, generator=generator)
     drawn_positions = order[:max_rows].sort().values
     return dataclasses.replace(train, index=train.index[drawn_positions]), drawn_positions
 
@@ -110,7 +112,8 @@ def nearest_in_bank(
 
 def distance_of_cosine(similarity: Tensor) -> Tensor:
     """Euclidean distance between unit vectors, from the cosine."""
-    return squared_distance_of_cosine(similarity).sqrt()
+    squared_distance = squared_distance_of_cosine(similarity)
+    return squared_distance.sqrt()
 
 
 def squared_distance_of_cosine(similarity: Tensor) -> Tensor:

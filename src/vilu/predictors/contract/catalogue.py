@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from typing import cast
 
 from vilu.errors import UsageError, did_you_mean
 from vilu.predictors.contract.predictor import FailurePredictor
@@ -90,11 +89,13 @@ def find_method(name: str) -> type[FailurePredictor]:
     """
     if name in METHODS_OF_TABLES:
         module, _, class_name = METHODS_OF_TABLES[name].partition(":")
-        return cast("type[FailurePredictor]", getattr(importlib.import_module(module), class_name))
+        imported_module = importlib.import_module(module)
+        method: type[FailurePredictor] = getattr(imported_module, class_name)
+        return method
     if name not in PREDICTORS:
         refuse_name_of_bench(PREDICTORS.group, name)
         known = method_names()
-        raise UsageError(
-            f"there is no method {name!r}; known are {', '.join(known)}.{did_you_mean(name, known)}"
-        )
+        known_names = ", ".join(known)
+        hint = did_you_mean(name, known)
+        raise UsageError(f"there is no method {name!r}; known are {known_names}.{hint}")
     return PREDICTORS[name]

@@ -173,9 +173,16 @@ class HeadCoalitions(Coalitions):
         for block in member_part.split(block_rows):
             # (b, M, H): every row of the block with every background row
             first_layer = block[:, None] + missing_part
-            logits = head.rest(first_layer).squeeze(-1)  # ``rest`` has all later layers
-            means.append(self.link(logits.cpu().double()).mean(dim=1))
+            mean_of_block = self._mean_over_background(head, first_layer)
+            means.append(mean_of_block)
         return torch.cat(means)
+
+    def _mean_over_background(self, head: FailureHead, first_layer: Tensor) -> Tensor:
+        """(b,) float64 mean over M background rows, for first-layer outputs (b, M, H)."""
+        logits = head.rest(first_layer).squeeze(-1)  # ``rest`` has all later layers
+        cpu_logits = logits.cpu()
+        scores = self.link(cpu_logits.double())
+        return scores.mean(dim=1)
 
 
 def is_member(player: int, coalition: int) -> bool:
@@ -190,7 +197,8 @@ def terms_by_player(head: FailureHead, batch: Batch) -> LayerTerms:
     The sum over the players plus the bias is ``head.first_layer``.
     """
     terms: LayerTerms = {}
-    terms_by_input = head.to(batch.image.device).first_layer_terms(batch)
+    head.to(batch.image.device)
+    terms_by_input = head.first_layer_terms(batch)
     for name, term in terms_by_input.items():
         player = PLAYER_OF_HEAD_INPUT[name]
         if player in terms:
@@ -248,7 +256,8 @@ class PoolCoalitions(Coalitions):
     def set_background(self, background: list[ScoredBatch]) -> None:
         """Store the mean of f(S) over the background rows, for every coalition S."""
         log_odds = [self._log_odds(batch) for batch, _ in background]
-        self._background_mean = torch.cat(log_odds, dim=1).mean(dim=1)
+        log_odds_of_all = torch.cat(log_odds, dim=1)
+        self._background_mean = log_odds_of_all.mean(dim=1)
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
         """(2^G, B): v(S) of every coalition S."""
@@ -269,7 +278,8 @@ class PoolCoalitions(Coalitions):
                 for bit, summand in enumerate(summands):
                     if is_member(bit, coalition):
                         logits = logits + summand
-                log_odds_of_coalitions.append(failure_log_odds(logits, batch).cpu())
+                log_odds_of_coalition = failure_log_odds(logits, batch)
+                log_odds_of_coalitions.append(log_odds_of_coalition.cpu())
             if self.outside_log_odds is not None:
                 # "none of the classes" is the last player, and the highest bit. Therefore all
                 # coalitions without this player come first. The same coalitions with this player

@@ -24,7 +24,8 @@ def labelled_folds(train: EmbeddingSource) -> list[tuple[Rows, Rows]]:
     is_labelled = (train.target != UNKNOWN) | train.outside
     usable_rows = train.usable_rows
     rows = Rows(train, usable_rows[is_labelled[usable_rows]])
-    _, failure = rows_and_failures(rows.batches(SCORING_BATCH))
+    batches = rows.batches(SCORING_BATCH)
+    _, failure = rows_and_failures(batches)
     return cross_fit_splits(rows, failure, validation=None, seed=0)
 
 
@@ -50,20 +51,35 @@ def cross_fitted(
     adapted_of_folds = []
     n_held_out = 0
     for rows_to_fit, held_out_rows in folds:
-        fold_predictor = copy.copy(predictor)
-        fold_predictor.fit(train.take(rows_to_fit.index), unlabelled=unlabelled)
-        zero_shot_judge = fold_predictor.judging("zero_shot")
-        adapted_judge = fold_predictor.judging("adapted")
-        zero_shot_of_folds.append(_judge_answers(zero_shot_judge, train, held_out_rows))
-        adapted_of_folds.append(_judge_answers(adapted_judge, train, held_out_rows))
+        zero_shot_of_fold, adapted_of_fold = _answers_of_fold(
+            predictor, train, rows_to_fit, held_out_rows, unlabelled
+        )
+        zero_shot_of_folds.append(zero_shot_of_fold)
+        adapted_of_folds.append(adapted_of_fold)
         n_held_out += len(held_out_rows.index)
         if n_held_out >= ENOUGH_HELD_OUT_ROWS:
             break
-    return HeldOutAnswers(
-        zero_shot=_join_answers(zero_shot_of_folds),
-        adapted=_join_answers(adapted_of_folds),
-        has_every_class=folds_have_every_class(folds),
-    )
+    zero_shot = _join_answers(zero_shot_of_folds)
+    adapted = _join_answers(adapted_of_folds)
+    has_every_class = folds_have_every_class(folds)
+    return HeldOutAnswers(zero_shot, adapted, has_every_class)
+
+
+def _answers_of_fold(
+    predictor: FailurePredictor,
+    train: EmbeddingSource,
+    rows_to_fit: Rows,
+    held_out_rows: Rows,
+    unlabelled: EmbeddingSource | None,
+) -> tuple[JudgedAnswers, JudgedAnswers]:
+    """Zero-shot and adapted answers for the held-out rows, judged by a copy fitted to the rest."""
+    fold_predictor = copy.copy(predictor)
+    fold_predictor.fit(train.take(rows_to_fit.index), unlabelled=unlabelled)
+    zero_shot_judge = fold_predictor.judging("zero_shot")
+    adapted_judge = fold_predictor.judging("adapted")
+    zero_shot = _judge_answers(zero_shot_judge, train, held_out_rows)
+    adapted = _judge_answers(adapted_judge, train, held_out_rows)
+    return zero_shot, adapted
 
 
 def _judge_answers(

@@ -24,17 +24,20 @@ def require_inputs(method_class: type[Any], data: EmbeddingSource) -> None:
     """
     looks_at = inputs_of(method_class)
     if not looks_at:
+        methods_on_logits = _methods_on_logits()
+        methods_on_vectors = _methods_on_vectors()
         raise DataError(
             f"{method_class.name} needs embeddings of the candidates (texts), and these rows have "
-            f"given logits without texts. These methods need logits alone: {_methods_on_logits()}. "
-            f"These need features of the rows, too: {_methods_on_vectors()}. Take one of them, or "
+            f"given logits without texts. These methods need logits alone: {methods_on_logits}. "
+            f"These need features of the rows, too: {methods_on_vectors}. Take one of them, or "
             "give vilu.Embeddings(image, text)."
         )
     if "image" in looks_at and not data.has_vectors:
+        methods_on_logits = _methods_on_logits()
         raise DataError(
             f"{method_class.name} needs a vector of every row, and these rows have logits alone. "
             "Give vilu.Embeddings.from_logits(logits, features), or `vilu import --features FILE`. "
-            f"These methods need logits alone: {_methods_on_logits()}."
+            f"These methods need logits alone: {methods_on_logits}."
         )
 
 

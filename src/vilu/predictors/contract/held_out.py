@@ -63,14 +63,16 @@ class HeldOutAnswers(NamedTuple):
         """
 
         def judge(answer: NDArray[np.int64]) -> JudgedAnswers:
-            log_q_of_answer = np.take_along_axis(log_q, answer[:, None], axis=1).squeeze(1)
-            return JudgedAnswers(
-                uncertainty=-np.expm1(log_q_of_answer),  # 1 - q, without cancellation
-                failure=(answer != target).astype(np.int64),
-            )
+            log_q_column = np.take_along_axis(log_q, answer[:, None], axis=1)
+            log_q_of_answer = log_q_column.squeeze(1)
+            uncertainty = -np.expm1(log_q_of_answer)  # 1 - q, without cancellation
+            failure = (answer != target).astype(np.int64)
+            return JudgedAnswers(uncertainty, failure)
 
         adapted = log_q.argmax(axis=1)
-        return cls(zero_shot=judge(zero_shot), adapted=judge(adapted))
+        zero_shot_answers = judge(zero_shot)
+        adapted_answers = judge(adapted)
+        return cls(zero_shot=zero_shot_answers, adapted=adapted_answers)
 
 
 def folds_have_every_class(folds: list[tuple[Rows, Rows]]) -> bool:

@@ -169,9 +169,11 @@ def rows_and_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     rows = [torch.empty(0, dtype=torch.int64)]
     failures = [torch.empty(0, dtype=torch.int64)]
     for batch in batches:
-        process_batch = batch.rows(world.process_slice(len(batch.index)))
+        rows_of_process = world.process_slice(len(batch.index))
+        process_batch = batch.rows(rows_of_process)
         rows.append(batch.index)
-        failures.append(world.gather(process_batch.failure))
+        failure_of_batch = world.gather(process_batch.failure)
+        failures.append(failure_of_batch)
     return torch.cat(rows), torch.cat(failures)
 
 
@@ -226,7 +228,8 @@ def answer_columns(train: Rows) -> tuple[str, ...]:
 def class_texts(train: Rows) -> Tensor:
     """(K, D) texts of the training classes, to recognise the classes in any order."""
     no_rows = train.index[:0]
-    return train.source.candidates(no_rows).text.clone()
+    text = train.source.candidates(no_rows).text
+    return text.clone()
 
 
 def fit_and_selection(
@@ -242,8 +245,9 @@ def fit_and_selection(
     """
     if validation is not None:
         index_to_fit = train.index
+        columns = answer_columns(train)
         validation_rows, selection_failure = trainable_rows(
-            validation, role="validation", needs="failure", columns=answer_columns(train)
+            validation, role="validation", needs="failure", columns=columns
         )
         selection = Rows(validation, validation_rows, train.columns)
     else:
@@ -251,7 +255,8 @@ def fit_and_selection(
         index_to_fit = train.index[~is_held_out]
         selection = Rows(train.source, train.index[is_held_out], train.columns)
         # failures are computed again, because captions of the held-out rows are in new pools
-        _, selection_failure = rows_and_failures(selection.batches(SCORING_BATCH))
+        batches = selection.batches(SCORING_BATCH)
+        _, selection_failure = rows_and_failures(batches)
     can_select = len(selection_failure.unique()) == 2
     if not can_select:
         return Rows(train.source, train.index, train.columns), None
@@ -265,7 +270,8 @@ def _held_out_mask(train: Rows, failure: Tensor, fraction: float, seed: int) -> 
         DataError: If the rows left to fit on have only failures, or only successes.
     """
     pool_size = train.source.pool_size
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator()
+    generator.manual_seed(seed)
     if isinstance(train.source, PairSource):
         groups = caption_groups(train.source, train.index)
     else:
@@ -314,7 +320,7 @@ def held_out_positions(
         n_held_out = round(len(candidates) * fraction)
         chosen_rows.append(candidates[order[:n_held_out]])
     chosen_groups = groups[torch.cat(chosen_rows)]
-    return torch.isin(groups, chosen_groups).nonzero().squeeze(1)
+    return torch.isin(groups, chosen_groups).nonzero(as_tuple=True)[0]
 
 
 def _held_out_pool_positions(
@@ -366,7 +372,7 @@ def rows_of_whole_groups(groups: Tensor, max_rows: int) -> Tensor:
         # the next group no longer fits: skip all groups that are now too large
         waiting_groups = waiting_groups[len(groups_to_take) :]
         waiting_groups = waiting_groups[sizes[waiting_groups] <= rows_left]
-    return is_taken[group_of_row].nonzero().squeeze(1)
+    return is_taken[group_of_row].nonzero(as_tuple=True)[0]
 
 
 def caption_groups(
@@ -391,10 +397,13 @@ def caption_groups(
     for block in rows.split(block_rows):
         # the sum of -0 and 0 is 0, so that equal numbers have equal bits
         captions = (source.caption_rows(block).half() + 0).numpy()
-        hashes.append(captions.view(np.uint16).astype(np.uint64) @ factors)
-    groups = torch.from_numpy(np.concatenate(hashes).view(np.int64))
+        bits = captions.view(np.uint16)
+        hashes.append(bits.astype(np.uint64) @ factors)
+    unsigned_hashes = np.concatenate(hashes)
+    groups = torch.from_numpy(unsigned_hashes.view(np.int64))
+    has_own_group = source.of_classes(rows)
     # a row in a group of its own has its index as the number of the group
-    return torch.where(source.of_classes(rows), rows, groups)
+    return torch.where(has_own_group, rows, groups)
 
 
 def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
@@ -427,7 +436,8 @@ def log_odds_with_outside(log_odds: Tensor, outside_log_odds: Tensor) -> Tensor:
         log_odds: (B,) log((1 - q) / q).
         outside_log_odds: (B,) log(P(outside) / P(inside)).
     """
-    minus_log_q = torch.logaddexp(log_odds, torch.zeros_like(log_odds))  # 1 / q = 1 + (1 - q) / q
+    log_one = torch.zeros_like(log_odds)
+    minus_log_q = torch.logaddexp(log_odds, log_one)  # 1 / q = 1 + (1 - q) / q
     outside_term = outside_log_odds.to(log_odds.device) + minus_log_q
     return torch.logaddexp(log_odds, outside_term)
 
@@ -455,11 +465,11 @@ def cross_fit_splits(
     failure of the first row counts for the picture.
     """
     if validation is not None:
-        rows, _ = trainable_rows(
-            validation, role="validation", needs=needs, columns=answer_columns(train)
-        )
+        columns = answer_columns(train)
+        rows, _ = trainable_rows(validation, role="validation", needs=needs, columns=columns)
         return [(train, Rows(validation, rows, train.columns))]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator()
+    generator.manual_seed(seed)
     first_row, picture_of_row = train.pictures()
     n_pictures = len(first_row)
     order = torch.randperm(n_pictures, generator=generator)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from inspect import get_annotations
 from types import SimpleNamespace
-from typing import Annotated, Any, ClassVar, Protocol, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
@@ -72,18 +72,21 @@ def convert_parameter(cls: type[Parametrised], name: str, value: object, *, stri
     else:
         value = _parsed_value(value, is_tuple="tuple" in str(hint))
     try:
-        return cast("object", adapter.validate_python(value, strict=strict))
+        converted_value: object = adapter.validate_python(value, strict=strict)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].replace("Input should be", "must be")
+        message = error.errors()[0]["msg"]
+        reason = message.replace("Input should be", "must be")
         raise UsageError(
             f"the {name!r} parameter of {cls.name} {reason}. Got {value!r:.200} instead."
         ) from error
+    return converted_value
 
 
 def _plain_value(value: object) -> object:
     """Convert a number of numpy to a number of Python, and a list to a tuple."""
     if isinstance(value, np.generic):
-        return cast("object", value.item())
+        number: object = value.item()
+        return number
     if isinstance(value, list):
         return tuple(value)
     return value
@@ -115,8 +118,9 @@ def _annotated_type(cls: type[Parametrised], name: str) -> Any:  # noqa: ANN401 
     checkers.
     """
     owner = next(base for base in cls.__mro__ if name in get_annotations(base))
+    annotation = get_annotations(owner)[name]
     # an object with this annotation only
-    stand_in = SimpleNamespace(__annotations__={name: get_annotations(owner)[name]})
+    stand_in = SimpleNamespace(__annotations__={name: annotation})
     module_names = vars(sys.modules[owner.__module__])
     return get_type_hints(stand_in, module_names, include_extras=True)[name]
 

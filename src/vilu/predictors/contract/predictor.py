@@ -284,7 +284,7 @@ class FailurePredictor(ABC):
     def graph(self) -> nn.Module:
         """A module that computes scores (N,) float64 from a batch, for export as ONNX.
 
-        Many methods can use ``own_graph``.
+        A method whose ``_score`` can be exported as it is returns ``own_graph(self)``.
 
         Examples:
             >>> import numpy as np, vilu
@@ -571,7 +571,8 @@ class FailurePredictor(ABC):
             allow_degenerate = getattr(self, "allow_degenerate", False)
             rate = degenerate_rate(failure, self.name, allow_degenerate=allow_degenerate)
             if rate is not None:
-                return Learnt({CONSTANT: torch.tensor(rate, dtype=torch.float64)})
+                constant = torch.tensor(rate, dtype=torch.float64)
+                return Learnt({CONSTANT: constant})
         elif self.is_probability:
             warn_of_few_rows(failure, self.name)
         return self._learn(train, failure, validation)
@@ -587,7 +588,8 @@ class FailurePredictor(ABC):
             form = f"{CONSTANT}:d"  # a float64 number
             layout = StateLayout(self.name, (CONSTANT,), form, make_network=None)
         else:
-            layout = StateLayout(self.name, self.tensor_names(), self._forms, self.module)
+            tensor_names = self.tensor_names()
+            layout = StateLayout(self.name, tensor_names, self._forms, self.module)
         self.learned_, self.network_ = layout.read(tensors, space)
         self.space_ = space
 
@@ -618,7 +620,8 @@ class FailurePredictor(ABC):
         """
         if self.network_ is None:
             return dict(self.learned_)
-        weights = {name: tensor.cpu() for name, tensor in self.network_.state_dict().items()}
+        network_state = self.network_.state_dict()
+        weights = {name: tensor.cpu() for name, tensor in network_state.items()}
         return {**weights, **self.learned_}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -758,7 +761,8 @@ class FailurePredictor(ABC):
         uncertainty = torch.cat(parts)
         if data.n_candidates >= MIN_CANDIDATES:
             is_broken = ~torch.isfinite(uncertainty)
-            self._require_finite(int(is_broken.sum()))
+            n_broken = int(is_broken.sum())
+            self._require_finite(n_broken)
         return uncertainty.masked_fill(~data.is_usable, torch.nan)
 
     @checked
@@ -781,7 +785,8 @@ class FailurePredictor(ABC):
             ...     print(batch.prediction.tolist(), uncertainty.round(2))
             [0, 1] [0.   0.12]
         """
-        return each_with_torch_defaults(self._scored(data, rows))
+        scored_batches = self._scored(data, rows)
+        return each_with_torch_defaults(scored_batches)
 
     def _scored(
         self, data: EmbeddingSource, rows: Tensor | None
@@ -792,7 +797,8 @@ class FailurePredictor(ABC):
             n_candidates = batch.text.shape[-2]
             if n_candidates >= MIN_CANDIDATES:
                 is_broken = ~np.isfinite(scores)
-                self._require_finite(int(np.count_nonzero(is_broken)))
+                n_broken = int(np.count_nonzero(is_broken))
+                self._require_finite(n_broken)
             yield batch, scores
 
     def _scored_on_device(
@@ -894,7 +900,8 @@ class FailurePredictor(ABC):
         if rows is None:
             rows = np.arange(len(data))
         if kind is None:
-            return Overlap(shared=np.zeros(len(rows), np.bool_), n_comparable=0)
+            none_shared = np.zeros(len(rows), np.bool_)
+            return Overlap(none_shared, n_comparable=0)
         return self.seen_[kind].overlap(data, kind, rows)
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
@@ -907,7 +914,8 @@ class FailurePredictor(ABC):
         """
         from vilu.predictors.contract.seen import WHY_NOT_FIT_ROWS
 
-        return self.seen(data).unshared_mask(
+        overlap = self.seen(data)
+        return overlap.unshared_mask(
             data,
             rows_name=f"{role} rows",
             predicate=f"were used to fit this {self.name}",
@@ -993,7 +1001,8 @@ class FailurePredictor(ABC):
             array([0.  , 0.12])
         """
         self.failure_probability([])  # raises the UsageError before anything is computed
-        return self.failure_probability(self.predict_uncertainty(data))
+        uncertainty = self.predict_uncertainty(data)
+        return self.failure_probability(uncertainty)
 
     def failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
         """P(failure) (N,) float64 of uncertainties (N,) of this predictor; NaN stays NaN.
@@ -1013,7 +1022,8 @@ class FailurePredictor(ABC):
         """
         if self.calibrator_ is None:
             return self.raw_failure_probability(uncertainty)
-        return self.calibrator_(self._calibration_score(uncertainty))
+        score = self._calibration_score(uncertainty)
+        return self.calibrator_(score)
 
     def raw_failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
         """The P(failure) (N,) of ``failure_probability`` before calibration, at any time.
@@ -1034,7 +1044,8 @@ class FailurePredictor(ABC):
                 f"{self.name} gives a score, not a probability of failure. "
                 "Calibrate it (`vilu calibrate`), or take vilu_plus."
             )
-        return expit(self._calibration_score(uncertainty))
+        score = self._calibration_score(uncertainty)
+        return expit(score)
 
     @checked
     @torch_defaults()

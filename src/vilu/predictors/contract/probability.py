@@ -89,7 +89,9 @@ class Logistic(_FitFacts):
     def __call__(self, score: Floats) -> Floats:
         """(N,) probabilities of scores (N,)."""
         features = LOGISTIC_FORMS[self.form].features(score)
-        return expit(features @ np.array(self.weights) + self.intercept)
+        weights = np.array(self.weights)
+        log_odds = features @ weights + self.intercept
+        return expit(log_odds)
 
 
 def identity_calibrator(failure: NDArray[np.int64]) -> Logistic:
@@ -97,12 +99,13 @@ def identity_calibrator(failure: NDArray[np.int64]) -> Logistic:
 
     ``failure`` (N,) are the failures of the calibration rows, of which only the numbers are stored.
     """
+    n_failures = int((failure == 1).sum())
     return Logistic(
         form="temperature",
         weights=(1.0,),
         intercept=0.0,
         n=len(failure),
-        n_failures=int((failure == 1).sum()),
+        n_failures=n_failures,
     )
 
 
@@ -184,9 +187,8 @@ def read_calibrator(value: object) -> Calibrator:
     try:
         calibrator = _CALIBRATOR_READER.validate_python(value)
     except ValidationError as error:
-        raise DataError(
-            f"this is no calibrator of probabilities: {error.errors()[0]['msg']}."
-        ) from error
+        message = error.errors()[0]["msg"]
+        raise DataError(f"this is no calibrator of probabilities: {message}.") from error
     if isinstance(calibrator, Isotonic):
         _require_knots(calibrator)
     else:
@@ -197,14 +199,16 @@ def read_calibrator(value: object) -> Calibrator:
 def _require_knots(calibrator: Isotonic) -> None:
     """Refuse knots unless the scores rise, and every score has a probability."""
     has_pairs = len(calibrator.score) == len(calibrator.probability)
-    is_rising = bool((np.diff(calibrator.score) > 0).all())
+    rises = np.diff(calibrator.score)
+    is_rising = bool((rises > 0).all())
     if not (has_pairs and is_rising):
         raise DataError("this is no calibrator of probabilities: its knots are not in order.")
 
 
 def _require_weights(calibrator: Logistic) -> None:
     """Refuse the calibrator unless its form has as many features as weights."""
-    features = LOGISTIC_FORMS[calibrator.form].features(np.zeros(1))
+    zero_score = np.zeros(1)
+    features = LOGISTIC_FORMS[calibrator.form].features(zero_score)
     n_weights = len(calibrator.weights)
     if n_weights != features.shape[1]:
         raise DataError(
@@ -248,9 +252,11 @@ def _fit_isotonic(score: Floats, failure: NDArray[np.int64]) -> Isotonic:
     # Knots are the first and the last score, and the scores before and after every rise. Between
     # two rises all probabilities are equal, so no further knots are needed.
     ends = [0, len(unique_score) - 1]
-    before_rise = np.flatnonzero(np.diff(probability))
+    rises = np.diff(probability)
+    before_rise = np.flatnonzero(rises)
     after_rise = before_rise + 1
-    knots = np.unique(np.concatenate([ends, before_rise, after_rise]))
+    ends_and_rises = np.concatenate([ends, before_rise, after_rise])
+    knots = np.unique(ends_and_rises)
     return Isotonic(
         form="isotonic",
         score=unique_score[knots].tolist(),
@@ -332,11 +338,14 @@ def _least_log_loss(
     The intercept is 0 if ``with_intercept`` is false.
     """
     n_features = features.shape[1]
-    scale = np.maximum(np.abs(features).max(axis=0), 1e-12)  # not 0 if a feature is 0 everywhere
+    largest_features = np.abs(features).max(axis=0)
+    scale = np.maximum(largest_features, 1e-12)  # not 0 if a feature is 0 everywhere
     x = features / scale
     if with_intercept:
-        x = np.column_stack([x, np.ones(len(x))])
-    weights = _newton_weights(x, _smoothed_targets(failure))
+        constant_feature = np.ones(len(x))
+        x = np.column_stack([x, constant_feature])
+    targets = _smoothed_targets(failure)
+    weights = _newton_weights(x, targets)
     intercept = 0.0
     if with_intercept:
         intercept = float(weights[-1])
@@ -398,4 +407,5 @@ def _newton_step(
 def _log_loss(weights: Floats, x: Floats, target: Floats) -> float:
     """Log-loss summed over all rows: ln(1 + exp(s)) - t s of log-odds s and targets t."""
     log_odds = x @ weights
-    return float((np.logaddexp(0, log_odds) - target * log_odds).sum())
+    losses = np.logaddexp(0, log_odds) - target * log_odds
+    return float(losses.sum())

@@ -49,11 +49,13 @@ def draw_shots(source: EmbeddingSource, n_per_class: int, seed: int = 0) -> Tens
     for label in range(source.n_candidates):
         rows_of_class = rows[target == label]
         # a generator for each class, so that the order depends only on the rows of the class
-        order = np.random.default_rng([seed, label]).permutation(len(rows_of_class))
+        rng = np.random.default_rng([seed, label])
+        order = rng.permutation(len(rows_of_class))
         chosen_rows.append(rows_of_class[order[:n_per_class]])
     _warn_of_small_classes([len(rows_of_class) for rows_of_class in chosen_rows], n_per_class)
     ood_rows = usable_rows[source.outside[usable_rows]]
-    return torch.cat([*chosen_rows, ood_rows]).sort().values
+    shots = torch.cat([*chosen_rows, ood_rows])
+    return shots.sort().values
 
 
 def _warn_of_small_classes(sizes: list[int], n_per_class: int) -> None:
@@ -101,7 +103,8 @@ class RowSketch:
     def of(cls, source: EmbeddingSource, kind: IdentityKind) -> RowSketch:
         """Sketch of all rows of a source, by the hashes of the identity ``kind``."""
         hashes = np.empty(0, np.int64)
-        for _, hashes_of_block in _hash_blocks(source, kind, np.arange(len(source))):
+        all_rows = np.arange(len(source))
+        for _, hashes_of_block in _hash_blocks(source, kind, all_rows):
             all_hashes = np.concatenate([hashes, hashes_of_block])
             hashes = np.unique(all_hashes)[:MAX_HASHES]  # sorted, so the smallest stay
         return cls(torch.from_numpy(hashes), len(source))
@@ -124,7 +127,8 @@ class RowSketch:
 
     def __or__(self, other: RowSketch) -> RowSketch:
         """Sketch of the union of two sets."""
-        hashes = torch.cat([self.hashes, other.hashes]).unique()
+        joint_hashes = torch.cat([self.hashes, other.hashes])
+        hashes = joint_hashes.unique()
         return RowSketch(hashes[:MAX_HASHES], self.n_rows + other.n_rows)
 
     def overlap(
@@ -136,11 +140,13 @@ class RowSketch:
         largest_known = LARGEST_HASH
         if not self.is_complete:
             largest_known = int(self.hashes[-1])
+        known_hashes = self.hashes.numpy()
         for block, hashes in _hash_blocks(source, kind, rows):
-            has_known_hash[block] = np.isin(hashes, self.hashes.numpy())
+            has_known_hash[block] = np.isin(hashes, known_hashes)
             n_comparable += int(np.count_nonzero(hashes <= largest_known))
+        shared = has_known_hash & _has_identity(source, kind)[rows]
         return Overlap(
-            shared=has_known_hash & _has_identity(source, kind)[rows],
+            shared=shared,
             n_comparable=n_comparable,
             is_complete=self.is_complete,
         )
@@ -340,7 +346,9 @@ def find_overlap(
     kind = common_identity(first.identified_by, second.identified_by, names)
     if kind is None:
         return None
-    is_in_first = np.isin(second.identities(kind), first.identities(kind))
+    second_identities = second.identities(kind)
+    first_identities = first.identities(kind)
+    is_in_first = np.isin(second_identities, first_identities)
     shared = is_in_first & _has_identity(second, kind)
     return Overlap(shared=shared, n_comparable=len(second))
 
@@ -363,7 +371,8 @@ def one_row_per_picture(
     # sorts by the last key first. ``np.unique`` then finds the first row of every picture.
     order = known_rows[np.lexsort((known_rows, is_no_failure, picture[known_rows]))]
     _, first_positions = np.unique(picture[order], return_index=True)
-    return np.sort(np.concatenate([rows_of_unknown_picture, order[first_positions]]))
+    chosen_rows = np.concatenate([rows_of_unknown_picture, order[first_positions]])
+    return np.sort(chosen_rows)
 
 
 SIMILARITY_ROWS = 100  # usable rows read by ``similarity_statistics``
@@ -412,10 +421,13 @@ def describe_candidates(data: EmbeddingSource) -> dict[str, Any]:
     if not data.has_texts:
         candidates["texts"] = []
         return candidates
-    text = data.candidates(torch.empty(0, dtype=torch.int64)).text
-    mean = text.double().mean(dim=0).numpy(force=True)
-    directions = np.random.default_rng(0).standard_normal((N_DIRECTIONS, data.space.embed_dim))
-    candidates["texts"] = (directions @ mean).round(4).tolist()
+    no_rows = torch.empty(0, dtype=torch.int64)
+    text = data.candidates(no_rows).text
+    mean_text = text.double().mean(dim=0)
+    rng = np.random.default_rng(0)
+    directions = rng.standard_normal((N_DIRECTIONS, data.space.embed_dim))
+    sketch = directions @ mean_text.numpy(force=True)
+    candidates["texts"] = sketch.round(4).tolist()
     return candidates
 
 
@@ -434,7 +446,8 @@ def candidates_agree(first: Mapping[str, Any], second: Mapping[str, Any]) -> boo
         if len(first_texts) != len(second_texts):
             return False
     if first_texts and second_texts:
-        distance = np.abs(np.subtract(first_texts, second_texts)).max()
+        differences = np.subtract(first_texts, second_texts)
+        distance = np.abs(differences).max()
         return float(distance) <= MAX_SKETCH_DIFFERENCE
     first_classes = first.get("classes")
     second_classes = second.get("classes")

@@ -26,7 +26,8 @@ def note_spread(predictor: FailurePredictor, uncertainty: Floats) -> None:
     scores = uncertainty[np.isfinite(uncertainty)]
     if len(scores):
         steps = np.linspace(0, 1, N_QUANTILE_STEPS + 1)
-        predictor.notes_[SPREAD] = np.quantile(scores, steps).tolist()
+        quantiles = np.quantile(scores, steps)
+        predictor.notes_[SPREAD] = quantiles.tolist()
 
 
 def is_shown_as_probability(predictor: FailurePredictor) -> bool:
@@ -52,7 +53,8 @@ def quantiles_in_spread(predictor: FailurePredictor, uncertainty: Floats) -> Flo
     quantiles = np.array(predictor.notes_[SPREAD])
     # Equal quantiles mean that many photos have the same score. All of these photos have at most
     # this score. So the last of equal quantiles is used, with the largest share.
-    is_last_of_equals = np.append(np.diff(quantiles) > 0, True)
+    is_below_next = np.diff(quantiles) > 0
+    is_last_of_equals = np.append(is_below_next, True)
     shares = np.linspace(0, 1, len(quantiles))[is_last_of_equals]
     share_of_row: Floats = np.interp(uncertainty, quantiles[is_last_of_equals], shares, left=0.0)
     return share_of_row

@@ -86,15 +86,18 @@ class Standardisation(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.mean = nn.Buffer(torch.zeros(dim, dtype=torch.float32))
-        self.norm = nn.Buffer(torch.ones((), dtype=torch.float32))
+        zero_mean = torch.zeros(dim, dtype=torch.float32)
+        unit_norm = torch.ones((), dtype=torch.float32)
+        self.mean = nn.Buffer(zero_mean)
+        self.norm = nn.Buffer(unit_norm)
 
     def fit(self, moments: Moments) -> None:
         """Set mean and norm from the moments of the training rows."""
         mean = moments.row_sum / moments.n_rows
         # E |x - mean|^2 = E |x|^2 - |mean|^2. In float64 this difference has enough digits.
         mean_square = moments.square_sum / moments.n_rows
-        variance = (mean_square - mean.square().sum()).clamp_min(0)
+        square_of_mean = mean.square().sum()
+        variance = (mean_square - square_of_mean).clamp_min(0)
         norm = torch.ones((), dtype=torch.float32)  # the norm if all rows are equal
         if variance > MIN_VARIANCE:
             norm = variance.sqrt()
@@ -135,10 +138,11 @@ class ImageInputs(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Inputs (B, D + F) of a batch. Over the training rows, the mean square norm is 1."""
+        image: Tensor = self.image(batch.image)
         if not self.has_features:
-            return cast("Tensor", self.image(batch.image))
-        parts = [self.image(batch.image), self.features(batch.columns[FEATURES])]
-        return torch.cat(parts, dim=1) / math.sqrt(2)
+            return image
+        features: Tensor = self.features(batch.columns[FEATURES])
+        return torch.cat([image, features], dim=1) / math.sqrt(2)
 
     @property
     def image_gain(self) -> float:
@@ -212,9 +216,12 @@ class SupervisedAttention(nn.Module):
         self.temperature = nn.Buffer(torch.ones((), dtype=torch.float32))
         self.inputs = inputs
         self.text = Standardisation(dim)
-        self.classes = nn.Buffer(torch.zeros(n_classes, dim, dtype=torch.float32))
-        self.shared = nn.Parameter(torch.zeros(inputs.width + 1, dim, dtype=torch.float32))
-        self.own = nn.Parameter(torch.zeros(n_classes, inputs.width + 1, dtype=torch.float32))
+        class_texts = torch.zeros(n_classes, dim, dtype=torch.float32)
+        shared_weights = torch.zeros(inputs.width + 1, dim, dtype=torch.float32)
+        class_weights = torch.zeros(n_classes, inputs.width + 1, dtype=torch.float32)
+        self.classes = nn.Buffer(class_texts)
+        self.shared = nn.Parameter(shared_weights)
+        self.own = nn.Parameter(class_weights)
 
     def start_from(self, start: StartLogits) -> None:
         """Set ``own``, the v of the classes, so that the logits equal the logits of ``start``."""
@@ -225,12 +232,14 @@ class SupervisedAttention(nn.Module):
         class_weights = torch.zeros(self.own.shape, dtype=torch.float64)
         class_weights[:, :dim] = start.weight * float(image.norm) * self.inputs.image_gain
         class_weights[:, -1] = start.bias + (image.mean.double() - start.centre) @ start.weight.T
-        self.own.data.copy_(class_weights / math.sqrt(1 - self.sharing))
+        class_weight_factor = math.sqrt(1 - self.sharing)
+        self.own.data.copy_(class_weights / class_weight_factor)
 
     def initial_logits(self, batch: Batch) -> Tensor:
         """(B, K) logits at the start of training, before learning from labels."""
         logits = self.queries(batch) @ self.initial_keys(batch).T
-        return add_given_logits(logits, self.tempered_given_logits(batch))
+        given_logits = self.tempered_given_logits(batch)
+        return add_given_logits(logits, given_logits)
 
     def initial_keys(self, batch: Batch) -> Tensor:
         """(K, D + F + 1) keys of the ``initial_logits``."""
@@ -264,7 +273,8 @@ class SupervisedAttention(nn.Module):
 
     def queries(self, batch: Batch) -> Tensor:
         """(B, D + F + 1) vectors (x, 1): the ``ImageInputs``, and the number 1."""
-        return functional.pad(self.inputs(batch), (0, 1), value=1.0)
+        inputs = self.inputs(batch)
+        return functional.pad(inputs, (0, 1), value=1.0)
 
     def tempered_logits(self, batch: Batch, class_match: ClassMatch | None = None) -> Tensor:
         """(B, K) tempered zero-shot logits, without the logit bias.
@@ -287,19 +297,23 @@ class SupervisedAttention(nn.Module):
         """
         if not len(self.classes):
             no_class = torch.zeros(len(text), dtype=torch.long, device=text.device)
-            return ClassMatch(
-                nearest_class=no_class,
-                is_class=torch.zeros_like(no_class, dtype=torch.bool),
-                class_similarity=torch.ones_like(text[:, 0]),
-            )
+            no_match = torch.zeros_like(no_class, dtype=torch.bool)
+            full_similarity = torch.ones_like(text[:, 0])
+            return ClassMatch(no_class, no_match, full_similarity)
         cosine, nearest_class = nearest_rows(text, self.classes)
         is_class = cosine >= SAME_TEXT_COSINE
-        candidates = functional.normalize(self.text(text), dim=1)
-        classes = functional.normalize(self.text(self.classes), dim=1)
+        candidates = self._text_directions(text)
+        classes = self._text_directions(self.classes)
         nearest_cosine, _ = nearest_rows(candidates, classes)
-        common_variance = nearest_cosine.clamp(0, 1).square()
+        positive_cosine = nearest_cosine.clamp(0, 1)
+        common_variance = positive_cosine.square()
         class_similarity = torch.where(is_class, 1.0, common_variance)
         return ClassMatch(nearest_class, is_class, class_similarity)
+
+    def _text_directions(self, text: Tensor) -> Tensor:
+        """Standardised texts (K, D), divided by their norms."""
+        standardised_text = self.text(text)
+        return functional.normalize(standardised_text, dim=1)
 
     def forward(self, batch: Batch, class_match: ClassMatch | None = None) -> Tensor:
         """(B, K) logits.
@@ -374,10 +388,7 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
     log_prior = class_log_prior(target, n_classes)
     if start is not None:
         attention.start_from(start)
-        has_labels = torch.bincount(target, minlength=n_classes) > 0
-        log_prior = torch.where(
-            has_labels, 0.0, torch.minimum(log_prior, start.log_occurrence.float())
-        )
+        log_prior = _limited_log_prior(log_prior, target, start.log_occurrence)
     attention.to(device)
     _set_start(attention, rows, log_prior, device)
     prior_variance = variance * zero_shot_variance(attention, rows, device)
@@ -387,10 +398,19 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
         held_out_factor = held_out_shrinkage(problem)
     n_rows = len(rows.index)
     shrinkage = held_out_factor * n_rows / (n_rows + SHRINKAGE_ROWS)
-    solution = problem.in_attention_coordinates(problem.solve(warm_start=warm_start))
+    solution_in_bases = problem.solve(warm_start=warm_start)
+    solution = problem.in_attention_coordinates(solution_in_bases)
     attention.shared.data.add_(shrinkage * solution.shared_weights)
     attention.own.data.add_(shrinkage * solution.class_weights)
-    return attention.eval().requires_grad_(requires_grad=False)
+    attention.eval()
+    return attention.requires_grad_(requires_grad=False)
+
+
+def _limited_log_prior(log_prior: Tensor, target: Tensor, log_occurrence: Tensor) -> Tensor:
+    """The ``log_prior`` (K,), for a class without labels at most the ``log_occurrence`` (K,)."""
+    has_labels = torch.bincount(target, minlength=len(log_prior)) > 0
+    lower_log_prior = torch.minimum(log_prior, log_occurrence.float())
+    return torch.where(has_labels, 0.0, lower_log_prior)
 
 
 def _set_start(
@@ -403,7 +423,8 @@ def _set_start(
     # the last column of ``own`` is the bias, because the last entry of a query (x, 1) is 1
     bias = attention.own.data[:, -1]
     # in the logits, ``own`` is multiplied by sqrt(1 - rho); the division cancels this factor
-    bias.add_(log_prior.to(device) / math.sqrt(1 - attention.sharing))
+    class_weight_factor = math.sqrt(1 - attention.sharing)
+    bias.add_(log_prior.to(device) / class_weight_factor)
 
 
 class Block(NamedTuple):
@@ -446,7 +467,8 @@ class Block(NamedTuple):
         # captions.
         posterior = logits.softmax(dim=1)
         is_wrong = ~self.batch.right
-        posterior_of_right = logits.masked_fill_(is_wrong, -torch.inf).softmax(dim=1)
+        logits.masked_fill_(is_wrong, -torch.inf)
+        posterior_of_right = logits.softmax(dim=1)
         return posterior.sub_(posterior_of_right)
 
 
@@ -489,11 +511,9 @@ class Problem:
         # ``input_scale`` is the prior standard deviation of the weight of each input. The inputs
         # are multiplied by ``input_scale``, so that the prior of A and V is N(0, 1). The last input
         # is the constant 1. The weight of the last input is the bias, with a smaller variance.
+        prior_sd = math.sqrt(variance)
         input_scale = torch.full(
-            (attention.inputs.width + 1,),
-            math.sqrt(variance),
-            device=self.device,
-            dtype=torch.float32,
+            (attention.inputs.width + 1,), prior_sd, device=self.device, dtype=torch.float32
         )
         input_scale[-1] *= math.sqrt(BIAS_SHARE)
         self.input_scale = input_scale
@@ -609,7 +629,8 @@ class Problem:
         The gradient is computed by formulas, because autograd would keep the logits (B, K) of every
         block in memory.
         """
-        penalty = torch.stack([shared_weights.square().sum(), class_weights.square().sum()]).sum()
+        square_sums = [shared_weights.square().sum(), class_weights.square().sum()]
+        penalty = torch.stack(square_sums).sum()
         total = penalty / (2 * self.n_rows)
         gradient = Solution(shared_weights / self.n_rows, class_weights / self.n_rows)
         text_keys: TextKeys | None = None
@@ -617,11 +638,13 @@ class Problem:
             if text_keys is None or block.text is not text_keys.text:
                 self._add_gradient(text_keys, gradient)
                 keys = block.initial_keys + self.keys(block, shared_weights, class_weights)
-                text_keys = TextKeys(block.text, keys, gradient_of_keys=torch.zeros_like(keys))
+                zero_gradient = torch.zeros_like(keys)
+                text_keys = TextKeys(block.text, keys, gradient_of_keys=zero_gradient)
             loss_weight = self._loss_weight(block, row_weight)
             weight_column = loss_weight[:, None]
             logits = add_given_logits(block.queries @ text_keys.keys.T, block.given_logits)
-            total += (block.losses(logits) * loss_weight).sum()
+            weighted_losses = block.losses(logits) * loss_weight
+            total += weighted_losses.sum()
             weighted_slopes = block.slopes(logits) * weight_column
             text_keys.gradient_of_keys.addmm_(weighted_slopes.T, block.queries)
         self._add_gradient(text_keys, gradient)
@@ -678,7 +701,8 @@ def orthonormal_basis(rows: Tensor) -> Tensor:
     n_rows, width = rows.shape
     if n_rows >= width:
         return torch.eye(width, dtype=rows.dtype, device=rows.device)
-    columns: Tensor = torch.linalg.qr(rows.cpu().double().T).Q
+    spanning_columns = rows.cpu().double().T
+    columns: Tensor = torch.linalg.qr(spanning_columns).Q
     return columns.to(rows)
 
 
@@ -781,7 +805,8 @@ def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch
     """Variance of the tempered zero-shot logits of a row, averaged over the ``sample_rows``."""
     sum_of_variances = 0.0
     n_rows = 0
-    for batch in sample_rows(rows).batches(SCORING_BATCH):
+    sampled_rows = sample_rows(rows)
+    for batch in sampled_rows.batches(SCORING_BATCH):
         tempered_logits = attention.tempered_logits(batch.to(device))
         variance_of_row = tempered_logits.var(dim=1, correction=0)
         sum_of_variances += float(variance_of_row.double().sum())
@@ -824,9 +849,11 @@ def fit_temperature(attention: SupervisedAttention, rows: Rows, device: torch.de
             device_batch = batch.to(device)
             with torch.no_grad():
                 logits = math.exp(log_a) * attention.initial_logits(device_batch)
-                loss -= float(device_batch.log_likelihood(logits).sum())
+                log_likelihood = device_batch.log_likelihood(logits)
+                loss -= float(log_likelihood.sum())
         loss_of_all = loss * len(rows.index) / len(sampled_rows.index)
         penalty = log_a**2 / (2 * LOG_TEMPERATURE_SD**2)
         return penalty + loss_of_all
 
-    return math.exp(float(minimize_scalar(objective, bounds=(-3, 3), method="bounded").x))
+    optimum = minimize_scalar(objective, bounds=(-3, 3), method="bounded")
+    return math.exp(float(optimum.x))

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -103,7 +104,8 @@ class FolderCheckpointSaver(CheckpointSaver):
         self.world = world
         # JSON has no tuples, so the inputs read from a checkpoint have lists instead. The inputs of
         # this run are converted in the same way, to compare both.
-        self.run_inputs = json.loads(json.dumps(run_inputs))
+        inputs_text = json.dumps(run_inputs)
+        self.run_inputs = json.loads(inputs_text)
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """The newest intact checkpoint; warns about damaged checkpoints."""
@@ -114,11 +116,18 @@ class FolderCheckpointSaver(CheckpointSaver):
         weight_bytes = self.world.broadcast(weight_bytes)
         if not record:
             return None
-        return Checkpoint(json.loads(record)["position"], safetensors_torch.load(weight_bytes))
+        position = json.loads(record)["position"]
+        tensors = safetensors_torch.load(weight_bytes)
+        return Checkpoint(position, tensors)
 
     def save(self, make_checkpoint: Callable[[], Checkpoint]) -> None:
         """Write a checkpoint, and remove all older checkpoints except the previous checkpoint."""
-        self.world.call_on_leader(lambda: self._write(make_checkpoint()))
+
+        def write_checkpoint() -> None:
+            checkpoint = make_checkpoint()
+            self._write(checkpoint)
+
+        self.world.call_on_leader(write_checkpoint)
 
     def _write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint under the next serial number, and keep a single older checkpoint."""
@@ -127,7 +136,8 @@ class FolderCheckpointSaver(CheckpointSaver):
         name = f"{last_serial + 1:08d}"
         tensors = {}
         for key, tensor in checkpoint.tensors.items():
-            tensors[key] = tensor.detach().cpu().contiguous()
+            detached_tensor = tensor.detach()
+            tensors[key] = detached_tensor.cpu().contiguous()
         weight_bytes = safetensors_torch.save(tensors)
         record = {
             "binding": self.run_inputs,
@@ -266,7 +276,8 @@ class FolderSession(Session):
         # A run is recognised by its number. When a fit is repeated, the runs have the same order.
         folder = self.folder / f"run_{self.n_runs}"
         self.n_runs += 1
-        return FolderCheckpointSaver(folder, run_inputs(), self.world)
+        inputs = run_inputs()
+        return FolderCheckpointSaver(folder, inputs, self.world)
 
     def write_fit_digest(self, inputs_digest: str) -> None:
         """Write the digest of the inputs of the fit to a file."""
@@ -345,7 +356,8 @@ def _claim_folder(session: FolderSession, lock_stack: ExitStack, *, resume: bool
         UsageError, BusyError, StorageError: As in ``checkpointing``.
     """
     folder = make_folder(session.folder)
-    lock_stack.enter_context(locked(folder, activity="training with the checkpoints in"))
+    lock = locked(folder, activity="training with the checkpoints in")
+    lock_stack.enter_context(lock)
     if session.run_folders() and not resume:
         raise UsageError(
             f"{folder} holds checkpoints of an earlier run. Resume it, or give another folder."
@@ -366,20 +378,22 @@ def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
     The hash depends on the indices, the targets, the embedding space, and a sample of the
     identifiers and image embeddings.
     """
+    rows_of_images = evenly_spaced_rows(rows, MAX_SAMPLED_ROWS)
     tensors = {
         "rows": rows,
         "target": source.target[rows],
-        "image": source.image_rows(evenly_spaced_rows(rows, MAX_SAMPLED_ROWS)),
+        "image": source.image_rows(rows_of_images),
     }
-    sampled_rows = evenly_spaced_rows(rows, MAX_SAMPLED_IDS)
-    ids = [source.ids[row] for row in sampled_rows.tolist()]
+    rows_of_ids = evenly_spaced_rows(rows, MAX_SAMPLED_IDS)
+    ids = [source.ids[row] for row in rows_of_ids.tolist()]
     content = tensors_hash(tensors)
     return digest([source.space.fingerprint, source.n_candidates, source.pool_size, ids, content])
 
 
 def text_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
     """Hash of the texts of all shared candidates, or of the captions of a sample of the rows."""
-    text = source.candidates(evenly_spaced_rows(rows, MAX_SAMPLED_ROWS)).text
+    sampled_rows = evenly_spaced_rows(rows, MAX_SAMPLED_ROWS)
+    text = source.candidates(sampled_rows).text
     return tensor_hash(text)
 
 
@@ -388,7 +402,8 @@ def evenly_spaced_rows(rows: Tensor, n: int) -> Tensor:
     if not len(rows):
         return rows
     n_sampled = min(n, len(rows))
-    positions = torch.linspace(0, len(rows) - 1, n_sampled, dtype=torch.float64).long()
+    exact_positions = torch.linspace(0, len(rows) - 1, n_sampled, dtype=torch.float64)
+    positions = exact_positions.long()
     return rows[positions]
 
 
@@ -471,33 +486,35 @@ def unpack_checkpoint(
     """
     parts = _tensors_by_part(checkpoint)
     head_weights = head.state_dict()  # shares memory with the head, so copying sets the weights
-    copy_tensors_into(head_weights, saved_tensors=parts.get("head", {}), tensors_name="weights")
-    chosen_weights = parts.get("kept", {})
+    copy_tensors_into(head_weights, saved_tensors=parts["head"], tensors_name="weights")
+    chosen_weights = parts["kept"]
     _require_same_forms("kept weights", chosen_weights, head_weights)
-    _load_momenta(parts.get("momentum", {}), optimizer)
-    _load_masks(parts.get("masks", {}), head)
+    _load_momenta(parts["momentum"], optimizer)
+    _load_masks(parts["masks"], head)
     for i, stateful_part in enumerate(stateful_parts):
-        stateful_part.restore(parts.get(f"memory{i}", {}))
+        stateful_part.restore(parts[f"memory{i}"])
     loop = {"order": order_generator.get_state()}
-    copy_tensors_into(loop, saved_tensors=parts.get("loop", {}), tensors_name="state of the loop")
+    copy_tensors_into(loop, saved_tensors=parts["loop"], tensors_name="state of the loop")
     order_generator.set_state(loop["order"])
-    return Position(checkpoint.n_epochs(), chosen_weights, _history(checkpoint.position))
+    n_epochs = checkpoint.n_epochs()
+    history = _history(checkpoint.position)
+    return Position(n_epochs, chosen_weights, history)
 
 
-def _tensors_by_part(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+def _tensors_by_part(checkpoint: Checkpoint) -> defaultdict[str, dict[str, Tensor]]:
     """The tensors of a checkpoint: a dictionary by name for each part, such as "head"."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in checkpoint.tensors.items():
         part, _, name_in_part = name.partition(".")
-        tensors_of_part = parts.setdefault(part, {})  # a new dictionary at the first tensor
-        tensors_of_part[name_in_part] = tensor
+        parts[part][name_in_part] = tensor
     return parts
 
 
 def _momenta(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The momentum of each trained parameter, by the number of the parameter."""
     momenta = {}
-    for number, state in optimizer.state_dict()["state"].items():
+    states = optimizer.state_dict()["state"]
+    for number, state in states.items():
         has_momentum = state["momentum_buffer"] is not None
         if has_momentum:
             momenta[str(number)] = state["momentum_buffer"]
@@ -507,13 +524,15 @@ def _momenta(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def _load_momenta(saved_momenta: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Set the momentum of every trained parameter; refuses missing or further momenta."""
     groups = [group["params"] for group in optimizer.param_groups]
+    all_parameters = _keyed_by_number(itertools.chain(*groups))
     trained_parameters = {}
-    for name, parameter in _keyed_by_number(itertools.chain(*groups)).items():
+    for name, parameter in all_parameters.items():
         if parameter.requires_grad and optimizer.defaults["momentum"]:
             trained_parameters[name] = parameter
     _require_same_forms("momenta", saved_momenta, trained_parameters)
     momenta = {int(name): {"momentum_buffer": momentum} for name, momentum in saved_momenta.items()}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": momenta})
+    optimizer_state = optimizer.state_dict()
+    optimizer.load_state_dict({**optimizer_state, "state": momenta})
 
 
 def _load_masks(saved_states: Mapping[str, Tensor], head: nn.Module) -> None:
@@ -526,7 +545,8 @@ def _load_masks(saved_states: Mapping[str, Tensor], head: nn.Module) -> None:
 
 def _mask_states(head: nn.Module) -> dict[str, Tensor]:
     """States of the generators of dropout masks, by number."""
-    return _keyed_by_number([generator.get_state() for generator in generators_of(head)])
+    states = [generator.get_state() for generator in generators_of(head)]
+    return _keyed_by_number(states)
 
 
 def _keyed_by_number(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -565,10 +585,8 @@ def _require_same_forms(
         differing_names = [
             name for name in saved_forms if saved_forms[name] != expected_forms[name]
         ]
-    raise DataError(
-        f"the {tensors_name} of a checkpoint do not fit; they differ in "
-        f"{', '.join(differing_names[:4])}."
-    )
+    first_names = ", ".join(differing_names[:4])
+    raise DataError(f"the {tensors_name} of a checkpoint do not fit; they differ in {first_names}.")
 
 
 def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

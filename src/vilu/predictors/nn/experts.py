@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +53,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.inputs = copy.deepcopy(inputs)  # safetensors saves no tensors with shared memory
         self.dropout = dropout
-        self.generator = torch.Generator().manual_seed(seed)  # draws initial weights and masks
+        self.generator = torch.Generator()  # draws initial weights and masks
+        self.generator.manual_seed(seed)
         self.first = linear(inputs.width, hidden, self.generator)
         self.last = linear(hidden, n_classes, self.generator)
         # with a last layer of zeros, training begins at the tempered zero-shot logits
@@ -70,7 +70,8 @@ class Adapter(nn.Module):
         if self.training:
             mask = dropout_mask(hidden.shape, self.dropout, self.generator)
             hidden = hidden * mask.to(hidden.device)
-        return cast("Tensor", self.last(hidden))
+        outputs: Tensor = self.last(hidden)
+        return outputs
 
 
 class Memory(nn.Module):
@@ -90,8 +91,10 @@ class Memory(nn.Module):
     def __init__(self, inputs: ImageInputs, n_rows: int, n_classes: int) -> None:
         super().__init__()
         self.inputs = copy.deepcopy(inputs)  # safetensors saves no tensors with shared memory
-        self.bank = nn.Buffer(torch.zeros(n_rows, inputs.width, dtype=torch.float32))
-        self.values = nn.Buffer(torch.zeros(n_rows, n_classes, dtype=torch.float32))
+        bank = torch.zeros(n_rows, inputs.width, dtype=torch.float32)
+        values = torch.zeros(n_rows, n_classes, dtype=torch.float32)
+        self.bank = nn.Buffer(bank)
+        self.values = nn.Buffer(values)
 
     @staticmethod
     def gaussian_kernels(row_factors: Tensor, bank_factors: Tensor) -> Tensor:
@@ -127,7 +130,8 @@ class Memory(nn.Module):
         (batch_of_all,) = rows.steps(len(rows.index))
         batch = batch_of_all.to(device)
         n_classes = len(batch.text)
-        memory = cls(attention.inputs, len(batch.index), n_classes).to(device)
+        memory = cls(attention.inputs, len(batch.index), n_classes)
+        memory.to(device)
         memory.bank.copy_(attention.inputs(batch))
         posterior = attention.tempered_logits(batch).softmax(dim=-1)
         errors = functional.one_hot(batch.target, n_classes) - posterior
@@ -152,13 +156,15 @@ class Memory(nn.Module):
             row_factors = self.exponent_factor(self.inputs(batch), is_bank=False)
             # an exported graph is for any number of rows, and therefore has no blocks
             if torch.compiler.is_exporting():
-                return (self.gaussian_kernels(row_factors, bank_factors) @ values).to(self.bank)
+                outputs = self.gaussian_kernels(row_factors, bank_factors) @ values
+                return outputs.to(self.bank)
             block_rows = max(CACHED_LOGITS // len(bank_factors), MIN_BLOCK_ROWS)
             blocks = [
                 self.gaussian_kernels(block, bank_factors) @ values
                 for block in row_factors.split(block_rows)
             ]
-            return torch.cat(blocks).to(self.bank)
+            outputs_of_all = torch.cat(blocks)
+            return outputs_of_all.to(self.bank)
 
         return residual
 
@@ -168,8 +174,10 @@ def ridge_weights(bank: Tensor, errors: Tensor) -> Tensor:
     row_factors = Memory.exponent_factor(bank, is_bank=False)
     gram = Memory.gaussian_kernels(row_factors, Memory.exponent_factor(bank, is_bank=True))
     # G is positive semi-definite. The ridge makes G positive definite, as required by Cholesky.
-    gram.diagonal().add_(KERNEL_RIDGE)
-    return torch.cholesky_solve(errors, torch.linalg.cholesky(gram))
+    diagonal = gram.diagonal()
+    diagonal.add_(KERNEL_RIDGE)
+    lower_triangle = torch.linalg.cholesky(gram)
+    return torch.cholesky_solve(errors, lower_triangle)
 
 
 class Experts(nn.Module):
@@ -194,7 +202,8 @@ class Experts(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, K) of the pool: sum_m w_m l_m, with the weight w_m of expert m."""
-        return torch.cat([logits for _, logits in self.logit_blocks(batch)])
+        blocks = [logits for _, logits in self.logit_blocks(batch)]
+        return torch.cat(blocks)
 
     def logit_blocks(self, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
         """Yield blocks of rows with their pooled logits.
@@ -270,7 +279,8 @@ class Experts(nn.Module):
 
     def log_posteriors(self, batch: Batch) -> Tensor:
         """Log-probabilities (B, M, K) float64 of the experts."""
-        return float64(self.expert_logits(batch)).log_softmax(dim=-1)
+        logits = float64(self.expert_logits(batch))
+        return logits.log_softmax(dim=-1)
 
     def expert_logits(self, batch: Batch) -> Tensor:
         """Logits (B, M, K) of all experts.
@@ -307,7 +317,8 @@ class Experts(nn.Module):
             sum_m w_m l_m = (sum_m w_m) a l0 + R(0) + (R(x) - R(0))
         """
         residual, tempered_logits, total_weight = self._pooled_residual(batch)
-        residual_at_mean, _, _ = self._pooled_residual(self._mean_image(batch))
+        mean_image = self._mean_image(batch)
+        residual_at_mean, _, _ = self._pooled_residual(mean_image)
         return PooledLogits(
             zero_shot=total_weight * tempered_logits,
             class_offset=residual_at_mean,
@@ -319,8 +330,10 @@ class Experts(nn.Module):
         class_match = self.attention.match_classes(batch.text)
         tempered_logits = float64(self.attention.tempered_logits(batch, class_match))
         logits = float64(self.expert_logits(batch))
-        residual = pooled_logits(logits - tempered_logits.unsqueeze(1), self.weights)
-        return residual, tempered_logits, pool_weights(logits, self.weights).sum()
+        tempered_column = tempered_logits.unsqueeze(1)
+        residual = pooled_logits(logits - tempered_column, self.weights)
+        weights = pool_weights(logits, self.weights)
+        return residual, tempered_logits, weights.sum()
 
     def _mean_image(self, batch: Batch) -> Batch:
         """A batch with a single row, the mean training image, and the candidates of ``batch``."""
@@ -348,7 +361,8 @@ def pooled_logits(logits: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum (B, K) float64 of the logits (B, M, K) of M experts."""
     # Logits are log-probabilities up to a constant. So the weighted sum of logits belongs to a
     # product of probabilities: the log-linear pool q ~ prod_m p_m^w_m.
-    return torch.einsum("m,bmk->bk", pool_weights(logits, weights), logits)
+    weight_of_expert = pool_weights(logits, weights)
+    return torch.einsum("m,bmk->bk", weight_of_expert, logits)
 
 
 def pool_weights(logits: Tensor, weights: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,8 @@ class Dropout(nn.Module):
     def __init__(self, rate: float, seed: int) -> None:
         super().__init__()
         self.rate = rate
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator()
+        self.generator.manual_seed(seed)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Multiply activations (B, H) by a mask in training; otherwise return the input."""
@@ -120,7 +120,8 @@ class OfficialAttention(CrossAttention):
     def __init__(self, dim: int, generator: torch.Generator | None = None) -> None:  # noqa: ARG002
         super().__init__()
         # not torch.eye: on the meta device, torch.eye would import torch's compiler
-        identity = torch.zeros(dim, dim, dtype=torch.float32).fill_diagonal_(1)
+        identity = torch.zeros(dim, dim, dtype=torch.float32)
+        identity.fill_diagonal_(1)
         self.image = nn.Parameter(identity)  # W_v
         self.text = nn.Parameter(identity.clone())  # W_t
 
@@ -227,7 +228,8 @@ class FailureHead(nn.Module):
         layer_outputs = [*hidden, 1]
         n_first_outputs = layer_outputs[0]  # 1 if there is no hidden layer
         self.first = first_layer_weights(widths, generator, n_outputs=n_first_outputs, dim=dim)
-        self.first_bias = nn.Parameter(torch.zeros(n_first_outputs, dtype=torch.float32))
+        zero_bias = torch.zeros(n_first_outputs, dtype=torch.float32)
+        self.first_bias = nn.Parameter(zero_bias)
         self.rest = perceptron(layer_outputs, dropout, generator)
         self.attention: CrossAttention | None = None
         if attention is not None:
@@ -235,7 +237,9 @@ class FailureHead(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) failure logits in float32."""
-        return cast("Tensor", self.rest(self.first_layer(batch))).squeeze(-1).float()
+        logit_column: Tensor = self.rest(self.first_layer(batch))
+        logit = logit_column.squeeze(-1)
+        return logit.float()
 
     def first_layer(self, batch: Batch) -> Tensor:
         """(B, H) outputs of the first layer before the activation.
@@ -243,7 +247,8 @@ class FailureHead(nn.Module):
         The batch has an effect on all later layers only through these outputs.
         """
         outputs: Tensor = self.first_bias
-        for term in self.first_layer_terms(batch).values():
+        terms = self.first_layer_terms(batch)
+        for term in terms.values():
             outputs = outputs + term
         return outputs
 
@@ -268,7 +273,8 @@ class FailureHead(nn.Module):
             # Every text is projected once. A projection per image would be slower. The projections
             # are not indexed with [], because several threads would sum the gradient of an index in
             # an order that varies.
-            return functional.embedding(batch.prediction, functional.linear(batch.text, weight))
+            projected_texts = functional.linear(batch.text, weight)
+            return functional.embedding(batch.prediction, projected_texts)
         return functional.linear(batch.text[batch.prediction], weight)
 
 

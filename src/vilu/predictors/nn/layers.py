@@ -29,5 +29,6 @@ def linear(n_inputs: int, n_outputs: int, generator: torch.Generator | None) -> 
 
 def dropout_mask(shape: Sequence[int], rate: float, generator: torch.Generator | None) -> Tensor:
     """A float32 mask on the CPU: 0 with probability ``rate``, otherwise 1 / (1 - rate)."""
-    is_kept = torch.empty(*shape, dtype=torch.float32).bernoulli_(1 - rate, generator=generator)
+    is_kept = torch.empty(*shape, dtype=torch.float32)
+    is_kept.bernoulli_(1 - rate, generator=generator)
     return is_kept / (1 - rate)

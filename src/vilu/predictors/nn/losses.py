@@ -40,7 +40,9 @@ def adaptive_weight(error_rate: Tensor) -> Tensor:
 
     Source: ViLU, Eq. 9.
     """
-    return torch.clamp(-torch.log(error_rate.clamp(MIN_ERROR_RATE, 1)), min=MIN_WEIGHT)
+    clipped_rate = error_rate.clamp(MIN_ERROR_RATE, 1)
+    weight = -torch.log(clipped_rate)
+    return torch.clamp(weight, min=MIN_WEIGHT)
 
 
 class FailureWeight:
@@ -68,9 +70,8 @@ class FailureWeight:
 
     def __init__(self, mode: str, error_rate: float, static_weight: float = 1.0) -> None:
         if mode not in self.MODES:
-            raise UsageError(
-                f"weighting must be one of {', '.join(self.MODES)}. Got {mode!r} instead."
-            )
+            modes = ", ".join(self.MODES)
+            raise UsageError(f"weighting must be one of {modes}. Got {mode!r} instead.")
         if not static_weight > 0:  # unlike ``static_weight <= 0``, this refuses NaN, too
             raise UsageError(f"static_weight must be positive. Got {static_weight} instead.")
         self.mode = mode
@@ -89,7 +90,8 @@ class FailureWeight:
         if self.mode == "ema":
             self.error_rate = EMA_MOMENTUM * self.error_rate + (1 - EMA_MOMENTUM) * batch_rate.cpu()
         # in mode "dataset" ``error_rate`` is the error rate of the training set, and never changes
-        return adaptive_weight(self.error_rate.to(failure.device))
+        error_rate = self.error_rate.to(failure.device)
+        return adaptive_weight(error_rate)
 
     def _constant_weight(self, static_weight: float) -> Tensor | None:
         """The weight in a mode with the same weight for all batches; None in other modes."""
@@ -134,7 +136,8 @@ def weighted_mse(
 
     ``link`` is an increasing function from failure logits (B,) to the range of the targets (B,).
     """
-    squared_error = (link(logit.float()) - target).square()
+    estimate = link(logit.float())
+    squared_error = (estimate - target).square()
     row_weight = torch.where(failure == 1, weight, 1.0)
     return (row_weight * squared_error).mean()
 
@@ -143,7 +146,8 @@ def bce_loss(failure_weight: FailureWeight) -> Loss:
     """Return the weighted BCE between failure logits and failures of answers, as a loss."""
 
     def loss(batch: Batch, logit: Tensor) -> Tensor:
-        return weighted_bce(logit, batch.failure, failure_weight(batch.failure))
+        weight = failure_weight(batch.failure)
+        return weighted_bce(logit, batch.failure, weight)
 
     return loss
 
@@ -162,9 +166,10 @@ def weighted_mse_loss(
             targets = target(batch)
             # The target -log p grows with the logit scale of the VLM. The size of a training step
             # must not grow with the logit scale.
-            mean_square = current_world().mean(targets.square()).clamp(min=1)
+            mean_square = current_world().mean(targets.square())
+            divisor = mean_square.clamp(min=1)
             failure_weight = weight(batch.failure)
-            return weighted_mse(logit, targets, batch.failure, failure_weight, link) / mean_square
+            return weighted_mse(logit, targets, batch.failure, failure_weight, link) / divisor
 
         return loss
 

@@ -101,7 +101,8 @@ class Group(World):
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of the values (B,) of all processes, without gradient."""
-        total = values.detach().float().sum()
+        detached_values = values.detach()
+        total = detached_values.float().sum()
         count = values.new_tensor(len(values), dtype=torch.float32)
         total_and_count = torch.stack([total, count])
         dist.all_reduce(total_and_count)  # a single call for both sums
@@ -134,7 +135,8 @@ class Group(World):
         if self.is_leader and data:
             content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         dist.broadcast(content, src=leader)
-        return content.cpu().numpy().tobytes()
+        cpu_content = content.cpu()
+        return cpu_content.numpy().tobytes()
 
     def call_on_leader(self, action: Callable[[], ActionResult]) -> ActionResult | None:
         """Call ``action`` on the leading process alone; if ``action`` raises, every process raises.
@@ -145,7 +147,8 @@ class Group(World):
         if not self.is_leader:
             error_report = self.broadcast(b"")
             if error_report:
-                raise _error_of_leader(error_report.decode())
+                report_text = error_report.decode()
+                raise _error_of_leader(report_text)
             return None
         try:
             result = action()
@@ -251,8 +254,10 @@ def _require_all_variables(environment: Mapping[str, str]) -> None:
     if not missing_names:
         return
     present_names = [name for name in TORCHRUN_VARIABLES if environment.get(name)]
+    missing = ", ".join(missing_names)
+    present = ", ".join(present_names)
     raise UsageError(
-        f"{', '.join(missing_names)} not set, but {', '.join(present_names)} set: "
+        f"{missing} not set, but {present} set: "
         "start all processes with torchrun, which sets them all, or unset RANK and WORLD_SIZE."
     )
 
@@ -269,9 +274,8 @@ def _read_whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
         if name != "MASTER_ADDR" and not is_whole:
             wrong_settings.append(f"{name}={value!r}")
     if wrong_settings:
-        raise UsageError(
-            f"{', '.join(wrong_settings)} must be whole numbers, as torchrun sets them."
-        )
+        settings = ", ".join(wrong_settings)
+        raise UsageError(f"{settings} must be whole numbers, as torchrun sets them.")
     rank = int(environment["RANK"])
     size = int(environment["WORLD_SIZE"])
     local_rank = int(environment["LOCAL_RANK"])
@@ -297,7 +301,8 @@ def _connect(
             f"process {rank} of {size} cannot join the others at {address}: {error}. "
             "Start all of them with the same torchrun command."
         ) from error
-    return Group(rank, size, device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return Group(rank, size, device=cpu)
 
 
 def _meeting_address(environment: Mapping[str, str]) -> str:

@@ -119,7 +119,8 @@ class Plan:
         total_steps = self.epochs * self.epoch_steps
         rate_factors = []
         for step in range(first_step, first_step + self.epoch_steps):
-            rate_factors.append(learning_rate_factor(step, total_steps, self.warmup_steps))
+            rate_factor = learning_rate_factor(step, total_steps, self.warmup_steps)
+            rate_factors.append(rate_factor)
         return rate_factors
 
 
@@ -137,17 +138,21 @@ def with_zero_shot_answers(rows: Rows, device: torch.device, world: World) -> Ro
         return rows
     answers_of_batches = []
     for batch in rows.batches(SCORING_BATCH):
-        process_batch = batch.rows(world.process_slice(len(batch.index)))
+        rows_of_process = world.process_slice(len(batch.index))
+        process_batch = batch.rows(rows_of_process)
         zero_shot = process_batch.to(device).zero_shot  # a tuple of tensors
-        answers_of_batches.append([world.gather(tensor).cpu() for tensor in zero_shot])
+        answers_of_batch = [world.gather(tensor).cpu() for tensor in zero_shot]
+        answers_of_batches.append(answers_of_batch)
     fields = []
     # ``zip`` turns the fields of each batch into the blocks of each field of ``ZeroShot``
     for blocks_of_field in zip(*answers_of_batches, strict=True):
         field_of_rows = torch.cat(blocks_of_field)
         # an entry for every row of the source; entries outside ``rows`` are unused
         field_of_source = field_of_rows.new_zeros(len(rows.source))
-        fields.append(field_of_source.index_put((rows.index,), field_of_rows))
-    return replace(rows, answers=ZeroShot(*fields))
+        filled_field = field_of_source.index_put((rows.index,), field_of_rows)
+        fields.append(filled_field)
+    answers = ZeroShot(*fields)
+    return replace(rows, answers=answers)
 
 
 @dataclass(frozen=True)
@@ -267,7 +272,8 @@ class HeadTrainer:
             while not self._is_over(plan, position):
                 if position.epoch >= plan.frozen_epochs:
                     self.unfreeze_attention()
-                loss = self._train_epoch(train, batch_size, plan.rate_factors(position.epoch), task)
+                rate_factors = plan.rate_factors(position.epoch)
+                loss = self._train_epoch(train, batch_size, rate_factors, task)
                 self._end_epoch(validation, loss, position)
                 self._save(position)
         self.head.load_state_dict(position.chosen_weights)
@@ -333,7 +339,8 @@ class HeadTrainer:
     def step(self, batch: Batch, learning_rate: float) -> Tensor:
         """Do a step on a batch, at this learning rate; returns the mean loss of the batch."""
         config = self.config
-        process_batch = batch.rows(self.world.process_slice(len(batch.index))).to(config.device)
+        rows_of_process = self.world.process_slice(len(batch.index))
+        process_batch = batch.rows(rows_of_process).to(config.device)
         is_bf16 = config.precision == "bf16"
         with torch.autocast(config.device.type, torch.bfloat16, enabled=is_bf16):
             logit = self.network(process_batch)
@@ -359,10 +366,12 @@ class HeadTrainer:
     def _end_epoch(self, validation: Rows | None, loss: float, position: Position) -> None:
         """Record the loss and the AUROC of an epoch, and store the weights of a chosen epoch."""
         history = position.history
-        history.loss.append(require_finite_loss(loss, self.config.learning_rate))
+        finite_loss = require_finite_loss(loss, self.config.learning_rate)
+        history.loss.append(finite_loss)
         if self._is_chosen(validation, history):
             history.kept_epoch = position.epoch
-            position.chosen_weights = copy.deepcopy(self.head.state_dict())
+            weights = self.head.state_dict()
+            position.chosen_weights = copy.deepcopy(weights)
         position.epoch += 1
 
     def _is_chosen(self, validation: Rows | None, history: History) -> bool:
@@ -390,10 +399,13 @@ class HeadTrainer:
         for batch in validation.batches(SCORING_BATCH):
             rows_of_process = self.world.process_slice(len(batch.index))
             process_batch = batch.rows(rows_of_process).to(self.config.device)
-            logits.append(self.head(process_batch))
+            logit_of_batch = self.head(process_batch)
+            logits.append(logit_of_batch)
             failures.append(process_batch.failure)
-        logit = self.world.gather(torch.cat(logits))
-        failure = self.world.gather(torch.cat(failures))
+        logit_of_process = torch.cat(logits)
+        logit = self.world.gather(logit_of_process)
+        failure_of_process = torch.cat(failures)
+        failure = self.world.gather(failure_of_process)
         return logit.cpu().numpy(), failure.cpu().numpy()
 
 
@@ -450,14 +462,9 @@ def train_adamw(
     epoch_steps = steps_per_epoch(rows, batch_size)
     epochs = config.epochs or epochs_of_steps(epoch_steps)
     total_steps = epochs * epoch_steps
-    generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(
-        network.to(config.device).parameters(),
-        lr=config.learning_rate,
-        betas=ADAMW_BETAS,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    generator = torch.Generator()
+    generator.manual_seed(config.seed)
+    optimizer = _adamw_optimizer(network, config)
 
     def rate_factor(step: int) -> float:
         return learning_rate_factor(step, total_steps, warmup_steps=0)
@@ -471,8 +478,22 @@ def train_adamw(
                 loss_sum += _adamw_step(network, loss, batch.to(config.device), optimizer)
                 scheduler.step()
                 task.advance(1)
-            history.append(require_finite_loss(float(loss_sum) / epoch_steps, config.learning_rate))
+            mean_loss = require_finite_loss(float(loss_sum) / epoch_steps, config.learning_rate)
+            history.append(mean_loss)
     return history
+
+
+def _adamw_optimizer(network: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
+    """AdamW for all parameters of a network. Moves the network to ``config.device``."""
+    network.to(config.device)
+    parameters = network.parameters()
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=ADAMW_BETAS,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 def _adamw_step(

@@ -175,7 +175,8 @@ def parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, value in parameters.items():
         if name != "seed":
-            lines.append(f"- {code_span(name)}: {code_span(value)}")
+            line = f"- {code_span(name)}: {code_span(value)}"
+            lines.append(line)
     return lines or ["- none"]
 
 
@@ -195,7 +196,8 @@ def hub_id(backbone: str | None) -> str | None:
     """ORG/NAME of a backbone on the model hub; None if the name is not known."""
     spec = backbone or ""
     # a named backbone has two repositories: for OpenCLIP, and for transformers (@hf)
-    for name, model in named_backbones().items():
+    models = named_backbones()
+    for name, model in models.items():
         if spec in {name, f"open_clip:{model.open_clip}"}:
             return model.open_clip_hub
         if spec == f"{name}@hf":
@@ -239,7 +241,9 @@ def usage_lines(
     space: Mapping[str, Any], notes: Mapping[str, Any], predictor: DescribedPredictor
 ) -> list[str]:
     """Lines with the commands to download the predictor, and to score images."""
-    options = ["--backbone", shlex.quote(escape_unprintable(space.get("backbone") or "BACKBONE"))]
+    backbone = space.get("backbone") or "BACKBONE"
+    printable_backbone = escape_unprintable(backbone)
+    options = ["--backbone", shlex.quote(printable_backbone)]
     if space.get("precision") == "bf16":
         options += ["--precision", "bf16"]
     preprocess = space.get("preprocess")
@@ -310,13 +314,15 @@ def fact_lines(values: Mapping[str, Any], texts: Mapping[str, str]) -> list[str]
     for key, text in texts.items():
         value = values.get(key)
         if value is not None:
-            lines.append(f"- {text}: {code_span(value)}")
+            line = f"- {text}: {code_span(value)}"
+            lines.append(line)
     return lines
 
 
 def without_version_of_vilu(card: bytes) -> bytes:
     """The card without the version of vilu, for a comparison of cards of the same predictor."""
-    return re.sub(MADE_WITH.encode() + rb"`[^`\n]*`", b"", card, count=1)
+    version_pattern = MADE_WITH.encode() + rb"`[^`\n]*`"
+    return re.sub(version_pattern, b"", card, count=1)
 
 
 def code_span(value: object) -> str:

@@ -126,9 +126,9 @@ def _layer_names(weights: dict[str, Tensor], path: str | Path) -> list[str]:
         if re.fullmatch(r"mlp\.\d+\.weight", name):
             layers.append(name.removesuffix(".weight"))
     if not layers or any(f"{layer}.bias" not in weights for layer in layers):
+        saved_names = ", ".join(weights)[:200]
         raise DataError(
-            f"{path} holds no multilayer perceptron mlp.0, mlp.2, ... "
-            f"Found: {', '.join(weights)[:200]}."
+            f"{path} holds no multilayer perceptron mlp.0, mlp.2, ... Found: {saved_names}."
         )
     return layers
 
@@ -144,7 +144,8 @@ def weights_of_head(
     signs[-1] = -1  # the sign of the last layer is changed
     first_layer, *later_layers = layers
     first_sign, *later_signs = signs
-    first_matrices = weights[f"{first_layer}.weight"].float().chunk(len(inputs), dim=1)
+    joint_matrix = weights[f"{first_layer}.weight"].float()
+    first_matrices = joint_matrix.chunk(len(inputs), dim=1)
     state = {}
     for name, matrix in zip(inputs, first_matrices, strict=True):
         state[f"first.{name}"] = first_sign * matrix
@@ -154,9 +155,11 @@ def weights_of_head(
         for tensor in ("weight", "bias"):
             state[f"{new_layer}.{tensor}"] = sign * weights[f"{layer}.{tensor}"].float()
     if "in_proj_v.weight" in weights:
-        state["attention.image"] = identity_if_frozen(weights["in_proj_v.weight"].float())
+        image_projection = weights["in_proj_v.weight"].float()
+        state["attention.image"] = identity_if_frozen(image_projection)
     if "in_proj_t.weight" in weights:
-        state["attention.text"] = identity_if_frozen(weights["in_proj_t.weight"].float())
+        text_projection = weights["in_proj_t.weight"].float()
+        state["attention.text"] = identity_if_frozen(text_projection)
     return state
 
 
@@ -177,7 +180,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's state dict, by name."""
     # The first entry of ``__reduce__`` is the function called by a pickle to create a numpy scalar.
     # The name of the function in the file depends on the version of numpy that wrote the file.
-    make_scalar = cast("Callable[..., Any]", np.float64(0).__reduce__()[0])
+    reduced_scalar = np.float64(0).__reduce__()
+    make_scalar = cast("Callable[..., Any]", reduced_scalar[0])
     number_types = [type(np.dtype(code)) for code in ("f8", "f4", "i8")]
     allowed_globals: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         (make_scalar, "numpy.core.multiarray.scalar"),

@@ -116,16 +116,14 @@ def save(predictor: SavablePredictor, folder: str | Path) -> str:
         raise UsageError(
             f"parameters were changed after the fit and no longer match it: {error} Fit again."
         ) from error
-    tensors = {f"state.{name}": tensor.contiguous() for name, tensor in predictor.state().items()}
+    state = predictor.state()
+    tensors = {f"state.{name}": tensor.contiguous() for name, tensor in state.items()}
     tensors |= sketch_tensors(predictor)
     weights = safetensors_torch.save(tensors)
     description = describe(predictor)
     description["weights_sha256"] = bytes_hash(weights)
     path = Path(folder)
-    # JSON has no tuples, so the description in the folder has lists instead. The new description is
-    # converted in the same way, to compare both descriptions.
-    fit_description = _without_calibration(parse_json(plain_json(description)))
-    is_same_fit = read_fit_description(path / PREDICTOR) == fit_description
+    is_same_fit = _has_same_fit(path, description)
     refuse_foreign_files(path, is_same_fit=is_same_fit)
     make_folder(path)
     keeps_calibration = is_same_fit and "calibrator" in description
@@ -137,6 +135,16 @@ def save(predictor: SavablePredictor, folder: str | Path) -> str:
     write_card(path, {**description, FINGERPRINT_KEY: fingerprint}, predictor, risk=None)
     write_json(path / PREDICTOR, description, digest_key=FINGERPRINT_KEY)
     return fingerprint
+
+
+def _has_same_fit(path: Path, description: dict[str, Any]) -> bool:
+    """Whether the folder has a predictor with this description, whatever the calibration."""
+    # JSON has no tuples, so the description in the folder has lists instead. The new description is
+    # converted in the same way, to compare both descriptions.
+    document = plain_json(description)
+    new_description = parse_json(document)
+    fit_description = _without_calibration(new_description)
+    return read_fit_description(path / PREDICTOR) == fit_description
 
 
 def _write_sample(path: Path, sample: SavableSample | None, weights_sha256: str) -> None:
@@ -191,7 +199,9 @@ def read_fit_description(path: Path) -> dict[str, Any] | None:
         return None
     try:
         with convert_os_errors(f"cannot read {path}"):
-            return _without_calibration(parse_json(path.read_bytes()))
+            document = path.read_bytes()
+            description = parse_json(document)
+            return _without_calibration(description)
     except (ValueError, RecursionError):
         return None
 
@@ -222,17 +232,21 @@ def _has_predictor_content(path: Path) -> bool:
         with convert_os_errors(f"cannot read {path}"), path.open("rb") as handle:
             if path.name in {VOCABULARY, WEIGHTS, SAMPLE}:
                 # a safetensors file begins with the size of the header, then the header as JSON
-                header_size = int.from_bytes(handle.read(8), "little")
-                header = parse_json(handle.read(min(header_size, MAX_DOCUMENT_BYTES)))
+                size_bytes = handle.read(8)
+                header_size = int.from_bytes(size_bytes, "little")
+                document = handle.read(min(header_size, MAX_DOCUMENT_BYTES))
+                header = parse_json(document)
                 return _has_predictor_header(path.name, header)
             if path.name == CARD:
                 return b'library_name: "vilu"' in handle.read(200)
             if path.name == PREDICTOR:
-                content = parse_json(handle.read(MAX_DOCUMENT_BYTES))
+                document = handle.read(MAX_DOCUMENT_BYTES)
+                content = parse_json(document)
                 return {"method", "weights_sha256"} <= content.keys()
             kinds = {RISK: "risk", LOOKS: "looks", LIKELY: "likely"}
             if path.name in kinds:
-                content = parse_json(handle.read(MAX_DOCUMENT_BYTES))
+                document = handle.read(MAX_DOCUMENT_BYTES)
+                content = parse_json(document)
                 return bool(content.get("kind") == kinds[path.name])
     except (ValueError, RecursionError):
         return False
@@ -298,7 +312,8 @@ def pop_sketches(tensors: dict[str, Tensor], description: dict[str, Any], path: 
     sketches = {}
     for kind, name in SKETCH_TENSOR_NAMES.items():
         if name in tensors:
-            sketches[kind] = RowSketch(tensors.pop(name), n_seen)
+            row_hashes = tensors.pop(name)
+            sketches[kind] = RowSketch(row_hashes, n_seen)
     if sketches and not isinstance(n_seen, int):
         raise DataError(
             f"{path} is damaged: n_seen must be a number. Got {n_seen!r:.80}. Fit it again."
@@ -308,7 +323,9 @@ def pop_sketches(tensors: dict[str, Tensor], description: dict[str, Any], path: 
 
 def fit_fingerprint(folder: str | Path) -> str:
     """Hash of a saved predictor: of everything except the version of vilu."""
-    return str(read_description(Path(folder) / PREDICTOR)[FINGERPRINT_KEY])
+    path = Path(folder)
+    description = read_description(path / PREDICTOR)
+    return str(description[FINGERPRINT_KEY])
 
 
 def write_card(
@@ -318,7 +335,8 @@ def write_card(
     risk: dict[str, Any] | None,
 ) -> None:
     """Write the card; ``risk`` is the content of ``risk.json``, or None without a calibration."""
-    write_text(path / CARD, model_card(description, predictor, risk))
+    card = model_card(description, predictor, risk)
+    write_text(path / CARD, card)
 
 
 class _Notes(BaseModel):
@@ -365,7 +383,8 @@ def read_description(path: Path) -> dict[str, Any]:
     try:
         _Description.model_validate(description)
     except ValidationError as error:
-        raise DataError(f"{path} is damaged: {first_error(error)}. {REFIT_ADVICE}.") from error
+        problem = first_error(error)
+        raise DataError(f"{path} is damaged: {problem}. {REFIT_ADVICE}.") from error
     return {**description, FINGERPRINT_KEY: content_digest(description, FINGERPRINT_KEY)}
 
 
@@ -374,7 +393,8 @@ def home_of(cls: type) -> dict[str, Any]:
     package = cls.__module__.partition(".")[0]
     if package == __name__.partition(".")[0]:
         return {}
-    distributions = metadata.packages_distributions().get(package, ())
+    distributions_of_packages = metadata.packages_distributions()
+    distributions = distributions_of_packages.get(package, ())
     # None for a package that was not installed, such as a module in the working directory
     distribution = next(iter(distributions), None)
     return {"home": {"distribution": distribution, "module": cls.__module__}}

@@ -61,7 +61,8 @@ class FitSample:
         sample_size = min(n_rows, MAX_SAMPLE_BYTES // bytes_per_row)
         generator = np.random.default_rng([SAMPLE_STREAM, seed])
         # indices among the rows of all sources, one source after another
-        indices = np.sort(generator.choice(n_rows, sample_size, replace=False))
+        indices = generator.choice(n_rows, sample_size, replace=False)
+        indices = np.sort(indices)
         blocks = []
         start = 0
         for source, count in zip(sources, counts, strict=True):
@@ -69,9 +70,11 @@ class FitSample:
             is_in_source = (indices >= start) & (indices < end)
             index_in_source = torch.from_numpy(indices[is_in_source] - start)
             rows = source.usable_rows.sort().values[index_in_source]
-            blocks.append(picture_vectors(source, rows).cpu())
+            block = picture_vectors(source, rows).cpu()
+            blocks.append(block)
             start = end
-        return cls(torch.cat(blocks).to(torch.float16), n_rows)
+        image = torch.cat(blocks).to(torch.float16)
+        return cls(image, n_rows)
 
     @property
     def share(self) -> float:
@@ -84,7 +87,8 @@ class FitSample:
         blocks = []
         for block in rows.split(BLOCK_ROWS):
             image = picture_vectors(source, block).cpu()
-            blocks.append((image @ sample).amax(dim=1))
+            largest_cosines = (image @ sample).amax(dim=1)
+            blocks.append(largest_cosines)
         return torch.cat(blocks)
 
     def nearest_cosines_within(self) -> Tensor:
@@ -96,7 +100,8 @@ class FitSample:
             row_in_block = torch.arange(len(cosine))
             # the cosine of a row with itself does not count
             cosine[row_in_block, start + row_in_block] = -torch.inf
-            blocks.append(cosine.amax(dim=1))
+            largest_cosines = cosine.amax(dim=1)
+            blocks.append(largest_cosines)
         return torch.cat(blocks)
 
     def save(self, folder: Path, weights_sha256: str) -> None:
@@ -107,21 +112,25 @@ class FitSample:
             "image_sha256": tensor_hash(self.image),
         }
         sealed_facts = facts | {"digest": digest(facts)}
-        metadata = {SAMPLE_KEY: plain_json(sealed_facts).decode()}
-        write_bytes(folder / SAMPLE, safetensors_torch.save({"image": self.image}, metadata))
+        document = plain_json(sealed_facts)
+        metadata = {SAMPLE_KEY: document.decode()}
+        content = safetensors_torch.save({"image": self.image}, metadata)
+        write_bytes(folder / SAMPLE, content)
 
     @classmethod
     def load(cls, folder: Path, weights_sha256: str) -> FitSample | None:
         """Load the sample from a folder; None if there is no sample.
 
         Raises:
-            DataError: If the sample is damaged, or belongs to a fit with another hash of the
-                weights than ``weights_sha256``.
+            DataError: If the sample is damaged, or if the sample belongs to other weights. The
+                right weights have the hash ``weights_sha256``.
         """
         path = folder / SAMPLE
         if not path.exists():
             return None
-        remedy = "Run `vilu fit` again, or remove the file. Without it, copies are not detected"
+        remedy = (
+            "Run `vilu fit` again, or remove the file. Without the file, copies are not detected"
+        )
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise DataError(
@@ -130,7 +139,8 @@ class FitSample:
         try:
             with convert_os_errors(f"cannot read {path}"), safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}  # without the key, the file is damaged (KeyError)
-                facts = parse_json(metadata[SAMPLE_KEY].encode())
+                document = metadata[SAMPLE_KEY].encode()
+                facts = parse_json(document)
                 image = file.get_tensor("image")
             sample = cls._from_content(facts, image)
         except (KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:

@@ -86,12 +86,15 @@ def temporary_folder_beside(target: Path) -> Iterator[Path]:
     If the block raises no error, temporary folders of killed processes are removed, too.
     """
     unique_suffix = f"{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}"
-    folder = make_folder(target.with_name(f".{target.name}.{unique_suffix}.tmp"))
+    temporary_path = target.with_name(f".{target.name}.{unique_suffix}.tmp")
+    folder = make_folder(temporary_path)
     try:
         yield folder
         # ``temporary_paths`` returns the same dictionary at every call. ``pop`` removes the folders
         # from the dictionary, so that no later call finds these folders.
-        temporary_folders = temporary_paths(target.parent.absolute()).pop(target.name, [])
+        parent = target.parent.absolute()
+        paths_of_name = temporary_paths(parent)
+        temporary_folders = paths_of_name.pop(target.name, [])
         for temporary in temporary_folders:
             if is_leftover(temporary):
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -193,10 +196,12 @@ def _open_file(folder: _OpenFolder, name: str, cache: Path | None) -> int | None
     except FileNotFoundError:
         return None
     if stat.S_ISLNK(status.st_mode):
-        descriptor = os.open(_target_in_cache(path, cache), _FLAGS)
+        target = _target_in_cache(path, cache)
+        descriptor = os.open(target, _FLAGS)
     else:
         descriptor = os.open(relative_path, _FLAGS, dir_fd=folder.descriptor)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    opened_status = os.fstat(descriptor)
+    if not stat.S_ISREG(opened_status.st_mode):
         os.close(descriptor)
         raise DataError(f"{path} is no regular file. Remove it, or put the file there.")
     return descriptor
@@ -208,8 +213,10 @@ def _target_in_cache(link: Path, cache: Path | None) -> str:
         raise UsageError(
             f"{link} is a symbolic link, so it could be anything on this machine. Copy the file."
         )
-    file = Path(os.path.realpath(link))
-    if not file.is_relative_to(os.path.realpath(cache)):
+    real_link = os.path.realpath(link)
+    file = Path(real_link)
+    real_cache = os.path.realpath(cache)
+    if not file.is_relative_to(real_cache):
         raise UsageError(
             f"{link} is a symbolic link that leads out of the cache of the hub, {cache}. Remove "
             "that folder, and pull again."
@@ -242,7 +249,8 @@ def check_copy(folder: Path, original_folder: Path) -> str:
                 read_json(folder / document, RECALIBRATE_ADVICE)
         return str(read_description(folder / PREDICTOR)[FINGERPRINT_KEY])
     except ViLUError as error:
-        raise type(error)(str(error).replace(str(folder), str(original_folder))) from error
+        message = str(error).replace(str(folder), str(original_folder))
+        raise type(error)(message) from error
 
 
 def _check_calibration(folder: Path) -> None:
@@ -268,7 +276,8 @@ def _comparable_content(path: Path) -> object:
     if not path.is_file():
         return None
     if path.name == CARD:
-        return without_version_of_vilu(path.read_bytes())
+        card = path.read_bytes()
+        return without_version_of_vilu(card)
     if path.suffix != ".json":
         return file_hash(path)
     try:
@@ -382,13 +391,14 @@ def pull(
         overwrite: Replace another predictor in ``folder``.
     """
     claim_folder(folder, "predictor", is_predictor_file, overwrite=True)
+    destination = Path(folder)
     source_folder = local_folder(repository, revision)
     if source_folder is not None:
-        return _copy_to_folder(source_folder, Path(folder), overwrite=overwrite)
+        return _copy_to_folder(source_folder, destination, overwrite=overwrite)
     snapshot = _download(repository, revision)
     # ``snapshot`` is CACHE/snapshots/REVISION, which has symbolic links to files in CACHE/blobs
     cache = snapshot.parents[1]
-    return _copy_to_folder(snapshot, Path(folder), overwrite=overwrite, cache=cache)
+    return _copy_to_folder(snapshot, destination, overwrite=overwrite, cache=cache)
 
 
 def local_folder(repository: str, revision: str | None) -> Path | None:
@@ -402,7 +412,8 @@ def local_folder(repository: str, revision: str | None) -> Path | None:
             raise UsageError(
                 f"a file URL of this machine begins with file:///. Got {repository!r} instead."
             )
-        folder = Path(unquote(url.path))
+        folder_path = unquote(url.path)
+        folder = Path(folder_path)
     elif FOLDER_PREFIX.match(repository):
         folder = Path(repository).expanduser()
     elif HUB_ID.fullmatch(repository):
@@ -479,25 +490,22 @@ def _download(repository: str, revision: str | None) -> Path:
     with _translated_errors(repository, revision):
         if not constants.HF_HUB_OFFLINE:
             _reachable_hub(repository, "pulled from")
-            info = hub.HfApi(library_name="vilu").model_info(
-                repository, revision=revision, files_metadata=True
-            )
+            client = hub.HfApi(library_name="vilu")
+            info = client.model_info(repository, revision=revision, files_metadata=True)
             files = info.siblings or ()  # ``siblings`` is None if the hub lists no files
             sizes = {file.rfilename: file.size for file in files}
             missing_files = [name for name in (PREDICTOR, WEIGHTS) if name not in sizes]
             if missing_files:
-                raise DataError(
-                    f"{repository} holds no predictor: it has no {' and no '.join(missing_files)}."
-                )
+                missing_names = " and no ".join(missing_files)
+                raise DataError(f"{repository} holds no predictor: it has no {missing_names}.")
             for name, limit in MAX_FILE_SIZES.items():
                 # 0 if the repository does not have the file, or does not know the size of the file
                 size = sizes.get(name) or 0
                 require_max_size(f"{name} of {repository}", size, limit)
-        return Path(
-            hub.snapshot_download(
-                repository, revision=revision, allow_patterns=list(MAX_FILE_SIZES)
-            )
+        snapshot = hub.snapshot_download(
+            repository, revision=revision, allow_patterns=list(MAX_FILE_SIZES)
         )
+        return Path(snapshot)
 
 
 def _reachable_hub(repository: str, action: Literal["pushed to", "pulled from"]) -> ModuleType:

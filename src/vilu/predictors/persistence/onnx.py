@@ -116,17 +116,19 @@ class ScoreGraph(nn.Module):
         """Uncertainties (N,) float64 and the judged answers (N,) int64."""
         rows = row_numbers(image)
         columns = {FEATURES: features, NEGATIVES: negatives}
+        target = torch.full_like(rows, UNKNOWN)
         batch = self.batch_class(
             image=image,
             text=text,
-            target=torch.full_like(rows, UNKNOWN),
+            target=target,
             index=rows,
             logit_scale=self.space.logit_scale,
             logit_bias=self.space.logit_bias,
             columns={name: column for name, column in columns.items() if column is not None},
         )
         judged_batch = self.judged(batch)
-        uncertainty = cast("Tensor", self.score(judged_batch)).double()
+        score: Tensor = self.score(judged_batch)
+        uncertainty = score.double()
         return uncertainty, judged_batch.prediction
 
     def judged(self, batch: GraphBatch) -> Batch:
@@ -144,7 +146,8 @@ class AdaptedGraph(ScoreGraph):
         """The batch with the likeliest candidates as answers."""
         score: Any = self.score
         log_posterior: Tensor = score.log_posterior(batch)
-        return batch.judging(log_posterior.argmax(dim=1))
+        answer = log_posterior.argmax(dim=1)
+        return batch.judging(answer)
 
 
 def score_graph(predictor: FailurePredictor) -> ScoreGraph:
@@ -154,6 +157,29 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
         NotExportable: If the method has no graph, was fitted on given logits, or judges given
             answers.
     """
+    _require_exportable(predictor)
+    predictor.require_fitted()
+    space = predictor.fitted_space
+    if predictor.answer == "adapted":
+        adapted_score = predictor.graph()
+        adapted_graph = AdaptedGraph(adapted_score, space)
+        return adapted_graph.eval()
+    constant = predictor.constant_
+    if constant is None:
+        score = predictor.graph()
+        graph = ScoreGraph(score, space)
+        return graph.eval()
+
+    def constant_score(batch: Batch) -> Tensor:
+        return torch.full_like(batch.image[:, 0], constant, dtype=torch.float64)
+
+    score_of_constant = Graph(constant_score)
+    graph_of_constant = ScoreGraph(score_of_constant, space)
+    return graph_of_constant.eval()
+
+
+def _require_exportable(predictor: FailurePredictor) -> None:
+    """Refuse a predictor whose score is no graph of image and text."""
     if is_of_given_logits(predictor.notes_):
         raise NotExportable(
             f"this {predictor.name} was fitted on given logits, and a graph takes image and text. "
@@ -161,27 +187,16 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
         )
     if "graph" not in vars(type(predictor)):
         exportable_names = sorted(name for name, cls in PREDICTORS.items() if "graph" in vars(cls))
+        listed_names = ", ".join(exportable_names)
         raise NotExportable(
             f"{predictor.name} cannot be exported as a graph of image and text. These can: "
-            f"{', '.join(exportable_names)}."
+            f"{listed_names}."
         )
     if predictor.answer == "given":
         raise NotExportable(
             f"a graph computes its answers, and this {predictor.name} judges given answers of "
             "another model. Export a predictor of other answers: `vilu fit --answer zero_shot`."
         )
-    predictor.require_fitted()
-    space = predictor.fitted_space
-    if predictor.answer == "adapted":
-        return AdaptedGraph(predictor.graph(), space).eval()
-    constant = predictor.constant_
-    if constant is None:
-        return ScoreGraph(predictor.graph(), space).eval()
-
-    def constant_score(batch: Batch) -> Tensor:
-        return torch.full_like(batch.image[:, 0], constant, dtype=torch.float64)
-
-    return ScoreGraph(Graph(constant_score), space).eval()
 
 
 MAX_DIFFERENCE = 1e-5
@@ -299,23 +314,29 @@ def write_graph(
             dynamic_shapes=dynamic_shapes,
         )
     program = cast("torch.onnx.ONNXProgram", exported_program)  # always with dynamo=True
+    fixed_inputs = _names_of_fixed_inputs(program)
+    if fixed_inputs:
+        listed_names = ", ".join(fixed_inputs)
+        raise NotExportable(
+            f"the graph would accept only one number of rows of {listed_names}, because "
+            "something in it reads that number (as len(x) does; x.shape[0] leaves it open)."
+        )
+    program.model.metadata_props.update(facts)
+    model = program.model_proto
+    size = model.ByteSize()
+    if size > MAX_ONNX_BYTES:
+        raise UsageError(f"the graph has {size} bytes as ONNX; at most {MAX_ONNX_BYTES} fit.")
+    return bytes(model.SerializeToString())
+
+
+def _names_of_fixed_inputs(program: torch.onnx.ONNXProgram) -> list[str]:
+    """Names of the inputs of a graph that accept only one number of rows."""
     fixed_inputs = []
     for graph_input in program.model.graph.inputs:
         shape = graph_input.shape
         if shape is None or isinstance(shape[0], int):
             fixed_inputs.append(str(graph_input.name))
-    if fixed_inputs:
-        raise NotExportable(
-            f"the graph would accept only one number of rows of {', '.join(fixed_inputs)}, because "
-            "something in it reads that number (as len(x) does; x.shape[0] leaves it open)."
-        )
-    program.model.metadata_props.update(facts)
-    model = program.model_proto
-    if model.ByteSize() > MAX_ONNX_BYTES:
-        raise UsageError(
-            f"the graph has {model.ByteSize()} bytes as ONNX; at most {MAX_ONNX_BYTES} fit."
-        )
-    return bytes(model.SerializeToString())
+    return fixed_inputs
 
 
 def predictor_metadata(predictor: FailurePredictor, fingerprint: str) -> dict[str, str]:
@@ -353,7 +374,8 @@ def onnx_function(content: bytes) -> Callable[[GraphInputs], Any]:
     def run(inputs: GraphInputs) -> list[NDArray[Any]]:
         arrays = {name: rows.numpy() for name, rows in inputs.items()}
         all_outputs = None  # no names of outputs: onnxruntime returns all outputs
-        return cast("list[NDArray[Any]]", session.run(all_outputs, arrays))
+        outputs = session.run(all_outputs, arrays)
+        return cast("list[NDArray[Any]]", outputs)
 
     return run
 
@@ -403,7 +425,8 @@ def largest_absolute(differences: NDArray[np.float64], is_counted: NDArray[np.bo
 
     The result is NaN if one of these values is NaN.
     """
-    return float(np.abs(differences)[is_counted].max(initial=0.0))
+    absolute_differences = np.abs(differences)
+    return float(absolute_differences[is_counted].max(initial=0.0))
 
 
 def reference_scores(
@@ -422,14 +445,17 @@ def reference_scores(
     with suppress_messages():
         scored_batches = list(predictor.scored(source))
     uncertainty = np.concatenate([scores for _, scores in scored_batches])
-    answer = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in scored_batches])
+    answers = [batch.prediction.numpy(force=True) for batch, _ in scored_batches]
+    answer = np.concatenate(answers)
     if predictor.answer == "adapted":
         posteriors = [predictor.log_posterior(batch).cpu() for batch, _ in scored_batches]
-        largest, second_largest = torch.cat(posteriors).topk(2, dim=1).values.unbind(dim=1)
+        two_largest = torch.cat(posteriors).topk(2, dim=1).values
+        largest, second_largest = two_largest.unbind(dim=1)
         is_clear = largest - second_largest > MIN_POSTERIOR_GAP
     else:
         cosines = image @ text.unique(dim=0).T
-        largest, second_largest = cosines.topk(2, dim=1).values.unbind(dim=1)
+        two_largest = cosines.topk(2, dim=1).values
+        largest, second_largest = two_largest.unbind(dim=1)
         is_clear = largest - second_largest > MIN_COSINE_GAP * largest.abs()
     return uncertainty, answer, is_clear.numpy()
 
@@ -445,14 +471,17 @@ def trial_inputs(
     """
     space = predictor.fitted_space
     score = score_graph(predictor).score
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator()
+    generator.manual_seed(0)
     no_classes = torch.empty(0, 0, dtype=torch.float32)
-    classes = cast("Tensor", getattr(score, "classes", no_classes)).cpu()
+    stored_classes: Tensor = getattr(score, "classes", no_classes)
+    classes = stored_classes.cpu()
     known_widths = {NEGATIVES: space.embed_dim, **getattr(score, "widths", {})}
     column_widths = {name: known_widths[name] for name in predictor.columns_to_score}
     random_texts = []
     for _, n_candidates in sizes:
-        random_texts.append(random_rows(n_candidates, space.embed_dim, generator))
+        random_text = random_rows(n_candidates, space.embed_dim, generator)
+        random_texts.append(random_text)
     for (n_images, _), text in zip(sizes, random_texts, strict=True):
         yield random_inputs(column_widths, n_images, text, generator)
     if len(classes) > 1:

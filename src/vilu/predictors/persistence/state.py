@@ -46,9 +46,11 @@ class StateLayout(NamedTuple):
                 network = self.make_network(tensors, space)
         if network is not None:
             weights = {name: tensors[name] for name in tensors if name not in self.names}
-            network = load_weights(network, weights, self.method_name).requires_grad_(False)
+            network = load_weights(network, weights, self.method_name)
+            network.requires_grad_(False)
         elif tensors.keys() != set(self.names):
-            raise DataError(self._wrong_names_message(tensors))
+            message = self._wrong_names_message(tensors)
+            raise DataError(message)
         width = 0
         if space is not None:
             width = space.embed_dim
@@ -141,5 +143,6 @@ def _expected_shape(
         if dimension < len(shape):
             actual_size = shape[dimension]
         # the known size of the letter, or else the size of this tensor
-        expected_shape.append(sizes.setdefault(letter.upper(), max(actual_size, 1)))
+        expected_size = sizes.setdefault(letter.upper(), max(actual_size, 1))
+        expected_shape.append(expected_size)
     return tuple(expected_shape)

@@ -191,10 +191,12 @@ def saved_method_class(saved_description: dict[str, Any], path: Path) -> type[Fa
     home = saved_description.get("home")  # package and module of a method outside vilu, else None
     if name in method_names():
         return find_method(name)
+    # This refuses names of vilu-bench, and does nothing for other names.
     if not isinstance(home, dict) or str(home.get("module")).startswith("vilu_bench."):
         refuse_name_of_bench(PREDICTORS.group, name)
     if not isinstance(home, dict):
-        raise DataError(f"{path} is for the method {name!r}. Known: {', '.join(method_names())}.")
+        known_names = ", ".join(method_names())
+        raise DataError(f"{path} is for the method {name!r}. Known: {known_names}.")
     module = home.get("module")
     remedy = f"Give --plugin {module}."
     if home.get("distribution"):
@@ -209,4 +211,5 @@ def write_card(folder: str | Path) -> None:
     if (path / RISK).exists():
         risk = read_json(path / RISK, RECALIBRATE_ADVICE)
     saved_description = read_description(path / PREDICTOR)
-    description.write_card(path, saved_description, load_predictor(path), risk)
+    predictor = load_predictor(path)
+    description.write_card(path, saved_description, predictor, risk)

@@ -77,8 +77,9 @@ class Vocabulary:
             columns: Columns with a row for each image (``vilu.embeddings.columns``).
             ids: N identifiers; by default the row numbers.
         """
+        new_rows = image_matrix(image, self.space)
         return NewImages(
-            image_matrix(image, self.space),
+            new_rows,
             self.text,
             self.space,
             class_names=self.names,
@@ -99,8 +100,10 @@ class Vocabulary:
             "tensors": _tensor_hashes(tensors),
         }
         sealed_header = header | {"digest": digest(header)}
-        metadata = {VOCABULARY_KEY: plain_json(sealed_header).decode()}
-        write_bytes(folder / VOCABULARY, safetensors_torch.save(tensors, metadata))
+        document = plain_json(sealed_header)
+        metadata = {VOCABULARY_KEY: document.decode()}
+        content = safetensors_torch.save(tensors, metadata)
+        write_bytes(folder / VOCABULARY, content)
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:

@@ -51,7 +51,8 @@ def far_word_indices(words: Tensor, text: Tensor, share: float, nearest: float =
     classes. The ``share`` of the words with the least nearness is returned, at least 1 word. Among
     words of equal nearness the lower index comes first.
     """
-    cache_of_text = _FAR_WORDS_CACHE.setdefault(text, WeakTensorKeyDictionary())
+    empty_cache = WeakTensorKeyDictionary()
+    cache_of_text = _FAR_WORDS_CACHE.setdefault(text, empty_cache)
     cache = cache_of_text.setdefault(words, {})
     settings = (share, nearest)
     if settings not in cache:
@@ -66,16 +67,18 @@ def _find_far_word_indices(words: Tensor, text: Tensor, share: float, nearest: f
     cosine = words @ text.T
     # the rank of the quantile among the K descending cosines of a word
     rank = max(math.ceil(nearest * cosine.shape[1]), 1)
-    largest_cosines = cosine.topk(rank, dim=1).values
-    nearness = largest_cosines[:, -1]  # the cosine with this rank, for every word
+    descending_cosines = cosine.topk(rank, dim=1).values
+    cosine_of_rank = descending_cosines[:, -1]
     n_far = max(round(share * len(words)), 1)
-    return nearness.argsort(stable=True)[:n_far].sort().values
+    farthest = cosine_of_rank.argsort(stable=True)[:n_far]
+    return farthest.sort().values
 
 
 def log_word_mass(batch: Batch, word_index: Tensor) -> Tensor:
-    """(B,) float64 log sum_w exp l_w over the words w with these indices.
+    """Log of the summed exponentials of the logits of words, (B,) float64: log sum_w exp l_w.
 
-    The logit bias is left out. The bias is the same for all words and classes, and so cancels.
+    l_w is the logit of the word w. The sum is over the words with these indices. l_w has no bias:
+    words and classes have the same bias, so callers compare both without the bias.
     """
     words = batch.columns[NEGATIVES][word_index]
     with torch.autocast(batch.image.device.type, enabled=False):
@@ -85,7 +88,8 @@ def log_word_mass(batch: Batch, word_index: Tensor) -> Tensor:
 
 def log_class_mass(batch: Batch) -> Tensor:
     """(B,) float64 log sum_c exp l_c over the classes c, without the logit bias."""
-    return float64(batch.logits - batch.logit_bias).logsumexp(dim=1)
+    logits = float64(batch.logits - batch.logit_bias)
+    return logits.logsumexp(dim=1)
 
 
 def word_margins(batch: Batch, word_index: Tensor) -> Tensor:
@@ -161,7 +165,8 @@ class NegLabel(FailurePredictor):
         log_words = log_word_mass(batch, word_index)
         logits = float64(batch.logits - batch.logit_bias)
         if self.of == "classes":
-            return torch.sigmoid(log_words - logits.logsumexp(dim=1))
+            log_classes = logits.logsumexp(dim=1)
+            return torch.sigmoid(log_words - log_classes)
         is_answer = batch.alike(batch.prediction).to(logits.device)
         log_answer = logits.masked_fill(~is_answer, -torch.inf).logsumexp(dim=1)
         log_others = logits.masked_fill(is_answer, -torch.inf).logsumexp(dim=1)
@@ -288,12 +293,14 @@ class Outside:
         image = float64(batch.image)
         if not self:  # nothing was learned
             return torch.full_like(image[:, 0], -torch.inf)
+        tensors = self.tensors()
         weight, bias, word_weight, slope, offset = (
-            tensor.to(image.device) for tensor in self.tensors().values()
+            tensor.to(image.device) for tensor in tensors.values()
         )
         evidence = image @ weight + bias
         if self.columns:
-            margins = word_margins(batch, outside_word_indices(batch))
+            word_index = outside_word_indices(batch)
+            margins = word_margins(batch, word_index)
             evidence = evidence + word_weight * margins.to(image.device)
         if classes is None or len(slope) == 1:
             # the last entry is for all answers, or for answers that are no class of the fit
@@ -341,10 +348,13 @@ class OutsideGraph(nn.Module):
         # order of equal words does not change the margin.
         order = nearness.argsort()
         positions = torch.arange(words.shape[0], device=words.device)
-        rank = torch.empty_like(order).scatter(0, order, positions)  # 0 for the farthest word
+        unranked = torch.empty_like(order)
+        rank = unranked.scatter(0, order, positions)  # 0 for the farthest word
         # counted by a sum, since the size of a tensor would be a constant in the graph
-        n_words = torch.ones_like(nearness, dtype=torch.float64).sum()
-        n_far = (WORD_SHARE * n_words).round().clamp_min(1)
+        one_per_word = torch.ones_like(nearness, dtype=torch.float64)
+        n_words = one_per_word.sum()
+        rounded_share = (WORD_SHARE * n_words).round()
+        n_far = rounded_share.clamp_min(1)
         word_logits = float64(replace(batch, text=words, logit_bias=0.0).logits)
         far_logits = word_logits.masked_fill(rank >= n_far, -torch.inf)
         class_logits = float64(batch.logits - batch.logit_bias)
@@ -386,7 +396,8 @@ class SeesOutside(ABC):
         """
         if not self.outcome:
             return None
-        return torch.sigmoid(self.outside_log_odds(batch))
+        log_odds = self.outside_log_odds(batch)
+        return torch.sigmoid(log_odds)
 
 
 def learn_outside(train: Rows) -> Outside:
@@ -404,7 +415,8 @@ def learn_outside(train: Rows) -> Outside:
     if train.unlabelled is None:
         return learn_from_words(train, all_known_inside=True)
     source = train.unlabelled
-    return learn_from_words(Rows(source, source.usable_rows, train.columns), all_known_inside=False)
+    unlabelled_rows = Rows(source, source.usable_rows, train.columns)
+    return learn_from_words(unlabelled_rows, all_known_inside=False)
 
 
 class Margins(NamedTuple):
@@ -432,7 +444,8 @@ class Margins(NamedTuple):
         answers = []
         for batch in rows.batches(SCORING_BATCH):
             image = float64(batch.image)
-            margins_of_batch = word_margins(batch, outside_word_indices(batch))
+            word_index = outside_word_indices(batch)
+            margins_of_batch = word_margins(batch, word_index)
             sum_of_images += image.sum(dim=0)
             gram += image.T @ image
             cross += image.T @ margins_of_batch
@@ -460,7 +473,8 @@ class Margins(NamedTuple):
         # The margin of an image is noisy, because few words fit a given image. The regression of
         # the margin on the image finds the common properties of images with a large margin. Without
         # the prior, D weights would fit the noise of N margins.
-        mean_square = (self.gram.trace() / len(self.margin)).clamp_min(1e-12)
+        mean_variance = self.gram.trace() / len(self.margin)
+        mean_square = mean_variance.clamp_min(1e-12)
         ridge = mean_square / DIRECTION_VARIANCE * torch.eye(len(self.gram), dtype=torch.float64)
         weight = torch.linalg.solve(self.gram + ridge, self.cross)
         return weight, self.margin.mean() - weight @ self.mean
@@ -628,20 +642,18 @@ def learn_from_words(rows: Rows, *, all_known_inside: bool) -> Outside:
         direction, intercept = margins.regress_on_image()
         direction = PREDICTION_SHARE * direction
         intercept = PREDICTION_SHARE * intercept
-        predictions = []
-        for batch in rows.batches(SCORING_BATCH):
-            predictions.append(float64(batch.image) @ direction + intercept)
-        value = torch.cat(predictions) + (1 - PREDICTION_SHARE) * margins.margin
+        prediction = _predict_from_image(rows, direction, intercept)
+        value = prediction + (1 - PREDICTION_SHARE) * margins.margin
         mixture_of_averages = fit_mixture(
             value, margins.answer, n_classes, sum_of_means, all_known_inside=False
         )
-        # With hardly any image outside, the regression fits another property of the images. The
-        # value is then the margin alone.
+        # The regression predicts the margin. If hardly any image is outside, the margin depends on
+        # other properties of the images. Then the value is the margin alone.
         if mixture_of_averages.outside_share >= MIN_OUTSIDE_SHARE:
             mixture = mixture_of_averages
             weight = direction
             bias = intercept
-            word_weight = (1 - PREDICTION_SHARE) * word_weight
+            word_weight = torch.tensor(1 - PREDICTION_SHARE, dtype=torch.float64)
     if mixture is None:
         # A few rows do not show the share of images outside. The mixture is then fitted as if all
         # rows were inside.
@@ -661,6 +673,15 @@ def learn_from_words(rows: Rows, *, all_known_inside: bool) -> Outside:
     return Outside(weight, bias, word_weight, slope, offset - LOG_ODDS_DISCOUNT, notes)
 
 
+def _predict_from_image(rows: Rows, direction: Tensor, intercept: Tensor) -> Tensor:
+    """(N,) float64 predictions of a linear regression on the image, read block by block."""
+    predictions = []
+    for batch in rows.batches(SCORING_BATCH):
+        prediction = float64(batch.image) @ direction + intercept
+        predictions.append(prediction)
+    return torch.cat(predictions)
+
+
 class Regressors(NamedTuple):
     """Regressors of "outside": the images of N rows and, where there are words, the margins."""
 
@@ -670,12 +691,17 @@ class Regressors(NamedTuple):
     @classmethod
     def of(cls, rows: Rows) -> Regressors:
         """The regressors of some rows. The margins are computed here, once for all passes."""
+        rows_of_images = replace(rows, columns=())
         if NEGATIVES not in rows.columns:
-            return cls(replace(rows, columns=()), None)
+            return cls(rows_of_images, None)
         margins = []
-        for batch in replace(rows, columns=(NEGATIVES,)).batches(SCORING_BATCH):
-            margins.append(word_margins(batch, outside_word_indices(batch)))
-        return cls(replace(rows, columns=()), torch.cat(margins))
+        rows_with_words = replace(rows, columns=(NEGATIVES,))
+        for batch in rows_with_words.batches(SCORING_BATCH):
+            word_index = outside_word_indices(batch)
+            margins_of_batch = word_margins(batch, word_index)
+            margins.append(margins_of_batch)
+        all_margins = torch.cat(margins)
+        return cls(rows_of_images, all_margins)
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield the regressors block by block: (b, D) float64, or (b, D + 1) with the margin."""
@@ -766,8 +792,12 @@ def _standardisation(sets: list[Regressors], dim: int) -> tuple[int, Tensor, Ten
             sum_of_inputs = sum_of_inputs + inputs.sum(dim=0)
             sum_of_squares = sum_of_squares + inputs.square().sum(dim=0)
     mean = sum_of_inputs / n_rows
-    variance = (sum_of_squares / n_rows - mean.square()).clamp_min(0)
+    square_of_mean = mean.square()
+    variance = (sum_of_squares / n_rows - square_of_mean).clamp_min(0)
     # scales of at least 1e-6 avoid a division by 0 for constant regressors
-    image_scale = variance[:dim].sum().sqrt().clamp_min(1e-6).expand(dim)
-    margin_scale = variance[dim:].sqrt().clamp_min(1e-6)
+    image_variance = variance[:dim].sum()
+    image_deviation = image_variance.sqrt()
+    image_scale = image_deviation.clamp_min(1e-6).expand(dim)
+    margin_deviation = variance[dim:].sqrt()
+    margin_scale = margin_deviation.clamp_min(1e-6)
     return n_rows, mean, torch.cat([image_scale, margin_scale])

@@ -254,12 +254,14 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         weights = torch.ones(1, dtype=torch.float64)
         companion_kinds = self._companion_kinds(train)
         if companion_kinds and validation is not None:
-            require_known_classes(validation, class_texts(train))
+            training_classes = class_texts(train)
+            require_known_classes(validation, training_classes)
         learned_classes = self._learn_classes(train)
         start_logits = None
         if learned_classes is not None:
             logit_scale = train.source.space.logit_scale
-            start_logits = learned_classes.start_logits(class_texts(train), logit_scale)
+            text = class_texts(train)
+            start_logits = learned_classes.start_logits(text, logit_scale)
         experts = None
         rows_of_experts = None  # the rows of the fit of ``experts``
         held_out_answers = None
@@ -276,20 +278,15 @@ class ViLUPlus(SeesOutside, FailurePredictor):
                 )
                 rows_of_experts = rows_to_fit
                 posteriors_of_batches += expert_posteriors(experts, held_out_rows, self.device_)
-            log_p = torch.cat([batch.log_p for batch in posteriors_of_batches])
-            target = torch.cat([batch.target for batch in posteriors_of_batches]).numpy()
-            answer = torch.cat([batch.answer for batch in posteriors_of_batches]).numpy()
-            weights = torch.from_numpy(fit_pool_weights(log_p.numpy(), target))
-            if folds_have_every_class(folds):
-                log_q = pooled_logits(log_p, weights).log_softmax(dim=1).numpy()
-                held_out_answers = HeldOutAnswers.of_posterior(log_q, answer, target)
+            weights, held_out_answers = _fit_pool(posteriors_of_batches, folds)
         # With a validation set, the experts above were already fitted on all training rows.
         # Otherwise the experts were fitted on a fold, or there are no experts yet.
         if experts is None or rows_of_experts is not train:
             experts = self._fit_experts(
                 train, companion_kinds, weights, start_logits, similar_experts=experts
             )
-        tensors = {name: tensor.cpu() for name, tensor in experts.state_dict().items()}
+        state = experts.state_dict()
+        tensors = {name: tensor.cpu() for name, tensor in state.items()}
         tensors[POOL_TENSOR] = weights
         outside = learn_outside(train)
         if outside:
@@ -338,11 +335,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         n_classes = rows.source.n_candidates
         if rows.source.pool_size:  # image-caption pairs have no classes
             n_classes = 0
-        feature_dim = 0
-        if FEATURES in rows.columns:
-            feature_dim = rows.source.column(FEATURES, rows.index[:1]).shape[1]
-        inputs = ImageInputs(rows.source.space.embed_dim, feature_dim)
-        inputs.fit(rows)
+        inputs = _fit_inputs(rows)
         warm_start = None
         if similar_experts is not None:
             warm_start = similar_experts.attention
@@ -359,15 +352,17 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         )
         fit_functions = {"adapter": self._fit_adapter, "memory": Memory.fit}
         companions = {kind: fit_functions[kind](attention, rows) for kind in companion_kinds}
-        return Experts(attention, companions, weights).eval().requires_grad_(requires_grad=False)
+        experts = Experts(attention, companions, weights)
+        experts.eval()
+        experts.requires_grad_(requires_grad=False)
+        return experts
 
     def _fit_adapter(self, attention: SupervisedAttention, rows: Rows) -> Adapter:
         """Train the network to add a residual to the logits ``attention.tempered_logits``."""
 
         def loss(batch: Batch, residual: Tensor) -> Tensor:
-            return functional.cross_entropy(
-                attention.tempered_logits(batch) + residual, batch.target
-            )
+            logits = attention.tempered_logits(batch) + residual
+            return functional.cross_entropy(logits, batch.target)
 
         batch_size = self.batch_size
         if batch_size is None:
@@ -382,11 +377,13 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         # zero-shot answers are computed here for all rows at once, and kept by the batch
         answered_batch = batch.answered(batch.zero_shot)
         blocks = self.experts.logit_blocks(answered_batch)
-        log_odds = torch.cat(
-            [failure_log_odds(logits, block_batch) for block_batch, logits in blocks]
-        )
+        log_odds_of_blocks = [
+            failure_log_odds(logits, block_batch) for block_batch, logits in blocks
+        ]
+        log_odds = torch.cat(log_odds_of_blocks)
         if self.outcome:
-            log_odds = log_odds_with_outside(log_odds, self.outside_log_odds(batch))
+            outside_log_odds = self.outside_log_odds(batch)
+            log_odds = log_odds_with_outside(log_odds, outside_log_odds)
         return torch.sigmoid(log_odds)
 
     def outside_log_odds(self, batch: Batch) -> Tensor:
@@ -399,7 +396,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64 log probabilities of the candidates under the pool of experts."""
         experts = self.experts.to(batch.image.device)
-        return float64(experts(batch)).log_softmax(dim=-1)
+        logits = float64(experts(batch))
+        return logits.log_softmax(dim=-1)
 
     def graph(self) -> nn.Module:
         """The experts, the pool, and the outcome "outside" if learned."""
@@ -409,7 +407,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         """Coalitions of the parts of the pooled logits."""
 
         def parts(batch: Batch) -> PooledLogits:
-            return self.experts.to(batch.image.device).pooled_parts(batch)
+            experts = self.experts.to(batch.image.device)
+            return experts.pooled_parts(batch)
 
         outside = self.outside_log_odds if self.outcome else None
         return PoolCoalitions(parts, outside)
@@ -418,10 +417,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         """New experts with the sizes of the saved ``tensors``."""
         missing_names = {CLASSES_TENSOR, FEATURE_MEAN_TENSOR, POOL_TENSOR} - tensors.keys()
         if missing_names:
-            raise DataError(
-                f"a {self.name} holds experts and a pool. "
-                f"The file has {', '.join(sorted(tensors)[:8])}."
-            )
+            saved_names = ", ".join(sorted(tensors)[:8])
+            raise DataError(f"a {self.name} holds experts and a pool. The file has {saved_names}.")
         n_classes = len(tensors[CLASSES_TENSOR])
         dim = space.embed_dim
         inputs = ImageInputs(dim, len(tensors[FEATURE_MEAN_TENSOR]))
@@ -470,7 +467,8 @@ class PlusGraph(nn.Module):
             if class_match is not None:
                 # -1: no training class
                 classes = torch.where(class_match.is_class, class_match.nearest_class, -1)
-            log_odds = log_odds_with_outside(log_odds, self.outside(batch, classes))
+            outside_log_odds = self.outside(batch, classes)
+            log_odds = log_odds_with_outside(log_odds, outside_log_odds)
         return torch.sigmoid(log_odds)
 
     def log_posterior(self, batch: Batch) -> Tensor:
@@ -479,10 +477,10 @@ class PlusGraph(nn.Module):
         logits = self.experts.all_expert_logits(batch, class_match)
         weights: Tensor = self.attention_only
         if class_match is not None and len(self.expert_weights) > 1:
-            weights = torch.where(
-                class_match.is_class.all(), self.expert_weights, self.attention_only
-            )
-        return pooled_logits(float64(logits).log_softmax(dim=-1), weights)
+            are_all_classes = class_match.is_class.all()
+            weights = torch.where(are_all_classes, self.expert_weights, self.attention_only)
+        log_p = float64(logits).log_softmax(dim=-1)
+        return pooled_logits(log_p, weights)
 
     def match_classes(self, batch: Batch) -> ClassMatch | None:
         """The candidates compared with the training classes; None without training classes."""
@@ -499,7 +497,8 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
     """
     n_unknown = validation.n_candidates  # of image-caption pairs: captions are no training classes
     if not validation.pool_size:
-        text = validation.candidates(torch.arange(0)).text
+        no_rows = torch.arange(0)
+        text = validation.candidates(no_rows).text
         similarity, _ = nearest_rows(text, classes)
         n_unknown = int((similarity < SAME_TEXT_COSINE).sum())
     if n_unknown:
@@ -524,10 +523,41 @@ def expert_posteriors(experts: Experts, rows: Rows, device: torch.device) -> lis
     posteriors_of_batches = []
     with torch.no_grad():
         for batch in rows.batches(SCORING_BATCH):
+            log_p = experts.log_posteriors(batch.to(device))
+            log_p = log_p.cpu()
             posteriors_of_batch = ExpertPosteriors(
-                log_p=experts.log_posteriors(batch.to(device)).cpu(),
-                target=batch.target,
-                answer=batch.zero_shot.prediction,
+                log_p=log_p, target=batch.target, answer=batch.zero_shot.prediction
             )
             posteriors_of_batches.append(posteriors_of_batch)
     return posteriors_of_batches
+
+
+def _fit_pool(
+    posteriors_of_batches: list[ExpertPosteriors], folds: list[tuple[Rows, Rows]]
+) -> tuple[Tensor, HeldOutAnswers | None]:
+    """The weights of the experts, and the answers of the pool for the held-out rows.
+
+    The answers are None if the rows to fit on lack a class in some fold.
+    """
+    log_p = torch.cat([batch.log_p for batch in posteriors_of_batches])
+    target = torch.cat([batch.target for batch in posteriors_of_batches])
+    answer = torch.cat([batch.answer for batch in posteriors_of_batches])
+    expert_log_p = log_p.numpy()
+    label = target.numpy()
+    pool_weights = fit_pool_weights(expert_log_p, label)
+    weights = torch.from_numpy(pool_weights)
+    if not folds_have_every_class(folds):
+        return weights, None
+    log_q = pooled_logits(log_p, weights).log_softmax(dim=1)
+    held_out_answers = HeldOutAnswers.of_posterior(log_q.numpy(), answer.numpy(), label)
+    return weights, held_out_answers
+
+
+def _fit_inputs(rows: Rows) -> ImageInputs:
+    """The inputs of the experts, fitted to the images and, if there are features, to these."""
+    feature_dim = 0
+    if FEATURES in rows.columns:
+        feature_dim = rows.source.column(FEATURES, rows.index[:1]).shape[1]
+    inputs = ImageInputs(rows.source.space.embed_dim, feature_dim)
+    inputs.fit(rows)
+    return inputs

@@ -210,25 +210,31 @@ class ViLUZero(SeesOutside, ClosedSet):
 
     def pooled_parts(self, batch: Batch) -> PooledLogits:
         """The three parts of the pooled logits l' of a batch."""
-        image = float64(normalize(batch.image, dim=1))
-        classes = self.classes_of(batch.text).to(image.device)
+        image = normalize(batch.image, dim=1)
+        image = float64(image)
+        class_of_candidate = self.classes_of(batch.text)
+        classes = class_of_candidate.to(image.device)
         scale = self.tensor("scale", image.device)
         centre = self.tensor("centre", image.device)
         weight = self.tensor("weight", image.device)
         bias = self.tensor("bias", image.device)
+        zero_shot = scale * float64(batch.logits - batch.logit_bias)
         return PooledLogits(
-            zero_shot=scale * float64(batch.logits - batch.logit_bias),
+            zero_shot=zero_shot,
             class_offset=bias[classes][None],
             image_effect=(image - centre) @ weight[classes].T,
         )
 
     def _score(self, batch: Batch) -> Tensor:
         log_odds = failure_log_odds(self.pooled_parts(batch).logits, batch)
-        return torch.sigmoid(log_odds_with_outside(log_odds, self.outside_log_odds(batch)))
+        outside_log_odds = self.outside_log_odds(batch)
+        log_odds = log_odds_with_outside(log_odds, outside_log_odds)
+        return torch.sigmoid(log_odds)
 
     def outside_log_odds(self, batch: Batch) -> Tensor:
         """(B,) float64 log-odds of the outcome "outside": an image of none of the classes."""
-        return self.outcome.log_odds(batch, self.classes_of(batch.text))
+        class_of_candidate = self.classes_of(batch.text)
+        return self.outcome.log_odds(batch, class_of_candidate)
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64 log probabilities of the candidates under the pooled logits."""
@@ -336,7 +342,8 @@ class SoftMembers(NamedTuple):
     def add(self, half: int, posterior: Tensor, image: Tensor) -> None:
         """Add rows with posteriors (b, K) and images (b, D) to a half."""
         self.counts[half] += posterior.sum(0).cpu()
-        self.squares[half] += posterior.square().sum(0).cpu()
+        squares = posterior.square().sum(0)
+        self.squares[half] += squares.cpu()
         self.image_sums[half] += (posterior.T @ image).cpu()
         self.image_products[half] += (image.T @ image).cpu()
 
@@ -445,7 +452,8 @@ class UnlabelledHalves:
     """
 
     def __init__(self, rows: Rows, seed: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator()
+        generator.manual_seed(seed)
         order = torch.randperm(len(rows.index), generator=generator)
         # positions (N / 2,) of the rows of each half: every second row of the shuffled rows
         self.halves = [order[half::2].sort().values for half in (0, 1)]
@@ -459,9 +467,14 @@ class UnlabelledHalves:
         The blocks have all rows of a half, or the first ``max_rows`` rows.
         """
         index = self.rows.index[self.halves[half][:max_rows]]
-        for batch in dataclasses.replace(self.rows, index=index).batches(SCORING_BATCH):
+        rows_of_half = dataclasses.replace(self.rows, index=index)
+        for batch in rows_of_half.batches(SCORING_BATCH):
             device_batch = batch.to(self.device)
             yield normalize(device_batch.image, dim=1), device_batch.logits
+
+    def _beside_logits(self, offset: Tensor) -> Tensor:
+        """Float64 offsets (K,) with the dtype and the device of the logits of the blocks."""
+        return offset.float().to(self.device)
 
     def counts(self, halves: tuple[int, ...]) -> Tensor:
         """(K,) float64 class counts of the rows of some halves, by EM from equal counts.
@@ -480,17 +493,20 @@ class UnlabelledHalves:
             n += min(len(self.halves[half]), max_rows)
         count = torch.full((len(self.text),), n / len(self.text), dtype=torch.float64)
         for _ in range(N_EM_PASSES):
-            prior = (count + PSEUDO_COUNT).log().float().to(self.device)
+            log_count = (count + PSEUDO_COUNT).log()
+            prior = self._beside_logits(log_count)
             count = torch.zeros_like(count)
             for half in halves:
                 for _, logits in self.blocks(half, max_rows):
                     posterior = (logits + prior).softmax(1)
-                    count += posterior.sum(0).double().cpu()
+                    count_of_block = posterior.sum(0)
+                    count += count_of_block.double().cpu()
         return count
 
     def estimate_occurrence(self) -> tuple[Tensor, float]:
         """The offsets o (K,) of ``ViLUZero``, at most 0, and the share of absent classes."""
-        log_presence, absent_share = fit_presence(self.counts(halves=(0, 1)))
+        counts = self.counts(halves=(0, 1))
+        log_presence, absent_share = fit_presence(counts)
         all_occur = not bool(log_presence.any())  # every log P(c occurs) is 0
         if all_occur:
             return log_presence, 0.0
@@ -498,7 +514,8 @@ class UnlabelledHalves:
         # same half, the full strength would always have the most evidence.
         evidence = torch.zeros(len(OCCURRENCE_STRENGTHS), dtype=torch.float64)
         for half in (0, 1):
-            log_presence_in_other, _ = fit_presence(self.counts(halves=(1 - half,)))
+            counts_of_other = self.counts(halves=(1 - half,))
+            log_presence_in_other, _ = fit_presence(counts_of_other)
             evidence += self._evidence(half, log_presence_in_other)
         strength = OCCURRENCE_STRENGTHS[int(evidence.argmax())]
         if strength == 0:
@@ -516,12 +533,15 @@ class UnlabelledHalves:
         offsets = []
         for strength in OCCURRENCE_STRENGTHS:
             offset = strength * log_presence
-            offsets.append(offset - offset.logsumexp(0))
+            log_denominator = offset.logsumexp(0)
+            offsets.append(offset - log_denominator)
         total = torch.zeros(len(offsets), dtype=torch.float64)
         for _, logits in self.blocks(half, MAX_EM_ROWS // 2):
             for index, offset in enumerate(offsets):
-                log_likelihood = (logits + offset.float().to(self.device)).logsumexp(1)
-                total[index] += log_likelihood.double().sum().cpu()
+                offset_of_block = self._beside_logits(offset)
+                log_likelihood = (logits + offset_of_block).logsumexp(1)
+                evidence = log_likelihood.double().sum()
+                total[index] += evidence.cpu()
         return total
 
     def prototypes(
@@ -539,8 +559,10 @@ class UnlabelledHalves:
             member_sums = self._member_sums(
                 log_occurrence, other_half_prototypes, prototype_scale, share
             )
-            first_prototypes = fit_classifier(member_sums.of_half(0), text)
-            second_prototypes = fit_classifier(member_sums.of_half(1), text)
+            first_half = member_sums.of_half(0)
+            first_prototypes = fit_classifier(first_half, text)
+            second_half = member_sums.of_half(1)
+            second_prototypes = fit_classifier(second_half, text)
             other_half_prototypes = [second_prototypes, first_prototypes]
             prototypes = fit_classifier(member_sums.of_both_halves(), text)
             prototype_scale = self._best_prototype_scale(log_occurrence, other_half_prototypes)
@@ -558,7 +580,7 @@ class UnlabelledHalves:
         """
         # A row counts as a member of class c with weight p_c. If posteriors are calibrated, the row
         # belongs to class c with probability p_c.
-        offset = log_occurrence.float().to(self.device)
+        offset = self._beside_logits(log_occurrence)
         squares = 0.0
         n = 0
         for half in (0, 1):
@@ -584,7 +606,7 @@ class UnlabelledHalves:
         member_sums = SoftMembers.empty(n_classes, dim)
         for half in (0, 1):
             for image, logits in self.blocks(half):
-                pooled_logits = logits + log_occurrence.float().to(self.device)
+                pooled_logits = logits + self._beside_logits(log_occurrence)
                 # prototypes of the same half would only confirm the memberships of this half
                 if prototype_scale:
                     discriminants = other_half_prototypes[half].discriminants(image)
@@ -601,14 +623,15 @@ class UnlabelledHalves:
         g are the discriminants of a row by the prototypes of the other half of the rows.
         """
         losses = torch.zeros(len(PROTOTYPE_SCALES), dtype=torch.float64)
-        offset = log_occurrence.float().to(self.device)
+        offset = self._beside_logits(log_occurrence)
         for half in (0, 1):
             for image, logits in self.blocks(half, MAX_EM_ROWS // 2):
                 posterior = (logits + offset).softmax(1)
                 g = other_half_prototypes[half].discriminants(image)
                 for index, prototype_scale in enumerate(PROTOTYPE_SCALES):
                     log_predicted = (prototype_scale * g + offset).log_softmax(1)
-                    losses[index] -= (posterior * log_predicted).sum(1).double().sum().cpu()
+                    log_likelihood = (posterior * log_predicted).sum(1).double()
+                    losses[index] -= log_likelihood.sum().cpu()
         return PROTOTYPE_SCALES[int(losses.argmin())]
 
 

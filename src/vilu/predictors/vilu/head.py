@@ -127,21 +127,25 @@ class HeadPredictor(FailurePredictor):
         """
         head = self._initial_head(train.source.space)
         weight = FailureWeight(self.weighting, error_rate, self.static_weight)
-        saver = current_checkpoint_session().saver(
-            lambda: self._run_inputs(head, train, validation)
-        )
+        session = current_checkpoint_session()
+        saver = session.saver(lambda: self._run_inputs(head, train, validation))
         loss = LOSSES[self.loss](weight)
         config = self._settings(TrainConfig)
         trainer = HeadTrainer(head, loss, config, saver, stateful_parts=[weight])
         history = trainer.run(train, validation)
-        weights = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
-        return Learnt(weights, {**self._start_notes(), "history": dataclasses.asdict(history)})
+        state = head.state_dict()
+        weights = {name: tensor.cpu() for name, tensor in state.items()}
+        notes = self._start_notes()
+        notes["history"] = dataclasses.asdict(history)
+        return Learnt(weights, notes)
 
     def _initial_head(self, space: EmbeddingSpace) -> FailureHead:
         """The head before training, with new weights from the seed or with fitted weights."""
-        head = cast("FailureHead", self.module({}, space))
+        network = self.module({}, space)
+        head = cast("FailureHead", network)
         if self.start_ is not None:
-            load_weights(head, self.start_.state(), self.name)
+            start_weights = self.start_.state()
+            load_weights(head, start_weights, self.name)
         return head
 
     def _run_inputs(
@@ -152,13 +156,15 @@ class HeadPredictor(FailurePredictor):
         for name in parameters(self):
             if name != "device":
                 run_inputs[name] = getattr(self, name)
-        run_inputs["weights at the start"] = tensors_hash(head.state_dict())
+        start_weights = head.state_dict()
+        run_inputs["weights at the start"] = tensors_hash(start_weights)
         run_inputs["training rows"] = data_fingerprint(train.source, train.index)
         run_inputs["validation rows"] = None
         texts = [text_fingerprint(train.source, train.index)]
         if validation is not None:
             run_inputs["validation rows"] = data_fingerprint(validation.source, validation.index)
-            texts.append(text_fingerprint(validation.source, validation.index))
+            validation_text = text_fingerprint(validation.source, validation.index)
+            texts.append(validation_text)
         run_inputs["texts"] = texts
         return run_inputs
 
@@ -166,7 +172,8 @@ class HeadPredictor(FailurePredictor):
         """Notes on the earlier fit with the starting weights; empty without such a fit."""
         if self.start_ is None:
             return {}
-        return {"start": {"weights": tensors_hash(self.start_.state()), **self.start_.notes_}}
+        weights = self.start_.state()
+        return {"start": {"weights": tensors_hash(weights), **self.start_.notes_}}
 
     @property
     def heads(self) -> list[FailureHead]:
@@ -177,8 +184,11 @@ class HeadPredictor(FailurePredictor):
     def _score(self, batch: Batch) -> Tensor:
         probabilities = []
         for head in self.heads:
-            probabilities.append(torch.sigmoid(float64(head(batch))))
-        return torch.stack(probabilities).mean(dim=0)
+            logit = head(batch)
+            probability = torch.sigmoid(float64(logit))
+            probabilities.append(probability)
+        probability_of_heads = torch.stack(probabilities)
+        return probability_of_heads.mean(dim=0)
 
     @torch_defaults()
     def _log_odds_bias(self) -> float:
@@ -198,7 +208,8 @@ class HeadPredictor(FailurePredictor):
         error_rate = torch.tensor(n_failures / n_rows, dtype=torch.float32)
         weight = FailureWeight(self.weighting, float(error_rate), self.static_weight)
         if weight.constant_weight is None:
-            return math.log(float(adaptive_weight(error_rate)))
+            failure_weight = adaptive_weight(error_rate)
+            return math.log(float(failure_weight))
         return math.log(float(weight.constant_weight))
 
 
@@ -214,9 +225,12 @@ class HeadGraph(nn.Module):
         probabilities = []
         for module in self.heads:
             head = cast("FailureHead", module)
-            logit = head.rest(head.first_layer(batch)).squeeze(-1)
-            probabilities.append(torch.sigmoid(float64(logit)))
-        return torch.stack(probabilities).mean(dim=0)
+            logit_column = head.rest(head.first_layer(batch))
+            logit = logit_column.squeeze(-1)
+            probability = torch.sigmoid(float64(logit))
+            probabilities.append(probability)
+        probability_of_heads = torch.stack(probabilities)
+        return probability_of_heads.mean(dim=0)
 
 
 def head_graph(predictor: HeadPredictor) -> nn.Module:

@@ -77,12 +77,14 @@ class LVU(HeadPredictor):
         space: EmbeddingSpace,
     ) -> FailureHead:
         """A new head with initial weights drawn with the seed."""
+        generator = torch.Generator()
+        generator.manual_seed(self.seed)
         return FailureHead(
             space.embed_dim,
             self.hidden,
             attention=None,
             predicted_caption=False,
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=generator,
         )
 
 
@@ -156,6 +158,8 @@ class ViLU(HeadPredictor):
 
     def _head(self, space: EmbeddingSpace, dropout: Dropout | None = None) -> FailureHead:
         """A new head with the parameters of this predictor, and with ``dropout`` if given."""
+        generator = torch.Generator()
+        generator.manual_seed(self.seed)
         return FailureHead(
             space.embed_dim,
             self.hidden,
@@ -163,5 +167,5 @@ class ViLU(HeadPredictor):
             predicted_caption=self.predicted_caption,
             mcm=self.mcm_input,
             dropout=dropout,
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=generator,
         )

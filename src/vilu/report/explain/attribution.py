@@ -123,5 +123,6 @@ class Attributor:
             score_of_all, score_of_nobody, parts_of_rows, strict=True
         ):
             part_of_player = dict(zip(self.coalitions.players, parts, strict=True))
-            attributions.append(Attribution(score, baseline, part_of_player))
+            attribution = Attribution(score, baseline, part_of_player)
+            attributions.append(attribution)
         return attributions

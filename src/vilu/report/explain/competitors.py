@@ -47,11 +47,14 @@ def weights_of(predictor: FailurePredictor) -> Weights:
         meaning = "weights of the trained attention"
         if len(attentions) > 1:
             meaning += f", mean of {len(attentions)} members"
-        return Weights(meaning, partial(_attention_weights, attentions))
+        attention_weights = partial(_attention_weights, attentions)
+        return Weights(meaning, attention_weights)
     if isinstance(predictor, ViLUPlus):
-        return Weights("posterior of the pooled experts", partial(_pooled_posterior, predictor))
+        pooled_posterior = partial(_pooled_posterior, predictor)
+        return Weights("posterior of the pooled experts", pooled_posterior)
     if predictor.answer == "adapted":
-        return Weights(f"posterior of {predictor.name}", partial(_own_posterior, predictor))
+        own_posterior = partial(_own_posterior, predictor)
+        return Weights(f"posterior of {predictor.name}", own_posterior)
     return Weights("zero-shot posterior", _zero_shot_posterior)
 
 
@@ -86,7 +89,8 @@ def _attention_weights(attentions: list[CrossAttention], batch: Batch) -> Tensor
     )
     with torch.no_grad(), torch.autocast(batch.image.device.type, enabled=False):
         for attention in attentions:
-            query, key, _, scale = attention.to(batch.image.device).projections(batch.logit_scale)
+            moved_attention = attention.to(batch.image.device)
+            query, key, _, scale = moved_attention.projections(batch.logit_scale)
             product = torch.linalg.multi_dot([batch.image, query.T, key, batch.text.T])
             total += torch.softmax(scale * product, dim=-1)
     return total / len(attentions)
@@ -218,12 +222,16 @@ class TrainingRows:
         self, image: Tensor, to_skip: RowsToSkip | None, rows: Tensor, k: int
     ) -> list[list[NearRow]]:
         """The ``k`` nearest of ``rows`` to each image, then without rows of the image itself."""
-        cosine, index = nearest_rows(image, Rows(self.train, rows), k)  # (B, k) each
+        train_rows = Rows(self.train, rows)
+        cosine, index = nearest_rows(image, train_rows, k)  # (B, k) each
         row = rows[index]  # (B, k) positions in ``train``
         is_image_itself = torch.zeros(row.shape, dtype=torch.bool)  # (B, k)
         if to_skip is not None:
-            hashes = self.train.identities(to_skip.kind, row.flatten().numpy()).reshape(row.shape)
-            is_image_itself = torch.from_numpy(hashes == to_skip.hashes.reshape(-1, 1))
+            near_positions = row.flatten().numpy()
+            near_hashes = self.train.identities(to_skip.kind, near_positions)
+            image_hashes = to_skip.hashes.reshape(-1, 1)
+            has_hash_of_image = near_hashes.reshape(row.shape) == image_hashes
+            is_image_itself = torch.from_numpy(has_hash_of_image)
         near_rows = []
         for i in range(len(row)):
             is_other = ~is_image_itself[i]
@@ -236,14 +244,14 @@ class TrainingRows:
         """Map each training row to the names of the answer and of the truth."""
         names = CandidateNames(self.train)
         answers = {}
-        for batch in unscored_rows(self.train, torch.tensor(sorted(rows), dtype=torch.int64)):
-            columns = (
-                batch.index.tolist(),
-                batch.prediction.tolist(),
-                true_classes(batch).tolist(),
-            )
+        sorted_rows = torch.tensor(sorted(rows), dtype=torch.int64)
+        for batch in unscored_rows(self.train, sorted_rows):
+            true_class = true_classes(batch)
+            columns = (batch.index.tolist(), batch.prediction.tolist(), true_class.tolist())
             for row, answer, truth in zip(*columns, strict=True):
-                answers[row] = AnswerAndTruth(names.name_of(row, answer), names.name_of(row, truth))
+                answer_name = names.name_of(row, answer)
+                truth_name = names.name_of(row, truth)
+                answers[row] = AnswerAndTruth(answer_name, truth_name)
         return answers
 
 

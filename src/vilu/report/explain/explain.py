@@ -62,7 +62,8 @@ class Findings:
         """
         require_json(path)
         claim_file(path, "explanation", overwrite=True)
-        write_json(path, self.to_dict())
+        content = self.to_dict()
+        write_json(path, content)
 
 
 def first_table_lines(
@@ -152,9 +153,11 @@ def _row_text(row: Explanation, unit: str | None) -> str:
     competitors = [
         f"{to_terminal_text(rival.name)} {rival.weight:.3f}" for rival in row.competitors
     ]
-    lines.append("  competes    " + "   ".join(competitors))
+    joined_competitors = "   ".join(competitors)
+    lines.append(f"  competes    {joined_competitors}")
     if row.attribution is not None:
-        lines.append(_attribution_line(row.attribution, unit))
+        attribution_line = _attribution_line(row.attribution, unit)
+        lines.append(attribution_line)
     lines += _neighbour_lines("failures", row.failures)
     lines += _neighbour_lines("successes", row.successes)
     return "\n".join(lines)
@@ -330,7 +333,8 @@ def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -
     out, so there may be fewer than ``n`` positions.
     """
     uncertainty = predictor.predict_uncertainty(data)
-    rows_with_score = np.flatnonzero(np.isfinite(uncertainty))
+    has_score = np.isfinite(uncertainty)
+    rows_with_score = np.flatnonzero(has_score)
     if not len(rows_with_score):
         raise DataError(f"none of the {len(data)} rows has a score to explain.")
     order = np.argsort(-uncertainty[rows_with_score], kind="stable")
@@ -419,7 +423,8 @@ def _competitors(
     competitors = []
     for candidate, weight in zip(top_candidates.tolist(), top_weights.tolist(), strict=True):
         name = names.name_of(row, candidate)
-        competitors.append(Competitor(name, weight, float(posterior[candidate])))
+        competitor = Competitor(name, weight, float(posterior[candidate]))
+        competitors.append(competitor)
     return tuple(competitors)
 
 
@@ -443,22 +448,26 @@ def _with_neighbours(
     )
     to_skip: RowsToSkip | None = None
     if kind_of_identity is not None:
-        to_skip = RowsToSkip(kind_of_identity, data.identities(kind_of_identity, rows))
+        identities = data.identities(kind_of_identity, rows)
+        to_skip = RowsToSkip(kind_of_identity, identities)
     neighbours = TrainingRows(train).find_neighbours(images, to_skip, n=depth.neighbours)
     with_neighbours = []
     for explanation, (failures, successes) in zip(explanations, neighbours, strict=True):
-        with_neighbours.append(
-            replace(explanation, failures=tuple(failures), successes=tuple(successes))
+        full_explanation = replace(
+            explanation, failures=tuple(failures), successes=tuple(successes)
         )
+        with_neighbours.append(full_explanation)
     return with_neighbours
 
 
 def _count_fitted_rows(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> int:
     """Count the rows that were used to fit the predictor, and warn if there are any."""
-    overlap = predictor.seen(data, rows.numpy())
+    explained_rows = rows.numpy()
+    overlap = predictor.seen(data, explained_rows)
     if len(overlap):
+        fitted_rows = overlap.in_words("explained rows")
         warn_caller(
-            f"{overlap.in_words('explained rows')} were used to fit this {predictor.name}: "
+            f"{fitted_rows} were used to fit this {predictor.name}: "
             "the scores of these rows say little about new images.",
         )
     return len(overlap)

@@ -43,7 +43,7 @@ class PromptGain:
     failures: int  # rows of the class whose current answer is wrong
     saved: int  # rows of any class whose answer becomes right
     lost: int  # rows of any class whose answer becomes wrong
-    gain: float  # change of the accuracy, (saved - lost) / N
+    gain: float  # change of the accuracy: (saved - lost) / number of all labelled rows
     low: float  # lower end of the 95 % interval of the gain
     high: float  # upper end of the 95 % interval of the gain
 
@@ -80,7 +80,8 @@ class PromptGains(Findings):
         )
         heading = ("class", "rows", "failures", "saved", "lost", "accuracy", "95 % interval")
         cells = [row.cells() for row in self.rows]
-        return "\n".join([head, "", *first_table_lines(heading, cells, noun="classes")])
+        table_lines = first_table_lines(heading, cells, noun="classes")
+        return "\n".join([head, "", *table_lines])
 
 
 @checked
@@ -158,9 +159,11 @@ def _assign_folds(data: EmbeddingSource, rows: Tensor, folds: int, seed: int) ->
 
     For all remaining rows of ``data`` the number has no meaning.
     """
-    first_row_of_picture, picture_of_row = Rows(data, rows).pictures()
+    labelled_rows = Rows(data, rows)
+    first_row_of_picture, picture_of_row = labelled_rows.pictures()
     n_pictures = len(first_row_of_picture)
-    order = torch.randperm(n_pictures, generator=torch.Generator().manual_seed(int(seed)))
+    generator = torch.Generator().manual_seed(int(seed))
+    order = torch.randperm(n_pictures, generator=generator)
     fold_of_picture = torch.empty(n_pictures, dtype=torch.int64)
     fold_of_picture[order] = torch.arange(n_pictures) % folds
     fold = torch.empty(len(data), dtype=torch.int64)
@@ -227,10 +230,11 @@ class _ClassMeans:
         class_mean = self.image_sum[folds].sum(dim=0) / n_images.clamp(min=1)  # (K, D): mu_c
         mean_of_classes = class_mean[has_images.squeeze(1)].mean(dim=0)  # (D,): mu
         delta = class_mean - mean_of_classes
+        float64_text = text.double()
         moved_texts = []
         for m, kappa in MIXES:
-            moved_texts.append(text.double() + m * (delta + kappa * mean_of_classes))
-        new_texts = torch.where(has_images, torch.stack(moved_texts), text.double())
+            moved_texts.append(float64_text + m * (delta + kappa * mean_of_classes))
+        new_texts = torch.where(has_images, torch.stack(moved_texts), float64_text)
         return normalize(new_texts, dim=-1).float()
 
 
@@ -256,11 +260,10 @@ class Rivals(NamedTuple):
         logit_of_answer, logit_of_runner_up = two_largest.split(1, dim=1)  # (B, 1) each
         answer, runner_up = two_classes.split(1, dim=1)
         is_answer = answer == torch.arange(len(batch.text))  # (B, K)
-        return cls(
-            class_index=torch.where(is_answer, runner_up, answer),
-            logit=torch.where(is_answer, logit_of_runner_up, logit_of_answer),
-            answer_is_right=answer == batch.target.unsqueeze(1),
-        )
+        class_index = torch.where(is_answer, runner_up, answer)
+        logit = torch.where(is_answer, logit_of_runner_up, logit_of_answer)
+        answer_is_right = answer == batch.target.unsqueeze(1)
+        return cls(class_index=class_index, logit=logit, answer_is_right=answer_is_right)
 
     def changes(self, batch: Batch, new_texts: Tensor) -> Tensor:
         """Count the rows whose answer becomes right or wrong if one class gets its new text.
@@ -328,7 +331,8 @@ def _changes_at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
     saved_on_others, lost_on_others = changes_of_others.unbind(dim=2)  # (folds, mixes, K) each
     gains = saved_on_others - lost_on_others
     best_gain, best_mix = gains.max(dim=1, keepdim=True)  # (folds, 1, K) each
-    changes_at_best = own_changes.take_along_dim(best_mix.unsqueeze(2), dim=1)  # (folds, 1, 2, K)
+    mix_index = best_mix.unsqueeze(2)  # (folds, 1, 1, K)
+    changes_at_best = own_changes.take_along_dim(mix_index, dim=1)  # (folds, 1, 2, K)
     gains_anything = (best_gain > 0).unsqueeze(2)  # (folds, 1, 1, K)
     saved, lost = (changes_at_best * gains_anything).sum(dim=(0, 1))
     return saved, lost
@@ -347,12 +351,14 @@ def _gains_in_order(
         lost: (K,) number of rows whose answer becomes wrong with the better text of a class.
     """
     n_rows = int(n.sum())
-    for c in (saved - lost).argsort(descending=True, stable=True).tolist():
+    order = (saved - lost).argsort(descending=True, stable=True)
+    for c in order.tolist():
         n_saved = int(saved[c])
         n_lost = int(lost[c])
         low, high = paired_interval(n_saved, n_lost, n_rows)
+        name = class_name(data.class_names, c)
         yield PromptGain(
-            name=class_name(data.class_names, c),
+            name=name,
             n=int(n[c]),
             failures=int(failures[c]),
             saved=n_saved,

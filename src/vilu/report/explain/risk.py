@@ -91,7 +91,8 @@ class RiskMap(Findings):
         measures = ("of all", "mean uncertainty", "accepted", "accepted risk")
         heading = ("answered", title_of_right_class, failures, *measures)
         cells = [row.cells() for row in self.rows]
-        return "\n".join([head, "", *first_table_lines(heading, cells, noun="confusions")])
+        table_lines = first_table_lines(heading, cells, noun="confusions")
+        return "\n".join([head, "", *table_lines])
 
 
 @checked
@@ -235,7 +236,8 @@ def acceptance(uncertainty: Floats, coverage: float) -> tuple[Floats, float]:
     at the threshold have equal acceptances, such that all acceptances sum up to ceil(coverage N).
     """
     # Round before taking the ceiling, because 0.07 · 100 is a little more than 7 in floating point.
-    n_accepted = int(np.ceil(np.round(len(uncertainty) * coverage, 9)))
+    covered_rows = np.round(len(uncertainty) * coverage, 9)
+    n_accepted = int(np.ceil(covered_rows))
     last_accepted = n_accepted - 1  # index in ascending order of uncertainty
     threshold = float(np.partition(uncertainty, last_accepted)[last_accepted])
     accepted = (uncertainty < threshold).astype(np.float64)

@@ -45,9 +45,11 @@ def scored_rows(
         block_size: Number of rows of a block. With 1, only the wanted rows are scored. This is
             enough if the uncertainties are not used.
     """
-    for batch, scores in predictor.scored(data, rows_of_whole_blocks(data, rows, block_size)):
+    rows_to_score = rows_of_whole_blocks(data, rows, block_size)
+    for batch, scores in predictor.scored(data, rows_to_score):
         for slice_of_pool, pool in batch.by_pool():
-            wanted_indices = torch.isin(pool.index.cpu(), rows).nonzero().squeeze(1)
+            is_wanted = torch.isin(pool.index.cpu(), rows)
+            wanted_indices = is_wanted.nonzero().squeeze(1)
             for indices in wanted_indices.split(BATCH_ROWS):
                 if len(indices):
                     wanted_batch = select_rows(pool, indices.to(pool.index.device))
@@ -59,7 +61,8 @@ def unscored_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
     # with class data these are the wanted rows, with captions all rows of the pools
     rows_to_read = rows_of_whole_blocks(data, rows, block_size=1)
     for batch in data.batches(BATCH_ROWS, rows=rows_to_read):
-        indices = torch.isin(batch.index, rows).nonzero().squeeze(1)
+        is_wanted = torch.isin(batch.index, rows)
+        indices = is_wanted.nonzero().squeeze(1)
         if len(indices):
             yield select_rows(batch, indices)
 
@@ -108,7 +111,8 @@ def draw_rows(data: EmbeddingSource, n_rows: int, seed: int, rows_to_leave_out: 
             "or cannot be used. Give training rows (--train), or explain fewer rows."
         )
     drawn_positions = rng.choice(len(rows), min(n_rows, len(rows)), replace=False)
-    return rows[torch.from_numpy(np.sort(drawn_positions))]
+    ascending_positions = np.sort(drawn_positions)
+    return rows[torch.from_numpy(ascending_positions)]
 
 
 def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
@@ -135,10 +139,10 @@ def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
             )
     for row in rows:
         if data.status[row] != VALID:
-            raise DataError(
-                f"row {row} has no score to explain: {why_unusable(int(data.status[row]))}."
-            )
-    return torch.tensor(list(dict.fromkeys(rows)), dtype=torch.int64)
+            reason = why_unusable(int(data.status[row]))
+            raise DataError(f"row {row} has no score to explain: {reason}.")
+    distinct_rows = list(dict.fromkeys(rows))
+    return torch.tensor(distinct_rows, dtype=torch.int64)
 
 
 def _rows_by_key(data: EmbeddingSource, keys: set[str]) -> dict[str, list[int]]:

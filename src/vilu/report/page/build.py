@@ -190,19 +190,23 @@ def _histograms(methods: Sequence[Outcomes], points: SliderPoints) -> list[Chart
     for number, method_outcomes in enumerate(methods):
         is_main = number == 0
         threshold = points.threshold[points.start_index] if is_main else None
-        histograms.append(charts.histogram(method_outcomes, threshold, number))
+        histogram = charts.histogram(method_outcomes, threshold, number)
+        histograms.append(histogram)
     return histograms
 
 
 def render_page(template: Template, *, script: str = "", **values: object) -> str:
     """Render a page with one style and one script. Its security policy forbids any other."""
     style = read_asset("page.css")
+    style_hash = csp_hash(style)
+    script_hash = csp_hash(script)
+    version = importlib.metadata.version("vilu")
     return template.render(
         style=style,
         script=script,
-        style_hash=csp_hash(style),
-        script_hash=csp_hash(script),
-        version=importlib.metadata.version("vilu"),
+        style_hash=style_hash,
+        script_hash=script_hash,
+        version=version,
         **values,
     )
 
@@ -211,8 +215,9 @@ def render_page(template: Template, *, script: str = "", **values: object) -> st
 def find_template(name: str) -> Template:
     """Load a template and filters; MissingModelError without the extra ``report``."""
     jinja2 = import_extra("jinja2", "report")
+    loader = jinja2.PackageLoader("vilu.report.page")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vilu.report.page"),
+        loader=loader,
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -227,7 +232,8 @@ def find_template(name: str) -> Template:
 
 def read_asset(name: str) -> str:
     """Read the text of a style or a script."""
-    file = resources.files("vilu.report.page").joinpath("templates", name)
+    package_folder = resources.files("vilu.report.page")
+    file = package_folder.joinpath("templates", name)
     return file.read_text(encoding="utf-8")
 
 
@@ -253,14 +259,16 @@ def _page_numbers(
     has_score = np.isfinite(outcomes.uncertainty)
     n_accepted = int(accepted.sum())
     n_outside = int(outcomes.outside[is_evaluable].sum())
+    n_failures = int(failure.sum())
+    n_accepted_failures = int(failure[accepted].sum())
     return {
         "n": len(failure),
         "n_pictures": scores.n_pictures,
         "n_rows": len(outcomes),
-        "failures": Rate(int(failure.sum()), len(failure), design_effect),
+        "failures": Rate(n_failures, len(failure), design_effect),
         "outside": Rate(n_outside, len(failure), design_effect),
         "accepted": Rate(n_accepted, len(failure), design_effect),
-        "wrong": Rate(int(failure[accepted].sum()), n_accepted, design_effect),
+        "wrong": Rate(n_accepted_failures, n_accepted, design_effect),
         "target": target,
         # the share of answers that could be accepted if the threshold were chosen with hindsight
         "reachable": float(hindsight_point.accepted[is_evaluable].mean()),
@@ -285,11 +293,13 @@ def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, A
             continue
         rows = []
         for method_outcomes in methods:
-            rows.append([cells.get((method_outcomes.method, name)) for name in metrics])
+            cells_of_method = [cells.get((method_outcomes.method, name)) for name in metrics]
+            rows.append(cells_of_method)
+        percent_exceptions = not_in_percent(METRICS[name] for name in metrics)
         tables.append(
             {
                 "caption": caption,
-                "percent_exceptions": not_in_percent(METRICS[name] for name in metrics),
+                "percent_exceptions": percent_exceptions,
                 "metrics": metrics,
                 "rows": rows,
             }
@@ -304,15 +314,17 @@ def _gallery(
     embeddings: EmbeddingSource | None,
 ) -> dict[str, list[Card]]:
     """The cards of every section of the gallery."""
-    sections = {name: rows.tolist() for name, rows in pick_rows(outcomes, operating_point).items()}
-    rows = list(dict.fromkeys(chain.from_iterable(sections.values())))
+    picked_rows = pick_rows(outcomes, operating_point)
+    sections = {name: rows.tolist() for name, rows in picked_rows.items()}
+    rows_of_sections = chain.from_iterable(sections.values())
+    rows = list(dict.fromkeys(rows_of_sections))
     pictures = {} if images is None else thumbnails(outcomes, rows, images)
     classes_by_row = {} if embeddings is None else likeliest_classes(outcomes, rows, embeddings)
     cards = {}
     for row in rows:
-        cards[row] = make_card(
-            outcomes, operating_point, row, pictures.get(row), classes_by_row.get(row, ())
-        )
+        picture = pictures.get(row)
+        competitors = classes_by_row.get(row, ())
+        cards[row] = make_card(outcomes, operating_point, row, picture, competitors)
     gallery = {}
     for name, rows_of_section in sections.items():
         gallery[name] = [cards[row] for row in rows_of_section]
@@ -344,7 +356,8 @@ def likeliest_classes(
         )
     row_of_position = _map_positions_to_rows(ids, rows, source)
     classes_by_row: dict[int, list[tuple[str, float]]] = {}
-    for batch in source.batches(256, rows=torch.tensor(sorted(row_of_position), dtype=torch.int64)):
+    positions = torch.tensor(sorted(row_of_position), dtype=torch.int64)
+    for batch in source.batches(256, rows=positions):
         probability = batch.logits.double().softmax(dim=1).numpy()
         columns = (batch.index.tolist(), batch.prediction.tolist(), probability)
         for position, answer, probabilities in zip(*columns, strict=True):
@@ -352,8 +365,7 @@ def likeliest_classes(
             if scored_answer[row] not in {UNKNOWN, answer}:
                 raise ProvenanceError(
                     f"the store answers {names[answer]!r} where the scores say "
-                    f"{names[scored_answer[row]]!r} ({ids[row]!r}). "
-                    "Give the store that was scored."
+                    f"{names[scored_answer[row]]!r} ({ids[row]!r}). Give the store that was scored."
                 )
             class_indices = np.argsort(-probabilities, kind="stable")[:MAX_COMPETITORS]
             classes_by_row[row] = [(names[k], float(probabilities[k])) for k in class_indices]

@@ -127,10 +127,14 @@ def thin_points(x: ArrayLike, y: ArrayLike, max_points: int) -> tuple[Floats, Fl
     ys = np.asarray(y, dtype=np.float64)
     if len(xs) <= max_points:
         return xs, ys
-    segment_lengths = np.hypot(np.diff(xs), np.diff(ys))
-    length_up_to_point = np.concatenate([[0.0], np.cumsum(segment_lengths)])
+    x_steps = np.diff(xs)
+    y_steps = np.diff(ys)
+    segment_lengths = np.hypot(x_steps, y_steps)
+    length_up_to_next = np.cumsum(segment_lengths)
+    length_up_to_point = np.concatenate([[0.0], length_up_to_next])
     even_lengths = np.linspace(0, length_up_to_point[-1], max_points)
-    indices = np.unique(np.searchsorted(length_up_to_point, even_lengths))
+    even_indices = np.searchsorted(length_up_to_point, even_lengths)
+    indices = np.unique(even_indices)
     inner_indices = indices[1:-1]
     with_ends = np.union1d(inner_indices, [0, len(xs) - 1])
     return xs[with_ends], ys[with_ends]
@@ -157,12 +161,14 @@ class Rate:
     @property
     def low(self) -> float:
         """Lower end of the interval: P[Bin(n, low) >= k] = 0.025."""
-        return lower_bound(*self._independent_counts(), ERROR_PER_SIDE)
+        counts = self._independent_counts()
+        return lower_bound(*counts, ERROR_PER_SIDE)
 
     @property
     def high(self) -> float:
         """Upper end of the interval: P[Bin(n, high) <= k] = 0.025."""
-        return upper_bound(*self._independent_counts(), ERROR_PER_SIDE)
+        counts = self._independent_counts()
+        return upper_bound(*counts, ERROR_PER_SIDE)
 
     def _independent_counts(self) -> tuple[float, float]:
         """The numbers k and n, as effective numbers of independent rows."""
@@ -211,12 +217,10 @@ def class_rows(outcomes: Outcomes, operating_point: OperatingPoint) -> tuple[lis
     listed_classes = answered_classes[:MAX_CLASSES]
     table = []
     for c in listed_classes:
-        row = ClassRow(
-            names[c],
-            failures=Rate(n_wrong[c], n[c], design_effect),
-            accepted=Rate(n_accepted[c], n[c], design_effect),
-            accepted_failures=Rate(n_accepted_wrong[c], n_accepted[c], design_effect),
-        )
+        failures = Rate(n_wrong[c], n[c], design_effect)
+        accepted = Rate(n_accepted[c], n[c], design_effect)
+        accepted_failures = Rate(n_accepted_wrong[c], n_accepted[c], design_effect)
+        row = ClassRow(names[c], failures, accepted, accepted_failures)
         table.append(row)
     return table, len(answered_classes) - len(listed_classes)
 
@@ -300,6 +304,9 @@ def roc(methods: Sequence[Outcomes], operating_point: OperatingPoint) -> Chart |
     accepted = operating_point.accepted[main.evaluable]
     wrong_accepted = float(accepted[failure == 1].mean())
     right_accepted = float(accepted[failure == 0].mean())
+    x_axis = Axis("wrong answers accepted, %", name="wrong accepted", low=0.0, high=1.0)
+    y_axis = Axis("right answers accepted, %", name="right accepted", low=0.0, high=1.0)
+    lines = _thin_lines(methods, curves)
     return Chart(
         key="roc",
         title="Right and wrong answers told apart (ROC)",
@@ -307,9 +314,9 @@ def roc(methods: Sequence[Outcomes], operating_point: OperatingPoint) -> Chart |
             "Share of the right answers that is accepted, against the share of the wrong ones; "
             "higher is better."
         ),
-        x=Axis("wrong answers accepted, %", name="wrong accepted", low=0.0, high=1.0),
-        y=Axis("right answers accepted, %", name="right accepted", low=0.0, high=1.0),
-        lines=_thin_lines(methods, curves),
+        x=x_axis,
+        y=y_axis,
+        lines=lines,
         marker=(wrong_accepted, right_accepted),
         guide=((0.0, 0.0, 1.0, 1.0), "by chance"),
     )
@@ -341,9 +348,9 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
         counts, _ = np.histogram(uncertainty[style_of_row == style_index], edges)
         share = counts / max(counts.sum(), 1)
         is_filled = style_index != OUTSIDE_STYLE
-        lines.append(
-            Line(label, x=x, y=np.repeat(share, 2), style_index=style_index, is_filled=is_filled)
-        )
+        y = np.repeat(share, 2)
+        line = Line(label, x=x, y=y, style_index=style_index, is_filled=is_filled)
+        lines.append(line)
     largest_share = max(float(line.y.max()) for line in lines)
     title = "Uncertainty of right and wrong answers"
     if number > 0:
@@ -397,7 +404,10 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
     for style_index, method_outcomes in enumerate(methods):
         stated_probability = failure_probability_of(method_outcomes)
         if stated_probability is not None:
-            lines.append(_reliability_line(method_outcomes, stated_probability, style_index))
+            line = _reliability_line(method_outcomes, stated_probability, style_index)
+            lines.append(line)
+    x_axis = Axis("failure probability stated, %", name="stated", low=0.0, high=1.0)
+    y_axis = Axis("answers that are wrong, %", name="found", low=0.0, high=1.0)
     return Chart(
         key="reliability",
         title="Stated and found failure rates",
@@ -405,8 +415,8 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
             "Share of wrong answers against the failure probability that was stated, in bins; "
             "bars: 95 % intervals."
         ),
-        x=Axis("failure probability stated, %", name="stated", low=0.0, high=1.0),
-        y=Axis("answers that are wrong, %", name="found", low=0.0, high=1.0),
+        x=x_axis,
+        y=y_axis,
         lines=tuple(reversed(lines)),
         guide=((0.0, 0.0, 1.0, 1.0), "as stated"),
     )
@@ -435,7 +445,8 @@ def _reliability_line(outcomes: Outcomes, stated_probability: Floats, style_inde
     design_effect = outcomes.tally().scores.design_effect
     rates = []
     for wrong_in_bin, rows_in_bin in zip(n_wrong, n_rows, strict=True):
-        rates.append(Rate(int(wrong_in_bin), int(rows_in_bin), design_effect))
+        rate_of_bin = Rate(int(wrong_in_bin), int(rows_in_bin), design_effect)
+        rates.append(rate_of_bin)
     low = np.array([rate.low for rate in rates])
     high = np.array([rate.high for rate in rates])
     return replace(line, low=low, high=high)
@@ -449,7 +460,8 @@ def _thin_lines(
     lines = []
     for style_index, (method_outcomes, curve) in enumerate(zip(methods, curves, strict=True)):
         x, y = thin_points(*curve, max_points)
-        lines.append(Line(method_outcomes.method or "", x, y, style_index))
+        line = Line(method_outcomes.method or "", x, y, style_index)
+        lines.append(line)
     return tuple(reversed(lines))
 
 

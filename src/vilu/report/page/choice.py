@@ -132,8 +132,9 @@ def _require_equal(rule_value: object, scores_value: object, message: str) -> No
     if rule_value is None or scores_value is None:
         return
     if rule_value != scores_value:
+        difference = message.format(rule_value, scores_value)
         raise ProvenanceError(
-            f"{message.format(rule_value, scores_value)} Give the predictor that made the scores, "
+            f"{difference} Give the predictor that made the scores, "
             "or choose its scores with --main."
         )
 
@@ -168,14 +169,17 @@ def read_scores(path: str | Path) -> list[Outcomes]:
             f"on which its rule was chosen. Give scores of other rows, and add --predictor {root}."
         )
     if (root / RUN_FILE).is_file():
-        return _with_distinct_names([(root, ScoreFolder(root).outcomes())])
+        folder = ScoreFolder(root)
+        outcomes_of_folder = folder.outcomes()
+        return _with_distinct_names([(root, outcomes_of_folder)])
     files = sorted(root.glob("*.parquet")) if root.is_dir() else [root]
     if not files:
         raise DataError(
             f"{root} holds no .parquet files. "
             "Give a folder of files that `vilu score` wrote, one file per method."
         )
-    return _with_distinct_names([(file, Outcomes.load(file)) for file in files])
+    outcomes_of_files = [(file, Outcomes.load(file)) for file in files]
+    return _with_distinct_names(outcomes_of_files)
 
 
 def _with_distinct_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
@@ -188,12 +192,12 @@ def _with_distinct_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcome
     named_outcomes = []
     for path, outcomes in files:
         method = outcomes.method
+        distinct_outcomes = outcomes
         if not method:
-            named_outcomes.append(dataclasses.replace(outcomes, method=path.stem))
+            distinct_outcomes = dataclasses.replace(outcomes, method=path.stem)
         elif counts[method] > 1:
-            named_outcomes.append(dataclasses.replace(outcomes, method=f"{method} ({path.stem})"))
-        else:
-            named_outcomes.append(outcomes)
+            distinct_outcomes = dataclasses.replace(outcomes, method=f"{method} ({path.stem})")
+        named_outcomes.append(distinct_outcomes)
     return named_outcomes
 
 
@@ -214,8 +218,9 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
     if main is not None:
         if main not in names:
             hint = did_you_mean(main, names)
+            joined_names = ", ".join(names)
             raise UsageError(
-                f"no method here is called {main!r}.{hint} There are: {', '.join(names):.500}."
+                f"no method here is called {main!r}.{hint} There are: {joined_names:.500}."
             )
         return outcomes[names.index(main)]
     for prefix in PREFERRED_METHODS:
@@ -227,7 +232,8 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
 
 def _require_distinct(names: Sequence[str]) -> None:
     """Refuse methods without a name, and methods of the same name."""
-    for name, count in Counter(names).items():
+    counts = Counter(names)
+    for name, count in counts.items():
         if count > 1 or name == "":
             raise UsageError(
                 "every method of a page needs a name of its own. "

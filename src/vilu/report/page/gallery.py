@@ -55,7 +55,8 @@ def pick_rows(outcomes: Outcomes, operating_point: OperatingPoint) -> dict[str, 
     - "confident": the wrong answers of smallest uncertainty.
     - "nearest": the answers of smallest uncertainty that are not accepted.
     """
-    n_scored = np.count_nonzero(np.isfinite(outcomes.uncertainty))
+    has_score = np.isfinite(outcomes.uncertainty)
+    n_scored = np.count_nonzero(has_score)
     # NaN is sorted after all numbers, so the rows with an uncertainty come first
     ascending_rows = np.argsort(outcomes.uncertainty, kind="stable")[:n_scored]
     descending_rows = np.argsort(-outcomes.uncertainty, kind="stable")[:n_scored]
@@ -80,16 +81,18 @@ def make_card(
     if outcomes.outside[row]:
         true_class = NONE_OF_CLASSES
     failure = outcomes.failure[row]
+    answer = _class_name(outcomes, outcomes.prediction, row)
+    zero_shot = outcomes.zero_shot_beside(row)
     return Card(
         key=str(row) if outcomes.ids is None else outcomes.ids[row],
-        answer=_class_name(outcomes, outcomes.prediction, row),
+        answer=answer,
         true_class=true_class,
         is_wrong=None if failure == UNKNOWN else bool(failure),
         uncertainty=float(outcomes.uncertainty[row]),
         is_accepted=bool(operating_point.accepted[row]),
         picture=picture,
         competitors=competitors,
-        zero_shot=outcomes.zero_shot_beside(row),
+        zero_shot=zero_shot,
     )
 
 
@@ -146,5 +149,6 @@ def thumbnail(record: ImageRecord) -> Thumbnail:
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     buffer = BytesIO()
     image.save(buffer, "WEBP", quality=THUMBNAIL_QUALITY, method=4)
-    text = base64.b64encode(buffer.getvalue()).decode()
+    content = buffer.getvalue()
+    text = base64.b64encode(content).decode()
     return Thumbnail(f"data:image/webp;base64,{text}", *image.size)

@@ -88,11 +88,14 @@ class RayExecutor:
         """
         part_rows = [{"part": part} for part in parts]
         dataset = self._data.from_items(part_rows, override_num_blocks=len(part_rows))
+        payload = pack_job(job, actor_plan.threads_per_actor)
+        n_actors = min(actor_plan.n_actors, len(part_rows))
+        actor_pool = self._data.ActorPoolStrategy(size=n_actors)
         outcomes = dataset.map_batches(
             _Actor,
-            fn_constructor_args=(pack_job(job, actor_plan.threads_per_actor),),
+            fn_constructor_args=(payload,),
             batch_size=1,
-            compute=self._data.ActorPoolStrategy(size=min(actor_plan.n_actors, len(part_rows))),
+            compute=actor_pool,
             num_cpus=actor_plan.threads_per_actor,
             num_gpus=actor_plan.gpus_per_actor,
             max_restarts=-1,  # no limit
@@ -108,8 +111,9 @@ class RayExecutor:
             return
         address = os.environ.get("RAY_ADDRESS")
         processes = self.processes or n_cores()
+        n_cpus = max(processes, n_cores())
         start_ray(
-            num_cpus=max(processes, n_cores()),
+            num_cpus=n_cpus,
             include_dashboard=False,
             object_store_memory=SHARED_MEMORY_BYTES,
         )
@@ -117,11 +121,9 @@ class RayExecutor:
             if address:
                 yield self._plan_for_running_ray()
             else:
-                yield _ActorPlan(
-                    n_actors=processes,
-                    threads_per_actor=threads_per_process(processes),
-                    gpus_per_actor=self._gpus_per_actor(processes),
-                )
+                threads = threads_per_process(processes)
+                gpus = self._gpus_per_actor(processes)
+                yield _ActorPlan(n_actors=processes, threads_per_actor=threads, gpus_per_actor=gpus)
         finally:
             self._ray.shutdown()
 
@@ -141,15 +143,13 @@ class RayExecutor:
         # an actor must fit on any machine, so the machine with the fewest cores decides
         fewest_cores = int(min((machine.get("CPU", 1) for machine in used_machines), default=1))
         threads = max(1, fewest_cores // actors_per_machine)
-        return _ActorPlan(
-            n_actors=n_actors,
-            threads_per_actor=threads,
-            gpus_per_actor=self._gpus_per_actor(n_actors),
-        )
+        gpus = self._gpus_per_actor(n_actors)
+        return _ActorPlan(n_actors=n_actors, threads_per_actor=threads, gpus_per_actor=gpus)
 
     def _gpus_per_actor(self, n_actors: int) -> float | None:
         """Return the number of GPUs per actor: 1, or 1/n if n actors share a GPU; None: no GPUs."""
-        n_gpus = int(self._ray.cluster_resources().get("GPU", 0))
+        resources = self._ray.cluster_resources()
+        n_gpus = int(resources.get("GPU", 0))
         if n_gpus == 0:
             return None
         return 1 / math.ceil(n_actors / n_gpus)
@@ -241,9 +241,11 @@ class SparkExecutor:
             payload = pack_job(job, n_threads)
             broadcast = context.broadcast(payload)
             outcomes = context.accumulator([], _OutcomeLists())
-            task = partial(_run_task, broadcast, bytes_hash(payload), outcomes)
+            job_hash = bytes_hash(payload)
+            task = partial(_run_task, broadcast, job_hash, outcomes)
             # a single part in each partition, so that each part is a separate task
-            tasks = context.parallelize(list(parts), numSlices=len(parts)).map(task)
+            part_numbers = context.parallelize(list(parts), numSlices=len(parts))
+            tasks = part_numbers.map(task)
             spark_job = _SparkJob(self._spark, context, tasks)
             try:
                 n_taken_outcomes = 0
@@ -270,7 +272,8 @@ class SparkExecutor:
         if active_context is None and SPARK_SUBMIT_VARIABLE in os.environ:
             active_context = self._spark.SparkContext.getOrCreate()
         if active_context is not None:
-            yield active_context, int(active_context.getConf().get("spark.task.cpus", "1"))
+            settings = active_context.getConf()
+            yield active_context, int(settings.get("spark.task.cpus", "1"))
             return
         context = self._start_spark()
         try:
@@ -311,7 +314,7 @@ class _SparkJob:
         tasks: The RDD with one task per part.
     """
 
-    def __init__(self, spark: Any, context: Any, tasks: Any) -> None:  # noqa: ANN401 - PySpark's
+    def __init__(self, spark: Any, context: Any, tasks: Any) -> None:  # noqa: ANN401 - of PySpark
         self._context = context
         self._job_group = f"vilu-{secrets.token_hex(4)}"
         self._error: Exception | None = None
@@ -405,4 +408,5 @@ def _run_task(
         # PySpark collects garbage after every task. With torch imported, this would take 0.2 s.
         # Garbage collection skips frozen objects.
         gc.freeze()
-    outcomes.add([_worker_of_job[job_hash].do_part(part_number)])
+    outcome = _worker_of_job[job_hash].do_part(part_number)
+    outcomes.add([outcome])

@@ -47,7 +47,8 @@ class Worker:
         try:
             if self._job is None:
                 self._job = self._unpack_job()
-            return pickle.dumps(self._job.process(part_number))
+            receipt = self._job.process(part_number)
+            return pickle.dumps(receipt)
         # Any exception is caught, because the model or the reader may come from a plugin. Otherwise
         # the exception would end this process without a message. Instead, the driver gets the
         # exception as bytes, and raises the exception.
@@ -91,7 +92,9 @@ def pack_job(job: EmbedJob, threads: int) -> bytes:
     """
     job_of_worker = replace(job, workers=job.workers or threads)
     try:
-        return pickle.dumps(PackedJob(plugins=plugins(), threads=threads, job=job_of_worker))
+        modules = plugins()
+        packed_job = PackedJob(plugins=modules, threads=threads, job=job_of_worker)
+        return pickle.dumps(packed_job)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise UsageError(
             f"this job cannot go to other processes: {error}. Give the model by name "
@@ -106,7 +109,8 @@ def _pack_error(error: Exception) -> bytes:
     tracebacks.
     """
     if not isinstance(error, ViLUError):
-        error.add_note("".join(traceback.format_exception(error)))
+        note = "".join(traceback.format_exception(error))
+        error.add_note(note)
     try:
         packed_error = pickle.dumps(error)
         # The bytes are unpickled as a test. The test fails for a class whose __init__ takes more
@@ -135,7 +139,8 @@ def threads_per_process(processes: int) -> int:
 def take_gpu(gpu_number: int) -> None:
     """If there are n GPUs, make GPU number ``gpu_number`` modulo n the device "cuda"."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(gpu_number % torch.cuda.device_count())
+        n_gpus = torch.cuda.device_count()
+        torch.cuda.set_device(gpu_number % n_gpus)
 
 
 # The run ends after this number of deaths of workers in the same part. A job gives up a part after
@@ -222,7 +227,8 @@ class _WorkerPool:
         self, job: EmbedJob, parts: Sequence[int], processes: int, max_deaths: int
     ) -> None:
         self.max_deaths = max_deaths
-        self.payload = pack_job(job, threads_per_process(processes))
+        threads = threads_per_process(processes)
+        self.payload = pack_job(job, threads)
         self.waiting_part_numbers = deque(parts)
         self.max_workers = min(processes, len(parts))
         self.workers: dict[object, _WorkerProcess] = {}  # pipe -> the worker at the far end
@@ -317,7 +323,8 @@ class _WorkerPool:
         if part_number is not None:
             self.waiting_part_numbers.appendleft(part_number)
         moment_text = "before its first part" if part_number is None else f"in part {part_number}"
-        exit_text = _describe_exit_code(worker.end())
+        exit_code = worker.end()
+        exit_text = _describe_exit_code(exit_code)
         logger.warning(
             "worker %d ended %s with %s; another one goes on", worker.number, moment_text, exit_text
         )
@@ -356,7 +363,8 @@ def _run_worker(pipe: Connection, worker_number: int) -> None:
         worker = Worker(pipe.recv_bytes())
         while True:
             part_number = pipe.recv()
-            pipe.send_bytes(worker.do_part(part_number))
+            outcome = worker.do_part(part_number)
+            pipe.send_bytes(outcome)
     except (EOFError, OSError):
         return
 
@@ -439,7 +447,8 @@ class RankExecutor:
         # variables with the number of this process on the machine: of torchrun, or else of Slurm
         for name in ("LOCAL_RANK", "SLURM_LOCALID"):
             if name in environment:
-                take_gpu(_parse_number(name, environment[name]))
+                gpu_number = _parse_number(name, environment[name])
+                take_gpu(gpu_number)
                 break
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:

@@ -47,12 +47,12 @@ def overlaps(first: Floats, second: Floats, is_crowd: NDArray[np.bool_] | None =
     end = np.minimum(first_end[:, None], second_end[None, :])
     sides = np.clip(end - start, 0, None)  # of the intersection
     intersection: Floats = sides[:, :, 0] * sides[:, :, 1]
-    union = areas(first)[:, None] + areas(second)[None, :] - intersection
+    first_area = areas(first)[:, None]
+    union = first_area + areas(second)[None, :] - intersection
     if is_crowd is not None:
-        union = np.where(is_crowd[None, :], areas(first)[:, None], union)
-    share: Floats = np.divide(
-        intersection, union, out=np.zeros_like(intersection), where=intersection > 0
-    )
+        union = np.where(is_crowd[None, :], first_area, union)
+    share: Floats = np.zeros_like(intersection)
+    np.divide(intersection, union, out=share, where=intersection > 0)
     return share
 
 

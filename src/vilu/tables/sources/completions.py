@@ -219,9 +219,9 @@ def _parse_line(content: bytes, number: int, location: str) -> tuple[str, Comple
             record = _completion_of_batch(request, location)
         completion = Completion.model_validate(record)
     except ValidationError as error:
+        problem = first_error(error)
         raise DataError(
-            f"{location} must hold a completion in OpenAI's format with logprobs: "
-            f"{first_error(error)}."
+            f"{location} must hold a completion in OpenAI's format with logprobs: {problem}."
         ) from error
     return batch_id or completion.id or str(number), completion
 
@@ -248,9 +248,9 @@ def _parse_sample(choice: CompletionChoice, location: str) -> CompletionSample:
             f"{location} must have choices with a text, or with a message that has content. Calls "
             "of tools, refusals and parts of a stream have none; remove the line."
         )
-    return CompletionSample(
-        answer.strip(), _token_logprobs(choice, location), choice.finish_reason == "length"
-    )
+    text = answer.strip()
+    logprobs = _token_logprobs(choice, location)
+    return CompletionSample(text, logprobs, choice.finish_reason == "length")
 
 
 def _token_logprobs(choice: CompletionChoice, location: str) -> list[float]:
@@ -280,7 +280,8 @@ def _row_of_samples(samples: list[CompletionSample]) -> Row:
 
     The row has the most frequent answer, and the numbers of the best sample with this answer.
     """
-    votes = Counter(comparable_text(sample.answer) for sample in samples)
+    comparable_texts = [comparable_text(sample.answer) for sample in samples]
+    votes = Counter(comparable_texts)
     most_votes = max(votes.values())
     # samples with a most frequent answer; several answers may be equally frequent
     samples_with_most_votes = [

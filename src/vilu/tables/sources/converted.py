@@ -66,12 +66,14 @@ class Converted:
         arrays = {name: pa.array(values) for name, values in self.columns.items()}
         # without any known right or wrong answer, Arrow cannot infer the type of the column
         arrays["correct"] = pa.array(self.columns["correct"], pa.int64())
-        write_table(path, arrays, {"kind": TABLE_KIND, **inputs_entry(inputs)})
+        metadata = {"kind": TABLE_KIND, **inputs_entry(inputs)}
+        write_table(path, arrays, metadata)
 
 
 def comparable_text(text: str) -> str:
     """The form of a text for comparisons of answers: without case and extra white space."""
-    return " ".join(text.split()).casefold()
+    words = text.split()
+    return " ".join(words).casefold()
 
 
 def correct_cells(
@@ -96,5 +98,6 @@ def correct_cells(
         if true_text is None:
             correct.append(None)
         else:
-            correct.append(int(comparable_text(answer) == comparable_text(true_text)))
+            is_right = comparable_text(answer) == comparable_text(true_text)
+            correct.append(int(is_right))
     return correct

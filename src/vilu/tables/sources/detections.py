@@ -202,7 +202,8 @@ def match_detections(
     overlaps_enough = overlap >= min(min_iou, 1 - 1e-10)
     is_free = np.ones(len(objects.boxes), dtype=bool)
     correct: list[int | None] = [0] * len(boxes)
-    for detection in np.argsort(-scores, kind="stable").tolist():
+    order = np.argsort(-scores, kind="stable")
+    for detection in order.tolist():
         # First choice: an object that is not ignored. Then the detection is right (1). Second
         # choice: an ignored object. Then the result is None.
         for is_ignored, result in ((False, 1), (True, None)):
@@ -236,7 +237,8 @@ def _read_coco(path: Path, adapter: TypeAdapter[T]) -> T:
     try:
         return adapter.validate_json(content)
     except ValidationError as error:
-        raise DataError(f"{path} must be JSON in COCO's format: {first_error(error)}.") from error
+        problem = first_error(error)
+        raise DataError(f"{path} must be JSON in COCO's format: {problem}.") from error
 
 
 def _require_known_ids(
@@ -304,14 +306,17 @@ def _columns(detections: Sequence[Detection], names: Mapping[int, str]) -> Colum
     boxes = as_boxes([detection.bbox for detection in detections])
     width = boxes[:, 2]
     height = boxes[:, 3]
-    half_perimeter = np.maximum(width + height, np.finfo(np.float64).tiny)  # never 0
+    smallest_number = np.finfo(np.float64).tiny
+    half_perimeter = np.maximum(width + height, smallest_number)  # never 0
+    area = areas(boxes)
+    flatness = width / half_perimeter
     return {
         "id": [str(index) for index in range(len(detections))],
         "answer": categories,
         "correct": [None] * len(detections),
         "score_confidence": [detection.score for detection in detections],
-        "area": areas(boxes).tolist(),
-        "flatness": (width / half_perimeter).tolist(),
+        "area": area.tolist(),
+        "flatness": flatness.tolist(),
         "n_detections": [n_in_image[detection.image_id] for detection in detections],
         "largest_overlap": [0.0] * len(detections),
         "group": categories,

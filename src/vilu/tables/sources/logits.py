@@ -120,9 +120,10 @@ def _class_numbers(target: ArrayLike, names: Sequence[str]) -> Ints:
     if unknown_texts and are_numbers:
         return labels.astype(np.int64)
     if unknown_texts:
+        suggestion = did_you_mean(unknown_texts[0], names)
         raise DataError(
             f'target must have names of classes, or "" if unknown. Got {unknown_texts[0]!r:.80}.'
-            f"{did_you_mean(unknown_texts[0], names)}"
+            f"{suggestion}"
         )
     return np.array([number_of_name[text] for text in texts], dtype=np.int64)
 

@@ -159,7 +159,8 @@ def _all_pages(files: Sequence[str | os.PathLike[str]]) -> Pages:
     """The words of each page of all files; DataError if there are no words."""
     pages: Pages = {}
     for file in files:
-        for name, words in _read_pages(Path(file)).items():
+        pages_of_file = _read_pages(Path(file))
+        for name, words in pages_of_file.items():
             if name in pages:
                 raise DataError(f"{file}: every page must have a name of its own. Rename the file.")
             pages[name] = words
@@ -176,10 +177,9 @@ def match_words(
     Returns whether each recognised word is right (1 or 0), and the number of true words without a
     match.
     """
-    overlap = overlaps(
-        as_boxes([word.box for word in recognised_words]),
-        as_boxes([word.box for word in true_words]),
-    )
+    recognised_boxes = as_boxes([word.box for word in recognised_words])
+    true_boxes = as_boxes([word.box for word in true_words])
+    overlap = overlaps(recognised_boxes, true_boxes)
     correct: list[int | None] = [0] * len(recognised_words)
     n_unread = len(true_words)
     while overlap.size and overlap.max() >= MIN_OVERLAP:
@@ -207,9 +207,9 @@ def _read_pages(file: Path) -> Pages:
         if numbers["level"] == WORD_LEVEL and text:
             left, top, width, height = (numbers[edge] for edge in BOX_COLUMNS)
             line_key = tuple(int(numbers[column]) for column in LINE_COLUMNS)
-            words.append(
-                RecognisedWord(text, (left, top, width, height), numbers["conf"], line_key)
-            )
+            box = (left, top, width, height)
+            word = RecognisedWord(text, box, numbers["conf"], line_key)
+            words.append(word)
     return pages
 
 

@@ -1,0 +1,54 @@
+"""Which files are tables of answers. This module reads no rows, and does not import torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from vilu.artifacts.tables import csv_names, table_suffix
+
+FEATURES_SUFFIX: Final = ".features.npy"
+"""Suffix of the file with the features of a table: ``answers.features.npy`` for ``answers.csv``."""
+
+
+def may_be_table(path: Path) -> bool:
+    """Whether a path can be a table of answers: an existing file with suffix .csv or .parquet."""
+    return path.is_file() and path.suffix.lower() in {".csv", ".parquet"}
+
+
+def is_answer_table(path: Path) -> bool:
+    """Whether a file is a table of answers.
+
+    A CSV file without the column ``id`` counts as a table, too, unless it has columns of ``vilu
+    score``. ``open_table`` then reports the mistake in the file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    if not may_be_table(path):
+        return False
+    try:
+        if table_suffix(path) == ".csv":
+            names = csv_names(path)
+        else:
+            names = pyarrow.parquet.read_schema(path).names
+    except (pa.ArrowException, ValueError, OSError):
+        return False  # another reader will read the file and report the error
+    score_columns = {"uncertainty", "failure"} & set(names)
+    is_score_file = len(score_columns) == 2  # files of `vilu score` have both columns
+    if "id" in names:
+        return not is_score_file
+    return table_suffix(path) == ".csv" and not score_columns
+
+
+def with_features_files(*paths: Path) -> list[Path]:
+    """The paths; after each table follows the file with the features, if this file exists."""
+    files = []
+    for path in paths:
+        files.append(path)
+        if not may_be_table(path):
+            continue
+        features_file = path.with_suffix(FEATURES_SUFFIX)
+        if features_file.is_file():
+            files.append(features_file)
+    return files
