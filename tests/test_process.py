@@ -247,6 +247,7 @@ def test_a_ray_of_a_tuned_process_reports_to_nobody() -> None:
     [
         ({}, "0"),
         ({"RAY_ADDRESS": "10.0.0.1:6379"}, "None"),
+        ({"RAY_ADDRESS": ""}, "0"),
         ({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}, "1"),
     ],
 )

@@ -1,8 +1,8 @@
-"""vilu: how likely is the answer of a frozen vision-language model wrong?
+"""vilu: how likely is a frozen vision-language model's answer wrong?
 
 Public names are imported on first use, so ``import vilu`` imports neither torch nor a backbone.
-This import also leaves the settings of the process unchanged (docs/architecture.md); see
-``tune_process``.
+This import also leaves the process settings unchanged (docs/architecture.md). ``tune_process``
+changes the settings.
 """
 
 from __future__ import annotations

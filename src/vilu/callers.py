@@ -1,4 +1,4 @@
-"""Warnings at the line of code that called vilu."""
+"""Warnings at the code line that called vilu."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import sys
 import warnings
 
 OWN_PACKAGES = {"vilu", "vilu_bench"}
-"""Packages of vilu. Code in these packages does not count as the caller."""
+"""vilu's packages. Code in these packages does not count as the caller."""
 
 WRAPPER_MODULES = {"contextlib", "functools"}
-"""Modules of Python. Code in these modules does not count as the caller, either.
+"""Python modules. Code in these modules does not count as the caller, either.
 
-Decorators of these modules wrap functions of vilu. So code of these modules runs between the caller
-and the function.
+Decorators from these modules wrap vilu's functions. So code in these modules runs between the
+caller and the function.
 """
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line of the innermost caller outside of ``vilu`` and ``vilu_bench``.
+    """Warn at the line of the innermost caller outside ``vilu`` and ``vilu_bench``.
 
     Examples:
         >>> import warnings
@@ -29,7 +29,7 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
         few rows
     """
     frame = sys._getframe(1)  # faster than inspect.stack, which reads the source files
-    level = 2  # stack level 1 is this function, level 2 is the caller of this function
+    level = 2  # stack level 1 is this function, level 2 is this function's caller
     while frame.f_back is not None and _is_skipped(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
         level += 1
@@ -37,6 +37,6 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def _is_skipped(module: str) -> bool:
-    """Whether code of this module does not count as the caller."""
+    """Return whether code in this module does not count as the caller."""
     package, _, _ = module.partition(".")
     return module in WRAPPER_MODULES or package in OWN_PACKAGES

@@ -1,4 +1,4 @@
-"""Devices by name, and blocks of code with the default settings of torch."""
+"""Devices by name, and code blocks with torch's default settings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vilu.errors import UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of this name: "auto", "cpu", "cuda", "cuda:N" or "mps".
+    """Return the device with this name: "auto", "cpu", "cuda", "cuda:N" or "mps".
 
-    "auto" is the first available device of cuda, mps and cpu.
+    "auto" is the first available device in the order cuda, mps, cpu.
     """
     is_kind_available = {
         "cuda": torch.cuda.is_available(),
@@ -45,9 +45,9 @@ BF16_INSTRUCTIONS: Final = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions to multiply bfloat16. If not, torch emulates them slowly.
+    """Return whether a device can multiply bfloat16. If not, torch emulates the products slowly.
 
-    The result is False if torch does not know the instructions of the processor.
+    If torch does not know the processor's instructions, the result is False.
     """
     if device.type == "cuda":
         is_supported: bool = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -64,16 +64,16 @@ Item = TypeVar("Item")
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
-    """Run a block, or a decorated function, with the default settings of torch.
+    """Run a block, or a decorated function, with torch's default settings.
 
     The settings are: gradients on, inference mode off, the CPU as default device, autocast off.
-    These settings belong to the current thread. The default number format of torch belongs to all
+    These settings belong to the current thread. torch's default number format belongs to all
     threads, so the default format is not changed. Therefore code in the block must name the number
-    format of every new floating-point tensor.
+    format for every new floating-point tensor.
 
-    There are two reasons for such a block. First, results must not depend on the settings of the
-    caller. Second, tensors made in the block must be usable anywhere, but a tensor made in
-    inference mode can never be used for training.
+    There are two reasons for such a block. First, results must not depend on the caller's settings.
+    Second, tensors made in the block must be usable anywhere, but a tensor made in inference mode
+    can never be used for training.
     """
     with ExitStack() as stack, torch.inference_mode(mode=False), torch.enable_grad():
         if torch.get_default_device().type != "cpu":
@@ -85,9 +85,9 @@ def torch_defaults() -> Iterator[None]:
 
 
 def each_with_torch_defaults(items: Generator[Item, None, None]) -> Iterator[Item]:
-    """Yield the items of a generator, and run the generator with ``torch_defaults``.
+    """Yield a generator's items, and run the generator with ``torch_defaults``.
 
-    The code of the caller, between two items, runs with the settings of the caller.
+    The caller's code, between two items, runs with the caller's settings.
     """
     with closing(items):
         while True:
@@ -110,23 +110,23 @@ FILLING_FUNCTIONS = {
     "kaiming_uniform_",
     "kaiming_normal_",
 }
-"""Names of functions for filling the first argument, a tensor, with random numbers.
+"""Names of functions that fill the first argument, a tensor, with random numbers.
 
-The functions are methods of tensors and functions of ``torch.nn.init``. A function is recognised by
-name, because transformers replaces these functions while making a model. The replacements have the
-same names.
+The functions are tensor methods and functions in ``torch.nn.init``. A function is recognised by
+name, because transformers replaces these functions while making a model. The replacements keep the
+names.
 """
 
 MAKING_FUNCTIONS: set[Callable[..., object]] = {torch.rand, torch.randn, torch.normal}
-"""Functions that make a new tensor of random numbers."""
+"""Functions that make a new tensor with random numbers."""
 
 
 class SeparateGenerator(TorchFunctionMode):
     """A block with a separate generator for random numbers on the CPU.
 
-    Libraries draw random initial weights even if the weights of the model are then read from a
-    file. Within this block, such draws do not change the state of torch's global generator. Other
-    threads are not affected.
+    Libraries draw random initial weights even if the model's weights are then read from a file.
+    Within this block, such draws do not change the state of torch's global generator. Threads
+    outside the block are not affected.
     """
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class SeparateGenerator(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        """Call a function of torch. A draw of random numbers uses the generator of the block."""
+        """Call a torch function. Random numbers are drawn from the block's generator."""
         keywords = dict(kwargs or {})  # torch passes None if there are no keyword arguments
         if keywords.get("generator") is None and _draws_on_cpu(func, args, keywords):
             keywords["generator"] = self.generator
@@ -150,7 +150,7 @@ class SeparateGenerator(TorchFunctionMode):
 def _draws_on_cpu(
     function: Callable[..., object], args: tuple[Any, ...], keywords: dict[str, Any]
 ) -> bool:
-    """Whether a call of a function of torch draws random numbers on the CPU."""
+    """Return whether a call to a torch function draws random numbers on the CPU."""
     if getattr(function, "__name__", None) in FILLING_FUNCTIONS:
         tensor: Tensor = args[0] if args else keywords["tensor"]
         return tensor.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""All errors that vilu raises on purpose, each with an exit code of the command line.
+"""All errors that vilu raises on purpose, each with an exit code for the command line.
 
 A message states the found value, the expected value, and the correction. This module also defines
 the codes for unknown labels and for labels outside the classes, because all subpackages use these
@@ -15,20 +15,20 @@ UNKNOWN = -1
 """Code of an unknown label, answer or failure."""
 
 OUTSIDE = -2
-"""Label of a picture of none of the classes, in files and in arguments.
+"""Label for a picture outside all classes, in files and in arguments.
 
 In memory such a picture has the label ``UNKNOWN`` and the Boolean ``outside`` is True.
 """
 
 OUTSIDE_NAME: Final = "(outside)"
-"""Label of a picture of none of the classes, where labels are names of classes."""
+"""Label for a picture outside all classes, where labels are class names."""
 
-# Label in files for a picture that nobody could name. The class of the picture is not known.
+# Label in files for a picture that nobody could name. The picture's class is not known.
 NO_NAME = "(skip)"
 
 
 class ViLUError(Exception):
-    """Base of all errors that the user can correct; never raised for a bug."""
+    """Base of all errors that the user can correct. Never raised for a bug."""
 
     exit_code: ClassVar[int] = 1
 
@@ -79,13 +79,13 @@ class StorageError(ViLUError, OSError):
 
 
 class BusyError(ViLUError):
-    """Another process holds the lock; trying again later can succeed."""
+    """Another process holds the lock. Trying again later can succeed."""
 
     exit_code = 75
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Question such as " Did you mean 'cat'?" about a similar known name; "" without such a name.
+    """Return a question such as " Did you mean 'cat'?" about a similar known name, or "".
 
     ``cutoff`` is the smallest similarity, from 0 to 1.
     """

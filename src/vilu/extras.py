@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import socket
 import sys
 import threading
@@ -18,14 +17,15 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from vilu.errors import MissingModelError, UsageError
+from vilu.process import ray_cluster
 
-# Seconds to wait for a connection. Without such a test of the connection, the client of the hub
-# would try again and again for 23 s per file, and Ray for three minutes.
+# Seconds to wait for a connection. Without such a connection test, the hub client would try again
+# and again for 23 s per file, and Ray for three minutes.
 CONNECT_SECONDS = 3.0
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
-    """Import a module of an optional library; MissingModelError says how to install the library."""
+    """Import an optional library's module. MissingModelError says how to install the library."""
     try:
         with suppress_messages():
             return importlib.import_module(module)
@@ -35,13 +35,13 @@ def import_extra(module: str, extra: str) -> ModuleType:
 
 @contextmanager
 def suppress_messages() -> Iterator[None]:
-    """Within the block, suppress warnings, log lines below ERROR and progress bars of this thread.
+    """Suppress this thread's warnings, log lines below ERROR and progress bars within the block.
 
-    Other threads are not affected, because every hook asks whether the thread is in such a block.
-    The hooks are removed when no thread is in such a block any more.
+    Threads outside such a block are not affected, because every hook asks whether the thread is in
+    such a block. The hooks are removed when no thread is in such a block any more.
 
-    Loaders of models warn if weights are missing or wrong. vilu does not need these warnings,
-    because vilu checks the weights and raises an error.
+    Model loaders warn if weights are missing or wrong. vilu does not need these warnings, because
+    vilu checks the weights and raises an error.
     """
     token = _is_quiet.set(True)
     try:
@@ -59,7 +59,7 @@ _is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
 
 
 class _QuietCategory(type):
-    """Metaclass of a category of warnings.
+    """Metaclass for a warning category.
 
     In a quiet thread every warning belongs to this category, in any other thread no warning does.
     """
@@ -69,14 +69,14 @@ class _QuietCategory(type):
 
 
 class _QuietThreadWarning(Warning, metaclass=_QuietCategory):
-    """The category in the warning filter, to find the warnings of quiet threads."""
+    """The category in the warning filter, to find warnings from quiet threads."""
 
 
 @contextmanager
 def _hook_warnings() -> Iterator[None]:
-    """Within the block, ignore the warnings of quiet threads."""
+    """Ignore warnings from quiet threads within the block."""
     filters = cast("list[object]", warnings.filters)
-    # action, message, category, module and line; None and 0 match everything
+    # action, message, category, module and line, where None and 0 match everything
     ignore_filter = ("ignore", None, _QuietThreadWarning, None, 0)
     filters.insert(0, ignore_filter)
     try:
@@ -87,12 +87,12 @@ def _hook_warnings() -> Iterator[None]:
 
 
 BELOW_ALL_HANDLERS = -1
-"""Log level below the levels of all handlers, so no handler shows a record of this level."""
+"""Log level below all handlers' levels, so no handler shows a record with this level."""
 
 
 @contextmanager
 def _hook_logging() -> Iterator[None]:
-    """Within the block, drop log records below ERROR from quiet threads."""
+    """Drop log records below ERROR from quiet threads within the block."""
     previous_factory = logging.getLogRecordFactory()  # the factory to replace
     basic_config = logging.basicConfig
 
@@ -118,14 +118,14 @@ def _hook_logging() -> Iterator[None]:
 
 
 TRANSFORMERS_BARS = "transformers.utils.logging"
-"""Module of transformers with progress bars."""
+"""The transformers module with progress bars."""
 HUB_BARS = "huggingface_hub.utils.tqdm"
-"""Module of the hub client with progress bars."""
+"""The hub client's module with progress bars."""
 
 
 @contextmanager
 def _hook_transformers_bars() -> Iterator[None]:
-    """Within the block, hide the progress bars of transformers in quiet threads."""
+    """Hide the progress bars of transformers in quiet threads within the block."""
     bars = importlib.import_module(TRANSFORMERS_BARS)
 
     def make_bar(
@@ -146,7 +146,7 @@ def _hook_transformers_bars() -> Iterator[None]:
 
 @contextmanager
 def _hook_hub_bars() -> Iterator[None]:
-    """Within the block, hide the progress bars of the hub client in quiet threads."""
+    """Hide the hub client's progress bars in quiet threads within the block."""
     bars = importlib.import_module(HUB_BARS)
     are_bars_disabled = bars.are_progress_bars_disabled
 
@@ -158,14 +158,14 @@ def _hook_hub_bars() -> Iterator[None]:
 
 
 HUB_CONSTANTS = "huggingface_hub.constants"
-"""Module of the hub client with the constant for offline use."""
+"""The hub client's module with the constant for offline use."""
 
 _is_offline: ContextVar[bool] = ContextVar("is_offline", default=False)
 """Whether the current thread is in an ``offline_hub`` block."""
 
 
 class _OfflineSwitch:
-    """A value: true in offline threads, equal to ``usual_value`` in all other threads."""
+    """A value: true in offline threads, equal to ``usual_value`` in online threads."""
 
     def __init__(self, usual_value: object) -> None:
         self.usual_value = usual_value
@@ -176,9 +176,9 @@ class _OfflineSwitch:
 
 @contextmanager
 def _hook_hub_offline() -> Iterator[None]:
-    """Within the block, let the hub client ask whether the current thread is offline."""
-    # At import, the client sets this constant from the environment variable of the same name. The
-    # client reads the constant at every request.
+    """Make the hub client ask, within the block, whether the current thread is offline."""
+    # At import, the client sets this constant from the environment variable with the constant's
+    # name. The client reads the constant at every request.
     hub_constants: Any = importlib.import_module(HUB_CONSTANTS)
     offline_switch = _OfflineSwitch(hub_constants.HF_HUB_OFFLINE)
     hub_constants.HF_HUB_OFFLINE = offline_switch
@@ -218,7 +218,7 @@ SILENCING_HOOKS = {
     TRANSFORMERS_BARS: _SharedContext(_hook_transformers_bars),
     HUB_BARS: _SharedContext(_hook_hub_bars),
 }
-"""Maps the name of a module to the context that silences the module in quiet threads."""
+"""Maps a module name to the context that silences the module in quiet threads."""
 
 
 _OFFLINE_HOOK = _SharedContext(_hook_hub_offline)
@@ -226,10 +226,10 @@ _OFFLINE_HOOK = _SharedContext(_hook_hub_offline)
 
 @contextmanager
 def offline_hub() -> Iterator[None]:
-    """Within the block, keep the client of the hub from the network in this thread.
+    """Keep the hub client from the network in this thread within the block.
 
-    Other threads are not affected. Libraries have an argument ``local_files_only`` for this, but
-    open_clip lacks the argument.
+    Threads outside such a block are not affected. Libraries have an argument ``local_files_only``
+    for this purpose, but open_clip lacks the argument.
     """
     token = _is_offline.set(True)
     try:
@@ -253,7 +253,7 @@ def temporarily_set(target: object, **values: object) -> Iterator[None]:
 
 
 def is_hub_reachable() -> bool:
-    """Whether the hub may be used (no HF_HUB_OFFLINE) and accepts a connection in time."""
+    """Return whether the hub may be used (no HF_HUB_OFFLINE) and accepts a connection in time."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -268,46 +268,55 @@ def is_hub_reachable() -> bool:
 
 
 def _accepts_connection(host: str | None, port: int) -> bool:
-    """Whether a server accepts a connection in time."""
+    """Return whether a server accepts a connection in time."""
     try:
         with socket.create_connection((host, port), timeout=CONNECT_SECONDS):
             return True
-    except OSError:
+    except (OSError, UnicodeError):  # UnicodeError: the host is no valid name
         return False
 
 
-def start_ray(**local_options: object) -> None:
-    """Join the Ray cluster at ``RAY_ADDRESS``. Without this variable, start Ray on this machine.
+def start_ray(**local_options: object) -> bool:
+    """Join the Ray cluster at ``RAY_ADDRESS``. Without a cluster, start Ray on this machine.
 
     Args:
-        local_options: Options of ``ray.init`` for a Ray on this machine.
+        local_options: Options for ``ray.init``, if Ray starts on this machine.
+
+    Returns:
+        Whether a cluster was joined.
 
     Raises:
         MissingModelError: If Ray is not installed.
-        UsageError: If no cluster answers at ``RAY_ADDRESS``, or if Ray cannot start.
+        UsageError: If the cluster does not answer, or if Ray cannot start.
     """
     ray = import_extra("ray", "ray")
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
+    address = ray_cluster()
+    options: dict[str, object] = {"address": "local", **local_options}
+    failure = "Ray does not start on this machine"
+    if address is not None:
         _require_ray_cluster(address)
-        options: dict[str, object] = {"address": address}
-    else:
-        options = {"address": "local", **local_options}
+        options = {"address": address}
+        failure = f"Ray cannot join the cluster at RAY_ADDRESS={address}"
     try:
         with suppress_messages():
-            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                **options,
+                ignore_reinit_error=True,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except (ValueError, RuntimeError, OSError) as error:
-        place = f"is not found at RAY_ADDRESS={address}" if address else "does not start here"
         raise UsageError(
-            f"Ray {place}: {error}. Set RAY_ADDRESS to a running cluster, or give another executor."
+            f"{failure}: {error}. Set RAY_ADDRESS to a running cluster, or give another executor."
         ) from error
+    return address is not None
 
 
 def _require_ray_cluster(address: str) -> None:
     """Raise UsageError if ``address`` is a host and a port, and no server is there."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in address:
-        return  # another form, such as "auto"; Ray knows its forms
+        return  # not host and port, but a form that only Ray knows, such as "auto"
     if not _accepts_connection(host.strip("[]"), int(port)):
         raise UsageError(
             f"no Ray cluster answers at RAY_ADDRESS={address}. Start one there (ray start --head), "

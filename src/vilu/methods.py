@@ -1,10 +1,10 @@
-"""All methods by the names of the classes: ``from vilu.methods import MCM, ViLUPlus``.
+"""All methods by class name: ``from vilu.methods import MCM, ViLUPlus``.
 
-The names come from the catalogue of methods. The catalogue also has the methods of other
-distributions and all registered methods. A class is imported on first use. ``dir(vilu.methods)``
-imports no class. If two classes have the same name, the class of vilu is taken.
+The names come from the catalogue of methods. The catalogue also has all registered methods, and
+methods that other distributions add. A class is imported on first use. ``dir(vilu.methods)``
+imports no class. If two classes have the same name, vilu's class is taken.
 
-For a type checker every name of this module is ``Any``, because the catalogue is only known at run
+For a type checker every name in this module is ``Any``, because the catalogue is only known at run
 time. Classes in ``vilu`` itself, such as ``vilu.MCM``, have types.
 
 Examples:
@@ -25,7 +25,7 @@ from vilu.errors import did_you_mean
 from vilu.registry import METHODS, METHODS_OF_TABLES, entry_points, load_plugins
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - every method has a class of its own
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - every method has a separate class
     if name.startswith("__"):  # the import system and tools ask for such names
         raise AttributeError(f"module 'vilu.methods' has no attribute {name!r}")
     method_of_class = _methods_by_class()
@@ -42,13 +42,13 @@ def __dir__() -> list[str]:
 
 
 def _methods_by_class() -> dict[str, str]:
-    """Map the name of every class to the name of the method, without importing the classes."""
-    importlib.import_module("vilu.predictors")  # puts the methods of vilu into the catalogue
+    """Map every class name to the method's name, without importing the classes."""
+    importlib.import_module("vilu.predictors")  # puts vilu's methods into the catalogue
     load_plugins()
-    # maps the name of a method to "module:class"
+    # maps a method's name to "module:class"
     addresses = {**METHODS.addresses, **METHODS_OF_TABLES}
     for entry in entry_points(METHODS.group):
-        addresses.setdefault(entry.name, entry.value)  # does not replace a method of vilu
+        addresses.setdefault(entry.name, entry.value)  # does not replace a vilu method
     # if two methods have the same class name, the first method stays
     method_of_class: dict[str, str] = {}
     for method, address in addresses.items():

@@ -1,4 +1,4 @@
-"""Progress reports of long work, independent of the display.
+"""Progress reports for long work, independent of the display.
 
 By default nothing is shown. The command line installs a reporter with a progress bar.
 """
@@ -15,14 +15,14 @@ class Task(Protocol):
     """A piece of work in progress."""
 
     def advance(self, steps: float, note: str = "") -> None:
-        """Report that ``steps`` more steps are done; ``note`` replaces the previous note."""
+        """Report that ``steps`` more steps are done. ``note`` replaces the previous note."""
 
 
 class Reporter(Protocol):
     """An object that shows the progress of tasks."""
 
     def start(self, description: str, total: float | None, unit: str) -> Task:
-        """Start a task of ``total`` steps; None for an unknown number of steps."""
+        """Start a task with ``total`` steps. None stands for an unknown number of steps."""
 
     def finish(self, task: Task) -> None:
         """Finish a task, also after an exception."""
@@ -57,7 +57,7 @@ def reporting(reporter: Reporter) -> Iterator[None]:
 
 @contextmanager
 def track(description: str, total: float | None, unit: str) -> Iterator[Task]:
-    """Start a task at the beginning of the block, and finish it at the end of the block."""
+    """Start a task at the block's beginning, and finish the task at the block's end."""
     reporter = _reporter.get() or SilentProgress()
     task = reporter.start(description, total, unit)
     try:

@@ -1,4 +1,4 @@
-"""Registration of methods, metrics, data sets and backbones from outside of this package.
+"""Registration of methods, metrics, data sets and backbones from outside this package.
 
 ``register`` adds an object in the current process. An entry point or a plugin adds an object in
 every process.
@@ -27,23 +27,23 @@ Added = TypeVar("Added")
 logger = logging.getLogger(__name__)
 
 REGISTER_FUNCTIONS: dict[str, Callable[[object], bool]] = {}
-"""Maps the description of a kind of objects to the function for registering such an object.
+"""Maps an object kind's description to the function for registering such an object.
 
-The function returns False if the object is of another kind. Every subpackage with a catalogue adds
-a function here.
+If the object is not of this kind, the function returns False. Every subpackage with a catalogue
+adds a function here.
 """
 
 FUNCTION_OF_SECTION = {"backbones": "vilu.backbones.catalog:add_tables"}
-"""Maps a section of TOML files to "module:function", the function that registers the tables.
+"""Maps a section in TOML files to "module:function", the function that registers the tables.
 
-Entry points of the group ``SECTION_GROUP`` add further sections.
+Entry points in the group ``SECTION_GROUP`` add further sections.
 """
 
 SECTION_GROUP = "vilu.sections"
-"""Group of entry points NAME = "module:function", each for the section [NAME.…] of TOML files."""
+"""Group of entry points NAME = "module:function", each for the section [NAME.…] in TOML files."""
 
 MAX_TOML_BYTES = 2**22
-"""Maximum size of a TOML file in bytes."""
+"""A TOML file's maximum size in bytes."""
 PLUGINS_VARIABLE = "VILU_PLUGINS"
 """Environment variable with comma-separated names of modules to import in every process."""
 
@@ -54,25 +54,25 @@ IMPORTED_PLUGINS: list[str] = []
 def register(thing: Added) -> Added:
     """Register a method, metric, data set or backbone by its name in this process.
 
-    Afterwards the object can be listed, used, evaluated and benchmarked like the objects of vilu.
+    Afterwards the object can be listed, used, evaluated and benchmarked like vilu's objects.
     ``register`` returns the argument, so ``register`` can be a decorator. There are two ways to
     register an object in all processes (commands and workers):
 
     - Pass ``--plugin MODULE`` to import a module with a call of this function.
-    - Install a distribution with an entry point. The name of the entry point is the name of the
-      object. The groups are "vilu.predictors", "vilu.metrics", "vilu.datasets", "vilu.layouts",
+    - Install a distribution with an entry point. The entry point's name is the object's name. The
+      groups are "vilu.predictors", "vilu.metrics", "vilu.datasets", "vilu.layouts",
       "vilu.backbones" and "vilu.commands".
 
     Args:
-        thing: Any of the following: a subclass of ``FailurePredictor``; a
-            ``vilu.metrics.catalog.Metric`` with a name; a ``vilu.datasets.known.KnownDataset``; a
-            ``BackboneKind`` or ``NamedBackbone`` of ``vilu.backbones.catalog``; the path of a TOML
-            file with tables [datasets.NAME] and [backbones.NAME]. The tables have the keys of
+        thing: Any of the following: a subclass of ``FailurePredictor``, a
+            ``vilu.metrics.catalog.Metric`` with a name, a ``vilu.datasets.known.KnownDataset``, a
+            ``BackboneKind`` or ``NamedBackbone`` from ``vilu.backbones.catalog``, or the path to a
+            TOML file with tables [datasets.NAME] and [backbones.NAME]. The tables have the keys of
             ``assets/datasets.toml`` and ``assets/backbones.toml``.
 
     Raises:
-        UsageError: If the object cannot be registered, if a part of the object is missing, or if
-            the name is already in use.
+        UsageError: If the object cannot be registered, if a part is missing, or if the name is
+            already in use.
 
     Examples:
         >>> import vilu
@@ -96,7 +96,7 @@ def register(thing: Added) -> Added:
 
 
 def _register_file(path: Path) -> None:
-    """Register the tables of a TOML file."""
+    """Register the tables in a TOML file."""
     tables_by_section = toml_tables(path)
     function_of_section = dict(FUNCTION_OF_SECTION)
     for entry in entry_points(SECTION_GROUP):
@@ -115,7 +115,7 @@ def _register_file(path: Path) -> None:
 
 
 def read_toml_text(path: Path) -> str:
-    """Read a TOML file; UsageError for a large file (``MAX_TOML_BYTES``): parsing would be slow."""
+    """Read a TOML file. Raise UsageError over ``MAX_TOML_BYTES``, because parsing would be slow."""
     with path.open("rb") as file:
         content = file.read(MAX_TOML_BYTES + 1)
     if len(content) > MAX_TOML_BYTES:
@@ -126,7 +126,7 @@ def read_toml_text(path: Path) -> str:
 
 
 def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
-    """Parse a TOML file (a ``Path``) or TOML text (a ``str``); return tables by name."""
+    """Parse a TOML file (a ``Path``) or TOML text (a ``str``), and return the tables by name."""
     try:
         text = read_toml_text(source) if isinstance(source, Path) else source
         tables = tomllib.loads(text)
@@ -152,35 +152,35 @@ class Catalogue(MutableMapping[str, Added]):
     looked up, or when the catalogue is iterated. If the import fails, a lookup raises an error, but
     an iteration only logs a warning and leaves the entry point out.
 
-    The order is: objects of this package in the order of adding, then registered objects, then
-    objects of entry points by name. Earlier lookups do not change the order.
+    The order is: this package's objects in the order of adding, then registered objects, then
+    objects from entry points by name. Earlier lookups do not change the order.
     """
 
     def __init__(self, kind: str, group: str) -> None:
-        self.kind = kind  # kind of the objects, for messages
+        self.kind = kind  # what the objects are, for messages
         self.group = group  # group of entry points
         self.registered: dict[str, Added] = {}  # objects registered in this process
-        # maps the names of objects of this package, imported on first use, to "module:object"
+        # maps names of this package's objects, imported on first use, to "module:object"
         self.addresses: dict[str, str] = {}
         self._has_imported_all = False
-        self._entry_names: list[str] = []  # sorted names of the imported entry points
+        self._entry_names: list[str] = []  # the imported entry points' sorted names
 
     def names(self) -> list[str]:
-        """All names, without importing any entry point."""
+        """Return all names, without importing any entry point."""
         load_plugins()
         entry_names = sorted(entry.name for entry in self._entries())
         return self._in_order(entry_names)
 
     def _in_order(self, entry_names: Sequence[str]) -> list[str]:
-        """Names of this package, then registered names, then names of entry points."""
-        # an entry point is in ``registered``, too, after a lookup
+        """Return this package's names, then registered names, then names of entry points."""
+        # after a lookup, an entry point is in ``registered``, too
         registered_names = [name for name in self.registered if name not in entry_names]
         return list(dict.fromkeys([*self.addresses, *registered_names, *entry_names]))
 
     def add_addresses(self, addresses: Mapping[str, str]) -> None:
-        """Add objects of this package without importing them.
+        """Add objects from this package without importing the objects.
 
-        ``addresses`` maps the name of an object to "module:object".
+        ``addresses`` maps an object's name to "module:object".
         """
         self.addresses.update(addresses)
 
@@ -188,11 +188,12 @@ class Catalogue(MutableMapping[str, Added]):
         if name not in self.registered and name in self.addresses:
             self._import_object(name)
         if name not in self.registered:
-            load_plugins()
+            load_plugins()  # a plug-in may register the name
         if name not in self.registered:
-            entry = next((entry for entry in self._entries() if entry.name == name), None)
-            if entry is not None:
-                self._import_entry(entry)
+            for entry in self._entries():
+                if entry.name == name:
+                    self._import_entry(entry)
+                    break
         return self.registered[name]
 
     def __setitem__(self, name: str, thing: Added) -> None:
@@ -209,7 +210,7 @@ class Catalogue(MutableMapping[str, Added]):
         return iter([name for name in self._in_order(self._entry_names) if name in self.registered])
 
     def _import_all(self) -> None:
-        """Import all objects of the catalogue."""
+        """Import all objects in the catalogue."""
         for name in self.addresses:
             if name not in self.registered:
                 self._import_object(name)
@@ -224,7 +225,7 @@ class Catalogue(MutableMapping[str, Added]):
         self._entry_names = sorted(entry.name for entry in self._entries())
 
     def _import_object(self, name: str) -> None:
-        """Import an object of this package, and register it."""
+        """Import an object from this package, and register the object."""
         module, _, attribute = self.addresses[name].partition(":")
         imported_module = importlib.import_module(module)
         register(getattr(imported_module, attribute))
@@ -236,10 +237,10 @@ class Catalogue(MutableMapping[str, Added]):
         return entry_points(self.group)
 
     def _import_entry(self, entry: EntryPoint) -> None:
-        """Import the object of an entry point, and register it."""
+        """Import an entry point's object, and register the object."""
         imported_object = register_entry(entry, self.kind)
-        # If the entry point is the path of a TOML file, the object with this name was made from a
-        # table of the file. So this object cannot equal ``imported_object``.
+        # If the entry point is a TOML file's path, the object with this name was made from a table
+        # in the file. So this object cannot equal ``imported_object``.
         is_file = isinstance(imported_object, str | os.PathLike)
         object_of_name = self.registered.get(entry.name)
         is_same = is_file or object_of_name == imported_object
@@ -249,7 +250,7 @@ class Catalogue(MutableMapping[str, Added]):
 
 
 def entry_points(group: str) -> list[EntryPoint]:
-    """The entry points of a group, from all distributions of this environment."""
+    """Return a group's entry points, from all distributions in this environment."""
     from importlib import metadata  # imported here to keep `import vilu` fast
 
     return list(metadata.entry_points(group=group))
@@ -257,7 +258,7 @@ def entry_points(group: str) -> list[EntryPoint]:
 
 @cache
 def names_of_bench() -> dict[str, list[str]]:
-    """Map each group of entry points to the names added by vilu-bench, installed or not."""
+    """Map each entry point group to the names that vilu-bench adds, installed or not."""
     package = resources.files("vilu")
     file = package.joinpath("assets", "bench.toml")
     text = file.read_text(encoding="utf-8")
@@ -265,7 +266,7 @@ def names_of_bench() -> dict[str, list[str]]:
 
 
 def refuse_name_of_bench(group: str, name: str) -> None:
-    """Raise MissingModelError if only vilu-bench adds a name to a group of entry points.
+    """Raise MissingModelError if only vilu-bench adds a name to an entry point group.
 
     This function is called for a name missing in all installed packages.
     """
@@ -277,21 +278,21 @@ def refuse_name_of_bench(group: str, name: str) -> None:
 
 
 def load_entry(entry: EntryPoint, kind: str) -> Any:  # noqa: ANN401 - any object
-    """Import the object of an entry point; ``kind`` is the kind of the object, for messages.
+    """Import an entry point's object. ``kind`` says in messages what the object is.
 
     Raises:
         UsageError: If the object cannot be imported. The message names a missing package.
     """
     try:
         return entry.load()
-    # The import runs code of another package, and may raise any exception. The new error names the
-    # distribution of this package.
+    # The import runs code from outside vilu, and may raise any exception. The new error names the
+    # distribution with this code.
     except Exception as error:
         raise _import_error(entry, kind, error) from error
 
 
 def register_entry(entry: EntryPoint, kind: str) -> Any:  # noqa: ANN401 - any object
-    """Import the object of an entry point and register it; UsageError if this is impossible."""
+    """Import an entry point's object and register the object. Raise UsageError if this fails."""
     imported_object = load_entry(entry, kind)
     try:
         return register(imported_object)
@@ -300,7 +301,7 @@ def register_entry(entry: EntryPoint, kind: str) -> Any:  # noqa: ANN401 - any o
 
 
 def _import_error(entry: EntryPoint, kind: str, error: Exception) -> UsageError:
-    """The error for an entry point that cannot be imported; names a missing package."""
+    """Make the error for an entry point that cannot be imported. Name a missing package."""
     message = f"{_entry_in_words(entry, kind)} cannot be imported: {type(error).__name__}: {error}"
     package, *_ = re.split("[.:]", entry.value)  # the value is "package.module:object"
     if isinstance(error, ModuleNotFoundError) and error.name == package:
@@ -309,7 +310,7 @@ def _import_error(entry: EntryPoint, kind: str, error: Exception) -> UsageError:
 
 
 def _entry_in_words(entry: EntryPoint, kind: str) -> str:
-    """Text with the name, the distribution and the value of an entry point."""
+    """Return a text with an entry point's name, distribution and value."""
     distribution = entry.dist.name if entry.dist else "?"
     return f"the {kind} {entry.name!r} of {distribution} ({entry.value})"
 
@@ -317,7 +318,7 @@ def _entry_in_words(entry: EntryPoint, kind: str) -> str:
 def load_plugin(module: str) -> None:
     """Import a module that calls ``register``.
 
-    Worker processes of this process import the module, too.
+    This process's workers import the module, too.
 
     Raises:
         UsageError: If the module cannot be imported, or raises any exception.
@@ -330,8 +331,8 @@ def load_plugin(module: str) -> None:
         importlib.import_module(module)
     except ImportError as error:
         raise UsageError(f"the plugin {module!r} cannot be imported: {error}.") from error
-    # The import runs code of other people, and may raise any exception. A new error repeats the
-    # exception in a sentence with the name of the plugin.
+    # The import runs code from outside vilu, and may raise any exception. A new error repeats the
+    # exception in a sentence with the plugin's name.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UsageError(f"the plugin {module!r} failed at its import: {reason:.300}.") from error
@@ -340,13 +341,13 @@ def load_plugin(module: str) -> None:
 
 
 def load_plugins() -> None:
-    """Import all plugins of this process, unless imported already."""
+    """Import all of this process's plugins, unless imported already."""
     for module in plugins():
         load_plugin(module)
 
 
 def plugins() -> list[str]:
-    """Names of the plugins of this process, from ``VILU_PLUGINS`` and from ``load_plugin``."""
+    """Return the names of this process's plugins, from ``VILU_PLUGINS`` and ``load_plugin``."""
     joined_names = os.environ.get(PLUGINS_VARIABLE, "")
     modules_of_user = [name for name in joined_names.split(",") if name]
     return list(dict.fromkeys([*modules_of_user, *IMPORTED_PLUGINS]))
@@ -355,7 +356,7 @@ def plugins() -> list[str]:
 METHODS = Catalogue[Any]("method", "vilu.predictors")
 """All methods by name, for modules that must not import the methods.
 
-``vilu.predictors.contract.catalogue.PREDICTORS`` is the same catalogue, with types.
+``vilu.predictors.contract.catalogue.PREDICTORS`` is this catalogue, with types.
 """
 
 METHODS_OF_TABLES = {
@@ -363,4 +364,4 @@ METHODS_OF_TABLES = {
     "answer_probe": "vilu.tables.methods:AnswerProbe",
     "answer_score": "vilu.tables.methods:AnswerScore",
 }
-"""Maps each method for scoring tables of answers (not embeddings) to "module:class"."""
+"""Maps each method for scoring answer tables (not embeddings) to "module:class"."""

@@ -40,7 +40,7 @@ RISK_OF_CHOICE = 0.05
 """Zero-shot and adapted answers are compared at this risk if the target has no ``max_risk``."""
 
 CALIBRATION_FILES = (ROWS, LOOKS, LIKELY, VOCABULARY, RISK)
-"""Files of a calibration, in the order of copying.
+"""A calibration's files, in the order of copying.
 
 A folder with the file RISK counts as calibrated. RISK is the last file, so an incomplete copy does
 not count.
@@ -48,7 +48,7 @@ not count.
 
 
 class Selective(DecidingModel):
-    """A predictor with a calibration; it accepts answers or leaves them for review.
+    """A calibrated predictor: accepts answers or leaves answers for review.
 
     ``save`` writes the object into a folder, as ``vilu fit`` and ``vilu calibrate`` do, and
     ``vilu.load`` reads such a folder. ``vilu.score``, ``vilu.score_parts``, ``vilu.Guard``,
@@ -56,18 +56,17 @@ class Selective(DecidingModel):
     object in place of the folder.
 
     Args:
-        predictor: The method with all parameters. The object takes a copy of this predictor. The
-            copy keeps the fit unless ``answer`` differs from the answer of the predictor.
-        answer: Kind of answers to judge ("zero_shot", "adapted" or "given"). None: the answer of
-            the predictor. If this is the zero-shot answer and the method learns a posterior from
-            labels, ``calibrate`` chooses between zero-shot and adapted answers (``choose_answer``).
+        predictor: The method with all parameters. The object takes a copy. The copy keeps the fit
+            unless ``answer`` differs from the predictor's answer.
+        answer: Which answers to judge ("zero_shot", "adapted" or "given"). None: the predictor's
+            answer. If that is the zero-shot answer and the method learns a posterior from labels,
+            ``calibrate`` chooses between zero-shot and adapted answers (``choose_answer``).
 
     Attributes:
-        predictor: The predictor; after ``calibrate`` with the calibrated probability of failure.
-        calibration: The calibration; None before ``calibrate``.
-        choice: The chosen kind of answers, and the reason; None if there was no choice.
-        vocabulary: The classes of the calibration rows; None before ``calibrate``, and for
-            captions.
+        predictor: The predictor. After ``calibrate``, with the calibrated failure probability.
+        calibration: The calibration. None before ``calibrate``.
+        choice: Which answers were chosen to judge, and the reason. None if there was no choice.
+        vocabulary: The calibration rows' classes. None before ``calibrate``, and for captions.
 
     Raises:
         UsageError: If the answer is "adapted" and the method computes no posterior.
@@ -101,15 +100,15 @@ class Selective(DecidingModel):
         self.calibration: Calibration | None = None
         self.choice: AnswerChoice | None = None
         self._chooses_answer = answer is None and predictor.answer == "zero_shot"
-        # The rows of the fit, and the unlabelled rows of the fit, until the kind of answers is
-        # chosen.
+        # The labelled and the unlabelled rows that ``fit`` got, until ``calibrate`` has chosen
+        # which answers to judge.
         self._fit_data: tuple[EmbeddingSource, EmbeddingSource | None] | None = None
         self.vocabulary: Vocabulary | None = None
         self._folder: Path | None = None
 
     @property
     def decides_by(self) -> Calibration | None:
-        """The calibration; None before ``calibrate``."""
+        """The calibration. None before ``calibrate``."""
         return self.calibration
 
     def __repr__(self) -> str:
@@ -167,23 +166,23 @@ class Selective(DecidingModel):
         dataset: str | None = None,
         split: str | None = None,
     ) -> Self:
-        """Learn a rule, label sets and the probability of failure, as ``vilu calibrate`` does.
+        """Learn a rule, label sets and the failure probability, as ``vilu calibrate`` does.
 
-        In place of ``target``, the fields of a target may be given: the arguments from ``max_risk``
-        to ``largest_cluster``.
+        In place of ``target``, a target's fields may be given: the arguments from ``max_risk`` to
+        ``largest_cluster``.
 
         Args:
-            data: Labelled rows not used in the fit; for "anytime" the store given to
+            data: Labelled rows not used in the fit. For "anytime", the store given to
                 ``next_labels``.
             target: The guarantee to reach.
             max_risk: Largest share of wrong answers among the accepted answers.
             min_coverage: Smallest share of answers to accept.
-            confidence: Confidence of the guarantee.
+            confidence: The guarantee's confidence.
             method: "ltt", "crc" or "selection" if all labels are there, or "anytime" for labels
                 chosen by ``next_labels``. With "anytime", ``calibrate`` may be called again after
                 every label.
             per_class: Whether every predicted class has a separate threshold.
-            label_sets: "lac" or "aps"; None: no label sets.
+            label_sets: "lac" or "aps". None: no label sets.
             max_miss: Largest share of label sets without the right label.
             outside_share: Expected share of pictures outside all classes.
             class_shares: Expected share of each class among the pictures inside a class.
@@ -191,15 +190,15 @@ class Selective(DecidingModel):
             largest_cluster: For "ratio": rows of larger clusters are left for review.
             labels: For "anytime": all files of ``next_labels``, filled in.
             seed: For "anytime": the seed of ``next_labels``.
-            dataset: Name of the data set; not for "anytime", because the store has a name.
-            split: Name of the part of the data set; not for "anytime".
+            dataset: The data set's name. Not for "anytime", because the store has a name.
+            split: The split's name in the data set. Not for "anytime".
 
         Raises:
             UsageError: If ``target`` and all fields are missing, if both ``target`` and fields are
                 given, or if the target is not possible.
             NotFittedError: If the predictor needs ``fit`` first.
             DataError: If more than 1 % of the rows were used in the fit.
-            InfeasibleError: If the target cannot be reached; the message says what is missing.
+            InfeasibleError: If the target cannot be reached. The message says what is missing.
 
         Examples:
             >>> import numpy as np, vilu
@@ -248,7 +247,7 @@ class Selective(DecidingModel):
     def _calibrate_by_labels(
         self, data: EmbeddingSource, target: Target, labels: Sequence[str | Path], seed: int
     ) -> None:
-        """Calibrate the predictor in the folder by labels of rows chosen by ``next_labels``."""
+        """Calibrate the predictor in the folder by labels for rows chosen by ``next_labels``."""
         if not isinstance(data, EmbeddingStore):
             raise UsageError(
                 "anytime takes the store that next_labels has chosen rows of. `vilu embed` and "
@@ -270,7 +269,7 @@ class Selective(DecidingModel):
             )
         except ViLUError:
             was_removed = Calibration.find(self.folder) is None
-            if was_removed:  # because a label of the calibration has changed
+            if was_removed:  # because a calibration label has changed
                 self.predictor = load_predictor(self.folder)
                 self.calibration = None
                 self.vocabulary = None
@@ -289,24 +288,24 @@ class Selective(DecidingModel):
         per_class: bool = False,
         overwrite: bool = False,
     ) -> Path:
-        """Choose the rows of a store to label next, and write a CSV to fill in, as ``vilu next``.
+        """Choose which rows in a store to label next, and write a CSV to fill in, as ``vilu next``.
 
         Half of the rows are for a fit. The second half is for a guarantee, by ``calibrate`` with
         the method "anytime". This half is drawn from the answers that could be accepted. The first
-        call fixes the kind of answers to judge.
+        call fixes which answers are judged.
 
         Args:
-            store: The rows; labels in the store are used, too.
+            store: The rows. Labels in the store are used, too.
             output: The file, .csv. The column ``label`` is empty.
             n: Number of rows.
-            max_risk: Upper limit of the error rate for the guarantee.
-            labels: Files of earlier calls, filled in.
-            seed: Seed of the split into rows to fit on and rows for the guarantee.
+            max_risk: The error rate's upper limit for the guarantee.
+            labels: Files from earlier calls, filled in.
+            seed: Seed for the split into rows to fit on and rows for the guarantee.
             per_class: Whether every predicted class gets a separate guarantee.
             overwrite: Whether an earlier file may be replaced.
 
         Returns:
-            The path of the file.
+            The file's path.
 
         Raises:
             UsageError: If the output is among ``labels`` or exists already, or if the predictor
@@ -359,23 +358,23 @@ class Selective(DecidingModel):
         dataset: str | None = None,
         split: str | None = None,
     ) -> Outcomes:
-        """Answers, probabilities of failure and decisions about every row of ``data``.
+        """Return answers, failure probabilities and decisions about every row in ``data``.
 
         Args:
-            data: Embeddings; or only image embeddings (N, D), with the classes of the calibration
-                as candidates. A tensor is scored on the device of the tensor. Only results are
-                copied to the CPU: a few numbers per row, and for label sets (N, K) probabilities.
-                Embeddings are not copied, so rows on a GPU are not recognised as rows of the fit or
-                as equal pictures.
-            dataset: Name of the data set.
-            split: Name of the part of the data set.
+            data: Embeddings, or only image embeddings (N, D), with the calibration's classes as
+                candidates. A tensor is scored on the tensor's device. Only results are copied to
+                the CPU: a few numbers per row, and for label sets (N, K) probabilities. Embeddings
+                are not copied, so rows on a GPU are not recognised as rows used in the fit or as
+                equal pictures.
+            dataset: The data set's name.
+            split: The split's name in the data set.
 
         Raises:
             UsageError: If the model is not calibrated, or if ``data`` are bare image embeddings and
                 the model has no classes.
             DataError: If there is no row, or if a shape is wrong.
-            ProvenanceError: If the embedding space or the candidates of the rows differ from the
-                calibration.
+            ProvenanceError: If the rows' embedding space or candidates differ from the
+                calibration's.
 
         Examples:
             >>> import numpy as np, vilu
@@ -402,10 +401,10 @@ class Selective(DecidingModel):
 
     @checked
     def predict_uncertainty(self, data: EmbeddingSource | RowsLike) -> NDArray[np.float64] | Tensor:
-        """Uncertainty (N,) of every row, as ``FailurePredictor.predict_uncertainty``.
+        """Return every row's uncertainty (N,), as ``FailurePredictor.predict_uncertainty``.
 
-        The candidates of bare image embeddings (N, D) are the classes of the calibration. For a
-        tensor, the result is a tensor on the same device.
+        For bare image embeddings (N, D), the candidates are the calibration's classes. For a
+        tensor, the result is a tensor on the tensor's device.
 
         Examples:
             >>> import numpy as np, vilu
@@ -426,7 +425,7 @@ class Selective(DecidingModel):
 
     @checked
     def predict_failure_probability(self, data: EmbeddingSource | RowsLike) -> NDArray[np.float64]:
-        """Probability of failure (N,) of every row as an array, calibrated by ``calibrate``.
+        """Return every row's failure probability (N,) as an array, calibrated by ``calibrate``.
 
         Examples:
             >>> import numpy as np, vilu
@@ -443,7 +442,7 @@ class Selective(DecidingModel):
         return self.predictor.predict_failure_probability(source)
 
     def _source_of(self, data: EmbeddingSource | RowsLike) -> EmbeddingSource:
-        """The data; bare image embeddings get the classes of the calibration."""
+        """Return the data as a source. Bare image embeddings get the calibration's classes."""
         if isinstance(data, EmbeddingSource):
             return data
         if self.predictor.takes == "answers":
@@ -457,7 +456,7 @@ class Selective(DecidingModel):
 
     @checked
     def save(self, folder: str | Path) -> str:
-        """Write the same folder as ``vilu calibrate``; return the fingerprint of the predictor.
+        """Write a folder as ``vilu calibrate`` does, and return the predictor's fingerprint.
 
         Raises:
             UsageError: If the model is not calibrated, or if the folder holds something else.
@@ -510,7 +509,7 @@ class Selective(DecidingModel):
         return model
 
     def _choose_answer(self, max_risk: float) -> None:
-        """Choose the kind of answers to judge, once after every fit."""
+        """Choose which answers to judge, once after every fit."""
         if self._fit_data is None:
             return
         train, unlabelled = self._fit_data
@@ -554,7 +553,7 @@ def _refuse_unused_arguments(method: Method, *, has_labels: bool, has_name: bool
 
 
 def _copy_calibration(source: Path, destination: Path) -> None:
-    """Copy the files of a calibration between folders, in the order of ``CALIBRATION_FILES``."""
+    """Copy a calibration's files between folders, in the order of ``CALIBRATION_FILES``."""
     for name in CALIBRATION_FILES:
         if (source / name).is_file():
             with convert_os_errors(f"cannot read {source / name}"):
@@ -572,8 +571,8 @@ def load(folder: str | Path) -> FailurePredictor | Selective:
 
     Raises:
         DataError: If the folder holds no predictor, or a damaged predictor or calibration.
-        ProvenanceError: If the files have the schema of another version of vilu, or do not belong
-            together.
+        ProvenanceError: If the files' schema is from a different vilu version, or the files do not
+            belong together.
 
     Examples:
         >>> import tempfile, numpy as np, vilu

@@ -1,4 +1,4 @@
-"""A classifier of scikit-learn that accepts answers or leaves them for review."""
+"""A scikit-learn classifier that accepts answers or leaves answers for review."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ REVIEW: Final = None
 """Value of ``predict_or_review`` for an answer left for review."""
 
 
-# scikit-learn has no type hints. So mypy sees its classes as Any, but allows no base class Any.
+# scikit-learn has no type hints. So mypy sees scikit-learn's classes as Any, but allows no base
+# class Any.
 class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """Classifier that accepts answers of a wrapped classifier, with a guaranteed error rate.
+    """Classifier that accepts a wrapped classifier's answers, with a guaranteed error rate.
 
     ``fit`` sets a part of the rows aside for calibration, and fits the estimator on the remaining
-    rows. On the calibration part, ``fit`` certifies a threshold of the uncertainty 1 - max_c p_c by
-    "ltt" (``vilu.certify``). With probability ``confidence`` over the draw of this part, at most
-    the share ``max_risk`` of the accepted answers is wrong. If no threshold can be certified,
+    rows. On the calibration part, ``fit`` certifies a threshold for the uncertainty 1 - max_c p_c
+    by "ltt" (``vilu.certify``). With probability ``confidence`` over how this part is drawn, at
+    most the share ``max_risk`` of the accepted answers is wrong. If no threshold can be certified,
     nothing is accepted, and a warning gives the reason.
 
     Args:
-        estimator: A classifier with ``predict_proba``. A clone of the classifier is fitted.
+        estimator: A classifier with ``predict_proba``. A clone is fitted.
         max_risk: Largest share of wrong answers among the accepted answers, in (0, 1).
-        confidence: Confidence of the guarantee, in (0, 1).
-        calibration_size: Share of the rows of every class to set aside, in (0, 1).
-        prefit: Whether the estimator is fitted already. Then all rows of ``fit`` are for
+        confidence: The guarantee's confidence, in (0, 1).
+        calibration_size: Share of each class's rows to set aside, in (0, 1).
+        prefit: Whether the estimator is fitted already. Then all rows given to ``fit`` are for
             calibration, and the estimator must not have been fitted on these rows.
-        random_state: Seed or generator for the choice of the calibration rows. None: other rows in
-            every fit; NumPy's global generator is not used.
+        random_state: Seed or generator for choosing the calibration rows. None: every fit draws
+            different rows. NumPy's global generator is not used.
 
     Attributes:
         estimator_: The fitted estimator.
         classes_: The classes.
-        rule_: The ``vilu.Rule`` for accepting answers; None if there was no row to calibrate on.
+        rule_: The ``vilu.Rule`` for accepting answers. None if there was no row to calibrate on.
         n_features_in_: Number of features, if the estimator has this attribute.
-        feature_names_in_: Names of the features, if the estimator has this attribute.
+        feature_names_in_: The feature names, if the estimator has this attribute.
 
     Raises:
         UsageError: If the estimator has no ``predict_proba``, or a parameter is out of range.
@@ -87,7 +88,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         self.random_state = random_state
 
     def __sklearn_tags__(self) -> Tags:
-        """Tags of scikit-learn: the same inputs and classes are allowed as for the estimator."""
+        """Return scikit-learn's tags: the estimator's inputs and classes are allowed."""
         tags = super().__sklearn_tags__()
         estimator_tags = get_tags(self.estimator)
         tags.input_tags = estimator_tags.input_tags
@@ -98,7 +99,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         """Fit the estimator on a part of the rows, and certify a threshold on the remaining rows.
 
         Warns:
-            UserWarning: If no threshold can be certified; the warning says what is missing.
+            UserWarning: If no threshold can be certified. The warning says what is missing.
         """
         self._check_parameters()
         X, labels = _checked_rows(X, y)
@@ -130,7 +131,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
             )
 
     def _certified_rule(self, X: Any, labels: NDArray[Any]) -> Rule | None:  # noqa: ANN401
-        """The rule from the calibration rows; None if there are no calibration rows."""
+        """Make the rule from the calibration rows. Return None if there are no calibration rows."""
         if not len(labels):
             warn_caller(
                 "nothing is accepted: no row is left for calibration. Give more rows of each class."
@@ -146,32 +147,32 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         return rule
 
     def predict_proba(self, X: Any) -> Floats:  # noqa: ANN401
-        """Probabilities (N, C) of the classes, by the estimator."""
+        """Return the estimator's class probabilities (N, C)."""
         check_is_fitted(self)
         probabilities: Floats = self.estimator_.predict_proba(X)
         return probabilities
 
     def predict(self, X: Any) -> NDArray[Any]:  # noqa: ANN401
-        """The likeliest class (N,) of every row, whether this answer is accepted or not."""
+        """Return every row's likeliest class (N,), whether this answer is accepted or not."""
         class_index = self.predict_proba(X).argmax(axis=1)
         likeliest: NDArray[Any] = self.classes_[class_index]
         return likeliest
 
     def predict_uncertainty(self, X: Any) -> Floats:  # noqa: ANN401
-        """Uncertainty (N,) of every row: 1 - max_c p_c."""
+        """Return every row's uncertainty (N,): 1 - max_c p_c."""
         largest_probability = self.predict_proba(X).max(axis=1)
         uncertainty: Floats = 1 - largest_probability.astype(np.float64)
         return uncertainty
 
     def accept(self, X: Any) -> NDArray[np.bool_]:  # noqa: ANN401
-        """Mask (N,) of the rows with accepted answers."""
+        """Return a mask (N,), True for the rows with accepted answers."""
         uncertainty = self.predict_uncertainty(X)
         if self.rule_ is None:
             return np.zeros(len(uncertainty), np.bool_)
         return self.rule_.accept(uncertainty)
 
     def predict_or_review(self, X: Any) -> NDArray[np.object_]:  # noqa: ANN401
-        """The class (N,) of every accepted row, and ``REVIEW`` (None) for every rejected row."""
+        """Return (N,) answers: the class if the row is accepted, ``REVIEW`` (None) if rejected."""
         answers = self.predict(X).astype(object)
         answers[~self.accept(X)] = REVIEW
         return answers
@@ -182,16 +183,16 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         y: ArrayLike,
         sample_weight: ArrayLike | None = None,
     ) -> float:
-        """Accuracy of the answers about all rows, accepted or not.
+        """Compute the accuracy over all rows, accepted or not.
 
-        ``max_risk`` does not bound this number. It bounds the error rate of the accepted answers:
-        ``(model.predict(X) != y)[model.accept(X)].mean()``.
+        ``max_risk`` does not bound this number. ``max_risk`` bounds the accepted answers' error
+        rate: ``(model.predict(X) != y)[model.accept(X)].mean()``.
         """
         return float(super().score(X, y, sample_weight))
 
 
 def _checked_rows(X: Any, y: ArrayLike | None) -> tuple[Any, NDArray[Any]]:  # noqa: ANN401
-    """The checked rows, ready for indexing, and the checked classes (N,)."""
+    """Return the checked rows, ready for indexing, and the checked classes (N,)."""
     if y is None:
         raise UsageError(
             "SelectiveClassifier requires y to be passed, but the target y is None. Give the "
@@ -208,12 +209,12 @@ def _checked_rows(X: Any, y: ArrayLike | None) -> tuple[Any, NDArray[Any]]:  # n
 def _calibration_mask(
     labels: NDArray[Any], share: float, random_state: int | np.random.RandomState | None
 ) -> NDArray[np.bool_]:
-    """Mask (N,) of the rows for calibration, drawn at random from each class.
+    """Draw the rows for calibration at random from each class, and return their mask (N,).
 
-    ``share`` is the share of the rows of each class. The number of rows is rounded down.
+    ``share`` is the share of each class's rows. The number of rows is rounded down.
     """
     if random_state is None:
-        # With None, check_random_state would give the global generator of the process.
+        # With None, check_random_state would give the process's global generator.
         random_state = np.random.RandomState()
     generator = check_random_state(random_state)
     is_calibration = np.zeros(len(labels), np.bool_)

@@ -1,4 +1,4 @@
-"""Text for people: tables as aligned text, Markdown and LaTeX, and the escaping of cells."""
+"""Text for people: tables as aligned text, Markdown and LaTeX, and cells with escapes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 
 EMPTY_CELL = "-"  # cell without a number
-MAX_CELL_LENGTH = 120  # maximum number of characters in a cell of an aligned table
+MAX_CELL_LENGTH = 120  # maximum number of characters in an aligned table's cell
 # characters with a meaning in Markdown, and the replacements
 _MARKDOWN_ESCAPES = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "_": r"\_", "*": r"\*"})
 _LATEX_ESCAPES = str.maketrans(
@@ -40,7 +40,7 @@ def align_columns(lines: Sequence[Sequence[str]]) -> list[str]:
     """
     cells = [[to_terminal_text(cell) for cell in line] for line in lines]
     widths: list[int] = []
-    for column in zip(*cells, strict=True):  # the cells of each column
+    for column in zip(*cells, strict=True):  # each column's cells
         widths.append(max(map(len, column)))
     aligned_lines: list[str] = []
     for line in cells:
@@ -51,11 +51,10 @@ def align_columns(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def markdown_rows(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; the cells must already be valid Markdown."""
+    """Return a Markdown table's lines. The cells must already be valid Markdown."""
     rows = [_markdown_row(heading), "|---" * len(heading) + "|"]
     for line in lines:
-        row = _markdown_row(line)
-        rows.append(row)
+        rows.append(_markdown_row(line))
     return rows
 
 
@@ -64,17 +63,17 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def latex_rows(lines: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a LaTeX table; the cells must already be valid LaTeX."""
+    """Return a LaTeX table's lines. The cells must already be valid LaTeX."""
     return [" & ".join(line) + r" \\" for line in lines]
 
 
 def escape_markdown(text: str) -> str:
-    """Escape the characters of a text with a meaning in Markdown."""
+    """Escape the characters in a text that have a meaning in Markdown."""
     return text.translate(_MARKDOWN_ESCAPES)
 
 
 def escape_latex(text: str) -> str:
-    """Escape the characters of a text with a meaning in LaTeX."""
+    """Escape the characters in a text that have a meaning in LaTeX."""
     return text.translate(_LATEX_ESCAPES)
 
 
@@ -86,9 +85,9 @@ def escape_formula(text: str) -> str:
 
 
 def escape_unprintable(text: str, keep: str = "") -> str:
-    """Escape all non-printable characters of a text, except the characters in ``keep``.
+    """Escape all non-printable characters in a text, except the characters in ``keep``.
 
-    Names come from files, and may contain line breaks or control sequences of the terminal.
+    Names come from files, and may contain line breaks or control sequences for the terminal.
     """
     characters: list[str] = []
     for character in text:
@@ -107,19 +106,19 @@ def to_terminal_text(text: str) -> str:
 
 
 def _cut(line: str, length: int) -> str:
-    """Shorten a line to ``length`` characters; an ellipsis is then the last character."""
+    """Shorten a line to ``length`` characters. A shortened line ends with an ellipsis."""
     if len(line) <= length:
         return line
     return line[: length - 1] + "…"
 
 
 def join_distinct(values: Iterable[object]) -> str:
-    """Join the different values with slashes, in order of first occurrence, such as "10/20"."""
+    """Join the different values with slashes, as first seen, such as "10/20"."""
     return "/".join(dict.fromkeys(map(str, values)))
 
 
 def plural(n: int, noun: str) -> str:
-    """A number and a noun with a plural in "s", such as "1 row" or "1,200 rows"."""
+    """Join a number and a noun with a plural in "s", such as "1 row" or "1,200 rows"."""
     if n == 1:
         return f"1 {noun}"
     return f"{n:,} {noun}s"
@@ -133,9 +132,9 @@ def shorten_line(text: str, length: int) -> str:
 
 
 def hidden_rows_line(n: int, n_shown: int, noun: str) -> list[str]:
-    """A list with a line about the number of hidden rows.
+    """Return a list with a line about the number of hidden rows.
 
-    ``n_shown`` of ``n`` rows are shown. The list is empty if all rows are shown. ``noun`` is the
+    ``n_shown`` of ``n`` rows are shown. If all rows are shown, the list is empty. ``noun`` is the
     noun for the rows.
     """
     if n <= n_shown:
@@ -144,17 +143,17 @@ def hidden_rows_line(n: int, n_shown: int, noun: str) -> list[str]:
 
 
 def csp_hash(content: str) -> str:
-    """The hash to allow an inline script or style in a Content-Security-Policy."""
+    """Compute the hash that allows an inline script or style in a Content-Security-Policy."""
     sha256 = hashlib.sha256(content.encode())
     encoded_digest = base64.b64encode(sha256.digest())
     return f"sha256-{encoded_digest.decode()}"
 
 
 def render_page(package: str, name: str, images: str) -> tuple[str, str]:
-    """An HTML page with style and script, and the Content-Security-Policy of the page.
+    """Return an HTML page with style and script, and the page's Content-Security-Policy.
 
-    The three parts are templates of ``package``, in files with this name. The policy allows no
-    other style or script. Images are allowed from the source ``images``, such as "blob:".
+    The three parts are templates in ``package``, in files with this name. The policy allows only
+    this style and this script. Images are allowed from the source ``images``, such as "blob:".
     """
     from importlib import resources  # imported here because this import is slower than the module
 

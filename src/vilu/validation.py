@@ -17,10 +17,10 @@ R = TypeVar("R")
 C = TypeVar("C", bound=type)
 
 LARGEST_SEED = 2**63 - 1
-"""Largest seed accepted by all generators of random numbers."""
+"""Largest seed that all random number generators accept."""
 
 MAX_CHECKED_ELEMENTS = 100
-"""Number of elements at the beginning of a list to check for the right type."""
+"""Number of elements at a list's beginning to check for the right type."""
 
 MAX_CHOICES_JOINED_BY_OR = 2
 """Maximum number of choices joined by "or" in a message. Longer lists begin with "one of"."""
@@ -61,7 +61,7 @@ def refuse_masked(values: Any, name: str) -> None:  # noqa: ANN401 - any argumen
 
 
 def require_mask(name: str, mask: Any, n: int) -> Any:  # noqa: ANN401 - arrays, without numpy
-    """Return the mask if it is a Boolean array (N,); otherwise raise DataError."""
+    """Return the mask if it is a Boolean array (N,). Otherwise raise DataError."""
     if mask.dtype != bool or mask.shape != (n,):
         raise DataError(
             f"{name} must have one Boolean per row ({n}). Got {mask.dtype} {mask.shape} instead."
@@ -70,12 +70,12 @@ def require_mask(name: str, mask: Any, n: int) -> Any:  # noqa: ANN401 - arrays,
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function with a check of the argument types against the annotations.
+    """Decorate a function to check the argument types against the annotations.
 
     A number may be given as a numpy number or as an array without dimensions. The function gets a
     Python number. True and "1" do not count as numbers. Arrays are not checked here.
 
-    Every error begins with the name of the called function, such as "score" or "MCM.fit".
+    Every error begins with the called function's name, such as "score" or "MCM.fit".
 
     Raises:
         UsageError: If an argument has a wrong type. The message states both types.
@@ -102,7 +102,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _name_of_call(function: Callable[..., object], args: tuple[object, ...]) -> str:
-    """Name of a function as in a call. A constructor has the name of the class."""
+    """Return a function's name as in a call. A constructor has the class name."""
     owner = args[0] if args else None
     if not isinstance(owner, type):
         owner = type(owner)
@@ -118,7 +118,7 @@ def _name_of_call(function: Callable[..., object], args: tuple[object, ...]) -> 
 
 def checked_fields(cls: C) -> C:
     """Decorate a dataclass to get a ``checked`` constructor."""
-    # mypy does not allow a new constructor; here the change is intended, as in ``dataclass``
+    # mypy does not allow a new constructor, but here the change is intended, as in ``dataclass``
     cls.__init__ = checked(cls.__init__)  # type: ignore[misc]
     return cls
 
@@ -132,19 +132,19 @@ def describe_value(value: object) -> str:
     kind = _with_article(type(value).__name__)
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple):
-        return f"{kind} of shape {tuple(shape)}"  # also of a ``torch.Size``
+        return f"{kind} of shape {tuple(shape)}"  # also a ``torch.Size``
     return kind
 
 
 def _with_article(name: str) -> str:
-    """A name after "a" or "an"."""
+    """Put "a" or "an" before a name."""
     article = "an" if name[0].lower() in "aeio" else "a"  # "u" mostly sounds as in "unit"
     return f"{article} {name}"
 
 
 @cache
 def _type_hints(function: Callable[..., object]) -> dict[str, Any]:
-    """Map the names of the parameters to the annotated types.
+    """Map parameter names to the annotated types.
 
     Positional-only parameters, *args and **kwargs are left out.
     """
@@ -157,7 +157,7 @@ def _type_hints(function: Callable[..., object]) -> dict[str, Any]:
             continue
         if parameter.annotation is not parameter.empty:
             annotations[name] = parameter.annotation
-    # get_type_hints looks up the names in annotations in the module of the function
+    # get_type_hints looks up names in annotations in the function's module
     annotated_object = SimpleNamespace(__annotations__=annotations)
     module_names = inspect.unwrap(function).__globals__
     return typing.get_type_hints(annotated_object, module_names, include_extras=True)
@@ -169,7 +169,7 @@ def _problem_of_argument(
     type_hint: object,
     arguments: Mapping[str, object],
 ) -> str | None:
-    """Describe the problem of an argument; None if the argument is right."""
+    """Describe what is wrong with an argument. Return None if the argument is right."""
     if not _is_of_type(value, type_hint):
         swapped_name = _fitting_argument(name, type_hint, arguments)
         question = f" {swapped_name} is one: are they swapped?" if swapped_name else ""
@@ -181,10 +181,10 @@ def _problem_of_argument(
 
 
 def _fitting_argument(name: str, type_hint: object, arguments: Mapping[str, object]) -> str | None:
-    """Name of another argument of the type ``type_hint``, the type expected of ``name``; else None.
+    """Return the name of an argument besides ``name`` that has the type expected for ``name``.
 
-    Other arguments are only looked at if ``type_hint`` is a type of vilu. Types of vilu have an
-    attribute ``how_to_make`` with a description of the type.
+    ``type_hint`` is the type expected for ``name``. Return None if no argument has this type, or if
+    this type is not from vilu. vilu's types have an attribute ``how_to_make`` with a description.
     """
     types = get_args(type_hint) or (type_hint,)
     if not any(hasattr(kind, "how_to_make") for kind in types):
@@ -208,9 +208,9 @@ def _is_number(value: object) -> bool:
 
 
 def _as_python(value: Any, type_hint: object) -> Any:  # noqa: ANN401 - any argument
-    """Convert a number or text of numpy or torch to Python, for JSON and hashes.
+    """Convert a number or text from numpy or torch to Python, for JSON and hashes.
 
-    Arrays without dimensions, such as the logit scale of a model, are converted, too.
+    Arrays without dimensions, such as a model's logit scale, are converted, too.
     """
     types = {type_hint, *get_args(type_hint)}
     wants_plain_type = not types.isdisjoint({int, float, bool, str})
@@ -223,7 +223,7 @@ def _as_python(value: Any, type_hint: object) -> Any:  # noqa: ANN401 - any argu
 
 
 def _is_of_type(value: object, type_hint: object) -> bool:
-    """Whether a value is of an annotated type; only the first elements of a list are checked."""
+    """Return whether a value has an annotated type. Check only a list's first elements."""
     kind = get_origin(type_hint) or type_hint
     type_arguments = get_args(type_hint)
     if kind in TYPE_CHECKS:
@@ -233,7 +233,7 @@ def _is_of_type(value: object, type_hint: object) -> bool:
 
 
 def _is_instance(value: object, kind: object, type_arguments: tuple[object, ...]) -> bool:
-    """Whether a value is an instance of a type; True for types that cannot be tested."""
+    """Return whether a value is an instance of a type. Return True for types without a test."""
     if not isinstance(kind, type):
         return True
     is_protocol = getattr(kind, "_is_protocol", False)
@@ -250,7 +250,7 @@ def _is_instance(value: object, kind: object, type_arguments: tuple[object, ...]
 
 
 def _has_elements(value: Any, kind: type, element: object) -> bool:  # noqa: ANN401 - any argument
-    """Whether a value is a collection, and the first elements have the type ``element``."""
+    """Return whether a value is a collection, and the first elements have the type ``element``."""
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
         return False
     if isinstance(value, list | tuple):
@@ -279,7 +279,7 @@ def _type_in_words(type_hint: object) -> str:
 
 
 def _is_any_of(value: object, types: tuple[object, ...]) -> bool:
-    """Whether a value has any of the types; True if a numpy type is among the types.
+    """Return whether a value has any of the types, or a numpy type is among the types.
 
     An argument that can be an array is checked by the decorated function, not here.
     """
@@ -296,7 +296,7 @@ def _any_in_words(types: tuple[object, ...]) -> str:
 
 
 def _is_choice(value: object, choices: tuple[object, ...]) -> bool:
-    """Whether a value equals a choice of the same type. So True does not count as 1."""
+    """Return whether a value equals a choice in value and type. So True does not count as 1."""
     return any(type(value) is type(choice) and value == choice for choice in choices)
 
 
@@ -327,5 +327,5 @@ TYPE_CHECKS: dict[object, tuple[ValueTest, TypeDescription]] = {
 }
 """Maps a type to two functions: the first tests a value, the second describes the type.
 
-Both functions also get the arguments of the type, such as the choices of a ``Literal``.
+Both functions also get the type's arguments, such as the choices in a ``Literal``.
 """

@@ -6,6 +6,6 @@ from importlib import resources
 
 
 def read_asset(name: str) -> str:
-    """Text of a file in the package's folder ``assets``."""
+    """Read the text of a file in the package's folder ``assets``."""
     file = resources.files(__name__).joinpath("assets", name)
     return file.read_text(encoding="utf-8")

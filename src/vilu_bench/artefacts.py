@@ -1,4 +1,4 @@
-"""The checks of ``vilu inspect`` on the output folder of a benchmark."""
+"""The checks by ``vilu inspect`` on a benchmark's output folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CELLS = "cells"
 
 
 def check(path: Path) -> Artefact | None:
-    """Check all documents of a benchmark's output folder; None if ``path`` is another folder."""
+    """Check all documents in a benchmark's output folder. Return None for another folder."""
     has_studies = (path / STUDIES).is_dir()
     has_cells = (path / CELLS).is_dir()
     if not has_studies and not has_cells:
@@ -35,7 +35,7 @@ def check(path: Path) -> Artefact | None:
 
 
 def _check_cell(file: Path, run: Path) -> None:
-    """Raise a DataError if a document is damaged or is not at the path of the cell."""
+    """Raise a DataError if a document is damaged or is not at the cell's path."""
     try:
         document = read_json(file, RUN_AGAIN)
         result = CellResult.model_validate(document)

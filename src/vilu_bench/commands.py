@@ -256,7 +256,7 @@ def submit(
 
 
 def _print_studies(studies: list[Rendered]) -> None:
-    """Print the tables of studies; with --json the summaries of the studies."""
+    """Print the studies' tables, or with --json the studies' summaries."""
     if wants_json():
         _print_summaries(studies)
         return
@@ -280,7 +280,7 @@ def _print_summaries(studies: list[Rendered]) -> None:
     typer.echo(text)
 
 
-PUBLISHED_SIZES = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViLU's Table 6
+PUBLISHED_SIZES = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes in ViLU's Table 6
 
 
 @wants_inputs(store=STORE_KIND)
@@ -343,7 +343,7 @@ def pools(
 
 
 def _arguments_by_label(predictors: list[str]) -> dict[str, str]:
-    """Map the last part of each argument, a folder or the name of a method, to the argument.
+    """Map the last part of each argument, a folder or a method's name, to the argument.
 
     Raises:
         UsageError: If two arguments have the same last part.
@@ -369,7 +369,7 @@ def _print_sizes(table: ResultTable, draws: int) -> None:
 
 
 def _load_or_make_predictor(name: str) -> FailurePredictor:
-    """Load the predictor in a folder, or make a new predictor of a method that needs no fit."""
+    """Load the predictor in a folder, or make a new predictor if the method needs no fit."""
     from vilu.predictors.contract.catalogue import find_method
     from vilu.predictors.persistence.storage import load_predictor
 
@@ -387,14 +387,14 @@ def _load_or_make_predictor(name: str) -> FailurePredictor:
 
 
 def _is_folder(name: str) -> bool:
-    """Whether an argument is the path of a folder, rather than the name of a method."""
+    """Return whether an argument is a folder's path, rather than a method's name."""
     path = Path(name)
     has_several_parts = path.name != name
     return has_several_parts or path.is_dir()
 
 
 def _parse_sizes(text: str) -> list[int]:
-    """The different pool sizes in a text, ascending."""
+    """Parse the different pool sizes in a text, and return them in ascending order."""
     sizes = set()
     for word in text.split(","):
         size_text = word.strip()
@@ -408,7 +408,7 @@ def _parse_sizes(text: str) -> list[int]:
 
 
 def _whole_number(word: str) -> int | None:
-    """The number in a text of ASCII digits; None if the text has further characters."""
+    """Parse a text with only ASCII digits, or return None if the text has further characters."""
     if re.fullmatch("[0-9]+", word) is None:
         return None
     return int(word)

@@ -42,7 +42,7 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, name, package)
 
 
 class FakeRay:
-    """Notes with which options Ray was started; knows no cluster."""
+    """Notes the options of ``init``. Finds no cluster for the address "auto"."""
 
     def __init__(self) -> None:
         self.options: dict[str, object] = {}
@@ -56,19 +56,26 @@ class FakeRay:
 def test_ray_starts_here_unless_a_cluster_is_named(monkeypatch):
     fake = FakeRay()
     monkeypatch.setitem(sys.modules, "ray", fake)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    start_ray(num_cpus=2)
-    assert (fake.options["address"], fake.options["num_cpus"]) == ("local", 2)
+    for none in ("", "local"):
+        monkeypatch.setenv("RAY_ADDRESS", none)
+        assert not start_ray(num_cpus=2)
+        assert (fake.options["address"], fake.options["num_cpus"]) == ("local", 2)
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert not start_ray(num_cpus=3)
+    assert fake.options["num_cpus"] == 3
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
-        start_ray(num_cpus=2)
+        assert start_ray(num_cpus=2)
     assert fake.options["address"] == address
     assert "num_cpus" not in fake.options  # Ray refuses this option for a running cluster
     fake.options = {}
     with pytest.raises(UsageError, match=rf"no Ray cluster answers at RAY_ADDRESS={address}"):
         start_ray(num_cpus=2)
     assert fake.options == {}  # Ray itself would have tried for three minutes
+    monkeypatch.setenv("RAY_ADDRESS", "x..y:6379")  # no valid name of a host
+    with pytest.raises(UsageError, match="no Ray cluster answers"):
+        start_ray()
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     with pytest.raises(UsageError, match=r"RAY_ADDRESS=auto: Could not find any running Ray"):
         start_ray()

@@ -191,6 +191,7 @@ def test_no_file_stays_open_if_one_of_two_journals_cannot_be_read(
         assert len(open_files_in(state)) >= 2
 
     take_in_rows = Journal._take_in_rows
+    first_fingerprint = Monitor.of_folder(main).fingerprint
 
     def fail_for_the_second(journal: Journal) -> None:
         assert open_files_in(journal.folder)
@@ -198,7 +199,6 @@ def test_no_file_stays_open_if_one_of_two_journals_cannot_be_read(
             raise StorageError("cannot read the rows")
         take_in_rows(journal)
 
-    first_fingerprint = Monitor.of_folder(main).fingerprint
     monkeypatch.setattr(Journal, "_take_in_rows", fail_for_the_second)
     with pytest.raises(StorageError, match="cannot read the rows"):
         LocalJournals(state, folders)

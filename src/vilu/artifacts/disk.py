@@ -1,4 +1,4 @@
-"""Files on the disk: atomic writes, removal of leftovers of crashes, and locks."""
+"""Files on the disk: atomic writes, removal of files that crashes left, and locks."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
 """Name of the last document that a run writes into the folder."""
 
-# Log of durations, a JSON object per line. The log differs between runs; no result depends on it.
+# Log of durations, a JSON object per line. The log differs between runs. No result depends on it.
 LOG_FILE = "log.jsonl"
 
-# error numbers of network file systems that cannot sync a folder
+# error numbers from network file systems that cannot sync a folder
 NO_SYNC_ERRORS = {errno.EINVAL, errno.ENOTSUP}
 
 TEMPORARY_NAME = re.compile(
@@ -39,27 +39,27 @@ TEMPORARY_NAME = re.compile(
 )
 """Pattern of temporary names: final name, host hash, process number, random digits.
 
-Temporary names of older versions of vilu have no host hash.
+Older vilu versions wrote temporary names without a host hash.
 """
 
-# A temporary file counts as abandoned if it is older than this number of seconds.
+# A temporary file counts as abandoned if the file is older than this number of seconds.
 MAX_TEMPORARY_AGE = 24 * 3600.0
 
-# Maximum number of bytes of the final name in a temporary name. File systems allow 255 bytes for
-# the whole name.
+# Maximum length in bytes for the final name inside a temporary name. File systems allow 255 bytes
+# for the whole name.
 MAX_NAME_BYTES = 220
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a binary file for the block; replace ``path`` if the block ends without an exception.
+    """Open a binary file for the block. Without an exception in the block, replace ``path``.
 
     The bytes are written to a temporary file in the same folder and synced to the disk. Then the
     temporary file is renamed to ``path``. After an exception or a crash, ``path`` is unchanged.
     Temporary files for ``path`` from earlier crashes are removed.
     """
     target = Path(path)
-    # "ignore" drops the last character if the limit cuts the bytes of the character in two
+    # if the limit cuts the last character in two, "ignore" drops this character
     encoded_name = os.fsencode(target.name)
     final_name = encoded_name[:MAX_NAME_BYTES].decode("utf-8", "ignore")
     unique_part = f"{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}"
@@ -83,7 +83,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def _remove_leftovers(folder: Path, final_name: str) -> None:
     """Remove the temporary files for ``final_name`` that crashes left in a folder."""
     paths_of_name = temporary_paths(folder.absolute())
-    # ``pop`` removes the entry, so leftovers of each final name are searched only once
+    # ``pop`` removes the entry, so leftovers with this final name are searched only once
     for earlier_file in paths_of_name.pop(final_name, ()):
         if is_leftover(earlier_file):
             earlier_file.unlink(missing_ok=True)
@@ -93,8 +93,8 @@ def _remove_leftovers(folder: Path, final_name: str) -> None:
 def temporary_paths(folder: Path) -> dict[str, list[Path]]:
     """Map each final name to the temporary files and folders for this name in a folder.
 
-    The folder is listed only once per process, because listing 100,000 files is slow. Therefore
-    temporary files of other processes are not found if they are made after the first call.
+    The folder is listed only once per process, because listing 100,000 files is slow. If another
+    process makes a temporary file after the first call, the file is not found.
     """
     paths_of_name: dict[str, list[Path]] = {}
     for path in folder.iterdir():
@@ -109,7 +109,7 @@ def temporary_paths(folder: Path) -> dict[str, list[Path]]:
 def convert_os_errors(failure: str, hint: str = "") -> Iterator[None]:
     """Convert an OSError in the block into a ``StorageError``.
 
-    The message is "FAILURE: REASON. HINT", where REASON is the message of the OSError.
+    The message is "FAILURE: REASON. HINT", where REASON is the OSError's message.
 
     Args:
         failure: The failed action, such as "cannot read scores.parquet".
@@ -133,11 +133,11 @@ def convert_os_errors(failure: str, hint: str = "") -> Iterator[None]:
 
 
 def advice_to_owner(error: OSError) -> str:
-    """Advice for the owner of a private file: how to let other users read the file.
+    """Return advice for a private file's owner: how to let other users read the file.
 
-    There is advice only if ``error`` refuses access to a private file, otherwise "" is returned. A
-    file is private if only the owner may read the file, or may open the folder of the file. The
-    advice begins with a space, because the advice follows the message of ``error``.
+    Only an ``error`` that refuses access to a private file has advice. For any other error, "" is
+    returned. A file is private if only the owner may read the file, or may open its folder. The
+    advice begins with a space, because the advice follows the error message.
     """
     if not isinstance(error, PermissionError) or error.filename is None:
         return ""
@@ -146,7 +146,7 @@ def advice_to_owner(error: OSError) -> str:
         path = Path(file_name)
         mode = path.stat().st_mode
         is_private = (mode & 0o077) == 0  # the group and other users have no rights
-    except PermissionError:  # the user may not open the folder of the file
+    except PermissionError:  # the user may not open the file's folder
         is_private = True
     except OSError:
         return ""
@@ -159,18 +159,18 @@ def advice_to_owner(error: OSError) -> str:
 
 
 def host_hash() -> str:
-    """Eight hex digits that identify this machine among the machines that share a file system."""
+    """Return eight hex digits that tell this machine from others on the same file system."""
     name = socket.gethostname()
     encoded_name = name.encode("utf-8", "surrogateescape")
     return bytes_hash(encoded_name)[:8]
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file has a temporary name and was abandoned by the process that made it.
+    """Return whether a file has a temporary name and was abandoned by the process that made it.
 
-    A file is abandoned if the process ran on this machine and has ended. A process of another
-    machine cannot be checked from here. Therefore a temporary file without changes for more than a
-    day is also treated as abandoned.
+    A file is abandoned if the process ran on this machine and has ended. Processes on other
+    machines cannot be checked from here. Therefore, if a temporary file has not changed for more
+    than a day, the file also counts as abandoned.
     """
     match = TEMPORARY_NAME.fullmatch(path.name)
     if match is None:
@@ -187,8 +187,8 @@ def is_leftover(path: Path) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether a process of this machine still runs; True if this cannot be checked."""
-    if os.name == "nt":  # os.kill is no check on Windows: os.kill would end the process
+    """Return whether a process still runs on this machine. Without a way to check, return True."""
+    if os.name == "nt":  # on Windows, os.kill would end the process
         return True
     try:
         os.kill(pid, 0)  # the signal 0 does nothing, but raises an error if there is no process
@@ -220,7 +220,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Make a folder and its parents if missing; StorageError if this fails."""
+    """Make a folder and its parents if missing. Raise StorageError if this fails."""
     folder = Path(path)
     with convert_os_errors(f"cannot make the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 HOLDER_PATTERN = re.compile(r"process (?P<pid>\d+) of (?P<host>\S+)")
-"""Pattern of the content of a holder file.
+"""Pattern that the content of a holder file matches.
 
 A holder file names the process with the lock. If the process dies, the file stays until another
 process takes the lock.
@@ -248,18 +248,18 @@ def locked(
 
     The operating system releases the lock when the process dies. Some network file systems give the
     same lock to several machines at once. Folders written in parts stay correct even then, because
-    all writers of a part write the same bytes. A file next to the lock names the holder. If this
-    file names a process of another machine when the lock is taken, a warning is logged.
+    all writers write the same bytes for a part. A file next to the lock names the holder. If this
+    file names a process on another machine when the lock is taken, a warning is logged.
 
     If another process holds the lock, the message is "another HOLDER_KIND is ACTIVITY FOLDER."
 
     Args:
-        folder: The folder; must exist.
-        activity: What the holder of the lock does with the folder, such as "embedding into". Fills
-            in ACTIVITY in the message.
+        folder: The folder, which must exist.
+        activity: What the lock holder does with the folder, such as "embedding into". Fills in
+            ACTIVITY in the message.
         wait_seconds: Seconds to wait if another process holds the lock.
-        lock_name: Name of the lock file. A folder may have several locks.
-        holder_kind: Noun for the holder of the lock. Fills in HOLDER_KIND in the message.
+        lock_name: The lock file's name. A folder may have several locks.
+        holder_kind: Noun for the lock holder. Fills in HOLDER_KIND in the message.
 
     Raises:
         BusyError: If another process still holds the lock after ``wait_seconds``.
@@ -286,9 +286,9 @@ def locked(
         _write_holder(holder_file, this_process)
         yield
     finally:
-        # The holder file is removed before the lock is released, because the next holder of the
-        # lock writes a new holder file. If the file names another process, the lock did not exclude
-        # that process. The process may still be at work, so the file stays.
+        # The holder file is removed before the lock is released, because the next lock holder
+        # writes a new holder file. If the file names another process, the lock did not exclude that
+        # process. The process may still be at work, so the file stays.
         holder = _read_holder(holder_file)
         if holder and holder.group() == this_process:
             with suppress(OSError):
@@ -297,7 +297,7 @@ def locked(
 
 
 def _warn_of_other_machine(holder_file: Path, host: str, activity: str) -> None:
-    """Warn if a holder file names a process of a machine other than ``host``, this machine."""
+    """Warn if a holder file names a process on a machine other than ``host``, this machine."""
     holder = _read_holder(holder_file)
     if holder and holder["host"] != host:
         other_process = holder.group()
@@ -311,7 +311,7 @@ def _warn_of_other_machine(holder_file: Path, host: str, activity: str) -> None:
 
 
 def _write_holder(holder_file: Path, this_process: str) -> None:
-    """Write a holder file for this process; replace an earlier holder file."""
+    """Write a holder file for this process, in place of an earlier holder file."""
     holder = _read_holder(holder_file)
     # the file is read only for messages, so the work goes on if the file cannot be written
     with suppress(OSError):
@@ -322,9 +322,10 @@ def _write_holder(holder_file: Path, this_process: str) -> None:
 
 
 def _read_holder(holder_file: Path) -> re.Match[str] | None:
-    """Read the holder of the lock: a process that holds the lock, or died while holding the lock.
+    """Read the lock holder: a process that holds the lock, or died while holding the lock.
 
-    Returns the match of ``HOLDER_PATTERN`` in the holder file; None without a file or a match.
+    Returns the match of ``HOLDER_PATTERN`` in the holder file. Returns None without a file or a
+    match.
     """
     try:
         with holder_file.open("rb") as handle:
@@ -336,7 +337,7 @@ def _read_holder(holder_file: Path) -> re.Match[str] | None:
 
 
 def cache_folder() -> Path:
-    """The folder of vilu in the cache of this user, for files that vilu can make again.
+    """Return vilu's folder in this user's cache, for files that vilu can make again.
 
     The folder may not exist. Users may delete the folder at any time.
     """
@@ -348,7 +349,7 @@ def cache_folder() -> Path:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file; StorageError if the file cannot be read."""
+    """Compute the SHA-256 of a file. Raise StorageError if the file cannot be read."""
     with convert_os_errors(f"cannot read {path}"), path.open("rb") as handle:
         return stream_hash(handle)
 

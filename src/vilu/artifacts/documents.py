@@ -27,30 +27,30 @@ if TYPE_CHECKING:
 
 
 def content_digest(content: Mapping[str, object], *excluded_keys: str) -> str:
-    """Digest of the content of a document, without the parts removed by ``without_version``."""
+    """Return the digest of a document's content, as shortened by ``without_version``."""
     compared_content = without_version(content, *excluded_keys)
     return digest(compared_content)
 
 
 def without_version(content: Mapping[str, object], *excluded_keys: str) -> dict[str, object]:
-    """Copy the content of a document without the version of vilu and without ``excluded_keys``."""
+    """Copy a document's content without the vilu version and without ``excluded_keys``."""
     excluded = {VERSION_KEY, *excluded_keys}
     return {key: value for key, value in content.items() if key not in excluded}
 
 
 VERSION_KEY: Final = "vilu"
-"""Key of the version of vilu that wrote a document. It informs people, and is never compared."""
+"""Key of the vilu version that wrote a document: information for people, never compared."""
 
 DIGEST_KEY: Final = "digest"
-"""Last key of a document. The value is the digest of all other entries (``hashing.digest``)."""
+"""A document's last key. The value is the digest of all entries before it (``hashing.digest``)."""
 
 SCHEMA_KEY: Final = "schema_version"
-"""Key of the schema version, in every document and table of vilu."""
+"""Key of the schema version, in all documents and tables that vilu writes."""
 
 SCHEMA_VERSION: Final = 2
 """Schema version of all documents and tables. Files from before vilu 0.2.0 have version 1."""
 
-MAX_DOCUMENT_BYTES = 64 * 2**20  # larger files are not read; documents of vilu are far smaller
+MAX_DOCUMENT_BYTES = 64 * 2**20  # larger files are not read, as vilu writes far smaller files
 
 
 class FrozenModel(BaseModel):
@@ -80,7 +80,7 @@ def write_document(path: Path, document: Document) -> None:
 
 
 def read_document(path: Path, document_class: type[D]) -> D:
-    """Read a document; check the digest, the schema version and the fields of the class."""
+    """Read a document, and check the digest, the schema version and the fields."""
     remedy = document_class.remedy
     error_class = document_class.error_class
     content = read_json(path, remedy, error_class)
@@ -95,13 +95,13 @@ def read_document(path: Path, document_class: type[D]) -> D:
 def read_json(
     path: Path, remedy: str, error_class: type[ViLUError] = DataError, digest_key: str = DIGEST_KEY
 ) -> dict[str, Any]:
-    """Read a JSON document of vilu, check the digest, and return the content without the digest.
+    """Read a JSON document, check the digest, and return the content without the digest.
 
     Args:
         path: The file.
         remedy: For messages: how to make the document again, such as "Run `vilu embed` again".
         error_class: Exception to raise if the document is missing or damaged.
-        digest_key: Key of the digest in the document; "fingerprint" in ``predictor.json``.
+        digest_key: The digest's key in the document: "fingerprint" in ``predictor.json``.
 
     Raises:
         ProvenanceError: If this vilu does not read the schema version.
@@ -131,10 +131,10 @@ def require_schema(
     *,
     oldest_version: int = SCHEMA_VERSION,
 ) -> None:
-    """Raise if this vilu cannot read the schema version of a document or of a table.
+    """Raise an error if this vilu cannot read the schema version of a document or table.
 
-    Versions from ``oldest_version`` to ``SCHEMA_VERSION`` can be read. ``content`` is that of the
-    document, or the metadata of the table. For the other parameters see ``read_json``.
+    Versions from ``oldest_version`` to ``SCHEMA_VERSION`` can be read. ``content`` is the
+    document's content or the table's metadata. ``read_json`` describes the rest.
     """
     version = content.get(SCHEMA_KEY)
     if version is None:
@@ -179,7 +179,7 @@ def parse_json(content: bytes) -> dict[str, Any]:
 
 
 def object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object for ``json.loads``; ValueError if a key occurs twice."""
+    """Build a JSON object for ``json.loads``. Raise ValueError if a key occurs twice."""
     document = dict(pairs)
     if len(document) < len(pairs):
         raise ValueError("a key occurs twice in an object")
@@ -187,7 +187,7 @@ def object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_finite(text: str) -> float:
-    """Parse a number for ``json.loads``; ValueError if too large for a float ("1e999")."""
+    """Parse a number for ``json.loads``. Raise ValueError if too large for a float ("1e999")."""
     value = float(text)
     if not math.isfinite(value):
         _refuse_number(text)
@@ -229,7 +229,7 @@ def first_error(error: ValidationError) -> str:
 def write_json(
     path: str | os.PathLike[str], value: Mapping[str, object], digest_key: str = DIGEST_KEY
 ) -> str:
-    """Write a JSON document atomically, and return the digest of the document.
+    """Write a JSON document atomically, and return its digest.
 
     The file begins with the schema version and ends with the digest, under ``digest_key``. The
     text is indented UTF-8, and the keys keep their order.
@@ -238,7 +238,7 @@ def write_json(
     content = {SCHEMA_KEY: SCHEMA_VERSION, **value}
     content.pop(digest_key, None)  # a document that was read and changed may have an old digest
     # The digest must be computed from the values for a later reader. So the values are encoded and
-    # parsed. This turns a tuple into a list, for example.
+    # parsed. For example, this step turns a tuple into a list.
     document = json.loads(plain_json(content, subject=subject))
     document[digest_key] = digest(document)
     write_bytes(path, plain_json(document, subject=subject, indent=2) + b"\n")
@@ -246,9 +246,9 @@ def write_json(
 
 
 def append_to_log(folder: Path, **facts: object) -> None:
-    """Add ``facts`` to the log of a folder, as a line of JSON.
+    """Add ``facts`` to a folder's log, as a line of JSON.
 
-    The line is written in a single call, so lines of several processes do not mix.
+    The line is written in a single call, so lines from several processes do not mix.
     """
     path = folder / LOG_FILE
     line = plain_json(facts, subject="a line of the log") + b"\n"
@@ -257,7 +257,7 @@ def append_to_log(folder: Path, **facts: object) -> None:
 
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the facts in each line of the log of a folder, without a line cut off by a crash."""
+    """Yield the facts in each line of a folder's log, without a line cut off by a crash."""
     path = folder / LOG_FILE
     lines: list[bytes] = []
     with convert_os_errors(f"cannot read {path}"):
@@ -271,9 +271,9 @@ def read_log(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def plain_json(value: object, subject: str = "metadata", indent: int | None = None) -> bytes:
-    """Encode a value as UTF-8 JSON; DataError if this is impossible, as for NaN and infinity.
+    """Encode a value as UTF-8 JSON. Raise DataError if this is impossible, as for NaN and infinity.
 
-    The message of the error is "SUBJECT must be plain JSON, but REASON."
+    The error message is "SUBJECT must be plain JSON, but REASON."
     """
     try:
         text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
@@ -286,12 +286,12 @@ Entry = TypeVar("Entry", bound="DataclassInstance")
 
 
 def fill_dataclass(entry_class: type[Entry], values: Mapping[str, object], title: str) -> Entry:
-    """Make an ``entry_class`` from the values of fields; check the names and types of the fields.
+    """Make an ``entry_class`` from field values, and check the fields' names and types.
 
     Args:
         entry_class: The dataclass.
-        values: Maps names of fields to values.
-        title: Name of the entry in messages, such as "backbone 'compact'".
+        values: Maps field names to values.
+        title: The entry's name in messages, such as "backbone 'compact'".
     """
     field_names = [field.name for field in fields(entry_class)]
     for name in values:

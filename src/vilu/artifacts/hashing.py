@@ -1,6 +1,6 @@
-"""Hashes of plain JSON, of bytes, of files and of tensors.
+"""Hashes of plain JSON, bytes, files and tensors.
 
-Equal inputs have equal hashes on every machine and with every version of vilu.
+Equal inputs have equal hashes on every machine and with every vilu version.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_BLOCK_SIZE = 2**20
-"""Maximum number of entries in a block of a tensor.
+"""Maximum number of entries in a tensor block.
 
-A tensor is copied block by block, to limit the memory of the copy. A block has at least one row of
-the tensor, so a block of wide rows may be larger.
+A tensor is copied block by block, to limit the copy's memory. A block has at least one row, so a
+block with very wide rows has more entries.
 """
 
 
 def digest(value: object) -> str:
-    """Short hash (blake2b, 16 bytes, in hex) of any value that JSON can represent.
+    """Compute a short hash (blake2b, 16 bytes, in hex) of any value that JSON can represent.
 
     Examples:
         >>> from vilu.artifacts.hashing import digest
@@ -34,27 +34,27 @@ def digest(value: object) -> str:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     # file names without valid UTF-8 contain surrogates
     content = text.encode("utf-8", "surrogatepass")
-    blake2b = hashlib.blake2b(content, digest_size=16)
-    return blake2b.hexdigest()
+    hash_of_content = hashlib.blake2b(content, digest_size=16)
+    return hash_of_content.hexdigest()
 
 
 def bytes_hash(content: bytes) -> str:
-    """SHA-256 of bytes, in hex."""
-    sha256 = hashlib.sha256(content)
-    return sha256.hexdigest()
+    """Compute the SHA-256 of bytes, in hex."""
+    hash_of_content = hashlib.sha256(content)
+    return hash_of_content.hexdigest()
 
 
 def stream_hash(handle: BufferedReader) -> str:
-    """SHA-256 of an open file from the current position to the end, in hex.
+    """Compute the SHA-256 of an open file from the current position to the end, in hex.
 
     See also ``disk.file_hash``.
     """
-    sha256 = hashlib.file_digest(handle, "sha256")
-    return sha256.hexdigest()
+    hash_of_stream = hashlib.file_digest(handle, "sha256")
+    return hash_of_stream.hexdigest()
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 of the type, the shape and the numbers of a tensor; the same on every device.
+    """Compute the SHA-256 of a tensor's type, shape and numbers. All devices give the same hash.
 
     Examples:
         >>> import torch
@@ -69,7 +69,7 @@ def tensor_hash(tensor: Tensor) -> str:
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of named tensors, in the order of the names."""
+    """Compute the SHA-256 of named tensors, sorted by name."""
     sha256 = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
@@ -80,10 +80,10 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _blocks(tensor: Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor, in blocks of rows with about ``MAX_BLOCK_SIZE`` entries.
+    """Yield a tensor's bytes, in row blocks with about ``MAX_BLOCK_SIZE`` entries.
 
-    A tensor with repeated rows (``Tensor.expand``) takes little memory. Block by block, such a
-    tensor is never copied as a whole.
+    A tensor with repeated rows (``Tensor.expand``) takes little memory. Because of the blocks, such
+    a tensor is never copied as a whole.
     """
     if not tensor.numel():
         return
@@ -96,7 +96,7 @@ def _blocks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _bytes_of(block: Tensor) -> memoryview:
-    """The bytes of a tensor, in the order of its entries."""
+    """Return a tensor's bytes, in the order of the entries."""
     import torch
 
     block = block.cpu().contiguous()

@@ -1,8 +1,9 @@
-"""Checks of output paths; no file of a user is overwritten.
+"""Checks of output paths, so that no user's file is overwritten.
 
 A path is accepted if nothing is there yet, if the path is an empty folder, or if the path has the
-result of the same inputs. Otherwise the path is refused. With ``--overwrite``, or when called as a
-library, vilu replaces files written by vilu. Files that vilu does not recognise are never changed.
+result from the same inputs. Otherwise the path is refused. With ``--overwrite``, or when called as
+a library, vilu replaces files written by vilu. Files that vilu does not recognise are never
+changed.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ KIND_OF_ENTRY: dict[str, FileKind] = {
     "label errors": "label errors",
     "kept studies": "kept studies",
 }
-"""Maps the value of "kind", in a document or in a table's metadata, to the kind of the file."""
+"""Maps the value of "kind", in a document or in a table's metadata, to the file's kind."""
 
 KIND_OF_CSV_HEADER: dict[bytes, FileKind] = {
     b"row_id,key,pred,pred_name,label,label_name,uncertainty,failure,reason,score_name": "scores",
@@ -64,7 +65,7 @@ KIND_OF_CSV_HEADER: dict[bytes, FileKind] = {
     b"path,label,suggested,quality,is_error": "label errors",
     b"path,label,answer,failure_probability,stream,probability,predictor,asked": "labels",
 }
-"""Maps the beginning of a CSV file to the kind of the file. CSV files have no metadata."""
+"""Maps a CSV file's beginning to the file's kind. CSV files have no metadata."""
 
 SUFFIXES_OF_KIND: dict[FileKind, tuple[str, ...]] = {
     "results": (".json", ".parquet", ".csv"),
@@ -75,45 +76,45 @@ SUFFIXES_OF_KIND: dict[FileKind, tuple[str, ...]] = {
     "monitor state": (".parquet",),
     "kept studies": (".parquet",),
 }
-"""Maps kinds of files with a fixed format to the allowed suffixes."""
+"""Maps file kinds with a fixed format to the allowed suffixes."""
 
 MAX_LISTED_ENTRIES = 100_000  # files and folders, in a folder without a document of vilu
-INPUTS_KEY = "inputs"  # key of the digest of the inputs of a file
+INPUTS_KEY = "inputs"  # key of a file's inputs digest
 
 TEXT_MARK_PATTERN = re.compile(
     rb"<!-- made by vilu: (?P<kind>page|study|results) (?P<inputs>[0-9a-f]*) -->\n\Z"
 )
-"""Pattern of the last line of a text (HTML, Markdown) written by vilu.
+"""Pattern for the last line in a text (HTML, Markdown) written by vilu.
 
-The line has the kind of the text and the digest of the inputs.
+The line has the text's kind and the inputs digest.
 """
 
 KIND_OF_TEXT: dict[bytes, FileKind] = {b"page": "page", b"study": "study", b"results": "results"}
-"""Maps the word for the kind in a text's last line to the kind of the file."""
+"""Maps the word for the kind in a text's last line to the file's kind."""
 
 ONNX_MARK_PATTERN = re.compile(rb"vilu\.fingerprint\x12.(?P<inputs>[0-9a-f]{32})", re.DOTALL)
-r"""Pattern of the entry "vilu.fingerprint" in the metadata of an ONNX file.
+r"""Pattern of the entry "vilu.fingerprint" in an ONNX file's metadata.
 
-Protobuf puts two bytes between the key and the value: \x12 and the length of the value.
+Protobuf puts two bytes between the key and the value: \x12 and the value's length.
 """
 
 N_SEARCHED_BYTES = 4096  # bytes to search at the beginning and at the end of a file
 
 
 def inputs_entry(inputs: str | None) -> dict[str, str]:
-    """The entry with the digest of the inputs, for a document or a table; {} without a digest."""
+    """Return a document's or table's entry with the inputs digest. Without a digest, return {}."""
     if not inputs:
         return {}
     return {INPUTS_KEY: inputs}
 
 
 def write_with_inputs(path: Path, content: dict[str, object], inputs: str) -> None:
-    """Write a document together with the digest of the inputs."""
+    """Write a document together with the inputs digest."""
     content_with_inputs = {**content, **inputs_entry(inputs)}
     write_json(path, content_with_inputs)
 
 
-# Every name of a lock or of a temporary file has a part with this pattern, and begins with a dot.
+# Every name of a lock or temporary file begins with a dot, and has a part with this pattern.
 LOCK_OR_TEMPORARY_NAME = re.compile(r"\.tmp\Z|\.lock")
 
 
@@ -121,11 +122,11 @@ class KindAndInputs(NamedTuple):
     """The kind and the inputs stated in a file of vilu."""
 
     kind: FileKind
-    inputs: str  # digest of the inputs; "" if the file has none
+    inputs: str  # the inputs digest, or "" if the file has no digest
 
 
 def text_mark(kind: str, inputs: str) -> str:
-    """Last line of a text (HTML, Markdown), by which vilu recognises the file later."""
+    """Return a text's last line (HTML, Markdown), by which vilu later recognises the file."""
     return f"<!-- made by vilu: {kind} {inputs} -->\n"
 
 
@@ -140,8 +141,8 @@ def claim_file(
 
     Args:
         path: The output file.
-        kind: The kind of file to write.
-        inputs: Digest of the inputs; None if inputs are not compared.
+        kind: The file kind to write.
+        inputs: The inputs digest, or None if inputs are not compared.
         overwrite: Replace an existing file of the same kind, made from any inputs.
 
     Returns:
@@ -183,7 +184,7 @@ def _require_suffix(target: Path, kind: FileKind) -> None:
 
 
 def _recorded_inputs(target: Path, kind: FileKind) -> str:
-    """The digest of inputs stated in a file; UsageError if the file is not of this kind."""
+    """Return the inputs digest stated in a file. Raise UsageError if the file's kind is wrong."""
     recorded = kind_and_inputs(target)
     if recorded is None or recorded.kind != kind:
         raise UsageError(
@@ -205,24 +206,24 @@ def claim_folder(
 
     Args:
         path: The output folder. The folder is not made here.
-        result_kind: The kind of the result, for messages.
+        result_kind: The result's kind, for messages.
         is_part_of_result: Returns whether a file in the folder belongs to a result. Not called for
             temporary files and locks.
         has_same_inputs: Whether the existing result was made from the same inputs.
         overwrite: Replace an existing result, made from any inputs.
 
     Returns:
-        True if the folder already has the result of the same inputs. False if the result must be
+        True if the folder already has the result from the same inputs. False if the result must be
         written.
 
     Raises:
-        UsageError: If the path is no folder, or if the folder has foreign files or the result of
+        UsageError: If the path is no folder, or if the folder has foreign files or a result from
             different inputs.
         StorageError: If the folder cannot be written to.
     """
     root = Path(path)
-    is_anything = os.path.lexists(root)  # also a link without a target
-    if is_anything and not root.is_dir():
+    exists = os.path.lexists(root)  # also true for a link without a target
+    if exists and not root.is_dir():
         raise UsageError(
             f"{root} is a file, so no {result_kind} can be put there. Give a new folder."
         )
@@ -243,13 +244,13 @@ def claim_folder(
 
 
 def folder_entries(root: Path) -> list[Path]:
-    """Sorted paths of the files and folders in a folder, without locks and temporary files."""
+    """Return the sorted paths in a folder, without locks and temporary files."""
     with convert_os_errors(f"cannot read {root}"):
         return sorted(path for path in root.iterdir() if not _is_lock_or_temporary(path.name))
 
 
 def _is_lock_or_temporary(name: str) -> bool:
-    """Whether a file with this name is a lock or a temporary file."""
+    """Return whether a file with this name is a lock or a temporary file."""
     return name.startswith(".") and LOCK_OR_TEMPORARY_NAME.search(name) is not None
 
 
@@ -258,9 +259,8 @@ def refuse_foreign_files(root: Path, result_kind: str, foreign_paths: Iterable[P
 
     Args:
         root: The output folder.
-        result_kind: The kind of the result, for the message.
-        foreign_paths: Paths of the foreign files: files in ``root`` outside all results of this
-            kind.
+        result_kind: The result's kind, for the message.
+        foreign_paths: The foreign files: files in ``root`` that belong to no result of this kind.
     """
     first_foreign_path = min(foreign_paths, default=None)
     if first_foreign_path is not None:
@@ -272,7 +272,7 @@ def refuse_foreign_files(root: Path, result_kind: str, foreign_paths: Iterable[P
 
 
 def kind_and_inputs(path: Path) -> KindAndInputs | None:
-    """The kind and the digest of the inputs stated in a file of vilu; None for a foreign file."""
+    """Return the kind and the inputs digest that a file states. For a foreign file, return None."""
     if not path.is_file():
         return None
     with convert_os_errors(f"cannot read {path}"):
@@ -294,21 +294,20 @@ def kind_and_inputs(path: Path) -> KindAndInputs | None:
 
 
 def inputs_digest(*paths: Path, **settings: object) -> str:
-    """Digest of the files read by a command, and of the settings of the command."""
+    """Compute a digest from a command's settings and from the files that the command reads."""
     identities = [content_identity(path) for path in paths]
     return digest([identities, settings])
 
 
 def content_identity(path: Path) -> object:
-    """A JSON value to identify the content of a file or folder.
+    """Return a JSON value that identifies the content of a file or folder.
 
-    - A JSON document with the version of vilu: the content of the document, without the version and
-      the digest of the document.
-    - A Parquet table of vilu: the digest in the metadata of the table.
+    - A JSON document with the vilu version: the document's content, without version and digest.
+    - A Parquet table of vilu: the digest in the table's metadata.
     - Any other file: the SHA-256 of the bytes.
-    - A folder with documents of vilu (``predictor.json``, ...): names and contents of these
-      documents, without versions and digests as above.
-    - Any other folder: names, sizes and modification times of all files.
+    - A folder with documents of vilu (``predictor.json``, ...): these documents' names and
+      contents, without versions and digests as above.
+    - A folder without such documents: the files' names, sizes and modification times.
     """
     content = _document_content(path) if path.suffix.lower() == ".json" else None
     is_document_of_vilu = content is not None and VERSION_KEY in content
@@ -325,7 +324,7 @@ def content_identity(path: Path) -> object:
 
 
 def list_files(folder: Path, max_entries: int = MAX_LISTED_ENTRIES) -> list[object]:
-    """The names, sizes and modification times of all files in a folder, at any depth.
+    """List name, size and modification time of every file in a folder, at any depth.
 
     Raises UsageError for more than ``max_entries`` files and folders. A user who names a whole disk
     by mistake would wait for minutes otherwise.
@@ -349,7 +348,7 @@ def list_files(folder: Path, max_entries: int = MAX_LISTED_ENTRIES) -> list[obje
 
 
 def _table_or_file_digest(path: Path) -> object:
-    """The digest in the metadata of a Parquet table of vilu; the SHA-256 of any other file."""
+    """Return the digest in the metadata of a vilu Parquet table, or any other file's SHA-256."""
     if path.suffix.lower() == ".parquet":
         with convert_os_errors(f"cannot read {path}"):
             metadata = _table_metadata(path) or {}
@@ -359,9 +358,9 @@ def _table_or_file_digest(path: Path) -> object:
 
 
 def _document_identity(path: Path) -> object:
-    """The content of a document, without the version of vilu and the digest of the document.
+    """Return a document's content, without the vilu version and the digest.
 
-    For a damaged document, the SHA-256 of the file.
+    If the document is damaged, return the file's SHA-256.
     """
     content = _document_content(path)
     if content is None:
@@ -371,7 +370,7 @@ def _document_identity(path: Path) -> object:
 
 
 def _document_content(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON document; None for any other file."""
+    """Return a JSON document's content. Return None for any other file."""
     try:
         content = read_bounded(path, "Make it again", DataError)
         return parse_json(content)
@@ -380,7 +379,7 @@ def _document_content(path: Path) -> dict[str, Any] | None:
 
 
 def _table_metadata(path: Path) -> dict[str, Any] | None:
-    """The metadata of a table of vilu; None for any other table."""
+    """Return a table's vilu metadata. Return None for a table from another program."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -416,14 +415,14 @@ def _kind_by_bytes(path: Path) -> KindAndInputs | None:
         kind_of_text = KIND_OF_TEXT[text_match["kind"]]
         inputs = text_match["inputs"].decode()
         return KindAndInputs(kind_of_text, inputs)
-    # a page of vilu without the mark, and so without the digest of the inputs
+    # a page of vilu without the mark, and so without the inputs digest
     if b"Made by vilu " in end and end.rstrip().endswith(b"</html>"):
         return KindAndInputs("page", inputs="")
     return None
 
 
 def _is_undamaged(path: Path) -> bool:
-    """Whether the content of a file matches the digest; True for files without a digest."""
+    """Return whether a file's content matches the digest. Without a digest, return True."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":
@@ -431,21 +430,21 @@ def _is_undamaged(path: Path) -> bool:
         elif suffix == ".parquet":
             read_table(path, text_columns=())
     except ViLUError as error:
-        # the message of the error names the file
+        # the error message names the file
         logger.warning("it is made again: %s", error)
         return False
     return True
 
 
 def _first_existing(folder: Path) -> Path:
-    """The folder, or the nearest existing parent."""
+    """Return the folder if existing, otherwise the nearest existing parent."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder
 
 
 def _require_writable_folder(folder: Path, target: Path) -> None:
-    """Raise if ``folder`` does not exist or cannot be written to.
+    """Raise an error if ``folder`` does not exist or cannot be written to.
 
     Messages name ``target`` as the file that cannot be written.
     """
@@ -456,8 +455,9 @@ def _require_writable_folder(folder: Path, target: Path) -> None:
         raise UsageError(
             f"cannot write {target}: the folder {folder} {problem}. Make it, or give another place."
         )
-    # By default, os.access checks the rights of the user who started the process. Where the system
-    # supports this, the rights of the effective user are checked: the user of the process now.
+    # By default, os.access checks the rights of the real user, who started the process. If the
+    # system can check the effective user, the user under whom the process runs now, that user's
+    # rights are checked.
     as_effective_user = os.access in os.supports_effective_ids
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=as_effective_user):
         raise StorageError(

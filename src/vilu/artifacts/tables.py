@@ -30,10 +30,10 @@ METADATA_KEY = b"vilu"
 FOOTER_METADATA_PATTERN = re.compile(
     rb'\{"schema_version": .*"digest": "[0-9a-f]{32}"\}', re.DOTALL
 )
-"""Pattern of the metadata of vilu in the footer of a Parquet file.
+"""Pattern of vilu's metadata in a Parquet file's footer.
 
-If a bit in the key or in the length of the metadata is flipped, pyarrow does not find the metadata.
-This pattern still finds the metadata.
+If a bit in the metadata's key or length is flipped, pyarrow does not find the metadata. This
+pattern still finds the metadata.
 """
 
 REMEDY_OF_KIND: Final = {
@@ -42,19 +42,19 @@ REMEDY_OF_KIND: Final = {
     "monitor": "Begin a new monitor with `vilu monitor`",
     "label errors": "Run `vilu audit-labels` again",
 }
-"""Maps the kind of a table to the advice in messages: how to make the table again."""
+"""Maps a table kind to the advice in messages: how to make the table again."""
 
 OLDEST_VERSION_OF_KIND: Final = {"labels": 1}
-"""Maps the kind of a table to the lowest readable schema version.
+"""Maps a table kind to the lowest readable schema version.
 
-For all kinds not listed here, the lowest version is ``SCHEMA_VERSION``. Labels are the work of
-people, so tables of labels of every version are read.
+For all kinds not listed here, the lowest version is ``SCHEMA_VERSION``. Labels are people's work,
+so label tables of every version are read.
 """
 
 MAX_COLUMNS = 10_000
-"""Maximum number of columns of a table. Reading a million columns would take minutes."""
+"""Maximum number of columns in a table. Reading a million columns would take minutes."""
 MAX_HEADER_CHARACTERS = 2**20
-"""Maximum number of characters of a line in the header of a CSV file."""
+"""Maximum number of characters per line in a CSV file's header."""
 
 # A spreadsheet runs a cell as a formula if the cell begins with a character in these brackets.
 # ``_FORMULA_PATTERN`` matches such a beginning, also with apostrophes before the character. When a
@@ -68,9 +68,9 @@ _QUOTED_FORMULA_PATTERN = r"^'('*[=+\-@\t\r])"
 def write_table(
     path: str | Path, columns: Mapping[str, pa.Array], metadata: Mapping[str, object]
 ) -> None:
-    """Write columns of equal length atomically, as Parquet or CSV by the suffix of the path.
+    """Write columns of equal length atomically, as Parquet or CSV by the path's suffix.
 
-    The metadata are written into the schema of the Parquet file. A CSV file has no metadata.
+    The metadata are written into the Parquet file's schema. A CSV file has no metadata.
     """
     if table_suffix(path) == ".parquet":
         content = parquet_bytes(columns, metadata)
@@ -80,13 +80,13 @@ def write_table(
 
 
 def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
-    """Encode columns of equal length as CSV; no spreadsheet runs a cell as a formula."""
+    """Encode columns of equal length as CSV, so that no spreadsheet runs a cell as a formula."""
     import pyarrow as pa
     import pyarrow.csv
 
     table = pa.table(dict(columns))
     text_columns = [column.name for column in table.schema if pa.types.is_string(column.type)]
-    # group 1 of the pattern is the beginning of the cell; an apostrophe is put before this group
+    # group 1 in the pattern is the cell's beginning, and an apostrophe is put before this group
     table = _replace_in_texts(table, text_columns, pattern=_FORMULA_PATTERN, replacement=r"'\1")
     buffer = BytesIO()
     header = StringIO()
@@ -107,13 +107,14 @@ def parquet_bytes(
 ) -> bytes:
     """Encode columns of equal length as a Parquet file with plain JSON metadata in the schema.
 
-    Every page has a checksum. The checksums do not cover the footer and the headers of pages.
-    Therefore the metadata also have a digest of all columns and of the remaining metadata.
+    Every page has a checksum. The checksums do not cover the footer and the page headers. Therefore
+    the metadata have a digest, too. It covers all columns and all other metadata.
     """
     import pyarrow as pa
     import pyarrow.parquet
 
     table = pa.table(dict(columns))
+    # The digest is of the metadata as a reader will see them, so they are encoded and parsed.
     content = parse_json(plain_json({SCHEMA_KEY: SCHEMA_VERSION, **metadata}))
     content[DIGEST_KEY] = table_digest(table, content)
     buffer = BytesIO()
@@ -130,13 +131,13 @@ def parquet_bytes(
     return buffer.getvalue()
 
 
-SAMPLE_SIZE = 1_024  # number of values at the beginning of a column, for ``_is_repetitive``
+SAMPLE_SIZE = 1_024  # number of values at a column's beginning, for ``_is_repetitive``
 
 
 def _is_repetitive(column: pa.ChunkedArray) -> bool:
-    """Whether at most half of the first values of a column are distinct.
+    """Return whether at most half of a column's first values are distinct.
 
-    Parquet can write a dictionary of the distinct values of a column. The dictionary saves time and
+    Parquet can write a dictionary with a column's distinct values. The dictionary saves time and
     space only if the values repeat.
     """
     import pyarrow.compute as pc
@@ -147,7 +148,7 @@ def _is_repetitive(column: pa.ChunkedArray) -> bool:
 
 
 def table_digest(table: pa.Table, metadata: Mapping[str, object]) -> str:
-    """Digest of names, types, nulls and values of the columns, and of the metadata.
+    """Compute a digest from the metadata and from all columns: names, types, nulls and values.
 
     The digest does not depend on how Arrow splits the columns into chunks.
     """
@@ -159,7 +160,7 @@ def table_digest(table: pa.Table, metadata: Mapping[str, object]) -> str:
 
 
 def _column_hash(column: pa.ChunkedArray) -> str:
-    """SHA-256 of the null mask and of the values of a column."""
+    """Compute the SHA-256 of a column's null mask and values."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -186,7 +187,7 @@ def _column_hash(column: pa.ChunkedArray) -> str:
 
 
 def _null_mask(chunk: pa.Array) -> pa.Array:
-    """Array (N,) with 1 for each null of an array, and 0 for each other value."""
+    """Return a mask (N,) of int8: 1 for each null in ``chunk``, 0 for each value."""
     import pyarrow as pa
 
     is_null = chunk.is_null()
@@ -194,14 +195,14 @@ def _null_mask(chunk: pa.Array) -> pa.Array:
 
 
 def _text_bytes(chunk: pa.Array) -> memoryview:
-    """The concatenated UTF-8 bytes of all strings of an array."""
+    """Return the concatenated UTF-8 bytes of all strings in an array."""
     import numpy as np
 
     _, offsets, content = chunk.buffers()
     if not len(chunk) or content is None:
         return memoryview(b"")
     # String i of the buffers has the bytes from all_offsets[i] to all_offsets[i + 1]. The array may
-    # be a slice of the buffers: its first string is string number ``chunk.offset``.
+    # be a slice: then the array's first string is number ``chunk.offset`` in the buffers.
     all_offsets = np.frombuffer(offsets, np.int32)
     start = all_offsets[chunk.offset]
     end = all_offsets[chunk.offset + len(chunk)]
@@ -211,7 +212,7 @@ def _text_bytes(chunk: pa.Array) -> memoryview:
 def _replace_in_texts(
     table: pa.Table, text_columns: Collection[str], *, pattern: str, replacement: str
 ) -> pa.Table:
-    """Replace a regular expression in some columns of texts; return the new table."""
+    """Replace a regular expression in some text columns, and return the new table."""
     import pyarrow.compute as pc
 
     for index, column in enumerate(table.schema):
@@ -233,19 +234,19 @@ def remove_apostrophes(table: pa.Table, text_columns: Collection[str]) -> pa.Tab
 def read_table(
     path: str | Path, text_columns: Collection[str], delimiter: str = ","
 ) -> tuple[pa.Table, dict[str, object]]:
-    """Read a Parquet or CSV table, and the metadata of the table.
+    """Read a Parquet or CSV table with the table's metadata.
 
-    CSV files and tables of other programs have empty metadata.
+    CSV files, and tables from programs other than vilu, have empty metadata.
 
     Args:
         path: The file.
-        text_columns: Names of columns to read as text, even if the texts look like numbers.
-        delimiter: Character between the columns of a CSV file.
+        text_columns: Columns to read as text, even if the texts look like numbers.
+        delimiter: Character between the columns in a CSV file.
 
     Raises:
         DataError: If the file is damaged, or is no Parquet or CSV table.
         StorageError: If the file does not exist or cannot be opened.
-        ProvenanceError: If the table has a schema version of vilu that this vilu does not read.
+        ProvenanceError: If this vilu does not read the table's schema version.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -286,8 +287,8 @@ def _read_parquet(source: pa.NativeFile) -> pa.Table:
 
 
 def _footer(source: pa.NativeFile) -> bytes:
-    """The raw bytes of the footer of a Parquet file, even of a damaged footer."""
-    # a file ends with the footer, the length of the footer in four bytes, and the text "PAR1"
+    """Return the raw bytes of a Parquet file's footer, even if the footer is damaged."""
+    # a file ends with the footer, the footer's length in four bytes, and the text "PAR1"
     end = source.size() - 8
     source.seek(end)
     length_bytes = source.read(4)
@@ -298,15 +299,15 @@ def _footer(source: pa.NativeFile) -> bytes:
 
 
 def read_column(path: str | Path, table: pa.Table, name: str, type_name: str) -> pa.ChunkedArray:
-    """Return the column ``name`` of a table, converted to another Arrow type.
+    """Return a table's column ``name``, converted to the Arrow type ``type_name``.
 
     If the table has no such column, all values are null.
 
     Args:
-        path: The file of the table, for messages.
+        path: The table's file, for messages.
         table: The table.
-        name: Name of the column.
-        type_name: Name of the Arrow type, such as "float64", "int64" or "string".
+        name: The column's name.
+        type_name: The Arrow type's name, such as "float64", "int64" or "string".
     """
     import pyarrow as pa
 
@@ -323,12 +324,12 @@ def read_column(path: str | Path, table: pa.Table, name: str, type_name: str) ->
 
 
 class CsvRow(dict[str, str]):
-    """A row of a CSV file: maps each column to the text of the cell.
+    """A row in a CSV file: maps each column name to the cell's text.
 
     If the row ends early, the missing cells are "".
 
     Attributes:
-        line: Line of the file where the row begins, counted from 1.
+        line: Line in the file where the row begins, counted from 1.
         ends_early: Whether the row has fewer cells than there are columns.
     """
 
@@ -339,10 +340,10 @@ class CsvRow(dict[str, str]):
 
 
 def csv_rows(path: Path, delimiter: str = ",") -> tuple[list[str], list[CsvRow]]:
-    """Read the column names and the rows of a CSV file edited by people; all cells are text.
+    """Read column names and rows from a CSV file edited by people. All cells are text.
 
-    Three additions of spreadsheets are ignored: a byte order mark, lines without cells, and empty
-    cells to the right of the named columns.
+    Three things that spreadsheets add are ignored: a byte order mark, lines without cells, and
+    empty cells to the right of the named columns.
 
     Raises:
         DataError: If the file is no CSV in UTF-8, if two columns have the same name, or if a row
@@ -359,13 +360,13 @@ def csv_rows(path: Path, delimiter: str = ",") -> tuple[list[str], list[CsvRow]]
 def parse_csv(
     lines: Iterable[str], source: str, delimiter: str = ","
 ) -> tuple[list[str], list[CsvRow]]:
-    """Parse the lines of a CSV file like ``csv_rows``; messages call the file ``source``."""
+    """Parse the lines of a CSV file like ``csv_rows``. Messages call the file ``source``."""
     # without ``strict``, an unclosed quote would turn the remaining file into a single cell
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     rows: list[CsvRow] = []
     try:
         names = next(reader, [])
-        last_line = reader.line_num  # last line of the row read last
+        last_line = reader.line_num  # where the row read last ends
         for cells in reader:
             line = last_line + 1
             last_line = reader.line_num  # more than ``line`` if a cell has line breaks
@@ -376,14 +377,14 @@ def parse_csv(
                 continue
             texts = [re.sub(_QUOTED_FORMULA_PATTERN, r"\1", cell) for cell in cells]
             missing_texts = [""] * (len(names) - len(cells))  # empty if no cells are missing
-            # strict=False leaves out empty cells without a column; the check above refused texts
+            # strict=False leaves out empty cells without a column (the check above refused texts)
             text_of_column = dict(zip(names, texts + missing_texts, strict=False))
             rows.append(CsvRow(text_of_column, line, ends_early=bool(missing_texts)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{source} is no CSV file in UTF-8 whose quotes are all closed: {error}."
         ) from error
-    if not rows:  # the names of the columns were not checked above
+    if not rows:  # then the column names were not checked above
         require_distinct_columns(f"{source} line 1", names)
     return names, rows
 
@@ -396,9 +397,9 @@ def require_distinct_columns(
     Columns without a name are not checked: spreadsheets add empty columns, and pandas an index.
 
     Args:
-        location: The beginning of the message: the file, or a line of the file.
-        names: Names of the columns.
-        first_cells: Cells of the first row, for the message.
+        location: The message's beginning: the file, or a line in the file.
+        names: The column names.
+        first_cells: The first row's cells, for the message.
     """
     counts = Counter(name for name in names if name.strip())
     repeated_names = sorted(name for name, count in counts.items() if count > 1)
@@ -422,9 +423,9 @@ def _require_named_columns(location: str, names: Sequence[str], cells: Sequence[
     """Raise DataError if a row has a text to the right of the last named column.
 
     Args:
-        location: The beginning of the message: the line of the file.
-        names: Names of the columns.
-        cells: The cells of the row.
+        location: The message's beginning: the line in the file.
+        names: The column names.
+        cells: The row's cells.
     """
     n_named_columns = len(names)
     # columns without a name at the end are not counted
@@ -444,7 +445,7 @@ def _require_named_columns(location: str, names: Sequence[str], cells: Sequence[
 
 
 def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
-    """Read the column names of a CSV file, without reading more than the beginning of the file."""
+    """Read the column names of a CSV file, without reading more than the file's beginning."""
     # Python decodes a file in blocks, and the first block also contains rows. Invalid UTF-8 in a
     # row is escaped here, and refused when the rows are read.
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -471,9 +472,9 @@ def read_columns(
 
     Args:
         source: The file.
-        types: Maps names of columns to types. Arrow infers the types of columns not named here.
+        types: Maps column names to types. For columns not named here, Arrow infers the type.
         delimiter: Character between the columns.
-        convert_options: Further options of ``pyarrow.csv.ConvertOptions``.
+        convert_options: Further options for ``pyarrow.csv.ConvertOptions``.
     """
     import pyarrow.csv
 
@@ -483,7 +484,7 @@ def read_columns(
 
 
 def _lines_of_limited_length(file: TextIO, path: str | Path) -> Iterator[str]:
-    """Yield the lines of a file; DataError at a line over ``MAX_HEADER_CHARACTERS``."""
+    """Yield a file's lines. Raise DataError at a line over ``MAX_HEADER_CHARACTERS``."""
     line = file.readline(MAX_HEADER_CHARACTERS)
     while line:
         is_cut = len(line) == MAX_HEADER_CHARACTERS and line[-1] not in "\r\n"
@@ -506,7 +507,7 @@ def require_width(path: str | Path, n_columns: int) -> None:
 
 
 def table_suffix(path: str | Path) -> str:
-    """The suffix of a table, ``.parquet`` or ``.csv``; UsageError for a different suffix."""
+    """Return a table's suffix, ``.parquet`` or ``.csv``. Raise UsageError for any other suffix."""
     file = Path(path)
     suffix = file.suffix.lower()
     if suffix not in {".parquet", ".csv"}:
@@ -531,16 +532,15 @@ def _parse_csv(source: pa.NativeFile, text_columns: Collection[str], delimiter: 
 
 
 def _digest_of_read_table(path: str | Path, table: pa.Table, metadata: Mapping[str, object]) -> str:
-    """Return the digest of a table that was read; DataError if the damage prevents a digest."""
+    """Return the digest of a table that was read. Raise DataError if damage prevents a digest."""
     import pyarrow as pa
 
     try:
         return table_digest(table, metadata)
-    # A flipped bit in the footer can change the type of a column. Then pyarrow finds values of a
-    # wrong type (ArrowInvalid, a ValueError), or cannot convert the type
-    # (ArrowNotImplementedError, not a ValueError). ``table_digest`` encodes the metadata. The
-    # metadata may be nested too deeply to encode, even if the nesting could be parsed
-    # (RecursionError).
+    # A flipped bit in the footer can change a column's type. Then pyarrow finds values with a wrong
+    # type (ArrowInvalid, a ValueError), or cannot convert the type (ArrowNotImplementedError, not a
+    # ValueError). ``table_digest`` encodes the metadata. The metadata may be nested too deeply to
+    # encode, even if the nesting could be parsed (RecursionError).
     except (ValueError, RecursionError, pa.ArrowNotImplementedError) as error:
         raise DataError(
             f"{path} is damaged: its rows or metadata cannot be read ({error}). Make it again."
@@ -550,13 +550,13 @@ def _digest_of_read_table(path: str | Path, table: pa.Table, metadata: Mapping[s
 def _checked_metadata(
     path: str | Path, table: pa.Table, *, has_our_metadata: bool
 ) -> dict[str, object]:
-    """Check the digest of a table of vilu and return the metadata; {} for any other table.
+    """Check a vilu table's digest, and return the metadata. For any other table, return {}.
 
     Args:
         path: The file, for messages.
         table: The table, as read by pyarrow.
-        has_our_metadata: Whether the footer of the file contains metadata of vilu. If pyarrow finds
-            no metadata in such a table, the file is damaged.
+        has_our_metadata: Whether the file's footer contains vilu's metadata. If pyarrow finds no
+            metadata in such a table, the file is damaged.
     """
     all_metadata = table.schema.metadata or {}  # None in a table without metadata
     text = all_metadata.get(METADATA_KEY)

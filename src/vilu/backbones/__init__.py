@@ -1,1 +1,1 @@
-"""Encoders of images and texts. No other package imports open_clip or transformers."""
+"""Encoders for images and texts. Only this package loads models with open_clip or transformers."""

@@ -1,4 +1,4 @@
-"""Backbones: an image encoder and a text encoder of the same embedding space."""
+"""Backbones: an image encoder and a text encoder with a joint embedding space."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A frozen dual encoder with the preprocessing and the tokenizer of its model.
+    """A frozen dual encoder with the model's preprocessing and tokenizer.
 
     Attributes:
-        space: Identity of the joint embedding space, with the logit scale and bias of the model.
-        feature_dim: Width F of the image features: the output of the image tower before the
-            projection into the joint space. If the projection cannot be separated from the tower,
-            the features are the embeddings before normalisation.
-        projections: Last maps (D, F) of the image tower and (D, F_t) of the text tower, on the CPU.
-            None unless both maps are linear without bias.
+        space: Identity of the joint embedding space, with the model's logit scale and bias.
+        feature_dim: Width F of the image features: the image tower's output before the projection
+            into the joint space. If the projection cannot be separated from the tower, the features
+            are the embeddings before normalisation.
+        projections: The image tower's last map (D, F) and the text tower's last map (D, F_t), on
+            the CPU. None unless both maps are linear without bias.
     """
 
     space: EmbeddingSpace
@@ -45,25 +45,31 @@ class Backbone(Protocol):
     projections: tuple[Tensor, Tensor] | None
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Pixels (3, H, W) float32 on the CPU; H and W are equal for all images. Thread-safe."""
+        """Return pixels (3, H, W) float32 on the CPU. All images get equal H and W. Thread-safe."""
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Unit-norm embeddings (B, D) float32 on the CPU.
+        """Return unit-norm embeddings (B, D) float32 on the CPU.
 
         The pixels (B, 3, H, W) may be on any device.
         """
 
     def encode_images_and_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of ``encode_images``, and features (B, F) float32 on the CPU, in one pass."""
+        """Return embeddings as ``encode_images`` does, and features (B, F), in one pass.
+
+        The features are float32 on the CPU, too.
+        """
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit-norm embeddings (M, D) float32 on the CPU."""
+        """Return unit-norm embeddings (M, D) float32 on the CPU."""
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
-        """For each text, whether the tokenizer cuts off the end. The end is then not embedded."""
+        """Return for each text whether the tokenizer cuts off the end.
+
+        The cut-off end is not embedded.
+        """
 
     def encode_text_features(self, texts: Sequence[str]) -> Tensor:
-        """Output (M, F_t) float32 of the text tower before the projection in ``projections``."""
+        """Return the text tower's output (M, F_t) float32 before the map in ``projections``."""
 
 
 TEXT_BATCH_SIZE = 64  # maximum number of texts to encode at a time
@@ -71,7 +77,7 @@ TEXT_BATCH_SIZE = 64  # maximum number of texts to encode at a time
 
 def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str]) -> Tensor:
     """Encode M >= 1 texts to rows (M, D), ``TEXT_BATCH_SIZE`` texts at a time."""
-    # indices sorted by length of the text, because texts of similar length need less padding
+    # indices sorted by text length, because texts of similar length need less padding
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     starts = range(0, len(order), TEXT_BATCH_SIZE)
     batches = [order[start : start + TEXT_BATCH_SIZE] for start in starts]
@@ -83,20 +89,20 @@ def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str
             task.advance(len(batch))
     sorted_rows = torch.cat(rows)
     text_of_row = torch.tensor(order)
-    row_of_text = text_of_row.argsort()  # text -> row in ``sorted_rows``: inverse of order
+    row_of_text = text_of_row.argsort()  # text -> row in ``sorted_rows``: the inverse order
     return sorted_rows[row_of_text.to(sorted_rows.device)]
 
 
 def _progress(n_texts: int) -> AbstractContextManager[Task]:
-    """The progress display for ``n_texts`` texts; silent if all texts fit into a single batch."""
+    """Return a progress display for ``n_texts`` texts, or a silent one for a single batch."""
     if n_texts > TEXT_BATCH_SIZE:
         return track("encode texts", n_texts, "texts")
-    silence = SilentProgress()
-    return nullcontext(silence)
+    task = SilentProgress()
+    return nullcontext(task)
 
 
 MIN_JPEG_FACTOR: Final = 2
-"""Minimum side of a reduced JPEG, as a multiple of the side needed by a model.
+"""A reduced JPEG's minimum side, as a multiple of the side that a model needs.
 
 With this factor, resizing still averages over several pixels. So the resized pixels change by only
 about half a grey level.
@@ -104,42 +110,42 @@ about half a grey level.
 
 
 def jpeg_side_of(backbone: Backbone) -> int | None:
-    """Least length of the shorter side to which JPEGs may be reduced in decoding.
+    """Return the least length to which decoding may reduce a JPEG's shorter side.
 
-    None: JPEGs are decoded in full for this model.
+    If None is returned, JPEGs are decoded in full for this model.
     """
     side: int | None = getattr(backbone, "jpeg_side", None)
     return side
 
 
 class DualEncoder:
-    """A frozen dual encoder (the ``Backbone`` protocol), assembled from parts of a model.
+    """A frozen dual encoder (the ``Backbone`` protocol), assembled from a model's parts.
 
     Args:
         space: Identity of the joint space. If ``space.precision`` is "bf16", images are encoded in
             bfloat16: by ``bf16_tower`` if given, else by ``image_tower`` under autocast.
-        device: Device of the towers.
-        transform: Function from an image to pixels (3, H, W); thread-safe.
+        device: The towers' device.
+        transform: Thread-safe function from an image to pixels (3, H, W).
         image_tower: Function from pixels (B, 3, H, W) to features (B, F).
-        text_tower: Function from M texts to features (M, F_t); always in float32.
+        text_tower: Function from M texts to features (M, F_t), always in float32.
         truncates: Function from M texts to M booleans: whether the tokenizer truncates each text.
-        image_head: Function from image features in float32 to embeddings (B, D) of any norm. None:
-            the head is ``image_projection``.
-        image_projection: Matrix (D, F) from image features to embeddings of any norm. None: the
+        image_head: Function from image features in float32 to embeddings (B, D) with any norm.
+            None: the head is ``image_projection``.
+        image_projection: Matrix (D, F) from image features to embeddings with any norm. None: the
             image tower already returns embeddings, unless there is an ``image_head``.
-        text_projection: Matrix (D, F_t) from text features to embeddings of any norm. None: the
+        text_projection: Matrix (D, F_t) from text features to embeddings with any norm. None: the
             text tower already returns embeddings.
-        feature_dim: Width F; needed only if there is an ``image_head``.
-        text_cache_key: Text that identifies everything that determines the embeddings of texts. The
-            key of texts in the user's cache includes this text. None: texts are not cached.
+        feature_dim: Width F, needed only if there is an ``image_head``.
+        text_cache_key: Text that identifies everything that determines text embeddings. The key in
+            the user's cache includes this text. None: text embeddings are not cached.
         bf16_tower: Function from bfloat16 pixels (B, 3, H, W) to features (B, F): the image tower
-            with weights in bfloat16. Then autocast need not convert the weights.
-        resize_to: Length in pixels to which ``transform`` resizes the shorter side of an image, or
-            a larger number. None: not known, so JPEGs are never decoded at a reduced size.
+            with weights in bfloat16. With such weights, autocast need not convert weights.
+        resize_to: Length in pixels to which ``transform`` resizes an image's shorter side, or a
+            larger number. None: not known, so JPEGs are never decoded at a reduced size.
 
     Attributes:
-        jpeg_side: Least length of the shorter side to which JPEGs may be reduced in decoding. None:
-            JPEGs are decoded in full.
+        jpeg_side: Least length to which decoding may reduce a JPEG's shorter side. None: JPEGs are
+            decoded in full.
     """
 
     def __init__(  # noqa: PLR0913 - one argument per part
@@ -178,39 +184,39 @@ class DualEncoder:
         self._truncates = truncates
 
     def reduce_jpegs(self) -> None:
-        """Let JPEGs be decoded at a reduced size, if the size needed by the model is known."""
+        """Let JPEGs be decoded at a reduced size, if the size that the model needs is known."""
         if self._resize_to is None:
             return
         self.jpeg_side = MIN_JPEG_FACTOR * self._resize_to
         self.space = self.space.with_reduced_jpegs
 
     def in_float32(self) -> DualEncoder:
-        """Return the same model in float32; weights are shared."""
+        """Return a model that computes in float32, with the same weights in memory."""
         model = copy(self)
         model.space = replace(self.space, precision="fp32")
         return model
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Pixels (3, H, W) float32 on the CPU."""
+        """Return pixels (3, H, W) float32 on the CPU."""
         # torchvision uses torch's default type, and a caller may have changed this type
         pixels = self._transform(image)
         return pixels.float()
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Unit-norm embeddings (B, D) float32 on the CPU; the pixels are (B, 3, H, W)."""
+        """Return unit-norm embeddings (B, D) float32 on the CPU, from pixels (B, 3, H, W)."""
         rows, _ = self._run_image_tower(pixels)
         return _normalise(rows)
 
     def encode_images_and_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of ``encode_images``, and features (B, F) float32 on the CPU."""
+        """Return embeddings as ``encode_images`` does, and features (B, F) float32 on the CPU."""
         rows, features = self._run_image_tower(pixels)
         embeddings = _normalise(rows)
-        # tensors of inference mode cannot be trained on, but a copy from outside this mode can
+        # tensors from inference mode cannot be trained on, but a copy made outside this mode can
         trainable_features = features.clone()
         return embeddings, trainable_features.cpu()
 
     def _run_image_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, D) of any norm and features (B, F), both in float32."""
+        """Return embeddings (B, D) with any norm and features (B, F), both in float32."""
         # an export needs the graph, and inference mode would not record a graph
         grad_mode = nullcontext() if torch.compiler.is_exporting() else torch.inference_mode()
         with grad_mode:
@@ -219,7 +225,7 @@ class DualEncoder:
                 return self._image_head(features), features
 
     def _features(self, pixels: Tensor) -> Tensor:
-        """Run the image tower in the precision of the space; features (B, F) in float32."""
+        """Run the image tower in the space's precision. Return features (B, F) in float32."""
         device_type = self.device.type
         is_bf16 = self.space.precision == "bf16"
         if is_bf16 and self._bf16_tower is not None:
@@ -237,7 +243,7 @@ class DualEncoder:
             return features.float()
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit-norm embeddings (M, D) float32 on the CPU."""
+        """Return unit-norm embeddings (M, D) float32 on the CPU."""
         if not texts:
             return torch.empty(0, self.space.embed_dim, dtype=torch.float32)
 
@@ -250,7 +256,7 @@ class DualEncoder:
         return _normalise(rows)
 
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        """The embeddings of ``encode_texts``, from the user's cache if stored there."""
+        """Return what ``encode_texts`` returns, from the user's cache if stored there."""
         if self._text_cache_key is None:
             return self.encode_texts(texts)
         key = digest([self._text_cache_key, self.device.type, list(texts)])
@@ -261,11 +267,11 @@ class DualEncoder:
         return load_or_compute_rows(f"texts-{key}", encode)
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
-        """Whether the tokenizer truncates each text."""
+        """Return for each text whether the tokenizer truncates the text."""
         return self._truncates(list(texts)) if texts else []
 
     def encode_text_features(self, texts: Sequence[str]) -> Tensor:
-        """Features (M, F_t) float32 on the CPU; ``texts`` are M >= 1 texts."""
+        """Return features (M, F_t) float32 on the CPU for M >= 1 texts."""
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             rows = encode_in_batches(self._text_tower, texts)
         float32_rows = rows.float()
@@ -274,13 +280,14 @@ class DualEncoder:
 
 
 MAX_CACHED_ENTRIES = 2**22
-"""Maximum number of float32 entries (16 MiB) of a tensor in the user's cache."""
+"""Maximum number of float32 entries (16 MiB) in a cached tensor."""
 
 
 def load_or_compute_rows(name: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Return rows on the CPU from the user's cache; missing rows are computed by ``compute``.
+    """Return rows on the CPU from the user's cache. If the rows are missing, ``compute`` them.
 
-    Computed rows are written to the cache, unless they have more than ``MAX_CACHED_ENTRIES``.
+    Computed rows are written to the cache, unless the rows have more than ``MAX_CACHED_ENTRIES``
+    entries.
     """
     path = cache_folder() / f"{name}.safetensors"
     rows_in_cache = _read_cached(path)
@@ -301,7 +308,7 @@ def load_or_compute_rows(name: str, compute: Callable[[], Tensor]) -> Tensor:
 
 
 def _read_cached(path: Path) -> Tensor | None:
-    """The rows in a file of the cache; None if the file is absent, unreadable or damaged."""
+    """Return the rows in a cache file, or None if the file is absent, unreadable or damaged."""
     try:
         with safe_open(path, "pt") as handle:
             rows: Tensor = handle.get_tensor("rows")
@@ -316,7 +323,7 @@ def _read_cached(path: Path) -> Tensor | None:
 
 
 def _linear_map(projection: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """A function that maps rows (B, F) to rows (B, D) by the matrix ``projection`` (D, F).
+    """Return a function that maps rows (B, F) to rows (B, D) by the matrix ``projection`` (D, F).
 
     Without a matrix, the function returns rows unchanged.
     """
@@ -326,7 +333,7 @@ def _linear_map(projection: Tensor | None) -> Callable[[Tensor], Tensor]:
 
 
 def _normalise(rows: Tensor) -> Tensor:
-    """Normalise rows to unit norm, and copy them to the CPU.
+    """Normalise rows to unit norm on the CPU.
 
     The function must run outside inference mode. Predictors cannot be trained on tensors made in
     inference mode.
@@ -339,8 +346,8 @@ def _normalise(rows: Tensor) -> Tensor:
 def with_bf16_members(network: nn.Module, names: Sequence[str]) -> Any:  # noqa: ANN401 - any class
     """Copy a network. In the copy, the members ``names`` have weights in bfloat16.
 
-    The copy has the class of the network. All other members are shared. A name that the network
-    lacks is ignored.
+    The copy has the network's class. All members not in ``names`` are shared. A name that the
+    network lacks is ignored.
     """
     # ``deepcopy`` does not copy the objects in the memo, so both networks share these objects
     shared_memo: dict[int, Any] = {}
@@ -354,27 +361,28 @@ def with_bf16_members(network: nn.Module, names: Sequence[str]) -> Any:  # noqa:
     return twin
 
 
+PROBE_IMAGE = Image.new("RGB", (64, 64))  # image for trying a tower
 PROJECTION_TOLERANCE = 1e-4
-"""Largest accepted rounding error of an embedding, relative to the largest entry."""
+"""Largest accepted rounding error in an embedding, relative to the largest entry."""
 
 
 def detach_projection(
     network: nn.Module, candidates: Sequence[str], run_probe: Callable[[], Tensor]
 ) -> Tensor | None:
-    """Remove the last linear map from a tower, so that the tower returns the features before it.
+    """Remove the last linear map from a tower, so that the tower returns the map's input.
 
-    A member such as ``proj`` need not be applied last. Therefore a map is removed only if it is
-    linear without bias, and maps the features of a probe to the embedding of the probe.
+    A member such as ``proj`` need not be applied last. Therefore a map is removed only if the map
+    is linear without bias, and maps a probe's features to the probe's embedding.
 
     Args:
         network: The model with the tower. The model is changed in place.
         candidates: Dotted names of members that may be the last map. A member is a matrix (F, D),
             applied from the right, or an ``nn.Linear``.
-        run_probe: Function that runs the tower on a probe. It returns (1, D) before the removal of
-            the map, and (1, F) afterwards.
+        run_probe: Function that runs the tower on a probe. The function returns (1, D) before the
+            map is removed, and (1, F) afterwards.
 
     Returns:
-        The map (D, F). None if no member is the last map; then the network is not changed.
+        The map (D, F). None if no member is the last map. Then the network is not changed.
     """
     modules = dict(network.named_modules())
     for dotted_name in candidates:
@@ -385,7 +393,7 @@ def detach_projection(
         if parent is None or weight is None:
             continue
         embedding = run_probe()
-        # a module can only be replaced by a module; for a parameter, open_clip accepts None
+        # a module can only be replaced by a module. For a parameter, open_clip accepts None.
         substitute = nn.Identity() if isinstance(member, nn.Linear) else None
         setattr(parent, name, substitute)
         features = run_probe()
@@ -396,7 +404,7 @@ def detach_projection(
 
 
 def _linear_weight(member: object) -> Tensor | None:
-    """Matrix (D, F) of a linear map without bias; None for any other member."""
+    """Return the matrix (D, F) if a member is a linear map without bias, otherwise None."""
     if isinstance(member, nn.Linear):
         parameters = [name for name, _ in member.named_parameters()]
         return member.weight.detach() if parameters == ["weight"] else None
@@ -406,9 +414,9 @@ def _linear_weight(member: object) -> Tensor | None:
 
 
 def _is_mapped(features: Tensor, weight: Tensor, embedding: Tensor) -> bool:
-    """Whether ``weight`` (D, F) maps the features (1, F) of the probe to ``embedding`` (1, D)."""
+    """Return whether ``weight`` (D, F) maps the probe's features (1, F) to ``embedding`` (1, D)."""
     if weight.shape != (embedding.shape[-1], features.shape[-1]):
         return False
-    errors = (features @ weight.T - embedding).abs()
-    entries = embedding.abs()
-    return bool(errors.max() < PROJECTION_TOLERANCE * entries.max())
+    largest_error = (features @ weight.T - embedding).abs().max()
+    largest_entry = embedding.abs().max()
+    return bool(largest_error < PROJECTION_TOLERANCE * largest_entry)

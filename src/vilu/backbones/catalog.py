@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 SLOW_SECONDS = 2.0
-"""Loading times above this number of seconds are logged."""
+"""Loading times above this limit in seconds are logged."""
 
 CONFIG_FILES = {"open_clip": "open_clip_config.json", "hf": "config.json"}
-"""Library for loading named backbones -> file for recognising a folder of a model.
+"""Library for loading named backbones -> file by which a model folder is recognised.
 
-The name of a library is also the name of the ``BackboneKind`` that loads with this library.
+A library's name is also the name of the ``BackboneKind`` that loads with this library.
 """
 
-DEFAULT_LIBRARY = "open_clip"  # for a model of the hub if the spec names no library
+DEFAULT_LIBRARY = "open_clip"  # for a hub model if the spec names no library
 
 
 @dataclass(frozen=True)
@@ -44,39 +44,39 @@ class NamedBackbone:
     name: str
     title: str  # for tables
     open_clip: str  # NAME/TAG in open_clip's registry
-    open_clip_hub: str  # repository of these weights for open_clip
-    hf: str  # repository of the same weights for transformers
+    open_clip_hub: str  # repository with the weights for open_clip
+    hf: str  # repository with the same weights for transformers
     embed_dim: int  # width D of the joint space
     feature_dim: int  # width F of the image features
-    image_size: int  # height and width of an image in pixels
-    context_length: int  # number of tokens of a text, including special tokens
+    image_size: int  # image height and width in pixels
+    context_length: int  # number of tokens per text, including special tokens
     quick_gelu: bool  # whether the model uses QuickGELU, x sigmoid(1.702 x), in place of GELU
-    # Whether the model uses the tanh approximation of GELU, the default of Flax. For such models,
-    # transformers uses the approximation; open_clip uses it only on request.
+    # Whether the model uses the tanh approximation of GELU, Flax's default. For such models,
+    # transformers uses the approximation. open_clip uses the approximation only on request.
     tanh_gelu: bool
-    # 10^9 floating point operations of the image tower per image; None if not known
+    # 10^9 floating point operations per image in the image tower, or None if not known
     image_gflop: float | None = None
-    # images per second of the image tower in float32 on 2 CPU cores
-    # (``benchmarks/encode_rates.py``); None if not known
+    # images per second in the image tower, in float32 on 2 CPU cores
+    # (``benchmarks/encode_rates.py``), or None if not known
     image_rate: float | None = None
-    # texts per second of the text tower in float32 on 2 CPU cores; None if not known
+    # texts per second in the text tower, in float32 on 2 CPU cores, or None if not known
     text_rate: float | None = None
     # images per second on a single A100, as published by clip-retrieval
-    # (docs/distributed_clip_inference.md); None if not known
+    # (docs/distributed_clip_inference.md), or None if not known
     a100_rate: float | None = None
-    reference: str = ""  # source of the model
+    reference: str = ""  # source for the model
 
 
 @dataclass(frozen=True)
 class BackboneKind:
-    """A kind of backbone with a loader. The loader is imported only on demand."""
+    """A backbone kind with a loader. The loader is imported only on demand."""
 
     name: str
-    # "module:function". The arguments of the function are the argument of the spec (the part after
-    # the colon), the device and the precision.
+    # "module:function". The function is called with the spec's argument (the part after the colon),
+    # the device and the precision.
     loader: str
     description: str  # for display
-    extra: str = ""  # extra of vilu needed by the loader; "" if no extra is needed
+    extra: str = ""  # vilu extra that the loader needs, or "" if no extra is needed
 
 
 BACKBONES: Final = Catalogue[NamedBackbone | BackboneKind]("backbone", "vilu.backbones")
@@ -84,7 +84,7 @@ BACKBONES: Final = Catalogue[NamedBackbone | BackboneKind]("backbone", "vilu.bac
 
 
 def named_backbones() -> dict[str, NamedBackbone]:
-    """Name -> backbone, for single models. Kinds of backbones are left out."""
+    """Map names to backbones, for single models. Backbone kinds are left out."""
     models = {}
     for name, entry in BACKBONES.items():
         if isinstance(entry, NamedBackbone):
@@ -94,21 +94,20 @@ def named_backbones() -> dict[str, NamedBackbone]:
 
 @dataclass(frozen=True)
 class NamedSource:
-    """Loader and location of a named backbone."""
+    """A named backbone's loader and location."""
 
-    # name of the backbone in embedding spaces: NAME for open_clip and NAME@hf for transformers; the
-    # name does not depend on the place of the weights
+    # the backbone's name in embedding spaces: NAME for open_clip and NAME@hf for transformers, no
+    # matter where the weights are
     name: str
-    spec: str  # KIND:ARGUMENT; the kind decides the loader, and the loader gets the argument
-    options: dict[str, bool]  # keyword arguments of the loader
+    spec: str  # KIND:ARGUMENT, where the kind decides the loader, and the loader gets the argument
+    options: dict[str, bool]  # keyword arguments for the loader
 
 
 def find_named_backbone(spec: str, models: Path | None = None) -> NamedSource | None:
-    """Find NAME, NAME@open_clip or NAME@hf on the hub, or in the folder NAME of ``models``.
+    """Find NAME, NAME@open_clip or NAME@hf on the hub, or in the sub-folder NAME in ``models``.
 
-    If ``spec`` names no library, open_clip loads a model of the hub. For a model in a folder, the
-    configuration file in the folder decides the library. Returns None if ``spec`` is no named
-    backbone.
+    If ``spec`` names no library, open_clip loads hub models. For a model in a folder, the
+    configuration file there decides the library. Returns None if ``spec`` is no named backbone.
     """
     name, at_sign, library = spec.partition("@")
     model = BACKBONES.get(name)
@@ -133,9 +132,9 @@ def find_named_backbone(spec: str, models: Path | None = None) -> NamedSource | 
 
 
 def _library_of_folder(folder: Path, model: NamedBackbone, libraries: list[str]) -> str:
-    """Return the first of ``libraries`` with a configuration file in the folder of a model.
+    """Return the first name in ``libraries`` whose configuration file is in a model's folder.
 
-    MissingModelError if there is no such file. The message says how to get the files.
+    If there is no such file, raise MissingModelError. The message says how to get the files.
     """
     for library in libraries:
         if (folder / CONFIG_FILES[library]).is_file():
@@ -158,8 +157,8 @@ def _library_of_folder(folder: Path, model: NamedBackbone, libraries: list[str])
 def _require_activation(file: Path, model: NamedBackbone) -> None:
     """Raise ProvenanceError if an open_clip folder configures the wrong activation function.
 
-    open_clip uses the activation of the configuration. If the weights were trained with QuickGELU
-    and the configuration has GELU, or the reverse, all embeddings are wrong.
+    open_clip uses the configuration's activation. If the weights were trained with QuickGELU and
+    the configuration has GELU, or the reverse, all embeddings are wrong.
     """
     try:
         config = json.loads(file.read_bytes())
@@ -191,17 +190,17 @@ def load_backbone(
     """Return the frozen dual encoder named by ``spec``, ready to encode.
 
     Args:
-        spec: NAME of a ``NamedBackbone`` (loaded by open_clip), NAME@hf (loaded by transformers),
-            or KIND or KIND:ARGUMENT of a ``BackboneKind``; see ``BACKBONES``.
+        spec: NAME (loaded by open_clip) or NAME@hf (loaded by transformers) for a
+            ``NamedBackbone``, and KIND or KIND:ARGUMENT for a ``BackboneKind``. See ``BACKBONES``.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         precision: "fp32", or "bf16" to run the image tower in bfloat16. Embeddings are float32 in
             both cases.
-        models: Folder with a sub-folder per named backbone, in the format of open_clip or of
-            transformers. Named backbones are then loaded from this folder and never from the hub.
-            For other specs (KIND:FOLDER, open_clip:NAME/FILE), FOLDER or FILE is looked for in this
-            folder first.
+        models: Folder with a sub-folder per named backbone, in open_clip's or transformers' format.
+            Named backbones are then loaded from this folder and never from the hub. For specs with
+            a path (KIND:FOLDER, open_clip:NAME/FILE), FOLDER or FILE is looked for in this folder
+            first.
         full_decode: Whether JPEGs are decoded in full. By default, a large JPEG is decoded at 1/2,
-            1/4 or 1/8 of its size, but no smaller than twice the size to which the model resizes.
+            1/4 or 1/8 size, but no smaller than twice the size to which the model resizes.
 
     Raises:
         UsageError: If the spec, the device or the precision is unknown.
@@ -243,8 +242,8 @@ def load_backbone(
     if seconds > SLOW_SECONDS:
         logger.info("%s loaded in %.1f s", spec, seconds)
     if named_source is not None:
-        # The embedding spaces of the same model must match. So the name must not depend on the
-        # location of the weights.
+        # Embedding spaces from the same model must match. So the name must not depend on where the
+        # weights are.
         backbone.space = replace(backbone.space, backbone=named_source.name)
     if isinstance(backbone, DualEncoder) and not full_decode:
         backbone.reduce_jpegs()
@@ -252,7 +251,7 @@ def load_backbone(
 
 
 def _unknown_backbone(spec: str, kind: str) -> UsageError:
-    """The error for a spec without a backbone; ``kind`` is the part of the spec before ":"."""
+    """Make the error for a spec without a backbone. ``kind`` is the spec's part before ":"."""
     known_names = list(BACKBONES)
     name, _, _ = kind.partition("@")
     hint = did_you_mean(name, known_names, cutoff=0.5)
@@ -261,9 +260,9 @@ def _unknown_backbone(spec: str, kind: str) -> UsageError:
 
 
 def _with_local_path(argument: str, models: Path) -> str:
-    """Replace FOLDER, or the FILE of NAME/FILE, by the path in ``models``, if it exists there.
+    """Replace FOLDER, or FILE in NAME/FILE, by the path in ``models``, if that path exists.
 
-    Embedding spaces name such models without local paths. So a saved predictor finds its model in
+    Embedding spaces name such models without local paths. So a saved predictor finds the model in
     ``models``.
     """
     model, slash, last_name = argument.rpartition("/")
@@ -278,10 +277,10 @@ def _with_local_path(argument: str, models: Path) -> str:
 
 
 def add_backbone(entry: NamedBackbone | BackboneKind) -> None:
-    """Add a named backbone, or a kind of backbone with its loader.
+    """Add a named backbone, or a backbone kind with a loader.
 
     Raises:
-        UsageError: If another backbone has the same name, or if the name has invalid characters.
+        UsageError: If the name is already taken, or has invalid characters.
     """
     name = entry.name
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
@@ -294,7 +293,7 @@ def add_backbone(entry: NamedBackbone | BackboneKind) -> None:
 
 
 def _add_backbone(entry: object) -> bool:
-    """Add ``entry`` if it is a backbone, and return whether it is a backbone."""
+    """Add ``entry`` if ``entry`` is a backbone. Return whether ``entry`` is a backbone."""
     if not isinstance(entry, NamedBackbone | BackboneKind):
         return False
     add_backbone(entry)
@@ -305,7 +304,7 @@ REGISTER_FUNCTIONS["a vilu.backbones.catalog.BackboneKind or NamedBackbone"] = _
 
 
 def add_backbones(source: Path | str) -> list[str]:
-    """Add the backbones of a TOML file, or of TOML text, and return their names.
+    """Add the backbones in a TOML file or TOML text, and return the backbones' names.
 
     Each backbone is a table. A table with a key ``loader`` has the keys of ``BackboneKind``.
     Every other table has the keys of ``NamedBackbone``.
@@ -319,9 +318,9 @@ def add_backbones(source: Path | str) -> list[str]:
 
 
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Add backbones and return their names.
+    """Add backbones and return the backbones' names.
 
-    ``tables`` maps the name of a backbone to a table. ``add_backbones`` describes the tables.
+    ``tables`` maps a backbone's name to a table. ``add_backbones`` describes the tables.
     """
     for name, table in tables.items():
         entry_class: type[NamedBackbone | BackboneKind] = NamedBackbone
@@ -334,7 +333,7 @@ def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[str]:
 
 
 def _add_built_in_backbones() -> None:
-    """Add the backbones of ``assets/backbones.toml``."""
+    """Add the backbones in ``assets/backbones.toml``."""
     package = resources.files("vilu")
     file = package.joinpath("assets", "backbones.toml")
     toml = file.read_text(encoding="utf-8")

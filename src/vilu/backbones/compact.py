@@ -1,8 +1,8 @@
 """The compact model: a zero-shot classifier from two PyPI packages, without a model hub.
 
 The model joins EfficientNet-Lite0 (ImageNet-1k) and all-MiniLM-L6-v2 (sentences) in closed form,
-without training. It is small and often wrong. It is meant for tests and for trying vilu, and is no
-substitute for CLIP or SigLIP.
+without training. The compact model is small and often wrong. Its purpose is tests and trying vilu.
+It is no substitute for CLIP or SigLIP.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ EMBED_DIM = 768  # width of the joint space
 RIDGE_STRENGTH = 10.0  # strength of the ridge regression in ``ClosedFormHead``
 LOGIT_SCALE = 20.0  # near the scale with the largest likelihood on held-out ImageNet photos
 PROMPT_TEMPLATE = "a photo of a {}."
-ALLOWED_SIZES = range(64, 385, 32)  # heights and widths of pictures
+ALLOWED_SIZES = range(64, 385, 32)  # picture heights and widths
 DEFAULT_SIZE = 224
-MAX_TOKENS = 256  # longer texts are cut off, as in the training of the sentence encoder
-ACTIVATION_CEILING = 6.0  # largest output of ReLU6
+MAX_TOKENS = 256  # longer texts are cut off, as when the sentence encoder was trained
+ACTIVATION_CEILING = 6.0  # ReLU6's largest output
 
 logger = logging.getLogger(__name__)
 
 
 class ClosedFormHead(nn.Module):
-    """Two maps from image features f to the space of sentences, both in closed form.
+    """Two maps from image features f to the sentence space, both in closed form.
 
     The first map is a convex combination of class embeddings (Norouzi et al., ICLR 2014):
 
@@ -60,14 +60,14 @@ class ClosedFormHead(nn.Module):
         P  = (Wc^T Wc + ridge I)^-1 Wc^T (T - mean(T))
         Wc = W - mean(W)
 
-    The image embedding is (a, r), and the embedding of a text t is (t, t). The cosine of the two
-    embeddings is therefore the mean of cos(a, t) and cos(r, t).
+    The image embedding is (a, r), and a text t has the embedding (t, t). Therefore the two
+    embeddings' cosine is the mean of cos(a, t) and cos(r, t).
 
     Args:
         weight: (C, F) classifier weights W.
         bias: (C,) classifier bias b.
-        class_text: (C, E) unit-norm embeddings T of the class prompts.
-        mean_feature: (F,) mean of the features f.
+        class_text: (C, E) unit-norm class prompt embeddings T.
+        mean_feature: (F,) mean feature.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ClosedFormHead(nn.Module):
         super().__init__()
         text_mean = class_text.mean(dim=0)
         centred_text = class_text - text_mean
-        # Wc of the docstring; in float64, because the normal equations square the condition number
+        # Wc in the docstring. In float64, because the normal equations square the condition number.
         mean_weight = weight.mean(dim=0)
         centred_weight = (weight - mean_weight).double()
         n_features = centred_weight.shape[1]
@@ -92,28 +92,27 @@ class ClosedFormHead(nn.Module):
         self.projection = nn.Buffer(projection.float())
 
     def forward(self, features: Tensor) -> Tensor:
-        """Embeddings (B, 2 E) of image features (B, F)."""
+        """Map image features (B, F) to embeddings (B, 2 E)."""
         logits = functional.linear(features, self.weight, self.bias)
         probability = logits.softmax(dim=-1)
         convex_embedding = functional.normalize(probability @ self.class_text, dim=-1)
-        regressed_features = (features - self.mean_feature) @ self.projection
-        ridge_embedding = functional.normalize(regressed_features, dim=-1)
+        regressed_embedding = (features - self.mean_feature) @ self.projection
+        ridge_embedding = functional.normalize(regressed_embedding, dim=-1)
         return torch.cat([convex_embedding, ridge_embedding], dim=-1)
 
     def text_embeddings(self, sentence_embeddings: Tensor) -> Tensor:
-        """Text embeddings (M, 2 E) of sentence embeddings (M, E)."""
+        """Map sentence embeddings (M, E) to text embeddings (M, 2 E)."""
         centred_embedding = functional.normalize(sentence_embeddings - self.text_mean, dim=-1)
         return torch.cat([centred_embedding, centred_embedding], dim=-1)
 
 
 def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
-    """E[min(max(x, 0), 6)] for x ~ N(mean, std^2), elementwise in float64.
+    """Compute E[min(max(x, 0), 6)] for x ~ N(mean, std^2), elementwise in float64.
 
         E = std (h(mean / std) - h((mean - 6) / std)),    h(z) = z Phi(z) + phi(z)
 
-    The inputs of a ReLU6 after a batch norm have the shift of the batch norm as mean and the scale
-    of the batch norm as std. So the mean feature over the training set can be computed without the
-    training set.
+    A ReLU6's inputs after a batch norm have the batch norm's shift as mean and its scale as std. So
+    the mean feature over the training set can be computed without the training set.
     """
     mean = mean.double()
     std = std.double().abs()
@@ -123,7 +122,7 @@ def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _expected_hinge(z: Tensor) -> Tensor:
-    """h(z) = z Phi(z) + phi(z) = E[max(z + e, 0)] for e ~ N(0, 1)."""
+    """Compute h(z) = z Phi(z) + phi(z) = E[max(z + e, 0)] for e ~ N(0, 1)."""
     exponent = -z.square() / 2
     density = torch.exp(exponent) / math.sqrt(2 * math.pi)
     distribution = torch.special.ndtr(z)
@@ -131,14 +130,13 @@ def _expected_hinge(z: Tensor) -> Tensor:
 
 
 def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into a model in order, because the model has different names for them.
+    """Copy weights into a model in order, because the model names the weights differently.
 
-    The counters of batch norms are left out.
+    Batch norm counters are left out.
     """
-    weights_of_model = model.state_dict()
-    expected = _without_counters(weights_of_model)
-    plain_weights = _without_counters(weights)
-    tensors = list(plain_weights.values())
+    expected = _without_counters(model.state_dict())
+    weights_without_counters = _without_counters(weights)
+    tensors = list(weights_without_counters.values())
     expected_shapes = [tensor.shape for tensor in expected.values()]
     shapes = [tensor.shape for tensor in tensors]
     if shapes != expected_shapes:
@@ -152,20 +150,20 @@ def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _without_counters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without the batch counters of batch norms."""
+    """Return the weights without the batch norms' counters."""
     return {
         name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")
     }
 
 
 def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
-    """Load the compact model; ``argument`` is the height and width of pictures ("" means 224)."""
+    """Load the compact model. ``argument`` is the picture height and width ("" means 224)."""
     size = _parse_size(argument)
     files = _find_files()
     space = _space(files, size, precision)
 
     # Assembling the model takes seconds, and a complete store needs only the space. So the model is
-    # assembled at the first call of any method of ``_LazyModel``.
+    # assembled at the first call to any ``_LazyModel`` method.
     model = _LazyModel(files, device)
     return DualEncoder(
         space,
@@ -182,7 +180,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
 
 
 def _space(files: WeightFiles, size: int, precision: str) -> EmbeddingSpace:
-    """The embedding space of the compact model."""
+    """Return the compact model's embedding space."""
     tokenizer_hash = file_hash(files.text_folder / "tokenizer.json")
     return EmbeddingSpace(
         embed_dim=EMBED_DIM,
@@ -197,10 +195,10 @@ def _space(files: WeightFiles, size: int, precision: str) -> EmbeddingSpace:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Files of the weights on this machine."""
+    """The weight files on this machine."""
 
-    image_file: Path  # file of the image tower
-    text_folder: Path  # folder of the text tower
+    image_file: Path  # the image tower's file
+    text_folder: Path  # the text tower's folder
     sha256: str  # hash of everything that determines the model
 
 
@@ -213,7 +211,7 @@ class SentenceEncoder:
     model: Any
 
     def encode(self, texts: list[str]) -> Tensor:
-        """Unit-norm embeddings (M, E): the mean of the last hidden states over the tokens."""
+        """Return unit-norm embeddings (M, E): the last hidden states, averaged over the tokens."""
         tokens = self.tokenizer(
             texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
@@ -224,14 +222,14 @@ class SentenceEncoder:
         return functional.normalize(mean, dim=-1)
 
     def truncates(self, texts: list[str]) -> list[bool]:
-        """For each text, whether it has more than ``MAX_TOKENS`` tokens, with special tokens."""
+        """Return for each text whether its tokens, with special tokens, exceed ``MAX_TOKENS``."""
         tokens = self.tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
         return [len(tokens_of_text) > MAX_TOKENS for tokens_of_text in tokens]
 
 
 @dataclass(frozen=True)
 class CompactModel:
-    """The parts of the compact model that do not depend on picture size and precision.
+    """The compact model's parts that do not depend on picture size and precision.
 
     The sentence encoder is loaded on demand.
     """
@@ -247,45 +245,45 @@ class CompactModel:
         return _load_sentence_encoder(self.files.text_folder, self.device)
 
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Text embeddings (M, D)."""
+        """Return text embeddings (M, D)."""
         sentence_embeddings = self.sentence_encoder.encode(texts)
         return self.head.text_embeddings(sentence_embeddings)
 
 
 @dataclass(frozen=True)
 class _LazyModel:
-    """The parts of a ``DualEncoder``; the model is assembled at the first call of a method."""
+    """A ``DualEncoder``'s parts. The first call to a method assembles the model."""
 
     files: WeightFiles
     device: torch.device
 
     def image_tower(self, pixels: Tensor) -> Tensor:
-        """Features (B, F) of pixels (B, 3, H, W)."""
+        """Map pixels (B, 3, H, W) to features (B, F)."""
         channels_last = pixels.contiguous(memory_format=torch.channels_last)
         model = _assemble_model(self.files, self.device)
         return model.tower(channels_last)
 
     def image_head(self, features: Tensor) -> Tensor:
-        """Embeddings (B, D) of image features (B, F)."""
+        """Map image features (B, F) to embeddings (B, D)."""
         model = _assemble_model(self.files, self.device)
         rows: Tensor = model.head(features)
         return rows
 
     def text_tower(self, texts: list[str]) -> Tensor:
-        """Text embeddings (M, D)."""
+        """Return text embeddings (M, D)."""
         model = _assemble_model(self.files, self.device)
         return model.encode_texts(texts)
 
     def truncates(self, texts: list[str]) -> list[bool]:
-        """For each text, whether the sentence encoder cuts off the end."""
+        """Return for each text whether the sentence encoder cuts off the end."""
         model = _assemble_model(self.files, self.device)
         return model.sentence_encoder.truncates(texts)
 
 
 def _find_files() -> WeightFiles:
-    """Find the files of the weights.
+    """Find the weight files.
 
-    The SHA-256 also covers the class prompts and the constants of the model.
+    The SHA-256 also covers the class prompts and the model's constants.
     """
     # transformers is imported only for encoding a text. If transformers is missing, the error is
     # raised now.
@@ -310,9 +308,9 @@ def _find_files() -> WeightFiles:
 
 @cache  # assembling takes seconds, and the result is never changed
 def _assemble_model(files: WeightFiles, device: torch.device) -> CompactModel:
-    """Load all parts of the compact model except the sentence encoder."""
+    """Load the compact model without the sentence encoder."""
     with _default_modes(device), track("load compact", total=None, unit="steps"):
-        # Any, because the types of torch lack ``memory_format``
+        # Any, because torch's types lack ``memory_format``
         tower: Any = _load_tower(files.image_file)
         tower.to(device, memory_format=torch.channels_last)
         last_norm = tower.last.norm
@@ -339,10 +337,10 @@ def _load_tower(image_file: Path) -> EfficientNetLite0:
 
 @contextmanager
 def _default_modes(device: torch.device) -> Iterator[None]:
-    """Context with the default modes of torch, for loading a model.
+    """Enter torch's default modes, for loading a model.
 
-    The context is needed because the first call of an encoder loads the model, and this call may
-    run in inference mode and under autocast.
+    The context is needed because an encoder's first call loads the model, and this call may run in
+    inference mode and under autocast.
     """
     with (
         torch.inference_mode(mode=False),
@@ -355,7 +353,7 @@ def _default_modes(device: torch.device) -> Iterator[None]:
 
 
 def _encode_class_prompts(files: WeightFiles, device: torch.device) -> Tensor:
-    """Embeddings (C, E) of the class prompts, from the user's cache if stored there."""
+    """Return embeddings (C, E) for the class prompts, from the user's cache if stored there."""
     prompts = [PROMPT_TEMPLATE.format(name) for name in imagenet_class_names()]
 
     def encode() -> Tensor:
@@ -371,7 +369,7 @@ def _encode_class_prompts(files: WeightFiles, device: torch.device) -> Tensor:
 
 
 def to_pixels(image: Image.Image, size: int) -> Tensor:
-    """Pixels (3, size, size) float32 of an image.
+    """Convert an image to pixels (3, size, size) float32.
 
     The image is converted to RGB. Its central square is resized to ``size`` (bicubic), and values x
     become (x - 127) / 128. The square is cropped before resizing, so that a very long picture takes
@@ -390,7 +388,7 @@ def to_pixels(image: Image.Image, size: int) -> Tensor:
 
 
 def imagenet_class_names() -> list[str]:
-    """The 1,000 ImageNet-1k class names of CLIP, in the order of the classifier."""
+    """Return CLIP's 1,000 ImageNet-1k class names, in the classifier's order."""
     package = resources.files("vilu")
     file = package.joinpath("assets", "imagenet_class_names.json")
     text = file.read_text(encoding="utf-8")
@@ -398,7 +396,7 @@ def imagenet_class_names() -> list[str]:
 
 
 def _parse_size(argument: str) -> int:
-    """Return the picture size from the argument of a spec."""
+    """Return the picture size from a spec's argument."""
     if not argument:
         return DEFAULT_SIZE
     if not argument.isdecimal() or int(argument) not in ALLOWED_SIZES:
@@ -413,7 +411,7 @@ def _parse_size(argument: str) -> int:
 def _load_sentence_encoder(folder: Path, device: torch.device) -> SentenceEncoder:
     """Load the sentence encoder and the tokenizer."""
     # transformers is imported before ``_default_modes`` enters ``suppress_messages``, which can
-    # switch off only the progress bars of an imported transformers.
+    # switch off transformers' progress bars only after this import.
     transformers = import_extra("transformers", "compact")
     with _default_modes(device):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0, the image tower of the compact model.
+"""EfficientNet-Lite0, the compact model's image tower.
 
-timm has this network, too. But the import of timm loads all networks of timm, torchvision and
-torch's compiler. This takes longer than embedding a hundred photos.
+timm has this network, too. But importing timm loads all timm networks, torchvision and torch's
+compiler. The import takes longer than embedding a hundred photos.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 STEM_CHANNELS: Final = 32
-"""Number of channels of the first convolution."""
+"""Number of channels in the first convolution."""
 
 N_FEATURES: Final = 1280
-"""Number of features of an image."""
+"""Number of features per image."""
 
 N_CLASSES: Final = 1000
-"""Number of classes of the classifier: the classes of ImageNet-1k."""
+"""Number of classes in the classifier: ImageNet-1k's classes."""
 
 BATCH_NORM_EPSILON: Final = 1e-3
-"""Number added to the variances of the batch norms, as in TensorFlow."""
+"""Number added to the batch norms' variances, as in TensorFlow."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of the same width. The first block has stride ``stride``, all others stride 1."""
+    """Blocks of equal width. The first block has stride ``stride``, all later blocks stride 1."""
 
     n_blocks: int
     kernel: int
     stride: int
     expansion: int  # number of channels inside a block, divided by the number at the beginning
-    channels: int  # number of channels at the end of a block
+    channels: int  # number of channels at a block's end
 
 
 STAGES: Final = (
@@ -46,7 +46,7 @@ STAGES: Final = (
     Stage(n_blocks=4, kernel=5, stride=2, expansion=6, channels=192),
     Stage(n_blocks=1, kernel=3, stride=1, expansion=6, channels=320),
 )
-"""The stages of EfficientNet-Lite0 (Tan and Le, 2019, table 1; without squeeze and excitation)."""
+"""EfficientNet-Lite0's stages (Tan and Le, 2019, table 1, without squeeze and excitation)."""
 
 
 class Convolution(nn.Module):
@@ -67,8 +67,8 @@ class Convolution(nn.Module):
         # Any, because ``merge_norm`` replaces the batch norm by an ``nn.Identity``
         self.norm: Any = nn.BatchNorm2d(channels_out, eps=BATCH_NORM_EPSILON)
         # With a kernel k and a stride s, TensorFlow pads an even side by k - s zeros in total. The
-        # smaller half is put before the pixels. All sides are even here, because the sides of
-        # images are multiples of 32.
+        # smaller half is put before the pixels. All sides are even here, because image sides are
+        # multiples of 32.
         padding = kernel - stride
         before = padding // 2
         after = padding - before
@@ -89,7 +89,7 @@ class Convolution(nn.Module):
         return feature_maps
 
     def merge_norm(self) -> None:
-        """Multiply the batch norm into the weights. Outputs stay the same up to rounding."""
+        """Multiply the batch norm into the weights. Outputs change only by rounding."""
         self.conv = fuse_conv_bn_eval(self.conv, self.norm)
         self.norm = nn.Identity()
 
@@ -104,7 +104,7 @@ class InvertedResidual(nn.Module):
         if stage.expansion > 1:
             expansion = Convolution(channels_in, inner_channels)
             layers.append(expansion)
-        filters = Convolution(
+        depthwise = Convolution(
             inner_channels,
             inner_channels,
             kernel=stage.kernel,
@@ -112,7 +112,7 @@ class InvertedResidual(nn.Module):
             groups=inner_channels,
         )
         projection = Convolution(inner_channels, stage.channels, has_activation=False)
-        layers += [filters, projection]
+        layers += [depthwise, projection]
         self.layers = nn.Sequential(*layers)
         self.is_residual = stride == 1 and channels_in == stage.channels
 
@@ -125,10 +125,11 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Features (B, ``N_FEATURES``) of images (B, 3, H, W) with sides that are multiples of 32.
+    """The network: maps images (B, 3, H, W), with H and W multiples of 32, to features.
 
-    The classifier is not applied. It is a member, because the compact model uses its weights. The
-    weights of all layers are in the order of the layers.
+    The features are (B, ``N_FEATURES``). The classifier is not applied. The classifier is a member,
+    because the compact model uses the classifier's weights. The weights are in the order of the
+    layers.
     """
 
     def __init__(self) -> None:
@@ -147,7 +148,7 @@ class EfficientNetLite0(nn.Module):
         self.classifier = nn.Linear(N_FEATURES, N_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of images: the means of the last channels over the positions."""
+        """Map images to features: the last channels, averaged over the positions."""
         channels = self.stem(images)
         channels = self.blocks(channels)
         channels = self.last(channels)
@@ -155,7 +156,7 @@ class EfficientNetLite0(nn.Module):
         return means.flatten(1)
 
     def merge_norms(self) -> None:
-        """Multiply all batch norms into the weights of the convolutions.
+        """Multiply all batch norms into the convolutions' weights.
 
         Afterwards an image takes two thirds of the former time, because no batch norm has to read
         and write the channels. The network can no longer be trained.

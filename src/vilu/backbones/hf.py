@@ -1,4 +1,4 @@
-"""Dual encoders of transformers (CLIP, SigLIP and similar), from the hub or a local folder."""
+"""Dual encoders in transformers (CLIP, SigLIP and similar), from the hub or a local folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vilu.artifacts.hashing import tensors_hash
-from vilu.backbones.base import DualEncoder, detach_projection, with_bf16_members
+from vilu.backbones.base import PROBE_IMAGE, DualEncoder, detach_projection, with_bf16_members
 from vilu.backbones.loading import (
     load_cached_first,
     load_local,
@@ -27,7 +27,7 @@ from vilu.errors import ProvenanceError, UsageError
 from vilu.extras import import_extra
 
 DUAL_ENCODER_MEMBERS = ("get_image_features", "get_text_features", "logit_scale")
-"""Required members of a dual encoder of transformers with a logit scale."""
+"""Members that a transformers dual encoder with a logit scale must have."""
 
 PIXEL_SETTING_PREFIXES = (
     "do_",
@@ -39,14 +39,12 @@ PIXEL_SETTING_PREFIXES = (
     "image_std",
     "image_processor",
 )
-"""Prefixes of the names of image processor settings that change pixels."""
-
-PROBE_IMAGE = Image.new("RGB", (64, 64))  # image for trying a tower
+"""Name prefixes of the image processor settings that change pixels."""
 
 
 @dataclass(frozen=True)
 class Towers:
-    """A model of transformers on its device, with the processor."""
+    """A transformers model on a device, with the processor."""
 
     # Any, because transformers has no types for these objects
     model: Any
@@ -54,16 +52,16 @@ class Towers:
 
     @property
     def n_padded_tokens(self) -> int:
-        """Number of tokens of every text after padding.
+        """Number of tokens per text after padding.
 
-        SigLIP was trained with this padding. The embeddings of CLIP do not depend on the padding.
+        SigLIP was trained with this padding. CLIP's embeddings do not depend on the padding.
         """
         max_tokens_of_tokenizer = self.processor.tokenizer.model_max_length
         max_tokens_of_tower = self.model.config.text_config.max_position_embeddings
         return int(min(max_tokens_of_tokenizer, max_tokens_of_tower))
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
-        """Inputs of the text tower.
+        """Make the text tower's inputs.
 
         SigLIP gets no attention mask, because SigLIP was trained to read the padding, too.
         """
@@ -81,21 +79,24 @@ class Towers:
         return inputs
 
     def truncates(self, texts: list[str]) -> list[bool]:
-        """Whether each text has more tokens than the tower reads, including special tokens."""
+        """Return for each text whether the text has more tokens than the tower reads.
+
+        Special tokens count, too.
+        """
         tokens = self.processor.tokenizer(texts, padding=False, truncation=False, verbose=False)
         return [len(token_ids) > self.n_padded_tokens for token_ids in tokens["input_ids"]]
 
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Embeddings (M, D) of M texts, of any norm."""
+        """Map M texts to embeddings (M, D) with any norm."""
         inputs = self.tokenize(texts)
         return self._embeddings("get_text_features", **inputs)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Embeddings (B, D) of pixels (B, 3, H, W), of any norm."""
+        """Map pixels (B, 3, H, W) to embeddings (B, D) with any norm."""
         return self._embeddings("get_image_features", pixel_values=pixels)
 
     def _embeddings(self, method_name: str, **inputs: Tensor) -> Tensor:
-        """Return the embeddings of ``inputs`` by the method ``method_name`` of the model.
+        """Return the embeddings that the model's method ``method_name`` computes from ``inputs``.
 
         In transformers 4 the method returns a tensor, in transformers 5 an object with the tensor.
         """
@@ -106,14 +107,14 @@ class Towers:
         return cast("Tensor", output.pooler_output)
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Pixels (3, H, W) of an image."""
+        """Convert an image to pixels (3, H, W)."""
         inputs = self.processor(images=image, return_tensors="pt")
         return cast("Tensor", inputs["pixel_values"][0])
 
     def resized_side(self) -> int | None:
-        """Length to which the processor resizes the shorter side of an image, or a larger number.
+        """Return the length to which an image's shorter side is resized, or a larger number.
 
-        None if the processor does not resize.
+        Returns None if the processor does not resize.
         """
         settings = self.processor.image_processor.to_dict()
         if not settings.get("do_resize") or not settings.get("size"):
@@ -122,10 +123,9 @@ class Towers:
         return max(lengths, default=None)
 
     def pixel_settings(self) -> str:
-        """Settings for computing the pixels, as JSON.
+        """Return the settings for computing the pixels, as JSON.
 
-        The class of the image processor is included, because the class decides which library
-        resizes.
+        The image processor's class is included, because the class decides which library resizes.
         """
         processor = self.processor.image_processor
         settings = {"class": type(processor).__name__}
@@ -137,19 +137,19 @@ class Towers:
 
 
 def _read_towers(transformers: ModuleType, origin: Path | str, name: str) -> tuple[Towers, str]:
-    """Read model and processor, and return both with the identity of the tokenizer.
+    """Read model and processor, and return both with the tokenizer's identity.
 
-    ``origin`` is the folder of the model, or the repository on the hub. ``name`` is the name of the
-    model in messages. Missing weights raise an error, although transformers only warns of them.
+    ``origin`` is the model's folder, or the repository on the hub. ``name`` is the model's name in
+    messages. Missing weights raise an error, although transformers only warns.
     """
     model, loading_report = transformers.AutoModel.from_pretrained(
         origin, dtype=torch.float32, output_loading_info=True
     )
     _require_dual_encoder(model, loading_report, name)
     processor = transformers.AutoProcessor.from_pretrained(origin)
-    # By default transformers resizes with torchvision. The pixels of torchvision differ from the
-    # pixels of Pillow by up to two grey levels. Pillow is used here, because CLIP was trained with
-    # Pillow, and open_clip resizes with Pillow. Both keywords ask for Pillow: transformers 4 reads
+    # By default transformers resizes with torchvision. torchvision's pixels differ from Pillow's
+    # pixels by up to two grey levels. Pillow is used here, because CLIP was trained with Pillow,
+    # and open_clip resizes with Pillow. Both keywords ask for Pillow: transformers 4 reads
     # ``use_fast``, and transformers 5 reads ``backend``.
     processor.image_processor = transformers.AutoImageProcessor.from_pretrained(
         origin, backend="pil", use_fast=False
@@ -174,7 +174,7 @@ def _require_dual_encoder(
 ) -> None:
     """Raise an error for a model with missing weights, or without an image or text tower.
 
-    ``loading_report`` is the report of transformers on the loaded weights.
+    ``loading_report`` is transformers' report on the loaded weights.
     """
     missing_weights = [*loading_report["missing_keys"], *loading_report["mismatched_keys"]]
     if missing_weights:
@@ -192,12 +192,12 @@ def _require_dual_encoder(
 
 
 def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
-    """Load a dual encoder of transformers with the model's processor, logit scale and bias.
+    """Load a transformers dual encoder with the model's processor, logit scale and bias.
 
     Args:
-        argument: ORG/NAME on the hub, or a folder written by ``save_pretrained`` of the model and
-            of the processor.
-        device: Device of the model.
+        argument: ORG/NAME on the hub, or a folder written by ``save_pretrained``, called on the
+            model and on the processor.
+        device: The model's device.
         precision: "fp32" or "bf16" (image tower in bfloat16).
     """
     name, towers, tokenizer = _load_towers(argument)
@@ -244,7 +244,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
 def _detach_projections(
     towers: Towers, probe_pixels: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Remove the last maps of the image tower and of the text tower, and return these maps.
+    """Remove the image tower's and the text tower's last maps, and return these maps.
 
     See ``detach_projection``.
     """
@@ -255,15 +255,15 @@ def _detach_projections(
     def encode_probe_text() -> Tensor:
         return towers.encode_texts(["a photo"])
 
-    image_map = detach_projection(towers.model, ["visual_projection"], encode_probe_image)
-    text_map = detach_projection(towers.model, ["text_projection"], encode_probe_text)
-    return image_map, text_map
+    image_projection = detach_projection(towers.model, ["visual_projection"], encode_probe_image)
+    text_projection = detach_projection(towers.model, ["text_projection"], encode_probe_text)
+    return image_projection, text_projection
 
 
 def _load_towers(argument: str) -> tuple[str, Towers, str]:
     """Load the towers from a folder or the hub.
 
-    Returns the name of the backbone, the towers, and the identity of the tokenizer.
+    Returns the backbone's name, the towers, and the tokenizer's identity.
     """
     transformers = import_extra("transformers", "hf")
     folder = Path(argument).expanduser()

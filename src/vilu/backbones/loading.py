@@ -31,25 +31,25 @@ READING_ERRORS = (
     EOFError,
     struct.error,
 )
-"""Exceptions of other libraries for damaged or malicious files."""
+"""Exceptions that libraries raise for damaged or malicious files."""
 
 PROBE_TEXTS = ["a photo of a dog.", "MiXed Case, ümläuts & 2,048 signs?!"]
-"""Sentences for identifying a tokenizer by the tokens."""
+"""Sentences whose tokens identify a tokenizer."""
 MIN_DISTINCT_TOKENS = 5
 """Number of different words and signs in the first probe text.
 
-A tokenizer that knows no word makes at most four different tokens of this text: start, unknown, end
-and padding.
+A tokenizer that knows no word makes at most four different tokens from this text: start, unknown,
+end and padding.
 """
 
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # NAME or ORG/NAME of a repository
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a repository's NAME or ORG/NAME
 
 logger = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
 
 
 def tokenizer_identity(tokenizer: object, encode: Callable[[list[str]], Tensor]) -> str:
-    """Return the class of the tokenizer, and a hash of the tokens for two sentences.
+    """Return the tokenizer's class, and a hash of the tokens for two sentences.
 
     Tokenizers with different vocabularies have different hashes.
 
@@ -58,7 +58,7 @@ def tokenizer_identity(tokenizer: object, encode: Callable[[list[str]], Tensor])
     """
     tokens = encode(PROBE_TEXTS)
     n_distinct = len(tokens[0].unique())
-    # transformers creates an empty vocabulary if the files of the tokenizer are missing
+    # transformers creates an empty vocabulary if the tokenizer's files are missing
     if n_distinct < MIN_DISTINCT_TOKENS:
         raise ProvenanceError(
             f"the tokenizer ({type(tokenizer).__name__}) knows none of the words in "
@@ -69,11 +69,11 @@ def tokenizer_identity(tokenizer: object, encode: Callable[[list[str]], Tensor])
 
 
 def require_hub_id(text: str) -> str:
-    """Return ``text`` if it can be the name of a repository of the model hub.
+    """Return ``text`` if ``text`` can be the name of a repository on the model hub.
 
     Raises:
-        UsageError: If ``text`` cannot be such a name. Usually, ``text`` is then the path of a
-            missing folder.
+        UsageError: If ``text`` cannot be such a name. Usually, ``text`` is then a missing folder's
+            path.
     """
     if not HUB_ID.fullmatch(text):
         raise UsageError(
@@ -83,7 +83,7 @@ def require_hub_id(text: str) -> str:
 
 
 class _MissingFileError(Exception):
-    """A file of a model is missing; the message names the file."""
+    """A model file is missing. The message names the file."""
 
 
 def load_local(load: Callable[[], Loaded], name: str) -> Loaded:
@@ -95,11 +95,11 @@ def load_local(load: Callable[[], Loaded], name: str) -> Loaded:
 
 
 def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) -> Loaded:
-    """Run ``load`` on the local cache of the hub; if files are missing, again with downloads.
+    """Run ``load`` on the hub's local cache. If files are missing, repeat with downloads.
 
-    So a cached model loads without network access, and stays the same if the model on the hub
-    changes. ``load`` must raise OSError if a file is missing. The hub, transformers and Python do
-    so.
+    So a cached model loads without network access, and does not change when the model on the hub
+    changes. If a file is missing, ``load`` must raise OSError, as the hub, transformers and Python
+    do.
     """
     try:
         return _load_quietly(load, name, offline=True)
@@ -126,7 +126,7 @@ def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) ->
 
 
 def _load_quietly(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
-    """Run ``load`` without output of libraries, and convert exceptions to errors of vilu.
+    """Run ``load`` without output from libraries, and convert exceptions to vilu errors.
 
     If ``offline``, the libraries do not use the network.
     """
@@ -159,7 +159,7 @@ def _load_quietly(load: Callable[[], Loaded], name: str, *, offline: bool) -> Lo
 def unpickling_problem(error: Exception) -> str:
     """Return torch's reason for refusing to unpickle a file, as a clause for messages.
 
-    The message of torch is not shown, because this message explains how to execute arbitrary code.
+    torch's message is not shown, because the message explains how to execute arbitrary code.
     """
     refused_global = re.search(r"GLOBAL ([\w.]+)", str(error))  # such as "os.system"
     if refused_global:
@@ -168,7 +168,7 @@ def unpickling_problem(error: Exception) -> str:
 
 
 def _short_message(error: BaseException) -> str:
-    """The message of an exception on a single line, shortened to 300 characters."""
+    """Return an exception's message on a single line, shortened to 300 characters."""
     message = str(error) or type(error).__name__
     shortened = textwrap.shorten(message, 300, placeholder=" ...")
     return shortened.rstrip(".")

@@ -1,4 +1,4 @@
-"""Models of OpenCLIP, by name and pretraining tag, from the hub or from a local folder."""
+"""OpenCLIP models, by name and pretraining tag, from the hub or from a local folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vilu.artifacts.hashing import tensors_hash
-from vilu.backbones.base import DualEncoder, detach_projection, with_bf16_members
+from vilu.backbones.base import PROBE_IMAGE, DualEncoder, detach_projection, with_bf16_members
 from vilu.backbones.loading import (
     load_cached_first,
     load_local,
@@ -27,52 +27,51 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 from vilu.extras import import_extra
 
-CONFIG_FILE = "open_clip_config.json"  # name of the configuration file in a folder
+CONFIG_FILE = "open_clip_config.json"  # the configuration file's name in a folder
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
 IMAGE_PROJECTIONS = ("visual.proj", "visual.head.proj")
-"""Possible dotted names of the last map of an image tower in open_clip."""
+"""Possible dotted names for an image tower's last map in open_clip."""
 TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
-"""Possible dotted names of the last map of a text tower in open_clip."""
-PROBE_IMAGE = Image.new("RGB", (64, 64))  # image for trying a tower
+"""Possible dotted names for a text tower's last map in open_clip."""
 
 Transform = Callable[[Image.Image], Tensor]
 
 
 class Tokenizer(Protocol):
-    """The interface of tokenizers in open_clip."""
+    """The interface that tokenizers have in open_clip."""
 
     context_length: int
 
     def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
-        """Token numbers (M, L) of M texts."""
+        """Convert M texts to token numbers (M, L)."""
 
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """Location of a model."""
+    """A model's location."""
 
-    name: str  # name of the backbone, without local paths
-    model_name: str  # name of the model in open_clip, with or without a schema such as "hf-hub:"
-    repository: str | None  # repository on the hub; None for a local folder
-    # downloads weights missing on this machine; raises OSError if the download fails
+    name: str  # the backbone's name, without local paths
+    model_name: str  # the model's name in open_clip, with or without a schema such as "hf-hub:"
+    repository: str | None  # repository on the hub, or None for a local folder
+    # downloads weights missing on this machine, and raises OSError if the download fails
     download_weights: Callable[[], object]
-    # for a model name without schema: the pretraining tag, or the path of a checkpoint file
+    # for a model name without schema: the pretraining tag, or a checkpoint file's path
     tag: str | None = None
-    # whether the weights need QuickGELU; open_clip only warns if the model does not use QuickGELU
+    # whether the weights need QuickGELU. If the model does not use QuickGELU, open_clip only warns.
     quick_gelu: bool = False
 
 
 def load(
     argument: str, device: torch.device, precision: str, *, tanh_gelu: bool = False
 ) -> DualEncoder:
-    """Load a model of OpenCLIP with the model's preprocessing, tokenizer, logit scale and bias.
+    """Load an OpenCLIP model with preprocessing, tokenizer, logit scale and bias.
 
     Args:
-        argument: NAME/TAG, NAME/PATH of a checkpoint file, "hf-hub:ORG/NAME", or a folder (also as
-            "local-dir:FOLDER") with ``open_clip_config.json`` and weights.
-        device: Device of the model.
+        argument: NAME/TAG, NAME/PATH (a checkpoint file's path), "hf-hub:ORG/NAME", or a folder
+            (also as "local-dir:FOLDER") with ``open_clip_config.json`` and weights.
+        device: The model's device.
         precision: "fp32" or "bf16" (image tower in bfloat16).
-        tanh_gelu: Whether every GELU is replaced by the tanh approximation.
+        tanh_gelu: Whether the tanh approximation replaces every GELU.
     """
     open_clip = import_extra("open_clip", "clip")
     location = find_model(open_clip, argument)
@@ -129,7 +128,7 @@ def _detach_projections(
     probe_pixels: Tensor,
     encode_texts: Callable[[list[str]], Tensor],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Remove the last maps of the image tower and of the text tower, and return these maps.
+    """Remove the image tower's and the text tower's last maps, and return these maps.
 
     See ``detach_projection``.
     """
@@ -149,16 +148,16 @@ def _detach_projections(
 def _load_model(
     open_clip: ModuleType, location: ModelLocation
 ) -> tuple[Any, Transform, Tokenizer, str]:
-    """Load the network, the preprocessing, the tokenizer, and the identity of the tokenizer."""
+    """Load the network, the preprocessing, the tokenizer, and the tokenizer's identity."""
 
     def read() -> tuple[Any, Transform, Tokenizer, str]:
         location.download_weights()
         network, transform = open_clip.create_model_from_pretrained(
             location.model_name, pretrained=location.tag, force_quick_gelu=location.quick_gelu
         )
-        network.float()  # needed if the caller has changed the default type of torch
+        network.float()  # needed if the caller has changed torch's default type
         tokenizer = open_clip.get_tokenizer(location.model_name)
-        # a tokenizer of open_clip is also the function for encoding texts
+        # an open_clip tokenizer is also the function for encoding texts
         tokenizer_id = tokenizer_identity(tokenizer, encode=tokenizer)
         return network, transform, tokenizer, tokenizer_id
 
@@ -168,7 +167,7 @@ def _load_model(
 
 
 def use_tanh_gelu(network: nn.Module, name: str) -> None:
-    """Replace every GELU of a model by the tanh approximation."""
+    """Replace every GELU in a model by the tanh approximation."""
     activations = [module for module in network.modules() if isinstance(module, nn.GELU)]
     if not activations:
         raise ProvenanceError(
@@ -180,12 +179,12 @@ def use_tanh_gelu(network: nn.Module, name: str) -> None:
 
 
 def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
-    """Whether a tokenizer of open_clip truncates each text.
+    """Return for each text whether an open_clip tokenizer truncates the text.
 
-    The tokenizers do not report truncation. So every text is tokenized twice: with the limit L of
-    the tokenizer, and with the limit L + 1. The first L tokens of both results are compared. If the
-    text fits, these tokens are equal. If the text is truncated, the last of these tokens differs:
-    with limit L, it is the end token; with limit L + 1, it is the next token of the text.
+    The tokenizers do not report truncation. So every text is tokenized twice: with the tokenizer's
+    limit L, and with the limit L + 1. The first L tokens in both results are compared. If the text
+    fits, these tokens are equal. If the text is truncated, token number L differs. With limit L,
+    token L is the end token. With limit L + 1, token L is the text's next token.
     """
     limit = tokenizer.context_length
     tokens = tokenizer(texts)
@@ -212,7 +211,7 @@ def find_model(open_clip: ModuleType, argument: str) -> ModelLocation:
 
 
 def _hub_location(open_clip: ModuleType, argument: str) -> ModelLocation:
-    """Return the location of a model hf-hub:ORG/NAME. The configuration is on the hub, too."""
+    """Return a hub model's location, hf-hub:ORG/NAME. The configuration is on the hub, too."""
     hub_id = argument.removeprefix("hf-hub:")
     repository = require_hub_id(hub_id)
     hub = open_clip.pretrained
@@ -230,7 +229,7 @@ def _hub_location(open_clip: ModuleType, argument: str) -> ModelLocation:
 
 
 def _registry_location(open_clip: ModuleType, argument: str) -> ModelLocation:
-    """Return the location of a model in open_clip's registry: NAME/TAG, or NAME/PATH of weights."""
+    """Return a model's location in open_clip's registry: NAME/TAG, or NAME/PATH with weights."""
     model_name, _, tag = argument.partition("/")
     if model_name not in open_clip.list_models():
         similar_names = difflib.get_close_matches(model_name, open_clip.list_models(), n=3)
@@ -262,7 +261,7 @@ def _registry_location(open_clip: ModuleType, argument: str) -> ModelLocation:
 
 
 def _file_location(open_clip: ModuleType, model_name: str, path: str) -> ModelLocation:
-    """Return the location of a model of open_clip's registry with the weights in a file."""
+    """Return the location of a model in open_clip's registry with the weights in a file."""
     file = Path(path).expanduser()
     if not path or not file.is_file():
         tags = open_clip.list_pretrained_tags_by_model(model_name)

@@ -1,12 +1,11 @@
-"""Matrix products of image towers by oneDNN, on processors where oneDNN is faster than MKL.
+"""Matrix products in image towers by oneDNN, on processors where oneDNN is faster than MKL.
 
-torch multiplies float32 matrices by MKL. MKL chooses code by the maker of the processor, and does
-not use the instructions of AVX-512 on processors of AMD. oneDNN, a part of torch, uses these
-instructions: ViT-B/32 then takes 0.74 of the time per image. ``nn.MultiheadAttention`` still
-multiplies by MKL, because torch runs attention as a single function, out of reach of
-``ProductsByOneDNN``.
+torch multiplies float32 matrices by MKL. MKL chooses code by the processor's maker, and does not
+use AVX-512 instructions on AMD processors. oneDNN, a part of torch, uses these instructions:
+ViT-B/32 then takes 0.74 of the time per image. ``nn.MultiheadAttention`` still multiplies by MKL,
+because torch runs attention as a single function, out of reach for ``ProductsByOneDNN``.
 
-A convolution with a kernel of one pixel is a product, too. With a single thread, torch runs this
+A convolution with a one-pixel kernel is a product, too. With a single thread, torch runs this
 convolution by oneDNN only for batches of at least 16 images. Without this module, an image in a
 smaller batch takes 1.6 times as long.
 """
@@ -27,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 class ProductsByOneDNN(TorchFunctionMode):
     """Mode for computing products of float32 tensors by oneDNN, in this thread.
 
-    The products are ``functional.linear``, and ``functional.conv2d`` with a kernel of one pixel.
+    The products are ``functional.linear``, and ``functional.conv2d`` with a one-pixel kernel.
     """
 
     def __torch_function__(
@@ -37,7 +36,7 @@ class ProductsByOneDNN(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - the type that ``func`` returns
-        """Call ``func``; for a product, call the product of oneDNN instead."""
+        """Call ``func``. For a product, call oneDNN's product instead."""
         kwargs = kwargs or {}
         if func is functional.linear:
             return _linear(*args, **kwargs)
@@ -51,7 +50,7 @@ def _linear(
     weight: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Rows (..., F_in) times the transpose of weight (F_out, F_in), plus bias (F_out,)."""
+    """Multiply rows (..., F_in) by the transposed weight (F_out, F_in), and add bias (F_out,)."""
     if input.dtype != torch.float32 or weight.dtype != torch.float32:
         return functional.linear(input, weight, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
@@ -67,9 +66,9 @@ def _convolution(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Return the result of ``functional.conv2d``.
+    """Compute ``functional.conv2d``.
 
-    oneDNN computes the result for images (B, C, H, W) and a kernel of one pixel.
+    oneDNN computes the result for images (B, C, H, W) and a one-pixel kernel.
     """
     is_float32 = input.dtype == weight.dtype == torch.float32
     is_product = input.dim() == 4 and weight.shape[2:] == (1, 1) and groups == 1
@@ -84,11 +83,11 @@ def _convolution(
 
 
 def fast_products(device: torch.device) -> AbstractContextManager[object]:
-    """Context for computing products on a device by oneDNN, if oneDNN is faster there.
+    """Compute products on a device by oneDNN within the block, if oneDNN is faster there.
 
     The context has an effect only in the calling thread. Products from this context cannot be
-    differentiated. While a model is exported, the context does nothing, because ONNX has no product
-    of oneDNN.
+    differentiated. While a model is exported, the context does nothing, because ONNX has no oneDNN
+    product.
     """
     if device.type == "cpu" and is_onednn_faster() and not torch.compiler.is_exporting():
         return ProductsByOneDNN()
@@ -97,10 +96,10 @@ def fast_products(device: torch.device) -> AbstractContextManager[object]:
 
 @cache
 def is_onednn_faster() -> bool:
-    """Whether torch has MKL and oneDNN, and the processor is from AMD and has AVX-512."""
+    """Return whether torch has MKL and oneDNN, and the processor is from AMD and has AVX-512."""
     has_both_libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     has_product = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    get_capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in every version of torch
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in every torch version
     if not has_both_libraries or not has_product or get_capabilities is None:
         return False
     capabilities = get_capabilities()

@@ -38,17 +38,17 @@ DETERMINERS = frozenset(
 """Words that may not follow each other, as in "a the"."""
 
 MAX_SHOWN_TEMPLATES = 3
-"""Maximum number of templates in the text of ``describe_prompts``."""
+"""Maximum number of templates in the text by ``describe_prompts``."""
 
 NEAR_DUPLICATE_COSINE = 0.999
 """Above this cosine, the model can hardly tell two candidates apart."""
 COSINE_BLOCK_ROWS = 1024
-"""Number of candidates in a block. The cosines of a block with all candidates are in memory."""
+"""Number of candidates per block. The cosines between a block and all candidates are in memory."""
 
 
 @cache
 def everyday_words() -> tuple[str, ...]:
-    """About 2,200 everyday words for objects in photos.
+    """Return about 2,200 everyday words for objects in photos.
 
     The words help to detect images outside all classes. The list was written for vilu and has the
     MIT licence.
@@ -62,14 +62,13 @@ def everyday_words() -> tuple[str, ...]:
 def embed_class_names(
     backbone: Backbone, names: Sequence[str], templates: Sequence[str] = TEMPLATES["default"]
 ) -> Tensor:
-    """Unit-norm embeddings (K, D) float32 of K classes.
+    """Return unit-norm embeddings (K, D) float32 for K classes.
 
-    The embedding of a class is the normalised mean over all templates: prompt ensembling in
-    embedding space (Radford et al., ICML 2021). A warning reports pairs of classes with nearly
-    equal embeddings.
+    A class embedding is the normalised mean over all templates: prompt ensembling in embedding
+    space (Radford et al., ICML 2021). A warning reports class pairs with nearly equal embeddings.
 
     Args:
-        backbone: Encoder of the prompts.
+        backbone: Encoder for the prompts.
         names: K class names. Equal names have exactly the same embedding.
         templates: Prompt templates, each with a single ``{}`` for the name.
     """
@@ -80,22 +79,22 @@ def embed_class_names(
 
 
 def embed_names(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """The embeddings (K, D) of ``embed_class_names``, without the warning of nearly equal rows.
+    """Return embeddings (K, D) like ``embed_class_names``, without warning about similar rows.
 
-    This function is for words that are no candidates. Such words may be similar without any harm.
+    This function is for words that are no candidates. Similar words do no harm there.
     """
     mean_over_templates = embed_prompts(backbone, names, templates).mean(dim=1)
     return functional.normalize(mean_over_templates, dim=-1)
 
 
 def embed_prompts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Unit-norm embeddings (K, P, D) float32 of K classes in P prompt templates."""
+    """Return unit-norm embeddings (K, P, D) float32 for K classes in P prompt templates."""
     if not names:
         raise DataError("at least one class name is needed. Got none.")
     check_class_names(names, n_candidates=len(names))
     _check_templates(templates)
-    # Each name is encoded once. Otherwise the embeddings of equal names in different batches could
-    # be rounded differently.
+    # Each name is encoded once. Otherwise equal names in different batches could get differently
+    # rounded embeddings.
     distinct_names = tuple(dict.fromkeys(names))
     encode = backbone.encode_prompts if isinstance(backbone, DualEncoder) else backbone.encode_texts
     prompts = fill_templates(distinct_names, templates)
@@ -124,7 +123,7 @@ def _check_templates(templates: Sequence[str]) -> None:
 
 
 def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Prompts of every name in every template; all prompts of a name are consecutive."""
+    """Return prompts for every name in every template. A name's prompts are consecutive."""
     prompts: list[str] = []
     for name in names:
         prompts += [template.replace("{}", name) for template in templates]
@@ -132,7 +131,7 @@ def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 
 def prompts_with_two_articles(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Return the prompts with two articles: in the template and at the beginning of the name.
+    """Return the prompts with two articles: in the template and at the name's beginning.
 
     A model has seen few texts such as "a photo of a a textile with a hole.", so answers suffer.
 
@@ -154,12 +153,12 @@ def prompts_with_two_articles(names: Sequence[str], templates: Sequence[str]) ->
 
 
 def _is_determiner(words: Sequence[str]) -> bool:
-    """Whether ``words`` is a single word, and this word is a determiner such as "a"."""
+    """Return whether ``words`` is a single word, and this word is a determiner such as "a"."""
     return len(words) == 1 and words[0].lower() in DETERMINERS
 
 
 def describe_prompts(names: Sequence[str], templates: Sequence[str]) -> str:
-    """The templates as a text for people, with a warning of prompts with two articles."""
+    """Describe the templates for people, with a warning about prompts with two articles."""
     first_templates = ", ".join(repr(template) for template in templates[:MAX_SHOWN_TEMPLATES])
     n_more_templates = len(templates) - MAX_SHOWN_TEMPLATES
     and_more = f" and {n_more_templates} more" if n_more_templates > 0 else ""
@@ -176,9 +175,9 @@ def describe_prompts(names: Sequence[str], templates: Sequence[str]) -> str:
 
 
 def expand_template_names(names_or_templates: Sequence[str]) -> tuple[str, ...]:
-    """Replace each name of a set in ``TEMPLATES`` by the templates of this set.
+    """Replace each set name in ``TEMPLATES`` by the set's templates.
 
-    Any other text is a template.
+    A text that is no set name is a template.
     """
     templates: list[str] = []
     for text in names_or_templates:
@@ -187,7 +186,7 @@ def expand_template_names(names_or_templates: Sequence[str]) -> tuple[str, ...]:
 
 
 def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
-    """Warn of pairs of classes with nearly equal embeddings."""
+    """Warn about class pairs with nearly equal embeddings."""
     pairs: list[tuple[str, str]] = []
     for start in range(0, len(text), COSINE_BLOCK_ROWS):
         block = text[start : start + COSINE_BLOCK_ROWS]
@@ -198,7 +197,7 @@ def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
         for i, j in near_pairs.tolist():
             first = names[start + i]
             second = names[start + j]
-            if first != second:  # classes with equal names are the same answer
+            if first != second:  # classes with equal names are one answer
                 pairs.append((first, second))
     if pairs:
         first, second = pairs[0]

@@ -1,1 +1,1 @@
-"""Probabilities of failure, rules with a guarantee, and monitors of a guarantee."""
+"""Failure probabilities, rules with a guarantee, and monitors for a guarantee."""

@@ -14,7 +14,7 @@ from vilu.predictors.contract.held_out import HeldOutAnswers, folds_have_every_c
 from vilu.predictors.contract.predictor import FailurePredictor
 
 GAIN_CONFIDENCE = 0.8
-"""Confidence of the interval of the gain in coverage (adapted minus zero-shot answers).
+"""Confidence for the interval around the gain in coverage (adapted minus zero-shot answers).
 
 The confidence is lower than the usual 95 %, because two errors are equally bad here: to choose
 adapted answers with less coverage, and to reject adapted answers with more coverage.
@@ -54,7 +54,7 @@ def choose_answer(
     Both kinds of answers are compared on held-out labelled rows. The measure is coverage at a risk:
     the largest share of accepted rows with a share ``max_risk`` of wrong answers. The own
     ("adapted") answers are chosen unless adapted answers clearly lose coverage. A loss is clear if
-    the 80 % interval of the gain in coverage lies below zero (paired bootstrap over rows).
+    the 80 % interval for the gain in coverage lies below zero (paired bootstrap over rows).
 
     If the fit held out rows, the answers are compared on these rows. Otherwise the training rows
     are divided into folds. For each fold, a copy of the predictor is fitted to the rows outside the
@@ -63,7 +63,7 @@ def choose_answer(
 
     Args:
         predictor: A predictor, fitted on ``train``.
-        train: The rows of the fit.
+        train: The rows that the fit used.
         max_risk: The largest share of wrong answers among the accepted answers.
         unlabelled: The rows without labels in the fit.
 
@@ -117,7 +117,7 @@ def _choose_by_coverage(held_out: HeldOutAnswers, max_risk: float) -> AnswerChoi
 def _held_out_answers(
     predictor: FailurePredictor, train: EmbeddingSource, unlabelled: EmbeddingSource | None
 ) -> HeldOutAnswers | None:
-    """Return both kinds of answers to held-out rows of the fit, or else to rows of a cross-fit.
+    """Return both kinds of answers to held-out rows from the fit, or else to cross-fit rows.
 
     None if no cross-fit is possible, because some class has no label outside some fold.
     """

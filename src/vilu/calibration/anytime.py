@@ -43,11 +43,11 @@ N_THRESHOLDS_UP_TO_LIMIT: Final = 64
 """Number of thresholds in a grid up to the limit."""
 
 SEQUENCE_STARTS: Final = ((40, 0.3), (N_THRESHOLDS_UP_TO_LIMIT, 0.7))
-"""For every sequence of thresholds: number of the first threshold, and share of the level.
+"""For every sequence of thresholds: number of the first threshold, and the share of the level.
 
 Thresholds are numbered from 1. The thresholds 1 to ``N_THRESHOLDS_UP_TO_LIMIT`` divide the rows up
 to the limit into equal parts, so threshold ``N_THRESHOLDS_UP_TO_LIMIT`` is the limit. The sequence
-that starts there gets the largest share, because the first test of this sequence uses all labels.
+that starts there gets the largest share, because this sequence's first test uses all labels.
 """
 
 GROWTH_BEYOND_LIMIT: Final = 1.02
@@ -71,8 +71,7 @@ def log_evidence(n_wrong: ArrayLike, n_accepted: ArrayLike, max_risk: float) -> 
     bets, wealth_shares = np.array(BETS_WITH_SHARES).T
     k = np.asarray(n_wrong, dtype=np.float64)[..., None]
     m = np.asarray(n_accepted, dtype=np.float64)[..., None]
-    # Logarithms are added, because after thousands of labels the wealth is outside the range of
-    # float64.
+    # Logarithms are added, because after thousands of labels the wealth leaves the float64 range.
     change_by_wrong = k * np.log1p(-bets)
     change_by_right = (m - k) * np.log1p(bets * max_risk / (1 - max_risk))
     # The mean wealth of the bets has an expectation of at most 1, so Ville's inequality holds. The
@@ -107,12 +106,13 @@ def n_labels_needed(n_wrong: int, max_risk: float, delta: float) -> int:
 
 
 def level_of(attempt: int, delta: float) -> float:
-    """Return the level of predictor number k = ``attempt`` (from 1): delta / 2^k.
+    """Return the level for predictor number k = ``attempt`` (from 1): delta / 2^k.
 
     The levels of infinitely many predictors add up to delta.
     """
-    # The number of predictors is not known in advance, so delta cannot be divided equally. With all
-    # of delta for each, the probability of any wrong certificate could exceed delta (union bound).
+    # The number of predictors is not known in advance, so delta cannot be divided equally. If each
+    # predictor had all of delta, the probability of any wrong certificate could exceed delta (union
+    # bound).
     return delta * 0.5**attempt
 
 
@@ -141,9 +141,9 @@ def threshold_grid(uncertainty: Floats, limit: float) -> Floats:
 
 
 def n_accepted_relative_to_limit(n_thresholds: int) -> Floats:
-    """Return the accepted rows of each threshold (G,) of ``threshold_grid``, relative to the limit.
+    """Return each threshold's accepted rows (G,) in ``threshold_grid``, relative to the limit.
 
-    The number of accepted rows is divided by the number of rows up to the limit. The quotients are
+    The accepted row count is divided by the row count up to the limit. The quotients are
     not rounded to whole rows, and depend only on the number of thresholds.
     """
     threshold_number = np.arange(1, n_thresholds + 1)
@@ -164,7 +164,7 @@ def require_grid(grid: Floats) -> None:
 
 
 class SavedThresholdTests(FrozenModel):
-    """Saved settings of repeated tests (``ThresholdTests``).
+    """Saved settings for repeated tests (``ThresholdTests``).
 
     The settings are fixed before any label is seen.
     """
@@ -180,22 +180,22 @@ class SavedThresholdTests(FrozenModel):
         return cls(grid=grid, delta=tests.delta, limit=tests.limit)
 
     def tests(self, max_risk: float) -> ThresholdTests:
-        """Make the tests of the thresholds for a maximal risk."""
+        """Make the threshold tests for a maximal risk."""
         grid = np.array(self.grid)
         return ThresholdTests(grid, max_risk, self.delta, self.limit)
 
 
 @dataclass(frozen=True)
 class ThresholdTests:
-    """Repeatable tests of a grid of thresholds: all thresholds may be tested after every label.
+    """Repeatable tests for a threshold grid: all thresholds may be tested after every label.
 
     The hypothesis H_t, "the error rate at t is above max_risk", is rejected if E(t) >= 1 / level.
     Thresholds are tested from strict to lax. Sequences start at ``SEQUENCE_STARTS``, each with a
-    share of ``delta``. If a sequence reaches the start of the next sequence, the level of the next
-    sequence grows by the level of the earlier sequence.
+    share of ``delta``. If a sequence reaches the start of the next sequence, the next sequence's
+    level grows by the earlier sequence's level.
 
-    1. The level at a true H_t consists of the shares of the sequences that started after the
-       preceding true H_t.
+    1. The level at a true H_t is the sum of some shares. These shares belong to the sequences that
+       started after the preceding true H_t.
     2. So the levels at all true H_t add up to at most delta.
     3. Ville's inequality holds for every level at all times. So
 
@@ -256,7 +256,7 @@ class ThresholdTests:
         return self._laxest_index_by_counts(n_wrong, n_accepted)
 
     def can_certify(self, uncertainty: Floats) -> bool:
-        """Whether labels of these rows (N,) would certify a threshold if all answers were right.
+        """Return whether labels for these rows (N,) would certify a threshold if all were right.
 
         If not, a test can certify nothing yet. Such a test does not count as a look.
         """
@@ -266,11 +266,11 @@ class ThresholdTests:
         return self._laxest_index_by_counts(n_wrong, n_accepted) is not None
 
     def _laxest_index_by_counts(self, n_wrong: Ints, n_accepted: Ints) -> int | None:
-        """Return the index of the laxest certified threshold; None if no threshold is certified.
+        """Return the index of the laxest certified threshold, or None if no threshold is certified.
 
         ``n_wrong`` (G,) and ``n_accepted`` (G,) are the results of ``count_wrong_and_accepted``.
         """
-        # maps the number of a threshold to a share of the level
+        # maps a threshold's number to a share of the level
         share_at_start = dict(SEQUENCE_STARTS)
         level = 0.0
         laxest_index = None
@@ -294,12 +294,12 @@ class ThresholdTests:
     def n_more_labels_needed(self, uncertainty: Floats, failure: Ints) -> int | None:
         """Estimate how many more labels would certify a threshold, at the same error rates.
 
-        Only labels of rows up to the limit count. Without any label so far, all answers are assumed
-        to be right. None if no number of labels would be enough.
+        Only labels for rows up to the limit count. Without any label so far, all answers are
+        assumed to be right. None if no number of labels would be enough.
         """
         n_wrong, n_accepted = self.count_wrong_and_accepted(uncertainty, failure)
-        # All new labels are of rows up to the limit. If a threshold accepts half of these rows, the
-        # threshold also accepts about half of the new labels.
+        # All new labels are for rows up to the limit. If a threshold accepts half of these rows,
+        # the threshold also accepts about half of the new labels.
         relative_n_accepted = n_accepted_relative_to_limit(len(self.grid))
         relative_at_limit = relative_n_accepted[self.last_tested_index]
         share_accepted = np.minimum(relative_n_accepted / relative_at_limit, 1.0)

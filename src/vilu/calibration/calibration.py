@@ -1,4 +1,4 @@
-"""``risk.json``: rule, probabilities and label sets of a predictor, with the calibration data."""
+"""``risk.json``: a predictor's rule, probabilities and label sets, with the calibration data."""
 
 from __future__ import annotations
 
@@ -45,47 +45,47 @@ ROUNDING_TOLERANCE = 1e-9
 """Tolerance for comparing bounds and levels: versions of SciPy may round differently."""
 
 SCORE_TOLERANCE = 1e-6
-"""Relative tolerance of a score that is computed again in a different batch."""
+"""Relative tolerance for a score that is computed again in a different batch."""
 
 ADVICE_FOR_NEW_PHOTOS = (
     "For a guarantee about new photos run `vilu triage PHOTOS --about new -o FOLDER` into a new "
     "folder, with --labels and the labels.parquet of the old one."
 )
-"""Advice in messages, for data outside a guarantee about the photos of a folder."""
+"""Advice in messages, for data outside a guarantee about a folder's photos."""
 
 
 class Calibration(Document):
     """Result of calibrating a predictor on labelled rows: rule, probabilities and label sets.
 
     ``vilu calibrate``, ``vilu.calibrate_predictor`` and ``vilu triage`` write the calibration into
-    the folder of the predictor as ``risk.json``, beside the calibration rows. The rule of a
-    calibration decides which answers are accepted.
+    the predictor's folder as ``risk.json``, beside the calibration rows. The rule of a calibration
+    decides which answers are accepted.
 
     Attributes:
-        vilu: Version of vilu that made the calibration.
+        vilu: vilu version that made the calibration.
         predictor: Hash of the predictor with weights and probabilities. The hash does not depend on
-            the version of vilu that loads the predictor.
-        n_candidates: Number of candidates of the calibration rows; None for pools.
-        classes: Hash of the class names; None without class names.
-        texts: Sketch of the candidates' texts; None for pools.
-        pool_size: Number of pairs in a pool; None for classes.
+            the vilu version that loads the predictor.
+        n_candidates: Number of candidates in the calibration rows. None for pools.
+        classes: Hash of the class names. None without class names.
+        texts: Sketch of the candidates' texts. None for pools.
+        pool_size: Number of pairs in a pool. None for classes.
         source: Fingerprint of the calibration data.
-        dataset: Name of the data set of the calibration rows.
-        split: Name of the split of the calibration rows.
+        dataset: Name of the data set with the calibration rows.
+        split: Name of the split with the calibration rows.
         n: Number of calibration rows with an uncertainty and a known failure.
         rows_sha256: Hash of ``calibration.parquet``, the calibration rows as ``vilu.Outcomes``.
-        guarantee_text: Text of the guarantee; None without a rule.
+        guarantee_text: The guarantee in words. None without a rule.
         target: Target of the calibration.
-        rule: Rule for accepting answers or leaving answers for review; None if only probabilities
+        rule: Rule for accepting answers or leaving answers for review. None if only probabilities
             were calibrated.
-        probability: Calibrator that turns scores into probabilities of failure.
-        label_sets: Label sets; None without label sets.
-        draws: Settings of the tests of every group, fixed before the first label of the group was
-            seen. None if the method is not "anytime".
-        inputs: Digest of all inputs of the calibration; None for the method "anytime".
+        probability: Calibrator that turns scores into failure probabilities.
+        label_sets: Label sets. None without label sets.
+        draws: Test settings for every group, fixed before the first label in the group was seen.
+            None if the method is not "anytime".
+        inputs: Digest of all calibration inputs. None for the method "anytime".
         near_copies: Indices of near copies among the calibration rows. The rule leaves out these
             rows.
-        looks: Number of targets that were tried on these rows; None: only this target.
+        looks: Number of targets that were tried on these rows. None means only this target.
 
     Examples:
         >>> import numpy as np, tempfile, vilu
@@ -131,7 +131,7 @@ class Calibration(Document):
     _rows: Outcomes = PrivateAttr()
 
     def __eq__(self, other: object) -> bool:
-        """Whether two calibrations are equal; the calibration rows are compared by hash."""
+        """Return whether two calibrations are equal. The calibration rows are compared by hash."""
         if not isinstance(other, Calibration):
             return False
         return vars(self) == vars(other)
@@ -181,7 +181,7 @@ class Calibration(Document):
 
     @classmethod
     def find(cls, folder: str | Path) -> Self | None:
-        """Load the calibration, as in ``load``; None if the predictor is not calibrated.
+        """Load the calibration like ``load``, or return None if the predictor is not calibrated.
 
         Examples:
             >>> import tempfile, vilu
@@ -196,22 +196,22 @@ class Calibration(Document):
 
     @property
     def rows(self) -> Outcomes:
-        """The calibration rows."""
+        """Calibration rows."""
         return self._rows
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the guarantee, the predictor and the data; saved with scores and monitors.
+        """Hash of the guarantee, the predictor and the data. Scores and monitors save this hash.
 
-        The hash does not depend on the version of vilu, or on the bytes of
-        ``calibration.parquet``. These bytes contain the version of pyarrow.
+        The hash does not depend on the vilu version, or on the bytes in ``calibration.parquet``.
+        These bytes contain the pyarrow version.
         """
         document = self.model_dump(mode="json")
         return content_digest(document, "rows_sha256")
 
     @property
     def guarantee(self) -> Rule | LabelSets | None:
-        """The rule, or else the label sets; None if nothing is guaranteed."""
+        """Rule, or else the label sets. None if nothing is guaranteed."""
         rule_or_sets = self.label_sets if self.rule is None else self.rule
         return rule_or_sets if has_guarantee(rule_or_sets) else None
 
@@ -222,7 +222,7 @@ class Calibration(Document):
 
     @property
     def needs_batch(self) -> bool:
-        """Whether the rule judges all rows of a batch, or of a cluster, together."""
+        """Whether the rule judges all rows in a batch, or in a cluster, together."""
         if self.rule is None:
             return False
         return self.rule.needs_batch or self.rule.clusters is not None
@@ -232,7 +232,7 @@ class Calibration(Document):
 
         Raises:
             ProvenanceError: If the calibration was made with another predictor or different
-                candidates, or if the guarantee is about the photos of a folder and the data show
+                candidates, or if the guarantee is about a folder's photos and the data show
                 different photos.
 
         Examples:
@@ -298,15 +298,15 @@ class Calibration(Document):
         uncertainty: Floats,
         class_names: tuple[str, ...] | None,
     ) -> list[str] | None:
-        """Return the label sets of a batch; None without label sets, or with a single candidate.
+        """Return the label sets for a batch. None without label sets, or with a single candidate.
 
         ``vilu.score`` calls ``sets_of`` batch by batch, and ``Outcomes.label_set`` has the result.
 
         Args:
             predictor: The calibrated predictor.
             batch: B rows with K candidates.
-            uncertainty: Scores (B,) of the rows by the predictor.
-            class_names: Names of the candidates; None: the numbers of the candidates.
+            uncertainty: The predictor's scores (B,) for the rows.
+            class_names: Candidate names. None means the candidate numbers.
 
         Returns:
             B texts, each a JSON list of names.
@@ -335,10 +335,10 @@ class Calibration(Document):
         Without a rule the outcomes are returned unchanged.
 
         Args:
-            outcomes: Scores of N rows by the predictor.
+            outcomes: The predictor's scores for N rows.
             ood: Mask (N,) of the rows that are more probably out of distribution than answered
-                wrongly. If the uncertainty of a row in this mask is above the threshold, the
-                reason is "outside".
+                wrongly. If a row in this mask has an uncertainty above the threshold, the reason is
+                "outside".
 
         Examples:
             >>> import numpy as np, tempfile, vilu
@@ -374,8 +374,8 @@ class Calibration(Document):
     def _first_wrong_statement(self) -> str | None:
         """Return the first statement that does not follow from the calibration rows and the target.
 
-        The statement is a part of a sentence, such as "it counts 30 calibration rows". None if all
-        statements follow.
+        The statement is a clause, such as "it counts 30 calibration rows". None if all statements
+        follow.
         """
         n = int(self.rows.evaluable.sum())
         if self.n != n:
@@ -407,19 +407,19 @@ class Calibration(Document):
         self.target.check_rule(grouped=self.target.per_class)
         groups: Literal["prediction"] | None = "prediction" if self.target.per_class else None
         rule = make_rule(rows, self.target, groups)
-        # The limit was fixed before the draw of the rows, and does not follow from the rows.
+        # The limit was fixed before the rows were drawn, and does not follow from the rows.
         limit = None if self.rule is None else self.rule.drawn_below
         return rule.model_copy(update={"drawn_below": limit})
 
     def _recompute_from_draws(self, rows: Outcomes) -> Rule:
-        """Compute the rule of the method "anytime" again."""
+        """Compute the rule for the method "anytime" again."""
         draws = self.draws or {}
         max_risk = self.target.risk_of_anytime()
         total_level = sum(settings.delta for settings in draws.values())
         if total_level > 1 - self.target.confidence + ROUNDING_TOLERANCE:
             raise DataError("its levels add up to more than 1 - confidence")
         names = group_names(rows) if self.target.per_class else [ALL_ROWS_GROUP] * len(rows)
-        # Rows of groups without separate settings are tested together as the group "(other)".
+        # Rows in groups without separate settings are tested together as the group "(other)".
         group_of_row = np.array(
             [name if name in draws else OTHER_GROUP for name in names], dtype=object
         )
@@ -427,7 +427,7 @@ class Calibration(Document):
         for name, settings in draws.items():
             rows_of_group = rows.take(group_of_row == name)
             tests_and_rows[name] = (settings.tests(max_risk), rows_of_group)
-        # The photos of a closed set do not follow from the calibration rows.
+        # The photos in a closed set do not follow from the calibration rows.
         closed_photos = None if self.rule is None else self.rule.closed
         return make_anytime_rule(tests_and_rows, max_risk, self.target.confidence, closed_photos)
 
@@ -435,7 +435,7 @@ class Calibration(Document):
 def _reasons_in_folder(
     reasons: list[str | None], outcomes: Outcomes, closed_photos: ClosedPhotos
 ) -> list[str | None]:
-    """Return the reasons of N rows, with ``NOT_COVERED`` for accepted rows outside the folder.
+    """Return the reasons for N rows, with ``NOT_COVERED`` for accepted rows outside the folder.
 
     ``reasons`` come from ``Rule.reasons``, where None stands for an accepted row. ``closed_photos``
     are the photos under the guarantee.
@@ -455,7 +455,7 @@ def _reasons_in_folder(
 
 
 def is_above_limit(rows: Outcomes, limit: float) -> NDArray[np.bool_]:
-    """Return the mask (N,) of the rows with an uncertainty above ``limit``, the limit of a draw."""
+    """Return the mask (N,) of the rows with an uncertainty above ``limit``, a draw's limit."""
     # If a row is scored again in another batch, the last digits of the score may change.
     tolerance = SCORE_TOLERANCE * abs(limit)
     return rows.uncertainty > limit + tolerance
@@ -478,9 +478,9 @@ def require_new_row_guarantee(guarantee: Rule | LabelSets | None) -> None:
 
 
 def _first_difference(rule: Rule, recomputed_rule: Rule) -> str | None:
-    """Return the first difference between a saved rule and the recomputed rule; None: equal.
+    """Return the first difference between a saved rule and the recomputed rule, or None.
 
-    The difference is a statement of the saved rule, as a part of a sentence.
+    The difference is a statement about the saved rule, as a clause.
     """
     if rule.thresholds.keys() != recomputed_rule.thresholds.keys():
         return f"it has thresholds for {', '.join(rule.thresholds) or 'no group'}"
@@ -498,7 +498,7 @@ def _first_difference(rule: Rule, recomputed_rule: Rule) -> str | None:
 
 
 def _is_same_threshold(threshold: Threshold, recomputed_threshold: Threshold) -> bool:
-    """Whether both thresholds accept the same rows and have equal bounds.
+    """Return whether both thresholds accept the same rows and have equal bounds.
 
     The texts ``why`` are not compared.
     """
@@ -514,9 +514,9 @@ def _is_same_threshold(threshold: Threshold, recomputed_threshold: Threshold) ->
 
 
 def _candidate_facts(data: EmbeddingSource) -> dict[str, Any]:
-    """Return the number of candidates, the hash of class names, and the pool size, by field name.
+    """Return the candidate count, the hash over class names, and the pool size, by field name.
 
-    A guarantee holds only for data with the same facts.
+    A guarantee holds only for data with the facts of the calibration rows.
     """
     hash_of_names = None
     if data.class_names is not None:
@@ -526,7 +526,7 @@ def _candidate_facts(data: EmbeddingSource) -> dict[str, Any]:
 
 
 def _candidates_in_words(facts: dict[str, Any]) -> str:
-    """Return a text on candidates for messages, from the result of ``_candidate_facts``."""
+    """Describe the candidates for messages, from the result of ``_candidate_facts``."""
     if facts["pool_size"] is not None:
         return f"pools of {facts['pool_size']}"
     return f"{facts['n_candidates']} candidates (names {facts['classes'] or 'unknown'})"
@@ -535,9 +535,9 @@ def _candidates_in_words(facts: dict[str, Any]) -> str:
 def save_calibration(
     folder: Path, rows: Outcomes, data: EmbeddingSource, **fields: object
 ) -> Calibration:
-    """Write the calibration rows of ``data``, and then the calibration with the hash of the rows.
+    """Write the calibration rows from ``data``, and then the calibration with the rows' hash.
 
-    ``fields`` are the fields of the calibration that do not follow from ``rows`` and ``data``.
+    ``fields`` are the calibration fields that do not follow from ``rows`` and ``data``.
     """
     content = parquet_bytes(*rows.table())
     write_bytes(folder / ROWS, content)
@@ -555,7 +555,7 @@ def save_calibration(
 
 
 def _read_rows(folder: Path, sha256: str) -> Outcomes:
-    """Read the calibration rows in a folder; DataError for missing rows or a different hash."""
+    """Read the calibration rows in a folder. DataError for missing rows or a different hash."""
     path = folder / ROWS
     if not path.is_file():
         raise DataError(f"{path} is missing. {RECALIBRATE_ADVICE}.")
@@ -565,7 +565,7 @@ def _read_rows(folder: Path, sha256: str) -> Outcomes:
 
 
 def has_guarantee(rule_or_sets: Rule | LabelSets | None) -> bool:
-    """Whether a rule or label sets guarantee anything; a rule that accepts nothing does not."""
+    """Return whether a rule or label sets guarantee anything. An empty rule guarantees nothing."""
     if rule_or_sets is None:
         return False
     if isinstance(rule_or_sets, LabelSets):

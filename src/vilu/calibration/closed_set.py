@@ -1,7 +1,7 @@
 """Guarantees about the unlabelled photos of one folder, from draws without replacement.
 
 The folder is a closed set of photos. Fix a predictor and a threshold t. The threshold accepts c
-photos of the set, and the answers about K of these photos are wrong. Nobody knows K, and K never
+photos in the set, and the answers about K of these photos are wrong. Nobody knows K, and K never
 changes. The photos are labelled in a random order, fixed before the first label. Let k of the first
 m answers be wrong. Then c - m photos have no label. The guarantee says: among the answers about
 photos without a label, at most the share r is wrong. The guarantee is false if
@@ -12,17 +12,17 @@ The right side changes with every label, but Ville's inequality needs a fixed hy
 sequences of ``vilu.calibration.anytime`` do not help either: the first threshold with a false
 guarantee would have to stay the same. So the hypotheses here are the fixed values of K:
 
-1. E(K) is the evidence against "exactly K of c are wrong". E(K) is a likelihood ratio. The
-   numerator is the probability of the labels if the share of wrong answers is drawn from a beta
-   distribution. The denominator is the probability of the labels if K are wrong. A label of a wrong
-   answer multiplies E(K) by q / p, and a label of a right answer by (1 - q) / (1 - p). q is the
-   probability of a wrong answer under the beta distribution. p = (K - k) / (c - m) is the
-   probability of a wrong answer if K are wrong. If K are wrong, E(K) has the expectation 1.
+1. E(K) is the evidence against "exactly K of c are wrong". E(K) is a likelihood ratio. Let the
+   share of wrong answers be drawn from a beta distribution. The numerator is then the probability
+   of the labels. The denominator is the probability of the labels if K are wrong. A label for a
+   wrong answer multiplies E(K) by q / p, and a label for a right answer by (1 - q) / (1 - p). Under
+   the beta distribution, a wrong answer has the probability q. If K are wrong, a wrong answer has
+   the probability p = (K - k) / (c - m), and E(K) has the expectation 1.
 2. A guarantee is certified when all K that break the guarantee are rejected. If such a guarantee is
    false, the true K is among the rejected K. So only the rejection of the true K is an error, and
    every K may be tested at the full level, as in a confidence sequence.
 3. The thresholds share the level. Every threshold has a share w, and the shares add up to 1. Take
-   the sum of w E(K) over all thresholds, where K is the true K of a threshold. The sum has an
+   the sum of w E(K) over all thresholds, where K is each threshold's true K. The sum has an
    expectation of at most 1. So by Ville's inequality (1939) the probability is at most delta that
    the sum is ever 1 / delta or more.
 
@@ -54,15 +54,15 @@ from vilu.text import plural
 from vilu.validation import require_between
 
 PRIOR_A: Final = 0.5
-"""First parameter of the beta distribution of the share of wrong answers."""
+"""First parameter of the beta distribution for the share of wrong answers."""
 
 PRIOR_RELATIVE_MEAN: Final = 0.1
 """Mean of this beta distribution, divided by the largest allowed error rate."""
 
 LEVEL_SHARE_AT_LIMIT: Final = 0.5
-"""Share of the level for the threshold at the first limit of the draws.
+"""Share of the level for the threshold at the first limit for draws.
 
-The number of this threshold is ``N_THRESHOLDS_UP_TO_LIMIT``.
+This threshold's number is ``N_THRESHOLDS_UP_TO_LIMIT``.
 """
 
 LEVEL_SHARE_BELOW_LIMIT: Final = 0.3
@@ -78,11 +78,11 @@ ROUNDING_TOLERANCE: Final = 1e-9
 """Tolerance for rounding up: a float64 like 3.0000000001 is rounded to 3."""
 
 MAX_TRIED_NUMBERS: Final = 100
-"""``n_more_labels_needed`` tries at most this many numbers of labels."""
+"""``n_more_labels_needed`` tries at most this many label counts."""
 
 
 def _log_falling_factorial(n: Floats, k: Floats) -> Floats:
-    """Return the logarithm of the product of the k factors n, n - 1, ..., for 0 <= k <= n."""
+    """Return the logarithm of the product n (n - 1) ... with k factors, for 0 <= k <= n."""
     factors: Floats = gammaln(n + 1) - gammaln(n - k + 1)
     return factors
 
@@ -102,10 +102,10 @@ def log_evidence(
         n_photos: Number of photos in the closed set.
         min_n_wrong: The tested hypothesis is: at least ``min_n_wrong`` answers about the closed
             set are wrong.
-        max_risk: Largest allowed error rate. ``max_risk`` sets the mean of the beta distribution.
+        max_risk: Largest allowed error rate. ``max_risk`` sets the beta distribution's mean.
 
     Returns:
-        The log evidence; infinite where ``min_n_wrong`` or more wrong answers are impossible.
+        The log evidence, infinite where ``min_n_wrong`` or more wrong answers are impossible.
 
     Examples:
         >>> import math
@@ -142,26 +142,26 @@ def log_evidence(
 
 
 def level_shares(n_thresholds: int) -> Floats:
-    """Return the share (G,) of the level for each threshold, fixed before any label is seen."""
+    """Return each threshold's share (G,) of the level, fixed before any label is seen."""
     shares = np.full(n_thresholds, LEVEL_SHARE_BELOW_LIMIT / (N_THRESHOLDS_UP_TO_LIMIT - 1))
     shares[N_THRESHOLDS_UP_TO_LIMIT - 1] = LEVEL_SHARE_AT_LIMIT
     # Threshold number j = 1, 2, ... beyond the first limit gets the part 1 / (j (j + 1)) of
     # LEVEL_SHARE_BEYOND_LIMIT. These parts add up to at most 1, for any number of thresholds. So
-    # the shares of a grid of any length add up to at most 1.
+    # the shares for a grid of any length add up to at most 1.
     j = np.arange(1, n_thresholds - N_THRESHOLDS_UP_TO_LIMIT + 1)
     shares[N_THRESHOLDS_UP_TO_LIMIT:] = LEVEL_SHARE_BEYOND_LIMIT / (j * (j + 1))
     return shares
 
 
 class ClosedCounts(FrozenModel):
-    """Numbers of accepted photos of a closed set (a fixed set of photos, such as one folder).
+    """Counts of accepted photos in a closed set (a fixed photo set, such as one folder).
 
-    Each attribute has a number for each threshold (G,) of a grid.
+    Each attribute has a number for each threshold (G,) in a grid.
 
     Attributes:
         photos: Number of all accepted photos, with or without a label.
-        aside: Number of accepted photos with a label that were not drawn at random. These
-            photos are counted apart from the random sample.
+        aside: Number of accepted photos with a label that were not drawn at random. These photos
+            are counted apart from the random sample.
         aside_wrong: Number of photos among ``aside`` with a wrong answer.
     """
 
@@ -173,12 +173,12 @@ class ClosedCounts(FrozenModel):
     def of(
         cls, grid: Floats, photo_scores: Floats, aside_scores: Floats, aside_failure: Ints
     ) -> Self:
-        """Count the photos of a closed set.
+        """Count the photos in a closed set.
 
         Args:
             grid: Thresholds (G,), ascending.
-            photo_scores: Uncertainties (N,) of all photos of the set.
-            aside_scores: Uncertainties (M,) of the photos with a label that were not drawn at
+            photo_scores: Uncertainties (N,) for all photos in the set.
+            aside_scores: Uncertainties (M,) for the photos with a label that were not drawn at
                 random.
             aside_failure: (M,) 1 for a wrong answer, 0 for a right answer.
         """
@@ -201,7 +201,7 @@ class ClosedPhotos(FrozenModel):
     These photos are accepted, and had no label when the guarantee was certified.
 
     Attributes:
-        pictures: Identities of the pictures, ascending (``EmbeddingSource.picture_identities``).
+        pictures: Picture identities, ascending (``EmbeddingSource.picture_identities``).
         files: Number of files with these pictures.
     """
 
@@ -221,7 +221,7 @@ class ClosedPhotos(FrozenModel):
 
 
 class SavedClosedSetTests(FrozenModel):
-    """Saved settings of the tests of a closed set (``ClosedSetTests``)."""
+    """Saved settings for the tests on a closed set (``ClosedSetTests``)."""
 
     grid: tuple[float, ...]  # thresholds, ascending
     delta: float = Field(gt=0, lt=1)  # level
@@ -235,18 +235,18 @@ class SavedClosedSetTests(FrozenModel):
         return cls(grid=grid, delta=tests.delta, limit=tests.limit, counts=tests.photo_counts)
 
     def tests(self, max_risk: float) -> ClosedSetTests:
-        """Make the tests of the thresholds for a maximal risk."""
+        """Make the threshold tests for a maximal risk."""
         grid = np.array(self.grid)
         return ClosedSetTests(grid, max_risk, self.delta, self.counts, self.limit)
 
 
 @dataclass(frozen=True)
 class ClosedSetTests:
-    """Repeatable tests of a grid of thresholds on a closed set: a test is valid after every label.
+    """Repeatable tests for a threshold grid on a closed set: a test is valid after every label.
 
     ``ClosedSetTests`` has the methods of ``vilu.calibration.anytime.ThresholdTests``, but certifies
-    a different statement. Let a threshold accept n photos of the set without a label. The statement
-    is: at most the share ``max_risk`` of the answers about these n photos is wrong.
+    a different statement. Let a threshold accept n unlabelled photos in the set. The statement is:
+    at most the share ``max_risk`` of the answers about these n photos is wrong.
 
     Let B be the number of wrong answers among the labels, plus floor(max_risk n). If the statement
     is false, the set up to the threshold holds at least B + 1 wrong answers. The set up to every
@@ -256,13 +256,13 @@ class ClosedSetTests:
 
         P[the statement about a certified threshold is ever false] <= delta
 
-    Labels of photos that were not drawn at random are counted in B, but are no evidence.
+    Labels for photos that were not drawn at random are counted in B, but are no evidence.
 
     Args:
         grid: Thresholds (G,), ascending, fixed before the labels (``anytime.threshold_grid``).
         max_risk: Largest error rate among accepted answers without a label, in (0, 1).
         delta: The level, in (0, 1).
-        photo_counts: Numbers of accepted photos of the set, for each threshold.
+        photo_counts: Counts of accepted photos in the set, for each threshold.
         limit: Only photos up to this uncertainty are labelled, so no larger threshold is tested.
 
     Examples:
@@ -332,13 +332,13 @@ class ClosedSetTests:
         return self._laxest_index_by_counts(n_wrong, n_drawn)
 
     def can_certify(self, uncertainty: Floats) -> bool:
-        """Whether labels of these rows (N,) would certify a threshold if all answers were right."""
+        """Return whether labels for these rows (N,) would certify a threshold if all were right."""
         no_failures = np.zeros(len(uncertainty), dtype=np.int64)
         n_wrong, n_drawn = self.count_wrong_and_accepted(uncertainty, no_failures)
         return self._laxest_index_by_counts(n_wrong, n_drawn) is not None
 
     def _laxest_index_by_counts(self, n_wrong: Ints, n_drawn: Ints) -> int | None:
-        """Return the index of the laxest certified threshold; None if no threshold is certified.
+        """Return the index of the laxest certified threshold, or None if no threshold is certified.
 
         ``n_wrong`` (G,) and ``n_drawn`` (G,) are the results of ``count_wrong_and_accepted``.
         """
@@ -356,7 +356,7 @@ class ClosedSetTests:
         return int(certified_indices[-1]) if len(certified_indices) else None
 
     def _evidence(self, n_wrong: Ints, n_drawn: Ints, n_tolerated: Ints) -> Floats:
-        """Return the log evidence (T,) against a false guarantee of each tested threshold.
+        """Return the log evidence (T,) against a false guarantee for each tested threshold.
 
         Args:
             n_wrong: (T,) number of wrong answers among the drawn photos.
@@ -365,12 +365,11 @@ class ClosedSetTests:
         """
         n_photos = np.array(self.photo_counts.photos[: len(n_wrong)])
         # A matrix (T, T): the rows are thresholds with a tested guarantee, and the columns are
-        # thresholds with labels as evidence. Wrong answers up to the threshold of the row are also
-        # wrong answers up to a laxer threshold of a column. So all these columns test the number of
-        # the row.
+        # thresholds with labels as evidence. Wrong answers up to the row's threshold are also wrong
+        # answers up to a laxer threshold in a column. So all these columns test the row's number.
         min_n_wrong = n_tolerated[:, None] + 1
         log_e = log_evidence(n_wrong, n_drawn, n_photos, min_n_wrong, self.max_risk)
-        # True where the threshold of the column is laxer than the threshold of the row, or equal
+        # True where the column's threshold is laxer than the row's threshold, or equal
         is_evidence = np.triu(np.ones(log_e.shape, np.bool_))
         level_share = level_shares(len(self.grid))[: len(n_wrong)]
         log_level_share = np.log(level_share)
@@ -381,7 +380,7 @@ class ClosedSetTests:
     def n_more_labels_needed(self, uncertainty: Floats, failure: Ints) -> int | None:
         """Estimate how many more labels would certify a threshold, at the same error rates.
 
-        Only labels of photos up to the limit count. Without any label so far, all answers are
+        Only labels for photos up to the limit count. Without any label so far, all answers are
         assumed to be right. None if the photos up to the limit are too few.
         """
         n_wrong, n_drawn = self.count_wrong_and_accepted(uncertainty, failure)
@@ -406,10 +405,10 @@ class ClosedSetTests:
 
 
 AnyThresholdTests = ThresholdTests | ClosedSetTests
-"""Tests of thresholds, about new photos or about the photos of a closed set."""
+"""Threshold tests, about new photos or about the photos in a closed set."""
 
 AnySavedTests = SavedThresholdTests | SavedClosedSetTests
-"""Saved settings of the tests of ``AnyThresholdTests``."""
+"""Saved settings for ``AnyThresholdTests``."""
 
 
 def settings_of_tests(tests: AnyThresholdTests) -> AnySavedTests:

@@ -2,27 +2,27 @@
 
 **Single threshold.** A cluster c has at most M rows. Let
 
-    Z_c(t) = sum over the rows of c of 1{u <= t} (wrong - r),    r = max_risk.
+    Z_c(t) = sum over the rows in c of 1{u <= t} (wrong - r),    r = max_risk.
 
-The clusters are independent draws, for any dependence within clusters. The error rate R(t) of the
+The clusters are independent draws, for any dependence within clusters. The error rate R(t) among
 accepted rows is r or more where E[Z_c(t)] >= 0. Z_c(t) is at most (1 - r) M. So for a fixed bet b
 in (0, 1) every factor of
 
     E(t) = prod_c (1 - b Z_c(t) / ((1 - r) M))
 
-is positive, and E[E(t)] <= 1 where R(t) >= r. The evidence used here is the mean of E(t) over
-several bets. The inequality holds for this mean, too. H_t, "R(t) is r or more", is rejected at
-level a where E(t) >= 1 / a (Markov's inequality). With M = 1 these are the bets of
+is positive, and E[E(t)] <= 1 where R(t) >= r. The evidence used here is the mean E(t) over several
+bets. The inequality holds for this mean, too. H_t, "R(t) is r or more", is rejected at level a
+where E(t) >= 1 / a (Markov's inequality). With M = 1 these are the bets in
 ``vilu.calibration.anytime``.
 
-**Starts.** A random tenth of the clusters is set aside. The scores of the rows in this tenth fix
-the starts of the sequences; labels have no effect. The starts are thresholds: 25, 50, 70 and 90 %
-of these rows lie below the starts. The clusters set aside are not tested. So for the tested
-clusters, the starts are fixed thresholds.
+**Starts.** A random tenth of the clusters is set aside. The scores in this tenth fix the starts of
+the sequences. Labels have no effect. The starts are thresholds: 25, 50, 70 and 90 % of these rows
+lie below the starts. The clusters set aside are not tested. So for the tested clusters, the starts
+are fixed thresholds.
 
 **Fixed sequences.** From a start on, thresholds are tested from strict to lax until an H_t is not
-rejected. If a sequence reaches the start of the next sequence, the level of the next sequence grows
-by the level of the earlier sequence (Wiens 2003).
+rejected. If a sequence reaches the start of the next sequence, the next sequence's level grows by
+the earlier sequence's level (Wiens 2003).
 
 **Proof.** Condition on the tenth of the clusters set aside.
 
@@ -36,7 +36,7 @@ by the level of the earlier sequence (Wiens 2003).
 R(t) may cross r any number of times, and scores may be equal. ``benchmarks/clusters.py`` simulates
 the procedure.
 
-Source: Angelopoulos et al., Learn then Test (2021), for the frame; Waudby-Smith and Ramdas,
+Sources: Angelopoulos et al., Learn then Test (2021), for the frame. Waudby-Smith and Ramdas,
 Estimating means of bounded random variables by betting (2023), for the product.
 """
 
@@ -56,7 +56,7 @@ SHARE_ASIDE: Final = 0.1
 """Share of the clusters set aside for the starts."""
 
 SEQUENCE_STARTS: Final = ((0.25, 0.2), (0.5, 0.3), (0.7, 0.3), (0.9, 0.2), (1.0, 0.0))
-"""For every sequence: quantile of the scores at the start, and share of the level.
+"""For every sequence: quantile of the scores at the start, and the share of the level.
 
 The quantile is taken over the rows set aside. The last sequence has the share 0, and gets
 the levels that no earlier sequence can use.
@@ -64,12 +64,12 @@ the levels that no earlier sequence can use.
 
 
 class LabelledRows(NamedTuple):
-    """Rows with a label, the clusters of the rows, and M, the largest allowed cluster size."""
+    """Rows with a label, the rows' clusters, and M, the largest allowed cluster size."""
 
     uncertainty: Floats  # (N,)
     failure: Ints  # (N,) 1 for a wrong answer, 0 for a right answer
     cluster: Ints  # (N,) index of the cluster
-    largest_cluster: int  # M; M must not depend on the labels
+    largest_cluster: int  # M, which must not depend on the labels
 
     @property
     def n_clusters(self) -> int:
@@ -83,7 +83,7 @@ def ratio_threshold(
     """Return the laxest certified threshold: at most ``max_risk`` of the accepted rows are wrong.
 
     The probability of a larger error rate is at most ``delta``. If nothing is certified, the
-    threshold accepts nothing and says why. ``start_rows`` are the rows of the clusters set aside.
+    threshold accepts nothing and says why. ``start_rows`` are the rows in the clusters set aside.
     The scores of ``start_rows`` fix the starts.
     """
     counts = tie_counts(rows.uncertainty, rows.failure)
@@ -102,12 +102,12 @@ def ratio_threshold(
 def _index_of_laxest_certified_threshold(
     scores: Floats, log_e: Floats, levels: dict[float, float]
 ) -> int | None:
-    """Return the index of the largest score that is a certified threshold; None: no score.
+    """Return the index of the largest score that is a certified threshold, or None.
 
     Args:
         scores: Distinct scores (G,), ascending.
         log_e: Log evidence (G,) against H_t at each score t.
-        levels: Maps the start of each sequence to the level of the sequence.
+        levels: Maps each sequence's start to the sequence's level.
     """
     carried_level = 0.0
     laxest_index = None
@@ -133,9 +133,9 @@ def _index_of_laxest_certified_threshold(
 
 
 def _evidence_after_rows(rows: LabelledRows, max_risk: float) -> Floats:
-    """Return the log evidence (N,) after each row, in ascending order of scores.
+    """Return the log evidence (N,) after each row, in ascending score order.
 
-    The entry of a row is log E(t) of a threshold t that accepts this row and all earlier rows.
+    A row's entry is log E(t) for a threshold t that accepts this row and all earlier rows.
     """
     ascending_rows = np.argsort(rows.uncertainty, kind="stable")
     is_wrong = rows.failure[ascending_rows] == 1
@@ -143,7 +143,7 @@ def _evidence_after_rows(rows: LabelledRows, max_risk: float) -> Floats:
     bets, wealth_shares = np.array(BETS_WITH_SHARES).T
     scaled_bets = bets[:, None] / ((1 - max_risk) * rows.largest_cluster)  # (B, 1)
     # E(t) is a product with a factor for every cluster. An additional accepted row changes only the
-    # factor of the row's cluster.
+    # factor for the row's cluster.
     log_factor_with_row = np.log1p(-scaled_bets * sum_with_row)  # (B, N)
     log_factor_before_row = np.log1p(-scaled_bets * sum_before_row)
     log_change = log_factor_with_row - log_factor_before_row
@@ -153,20 +153,20 @@ def _evidence_after_rows(rows: LabelledRows, max_risk: float) -> Floats:
 
 
 def _cluster_sums(values: Floats, cluster: Ints) -> tuple[Floats, Floats]:
-    """Return Z_c of the cluster of each row: sums before the row (N,), and sums with the row (N,).
+    """Return Z_c for each row's cluster: sums before the row (N,), and sums with the row (N,).
 
-    ``values`` (N,) are the terms of Z_c, and ``cluster`` (N,) is the cluster of each row. Both are
-    in ascending order of scores.
+    ``values`` (N,) are the terms of Z_c, and ``cluster`` (N,) is each row's cluster. Both are in
+    ascending score order.
     """
-    # A stable sort keeps the order of scores within a cluster.
+    # A stable sort keeps the score order within a cluster.
     rows_by_cluster = np.argsort(cluster, kind="stable")
     sorted_cluster = cluster[rows_by_cluster]
     sorted_values = values[rows_by_cluster]
     is_first_of_cluster = np.ones(len(cluster), dtype=np.bool_)
     is_first_of_cluster[1:] = sorted_cluster[1:] != sorted_cluster[:-1]
-    # for each row, the index of the first row of the same cluster
-    index = np.arange(len(cluster))
-    index_if_first = np.where(is_first_of_cluster, index, 0)
+    row = np.arange(len(cluster))
+    # for each row, the index of the first row in the same cluster
+    index_if_first = np.where(is_first_of_cluster, row, 0)
     first_row_of_cluster = np.maximum.accumulate(index_if_first)
     # Z_c with a row is the running total over all clusters, minus the total before cluster c.
     running_total = np.cumsum(sorted_values)
@@ -175,7 +175,7 @@ def _cluster_sums(values: Floats, cluster: Ints) -> tuple[Floats, Floats]:
     sorted_sum_before_row = np.where(is_first_of_cluster, 0.0, sorted_sum_with_row - sorted_values)
     sum_before_row = np.empty(len(cluster))
     sum_with_row = np.empty(len(cluster))
-    sum_before_row[rows_by_cluster] = sorted_sum_before_row  # back in ascending order of scores
+    sum_before_row[rows_by_cluster] = sorted_sum_before_row  # back in ascending score order
     sum_with_row[rows_by_cluster] = sorted_sum_with_row
     return sum_before_row, sum_with_row
 
@@ -183,7 +183,7 @@ def _cluster_sums(values: Floats, cluster: Ints) -> tuple[Floats, Floats]:
 def _level_at_start(
     rows: LabelledRows, start_rows: LabelledRows, max_risk: float, delta: float
 ) -> dict[float, float]:
-    """Map the start of each sequence, a threshold, to the level of the sequence.
+    """Map each sequence's start, a threshold, to the sequence's level.
 
     A sequence that could reject nothing, even if all answers were right, gives its level to the
     next sequence.

@@ -1,13 +1,12 @@
 """Guarantees for rows in clusters: bursts, tracks, pages, documents, conversations.
 
-Rows of the same cluster tend to be wrong together, so rows are no independent draws. But clusters
-are independent draws. There are two risks, and the guarantee of a rule is about one of them:
+Rows in one cluster tend to be wrong together, so rows are no independent draws. But clusters are
+independent draws. There are two risks, and a rule's guarantee is about one of them:
 
 1. "majority": the share of accepted clusters with a wrong majority answer. A cluster is a single
    draw, with a score and an answer. The exact binomial test of ``learn_then_test`` applies.
 2. "ratio": the share of wrong rows among the accepted rows. Rows are accepted one by one. A cluster
-   is a draw of a bounded number, and bets test the mean of this number
-   (``vilu.calibration.cluster_bets``).
+   draws a bounded number, and bets test this number's mean (``vilu.calibration.cluster_bets``).
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes, check_texts
 
 SCORE_IF_TOO_LARGE: Final = math.inf
-"""Score of a row in a cluster that is too large. No threshold accepts this score."""
+"""Score for a row in a cluster that is too large. No threshold accepts this score."""
 
 NEGLIGIBLE_DESIGN_EFFECT: Final = 1.1
 """Up to this design effect, a message says that the correlation matters little."""
 
 
 class Clusters(FrozenModel):
-    """Guarantee of a rule about clusters of rows.
+    """Guarantee for a rule about clusters of rows.
 
     Attributes:
         risk: "majority": at most ``max_risk`` of the accepted clusters have a wrong majority
             answer. "ratio": at most ``max_risk`` of the accepted rows are wrong.
         n: Number of tested calibration clusters. For "ratio", a tenth of the clusters is set aside
             and not tested.
-        largest: Largest number of rows in a cluster under the guarantee. Rows of larger clusters
+        largest: Largest number of rows in a cluster under the guarantee. Rows in larger clusters
             are left for review. None for "majority", because clusters may then have any size.
     """
 
@@ -66,11 +65,11 @@ class Clusters(FrozenModel):
         return f"of the accepted answers are wrong, of clusters of up to {self.largest:,} rows"
 
     def compared_scores(self, uncertainty: Floats, clusters: Sequence[str | None]) -> Floats:
-        """Return scores (N,) to compare with the threshold, from uncertainties (N,) of rows.
+        """Return scores (N,) to compare with the threshold, from the rows' uncertainties (N,).
 
-        For "majority", the score of a row is the mean uncertainty of the cluster. For "ratio", the
-        score is the uncertainty of the row, or ``SCORE_IF_TOO_LARGE``. A row without an uncertainty
-        has the score NaN.
+        For "majority", a row's score is the mean uncertainty in the cluster. For "ratio", a row's
+        score is the row's uncertainty, or ``SCORE_IF_TOO_LARGE``. A row without an uncertainty has
+        the score NaN.
         """
         _, cluster = cluster_indices(clusters, len(uncertainty))
         if self.risk == "majority":
@@ -81,12 +80,12 @@ class Clusters(FrozenModel):
             scores = np.full(len(uncertainty), np.nan)
             scores[is_scored] = mean_of_cluster[scored_cluster]
             return scores
-        size_of_row = np.bincount(cluster)[cluster]  # size of the cluster of every row
+        size_of_row = np.bincount(cluster)[cluster]  # size of each row's cluster
         return np.where(size_of_row > (self.largest or 0), SCORE_IF_TOO_LARGE, uncertainty)
 
 
 def cluster_indices(clusters: Sequence[str | None], n: int) -> tuple[list[str], Ints]:
-    """Return the names of the C clusters in order of appearance, and the cluster (N,) of each row.
+    """Return the names of C clusters in order of appearance, and the rows' clusters (N,).
 
     Raises:
         DataError: If ``clusters`` does not name a cluster for every row.
@@ -105,20 +104,20 @@ def cluster_indices(clusters: Sequence[str | None], n: int) -> tuple[list[str], 
 
 
 def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Outcomes:
-    """Make an outcome for each cluster, from the mean score and the majority answer of the rows.
+    """Make an outcome for each cluster, from the mean score and the majority answer.
 
-    The score of a cluster is the mean uncertainty of the rows. The answer of a cluster is the
-    answer of most rows. If several answers have equally many rows, the answer with the smallest
-    mean uncertainty is taken. The majority answer is wrong if at least half of the labelled rows
-    with this answer are wrong. If no row with this answer has a label, the failure of the cluster
-    is unknown. Rows without an uncertainty are left out.
+    A cluster's score is the mean uncertainty over the rows. A cluster's answer is the answer of
+    most rows. If several answers have equally many rows, the answer with the smallest mean
+    uncertainty is taken. The majority answer is wrong if at least half of the labelled rows with
+    this answer are wrong. If no row with this answer has a label, the cluster's failure is unknown.
+    Rows without an uncertainty are left out.
 
     Args:
-        outcomes: N rows. Without ``prediction`` all rows of a cluster count as the same answer.
-        clusters: Names of the clusters of the N rows.
+        outcomes: N rows. Without ``prediction`` all rows in a cluster count as the same answer.
+        clusters: Cluster names for the N rows.
 
     Returns:
-        Outcomes of the C clusters with a scored row. ``ids`` are the names of the clusters.
+        Outcomes for the C clusters with a scored row. ``ids`` are the cluster names.
 
     Examples:
         >>> import vilu
@@ -146,7 +145,7 @@ def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Out
     is_labelled = failure != UNKNOWN
     n_labelled = np.bincount(cluster[gives_majority_answer & is_labelled], minlength=n_clusters)
     # If exactly half of the rows are wrong, the answer counts as wrong. Otherwise such a tie would
-    # make the bound of the error rate smaller.
+    # make the bound on the error rate smaller.
     is_wrong = 2 * n_wrong >= n_labelled
     cluster_failure = np.where(n_labelled > 0, is_wrong, UNKNOWN)
     return Outcomes(
@@ -164,9 +163,9 @@ def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Out
 
 
 def _mean_per_group(values: Floats, group: Ints) -> Floats:
-    """Return the mean value (G,) of the rows of each group; no group may be empty.
+    """Return each group's mean value (G,). No group may be empty.
 
-    ``group`` (N,) is the group of each row.
+    ``group`` (N,) is each row's group.
     """
     means: Floats = np.bincount(group, weights=values) / np.bincount(group)
     return means
@@ -177,15 +176,15 @@ def _majority_answer(cluster: Ints, answer: Ints, uncertainty: Floats) -> Ints:
 
     ``cluster`` (N,), ``answer`` (N,) and ``uncertainty`` (N,) have an entry for every row.
     """
-    # all P different pairs of a cluster and an answer, as an array (2, P)
-    pair_in_row = np.stack([cluster, answer])  # (2, N)
-    pairs, pair_of_row = np.unique(pair_in_row, axis=1, return_inverse=True)
+    cluster_and_answer = np.stack([cluster, answer])  # (2, N)
+    # all P different (cluster, answer) pairs, as an array (2, P)
+    pairs, pair_of_row = np.unique(cluster_and_answer, axis=1, return_inverse=True)
     pair_of_row = pair_of_row.reshape(-1)  # some versions of NumPy return two dimensions
     cluster_of_pair, answer_of_pair = pairs
     n_rows = np.bincount(pair_of_row)
     mean_uncertainty = _mean_per_group(uncertainty, pair_of_row)
-    # Pairs are sorted by cluster, then from most to fewest rows, then by uncertainty. So the first
-    # pair of a cluster has the majority answer. (``lexsort`` sorts by the last key first.)
+    # Pairs are sorted by cluster, then from most to fewest rows, then by uncertainty. So a
+    # cluster's first pair has the majority answer. (``lexsort`` sorts by the last key first.)
     pair_order = np.lexsort((mean_uncertainty, -n_rows, cluster_of_pair))
     _, first_pair_of_cluster = np.unique(cluster_of_pair[pair_order], return_index=True)
     majority_answer: Ints = answer_of_pair[pair_order[first_pair_of_cluster]]
@@ -193,7 +192,7 @@ def _majority_answer(cluster: Ints, answer: Ints, uncertainty: Floats) -> Ints:
 
 
 class Correlation(NamedTuple):
-    """Correlation between the failures of rows of the same cluster.
+    """Correlation between the failures of rows in the same cluster.
 
     Attributes:
         n_rows: Number of rows.
@@ -225,7 +224,7 @@ class Correlation(NamedTuple):
 
 
 def correlation(failure: Ints, cluster: Ints) -> Correlation:
-    """Estimate the correlation of failures (N,) in clusters (N,), by the analysis of variance.
+    """Estimate how failures (N,) correlate in clusters (N,), by analysis of variance.
 
     There are k clusters. Cluster c has n_c rows, and all clusters together have N rows. B is the
     mean square between clusters, and W the mean square within clusters. With
@@ -264,8 +263,7 @@ def correlation(failure: Ints, cluster: Ints) -> Correlation:
 def _mean_squares(failure: Ints, cluster: Ints, cluster_size: Ints) -> tuple[float, float]:
     """Return the mean squares of failures (N,) between k clusters, and within clusters.
 
-    ``cluster`` (N,) is the cluster of each row, and ``cluster_size`` (k,) the number of rows per
-    cluster.
+    ``cluster`` (N,) is each row's cluster, and ``cluster_size`` (k,) the row count per cluster.
     """
     n_wrong = np.bincount(cluster, weights=failure)
     cluster_error_rate = n_wrong / cluster_size
@@ -281,13 +279,13 @@ def correlation_warning(
 ) -> str | None:
     """Return a warning about a rule that counts rows in clusters as independent, or None.
 
-    The correlation is estimated from the accepted rows with a label, because the bound of the rule
+    The correlation is estimated from the accepted rows with a label, because the rule's bound
     depends on these rows only. Among all rows the correlation is often larger. If no cluster has
     two such rows, there is no warning (None).
 
     Args:
         outcomes: N calibration rows.
-        clusters: Names of the clusters of the N rows.
+        clusters: Cluster names for the N rows.
         is_accepted: Mask (N,) of the rows accepted by the rule.
     """
     _, cluster = cluster_indices(clusters, len(outcomes))
@@ -298,7 +296,7 @@ def correlation_warning(
     consequence = "so it is more optimistic than the rows allow"
     if estimated_correlation.design_effect <= NEGLIGIBLE_DESIGN_EFFECT:
         consequence = "which matters little here"
-    # The text of the estimate begins with "120 rows of 40 clusters".
+    # The text on the estimate begins with "120 rows of 40 clusters".
     return (
         f"the rule accepts {estimated_correlation}. The guarantee counts them as independent, "
         f"{consequence}. "
@@ -312,23 +310,23 @@ def ratio_rows(
     clusters: Sequence[str | None],
     largest_cluster: int | None,
 ) -> tuple[LabelledRows, LabelledRows]:
-    """Return the rows to test for the risk "ratio", and the rows of the clusters set aside.
+    """Return the rows to test for the risk "ratio", and the rows in the clusters set aside.
 
-    Clusters of more than M rows are left out. M is ``largest_cluster``. If ``largest_cluster`` is
-    None, M is the size of the largest cluster.
+    Clusters with more than M rows are left out. M is ``largest_cluster``, or else the size of the
+    largest cluster.
 
     Args:
         outcomes: N calibration rows.
         is_usable: Mask (N,) of the rows with an uncertainty and a label.
-        clusters: Names of the clusters of the N rows.
-        largest_cluster: Largest size of a cluster. All rows of a cluster count, usable or not.
+        clusters: Cluster names for the N rows.
+        largest_cluster: Largest cluster size. All rows in a cluster count, usable or not.
     """
     names, cluster = cluster_indices(clusters, len(outcomes))
     cluster_size = np.bincount(cluster)
     if largest_cluster is None:
         largest_cluster = int(cluster_size.max())
         # The largest cluster sets the bound M. So this cluster is no random draw and is left out.
-        # Given M, all other clusters are random draws of clusters with at most M rows.
+        # Given M, the remaining clusters are random draws among clusters with at most M rows.
         is_in_draw = cluster != int(cluster_size.argmax())
     else:
         is_in_draw = cluster_size[cluster] <= largest_cluster
@@ -352,12 +350,12 @@ def ratio_rows(
 def _clusters_set_aside(cluster: Ints, names: list[str]) -> list[int]:
     """Choose a random tenth of the clusters (C,), rounded up, and return the indices.
 
-    The clusters with the smallest hashes of names are chosen. Hashes do not depend on scores or
-    labels, so the choice is random, and the same at every run.
+    The clusters with the smallest name hashes are chosen. Hashes do not depend on scores or labels,
+    so the choice is random, and the same at every run.
 
     Args:
-        cluster: Indices (C,) of the clusters to choose from.
-        names: Names of all clusters, by index.
+        cluster: Indices (C,) to choose from.
+        names: Names for all clusters, by index.
     """
 
     def hash_of_name(cluster_index: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Estimate of how many calibration rows are near copies of fitted rows; too many are refused."""
+"""Estimating how many calibration rows copy fitted rows. Too many near copies are refused."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from vilu.predictors.persistence.fit_sample import FitSample
 SAME_PICTURE_COSINE: Final = 0.995
 """Smallest cosine between a fitted row and a copy, such as a picture saved again.
 
-CLIP embeddings of five data sets were divided into random halves. 0 to 0.24 % of the rows of the
-first half have a copy in the second half.
+CLIP embeddings from five data sets were divided into random halves. In the first half, 0 to 0.24 %
+of the rows have a copy in the second half.
 """
 
 COUNT_BOUND_LEVEL: Final = 0.05
-"""Level of the upper and of the lower bound of the number of copies."""
+"""Level for the upper and for the lower bound on the number of copies."""
 
 SHARE_BOUND_LEVEL: Final = 0.001
-"""Level of the lower bound of a share: the copies among the calibration rows.
+"""Level for the lower bound on a share: the copies among the calibration rows.
 
-The bound is compared with the share of copies within the fitted rows.
+The bound is compared with the copies' share within the fitted rows.
 """
 
 logger = logging.getLogger(__name__)
@@ -40,10 +40,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Copies:
-    """Number of copies of fitted rows among n rows, estimated from a sample of the fitted rows.
+    """How many rows are copies of fitted rows, estimated from a sample.
 
     Each fitted row is in the sample with probability f. A copy is detected only if the copied
-    fitted row is in the sample. So of K copies, k ~ Bin(K, f) are detected.
+    fitted row is in the sample. So k ~ Bin(K, f) of K copies are detected.
     """
 
     n_detected: int  # k, number of detected copies
@@ -52,12 +52,12 @@ class Copies:
 
     @property
     def estimated_share(self) -> float:
-        """Share of copies among the rows, k / (f n)."""
+        """Estimated share of copies, k / (f n)."""
         return min(self.n_detected / (self.sample_share * self.n), 1.0)
 
     @property
     def upper_n_copies(self) -> int:
-        """Upper bound of the number of copies: the largest K with P[Bin(K, f) <= k] >= 5 %."""
+        """Upper bound on the number of copies: the largest K with P[Bin(K, f) <= k] >= 5 %."""
         # Chance decides how many of the fitted rows with copies are in the sample. If only few such
         # rows are in the sample, k / f is too low. So an upper bound is returned.
         n_copies = np.arange(self.n_detected, self.n + 1)
@@ -66,7 +66,7 @@ class Copies:
 
     @property
     def lower_n_copies(self) -> int:
-        """Lower bound of the number of copies: the smallest K with P[Bin(K, f) >= k] >= 5 %."""
+        """Lower bound on the number of copies: the smallest K with P[Bin(K, f) >= k] >= 5 %."""
         n_copies = np.arange(self.n_detected, self.n + 1)
         # P[at least k] = 1 - P[at most k - 1]
         probability = 1 - self._probability_of_at_most(self.n_detected - 1, n_copies)
@@ -87,7 +87,7 @@ class Copies:
         return binomial_tail(n_detected_each, n_copies, self.sample_share)
 
     def in_words(self, cosine: float) -> str:
-        """Return a text on the number of rows with a cosine of at least ``cosine`` to fitted rows.
+        """Say how many rows have a cosine of at least ``cosine`` to fitted rows.
 
         If the sample lacks some fitted rows, the text also has an estimate and a bound.
         """
@@ -105,9 +105,9 @@ class Copies:
 
 
 def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints) -> None:
-    """Search for near copies of fitted rows among calibration rows, and warn of near copies.
+    """Search the calibration rows for near copies of fitted rows, and warn about near copies.
 
-    ``rows`` (M,) holds the indices of the calibration rows in ``data``.
+    ``rows`` (M,) holds the calibration rows' indices in ``data``.
 
     Raises:
         DataError: If more than 1 % of the calibration rows are copies (cosine 0.995), and copies
@@ -145,23 +145,23 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
 def _count_copies(nearest_cosine: Tensor, cosine: float, sample: FitSample) -> Copies:
     """Count the copies among M rows: the rows with a cosine of at least ``cosine``.
 
-    ``nearest_cosine`` (M,) holds the cosine of each row with the nearest row in the sample.
+    ``nearest_cosine`` (M,) holds each row's cosine with the nearest row in the sample.
     """
     n_detected = int((nearest_cosine >= cosine).sum())
     return Copies(n_detected=n_detected, n=len(nearest_cosine), sample_share=sample.share)
 
 
 def _has_too_many_copies(copies: Copies, sample: FitSample) -> bool:
-    """Whether over 1 % of the rows are copies, and a clearly larger share than within the fit.
+    """Return whether over 1 % of the rows are copies, clearly more than within the fit.
 
-    ``sample`` is the sample of the fitted rows.
+    ``sample`` is the sample of fitted rows.
     """
-    # The lower bound is used, not the estimate. With a sample of 1 % of the fitted rows, a single
+    # The lower bound is used, not the estimate. With a 1 % sample from the fitted rows, a single
     # copy gives an estimate of 100 copies, and data with hardly any copies would be refused.
     if copies.lower_n_copies <= MAX_OVERLAP_SHARE * copies.n:
         return False
-    # In some data (frames of films, photos of products) many rows are copies of each other. Then
-    # new rows are copies of fitted rows, too, so copies do not make the calibration wrong.
+    # In some data (film frames, product photos) many rows are copies of each other. Then new rows
+    # are copies of fitted rows, too, so copies do not make the calibration wrong.
     nearest_cosine = sample.nearest_cosines_within()
     copies_in_fit = _count_copies(nearest_cosine, SAME_PICTURE_COSINE, sample)
     if not copies_in_fit.n_detected:

@@ -1,27 +1,28 @@
-"""Error rates and shares of classes from a few labels and predictions of all rows.
+"""Error rates and class shares, from a few labels and predictions for all rows.
 
-A random sample of n rows of N is labelled. Let y be 1 where a row has a property (a wrong answer,
-or the class k), and 0 elsewhere. Every row has a prediction f of y. The share of all N rows with
-the property is, for any weight w in [0, 1],
+A random sample of n among N rows is labelled. Let y be 1 where a row has a property (a wrong
+answer, or the class k), and 0 elsewhere. Every row has a prediction f for y. The share of all N
+rows with the property is, for any weight w in [0, 1],
 
     mean of w f over all N rows + mean of y - w f over all N rows.
 
-The first mean is known. The second mean is estimated from the n labelled rows. The estimate has a
-small variance if w f predicts y well, and no bias if predictions are wrong. The weight is the slope
-of y on f among the labelled rows (power tuning). With w = 0 the predictions have no effect.
+The first mean is known. The second mean is estimated from the n labelled rows. If w f predicts y
+well, the estimate has a small variance. If predictions are wrong, the estimate has no bias. The
+weight is the slope of y on f among the labelled rows (power tuning). With w = 0 the predictions
+have no effect.
 
-**Interval of the second mean.** With few labels a normal interval is too short, because rare values
-are often missing in the sample. So the n residuals y - w f get random weights, drawn from a
-Dirichlet distribution with n + 1 parameters of 1. The last weight belongs to an unseen row. The
-residual of this row is the largest or the smallest possible residual, each with probability 1/2.
-The limits are quantiles of the weighted mean.
+**Interval for the second mean.** With few labels a normal interval is too short, because rare
+values are often missing in the sample. So the n residuals y - w f get random weights, drawn from a
+Dirichlet distribution with n + 1 parameters of 1. The last weight belongs to an unseen row. This
+row's residual is the largest or the smallest possible residual, each with probability 1/2. The
+limits are quantiles of the weighted mean.
 
 With w = 0 and k rows with the property, the weighted mean is a mixture of Beta(k + 1, n - k) and
-Beta(k, n - k + 1). The limits are then the limits of Clopper and Pearson with the mid-p value
+Beta(k, n - k + 1). The limits are then the Clopper-Pearson limits with the mid-p value
 (Lancaster 1961). For w > 0 there is no proof. ``benchmarks/estimate.py`` simulates how often the
 interval contains the true share.
 
-Source: Angelopoulos et al., Prediction-powered inference (2023), and PPI++ (2023) for the weight;
+Sources: Angelopoulos et al., Prediction-powered inference (2023), and PPI++ (2023) for the weight.
 Gaffke, Three test statistics for a nonparametric one-sided hypothesis on the mean of a nonnegative
 variable (2005), for the unseen row.
 """
@@ -47,16 +48,16 @@ MIN_LABELS: Final = 30
 """Smallest number of labels for using predictions."""
 
 MIN_EXPECTED_OF_CLASS: Final = 15
-"""Smallest expected number of labelled rows of a class for using predictions."""
+"""Smallest expected number of labelled rows in a class for using predictions."""
 
 N_DRAWS: Final = 10_000
-"""Number of draws of the random weights; the limits then vary by about 1 % of the width."""
+"""Number of random weight draws. The limits then vary by about 1 % of the width."""
 
 MAX_WEIGHTS_IN_MEMORY: Final = 2**21
 """Largest number of random weights in memory at once."""
 
 N_FOLDS: Final = 10
-"""Number of folds of labelled rows.
+"""Number of folds for labelled rows.
 
 A labelled row gets a probability from a calibrator that is fitted without the row's fold.
 """
@@ -64,7 +65,7 @@ A labelled row gets a probability from a calibrator that is fitted without the r
 MIN_P_VALUE: Final = 1e-4
 """Labels are refused if "the labelled rows are a random sample" has a smaller p-value.
 
-So labels of a random sample are refused with this probability.
+So the labels in a random sample are refused with this probability.
 """
 
 EstimationMethod = Literal["prediction-powered", "exact"]
@@ -75,13 +76,13 @@ class Estimate:
     """Estimated share of N rows with a property, with an interval.
 
     Attributes:
-        name: "error rate", or the name of a class.
+        name: "error rate", or a class name.
         share: The estimate.
         low: Lower limit of the interval.
         high: Upper limit of the interval.
         method: "prediction-powered", or "exact" (Clopper-Pearson) if there are too few labels or
             too few rows with the property.
-        weight: Weight of the predictions, from 0 to 1.
+        weight: Weight for the predictions, from 0 to 1.
         plain: Exact interval from the labels alone.
         n_labelled: Number of labelled rows.
         n: Number N of all rows.
@@ -99,7 +100,7 @@ class Estimate:
 
     @property
     def relative_width(self) -> float:
-        """Width of the interval divided by the width of ``plain``."""
+        """Interval width, divided by the width of ``plain``."""
         low, high = self.plain
         return (self.high - self.low) / (high - low)
 
@@ -112,7 +113,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of a property.
+    """Predictions for a property.
 
     Attributes:
         of_labelled: (n,) predictions for the labelled rows. The prediction for a row does not
@@ -125,12 +126,12 @@ class Predictions:
 
     @property
     def smallest(self) -> float:
-        """The smallest prediction."""
+        """Smallest prediction."""
         return float(min(self.of_labelled.min(), self.of_all_rows.min()))
 
     @property
     def largest(self) -> float:
-        """The largest prediction."""
+        """Largest prediction."""
         return float(max(self.of_labelled.max(), self.of_all_rows.max()))
 
 
@@ -146,15 +147,15 @@ def estimate(
     (``vilu.calibration.estimates``).
 
     Args:
-        outcomes: N rows with an uncertainty, some with a known failure. The probabilities of
-            failure are ``failure_probability``, or else the uncertainty if the uncertainty is a
+        outcomes: N rows with an uncertainty, some with a known failure. The failure probabilities
+            are ``failure_probability``, or else the uncertainty if the uncertainty is a
             probability. Otherwise a calibrator is fitted to the labels in folds.
         confidence: Confidence of the intervals, in (0, 1).
-        of_classes: Whether to estimate the shares of the classes, too. Shares of classes need
-            ``prediction``, ``target`` of the labelled rows, and ``class_names``.
+        of_classes: Whether to estimate the class shares, too. Class shares need ``prediction``,
+            ``target`` in the labelled rows, and ``class_names``.
 
     Returns:
-        The estimate of the error rate, and then the estimates of the classes in order.
+        The estimate for the error rate, and then the estimates for the classes in order.
 
     Raises:
         DataError: If there are fewer than two labels, if the labelled rows are clearly no random
@@ -215,7 +216,7 @@ def _require_random_labels(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -
 
 
 def _failure_probability(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> Predictions:
-    """Return probabilities of failure from the outcomes, or else from calibrated uncertainties."""
+    """Return failure probabilities from the outcomes, or else from calibrated uncertainties."""
     failure_probability = outcomes.failure_probability
     if failure_probability is None and outcomes.is_probability:
         failure_probability = outcomes.uncertainty
@@ -229,7 +230,7 @@ def _failure_probability(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> 
 def _calibrate_in_folds(
     uncertainty: Floats, failure: Ints, is_labelled: NDArray[np.bool_]
 ) -> Predictions:
-    """Return probabilities of failure; the calibrator of a fold is fitted to all other folds.
+    """Return failure probabilities. A fold's calibrator is fitted to all other folds.
 
     ``of_labelled`` has, for each row, the probability from the calibrator without the row's fold.
     ``of_all_rows`` has the mean probability from all calibrators (Zrnic and Candes,
@@ -247,8 +248,8 @@ def _calibrate_in_folds(
             labelled_uncertainty[~is_in_fold], labelled_failure[~is_in_fold], is_log_odds=False
         )
         of_labelled[is_in_fold] = calibrator(labelled_uncertainty[is_in_fold])
-        # In the mean of ``of_labelled``, the weight of a calibrator is the share of labels in the
-        # fold. The calibrator has the same weight here. So the mean residual has no bias.
+        # In the mean of ``of_labelled``, a calibrator's weight is the fold's label share. The
+        # calibrator has the same weight here. So the mean residual has no bias.
         of_all_rows += calibrator(uncertainty) * is_in_fold.mean()
     return Predictions(of_labelled=of_labelled, of_all_rows=of_all_rows)
 
@@ -259,7 +260,7 @@ def _estimate_class_shares(
     failure_probability: Predictions,
     confidence: float,
 ) -> list[Estimate]:
-    """Estimate the shares of all classes, in the order of the classes."""
+    """Estimate the shares of all classes, in class order."""
     names = outcomes.class_names
     if names is None or outcomes.prediction is None or outcomes.target is None:
         raise DataError(
@@ -282,10 +283,10 @@ def _estimate_class_shares(
             of_all_rows=predicts_class * (1 - failure_probability.of_all_rows),
         )
         is_of_class = (right_class == index).astype(np.float64)
-        class_share = _estimate_share(
+        estimate = _estimate_share(
             name, is_of_class, class_probability, confidence, min_expected=MIN_EXPECTED_OF_CLASS
         )
-        estimates.append(class_share)
+        estimates.append(estimate)
     return estimates
 
 
@@ -302,7 +303,7 @@ def _estimate_share(
     Args:
         name: Name of the share.
         has_property: (n,) 1 for a labelled row with the property, 0 for a labelled row without.
-        predictions: Predictions of the property.
+        predictions: Predictions for the property.
         confidence: Confidence of the interval, in (0, 1).
         min_expected: Predictions are not used if fewer labelled rows than this number are
             expected with the property, or without the property.
@@ -341,7 +342,7 @@ def _exact_estimate(name: str, has_property: Floats, n_rows: int, confidence: fl
 def _estimate_with_predictions(
     exact_estimate: Estimate, has_property: Floats, predictions: Predictions, confidence: float
 ) -> Estimate:
-    """Estimate the same share as ``exact_estimate``, from labels and predictions."""
+    """Estimate the share in ``exact_estimate`` again, from labels and predictions."""
     weight = tuned_weight(has_property, predictions.of_labelled)
     weighted_mean = weight * float(predictions.of_all_rows.mean())  # the known mean of w f
     residual = has_property - weight * predictions.of_labelled
@@ -361,9 +362,9 @@ def _estimate_with_predictions(
 
 
 def tuned_weight(has_property: Floats, prediction: Floats) -> float:
-    """Return the weight w in [0, 1] for the smallest variance of the residuals y - w f.
+    """Return the weight w in [0, 1] that gives the residuals y - w f the smallest variance.
 
-    y is ``has_property`` (n,), and f is ``prediction`` (n,). The weight is the slope of a
+    y is ``has_property`` (n,), and f is ``prediction`` (n,). The weight is the slope in a
     regression of y on f, limited to [0, 1]. If all predictions are equal, the weight is 0.
 
     Examples:
@@ -383,10 +384,10 @@ def tuned_weight(has_property: Floats, prediction: Floats) -> float:
 def mean_interval(
     values: Floats, smallest: float, largest: float, confidence: float
 ) -> tuple[float, float]:
-    """Return the lower and upper limit of a population mean, from a random sample of values.
+    """Return the lower and upper limit for a population mean, from a random sample of values.
 
     Args:
-        values: The values (n,) of the sample.
+        values: The sample's values (n,).
         smallest: Smallest possible value in the population.
         largest: Largest possible value in the population.
         confidence: Confidence of the interval, in (0, 1).

@@ -13,7 +13,7 @@ from vilu.errors import UNKNOWN
 from vilu.outcomes.outcomes import Outcomes
 
 MOST_STANDARD_ERRORS: Final = 3.0
-"""Largest difference of the two accuracies, in standard errors, without a warning.
+"""Largest difference between the two accuracies, in standard errors, without a warning.
 
 If both accuracies are equal apart from chance, about 1 calibration in 700 leads to a warning.
 """
@@ -29,11 +29,11 @@ def warn_of_in_sample_answers(fit_counts: Mapping[str, int] | None, rows: Outcom
 
         a - b > 3 sqrt(p (1 - p) (1 / n + 1 / m)).
 
-    Rows of none of the classes are left out.
+    Rows outside all classes are left out.
 
     Args:
         fit_counts: Number of fit rows (``n``), and number of right answers to fit rows
-            (``n_right``). None: the fit used no given answers.
+            (``n_right``). None if the fit used no given answers.
         rows: Calibration rows.
 
     Warns:

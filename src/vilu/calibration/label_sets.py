@@ -1,13 +1,13 @@
-"""Split-conformal label sets: candidates of a row that probably include the right label.
+"""Split-conformal label sets: a row's candidates that probably include the right label.
 
-The sets are built on a posterior q that includes the probability of failure. Let f be the
-probability that the answer a is wrong, and p the predictor's own posterior over the candidates.
+The sets are built on a posterior q that includes the failure probability. Let f be the probability
+that the answer a is wrong, and p the predictor's own posterior over the candidates.
 Without an own posterior, p is the zero-shot posterior. Then
 
-    q_a = 1 - f,    q_j = f p_j / (1 - p_a) for all other candidates j.
+    q_a = 1 - f,    q_j = f p_j / (1 - p_a) for all candidates j except a.
 
-So the set of a trusted answer contains only this answer. The set of a doubtful answer contains more
-candidates, in the order of p. Shapes: B rows, K candidates.
+So the set for a trusted answer contains only this answer. The set for a doubtful answer contains
+more candidates, in the order of p. Shapes: B rows, K candidates.
 """
 
 from __future__ import annotations
@@ -35,38 +35,38 @@ from vilu.validation import require_between
 class LabelSets(FrozenModel):
     """Label sets that contain the right label with probability at least 1 - max_miss.
 
-    The probability is over the draw of the calibration rows and of a new row that shows one of the
-    classes. A picture of none of the classes has no right label, and no guarantee. Calibration rows
+    The probability is over two draws: the calibration rows, and a new row that shows one of the
+    classes. A picture outside all classes has no right label, and no guarantee. Calibration rows
     with such pictures are left out, with a warning.
 
-    Let s_i = s(x_i, y_i) be the scores of the true labels of n calibration rows. The set of x is
+    Let s_i = s(x_i, y_i) be the scores of the true labels for n calibration rows. The set for x is
 
         {j: s(x, j) <= c},    where c is the ceil((n + 1)(1 - max_miss))-th smallest s_i.
 
     - "lac": s(x, j) = 1 - q_j. These sets are the smallest on average. A set is empty if no
       candidate is probable enough.
-    - "aps": s(x, j) = the total probability of the candidates that are more probable than j. The
-      coverages of easy rows and of hard rows differ less than with "lac". A set is never empty.
+    - "aps": s(x, j) = the total probability of the candidates that are more probable than j. Easy
+      and hard rows differ less in coverage than with "lac". A set is never empty.
 
-    Ties can only make sets larger. f is the probability of failure before calibration. The scores s
+    Ties can only make sets larger. f is the failure probability before calibration. The scores s
     depend on f. The calibration rows determine c, and so must not determine f, too.
 
-    Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets. In
+    Sources: Sadinle et al. (2019), least ambiguous sets. Romano et al. (2020), adaptive sets. In
     these papers the last label of a set is included at random. Here the last label is always
     included. So a set depends on the row alone. The posterior q is our own.
     """
 
     method: SetMethod  # "lac" or "aps"
     max_miss: float = Field(gt=0, lt=1)  # largest share of sets without the right label
-    limit: float = Field(ge=0, le=2)  # c, in [0, 1]; rounding may exceed 1 a little
+    limit: float = Field(ge=0, le=2)  # c, in [0, 1], though rounding may exceed 1 a little
     n: int = Field(ge=1)  # number of calibration rows
-    mean_size: float = Field(ge=0)  # mean size of the sets of the calibration rows
+    mean_size: float = Field(ge=0)  # mean size of the sets for the calibration rows
     empirical_miss: float = Field(ge=0, le=1)  # share of these sets without the right label
 
     def members(self, predictor: FailurePredictor, batch: Batch, uncertainty: Floats) -> Tensor:
-        """Return the mask (B, K) of the candidates in the label set of each row of a batch.
+        """Return the mask (B, K) of the candidates in each row's label set, for a batch.
 
-        ``uncertainty`` (B,) holds the scores of the rows by the predictor.
+        ``uncertainty`` (B,) holds the predictor's scores for the rows.
         """
         return nonconformity(predictor, batch, uncertainty, self.method) <= self.limit
 
@@ -83,8 +83,8 @@ def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Te
     """
     answer = batch.prediction.cpu()[:, None]  # (B, 1)
     f = failure_probability.double()[:, None]  # (B, 1)
-    # p_j / (1 - p_a) is a softmax over the candidates without the answer. The quotient would be
-    # 0 / 0 where p_a rounds to 1. This happens for the most trusted answers.
+    # p_j / (1 - p_a) is a softmax over the candidates without the answer. Where p_a rounds to 1,
+    # the quotient would be 0 / 0. This happens for the most trusted answers.
     other_posterior = log_p.scatter(1, answer, -torch.inf).softmax(dim=1)
     return (f * other_posterior).scatter(1, answer, 1 - f)
 
@@ -92,7 +92,7 @@ def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Te
 def nonconformity(
     predictor: FailurePredictor, batch: Batch, uncertainty: Floats, method: SetMethod
 ) -> Tensor:
-    """Return the scores s(x, j) (B, K) of all candidates, float64; see ``LabelSets``."""
+    """Return the scores s(x, j) (B, K) for all candidates, float64 (see ``LabelSets``)."""
     failure_probability = predictor.raw_failure_probability(uncertainty)
     f = torch.from_numpy(failure_probability)
     with torch.no_grad():
@@ -106,11 +106,11 @@ def nonconformity(
     q_sorted, candidate = q.sort(dim=1, descending=True, stable=True)
     mass_before = q_sorted.cumsum(dim=1) - q_sorted
     # Candidates with equal q all get the mass before the first such candidate. Otherwise the scores
-    # would depend on the order of the classes. The search finds, for every q, the first position of
-    # an equal q. The search needs ascending numbers, so the signs are changed.
+    # would depend on the class order. For every q, the search finds the first position with an
+    # equal q. The search needs ascending numbers, so the signs are changed.
     first_of_ties = torch.searchsorted(-q_sorted, -q_sorted)
     sorted_scores = mass_before.gather(1, first_of_ties)
-    return torch.empty_like(q).scatter_(1, candidate, sorted_scores)  # in the order of candidates
+    return torch.empty_like(q).scatter_(1, candidate, sorted_scores)  # in candidate order
 
 
 def fit_label_sets(
@@ -118,8 +118,8 @@ def fit_label_sets(
 ) -> LabelSets:
     """Fit label sets on the calibration rows that were not used in the predictor's ``fit``."""
     check_label_sets(predictor, data, max_miss)
-    # Rows of the fit have smaller scores than new rows. With rows of the fit the limit would be too
-    # small, and sets of new rows would miss the right label more often than max_miss.
+    # Rows from the fit have smaller scores than new rows. With such rows the limit would be too
+    # small, and sets for new rows would miss the right label more often than max_miss.
     was_fitted_on = ~predictor.unseen(data, "calibration")
     unseen_data = data.without(was_fitted_on)
     _warn_of_ood(unseen_data)
@@ -153,8 +153,8 @@ def _rank_of_limit(n: int, max_miss: float) -> int:
     """Return the rank ceil((n + 1)(1 - max_miss)) of the limit c among the scores of n rows."""
     # The factor is n + 1, because the new row has each of n + 1 ranks among the calibration rows
     # with equal probability. With n the sets would miss more often than max_miss (Vovk et al.
-    # 2005). The product is rounded to nine decimals first: in float64 a whole number may come out
-    # a little larger, and rounding up alone would give the next whole number.
+    # 2005). The product is rounded to nine decimals first: in float64 a whole number may come out a
+    # little larger, and rounding up alone would give the next whole number.
     rank = math.ceil(round((n + 1) * (1 - max_miss), 9))
     if rank > n:
         n_needed = n_rows_for_mean_risk(max_miss)
@@ -166,7 +166,7 @@ def _rank_of_limit(n: int, max_miss: float) -> int:
 
 
 def _warn_of_ood(data: EmbeddingSource) -> None:
-    """Warn if there are rows of none of the classes, because label sets leave out such rows."""
+    """Warn if there are rows outside all classes, because label sets leave out such rows."""
     n_ood = int(data.outside.sum())
     if n_ood:
         warn_caller(
@@ -179,7 +179,7 @@ def _warn_of_ood(data: EmbeddingSource) -> None:
 def _scores_of_true_labels(
     predictor: FailurePredictor, data: EmbeddingSource, method: SetMethod
 ) -> Tensor:
-    """Return the scores s_i (n,) of the true labels of the n labelled rows."""
+    """Return the scores s_i (n,) for the true labels of the n labelled rows."""
     scores_of_batches = [torch.empty(0, dtype=torch.float64)]
     for all_scores, target in _labelled_scores(predictor, data, method):
         true_scores = all_scores.gather(1, target[:, None])  # (B, 1)
@@ -201,7 +201,7 @@ def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_mis
 def _labelled_scores(
     predictor: FailurePredictor, data: EmbeddingSource, method: SetMethod
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield scores s(x, j) (B, K) and true labels (B,) of the B labelled rows of each batch."""
+    """Yield scores s(x, j) (B, K) and true labels (B,) for each batch's B labelled rows."""
     for batch, uncertainty in predictor.scored(data):
         target = batch.target.cpu()
         is_known = target != UNKNOWN
@@ -210,10 +210,10 @@ def _labelled_scores(
 
 
 def sets_as_json(members: Tensor, class_names: Sequence[str] | None) -> list[str]:
-    """Return the label sets of B rows as JSON lists of class names, in the order of candidates.
+    """Return the label sets for B rows as JSON lists of class names, in candidate order.
 
-    ``members`` (B, K) is the mask of the candidates in the sets. Without class names, the numbers
-    of the candidates are used as names.
+    ``members`` (B, K) is the mask of the candidates in the sets. Without class names, the candidate
+    numbers are used as names.
     """
     names = class_names
     if names is None:

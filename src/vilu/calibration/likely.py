@@ -37,7 +37,7 @@ NO_DRAWN_ANSWERS: Final = JudgedAnswers(uncertainty=np.zeros(0), failure=np.zero
 class LikelyRight(FrozenModel):
     """Estimate of likely right answers, for a predictor that estimates P(failure).
 
-    1. Each labelled row of the fit gets an uncertainty from a predictor that was fitted without
+    1. Each labelled row in the fit gets an uncertainty from a predictor that was fitted without
        this row (cross-fitting).
     2. Labels of rows drawn at random are added (``with_drawn_answers``).
     3. A calibrator from uncertainty to P(failure) is fitted on all these labels.
@@ -46,16 +46,16 @@ class LikelyRight(FrozenModel):
 
     Attributes:
         max_risk: Largest expected error rate among the likely right rows.
-        widening: Factor of the expected error rate (``WIDENING``).
-        n: Number of labelled rows of the fit. All these rows have a cross-fitted answer.
+        widening: Factor on the expected error rate (``WIDENING``).
+        n: Number of labelled rows in the fit. All these rows have a cross-fitted answer.
         n_wrong: Number of wrong answers to these rows.
-        n_wrong_zero_shot: Number of wrong zero-shot answers to the same rows; None if not counted.
+        n_wrong_zero_shot: Number of wrong zero-shot answers to these rows. None if not counted.
         uncertainty: (n,) uncertainties of the cross-fitted answers.
         failure: (n,) 1 if a cross-fitted answer is wrong, otherwise 0.
         n_drawn: Number of labelled rows drawn at random.
         n_drawn_wrong: Number of wrong answers to the drawn rows.
-        probability: The calibrator, which maps the log-odds of an uncertainty to P(failure); None
-            with fewer than ``MIN_WRONG_ANSWERS`` wrong answers.
+        probability: The calibrator, which maps an uncertainty's log-odds to P(failure). None with
+            fewer than ``MIN_WRONG_ANSWERS`` wrong answers.
         threshold: New rows up to this uncertainty are likely right, if new rows are drawn in the
             same way as the N rows given to ``estimate``. None if no answer is likely right, or if
             there is no calibrator.
@@ -93,9 +93,9 @@ class LikelyRight(FrozenModel):
         """Estimate from cross-fitted answers which new rows are likely right.
 
         Args:
-            held_out: Cross-fitted answers; the uncertainties must be probabilities.
-            uncertainty: (N,) uncertainties of rows, drawn in the same way as later rows; NaN for
-                rows without a score.
+            held_out: Cross-fitted answers. The uncertainties must be probabilities.
+            uncertainty: (N,) uncertainties for rows drawn like later rows. NaN for rows without a
+                score.
             max_risk: Largest expected error rate.
         """
         cross_fitted_answers = _answers_with_label(held_out)
@@ -112,13 +112,13 @@ class LikelyRight(FrozenModel):
     def with_drawn_answers(self, drawn: JudgedAnswers, uncertainty: Floats) -> Self:
         """Estimate from the cross-fitted answers and from answers to rows drawn at random.
 
-        The labelled rows of the fit were chosen. So answers to chosen rows may be wrong more often,
+        The labelled rows in the fit were chosen. So answers to chosen rows may be wrong more often,
         or less often, than all answers with the same uncertainty. Drawn rows are chosen by chance
         alone.
 
         Args:
             drawn: The predictor's answers to rows up to some uncertainty. The draw must not depend
-                on other properties of the rows.
+                on further properties of the rows.
             uncertainty: As for ``estimate``.
         """
         drawn_answers = _answers_with_label(drawn)
@@ -151,7 +151,7 @@ class LikelyRight(FrozenModel):
         failure_probability = calibrator(scores)
         # for each row, the expected error rate of this row and all earlier rows
         expected_risk = np.cumsum(failure_probability) / np.arange(1, len(ascending) + 1)
-        # Rows of equal uncertainty get the same flag. So only the last row of equal uncertainty may
+        # Rows with equal uncertainty get the same flag. So among such rows only the last row may
         # set the threshold. With the appended infinity, the last of all rows may set the threshold.
         is_last_of_equals = np.diff(ascending, append=np.inf) > 0
         is_low_risk = self.widening * expected_risk <= self.max_risk
@@ -159,12 +159,12 @@ class LikelyRight(FrozenModel):
         return float(possible_thresholds[-1]) if len(possible_thresholds) else None
 
     def flags_by_own_threshold(self, uncertainty: Floats) -> LikelyFlags:
-        """Whether each of N rows is likely right, with the threshold found among these rows."""
+        """Flag each of N rows as likely right or not, with the threshold found among these rows."""
         threshold = self.threshold_among(uncertainty)
         return self._flags(threshold, uncertainty)
 
     def flags_of_new_rows(self, uncertainty: Floats) -> LikelyFlags:
-        """Whether each of N new rows is likely right, with the saved threshold."""
+        """Flag each of N new rows as likely right or not, with the saved threshold."""
         return self._flags(self.threshold, uncertainty)
 
     def _flags(self, threshold: float | None, uncertainty: Floats) -> LikelyFlags:
@@ -187,7 +187,7 @@ class LikelyRight(FrozenModel):
 
     @classmethod
     def find(cls, folder: Path) -> LikelyRight | None:
-        """Load the estimate beside a predictor; None if there is no estimate.
+        """Load the estimate beside a predictor, or return None if there is no estimate.
 
         Raises:
             DataError: If the file is damaged.
@@ -224,7 +224,7 @@ class _LikelyFile(Document):
 
 
 def _weights_and_answer(folder: Path) -> tuple[str, AnswerKind]:
-    """Return the hash of the weights of a saved predictor, and the kind of judged answers."""
+    """Return the hash over a saved predictor's weights, and the kind of judged answers."""
     description = read_description(folder / PREDICTOR)
     answer: AnswerKind = description["parameters"].get("answer", "zero_shot")
     return description["weights_sha256"], answer

@@ -19,28 +19,28 @@ from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import LOOKS, PREDICTOR
 
 SKETCH_SIZE: Final = 64
-"""Number of saved hashes of a set of rows. The smallest hashes are saved, to recognise the set."""
+"""Number of saved hashes for a row set. The smallest hashes are saved, to recognise the set."""
 
 MIN_JACCARD_SIMILARITY: Final = 0.5
-"""Two sets A and B of rows count as the same if |A and B| / |A or B| is at least this number."""
+"""Two row sets A and B count as the same if |A and B| / |A or B| is at least this number."""
 
 ORDINALS: Final = (
     *("first", "second", "third", "fourth", "fifth"),
     *("sixth", "seventh", "eighth", "ninth", "tenth"),
 )
-"""Words for the number of a look; larger numbers are written in digits."""
+"""Words for a look's number. Larger numbers are written in digits."""
 
 
 class RowsWithTargets(FrozenModel):
-    """A set of rows, with all targets that were tried on these rows."""
+    """A row set, with all targets that were tried on these rows."""
 
     # the smallest hashes of the rows
     hashes: tuple[int, ...] = Field(min_length=1, max_length=SKETCH_SIZE)
-    targets: tuple[str, ...]  # digests of the targets, the earliest first
+    targets: tuple[str, ...]  # target digests, the earliest first
 
     def is_same_set(self, hashes: tuple[int, ...]) -> bool:
-        """Whether rows with these smallest hashes are the same set (``MIN_JACCARD_SIMILARITY``)."""
-        # The 64 smallest hashes of the union are a random sample of the union. The share of common
+        """Return whether rows with these hashes are the same set (``MIN_JACCARD_SIMILARITY``)."""
+        # The 64 smallest hashes of the union are a random sample from it. The share of common
         # hashes in this sample estimates |A and B| / |A or B| (Broder 1997). All saved hashes of
         # both sets together would not be a random sample of the union: the 64 smallest hashes of a
         # small set reach up to larger numbers than the 64 smallest hashes of a large set.
@@ -50,23 +50,23 @@ class RowsWithTargets(FrozenModel):
 
 
 class LookRecord(Document):
-    """Record of all calibrations of a fit, with or without a resulting guarantee."""
+    """Record of all calibrations for a fit, with or without a resulting guarantee."""
 
     remedy = "Remove it, which forgets the earlier looks, and run `vilu calibrate` again"
     error_class = DataError
 
     kind: Literal["looks"] = "looks"
-    weights_sha256: str  # hash of the weights of the fit
+    weights_sha256: str  # hash of the fitted weights
     rows: tuple[RowsWithTargets, ...] = ()
 
 
 def record_target(folder: Path, picture: Ints, target: dict[str, object]) -> int:
-    """Record a new target for rows; return the number of tried targets, including the new target.
+    """Record a new target for rows, and count the tried targets, including the new target.
 
     Args:
-        folder: Folder of the predictor.
-        picture: Identities (N,) of the pictures of the rows. The identities are hashes.
-        target: Fields of the target.
+        folder: The predictor's folder.
+        picture: Identities (N,) of the rows' pictures. The identities are hashes.
+        target: The target's fields.
     """
     smallest_hashes = np.unique(picture[picture >= 0])[:SKETCH_SIZE]
     if not len(smallest_hashes):
@@ -80,7 +80,7 @@ def record_target(folder: Path, picture: Ints, target: dict[str, object]) -> int
             unchanged_sets.append(recorded_set)
             continue
         # Recorded sets with mostly the same rows become a single set with all targets. If such sets
-        # were counted separately, a few new rows would reset the count, and the best of many
+        # were counted separately, a few new rows would reset the count. Then the best of many
         # targets would be reported as the first.
         new_digests = [text for text in target_digests if text not in recorded_set.targets]
         target_digests = (*recorded_set.targets, *new_digests)
@@ -91,7 +91,7 @@ def record_target(folder: Path, picture: Ints, target: dict[str, object]) -> int
 
 
 def _load_record(folder: Path) -> LookRecord:
-    """Load the record of the fit in this folder; an empty record if no record exists."""
+    """Load the record for the fit in this folder, or an empty record if no record exists."""
     weights_sha256 = read_description(folder / PREDICTOR)["weights_sha256"]
     if (folder / LOOKS).exists():
         record = read_document(folder / LOOKS, LookRecord)
@@ -102,7 +102,7 @@ def _load_record(folder: Path) -> LookRecord:
 
 
 def tried_targets_in_words(n_tried_targets: int) -> str:
-    """Return a text: how many targets were tried, and the consequence; "" for the first target."""
+    """Say how many targets were tried, and the consequence. "" for the first target."""
     if n_tried_targets == 1:
         return ""
     look_in_words = f"look number {n_tried_targets}"

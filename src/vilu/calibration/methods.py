@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 RowsMethod = Literal["ltt", "crc", "selection"]
-"""Methods for which the labels of all calibration rows are needed before the first test."""
+"""Methods that need the labels of all calibration rows before the first test."""
 
 Method = Literal[RowsMethod, "anytime"]
-"""All methods for a rule; "anytime" allows a test after every label."""
+"""All methods for a rule. "anytime" allows a test after every label."""
 
 SetMethod = Literal["lac", "aps"]
 """Methods for label sets (``vilu.calibration.label_sets``)."""

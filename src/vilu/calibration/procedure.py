@@ -68,28 +68,28 @@ def calibrate_predictor(
 ) -> Calibration:
     """Calibrate a saved predictor on labelled rows, as ``vilu calibrate`` does.
 
-    The result is written into the folder of the predictor:
+    The result is written into the predictor's folder:
 
-    1. ``predictor.json``: the calibrator of probabilities.
+    1. ``predictor.json``: the probability calibrator.
     2. ``calibration.parquet``: the calibration rows.
-    3. ``risk.json``: the rule and the origin of the rule. This file is written last. After a crash
-       the folder therefore has no rule, or the old rule. Loading the old rule is refused.
+    3. ``risk.json``: the rule, and where the rule comes from. This file is written last. After a
+       crash the folder therefore has no rule, or the old rule. Loading the old rule is refused.
 
     If the target cannot be reached, no calibration is written. Without ``overwrite``, an existing
     calibration with the same rows and target is kept. Otherwise there is a UsageError.
 
     With ``drawn_below``, the rows are a random sample of the rows with an uncertainty up to this
-    limit, such as a draw of ``vilu next --for-guarantee``. The limit must not depend on the rows
-    that could be drawn. Thresholds up to the limit are tested. The score of the method stays the
-    probability of failure, because rows up to the limit show nothing about rows beyond the limit.
+    limit, such as a draw by ``vilu next --for-guarantee``. The limit must not depend on the rows
+    that could be drawn. Thresholds up to the limit are tested. The method's score stays the failure
+    probability, because rows up to the limit show nothing about rows beyond the limit.
 
     Warns:
-        UserWarning: If some rows were used in the fit; these rows are left out.
+        UserWarning: If some rows were used in the fit. These rows are left out.
 
     Raises:
-        DataError: If more than 1 % of the rows were used in the fit, or are near copies of rows of
-            the fit; or if a row has an uncertainty above ``drawn_below``.
-        InfeasibleError: If the target cannot be reached; the message says what is missing.
+        DataError: If more than 1 % of the rows were used in the fit, or are near copies of fitted
+            rows. Also if a row has an uncertainty above ``drawn_below``.
+        InfeasibleError: If the target cannot be reached. The message says what is missing.
         UsageError: If the target is not possible, or if another calibration exists and
             ``overwrite`` is False.
 
@@ -138,14 +138,14 @@ def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSou
             "captions have no classes, so there are no thresholds per class. Leave per_class out."
         )
     if target.per_class and data.data_kind == "answers":
-        # The answers of another table would have different numbers, and so different thresholds.
+        # The answers from another table would have different numbers, and so different thresholds.
         raise UsageError(
             "a table of answers has no classes, so there are no thresholds per class. Leave "
             "per_class out."
         )
     if target.label_sets is not None:
         check_label_sets(predictor, data, target.max_miss)
-    elif target.max_miss != Target.max_miss:  # another value than the default was given
+    elif target.max_miss != Target.max_miss:  # the given value is not the default
         raise UsageError(
             f"max_miss ({target.max_miss}) is for label sets. Ask for label_sets too, or leave "
             "max_miss out."
@@ -153,7 +153,7 @@ def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSou
 
 
 def _require_testable_below_limit(target: Target, predictor: FailurePredictor) -> None:
-    """Refuse a predictor without probabilities, and targets with tests above the limit of the draw.
+    """Refuse a predictor without probabilities, and targets with tests above the draw's limit.
 
     Such targets are coverages, label sets, stated shares, and means over all answers.
     """
@@ -169,7 +169,7 @@ def _require_testable_below_limit(target: Target, predictor: FailurePredictor) -
 
 
 def require_probability(predictor: FailurePredictor) -> None:
-    """Refuse a predictor without probabilities: these choose the limit of a draw."""
+    """Refuse a predictor without probabilities: the probabilities choose a draw's limit."""
     if not predictor.is_probability:
         raise UsageError(
             "labels for a guarantee are chosen by a probability of failure; "
@@ -226,7 +226,7 @@ def _calibrate(
     if drawn_below is None:
         predictor.calibrate_scores(calibration_rows.uncertainty, calibration_rows.failure)
     else:
-        # A calibrator of these rows would be biased, because all scores are up to the limit.
+        # A calibrator from these rows would be biased, because all scores are up to the limit.
         predictor.calibrator_ = identity_calibrator(calibration_rows.failure)
     label_sets = _fit_label_sets_on_rows(
         predictor, data, index_in_data[rows_and_rule.saved_rows], target
@@ -251,9 +251,9 @@ def _calibrate(
 def _fit_label_sets_on_rows(
     predictor: FailurePredictor, data: EmbeddingSource, rows: Ints, target: Target
 ) -> LabelSets | None:
-    """Fit label sets on some rows of ``data``; None if the target asks for no label sets.
+    """Fit label sets on some rows of ``data``, or return None if the target asks for none.
 
-    ``rows`` (M,) are the indices of the rows.
+    ``rows`` (M,) are the row indices.
     """
     if target.label_sets is None:
         return None
@@ -272,7 +272,7 @@ def _digest_of_inputs(
     dataset_and_split: tuple[str | None, str | None],
     drawn_below: float | None,
 ) -> str:
-    """Return a digest of all inputs of a calibration.
+    """Return a digest of all calibration inputs.
 
     The inputs are the predictor, the data, the names of data set and split, the target, and the
     limit.
@@ -284,9 +284,9 @@ def _digest_of_inputs(
         target_facts["drawn_below"] = drawn_below
     predictor_hash = predictor_fingerprint(predictor)
     origin: list[object] = [predictor_hash, source, *dataset_and_split, target_facts]
-    # The fingerprint of a store covers all rows. The fingerprint of a source that is no store
-    # covers only a sample of the rows, so the identities of all rows are added. Rows may have
-    # several kinds of identity, the best kind first.
+    # A store's fingerprint covers all rows. The fingerprint of a source that is no store covers
+    # only a row sample, so all rows' identities are added. Rows may have several kinds of identity,
+    # the best kind first.
     if not isinstance(data, EmbeddingStore):
         best_kind = data.identified_by[:1]  # empty if the rows have no identity
         identities = [data.identities(by).tolist() for by in best_kind]
@@ -305,18 +305,18 @@ class _RowsAndRule(NamedTuple):
 def _choose_rows_and_rule(
     target: Target, rows: Outcomes, data: EmbeddingSource, index_in_data: Ints
 ) -> _RowsAndRule:
-    """Return the rule of N calibration rows, and the rows to save; every picture counts once.
+    """Return the rule for N calibration rows, and the rows to save. Every picture counts once.
 
     A single row per picture is saved, and all rows without a label. Near copies are counted and
     reported with a warning. If some pictures differ by noise only (``NOISE_COPY_COSINE``), a second
-    rule is made from a single picture of each group of copies. The rule that accepts less is
+    rule is made from a single picture in each group of copies. The rule that accepts less is
     returned.
 
     Args:
         target: The target.
         rows: N calibration rows.
-        data: The source of the rows.
-        index_in_data: Indices (N,) of the rows in the source.
+        data: The source with the rows.
+        index_in_data: Row indices (N,) in the source.
     """
     if target.cluster_risk is not None:
         # Each cluster counts as a single draw, so copies within a cluster do no harm. All rows are
@@ -341,8 +341,8 @@ def _choose_rows_and_rule(
         # both rules are made, and the rule that accepts less is used.
         first_copies = rows.take(picture_rows[is_first_of_noise_copies])
         rule_without_copies = _make_feasible_rule(first_copies, target)
-        pictures = rows.take(picture_rows)
-        if _accepts_less(rule_without_copies, rule, pictures):
+        picture_outcomes = rows.take(picture_rows)
+        if _accepts_less(rule_without_copies, rule, picture_outcomes):
             rule = rule_without_copies
             left_out_rows = picture_rows[~is_first_of_noise_copies]
     if rule is not None:
@@ -358,10 +358,10 @@ def _choose_rows_and_rule(
 
 
 def _is_first_of_near_copies(data: EmbeddingSource, rows: Ints) -> NDArray[np.bool_]:
-    """Return the mask (M,) of the first picture of each group of near copies.
+    """Return the mask (M,), True for the first picture in each group of near copies.
 
-    ``rows`` (M,) holds for each picture the index of a row in ``data``. If there are too many
-    pictures to compare, a warning is logged and the mask is True everywhere.
+    ``rows`` (M,) holds for each picture a row index in ``data``. If there are too many pictures to
+    compare, a warning is logged and the mask is True everywhere.
     """
     n_pictures = len(rows)
     if n_pictures <= MAX_COMPARED_PICTURES:
@@ -378,10 +378,10 @@ def _is_first_of_near_copies(data: EmbeddingSource, rows: Ints) -> NDArray[np.bo
 def _add_scene_count(
     row_counts: RowCounts | None, is_first_of_scene: NDArray[np.bool_]
 ) -> RowCounts:
-    """Add the number of scenes to the numbers of files and pictures, and log a warning.
+    """Add the scene count to the counts of files and pictures, and log a warning.
 
     ``row_counts`` is None if there are as many files as pictures. ``is_first_of_scene`` marks the
-    first picture of each scene.
+    first picture in each scene.
     """
     n_pictures = len(is_first_of_scene)
     n_files = n_pictures if row_counts is None else row_counts.files
@@ -397,9 +397,9 @@ def _add_scene_count(
 
 
 def _make_feasible_rule(rows: Outcomes, target: Target) -> Rule | None:
-    """Make the rule of calibration rows; None if the target asks for no rule.
+    """Make the rule from calibration rows, or return None if the target asks for no rule.
 
-    Raises an InfeasibleError if the rule accepts nothing.
+    If the rule accepts nothing, an InfeasibleError is raised.
     """
     if not target.has_rule:
         return None
@@ -411,7 +411,7 @@ def _make_feasible_rule(rows: Outcomes, target: Target) -> Rule | None:
 
 
 def _accepts_less(rule: Rule | None, compared_rule: Rule | None, pictures: Outcomes) -> bool:
-    """Whether ``rule`` accepts fewer pictures than ``compared_rule``; False if either is None."""
+    """Return whether ``rule`` accepts less than ``compared_rule``. False if either is None."""
     if rule is None or compared_rule is None:
         return False
     groups = group_names(pictures) if rule.grouped_by == "prediction" else None
@@ -439,14 +439,14 @@ def save_calibrated_predictor(  # noqa: PLR0913 - one argument per part of a cal
     """Write a calibrated predictor, the calibration rows, and then the calibration.
 
     Args:
-        folder: Folder of the predictor.
-        predictor: The predictor with a calibrator of probabilities.
+        folder: The predictor's folder.
+        predictor: The predictor with a probability calibrator.
         rows: Calibration rows.
-        data: Source of the rows.
+        data: Source with the rows.
         target: The target.
-        rule: The rule; None if the target asks for no rule.
-        dataset_and_split: Name of the data set, and name of the split.
-        dtype: Number format for rounding new embeddings; None: the format of the data.
+        rule: The rule. None if the target asks for no rule.
+        dataset_and_split: Data set name, and split name.
+        dtype: Number format for rounding new embeddings. None means the data's format.
         label_sets: As in ``Calibration``.
         draws: As in ``Calibration``.
         inputs: As in ``Calibration``.
@@ -484,7 +484,7 @@ def save_calibrated_predictor(  # noqa: PLR0913 - one argument per part of a cal
 
 
 def remove_outdated_calibration(folder: Path, changed_keys: set[str]) -> bool:
-    """Remove a calibration if labels of calibration rows have changed; return True if removed.
+    """Remove a calibration if labels of calibration rows have changed, and return True if removed.
 
     ``changed_keys`` holds the keys of all rows with a changed label. Some of these rows may be no
     calibration rows.
@@ -506,7 +506,7 @@ def remove_outdated_calibration(folder: Path, changed_keys: set[str]) -> bool:
 
 
 def _existing_calibration(folder: Path, inputs_digest: str) -> Calibration | None:
-    """Load the calibration in the folder; None if there is no calibration.
+    """Load the calibration in the folder, or return None if there is no calibration.
 
     A calibration from different inputs is refused. If loading fails, a warning is logged and None
     is returned.
@@ -529,7 +529,7 @@ def _existing_calibration(folder: Path, inputs_digest: str) -> Calibration | Non
 
 
 def _infeasible_message(rule: Rule) -> str:
-    """Return the message of an infeasible target: the reasons, the missing rows, and advice."""
+    """Return the message for an infeasible target: the reasons, the missing rows, and advice."""
     reasons = []
     groups = list(rule.thresholds.items())
     for name, threshold in groups[:MAX_GROUPS_SHOWN]:

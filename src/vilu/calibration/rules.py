@@ -54,47 +54,47 @@ from vilu.predictors.contract.seen import MAX_OVERLAP_SHARE, WHY_NOT_FIT_ROWS
 from vilu.validation import checked
 
 ALL_ROWS_GROUP = ""
-"""Name of the group of all rows."""
+"""Name of the group with all rows."""
 
 OTHER_GROUP = "(other)"
-"""Name of the group that collects the rows of all groups with too few calibration rows."""
+"""Name of the group that collects all groups with too few calibration rows."""
 
 ROUNDING_TOLERANCE = 1e-9
-"""Tolerance when numbers of rows are compared: 0.55 * 100 is a little more than 55 in float64."""
+"""Tolerance for comparing row counts: 0.55 * 100 is a little more than 55 in float64."""
 
 
 class Rule(FrozenModel):
     """Rule that accepts an answer or leaves the answer for review.
 
     A rule has a single threshold for all rows, or a threshold per group, and may have floors. A
-    rule of the method "selection" has no threshold, and judges all rows of a batch together
+    rule by the method "selection" has no threshold, and judges all rows in a batch together
     (``needs_batch``, ``vilu.calibration.selection``).
 
     Attributes:
-        method: "ltt", "crc", "selection", or "anytime". A rule of the method "anytime" may be
+        method: "ltt", "crc", "selection", or "anytime". A rule by the method "anytime" may be
             tested again after every label (``vilu.calibration.anytime``).
-        max_risk: Largest error rate that was asked for; None if only a coverage was asked for.
-        min_coverage: Smallest coverage that was asked for; None: any coverage.
+        max_risk: Largest error rate that was asked for. None if only a coverage was asked for.
+        min_coverage: Smallest coverage that was asked for. None means any coverage.
         confidence: 1 - delta. The guarantees of all groups hold together with this confidence.
         grouped_by: "prediction": a group is a judged answer. "groups": the caller named the groups.
             None: there are no groups.
-        thresholds: Threshold of each group, by name. Without groups, all rows are the group "". If
+        thresholds: Each group's threshold, by name. Without groups, all rows are the group "". If
             whole batches are judged, there is no threshold.
         n: Number of calibration rows.
         wrong: Uncertainties of the wrong calibration answers, ascending. Saved only if whole
             batches are judged.
-        outside_share: Largest share of pictures of none of the classes for which the guarantee
-            holds; None: the share among the calibration rows.
-        class_shares: Share of each class among the pictures of the classes. The guarantee holds for
-            these shares; None: the shares among the calibration rows.
-        counted: Numbers of files and pictures of the calibration rows. None if every file shows a
+        outside_share: Largest share of pictures outside all classes for which the guarantee holds.
+            None means the share among the calibration rows.
+        class_shares: Share of each class among the pictures within the classes. The guarantee holds
+            for these shares. None means the shares among the calibration rows.
+        counted: How many files and pictures the calibration rows have. None if every file shows a
             different picture, or if files with the same picture are not known.
         about: "new": the guarantee is about rows drawn in the same way as the calibration rows.
-            "folder": the guarantee is about the unlabelled photos of one folder.
-        closed: The photos of the folder; None for a guarantee about new rows.
-        clusters: The guarantee about clusters; None if the guarantee is about single rows.
+            "folder": the guarantee is about the unlabelled photos in one folder.
+        closed: The photos in the folder. None for a guarantee about new rows.
+        clusters: The guarantee about clusters. None if the guarantee is about single rows.
         drawn_below: The calibration rows were drawn among the rows with an uncertainty up to this
-            limit; None: the calibration rows were drawn among all rows.
+            limit. None means that the calibration rows were drawn among all rows.
 
     Examples:
         >>> import numpy as np, vilu
@@ -128,8 +128,8 @@ class Rule(FrozenModel):
     @model_serializer(mode="wrap")
     def _fields_to_save(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Return the fields to save, without unused newer fields."""
-        # Scores and monitors refer to a calibration by a fingerprint, a hash of these fields.
-        # Earlier versions did not have the newer fields. Saving default values of newer fields
+        # Scores and monitors refer to a calibration by a fingerprint, a hash over these fields.
+        # Earlier versions did not have the newer fields. Saving default values for newer fields
         # would change the fingerprints of old calibrations.
         fields: dict[str, Any] = fields_of(self)
         if self.about == "new":
@@ -143,7 +143,7 @@ class Rule(FrozenModel):
 
     @property
     def needs_batch(self) -> bool:
-        """Whether the rule judges all rows of a batch together."""
+        """Whether the rule judges all rows in a batch together."""
         return self.method == "selection"
 
     @property
@@ -178,7 +178,7 @@ class Rule(FrozenModel):
 
     @property
     def risk_bound(self) -> float | None:
-        """The guaranteed bound of the risk; with groups the largest bound of any group."""
+        """Guaranteed bound on the risk. With groups, this is the largest bound of any group."""
         bounds = []
         for threshold in self.thresholds.values():
             if threshold.risk_bound is not None:
@@ -187,7 +187,7 @@ class Rule(FrozenModel):
 
     @property
     def threshold(self) -> float | None:
-        """Accept where the uncertainty is at most this number; None: accept nothing.
+        """Accept where the uncertainty is at most this number. None means: accept nothing.
 
         Raises:
             UsageError: If every group has a threshold, or if whole batches are judged.
@@ -196,7 +196,7 @@ class Rule(FrozenModel):
 
     @property
     def floor(self) -> float | None:
-        """Accept only where the uncertainty is above this number; None: no floor.
+        """Accept only where the uncertainty is above this number. None means: no floor.
 
         Raises:
             UsageError: If every group has a floor, or if whole batches are judged.
@@ -204,7 +204,7 @@ class Rule(FrozenModel):
         return self._single_threshold("floor").floor
 
     def _single_threshold(self, property_name: str) -> Threshold:
-        """Return the threshold for all rows; error messages contain ``property_name``."""
+        """Return the threshold for all rows. Error messages contain ``property_name``."""
         if self.needs_batch:
             raise UsageError(
                 f"this rule judges whole batches, so it has no {property_name} of its own."
@@ -214,9 +214,9 @@ class Rule(FrozenModel):
         return self.thresholds[ALL_ROWS_GROUP]
 
     def limits(self, n: int, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
-        """Return floors (N,) and thresholds (N,) of n rows; both -inf where nothing is accepted.
+        """Return floors (N,) and thresholds (N,) for n rows, both -inf where nothing is accepted.
 
-        If the group of a row has no threshold, the row has the floor and the threshold of the group
+        If a row's group has no threshold, the row has the floor and the threshold of the group
         "(other)".
 
         Raises:
@@ -240,9 +240,9 @@ class Rule(FrozenModel):
         return self._limits(n, groups)
 
     def _limits(self, n: int, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
-        """As ``limits``, but also for a rule about clusters."""
+        """Return floors and thresholds like ``limits``, but also for a rule about clusters."""
         intervals = {name: threshold.interval for name, threshold in self.thresholds.items()}
-        # Rows of a group without a threshold get the interval of "(other)". If this interval is
+        # Rows in a group without a threshold get the interval for "(other)". If this interval is
         # missing too, the rows are not accepted.
         default_interval = intervals.get(OTHER_GROUP, (-math.inf, -math.inf))
         group_of_row = self._groups_of_rows(n, groups)
@@ -252,7 +252,7 @@ class Rule(FrozenModel):
         return floors, thresholds
 
     def _groups_of_rows(self, n: int, groups: Sequence[str] | None) -> Sequence[str]:
-        """Return the name of the group of each of n rows; without groups, "" for all rows."""
+        """Return the group name for each of n rows. Without groups, this is "" for all rows."""
         if self.grouped_by is None:
             return [ALL_ROWS_GROUP] * n
         names = check_texts(groups, "groups")
@@ -269,23 +269,23 @@ class Rule(FrozenModel):
         groups: Sequence[str] | None = None,
         clusters: Sequence[str | None] | None = None,
     ) -> NDArray[np.bool_]:
-        """Return the mask (N,) of accepted answers; answers without an uncertainty are rejected.
+        """Return the mask (N,) of accepted answers. Answers without an uncertainty are rejected.
 
         A missing uncertainty is NaN. With the risk "majority" the mask is True in all rows of an
-        accepted cluster. The accepted answer is then the majority answer of the cluster
+        accepted cluster. The accepted answer is then the cluster's majority answer
         (``vilu.calibration.clusters.majority_outcomes``).
 
         Args:
-            uncertainty: Uncertainties (N,) of the same predictor as the calibration rows. If the
-                rule judges whole batches, these must be the uncertainties of a whole batch.
-            groups: Names of the groups of the N rows; needed if the rule has groups.
-            clusters: Names of the clusters of the N rows; needed if the rule is about clusters. The
+            uncertainty: Uncertainties (N,) from the predictor that scored the calibration rows. If
+                the rule judges whole batches, these must be the uncertainties for a whole batch.
+            groups: Group names for the N rows. Needed if the rule has groups.
+            clusters: Cluster names for the N rows. Needed if the rule is about clusters. The
                 clusters must be whole.
 
         Raises:
             UsageError: If the rule has groups or clusters, and ``groups`` or ``clusters`` does not
                 name a group or a cluster for every row.
-            DataError: If ``uncertainty`` is not a vector of numbers, or if ``groups`` or
+            DataError: If ``uncertainty`` is no numeric vector, or if ``groups`` or
                 ``clusters`` is not a list of texts.
 
         Examples:
@@ -305,7 +305,7 @@ class Rule(FrozenModel):
     def _compared_scores(
         self, uncertainty: ArrayLike, clusters: Sequence[str | None] | None
     ) -> Floats:
-        """Return the scores (N,) of rows or clusters, to compare with thresholds."""
+        """Return the scores (N,) for rows or clusters, to compare with thresholds."""
         scores = real_vector(uncertainty, "uncertainty")
         if self.clusters is None:
             return scores
@@ -317,7 +317,7 @@ class Rule(FrozenModel):
         return self.clusters.compared_scores(scores, clusters)
 
     def p_values(self, uncertainty: ArrayLike) -> Floats:
-        """Return the conformal p-values (N,) of a batch; NaN for rows without an uncertainty.
+        """Return the conformal p-values (N,) for a batch, NaN for rows without an uncertainty.
 
         Only rules for whole batches have p-values.
 
@@ -340,7 +340,7 @@ class Rule(FrozenModel):
         groups: Sequence[str] | None = None,
         clusters: Sequence[str | None] | None = None,
     ) -> list[str | None]:
-        """Return the reason why each row is not accepted; None for an accepted row.
+        """Return the reason why each row is not accepted. None for an accepted row.
 
         The reasons are "above_threshold", "below_floor" (such highly trusted answers are too often
         wrong), "not_certified" (the group accepts nothing), "not_selected" (from a batch) and
@@ -463,31 +463,31 @@ def certify(
     answers. Rows with the same ``picture`` count once. The picture is wrong if any row is wrong.
 
     Calibration rows must be drawn like the later rows and must not have been used in the fit. After
-    a shift of the data nothing is guaranteed. If the target cannot be met, no error is raised:
+    a shift in the data nothing is guaranteed. If the target cannot be met, no error is raised. Then
     ``feasible`` is False, and the threshold gives the reason.
 
     Args:
-        outcomes: Calibration rows; rows without uncertainty or known failure are left out.
+        outcomes: Calibration rows. Rows without uncertainty or known failure are left out.
         max_risk: Largest error rate among accepted answers ("crc": among all), in [0, 1].
         confidence: 1 - delta, in (0, 1).
-        min_coverage: Smallest share of answers to accept. With stated shares, the share is taken
+        min_coverage: Smallest share of answers to accept. With stated shares, the coverage is taken
             among rows with the stated shares. Together with ``max_risk``, a threshold with a
             smaller coverage is infeasible. Without ``max_risk``, the rule has the strictest
-            threshold with this coverage, and states a bound of the risk.
+            threshold with this coverage, and states a risk bound.
         method: "ltt" or "crc" (``vilu.calibration.thresholds``), or "selection". "selection"
             accepts part of a batch such that E[share of wrong answers among the accepted] <=
-            max_risk (``vilu.calibration.selection``). The method "anytime" needs labels
-            requested by ``vilu.Selective.next_labels`` or ``vilu next``.
-        groups: Names of the groups of the N rows, or "prediction" for the judged answers. Every
-            group with enough rows has a separate threshold. All smaller groups, and a group with
-            the name "(other)", share the threshold "(other)". delta is divided among the
-            thresholds, so that all guarantees hold at once. Without ``max_risk``, every group has
+            max_risk (``vilu.calibration.selection``). The method "anytime" needs labels requested
+            by ``vilu.Selective.next_labels`` or ``vilu next``.
+        groups: Group names for the N rows, or "prediction" for the judged answers. Every group with
+            enough rows has a separate threshold. All smaller groups, and a group with the name
+            "(other)", share the threshold "(other)". delta is divided among the thresholds, and
+            thus all guarantees hold at once. Without ``max_risk``, every group has
             ``min_coverage``.
-        outside_share: Expected share of pictures of none of the classes, in [0, 1), if different
-            from the share among the calibration rows. Calibration rows with ``outside`` represent
-            these pictures. The guarantee also holds for every smaller share of such pictures. Only
-            for "ltt" without groups.
-        class_shares: Expected share of each class, by name, among the pictures of the classes.
+        outside_share: Expected share of pictures outside all classes, in [0, 1), if different from
+            the share among the calibration rows. Calibration rows with ``outside`` represent these
+            pictures. The guarantee also holds for every smaller share of such pictures. Only for
+            "ltt" without groups.
+        class_shares: Expected share for each class, by name, among the pictures within the classes.
             Every class must be named, even with a share of 0. Only for "ltt" without groups.
 
     Raises:
@@ -527,7 +527,7 @@ def certify(
 
 
 def cluster_warning(rule: Rule, outcomes: Outcomes) -> str | None:
-    """Return a warning if a rule counts rows of a cluster as independent; None: no warning."""
+    """Return a warning if a rule counts rows in one cluster as independent, or None."""
     counts_single_rows = rule.clusters is None and rule.grouped_by is None and rule.feasible
     if outcomes.cluster is None or not counts_single_rows:
         return None
@@ -547,24 +547,24 @@ def certify_clusters(
 ) -> Rule:
     """Make a rule for clusters of rows, such as bursts, tracks, pages or conversations.
 
-    A cluster counts as a single draw, so rows of a cluster may be wrong together. Calibration
+    A cluster counts as a single draw, so rows in one cluster may be wrong together. Calibration
     clusters must be whole, and drawn like the later clusters. If the target cannot be met,
     ``feasible`` is False.
 
     Args:
-        outcomes: Calibration rows; rows without uncertainty or known failure are left out.
-        clusters: Names of the clusters of the N rows.
+        outcomes: Calibration rows. Rows without uncertainty or known failure are left out.
+        clusters: Cluster names for the N rows.
         risk: The bounded error rate. "majority": the share of accepted clusters with a wrong
-            majority answer. The score of a cluster is the mean score of the rows
+            majority answer. A cluster's score is the mean score over the rows
             (``vilu.calibration.clusters.majority_outcomes``). "ratio": the share of wrong rows
             among the accepted rows. Rows are accepted by their own scores
             (``vilu.calibration.cluster_bets``).
         max_risk: Largest error rate, in (0, 1).
         confidence: 1 - delta, in (0, 1).
-        largest: For "ratio": largest number of rows in a cluster under the guarantee, chosen
+        largest: For "ratio", the largest number of rows in a cluster under the guarantee, chosen
             without the labels. Larger clusters are left for review, and a smaller number needs
-            fewer clusters. None: the size of the largest calibration cluster. This cluster then
-            does not count as evidence.
+            fewer clusters. None means the size of the largest calibration cluster. This cluster
+            then does not count as evidence.
 
     Raises:
         UsageError: If an argument is out of range, or if ``largest`` is given for "majority".
@@ -592,7 +592,7 @@ def certify_clusters(
 
 
 def _make_cluster_rule(outcomes: Outcomes, target: Target) -> Rule:
-    """Make the rule for a target with a risk of clusters; the rule may accept nothing."""
+    """Make the rule for a target with a cluster risk. The rule may accept nothing."""
     is_usable = require_usable_rows(outcomes)
     if outcomes.cluster is None:
         raise DataError(
@@ -613,9 +613,9 @@ def _make_cluster_rule(outcomes: Outcomes, target: Target) -> Rule:
 def _make_ratio_rule(
     rows: LabelledRows, start_rows: LabelledRows, max_risk: float, confidence: float
 ) -> Rule:
-    """Make the rule for the risk "ratio"; the rule may accept nothing.
+    """Make the rule for the risk "ratio". The rule may accept nothing.
 
-    ``start_rows`` are the rows of the clusters set aside (``ratio_threshold``).
+    ``start_rows`` are the rows in the clusters set aside (``ratio_threshold``).
     """
     threshold = ratio_threshold(rows, start_rows, max_risk, delta=1 - confidence)
     clusters = Clusters(risk="ratio", n=rows.n_clusters, largest=rows.largest_cluster)
@@ -632,7 +632,7 @@ def _make_ratio_rule(
 def make_rule(
     outcomes: Outcomes, target: Target, groups: Sequence[str] | Literal["prediction"] | None = None
 ) -> Rule:
-    """Make the rule for a target, as in ``certify``; the rule may accept nothing."""
+    """Make the rule for a target, like ``certify``. The rule may accept nothing."""
     if target.cluster_risk is not None:
         return _make_cluster_rule(outcomes, target)
     is_usable = require_usable_rows(outcomes)
@@ -667,7 +667,7 @@ def make_rule(
 
 
 def _scores_for_selection(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...]]:
-    """Return the number of calibration rows, and ascending uncertainties of the wrong answers.
+    """Return the calibration row count, and the wrong answers' uncertainties, ascending.
 
     The method "selection" computes p-values from these numbers. At most a million rows are used.
     """
@@ -692,14 +692,14 @@ def make_anytime_rule(
     confidence: float,
     closed_photos: ClosedPhotos | None = None,
 ) -> Rule:
-    """Make the rule of the method "anytime", certified by the labels so far.
+    """Make the rule for the method "anytime", certified by the labels so far.
 
     Args:
-        groups: Maps the name of each group to the tests of thresholds and to the labelled rows. If
-            all rows are a single group, the name is "".
+        groups: Maps each group's name to the tests of thresholds and to the labelled rows. If all
+            rows are a single group, the name is "".
         max_risk: Largest error rate among accepted answers.
         confidence: 1 - delta for all groups together.
-        closed_photos: The photos of a rule about one folder; None for a rule about new rows.
+        closed_photos: The photos for a rule about one folder. None for a rule about new rows.
     """
     thresholds: dict[str, Threshold] = {}
     for name, (tests, rows) in groups.items():
@@ -789,7 +789,7 @@ def refuse_fit_rows(outcomes: Outcomes) -> None:
 
 
 def group_names(outcomes: Outcomes) -> list[str]:
-    """Return the names of the N answers, for groups by "prediction"; "" for a missing answer."""
+    """Return names for the N answers, for groups by "prediction". A missing answer is ""."""
     if outcomes.prediction is None:
         raise DataError(
             "groups by prediction need outcomes that say what was answered. These do not."
@@ -807,7 +807,7 @@ def group_names(outcomes: Outcomes) -> list[str]:
 
 
 def _names_of_groups(outcomes: Outcomes, groups: Sequence[str], rows: Ints) -> list[str]:
-    """Return the names of the groups of the M rows with the indices ``rows`` (M,).
+    """Return the group names for the M rows with the indices ``rows`` (M,).
 
     ``groups`` is as in ``certify``.
     """
@@ -826,22 +826,22 @@ def _names_of_groups(outcomes: Outcomes, groups: Sequence[str], rows: Ints) -> l
 def rows_of_groups(
     names: list[str] | None, n: int, delta: float, n_needed_at_level: Callable[[float], int]
 ) -> dict[str, Ints]:
-    """Return the row indices of each group with a separate threshold, and of the group "(other)".
+    """Return each group's row indices, for separate thresholds and for the group "(other)".
 
     The k largest groups get separate thresholds. All smaller groups together are "(other)". k is as
     large as possible: each of the k groups must have enough rows for a share of delta. Only the
-    sizes of the groups are used, not the wrong answers.
+    group sizes are used, not the wrong answers.
 
     Args:
-        names: Names of the groups of n rows; None: all rows are a single group.
+        names: Group names for n rows. With None, all rows are a single group.
         n: Number of rows.
-        delta: Level of all groups together.
-        n_needed_at_level: Maps the level of a group to the smallest sufficient number of rows.
+        delta: Level for all groups together.
+        n_needed_at_level: Maps a group's level to the smallest sufficient number of rows.
     """
     if names is None:
         return {ALL_ROWS_GROUP: np.arange(n)}
     sizes = Counter(names)
-    # from the largest group to the smallest; groups of equal size are sorted by name
+    # From the largest group to the smallest. Groups with equal size are sorted by name.
     ranked_names = sorted(sorted(sizes), key=lambda name: sizes[name], reverse=True)
     n_separate_groups = 0  # number of groups with a separate threshold, k above
     for n_groups in range(1, len(ranked_names) + 1):
@@ -864,7 +864,7 @@ def rows_of_groups(
 def _thresholds_of_groups(
     rows: Outcomes, names: list[str] | None, target: Target
 ) -> dict[str, Threshold]:
-    """Return the best threshold of every group.
+    """Return the best threshold for every group.
 
     If all groups together accept less than ``min_coverage``, every threshold accepts nothing.
     """
@@ -920,7 +920,7 @@ def _reason_for_small_coverage(coverage: float, min_coverage: float) -> str:
 
 
 def _threshold_for_shares(rows: Outcomes, target: Target) -> Threshold:
-    """Return the best threshold for stated shares; else accept nothing and give the reason."""
+    """Return the best threshold for stated shares, or else accept nothing and give the reason."""
     strata = Strata(rows, target.outside_share, target.class_shares)
     max_risk = target.max_risk or 0.0  # stated shares need a max_risk (``check_shares``)
     delta = 1 - target.confidence
@@ -944,7 +944,7 @@ def _threshold_for_shares(rows: Outcomes, target: Target) -> Threshold:
 
 
 def _best_threshold(counts: TieCounts, target: Target, delta: float) -> Threshold:
-    """Return the best threshold of a group at level delta; else ``Threshold.accepting_nothing``."""
+    """Return a group's best threshold at level delta, or ``Threshold.accepting_nothing``."""
     if target.max_risk is None:
         best_threshold = coverage_first(counts, target.min_coverage or 1.0, delta)
     else:
@@ -956,15 +956,15 @@ def _best_threshold(counts: TieCounts, target: Target, delta: float) -> Threshol
 
 
 def _n_rows_needed(target: Target, delta: float) -> int:
-    """Return the smallest number of rows for any guarantee of a group at level delta."""
+    """Return the smallest number of rows for any guarantee for a group at level delta."""
     if target.max_risk is None:
-        # No number of rows shows a coverage of 1, so no group is too small.
+        # Even infinitely many rows would not show a coverage of 1, so no group is too small.
         if target.min_coverage in {None, 1.0}:
             return 1
         return n_rows_for_coverage(target.min_coverage or 1.0, delta)
     if target.method == "crc":
         return n_rows_for_mean_risk(target.max_risk)
-    # An additional row is needed, because the row at the threshold is no trial of the test.
+    # An additional row is needed, because the row at the threshold is no trial in the test.
     return n_right_needed(target.max_risk, delta) + 1
 
 

@@ -1,19 +1,19 @@
-"""Conformal selection: accept answers of a batch such that few accepted answers are wrong.
+"""Conformal selection: accept answers in a batch such that few accepted answers are wrong.
 
 The p-value of an answer with uncertainty u, from n calibration answers with uncertainties u_i, is
 
     p = (1 + #{wrong calibration answers with u_i <= u}) / (1 + n).
 
-p is small if only few of the calibration answers with an uncertainty of at most u are wrong. The
-procedure of Benjamini and Hochberg is applied to the p-values of a batch. The level is the maximal
+p is small if only few of the calibration answers with an uncertainty of at most u are wrong.
+The Benjamini-Hochberg procedure is applied to the p-values of a batch. The level is the maximal
 risk. This bounds the mean share of wrong answers among the accepted answers (0 if no answer is
 accepted). The mean is over draws of calibration rows and batch. The decision about a row depends on
-all rows of the batch, so a batch must be judged as a whole.
+all rows in the batch, so a batch must be judged as a whole.
 
 Source: Jin & Candès, Selection by Prediction with Conformal p-values (2023), with the null
-hypothesis "the answer is wrong" and the clipped score of the paper. Bates et al. (2023) have the
-denominator 1 + #wrong instead of 1 + n. With 1 + #wrong, fewer answers would be accepted, and the
-bound would be the level times the share of wrong answers.
+    hypothesis "the answer is wrong" and the paper's clipped score. Bates et al. (2023) have the
+    denominator 1 + #wrong instead of 1 + n. With 1 + #wrong, fewer answers would be accepted, and
+    the bound would be the level times the share of wrong answers.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def p_values(uncertainty: Floats, wrong_scores: Sequence[float], n: int) -> Floa
 
 
 def select_answers(p: Floats, level: float) -> NDArray[np.bool_]:
-    """Return the mask (N,) of the answers accepted by the procedure of Benjamini and Hochberg.
+    """Return the mask (N,) of the answers that the Benjamini-Hochberg procedure accepts.
 
     ``p`` (N,) are the p-values, and ``level`` is the maximal risk. An answer without a p-value
     (NaN) is not accepted and not counted.
@@ -84,8 +84,8 @@ def choose_sample_rows(n: int) -> Ints:
     The rows are a random sample. The sample is the same in every call.
     """
     # The sample is random, because rows may be sorted by class. The first million would then hold
-    # only some classes. Raw numbers of PCG64 are the same in every version of NumPy, while the
-    # methods of a Generator may change.
+    # only some classes. Raw PCG64 numbers are the same in every NumPy version, while a Generator's
+    # methods may change.
     generator = np.random.PCG64([MAX_RULE_ROWS, n])
     random_numbers = generator.random_raw(n)
     random_order = np.argsort(random_numbers)

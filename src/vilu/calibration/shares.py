@@ -1,4 +1,4 @@
-"""Guarantees for stated shares of out-of-distribution images, or for stated shares of classes."""
+"""Guarantees for stated shares of out-of-distribution images, or for stated class shares."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.validation import require_between
 
 INSIDE_NAME: Final = "(inside)"
-"""Name of the stratum of all rows in distribution, used if no shares of classes are stated."""
+"""Name of the stratum with all rows in distribution, used if no class shares are stated."""
 
 BET_SIZES: Final = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.05)
-"""Sizes of the bets, divided by the largest possible bet.
+"""Bet sizes, divided by the largest possible bet.
 
-The largest possible bet would lose all wealth at a single wrong row of the largest weight.
+The largest possible bet would lose all wealth at a single wrong row with the largest weight.
 """
 
 MAX_STRATA_SHOWN: Final = 3
@@ -44,7 +44,7 @@ The shares are then divided by the sum.
 
 
 def read_shares(path: str | Path) -> dict[str, float]:
-    """Read shares of classes from a CSV file with the columns ``class`` and ``share``.
+    """Read class shares from a CSV file with the columns ``class`` and ``share``.
 
     Raises:
         DataError: If the file is no CSV in UTF-8, lacks a column, names a class twice, or has a
@@ -71,7 +71,7 @@ def read_shares(path: str | Path) -> dict[str, float]:
 
 
 def check_shares(outside_share: float | None, class_shares: Mapping[str, float] | None) -> None:
-    """Refuse shares out of range, and shares of classes that do not add up to 1."""
+    """Refuse shares out of range, and class shares that do not add up to 1."""
     if outside_share is not None:
         require_between("outside_share", outside_share, "[0, 1)")
     if class_shares is not None:
@@ -92,7 +92,7 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
 
 
 def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None) -> None:
-    """Refuse stated shares if a class of the rows is missing. A share of 0 must be stated, too."""
+    """Refuse stated shares if a class in the rows is missing. A share of 0 must be stated, too."""
     if class_shares is None or rows.class_names is None:
         return
     names = rows.class_names
@@ -110,7 +110,7 @@ class SmallStratum(NamedTuple):
 
     name: str
     n: int  # number of rows
-    n_needed: int | None  # smallest sufficient number of rows; None if no number is enough
+    n_needed: int | None  # smallest sufficient number of rows, None if no number is enough
 
 
 class Strata:
@@ -118,20 +118,20 @@ class Strata:
 
     Args:
         rows: N rows with an uncertainty and a known failure.
-        outside_share: Expected share of out-of-distribution images; None: not stated.
-        class_shares: Expected share of each class among the rows of the classes; None: the shares
-            among the calibration rows.
+        outside_share: Expected share of out-of-distribution images. None means not stated.
+        class_shares: Expected share for each class among the rows within the classes. None means
+            the shares among the calibration rows.
 
     Attributes:
         names: Names of the S strata.
-        share: Stated share (S,) of every stratum.
-        stratum: Index (N,) of the stratum of every row.
-        n_rows: Number (S,) of rows in every stratum.
+        share: Stated share (S,) for every stratum.
+        stratum: Index (N,) of each row's stratum.
+        n_rows: Row count (S,) in every stratum.
 
     Raises:
         UsageError: If a share is stated for a class that the rows do not have, or if there are
-            out-of-distribution rows and no stated share of out-of-distribution images.
-        DataError: If shares of classes are stated and the class of a row is not known.
+            out-of-distribution rows and no stated share for such images.
+        DataError: If class shares are stated and some row's class is not known.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Strata:
 
     @property
     def weight(self) -> Floats:
-        """Weight (N,) of every row: v = N share_s / n_s for a row of stratum s.
+        """Weight (N,) for every row: v = N share_s / n_s for a row in stratum s.
 
         The mean weight is 1 if every stratum with a share above 0 has rows.
         """
@@ -173,7 +173,7 @@ class Strata:
         return weight_of_stratum[self.stratum]
 
     def small_strata(self, max_risk: float, delta: float) -> list[SmallStratum]:
-        """Return strata with too few rows for any guarantee; strata of share 0 need no rows."""
+        """Return strata with too few rows for any guarantee. Strata with share 0 need no rows."""
         level = level_without_floor(delta)
         small_strata: list[SmallStratum] = []
         for name, n, share in zip(
@@ -193,7 +193,7 @@ class Strata:
 def _classes_as_strata(
     rows: Outcomes, class_shares: Mapping[str, float]
 ) -> tuple[dict[str, float], Ints]:
-    """Return the share of each class by name (0 if not stated), and the class (N,) of each row.
+    """Return each class's share by name (0 if not stated), and each row's class (N,).
 
     Out-of-distribution rows have no class, and get the index 0. Callers must replace this 0.
     """
@@ -221,14 +221,14 @@ def _classes_as_strata(
 
 
 def level_without_floor(delta: float) -> float:
-    """Return the level of the thresholds without a floor: the part of delta that no floor uses."""
+    """Return the level for the thresholds without a floor: the part of delta that no floor uses."""
     return delta * (1 - FLOOR_LEVEL_SHARE * len(FLOOR_ROW_SHARES))
 
 
 def weighted_learn_then_test(
     uncertainty: Floats, is_wrong: NDArray[np.bool_], weight: Floats, max_risk: float, delta: float
 ) -> Threshold | None:
-    """Return the certified interval of scores that accepts the largest weight of rows.
+    """Return the certified score interval that accepts the largest weight of rows.
 
     **Single threshold.** Let v_i be the weight of row i, and
 
@@ -243,17 +243,17 @@ def weighted_learn_then_test(
     The evidence used here is the mean of E(t) over eight bets. The inequality holds for this mean,
     too. So for every such t, P[E(t) >= 1 / delta] <= delta (Markov's inequality).
 
-    **All thresholds.** The laxest t with E(t) >= 1 / delta is taken. If the numbers of rows in the
+    **All thresholds.** The laxest t with E(t) >= 1 / delta is taken. If the row counts in the
     strata were Poisson variables, E(t) exp(b sum_i E[Z_i(t)]) would be a martingale in t. The
     second factor is at least 1 where R(t) >= max_risk. So the bound would hold for the supremum of
-    E over all such t (Ville's inequality). For fixed numbers of rows there is a proof for every
-    single t only. The supremum is simulated in ``benchmarks.shares``: the product is conservative,
-    and the share of wrong certificates stays below delta.
+    E over all such t (Ville's inequality). For fixed row counts there is a proof for every single t
+    only. The supremum is simulated in ``benchmarks.shares``: the product is conservative, and the
+    share of wrong certificates stays below delta.
 
     As in ``learn_then_test``, the thresholds above each floor share a level of 0.01 delta. The test
     pools all strata, so delta is not divided among the strata.
 
-    Source: Angelopoulos et al., Learn then Test (2021), for the frame; Waudby-Smith & Ramdas,
+    Sources: Angelopoulos et al., Learn then Test (2021), for the frame. Waudby-Smith & Ramdas,
     Estimating means of bounded random variables by betting (2023), for the product.
     """
     counts = tie_counts(uncertainty, is_wrong.astype(np.int64))
@@ -290,7 +290,7 @@ def weighted_learn_then_test(
 
 
 def _levels_of_floors(n_accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
-    """Return ``NO_FLOOR`` and the index of every floor, with the level of the thresholds above.
+    """Return ``NO_FLOOR`` and every floor's index, with the level for the thresholds above.
 
     ``n_accepted`` holds, for every score, how many of the ``n`` rows have at most this score.
     """
@@ -305,15 +305,15 @@ def _levels_of_floors(n_accepted: Ints, n: int, delta: float) -> list[tuple[int,
 def cumulated_evidence(
     is_wrong: NDArray[np.bool_], weight: Floats, max_risk: float, largest_row_weight: float
 ) -> Floats:
-    """Return the log evidence (B, N) of B bets, after 1, 2, ... N rows.
+    """Return the log evidence (B, N) for B bets, after 1, 2, ... N rows.
 
     Args:
         is_wrong: Mask (N,) of the rows with a wrong answer.
-        weight: Weight (N,) of every row.
+        weight: Weight (N,) for every row.
         max_risk: Largest error rate, in (0, 1).
         largest_row_weight: Largest weight of any row.
     """
-    # Every factor is positive, even for a wrong row of the largest weight, because the bets are
+    # Every factor is positive, even for a wrong row with the largest weight, because the bets are
     # small enough. Markov's inequality needs E >= 0.
     bets = np.array(BET_SIZES)[:, None] / ((1 - max_risk) * largest_row_weight)
     return np.log1p(-bets * weight * (is_wrong - max_risk)).cumsum(axis=1)
@@ -330,18 +330,18 @@ def log_mean(evidence: Floats) -> Floats:
 def n_rows_needed_in_stratum(
     share: float, max_risk: float, level: float, *, is_all_wrong: bool
 ) -> int | None:
-    """Return the number of rows that a stratum of this share needs; None: no number is enough.
+    """Return the number of rows that a stratum with this share needs. None: no number is enough.
 
     The number is for the best case: all other strata have infinitely many rows, and every accepted
-    answer is right. If ``is_all_wrong``, all answers to rows of this stratum are wrong, and in the
-    best case no row of this stratum is accepted.
+    answer is right. If ``is_all_wrong``, all answers in this stratum are wrong, and in the best
+    case no row in this stratum is accepted.
     """
-    # gain of each bet from a right row of the largest weight
+    # each bet's gain from a right row with the largest weight
     gain = np.array(BET_SIZES) * max_risk / (1 - max_risk)
-    # With infinitely many rows in all other strata, the weights of these rows tend to 0 and the
+    # If all other strata have infinitely many rows, the weights of these rows tend to 0 and the
     # product of their factors tends to exp(-b sum Z). With finitely many rows the product is
     # smaller, so more rows are needed.
-    log_gain_elsewhere = gain * (1 - share) / share  # in all other strata, per row of this stratum
+    log_gain_elsewhere = gain * (1 - share) / share  # in all other strata, per row in this stratum
     log_gain_here = np.zeros(len(gain))
     if not is_all_wrong:
         log_gain_here = np.log1p(gain)

@@ -20,23 +20,23 @@ class Target:
     """Target of a calibration: the requested guarantees.
 
     Attributes:
-        max_risk: Largest error rate among accepted answers. None: no bound is requested. If
-            ``min_coverage`` is None too, no rule is made.
-        min_coverage: Smallest share of answers to accept; None: any share.
+        max_risk: Largest error rate among accepted answers. None means that no bound is requested.
+            If ``min_coverage`` is None too, no rule is made.
+        min_coverage: Smallest share of answers to accept. None means any share.
         confidence: Confidence of the guarantee, 1 - delta.
-        method: "ltt", "crc" or "selection", as in ``vilu.certify``; "anytime" for labels requested
-            by ``vilu next`` and ``vilu triage``.
+        method: "ltt", "crc" or "selection", as in ``vilu.certify``, or "anytime" for labels
+            requested by ``vilu next`` and ``vilu triage``.
         per_class: Whether every predicted class with enough rows has a separate threshold.
-        label_sets: "lac" or "aps" (``vilu.calibration.label_sets``); None: no label sets.
+        label_sets: "lac" or "aps" (``vilu.calibration.label_sets``). None means no label sets.
         max_miss: Largest share of label sets without the right label.
-        outside_share: Expected share of pictures of none of the classes; None: the share among the
-            calibration rows.
-        class_shares: Expected share of each class, by name, among the pictures of the classes;
-            None: the shares among the calibration rows.
-        cluster_risk: "majority" or "ratio", as in ``vilu.certify_clusters``; None: the guarantee is
-            about single rows.
-        largest_cluster: For "ratio": largest number of rows in a cluster under the guarantee;
-            None: the size of the largest calibration cluster.
+        outside_share: Expected share of pictures outside all classes. None means the share among
+            the calibration rows.
+        class_shares: Expected share for each class, by name, among the pictures within the classes.
+            None means the shares among the calibration rows.
+        cluster_risk: "majority" or "ratio", as in ``vilu.certify_clusters``. None means that the
+            guarantee is about single rows.
+        largest_cluster: For "ratio", the largest number of rows in a cluster under the guarantee.
+            None means the size of the largest calibration cluster.
 
     Examples:
         >>> import vilu
@@ -71,7 +71,7 @@ class Target:
         return self._without_unused_fields(all_fields)
 
     def _without_unused_fields(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Remove the fields about clusters from ``fields`` if there is no risk of clusters."""
+        """Remove the fields about clusters from ``fields`` if there is no cluster risk."""
         # Earlier versions did not have these fields. New fields would change the digests of old
         # targets, and the fingerprints of calibrations with these targets.
         if self.cluster_risk is None:
@@ -141,7 +141,7 @@ class Target:
         return self.max_risk
 
     def check_clusters(self, *, grouped: bool) -> None:
-        """Refuse a risk of clusters together with options that do not allow clusters."""
+        """Refuse a cluster risk together with options that do not allow clusters."""
         if self.largest_cluster is not None:
             require_at_least("largest_cluster", self.largest_cluster, 1)
             if self.cluster_risk != "ratio":

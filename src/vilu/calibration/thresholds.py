@@ -19,7 +19,7 @@ MAX_SEARCHED_ROWS = 2**40
 """Largest number of rows in a search."""
 
 StartShares = tuple[tuple[float, float], ...]
-"""For every sequence: share of the rows at the start of the sequence, and share of the level."""
+"""For every sequence: share of rows at the sequence's start, and the share of the level."""
 
 
 def binomial_tail(n_wrong: Ints, n_accepted: Ints, risk: float) -> Floats:
@@ -31,10 +31,10 @@ def binomial_tail(n_wrong: Ints, n_accepted: Ints, risk: float) -> Floats:
     from scipy import special
 
     # The tail equals the regularised incomplete beta function I(m - k, k + 1) at 1 - risk. SciPy
-    # computes this function exactly for whole arrays. A normal approximation of the tail would be
+    # computes this function exactly for whole arrays. A normal approximation to the tail would be
     # too small, because errors are rare here.
     has_right = n_wrong < n_accepted
-    # Both parameters of the function must be above 0. Where no answer is right, both are set to 1
+    # Both of the function's parameters must be above 0. Where no answer is right, both are set to 1
     # and the result is replaced by 1.
     a = np.where(has_right, n_accepted - n_wrong, 1)
     b = np.where(has_right, n_wrong + 1, 1)
@@ -43,7 +43,7 @@ def binomial_tail(n_wrong: Ints, n_accepted: Ints, risk: float) -> Floats:
 
 
 def upper_bound(n_wrong: float, n_accepted: float, delta: float) -> float:
-    """Return the upper Clopper-Pearson bound b of an error rate: P[Bin(m, b) <= k] = delta.
+    """Return the upper Clopper-Pearson bound b on an error rate: P[Bin(m, b) <= k] = delta.
 
     k = ``n_wrong``, m = ``n_accepted``. The error rate is below b with confidence 1 - delta.
     """
@@ -56,7 +56,7 @@ def upper_bound(n_wrong: float, n_accepted: float, delta: float) -> float:
 
 
 def lower_bound(n_hits: float, n: float, delta: float) -> float:
-    """Return the lower Clopper-Pearson bound b of a rate: P[Bin(n, b) >= k] = delta.
+    """Return the lower Clopper-Pearson bound b on a rate: P[Bin(n, b) >= k] = delta.
 
     k = ``n_hits``.
     """
@@ -99,7 +99,7 @@ def n_right_needed(risk: float, delta: float) -> int:
 
 
 def n_accepted_needed(n_wrong: int, risk: float, delta: float) -> int | None:
-    """Return the smallest m with P[Bin(m, risk) <= n_wrong] <= delta; None if m is above 2^40.
+    """Return the smallest m with P[Bin(m, risk) <= n_wrong] <= delta, or None if m is above 2^40.
 
     m accepted answers with ``n_wrong`` wrong answers certify the risk.
     """
@@ -113,7 +113,7 @@ def n_accepted_needed(n_wrong: int, risk: float, delta: float) -> int | None:
 
 
 def find_sufficient_number(is_enough: Callable[[int], bool], first_tried: int) -> int | None:
-    """Find a number m such that m is enough and m - 1 is not; None if m would be above 2^40.
+    """Find a number m such that m is enough and m - 1 is not. None if m would be above 2^40.
 
     The search begins at ``first_tried``, doubles the number until the number is enough, and then
     bisects.
@@ -134,7 +134,7 @@ def find_sufficient_number(is_enough: Callable[[int], bool], first_tried: int) -
 
 
 START_SHARES = ((1 / 16, 0.3), (1 / 4, 0.7))
-"""For each sequence: share of the rows at the start, and share of the level.
+"""For each sequence: share of rows at the start, and the share of the level.
 
 The level is the part of delta that the sequence at all rows does not use
 (``LARGEST_SHARE_AT_ALL_ROWS``).
@@ -146,12 +146,12 @@ LARGEST_SHARE_AT_ALL_ROWS = 1 / 4
 LARGEST_START_QUOTIENT = 2 / 3
 """Two sequences are merged if the quotient of the starts is above this number.
 
-The starts are numbers of rows, and the earlier start is divided by the later start. A merged
-sequence starts at the later start, with the levels of both sequences.
+The starts are row counts, and the earlier start is divided by the later start. A merged sequence
+starts at the later start, with the levels of both sequences.
 """
 
 FLOOR_ROW_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
-"""Shares of the rows left for review by a floor. These are the most trusted rows.
+"""Shares of rows that a floor leaves for review. These are the most trusted rows.
 
 A floor helps if these rows are wrong so often that no threshold without a floor is certified.
 """
@@ -163,7 +163,7 @@ FLOOR_START_SHARES = ((1 / 4, 0.5), (1 / 2, 0.5))
 """Starts and shares of the level, as in ``START_SHARES``, for the sequences above a floor."""
 
 MIN_ROWS_FOR_FLOORS = 500
-"""Smallest number of rows for tests with floors.
+"""Smallest row count for tests with floors.
 
 With fewer rows, one or two wrong answers among the most trusted rows may be chance. Floors would
 also use a part of delta, and with few rows all of delta is needed without a floor.
@@ -173,24 +173,24 @@ NO_FLOOR = -1
 """Index in place of a floor if there is no floor. All scores from the next index, 0, are tested."""
 
 BLOCK_SIZE = 2**14
-"""Number of p-values per block of computation."""
+"""Number of p-values per computation block."""
 
 
 class Threshold(FrozenModel):
     """Interval of accepted uncertainties, floor < u <= threshold, with the evidence.
 
     Attributes:
-        threshold: Accept where the uncertainty is at most this number; None: accept nothing.
+        threshold: Accept where the uncertainty is at most this number. None: accept nothing.
         n: Number of calibration rows.
         n_accepted: Number of accepted calibration rows.
         n_wrong: Number of wrong rows among the accepted calibration rows.
-        risk_bound: The guaranteed bound of the risk; None where nothing is accepted.
-        why: Why nothing is accepted; None if something is accepted.
-        n_needed: Smallest number of calibration rows to certify anything; None if there are enough
+        risk_bound: The guaranteed bound on the risk. None where nothing is accepted.
+        why: Why nothing is accepted. None if something is accepted.
+        n_needed: Smallest number of calibration rows to certify anything. None if there are enough
             rows, or if no number of rows is enough. More rows than ``n_needed`` may be needed,
             depending on how many rows are accepted and right.
         floor: Review where the uncertainty is at most this number, because too many of the most
-            trusted answers are wrong; None: no floor.
+            trusted answers are wrong. None: no floor.
     """
 
     threshold: float | None
@@ -208,7 +208,7 @@ class Threshold(FrozenModel):
     ) -> Self:
         """Make the threshold for accepting the scores with the indices floor_index + 1 to index.
 
-        The indices are indices into ``counts.value``. ``floor_index`` is the index of the largest
+        The indices are indices into ``counts.value``. ``floor_index`` is the index for the largest
         score below the interval, or ``NO_FLOOR``.
         """
         interval = slice(floor_index + 1, index + 1)
@@ -267,8 +267,8 @@ class Threshold(FrozenModel):
 def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Threshold | None:
     """Return the certified interval that accepts most rows: P[risk <= max_risk] >= 1 - delta.
 
-    **Test of a single threshold.** Of the m_t rows with a score of at most t, k_t rows are wrong.
-    The hypothesis H_t, "R(t) > max_risk", is rejected at level a if
+    **Test of a single threshold.** Of the m_t rows with a score up to t, k_t rows are wrong. The
+    hypothesis H_t, "R(t) > max_risk", is rejected at level a if
 
         P[Bin(m_t, max_risk) <= k_t] <= a.
 
@@ -276,28 +276,28 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
     until an H_t is not rejected. R need not be monotone. A sequence must start where enough rows
     are accepted for a rejection to be possible. A single unlucky wrong answer near the start ends
     the sequence. Therefore there are three sequences, with starts near 1/16 of the rows, near 1/4
-    of the rows, and at all rows. If a sequence reaches the start of the next sequence, the level of
-    the next sequence grows by the level of the earlier sequence (fallback procedure of Wiens). If
-    there are few rows, a single sequence has all of delta.
+    of the rows, and at all rows. If a sequence reaches the next sequence's start, the next
+    sequence's level grows by the earlier sequence's level (Wiens' fallback procedure). If there
+    are few rows, a single sequence has all of delta.
 
     **Exact starts.** A binomial tail has steps: a level between two steps rejects no more than the
-    lower step does. So a sequence starts at a number of rows where one more wrong answer has just
-    become admissible. There the test uses nearly all of the level. The level of the sequence at all
-    rows is the largest value of the tail up to delta / 4. This sequence is left out if the test
-    would admit no wrong answer.
+    lower step does. So a sequence starts at a row count where one more wrong answer has just become
+    admissible. There the test uses nearly all of the level. The sequence at all rows has as its
+    level the largest tail value up to delta / 4. This sequence is left out if the test would admit
+    no wrong answer.
 
     **Floors.** All sequences fail if many of the most trusted answers are wrong. So with 500 rows
     or more, intervals l < u <= t above a floor l are tested in the same way. Floors lie at 1/32,
-    1/16, 1/8 and 1/4 of the rows. The tests above each floor have a level of 0.01 delta. A floor is
-    left out if the rows above the floor are too few for a rejection.
+    1/16, 1/8 and 1/4 of the rows. The tests above each floor have a level of 0.01 delta. If the
+    rows above a floor are too few for a rejection, this floor is left out.
 
     **Proof for scores without ties.** (Scores with ties are simulated in the tests.)
 
     1. All starts are ranks of scores. So the starts do not depend on the wrong answers.
     2. A bad range is an interval of t with R(t) > max_risk. At both ends R(t) = max_risk.
     3. Condition on the number of rows in every range. Then Bin(m, max_risk) of the m rows before a
-       bad range are wrong. The numbers of rows also determine in which bad range, and at which
-       level, a sequence meets its first true H_t.
+       bad range are wrong. The row counts also determine in which bad range, and at which level, a
+       sequence meets its first true H_t.
     4. To enter this range, the sequence must reject the last H_t before the range. By step 3 the
        probability of this rejection is at most the level.
     5. If the sequence starts inside a bad range, the first threshold t is the score of a row chosen
@@ -313,12 +313,12 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
 
     Alternative starts and floors are compared in ``benchmarks/thresholds.py``.
 
-    Source: Angelopoulos et al., Learn then Test (2021), Sec. 2; Wiens, A fixed sequence Bonferroni
+    Sources: Angelopoulos et al., Learn then Test (2021), Sec. 2. Wiens, A fixed sequence Bonferroni
     procedure (2003).
     """
     floor_indices = _floor_indices(counts.accepted, max_risk, delta)
     # The interval with most accepted rows is chosen after all tests. So the tests share delta
-    # (union bound). With all of delta for each test, the guarantee would be broken too often.
+    # (union bound). If each test had all of delta, the guarantee would be broken too often.
     level_without_floor = delta * (1 - FLOOR_LEVEL_SHARE * len(floor_indices))
     best_threshold = _fallback_procedure(
         counts,
@@ -364,9 +364,9 @@ def _floor_indices(n_accepted: Ints, max_risk: float, delta: float) -> list[int]
 
 
 def _count_above_floor(cumulated_counts: Ints, floor_index: int) -> Ints:
-    """Return the cumulated counts of the rows above a floor, for each score above the floor.
+    """Return the cumulated row counts above a floor, for each score above the floor.
 
-    ``cumulated_counts`` (G,) holds the cumulated counts of all rows. ``floor_index`` is an index
+    ``cumulated_counts`` (G,) holds the cumulated counts for all rows. ``floor_index`` is an index
     into ``cumulated_counts``.
     """
     if floor_index == NO_FLOOR:
@@ -386,7 +386,7 @@ def _fallback_procedure(
 ) -> Threshold | None:
     """Return the laxest threshold above a floor, certified by Wiens' fallback procedure.
 
-    ``floor_index`` is the index of a score in ``counts``, or ``NO_FLOOR``. ``start_shares`` and
+    ``floor_index`` is a score's index in ``counts``, or ``NO_FLOOR``. ``start_shares`` and
     ``share_at_all_rows`` are passed to ``sequence_starts``.
     """
     n_accepted = _count_above_floor(counts.accepted, floor_index)
@@ -427,7 +427,7 @@ def _level_at_start(
     max_risk: float,
     delta: float,
 ) -> dict[int, float]:
-    """Map the start of each sequence, an index in ``n_accepted``, to the level of the sequence.
+    """Map each sequence's start, an index in ``n_accepted``, to the sequence's level.
 
     ``n_accepted`` (G,) is the number of accepted rows with each score as the threshold.
     """
@@ -441,13 +441,13 @@ def _level_at_start(
 
 
 def _index_of_start(n_accepted: Ints, sequence_start: SequenceStart) -> int:
-    """Return the index in ``n_accepted`` for the start of a sequence.
+    """Return the index in ``n_accepted`` for a sequence's start.
 
     If rows have equal scores, perhaps no index accepts exactly the best number of rows for a start.
     Then the sequence starts at the index with the nearest number.
     """
-    # A start depends on numbers of rows only. A start where the answers happen to be right would be
-    # the best of many tests, but the level allows for a single test.
+    # A start depends on row counts only. A start where the answers happen to be right would be the
+    # best of many tests, but the level allows for a single test.
     best_n_rows = sequence_start.best_n_rows
     index = int(np.searchsorted(n_accepted, best_n_rows))  # the first with at least best_n_rows
     if index == 0:
@@ -464,7 +464,7 @@ def _index_of_start(n_accepted: Ints, sequence_start: SequenceStart) -> int:
 def _first_not_rejected(
     n_wrong: Ints, n_accepted: Ints, max_risk: float, level: float, start: int, end: int
 ) -> int:
-    """Return the first index from ``start`` on that is not rejected; ``end`` if all are rejected.
+    """Return the first index from ``start`` on that is not rejected, or ``end`` if there is none.
 
     A sequence stops at this index even if later hypotheses could be rejected. If the hypothesis at
     this index is true, the test has used up the level.
@@ -479,18 +479,18 @@ def _first_not_rejected(
 
 
 class SequenceStart(NamedTuple):
-    """Number of accepted rows for the first threshold of a fixed sequence, and the level."""
+    """Number of accepted rows for the first threshold in a fixed sequence, and the level."""
 
     min_n_rows: int  # smallest number of rows for a possible rejection
     best_n_rows: int  # number of rows where one more wrong answer has just become admissible
-    level: float  # level of all tests of the sequence
+    level: float  # level for all tests in the sequence
 
 
 @lru_cache
 def sequence_starts(
     n: int, start_shares: StartShares, share_at_all_rows: float, max_risk: float, delta: float
 ) -> tuple[SequenceStart, ...]:
-    """Return the starts of the sequences of n rows: the start at all rows, then all others.
+    """Return the starts of the sequences in n rows: first the start at all rows.
 
     The sequence at all rows gets at most the share ``share_at_all_rows`` of the level ``delta``.
     The other sequences share the rest as in ``start_shares``. Sequences without any possible
@@ -508,8 +508,8 @@ def sequence_starts(
         row_share, level_share = start
         next_row_share, next_level_share = next_start
         level = carried_level + level_left * level_share
-        # The last row of a start is no random draw. So a start has one row more than the first test
-        # has trials.
+        # A start's last row is no random draw. So a start has one row more than the first test has
+        # trials.
         n_trials_planned = math.ceil(n * row_share) - 1
         n_trials_needed = n_right_needed(max_risk, level)
         merged_level = level + level_left * next_level_share
@@ -531,7 +531,7 @@ def sequence_starts(
 
 
 def _start_at_all_rows(n: int, max_risk: float, largest_level: float) -> SequenceStart | None:
-    """Return the start of the sequence at all n rows; None if no wrong answer is admissible."""
+    """Return the start for the sequence at all n rows, or None if no wrong answer is admissible."""
     n_wrong = n_admissible_wrong(n - 1, max_risk, largest_level)
     if n_wrong <= 0:
         return None
@@ -542,9 +542,9 @@ def _start_at_all_rows(n: int, max_risk: float, largest_level: float) -> Sequenc
 
 
 def _exact_start(n: int, n_trials: int, max_risk: float, level: float) -> SequenceStart:
-    """Return a start of a sequence in n rows; its first test has at least ``n_trials`` trials."""
+    """Return a sequence's start in n rows. The first test has at least ``n_trials`` trials."""
     # Where one more wrong answer has just become admissible, the test uses nearly all of the level.
-    # With fewer trials the level between two steps of the tail would be unused.
+    # With fewer trials the level between two tail steps would be unused.
     one_more_wrong = n_admissible_wrong(n_trials - 1, max_risk, level) + 1
     best_n_trials = n_accepted_needed(one_more_wrong, max_risk, level) or n_trials
     best_n_rows = min(best_n_trials + 1, n)
@@ -552,7 +552,7 @@ def _exact_start(n: int, n_trials: int, max_risk: float, level: float) -> Sequen
 
 
 def n_admissible_wrong(n: int, max_risk: float, level: float) -> int:
-    """Return the largest k with P[Bin(n, max_risk) <= k] <= level; -1: no such k.
+    """Return the largest k with P[Bin(n, max_risk) <= k] <= level, or -1 if there is no such k.
 
     k is a number of wrong answers.
     """
@@ -595,9 +595,9 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Thre
 
     Coverage and bound hold together with probability >= 1 - delta, at a level of delta / 2 each.
 
-    t is the smallest score where the lower Clopper-Pearson bound of the acceptance rate reaches
+    t is the smallest score where the lower Clopper-Pearson bound on the acceptance rate reaches
     ``min_coverage``. Without ties the rank of t depends on n only and not on wrong answers. So the
-    risk at t is bounded by a test of a single threshold. (Scores with ties are simulated in the
+    risk at t is bounded by a test on a single threshold. (Scores with ties are simulated in the
     tests.) Given t, the row at t is not random, and so is no trial. But all wrong answers up to t
     are counted.
     """
@@ -612,8 +612,8 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Thre
     n_wrong = int(counts.accepted_wrong[index])
     # The row at t was chosen by rank. Counted as a trial, this row would make the bound too small.
     n_trials = int(counts.accepted[index]) - 1
-    # Coverage and risk take half of delta each. With all of delta for each bound, the probability
-    # of a false bound could exceed delta (union bound).
+    # Coverage and risk take half of delta each. If each bound had all of delta, the probability of
+    # a false bound could exceed delta (union bound).
     risk_bound = upper_bound(min(n_wrong, n_trials), n_trials, delta / 2)
     return Threshold.at(counts, index, risk_bound)
 
@@ -622,7 +622,7 @@ PROCEDURES: dict[str, Callable[[TieCounts, float, float], Threshold | None]] = {
     "ltt": learn_then_test,
     "crc": conformal_risk_control,
 }
-"""Procedures for finding a threshold for a maximal risk, by the name of the method."""
+"""Procedures for finding a threshold for a maximal risk, by method name."""
 
 
 def n_rows_for_mean_risk(max_risk: float) -> int:

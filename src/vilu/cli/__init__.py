@@ -14,7 +14,7 @@ Exit codes:
 - 8: a guarantee is void (`vilu monitor`)
 - 75: another process holds the lock
 - 130: Ctrl-C
-- 141: stdout was closed by the reader
+- 141: the reader closed stdout
 - 143: SIGTERM
 
 Any other exit code is a bug, and a traceback is printed.
@@ -48,7 +48,7 @@ from vilu.errors import StorageError, UsageError, ViLUError, did_you_mean
 from vilu.process import keep_ray_on_this_machine, tune_process
 
 OPTIONS_HINT_PATTERN: Final = re.compile(r" \(Possible options: .*\)$")
-"""End of typer's message about an unknown option: a list of similar options."""
+"""End of typer's message about an unknown option: a list with similar options."""
 UNKNOWN_CHOICE_PATTERN: Final = re.compile(r"'(?P<given>[^']*)' is not one of (?P<known>.*)")
 """typer's message about an unknown value."""
 QUOTED_VALUE_PATTERN: Final = re.compile(r"'([^']+)'")
@@ -60,16 +60,16 @@ typer does not export this class, but exports a subclass.
 """
 
 MEMORY_ERRORS = (MemoryError, ImportError, RuntimeError)
-"""Exceptions that may come from a lack of memory. The last two may also have other reasons."""
+"""Exceptions that a lack of memory may raise. The last two may also have further reasons."""
 
 MEMORY_ERROR_PHRASES = ("failed to map segment", "can't allocate memory", "can't start new thread")
-"""Words for a lack of memory in messages of the loader of libraries, of torch, and of Python."""
+"""Words for a lack of memory in messages from the library loader, torch and Python."""
 
 
 def entry() -> None:
-    """Run the command line as the main program of a process.
+    """Run the command line as a process's main program.
 
-    At the end, the process exits without the clean-up of libraries. The clean-up would take up to a
+    At the end, the process exits without the libraries' clean-up. The clean-up would take up to a
     second.
     """
     tune_process()
@@ -86,7 +86,7 @@ def entry() -> None:
     # Imports make a million objects and no garbage. With a high threshold, the garbage collector
     # searches these objects less often, and saves 0.1 s.
     gc.set_threshold(50_000)
-    # Functions of atexit run in reverse order, after all threads have ended. ``flush_and_exit`` is
+    # atexit runs functions in reverse order, after all threads have ended. ``flush_and_exit`` is
     # registered first and so runs last.
     atexit.register(flush_and_exit)
     try:
@@ -97,7 +97,7 @@ def entry() -> None:
 
 
 def main() -> None:
-    """Run the command line of this process; raises SystemExit with the exit code."""
+    """Run this process's command line. Raise SystemExit with the exit code."""
     sys.stdout = _open_stream(sys.stdout)
     sys.stderr = _open_stream(sys.stderr)
     signal.signal(signal.SIGTERM, _terminate)
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def _open_stream(stream: TextIO | None) -> TextIO:
-    """Return ``stream``; for None, return a stream to nowhere.
+    """Return ``stream``. For None, return a stream to nowhere.
 
     Python sets ``sys.stderr`` to None if the caller closed stderr, as a shell does for ``2>&-``.
     """
@@ -153,7 +153,7 @@ def _run_command() -> int:
 
 
 def _usage_error_message(error: Any) -> str:  # noqa: ANN401 - typer exports no name for its type
-    """Message about an invalid command line, with the command for help at the end."""
+    """Return a message about a wrong command line. The last sentence names the help command."""
     message = error.format_message().replace("Value error, ", "")
     message = OPTIONS_HINT_PATTERN.sub("", message)
     sentence = f"{message[:1].lower()}{message[1:]}"
@@ -168,7 +168,7 @@ def _usage_error_message(error: Any) -> str:  # noqa: ANN401 - typer exports no 
 
 
 def _suggestion(error: Any, message: str) -> str:  # noqa: ANN401 - typer exports no name for it
-    """The question whether a similar option or value was meant; "" if nothing is similar."""
+    """Return the question whether a similar word was meant. Return "" if nothing is similar."""
     similar_options = getattr(error, "possibilities", None)
     if similar_options:
         return did_you_mean(error.option_name, similar_options)
@@ -180,14 +180,14 @@ def _suggestion(error: Any, message: str) -> str:  # noqa: ANN401 - typer export
 
 
 def _is_about_memory(error: Exception) -> bool:
-    """Whether the error is about missing memory for a value, a library or a thread."""
+    """Return whether the error is about missing memory for a value, a library or a thread."""
     if isinstance(error, MemoryError):
         return True
     return any(phrase in str(error) for phrase in MEMORY_ERROR_PHRASES)
 
 
 def _memory_limit_sentence() -> str:
-    """A sentence about the limit on the memory of this process; "" if there is no limit."""
+    """State the memory limit of this process in a sentence. Return "" if there is no limit."""
     if sys.platform == "win32":
         return ""
     import resource
@@ -201,7 +201,7 @@ def _memory_limit_sentence() -> str:
 def _send_signal_again(unraisable: Any) -> None:  # noqa: ANN401 - Python exports no type
     """Send SIGINT or SIGTERM again if the exception was lost in code that cannot raise exceptions.
 
-    Such code is, for example, a destructor or a callback of C code. Python reports all other lost
+    Such code is, for example, a destructor or a C callback. Python reports all other lost
     exceptions as usual.
     """
     signal_of_exception = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
@@ -216,5 +216,5 @@ def _send_signal_again(unraisable: Any) -> None:  # noqa: ANN401 - Python export
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    """Raise SystemExit on SIGTERM, for the removal of locks and temporary files."""
+    """Raise SystemExit on SIGTERM, so that locks and temporary files are removed."""
     sys.exit(TERMINATED_EXIT_CODE)

@@ -76,10 +76,10 @@ app = typer.Typer(
 PRIVATE_COMMANDS: Final = frozenset(
     {"audit-labels", "calibrate", "labels", "monitor", "next", "review", "serve", "triage"}
 )
-"""Commands with files of photo paths and labels. By default no other user may read these files."""
+"""Commands that write photo paths and labels. By default no other user may read these files."""
 
 OCTAL_NUMBER: Final = re.compile(r"[0-7]{1,4}")
-"""Form of a umask."""
+"""What a umask looks like."""
 
 
 def show_version(value: bool) -> None:
@@ -129,7 +129,7 @@ def prepare_command(
             "hold paths and labels, else as in the shell]",
         ),
     ] = None,
-    version: Annotated[  # noqa: ARG001 - the callback of the option does the work
+    version: Annotated[  # noqa: ARG001 - the option's callback does the work
         bool,
         Option(
             "--version", callback=show_version, is_eager=True, help="Print the version and exit."
@@ -152,7 +152,7 @@ def prepare_command(
 def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the flags --verbose, --quiet and --json.
 
-    The command `vilu` also has these flags, so they may stand before the command or after it.
+    The command `vilu` also has these flags, so a flag may stand before or after the command.
 
     Raises:
         UsageError: If the command has a parameter with the name of such a flag.
@@ -168,10 +168,10 @@ def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
     parameters = list(signature(command, eval_str=True).parameters.values())
     clashing_names = [parameter.name for parameter in parameters if parameter.name in flags]
     if clashing_names:
-        joined_names = ", ".join(clashing_names)
+        listed_names = ", ".join(clashing_names)
         raise UsageError(
             f"the command {command.__name__} has parameters that every command of vilu gets: "
-            f"{joined_names}. Leave them out."
+            f"{listed_names}. Leave them out."
         )
     for name, annotation in flags.items():
         flag = Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
@@ -182,7 +182,7 @@ def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _set_umask(context: typer.Context, umask: str | None) -> None:
-    """Set the rights not given to new files; the end of the command restores the old umask."""
+    """Set the rights not given to new files. The old umask comes back when the command ends."""
     if umask is None and context.invoked_subcommand not in PRIVATE_COMMANDS:
         return
     octal_umask = "077" if umask is None else umask
@@ -197,14 +197,14 @@ def _set_umask(context: typer.Context, umask: str | None) -> None:
 def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command: check the input paths, and print a message after Ctrl-C or SIGTERM.
 
-    The message tells the effect of running the same command again.
+    The message tells what happens if the same command runs again.
     """
 
     @wraps(command)
     def run_with_message(**values: Any) -> None:  # noqa: ANN401 - arguments of the command
         name = command_name(command)
         wanted_kinds: Mapping[str, str] = INPUT_KINDS.get(name, {})
-        if command.__name__ in INPUT_KINDS_OF_PLUGINS:  # a command of another package
+        if command.__name__ in INPUT_KINDS_OF_PLUGINS:  # a command from another package
             wanted_kinds = INPUT_KINDS_OF_PLUGINS[command.__name__]
         require_input_kinds(name, values, wanted_kinds)
         try:
@@ -223,12 +223,12 @@ def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def command_name(command: Callable[..., None]) -> str:
-    """The name of a command: without a trailing underscore, and with hyphens for underscores."""
+    """Return a command's name: no trailing underscore, and hyphens in place of underscores."""
     return command.__name__.removesuffix("_").replace("_", "-")
 
 
 def _stop_message(command: Callable[..., None], values: dict[str, Any]) -> str:
-    """Message of a stopped command: the existing results, and the effect of running it again."""
+    """Return the message for a stopped command: what exists, and what the same command does."""
     name = command_name(command)
     output: Path | None = values.get("output")
     is_resumed = command.__name__ in RESUMABLE_COMMANDS
@@ -257,13 +257,13 @@ COMMANDS: Final[Mapping[str, tuple[Callable[..., None], ...]]] = {
     SHARING: (serve, export, push, pull, convert),
     LOOKING_UP: (inspect, list_),
 }
-"""Maps the name of a group to the commands of the group, in the order of `vilu --help`."""
+"""Maps a group name to the commands in the group, in the order of `vilu --help`."""
 
 
 def add_command(
     group: typer.Typer, name: str, command: Callable[..., None], panel: str | None = None
 ) -> None:
-    """Add a command to a group of commands, with checks and the common flags."""
+    """Add a command to a command group, with checks and the common flags."""
     stoppable_command = with_stop_message(command)
     wrapped_command = with_common_flags(stoppable_command)
     group.command(name, cls=PanelledCommand, rich_help_panel=panel)(wrapped_command)
@@ -290,11 +290,11 @@ app.add_typer(tabulate_group, name="tabulate", rich_help_panel=EMBEDDINGS)
 
 
 COMMAND_GROUP: Final = "vilu.commands"
-"""Group of entry points for additional commands."""
+"""Entry-point group for additional commands."""
 
 
 def command_that_raises(error: UsageError) -> Callable[[], None]:
-    """A command that raises ``error``, in place of a command that cannot be imported."""
+    """Make a command that raises ``error``, in place of a command that cannot be imported."""
 
     def command() -> None:
         raise error
@@ -304,11 +304,11 @@ def command_that_raises(error: UsageError) -> Callable[[], None]:
 
 
 ALLOW_ANY_ARGUMENTS: Final = {"ignore_unknown_options": True, "allow_extra_args": True}
-"""Settings of a command that only raises an error, whatever arguments the user gives."""
+"""Settings for a command that only raises an error, whatever arguments the user gives."""
 
 
 def add_plugin_command(entry: EntryPoint) -> None:
-    """Add a command of another package; if its import fails, the command raises the error."""
+    """Add a command from another package. If the import fails, the command raises the error."""
     try:
         command = load_entry(entry, "command")
         add_command(app, entry.name, command, RESEARCH)
@@ -321,7 +321,7 @@ def add_plugin_command(entry: EntryPoint) -> None:
 
 
 def add_missing_bench_commands() -> None:
-    """Add the missing commands of vilu-bench; each such command tells how to install vilu-bench."""
+    """Add the missing vilu-bench commands. Each such command tells how to install vilu-bench."""
     installed = {entry.name for entry in entry_points(COMMAND_GROUP)}
     for name in names_of_bench()[COMMAND_GROUP]:
         if name not in installed:
@@ -330,7 +330,7 @@ def add_missing_bench_commands() -> None:
 
 
 def refuse_bench_command(context: typer.Context) -> None:
-    """Raise the error for a command of vilu-bench."""
+    """Raise the error for a vilu-bench command."""
     refuse_name_of_bench(COMMAND_GROUP, str(context.info_name))
 
 

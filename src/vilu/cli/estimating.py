@@ -1,4 +1,4 @@
-"""The command estimate: error rates and shares of classes from few labels."""
+"""The command estimate: error rates and class shares from few labels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vilu.predictors.contract.predictor import FailurePredictor
 
 MAX_CLASSES_SHOWN = 20
-"""Maximum number of printed classes; --json has all."""
+"""Maximum number of printed classes. --json has all."""
 
 PredictorOption = Annotated[
     Path | None,
@@ -83,7 +83,7 @@ def estimate(
 
 
 def _refuse_labels_chosen_to_fit(source: EmbeddingSource) -> None:
-    """Refuse a table with labels of rows chosen by `vilu next` for a fit.
+    """Refuse a table with labels of rows that `vilu next` chose for a fit.
 
     These rows are not a random sample, so an estimate from them would be wrong.
     """
@@ -107,7 +107,7 @@ def _refuse_labels_chosen_to_fit(source: EmbeddingSource) -> None:
 def _find_predictor(
     source: EmbeddingSource, data: Path, predictor: Path | None
 ) -> FailurePredictor:
-    """The predictor for scoring: a saved predictor, or the only column of scores of a table.
+    """Return the predictor for scoring: a saved predictor, or a table's only score column.
 
     ``data`` is the path of ``source``, named in an error message.
     """
@@ -126,7 +126,7 @@ def _find_predictor(
 
 
 def _with_labels_of_files(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
-    """All rows of a store. A row has a label only if a file has a label for this row."""
+    """Return all rows of a store. A row has a label only if a file has a label for this row."""
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.store_labels import all_rows_with_random_labels
 
@@ -141,10 +141,10 @@ def _with_labels_of_files(source: EmbeddingSource, files: list[Path]) -> Embeddi
 def _score_unused_rows(
     predictor: FailurePredictor, source: EmbeddingSource, data: Path, *, with_classes: bool
 ) -> Outcomes:
-    """Score the rows not used to fit the predictor.
+    """Score the rows that were not used to fit the predictor.
 
-    The name of the path ``data`` becomes the name of the data set. With ``with_classes``, the
-    answers of a table become classes.
+    The last part of the path ``data`` becomes the data set's name. With ``with_classes``, a
+    table's answers become classes.
     """
     from vilu.scoring.score import score_unseen
     from vilu.tables import scores
@@ -158,7 +158,7 @@ def _score_unused_rows(
 
 
 def _estimates_in_words(estimates: tuple[Estimate, ...], confidence: float) -> str:
-    """The estimates as text, the error rate first, then the largest classes."""
+    """Format the estimates as text, the error rate first, then the largest classes."""
     from vilu.calibration.thresholds import exact_percent
 
     error_rate, *class_shares = estimates

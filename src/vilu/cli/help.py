@@ -1,4 +1,4 @@
-"""The help of commands: commands and options in groups, and names of values, such as PATH."""
+"""The help for commands: options in groups, and names of values, such as PATH."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Context: TypeAlias = Any
 Formatter: TypeAlias = Any
 HelpRow: TypeAlias = tuple[str, str]
 
-# Groups of commands in `vilu --help`.
+# Command groups in `vilu --help`.
 PHOTOS: Final = "Photos"
 EMBEDDINGS: Final = "Embeddings and scores"
 GUARANTEES: Final = "Guarantees"
@@ -21,7 +21,7 @@ SHARING: Final = "Share and serve"
 LOOKING_UP: Final = "Look up"
 RESEARCH: Final = "From other packages"
 
-# Groups of options in the help of a command. Options needed by most users have no group.
+# Option groups in a command's help. Options that most users need have no group.
 ARGUMENTS: Final = "Arguments"
 OPTIONS: Final = "Options"
 DATA: Final = "Which images and labels"
@@ -50,7 +50,7 @@ GROUPS: Final = (
     MORE,
     COMMON,
 )
-"""Groups of options in the order of the help. All further groups follow."""
+"""Option groups in the order of the help. All further groups follow."""
 
 METAVAR_OF_TYPE: Final[Mapping[str, str]] = {
     "<path>": "PATH",
@@ -63,7 +63,7 @@ METAVAR_OF_TYPE: Final[Mapping[str, str]] = {
     "<float>": "NUMBER",
     "<float range>": "NUMBER",
 }
-"""Maps typer's name of a type to the name of a value of the type in help texts."""
+"""Maps typer's name for a type to the name that help texts give a value of the type."""
 
 SHARE: Final = "SHARE"
 """A number from 0 to 1."""
@@ -96,7 +96,7 @@ METAVAR_OF_OPTION: Final[Mapping[str, str]] = {
     "template": "PROMPT",
     "timeout": "SECONDS",
 }
-"""Maps an option to the name of a value in help texts, if the type says too little."""
+"""Maps an option to the value name in help texts, if the type says too little."""
 
 
 class PanelledCommand(TyperCommand):
@@ -127,7 +127,7 @@ class PanelledCommand(TyperCommand):
 
 
 def with_range_in_words(text: str) -> str:
-    """The help of an option, with "1 to 9" for "1<=x<=9", and "at least 1" for "x>=1"."""
+    """Return an option's help, with "1 to 9" for "1<=x<=9", and "at least 1" for "x>=1"."""
     # a maximum of ten or more digits is left out, since nobody reaches the maximum
     text = re.sub(r"([\d.]+)<=x<=\d{10,}", r"at least \1", text)
     text = re.sub(r"([\d.]+)<=x<=([\d.]+)", r"\1 to \2", text)
@@ -135,7 +135,7 @@ def with_range_in_words(text: str) -> str:
 
 
 def _set_metavar(parameter: Any) -> None:  # noqa: ANN401 - a parameter of typer
-    """Set the name of the value of a parameter in the help, such as PATH, unless set already."""
+    """Set the name of a parameter's value in the help, such as PATH, unless set already."""
     if parameter.metavar is not None:
         return
     if isinstance(parameter, TyperOption):

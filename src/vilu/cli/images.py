@@ -276,10 +276,10 @@ def backbone_spec(
     *,
     full_decode: bool = False,
 ) -> BackboneSpec:
-    """The backbone described by the flags; logs advice if the backbone is the compact model.
+    """Return the backbone from the flags. Log advice if the backbone is the compact model.
 
-    The path of ``models`` is made absolute, because the processes of an executor may start in
-    another folder.
+    The path of ``models`` is made absolute, because an executor's processes may start in another
+    folder.
     """
     from vilu.store.job import BackboneSpec
 
@@ -293,7 +293,7 @@ def backbone_spec(
 def _resolve_precision(
     wanted_precision: Literal["fp32", "bf16", "auto"], name: str, device: str
 ) -> str:
-    """Resolve "auto" to the precision to use; logs advice if bfloat16 may be faster."""
+    """Resolve "auto" to the precision to use. Log advice if bfloat16 may be faster."""
     from vilu.device import multiplies_bf16, resolve_device
 
     if wanted_precision == "bf16":
@@ -313,7 +313,7 @@ def _resolve_precision(
 
 
 def log_advice_on_compact(backbone: str) -> None:
-    """If the backbone is the compact model, log a description and the name of a better model."""
+    """Log a description and a better model's name if the backbone is the compact model."""
     if not _is_compact(backbone):
         return
     log_next_step(
@@ -324,12 +324,12 @@ def log_advice_on_compact(backbone: str) -> None:
 
 
 def _is_compact(backbone: str) -> bool:
-    """Whether a backbone is a compact model; a size may follow after a colon."""
+    """Return whether a backbone is a compact model. A size may follow after a colon."""
     return backbone.partition(":")[0] == "compact"
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
-    """The templates from the flags, by a name or as texts; None without such flags."""
+    """Return the templates from the flags, by a name or as texts. None without such flags."""
     from vilu.backbones.zeroshot import expand_template_names
 
     if not texts:
@@ -340,13 +340,13 @@ def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
 def store_in_words(
     output: Path, store: EmbeddingStore | CaptionStore | None, *, split: str | None, source: str
 ) -> str:
-    """Closing line of a command for making a store: the counts, and the next command.
+    """Return the closing line after making a store: the counts, and the next command.
 
     Args:
-        output: Folder of the store.
-        store: The store; None if other ranks still make parts of the store.
-        split: Name of the split, a hint for the next command; None if the split is not known.
-        source: Name of the source, a hint for the next command if the split gives no hint.
+        output: The store's folder.
+        store: The store. None if other ranks still make parts of the store.
+        split: The split's name, a hint for the next command. None if the split is not known.
+        source: The source's name, a hint for the next command if the split gives no hint.
     """
     from vilu.store.embed import SHARD_ERROR_KINDS
 
@@ -368,14 +368,14 @@ def store_in_words(
 
 
 COMMAND_OF_PREFIX = {"test": "score", "val": "calibrate", "calib": "calibrate"}
-"""Maps the beginning of the name of a split to the next command. The default command is fit."""
+"""Maps the beginning of a split's name to the next command. The default command is fit."""
 
 
 def next_command(output: Path, split: str | None, source: str) -> str:
-    """The next command after making a store.
+    """Return the next command after making a store.
 
-    The hints are the names of the split, of the source and of the folder, in this order. The first
-    name with a beginning in ``COMMAND_OF_PREFIX`` decides.
+    The hints are the names of the split, the source and the folder, in this order. The first name
+    with a beginning in ``COMMAND_OF_PREFIX`` decides.
     """
     command = "fit"
     for name in (split, source, output.name):
@@ -391,7 +391,7 @@ def next_command(output: Path, split: str | None, source: str) -> str:
 
 
 def _suggested_command(name: str | None) -> str | None:
-    """The command suggested by the beginning of a name; None without a suggestion."""
+    """Return the command that a name's beginning suggests. None without a suggestion."""
     if not name:
         return None
     lower_name = Path(name).name.lower()
@@ -406,7 +406,7 @@ def _open_images(
     max_error_rate: float,
     **options: Any,  # noqa: ANN401 - keyword arguments of ``open_dataset``
 ) -> ImageDataset:
-    """Open the images; refuse the images if a larger share than ``max_error_rate`` is unreadable.
+    """Open the images. Refuse if a larger share than ``max_error_rate`` is unreadable.
 
     The images are opened before torch is imported, because the import of torch takes seconds.
     """
@@ -428,7 +428,7 @@ def _open_images(
 
 
 def _make_executor(name: str | None, processes: int | None) -> Executor | None:
-    """The executor of the flags; None if this process embeds alone."""
+    """Make the executor from the flags. None if this process embeds alone."""
     if name is None:
         if processes is not None:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""The checks of ``vilu inspect``. Each artefact is checked by the code for reading the artefact."""
+"""The checks for ``vilu inspect``. The code that reads an artefact also checks the artefact."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from vilu.store.parts import StoreLedger
 from vilu.text import plural
 
 ARTEFACT_GROUP: Final = "vilu.artefacts"
-"""Group of entry points for recognising artefacts of other packages."""
+"""Entry-point group for recognising artefacts from other packages."""
 
 BENCHMARK_FOLDERS: Final = ("cells", "studies")
 """Folders in the output of a benchmark. vilu-bench checks such an output."""
 
 
 class Artefact(NamedTuple):
-    """An artefact that passed its check."""
+    """An artefact that passed the check."""
 
     path: Path
     description: str
 
 
 def check_artefacts(path: Path) -> Iterator[Artefact]:
-    """Check the artefacts at a path; yield each artefact.
+    """Check the artefacts at a path. Yield each artefact.
 
     For stores and score folders, all bytes of all files are read and checked.
     """
@@ -75,7 +75,7 @@ def check_artefacts(path: Path) -> Iterator[Artefact]:
 
 
 def _find_by_plugin(path: Path) -> Artefact | None:
-    """The artefact at a path, if another package recognises the artefact; else None."""
+    """Find the artefact at a path if another package recognises the artefact, else None."""
     for entry in entry_points(ARTEFACT_GROUP):
         recognise = load_entry(entry, "artefact")
         artefact: Artefact | None = recognise(path)
@@ -85,12 +85,12 @@ def _find_by_plugin(path: Path) -> Artefact | None:
 
 
 def is_store(path: Path) -> bool:
-    """Whether a folder is a store, complete or not, according to ``run.json``."""
+    """Return whether a folder is a store, complete or not, according to ``run.json``."""
     return StoreLedger.has_begun(path)
 
 
 def check_file(path: Path) -> Artefact:
-    """Check a file of vilu, with the code for reading such a file."""
+    """Check a vilu file, with the code that reads such a file."""
     if path.suffix == ".json":
         return _check_document(path)
     if path.suffix == ".parquet":
@@ -128,7 +128,7 @@ def _check_table(path: Path) -> Artefact:
 
 
 def _check_monitor_state(path: Path, metadata: dict[str, object]) -> None:
-    """Raise DataError if the state of a monitor is not valid."""
+    """Raise DataError if a monitor's state is not valid."""
     try:
         State.model_validate(metadata)
     except ValidationError as error:
@@ -137,7 +137,7 @@ def _check_monitor_state(path: Path, metadata: dict[str, object]) -> None:
 
 
 def _describe(path: Path, kind: str, n_rows: int) -> Artefact:
-    """The artefact, described by the kind and by the number of rows, if any."""
+    """Describe an artefact by the kind and, if there are rows, by the row count."""
     description = f"{kind}, {plural(n_rows, 'row')}" if n_rows else kind
     return Artefact(path, description)
 
@@ -153,7 +153,7 @@ def _check_predictor(path: Path) -> Artefact:
 
 
 def _check_store(path: Path) -> Artefact:
-    """Read every byte of a store."""
+    """Read every byte in a store."""
     report = inspect_store(path, deep=True)
     require_sound(report, path)
     return Artefact(path, str(report))
@@ -168,7 +168,7 @@ def require_sound(report: StoreReport, path: Path) -> None:
 
 
 def _check_scores(path: Path) -> Artefact:
-    """Read every byte of a folder of scores."""
+    """Read every byte in a score folder."""
     scores = ScoreFolder(path)
     scores.verify()
     scores.tally()

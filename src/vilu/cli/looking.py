@@ -182,7 +182,7 @@ class ExplainOutput(NamedTuple):
 def _answers_in_words(
     predictor: FailurePredictor, table: AnswerTable, rows: list[int | str] | None, n: int
 ) -> ExplainOutput:
-    """The output of `vilu explain` for a table of answers."""
+    """Return the `vilu explain` output for a table of answers."""
     from vilu.tables.explain import explain_answers
 
     explanation = explain_answers(predictor, table, rows, n)
@@ -192,7 +192,7 @@ def _answers_in_words(
 
 
 def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) -> ExplainOutput:
-    """The output with --summary. ``command`` is the same command without flags."""
+    """Return the output with --summary. ``command`` is the same command without flags."""
     facts: dict[str, Any] = {
         "kind": "summary",
         "risk_map": risk.to_dict(),
@@ -206,7 +206,7 @@ def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) ->
 
 
 def _rows_in_words(explanations: Explanations, command: str, *, has_summary: bool) -> ExplainOutput:
-    """The output without --summary. ``command`` is the same command without flags."""
+    """Return the output without --summary. ``command`` is the same command without flags."""
     closing_line = f"{plural(len(explanations), 'row')} explained"
     if has_summary:
         closing_line += f"; where the failures are: {command} --summary"
@@ -217,7 +217,7 @@ def _rows_in_words(explanations: Explanations, command: str, *, has_summary: boo
 def _compute_summary(
     predictor: FailurePredictor, data: EmbeddingSource, *, coverage: float, seed: int
 ) -> tuple[RiskMap, PromptGains | None]:
-    """The risk map and, if there are labels, the gains of better texts."""
+    """Compute the risk map and, if there are labels, the gains from better texts."""
     from vilu.errors import UNKNOWN
     from vilu.report.explain.competitors import strongest_competitor
     from vilu.report.explain.prompts import prompt_gains
@@ -305,9 +305,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     Exit code 0: no evidence against the guarantee. Exit code 8: alarm. Either the rows have
     shifted, so the guarantee is void, or the labels show that the guarantee is broken. The first
     row of the alarm, the reason, and what to do are printed. Exit code 3: the rows are sorted, for
-    example by class; no row was used. Exit code 4: the predictor has no guarantee; no row was read.
-    Rows with a known failure are audited; they must be a random sample of the accepted rows, or of
-    all rows. Rows and labels that were given before are left out.
+    example by class, and no row was used. Exit code 4: the predictor has no guarantee, and no row
+    was read. Rows with a known failure are audited. These rows must be a random sample of the
+    accepted rows, or of all rows. Rows and labels that were given before are left out.
     """
     from vilu.artifacts.disk import locked
     from vilu.artifacts.paths import claim_file, inputs_digest
@@ -380,7 +380,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
 def _write_report(
     output: Path, document: dict[str, Any], input_digest: str, *, has_report: bool
 ) -> None:
-    """Write the report, unless the file already has an equal report of the same command.
+    """Write the report, unless the file already has an equal report from the same command.
 
     The fact ``batches`` is not compared. A second call with the same rows takes in no new row, so
     the ``batches`` are different.
@@ -399,7 +399,7 @@ def _write_report(
 
 
 def _open_monitor(predictor: Path, state: Path | None, *, false_alarm: float, seed: int) -> Monitor:
-    """The monitor of a calibrated predictor, in the saved state if there is a saved state."""
+    """Open a calibrated predictor's monitor, in the saved state if there is a saved state."""
     from vilu.calibration.monitor.monitor import Monitor
 
     if state is not None and not state.parent.is_dir():
@@ -422,13 +422,13 @@ def _monitor_file(
     in_order: bool,
     is_late: bool,
 ) -> dict[str, Any]:
-    """Give the rows of a file to a monitor, and return the entry of the report for this file.
+    """Give a file's rows to a monitor, and return the report entry for this file.
 
     Args:
         loaded_monitor: The monitor.
         path: The file.
-        outcomes: The rows of the file.
-        shuffle_seed: Seed for shuffling the rows; None: no shuffling.
+        outcomes: The rows in the file.
+        shuffle_seed: Seed for shuffling the rows. None: no shuffling.
         in_order: Whether the rows arrived in this order, even if the rows look sorted.
         is_late: Whether the rows were monitored before, and the failures are known only now.
     """

@@ -1,4 +1,4 @@
-"""Options shared by several commands, each with a type and a help text."""
+"""Options that several commands share, each with a type and a help text."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from vilu.embeddings.pairs import Pools
     from vilu.embeddings.source import EmbeddingSource
 
-# Maximum values of options. A larger number is refused as a typing error.
+# Maximum option values. A larger number is refused as a typing error.
 MAX_SEED = 2**63 - 1
 MAX_RESAMPLES = 10**6
 MAX_WORKERS = 4096
 
 
 def require_existing(value: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as typer has it
-    """Callback of typer: return the value of a path option; UsageError if a path is missing."""
+    """Return a path option's value, as typer's callback. UsageError if a path is missing."""
     paths = [value]
     if isinstance(value, list | tuple):
         paths = list(value)
@@ -38,7 +38,7 @@ def require_existing(value: Any) -> Any:  # noqa: ANN401 - a path, several, or N
 
 
 def path_argument(help_text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - typer's own
-    """Argument for existing input paths, one or several."""
+    """Make an argument for existing input paths, one or several."""
     return typer.Argument(help=help_text, metavar=metavar, callback=require_existing)
 
 
@@ -47,14 +47,14 @@ def path_option(
     metavar: str | None = None,
     rich_help_panel: str | None = None,
 ) -> Any:  # noqa: ANN401 - typer's own
-    """Option for existing input paths, one or several."""
+    """Make an option for existing input paths, one or several."""
     return Option(
         help=help_text, metavar=metavar, callback=require_existing, rich_help_panel=rich_help_panel
     )
 
 
 def complete_methods(incomplete: str) -> list[str]:
-    """Names of methods that begin with ``incomplete``, for completion in the shell."""
+    """Yield method names that begin with ``incomplete``, for completion in the shell."""
     from vilu.predictors.contract.catalogue import method_names
 
     names = method_names()
@@ -62,7 +62,7 @@ def complete_methods(incomplete: str) -> list[str]:
 
 
 def complete_backbones(incomplete: str) -> list[str]:
-    """Names and prefixes of backbones that begin with ``incomplete``, for the shell."""
+    """Yield backbone names and prefixes that begin with ``incomplete``, for the shell."""
     from vilu.backbones.catalog import BACKBONES
 
     names = BACKBONES.names()
@@ -70,7 +70,7 @@ def complete_backbones(incomplete: str) -> list[str]:
 
 
 def complete_datasets(incomplete: str) -> list[str]:
-    """Names of data sets that begin with ``incomplete``, for completion in the shell."""
+    """Yield data set names that begin with ``incomplete``, for completion in the shell."""
     from vilu.datasets.known import KNOWN
 
     return _names_that_begin_with(incomplete, KNOWN)
@@ -223,16 +223,16 @@ class ReadingFlags:
 
     @property
     def digest_settings(self) -> dict[str, object]:
-        """The values of the flags, for the digest of the inputs of a command.
+        """The flags' values, for the digest of a command's inputs.
 
-        If there is a second store, the flag "second" has the value True. The path of the store is
-        no part of the digest.
+        If there is a second store, the flag "second" has the value True. The store's path is no
+        part of the digest.
         """
         flags = asdict(self)
         if flags.pop("second") is not None:
             flags["second"] = True
         # This flag is newer than the digest. Without the flag, the digest must be the same as in
-        # older versions. In the digest the key is the name of the flag, --clusters.
+        # older versions. In the digest the key is the flag's name, --clusters.
         cluster_column = flags.pop("cluster_column")
         if cluster_column is not None:
             flags["clusters"] = cluster_column
@@ -247,7 +247,7 @@ class ReadingFlags:
 
     @property
     def pools(self) -> Pools | None:
-        """The pools described by the flags; None if all flags have their default values.
+        """The pools that the flags describe. None if every flag has the default value.
 
         Data with classes have no pools, and are opened with None.
         """
@@ -268,20 +268,20 @@ class ReadingFlags:
         )
 
     def open(self, store: Path, role: Fold | None = None) -> EmbeddingSource:
-        """Open a store, with the pools of the flags.
+        """Open a store, with the pools from the flags.
 
         Without the flag --fold, all captions are read. With this flag, only the captions of a
-        single fold are read: of the fold ``role``, or of the fold of the flag if ``role`` is None.
+        single fold are read: the fold ``role``, or the flag's fold if ``role`` is None.
         """
         return self.open_with_pools(self.pools, store, role)
 
     def open_with_second(self, store: Path) -> EmbeddingSource:
-        """Open a store together with the store of the second model, if any."""
+        """Open a store together with the second model's store, if any."""
         data = self.open(store)
         return self.with_second(data)
 
     def with_second(self, data: EmbeddingSource) -> EmbeddingSource:
-        """Combine ``data`` with the store of the second model, if any."""
+        """Combine ``data`` with the second model's store, if any."""
         if self.second is None:
             return data
         from vilu.embeddings.two_models import TwoModels
@@ -293,7 +293,7 @@ class ReadingFlags:
     def open_with_pools(
         self, pools: Pools | None, store: Path, role: Fold | None = None
     ) -> EmbeddingSource:
-        """Open a store like ``open``, but with the given pools; or open a table of answers."""
+        """Open a store like ``open``, but with the given pools. Or open a table of answers."""
         from vilu.store.reader import open_source
         from vilu.tables.files import may_be_table
         from vilu.tables.read import open_table
@@ -316,7 +316,7 @@ class ReadingFlags:
         return open_source(store, pools=pools, fold=fold, logit_scale=self.logit_scale)
 
     def split_of(self, data: EmbeddingSource) -> str | None:
-        """Name of the fold or split to read; None if the store does not state a split."""
+        """Return the fold or split to read. None if the store does not state a split."""
         from vilu.embeddings.two_models import TwoModels
         from vilu.store.reader import CaptionStore, EmbeddingStore
 
@@ -334,13 +334,13 @@ STUDY_FLAGS: Final = frozenset({"hard", "near_duplicates"})
 """Flags about pools, only needed for studies. `vilu pools` and the class ``Pools`` have them."""
 
 POOL_FLAGS: Final = frozenset({"pool_size", "direction", "fold", "logit_scale"})
-"""Flags for image-caption pairs. A command about labels of classes does not need these flags."""
+"""Flags for image-caption pairs. A command about class labels does not need these flags."""
 
 
 def with_reading_flags(
     command: Callable[..., None], *, excluded_flags: Collection[str] = STUDY_FLAGS
 ) -> Callable[..., None]:
-    """Replace the parameter ``reading_flags`` of a command by a parameter for each of these flags.
+    """Replace a command's parameter ``reading_flags`` by a parameter for each of these flags.
 
     ``excluded_flags`` names flags to leave out.
     """

@@ -140,10 +140,10 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     """Fit a failure predictor on embeddings. Prints the folder of the predictor.
 
     Most methods need labels, but vilu_zero does not (see `vilu list predictors`). OUTPUT must be
-    new or empty, or have a predictor of the same inputs; then nothing is done. --overwrite replaces
-    another predictor and removes its calibration. After an interruption, the same command continues
-    from the last checkpoint, which is next to OUTPUT. Under torchrun, all processes train heads
-    together; the result does not depend on the number of processes.
+    new or empty, or have a predictor of the same inputs. With such a predictor, nothing is done.
+    --overwrite replaces another predictor and removes its calibration. After an interruption, the
+    same command continues from the last checkpoint, which is next to OUTPUT. Under torchrun, all
+    processes train heads together. The result does not depend on the number of processes.
     """
     from vilu.predictors.contract.seen import describe_candidates
     from vilu.predictors.nn.processes import world
@@ -203,13 +203,13 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             checkpoints.remove()
         console.print_outputs(output)
         n_train = predictor.notes_.get("n_train", len(train))
-        n_rows = plural(n_train, "row")
+        rows_in_words = plural(n_train, "row")
         hint = _score_hint(output, train.data_kind)
-        log_next_step(f"{predictor.name} fitted on {n_rows}; {hint}")
+        log_next_step(f"{predictor.name} fitted on {rows_in_words}; {hint}")
 
 
 def _default_method(stores: list[Path]) -> str:
-    """The method to fit if the user names no method: one for tables, or one for embeddings."""
+    """Return the method to fit if the user names no method: one for tables, or for embeddings."""
     from vilu.tables.files import may_be_table
 
     if may_be_table(stores[0]):
@@ -228,14 +228,14 @@ def _flags_of_fit(
     has_labels: bool,
     has_sample: bool,
 ) -> dict[str, object]:
-    """Flags for the digest of a fit."""
+    """Collect the flags for a fit's digest."""
     # The key is called "with", although the values say which flags were left out. With another key,
     # the digests of all fits would change.
     flags_left_out = [not has_validation, not has_init]
     flags: dict[str, object] = {"with": flags_left_out, "shots": shots_and_seed, "pseudo": False}
     if pseudo:
         flags["pseudo"] = [store.name for store in stores]
-    # These flags are newer than the digest. A flag is added only if the user gave it. So the
+    # These flags are newer than the digest. A flag is added only if the user gave the flag. So the
     # digests of fits without the flag do not change.
     if has_unlabelled:
         flags["unlabelled"] = True
@@ -247,7 +247,7 @@ def _flags_of_fit(
 
 
 def _score_hint(predictor: Path, data_kind: DataKind = "embeddings") -> str:
-    """End of the closing line of a command: the next command, to score with the predictor."""
+    """Return the end of a closing line: the next command, to score with the predictor."""
     data_metavar = "STORE"
     if data_kind == "answers":
         data_metavar = "TABLE"
@@ -263,10 +263,10 @@ def _new_predictor(
     """Make the predictor to fit.
 
     Args:
-        method: Name of the method.
-        defaults: Values of parameters; parameters unknown to the method are left out.
-        settings: The values KEY=VALUE of --set.
-        init: Folder of a predictor whose weights are the start of the fit; None: from scratch.
+        method: The method's name.
+        defaults: Parameter values. Parameters that the method does not know are left out.
+        settings: The values KEY=VALUE from --set.
+        init: Folder of a predictor whose weights start the fit. None: from scratch.
     """
     from vilu.predictors.contract.catalogue import find_method
     from vilu.predictors.contract.parameters import build_predictor, parameters, parse_settings
@@ -287,7 +287,7 @@ def _new_predictor(
 
 
 def _add_answer_setting(settings: list[str], answer: AnswerKind | None) -> list[str]:
-    """The settings of --set, plus a setting for the flag --answer if this flag is given."""
+    """Return the settings from --set, plus a setting for --answer if this flag is given."""
     if answer is None:
         return settings
     for setting in settings:
@@ -302,7 +302,7 @@ def _add_answer_setting(settings: list[str], answer: AnswerKind | None) -> list[
 def _require_judged_answer(
     folder: Path, judged_answer: AnswerKind, wanted_answer: AnswerKind | None
 ) -> None:
-    """Raise UsageError if --answer differs from the answer judged by the predictor."""
+    """Raise UsageError if --answer differs from the answer that the predictor judges."""
     if wanted_answer is None or wanted_answer == judged_answer:
         return
     raise UsageError(
@@ -357,7 +357,7 @@ def _method_names(methods: list[str]) -> str:
 def _open_optional(
     reading_flags: ReadingFlags, store: Path | None, role: Fold | None = None
 ) -> EmbeddingSource | None:
-    """Open an optional store; None if ``store`` is None."""
+    """Open an optional store. Return None if ``store`` is None."""
     if store is None:
         return None
     return reading_flags.open(store, role)
@@ -372,9 +372,9 @@ def _open_training_set(
     *,
     pseudo: bool,
 ) -> EmbeddingSource:
-    """Open the training rows: all rows, or ``n_shots`` rows of each class, drawn with the seed.
+    """Open the training rows: all rows, or ``n_shots`` rows per class, drawn with the seed.
 
-    With files of ``labels``, only the rows with a label in these files are opened.
+    With files in ``labels``, only the rows with a label in these files are opened.
     """
     from vilu.embeddings.pairs import Pools, PseudoCaptions
     from vilu.predictors.contract.seen import draw_shots
@@ -419,7 +419,7 @@ def _open_training_set(
 def _open_checkpoints(
     stack: ExitStack, predictor: FailurePredictor, output: Path
 ) -> FolderSession | None:
-    """Open the checkpoints next to the output; None if the predictor is not trained in steps."""
+    """Open the checkpoints next to the output. None if the predictor is not trained in steps."""
     from vilu.predictors.nn.checkpoint import checkpointing
     from vilu.predictors.vilu.head import HeadPredictor
 
@@ -433,9 +433,9 @@ def _open_checkpoints(
 def _remove_old_checkpoints(
     stack: ExitStack, predictor: FailurePredictor, output: Path, input_digest: str
 ) -> None:
-    """Remove the checkpoints of a fit that was killed after the predictor was written.
+    """Remove the checkpoints of a fit that was killed after writing the predictor.
 
-    Checkpoints of another fit are kept.
+    Checkpoints from another fit are kept.
     """
     checkpoint_folder = output.with_name(f"{output.name}.checkpoints")
     if not checkpoint_folder.is_dir():
@@ -514,13 +514,13 @@ def score(
 
         write_output(write)
     console.print_outputs(output)
-    evaluate_command = console.shell_command("vilu", "evaluate", output)
+    next_command = console.shell_command("vilu", "evaluate", output)
     without_decisions = ""
     if calibration is None or calibration.rule is None:
         without_decisions = " without decisions, because the predictor has no rule (vilu calibrate)"
-    n_rows = plural(len(data), "row")
+    rows_in_words = plural(len(data), "row")
     log_next_step(
-        f"{n_rows} scored{without_decisions}; next, where failures are known: {evaluate_command}"
+        f"{rows_in_words} scored{without_decisions}; next, where failures are known: {next_command}"
     )
 
 
@@ -555,7 +555,7 @@ def evaluate(
     scored_sets: list[SupportsTally] = []
     for path in scores:
         if is_answer_table(path):
-            # This module imports torch, which takes a second.
+            # ``vilu.tables.scores`` imports torch, which takes a second.
             from vilu.tables.scores import scores_of_file
 
             scored_sets += scores_of_file(path, cluster_column=cluster_column)
@@ -766,8 +766,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     The predictor must not have been fitted on these rows. Afterwards `vilu score` also writes
     failure_probability and accept or review for every answer. Without a target (such as
     --max-risk), only probabilities are calibrated. The guarantee holds for new rows drawn like the
-    calibration rows; `vilu monitor` checks the guarantee on new rows. Exit code 4: the target
-    cannot be reached; the message says what is missing.
+    calibration rows. `vilu monitor` checks the guarantee on new rows. Exit code 4: the target
+    cannot be reached. Then the message says what is missing.
     """
     from vilu.calibration.shares import read_shares
     from vilu.calibration.target import Target
@@ -775,8 +775,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.tables.table import AnswerTable
 
     if store is None:
-        # The only argument is a table. The command line has passed it as ``predictor``, the first
-        # of the two arguments.
+        # The only argument is a table. The command line has passed this table as ``predictor``, the
+        # first argument.
         store = predictor
         predictor = _write_score_predictor(store, output, reading_flags, overwrite=overwrite)
     elif output is not None:
@@ -825,7 +825,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
 def _write_score_predictor(
     table: Path, output: Path | None, reading_flags: ReadingFlags, *, overwrite: bool
 ) -> Path:
-    """Write the predictor for the only score of a table; return the folder of the predictor."""
+    """Write the predictor for a table's only score. Return the predictor's folder."""
     from vilu.predictors.persistence import storage
     from vilu.tables.files import may_be_table
     from vilu.tables.methods import method_of_only_score
@@ -857,7 +857,7 @@ def _calibrate_at_any_time(
     seed: int,
     overwrite: bool,
 ) -> Calibration:
-    """Calibrate with method anytime; the guarantee stays valid while labels are added."""
+    """Calibrate with method anytime. The guarantee stays valid while labels are added."""
     from vilu.triage.ask import calibrate_by_labels
 
     max_risk = target.risk_of_anytime()
@@ -865,10 +865,10 @@ def _calibrate_at_any_time(
         raise UsageError(
             "anytime needs --labels. `vilu next` writes the file of labels to fill in."
         )
-    class_store = _store_with_classes(data)
+    store_with_classes = _store_with_classes(data)
     return calibrate_by_labels(
         predictor,
-        class_store,
+        store_with_classes,
         labels,
         max_risk=max_risk,
         confidence=target.confidence,
@@ -887,7 +887,7 @@ def _calibrate_by_draw(
     draw_file: Path,
     overwrite: bool,
 ) -> Calibration:
-    """Calibrate on the rows of ``draw_file``, drawn earlier by `vilu next --for-guarantee`.
+    """Calibrate on the rows of ``draw_file``, which `vilu next --for-guarantee` drew earlier.
 
     The user has filled in the labels in this file.
     """
@@ -898,8 +898,8 @@ def _calibrate_by_draw(
             f"--drawn-below takes its labels from {draw_file}. Leave --labels out, and fill in the "
             "column label of that file."
         )
-    class_store = _store_with_classes(data)
-    return calibrate_by_draw(predictor, class_store, draw_file, target, overwrite=overwrite)
+    store_with_classes = _store_with_classes(data)
+    return calibrate_by_draw(predictor, store_with_classes, draw_file, target, overwrite=overwrite)
 
 
 def _calibrate_once(
@@ -912,13 +912,13 @@ def _calibrate_once(
     store: Path,
     overwrite: bool,
 ) -> Calibration:
-    """Calibrate once on a fixed set of rows, with the labels of the store or of label files."""
+    """Calibrate once on a fixed row set, with labels from the store or from label files."""
     from vilu.calibration.procedure import calibrate_predictor
     from vilu.triage.store_labels import rows_picked_at_random
 
     if labels is not None:
-        class_store = _store_with_classes(data)
-        data = rows_picked_at_random(class_store, labels)
+        store_with_classes = _store_with_classes(data)
+        data = rows_picked_at_random(store_with_classes, labels)
     split = reading_flags.split_of(data)
     return calibrate_predictor(
         predictor, data, target, dataset=store.name, split=split, overwrite=overwrite
@@ -926,7 +926,7 @@ def _calibrate_once(
 
 
 def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
-    """Return ``data``; UsageError unless ``data`` is a single store with classes."""
+    """Return ``data``. Raise UsageError unless ``data`` is a single store with classes."""
     from vilu.store.reader import EmbeddingStore
 
     if not isinstance(data, EmbeddingStore):
@@ -938,7 +938,7 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
 
 
 def _calibration_in_words(calibration: Calibration) -> str:
-    """Lines about the probabilities, and about the rule and the label sets if present."""
+    """Return lines about the probabilities, and about the rule and the label sets if present."""
     from vilu.calibration.thresholds import percent
 
     probability = calibration.probability
@@ -951,10 +951,10 @@ def _calibration_in_words(calibration: Calibration) -> str:
         lines.append(f"decision: {calibration.guarantee_text}")
     label_sets = calibration.label_sets
     if label_sets is not None:
-        max_miss = percent(label_sets.max_miss, 1)
+        max_miss_in_percent = percent(label_sets.max_miss, 1)
         lines.append(
             f"label sets: {label_sets.method}, on average {label_sets.mean_size:.2f} labels; at "
-            f"most {max_miss} miss the right one "
+            f"most {max_miss_in_percent} miss the right one "
             f"({label_sets.empirical_miss:.1%} of "
             f"{label_sets.n} calibration rows)"
         )
@@ -1069,5 +1069,4 @@ def pull(
 
     folder = pull_predictor(repository, output, revision=revision, overwrite=overwrite)
     console.print_outputs(folder)
-    hint = _score_hint(output)
-    log_next_step(hint)
+    log_next_step(_score_hint(output))

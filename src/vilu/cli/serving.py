@@ -139,10 +139,10 @@ Timeout = Annotated[
 ]
 
 SERVICE_MODULES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline")
-"""Modules of other packages imported by the service."""
+"""Modules from other packages that the service imports."""
 
 TLS_PREFIX: Final = "https://"
-"""Prefix of a host name behind a proxy with TLS."""
+"""Prefix for a host name behind a proxy with TLS."""
 
 
 def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -216,7 +216,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def _require_service(executor: str) -> None:
-    """Raise MissingModelError if a package of the service is missing."""
+    """Raise MissingModelError if a package for the service is missing."""
     from vilu.extras import import_extra
 
     extra = "serve"
@@ -243,7 +243,7 @@ def _require_protection(host: str, key_file: Path | None, allow_host: list[str] 
 
 
 def _client_limits(host: str, names: list[str], key_file: Path | None) -> ClientLimits:
-    """The limits on clients: host names, with or without TLS, and keys."""
+    """Return the limits on clients: host names, with or without TLS, and keys."""
     from vilu.service.limits import LOOPBACK_HOSTS, ClientLimits, in_brackets, read_keys
 
     lower_names = [name.lower() for name in names]
@@ -263,7 +263,7 @@ def _client_limits(host: str, names: list[str], key_file: Path | None) -> Client
 
 
 def _announce(message: str) -> None:
-    """Print the address as the result of the command; log all other messages."""
+    """Print the address as the command's result. Log all other messages."""
     if message.startswith("http"):
         print_outputs(message)
     else:

@@ -21,7 +21,7 @@ from vilu.cli.options import (
 from vilu.errors import UsageError
 from vilu.text import escape_unprintable, plural
 
-Arrays = Annotated[
+PathOfArrays = Annotated[
     Path | None,
     path_argument(
         "An .npz file, or a folder of .npy files. Required: class_names (K) or --classes, and "
@@ -127,7 +127,7 @@ MaxErrorRate = Annotated[
 @resumable
 def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     output: StoreFolder,
-    source: Arrays = None,
+    source: PathOfArrays = None,
     logits: Logits = None,
     features: Features = None,
     labels: Labels = None,
@@ -149,10 +149,10 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     Prints the folder of the store. The values of target are row numbers of text, -1 if unknown, and
     -2 for none of the classes (or names of classes, "" if unknown). Rows are scaled to unit norm.
-    Rows that are zero or not finite are unusable; if their share is more than --max-error-rate, the
-    exit code is 3. Nothing is unpickled, and at most one part is in memory. Such
-    stores are compared by width, logit scale and logit bias, because little else is known of the
-    model.
+    Rows that are zero or not finite are unusable. If the share of such rows is more than
+    --max-error-rate, the exit code is 3. Nothing is unpickled, and at most one part is in memory.
+    Such stores are compared by width, logit scale and logit bias, because little else is known of
+    the model.
     """
     from vilu.datasets.classes import read_classes
     from vilu.store.importing import import_arrays
@@ -188,7 +188,7 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def _require_existing_path(path: Path) -> Path:
-    """Callback of typer: return the path; UsageError if the path does not exist."""
+    """Return the path, as typer's callback. Raise UsageError if the path does not exist."""
     if not path.exists():
         raise UsageError(
             f"{path} does not exist. `vilu inspect PATH` takes one path, and recognises what it "
@@ -233,7 +233,7 @@ def inspect(
 
 
 def _inspect_store(path: Path, *, deep: bool) -> None:
-    """Print the content of a store; StorageError if the store has problems."""
+    """Print a store's content. Raise StorageError if the store has problems."""
     from vilu.cli.inspecting import require_sound
     from vilu.store.inspect import inspect as inspect_store
 
@@ -244,7 +244,7 @@ def _inspect_store(path: Path, *, deep: bool) -> None:
 
 
 def _inspect_table(path: Path) -> None:
-    """Print the numbers of rows of a table of answers, and the role of each column."""
+    """Print an answer table's row counts, and the role of each column."""
     from vilu.tables.read import open_table
 
     table = open_table(path)

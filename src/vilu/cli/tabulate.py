@@ -1,4 +1,4 @@
-"""Commands for making a table of answers from files of another program."""
+"""Commands that make a table of answers from another program's files."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def detections_(
     from vilu.tables.sources import detection_answers
 
     input_paths = _require_files(results, annotations)
-    # ``min_iou`` is part of the digest of the inputs, because another value gives another result.
+    # ``min_iou`` is part of the input digest, because another value gives another result.
     write_output = prepare_output(
         output, "answers", input_paths, overwrite=overwrite, min_iou=min_iou
     )
@@ -100,7 +100,8 @@ def logits_(
     from vilu.tables.sources import logit_answers
 
     input_paths = _require_files(logits, labels, classes)
-    # Without this entry, a file of labels and a file of class names would give equal digests.
+    # ``has_labels`` is in the digest, because otherwise a label file and a file with class names
+    # would give equal digests.
     has_labels = labels is not None
     write_output = prepare_output(
         output, "answers", input_paths, overwrite=overwrite, has_labels=has_labels
@@ -148,7 +149,7 @@ def words_(
 
 
 def _require_files(*paths: Path | None) -> list[Path]:
-    """The paths without None; UsageError for a path that is no file."""
+    """Return the paths that are not None. Raise UsageError for a path that is no file."""
     files = [path for path in paths if path is not None]
     for file in files:
         if not file.is_file():
@@ -157,7 +158,7 @@ def _require_files(*paths: Path | None) -> list[Path]:
 
 
 def _read_arrays(files: dict[str, Path | None]) -> dict[str, Any]:
-    """Read the arrays of files; map every name with a file to an array."""
+    """Read the arrays in files. Map every name with a file to an array."""
     from vilu.store.arrays import ArrayFiles, array_to_texts
 
     paths = {name: path for name, path in files.items() if path is not None}
@@ -176,7 +177,7 @@ def _write_and_report(
     output: Path,
     write_output: Callable[[ResultWriter], None],
 ) -> None:
-    """Write the table, print the path, and log the number of answers and the next step."""
+    """Write the table, print the path, and log the answer count and the next step."""
     write_output(converted.write)
     print_outputs(output)
     missed_text = ""

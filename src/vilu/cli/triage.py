@@ -1,4 +1,4 @@
-"""Commands for the photos of a user: triage, and commands to collect and check labels."""
+"""Commands for a user's photos: triage, and commands to collect and check labels."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def _log_summary(summary: TriageSummary, output: Path) -> None:
-    """Log the texts of a summary, and the next command."""
+    """Log a summary's texts, and the next command."""
     texts = (
         summary.verdict,
         summary.counts,
@@ -201,16 +201,16 @@ def _log_summary(summary: TriageSummary, output: Path) -> None:
         page_command = console.shell_command(
             "vilu", "review", output, "--serve", "-o", "labels.csv"
         )
-        n_photos = plural(summary.n_asked, "photo")
+        photos_in_words = plural(summary.n_asked, "photo")
         log_next_step(
             f"next: fill in the column label of {table_to_fill_in} "
-            f"({n_photos}; or label them on a page: {page_command}), then "
+            f"({photos_in_words}; or label them on a page: {page_command}), then "
             f"the same command with --labels {table_to_fill_in}"
         )
 
 
 def _sorting_mode(*, link: bool, move: bool) -> Literal["move", "link"] | None:
-    """How the flags ask to sort the photos; None without flags.
+    """Return how the flags ask to sort the photos. None without flags.
 
     Raises:
         UsageError: If both flags are given.
@@ -238,7 +238,7 @@ RiskOfDraw = Annotated[
     ),
 ]
 DEFAULT_DRAW_RISK: Final = 0.05
-"""Value of ``--max-risk`` for a draw if the flag is not given."""
+"""Value for ``--max-risk`` in a draw if the flag is not given."""
 
 SplitSeed = Annotated[
     int,
@@ -357,7 +357,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def _advice_after_asking(n_asked: int, n_wanted: int) -> str:
-    """The next step for the user; or the reason why no image was asked for."""
+    """Return the next step for the user, or the reason why no image was asked for."""
     if n_asked:
         return "fill in the column label"
     if n_wanted:
@@ -366,7 +366,7 @@ def _advice_after_asking(n_asked: int, n_wanted: int) -> str:
 
 
 def _refuse_for_tables(max_risk: float | None, *, per_class: bool, for_guarantee: bool) -> None:
-    """Raise UsageError for flags that are only for images of a store."""
+    """Raise UsageError for flags that are only for images in a store."""
     if max_risk is not None:
         raise UsageError(
             "the rows of a table are drawn from all of its answers, whatever risk is allowed. "
@@ -382,7 +382,7 @@ def _refuse_for_tables(max_risk: float | None, *, per_class: bool, for_guarantee
 
 
 def _require_new_table(output: Path) -> None:
-    """Refuse an existing output, an output other than .csv, or one next to a file of features."""
+    """Refuse an output that exists, is no .csv file, or would lie next to a feature file."""
     from vilu.tables.files import FEATURES_SUFFIX
 
     if output.exists() or output.suffix.lower() != ".csv":
@@ -405,7 +405,7 @@ def _write_rows_to_label_next(
     n: int,
     seed: int,
 ) -> None:
-    """Write the answers of a table to label next. An existing file is never replaced."""
+    """Write the table's answers to label next. An existing file is never replaced."""
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.tables.ask import choose_next_answers, read_asked_ids, write_label_requests
     from vilu.tables.read import open_table
@@ -428,7 +428,7 @@ def _write_rows_to_label_next(
 
 
 def _labelling_advice(questions: AnswerTable, output: Path) -> str:
-    """Closing line: the next step for the answers to label."""
+    """Return the closing line: the next step for the answers to label."""
     clusters_text = ""
     if questions.cluster is not None:
         clusters_text = f" of {plural(len(set(questions.cluster)), 'whole cluster')}"

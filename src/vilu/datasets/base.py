@@ -1,4 +1,4 @@
-"""Protocols of data sets, and the selection of splits, rows and images."""
+"""Data set protocols, and the selection of splits, rows and images."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class ImageRecord:
     """An image, not yet read or decoded.
 
     Attributes:
-        key: Stable identifier, unique in the data set: a relative POSIX path, a value of the column
+        key: Stable identifier, unique in the data set: a relative POSIX path, a value in the column
             ``key``, or a row number.
-        label: Index into the data set's class names; None if unknown, -2 if the image is outside
+        label: Index into the data set's class names. None if unknown, -2 if the image is outside
             all classes.
-        read: Function that returns the encoded bytes. It may raise OSError or ``BadImage``, and is
-            called from a decoding thread.
-        caption: Function that returns the caption. It may raise OSError or ``BadImage`` (stage
-            "text"). None if the data set has no captions.
-        position: Position in the data set; None if the order of the records gives the position.
-        content: Function that returns bytes to identify the picture. It must be called after
-            ``read``. None if the result of ``read`` identifies the picture.
+        read: Function that returns the encoded bytes. The function may raise OSError or
+            ``BadImage``, and is called from a decoding thread.
+        caption: Function that returns the caption. The function may raise OSError or ``BadImage``
+            (stage "text"). None if the data set has no captions.
+        position: Position in the data set. None if the record order gives the position.
+        content: Function that returns bytes to identify the picture, called after ``read``. None if
+            the bytes from ``read`` identify the picture.
     """
 
     key: str
@@ -55,8 +55,8 @@ class ImageDataset(Protocol):
     """Images in a fixed order. Images are read by position, so any part can be read separately.
 
     Attributes:
-        source: Name of the source of the images, for messages.
-        class_names: Class names in label order, the same for all splits; None if unlabelled.
+        source: The source's name, for messages.
+        class_names: Class names in label order, equal for all splits. None if unlabelled.
         captioned: Whether records have captions. The captions are then the candidates, and there
             are no class names.
         fingerprint: Hash of keys, labels and sizes. If the hash has changed, a run is not resumed.
@@ -68,7 +68,10 @@ class ImageDataset(Protocol):
     fingerprint: str
 
     def __len__(self) -> int:
-        """Number of images, readable or not; for a ``ShardedDataset``, number of shards."""
+        """Return the number of images, readable or not.
+
+        For a ``ShardedDataset``, return the number of shards.
+        """
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the images at positions start ... stop - 1, in order.
@@ -88,20 +91,20 @@ Image i of shard s has the position s * POSITIONS_PER_SHARD + i.
 class ShardedDataset(ImageDataset, Protocol):
     """Images in shards (tar files). The number of images is unknown before the shards are read.
 
-    A part of such a data set consists of whole shards.
+    Such a data set is only divided between shards.
 
     Every sample is a record with a ``position`` (see ``POSITIONS_PER_SHARD``). An unusable sample
-    is a record, too: its ``read`` raises ``BadImage``. So the sample is counted and listed.
-    ``fingerprint`` covers only the names of the shards. ``shard_fingerprint`` covers the sizes and
-    times of shards, and a store saves this hash for each part. So if a shard changes, only the part
-    with this shard is embedded again.
+    is a record, too: ``read`` raises ``BadImage``. So the sample is counted and listed.
+    ``fingerprint`` covers only the shard names. ``shard_fingerprint`` covers shard sizes and times,
+    and a store saves this hash for each part. So if a shard changes, only the part with this shard
+    is embedded again.
     """
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
-        """Return a hash of sizes and times of modification of shards start ... stop - 1."""
+        """Return a hash of sizes and modification times for shards start ... stop - 1."""
 
 
-# State of a file before reading: the file seems readable, or has one of three faults.
+# A file's state before reading: the file seems readable, or has one of three faults.
 READABLE, MISSING_FILE, FORBIDDEN_PATH, PERMISSION_DENIED = range(4)
 FAULT_MESSAGES: Final = {
     MISSING_FILE: "files are missing below {folder}",
@@ -112,13 +115,13 @@ FAULT_MESSAGES: Final = {
 
 
 def find_fault(status: os.stat_result | OSError | None, get_path: Callable[[], str]) -> int:
-    """Return the fault of a file, a key of ``FAULT_MESSAGES``; ``READABLE`` without a fault.
+    """Return a file's fault, a key in ``FAULT_MESSAGES``, or ``READABLE`` without a fault.
 
     Args:
-        status: The status of the file. If the system call failed, the error. None if the file is
+        status: The file's status. If the system call failed, the error. None if the file is
             missing.
-        get_path: Function that returns the path. It is called only if the status does not show
-            whether this process may read the file.
+        get_path: Function that returns the path. Called only if the status does not show whether
+            this process may read the file.
     """
     if status is None:
         return MISSING_FILE
@@ -133,14 +136,14 @@ def find_fault(status: os.stat_result | OSError | None, get_path: Callable[[], s
 
 @dataclass(frozen=True)
 class Faults:
-    """The faults of the N files of a listing, as far as known before reading the files.
+    """The faults of the N files in a listing, as far as known before reading the files.
 
     Attributes:
-        kinds: (N,) uint8 fault of each file (``find_fault``).
-        folder: Folder of the files.
-        path_at: Function that takes a position and returns the path of the file, as listed.
+        kinds: (N,) uint8 fault for each file (``find_fault``).
+        folder: The files' folder.
+        path_at: Function that takes a position and returns the file's path, as listed.
         location_rule: Function that takes the positions of files outside the allowed folders, and
-            returns a sentence on the allowed places of files.
+            returns a sentence on where files are allowed.
     """
 
     kinds: NDArray[np.uint8]
@@ -163,11 +166,11 @@ class Faults:
         )
 
     def check(self, source: str, max_share: float) -> None:
-        """Warn of unreadable files; raise an error if their share is above ``max_share``.
+        """Warn about unreadable files. Raise an error if their share is above ``max_share``.
 
         Raises:
             StorageError: If permission is denied for all unreadable files.
-            DataError: If there are other faults.
+            DataError: If any unreadable file has a different fault.
         """
         n_files = len(self.kinds)
         n_bad = int(np.count_nonzero(self.kinds))
@@ -211,13 +214,13 @@ def require_files(images: ImageDataset, max_share: float) -> None:
 
 
 class ChosenImages:
-    """Some images of another data set, or the first shards of another data set.
+    """Some of a data set's images, or its first shards.
 
     Args:
-        images: The other data set.
-        positions: Positions of the images, ascending. For a ``ShardedDataset``, the numbers of the
-            first n shards: 0, 1, ..., n - 1.
-        choice: Description of the choice, such as {"limit": 100}, for the fingerprint.
+        images: The whole data set.
+        positions: The images' positions, ascending. For a ``ShardedDataset``, the first n shard
+            numbers: 0, 1, ..., n - 1.
+        choice: How the images were chosen, such as {"limit": 100}, for the fingerprint.
     """
 
     def __init__(
@@ -236,7 +239,7 @@ class ChosenImages:
 
     @property
     def faults(self) -> Faults | None:
-        """Faults of these images.
+        """These images' faults.
 
         The faults hold functions, and functions cannot be pickled. So no attribute stores the
         faults.
@@ -260,8 +263,8 @@ class ChosenImages:
         n_records = last - first + 1
         has_gap = n_records > len(chosen_positions)
         if not has_gap:
-            # Shards always end here, because their numbers have no gap. The loop below would be
-            # wrong for shards: it counts a record per position, but a shard has many records.
+            # Shards always end here, because shard numbers have no gap. The loop below would be
+            # wrong for shards: the loop counts a record per position, but a shard has many records.
             yield from records
             return
         position_set = set(chosen_positions)
@@ -271,12 +274,12 @@ class ChosenImages:
 
 
 class ImagesWithOutside:
-    """A data set without some classes. The images of these classes get the label -2.
+    """A data set without some classes. Images from the left-out classes get the label -2.
 
     Args:
         images: The data set with all classes.
-        outside: Names of the classes to leave out (folder or prompt), or labels that are no class
-            (the ``labels_without_class`` of the data set).
+        outside: Names (folder or prompt) of the classes to leave out, or labels that are no class
+            (the data set's ``labels_without_class``).
 
     Raises:
         UsageError: If there is no such class or label, or no class would be left.
@@ -314,7 +317,7 @@ class ImagesWithOutside:
 
     @property
     def faults(self) -> Faults | None:
-        """The faults of the images, as far as known before reading the images."""
+        """The images' faults, as far as known before reading."""
         faults: Faults | None = getattr(self._images, "faults", None)
         return faults
 
@@ -370,9 +373,9 @@ def _labels_to_keep(
 
 
 def parse_split(split: str, existing_splits: Collection[str], source: str) -> tuple[str, ...]:
-    """Return the names in ``split``. They are joined by "+", as in "validation+test".
+    """Return the names in ``split``, where "+" joins the names, as in "validation+test".
 
-    UsageError if a name is not in ``existing_splits``, is empty or is repeated.
+    If a name is not in ``existing_splits``, is empty or is repeated, raise UsageError.
     """
     names = tuple(name.strip() for name in split.split("+"))
     has_repeated = len(set(names)) < len(names)
@@ -400,11 +403,11 @@ class Selection:
     """Options for opening a table, a folder or tar files.
 
     Attributes:
-        split: Names of splits joined by ``+``; None for all rows.
-        classes: A classes file; None if the table has the class names.
+        split: Split names joined by ``+``. None for all rows.
+        classes: A classes file. None if the table has the class names.
         captions: Whether to use captions even if the table has labels.
-        where: Column -> value. A row is used if it has all these values, compared as texts.
-        root: Folder where paths start. Paths must stay below it. None: the folder of the table.
+        where: Column -> value. A row is used if the row has all these values, compared as texts.
+        root: Folder where paths start. Paths must stay below this folder. None: the table's folder.
         outside: Classes to leave out, and labels that are no class. Images with these labels are
             outside all classes.
         follow_links: Whether links in a folder of images may lead anywhere, also to folders.
@@ -419,7 +422,7 @@ class Selection:
     follow_links: bool = False
 
     def allowed_folders(self, table: Path) -> AllowedFolders:
-        """Return the allowed folders of the files of a table."""
+        """Return the folders where a table's files are allowed."""
         if self.root is None:
             return AllowedFolders(table.parent)
         return AllowedFolders(self.root, table_folder=table.parent)
@@ -427,8 +430,8 @@ class Selection:
     def where_columns(self, table_columns: Sequence[str], source: str) -> list[str]:
         """Return the columns in ``where``, after a check of the table.
 
-        UsageError if a column is missing in ``table_columns``, DataError if a column occurs twice
-        there.
+        If a column is missing in ``table_columns``, raise UsageError. If a column occurs twice
+        there, raise DataError.
         """
         for name in self.where:
             n_columns = table_columns.count(name)
@@ -444,7 +447,7 @@ class Selection:
         return list(self.where)
 
     def fingerprint_entries(self) -> dict[str, object]:
-        """Return the fingerprint entries of ``where``; empty without ``where``."""
+        """Return the fingerprint entries for ``where``, empty without ``where``."""
         if not self.where:
             return {}
         return {"where": sorted(self.where.items())}
@@ -452,7 +455,7 @@ class Selection:
     def find_rows(
         self, table: pa.Table, source: str, split_column: str | None
     ) -> NDArray[np.int64]:
-        """Return the positions (N,) of the selected rows in the table."""
+        """Return the selected rows' positions (N,) in the table."""
         is_chosen = np.ones(len(table), dtype=bool)
         if self.split is not None:
             splits = pa.array([], pa.string())  # without the column, parse_split raises an error
@@ -479,7 +482,7 @@ class Selection:
 def _no_row_message(
     source: str, name: str, value: str, cells: pa.Array, is_chosen: NDArray[np.bool_]
 ) -> str:
-    """Return the message that no row has ``value`` in column ``name``. It lists existing values.
+    """Return the message that no row has ``value`` in column ``name``, with existing values.
 
     ``cells`` is the column. ``is_chosen`` marks the rows that fulfil the earlier conditions.
     """
@@ -497,9 +500,9 @@ def _no_row_message(
 
 
 def cells_as_bytes(column: pa.ChunkedArray, location: str) -> pa.Array:
-    """Return the cells of a column as bytes. Texts are not checked, and may be invalid UTF-8.
+    """Return a column's cells as bytes. Texts are not checked, and may be invalid UTF-8.
 
-    ``location`` names the file and the column, for the message of a DataError.
+    ``location`` names the file and the column, for a DataError's message.
     """
     column_type = column.type
     if pa.types.is_nested(column_type):
@@ -517,7 +520,7 @@ def cells_as_bytes(column: pa.ChunkedArray, location: str) -> pa.Array:
 
 
 def is_bytes_type(column_type: pa.DataType) -> bool:
-    """Whether cells are bytes, in any of Arrow's three types of bytes."""
+    """Return whether cells are bytes, in any of Arrow's three byte types."""
     checks = [pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view]
     return any(check(column_type) for check in checks)
 

@@ -41,9 +41,9 @@ SOURCE_KINDS: Final[dict[str, str]] = {
         "image and .txt; with --classes image and .cls"
     ),
 }
-"""Kind of source for ``open_dataset`` -> description for users.
+"""Source kind for ``open_dataset`` -> description for users.
 
-In addition, ``open_dataset`` accepts the folder layouts in ``LAYOUTS``, and opens the data sets of
+In addition, ``open_dataset`` accepts the folder layouts in ``LAYOUTS``, and opens the data sets in
 ``vilu.datasets.known`` by name.
 """
 
@@ -68,29 +68,29 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     """Open images with a fitting reader, or a data set by name.
 
     Args:
-        source: A folder, a file or a pattern of files, of a kind in ``SOURCE_KINDS``. With
-            ``dataset``, the folder of all data sets, or the folder of this data set.
-        split: Names of splits joined by ``+`` ("validation+test"); None for all images.
-        limit: Use only the first ``limit`` images. These are no random sample: the images in
+        source: A folder, a file or a file pattern, of a kind in ``SOURCE_KINDS``. With ``dataset``,
+            the folder of all data sets, or this data set's folder.
+        split: Split names joined by ``+`` ("validation+test"). None for all images.
+        limit: Use only the first ``limit`` images. The first images are no random sample: images in
             folders are sorted by class, so the first images have few classes.
         classes: A classes file: one name per line, or ``folder<TAB>name``.
-        captions: Use the captions of a table that also has labels. A table with captions and
-            without labels needs no option.
-        where: Use only the rows of a table with these values. For example, {"vendor": "google"}
-            selects the rows with "google" in the column "vendor".
+        captions: Use captions from a table that also has labels. A table with captions and without
+            labels needs no option.
+        where: Use only table rows with these values. For example, {"vendor": "google"} selects the
+            rows with "google" in the column "vendor".
         dataset: A name in ``vilu.datasets.known.KNOWN``, such as "dtd".
-        raw_names: Whether to use the class names of the data unchanged; only with ``dataset``.
-        root: Folder where the paths in a table start, instead of the folder of the table. Absolute
-            paths and paths with ".." are then accepted if they end below ``root``. For a folder of
-            images, ``root`` is a second allowed folder for the targets of links.
+        raw_names: Whether to use the data's class names unchanged. Only with ``dataset``.
+        root: Folder where the paths in a table start, instead of the table's folder. Absolute paths
+            and paths with ".." are then accepted if the file is below ``root``. For a folder of
+            images, ``root`` is a second allowed folder for link targets.
         outside: Classes (by folder, label or name for prompts) to leave out, or labels that are no
-            class. Images with these labels get the label -2 (``vilu.OUTSIDE``): they are outside
-            all classes.
+            class. Images with these labels are outside all classes, and get the label -2
+            (``vilu.OUTSIDE``).
         follow_links: Whether links in a folder of images may lead anywhere, also to folders. By
             default, links may lead to files below the folder or below ``root``.
 
     Raises:
-        UsageError: If an argument does not fit the source; the message names the alternatives.
+        UsageError: If an argument does not fit the source. The message names the alternatives.
         DataError: If the source has no readable images, or is inconsistent.
         StorageError: If a folder cannot be listed.
 
@@ -156,7 +156,7 @@ def _require_root(root: Path | None) -> None:
 
 
 def _first_images(images: ImageDataset, limit: int) -> ImageDataset:
-    """Return a data set of the first ``limit`` images."""
+    """Return a data set with the first ``limit`` images."""
     require_at_least("--limit", limit, 1)
     if isinstance(images, ShardedDataset):
         raise UsageError(
@@ -171,7 +171,7 @@ def _first_images(images: ImageDataset, limit: int) -> ImageDataset:
 def _open_any_source(source: Path | str, selection: Selection) -> ImageDataset:
     """Open a table, tar files, a folder with a known layout, or a folder of images."""
     path = Path(source)
-    # not Path.is_file: it raises an error if a pattern is too long for a file name
+    # not Path.is_file, which raises an error if a pattern is too long for a file name
     if os.path.isfile(path) and path.suffix.lower() in TABLE_SUFFIXES:  # noqa: PTH113
         return open_table(path, selection)
     is_folder = os.path.isdir(path)  # noqa: PTH112
@@ -209,7 +209,7 @@ def _refuse_where(source: Path | str, selection: Selection) -> None:
 
 
 def _refuse_root(source: Path | str, selection: Selection) -> None:
-    """Raise UsageError if the user gave --root, but the source does not use it."""
+    """Raise UsageError if the user gave --root, but the source does not use --root."""
     if selection.root is not None:
         raise UsageError(f"--root is for a table or a folder of images. {source} is neither.")
 

@@ -1,4 +1,4 @@
-"""The class table of a data set: names in folders or labels, and names for prompts."""
+"""A data set's class table: names in folders or labels, and names for prompts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MAX_LISTED = 5  # maximum number of names in a message
 class ClassTable:
     """K classes in label order."""
 
-    # names in the data: class folders, texts of labels, or names in the metadata of a table
+    # names in the data: class folders, label texts, or names in a table's metadata
     data_names: tuple[str, ...]
-    # names for prompts; predictors merge classes with the same name, and so the same texts
+    # names for prompts. Predictors merge classes with equal names, and therefore equal texts.
     names: tuple[str, ...]
     # whether ``names`` are ``data_names`` with spaces in place of underscores
     has_cleaned_names: bool = False
@@ -35,8 +35,8 @@ class ClassTable:
         _require_texts("class", self.data_names)
         _require_texts("prompt", self.names)
         if self.data_names == self.names:
-            # Repeated names are accepted here. They occur only with numbers as labels, and these
-            # numbers distinguish classes of the same name.
+            # Repeated names are accepted here. Repeated names occur only with numbers as labels,
+            # and these numbers distinguish classes with equal names.
             return
         counts = Counter(self.data_names)
         repeated_names = _repeated_names(counts)
@@ -91,7 +91,7 @@ def class_table(
     names: Sequence[str] | None = None,
     outside: Collection[str] = (),
 ) -> ClassTable | None:
-    """Return the class table of a data set; None if neither the data nor a file name the classes.
+    """Return a data set's class table. Without names in the data or in a file, return None.
 
     All lines of a classes file are ``name``, or all are ``folder<TAB>name``. The lines get labels
     as follows:
@@ -103,11 +103,11 @@ def class_table(
        Otherwise the names are matched with ``data_names``.
 
     Args:
-        data_names: Names in the data, in label order; None if the data have no names.
+        data_names: Names in the data, in label order. None if the data have no names.
         file: A classes file, or None.
-        numeric_labels: Whether labels are whole numbers. Label i is then line i of the file.
-        names: Names for prompts if there is no file; by default ``data_names`` with spaces in place
-            of underscores.
+        numeric_labels: Whether labels are whole numbers. Label i is then line i in the file.
+        names: Names for prompts if there is no file. By default, ``data_names`` with spaces in
+            place of underscores.
         outside: Classes to be left out later (``ImagesWithOutside``). If the file is matched with
             ``data_names``, these classes need no line.
     """
@@ -122,7 +122,7 @@ def class_table(
     if data_names is None and file_folders is not None and numeric_labels:
         data_names = _parse_labels(file_folders, file)
     if data_names is None:
-        # in a file without folders, both columns of the table are the names
+        # in a file without folders, both table columns are the names
         return ClassTable(file_folders or file_names, file_names)
     if file_folders is not None:
         return _match_folders(data_names, file_folders, file_names, file, outside)
@@ -138,9 +138,9 @@ def class_table(
 
 
 def _parse_labels(file_folders: Sequence[str], file: Path) -> tuple[str, ...] | None:
-    """Return the labels 0, 1, ... as texts if all folders are numbers; None otherwise.
+    """Return the labels 0, 1, ... as texts if all folders are numbers, otherwise None.
 
-    DataError if the folders are numbers, but not every label occurs once.
+    If the folders are numbers, but not every label occurs once, raise DataError.
     """
     if not all(folder.isdecimal() for folder in file_folders):
         return None
@@ -160,10 +160,10 @@ def _match_folders(
     file: Path,
     outside: Collection[str],
 ) -> ClassTable:
-    """Return the table of the classes ``data_names``, with prompt names from the file.
+    """Return the table for the classes ``data_names``, with prompt names from the file.
 
-    ``file_folders`` and ``file_names`` are the two columns of the file. A class in ``outside`` may
-    be missing in the file.
+    ``file_folders`` and ``file_names`` are the file's two columns. A class in ``outside`` may be
+    missing in the file.
     """
     class_of_line = {name: name for name in data_names}
     _require_each_class_once(data_names, class_of_line, file_folders, file, outside)
@@ -175,13 +175,13 @@ def _match_folders(
 def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     """Return the folders and the names in a classes file.
 
-    The folders are None if the lines of the file are names without folders.
+    If the file's lines are names without folders, the folders are None.
 
-    A byte order mark, line ends of any system (CRLF, CR) and blank lines at the end are accepted.
+    A byte order mark, line ends from any system (CRLF, CR) and blank lines at the end are accepted.
     """
     text = _read_text(file)
-    text_without_end = text.rstrip()
-    lines = re.split(r"\r\n?|\n", text_without_end)
+    stripped_text = text.rstrip()
+    lines = re.split(r"\r\n?|\n", stripped_text)
     rows = [line.split("\t") for line in lines]
     n_columns = len(rows[0])
     for line_number, row in enumerate(rows, start=1):
@@ -203,7 +203,7 @@ def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
 
 
 def _read_text(file: Path) -> str:
-    """Return the text of a classes file, without the byte order mark."""
+    """Return a classes file's text, without the byte order mark."""
     try:
         content = read_file(file)
         return content.decode("utf-8-sig")
@@ -216,7 +216,7 @@ def _read_text(file: Path) -> str:
 
 
 def _cleaned_table(data_names: Sequence[str]) -> ClassTable:
-    """Return the class table of a data set without a classes file."""
+    """Return the class table for a data set without a classes file."""
     names = tuple(clean_name(name) for name in data_names)
     return ClassTable(tuple(data_names), names, has_cleaned_names=True)
 
@@ -233,7 +233,7 @@ def _require_each_class_once(
     file: Path,
     outside: Collection[str],
 ) -> None:
-    """Raise DataError unless the file names every class of the data (``data_names``) once.
+    """Raise DataError unless the file names every class in the data (``data_names``) once.
 
     Names in ``outside`` may be missing. ``lines`` are the names in the file, and ``class_of_line``
     maps each accepted line to a class in the data.
@@ -287,10 +287,10 @@ def _require_same_order(data_names: Sequence[str], file_names: Sequence[str], fi
 
 
 def refuse_numbers_as_names(classes: ClassTable, source: str) -> None:
-    """Raise DataError if class names are numbers that differ from the labels of the classes.
+    """Raise DataError if class names are numbers that differ from the class labels.
 
-    This function is for data with numeric labels. Then a label may be the name of a class, or the
-    number of a line in the classes file.
+    This function is for data with numeric labels. Then a label may be a class name, or a line
+    number in the classes file.
     """
     names = classes.names
     are_numbers = all(map(str.isdecimal, names))
@@ -308,7 +308,7 @@ def refuse_numbers_as_names(classes: ClassTable, source: str) -> None:
 
 
 def _is_utf8(name: str) -> bool:
-    """Whether a name can be encoded in UTF-8.
+    """Return whether a name can be encoded in UTF-8.
 
     Surrogates cannot be encoded. Python puts surrogates in place of bytes that are not UTF-8.
     """

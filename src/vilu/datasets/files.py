@@ -35,11 +35,11 @@ IMAGE_SUFFIXES = (
 Formats without a decoder are included, so that such a file is reported and not skipped.
 """
 
-NO_VALUE: Final = -1  # stands for a missing label, size or time in the hash of a listing
+NO_VALUE: Final = -1  # stands for a missing label, size or time in a listing's hash
 
 
 def read_file(path: str | Path) -> bytes:
-    """Return the bytes of a regular file.
+    """Return the bytes in a regular file.
 
     Raises:
         OSError: If the file is not regular or has more than ``MAX_FILE_BYTES``.
@@ -56,7 +56,7 @@ def read_file(path: str | Path) -> bytes:
 
 
 def read_below(folder: Path, path: str) -> bytes:
-    """Return the bytes of a file below a folder."""
+    """Return the bytes in a file below a folder."""
     full_path = resolve_below(folder, path)
     return read_file(full_path)
 
@@ -64,8 +64,8 @@ def read_below(folder: Path, path: str) -> bytes:
 def status_below(folder: Path, path: str) -> os.stat_result | None:
     """Return the status of a file below a folder.
 
-    None if the file is missing, or if ``path`` leads out of the folder. For a path that leads out,
-    ``read_below`` raises ForbiddenPathError.
+    If the file is missing, or if ``path`` leads out of the folder, return None. For a path that
+    leads out, ``read_below`` raises ForbiddenPathError.
     """
     try:
         return os.stat(resolve_below(folder, path))  # noqa: PTH116  for speed
@@ -87,20 +87,20 @@ def resolve_below(folder: Path, path: str) -> str:
 
 
 class ForbiddenPathError(OSError):
-    """The error of a file outside the allowed folders of its data set (``AllowedFolders``)."""
+    """The error for a file outside the allowed folders (``AllowedFolders``)."""
 
 
 class AllowedFolders:
-    """The allowed folders for the files of a data set. No file outside of them is read.
+    """The allowed folders for a data set's files. No file outside these folders is read.
 
-    The real location of a file is checked, after all links have been followed.
+    A file's real location is checked, after all links have been followed.
 
     Args:
         folder: Folder where relative paths start. Files must be below this folder.
-        table_folder: Folder of the table of files. Paths with ".." start from this folder.
-            Absolute paths and paths with ".." are accepted if they lead to a file below ``folder``.
+        table_folder: Folder of the table that lists the files. Paths with ".." start from this
+            folder. Absolute paths and paths with ".." are accepted if the file is below ``folder``.
             If ``table_folder`` is None, these paths raise an error.
-        link_folder: A second allowed folder for the targets of links.
+        link_folder: A second allowed folder for link targets.
         follow_links: Whether links may lead anywhere, and links to folders are followed, too. Paths
             still have to be below ``folder``.
     """
@@ -118,13 +118,13 @@ class AllowedFolders:
         self._table_folder: str | None = None
         if table_folder is not None:
             self._table_folder = os.path.realpath(table_folder)
-        # prefixes of the real paths of all allowed files
+        # prefixes that allowed files' real paths have
         self._prefixes: tuple[str, ...] = (_real_prefix(folder),)
         if link_folder is not None:
             self._prefixes += (_real_prefix(link_folder),)
 
     def resolve(self, path: str) -> str:
-        """Return the full path of a file.
+        """Return a file's full path.
 
         Raises:
             ForbiddenPathError: If the path, or a link on it, leads out of the allowed folders.
@@ -132,8 +132,8 @@ class AllowedFolders:
         full_path = self._full_path(path)
         if self.follow_links:
             return full_path
-        # The real path of the folder is cached, so it is found fast. If the folder is allowed, only
-        # a link can lead out of the allowed folders.
+        # The folder's real path is cached, so finding the path is fast. If the folder is allowed,
+        # only a link can lead out of the allowed folders.
         folder = os.path.dirname(full_path)  # noqa: PTH120  for speed
         is_folder_inside = _has_real_prefix(folder, self._prefixes)
         if not is_folder_inside or self.is_forbidden_link(full_path):
@@ -143,7 +143,7 @@ class AllowedFolders:
         return full_path
 
     def _full_path(self, path: str) -> str:
-        """Return the full path of a file, starting from ``folder``.
+        """Return a file's full path, starting from ``folder``.
 
         There is an exception if ``table_folder`` is not None: a path with ".." starts from
         ``table_folder``, and an absolute path is used unchanged.
@@ -156,55 +156,55 @@ class AllowedFolders:
         return os.path.normpath(os.path.join(self._table_folder, path))  # noqa: PTH118  for speed
 
     def is_forbidden_link(self, full_path: str) -> bool:
-        """Whether a file is a link that leads out of the allowed folders."""
+        """Return whether a file is a link that leads out of the allowed folders."""
         if self.follow_links or not os.path.islink(full_path):  # noqa: PTH114  for speed
             return False
         return not os.path.realpath(full_path).startswith(self._prefixes)
 
     def status(self, path: str) -> os.stat_result | OSError:
-        """Return the status of a file, or the error of the system call."""
+        """Return a file's status, or the system call's error."""
         try:
             return os.stat(self.resolve(path))  # noqa: PTH116  for speed
         except OSError as error:
             return error.with_traceback(None)
 
     def real_path(self, path: str) -> str:
-        """Return the real path of a file, after all links. The path may be forbidden."""
+        """Return a file's real path, after all links. The path may be forbidden."""
         start = self._table_folder or self.folder
         without_nul = path.replace("\0", "")  # os.path.realpath raises an error at a NUL
         return os.path.realpath(os.path.join(start, without_nul))  # noqa: PTH118  for speed
 
     def read(self, path: str) -> bytes:
-        """Return the bytes of a file."""
+        """Return the bytes in a file."""
         full_path = self.resolve(path)
         return read_file(full_path)
 
 
 def _real_prefix(folder: str | Path) -> str:
-    """Return the real path of a folder with a slash at its end.
+    """Return a folder's real path with a slash at the end.
 
-    The real path of a file begins with this text if, and only if, the file is below the folder.
+    A file's real path begins with this text if, and only if, the file is below the folder.
     """
     return os.path.join(os.path.realpath(folder), "")  # noqa: PTH118  a Path drops the slash
 
 
 @lru_cache(4096)
 def _has_real_prefix(folder: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether the real path of a folder begins with a prefix in ``prefixes`` (``_real_prefix``).
+    """Return whether a folder's real path begins with a prefix in ``prefixes`` (``_real_prefix``).
 
-    The results are cached, because most files of a data set are in few folders.
+    The results are cached, because most files in a data set are in few folders.
     """
     real_prefix = _real_prefix(folder)
     return real_prefix.startswith(prefixes)
 
 
 def _can_be_path(path: str) -> bool:
-    """Whether a file can have this path. No system accepts an empty path, or a path with NUL."""
+    """Return whether a path is possible. No system accepts an empty path, or a path with NUL."""
     return bool(path) and "\0" not in path
 
 
 def is_relative_without_dotdot(path: str) -> bool:
-    """Whether a path is relative and without "..", by the rules of POSIX and of Windows."""
+    """Return whether a path is relative and without "..", by POSIX and Windows rules."""
     if not _can_be_path(path):
         return False
     parsed = PureWindowsPath(path)  # understands both separators, drives and network shares
@@ -215,17 +215,17 @@ def is_relative_without_dotdot(path: str) -> bool:
 _CONTROL_CHARACTERS = re.compile(
     "[\x00-\x1f\x7f-\x9f\N{ARABIC LETTER MARK}\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
-"""Characters for controlling a terminal: controls, line ends, marks of text direction."""
+"""Characters for controlling a terminal: controls, line ends, text direction marks."""
 
 _ESCAPE_PATTERN = re.compile(rb"\\x([0-9a-f]{2})")
 
 
 def portable_name(path: str) -> str:
-    r"""Return a path as text for tables and screens; different paths have different texts.
+    r"""Return a path as text for tables and screens. Different paths have different texts.
 
     Two kinds of bytes become ``\xNN`` (a backslash, x and two hexadecimal digits): bytes that are
-    not UTF-8, and the bytes of characters that control a terminal. A backslash that looks like the
-    beginning of such an escape becomes ``\x5c``. The rest of the path is unchanged.
+    not UTF-8, and bytes in characters that control a terminal. A backslash that looks like the
+    beginning of such an escape becomes ``\x5c``. The path's remaining text is unchanged.
     ``original_path`` is the inverse function.
 
     Examples:
@@ -243,14 +243,14 @@ def portable_name(path: str) -> str:
     is_plain = path.isascii() and path.isprintable()
     if is_plain and "\\x" not in path:
         return path
-    # if the path already has a text like an escape, the backslash of this text is escaped
+    # if the path already has a text like an escape, the backslash in this text is escaped
     path_bytes = _ESCAPE_PATTERN.sub(rb"\\x5cx\1", _path_bytes(path))
     text = path_bytes.decode("utf-8", "backslashreplace")
     return _CONTROL_CHARACTERS.sub(_escape_character, text)
 
 
 def _path_bytes(path: str) -> bytes:
-    """Return the bytes of a path."""
+    """Return a path's bytes."""
     try:
         return os.fsencode(path)
     except UnicodeEncodeError:  # a surrogate: possible in JSON, but not in a file name
@@ -258,12 +258,12 @@ def _path_bytes(path: str) -> bytes:
 
 
 def _escape_character(match: re.Match[str]) -> str:
-    """Return the escapes of the UTF-8 bytes of a character."""
+    """Return the escapes for a character's UTF-8 bytes."""
     return "".join(f"\\x{byte:02x}" for byte in match[0].encode())
 
 
 def _unescape_byte(match: re.Match[bytes]) -> bytes:
-    """Return the byte of an escape."""
+    """Return the byte that an escape stands for."""
     digits = match[1].decode()
     return bytes.fromhex(digits)
 
@@ -292,9 +292,9 @@ def original_path(text: str) -> str:
 
 
 def matching_text(name: str, texts: Collection[str]) -> str | None:
-    """Return the text in ``texts`` that fits a name in a user's table; None if no text fits.
+    """Return the text in ``texts`` that fits a name in a user's table, or None.
 
-    If ``name`` is in ``texts``, the result is ``name``. Otherwise, ``portable_name`` of the name is
+    If ``name`` is in ``texts``, the result is ``name``. Otherwise, ``portable_name(name)`` is
     looked up in ``texts``.
     """
     if name in texts:
@@ -306,9 +306,9 @@ def matching_text(name: str, texts: Collection[str]) -> str | None:
 
 
 def text_of_version_0_1(text: str) -> str:
-    """Return the text of vilu 0.1.0 for the path that is now written as ``text``.
+    """Return vilu 0.1.0's text for the path that is now written as ``text``.
 
-    Label books of vilu 0.1.0 have such texts. The texts were not unique: two paths could have the
+    Label books from vilu 0.1.0 have such texts. The texts were not unique: two paths could have the
     same text.
     """
     path = original_path(text)
@@ -334,15 +334,15 @@ def walk_images(
 ) -> Iterator[tuple[str, os.stat_result | OSError]]:
     """Yield the path below ``folder`` and the status of every image file, sorted by path bytes.
 
-    Each file costs a call of ``stat``. Links to files are followed. Links to folders are followed
-    only if ``allowed_folders`` has ``follow_links``. An error is yielded instead of the status if a
-    link leads to itself, to a folder that contains it, or out of ``allowed_folders``. Skipped
-    entries are counted in ``ignored_counts`` under "hidden", "linked_folder", "not_image" (by
-    suffix) or "not_a_file".
+    Each file costs a call to ``stat``. Links to files are followed. Links to folders are followed
+    only if ``allowed_folders`` has ``follow_links``. If a link leads to itself, to a folder that
+    contains the link, or out of ``allowed_folders``, an error is yielded instead of the status.
+    Skipped entries are counted in ``ignored_counts`` under "hidden", "linked_folder", "not_image"
+    (by suffix) or "not_a_file".
     """
     follows_links = allowed_folders is not None and allowed_folders.follow_links
     prefix = os.path.join(folder, "")  # noqa: PTH118  a Path drops the slash
-    # Entries of this stack are taken from the end. So they are added in reverse order.
+    # Entries are taken from the stack's end. So entries are added in reverse order.
     pending_entries = [_PendingEntry(entry, ()) for entry in reversed(_sorted_entries(folder))]
     while pending_entries:
         entry, folders_of_links = pending_entries.pop()
@@ -362,7 +362,7 @@ def walk_images(
 
 
 class _PendingEntry(NamedTuple):
-    """An entry of a folder, not yet visited by ``walk_images``."""
+    """An entry in a folder, not yet visited by ``walk_images``."""
 
     entry: os.DirEntry[str]
     folders_of_links: tuple[str, ...]  # the folders at both ends of every link on the path
@@ -375,17 +375,17 @@ def _folders_at_ends(link: os.DirEntry[str]) -> tuple[str, str]:
 
 
 def _leads_to_container(link: os.DirEntry[str], folders_of_links: tuple[str, ...]) -> bool:
-    """Whether a link leads to a folder that contains it, perhaps through other links.
+    """Return whether a link leads to a folder that contains the link, perhaps through more links.
 
     ``folders_of_links`` are the folders at both ends of every link on the path to this link.
     """
     container, target = _folders_at_ends(link)
-    # ``target`` contains a folder if the path of the folder begins with ``target``
+    # ``target`` contains a folder if the folder's path begins with ``target``
     return any(folder.startswith(target) for folder in (*folders_of_links, container))
 
 
 def _reason_to_ignore(entry: os.DirEntry[str], *, follows_links: bool) -> str | None:
-    """Return the reason for skipping an entry in ``walk_images``; None for an image or a folder."""
+    """Return why ``walk_images`` skips an entry. For an image or a folder, return None."""
     if _is_hidden(entry):
         return "hidden"
     if _is_folder(entry):
@@ -396,13 +396,13 @@ def _reason_to_ignore(entry: os.DirEntry[str], *, follows_links: bool) -> str | 
     try:
         if not entry.is_file():
             return "not_a_file"
-    except OSError:  # not skipped: the error row of the file will state the reason
+    except OSError:  # not skipped: the file's error row will state the reason
         return None
     return None
 
 
 def is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a file or a link to a file; False for a link to itself."""
+    """Return whether an entry is a file or a link to a file. Return False for a link to itself."""
     try:
         return entry.is_file()
     except OSError:
@@ -410,7 +410,7 @@ def is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or a link to a folder; False for a link to itself."""
+    """Return whether an entry is a folder or a link to one. Return False for a link to itself."""
     try:
         return entry.is_dir()
     except OSError:
@@ -420,7 +420,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _status_of(
     entry: os.DirEntry[str], allowed_folders: AllowedFolders | None
 ) -> os.stat_result | OSError:
-    """Return the status of a file, or the error of the system call or of ``allowed_folders``."""
+    """Return a file's status, or the error from the system call or ``allowed_folders``."""
     if allowed_folders is not None and entry.is_symlink():
         if allowed_folders.is_forbidden_link(entry.path):
             return ForbiddenPathError(errno.EACCES, "the link leads out of its folder", entry.path)
@@ -435,7 +435,7 @@ def _is_hidden(entry: os.DirEntry[str]) -> bool:
 
 
 def _sorted_entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder in the order of ``walk_images``."""
+    """Return a folder's entries in the order of ``walk_images``."""
     hint = "Check its permissions or leave it out."
     with convert_os_errors(f"cannot list the folder {folder}", hint), os.scandir(folder) as entries:
         return sorted(entries, key=_sort_key)
@@ -454,10 +454,10 @@ def _sort_key(entry: os.DirEntry[str]) -> bytes:
 
 
 class ListingHash:
-    """A hash of keys, labels, sizes and times of modification. Files are added to the hash.
+    """A hash of keys, labels, sizes and modification times. Files are added to the hash.
 
     Args:
-        context: Further texts that change the meaning of the listing (class folders, split).
+        context: Further texts that change the listing's meaning (class folders, split).
     """
 
     def __init__(self, *context: str) -> None:
@@ -466,19 +466,19 @@ class ListingHash:
             self.add(text, label=NO_VALUE, status=None)
 
     def add(self, key: str, label: int, status: os.stat_result | OSError | None) -> None:
-        """Add a file; ``status`` is None or an error if the file is missing or not readable."""
+        """Add a file. If the file is missing or not readable, ``status`` is None or an error."""
         name = key.encode("utf-8", "surrogateescape")
         size = NO_VALUE
         time = NO_VALUE
         if isinstance(status, os.stat_result):
             size = status.st_size
             time = status.st_mtime_ns
-        # four whole numbers of 64 bits, then the name; the first number is the length of the name
+        # four whole numbers of 64 bits, then the name. The first number is the name's length.
         numbers = struct.pack("<Qqqq", len(name), label, size, time)
         self._hash.update(numbers + name)
 
     def add_texts(self, texts: Iterable[bytes | None]) -> None:
-        """Add the texts of files, in order; None for a file without a text."""
+        """Add the files' texts, in order. None stands for a file without a text."""
         for text in texts:
             if text is None:
                 self._hash.update(struct.pack("<q", NO_VALUE))

@@ -1,4 +1,4 @@
-"""Folders of images: with one sub-folder per class, or flat and without labels."""
+"""Image folders: with one sub-folder per class, or flat and without labels."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ LINK_RULE = (
 class ListedFiles:
     """Files below a folder with their labels, in insertion order.
 
-    The key of a file is the path below the folder.
+    A file's key is the path below the folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._paths: list[str] = []
         self._labels = array("i")
-        self._faults = array("B")  # fault of each file: a result of ``find_fault``
+        self._faults = array("B")  # fault for each file, from ``find_fault``
 
     @property
     def faults(self) -> Faults:
@@ -88,7 +88,7 @@ class ListedFiles:
         status: os.stat_result | OSError | None,
         listing_hash: ListingHash,
     ) -> None:
-        """Add a file to the list and to the hash of the listing."""
+        """Add a file to the list and to the listing's hash."""
         self._paths.append(path)
         self._labels.append(label)
         get_full_path = partial(os.path.join, self._folder, path)
@@ -98,31 +98,31 @@ class ListedFiles:
 
 
 def _location_rule(_positions: NDArray[np.int64]) -> str:
-    """Return a sentence with the allowed places of files, independent of the positions."""
+    """Return a sentence on where files are allowed, independent of the positions."""
     return LINK_RULE
 
 
 class FolderDataset(ListedFiles):
     """Images below a folder: ``class/**/image``, ``split/class/**/image``, or ``image``.
 
-    A label is the index of a class folder among the class folders of all splits, sorted by bytes.
-    If there are no class folders, images directly in the folder have no labels. Images are in the
-    byte order of their paths. The listing needs a call of ``stat`` and about a hundred bytes per
-    image.
+    A label is a class folder's index among all splits' class folders, sorted by bytes. If there are
+    no class folders, images directly in the folder have no labels. Images are sorted by path bytes.
+    The listing needs a call to ``stat`` and about a hundred bytes per image.
 
     Args:
         root: The folder.
-        split: Names of split folders, joined by ``+``; None if there are no split folders.
+        split: Split folder names, joined by ``+``. None if there are no split folders.
         classes: A classes file. The names in the file are matched with the class folders.
-        link_folder: A second allowed folder for the targets of links to files, besides ``root``.
-            Reading a link to a file outside of both folders raises ForbiddenPathError.
-        outside: Classes that may be missing in the classes file, because they will be left out.
+        link_folder: A second allowed folder for link targets, besides ``root``. Reading a link to a
+            file outside both folders raises ForbiddenPathError.
+        outside: Classes that may be missing in the classes file, because these classes will be left
+            out.
         follow_links: Whether links may lead anywhere, also to folders.
 
     Attributes:
         ignored_counts: Reason -> number of files and folders skipped for this reason. The reasons
-            are the reasons of ``files.walk_images``, and "outside_class" for images outside the
-            class folders.
+            are those in ``files.walk_images``, and "outside_class" for images outside the class
+            folders.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class FolderDataset(ListedFiles):
         return partial(self._read, path)
 
     def _read(self, path: str) -> bytes:
-        """Return the bytes of the file ``path``; ForbiddenPathError for a forbidden link."""
+        """Return the bytes in the file ``path``. Raise ForbiddenPathError for a forbidden link."""
         # the path is joined as listed: Path could change a name that is special on Windows
         full_path = os.path.join(self._folder, path)  # noqa: PTH118
         if self._allowed_folders.is_forbidden_link(full_path):
@@ -167,7 +167,7 @@ class FolderDataset(ListedFiles):
         return read_file(full_path)
 
     def _list_splits(self, splits: Sequence[str], class_folders: Sequence[str]) -> str:
-        """Add the images of some split folders, and return the hash of the listing."""
+        """Add the images in some split folders, and return the listing's hash."""
         listing_hash = ListingHash(*class_folders)
         label_of = {name: label for label, name in enumerate(class_folders)}
         with track(f"listing {self._folder.name}", total=None, unit="images") as task:
@@ -178,7 +178,7 @@ class FolderDataset(ListedFiles):
     def _list_split(
         self, name: str, label_of: dict[str, int], listing_hash: ListingHash, task: Task
     ) -> None:
-        """Add the images of the split folder ``name``; "" is the folder of the data set.
+        """Add the images in the split folder ``name``. "" is the data set's folder.
 
         ``label_of`` maps each class folder to a label.
         """
@@ -200,13 +200,13 @@ class FolderDataset(ListedFiles):
 
 
 ListedPhoto = tuple[str, os.stat_result | OSError]
-"""Path of an image below a folder, and the status of the file, or the error of the system call."""
+"""An image's path below a folder, and the file's status, or the system call's error."""
 
 
 def list_photos(
     root: Path, *, min_photos: int = 1, follow_links: bool = False
 ) -> list[ListedPhoto]:
-    """Return all images below a folder, at any depth, in the byte order of their paths.
+    """Return all images below a folder, at any depth, sorted by path bytes.
 
     Sub-folders are not read as classes or splits. With ``follow_links``, links may lead anywhere.
 
@@ -231,7 +231,7 @@ def list_photos(
 
 
 def _refuse_empty(ignored_counts: Counter[str], root: Path, *, expected: str) -> NoReturn:
-    """Raise DataError for a folder without images; the message lists the contents instead."""
+    """Raise DataError for a folder without images. The message lists what the folder has."""
     contents = _list_counts(ignored_counts) or "nothing"
     raise DataError(f"no image in {root}. Found: {contents}. Expected {expected}.")
 
@@ -254,13 +254,13 @@ def _list_counts(ignored_counts: Counter[str]) -> str:
 
 
 class PhotoFiles(ListedFiles):
-    """Some photos of a folder, without labels.
+    """Some photos from a folder, without labels.
 
     Args:
         root: The folder.
-        photos: Paths of the photos below the folder, with their status.
-        names: Class names of the data set.
-        moved_paths: New path of each photo moved since the listing. The key of a photo is
+        photos: The photos' paths below the folder, each with the file's status.
+        names: The data set's class names.
+        moved_paths: New path of each photo moved since the listing. A photo's key is
             ``portable_name`` of the listed path.
         follow_links: Whether links may lead anywhere, also to folders.
     """
@@ -294,7 +294,7 @@ class PhotoFiles(ListedFiles):
 
 
 def _class_folders(root: Path, splits: Sequence[str], *, follow_links: bool) -> list[str]:
-    """Return the names of the class folders in all split folders, sorted by bytes."""
+    """Return the class folder names in all split folders, sorted by bytes."""
     names: set[str] = set()
     for split in splits:
         class_folders = subfolders(root / split, follow_links=follow_links)
@@ -324,7 +324,7 @@ def _split_folders(root: Path, split: str | None) -> tuple[Sequence[str], Sequen
 
 
 def _require_no_splits(root: Path, folders: Sequence[str]) -> None:
-    """Raise UsageError if all sub-folders of ``root`` have names of splits.
+    """Raise UsageError if all sub-folders in ``root`` have split names.
 
     This function is called if the user has chosen no split.
     """

@@ -38,16 +38,16 @@ from vilu.errors import DataError, UsageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ORIENTATION_TAG: Final = 0x0112  # number of the orientation tag
-# Type of a number in TIFF -> code of the type in ``struct``. The types are BYTE (1), SHORT (3) and
-# LONG (4). The standard prescribes SHORT for the orientation, but cameras also write BYTE and LONG.
+ORIENTATION_TAG: Final = 0x0112  # the orientation tag's number
+# Number type in TIFF -> the type's code in ``struct``. The types are BYTE (1), SHORT (3) and LONG
+# (4). The standard prescribes SHORT for the orientation, but cameras also write BYTE and LONG.
 _INTEGER_CODES: Final = {1: "B", 3: "H", 4: "I"}
-# First four bytes of a TIFF file -> code of the byte order in ``struct``. "+" marks BigTIFF.
+# A TIFF file's first four bytes -> the byte order's code in ``struct``. "+" marks BigTIFF.
 BYTE_ORDER_CODES: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 
 
 def read_orientation(block: bytes) -> int | None:
-    """Return the orientation (1 to 8) in a TIFF file or EXIF block; None if not stated.
+    """Return the orientation (1 to 8) in a TIFF file or EXIF block, or None if not stated.
 
     Source: EXIF 3.0, tag 0x0112.
 
@@ -69,12 +69,12 @@ def read_orientation(block: bytes) -> int | None:
 
 
 def _orientation_tag(block: bytes) -> int | None:
-    """Return the value of the orientation tag in the first directory; None if there is no tag."""
+    """Return the orientation tag's value in the first directory. Without the tag, return None."""
     layout = _tiff_layout(block)
     directory = layout.read(layout.offset_code, block, layout.first_offset)
     n_entries = layout.read(layout.count_code, block, directory)
     first_entry = directory + struct.calcsize(layout.count_code)
-    # A damaged block may state too many entries. So the range ends at the end of the block.
+    # A damaged block may state too many entries. So the range ends at the block's end.
     possible_positions = range(first_entry, len(block), layout.entry_bytes)
     for position in possible_positions[:n_entries]:
         tag, value_type = struct.unpack_from(layout.order + "HH", block, position)
@@ -87,22 +87,21 @@ def _orientation_tag(block: bytes) -> int | None:
 
 
 def count_directories(data: bytes, limit: int) -> int:
-    """Return the number of directories (pages) of a TIFF file.
+    """Return the number of directories (pages) in a TIFF file.
 
-    Counting stops at ``limit``, at a directory counted before, and at an offset outside of the
-    file.
+    Counting stops at ``limit``, at a directory counted before, and at an offset outside the file.
     """
     counted_directories: set[int] = set()
     with suppress(struct.error, OverflowError):
         layout = _tiff_layout(data)
         directory = layout.read(layout.offset_code, data, layout.first_offset)
-        # ``directory`` is the offset of a directory, or 0 after the last directory
+        # ``directory`` is a directory's offset, or 0 after the last directory
         while directory and directory not in counted_directories:
             if len(counted_directories) == limit:
                 break
             n_entries = layout.read(layout.count_code, data, directory)
             counted_directories.add(directory)
-            # the offset of the next directory is behind the entries of this directory
+            # the next directory's offset is behind this directory's entries
             first_entry = directory + struct.calcsize(layout.count_code)
             end_of_entries = first_entry + n_entries * layout.entry_bytes
             directory = layout.read(layout.offset_code, data, end_of_entries)
@@ -110,13 +109,13 @@ def count_directories(data: bytes, limit: int) -> int:
 
 
 class _TiffLayout(NamedTuple):
-    """The format of numbers in a TIFF file. The codes are format characters of ``struct``."""
+    """The number format in a TIFF file. The codes are format characters for ``struct``."""
 
-    order: str  # code of the byte order
-    count_code: str  # code of the number of entries of a directory
-    offset_code: str  # code of an offset: a position in the file
-    entry_bytes: int  # size of an entry of a directory
-    first_offset: int  # position of the offset of the first directory
+    order: str  # code for the byte order
+    count_code: str  # code for a directory's entry count
+    offset_code: str  # code for an offset: a position in the file
+    entry_bytes: int  # size of a directory entry
+    first_offset: int  # where the first directory's offset is
 
     def read(self, code: str, block: bytes, position: int) -> int:
         """Return the number with this code at a position."""
@@ -125,7 +124,7 @@ class _TiffLayout(NamedTuple):
 
 
 def _tiff_layout(block: bytes) -> _TiffLayout:
-    """Return the layout of classic TIFF, or of BigTIFF if the first four bytes contain "+"."""
+    """Return classic TIFF's layout, or BigTIFF's layout if the first four bytes contain "+"."""
     order = BYTE_ORDER_CODES[block[:4]]
     if b"+" in block[:4]:
         return _TiffLayout(order, count_code="Q", offset_code="Q", entry_bytes=20, first_offset=8)
@@ -135,7 +134,7 @@ def _tiff_layout(block: bytes) -> _TiffLayout:
 class _JpegFile(JpegImagePlugin.JpegImageFile):
     """A JPEG file, opened without reading the EXIF block.
 
-    Pillow would warn of a damaged block.
+    Pillow would warn about a damaged block.
     """
 
     def _read_dpi_from_exif(self) -> None:
@@ -143,11 +142,11 @@ class _JpegFile(JpegImagePlugin.JpegImageFile):
 
 
 NEEDS_PILLOW_HEIF: Final = "needs_pillow_heif"
-"""Kind of the error of HEIC photos if the extra vilu[heic] is not installed."""
+"""Error kind for HEIC photos if the extra vilu[heic] is not installed."""
 
 
 def _open_heic(file: BytesIO) -> ImageFile.ImageFile:
-    """Open a HEIC photo. The decoder of HEIC rotates photos upright, unlike all other decoders.
+    """Open a HEIC photo. Only the HEIC decoder rotates photos upright.
 
     Raises:
         BadImage: If pillow-heif is not installed.
@@ -175,7 +174,7 @@ OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
     "AVIF": AvifImagePlugin.AvifImageFile,
     "HEIC": _open_heic,
 }
-"""Name of a decoded format -> class or function that opens a file of this format."""
+"""A decoded format's name -> class or function that opens a file in this format."""
 
 MAX_FRAMES = 10_000  # counting stops here, since a file can hold millions of empty frames
 _SIGNATURE_FILE = resources.files("vilu").joinpath("assets", "image_signatures.csv")
@@ -184,13 +183,13 @@ _, _SIGNATURE_ROWS = parse_csv(_SIGNATURE_TABLE.splitlines(), "image_signatures.
 _SIGNATURES = [
     (int(row["offset"]), bytes.fromhex(row["bytes"]), row["format"]) for row in _SIGNATURE_ROWS
 ]
-"""Signatures of formats: a position in the file, the bytes there, and the name of the format."""
+"""Format signatures: a position in the file, the bytes there, and the format's name."""
 
 
 def detect_format(data: bytes) -> str | None:
-    """Return the name of the format of encoded bytes; None if the bytes look like no image.
+    """Return the format name for encoded bytes. If the bytes look like no image, return None.
 
-    The name is a key of ``OPENERS``, or the name of a format without a decoder here.
+    The name is a key in ``OPENERS``, or the name of a format without a decoder here.
     """
     for offset, magic, name in _SIGNATURES:
         if data.startswith(magic, offset):
@@ -201,7 +200,7 @@ def detect_format(data: bytes) -> str | None:
 
 
 def _looks_like_svg(data: bytes) -> bool:
-    """Whether the data begin with an SVG element, possibly after an XML declaration or comment."""
+    """Return whether the data begin with SVG, possibly after an XML declaration or comment."""
     head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
     if head.startswith((b"<?xml", b"<!--")):
         return b"<svg" in head
@@ -211,8 +210,8 @@ def _looks_like_svg(data: bytes) -> bool:
 def count_frames(format_name: str, data: bytes, image: ImageFile.ImageFile) -> int:
     """Return the number of frames, at most ``MAX_FRAMES``, without decoding a frame.
 
-    Pillow could count the frames of GIF and TIFF, but without a limit. For TIFF, Pillow's time is
-    also quadratic in the number of frames.
+    Pillow could count GIF and TIFF frames, but without a limit. For TIFF, Pillow's time is also
+    quadratic in the number of frames.
     """
     if format_name == "GIF":
         return _count_gif_frames(data)
@@ -227,23 +226,23 @@ GIF_BLOCKS: Final = frozenset({GIF_IMAGE, GIF_EXTENSION})
 
 
 def _count_gif_frames(data: bytes) -> int:
-    """Return the number of frames of a GIF, at least 1 (source: the GIF89a specification)."""
+    """Return the number of frames in a GIF, at least 1 (source: the GIF89a specification)."""
     n_frames = 0
     # in a truncated GIF, IndexError ends the counting, and the frames so far are returned
     with suppress(IndexError):
-        # the header has 13 bytes; byte 10 has the flags of the colour table after the header
+        # the header has 13 bytes. Byte 10 has the flags of the colour table after the header.
         position = 13 + _colour_table_bytes(data[10])
         while n_frames < MAX_FRAMES and data[position] in GIF_BLOCKS:
             if data[position] == GIF_IMAGE:
                 n_frames += 1
-                # The data of a frame come after 11 bytes and a colour table. Byte 9 has the flags
-                # of this table.
+                # A frame's data come after 11 bytes and a colour table. Byte 9 has this table's
+                # flags.
                 position += 11 + _colour_table_bytes(data[position + 9])
             else:
-                # the data of an extension come after 2 bytes
+                # an extension's data come after 2 bytes
                 position += 2
-            # The data are chunks: a byte with the length of the chunk, then the bytes of the chunk.
-            # A chunk of length 0 ends the block.
+            # The data are chunks: a byte with the chunk's length, then the chunk's bytes. A chunk
+            # of length 0 ends the block.
             while data[position] > 0:
                 position += data[position] + 1
             position += 1
@@ -251,10 +250,10 @@ def _count_gif_frames(data: bytes) -> int:
 
 
 def _colour_table_bytes(flags: int) -> int:
-    """Return the size of a colour table in bytes; 0 if there is no table.
+    """Return a colour table's size in bytes, or 0 if there is no table.
 
-    The first bit of ``flags`` says whether there is a table. The last three bits are a number n:
-    the table has 2^(n + 1) colours of 3 bytes.
+    The first bit in ``flags`` says whether there is a table. The last three bits are a number n:
+    the table has 2^(n + 1) colours with 3 bytes each.
     """
     has_table = flags & 0b1000_0000
     if not has_table:
@@ -265,14 +264,14 @@ def _colour_table_bytes(flags: int) -> int:
 
 
 DEEP_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})
-"""Pillow's pixel modes with a single channel of more than 8 bits."""
+"""Pillow's pixel modes with a single channel and more than 8 bits."""
 _MODES_UP_TO_8_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 CONVERTIBLE_MODES: Final = DEEP_MODES | _MODES_UP_TO_8_BITS
 """Pillow's pixel modes that are converted to RGB."""
 
 
 class ImageFlag(IntFlag):
-    """Conversions and defects of an image, as a bit mask."""
+    """An image's conversions and defects, as a bit mask."""
 
     ANIMATED = 1  # there are several frames, and the first frame is used
     ALPHA = 2  # transparent pixels were put on white
@@ -302,11 +301,11 @@ def _deep_to_grey(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
     """Convert 16-bit, 32-bit or float grey to 8 bits.
 
     Whole numbers from 0 to 65535 are divided by 257 and rounded. Floats from 0 to 1 are multiplied
-    by 255. Other ranges are stretched to 0 to 255. Pillow would clip the values at 255 instead, and
-    nearly all of a 16-bit photo would become white.
+    by 255. Values in a different range are stretched to 0 to 255. Pillow would clip the values at
+    255 instead, and a 16-bit photo would become nearly all white.
     """
     # The pixels are copied first. A TIFF with an orientation tag states the size after rotation,
-    # but a copy has the size of the pixels.
+    # but a copy has the pixels' size.
     values = np.asarray(image.copy())
     low = float(values.min())
     high = float(values.max())
@@ -329,10 +328,10 @@ def _deep_to_grey(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
 
 
 ReadingStage = Literal["open", "decode", "geometry", "text"]
-"""The steps of reading an image, named in ``BadImage.stage`` if a step fails."""
+"""The steps in reading an image, named in ``BadImage.stage`` if a step fails."""
 
-# The kinds of errors (``BadImage.kind``), grouped by the cause: the picture, the file, the shard,
-# the members of a sample in a shard, or the text.
+# The error kinds (``BadImage.kind``), grouped by the cause: the picture, the file, the shard, a
+# sample's members in a shard, or the text.
 PictureErrorKind = Literal[
     "empty",
     "unidentified",
@@ -346,14 +345,14 @@ PictureErrorKind = Literal[
 ]
 FileErrorKind = Literal["too_large", "read_error", "not_a_file", "bad_path"]
 ShardErrorKind = Literal["truncated_shard", "bad_shard"]
-"""Errors of a whole shard: a single record reports all lost images of the shard."""
+"""Errors for a whole shard: a single record reports all images lost from the shard."""
 SampleErrorKind = Literal["interleaved", "duplicate", "missing_image"]
 TextErrorKind = Literal["missing_caption", "bad_text", "empty_text", "bad_label"]
 ErrorKind = PictureErrorKind | FileErrorKind | ShardErrorKind | SampleErrorKind | TextErrorKind
 
 DECODING_ERRORS: Final = (
-    OSError,  # truncated data, error of a codec, impossible header field
-    SyntaxError,  # a part of the file does not have the format of the file
+    OSError,  # truncated data, codec error, impossible header field
+    SyntaxError,  # a part does not have the file's format
     ValueError,  # a value is out of range: tile outside the image, oversized text chunk
     EOFError,  # a header without a first frame
     struct.error,  # the file is too short for a field
@@ -364,23 +363,23 @@ DECODING_ERRORS: Final = (
     ArithmeticError,  # OverflowError, ZeroDivisionError: wrong rationals or sizes in a header
     RuntimeError,  # libheif: a limit on memory is reached
     MemoryError,  # a codec allocates memory for the size in a header
-    AssertionError,  # Pillow checks some properties of a file with assertions
-    Warning,  # Pillow warns of damaged TIFF tags, which raises under `-W error`
+    AssertionError,  # Pillow checks some file properties with assertions
+    Warning,  # Pillow warns about damaged TIFF tags, and the warning raises under `-W error`
 )
-"""Exceptions of Pillow for damaged files.
+"""Exceptions that Pillow raises for damaged files.
 
 In a test with 200,000 mutated files (Pillow 13), only the first three exceptions and the last were
-raised. Some versions of Pillow can raise all of them, according to the source code of Pillow.
+raised. According to Pillow's source code, some Pillow versions can raise all these exceptions.
 """
 
 
 class BadImage(DataError):  # noqa: N818  named after the kind of input
-    """The error of an unusable image. The image becomes an error row, and the run continues.
+    """The error for an unusable image. The image becomes an error row, and the run continues.
 
     Attributes:
         stage: Failed step: "open" (bytes and header), "geometry" (size), "decode" (pixels) or
             "text" (caption, label).
-        kind: Kind of error, for counting errors.
+        kind: Error kind, for counting errors.
     """
 
     def __init__(self, message: str, *, stage: ReadingStage, kind: ErrorKind) -> None:
@@ -389,7 +388,7 @@ class BadImage(DataError):  # noqa: N818  named after the kind of input
         self.kind: ErrorKind = kind
 
     def __reduce__(self) -> tuple[Callable[[str], BadImage], tuple[str]]:
-        """Return a function and its argument, to make the same error when unpickling.
+        """Return a function with arguments that makes this error again when unpickling.
 
         This method is needed because workers send errors to the driver as pickles.
         """
@@ -398,14 +397,15 @@ class BadImage(DataError):  # noqa: N818  named after the kind of input
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Limits of images, checked before pixels are decoded.
+    """Limits for images, checked before pixels are decoded.
 
     Attributes:
-        max_pixels: Maximum of width x height. It may not exceed Pillow's limit, so that
+        max_pixels: Maximum of width x height. ``max_pixels`` may not exceed Pillow's limit, so that
             ``max_pixels`` is always reached first.
-        min_side: Minimum length of the shorter side in pixels.
-        max_aspect: Maximum ratio of the longer side to the shorter side. Without this limit, a file
-            of 99 bytes could fill 1 GB: 1 x 5000 pixels, resized to a shorter side of 224.
+        min_side: The shorter side's minimum length in pixels.
+        max_aspect: Maximum ratio between the longer and the shorter side. Without this limit, a
+            file with 99 bytes could fill 1 GB: 1 x 5000 pixels, resized until the shorter side is
+            224.
         max_bytes: Maximum encoded size in bytes.
     """
 
@@ -415,7 +415,7 @@ class ImageLimits:
     max_bytes: int = MAX_FILE_BYTES
 
     def __post_init__(self) -> None:
-        _require_limit("max_pixels", self.max_pixels, ceiling=89_478_485)  # the limit of Pillow
+        _require_limit("max_pixels", self.max_pixels, ceiling=89_478_485)  # Pillow's limit
         _require_limit("max_bytes", self.max_bytes, ceiling=MAX_FILE_BYTES)
         if self.min_side < 1 or self.max_aspect < 1:
             raise UsageError(
@@ -435,13 +435,13 @@ class DecodedImage:
     """A decoded image, and facts about the file.
 
     Attributes:
-        image: RGB pixels of the first frame, perhaps at a reduced size. The pixels are not rotated
+        image: The first frame's RGB pixels, perhaps at a reduced size. The pixels are not rotated
             by the EXIF orientation, because CLIP's preprocessing does not rotate either. Only HEIC
-            photos are upright, because their decoder rotates them.
+            photos are upright, because the HEIC decoder rotates photos.
         width: Width in the file.
         height: Height in the file.
         n_frames: Number of frames (counting stops at ``MAX_FRAMES``).
-        exif_orientation: Orientation tag of EXIF or TIFF, 1 to 8; None where there is no such tag.
+        exif_orientation: Orientation tag in EXIF or TIFF, 1 to 8. None where there is no such tag.
         flags: Conversions and defects.
     """
 
@@ -459,7 +459,7 @@ DEFAULT_LIMITS: Final = ImageLimits()
 def read_image(
     record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS, *, jpeg_side: int | None = None
 ) -> DecodedImage:
-    """Read and decode a record with ``decode_image``; BadImage if this fails."""
+    """Read and decode a record with ``decode_image``. Raise BadImage if this fails."""
     if record.key.lower().endswith(RAW_SUFFIXES):
         # The name decides, because the bytes cannot: most RAW formats are TIFF files with a small
         # preview as first frame.
@@ -478,23 +478,23 @@ def read_image(
 def decode_image(
     data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, jpeg_side: int | None = None
 ) -> DecodedImage:
-    """Decode the first frame of an encoded image to 8-bit RGB.
+    """Decode an encoded image's first frame to 8-bit RGB.
 
     Grey, palette, CMYK and YCbCr are converted. Transparent pixels are put on white. 16-bit grey is
     divided by 257 (Pillow's conversion would clip the values). 32-bit integers and floats outside
-    their usual range are stretched.
+    the usual range are stretched.
 
     This function is thread-safe and does not change warning filters.
 
     Args:
-        data: The bytes of the file.
-        limits: Limits of size and shape, checked before pixels are decoded.
-        jpeg_side: Minimum shorter side of a JPEG at a reduced size. A JPEG is decoded at 1/2, 1/4
-            or 1/8 of its size, as long as the shorter side keeps at least this length. This takes a
+        data: The file's bytes.
+        limits: Limits on size and shape, checked before pixels are decoded.
+        jpeg_side: A JPEG's minimum shorter side at a reduced size. A JPEG is decoded at 1/2, 1/4 or
+            1/8 size, as long as the shorter side keeps at least this length. Decoding then takes a
             fraction of the time. None: JPEGs are decoded in full.
 
     Raises:
-        BadImage: If the bytes are no image of an accepted format, break a limit, or are damaged.
+        BadImage: If the bytes are no image in an accepted format, break a limit, or are damaged.
         UsageError: If ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` is on, because Pillow then does not
             report truncated images.
     """
@@ -510,7 +510,7 @@ def decode_image(
         size_in_file = opened_image.size
         with _convert_pillow_errors("decode", "damaged pixels"):
             if format_name == "TIFF":
-                # Pillow rotates the pixels of a TIFF by its orientation tag. So the tag is removed.
+                # Pillow rotates a TIFF's pixels by the orientation tag. So the tag is removed.
                 opened_image.getexif().pop(ORIENTATION_TAG, None)
             if format_name == "JPEG" and jpeg_side is not None:
                 opened_image.draft(None, (jpeg_side, jpeg_side))
@@ -530,8 +530,8 @@ def decode_image(
             )
         with _convert_pillow_errors("decode", f"cannot convert {opened_image.mode} to RGB"):
             image, conversion_flags = to_rgb(opened_image)
-    # A JPEG may be decoded at a reduced size, so the full size is taken from the header. The header
-    # of a TIFF may state the size after rotation, so the size is taken from the pixels.
+    # A JPEG may be decoded at a reduced size, so the full size is taken from the header. A TIFF's
+    # header may state the size after rotation, so the size is taken from the pixels.
     width, height = size_in_file if format_name == "JPEG" else image.size
     return DecodedImage(
         image,
@@ -544,9 +544,9 @@ def decode_image(
 
 
 def _require_format(data: bytes, limits: ImageLimits) -> str:
-    """Return the name of the format of encoded bytes.
+    """Return the format name for encoded bytes.
 
-    BadImage if there are no bytes or too many, or if the format is unknown or has no decoder here.
+    Raise BadImage for no bytes, too many bytes, or a format that is unknown or without decoder.
     """
     if not data:
         raise BadImage("the file has no bytes", stage="open", kind="empty")
@@ -575,7 +575,7 @@ def _require_format(data: bytes, limits: ImageLimits) -> str:
 
 
 def _raw_photo_error(format_name: str) -> BadImage:
-    """Return the error of a RAW photo, with advice."""
+    """Return the error for a RAW photo, with advice."""
     return BadImage(
         f"{format_name} is a RAW photo, which is not developed here: export it as JPEG or TIFF, or "
         "take the JPEG that the camera wrote beside it",
@@ -585,10 +585,10 @@ def _raw_photo_error(format_name: str) -> BadImage:
 
 
 def n_pixels_in_header(data: bytes) -> int:
-    """Return the number of pixels according to the header of an encoded image.
+    """Return the number of pixels according to an encoded image's header.
 
-    The result is 0 if the header is damaged, or if the format has no decoder here. ``decode_image``
-    raises an error for such data.
+    If the header is damaged, or if the format has no decoder here, the result is 0.
+    ``decode_image`` raises an error for such data.
     """
     format_name = detect_format(data) or ""
     opener = OPENERS.get(format_name)
@@ -606,9 +606,9 @@ def n_pixels_in_header(data: bytes) -> int:
 
 @contextmanager
 def _convert_pillow_errors(stage: ReadingStage, message: str) -> Iterator[None]:
-    """Turn the exceptions of Pillow for a damaged file into ``BadImage``.
+    """Turn Pillow's exceptions for a damaged file into ``BadImage``.
 
-    The error says "MESSAGE: REASON". REASON is the exception of Pillow.
+    The error says "MESSAGE: REASON". REASON is Pillow's exception.
     """
     try:
         yield
@@ -658,13 +658,13 @@ MAX_CAPTION_BYTES: Final = 2**20
 INVISIBLE_CATEGORIES: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 """Unicode categories of control characters, invisible marks, and blanks.
 
-Category Cn (unassigned) is not included. In an old version of Python, Cn also has visible
-characters, added to Unicode since that version.
+Category Cn (unassigned) is not included. In an old Python version, Cn also has visible characters,
+added to Unicode since that version.
 """
 
 
 def read_caption(record: ImageRecord) -> str:
-    """Return the caption of a record; BadImage if the caption is missing or cannot be read."""
+    """Return a record's caption. Raise BadImage if the caption is missing or cannot be read."""
     if record.caption is None:
         return decode_caption(None)  # raises BadImage
     try:
@@ -676,12 +676,12 @@ def read_caption(record: ImageRecord) -> str:
 
 
 def decode_caption(data: bytes | None) -> str:
-    r"""Return the text of a caption, without outer white space and without a byte order mark.
+    r"""Return a caption's text, without outer white space and without a byte order mark.
 
     There is no Unicode normalisation.
 
     Raises:
-        BadImage: Stage "text"; kind "missing_caption" (None), "too_large" (more than
+        BadImage: Stage "text", with kind "missing_caption" (None), "too_large" (more than
             ``MAX_CAPTION_BYTES``), "bad_text" (not UTF-8) or "empty_text" (no visible character).
 
     Examples:
@@ -714,12 +714,12 @@ def decode_caption(data: bytes | None) -> str:
 def caption_readers(
     captions: pa.Array | None, start: int, stop: int
 ) -> Iterator[Callable[[], str] | None]:
-    """Yield a caption reader for each of the rows start ... stop - 1.
+    """Yield a caption reader for each row start ... stop - 1.
 
-    A caption reader is a function without arguments. It returns the caption of the row.
+    A caption reader is a function without arguments that returns the row's caption.
 
-    ``captions`` is the column with the bytes of the captions. If ``captions`` is None, None is
-    yielded for each row.
+    ``captions`` is the column with the captions' bytes. If ``captions`` is None, None is yielded
+    for each row.
     """
     if captions is None:
         return repeat(None, max(stop - start, 0))

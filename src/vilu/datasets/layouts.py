@@ -1,4 +1,4 @@
-"""Layouts of folders recognised by their files, such as the layout of CIFAR."""
+"""Folder layouts recognised by files in the folder, such as CIFAR's layout."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Opener = Callable[[Selection], ImageDataset]
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """A layout of folders, with functions to recognise and open such a folder."""
+    """A folder layout, with functions to recognise and open such a folder."""
 
     name: str
     description: str  # text for messages
-    # returns the opener of a folder; None if the folder has another layout
+    # returns a folder's opener, or None if the folder does not have this layout
     find: Callable[[Path], Opener | None]
 
 
@@ -29,7 +29,7 @@ LAYOUTS: Final = Catalogue[FolderLayout]("layout of folders", "vilu.layouts")
 
 
 def find_opener(folder: Path) -> Opener | None:
-    """Return the opener of a folder with a known layout; None if the layout is unknown.
+    """Return the opener for a folder with a known layout. Return None if the layout is unknown.
 
     Raises:
         DataError: If the folder has two known layouts.
@@ -48,10 +48,10 @@ def find_opener(folder: Path) -> Opener | None:
 
 
 def _add_layout(layout: object) -> bool:
-    """Add a layout to the catalogue; return False if the object is not a layout."""
+    """Add a layout to the catalogue. Return False if the object is not a layout."""
     if not isinstance(layout, FolderLayout):
         return False
-    # setdefault adds the layout, or returns an earlier layout with the same name
+    # setdefault adds the layout, or returns an earlier layout with this name
     if LAYOUTS.registered.setdefault(layout.name, layout) is not layout:
         raise UsageError(f"there is another layout {layout.name!r} already. Rename this one.")
     return True

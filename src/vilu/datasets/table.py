@@ -1,4 +1,4 @@
-"""Tables of images (CSV, TSV, Parquet) with paths or bytes, and with labels or captions."""
+"""Image tables (CSV, TSV, Parquet) with paths or bytes, and with labels or captions."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ from vilu.datasets.images import caption_readers
 from vilu.errors import NO_NAME, OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
 from vilu.progress import track
 
-# possible names of a column of paths, labels, splits, keys or captions
+# possible names for a column with paths, labels, splits, keys or captions
 PATH_ALIASES: Final = ("path", "file", "filename", "image_path", "filepath")
 LABEL_ALIASES: Final = ("label", "class", "target")
 SPLIT_ALIASES: Final = ("split",)
 KEY_ALIASES: Final = ("key",)
 CAPTION_ALIASES: Final = ("caption", "text")
 
-# key in the metadata of a schema; the value is the names of the classes, joined by commas
+# key in a schema's metadata. The value is the class names, joined by commas.
 CLASS_NAMES_KEY: Final = b"class_names"
 
 
 @dataclass(frozen=True)
 class TableRows:
-    """The selected rows of a table, in order.
+    """A table's selected rows, in order.
 
     Attributes:
-        positions: (N,) int64 positions of the rows in the file.
+        positions: (N,) int64 row positions in the file.
         labels: (N,) int32 labels, -1 if unknown, -2 if the image is outside all classes.
         keys: (N,) keys. If there is no key column, the keys are paths or row numbers.
-        classes: Class table of the whole file; None without labels.
-        captions: (N,) bytes of the captions, null in a row without caption; None if captions are
-            not used.
+        classes: The whole file's class table. None without labels.
+        captions: (N,) the captions' bytes, null in a row without caption. None if captions are not
+            used.
         labels_without_class: Labels named by the user with ``--outside`` that are no class.
     """
 
@@ -72,10 +72,10 @@ class TableRows:
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
-    """Return the column whose name is an alias; None if there is no such column.
+    """Return the column with an alias as name, or None if there is no such column.
 
-    If the names of several columns are aliases, the column with the first alias is returned. Case
-    and outer blanks of column names are ignored. DataError if two columns have the same alias.
+    If several column names are aliases, the column with the first alias is returned. Case and outer
+    blanks in column names are ignored. If two columns have the same alias, raise DataError.
     """
     for alias in aliases:
         columns = [name for name in names if name.strip().lower() == alias]
@@ -89,7 +89,7 @@ def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
 def caption_column(
     names: Sequence[str], metadata: Mapping[bytes, bytes], selection: Selection
 ) -> str | None:
-    """Return the column of captions; None if captions are not used.
+    """Return the caption column, or None if captions are not used.
 
     Captions are used if the user asks for captions, or if the table has captions and no classes.
     """
@@ -110,7 +110,7 @@ def caption_column(
 
 
 def columns_to_read(schema: pa.Schema, selection: Selection, source: str) -> list[str]:
-    """Return the names of the columns for ``select_table_rows``."""
+    """Return the column names for ``select_table_rows``."""
     names = schema.names
     columns_or_none = [
         find_column(names, KEY_ALIASES),
@@ -126,7 +126,7 @@ def columns_to_read(schema: pa.Schema, selection: Selection, source: str) -> lis
 def select_table_rows(
     table: pa.Table, source: str, selection: Selection, *, default_key: str | None = None
 ) -> TableRows:
-    """Check the columns of a whole table, and return the selected rows.
+    """Check a whole table's columns, and return the selected rows.
 
     The keys are in the key column. Without a key column, the keys are in the column
     ``default_key``. If ``default_key`` is None, the keys are row numbers.
@@ -138,7 +138,7 @@ def select_table_rows(
         table_labels = _read_labels(table, source, selection)
     else:
         captions = cells_as_bytes(table[caption_name], f"{source}, column {caption_name!r}")
-        # Captions are not validated here. A bad caption shows when its row is read, and then only
+        # Captions are not validated here. A bad caption shows when the row is read, and then only
         # this row is an error.
         other_columns = table.drop_columns([caption_name])
         other_columns.validate(full=True)
@@ -168,7 +168,7 @@ def _select_keys(
 
 
 class _TableLabels(NamedTuple):
-    """Labels of all rows of a table, selected or not. ``TableRows`` describes the fields."""
+    """The labels of all table rows, selected or not. ``TableRows`` describes the fields."""
 
     labels: NDArray[np.int32]
     classes: ClassTable | None
@@ -176,16 +176,16 @@ class _TableLabels(NamedTuple):
 
 
 def _unlabelled(table: pa.Table) -> _TableLabels:
-    """Return the labels of a table without classes: all labels are unknown."""
+    """Return the labels for a table without classes: all labels are unknown."""
     labels = np.full(len(table), UNKNOWN, dtype=np.int32)
     return _TableLabels(labels=labels, classes=None)
 
 
 def _read_labels(table: pa.Table, source: str, selection: Selection) -> _TableLabels:
-    """Return the labels of all rows and the classes.
+    """Return all rows' labels and the classes.
 
-    The label column holds names of classes, or numbers. For numbers, the names come from the
-    metadata of the schema or from the classes file.
+    The label column holds class names or numbers. For numbers, the names come from the schema's
+    metadata or from the classes file.
     """
     label_name = find_column(table.column_names, LABEL_ALIASES)
     names_in_schema = _names_in_schema(table.schema, label_name, source)
@@ -196,7 +196,7 @@ def _read_labels(table: pa.Table, source: str, selection: Selection) -> _TableLa
         column = column.dictionary_decode()
     if _is_text_type(column.type):
         labels, names = _encode_labels(column)
-        # if all labels are missing, ``names`` is empty: the data have no names of classes
+        # if all labels are missing, ``names`` is empty: the data have no class names
         classes = class_table(names or None, selection.classes, outside=selection.outside)
         return _TableLabels(labels, classes)
     numbers = _to_whole_numbers(column, f"{source}, column {label_name!r}")
@@ -218,7 +218,7 @@ def _read_labels(table: pa.Table, source: str, selection: Selection) -> _TableLa
 
 
 def _is_text_type(column_type: pa.DataType) -> bool:
-    """Whether cells are text, in any of Arrow's three types of text."""
+    """Return whether cells are text, in any of Arrow's three text types."""
     checks = [pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view]
     return any(check(column_type) for check in checks)
 
@@ -228,7 +228,7 @@ def _check_label_numbers(
 ) -> _TableLabels:
     """Check numeric labels, and return the labels with the classes.
 
-    DataError if a label is not missing, is no class, and is not in ``outside``.
+    If a label is not missing, is no class, and is not in ``outside``, raise DataError.
     """
     n_classes = len(classes.names)
     numbers, labels_without_class = _replace_labels_without_class(numbers, n_classes, outside)
@@ -241,7 +241,7 @@ def _check_label_numbers(
 def _replace_labels_without_class(
     numbers: pa.Array, n_classes: int, outside: Sequence[str]
 ) -> tuple[pa.Array, frozenset[str]]:
-    """Replace labels by -2 if they are in ``outside`` and are no class.
+    """Put -2 in place of labels that are in ``outside`` and are no class.
 
     Returns all labels, and the replaced labels.
     """
@@ -261,30 +261,30 @@ def _replace_labels_without_class(
 
 
 def _encode_labels(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
-    """Return the label of each text, and the different texts, sorted. Label i means text i."""
-    # ``encoded`` has a dictionary of the different texts, and a dictionary index for each row
+    """Return each text's label, and the different texts, sorted. Label i means text i."""
+    # ``encoded`` has a dictionary with the different texts, and a dictionary index for each row
     encoded = _dictionary_encode(column)
     names: list[str] = encoded.dictionary.to_pylist()
     order = sorted(range(len(names)), key=names.__getitem__)  # indices that sort the names
     label_of_index = np.empty(len(names) + 1, dtype=np.int32)
     label_of_index[order] = np.arange(len(names))  # the first name in sorted order gets label 0
     label_of_index[-1] = UNKNOWN  # missing labels have the index -1 below, and read the last entry
-    index_or_last = pc.fill_null(encoded.indices, -1)
-    indices = index_or_last.to_numpy(zero_copy_only=False)
+    filled_indices = pc.fill_null(encoded.indices, -1)
+    indices = filled_indices.to_numpy(zero_copy_only=False)
     return label_of_index[indices], [names[i] for i in order]
 
 
 def _dictionary_encode(column: pa.Array) -> pa.DictionaryArray:
-    """Encode texts by a dictionary; null if the label is empty or ``NO_NAME``."""
+    """Encode texts by a dictionary, with null for an empty label or ``NO_NAME``."""
     texts = column.cast(pa.large_string())
-    known_texts = _null_if_unknown(texts)
-    return known_texts.dictionary_encode()
+    texts = _null_if_unknown(texts)
+    return texts.dictionary_encode()
 
 
 def _to_whole_numbers(column: pa.Array, location: str) -> pa.Array:
-    """Convert labels to int64; DataError if labels are not whole numbers.
+    """Convert labels to int64. Raise DataError if labels are not whole numbers.
 
-    ``location`` names the file and the column, at the beginning of the message.
+    ``location`` names the file and the column, at the message's beginning.
     """
     column_type = column.type
     is_floating = pa.types.is_floating(column_type)
@@ -324,10 +324,10 @@ def _require_valid_labels(numbers: pa.Array, n_classes: int, source: str) -> Non
 
 
 def _names_in_schema(schema: pa.Schema, label_name: str | None, source: str) -> list[str] | None:
-    """Return the class names in the metadata of a schema; None if there are no class names.
+    """Return the class names in a schema's metadata, or None if there are no class names.
 
     There are two forms. Under the key ``class_names``, the names are joined by commas. Hugging Face
-    writes a list of names into the ClassLabel of the column ``label_name``.
+    writes a list of names into the ClassLabel for the column ``label_name``.
     """
     metadata: Mapping[bytes, bytes] = schema.metadata or {}
     try:
@@ -355,7 +355,7 @@ def _names_in_schema(schema: pa.Schema, label_name: str | None, source: str) -> 
 
 
 def _read_keys(table: pa.Table, name: str, source: str) -> pa.Array:
-    """Return the keys in a column; DataError if a key is missing or occurs twice."""
+    """Return the keys in a column. Raise DataError if a key is missing or occurs twice."""
     text_type = pa.large_string()
     keys = table[name].cast(text_type)
     keys = keys.combine_chunks()
@@ -387,14 +387,14 @@ def _escape_keys(keys: pa.Array) -> pa.Array:
     return pa.array([portable_name(key) for key in keys.to_pylist()], keys.type)
 
 
-IMAGE_COLUMN: Final = "image"  # name of the column of encoded images
+IMAGE_COLUMN: Final = "image"  # name of the column with encoded images
 BATCH_ROWS: Final = 32  # number of images in memory at a time
-# Options of ParquetFile. Without them, a column of a whole row group would be read at once.
+# Options for ParquetFile. Without these options, a whole row group's column would be read at once.
 STREAM_OPTIONS: Final = {"pre_buffer": False, "buffer_size": 2**20}
 
 
 def is_image_column(schema: pa.Schema) -> bool:
-    """Whether the column ``image`` has bytes, or Hugging Face's structs with bytes."""
+    """Return whether the column ``image`` has bytes, or Hugging Face's structs with bytes."""
     if IMAGE_COLUMN not in schema.names:
         return False
     column_type = schema.field(IMAGE_COLUMN).type
@@ -404,7 +404,7 @@ def is_image_column(schema: pa.Schema) -> bool:
 
 
 class _ImagesOfTable:
-    """The base of data sets with a table of rows. Subclasses read the images."""
+    """The base class for data sets with a table. Subclasses read the images."""
 
     def __init__(self, source: Path, table_rows: TableRows) -> None:
         self.source = str(source)
@@ -424,7 +424,7 @@ class _ImagesOfTable:
     def _records(
         self, start: int, n_rows: int, readers: Iterable[Callable[[], bytes]]
     ) -> Iterator[ImageRecord]:
-        """Yield the records of ``n_rows`` rows from ``start`` on.
+        """Yield the records for ``n_rows`` rows from ``start`` on.
 
         ``readers`` has a function for each row, to read the image.
         """
@@ -440,11 +440,11 @@ class _ImagesOfTable:
 class ParquetDataset(_ImagesOfTable):
     """Images stored in a Parquet file.
 
-    ``records`` streams the images. Memory holds two pages of the file and a batch of ``BATCH_ROWS``
-    images, whatever the size of the file and of the row groups. A page has up to about a thousand
-    images. A call of ``records`` may start at the row where the last call ended. Then reading
-    continues there. Otherwise, the row group of ``start`` is read from the beginning, and rows
-    before ``start`` are skipped.
+    ``records`` streams the images. Memory holds two pages and a batch of ``BATCH_ROWS`` images,
+    however large the file and the row groups are. A page has up to about a thousand images. If a
+    call to ``records`` starts at the row where the last call ended, reading continues there.
+    Otherwise, the row group with ``start`` is read from the beginning, and rows before ``start``
+    are skipped.
     """
 
     def __init__(self, source: Path, selection: Selection) -> None:
@@ -475,10 +475,10 @@ class ParquetDataset(_ImagesOfTable):
         self._row_positions = table_rows.positions
         n_groups = self._metadata.num_row_groups
         group_sizes = [self._metadata.row_group(group).num_rows for group in range(n_groups)]
-        # The iterator over image cells left open by the last call of ``records``. The key is the
-        # position of the next image. Empty before the first call.
+        # The iterator over image cells that the last call to ``records`` left open. The key is the
+        # next image's position. Empty before the first call.
         self._open_image_cells: dict[int, Iterator[pa.Scalar]] = {}
-        # number of the first row of each row group; the last entry is the number of all rows
+        # each row group's first row number. The last entry is the number of all rows.
         self._group_starts = np.concatenate([[0], np.cumsum(group_sizes, dtype=np.int64)])
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
@@ -500,9 +500,9 @@ class ParquetDataset(_ImagesOfTable):
         return {**self.__dict__, "_open_image_cells": {}}
 
     def _image_cells(self, first: int) -> Iterator[pa.Scalar]:
-        """Yield the image cells of all selected rows from the position ``first`` on."""
+        """Yield all selected rows' image cells from the position ``first`` on."""
         rows = self._row_positions[first:]
-        # ``rows`` are ascending, so the rows of a row group are consecutive: rows[begin:end]
+        # ``rows`` are ascending, so a row group's rows are consecutive: rows[begin:end]
         borders = np.searchsorted(rows, self._group_starts)
         group_borders = pairwise(borders)
         try:
@@ -519,11 +519,11 @@ class ParquetDataset(_ImagesOfTable):
 def _image_cells_of_group(
     file: pq.ParquetFile, group: int, rows: NDArray[np.int64]
 ) -> Iterator[pa.Scalar]:
-    """Yield the image cells of a row group at the ascending positions ``rows``."""
+    """Yield a row group's image cells at the ascending positions ``rows``."""
     batch_start = 0  # position of the batch's first row in the row group
     for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[IMAGE_COLUMN]):
         images = batch.column(IMAGE_COLUMN)
-        # ``rows`` are ascending, so the rows of this batch are consecutive: rows[begin:end]
+        # ``rows`` are ascending, so this batch's rows are consecutive: rows[begin:end]
         batch_stop = batch_start + len(batch)
         begin, end = np.searchsorted(rows, [batch_start, batch_stop])
         for row in rows[begin:end].tolist():
@@ -534,8 +534,8 @@ def _image_cells_of_group(
 
 
 def _read_image_cell(cell: pa.Scalar, allowed_folders: AllowedFolders) -> bytes:
-    """Return the bytes in a cell, or the bytes of the file at the path in the cell."""
-    value = cell.as_py()  # bytes, or a dictionary of bytes and path
+    """Return the bytes in a cell, or in the file at the cell's path."""
+    value = cell.as_py()  # bytes, or a dictionary with bytes and path
     content: bytes | None = value
     path: str | None = None
     if isinstance(value, dict):
@@ -553,10 +553,10 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
 
     The columns are:
 
-    - ``path`` (or file, filename, image_path, filepath): paths relative to the folder of the table,
-      or to ``selection.root``.
+    - ``path`` (or file, filename, image_path, filepath): paths relative to the table's folder, or
+      to ``selection.root``.
     - In Parquet, the column ``image`` may replace ``path``. The cells have encoded bytes, or
-      Hugging Face's structs of bytes and path.
+      Hugging Face's structs with bytes and path.
     - Optional: ``label`` (or class, target), ``caption`` (or text), ``split``, ``key``, and further
       columns for selecting rows.
     """
@@ -583,12 +583,12 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
 class PathTable(_ImagesOfTable):
     """Images with their paths listed in a table.
 
-    Without ``selection.root``, paths are relative to the folder of the table and must stay below
-    this folder. With ``selection.root``, paths are relative to that root and must stay below it.
-    Absolute paths, and paths with ".." (from the folder of the table), are then accepted if they
-    end below ``selection.root``. If the file of a row is elsewhere, also through a link, reading
-    the row raises an error. The column ``key`` has the keys; without this column, the paths are the
-    keys. The listing needs two system calls per image.
+    Without ``selection.root``, paths are relative to the table's folder and must stay below this
+    folder. With ``selection.root``, paths are relative to that root and must stay below that root.
+    Absolute paths, and paths with ".." (from the table's folder), are then accepted if the file is
+    below ``selection.root``. If a row's file is elsewhere, also through a link, reading the row
+    raises an error. The column ``key`` has the keys. Without this column, the paths are the keys.
+    The listing needs two system calls per image.
     """
 
     def __init__(self, source: Path, table: pa.Table, selection: Selection) -> None:
@@ -631,10 +631,10 @@ class PathTable(_ImagesOfTable):
         return str(self._paths[position].as_py())
 
     def _location_rule(self, forbidden_positions: NDArray[np.int64]) -> str:
-        """Return a text with the allowed places of files, and with a fitting ``--root``.
+        """Return a text on where files are allowed, and with a fitting ``--root``.
 
-        ``forbidden_positions`` are the positions of the files in other places. The proposed
-        ``--root`` holds all these files.
+        ``forbidden_positions`` are the positions of the files outside the allowed places. The
+        proposed ``--root`` holds all these files.
         """
         folders: list[str] = []
         for position in forbidden_positions:
@@ -654,7 +654,7 @@ class PathTable(_ImagesOfTable):
 
 
 def _path_column(source: Path, names: Sequence[str]) -> str:
-    """Return the column of paths; DataError if there is no such column."""
+    """Return the path column. Raise DataError if there is no such column."""
     column = find_column(names, PATH_ALIASES)
     if column is None:
         expected_names = ", ".join(PATH_ALIASES)
@@ -667,7 +667,7 @@ def _path_column(source: Path, names: Sequence[str]) -> str:
 
 
 def _read_csv(source: Path, selection: Selection) -> pa.Table:
-    """Read the used columns of a CSV file. Captions are bytes, all other columns are texts.
+    """Read a CSV file's used columns. Captions are bytes, all other columns are texts.
 
     Labels become numbers if all labels are numbers.
     """
@@ -709,7 +709,7 @@ def _numbers_if_possible(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _null_if_unknown(
     column: pa.Array | pa.ChunkedArray,
 ) -> Any:  # noqa: ANN401 - the same kind of array
-    """Return labels without outer blanks; null if the label is empty or ``NO_NAME``."""
+    """Return labels without outer blanks, with null for an empty label or ``NO_NAME``."""
     texts = pc.utf8_trim_whitespace(column)
     unknown_texts = pa.array(["", NO_NAME], texts.type)
     is_unknown = pc.is_in(texts, value_set=unknown_texts)

@@ -43,7 +43,7 @@ IMAGE_EXTENSIONS: Final = frozenset(
 )  # extensions of images
 CAPTION_EXTENSION: Final = "txt"
 MAX_LISTED: Final = 5  # maximum number of extensions in a message
-# error in the order of members -> message
+# error in the member order -> message
 ORDER_ERRORS: Final = {
     "interleaved": "members of other samples are between its members. Sort the shard by name",
     "duplicate": "two members have the same name and extension. Write the shard again",
@@ -52,15 +52,15 @@ ORDER_ERRORS: Final = {
 
 @dataclass(slots=True)
 class Sample:
-    """The members of a shard with the same key: an image with its caption or label."""
+    """A shard's members with the same key: an image with a caption or label."""
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)  # extension -> member
-    # error in the order of the members, if any
+    # error in the member order, if any
     order_error: Literal["interleaved", "duplicate"] | None = None
 
     def image_member(self) -> Member:
-        """Return the member with the image; BadImage if the sample has no usable image."""
+        """Return the member with the image. Raise BadImage if the sample has no usable image."""
         for member in self.members.values():
             if not is_relative_without_dotdot(member.name):
                 raise BadImage(
@@ -91,7 +91,7 @@ class Sample:
         return image
 
     def caption_member(self) -> Member:
-        """Return the member with the caption; BadImage if there is no usable caption."""
+        """Return the member with the caption. Raise BadImage if there is no usable caption."""
         member = self.plain_member(CAPTION_EXTENSION)
         if member is None:
             extensions = self.list_extensions()
@@ -109,9 +109,9 @@ class Sample:
         return member
 
     def plain_member(self, extension: str) -> Member | None:
-        """Return the member with an extension; None if there is no such member.
+        """Return the member with an extension, or None if there is no such member.
 
-        BadImage if the member is no plain file.
+        If the member is no plain file, raise BadImage.
         """
         member = self.members.get(extension)
         if member is not None and not member.is_file:
@@ -123,12 +123,12 @@ class Sample:
         return member
 
     def is_complete(self, required_extension: str) -> bool:
-        """Whether the sample has an image and a member with the required extension."""
+        """Return whether the sample has an image and a member with the required extension."""
         has_image = not IMAGE_EXTENSIONS.isdisjoint(self.members)
         return has_image and required_extension in self.members
 
     def list_extensions(self) -> str:
-        """Return the first extensions of the members, for messages."""
+        """Return the members' first extensions, for messages."""
         first_extensions = list(self.members)[:MAX_LISTED]
         listed = [f".{extension[:20]}" for extension in first_extensions]
         if len(self.members) > MAX_LISTED:
@@ -137,9 +137,9 @@ class Sample:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Return key and lower-case extension of a member, split at the first dot of the base name.
+    """Return a member's key and lower-case extension, split at the base name's first dot.
 
-    None if the member has no extension, or no name before the extension (hidden files).
+    If the member has no extension, or no name before the extension (hidden files), return None.
 
     Examples:
         >>> from vilu.datasets.tar import split_name
@@ -158,9 +158,9 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def list_samples(path: Path, required_extension: str) -> tuple[list[Sample], BadImage | None]:
-    """Return the samples of a shard, and the error that ended the reading early (or None).
+    """Return a shard's samples, and the error that ended the reading early (or None).
 
-    ``required_extension`` is the extension of captions or of labels. A sample without such a member
+    ``required_extension`` is the extension for captions or labels. A sample without such a member
     is incomplete.
     """
     sample_of_key: dict[str, Sample] = {}
@@ -180,7 +180,7 @@ def list_samples(path: Path, required_extension: str) -> tuple[list[Sample], Bad
     if shard_error is None or not samples:
         return samples, shard_error
     # The last sample may lack members behind the damage. Then the sample gets no separate record,
-    # because the error of the shard already reports all lost samples.
+    # because the shard's error already reports all lost samples.
     last_sample = samples[-1]
     is_cut_off = last_sample.order_error is None and not last_sample.is_complete(required_extension)
     if is_cut_off:
@@ -189,7 +189,7 @@ def list_samples(path: Path, required_extension: str) -> tuple[list[Sample], Bad
 
 
 def _file_size(path: Path) -> int:
-    """Return the size of a regular file in bytes; OSError if the file is not regular."""
+    """Return a regular file's size in bytes. Raise OSError if the file is not regular."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait without end
         raise OSError(errno.EINVAL, "not a regular file")
@@ -197,8 +197,8 @@ def _file_size(path: Path) -> int:
 
 
 def _group_by_key(members: Iterable[Member], sample_of_key: dict[str, Sample]) -> None:
-    """Add each member of a shard to the sample with the same key, and mark order errors."""
-    previous_sample = None  # the sample of the previous member
+    """Add each member in a shard to the sample with the member's key, and mark order errors."""
+    previous_sample = None  # the previous member's sample
     for member in members:
         key_and_extension = split_name(member.name)
         if key_and_extension is None:
@@ -214,7 +214,7 @@ def _group_by_key(members: Iterable[Member], sample_of_key: dict[str, Sample]) -
             sample.order_error = "interleaved"
         elif extension in sample.members and sample.order_error is None:
             sample.order_error = "duplicate"
-        sample.members.setdefault(extension, member)  # of two equal names, the first is used
+        sample.members.setdefault(extension, member)  # if two names are equal, the first is used
         previous_sample = sample
 
 
@@ -227,19 +227,19 @@ class TarShards:
 
     If there is a classes file, the images have labels. Otherwise the images have captions.
 
-    A sample consists of all members with equal names up to the first dot of the base name. The
-    image of a sample is the first member with the extension of an image. The caption is in the
-    member ``.txt``. The label is a whole number in the member ``.cls``. Without this member, the
-    label is unknown. Other members are ignored. The key of a record is ``shard#key``; the key of an
-    error of a whole shard is ``shard``. No tar file is opened before ``records`` is called, and no
-    tar file is unpacked. Memory holds the member list of a single shard at a time.
+    A sample consists of all members with equal names up to the base name's first dot. A sample's
+    image is the first member with an image extension. The caption is in the member ``.txt``. The
+    label is a whole number in the member ``.cls``. Without this member, the label is unknown. All
+    other members are ignored. A record's key is ``shard#key``. If an error concerns a whole shard,
+    the key is ``shard``. No tar file is opened before ``records`` is called, and no tar file is
+    unpacked. Memory holds a single shard's member list at a time.
 
-    Every sample is a record. A record of an unusable sample raises ``BadImage`` on reading. The
-    kind is in this list, or is a kind of ``decode_caption`` or ``decode_image``:
+    Every sample is a record. Reading an unusable sample's record raises ``BadImage``. The kind is
+    in this list, or comes from ``decode_caption`` or ``decode_image``:
 
     - "bad_path": a name is absolute or contains "..".
-    - "interleaved": members of other samples are between the members of this sample. The whole
-      sample is a single record.
+    - "interleaved": members from other samples are between this sample's members. The whole sample
+      is a single record.
     - "duplicate": two members have the same extension.
     - "not_a_file": a member is a link, a device or a sparse file.
     - "missing_image", "missing_caption", "too_large", "bad_label".
@@ -248,8 +248,8 @@ class TarShards:
     "truncated_shard" or "bad_shard". If the last sample before the damage is incomplete, this
     record reports the sample, and the sample has no separate record.
 
-    The lines of a classes file are in label order, or begin with the labels. ``outside`` has names
-    of classes, or labels that are no class. Images with these labels, and images with label -2, are
+    A classes file's lines are in label order, or begin with the labels. ``outside`` has class
+    names, or labels that are no class. Images with these labels, and images with label -2, are
     outside all classes. ``labels_without_class`` are the labels in ``outside`` that are no class.
     The data are not checked for these labels, because all tar files would have to be read.
 
@@ -285,7 +285,7 @@ class TarShards:
         return len(self.class_names or ())
 
     def _numbers_without_class(self, outside: Sequence[str]) -> frozenset[str]:
-        """Return the numbers in ``outside`` that are not the label of a class, as texts."""
+        """Return the numbers in ``outside`` that are no class label, as texts."""
         numbers = [name for name in outside if name.isdecimal()]
         return frozenset(name for name in numbers if int(name) >= self._n_classes)
 
@@ -293,12 +293,12 @@ class TarShards:
         return len(self._shard_paths)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """Yield the samples of shards start ... stop - 1, and the error after a damaged shard."""
+        """Yield the samples in shards start ... stop - 1, and the error after a damaged shard."""
         required_extension = CAPTION_EXTENSION if self.captioned else LABEL_EXTENSION
         for shard in range(len(self))[start:stop]:  # the slice ends at the last shard
             samples, shard_error = list_samples(self._shard_paths[shard], required_extension)
-            # Every shard has a fixed range of positions. So if a damaged shard loses samples, the
-            # positions in later shards stay the same.
+            # Every shard has a fixed position range. So if a damaged shard loses samples, positions
+            # in later shards do not change.
             first_position = shard * POSITIONS_PER_SHARD
             for position, sample in enumerate(samples, first_position):
                 yield self._record(shard, sample, position)
@@ -307,7 +307,7 @@ class TarShards:
                 yield self._unusable_record(self._shard_names[shard], shard_error, next_position)
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
-        """Return a hash of names, sizes and times of modification of shards start ... stop - 1."""
+        """Return a hash of names, sizes and modification times for shards start ... stop - 1."""
         listing_hash = ListingHash()
         names = self._shard_names[start:stop]
         paths = self._shard_paths[start:stop]
@@ -320,7 +320,7 @@ class TarShards:
         return listing_hash.hexdigest()
 
     def _record(self, shard: int, sample: Sample, position: int) -> ImageRecord:
-        """Return the record of a sample in the shard with the number ``shard``.
+        """Return a sample's record in the shard with the number ``shard``.
 
         If the sample is unusable, reading the record raises BadImage.
         """
@@ -348,10 +348,10 @@ class TarShards:
         return ImageRecord(key, label=None, read=raise_error, caption=caption, position=position)
 
     def _read_label(self, path: Path, member: Member | None) -> int | None:
-        """Return the label in a member; None without a member, -2 for none of the classes."""
+        """Return the label in a member: None without a member, -2 outside all classes."""
         if member is None:
             return None
-        n_bytes = min(member.size, MAX_LABEL_BYTES + 1)  # one byte more shows that it is too long
+        n_bytes = min(member.size, MAX_LABEL_BYTES + 1)  # a byte more shows a too long label
         try:
             content = _read_bytes_at(path, member.start, n_bytes)
             text = content.strip()
@@ -373,9 +373,9 @@ class TarShards:
 
 
 def _shard_names(paths: Sequence[Path]) -> list[str]:
-    """Return the paths of the shards relative to their common folder.
+    """Return the shard paths, relative to the shards' common folder.
 
-    "#" is replaced by "%23", because in a key "#" separates the name of the shard from the rest.
+    "#" is replaced by "%23", because in a key "#" separates the shard's name from the sample's key.
     """
     common_folder = os.path.commonpath({path.parent for path in paths})
     names = []
@@ -391,7 +391,7 @@ def _shard_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_bytes_at(path: Path, start: int, size: int) -> bytes:
-    """Return ``size`` bytes of a shard from the position ``start`` on.
+    """Return ``size`` bytes in a shard from the position ``start`` on.
 
     The file is opened in every call. So threads do not share a file position, and a record can be
     sent to another process.
@@ -406,13 +406,13 @@ def _read_bytes_at(path: Path, start: int, size: int) -> bytes:
 
 
 def _read_caption(path: Path, member: Member) -> str:
-    """Return the caption in a member of the shard ``path``; BadImage if it is not valid."""
+    """Return the caption in a member of the shard ``path``. Raise BadImage if not valid."""
     content = _read_bytes_at(path, member.start, member.size)
     return decode_caption(content)
 
 
 def _raise_bad_image(message: str, *, stage: ReadingStage, kind: ErrorKind) -> NoReturn:
-    """Raise BadImage. A record of an unusable sample has this function in place of a reader."""
+    """Raise BadImage. In an unusable sample's record, this function replaces the reader."""
     raise BadImage(message, stage=stage, kind=kind)
 
 
@@ -431,19 +431,19 @@ MAX_SHARDS: Final = 1_000_000
 
 
 def find_shards(source: str | Path) -> list[Path] | None:
-    """Return the shards of a folder, tar file or pattern, in order; None for any other source.
+    """Return the shards in a folder, tar file or pattern, or None for a different source.
 
-    The shards of a folder are in the byte order of their names. The shards of a pattern have the
-    order of brace expansion in a shell: the last braces change fastest.
+    A folder's shards are sorted by name bytes. A pattern's shards have the order of a shell's brace
+    expansion: the last braces change fastest.
 
     Raises:
-        UsageError: If the source is a URL, a pattern of missing files, or a folder with tar files
+        UsageError: If the source is a URL, a pattern with missing files, or a folder with tar files
             and also images or sub-folders.
         DataError: If the tar files are compressed.
     """
     text = os.fspath(source)
     path = Path(source)
-    # not Path.exists: it raises an error if a pattern is too long for a file name
+    # not Path.exists, which raises an error if a pattern is too long for a file name
     exists = os.path.exists(path)  # noqa: PTH110
     if exists and path.is_dir():
         return _shards_in_folder(path)
@@ -461,7 +461,7 @@ def find_shards(source: str | Path) -> list[Path] | None:
 
 
 def _require_shards(paths: Sequence[Path], pattern: str) -> None:
-    """Raise UsageError if a path of a pattern does not exist, or does not end in ".tar"."""
+    """Raise UsageError if a path from a pattern does not exist, or does not end in ".tar"."""
     missing_paths = [path for path in paths if not path.exists()]
     if missing_paths:
         raise UsageError(
@@ -503,7 +503,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _brace_choices(content: str, pattern: str) -> list[str]:
-    """Return the possible replacements of a pair of braces.
+    """Return the possible replacements for a pair of braces.
 
     ``content`` is the text in the braces. ``pattern`` is the whole pattern, for messages.
     """
@@ -527,15 +527,15 @@ def _brace_choices(content: str, pattern: str) -> list[str]:
 
 
 def _has_leading_zero(digits: str) -> bool:
-    """Whether a number has leading zeros, such as "007"."""
+    """Return whether a number has leading zeros, such as "007"."""
     return digits.startswith("0") and digits != "0"
 
 
 def _shards_in_folder(folder: Path) -> list[Path] | None:
-    """Return the tar files of a folder; None if it has no uncompressed tar files.
+    """Return a folder's tar files. Return None if the folder has no uncompressed tar files.
 
-    UsageError if the folder has tar files and also images or sub-folders. DataError if all tar
-    files are compressed, and there are no images or sub-folders.
+    If the folder has tar files and also images or sub-folders, raise UsageError. If all tar files
+    are compressed, and there are no images or sub-folders, raise DataError.
     """
     names = _visible_files(folder)
     shard_names = sorted(_names_with_suffix(TAR_SUFFIX, names), key=os.fsencode)
@@ -556,7 +556,7 @@ def _shards_in_folder(folder: Path) -> list[Path] | None:
 
 
 def _visible_files(folder: Path) -> list[str]:
-    """Return the names of the files in a folder, without hidden files."""
+    """Return the file names in a folder, without hidden files."""
     hint = "Check its permissions."
     with convert_os_errors(f"cannot list the folder {folder}", hint), os.scandir(folder) as entries:
         visible_entries = [entry for entry in entries if not entry.name.startswith(".")]
@@ -569,9 +569,9 @@ def _names_with_suffix(suffixes: str | tuple[str, ...], names: Sequence[str]) ->
 
 
 def _refuse_url(source: str) -> None:
-    """Raise UsageError if a missing source is a URL, or a command of webdataset."""
-    # A URL or command has at least two letters before the colon. A single letter would be a drive
-    # of Windows.
+    """Raise UsageError if a missing source is a URL, or a webdataset command."""
+    # A URL or command has at least two letters before the colon. A single letter would be a Windows
+    # drive.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", source):
         raise UsageError(
             f"{source} is no file: nothing is downloaded and no command is run. Give files on a "

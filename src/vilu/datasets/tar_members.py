@@ -1,6 +1,6 @@
-"""Read the members of a tar file and report all damage.
+"""Read a tar file's members and report all damage.
 
-The reader of the standard library stops without an error at some kinds of damage.
+At some kinds of damage, the standard library's reader stops without an error.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import BinaryIO, Final
 from vilu.datasets.files import portable_name
 from vilu.datasets.images import BadImage
 
-BLOCK_BYTES: Final = tarfile.BLOCKSIZE  # a tar file consists of blocks of this number of bytes
+BLOCK_BYTES: Final = tarfile.BLOCKSIZE  # a tar file consists of blocks with this number of bytes
 # Larger extension headers are errors. A normal header holds only a name and a few timestamps.
 MAX_HEADER_BYTES: Final = 2**20
 MAX_NAME_LENGTH: Final = 1024
-MAX_MEMBERS: Final = 500_000  # the member list of a shard is in memory: about 400 bytes per member
-# types of plain files
+MAX_MEMBERS: Final = 500_000  # a shard's member list is in memory: about 400 bytes per member
+# types for plain files
 PLAIN_FILE_TYPES: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
 TYPES_WITHOUT_DATA: Final = frozenset(tarfile.SUPPORTED_TYPES) - frozenset(tarfile.REGULAR_TYPES)
-"""Types of members without data: links, devices, folders. The size in the header is ignored.
+"""Types for members without data: links, devices, folders. The size in the header is ignored.
 
-A member of an unknown type has as many bytes of data as stated in the header.
+A member with an unknown type has as many data bytes as stated in the header.
 """
-# types of extension headers: they describe the members after them
+# types for extension headers, which describe the members after the header
 PAX_TYPES: Final = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
 EXTENSION_TYPES: Final = PAX_TYPES | {
     tarfile.XGLTYPE,
@@ -41,7 +41,7 @@ UNCOMPRESS_PROGRAMS: Final = {
     b"\x28\xb5\x2f\xfd": "unzstd",
     b"PK\x03\x04": "unzip",
 }
-"""First bytes of a compressed file -> program for uncompressing the file.
+"""A compressed file's first bytes -> program for uncompressing the file.
 
 A compressed file is often named like a tar file.
 """
@@ -49,18 +49,18 @@ A compressed file is often named like a tar file.
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of a tar file. All of its bytes are in the file."""
+    """A member in a tar file. All of the member's bytes are in the file."""
 
-    name: str  # name of the member as UTF-8 text (``portable_name``)
-    start: int  # position in the tar file of the first byte of data
-    size: int  # number of bytes of data
+    name: str  # the member's name as UTF-8 text (``portable_name``)
+    start: int  # where the data begin in the tar file
+    size: int  # number of data bytes
     is_file: bool  # whether the member is a plain file, and no link, device or sparse file
 
 
 def read_members(
     file: BinaryIO, file_size: int, max_members: int = MAX_MEMBERS
 ) -> Iterator[Member]:
-    """Yield the members of a tar file of ``file_size`` bytes in order, without folders.
+    """Yield the members in a tar file with ``file_size`` bytes in order, without folders.
 
     Raises:
         BadImage: After the last whole member. Kind "truncated_shard" means that the file ends too
@@ -69,7 +69,7 @@ def read_members(
     """
     position = 0
     n_members = 0
-    extension_fields: dict[bytes, bytes] = {}  # fields of the next member, from extension headers
+    extension_fields: dict[bytes, bytes] = {}  # the next member's fields, from extension headers
     while True:  # each pass reads a header
         header = _read_header(file, position)
         if header is None:
@@ -83,7 +83,7 @@ def read_members(
             continue
         member = _make_member(header, extension_fields, position, header_start)
         extension_fields = {}  # an extension header is valid for the next member only
-        # a link may state the size of the target, but no data follow the header of the link
+        # a link may state the target's size, but no data follow the link's header
         n_data_bytes = 0 if header.type in TYPES_WITHOUT_DATA else member.size
         if position + n_data_bytes > file_size:
             raise BadImage(
@@ -101,7 +101,7 @@ def read_members(
 
 
 def _bad_shard(message: str) -> BadImage:
-    """Return the error of a whole shard, for any reason except truncation."""
+    """Return the error for a whole shard, for any reason except truncation."""
     return BadImage(message, stage="open", kind="bad_shard")
 
 
@@ -109,7 +109,7 @@ _TRUNCATION_HINT: Final = "members before the break are kept. Write or download 
 
 
 def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
-    """Return the header at a position; None at the end mark."""
+    """Return the header at a position, or None at the end mark."""
     file.seek(position)
     block = file.read(BLOCK_BYTES)
     is_first = position == 0
@@ -122,8 +122,8 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
         if has_more:
             raise _bad_shard("more bytes follow the end mark. Join shards with `tar -A`, not `cat`")
         return None
-    # An empty file is a truncated shard. Any other file shorter than a block is no tar file, and
-    # _parse_header reports the error.
+    # An empty file is a truncated shard. A file with some bytes, but fewer than a block, is no tar
+    # file, and _parse_header reports the error.
     may_be_truncated = not is_first or block == b""
     if len(block) < BLOCK_BYTES and may_be_truncated:
         raise BadImage(
@@ -144,7 +144,7 @@ def _refuse_compressed(block: bytes) -> None:
 
 
 def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
-    """Return the header in a block at a position; BadImage if the block is no header."""
+    """Return the header in a block at a position. Raise BadImage if the block is no header."""
     problem = "this is no tar file"
     if position > 0:
         problem = f"the header at byte {position} is damaged, and what follows it is lost"
@@ -158,15 +158,15 @@ def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
 
 
 def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, header_start: int) -> int:
-    """Return the position of a member's first byte of data.
+    """Return the position of a member's first data byte.
 
-    The data begin behind the header. In an old GNU sparse file, the blocks of the sparse map are
-    between the header and the data.
+    The data begin behind the header. In an old GNU sparse file, the sparse map's blocks are between
+    the header and the data.
     """
     position = header_start + BLOCK_BYTES
     if header.type != tarfile.GNUTYPE_SPARSE:
         return position
-    # the size in the header excludes the blocks of the sparse map, so skip these blocks
+    # the size in the header excludes the sparse map's blocks, so skip these blocks
     flag_index = HEADER_FLAG_INDEX
     while _has_flag(file, position - BLOCK_BYTES, flag_index):
         position += BLOCK_BYTES
@@ -175,13 +175,13 @@ def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, header_start: int) -
 
 
 HEADER_FLAG_INDEX: Final = 482
-"""Index of a byte in a header. The byte is not 0 if a block of the sparse map follows."""
+"""Index of a byte in a header. If a sparse map block follows, the byte is not 0."""
 SPARSE_MAP_FLAG_INDEX: Final = 504
-"""Index of the same byte in a block of the sparse map."""
+"""Index of the same byte in a sparse map block."""
 
 
 def _has_flag(file: BinaryIO, position: int, flag_index: int) -> bool:
-    """Whether the byte at ``flag_index`` in the block at ``position`` is not 0."""
+    """Return whether the byte at ``flag_index`` in the block at ``position`` is not 0."""
     file.seek(position)
     block = file.read(BLOCK_BYTES)
     if len(block) < BLOCK_BYTES:
@@ -194,9 +194,9 @@ def _has_flag(file: BinaryIO, position: int, flag_index: int) -> bool:
 
 
 def _read_body(file: BinaryIO, position: int, length: int, file_size: int) -> bytes:
-    """Return the data of an extension header: ``length`` bytes from ``position`` on.
+    """Return an extension header's data: ``length`` bytes from ``position`` on.
 
-    ``file_size`` is the size of the tar file in bytes.
+    ``file_size`` is the tar file's size in bytes.
     """
     if length > MAX_HEADER_BYTES:  # a damaged header can state many GB, too much for the memory
         raise _bad_shard(
@@ -215,9 +215,9 @@ def _read_body(file: BinaryIO, position: int, length: int, file_size: int) -> by
 def _add_extension_fields(
     extension_fields: dict[bytes, bytes], header_type: bytes, body: bytes, position: int
 ) -> None:
-    """Add the fields of an extension header to ``extension_fields``.
+    """Add an extension header's fields to ``extension_fields``.
 
-    ``body`` are the data of the header, and ``position`` is the position of the header in the file.
+    ``body`` are the header's data, and ``position`` is the header's position in the file.
     """
     if header_type == tarfile.GNUTYPE_LONGNAME:
         name, _, _ = body.partition(b"\0")
@@ -225,8 +225,8 @@ def _add_extension_fields(
     elif header_type in PAX_TYPES:
         extension_fields |= _pax_fields(body, position)
     elif header_type == tarfile.XGLTYPE and _pax_fields(body, position):
-        # The name or size in a global header is valid for all members. This is an error, because
-        # the positions of all later headers would be wrong.
+        # The name or size in a global header is valid for all members. Such a field is an error,
+        # because all later headers' positions would be wrong.
         raise _bad_shard(f"the header at byte {position} gives all members one name or size")
 
 
@@ -234,11 +234,11 @@ _PAX_LENGTH: Final = re.compile(rb"([1-9][0-9]{0,6}) ")
 
 
 def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
-    """Return the fields of a pax header that change name, size or type of the member.
+    """Return the fields in a pax header that change the member's name, size or type.
 
     The header is a series of records. A record is ``LENGTH KEY=VALUE`` and a line feed. LENGTH is
-    the number of bytes of the whole record. ``body`` are the records, and ``position`` is the
-    position of the header in the file.
+    the whole record's number of bytes. ``body`` are the records, and ``position`` is the header's
+    position in the file.
     """
     fields = {}
     begin = 0
@@ -247,7 +247,7 @@ def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
         if length_match is None:
             raise _damaged_header(position)
         end = begin + int(length_match[1])
-        # A damaged file may state any length. The record must end behind the digits of its length.
+        # A damaged file may state any length. The record must end behind the length's digits.
         # Otherwise this loop would not end. The record must also end within the header.
         text_start = length_match.end()
         is_inside = text_start < end <= len(body)
@@ -271,7 +271,7 @@ def _make_member(
     data_start: int,
     header_start: int,
 ) -> Member:
-    """Return the member described by a header. The fields of extension headers have precedence.
+    """Return the member described by a header. Fields from extension headers have precedence.
 
     ``data_start`` and ``header_start`` are the positions of the member's data and header.
     """

@@ -1,1 +1,1 @@
-"""Input of predictors: rows in memory, pairs in pools, rows of a source, and the space."""
+"""Input for predictors: rows in memory, pairs in pools, selected rows, and the space."""

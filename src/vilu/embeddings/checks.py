@@ -1,4 +1,4 @@
-"""Checks of arrays, names and identifiers from users, and hashes of rows.
+"""Checks for arrays, names and identifiers from users, and row hashes.
 
 A failed check raises a DataError with the reason.
 """
@@ -21,13 +21,13 @@ from vilu.callers import warn_caller
 from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, did_you_mean
 from vilu.validation import refuse_masked
 
-# status codes of rows; each code is an index of ``STATUS_NAMES``
+# status codes of rows. Each code is an index of ``STATUS_NAMES``.
 VALID = 0
 NONFINITE = 1
 ZERO_NORM = 2
 SHORT_POOL = 3
 STATUS_NAMES = ("valid", "nonfinite", "zero_norm", "short_pool")
-"""Name of each status code of a row. The code is the index of the name.
+"""Name for each status code of a row. The code is the index of the name.
 
 "short_pool": the embedding is usable, but the row belongs to no full pool.
 """
@@ -35,29 +35,29 @@ STATUS_NAMES = ("valid", "nonfinite", "zero_norm", "short_pool")
 NORM_TOLERANCE = 1e-3
 """A row has unit norm if its norm differs from 1 by at most this number.
 
-Rounding the numbers of a row to float16 changes a norm of 1 by less than this tolerance.
+Rounding a row's numbers to float16 changes a norm of 1 by less than this tolerance.
 """
 SAFE_NORMS = (1e-15, 1e15)
 """A norm computed in float32 is right if the norm is between these bounds.
 
-For a norm outside of the bounds, the square of a number may have underflowed or overflowed.
+For a norm outside these bounds, the square of a number may have underflowed or overflowed.
 """
 SAFE_VALUES = (1e-30, 1e30)
-"""Float32 keeps the direction of a row if its largest number is between these bounds."""
+"""Float32 keeps a row's direction if the row's largest number is between these bounds."""
 
-# kinds of NumPy's types (the letters of ``dtype.kind``), by the possible values of an array
+# kinds of NumPy types (the letters of ``dtype.kind``), grouped by the values an array may hold
 INTEGER_KINDS = "iu"
-"""Kinds of arrays of whole numbers: signed (i) or unsigned (u)."""
+"""Kinds of whole-number arrays: signed (i) or unsigned (u)."""
 REAL_KINDS = "fiu"
-"""Kinds of arrays of real numbers: floats (f) or whole numbers."""
+"""Kinds of real-number arrays: floats (f) or whole numbers."""
 TEXT_KINDS = "UTO"
-"""Kinds of arrays of texts: of fixed length (U), of any length (T), or objects (O)."""
+"""Kinds of text arrays: texts with fixed length (U), with any length (T), or objects (O)."""
 
 _REAL_OR_COMPLEX = {torch.float64, torch.float32, torch.float16, torch.complex64, torch.complex128}
 _SIGNED = {torch.int64, torch.int32, torch.int16, torch.int8}
 _UNSIGNED_OR_BOOL = {torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool}
 NUMPY_TYPES = _REAL_OR_COMPLEX | _SIGNED | _UNSIGNED_OR_BOOL
-"""Data types of torch that also exist in numpy."""
+"""Torch data types that also exist in numpy."""
 
 
 def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
@@ -79,13 +79,13 @@ def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
 
 
 def as_matrix(values: ArrayLike | Tensor, name: str, *, keep_direction: bool = True) -> Tensor:
-    """Convert ``values`` to a new float32 matrix (N, D) on the CPU; D must be at least 1.
+    """Convert ``values`` to a new float32 matrix (N, D) on the CPU. D must be at least 1.
 
     The values may have any float or integer type, byte order and memory layout.
 
     ``keep_direction`` decides what happens to numbers that are too large or too small for float32.
-    If true, a row with such numbers is scaled. Scaling keeps the direction of the row. If false,
-    such numbers become infinite or zero.
+    If true, a row with such numbers is scaled. Scaling keeps the row's direction. If false, such
+    numbers become infinite or zero.
     """
     array = as_array(values, name)
     if array.dtype.kind not in REAL_KINDS:
@@ -101,11 +101,11 @@ def as_matrix(values: ArrayLike | Tensor, name: str, *, keep_direction: bool = T
 
 
 def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """Scale the rows of an array (N, D) with numbers outside the range of float32.
+    """Scale the rows of an array (N, D) with numbers outside the float32 range.
 
-    Scaling keeps the direction of a row.
+    Scaling keeps a row's direction.
     """
-    # largest absolute number of each row
+    # largest absolute number in each row
     highest = array.max(axis=1, initial=0)
     lowest = array.min(axis=1, initial=0)
     largest = np.maximum(highest, -lowest)
@@ -115,7 +115,7 @@ def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
     needs_scaling = has_direction & ~is_safe
     if not needs_scaling.any():
         return array
-    largest_of_scaled = largest[needs_scaling]  # largest number of each scaled row
+    largest_of_scaled = largest[needs_scaling]  # largest number in each scaled row
     warn_caller(
         f"{np.count_nonzero(needs_scaling)} of {len(array)} {name} rows hold numbers that float32 "
         f"cannot hold (largest numbers {largest_of_scaled.min():.3g} to "
@@ -131,7 +131,7 @@ def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
 
 
 def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
-    """Status codes (N,) and norms (N,) of the rows of a float32 matrix (N, D).
+    """Compute status codes (N,) and norms (N,) for the rows of a float32 matrix (N, D).
 
     The norms are right even for rows with very small or very large numbers.
     """
@@ -150,9 +150,9 @@ def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
 
 
 def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Normalise rows; return unit rows (N, D) in float32, and the status codes (N,).
+    """Normalise rows. Return unit rows (N, D) in float32, and the status codes (N,).
 
-    Rows of unit norm stay unchanged. If any row is changed, a warning is given.
+    Unit-norm rows stay unchanged. If any row is changed, a warning is given.
     """
     matrix = as_matrix(values, name)
     rows, status, previous_norms = normalise_rows(matrix)
@@ -162,7 +162,7 @@ def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np
 
 @dataclass
 class NormSummary:
-    """Summary of the norms of rows before normalisation, for a warning.
+    """Summary of row norms before normalisation, for a warning.
 
     The range is known only if a row was normalised. Otherwise ``low`` is infinite, and ``high`` 0.
     """
@@ -190,9 +190,9 @@ class NormSummary:
 
 
 def normalise_rows(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], NormSummary]:
-    """Normalise rows; return rows (N, D), status codes (N,), and a summary of the former norms.
+    """Normalise rows. Return rows (N, D), status codes (N,), and a summary of the former norms.
 
-    Rows of unit norm, and rows that are not usable, stay unchanged.
+    Unit-norm rows, and rows that are not usable, stay unchanged.
     """
     status, norms = row_status(rows)
     is_usable = torch.from_numpy(status == VALID)
@@ -235,9 +235,9 @@ def check_targets(
     n_candidates: int,
     class_names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Check targets; return int64 targets (N,), and a mask (N,) of rows outside all classes.
+    """Check targets. Return int64 targets (N,), and a mask (N,) of rows outside all classes.
 
-    ``values`` are indices or names of candidates. An unknown target is -1 or "". A row outside all
+    ``values`` are candidate indices or names. An unknown target is -1 or "". A row outside all
     classes has the target -2 or "(outside)". For such a row, the returned target is -1. So the
     returned targets are from -1 to K - 1. If ``values`` is None, all targets are unknown.
     """
@@ -270,7 +270,7 @@ def check_targets(
 def check_answers(
     values: ArrayLike | Tensor, n_rows: int, class_names: Sequence[str] | None, n_candidates: int
 ) -> Tensor:
-    """Check answers, given as indices or names of candidates; return the indices (N,) int64."""
+    """Check answers, given as candidate indices or names. Return the indices (N,) int64."""
     array = as_array(values, "answer")
     if array.shape != (n_rows,):
         raise DataError(
@@ -294,9 +294,9 @@ def check_answers(
 
 
 def _texts_or_none(array: NDArray[np.generic]) -> list[str] | None:
-    """The texts (N,) in an array; None if the array does not hold texts.
+    """Return the texts (N,) in an array. None if the array does not hold texts.
 
-    An entry None of the array becomes the text "".
+    An entry None in the array becomes the text "".
     """
     if not array.size or array.dtype.kind not in TEXT_KINDS:
         return None
@@ -315,13 +315,13 @@ def _indices_of_names(
     class_names: Sequence[str] | None,
     special_codes: Mapping[str, int],
 ) -> NDArray[np.generic]:
-    """Indices (N,) int64 of the candidates with the names (N,).
+    """Return the indices (N,) int64 of the candidates with these names (N,).
 
     Args:
         names: Names from a user.
-        argument: Name of the argument with these names: "target" or "answer".
-        class_names: Names of the candidates. None raises a DataError, because the candidates have
-            no names.
+        argument: The argument that holds these names: "target" or "answer".
+        class_names: Candidate names. None raises a DataError, because the candidates have no
+            names.
         special_codes: Maps further allowed names to codes. These names are no candidates.
     """
     if class_names is None:
@@ -370,7 +370,7 @@ def check_indices(values: ArrayLike | Tensor, n_items: int, name: str) -> Tensor
 
 
 def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[str, ...] | None:
-    """Check the number of class names, and that no name is blank; return them as a tuple.
+    """Check the number of class names, and that no name is blank. Return the names as a tuple.
 
     Classes with the same text may have the same name (``source.index_of_first_same_answer``).
     """
@@ -389,7 +389,7 @@ def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[s
 
 
 def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
-    """Check the number of row identifiers; if ``ids`` is None, return the row numbers instead."""
+    """Check the number of row identifiers. If ``ids`` is None, return the row numbers instead."""
     if ids is None:
         return RowNumbers(n_rows)
     if len(ids) != n_rows:
@@ -409,10 +409,10 @@ class Identifiers(Sequence[str]):
 
     @abstractmethod
     def _identifier(self, row: int) -> str:
-        """Return the identifier of a row. Subclasses override this method.
+        """Return a row's identifier. Subclasses override this method.
 
-        A subclass must not store a method of the source of the identifiers. Otherwise, the source
-        and the identifiers would refer to each other, and the files of the source would stay open
+        A subclass must not store a method of the source that has the identifiers. Otherwise, the
+        source and the identifiers would refer to each other, and the source's files would stay open
         until the garbage collector runs.
         """
 
@@ -424,7 +424,7 @@ class Identifiers(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        # A slice of a range is a range of row numbers. An index of a range gives a single row
+        # A slice of a range is a range of row numbers. An index into a range gives a single row
         # number, and may be negative.
         row_or_rows = range(len(self))[index]
         if isinstance(row_or_rows, range):
@@ -432,7 +432,7 @@ class Identifiers(Sequence[str]):
         return self._identifier(row_or_rows)
 
     def _identifiers(self, rows: range) -> list[str]:
-        """The identifiers of several rows."""
+        """Return the identifiers of several rows."""
         return [self._identifier(row) for row in rows]
 
 
@@ -450,38 +450,38 @@ class RowNumbers(Identifiers):
 
 
 IdentityKind = Literal["pictures", "embeddings", "rows", "names"]
-"""Kind of data to compare in order to recognise equal rows.
+"""The data to compare in order to recognise equal rows.
 
-"pictures" are the encoded bytes of the pictures, "embeddings" the numbers of the embeddings, "rows"
-the identifiers in a table of answers, and "names" the row identifiers of other sources. "pictures"
+"pictures" are the encoded picture bytes, "embeddings" the numbers in the embeddings, "rows" the
+identifiers in a table of answers, and "names" the row identifiers in other sources. "pictures"
 and "embeddings" include the caption of an image-caption pair.
 """
 
 HASH_BYTES = 8
-"""Number of bytes of a hash."""
+"""Number of bytes in a hash."""
 
 
 def hash_items(items: Iterable[bytes | memoryview]) -> NDArray[np.uint64]:
-    """Hash (N,) of each item: a BLAKE2b digest of 8 bytes, as a whole number."""
+    """Hash each item: return BLAKE2b digests (N,) of 8 bytes, as whole numbers."""
     digests = [blake2b(item, digest_size=HASH_BYTES).digest() for item in items]
     joined_digests = b"".join(digests)
     return np.frombuffer(joined_digests, dtype="<u8").astype(np.uint64)
 
 
 def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
-    """Hashes (N,) of identifiers."""
+    """Return hashes (N,) of identifiers."""
     encoded_names = (name.encode(errors="surrogatepass") for name in names)
     return hash_items(encoded_names)
 
 
 def hash_rows(rows: Tensor) -> NDArray[np.uint64]:
-    """Hashes (N,) of float rows (N, D), rounded to float16 first.
+    """Return hashes (N,) of float rows (N, D), rounded to float16 first.
 
     Because of the rounding, a row stored in float32 has the same hash as in float16.
     """
     rounded_rows = rows.half() + 0  # adding 0 turns -0 into 0
-    row_array = rounded_rows.numpy()
-    content = memoryview(row_array.astype("<f2").tobytes())
+    float16_rows = rounded_rows.numpy()
+    content = memoryview(float16_rows.astype("<f2").tobytes())
     row_bytes = 2 * rows.shape[1]  # a number in float16 has 2 bytes
     starts = range(0, len(content), row_bytes)
     return hash_items(content[start : start + row_bytes] for start in starts)

@@ -1,4 +1,4 @@
-"""Checks of columns from users (``vilu.embeddings.columns`` defines the columns)."""
+"""Checks for columns from users (``vilu.embeddings.columns`` defines the columns)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def check_columns(
 ) -> dict[str, Tensor]:
     """Check columns and convert them to float32 tensors.
 
-    Every column must have a known name, the right shape and finite numbers. The columns of
-    ``UNIT_NORM_COLUMNS`` must have the width of the embeddings, and are normalised.
+    Every column must have a known name, the right shape and finite numbers. The columns in
+    ``UNIT_NORM_COLUMNS`` must be as wide as the embeddings, and are normalised.
 
     Args:
-        columns: The columns of a user, by name.
+        columns: A user's columns, by name.
         n_rows: Number of images.
         n_texts: Number of candidates.
-        width: Width of the embeddings; None or 0 if unknown.
+        width: Width of the embeddings. None or 0 if unknown.
     """
     checked_columns = {}
     for name, values in (columns or {}).items():
@@ -59,7 +59,7 @@ def check_columns(
 
 
 def _require_shape(name: str, shape: tuple[int, ...], n_rows: int, n_texts: int) -> None:
-    """Raise DataError if a column has a wrong number of dimensions or of entries."""
+    """Raise DataError if a column has the wrong number of dimensions or entries."""
     n_dims, meaning = COLUMNS[name]
     n_entries = shape[0] if shape else 0
     expected_entries: int | str = n_rows if name in IMAGE_COLUMNS else n_texts
@@ -77,7 +77,7 @@ def _require_shape(name: str, shape: tuple[int, ...], n_rows: int, n_texts: int)
 
 
 def _require_width(name: str, actual_width: int, width: int | None) -> None:
-    """Raise DataError if a column is not as wide as the embeddings; None or 0: unknown width."""
+    """Raise DataError if a column is not as wide as the embeddings. None or 0: unknown width."""
     if width and actual_width != width:
         raise DataError(
             f"column {name!r} must be of the width of the embeddings, {width}. Got {actual_width}."

@@ -19,30 +19,30 @@ IMAGE_COLUMNS = {
 """Columns with one entry per image. Maps names to the number of dimensions and the meaning."""
 
 ANSWER = "answer"
-"""Name of the column (N,) int64 with the answers of another model, as indices of candidates.
+"""Name of the column (N,) int64 with another model's answers, as candidate indices.
 
 If a source has this column, predictors judge these answers and not the zero-shot answers.
 """
 
 DataKind = Literal["embeddings", "answers"]
-"""Kind of rows of a source: embeddings of images, or answers of any model with scores."""
+"""Kind of rows in a source: image embeddings, or any model's answers with scores."""
 
 AnswerKind = Literal["zero_shot", "adapted", "given"]
 """The answer to judge.
 
-"zero_shot" is the zero-shot answer. "adapted" is the likeliest candidate under the posterior of the
-method. "given" is the answer in the column "answer" of the data.
+"zero_shot" is the zero-shot answer. "adapted" is the likeliest candidate under the method's
+posterior. "given" is the answer in the data's column "answer".
 """
 
 LOGITS = "logits"
 """Name of the column (N, K) float32 with logits computed by another classifier.
 
-If a source has this column, the candidates have no embeddings, and the column has the logits of the
-rows.
+If a source has this column, the candidates have no embeddings, and the column has the rows'
+logits.
 """
 
 NUMBERS = "numbers"
-"""Name of the column (N, C) float64 of a table of answers: the C columns of numbers."""
+"""Name of the column (N, C) float64 in an answer table: the C number columns."""
 
 ROW_COLUMNS = frozenset({*IMAGE_COLUMNS, ANSWER, LOGITS, NUMBERS})
 """Names of all columns with one entry per row."""
@@ -68,7 +68,7 @@ MODEL_COLUMNS = {
         "(M, D) unit-norm embeddings of everyday words, which need not be classes",
     ),
 }
-"""Columns of the model as a whole. Maps names to the number of dimensions and the meaning."""
+"""Columns for the whole model. Maps names to the number of dimensions and the meaning."""
 
 COLUMNS = IMAGE_COLUMNS | TEXT_COLUMNS | MODEL_COLUMNS
 """All columns but ``ANSWER``, ``LOGITS`` and ``NUMBERS``. Maps names as the three tables above."""
@@ -77,7 +77,7 @@ UNIT_NORM_COLUMNS = frozenset({"views", "prompts", "negatives"})
 """Columns to normalise to unit norm, because they are compared with the embeddings."""
 
 SECOND_MODEL_COLUMNS = frozenset({"second_image", "second_text"})
-"""Columns from a second source of the same rows (``vilu.embeddings.two_models``)."""
+"""Columns from a second source with the same rows (``vilu.embeddings.two_models``)."""
 
 COLUMN_COMMANDS = {
     "features": "vilu embed --features",

@@ -1,4 +1,4 @@
-"""Groups of near-duplicate pictures, such as frames of a film, or a photo saved twice."""
+"""Groups of near-duplicate pictures, such as film frames, or a photo saved twice."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vilu.embeddings.source import EmbeddingSource
 NEAR_COPY_COSINE: Final = 0.98
 """Two pictures count as near copies if their cosine is at least this number.
 
-With embeddings of CLIP, 0 to 1 % of 3,000 separately taken photos (Oxford pets, food) have a
-neighbour at this cosine. Of the frames of videos of 101 actions, 4 % have such a neighbour.
+With CLIP embeddings, 0 to 1 % of 3,000 separately taken photos (Oxford pets, food) have a
+neighbour at this cosine. Among frames from videos of 101 actions, 4 % have such a neighbour.
 """
 
 
@@ -26,20 +26,20 @@ def near_copy_groups(
     cosine: float = NEAR_COPY_COSINE,
     block_rows: int = COSINE_BLOCK_ROWS,
 ) -> NDArray[np.int64]:
-    """Group near copies: for every row, the position (M,) of the first row of the group.
+    """Group near copies. Return, for every row, the position (M,) of its group's first row.
 
     A position is an index of ``rows`` (M,). Rows with the same position form a group.
 
     A row is compared with the first row of every group, in order. The row joins the first group
     whose first row is a near copy. If there is no such group, the row starts a new group. So two
-    rows of a group need not be near copies of each other (``group_leaders``). Of an image-caption
-    pair, only the image is compared. The cosines are computed block by block, but all M embeddings
-    are in memory.
+    rows in a group need not be near copies (``group_leaders``). From an image-caption pair, only
+    the image is compared. The cosines are computed block by block, but all M embeddings are in
+    memory.
 
     Args:
-        source: Source of the rows.
-        rows: Indices of usable rows. The order decides which row is the first of a group.
-        cosine: Minimum cosine of two near copies.
+        source: Source with the rows.
+        rows: Indices of usable rows. The order decides which row is the first in a group.
+        cosine: Minimum cosine between two near copies.
         block_rows: Number of rows in a block. The cosines of two blocks are computed together.
 
     Examples:
@@ -57,7 +57,7 @@ def near_copy_groups(
 
 
 def picture_vectors(source: EmbeddingSource, index: Tensor) -> Tensor:
-    """Image embeddings (B, D) of the rows ``index``, even if the queries of pairs are captions."""
+    """Return image embeddings (B, D) at ``index``, even if captions are the queries of pairs."""
     if isinstance(source, PairSource):
         return source.picture_rows(index)
     return source.image_rows(index)

@@ -1,4 +1,4 @@
-"""Rows with the logits of any classifier. The candidates have no embeddings."""
+"""Rows with logits from any classifier. The candidates have no embeddings."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from vilu.validation import checked
 
 
 class LogitEmbeddings(EmbeddingSource):
-    """Rows with K logits each, from any classifier, and optionally a vector of each row.
+    """Rows with K logits each, from any classifier, and optionally a vector per row.
 
-    The logits may come from a ResNet, a fine-tuned CLIP, SigLIP with its bias, or the decision
-    function of scikit-learn. The answer of a row is the candidate with the largest logit, the first
-    of equal logits. Methods that use only logits can score these rows. With ``features``, methods
-    that use a vector of each row can score these rows, too (``vilu_plus``). Methods that need
-    embeddings of the candidates raise an error for these rows.
+    The logits may come from a ResNet, a fine-tuned CLIP, SigLIP with its bias, or a scikit-learn
+    decision function. A row's answer is the candidate with the largest logit, the first of equal
+    logits. Methods that use only logits can score these rows. With ``features``, methods that use
+    a vector per row can score these rows, too (``vilu_plus``). Methods that need candidate
+    embeddings raise an error for these rows.
 
     Args:
-        logits: (N, K) logits, numpy or torch, any float dtype. They are converted to float32, and
-            not normalised. Different logits in the array may be equal in float32. Even then, the
-            answer is the candidate with the largest logit in the array.
-        features: (N, D) vectors of the rows, for example the inputs of the classifier's last layer.
-            The vectors are normalised to unit norm. None: the rows have no vector.
-        target: (N,) indices of candidates, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures
-            outside all classes. None if no label is known.
+        logits: (N, K) logits, numpy or torch, any float dtype. The logits are converted to float32,
+            and not normalised. Different logits in the array may be equal in float32. Even then,
+            the answer is the candidate with the largest logit in the array.
+        features: (N, D) a vector for each row, for example the inputs to the classifier's last
+            layer. The vectors are normalised to unit norm. None: the rows have no vector.
+        target: (N,) candidate indices, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures outside
+            all classes. None if no label is known.
         class_names: K different names.
-        ids: N row identifiers; by default the row numbers. Without ``features`` rows can be
+        ids: N row identifiers. By default the row numbers. Without ``features`` rows can be
             recognised by identifier only.
-        answer: (N,) answers to judge with ``answer="given"``: indices or names of candidates.
+        answer: (N,) answers to judge with ``answer="given"``: candidate indices or names.
 
-    A row is not usable if a logit of the row is not finite, or if the features have no direction.
+    A row is not usable if one of its logits is not finite, or if the features have no direction.
     An unusable row is marked in ``status``, is never used for training, and has the uncertainty
     NaN.
 
@@ -98,7 +98,7 @@ class LogitEmbeddings(EmbeddingSource):
         self.columns = frozenset(self._columns)
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """Feature vectors (B, D) of the rows at ``index``; (B, 0) if there are no features.
+        """Return feature vectors (B, D) of the rows at ``index``. (B, 0) if there are no features.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -110,10 +110,10 @@ class LogitEmbeddings(EmbeddingSource):
 
 
 def logit_space(width: int) -> EmbeddingSpace:
-    """Return the space of rows with logits. The scale is 1, because logits need no scaling.
+    """Return the space for rows with logits. The scale is 1, because logits need no scaling.
 
     Args:
-        width: Width D of the vectors of the rows; 0 for rows without vectors.
+        width: Width D of the row vectors. 0 for rows without vectors.
     """
     return EmbeddingSpace(width, logit_scale=1.0)
 
@@ -124,7 +124,7 @@ def zero_texts(n_candidates: int, space: EmbeddingSpace) -> Tensor:
 
 
 def logits_to_float32(logits: ArrayLike | Tensor) -> Tensor:
-    """Convert logits (N, K) to float32 without changing the answer of any row."""
+    """Convert logits (N, K) to float32 without changing any row's answer."""
     exact_logits = as_array(logits, "logits")
     rounded_logits = as_matrix(exact_logits, "logits", keep_direction=False)
     if not len(rounded_logits):
@@ -134,7 +134,7 @@ def logits_to_float32(logits: ArrayLike | Tensor) -> Tensor:
     is_answer_changed = rounded_logits.argmax(dim=1) != answer
     is_finite = torch.isfinite(rounded_logits).all(dim=1)
     changed_rows = (is_answer_changed & is_finite).nonzero().squeeze(1)
-    # In these rows, rounding made the logit of an earlier candidate equal to the answer's logit.
+    # In these rows, rounding made an earlier candidate's logit equal to the answer's logit.
     # The answer's logit is set to the next larger float32 number, to be the largest logit again.
     largest = rounded_logits[changed_rows].amax(dim=1)
     infinity = torch.tensor(torch.inf)
@@ -162,7 +162,7 @@ def require_distinct_names(names: Sequence[str] | None) -> None:
 def _unit_vectors(
     features: ArrayLike | Tensor | None, n_rows: int
 ) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Unit vectors (N, D) and status codes (N,) of the rows; vectors (N, 0) without features."""
+    """Return unit vectors (N, D) and status codes (N,). Vectors are (N, 0) without features."""
     if features is None:
         return torch.zeros(n_rows, 0, dtype=torch.float32), np.full(n_rows, VALID, np.uint8)
     n_features = len(as_array(features, "features"))

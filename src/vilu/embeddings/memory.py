@@ -1,4 +1,4 @@
-"""Sources of embeddings in memory: rows with shared candidates, or image-caption pairs.
+"""Embedding sources in memory: rows with shared candidates, or image-caption pairs.
 
 Shapes: N rows, K candidate texts, D embedding width.
 """
@@ -39,30 +39,30 @@ class Embeddings(EmbeddingSource):
 
     Args:
         image: (N, D) image embeddings, numpy or torch, any float dtype.
-        text: (K, D) embeddings of the candidates.
+        text: (K, D) candidate embeddings.
         target: (N,) row numbers of ``text``, or names in ``class_names``. An unknown target is -1
             or "". A picture outside all classes has the target -2 (``vilu.OUTSIDE``) or
             "(outside)". None if no label is known.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         class_names: K names.
-        ids: N row identifiers; by default the row numbers.
-        space: Full identity of the space, if known. Then ``logit_scale`` and ``logit_bias`` are
+        ids: N row identifiers. By default the row numbers.
+        space: The space's full identity, if known. Then ``logit_scale`` and ``logit_bias`` are
             taken from ``space``.
         columns: Further data for some methods, by name (``vilu.embeddings.columns``). The column
-            "answer" has N answers of another model: row numbers of ``text``, or names of classes.
+            "answer" has N answers from another model: row numbers of ``text``, or class names.
 
     All arrays are copied. Rows are normalised to unit norm, with a warning if they had another
     norm. An image row with NaN, infinity or zero norm is not usable. Such a row is marked in
     ``status``, is never used for training, and has the uncertainty NaN.
 
     Classes with exactly equal texts, or with equal names, are the same answer. Such classes are
-    merged into the first of them, and a warning is logged. Then K, names and targets describe the
-    merged classes, and ``candidate_of`` has the candidate of every original class.
+    merged into their first class, and a warning is logged. Then K, names and targets describe the
+    merged classes, and ``candidate_of`` has the candidate for every original class.
 
     Raises:
-        DataError: If shapes disagree, a target is neither a row number of ``text`` nor the name of
-            a class, a text row is unusable, or classes with the same name have different texts.
+        DataError: If shapes disagree, a target is neither a row number of ``text`` nor a class
+            name, a text row is unusable, or classes with the same name have different texts.
 
     Examples:
         >>> import numpy as np, vilu
@@ -130,13 +130,13 @@ class Embeddings(EmbeddingSource):
             )
         self.columns = frozenset(self._columns)
         class_of_candidate = self._merge_equal_classes()
-        if class_of_candidate is not None:  # columns of classes become columns of candidates
+        if class_of_candidate is not None:  # class columns become candidate columns
             for name in TEXT_COLUMNS:
                 if name in self._columns:
                     self._columns[name] = self._columns[name][class_of_candidate]
 
     def _require_width(self, name: str, rows: Tensor) -> None:
-        """Raise DataError if the width of ``rows`` is not the width of the space."""
+        """Raise DataError if ``rows`` are not as wide as the space."""
         if rows.shape[1] != self.space.embed_dim:
             raise DataError(
                 f"image and text must share one width. Got {self.space.embed_dim}, "
@@ -144,7 +144,7 @@ class Embeddings(EmbeddingSource):
             )
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """Rows (B, D) of ``image``.
+        """Return the rows (B, D) of ``image`` at ``index``.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -164,7 +164,7 @@ class Embeddings(EmbeddingSource):
         ids: Sequence[str] | None = None,
         answer: ArrayLike | Tensor | None = None,
     ) -> LogitEmbeddings:
-        """Make rows from the logits of any classifier, in place of embeddings of candidates.
+        """Make rows from any classifier's logits, in place of candidate embeddings.
 
         See ``LogitEmbeddings``.
 
@@ -203,7 +203,7 @@ class Embeddings(EmbeddingSource):
 
 
 class PairEmbeddings(PairSource):
-    """Image-caption pairs in memory: each image is matched against the captions of a pool.
+    """Image-caption pairs in memory: each image is matched against the captions in a pool.
 
     The last rows have no score if they do not fill a pool, because a smaller pool would be an
     easier problem. An image with several captions is in several rows, once with each caption.
@@ -211,11 +211,11 @@ class PairEmbeddings(PairSource):
     Args:
         image: (N, D) image embeddings.
         text: (N, D) caption embeddings, in the order of ``image``.
-        pool_size: Number of pairs in a pool of consecutive rows, or a ``Pools`` object to choose
-            the direction or other pools.
+        pool_size: Number of pairs in a pool. A pool has consecutive rows. Give a ``Pools`` object
+            to choose the direction or other pools.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
-        ids: N row identifiers; by default the row numbers.
+        ids: N row identifiers. By default the row numbers.
         space: The embedding space with the facts about the model, if known. Then ``logit_scale``
             and ``logit_bias`` are taken from ``space``.
         columns: Further data for some methods, by name (``vilu.embeddings.columns``).
@@ -291,9 +291,9 @@ class PairEmbeddings(PairSource):
         self.columns = frozenset(self._columns)
 
     def picture_rows(self, index: Tensor) -> Tensor:
-        """Rows (B, D) of ``image``."""
+        """Return the rows (B, D) of ``image`` at ``index``."""
         return self.image[index]
 
     def caption_rows(self, index: Tensor) -> Tensor:
-        """Rows (B, D) of ``text``."""
+        """Return the rows (B, D) of ``text`` at ``index``."""
         return self.text[index]

@@ -31,17 +31,17 @@ from vilu.errors import UNKNOWN, DataError
 class NewImages(EmbeddingSource):
     """Embeddings of new images on their device, with the same K candidates for all images.
 
-    Embeddings and logits of images do not leave the device. A row without a usable embedding is
-    marked in ``status``. In batches, the embedding of a candidate replaces an unusable embedding,
-    so that no row has to be left out of a batch.
+    Image embeddings and logits do not leave the device. A row without a usable embedding is marked
+    in ``status``. In batches, a candidate's embedding replaces an unusable embedding, so that no
+    row has to be left out of a batch.
 
     Args:
         image: (N, D) embeddings. The rows are normalised to unit norm.
-        text: (K, D) candidates of unit norm, all different.
-        space: Space of the embeddings.
+        text: (K, D) unit-norm candidates, all different.
+        space: The embedding space.
         class_names: K names.
-        columns: Columns of rows, of candidates and of the model (``vilu.embeddings.columns``).
-        ids: N identifiers; by default the row numbers.
+        columns: Columns for rows, for candidates and for the model (``vilu.embeddings.columns``).
+        ids: N identifiers. By default the row numbers.
         dtype: Number format for rounding the rows, as in a store. None: no rounding.
     """
 
@@ -92,7 +92,7 @@ class NewImages(EmbeddingSource):
 
     @property
     def is_on_cpu(self) -> bool:
-        """Whether the images are in the memory of the CPU."""
+        """Whether the images are in CPU memory."""
         return self.image.device.type == "cpu"
 
     @cached_property
@@ -103,30 +103,30 @@ class NewImages(EmbeddingSource):
 
     @property
     def is_usable(self) -> Tensor:
-        """Mask (N,) of the rows with a usable embedding, on the device of the images."""
+        """Mask (N,) of the rows with a usable embedding, on the images' device."""
         return self._status == VALID
 
     @property
     def identified_by(self) -> tuple[IdentityKind, ...]:
-        """Kinds of identity of the rows; empty if the images are not on the CPU.
+        """Kinds of row identity. Empty if the images are not on the CPU.
 
         To hash images on another device, the embeddings would have to be copied to the CPU.
         """
         return super().identified_by if self.is_on_cpu else ()
 
     def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Identities (M,) of the pictures; all -1 (unknown) if the images are not on the CPU."""
+        """Return picture identities (M,), all -1 (unknown) if the images are not on the CPU."""
         if self.is_on_cpu:
             return super().picture_identities(rows)
         n_rows = len(self) if rows is None else len(rows)
         return np.full(n_rows, UNKNOWN, dtype=np.int64)
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """Embeddings (B, D) of the rows ``index`` (B,). ``index`` must be on the CPU."""
+        """Return the embeddings (B, D) at ``index`` (B,). ``index`` must be on the CPU."""
         return self._select_rows(self.image, index)
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Column ``name``, as in ``EmbeddingSource``."""
+        """Return column ``name``, as in ``EmbeddingSource``."""
         if name in ROW_COLUMNS and name in self._columns:
             return self._select_rows(self._columns[name], index)
         return super().column(name, index)
@@ -145,16 +145,16 @@ class NewImages(EmbeddingSource):
 
     @cached_property
     def _first_equal_index(self) -> Tensor:
-        """As in ``Batch``: the index (K,) of the first equal candidate, for every candidate.
+        """As in ``Batch``: for every candidate, the index (K,) of the first equal candidate.
 
-        Here this is the index of the candidate itself, because all candidates are different.
+        Here this is the candidate's own index, because all candidates are different.
         """
         return torch.arange(len(self.text), device=self.device)
 
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
         image = self.image_rows(index)
         unknown_target = torch.full((len(index),), UNKNOWN, device=self.device)
-        tensors = {name: self.column(name, index) for name in columns}
+        column_tensors = {name: self.column(name, index) for name in columns}
         batch = Batch(
             image=image,
             text=self.text,
@@ -162,9 +162,9 @@ class NewImages(EmbeddingSource):
             index=index,
             logit_scale=self.space.logit_scale,
             logit_bias=self.space.logit_bias,
-            columns=tensors,
+            columns=column_tensors,
         )
-        # The cached property of the batch is set here, so that no batch has to compute it.
+        # The batch's cached property is set here, so that no batch has to compute it.
         batch.__dict__["first_equal_index"] = self._first_equal_index
         return batch
 
@@ -173,8 +173,8 @@ def image_matrix(values: ArrayLike | Tensor, space: EmbeddingSpace) -> Tensor:
     """Check image embeddings (N, D), and return them as a tensor on their device.
 
     Raises:
-        DataError: If ``values`` are not a matrix of real numbers, or if the width is not the width
-            of the space.
+        DataError: If ``values`` are not a matrix of real numbers, or if the rows are not as wide
+            as the space.
     """
     if not isinstance(values, Tensor):
         values = as_matrix(values, "image")
@@ -191,7 +191,7 @@ def image_matrix(values: ArrayLike | Tensor, space: EmbeddingSpace) -> Tensor:
 
 
 def require_width(name: str, rows: Tensor, space: EmbeddingSpace) -> None:
-    """Raise DataError if the width of ``rows`` is not the width of the space."""
+    """Raise DataError if ``rows`` are not as wide as the space."""
     if rows.shape[1] != space.embed_dim:
         raise DataError(
             f"{name} must have rows of the width {space.embed_dim}, as the rows of the fit have. "
@@ -200,13 +200,13 @@ def require_width(name: str, rows: Tensor, space: EmbeddingSpace) -> None:
 
 
 def usable_rows(rows: Tensor, substitute: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalise rows (N, D) on their device; return float32 rows, and the status codes (N,).
+    """Normalise rows (N, D) on their device. Return float32 rows, and the status codes (N,).
 
-    ``vilu.embeddings.checks.unit_rows`` does the same on the CPU. There are two differences: here,
+    ``vilu.embeddings.checks.unit_rows`` does the same on the CPU. There are two differences. Here,
     ``substitute`` (D,) replaces an unusable row, and no warning is given.
     """
     largest = rows.abs().amax(dim=1, keepdim=True)
-    is_finite = torch.isfinite(largest)  # ``largest`` is NaN if a number of the row is NaN
+    is_finite = torch.isfinite(largest)  # ``largest`` is NaN if a number in the row is NaN
     is_usable = is_finite & (largest > 0)
     float32_rows = rows.float()
     norm = torch.linalg.vector_norm(float32_rows, dim=1, keepdim=True)

@@ -27,11 +27,11 @@ Direction = Literal["image_to_text", "text_to_image"]
 MAX_HARD_ROWS = 2**17
 """Maximum number of rows to sort into hard pools together.
 
-The captions of these rows are in memory at the same time: 256 MiB at a width of 512.
+The captions of these rows are in memory at the same time: 256 MiB at width 512.
 """
 
 COSINE_BLOCK_ROWS = 1024
-"""Number of rows of a block. The cosines of two blocks are computed together."""
+"""Number of rows in a block. The cosines of two blocks are computed together."""
 
 
 @checked_fields
@@ -44,15 +44,15 @@ class Pools:
     loaded.
 
     Attributes:
-        size: Number of rows of a pool. The captions (or images) of these rows are the candidates of
-            every row of the pool.
-        direction: With "image_to_text", the caption of an image is searched. With "text_to_image",
-            the image of a caption is searched.
-        hard: If true, the captions of a pool are similar (``hard_pool_order``, applied to blocks of
-            ``MAX_HARD_ROWS`` rows). If false, a pool is a random choice of rows.
-        near_duplicates: Minimum cosine at which two captions of a pool are the same answer. None:
+        size: Number of rows in a pool. Every row in the pool has the captions (or images) of these
+            rows as candidates.
+        direction: With "image_to_text", an image's caption is searched. With "text_to_image", a
+            caption's image is searched.
+        hard: If true, the captions in a pool are similar (``hard_pool_order``, applied to blocks of
+            ``MAX_HARD_ROWS`` rows). If false, pools are random, or as ``seed`` says.
+        near_duplicates: Minimum cosine at which two captions in a pool are the same answer. None:
             only equal captions are the same answer.
-        seed: Seed of the random pools in scoring. None: the rows are in the order of the data.
+        seed: Seed for the random pools in scoring. None: the rows keep the order of the data.
 
     Examples:
         >>> import numpy as np, vilu
@@ -81,23 +81,22 @@ class Pools:
 
 
 class PairSource(EmbeddingSource):
-    """A source of image-caption pairs: row i of the images belongs to row i of the captions.
+    """A source with image-caption pairs: image row i belongs to caption row i.
 
-    Equal captions of a pool are the same answer. With "image_to_text", equal captions become a
-    single candidate: the first of the equal captions. With "text_to_image", the images of equal
-    captions are all right answers.
+    Equal captions in a pool are the same answer. With "image_to_text", equal captions become a
+    single candidate: the first equal caption. With "text_to_image", all images with equal captions
+    are right answers.
 
     An image with several captions is in several rows, once with each caption. With "image_to_text",
     all captions of the image in the pool are right. With "text_to_image", all equal images are
-    right. So an answer is right if any row of the pool has the image together with the caption
+    right. So an answer is right if any row in the pool has the image together with the caption
     (``Matches``).
 
     Every row has a query. The query is matched against the candidates. With "image_to_text" the
-    query is the image of the row, with "text_to_image" the caption. Columns of images belong to the
-    queries, and columns of candidates belong to the candidates. So with "text_to_image" the column
-    "features" holds features of captions, and "text_features" holds features of images. Otherwise a
-    caption would come with features of the matching image. These features would reveal the right
-    answer.
+    query is the row's image, with "text_to_image" the caption. Image columns belong to the queries,
+    and candidate columns belong to the candidates. So with "text_to_image" the column "features"
+    holds caption features, and "text_features" holds image features. Otherwise a caption would come
+    with the matching image's features. These features would reveal the right answer.
 
     Attributes:
         pools: How the pairs are grouped into pools.
@@ -105,12 +104,12 @@ class PairSource(EmbeddingSource):
 
     class_names = None
     pools: Pools
-    # (M,) ascending indices of the pairs remaining after ``without``; None: all usable pairs
+    # (M,) ascending indices of the pairs remaining after ``without``. None: all usable pairs.
     _remaining_pairs: Tensor | None = None
 
     @cached_property
     def usable_rows(self) -> Tensor:
-        """Indices (M,) of the usable pairs in full pools, in the order of the pools."""
+        """Indices (M,) of the usable pairs in full pools, in pool order."""
         return self._scoring_order(self.pair_rows)
 
     @property
@@ -125,7 +124,7 @@ class PairSource(EmbeddingSource):
     def status(self) -> NDArray[np.uint8]:
         """Status codes (N,). A usable row outside all full pools has the code "short_pool".
 
-        To find these rows, the order of the pools is computed.
+        To find these rows, the pool order is computed.
         """
         short_pool = np.uint8(SHORT_POOL)
         status = np.where(self._row_status == VALID, short_pool, self._row_status)
@@ -134,19 +133,19 @@ class PairSource(EmbeddingSource):
 
     @cached_property
     def _row_status(self) -> NDArray[np.uint8]:
-        """Status codes (N,) of the embeddings alone, whatever the pools; by default all are 0."""
+        """Status codes (N,) of the embeddings alone, whatever the pools. By default all are 0."""
         return np.broadcast_to(np.uint8(VALID), len(self))
 
     @abstractmethod
     def picture_rows(self, index: Tensor) -> Tensor:
-        """Unit-norm image embeddings (B, D) float32."""
+        """Return unit-norm image embeddings (B, D) float32."""
 
     @abstractmethod
     def caption_rows(self, index: Tensor) -> Tensor:
-        """Unit-norm caption embeddings (B, D) float32."""
+        """Return unit-norm caption embeddings (B, D) float32."""
 
     def of_classes(self, index: Tensor) -> Tensor:
-        """Mask (B,) of rows with a class text as caption. Many images share a class text.
+        """Return the mask (B,) of rows with a class text as caption. Many images share the text.
 
         By default no caption is a class text.
         """
@@ -154,11 +153,11 @@ class PairSource(EmbeddingSource):
 
     @property
     def n_candidates(self) -> int:
-        """Maximum number K of candidates of a row: the pool size."""
+        """Maximum number K of candidates per row: the pool size."""
         return self.pools.size
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """Queries (B, D): images, or captions if the direction is "text_to_image"."""
+        """Return the queries (B, D): images, or captions if the direction is "text_to_image"."""
         if self.pools.direction == "image_to_text":
             return self.picture_rows(index)
         return self.caption_rows(index)
@@ -174,7 +173,7 @@ class PairSource(EmbeddingSource):
 
     @torch_defaults()
     def candidates(self, index: Tensor) -> Candidates:
-        """Candidates of the rows ``index`` of a pool: the captions, or the images, of these rows.
+        """Return the candidates for rows ``index`` of a pool: their captions, or their images.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -188,9 +187,9 @@ class PairSource(EmbeddingSource):
         """
         caption = self.caption_rows(index)
         picture = self.picture_rows(index)
-        # for every row of the pool, the first row with the same caption
+        # for every row in the pool, the first row with the same caption
         first_with_caption = group_leaders(caption, self.pools.near_duplicates)
-        # for every row of the pool, the first row with the same image
+        # for every row in the pool, the first row with the same image
         first_with_picture = index_of_first_equal(picture)
         if self.pools.direction == "text_to_image":
             return _picture_candidates(picture, index, first_with_caption, first_with_picture)
@@ -219,12 +218,12 @@ class PairSource(EmbeddingSource):
             yield from batches
 
     def _n_rows_in_whole_pools(self, n_rows: int) -> int:
-        """Number of rows in whole pools, out of ``n_rows`` rows."""
+        """Count the rows in whole pools, out of ``n_rows`` rows."""
         return n_rows // self.pools.size * self.pools.size
 
     @torch_defaults()
     def _pooled_batches(self, index: Tensor) -> list[Batch]:
-        """Batches of the rows ``index``. These rows fill whole pools.
+        """Make batches from the rows ``index``. These rows fill whole pools.
 
         Consecutive pools without equal rows form a single batch. A pool with possibly equal rows is
         a separate batch.
@@ -260,21 +259,21 @@ class PairSource(EmbeddingSource):
         return batches
 
     def _may_have_equal_rows(self, rows: Tensor) -> Tensor:
-        """Mask (P,) of the pools with possibly equal rows; ``rows`` is (P * size, D).
+        """Return the mask (P,) of pools with possibly equal rows. ``rows`` is (P * size, D).
 
-        Only the keys of the rows are compared. Equal rows have equal keys, and different rows
+        Only the row keys are compared. Equal rows have equal keys, and different rows
         seldom have equal keys.
         """
         keys = row_keys(rows)
-        keys_of_pool = keys.view(-1, self.pools.size)
-        sorted_keys = keys_of_pool.sort(dim=1).values
-        # after sorting, equal keys of a pool are neighbours
+        keys_of_pools = keys.view(-1, self.pools.size)
+        sorted_keys = keys_of_pools.sort(dim=1).values
+        # after sorting, equal keys in a pool are neighbours
         equals_next = sorted_keys[:, :-1] == sorted_keys[:, 1:]
         return equals_next.any(dim=1)
 
     @torch_defaults()
     def without(self, rows: NDArray[np.bool_]) -> PairSource:
-        """Return the source without the rows of the mask ``rows`` (N,). The rest forms new pools.
+        """Return the source without the rows in the mask ``rows`` (N,). The rest forms new pools.
 
         The removed rows get the status "short_pool". The last rows get this status, too, if they do
         not fill a pool.
@@ -307,18 +306,18 @@ class PairSource(EmbeddingSource):
         return subset
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the rows in the order of new random pools, for a pass of training."""
+        """Return the rows in the order of new random pools, for a training pass."""
         rows = super().shuffled(rows, generator)
         if self.pools.hard:
             return self._order_hard_pools(rows, generator)
         return rows
 
     def _scoring_order(self, rows: Tensor) -> Tensor:
-        """Return the rows in the order of the pools in scoring.
+        """Return the rows in the order of the scoring pools.
 
         The last rows are left out if they do not fill a pool.
         """
-        # without a seed the rows are not shuffled; hard pools then use seed 0
+        # Without a seed the rows are not shuffled. Hard pools then use seed 0.
         generator = torch.Generator().manual_seed(self.pools.seed or 0)
         if self.pools.seed is not None:
             rows = super().shuffled(rows, generator)
@@ -344,13 +343,13 @@ class PairSource(EmbeddingSource):
 def _picture_candidates(
     picture: Tensor, index: Tensor, first_with_caption: Tensor, first_with_picture: Tensor
 ) -> Candidates:
-    """Candidates of a pool with captions as queries: all images of the pool.
+    """Make a pool's candidates for captions as queries: all images in the pool.
 
     Args:
-        picture: (B, D) images of the pool.
+        picture: (B, D) images in the pool.
         index: (B,) row numbers in the source.
-        first_with_caption: (B,) for every row of the pool, the first row with the same caption.
-        first_with_picture: (B,) for every row of the pool, the first row with the same image.
+        first_with_caption: (B,) for every row in the pool, the first row with the same caption.
+        first_with_picture: (B,) for every row in the pool, the first row with the same image.
     """
     all_rows = torch.arange(len(index))
     captions_differ = torch.equal(first_with_caption, all_rows)
@@ -369,9 +368,9 @@ def _picture_candidates(
 def _caption_candidates(
     caption: Tensor, index: Tensor, first_with_caption: Tensor, first_with_picture: Tensor
 ) -> Candidates:
-    """Candidates of a pool with images as queries: the distinct captions of the pool.
+    """Make a pool's candidates for images as queries: the distinct captions in the pool.
 
-    ``caption`` (B, D) has the captions of the pool. See ``_picture_candidates`` for the remaining
+    ``caption`` (B, D) has the captions in the pool. See ``_picture_candidates`` for the remaining
     parameters.
     """
     candidate_rows, target = torch.unique(first_with_caption, return_inverse=True)
@@ -404,21 +403,21 @@ def equal_runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
 
 
 class PseudoCaptions(PairSource):
-    """The labelled usable images of several sources, with class texts as captions.
+    """The labelled usable images from several sources, with class texts as captions.
 
-    The text of a class is a prompt, for example "a photo of a cat". Image-caption pairs keep their
+    A class text is a prompt, for example "a photo of a cat". Image-caption pairs keep their
     captions.
 
-    The images of all sources are joined and shuffled with the seed of ``pools``. So a pool holds
-    captions of all sources. Classes with the same name share the text from the first source with
+    The images from all sources are joined and shuffled with the seed of ``pools``. So a pool holds
+    captions from all sources. Classes with the same name share the text from the first source with
     such a class. Classes with equal texts are also the same answer.
 
     Args:
         sources: Sources with shared candidates or image-caption pairs, all in the same embedding
             space.
         pools: The pool size, or ``Pools`` with all choices.
-        names: Prefix of the row identifiers of each source ("name/identifier"). By default the
-            prefix is the number of the source.
+        names: Each source's prefix for the row identifiers ("name/identifier"). By default the
+            prefix is the source number.
 
     Raises:
         UsageError: If there is no source, or if two sources have the same name in ``names``.
@@ -458,13 +457,13 @@ class PseudoCaptions(PairSource):
         self.space = sources[0].space
         rows_of_sources = [labelled_rows(source) for source in sources]
         n_rows_of_sources = torch.tensor([len(rows) for rows in rows_of_sources])
-        # for every row, the number of the source: 0 for all rows of source 0, then 1, ...
+        # for every row, the number of the source: 0 for all rows in source 0, then 1, ...
         self._source_of_row = torch.repeat_interleave(n_rows_of_sources)
         self._row_in_source = torch.cat(rows_of_sources)  # row number in the source
         n_rows = len(self._row_in_source)
         require_full_pools(n_rows, self.pool_size, subject="the union of the labelled rows")
-        # the texts of the classes, and for every row an index of these texts; the index is 0 if the
-        # source of the row has captions
+        # The class texts, and for every row an index into these texts. The index is 0 if the row's
+        # source has captions.
         self._class_texts, self._text_of_row = class_captions(sources, rows_of_sources)
         self.target = torch.arange(n_rows) % self.pool_size
         if any(isinstance(source.ids, RowNumbers) for source in sources):
@@ -473,7 +472,7 @@ class PseudoCaptions(PairSource):
             self.ids = PrefixedIds(self, names)
 
     def picture_rows(self, index: Tensor) -> Tensor:
-        """Image embeddings (B, D) from the sources."""
+        """Return image embeddings (B, D) from the sources."""
         pictures = self._class_texts.new_empty(len(index), self.space.embed_dim)
         for number, source in enumerate(self.sources):
             positions, rows = self._find_rows_of_source(number, index)
@@ -484,7 +483,7 @@ class PseudoCaptions(PairSource):
         return pictures
 
     def caption_rows(self, index: Tensor) -> Tensor:
-        """Captions (B, D): the text of the class, or the caption if the source has captions."""
+        """Return captions (B, D): the class text, or the caption if the source has captions."""
         captions = self._class_texts[self._text_of_row[index]]
         for number, source in enumerate(self.sources):
             if isinstance(source, PairSource):
@@ -494,7 +493,7 @@ class PseudoCaptions(PairSource):
 
     @property
     def identified_by(self) -> tuple[IdentityKind, ...]:
-        """The kinds of identity common to all sources, best first."""
+        """The identity kinds common to all sources, best first."""
         common_kinds = self.sources[0].identified_by
         for source in self.sources[1:]:
             common_kinds = tuple(kind for kind in common_kinds if kind in source.identified_by)
@@ -503,9 +502,9 @@ class PseudoCaptions(PairSource):
     def identities(
         self, by: IdentityKind, rows: NDArray[np.int64] | None = None
     ) -> NDArray[np.uint64]:
-        """Identities (M,) of the rows in the original sources.
+        """Return the rows' identities (M,) in the original sources.
 
-        A row with a class text as caption is identified by the image alone, because all images of
+        A row with a class text as caption is identified by the image alone, because all images in
         the class share the caption.
         """
         if by == "names":
@@ -526,7 +525,7 @@ class PseudoCaptions(PairSource):
         return hashes
 
     def of_classes(self, index: Tensor) -> Tensor:
-        """Mask (B,) of rows from sources without captions.
+        """Return the mask (B,) of rows from sources without captions.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -542,19 +541,19 @@ class PseudoCaptions(PairSource):
     def _find_rows_of_source(self, number: int, index: Tensor) -> tuple[Tensor, Tensor]:
         """Find the rows of source ``number`` in ``index``.
 
-        Returns the positions of the rows in ``index``, and the row numbers in the source.
+        Return the positions of the rows in ``index``, and the row numbers in the source.
         """
         is_of_source = self._source_of_row[index] == number
         positions = is_of_source.nonzero().squeeze(1)
         return positions, self._row_in_source[index[positions]]
 
     def origin(self, row: int) -> tuple[int, int]:
-        """Return the number of the source of a row, and the row number in the source."""
+        """Return the source number of a row, and the row number in the source."""
         return int(self._source_of_row[row]), int(self._row_in_source[row])
 
 
 class PrefixedIds(Identifiers):
-    """Identifiers of the rows of several sources: "name of the source/identifier"."""
+    """Row identifiers for several sources: "source name/identifier"."""
 
     def __init__(self, rows: PseudoCaptions, names: Sequence[str]) -> None:
         super().__init__(len(rows))
@@ -585,7 +584,7 @@ def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> N
 
 
 def labelled_rows(source: EmbeddingSource) -> Tensor:
-    """Ascending indices (M,) of the usable rows with a label or a caption."""
+    """Return ascending indices (M,) of the usable rows with a label or a caption."""
     if isinstance(source, PairSource):
         return source.pair_rows
     rows = source.usable_rows.sort().values
@@ -595,17 +594,17 @@ def labelled_rows(source: EmbeddingSource) -> Tensor:
 def class_captions(
     sources: Sequence[EmbeddingSource], rows_of_sources: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Texts (T, D) of all classes of all sources, and for every row the index (M,) of a text.
+    """Collect the texts (T, D) of all classes, and for every row the index (M,) of a text.
 
-    ``rows_of_sources`` has the indices of some rows for each source, in total M rows. Text 0 is a
-    placeholder of zeros for image-caption pairs, because pairs have captions already. So T is 1
-    plus the number of classes, summed over all sources except sources of pairs.
+    ``rows_of_sources`` has row indices for each source, in total M rows. Text 0 is a placeholder of
+    zeros for image-caption pairs, because pairs have captions already. So T is 1 plus the class
+    count, summed over all sources without pairs.
     """
-    # A class number counts the classes of all sources. Number 0 is the placeholder.
-    number_of_name: dict[str, int] = {}  # class name -> number of the first class with this name
+    # A class number counts the classes in all sources. Number 0 is the placeholder.
+    number_of_name: dict[str, int] = {}  # class name -> first class number with this name
     text_of_class = [0]  # for every class number, the first class number with the same name
     texts = [torch.zeros(1, sources[0].space.embed_dim, dtype=torch.float32)]
-    class_numbers = []  # for every source, the class numbers of the rows
+    class_numbers = []  # for every source, the rows' class numbers
     for source, rows in zip(sources, rows_of_sources, strict=True):
         if isinstance(source, PairSource):
             class_numbers.append(torch.zeros(len(rows), dtype=torch.int64))
@@ -618,7 +617,7 @@ def class_captions(
         if source.class_names is None:  # every class has a different text
             text_of_class += numbers
             continue
-        # a new name gets the number of this class; a known name keeps its number
+        # a new name gets this class's number. A known name keeps its number.
         for name, number in zip(source.class_names, numbers, strict=True):
             text_of_class.append(number_of_name.setdefault(name, number))
     return torch.cat(texts), torch.tensor(text_of_class)[torch.cat(class_numbers)]
@@ -627,13 +626,13 @@ def class_captions(
 def group_leaders(
     rows: Tensor, cosine: float | None = None, block_rows: int = COSINE_BLOCK_ROWS
 ) -> Tensor:
-    """Group similar unit-norm rows: for every row, the index (N,) int64 of the group leader.
+    """Group similar unit-norm rows. Return, for every row, its leader's index (N,) int64.
 
-    Without ``cosine``, the leader of a row is the first equal row.
+    Without ``cosine``, a row's leader is the first equal row.
 
-    With ``cosine``, rows are visited in order. A row joins the group of the first leader with
-    at least this cosine. If there is no such leader, the row becomes a leader. So two rows near a
-    third row, but not near each other, need not be in the same group.
+    With ``cosine``, rows are visited in order. A row joins the first leader with at least this
+    cosine, and belongs to that leader's group. If there is no such leader, the row becomes a
+    leader. So two rows near a third row, but not near each other, may be in different groups.
 
     The time is proportional to N times the number of leaders. The cosines are computed in blocks of
     ``block_rows`` rows and as many leaders.
@@ -648,7 +647,7 @@ def group_leaders(
         leader = _first_leaders_near(rows, block, leaders.split(block_rows), cosine)
         has_leader = leader >= 0
         leader_of_row[block[has_leader]] = leader[has_leader]
-        # rows that are near no leader of earlier blocks; some become leaders
+        # rows that are near no leader from earlier blocks. Some become leaders.
         new_rows = block[~has_leader]
         are_near = rows[new_rows] @ rows[new_rows].T >= cosine
         leader_of_row[new_rows] = new_rows[_greedy_leaders(are_near)]
@@ -659,14 +658,14 @@ def group_leaders(
 def _first_leaders_near(
     rows: Tensor, block: Tensor, leader_tiles: Sequence[Tensor], cosine: float
 ) -> Tensor:
-    """Index (B,) of the first near leader, for each row of a block; -1 if no leader is near.
+    """Find the first near leader (B,) for each row in a block. -1 if no leader is near.
 
     Args:
         rows: (N, D) all rows.
         block: (B,) indices of the rows in need of a leader.
         leader_tiles: Indices of all leaders, in tiles. The block is compared with the tiles in
             turn.
-        cosine: Minimum cosine of two near rows.
+        cosine: Minimum cosine between two near rows.
     """
     leader = torch.full_like(block, -1)
     for tile in leader_tiles:
@@ -674,7 +673,7 @@ def _first_leaders_near(
             continue
         has_no_leader = leader < 0
         are_near = rows[block] @ rows[tile].T >= cosine
-        # argmax of a row of 0 and 1 is the index of the first 1
+        # in a row of 0 and 1, argmax is the index of the first 1
         first_in_tile = tile[are_near.byte().argmax(dim=1)]
         joins_tile = has_no_leader & are_near.any(dim=1)
         leader = torch.where(joins_tile, first_in_tile, leader)
@@ -682,10 +681,10 @@ def _first_leaders_near(
 
 
 def _greedy_leaders(are_near: Tensor) -> Tensor:
-    """Index (N,) int64 of the first near leader, for each of N rows.
+    """Find the first near leader (N,) int64 for each of N rows, as an index.
 
-    A row without a near earlier leader is a leader. ``are_near`` (N, N) is a mask of pairs of near
-    rows.
+    A row without a near earlier leader is a leader. ``are_near`` (N, N) is a mask of near row
+    pairs.
     """
     is_near = are_near.numpy()
     n_rows = len(is_near)
@@ -693,20 +692,20 @@ def _greedy_leaders(are_near: Tensor) -> Tensor:
         return torch.arange(0)
     np.fill_diagonal(is_near, val=True)
     is_leader = np.ones(n_rows, dtype=bool)
-    # A row can have another leader than itself only if the row is near an earlier row. Usually such
+    # A row's leader can differ from the row only if the row is near an earlier row. Usually such
     # rows are few.
     first_near = is_near.argmax(axis=1)  # argmax of a boolean row is the index of its first True
     own_index = np.arange(n_rows)
     for row in np.flatnonzero(first_near < own_index):
         is_near_leader = is_near[row, :row] & is_leader[:row]
         is_leader[row] = not is_near_leader.any()
-    is_near &= is_leader  # keeps only the columns of leaders
+    is_near &= is_leader  # keeps only the leaders' columns
     first_leader = is_near.argmax(axis=1)
     return torch.from_numpy(first_leader)
 
 
 def hard_pool_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tensor:
-    """Order (N,) of the rows. Each pool gets similar rows: hard negatives.
+    """Return an order (N,) of the rows. Each pool gets similar rows: hard negatives.
 
     1. The generator draws a row. The first end is the row farthest from the drawn row. The second
        end is the row farthest from the first end. So the two ends are far apart.
@@ -714,7 +713,7 @@ def hard_pool_order(rows: Tensor, pool_size: int, generator: torch.Generator) ->
        the middle, at a multiple of the pool size.
     3. Both halves are split in the same way, until every part is a single pool.
 
-    This takes N D log(N / pool_size) operations and no matrix of similarities. N should be a
+    This takes N D log(N / pool_size) operations and no similarity matrix. N should be a
     multiple of the pool size. Otherwise the last pool is short.
     """
     pending_parts = [torch.arange(len(rows))]

@@ -1,4 +1,4 @@
-"""A selection of rows of a source, and the number of rows to score together."""
+"""Selected rows of a source, and the number of rows to score together."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Rows:
     """Some rows of a source, and further data for a fit.
 
     Attributes:
-        source: The source of the rows.
-        index: (M,) int64 indices of the rows in the source.
+        source: The source with the rows.
+        index: (M,) int64 row indices in the source.
         columns: Names of the columns in the batches.
-        unlabelled: Source of further rows without labels.
-        outside_rows: (E,) int64 indices of rows outside all classes. None: the usable rows marked
-            as outside by the source.
-        answers: Zero-shot answers of all N rows of the source, if already computed
+        unlabelled: Source with further rows without labels.
+        outside_rows: (E,) int64 indices of rows outside all classes. None: the usable rows that the
+            source marks as outside.
+        answers: Zero-shot answers to all N rows in the source, if already computed
             (``vilu.predictors.nn.train.with_zero_shot_answers``).
     """
 
@@ -43,7 +43,7 @@ class Rows:
     def outside(self) -> Tensor:
         """Indices (E,) int64 of rows outside all classes: ``outside_rows``.
 
-        If ``outside_rows`` is None, these are the usable rows marked as outside by the source.
+        If ``outside_rows`` is None, these are the usable rows that the source marks as outside.
         """
         if self.outside_rows is not None:
             return self.outside_rows
@@ -51,21 +51,21 @@ class Rows:
         return usable_rows[self.source.outside[usable_rows]]
 
     def pictures(self) -> tuple[Tensor, Tensor]:
-        """Number the P pictures of the rows from 0 to P - 1.
+        """Assign the numbers 0 to P - 1 to the rows' P pictures.
 
-        Returns two tensors. The first tensor has a position (P,) in ``index`` for every picture:
-        the first row with the picture. The positions ascend. The second tensor has the picture
-        number (M,) of every row.
+        Return two tensors. The first tensor has a position (P,) in ``index`` for every picture:
+        the first row with the picture. The positions ascend. The second tensor has every row's
+        picture number (M,).
         """
         index = self.index.numpy(force=True)
         identities = self.source.picture_identities(index)
-        # for every row, the position of the first row of the same picture
+        # for every row, the position of the first row with the same picture
         first_position = first_rows(identities)
         first_of_picture, picture_of_row = np.unique(first_position, return_inverse=True)
         return torch.from_numpy(first_of_picture), torch.from_numpy(picture_of_row)
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Yield batches of the rows, in order; all logits of a batch fit into memory.
+        """Yield batches of the rows, in order. All logits of a batch fit into memory.
 
         See ``EmbeddingSource.batches``.
         """
@@ -84,7 +84,7 @@ class Rows:
         return map(self._with_answers, steps)
 
     def _with_answers(self, batch: Batch) -> Batch:
-        """Set the zero-shot answers of a batch if already computed; return the batch."""
+        """Set a batch's zero-shot answers if already computed. Return the batch."""
         if self.answers is None:
             return batch
         answers_of_batch = self.answers.take(batch.index)

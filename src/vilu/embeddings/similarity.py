@@ -1,7 +1,7 @@
-"""Zero-shot answers, and the right answers of a pool.
+"""Zero-shot answers, and the right answers in a pool.
 
-The matrix of all similarities is never in memory. It is computed in float32, tile by tile. The
-summaries of the tiles are merged.
+The matrix of all similarities is never in memory. The similarities are computed in float32,
+tile by tile. The tile summaries are merged.
 
 Shapes: B images, K candidate texts, D embedding width.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 MAX_BATCH_LOGITS = 2**24
-"""Maximum number of logits (rows times candidates) of a batch.
+"""Maximum number of logits (rows times candidates) in a batch.
 
 This number of logits takes 64 MiB in float32. A method may need several times as much memory for
 float64 copies of the logits.
@@ -32,10 +32,10 @@ A tile of this size takes 16 MiB. So the tile is still in the cache for a second
 """
 
 TILE_ROWS = 1_024
-"""Number of rows of a tile if there are at least 4,096 candidates.
+"""Number of rows in a tile if there are at least 4,096 candidates.
 
-The tile then has 4,096 columns. The matrix product of such a tile is 1.5 times as fast as the
-product of a long, narrow tile.
+The tile then has 4,096 columns. The matrix product for such a tile is 1.5 times as fast as the
+product for a long, narrow tile.
 """
 
 CACHED_LOGITS = 2**19
@@ -46,7 +46,7 @@ results do not stay in the cache.
 """
 
 KEY_COLUMNS = 8
-"""Number of leading columns from which ``row_keys`` computes the key of a row."""
+"""Number of leading columns from which ``row_keys`` computes a row's key."""
 
 
 class ZeroShot(NamedTuple):
@@ -58,7 +58,7 @@ class ZeroShot(NamedTuple):
 
     @property
     def max_probability(self) -> Tensor:
-        """Largest probability (B,) max_j p_j of the zero-shot posterior (the confidence of MCM)."""
+        """Largest probability (B,) max_j p_j in the zero-shot posterior (MCM's confidence)."""
         return (self.max_logit - self.log_norm).exp()
 
     def take(self, rows: slice | Tensor) -> ZeroShot:
@@ -87,21 +87,20 @@ def zero_shot(
     *,
     max_tile_logits: int = MAX_TILE_LOGITS,
 ) -> ZeroShot:
-    """Answers, largest logits and log-normalisers of logit_scale * image . text + logit_bias.
+    """Find answers, largest logits and log-normalisers of logit_scale * image . text + logit_bias.
 
     All three are computed in float32, tile by tile. Besides the images (B, D), the texts (K, D) and
-    the result, at most one tile of ``max_tile_logits`` numbers is in memory.
+    the result, at most one tile with ``max_tile_logits`` numbers is in memory.
 
     ``first_equal_index`` (K,) is the result of ``index_of_first_equal`` for the texts. Every answer
     is replaced by the first equal candidate. Without this step, the answer among equal candidates
-    would depend on the size of the tiles, because a matrix product rounds differently at the edge
-    of a block.
+    would depend on the tile size, because a matrix product rounds differently at a block's edge.
     """
     if not len(text):
         raise ValueError("there is no candidate")
     n_candidates = len(text)
-    # With this number of rows, a tile of all candidates is four times as wide as high. With more
-    # than 4,096 candidates, the tile would be wider. So its columns are limited below.
+    # With this row count, a tile with all candidates is four times as wide as high. With more than
+    # 4,096 candidates, the tile would be wider. So its columns are limited below.
     rows_of_wide_tile = min(TILE_ROWS, n_candidates // 4)
     wanted_rows = max(n_rows_in_cache(n_candidates), rows_of_wide_tile)
     n_rows = min(wanted_rows, max_tile_logits)
@@ -126,8 +125,8 @@ class RivalWeights:
 
         e_j = exp((l_j - s) / T)
 
-    The largest weight is 1, so the sum of the weights is never 0. If p is the probability of the
-    answer, the odds against the answer are
+    The largest weight is 1, so the sum of the weights is never 0. If p is the answer's
+    probability, the odds against the answer are
 
         (1 - p) / p = exp((s - l_a) / T) sum_j e_j
 
@@ -138,10 +137,10 @@ class RivalWeights:
     """
 
     answer: Tensor  # (B, 1) int64 index of the answer
-    answer_logit: Tensor  # (B,) logit l_a of the answer
-    logits: Tensor  # (B, K) logits of the rivals; ``NEGLIGIBLE_LOGIT`` in the answer's column
-    max_rival_logit: Tensor  # (B, 1) largest logit s of a rival
-    weight: Tensor  # (B, K) weights e_j; 0 in the answer's column
+    answer_logit: Tensor  # (B,) the answer's logit l_a
+    logits: Tensor  # (B, K) logits of the rivals. ``NEGLIGIBLE_LOGIT`` in the answer's column
+    max_rival_logit: Tensor  # (B, 1) largest rival logit s
+    weight: Tensor  # (B, K) weights e_j. 0 in the answer's column
     total_weight: Tensor  # (B,) float64 sum of the weights
     temperature: float = 1.0  # T
 
@@ -190,13 +189,13 @@ class RivalWeights:
 
     @property
     def total_probability(self) -> Tensor:
-        """Probability 1 - p (B,) float64 of all rivals; p is the probability of the answer."""
+        """Probability 1 - p (B,) float64 of all rivals. p is the probability of the answer."""
         return self.odds / (1 + self.odds)
 
     def zero_shot(self, first_equal_index: Tensor) -> ZeroShot:
         """Return the summary of the logits.
 
-        Every answer must have the largest logit of its row, and the temperature must be 1.
+        Every answer must have the largest logit in its row, and the temperature must be 1.
         ``first_equal_index`` (K,) is the result of ``index_of_first_equal`` for the candidates.
         """
         # p = exp(l_a) / sum_j exp(l_j), and 1 / p = 1 + odds.
@@ -219,9 +218,9 @@ LOG2_E = math.log2(math.e)
 
 
 def index_of_first_equal(rows: Tensor) -> Tensor:
-    """Index (N,) int64 of the first equal row, for every row (N, D) float32.
+    """Return the index (N,) int64 of the first equal row, for every row (N, D) float32.
 
-    ``torch.unique`` of all rows would also find the groups of equal rows, but would be slow:
+    ``torch.unique`` on all rows would also find the groups of equal rows, but would be slow:
     ``torch.unique`` sorts whole rows. Here, only rows with a repeated key are sorted.
     """
     keys = row_keys(rows)
@@ -231,7 +230,7 @@ def index_of_first_equal(rows: Tensor) -> Tensor:
     first = torch.arange(len(rows), device=rows.device)
     if len(repeated_rows):
         _, group = torch.unique(rows[repeated_rows], dim=0, return_inverse=True)
-        # ``scatter_reduce`` finds the lowest row index of each group. The minimum includes the
+        # ``scatter_reduce`` finds the lowest row index in each group. The minimum includes the
         # start values. So the start values must be larger than all indices.
         upper_bounds = torch.full_like(repeated_rows, len(rows))
         lowest_of_group = upper_bounds.scatter_reduce(0, group, repeated_rows, "amin")
@@ -240,14 +239,14 @@ def index_of_first_equal(rows: Tensor) -> Tensor:
 
 
 def row_keys(rows: Tensor) -> Tensor:
-    """Keys (N,) int64 of the rows (N, D) float32, computed from the first columns.
+    """Compute keys (N,) int64 for the rows (N, D) float32, from the first columns.
 
     Equal rows have equal keys. Different rows may also have equal keys.
     """
     first_columns = (rows[:, :KEY_COLUMNS] + 0.0).contiguous()  # adding 0 turns -0 into 0
-    # the four bytes of each float, read as a whole number
+    # each float's four bytes, read as a whole number
     whole_numbers = first_columns.view(torch.int32).long()
-    # each column has a different factor, so that the same numbers in another order give another key
+    # each column has a different factor: the same numbers in another order give another key
     factors = 31 ** torch.arange(whole_numbers.shape[1], device=rows.device)
     return (whole_numbers * factors).sum(dim=1)
 
@@ -266,13 +265,13 @@ def select_rows(rows: Tensor, index: Tensor) -> Tensor:
     may_be_consecutive = last - first == n_rows - 1  # a cheap test before all indices are compared
     if may_be_consecutive and bool((index.diff() == 1).all()):
         return rows[first : first + n_rows]
-    return rows.index_select(0, index)  # takes a third of the time of rows[index]
+    return rows.index_select(0, index)  # takes a third of the time that rows[index] takes
 
 
 def n_rows_in_cache(n_candidates: int) -> int:
-    """Number of rows whose logits fit into the cache, but at least 256 and at most 32,768.
+    """Return how many rows have logits that fit into the cache, but at least 256, at most 32,768.
 
-    A matrix product of fewer than 256 rows would be slow.
+    A matrix product with fewer than 256 rows would be slow.
     """
     n_fitting = CACHED_LOGITS // max(n_candidates, 1)
     return min(max(n_fitting, 256), 32_768)
@@ -292,16 +291,16 @@ def row_blocks(
 
 
 def nearest_rows(rows: Tensor, known_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the nearest known row (M, D) of each row (N, D), by the largest cosine.
+    """Find the nearest known row (M, D) for each row (N, D), by the largest cosine.
 
-    Returns the largest cosines (N,), and the indices (N,) of the nearest known rows. The cosines
+    Return the largest cosines (N,), and the indices (N,) of the nearest known rows. The cosines
     are computed block by block, so memory is bounded.
     """
     # an exported graph must accept any number of rows, so the graph cannot split rows into blocks
     if torch.compiler.is_exporting():
         cosine, index = (rows @ known_rows.T).max(dim=1)
         return cosine, index
-    # Usually both arguments are the candidates of the fit. Then each row is nearest to itself.
+    # Usually both arguments are the candidates from the fit. Then each row is nearest to itself.
     if torch.equal(rows, known_rows):
         return rows.new_ones(len(rows)), torch.arange(len(rows), device=rows.device)
     cosines = []
@@ -316,7 +315,7 @@ def nearest_rows(rows: Tensor, known_rows: Tensor) -> tuple[Tensor, Tensor]:
 def _summary_over_tiles(
     image: Tensor, text: Tensor, scale: float, bias: float, n_columns: int
 ) -> ZeroShot:
-    """Summary of the logits of some images and all texts, from tiles of ``n_columns`` texts."""
+    """Summarise the logits for some images and all texts, in tiles with ``n_columns`` texts."""
     summaries = _summaries_of_tiles(image, text, scale, bias, n_columns)
     return functools.reduce(_merge_summaries, summaries)
 
@@ -324,9 +323,9 @@ def _summary_over_tiles(
 def _summaries_of_tiles(
     image: Tensor, text: Tensor, scale: float, bias: float, n_columns: int
 ) -> Iterator[ZeroShot]:
-    """Yield the summary of every tile of ``n_columns`` texts.
+    """Yield the summary of every tile with ``n_columns`` texts.
 
-    No variable holds the logits of a tile. So the logits are freed before the next tile.
+    No variable holds a tile's logits. So the logits are freed before the next tile.
     """
     for number, texts in enumerate(text.split(n_columns)):
         yield _summary_of_tile(
@@ -335,7 +334,7 @@ def _summaries_of_tiles(
 
 
 def _summary_of_tile(logits: Tensor, first_candidate: int) -> ZeroShot:
-    """Summary of the logits (B, k) of k consecutive candidates from ``first_candidate`` on."""
+    """Summarise the logits (B, k) of k consecutive candidates from ``first_candidate`` on."""
     # ``argmax`` takes the first of equal values. ``torch.max`` would compute both results at once,
     # but its documentation does not say which of equal values is taken.
     column = logits.argmax(dim=1)
@@ -345,9 +344,9 @@ def _summary_of_tile(logits: Tensor, first_candidate: int) -> ZeroShot:
 
 
 def _merge_summaries(left: ZeroShot, right: ZeroShot) -> ZeroShot:
-    """Merge the summaries of two ranges of candidates; ``left`` has the lower indices.
+    """Merge the summaries of two candidate ranges. ``left`` has the lower indices.
 
-    If the largest logits of a row are equal, the answer is taken from ``left``.
+    If the largest logits in a row are equal, the answer is taken from ``left``.
     """
     right_is_larger = right.max_logit > left.max_logit
     prediction = torch.where(right_is_larger, right.prediction, left.prediction)
@@ -357,7 +356,7 @@ def _merge_summaries(left: ZeroShot, right: ZeroShot) -> ZeroShot:
 
 
 def float64(tensor: Tensor) -> Tensor:
-    """Convert a tensor to float64, on the CPU if the device of the tensor has no float64."""
+    """Convert a tensor to float64, on the CPU if the tensor's device has no float64."""
     if tensor.device.type == "mps":
         tensor = tensor.cpu()
     return tensor.double()
@@ -365,9 +364,9 @@ def float64(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Matches:
-    """The right candidates of a pool, for every row of the pool.
+    """The right candidates in a pool, for every row in the pool.
 
-    A pool consists of M pairs of a query and a candidate. Several pairs may have the same query,
+    A pool consists of M pairs: a query and a candidate each. Several pairs may have the same query,
     and several pairs may have the same candidate. A candidate is right for a query if some pair has
     both. For example, let image A have the captions 1 and 2, and image B the captions 2 and 3. Then
     caption 2 is right for both images, and caption 3 is wrong for image A.
@@ -377,9 +376,8 @@ class Matches:
     Attributes:
         query_of_pair: (M,) int64: for every pair, the first pair with the same query.
         candidate_of_pair: (M,) int64: for every pair, the first pair with the same candidate.
-        pair_of_candidate: (K,) int64: for every candidate of the batch, the pair it comes from.
-        query_of_row: (B,) int64: for every row of the batch, the first pair with the query of the
-            row.
+        pair_of_candidate: (K,) int64: for every candidate in the batch, the pair it comes from.
+        query_of_row: (B,) int64: for every row in the batch, the first pair with the row's query.
     """
 
     query_of_pair: Tensor
@@ -388,7 +386,7 @@ class Matches:
     query_of_row: Tensor
 
     def take_rows(self, rows: slice | Tensor) -> Matches:
-        """Return the matches of some rows of the batch, selected by a slice or by indices."""
+        """Return the matches for some rows of the batch, selected by a slice or by indices."""
         return replace(self, query_of_row=self.query_of_row[rows])
 
     def to(self, device: torch.device | str) -> Matches:
@@ -401,7 +399,7 @@ class Matches:
         )
 
     def are_right(self, answer: Tensor) -> Tensor:
-        """Mask (B,): whether the answer (B,) of every row is right. No B x K array is made."""
+        """Return, as a mask (B,), which answers (B,) are right. No B x K array is made."""
         n_pairs = len(self.query_of_pair)
         answered_candidate = self.candidate_of_pair[self.pair_of_candidate[answer]]
         # A query and a candidate are encoded as a single number. An answer is right if some pair
@@ -411,13 +409,13 @@ class Matches:
         return torch.isin(answer_numbers, pair_numbers)
 
     def right_mask(self) -> Tensor:
-        """Mask (B, K) of the right candidates of every row."""
+        """Return the mask (B, K) of every row's right candidates."""
         has_query = self.query_of_pair == self.query_of_row[:, None]
         is_right = _in_same_group(has_query, self.candidate_of_pair)
         return is_right[:, self.pair_of_candidate]
 
     def same_answer_mask(self, answer: Tensor) -> Tensor:
-        """Mask (B, K): whether some query has both the candidate and the answer (B,) of the row."""
+        """Return the mask (B, K) of candidates that share a query with the row's answer (B,)."""
         answered_candidate = self.candidate_of_pair[self.pair_of_candidate[answer]]
         # the pairs with the answer, then all pairs with the same queries, then all pairs with a
         # candidate of these queries
@@ -428,11 +426,11 @@ class Matches:
 
 
 def _in_same_group(is_chosen: Tensor, group: Tensor) -> Tensor:
-    """Mask (B, M) of the pairs in a group with a chosen pair.
+    """Return the mask (B, M) of the pairs in a group with a chosen pair.
 
     Args:
         is_chosen: (B, M) mask of the chosen pairs.
-        group: (M,) group of each pair: the index of the first pair of the group.
+        group: (M,) group of each pair: the index of the group's first pair.
     """
     row, pair = is_chosen.nonzero(as_tuple=True)
     is_group_chosen = torch.zeros_like(is_chosen)

@@ -1,4 +1,4 @@
-"""Data for predictors: a source of embeddings, batches of rows, and views of rows."""
+"""Data for predictors: embedding sources, row batches, and views of rows."""
 
 from __future__ import annotations
 
@@ -51,26 +51,26 @@ if TYPE_CHECKING:
     from vilu.embeddings.split import SplitParts
 
 HASH_BLOCK_ROWS = 2**14
-"""Number of rows in a block. The embeddings of a block are hashed together."""
+"""Number of rows in a block. The embeddings in a block are hashed together."""
 
 SAME_TEXT_COSINE = 0.999
-"""Minimum cosine of the texts of two classes with equal names. Below it, an error is raised.
+"""Minimum cosine between the texts of two classes with equal names.
 
-Rounding of the embeddings to float16 changes the cosine by less than 1e-6.
+Below this cosine, an error is raised. Rounding to float16 changes a cosine by less than 1e-6.
 """
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")  # of the ``function`` argument of ``EmbeddingSource._map_parts``
+Result = TypeVar("Result")  # result of the ``function`` argument of ``_map_parts``
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidate texts of some rows, and the right candidate of each row."""
+    """The candidate texts for some rows, and the right candidate for each row."""
 
     text: Tensor  # (K, D) float32 unit-norm candidates
-    target: Tensor  # (B,) int64 index of the right candidate; -1 where unknown
-    matches: Matches | None = None  # None: only the target of a row is right
-    # (K,) int64: row of the source from which each candidate comes. None: all rows share the
+    target: Tensor  # (B,) int64 index of the right candidate. -1 where unknown
+    matches: Matches | None = None  # None: only a row's target is right
+    # (K,) int64: source row from which each candidate comes. None: all rows share the
     # candidates.
     row_of_candidate: Tensor | None = None
 
@@ -79,20 +79,20 @@ class Candidates:
 class Batch:
     """Some images with their candidate texts, all in float32 on the same device.
 
-    The candidates are the prompts of K classes, or the captions of a pool. In both cases all rows
-    of the batch share the candidates, and a target is the index of a candidate. If captions are
-    matched against images, ``image`` holds the captions and ``text`` holds the images.
+    The candidates are the prompts of K classes, or the captions in a pool. In both cases all rows
+    in the batch share the candidates, and a target is a candidate's index. If captions are matched
+    against images, ``image`` holds the captions and ``text`` holds the images.
 
     Attributes:
         image: (B, D) unit-norm image embeddings.
         text: (K, D) unit-norm candidate embeddings.
-        target: (B,) int64 index of the right candidate; -1 where unknown.
+        target: (B,) int64 index of the right candidate. -1 where unknown.
         index: (B,) int64 row numbers in the source.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         columns: The requested columns, by name (``vilu.embeddings.columns``).
-        matches: The right candidates, if images or captions of a pool repeat. None: only the target
-            of a row is right.
+        matches: The right candidates, if images or captions in a pool repeat. None: only a row's
+            target is right.
         outside: (B,) bool, true for rows without a right candidate. Any answer to such a row is
             wrong. None: there is no such row.
 
@@ -217,9 +217,9 @@ class Batch:
             return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
 
     def log_likelihood(self, logits: Tensor) -> Tensor:
-        """Log-probability (B,) of the target under softmax(logits (B, K)).
+        """Compute the target's log-probability (B,) under softmax(logits (B, K)).
 
-        If several candidates of a row are right, the result is the log of the sum of their
+        If several candidates of a row are right, the result is the log of their summed
         probabilities.
 
         Examples:
@@ -245,7 +245,7 @@ class Batch:
 
     @property
     def right(self) -> Tensor:
-        """Mask (B, K) of the right candidates of every row. The targets must be known.
+        """Mask (B, K) of every row's right candidates. The targets must be known.
 
         Examples:
             >>> import numpy as np, vilu
@@ -263,11 +263,11 @@ class Batch:
         return self.matches.right_mask()
 
     def alike(self, answer: Tensor) -> Tensor:
-        """Mask (B, K): whether each candidate is the same answer as the row's ``answer`` (B,).
+        """Return a mask (B, K): which candidates are the same answer as ``answer`` (B,).
 
         Captions of the same image are the same answer. Images of the same caption are the same
-        answer, too. All images and captions of the pool are compared. If only the image or the
-        caption of the row were compared, the mask would reveal the right answer.
+        answer, too. All images and captions in the pool are compared. If only the row's image or
+        caption were compared, the mask would reveal the right answer.
 
         Examples:
             >>> import torch, vilu
@@ -322,7 +322,7 @@ class Batch:
         return batch
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
-        """Yield the slice of rows and the batch of each pool. Here, all rows form a single pool."""
+        """Yield each pool's row slice and batch. Here, all rows form a single pool."""
         yield slice(0, len(self.index)), self
 
     def judging(self, answer: Tensor) -> Batch:
@@ -365,14 +365,14 @@ class WholeLogits(Batch):
 
     @cached_property
     def zero_shot(self) -> ZeroShot:
-        """Answers, largest logits and log-normalisers of the logits."""
+        """Answers, largest logits and log-normalisers from the logits."""
         return self.rivals.zero_shot(self.first_equal_index)
 
     @cached_property
     def first_equal_index(self) -> Tensor:
         """Index (K,) int64 of the first candidate with the same embedding, for every candidate.
 
-        Here this is the index of the candidate itself, because all candidates differ.
+        Here this is the candidate's own index, because all candidates differ.
         """
         n_candidates = self.text.shape[-2]  # of (K, D), or of (P, K, D) in a ``PooledBatch``
         return torch.arange(n_candidates, device=self.text.device)
@@ -393,7 +393,7 @@ class LogitBatch(WholeLogits):
 
     @cached_property
     def logits(self) -> Tensor:
-        """Logits (B, K) float32 of another classifier."""
+        """Logits (B, K) float32 from another classifier."""
         return self.columns[LOGITS]
 
 
@@ -401,14 +401,13 @@ class LogitBatch(WholeLogits):
 class PooledBatch(WholeLogits):
     """A batch of several consecutive pools of the same size, for methods that use only logits.
 
-    ``text`` is (P, K, D). A target is the index of a candidate within the pool of the row. The
-    logits are bit for bit the same as in batches of a single pool. No two candidates of a pool are
-    equal.
+    ``text`` is (P, K, D). A target is a candidate's index within the row's pool. The logits are bit
+    for bit the same as in single-pool batches. No two candidates in a pool are equal.
     """
 
     @cached_property
     def logits(self) -> Tensor:
-        """Zero-shot logits (B, K) float32: a row is compared with the candidates of its pool."""
+        """Zero-shot logits (B, K) float32: a row is compared with the candidates in its pool."""
         size = self.text.shape[1]
         with torch.autocast(self.image.device.type, enabled=False):
             logits = self.image.new_empty(len(self.image), size)
@@ -422,7 +421,7 @@ class PooledBatch(WholeLogits):
             return logits
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
-        """Yield the slice of rows and the batch of each pool.
+        """Yield each pool's row slice and batch.
 
         If the zero-shot answers are already computed, the yielded batches have these answers, too.
         """
@@ -449,23 +448,23 @@ class EmbeddingSource(ABC):
 
     vilu and other packages read the rows through these methods:
 
-    - ``batches`` to score, and ``many`` to score by the logits alone;
-    - ``shuffled`` and ``steps`` to train;
-    - ``candidates`` to get the texts;
-    - ``identified_by`` and ``identities`` to find the same rows in another source.
+    - ``batches`` to score, and ``many`` to score by the logits alone
+    - ``shuffled`` and ``steps`` to train
+    - ``candidates`` to get the texts
+    - ``identified_by`` and ``identities`` to find the same rows in another source
 
     Attributes:
         space: The embedding space.
-        class_names: Names of the candidates, or None (captions, or bare arrays).
+        class_names: Candidate names, or None (captions, or bare arrays).
         ids: (N,) row identifiers for display. Rows are compared by ``identities``.
-        target: (N,) int64 index of the right candidate of every row; -1 where unknown.
+        target: (N,) int64 index of every row's right candidate. -1 where unknown.
         text: (K, D) candidates, if all rows share the candidates.
-        cluster: (N,) name of the cluster of every row. The answers to the rows of a cluster may be
+        cluster: (N,) cluster name of every row. The answers to rows in the same cluster may be
             wrong together. None: no clusters are known.
-        answer_numbers: (N,) number of the answer of every row, if there are clusters and answers
-            are no candidates. Equal answers have equal numbers. None: there are no such numbers.
-        pool_size: Number of rows of a pool. The captions of these rows are the candidates of the
-            pool. None if all rows share the candidates.
+        answer_numbers: (N,) answer number of every row, if there are clusters and answers are no
+            candidates. Equal answers have equal numbers. None: there are no such numbers.
+        pool_size: Number of rows in a pool. The captions of these rows are the pool's candidates.
+            None if all rows share the candidates.
         columns: Names of the available columns (``vilu.embeddings.columns``).
         candidate_of: For every original class, the int64 index of its candidate. Classes with equal
             texts were merged into the same candidate. None if all texts were different.
@@ -474,7 +473,7 @@ class EmbeddingSource(ABC):
         stored_dtype: Number format of the embeddings in the store. None if the embeddings are not
             from a store.
         device: Device for scoring the rows. None: the predictor chooses a device.
-        fingerprint: Hash of all rows. None if computing the hash would need a pass over all
+        fingerprint: Hash over all rows. None if computing the hash would need a pass over all
             embeddings.
 
     Examples:
@@ -490,7 +489,7 @@ class EmbeddingSource(ABC):
         [[0, 1], [2]]
     """
 
-    # how to make a source, for messages about an argument of another type
+    # how to make a source, for messages about an argument with another type
     how_to_make: ClassVar[str] = (
         "embeddings (vilu.Embeddings(image, text, target=target) of arrays, "
         "vilu.open_source(path) of a store) or answers (vilu.open_table(table))"
@@ -517,7 +516,7 @@ class EmbeddingSource(ABC):
     def _merge_equal_classes(self) -> Tensor | None:
         """Merge classes with the same text into a single candidate.
 
-        Returns the class number (K,) int64 from which each candidate is taken. None if no class is
+        Return the class number (K,) int64 from which each candidate is taken. None if no class is
         merged.
         """
         first_class = index_of_first_same_answer(self.text, self.class_names)
@@ -570,7 +569,7 @@ class EmbeddingSource(ABC):
 
         Raises:
             DataError: If ``rows`` is a single number, because a source has no single rows.
-            UsageError: If the source has captions, because the pools are made of all rows of the
+            UsageError: If the source has captions, because the pools are made from all rows in the
                 source.
 
         Examples:
@@ -608,23 +607,23 @@ class EmbeddingSource(ABC):
 
     @property
     def n_candidates(self) -> int:
-        """Number K of candidates. For pools, the maximum number of candidates of a row."""
+        """Number K of candidates. For pools, the maximum number of candidates per row."""
         return len(self.text)
 
     @abstractmethod
     def image_rows(self, index: Tensor) -> Tensor:
-        """Image embeddings (B, D) float32 of the rows ``index`` (B,) int64."""
+        """Return image embeddings (B, D) float32 of the rows ``index`` (B,) int64."""
 
     def candidates(self, index: Tensor) -> Candidates:
-        """Candidates of the rows ``index``. Here all rows share the same candidates."""
+        """Return the candidates for the rows ``index``. Here all rows share the same candidates."""
         return Candidates(self.text, self.target[index])
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Return column ``name``: the entries of the rows ``index``, or all entries.
+        """Return column ``name``: the entries for the rows ``index``, or all entries.
 
-        ``index`` selects entries only of a column with an entry per row. A column of candidates, or
-        of the model as a whole, is returned with all entries. If the source has pools, the
-        candidates are rows. Then a column of candidates also has an entry per row.
+        ``index`` selects entries only if the column has an entry per row. If the column belongs to
+        the candidates, or to the whole model, all entries are returned. If the source has pools,
+        the candidates are rows. Then a candidate column also has an entry per row.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -663,7 +662,7 @@ class EmbeddingSource(ABC):
 
     @cached_property
     def usable_rows(self) -> Tensor:
-        """Indices (M,) int64 of the usable rows, in the order of scoring.
+        """Indices (M,) int64 of the usable rows, in scoring order.
 
         If there are pools, each pool consists of the next ``pool_size`` rows in this order.
         """
@@ -672,7 +671,7 @@ class EmbeddingSource(ABC):
 
     @property
     def identified_by(self) -> tuple[IdentityKind, ...]:
-        """Kinds of identity for finding the rows in another source, best first.
+        """Identity kinds for finding the rows in another source, best first.
 
         Rows without a vector can be found only by name, because different pictures may have equal
         logits.
@@ -687,13 +686,13 @@ class EmbeddingSource(ABC):
     def identities(
         self, by: IdentityKind, rows: NDArray[np.int64] | None = None
     ) -> NDArray[np.uint64]:
-        """Identity hashes (M,) of the ``rows`` (M,), by default of all rows.
+        """Return identity hashes (M,) of ``rows`` (M,), by default of all rows.
 
         Equal hashes mean the same row.
 
         Args:
-            by: A kind from ``identified_by``. With "embeddings" the hash of a row without a usable
-                embedding has no meaning.
+            by: A kind from ``identified_by``. With "embeddings", the hash has no meaning for a row
+                without a usable embedding.
             rows: Row indices, in any order.
 
         Examples:
@@ -713,20 +712,20 @@ class EmbeddingSource(ABC):
         return hash_row_blocks(index, self._hashed_numbers)
 
     def _as_index(self, rows: NDArray[np.int64] | None) -> Tensor:
-        """The indices ``rows`` as a tensor (M,) int64, by default the indices of all rows."""
+        """Convert row indices to a tensor (M,) int64. By default the indices of all rows."""
         if rows is not None:
             return torch.from_numpy(rows)
         return torch.arange(len(self), device="cpu")
 
     def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Identities (M,) int64 of the pictures of the ``rows`` (M,), by default of all rows.
+        """Return the picture identities (M,) int64 of ``rows`` (M,), by default of all rows.
 
         Rows with equal identities from 0 to 2^63 - 1 show the same picture. Such an identity is a
         hash of the picture's encoded bytes. If the bytes are not known, the embedding is hashed
         instead. All rows without a usable embedding have the identity -1.
 
-        For image-caption pairs, only the image is hashed. So the captions and the direction of the
-        search have no influence.
+        For image-caption pairs, only the image is hashed. So the captions and the search direction
+        have no influence.
 
         Examples:
             >>> import numpy as np, vilu
@@ -741,7 +740,7 @@ class EmbeddingSource(ABC):
             index = np.arange(len(self))
         if not self.has_vectors:
             return np.full(len(index), UNKNOWN)
-        # clear the highest bit of each hash: the identities are from 0 to 2^63 - 1
+        # clear each hash's highest bit: the identities are from 0 to 2^63 - 1
         largest_identity = np.iinfo(np.int64).max
         hashes = self._picture_hashes(index) & np.uint64(largest_identity)
         has_embedding = np.isin(self.status[index], (VALID, SHORT_POOL))
@@ -749,14 +748,14 @@ class EmbeddingSource(ABC):
         return np.where(has_embedding, identities, UNKNOWN)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Hashes (M,) of the pictures of the ``rows`` (M,)."""
+        """Return hashes (M,) of the pictures in the ``rows`` (M,)."""
         by: IdentityKind = "embeddings"
         if "pictures" in self.identified_by:
             by = "pictures"
         return self.identities(by, rows)
 
     def _hashed_numbers(self, index: Tensor) -> Tensor:
-        """Numbers (B, ...) of the rows, to be hashed for the "embeddings" identities."""
+        """Return the rows' numbers (B, ...), to be hashed for the "embeddings" identities."""
         return self.image_rows(index)
 
     @checked
@@ -766,19 +765,19 @@ class EmbeddingSource(ABC):
         classes: Sequence[int] | Tensor | NDArray[np.int64] | None = None,
         columns: Collection[str] | None = None,
     ) -> EmbeddingSource:
-        """Take some rows of a source with shared candidates, as a new source.
+        """Take some rows as a new source. All rows must share the candidates.
 
         The new source is a view. Rows are read from this source only on demand.
 
         Args:
             rows: (M,) int64 row indices, in the order of the new source.
-            classes: (K',) int64 candidates to keep, in their new order; by default all. A row of a
-                removed class gets an unknown target.
-            columns: Names of the columns to keep; by default all. The column "logits" is always
+            classes: (K',) int64 candidates to keep, in their new order. By default all. If a row's
+                class is removed, the row gets an unknown target.
+            columns: Names of the columns to keep. By default all. The column "logits" is always
                 kept.
 
         Raises:
-            UsageError: If the source has captions, because the pools are made of all rows of the
+            UsageError: If the source has captions, because the pools are made from all rows in the
                 source.
             DataError: If there is no such row or class, or if a class is given twice.
 
@@ -800,7 +799,7 @@ class EmbeddingSource(ABC):
             )
         column_names = self.columns
         if columns is not None:
-            # the column of logits stays, because the answers are computed from logits
+            # the logit column stays, because the answers are computed from logits
             column_names = column_names.intersection({*columns, LOGITS})
         class_index: Tensor | None = None
         if classes is not None:
@@ -814,7 +813,7 @@ class EmbeddingSource(ABC):
         return RowSubset(self, row_index, classes=class_index, columns=column_names)
 
     def without(self, rows: NDArray[np.bool_]) -> EmbeddingSource:
-        """The source without the rows of the mask ``rows`` (N,) bool.
+        """Return the source without the rows in the mask ``rows`` (N,) bool.
 
         Raises:
             DataError: If ``rows`` is no such mask.
@@ -827,10 +826,10 @@ class EmbeddingSource(ABC):
         return self.take(remaining_rows)
 
     def inseparable(self) -> NDArray[np.int64]:
-        """Group number (N,) of every row. A split must not divide a group.
+        """Return the group number (N,) of every row. A split must not divide a group.
 
-        Rows of the same picture are a group. If the rows have clusters, rows of the same picture or
-        of the same cluster are connected, and all connected rows are a group.
+        Rows with the same picture are a group. If the rows have clusters, rows with the same
+        picture or in the same cluster are connected, and all connected rows are a group.
 
         Examples:
             >>> import vilu
@@ -854,15 +853,15 @@ class EmbeddingSource(ABC):
     ) -> SplitParts[EmbeddingSource]:
         """Divide the rows into three parts: to fit on, to calibrate on and to test on.
 
-        Rows of the same picture, or of the same cluster, are in the same part. Every part gets its
-        share of every class, up to a single picture or cluster. Rows beyond the sum of the shares
-        are in no part. A part of share 0 is empty.
+        Rows with the same picture, or in the same cluster, are in the same part. Every part gets
+        its share of every class, up to a single picture or cluster. Rows beyond the summed shares
+        are in no part. A part with share 0 is empty.
 
         Args:
-            fit: Share of the rows to fit on, from 0 to 1.
-            calibration: Share of the rows to calibrate on.
-            test: Share of the rows to test on.
-            seed: Seed of the division.
+            fit: Share of rows to fit on, from 0 to 1.
+            calibration: Share of rows to calibrate on.
+            test: Share of rows to test on.
+            seed: Seed for the division.
 
         Raises:
             UsageError: If a share is not from 0 to 1, if the shares add up to more than 1, or if
@@ -892,7 +891,7 @@ class EmbeddingSource(ABC):
         return SplitParts(*sources)
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the row indices in a random order, for a pass of training.
+        """Return the row indices in a random order, for a training pass.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -908,12 +907,12 @@ class EmbeddingSource(ABC):
     ) -> Iterator[Batch]:
         """Yield batches of at most ``size`` of the ``rows``, in order, with the named ``columns``.
 
-        ``rows`` are indices; by default all usable rows. All logits of a batch fit into memory
+        ``rows`` are indices. By default all usable rows. All logits of a batch fit into memory
         (``similarity.MAX_BATCH_LOGITS``).
 
         If the source has pools, consecutive ``rows`` form a pool. Several batches may share the
-        rows of a pool. Each such batch has all candidates of the pool, because the number of
-        candidates is part of the problem. The last rows are left out if they do not fill a pool.
+        rows in a pool. Each such batch has all candidates in the pool, because the candidate count
+        is part of the problem. The last rows are left out if they do not fill a pool.
 
         Examples:
             >>> import numpy as np, vilu
@@ -967,10 +966,10 @@ class EmbeddingSource(ABC):
         return map(function, parts)
 
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
-        """The rows ``index`` as a batch, with the named ``columns``."""
+        """Make a batch of the rows ``index``, with the named ``columns``."""
         candidates = self.candidates(index)
         row_of_candidate = candidates.row_of_candidate
-        if row_of_candidate is None:  # then ``column`` returns a column of candidates as a whole
+        if row_of_candidate is None:  # then ``column`` returns a candidate column as a whole
             row_of_candidate = index
         tensors = {}
         for name in columns:
@@ -995,9 +994,9 @@ class EmbeddingSource(ABC):
 
 
 def hash_row_blocks(index: Tensor, read_rows: Callable[[Tensor], Tensor]) -> NDArray[np.uint64]:
-    """Hashes (M,) of the rows ``index`` (M,).
+    """Hash the rows ``index`` (M,). Return the hashes (M,).
 
-    ``read_rows`` returns the numbers of some rows. Each call reads a block of rows.
+    ``read_rows`` returns the numbers in some rows. Each call reads a block of rows.
     """
     hashes = [hash_rows(read_rows(block)) for block in index.split(HASH_BLOCK_ROWS)]
     return np.concatenate(hashes)
@@ -1013,7 +1012,7 @@ def _merge_message(names: Sequence[str], first_class: Sequence[int]) -> str:
     """Return a message with the list of merged classes.
 
     Args:
-        names: Names of the classes.
+        names: Class names.
         first_class: For every class, the number of the first class that is the same answer.
     """
     merged_classes = [number for number, first in enumerate(first_class) if first != number]
@@ -1032,12 +1031,12 @@ def _merge_message(names: Sequence[str], first_class: Sequence[int]) -> str:
 
 
 def index_of_first_same_answer(text: Tensor, names: Sequence[str] | None) -> Tensor:
-    """Index (K,) int64 of the first candidate that is the same answer, for every text (K, D).
+    """Return, for every text (K, D), the first candidate (K,) int64 that is the same answer.
 
     Two candidates are the same answer if their texts are equal, or if their names are equal.
 
     Raises:
-        DataError: If classes of the same name have different texts.
+        DataError: If classes with the same name have different texts.
     """
     first = index_of_first_equal(text)
     if names is None or len(set(names)) == len(names):  # no two names are equal
@@ -1046,7 +1045,7 @@ def index_of_first_same_answer(text: Tensor, names: Sequence[str] | None) -> Ten
     for i, name in enumerate(names):
         first_index.setdefault(name, i)  # a repeated name keeps the first index
     first_of_name = torch.tensor([first_index[name] for name in names])
-    # cosine of every text with the first text of the same name
+    # cosine between every text and the first text with the same name
     cosine = (text * text[first_of_name]).sum(dim=1)
     differing_indices = (cosine < SAME_TEXT_COSINE).nonzero().squeeze(1)
     if len(differing_indices):
@@ -1071,8 +1070,8 @@ class RowSubset(EmbeddingSource):
 
     Args:
         source: The original source.
-        rows: (M,) indices in ``source`` of the rows of the view, in the order of the view.
-        classes: (K',) candidates to keep, in their new order; None keeps all candidates.
+        rows: (M,) indices of the view's rows in ``source``, in the view's order.
+        classes: (K',) candidates to keep, in their new order. None keeps all candidates.
         columns: Names of the columns to keep.
     """
 
@@ -1102,7 +1101,7 @@ class RowSubset(EmbeddingSource):
     def _take_classes(self, classes: Tensor) -> None:
         """Keep only the candidates ``classes``, in this order.
 
-        Rows of a removed class get an unknown target.
+        If a row's class is removed, the row gets an unknown target.
         """
         # An entry per candidate, and a last entry for unknown targets: -1 indexes the last entry.
         new_target_of = classes.new_full((len(self.text) + 1,), UNKNOWN)
@@ -1113,30 +1112,30 @@ class RowSubset(EmbeddingSource):
             self.class_names = tuple(self.class_names[i] for i in classes.tolist())
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """Image embeddings (B, D) from the original source."""
+        """Return image embeddings (B, D) from the original source."""
         return self._source.image_rows(self._rows[index])
 
     @property
     def identified_by(self) -> tuple[IdentityKind, ...]:
-        """The kinds of identity of the original source."""
+        """The identity kinds of the original source."""
         return self._source.identified_by
 
     def identities(
         self, by: IdentityKind, rows: NDArray[np.int64] | None = None
     ) -> NDArray[np.uint64]:
-        """Identities (M,) of the rows, from the original source."""
+        """Return the rows' identities (M,), from the original source."""
         rows_of_source = self._rows.numpy()
         if rows is not None:
             rows_of_source = rows_of_source[rows]
         return self._source.identities(by, rows_of_source)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Hashes (M,) of the pictures of the rows, from the original source."""
+        """Return the rows' picture hashes (M,), from the original source."""
         source_rows = self._rows.numpy()[rows]
         return self._source._picture_hashes(source_rows)
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Column ``name`` of the original source, for the rows or candidates of this source."""
+        """Return column ``name`` of the original source, for this source's rows or candidates."""
         if name not in self.columns:
             return super().column(name, index)
         if name == LOGITS:
@@ -1151,7 +1150,7 @@ class RowSubset(EmbeddingSource):
 
 
 class SubsetIds(Identifiers):
-    """Identifiers of some rows of a source."""
+    """Row identifiers of a ``RowSubset``."""
 
     def __init__(self, ids: Sequence[str], rows: Tensor) -> None:
         super().__init__(len(rows))
@@ -1166,13 +1165,13 @@ class SubsetIds(Identifiers):
         is_chosen[self._rows] = True
         # a single pass in stored order, because identifiers on disk are read part by part
         ids_in_stored_order = list(compress(self._ids, is_chosen))
-        # for every row of the subset, the position of the identifier in ``ids_in_stored_order``
+        # for every row in the subset, the position of the identifier in ``ids_in_stored_order``
         _, position_of_row = self._rows.unique(return_inverse=True)
         return (ids_in_stored_order[position] for position in position_of_row.tolist())
 
 
 def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
-    """Log-posterior log p (B, K) float64, where p = softmax(logits / temperature).
+    """Compute the log-posterior log p (B, K) float64, where p = softmax(logits / temperature).
 
     ``temperature`` is positive: a single number, or a number per row (B, 1).
 
@@ -1180,8 +1179,8 @@ def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
 
         log p_j = d_j - log1p(sum of exp(d_k) over all k except the largest logit)
 
-    So confident rows keep their order even if p_max rounds to 1. A float32 softmax at the logit
-    scale of CLIP would give many rows the same p_max.
+    So confident rows keep their order even if p_max rounds to 1. A float32 softmax at CLIP's logit
+    scale would give many rows the same p_max.
     """
     logits = float64(batch.logits)
     answer_column = batch.zero_shot.prediction[:, None].to(logits.device)

@@ -13,9 +13,9 @@ from vilu.validation import checked_fields, require_at_least
 LOGARITHM_RANGE = (4.0, 5.0)
 """A logit scale between these numbers is an error: probably it is the logarithm of a scale.
 
-The learned parameter of a model is the logarithm. Released models have scales of 50 to 150: CLIP
-100 (logarithm 4.605), SigLIP 112 to 118 (logarithms 4.72 to 4.77). No model has a scale of 4 to 5,
-because such a scale would make the probabilities of 1,000 classes nearly equal.
+A model's learned parameter is the logarithm. Released models have scales from 50 to 150: CLIP
+100 (logarithm 4.605), SigLIP 112 to 118 (logarithms 4.72 to 4.77). No model has a scale from 4
+to 5, because such a scale would make the probabilities of 1,000 classes nearly equal.
 """
 
 REDUCED_JPEGS_SUFFIX: Final = (
@@ -46,18 +46,18 @@ class EmbeddingSpace:
     The zero-shot logit of image v and text t is ``logit_scale * cos(v, t) + logit_bias``.
 
     Attributes:
-        embed_dim: Width D of the joint space; 0 for rows with logits and without vectors
+        embed_dim: Width D of the joint space. 0 for rows with logits and without vectors
             (``vilu.Embeddings.from_logits``).
         logit_scale: Multiplier of the cosine: the exponential of the learned parameter, 100 for
             OpenAI's CLIP. A number between 4 and 5 is an error, because it is probably the
             parameter itself.
         logit_bias: Added to every logit (SigLIP). The bias cancels in a softmax, but is part of the
             model.
-        backbone: Name of the backbone, as given to ``--backbone``; None for bare arrays.
+        backbone: Name of the backbone, as given to ``--backbone``. None for bare arrays.
         weights: SHA-256 of the weights.
-        preprocess: Description of the image preprocessing.
-        tokenizer: Description of the tokenizer.
-        precision: Arithmetic of the encoders ("fp32", "bf16", ...).
+        preprocess: A description of the image preprocessing.
+        tokenizer: A description of the tokenizer.
+        precision: The encoders' arithmetic ("fp32", "bf16", ...).
 
     Examples:
         >>> import vilu
@@ -99,12 +99,12 @@ class EmbeddingSpace:
 
     @property
     def anonymous(self) -> bool:
-        """Whether nothing is known about the model of the embeddings."""
+        """Whether nothing is known about the embedding model."""
         return self.backbone is None and self.weights is None
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all attributes."""
+        """Hash over all attributes."""
         return digest(asdict(self))
 
     @property
@@ -114,7 +114,7 @@ class EmbeddingSpace:
 
     @property
     def with_full_jpegs(self) -> EmbeddingSpace:
-        """The space of the same model with JPEGs decoded in full."""
+        """The same model's space with JPEGs decoded in full."""
         if self.preprocess is None:
             return self
         full_preprocess = self.preprocess.removesuffix(REDUCED_JPEGS_SUFFIX)
@@ -122,20 +122,20 @@ class EmbeddingSpace:
 
     @property
     def with_reduced_jpegs(self) -> EmbeddingSpace:
-        """The space of the same model with JPEGs decoded at a reduced size."""
+        """The same model's space with JPEGs decoded at a reduced size."""
         full_space = self.with_full_jpegs
         full_preprocess = full_space.preprocess or ""
         return replace(full_space, preprocess=full_preprocess + REDUCED_JPEGS_SUFFIX)
 
     def differs_by_decoding(self, other: EmbeddingSpace) -> bool:
-        """Whether two spaces differ only by the size of decoded JPEGs."""
+        """Return whether two spaces differ only by the size of decoded JPEGs."""
         own_model = replace(self.with_full_jpegs, precision=None)
         other_model = replace(other.with_full_jpegs, precision=None)
         is_same_model = own_model == other_model
         return is_same_model and self.reduces_jpegs != other.reduces_jpegs
 
     def require_match(self, other: EmbeddingSpace, *, name: str, other_name: str) -> None:
-        """Raise ProvenanceError if the spaces differ; the message names every difference.
+        """Raise ProvenanceError if the spaces differ. The message names every difference.
 
         For bare arrays only width, logit scale and logit bias are compared, because nothing is
         known about the model. An attribute is not compared if it is None in one of the spaces.

@@ -37,19 +37,19 @@ def require_shares(shares: Sequence[float]) -> None:
 def connected_row_groups(
     cluster: NDArray[np.int64], picture: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Group number (N,) of every row. Clusters and pictures connect the rows of a group.
+    """Compute the group number (N,) of every row. Clusters and pictures connect a group's rows.
 
     A group may have several clusters, because two clusters may have copies of the same picture.
 
     Args:
-        cluster: (N,) number of the cluster of every row.
-        picture: (N,) identity of the picture of every row. -1: the picture is in no other row.
+        cluster: (N,) cluster number of every row.
+        picture: (N,) picture identity of every row. -1: the picture is in no other row.
     """
     # imported here to keep `import vilu` fast
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    # The rows are the nodes of a graph. Each row has an edge to the first row of the same cluster,
+    # The rows are the nodes of a graph. Each row has an edge to the first row in the same cluster,
     # and to the first row with the same picture.
     n_rows = len(cluster)
     may_share_picture = picture >= 0
@@ -67,7 +67,7 @@ def connected_row_groups(
 
 
 def _first_rows(group: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For every row, the index (N,) of the first row with the same number in ``group`` (N,)."""
+    """Find, for every row, the first row (N,) with the same number in ``group`` (N,)."""
     _, first_row, group_of_row = np.unique(group, return_index=True, return_inverse=True)
     return first_row[group_of_row]
 
@@ -85,22 +85,22 @@ def _distinct_identities(picture: NDArray[np.int64]) -> NDArray[np.int64]:
 def part_of_each_row(
     picture: NDArray[np.int64], stratum: NDArray[np.int64], shares: Sequence[float], seed: int
 ) -> NDArray[np.int64]:
-    """Part number (N,) of every row, from 0.
+    """Compute the part number (N,) of every row, from 0.
 
     A row in no part gets the number after the last part: 3 if there are three parts.
 
-    Rows of the same picture are in the same part. The m pictures of a stratum are shuffled. With a
-    random offset o in [0, 1), picture i gets the quantile (i + o) / m. The cumulative shares are
+    Rows with the same picture are in the same part. The m pictures in a stratum are shuffled. With
+    a random offset o in [0, 1), picture i gets the quantile (i + o) / m. The cumulative shares are
     the borders between the parts, so a quantile decides the part. Every part gets its share of
-    every stratum, up to a single picture. On average the part gets exactly its share, even of a
-    stratum with very few pictures.
+    every stratum, up to a single picture. On average the part gets exactly its share, even if a
+    stratum has very few pictures.
 
     Args:
-        picture: (N,) identity of the picture of every row. -1: the picture is in no other row.
-        stratum: (N,) class of every row. The first row of a picture decides the stratum of the
-            picture.
+        picture: (N,) picture identity of every row. -1: the picture is in no other row.
+        stratum: (N,) class of every row. The first row with a picture decides the picture's
+            stratum.
         shares: Share of each part.
-        seed: Seed of the division.
+        seed: Seed for the division.
     """
     rng = np.random.default_rng(seed)
     identity = _distinct_identities(picture)
@@ -117,8 +117,8 @@ def part_of_each_row(
         part_of_picture[pictures] = part
     parts_have_all_rows = sum(shares) >= 1 - ROUNDING_TOLERANCE
     if parts_have_all_rows:
-        # Rounding may have made a quantile larger than the last border. The picture of this
-        # quantile is put into the last part that is not empty.
+        # Rounding may have made a quantile larger than the last border. The quantile's picture
+        # is put into the last part that is not empty.
         nonempty_parts = np.flatnonzero(np.asarray(shares) > 0)
         part_of_picture = np.minimum(part_of_picture, nonempty_parts.max())
     return part_of_picture[picture_of_row]

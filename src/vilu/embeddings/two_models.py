@@ -1,4 +1,4 @@
-"""A source with embeddings of every row by two models."""
+"""A source with every row's embeddings from two models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vilu.errors import DataError, UsageError
 from vilu.validation import checked
 
 MODEL_INDEPENDENT_KINDS: tuple[IdentityKind, ...] = ("pictures", "names")
-"""Kinds of identity that do not depend on the embedding model, best first."""
+"""Identity kinds that do not depend on the embedding model, best first."""
 
 
 class TwoModels(RowSubset):
@@ -26,29 +26,29 @@ class TwoModels(RowSubset):
     All data come from the first source, except two additional columns:
 
     - ``second_image`` (N, E): image embeddings by the second model.
-    - ``second_text`` (K, E): embeddings of the candidates by the second model, times the logit
-      scale of the second model.
+    - ``second_text`` (K, E): candidate embeddings by the second model, times the second model's
+      logit scale.
 
-    The products of both columns are the zero-shot logits of the second model without the bias. The
-    bias is left out, because a bias cancels in a softmax.
+    The products of both columns are the second model's zero-shot logits without the bias. The bias
+    is left out, because a bias cancels in a softmax.
 
-    The rows are searched in the second source by picture. If a source has no hashes of pictures,
-    the rows are searched by name. The order of the second source does not matter. The second source
+    The rows are searched in the second source by picture. If a source has no picture hashes, the
+    rows are searched by name. The row order in the second source does not matter. The second source
     may have more rows, and its embeddings are read only on demand. A row is usable only if the row
     is usable in both sources.
 
     Args:
-        first: Source of the first model, usually the larger model. The failures of this model are
+        first: The first model's source, usually for the larger model. This model's failures are
             to be predicted.
-        second: Source of the second model.
+        second: The second model's source.
 
     Attributes:
-        first: The source of the first model.
-        second: The source of the second model.
+        first: The first model's source.
+        second: The second model's source.
 
     Raises:
-        UsageError: If a source has captions. The two models have different pools of captions, so
-            the rows of the two models do not correspond.
+        UsageError: If a source has captions. The two models have different caption pools, so the
+            rows of the two models do not correspond.
         DataError: If the candidates or their order differ, if rows of the first source are missing
             in the second, or if rows can be matched neither by picture nor by name.
 
@@ -97,7 +97,7 @@ class TwoModels(RowSubset):
         self.status = np.where(first.status == VALID, second.status[row_in_second], first.status)
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Return a column of the first source, or a column of the second model."""
+        """Return a column from the first source, or a column from the second model."""
         if name == "second_image":
             return self.second.image_rows(self._row_in_second[index])
         if name == "second_text":
@@ -107,7 +107,7 @@ class TwoModels(RowSubset):
 
 
 def match_rows(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.int64]:
-    """Index (N,) of the same row in the second source, for every row of the first source."""
+    """Find the index (N,) of the same row in the second source, for every row of the first."""
     kind = _common_identity(first, second)
     first_identities = first.identities(kind)
     second_identities = second.identities(kind)
@@ -115,7 +115,7 @@ def match_rows(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.in
     sorted_identities = second_identities[order]
     if kind == "names":
         _require_distinct_names(second, order, sorted_identities)
-    # The rank of an identity is a position in ``sorted_identities``. For a missing identity, the
+    # An identity's rank is a position in ``sorted_identities``. For a missing identity, the
     # rank is the position for inserting it, possibly after the last entry.
     rank = np.searchsorted(sorted_identities, first_identities)
     is_in_range = rank < len(sorted_identities)
@@ -140,8 +140,8 @@ def _require_distinct_names(
 
     Args:
         second: The second source.
-        order: Row numbers of the second source, in the order of ``sorted_identities``.
-        sorted_identities: Identities of all rows of the second source, sorted.
+        order: Row numbers in the second source, in the order of ``sorted_identities``.
+        sorted_identities: The identities of all rows in the second source, sorted.
     """
     equals_next = sorted_identities[:-1] == sorted_identities[1:]
     repeated_positions = np.flatnonzero(equals_next)
@@ -154,7 +154,7 @@ def _require_distinct_names(
 
 
 def _common_identity(first: EmbeddingSource, second: EmbeddingSource) -> IdentityKind:
-    """Return the best kind of identity common to both sources; DataError if there is none."""
+    """Return the best identity kind common to both sources. Raise DataError if there is none."""
     for kind in MODEL_INDEPENDENT_KINDS:
         if kind in first.identified_by and kind in second.identified_by:
             return kind
@@ -165,7 +165,7 @@ def _common_identity(first: EmbeddingSource, second: EmbeddingSource) -> Identit
 
 
 def _require_same_candidates(first: EmbeddingSource, second: EmbeddingSource) -> None:
-    """Raise DataError if the candidates differ; the message names the first difference."""
+    """Raise DataError if the candidates differ. The message names the first difference."""
     first_names = first.class_names
     second_names = second.class_names
     if first.n_candidates == second.n_candidates and first_names == second_names:
@@ -185,7 +185,7 @@ def _require_same_candidates(first: EmbeddingSource, second: EmbeddingSource) ->
 
 
 def _first_difference(first: Sequence[str], second: Sequence[str]) -> str:
-    """Describe the first difference between two lists of names. The lists must differ."""
+    """Describe the first difference between two name lists. The lists must differ."""
     for position, (name, counterpart) in enumerate(zip_longest(first, second)):
         if name != counterpart:
             return f"the first difference is at {position}: {name!r} against {counterpart!r}"

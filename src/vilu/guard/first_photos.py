@@ -26,11 +26,11 @@ class AnswerWithDecision(Protocol):
 
     @property
     def label(self) -> str | None:
-        """The answer; None if the photo has no answer."""
+        """The answer. None if the photo has no answer."""
 
     @property
     def decision(self) -> str | None:
-        """The decision; None without a rule."""
+        """The decision. None without a rule."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class FirstPhotos:
 
     Attributes:
         precision: The low precision.
-        encoder: Encoder of the same model in float32.
+        encoder: The same model's encoder in float32.
         answer_photos: Function that gives the answers about embedded photos.
         must_pass: Whether too large differences between the two precisions raise ProvenanceError.
-            If False, a warning is logged. A service needs False, because photos of a client must
-            not stop the service.
-        check: The result of the comparison; None until ``N_CHECKED_PHOTOS`` photos were seen.
+            If False, a warning is logged. A service needs False, because a client's photos must not
+            stop the service.
+        check: The comparison's result. None until ``N_CHECKED_PHOTOS`` photos were seen.
     """
 
     precision: str
@@ -67,7 +67,7 @@ class FirstPhotos:
     def compare(
         self, batch: Sequence[ImageOrError | None], low_precision_content: PartContent
     ) -> None:
-        """Compare the photos of a batch in both precisions, until enough photos were compared.
+        """Compare a batch's photos in both precisions, until enough photos were compared.
 
         Args:
             batch: The decoded photos.
@@ -87,7 +87,7 @@ class FirstPhotos:
     def _add_pairs(
         self, batch: Sequence[ImageOrError | None], low_precision_content: PartContent
     ) -> None:
-        """Compare the photos of a batch; when there are enough photos, set ``check``."""
+        """Compare a batch's photos. When there are enough photos, set ``check``."""
         float32_content = self.encoder.encode_part(iter([*batch, END_OF_PART]))
         float32_photos = self._photos_by_position(float32_content)
         low_precision_photos = self._photos_by_position(low_precision_content)
@@ -108,7 +108,7 @@ class FirstPhotos:
     def _photos_by_position(
         self, content: PartContent
     ) -> dict[int, tuple[Tensor, AnswerWithDecision]]:
-        """Map the position of every embedded photo to the embedding (D,) and the answer."""
+        """Map every embedded photo's position to the embedding (D,) and the answer."""
         if not content.metadata:
             return {}
         embeddings = torch.cat(content.array_blocks[IMAGE]).float()

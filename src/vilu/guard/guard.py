@@ -46,10 +46,10 @@ from vilu.store.pipeline import END_OF_PART, Decoder, Encoder, ImageOrError
 from vilu.validation import checked, require_at_least
 
 MAX_RUNNERS_UP: Final = 2
-"""Maximum number of runners-up of an answer."""
+"""Maximum number of runners-up per answer."""
 
 RunnersUp = tuple[tuple[str, float], ...]
-"""Pairs of class name and probability, the most likely class first."""
+"""Pairs (class name, probability), the most likely class first."""
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image
 """A path, the bytes of an encoded image, or a Pillow image."""
@@ -63,27 +63,27 @@ class Answer:
     """Answer about an image, with a score and a decision.
 
     Attributes:
-        key: Path of the image. The key of an image without a path is the number in the list of
-            images: "0", "1", and so on.
-        label: The judged answer; None if the image could not be read.
+        key: The image's path. If the image has no path, the key is the number in the image list:
+            "0", "1", and so on.
+        label: The judged answer. None if the image could not be read.
         failure_probability: Probability that the answer is wrong. None without an answer. Also None
-            if the predictor is not calibrated and the scores are not probabilities, such as the
-            scores of a triage without labels.
-        uncertainty: Score of the predictor, higher = more likely wrong; None without an answer.
-        decision: "accept" or "review"; None if the predictor has no rule.
+            if the predictor is not calibrated and the scores are not probabilities, as in a triage
+            without labels.
+        uncertainty: The predictor's score, higher = more likely wrong. None without an answer.
+        decision: "accept" or "review". None if the predictor has no rule.
         reason: Why the answer is not accepted ("above_threshold", "outside", "not_certified"), or
-            the fault of the image ("truncated", "bomb", "read_error", ...); None if the answer is
+            the image's fault ("truncated", "bomb", "read_error", ...). None if the answer is
             accepted.
         runners_up: The next most likely answers with their probabilities, the most likely first. If
-            adapted answers are judged, the probabilities come from the posterior of the predictor,
+            adapted answers are judged, the probabilities come from the predictor's posterior,
             otherwise from the zero-shot posterior.
-        zero_shot: The zero-shot answer if different from ``label``; otherwise None.
+        zero_shot: The zero-shot answer if different from ``label``, otherwise None.
         likely: Whether the answer is likely right: an estimate, not a guarantee
             (``vilu.calibration.likely``). The estimate never changes the decision. None if there is
             no estimate, or no answer.
         quantile: Share of photos that are no more doubtful than this image, from 0 to 1. A guard
-            compares the image with the photos of the fit. None if the predictor has learned from
-            labels, because such a predictor gives a probability.
+            compares the image with the photos that the predictor was fitted on. None if the
+            predictor has learned from labels, because such a predictor gives a probability.
 
     Examples:
         >>> import vilu
@@ -116,7 +116,7 @@ class ImageModel:
     """A model with decoder and encoder, to embed images in the same way as ``vilu embed``."""
 
     backbone: Backbone
-    widths: dict[str, int]  # maps the name of an array of embeddings to the number of columns
+    widths: dict[str, int]  # maps the names of embedding arrays to column counts
     encoder: Encoder
     decoder: Decoder
     first_photos: FirstPhotos | None = None  # compares the first photos with float32, if needed
@@ -134,46 +134,45 @@ class Guard:
 
     - The folder of the predictor also holds the candidate classes, as written by ``vilu triage``
       and ``vilu calibrate``.
-    - The model must be the same as in the fit of the predictor. Fingerprints of weights,
+    - The model must be the model that the predictor was fitted on. Fingerprints of weights,
       preprocessing and prompts are compared.
-    - Images are decoded in threads and embedded in batches. The memory does not grow with the
-      number of images.
-    - The scores equal the scores of ``vilu embed`` and ``vilu score`` up to rounding, because the
-      order of the sums depends on the batch size.
+    - Images are decoded in threads and embedded in batches. More images need no more memory.
+    - The scores equal the scores by ``vilu embed`` and ``vilu score`` up to rounding. The rounding
+      differs because the batch size decides the order in which numbers are summed.
     - The answer about a bad image has a reason and no label.
     - A rule about whole batches (``--method selection``) cannot decide about a single image, so
       such a rule is refused.
     - Any number of threads may use a guard at once.
 
     Attributes:
-        folder: Folder of the predictor.
+        folder: The predictor's folder.
         predictor: Gives the scores.
-        calibration: Gives the decisions; None if the predictor is not calibrated.
-        likely: The estimate of which answers are likely right; None if the folder has no estimate.
+        calibration: Gives the decisions. None if the predictor is not calibrated.
+        likely: Estimates which answers are likely right. None if the folder has no estimate.
         vocabulary: The candidate classes for the answers.
-        names: Names of the candidate classes.
-        arrays: Names of the arrays of embeddings for the predictor.
+        names: The candidate classes' names.
+        arrays: Names of the embedding arrays for the predictor.
 
     Args:
-        predictor: Folder of the predictor, or a calibrated ``vilu.Selective``.
+        predictor: A predictor's folder, or a calibrated ``vilu.Selective``.
         models: Folder with one sub-folder per named backbone, in place of the model hub.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         batch_size: Number of images per forward pass.
-        workers: Number of decoding threads; by default one per core.
-        limits: Limits on the size of an image.
+        workers: Number of decoding threads, by default one per core.
+        limits: Limits on the image size.
         backbone: A loaded model with the same weights, in place of the model named in the folder.
         precision: "fp32" or "bf16", for the model named in the folder. By default, the precision of
-            the photos in the fit of the predictor. If these photos were embedded in float32, bf16
-            is compared with float32 on the first 64 photos.
+            the photos that the predictor was fitted on. If these photos were embedded in float32,
+            bf16 is compared with float32 on the first 64 photos.
         vectors_only: Load no model. Then only the method ``answer`` can be called, with embeddings.
 
     Raises:
         DataError: If the folder holds no predictor or no candidates, or if the candidates have no
             names.
-        UsageError: If the rule needs all images at once, or if the predictor uses several views of
-            an image.
+        UsageError: If the rule needs all images at once, or if the predictor uses several views per
+            image.
         ProvenanceError: If the predictor was fitted on another model, or if the rule is about the
-            photos of one folder (``vilu triage --about folder``).
+            photos in one folder (``vilu triage --about folder``).
         MissingModelError: If the model is not on this machine.
 
     Examples:
@@ -206,7 +205,7 @@ class Guard:
         [0.0, 0.5]
     """
 
-    # `transformers.pipeline` reads this attribute of a model.
+    # `transformers.pipeline` reads this attribute from a model.
     config: ClassVar[SimpleNamespace] = SimpleNamespace(_commit_hash=None)
 
     @checked
@@ -233,8 +232,8 @@ class Guard:
                 f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} "
                 "instead."
             )
-        # A garbage-collected ``Selective`` removes the folder of the predictor. So the guard holds
-        # a reference to the ``Selective``.
+        # A garbage-collected ``Selective`` removes the predictor's folder. So the guard holds a
+        # reference to the ``Selective``.
         self._saved_model = predictor
         self.folder = folder_of(predictor)
         self.batch_size = batch_size
@@ -255,7 +254,7 @@ class Guard:
             self._model = self._open_model(backbone, limits)
 
     def _require_names(self) -> tuple[str, ...]:
-        """Return the names of the classes; DataError if the classes have no names."""
+        """Return the class names. Raise DataError if the classes have no names."""
         names = self.vocabulary.names
         if names is None:
             raise DataError(
@@ -265,7 +264,7 @@ class Guard:
         return names
 
     def _require_arrays(self) -> tuple[str, ...]:
-        """Return the names of the arrays that the predictor uses.
+        """Return the names of the embedding arrays that the predictor uses.
 
         Raises:
             ProvenanceError: If calibration, predictor and candidates do not belong together.
@@ -284,7 +283,7 @@ class Guard:
                 other_name="its candidates",
             )
         columns = {*self.predictor.columns_to_score, *self.predictor.answer_columns}
-        row_columns = columns & ROW_COLUMNS  # without the columns of the candidates
+        row_columns = columns & ROW_COLUMNS  # without the candidates' columns
         impossible_columns = sorted(row_columns - {FEATURES})
         if impossible_columns:
             listed_columns = ", ".join(impossible_columns)
@@ -320,17 +319,16 @@ class Guard:
         return spec.load()
 
     def _open_model(self, backbone: Backbone, limits: ImageLimits) -> ImageModel:
-        """Return an image model for the arrays of the predictor."""
+        """Return an image model for the predictor's arrays."""
         require_same_model(self, backbone)
         all_widths = {IMAGE: self.vocabulary.space.embed_dim, FEATURES: backbone.feature_dim}
         widths = {name: all_widths[name] for name in self.arrays}
         row_shapes = {name: (width,) for name, width in widths.items()}
-        silence = SilentProgress()
         encoder = Encoder(
             backbone,
             self.batch_size,
             strict=False,
-            task=silence,
+            task=SilentProgress(),
             row_shapes=row_shapes,
             dtype=self.vocabulary.dtype,
         )
@@ -354,7 +352,7 @@ class Guard:
 
     @property
     def model(self) -> ImageModel:
-        """The model with decoder and encoder; UsageError for a guard of vectors only."""
+        """The model with decoder and encoder. A guard for vectors only raises UsageError."""
         if self._model is None:
             raise UsageError(
                 f"this guard of {self.folder} was opened with vectors_only, so it has no model "
@@ -368,7 +366,7 @@ class Guard:
         return self.model.backbone
 
     def __call__(self, images: Iterable[ImageLike]) -> list[Answer]:
-        """Return answers about images, in the order of the images."""
+        """Return one answer per image, in the given order."""
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise UsageError("give a list of images, even for a single image: guard([image]).")
         return list(self.stream(images))
@@ -377,7 +375,7 @@ class Guard:
         """Return answers about images as columns, in the form for ``datasets.Dataset.map``.
 
         ``dataset.map(lambda rows: guard.columns(rows["image"]), batched=True)`` adds a column for
-        every attribute of ``Answer`` except ``key``.
+        every ``Answer`` attribute except ``key``.
         """
         answers = self(images)
         columns = {}
@@ -387,7 +385,7 @@ class Guard:
         return columns
 
     def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
-        """Yield answers about any number of images, in the order of the images, batch by batch."""
+        """Yield one answer per image, in the given order, batch by batch."""
         records = ((index, make_record(index, image)) for index, image in enumerate(images))
         n_decoded_ahead = self.batch_size + self.workers  # maximum number of waiting decoded images
         with map_in_threads(
@@ -399,9 +397,9 @@ class Guard:
                 batch = list(islice(images_or_errors, self.batch_size))
 
     def _answer_batch(self, batch: Sequence[ImageOrError | None]) -> list[Answer]:
-        """Return answers about decoded images, in the order of the images."""
+        """Return one answer per decoded image, in the batch's order."""
         content = self.model.embed(batch)
-        answer_of_position: dict[int, Answer] = {}  # maps the position of an image to the answer
+        answer_of_position: dict[int, Answer] = {}  # maps an image's position to the answer
         for error in content.errors:
             answer_of_position[error.position] = answer_without_score(
                 self, error.key, reason=error.kind
@@ -417,7 +415,7 @@ class Guard:
     def answer(
         self, arrays: Mapping[str, Tensor], keys: Sequence[str]
     ) -> tuple[list[Answer], Outcomes]:
-        """Return answers about embedded rows, and the scores of these rows as outcomes.
+        """Return answers about embedded rows, and the rows' scores as outcomes.
 
         Args:
             arrays: The arrays named in the attribute ``arrays``: embeddings (B, D), and for some
@@ -462,7 +460,7 @@ class Guard:
         return answers, outcomes
 
     def _runners_up(self, source: EmbeddingSource, n_rows: int) -> list[RunnersUp]:
-        """Return the runners-up of every row of a source with ``n_rows`` rows."""
+        """Return the runners-up for each row in a source with ``n_rows`` rows."""
         device = self.predictor.device_
         runners_up: list[RunnersUp] = []
         # ``batches`` yields a single batch, because a batch may have as many rows as the source
@@ -471,7 +469,7 @@ class Guard:
         return runners_up
 
     def _likely_flags(self, outcomes: Outcomes) -> LikelyFlags:
-        """Return for every row whether the answer is likely right; None if there is no estimate."""
+        """Return for every row whether the answer is likely right, or None without an estimate."""
         if self.likely is None:
             return [None] * len(outcomes)
         return self.likely.flags_of_new_rows(outcomes.uncertainty)
@@ -479,7 +477,7 @@ class Guard:
     def _answer_of_row(
         self, outcomes: Outcomes, row: int, runners_up: RunnersUp, likely: bool | None
     ) -> Answer:
-        """Return the answer about a row of the outcomes."""
+        """Return the answer about a row in the outcomes."""
         key = _text_of_row(outcomes.ids, row) or ""
         uncertainty = float(outcomes.uncertainty[row])
         if math.isnan(uncertainty):
@@ -515,7 +513,7 @@ class Guard:
 
 
 def _probability_of(outcomes: Outcomes, row: int) -> float | None:
-    """Return the probability of failure of a row; None if the outcomes have no probabilities."""
+    """Return a row's failure probability. Return None if the outcomes have no probabilities."""
     if outcomes.failure_probability is not None:
         return float(outcomes.failure_probability[row])
     if outcomes.is_probability:
@@ -524,14 +522,14 @@ def _probability_of(outcomes: Outcomes, row: int) -> float | None:
 
 
 def require_same_model(guard: Guard, backbone: Backbone) -> None:
-    """Raise ProvenanceError if the predictor of a guard was fitted on another model."""
+    """Raise ProvenanceError if a guard's predictor was fitted on a different model."""
     guard.vocabulary.space.require_match(
         backbone.space, name=str(guard.folder), other_name=f"the model {backbone.space.backbone}"
     )
 
 
 def answer_without_score(guard: Guard, key: str, reason: str | None) -> Answer:
-    """Return the answer of a guard about an image without a score."""
+    """Return a guard's answer about an image without a score."""
     decision: str | None = None
     if guard.calibration is not None and guard.calibration.has_rule:
         decision = REVIEW
@@ -546,29 +544,29 @@ def answer_without_score(guard: Guard, key: str, reason: str | None) -> Answer:
 
 
 def _text_of_row(texts: Sequence[str | None] | None, row: int) -> str | None:
-    """Return the text of a row in a column of texts; None if the outcomes have no such column."""
+    """Return a row's text in a text column. Return None if the outcomes have no such column."""
     if texts is None:
         return None
     return texts[row]
 
 
 def join_arrays(content: PartContent) -> dict[str, Tensor]:
-    """Join the blocks of every array of embedded images. Return the arrays by name."""
+    """Join the blocks of each embedding array. Return the arrays by name."""
     return {name: torch.cat(blocks) for name, blocks in content.array_blocks.items()}
 
 
 def runners_up_of(
     predictor: FailurePredictor, batch: Batch, names: Sequence[str]
 ) -> list[RunnersUp]:
-    """Return the runners-up of every row: the most likely answers except the judged answer.
+    """Return every row's runners-up: the most likely answers except the judged answer.
 
-    If the predictor judges adapted answers, the probabilities come from the posterior of the
-    predictor, otherwise from the zero-shot posterior.
+    If the predictor judges adapted answers, the probabilities come from the predictor's posterior,
+    otherwise from the zero-shot posterior.
     """
     log_posterior_of: Callable[[Batch], Tensor] = log_posterior
     if predictor.answer == "adapted":
         log_posterior_of = predictor.log_posterior
-    judged_batch = predictor.judged(batch)  # ``prediction`` of this batch is the judged answer
+    judged_batch = predictor.judged(batch)  # in this batch, ``prediction`` is the judged answer
     n_classes = len(batch.text)
     if len(batch.index) == 0 or n_classes < 2:
         return [()] * len(batch.index)
@@ -590,7 +588,7 @@ def runners_up_of(
 
 
 def make_record(index: int, image: ImageLike) -> ImageRecord:
-    """Return the record of an image. The key is the path, or without a path ``index``."""
+    """Return an image's record. The key is the path, or without a path ``index``."""
     if isinstance(image, str | os.PathLike):
         path = Path(image)
         read = partial(read_file, path)
@@ -598,8 +596,8 @@ def make_record(index: int, image: ImageLike) -> ImageRecord:
     if isinstance(image, bytes):
         return ImageRecord(str(index), None, lambda: image)
     if isinstance(image, Image.Image):
-        encode = partial(_png_bytes, image)
-        return ImageRecord(str(index), None, encode)
+        read = partial(_png_bytes, image)
+        return ImageRecord(str(index), None, read)
     raise UsageError(
         f"an image is a path, encoded bytes or a picture of Pillow. Got {type(image).__name__} at "
         f"index {index}."

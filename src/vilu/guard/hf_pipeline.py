@@ -13,7 +13,7 @@ from vilu.extras import import_extra
 from vilu.guard.guard import Answer, Guard, ImageLike
 
 TASK: Final = "zero-shot-image-classification-selective"
-"""Name of the pipeline."""
+"""The pipeline's name."""
 
 Entries = list[dict[str, Any]]
 """A list with a single entry, a dictionary: the answer about an image."""
@@ -37,11 +37,12 @@ def register() -> None:
 
 
 class SelectivePipeline:
-    """Answers of a guard in the format of the task "zero-shot-image-classification".
+    """A guard's answers in the format of the task "zero-shot-image-classification".
 
-    - A single image gives a list with a single entry, the answer of the model.
+    - A single image gives a list with a single entry, the answer.
     - A list of images gives a list of such lists.
-    - Any other iterable, such as a data set, gives an iterator over such lists, in bounded memory.
+    - An iterable that is no list, such as a data set, gives an iterator over such lists, in bounded
+      memory.
 
     An entry is a dictionary with these keys:
 
@@ -58,7 +59,7 @@ class SelectivePipeline:
 
     Args:
         model: The guard, with classes, prompts, device and batch size.
-        task: Name of the task.
+        task: The task's name.
         settings: Only ``dtype="auto"`` is allowed, because ``transformers.pipeline`` adds this
             setting.
 
@@ -90,7 +91,7 @@ class SelectivePipeline:
     def __call__(
         self, images: ImageLike | Iterable[ImageLike], **settings: object
     ) -> Entries | list[Entries] | Iterator[Entries]:
-        """Return the entries of an image, or of every image of a list or iterable."""
+        """Return the entries for an image, or for every image in a list or iterable."""
         _refuse_settings(settings)
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             (answer,) = self.model([images])
@@ -114,7 +115,7 @@ def _refuse_settings(settings: Iterable[str]) -> None:
 
 
 def _entries(answer: Answer) -> Entries:
-    """Return the entries of an image, from the answer about the image."""
+    """Return an image's entries, made from the answer."""
     score: float | None = None
     if answer.failure_probability is not None:
         score = 1 - answer.failure_probability

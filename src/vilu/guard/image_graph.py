@@ -34,12 +34,12 @@ from vilu.predictors.persistence.onnx import (
 )
 from vilu.predictors.plus.ood import NEGATIVES
 
-# Names of the inputs and outputs of a graph.
+# A graph's inputs and outputs.
 PIXELS = "pixels"
-"""Name of the input."""
+"""The input's name."""
 
 EMBEDDINGS = "image"
-"""Name of the output with the embeddings. In a graph of only a predictor, name of the input."""
+"""Name of the output with the embeddings. In a graph with only a predictor, the input's name."""
 
 ACCEPT = "accept"
 """Name of the output with the decisions."""
@@ -47,21 +47,21 @@ ACCEPT = "accept"
 ADVICE_PREDICTOR_ALONE = (
     "Without --with-backbone, only the predictor is exported; its inputs are embeddings."
 )
-"""Last sentence of errors about the image tower."""
+"""Last sentence in errors about the image tower."""
 
 TEST_BATCH_SIZES = (1, 2, 7)
-"""Batch sizes for the test of an export with random pictures."""
+"""Batch sizes for testing an export with random pictures."""
 
 
 class ImageGraph(nn.Module):
-    """The graph from pixels (N, 3, H, W) to the answers of a guard.
+    """The graph from pixels (N, 3, H, W) to a guard's answers.
 
     Attributes:
         arrays: Names of the arrays from the image tower: embeddings, and for some predictors
             features.
-        limits: Floor and threshold (2, K) of every answer (``floors_and_thresholds``); None without
-            a rule.
-        outputs: Names of the outputs of ``forward``, in order.
+        limits: Floor and threshold (2, K) for every answer (``floors_and_thresholds``). None
+            without a rule.
+        outputs: Names of what ``forward`` returns, in order.
     """
 
     def __init__(self, guard: Guard) -> None:
@@ -87,7 +87,7 @@ class ImageGraph(nn.Module):
     def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Return embeddings (N, D), and features (N, F) if the score uses features.
 
-        All numbers are rounded to the number format of the store.
+        All numbers are rounded to the store's number format.
         """
         arrays: tuple[Tensor, ...]
         if FEATURES in self.arrays:
@@ -111,7 +111,7 @@ class ImageGraph(nn.Module):
         return uncertainty, answer, is_accepted, *arrays
 
     def inputs(self, arrays: tuple[Tensor, ...]) -> GraphInputs:
-        """Return the inputs of the score by name: arrays, texts, and everyday words if needed."""
+        """Return the score's inputs by name: arrays, texts, and everyday words if needed."""
         inputs = dict(zip(self.arrays, arrays, strict=True))
         inputs["text"] = self.text
         if self.words is not None:
@@ -120,20 +120,20 @@ class ImageGraph(nn.Module):
 
 
 def rule_of(guard: Guard) -> Rule | None:
-    """Return the rule that decides which answers of a guard are accepted; None without a rule."""
+    """Return the rule that decides which answers a guard accepts. Return None without a rule."""
     if guard.calibration is None:
         return None
     return guard.calibration.rule
 
 
 def floors_and_thresholds(guard: Guard) -> Tensor | None:
-    """Return floor and threshold (2, K) of every answer; None without a rule."""
+    """Return floor and threshold (2, K) for every answer. Return None without a rule."""
     rule = rule_of(guard)
     if rule is None:
         return None
     names = guard.names
     # The limits are computed for K answers, one answer per class. If the rule has a threshold per
-    # class, the group of an answer is the class of the answer.
+    # class, an answer's group is the answer's class.
     groups: Sequence[str] | None = None
     if rule.grouped_by == "prediction":
         groups = names
@@ -144,7 +144,7 @@ def floors_and_thresholds(guard: Guard) -> Tensor | None:
 
 
 def export_fingerprint(folder: str | Path) -> str:
-    """Return a digest of the inputs of an export: predictor, rule and classes of a folder."""
+    """Return a digest of what an export reads in a folder: predictor, rule and classes."""
     folder_path = Path(folder)
     return inputs_digest(folder_path, folder_path / VOCABULARY, graph=PIXELS)
 
@@ -156,7 +156,7 @@ def export_image_graph(
     models: str | Path | None = None,
     backbone: Backbone | None = None,
 ) -> float:
-    """Write backbone, classes, predictor and rule of a folder as a single ONNX file.
+    """Write a folder's backbone, classes, predictor and rule as a single ONNX file.
 
     The input is ``pixels`` (N, 3, H, W) float32 for any N >= 1: images after the backbone's
     ``preprocess``. Decoding, resizing and scaling are not in the file.
@@ -167,33 +167,33 @@ def export_image_graph(
     - ``prediction`` (N,) int64, an index into the classes. The metadata list the classes
       (``vilu.classes``, JSON).
     - ``accept`` (N,) bool, if the folder has a rule.
-    - ``image`` (N, D) float32, embeddings of unit norm, rounded in the same way as in
-      ``vilu.Guard``.
+    - ``image`` (N, D) float32, unit-norm embeddings, rounded as by ``vilu.Guard``.
     - ``features`` (N, F), if the predictor uses features.
 
     Before writing, the file is tested: onnxruntime runs the graph on random pictures.
 
-    1. Embeddings of the file and of torch may differ by one step of the number format.
-    2. Uncertainties and answers must agree with the predictor on these embeddings, within the
-       tolerance of ``export_onnx``.
+    1. Embeddings from the file and from torch may differ by one step in the number format.
+    2. Uncertainties and answers must agree with the predictor on these embeddings, within
+       ``export_onnx``'s tolerance.
     3. Decisions must agree with the rule.
 
     Args:
-        folder: A predictor with classes, as written by ``vilu triage`` and ``vilu calibrate``; or a
+        folder: A predictor with classes, as written by ``vilu triage`` and ``vilu calibrate``, or a
             ``vilu.Selective``.
-        path: The file to write; an existing file must be an earlier export.
+        path: The file to write. An existing file must be an earlier export.
         models: As in ``vilu.Guard``.
         backbone: As in ``vilu.Guard``. The backbone must be on the CPU.
 
     Returns:
-        The largest difference between an uncertainty of the file and of torch for the same pixels.
+        The largest difference between uncertainties from the file and from torch for the same
+        pixels.
 
     Raises:
         NotExportable: If the predictor has no graph, if the image tower cannot be written as ONNX
             or runs in bfloat16, or if there is only a single class.
-        UsageError: If ``path`` holds another kind of file, if the rule needs more than an image and
-            the answer, or if the predictor uses several views of an image.
-        DataError: If the file gives other results than torch.
+        UsageError: If ``path`` holds a file that is no ONNX export, if the rule needs more than an
+            image and the answer, or if the predictor uses several views per image.
+        DataError: If the file and torch give different results.
 
     Example::
 
@@ -202,7 +202,7 @@ def export_image_graph(
         pixels = backbone.preprocess(PIL.Image.open("photo.jpg"))[None].numpy()
         accept, answer = session.run(["accept", "prediction"], {"pixels": pixels})
     """
-    for module in ("onnx", "onnxscript"):  # the export of torch needs both
+    for module in ("onnx", "onnxscript"):  # torch's export needs both
         import_extra(module, "onnx")
     claim_file(path, "ONNX export", overwrite=True)
     guard = Guard(folder, models=models, device="cpu", backbone=backbone)
@@ -231,7 +231,7 @@ def export_image_graph(
 
 
 def _require_graph(guard: Guard) -> None:
-    """Raise NotExportable if another runtime could give other answers than the guard."""
+    """Raise NotExportable if a runtime other than torch could give different answers."""
     space = guard.backbone.space
     if space.precision == "bf16":
         raise NotExportable(
@@ -243,10 +243,10 @@ def _require_graph(guard: Guard) -> None:
 
 
 def _metadata_of_file(guard: Guard) -> dict[str, str]:
-    """Return the metadata of the file: entries of the whole graph, then of the predictor.
+    """Return the file's metadata: first the whole graph's entries, then the predictor's.
 
-    The entries of the predictor are last, because ``vilu.artifacts.paths`` looks for these entries
-    near the end of a file.
+    The predictor's entries are last, because ``vilu.artifacts.paths`` looks for these entries near
+    a file's end.
     """
     space = guard.vocabulary.space
     decision = ""
@@ -288,15 +288,15 @@ def _check_file(
 
     Args:
         guard: The exported guard.
-        graph: The graph of the guard in torch.
-        content: Content of the file.
+        graph: The guard's graph in torch.
+        content: The file's content.
         test_batches: For every batch: pixels, and the arrays from torch.
 
     Returns:
-        The largest difference between an uncertainty of the file and of torch.
+        The largest difference between uncertainties from the file and from torch.
 
     Raises:
-        DataError: If the file gives other results than torch.
+        DataError: If the file and torch give different results.
     """
     run_onnx = onnx_function(content)
     relative_step = torch.finfo(graph.dtype).eps
@@ -325,16 +325,16 @@ def _check_file(
 
 
 def _require_near(name: str, array: Tensor, expected_array: Tensor, relative_step: float) -> None:
-    """Raise DataError if embeddings of the file and of torch differ too much.
+    """Raise DataError if embeddings from the file and from torch differ too much.
 
-    Allowed differences are one step of the number format, and the rounding of sums. The rounding is
-    proportional to the largest number of a row.
+    Allowed differences are one step in the number format, and the rounding of sums. The rounding is
+    proportional to the largest number in a row.
 
     Args:
-        name: Name of the array, for the error.
-        array: Embeddings (N, D) of the file.
-        expected_array: Embeddings (N, D) of torch.
-        relative_step: Relative step of the number format.
+        name: The array's name, for the error.
+        array: Embeddings (N, D) from the file.
+        expected_array: Embeddings (N, D) from torch.
+        relative_step: The number format's relative step.
     """
     difference = (array - expected_array).abs()
     magnitude = expected_array.abs()
@@ -349,6 +349,6 @@ def _require_near(name: str, array: Tensor, expected_array: Tensor, relative_ste
 
 
 def _require_same_decisions(is_accepted: np.ndarray, is_accepted_by_rule: np.ndarray) -> None:
-    """Raise DataError if the decisions of the file differ from the decisions of the rule."""
+    """Raise DataError if the file's decisions differ from the rule's decisions."""
     if not np.array_equal(is_accepted, is_accepted_by_rule):
         raise DataError("the exported graph does not decide as the rule does. Nothing was written.")

@@ -1,7 +1,7 @@
-"""Metrics of failure prediction: functions of ``(uncertainty, failure)`` in float64.
+"""Metrics for failure prediction: functions of ``(uncertainty, failure)`` in float64.
 
-Ties are handled exactly, and no metric depends on the order of the rows. ``failure`` is 1 for wrong
-answers of the frozen model. A higher uncertainty means a higher chance of a wrong answer. An
+Ties are handled exactly, and no metric depends on the row order. ``failure`` is 1 where the frozen
+model answers wrong. A higher uncertainty means that a wrong answer is more likely. An
 undefined metric is NaN, for example AUROC if all answers are right. Invalid input raises a
 ``DataError``. Each name is imported on first use.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vilu.metrics.selective import risk_at_coverage as risk_at_coverage
     from vilu.metrics.selective import risk_coverage_curve as risk_coverage_curve
 
-# maps each module to the public names of the module, separated by spaces
+# maps each module to the module's public names, separated by spaces
 _NAMES_OF_MODULE = {
     "vilu.metrics.bootstrap": "Difference Interval bootstrap_interval paired_bootstrap",
     "vilu.metrics.catalog": "DEFAULT_METRICS METRICS Metric",

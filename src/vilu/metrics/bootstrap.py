@@ -1,16 +1,16 @@
-"""Bootstrap intervals, and paired comparison of two uncertainties on the same rows.
+"""Bootstrap intervals, and paired comparison between two uncertainties on the same rows.
 
-Resampling is stratified: every resample has as many wrong and as many correct answers as the
-sample, so no metric becomes undefined. The intervals are conditional on the accuracy of the frozen
-model, because the accuracy is not compared.
+Resampling is stratified. Every resample has as many wrong and as many correct answers as the
+sample, so no metric becomes undefined. The intervals are conditional on the frozen model's
+accuracy, because the accuracy is not compared.
 
 The rows are sorted once. A resample is a vector of counts over the sorted scores, and a metric is
 computed for a block of resamples at a time. If there are many distinct scores, neighbouring scores
-are grouped, and the time is of order resamples · groups.
+are grouped, and the time grows as resamples · groups.
 
-Rows of the same picture are not independent. If some rows are known to show the same picture,
-pictures are resampled together with all rows of the picture. There are three strata: pictures with
-only right answers, with only wrong answers, and with both. Therefore, if every row of a data set is
+Rows that show the same picture are not independent. If some rows are known to show the same
+picture, pictures are resampled, each with all its rows. There are three strata: pictures with only
+right answers, with only wrong answers, and with both. Therefore, if every row in a data set is
 repeated, no interval changes.
 """
 
@@ -41,15 +41,15 @@ from vilu.progress import track
 from vilu.validation import checked, require_at_least, require_between
 
 MAX_RESAMPLES = 1_000_000
-"""Maximum number of resamples. More resamples would hardly change an interval."""
+"""Largest allowed resample count. More resamples would hardly change an interval."""
 MAX_GROUPS = 2**13
-"""Maximum number of rows for drawing row by row, and maximum number of groups of scores.
+"""Most rows for drawing row by row, and most score groups.
 
-If there are more rows, the counts of the scores are drawn. If there are more distinct scores,
+If there are more rows, the score counts are drawn. If there are more distinct scores,
 neighbouring scores are grouped.
 """
 MAX_RESAMPLED_CELLS = 2**18
-"""Maximum number of entries of a temporary array: 2 MB, about the size of a cache."""
+"""Most entries in a temporary array: 2 MB, about the size of a cache."""
 
 
 class Interval(NamedTuple):
@@ -69,9 +69,9 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Metric of a minus metric of b, with a percentile interval and a p-value.
+    """Metric for a minus metric for b, with a percentile interval and a p-value.
 
-    The p-value is two-sided, for the hypothesis of no difference. If the differences of
+    The p-value is two-sided, for the hypothesis of no difference. If the differences on
     all n resamples have the same sign, the p-value is 2 / (n + 1).
 
     Examples:
@@ -91,19 +91,19 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number, and the values of this number on bootstrap resamples.
+    """A number, and the number's values on bootstrap resamples.
 
     Arithmetic with quantities also computes the bootstrap values, so every result has an interval.
-    Quantities of the same test rows share the resamples. Therefore the difference between two
+    Quantities from the same test rows share the resamples. Therefore the difference between two
     such quantities is paired.
     """
 
     value: float  # the number
-    draws: Floats  # (B,) values of the number on the B resamples
+    draws: Floats  # (B,) the number's values on the B resamples
 
     @classmethod
     def over_seeds(cls, values: Floats, per_seed: Floats) -> Quantity:
-        """Mean over S seeds of ``values`` (S,) with bootstrap values ``per_seed`` (S, B).
+        """Average ``values`` (S,) with bootstrap values ``per_seed`` (S, B) over S seeds.
 
         The seeds are resampled, too.
         """
@@ -119,7 +119,7 @@ class Quantity:
 
     @classmethod
     def mean(cls, quantities: Sequence[Quantity]) -> Quantity:
-        """Mean of several quantities, for example of a method on several data sets."""
+        """Average several quantities, for example one method's values on several data sets."""
         draws = np.mean([quantity.draws for quantity in quantities], axis=0)
         values = [quantity.value for quantity in quantities]
         value = float(np.mean(values))
@@ -127,7 +127,7 @@ class Quantity:
 
     @classmethod
     def slope(cls, x: Floats, quantities: Sequence[Quantity]) -> Quantity:
-        """Slope of the least-squares line through n quantities; quantity i is at ``x[i]``."""
+        """Compute the least-squares slope through n quantities, where quantity i is at ``x[i]``."""
         centred = x - x.mean()
         weights = centred / np.square(centred).sum()  # the slope is the sum of weights * values
         values = np.array([quantity.value for quantity in quantities])
@@ -141,7 +141,7 @@ class Quantity:
         return Quantity(factor * self.value, factor * self.draws)
 
     def interval(self, confidence: float) -> Interval:
-        """Percentile interval: the middle share ``confidence`` of the bootstrap values.
+        """Return the middle share ``confidence`` of the bootstrap values, a percentile interval.
 
         If the value is outside, the interval is extended to the value.
         """
@@ -150,14 +150,14 @@ class Quantity:
         return Interval(self.value, float(min(low, self.value)), float(max(high, self.value)))
 
     def p_value(self) -> float:
-        """Two-sided p-value of the hypothesis that the value is zero; see ``paired_bootstrap``."""
+        """Compute the two-sided p-value for the value zero, as in ``paired_bootstrap``."""
         n_at_most_zero = np.count_nonzero(self.draws <= 0)
         n_at_least_zero = np.count_nonzero(self.draws >= 0)
         smaller_tail = min(n_at_most_zero, n_at_least_zero)
         return float(min(1.0, 2 * (1 + smaller_tail) / (1 + len(self.draws))))
 
     def difference(self, confidence: float) -> Difference:
-        """Interval and p-value of this quantity, a difference between two quantities."""
+        """Return interval and p-value for this quantity, a difference between two quantities."""
         interval = self.interval(confidence)
         p_value = self.p_value()
         return Difference(*interval, p_value)
@@ -170,12 +170,12 @@ class OwnInterval(Protocol):
     interval_note: ClassVar[str]  # text on how the interval is computed
 
     def __call__(self, counts: TieCounts) -> Floats:
-        """Values (...) of the metric from counts (..., G)."""
+        """Compute metric values (...) from counts (..., G)."""
 
     def interval(
         self, counts: TieCounts, n_resamples: int, confidence: float, seed: int
     ) -> tuple[float, float]:
-        """Lower and upper end of the interval."""
+        """Return the interval's lower and upper end."""
 
 
 class SortedScores:
@@ -183,7 +183,7 @@ class SortedScores:
 
     def __init__(self, uncertainty: Floats, failure: NDArray[np.bool_]) -> None:
         # ``value`` (G,) holds the distinct scores, ascending. ``group`` (N,) holds, for each row,
-        # the index in ``value`` of the score of the row.
+        # the index of the row's score in ``value``.
         self.value, self.group = np.unique(uncertainty, return_inverse=True)
         right_rows = np.flatnonzero(~failure)
         wrong_rows = np.flatnonzero(failure)
@@ -191,11 +191,11 @@ class SortedScores:
 
     @property
     def cells_per_resample(self) -> int:
-        """Number of array entries for one resample."""
+        """Array entries for one resample."""
         return len(self.group)
 
     def counts(self, *drawn_rows: Ints) -> TieCounts:
-        """Counts (B, G) of B resamples.
+        """Count the rows (B, G) in B resamples.
 
         ``drawn_rows`` has two arrays of row indices: the drawn right rows (B, ·), and the drawn
         wrong rows (B, ·). If a row is drawn several times, the row counts several times.
@@ -206,12 +206,12 @@ class SortedScores:
         return TieCounts(self.value, correct, wrong)
 
     def observed_counts(self) -> TieCounts:
-        """Counts (1, G) of the sample itself, with each row once."""
+        """Count the rows (1, G) in the sample itself, with each row once."""
         right_rows, wrong_rows = self.strata
         return self.counts(right_rows[None], wrong_rows[None])
 
     def _rows_per_score(self, rows: Ints) -> Ints:
-        """Number (B, G) of drawn rows with each score, from the drawn rows (B, ·)."""
+        """Count the drawn rows (B, G) with each score, from the drawn rows (B, ·)."""
         n_resamples = len(rows)
         n_scores = len(self.value)
         # One bincount call counts all resamples: the cells of resample b begin at b * n_scores.
@@ -228,7 +228,7 @@ ScoresToResample = SortedScores | PictureScores
 def scores_to_resample(
     uncertainty: Floats, failure: NDArray[np.bool_], picture: Ints | None
 ) -> ScoresToResample:
-    """Prepare scores for resamples of pictures. If ``picture`` is None, rows are resampled.
+    """Prepare scores for resampling by pictures, or by rows if ``picture`` is None.
 
     ``picture`` is the result of ``repeated_picture_numbers``.
     """
@@ -241,9 +241,9 @@ def scores_to_resample(
 def draw_resamples(
     scores: ScoresToResample, n_resamples: int, seed: int
 ) -> Iterator[tuple[Ints, ...]]:
-    """Yield, for each block of B resamples, a tuple with the drawn members (B, N) of each stratum.
+    """Yield, for each block of B resamples, a tuple with each stratum's drawn members (B, N).
 
-    From a stratum of N rows or pictures, N are drawn with repetition (see ``scores.strata``).
+    From a stratum with N rows or pictures, N are drawn with repetition (see ``scores.strata``).
     """
     rng = np.random.default_rng(seed)
     for size in block_sizes(n_resamples, max_size=MAX_RESAMPLED_CELLS // scores.cells_per_resample):
@@ -251,13 +251,13 @@ def draw_resamples(
 
 
 def block_sizes(n_resamples: int, max_size: int) -> list[int]:
-    """Divide the resamples into blocks; return the block sizes, from 1 to ``max_size``."""
+    """Divide the resamples into blocks, and return the block sizes, from 1 to ``max_size``."""
     size = max(1, max_size)
     return [min(size, n_resamples - start) for start in range(0, n_resamples, size)]
 
 
 def _draw_members(rng: np.random.Generator, stratum: Ints, n_resamples: int) -> Ints:
-    """Members (B, N) of a ``stratum`` (N,), drawn with repetition for B resamples."""
+    """Draw members (B, N) from a ``stratum`` (N,), with repetition, for B resamples."""
     n = len(stratum)
     bound = max(1, n)  # n may be 0, but numpy refuses a bound of 0
     positions = rng.integers(bound, size=(n_resamples, n))
@@ -274,7 +274,7 @@ def bootstrap_intervals(
     seed: int = 0,
     picture: ArrayLike | None = None,
 ) -> dict[str, Interval]:
-    """Intervals of several metrics from the same resamples; see ``bootstrap_interval``."""
+    """Compute several metrics' intervals from the same resamples, as in ``bootstrap_interval``."""
     check_settings(n_resamples, confidence)
     counts = tie_counts(uncertainty, failure)
     scores_and_failures = check_scores_and_failures(uncertainty, failure)
@@ -284,8 +284,8 @@ def bootstrap_intervals(
     else:
         n_units = picture_number.max() + 1  # pictures are resampled
     if n_units > MAX_GROUPS:
-        # Counts are drawn instead of rows. The drawn counts have the same distribution, and the
-        # time for a draw does not grow with the number of rows.
+        # Counts are drawn instead of rows. The drawn counts have the same distribution as counted
+        # rows, and the time for a draw does not grow with the row count.
         if picture_number is None:
             return intervals_from_counts(kernels, counts, n_resamples, confidence, seed)
         return _intervals_over_pictures(
@@ -313,7 +313,7 @@ def intervals_of(
     confidence: float,
     seed: int,
 ) -> dict[str, Interval]:
-    """Intervals of several metrics from the same resamples, for rows or for a histogram."""
+    """Compute intervals for several metrics from the same resamples, for rows or a histogram."""
     if isinstance(scores, Histogram):
         check_settings(n_resamples, confidence)
         counts = scores.counts()
@@ -337,15 +337,15 @@ def intervals_from_counts(
     seed: int,
     max_groups: int = MAX_GROUPS,
 ) -> dict[str, Interval]:
-    """Metrics with stratified percentile bootstrap intervals, from counts (G,).
+    """Compute metrics with stratified percentile bootstrap intervals, from counts (G,).
 
     A resample has as many correct and as many wrong answers as the sample. Both are drawn from two
-    multinomial distributions over the scores. With at most ``max_groups`` distinct scores this is
-    exactly the distribution of the bootstrap over rows.
+    multinomial distributions over the scores. With at most ``max_groups`` distinct scores, the
+    resamples are distributed exactly as in the bootstrap over rows.
 
-    With more distinct scores, neighbouring scores are grouped, into groups of about equal size.
+    With more distinct scores, neighbouring scores are grouped, into groups with about equal sizes.
     Grouping changes the metric slightly. So the bootstrap values are shifted back by this change,
-    and clipped to the range of the metric.
+    and clipped to the metric's range.
     """
     groups = group_scores(counts, max_groups)
     intervals, other_kernels = split_own_intervals(kernels, counts, n_resamples, confidence, seed)
@@ -357,7 +357,7 @@ def intervals_from_counts(
 
 
 def _draw_blocks(groups: TieCounts, n_resamples: int, seed: int) -> Iterator[TieCounts]:
-    """Yield blocks of resampled counts (B, G), drawn from the counts (G,) of ``groups``.
+    """Yield blocks of resampled counts (B, G), drawn from the counts (G,) in ``groups``.
 
     Right and wrong answers are drawn separately.
     """
@@ -376,18 +376,18 @@ def _intervals_over_pictures(
     confidence: float,
     seed: int,
 ) -> dict[str, Interval]:
-    """Like ``intervals_from_counts``, but pictures are resampled, not rows.
+    """Compute intervals as in ``intervals_from_counts``, but resample pictures, not rows.
 
-    The multinomial distributions are over kinds of equal pictures (see ``merge_equal_pictures`` of
-    ``PictureScores``).
+    The multinomial distributions are over kinds of equal pictures (see
+    ``PictureScores.merge_equal_pictures``).
 
     Args:
         kernels: Kernels by name.
-        scores_and_failures: Uncertainties (N,) and failures (N,) of N rows.
-        picture: Picture numbers (N,) of the rows, from 0 on.
-        n_resamples: Number of resamples.
-        confidence: Coverage of the intervals.
-        seed: Seed of the resampling.
+        scores_and_failures: Uncertainties (N,) and failures (N,) for N rows.
+        picture: Each row's picture number (N,), from 0 on.
+        n_resamples: Resample count.
+        confidence: The intervals' coverage.
+        seed: Resampling seed.
     """
     uncertainty, failure = scores_and_failures
     counts = tie_counts(uncertainty, failure)
@@ -396,8 +396,8 @@ def _intervals_over_pictures(
     )
     groups = group_scores(counts)
     scores = _kinds_of_pictures(counts, groups, uncertainty, failure, picture)
-    # A score has up to two entries: one for right rows and one for wrong rows. So half the number
-    # of entries is comparable with the number of scores in ``intervals_from_counts``.
+    # A score has up to two entries: one for right rows and one for wrong rows. So half the entry
+    # count is comparable with the score count in ``intervals_from_counts``.
     cells_per_resample = max(len(groups.value), scores.cells_per_resample // 2)
     sizes = block_sizes(n_resamples, max_size=MAX_RESAMPLED_CELLS // cells_per_resample)
     rng = np.random.default_rng(seed)
@@ -415,9 +415,9 @@ def _kinds_of_pictures(
     failure: NDArray[np.bool_],
     picture: Ints,
 ) -> PictureScores:
-    """Scores to resample by kinds of equal pictures, with the grouped scores of N rows.
+    """Make PictureScores of N rows with grouped scores, and merge equal pictures into kinds.
 
-    ``groups`` are the ``counts`` (G,) of the rows after ``group_scores``.
+    ``groups`` are the rows' ``counts`` (G,) after ``group_scores``.
     """
     score_of_row = np.searchsorted(counts.value, uncertainty)
     group_of_row = group_indices(counts)[score_of_row]
@@ -433,10 +433,10 @@ def _intervals_from_groups(
     n_resamples: int,
     confidence: float,
 ) -> dict[str, Interval]:
-    """Intervals of the metrics of ``counts`` (G,), from resamples of ``groups``.
+    """Compute intervals for the metrics on ``counts`` (G,), from resamples of ``groups``.
 
-    ``groups`` are the counts of groups of neighbouring scores. ``blocks`` has the counts of
-    ``n_resamples`` resamples of the groups.
+    ``groups`` are the counts for groups of neighbouring scores. ``blocks`` has the groups' counts
+    in ``n_resamples`` resamples.
     """
     if not kernels:
         return {}
@@ -458,14 +458,14 @@ def _intervals_from_groups(
 
 
 def group_scores(counts: TieCounts, max_groups: int = MAX_GROUPS) -> TieCounts:
-    """Counts of at most ``max_groups`` groups of neighbouring scores.
+    """Group neighbouring scores, and return the counts for at most ``max_groups`` groups.
 
-    The value of a group is the mean score of the rows in the group.
+    A group's value is the mean score over the group's rows.
     """
     if len(counts.value) <= max_groups:
         return counts
     group = group_indices(counts, max_groups)
-    # index of the first score of every group; -1 is no group, so the first group starts at index 0
+    # index of every group's first score. -1 is no group, so the first group starts at index 0
     starts = np.flatnonzero(np.diff(group, prepend=-1))
     size = np.add.reduceat(counts.size, starts)
     correct = np.add.reduceat(counts.correct, starts)
@@ -475,19 +475,19 @@ def group_scores(counts: TieCounts, max_groups: int = MAX_GROUPS) -> TieCounts:
 
 
 def group_indices(counts: TieCounts, max_groups: int = MAX_GROUPS) -> Ints:
-    """For each score (G,), the index of the group of the score, from 0 on."""
+    """Return, for each score (G,), the index of the score's group, from 0 on."""
     if len(counts.value) <= max_groups:
         return np.arange(len(counts.value))
-    n_below = counts.accepted - counts.size  # number of rows with a smaller score
+    n_below = counts.accepted - counts.size  # how many rows have a smaller score
     group = n_below * max_groups // counts.n  # ascending, but some group numbers may be missing
     is_new_group = np.diff(group, prepend=group[0]) > 0
     return np.cumsum(is_new_group)  # group numbers without a gap
 
 
 def _draw_counts(rng: np.random.Generator, counts: Ints, n_resamples: int) -> Ints:
-    """Resampled counts (B, G): as many rows as ``counts`` (G,) has, drawn with repetition."""
+    """Draw resampled counts (B, G): as many rows as ``counts`` (G,) has, with repetition."""
     drawn_counts = np.zeros((n_resamples, len(counts)), np.int64)
-    filled_scores = np.flatnonzero(counts)  # indices of the scores with at least one row
+    filled_scores = np.flatnonzero(counts)  # indices for the scores with at least one row
     if len(filled_scores):
         n = int(counts.sum())
         share = counts[filled_scores] / n
@@ -503,11 +503,11 @@ def split_own_intervals(
     seed: int,
     picture: Ints | None = None,
 ) -> tuple[dict[str, Interval], dict[str, Kernel]]:
-    """Intervals of the kernels of type ``OwnInterval``, and all remaining kernels, both by name.
+    """Compute the intervals for ``OwnInterval`` kernels. Return the remaining kernels, too.
 
-    ``counts`` (G,) are the counts of the sample. ``picture`` (N,) are the picture numbers of the
-    rows, None if no picture has several rows. If some pictures have several rows, an interval is
-    computed from the effective counts of independent rows (see ``independent_counts``).
+    Both results are by name. ``counts`` (G,) are the sample's counts. ``picture`` (N,) are the
+    rows' picture numbers, or None if no picture has several rows. If some pictures have several
+    rows, an interval comes from effective counts of independent rows (see ``independent_counts``).
     """
     effective_counts = counts if picture is None else independent_counts(counts, picture)
     intervals: dict[str, Interval] = {}
@@ -528,25 +528,29 @@ def split_own_intervals(
 def values_on_resamples(
     kernels: Mapping[str, Kernel], scores: ScoresToResample, n_resamples: int, seed: int
 ) -> dict[str, Floats]:
-    """Values (B,) of several metrics on the same resamples.
+    """Compute the values (B,) of several metrics on the same resamples.
 
-    A metric that needs both wrong and right answers is NaN if a resample lacks one kind.
+    If a resample has no wrong or no right answers, a metric that needs both is NaN.
     """
-    blocks = (scores.counts(*rows) for rows in draw_resamples(scores, n_resamples, seed))
-    return values_on_blocks(kernels, blocks, n_resamples)
+
+    def resampled_counts() -> Iterator[TieCounts]:
+        for drawn_rows in draw_resamples(scores, n_resamples, seed):
+            yield scores.counts(*drawn_rows)
+
+    return values_on_blocks(kernels, resampled_counts(), n_resamples)
 
 
 def values_on_blocks(
     kernels: Mapping[str, Kernel], blocks: Iterable[TieCounts], n_resamples: int
 ) -> dict[str, Floats]:
-    """Values (B,) of several metrics on blocks of resamples; only one block is in memory."""
+    """Compute the values (B,) of several metrics, with only one block of resamples in memory."""
     values: dict[str, list[Floats]] = {name: [] for name in kernels}
     with track("bootstrap", n_resamples, "resamples") as task:
         for counts in blocks:
             for name, kernel in kernels.items():
                 values_of_block = kernel(counts)
                 values[name].append(values_of_block)
-            n_in_block = len(counts.n)  # number of resamples
+            n_in_block = len(counts.n)  # resample count
             task.advance(n_in_block)
     return {name: np.concatenate(per_block) for name, per_block in values.items()}
 
@@ -562,24 +566,24 @@ def bootstrap_interval(
     seed: int = 0,
     picture: ArrayLike | None = None,
 ) -> Interval:
-    """A metric with a stratified percentile bootstrap interval.
+    """Compute a metric with a stratified percentile bootstrap interval.
 
     Args:
-        metric: A name of ``METRICS``, or a kernel from ``TieCounts`` (B, G) to values (B,).
+        metric: A name in ``METRICS``, or a kernel from ``TieCounts`` (B, G) to values (B,).
         uncertainty: (N,) scores, higher = more likely wrong.
         failure: (N,) 1 where the answer is wrong, else 0.
-        n_resamples: Number of resamples.
-        confidence: Coverage of the interval, in (0, 1).
-        seed: Seed of the resampling.
-        picture: (N,) whole numbers, equal for rows of the same picture, -1 where the picture is
-            not known. If some pictures have several rows, pictures are resampled with all rows of
-            the picture.
+        n_resamples: Resample count.
+        confidence: The interval's coverage, in (0, 1).
+        seed: Resampling seed.
+        picture: (N,) whole numbers, equal for rows that show the same picture, -1 where the picture
+            is not known. If some pictures have several rows, pictures are resampled, each with all
+            its rows.
 
     Returns:
         Value, lower end and upper end. All three are NaN if the metric is undefined.
 
     Raises:
-        DataError: If the vectors are empty, differ in length, or hold invalid values. A metric of
+        DataError: If the vectors are empty, differ in length, or hold invalid values. A metric for
             probabilities, such as ECE, also refuses values outside [0, 1].
         UsageError: If the metric is unknown or a setting is invalid.
 
@@ -618,19 +622,19 @@ def paired_bootstrap(
     seed: int = 0,
     picture: ArrayLike | None = None,
 ) -> Difference:
-    """Difference of a metric between two uncertainties of the same answers.
+    """Compare a metric between two uncertainties for the same answers.
 
-    The metric of a and the metric of b are computed on the same resampled rows. With n resamples,
+    The metric for a and the metric for b are computed on the same resampled rows. With n resamples,
     the two-sided p-value is
 
         p = min(1, 2 (1 + k) / (1 + n))
 
-    k is the smaller of two counts: the number of resamples with a difference of at most 0, and the
-    number of resamples with a difference of at least 0. So p is never 0.
+    k is the smaller one of two counts. The first counts the resamples with a difference of at most
+    0, the second the resamples with a difference of at least 0. So p is never 0.
 
     Arguments and errors are as in ``bootstrap_interval``, but with two uncertainties (N,). The
-    result is the metric of a minus the metric of b, the two ends of the interval, and the p-value.
-    All four numbers are NaN if the metric is undefined.
+    result is the metric for a minus the metric for b, the interval's two ends, and the p-value.
+    If the metric is undefined, all four numbers are NaN.
 
     Examples:
         >>> import numpy as np, vilu
@@ -657,7 +661,7 @@ def paired_bootstrap(
         return Difference(difference=np.nan, ci_low=np.nan, ci_high=np.nan, p_value=np.nan)
     differences = _drawn_differences(kernel, a, b, n_resamples, seed)
     # A kernel of type ``OwnInterval`` is biased, and resampling adds the bias once more. The added
-    # biases of a and b may differ. So the differences are centred on the observed difference.
+    # biases for a and b may differ. So the differences are centred on the observed difference.
     if isinstance(kernel, OwnInterval):
         differences += observed_difference - differences.mean()
     quantity = Quantity(observed_difference, differences)
@@ -667,9 +671,9 @@ def paired_bootstrap(
 def _drawn_differences(
     kernel: Kernel, a: ScoresToResample, b: ScoresToResample, n_resamples: int, seed: int
 ) -> Floats:
-    """Differences (B,) of a metric between the scores ``a`` and ``b`` on the same resamples."""
+    """Compute a metric's differences (B,) between ``a`` and ``b`` on the same resamples."""
     blocks = []
-    # The strata of a and b are the same, so a or b can draw the rows. The scores with more memory
+    # a and b have the same strata, so a or b can draw the rows. The scores with more memory
     # per resample draw the rows, so that the blocks are small enough for a and b.
     larger_scores = b if b.cells_per_resample > a.cells_per_resample else a
     with track("bootstrap", n_resamples, "resamples") as task:
@@ -690,11 +694,11 @@ def paired_across_answers(
     seed: int = 0,
     picture: Ints | None = None,
 ) -> Difference:
-    """Difference of a metric between two kinds of answers to the same rows.
+    """Compare a metric between two kinds of answers to the same rows.
 
     ``a`` and ``b`` are pairs of uncertainties (N,) and failures (N,). The two kinds of answers are
-    wrong in different rows, so a resample cannot keep both numbers of wrong answers. Therefore rows
-    are drawn without strata. Rows of the same ``picture`` (N,) are drawn together.
+    wrong in different rows, so a resample cannot keep both counts of wrong answers. Therefore rows
+    are drawn without strata. Rows with the same ``picture`` (N,) are drawn together.
     """
     check_settings(n_resamples, confidence)
     observed_difference = observed_value(kernel, *a) - observed_value(kernel, *b)
@@ -710,7 +714,7 @@ def paired_across_answers(
 
 
 def observed_value(kernel: Kernel, uncertainty: Floats, failure: Ints) -> float:
-    """The metric of the rows themselves, each row once."""
+    """Compute the metric on the rows themselves, with each row once."""
     counts = tie_counts(uncertainty, failure)
     return float(kernel(counts))
 
@@ -724,13 +728,13 @@ def values_without_strata(
     *,
     picture: Ints | None = None,
 ) -> dict[str, Floats]:
-    """Values (B,) of several metrics on resamples without strata.
+    """Compute the values (B,) of several metrics on resamples without strata.
 
-    The resamples depend only on the number of rows, the seed and the pictures. So all kinds of
-    answers to the same rows have the same resamples, and differences of values are paired.
+    The resamples depend only on the row count, the seed and the pictures. So all kinds of
+    answers to the same rows have the same resamples, and differences between values are paired.
     """
-    # A unit is drawn as a whole: a picture with all rows, or a single row. ``unit`` (N,) is the
-    # number of the unit of each row.
+    # A unit is drawn as a whole: a picture with all its rows, or a single row. ``unit`` (N,) is
+    # each row's unit number.
     unit = np.arange(len(uncertainty)) if picture is None else picture
     n_units = int(unit.max(initial=-1)) + 1
     rows = _TiedRows.of(uncertainty, failure)
@@ -747,12 +751,12 @@ def values_without_strata(
 
 
 class _TiedRows(NamedTuple):
-    """Rows in ascending order of uncertainty; tied rows are neighbours."""
+    """Rows in ascending order by uncertainty, so tied rows are neighbours."""
 
-    order: Ints  # (N,) row indices in ascending order of uncertainty
+    order: Ints  # (N,) row indices, in ascending order by uncertainty
     starts: Ints  # (G,) index in ``order`` of the first row with each distinct uncertainty
     value: Floats  # (G,) distinct uncertainties, ascending
-    wrong: Ints  # (N,) 1 where the answer is wrong, in the same order as ``order``
+    wrong: Ints  # (N,) 1 where the answer is wrong, else 0, in the same order as ``order``
 
     @classmethod
     def of(cls, uncertainty: Floats, failure: Ints) -> _TiedRows:
@@ -761,7 +765,7 @@ class _TiedRows(NamedTuple):
         return cls(order, starts, value, failure[order])
 
     def counts(self, n_draws: Ints) -> TieCounts:
-        """Counts (B, G) of resamples; ``n_draws`` (B, N) says how often each row is drawn."""
+        """Count the rows (B, G) if each row is drawn ``n_draws`` (B, N) times."""
         n_draws_in_order = n_draws[:, self.order]
         size = np.add.reduceat(n_draws_in_order, self.starts, axis=1)
         wrong = np.add.reduceat(n_draws_in_order * self.wrong, self.starts, axis=1)
@@ -769,7 +773,7 @@ class _TiedRows(NamedTuple):
 
 
 def _kernel(metric: str | Kernel, failure: ArrayLike, *uncertainty: ArrayLike) -> Kernel:
-    """The kernel of a metric.
+    """Return the kernel for ``metric``.
 
     If the metric is defined for probabilities only, the uncertainties are checked first.
     """
@@ -783,7 +787,7 @@ def _kernel(metric: str | Kernel, failure: ArrayLike, *uncertainty: ArrayLike) -
 
 
 def check_settings(n_resamples: int, confidence: float) -> None:
-    """Refuse an invalid number of resamples, or a confidence outside (0, 1)."""
+    """Refuse an invalid resample count, or a confidence outside (0, 1)."""
     require_at_least("n_resamples", n_resamples, 1)
     if n_resamples > MAX_RESAMPLES:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The metrics by name. Results record the convention of each metric."""
+"""The metrics by name. Results record each metric's convention."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vilu.metrics.selective import (
 from vilu.registry import REGISTER_FUNCTIONS, Catalogue
 
 Kernel = Callable[[TieCounts], Floats]
-"""Function from counts (..., G) to values (...) of a metric."""
+"""Function from counts (..., G) to metric values (...)."""
 
 Question = Literal["failure", "within", "outside"]
 """Question about a row, to be answered by the uncertainty (``Metric.question``)."""
@@ -35,9 +35,9 @@ class Metric:
     """A metric with fixed conventions.
 
     Attributes:
-        title: Heading of the column in tables.
-        kernel: Function from counts (..., G) to values (...) of the metric.
-        convention: Text on the chosen definition, where the literature has several definitions.
+        title: Column heading in tables.
+        kernel: Function from counts (..., G) to metric values (...).
+        convention: The chosen definition in words, where the literature has several definitions.
         of_probability: Whether the metric is defined only for failure probabilities.
         higher_is_better: Whether a higher value is better.
         percent: Whether tables show the metric in percent.
@@ -47,12 +47,12 @@ class Metric:
             metric.
         name: Name for choosing the metric.
         question: Question to be answered by the uncertainty. "failure": is the answer wrong?
-            "within": the same question, for pictures of the classes only. "outside": is the picture
-            of none of the classes? "within" and "outside" are evaluated only if some pictures are
-            of none of the classes.
+            "within": is the answer wrong, among pictures of the classes only? "outside": does the
+            picture show none of the classes? "within" and "outside" are evaluated only if some
+            pictures show none of the classes.
         across_answers: Whether the metric can also compare different answers to the same rows. For
-            example, this is possible for the risk at a coverage. A metric of the ranking alone
-            cannot do this, because different answers are wrong in different rows.
+            example, this is possible for the risk at a coverage. A metric that only measures the
+            ranking cannot do this, because different answers are wrong in different rows.
 
     Examples:
         >>> import vilu
@@ -77,7 +77,7 @@ class Metric:
     across_answers: bool = False
 
     def show(self, value: float, sign: str = "") -> str:
-        """Format a value for tables; ``sign="+"`` adds a sign to positive values."""
+        """Format a value for tables. ``sign="+"`` adds a sign to positive values."""
         if self.percent:
             return f"{100 * value:{sign}.1f}"
         return f"{value:{sign}.3g}"
@@ -88,7 +88,7 @@ class Metric:
 
 
 def _for_question(question: Question, metric: Metric, convention: str) -> Metric:
-    """The same metric for another question."""
+    """Return a copy of ``metric`` that answers ``question``, with a new title."""
     return replace(
         metric, title=f"{metric.title} {question}", convention=convention, question=question
     )
@@ -99,7 +99,7 @@ _FPR95 = Metric("FPR95", fpr_at_tpr_kernel, "positive=correct, TPR 0.95, linear 
 _AUROC_OUTSIDE = "pictures of none of the classes against those of the classes, ties count half"
 # maps a risk to the title of the metric "coverage at this risk"
 _COVERAGE_TITLES = {"0.01": "Cov@1%", "0.05": "Cov@5%", "0.1": "Cov@10%"}
-# maps the name of each built-in metric to the metric, at first without a name
+# maps the name of each built-in metric to the metric. ``METRICS`` has these metrics with names.
 _BUILT_IN_METRICS = {
     "auroc": _AUROC,
     "fpr95": _FPR95,
@@ -199,7 +199,7 @@ METRICS.registered.update(
 
 
 def evaluated_metrics() -> list[str]:
-    """Names of the metrics that ``evaluate`` computes by default.
+    """Return the names of the metrics that ``evaluate`` computes by default.
 
     The built-in metrics come first, then the added metrics.
     """
@@ -211,13 +211,13 @@ DEFAULT_METRICS = tuple(
 )
 """Names of the built-in metrics that ``evaluate`` computes by default.
 
-Metrics of a probability are computed only if the uncertainty is a probability. Metrics of the
-questions "within" and "outside" are computed only if some rows are of none of the classes.
+A metric for probabilities is computed only if the uncertainty is a probability. Metrics for the
+questions "within" and "outside" are computed only if some rows show none of the classes.
 """
 
 
 def get_metric(name: str) -> Metric:
-    """The metric of this name.
+    """Return the metric called ``name``.
 
     Raises:
         UsageError: If there is no such metric. The message suggests the most similar name.
@@ -270,9 +270,9 @@ REGISTER_FUNCTIONS["a vilu.metrics.catalog.Metric"] = _add_if_metric
 
 
 def not_in_percent(metrics: Iterable[Metric]) -> str:
-    """Text after "in percent" that names the metrics in other units.
+    """Return the text after "in percent" that names the metrics in other units.
 
-    The text is "" if all of these metrics are shown in percent.
+    If all ``metrics`` are shown in percent, the text is "".
     """
     titles = [metric.title for metric in metrics if not metric.percent]
     if not titles:

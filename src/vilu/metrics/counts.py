@@ -1,4 +1,4 @@
-"""Checked input of all metrics: the counts of correct and wrong answers per distinct score."""
+"""Checked input for all metrics: correct and wrong answers, counted per distinct score."""
 
 from __future__ import annotations
 
@@ -20,51 +20,50 @@ PositiveClass = Literal["correct", "failure"]
 
 @dataclass(frozen=True, eq=False)
 class TieCounts:
-    """Numbers of correct and wrong answers at each distinct score, the most trusted score first.
+    """Correct and wrong answers, counted at each distinct score, the most trusted score first.
 
-    Rows with equal uncertainty are one operating point, so the counts do not depend on the order of
-    the rows. All axes before the last axis are axes of bootstrap resamples. If a resample has no
-    row with some score, the counts at this score are zero, and the score does not affect the
-    metrics.
+    Rows with equal uncertainty are one operating point, so the counts do not depend on the row
+    order. All axes before the last axis are resample axes. If a resample has no row with some
+    score, the counts at this score are zero, and the score does not affect the metrics.
     """
 
     value: Floats  # (G,) distinct uncertainties, ascending
-    correct: Ints  # (..., G) number of correct answers at each score
-    wrong: Ints  # (..., G) number of wrong answers at each score
+    correct: Ints  # (..., G) correct answers at each score
+    wrong: Ints  # (..., G) wrong answers at each score
 
     @cached_property
     def size(self) -> Ints:
-        """Number (..., G) of answers at each score."""
+        """Answer count (..., G) at each score."""
         return self.correct + self.wrong
 
     @cached_property
     def accepted_correct(self) -> Ints:
-        """Number (..., G) of correct answers with an uncertainty of at most this score."""
+        """Count (..., G) of correct answers up to each score."""
         return self.correct.cumsum(-1)
 
     @cached_property
     def accepted_wrong(self) -> Ints:
-        """Number (..., G) of wrong answers with an uncertainty of at most this score."""
+        """Count (..., G) of wrong answers up to each score."""
         return self.wrong.cumsum(-1)
 
     @cached_property
     def accepted(self) -> Ints:
-        """Number (..., G) of answers with an uncertainty of at most this score."""
+        """Count (..., G) of answers up to each score."""
         return self.accepted_correct + self.accepted_wrong
 
     @property
     def n_correct(self) -> Ints:
-        """Number (...) of correct answers."""
+        """Total count (...) of correct answers."""
         return self.accepted_correct[..., -1]
 
     @property
     def n_wrong(self) -> Ints:
-        """Number (...) of wrong answers."""
+        """Total count (...) of wrong answers."""
         return self.accepted_wrong[..., -1]
 
     @property
     def n(self) -> Ints:
-        """Number (...) of answers."""
+        """Total count (...) of answers."""
         return self.accepted[..., -1]
 
     @cached_property
@@ -78,9 +77,9 @@ class TieCounts:
         )
 
     def with_positive(self, positive: PositiveClass) -> TieCounts:
-        """Counts with the answers of the class ``positive`` as ``correct``.
+        """Return counts where ``correct`` counts the answers in the class ``positive``.
 
-        The most typical score of this class is first.
+        The score most typical for this class is first.
         """
         return self if positive == "correct" else self.with_roles_exchanged
 
@@ -88,7 +87,7 @@ class TieCounts:
 def check_scores_and_failures(
     uncertainty: ArrayLike, failure: ArrayLike
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Uncertainty (N,) as float64 and failure (N,) as bool; DataError for invalid values."""
+    """Return uncertainty (N,) as float64 and failure (N,) as bool. Raise DataError if invalid."""
     given_scores = _vector_of_reals(uncertainty, "uncertainty")
     scores: Floats = given_scores.astype(np.float64, copy=False)
     given_failures = _vector_of_reals(failure, "failure")
@@ -115,7 +114,7 @@ def check_scores_and_failures(
 
 
 def require_same_length(scores: Floats, failures: NDArray[Any]) -> None:
-    """Refuse uncertainties and failures of different numbers of rows."""
+    """Refuse uncertainties and failures if their row counts differ."""
     if len(scores) != len(failures):
         raise DataError(
             "uncertainty and failure must have one entry per row each. "
@@ -124,16 +123,16 @@ def require_same_length(scores: Floats, failures: NDArray[Any]) -> None:
 
 
 def real_vector(values: ArrayLike, name: str) -> Floats:
-    """Copy a vector of real numbers as float64; error messages use ``name``."""
+    """Copy a vector of real numbers as float64. Error messages use ``name``."""
     return _vector_of_reals(values, name).astype(np.float64)
 
 
 def check_codes(
     values: ArrayLike, name: str, last: int | None, first: int = UNKNOWN
 ) -> NDArray[np.int64]:
-    """``values`` (N,) as int64; DataError unless whole numbers from ``first`` to ``last``.
+    """Return ``values`` (N,) as int64, checked to be whole numbers from ``first`` to ``last``.
 
-    If ``last`` is None, there is no upper limit. Messages call the values ``name``.
+    If ``last`` is None, there is no upper limit. A DataError about invalid values uses ``name``.
     """
     numbers = real_vector(values, name)
     largest = np.inf if last is None else last
@@ -152,7 +151,7 @@ def check_codes(
 
 
 def _vector_of_reals(values: ArrayLike, name: str) -> NDArray[Any]:
-    """``values`` as a vector of real numbers; error messages use ``name``."""
+    """Return ``values`` as a vector of real numbers. Error messages use ``name``."""
     try:
         array = np.asarray(values)
     # raised by ragged lists, and by tensors on a device or with gradients
@@ -167,13 +166,13 @@ def _vector_of_reals(values: ArrayLike, name: str) -> NDArray[Any]:
 
 
 BLOCK_ROWS = 2**22
-"""Number of rows that are sorted at a time. Sorting all rows at once would need much memory."""
+"""Rows to sort at a time. Sorting all rows at once would need much memory."""
 
 
 def tie_counts(
     uncertainty: ArrayLike, failure: ArrayLike, *, block_rows: int = BLOCK_ROWS
 ) -> TieCounts:
-    """Counts (G,) per distinct uncertainty; ``block_rows`` rows are sorted at a time."""
+    """Count answers (G,) per distinct uncertainty, and sort ``block_rows`` rows at a time."""
     scores, failures = check_scores_and_failures(uncertainty, failure)
     blocks = []
     for start in range(0, len(scores), block_rows):
@@ -183,7 +182,7 @@ def tie_counts(
     if len(blocks) == 1:
         return blocks[0]
     values_of_blocks = np.concatenate([block.value for block in blocks])
-    # for each score of each block, ``value_index`` is the position of the score in ``value``
+    # for each score in each block, ``value_index`` is the score's position in ``value``
     value, value_index = np.unique(values_of_blocks, return_inverse=True)
     correct = _totals([block.correct for block in blocks], value_index, len(value))
     wrong = _totals([block.wrong for block in blocks], value_index, len(value))
@@ -191,9 +190,9 @@ def tie_counts(
 
 
 def _totals(counts_of_blocks: list[Ints], value_index: Ints, n_values: int) -> Ints:
-    """Total count (n_values,) of every value.
+    """Return every value's total count (n_values,).
 
-    ``value_index`` (N,) holds, for the N counts of all blocks one after another, the index of the
+    ``value_index`` (N,) holds, for the N counts in all blocks one after another, the index of the
     value that was counted.
     """
     counts = np.concatenate(counts_of_blocks)
@@ -203,10 +202,10 @@ def _totals(counts_of_blocks: list[Ints], value_index: Ints, n_values: int) -> I
 
 
 def _counts_of_block(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
-    """Count the rows (G,) of one block."""
+    """Count the rows (G,) in one block."""
     value, size = np.unique(scores, return_counts=True)
-    # The wrong rows are sorted once more. This takes less time than a search for the score of every
-    # row in ``value``.
+    # The wrong rows are sorted once more. This takes less time than to search every row's score
+    # in ``value``.
     value_of_wrong, n_wrong = np.unique(scores[failures], return_counts=True)
     wrong = np.zeros_like(size)
     wrong[np.searchsorted(value, value_of_wrong)] = n_wrong
@@ -216,7 +215,7 @@ def _counts_of_block(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
 def ratio(
     numerator: NDArray[np.generic], denominator: NDArray[np.generic], if_undefined: float = np.nan
 ) -> Floats:
-    """Quotient in float64; ``if_undefined`` where the denominator is zero."""
+    """Divide in float64. Where the denominator is zero, the result is ``if_undefined``."""
     shape = np.broadcast_shapes(np.shape(numerator), np.shape(denominator))
     quotient: Floats = np.full(shape, if_undefined)
     is_defined = np.asarray(denominator) != 0
@@ -225,7 +224,7 @@ def ratio(
 
 
 def check_pictures(values: ArrayLike | None, n: int) -> Ints | None:
-    """Copy of the picture identities (N,) as int64; None if ``values`` is None.
+    """Copy the picture identities (N,) as int64. If ``values`` is None, return None.
 
     Raises a DataError unless all n values are whole numbers of at least 0, or -1 for unknown.
     """
@@ -251,9 +250,9 @@ def check_pictures(values: ArrayLike | None, n: int) -> Ints | None:
 
 
 def first_rows(picture: Ints) -> Ints:
-    """For each row (N,), the index of the first row with the same picture.
+    """Return, for each row (N,), the index of the first row with the same picture.
 
-    A row with an unknown picture (-1) gets the index of the row itself.
+    If a row's picture is unknown (-1), the row gets the row's own index.
 
     Examples:
         >>> import numpy as np
@@ -267,15 +266,15 @@ def first_rows(picture: Ints) -> Ints:
     _, first_of_picture, picture_index = np.unique(
         picture[known_rows], return_index=True, return_inverse=True
     )
-    # for each row in ``known_rows``: the position, in ``known_rows``, of the first row of its
-    # picture
+    # for each row in ``known_rows``: the position, in ``known_rows``, where the row's picture
+    # occurs first
     first_position = first_of_picture[picture_index]
     first_row[known_rows] = known_rows[first_position]
     return first_row
 
 
 def repeated_picture_numbers(picture: Ints | None) -> Ints | None:
-    """For each row (N,), the number of the picture; None if no picture has two rows.
+    """Return each row's picture number (N,), or None if no picture has two rows.
 
     Pictures are numbered from 0, in the order of the first rows.
 

@@ -1,12 +1,12 @@
-"""Histogram of the scores of any number of rows, in bounded memory.
+"""Score histogram for any number of rows, in bounded memory.
 
 Every float64 score has an int64 code, and the codes have the same order as the scores. A bin is a
 code without the lowest ``level`` bits. The level is the smallest level at which at most
 ``MAX_BINS`` bins are occupied.
 
-The histogram depends only on the scores, not on the order of the added rows or parts. If a
-part of the rows has too many bins at some level, all rows have too many bins at this level, too.
-Therefore the level of a part is never higher than the level of the whole.
+The histogram depends only on the scores, not on the order in which rows or parts are added. If
+a part of the rows has too many bins at some level, all rows have too many bins at this level, too.
+Therefore a part's level is never higher than the level of the whole.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_scores_and_failures
 
 MAX_BINS = 2**20
-"""Maximum number of occupied bins. This many bins take 24 MB."""
-_SMALLEST_MAGNITUDE = 2.0**-512  # scores of a smaller magnitude count as 0
+"""Largest number of occupied bins. This many bins take 24 MB."""
+_SMALLEST_MAGNITUDE = 2.0**-512  # scores with a smaller magnitude count as 0
 
 
 def _bits_of(number: float) -> int:
-    """The bits of a float64, read as an integer."""
+    """Read the bits of a float64 as an integer."""
     bits = np.float64(number).view(np.int64)
     return bits.item()
 
 
 # An octave (all numbers from a power of two to the next) has 2^52 codes. The codes of 0 and of 1
 # are multiples of 2^52. So at every level a bin starts at 0, and another bin starts at 1.
-# For scores up to 1/2, the code is the bits of the score minus this number:
+# For scores up to 1/2, the code is the score's bits minus this number:
 _BITS_MINUS_CODE = _bits_of(_SMALLEST_MAGNITUDE) - 2**52
 _CODE_OF_HALF = _bits_of(0.5) - _BITS_MINUS_CODE
 _SMALLEST_GAP = 2.0**-54  # half the gap between 1 and the largest float64 below 1
@@ -44,11 +44,11 @@ _BITS_OF_ONE = _bits_of(1.0)
 
 
 def codes_of_scores(scores: Floats) -> Ints:
-    """Codes (N,) int64 of finite scores: equal scores have equal codes, larger scores larger codes.
+    """Encode finite scores (N,) as int64. Equal scores get equal codes, larger scores larger codes.
 
     The bits of a float64 would also be a valid code. But without the low bits, the bins would be
     fine near 0 and coarse near 1, and probabilities can be close to both ends. Therefore
-    the code of a score between 1/2 and 1 comes from the bits of the exact gap 1 - score.
+    a score between 1/2 and 1 gets a code from the bits of the exact gap 1 - score.
     To make room for these codes in 64 bits, magnitudes below 2^-512 count as zero.
     """
     magnitude = np.abs(scores)
@@ -67,12 +67,12 @@ def codes_of_scores(scores: Floats) -> Ints:
 
 
 def scores_of_codes(code: Ints) -> Floats:
-    """Scores (N,) of codes (N,), the inverse of ``codes_of_scores``."""
+    """Decode codes (N,) to scores (N,), the inverse of ``codes_of_scores``."""
     code_size = np.abs(code)
     is_zero = code_size == 0
     is_above_half = code > _CODE_OF_HALF
     is_below_one = code < _CODE_OF_ONE
-    # Every entry of an array with a float64 view must have valid bits. So unused entries get a
+    # In an array with a float64 view, every entry must have valid bits. So unused entries get a
     # constant.
     bits_up_to_half = np.where(
         is_zero | is_above_half, _BITS_MINUS_CODE, code_size + _BITS_MINUS_CODE
@@ -92,31 +92,31 @@ def scores_of_codes(code: Ints) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
-    """Numbers of correct and wrong answers in each bin of the score.
+    """Correct and wrong answers, counted in each score bin.
 
-    ``a + b`` is the histogram of the rows of ``a`` and ``b``, and equals ``b + a``. With at most
+    ``a + b`` is the histogram for the rows in ``a`` and ``b``, and equals ``b + a``. With at most
     ``max_bins`` distinct scores a histogram is exact. With more distinct scores, scores in the same
-    bin count as tied. Then the error of AUROC is at most ``tied_pairs`` / 2, and in practice far
-    smaller.
+    bin count as tied. Then the AUROC has an error of at most ``tied_pairs`` / 2, and in practice
+    far smaller.
     """
 
     bins: Ints  # (G,) int64, ascending: codes without the lowest ``level`` bits
-    correct: Ints  # (G,) number of correct answers in each bin
-    wrong: Ints  # (G,) number of wrong answers in each bin
-    level: int = 0  # number of dropped low bits
-    low: float = math.inf  # smallest score; infinity if there is no row
-    high: float = -math.inf  # largest score; minus infinity if there is no row
-    max_bins: int = MAX_BINS  # maximum number of occupied bins
+    correct: Ints  # (G,) correct answers in each bin
+    wrong: Ints  # (G,) wrong answers in each bin
+    level: int = 0  # how many low bits are dropped
+    low: float = math.inf  # smallest score. If there is no row: infinity
+    high: float = -math.inf  # largest score. If there is no row: minus infinity
+    max_bins: int = MAX_BINS  # largest number of occupied bins
 
     @classmethod
     def empty(cls) -> Histogram:
-        """Histogram without rows."""
+        """Return a histogram without rows."""
         nothing = np.empty(0, np.int64)
         return cls(bins=nothing, correct=nothing, wrong=nothing)
 
     @classmethod
     def of(cls, uncertainty: ArrayLike, failure: ArrayLike, max_bins: int = MAX_BINS) -> Histogram:
-        """Histogram of rows with uncertainties (N,) and failures (N,)."""
+        """Make a histogram from rows with uncertainties (N,) and failures (N,)."""
         if not np.size(uncertainty) and not np.size(failure):
             return cls.empty()
         scores, failures = check_scores_and_failures(uncertainty, failure)
@@ -135,7 +135,7 @@ class Histogram:
 
     @classmethod
     def total(cls, histograms: Iterable[Histogram]) -> Histogram:
-        """Sum of many histograms; only a bounded number of bins is in memory at a time."""
+        """Add many histograms, with a bounded number of bins in memory at a time."""
         parts: list[Histogram] = []
         for histogram in histograms:
             parts.append(histogram)
@@ -148,12 +148,12 @@ class Histogram:
         return self._join([self, other])
 
     def without(self, part: Histogram) -> Histogram:
-        """Histogram without the rows of ``part``. All answers in ``part`` must be wrong."""
+        """Return a histogram without the rows in ``part``. All answers there must be wrong."""
         n_in_part = self.rows_of_part(part)
         return self.with_counts(self.correct, self.wrong - n_in_part)
 
     def with_part_as_wrong(self, part: Histogram) -> Histogram:
-        """Histogram with the rows of ``part`` as wrong, and all remaining rows as correct.
+        """Return a histogram with the rows in ``part`` as wrong, and all other rows as correct.
 
         ``part`` contains only rows of this histogram with wrong answers.
         """
@@ -162,11 +162,11 @@ class Histogram:
         return self.with_counts(correct=n_not_in_part, wrong=n_in_part)
 
     def rows_of_part(self, part: Histogram) -> Ints:
-        """For each bin (G,) of this histogram, the number of rows of ``part`` in the bin.
+        """Count, for each bin (G,), the rows of ``part`` in the bin.
 
         All answers in ``part`` must be wrong.
         """
-        # Not negative, because the level of a part is never higher than the level of the whole.
+        # Not negative, because a part's level is never higher than the level of the whole.
         n_more_dropped_bits = self.level - part.level
         bins_of_part = part.bins >> n_more_dropped_bits
         index_of_bin = np.searchsorted(self.bins, bins_of_part)
@@ -175,7 +175,7 @@ class Histogram:
         return n_rows
 
     def with_counts(self, correct: Ints, wrong: Ints) -> Histogram:
-        """Histogram with these counts (G,) in the same bins; bins without rows are removed."""
+        """Return a histogram with these counts (G,) in the same bins, without empty bins."""
         is_filled = (correct + wrong) > 0
         return replace(
             self,
@@ -186,26 +186,26 @@ class Histogram:
 
     @property
     def n(self) -> int:
-        """Number of rows."""
+        """Row count."""
         return self.n_failures + int(self.correct.sum())
 
     @property
     def n_pictures(self) -> int:
-        """Number of pictures. In a histogram every row counts as a separate picture."""
+        """Picture count. In a histogram every row counts as a separate picture."""
         return self.n
 
     @property
     def design_effect(self) -> float:
-        """Number of rows that count as one independent row: 1, because all rows are independent."""
+        """How many rows count as one independent row: 1, because all rows are independent."""
         return 1.0
 
     def n_independent_answers(self) -> tuple[int, int]:
-        """Number of pictures with a wrong answer, and number of pictures with a right answer."""
+        """Count the pictures with a wrong answer, and the pictures with a right answer."""
         return self.n_failures, self.n - self.n_failures
 
     @property
     def n_failures(self) -> int:
-        """Number of wrong answers."""
+        """Count of wrong answers."""
         return int(self.wrong.sum())
 
     @property
@@ -215,7 +215,7 @@ class Histogram:
 
     @property
     def note(self) -> str | None:
-        """Note on the precision of metrics of this histogram; None if the metrics are exact."""
+        """Note on the precision of this histogram's metrics. If the metrics are exact, None."""
         if self.exact:
             return None
         return f"histogram of at most {self.max_bins:,} bins, {52 - self.level} bits of the score"
@@ -240,9 +240,9 @@ class Histogram:
 
     @property
     def tied_pairs(self) -> float:
-        """Of all pairs of a wrong and a correct answer, the share with both in the same bin.
+        """Share of pairs in the same bin, among all pairs with a wrong and a correct answer.
 
-        NaN if all answers are wrong, or if all answers are correct.
+        If all answers are wrong, or if all answers are correct, the share is NaN.
         """
         n_pairs = self.n_failures * (self.n - self.n_failures)
         if n_pairs == 0:
@@ -251,14 +251,14 @@ class Histogram:
         return n_tied / n_pairs
 
     def counts(self) -> TieCounts:
-        """Counts per score, the input of every metric."""
+        """Return the counts per score, the input for every metric."""
         if not len(self.bins):
             raise DataError("a metric needs at least one row. Got none.")
         return TieCounts(self.values, self.correct, self.wrong)
 
     @staticmethod
     def _join(histograms: list[Histogram]) -> Histogram:
-        """Join one or several histograms into the histogram of all rows."""
+        """Join one or several histograms into one histogram with all rows."""
         level = max(part.level for part in histograms)
         bins = np.concatenate([part.bins >> (level - part.level) for part in histograms])
         correct = np.concatenate([part.correct for part in histograms])
@@ -295,7 +295,7 @@ class Histogram:
 
 
 def _starts_of_equal_bins(bins: Ints) -> Ints:
-    """For each distinct number in the sorted ``bins`` (N,), the index of the first entry."""
+    """Return the first entry's index for each distinct number in the sorted ``bins`` (N,)."""
     # A number different from the first entry is prepended, so index 0 is a start, too.
     different_number = ~bins[:1]
     return np.flatnonzero(np.diff(bins, prepend=different_number))

@@ -1,6 +1,6 @@
-"""Scores of rows where several rows may show the same picture.
+"""Scores for rows where several rows may show the same picture.
 
-A resample draws pictures. A drawn picture brings all rows of the picture into the resample.
+A resample draws pictures. A drawn picture brings all its rows into the resample.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, repeated_picture_number
 
 @dataclass(frozen=True, eq=False)
 class PictureScores:
-    """Counts of rows in E entries, for the bootstrap over P pictures.
+    """Row counts in E entries, for the bootstrap over P pictures.
 
-    An entry counts the rows of a picture with the same score and the same correctness.
+    An entry counts those rows of one picture that have equal scores and equal correctness.
     """
 
     value: Floats  # (G,) distinct scores, ascending
     picture: Ints  # (E,) picture number of each entry, ascending from 0
-    group: Ints  # (E,) index in ``value`` of the score of each entry
-    wrong: NDArray[np.bool_]  # (E,) whether the answers in the rows of each entry are wrong
-    n_rows: Ints  # (E,) number of rows of each entry
-    # (P,) number of pictures that each picture stands for; 1 before ``merge_equal_pictures``
+    group: Ints  # (E,) index of each entry's score in ``value``
+    wrong: NDArray[np.bool_]  # (E,) whether the answers in each entry's rows are wrong
+    n_rows: Ints  # (E,) row count of each entry
+    # (P,) how many pictures each picture stands for: 1 before ``merge_equal_pictures``
     n_merged: Ints
 
     @classmethod
     def of(
         cls, value: Floats, group: Ints, failure: NDArray[np.bool_], picture: Ints
     ) -> PictureScores:
-        """Count the N rows of pictures.
+        """Count the N rows per picture.
 
         Args:
             value: (G,) distinct scores, ascending.
-            group: (N,) index in ``value`` of the score of each row.
+            group: (N,) index of each row's score in ``value``.
             failure: (N,) whether the answer in each row is wrong.
-            picture: (N,) picture number of each row, from 0 on.
+            picture: (N,) each row's picture number, from 0 on.
         """
         # Equal keys belong to the same entry.
         key = _join_key(picture, group, failure, n_groups=len(value))
@@ -60,9 +60,9 @@ class PictureScores:
 
     @cached_property
     def strata(self) -> tuple[Ints, Ints, Ints]:
-        """Numbers of the pictures with only right answers, with only wrong answers, and with both.
+        """The pictures with only right answers, with only wrong answers, and with both.
 
-        Each array has the pictures of a stratum.
+        Each array has the picture numbers in a stratum.
         """
         n_pictures = len(self.n_merged)
         has_wrong = np.bincount(self.picture[self.wrong], minlength=n_pictures) > 0
@@ -74,11 +74,11 @@ class PictureScores:
 
     @property
     def cells_per_resample(self) -> int:
-        """Number of array entries for one resample."""
+        """Array entries for one resample."""
         return len(self.picture)
 
     def counts(self, *drawn_pictures: Ints) -> TieCounts:
-        """Counts (B, G) of B resamples.
+        """Count the rows (B, G) in B resamples.
 
         ``drawn_pictures`` has, for each stratum, the numbers of the drawn pictures (B, ·). If a
         picture is drawn several times, the picture counts several times.
@@ -94,19 +94,19 @@ class PictureScores:
         return self._counts_of_draws(n_draws)
 
     def observed_counts(self) -> TieCounts:
-        """Counts (1, G) of the sample itself, with each row once."""
+        """Count the rows (1, G) in the sample itself, with each row once."""
         return self._counts_of_draws(self.n_merged[None])
 
     def _counts_of_draws(self, n_draws: Ints) -> TieCounts:
-        """Counts (B, G) of resamples; ``n_draws`` (B, P) says how often each picture is drawn."""
+        """Count the rows (B, G) if each picture is drawn ``n_draws`` (B, P) times."""
         correct = self._rows_per_score(n_draws, ~self.wrong)
         wrong = self._rows_per_score(n_draws, self.wrong)
         return TieCounts(self.value, correct, wrong)
 
     def _rows_per_score(self, n_draws: Ints, is_counted: NDArray[np.bool_]) -> Ints:
-        """Number (B, G) of drawn rows at each score, of the entries in a mask.
+        """Count the drawn rows (B, G) at each score, for the entries in a mask.
 
-        ``n_draws`` (B, P) says how often each picture is drawn; ``is_counted`` (E,) is the mask.
+        ``n_draws`` (B, P) says how often each picture is drawn. ``is_counted`` (E,) is the mask.
         """
         n_resamples = len(n_draws)
         n_scores = len(self.value)
@@ -120,16 +120,16 @@ class PictureScores:
         return n_drawn_rows.reshape(n_resamples, n_scores)
 
     def merge_equal_pictures(self) -> PictureScores:
-        """The same counts, with one picture in place of all pictures with equal rows.
+        """Replace all pictures with equal rows by one picture, without changing the counts.
 
         Only pictures with a single entry are merged. Two such pictures are equal if score,
-        correctness and number of rows are equal. ``n_merged`` is the number of pictures that each
-        picture stands for.
+        correctness and row count are equal. ``n_merged`` says how many pictures each picture
+        stands for.
         """
         n_pictures = len(self.n_merged)
-        n_entries = np.bincount(self.picture, minlength=n_pictures)  # of each picture
+        n_entries = np.bincount(self.picture, minlength=n_pictures)  # for each picture
         is_single = n_entries[self.picture] == 1  # whether the picture has a single entry
-        # Equal keys belong to the same kind of picture.
+        # Equal keys belong to equal pictures.
         key = _join_key(self.n_rows, self.group, self.wrong, n_groups=len(self.value))
         key_of_kind, n_of_kind = np.unique(key[is_single], return_counts=True)
         kind_n_rows, kind_group, kind_wrong = _split_key(key_of_kind, n_groups=len(self.value))
@@ -149,7 +149,7 @@ class PictureScores:
         )
 
     def resample_blocks(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[TieCounts]:
-        """Yield the counts (B, G) of a block of resamples for each size B in ``sizes``.
+        """Yield the counts (B, G) for a block of resamples for each size B in ``sizes``.
 
         From each stratum, as many pictures are drawn as the stratum has. How often each picture is
         drawn follows a multinomial distribution.
@@ -165,72 +165,72 @@ class PictureScores:
 
 
 def _join_key(number: Ints, group: Ints, wrong: NDArray[np.bool_], n_groups: int) -> Ints:
-    """Keys (E,): each key is a whole number, and ``_split_key`` computes the three values again."""
+    """Join three values to a key (E,). ``_split_key`` computes the three values again."""
     return (number * n_groups + group) * 2 + wrong
 
 
 def _split_key(key: Ints, n_groups: int) -> tuple[Ints, Ints, NDArray[np.bool_]]:
-    """The number (E,), the group (E,) and the correctness (E,) of each key of ``_join_key``."""
+    """Compute number (E,), group (E,) and correctness (E,) from the keys of ``_join_key``."""
     number_and_group = key // 2
     return number_and_group // n_groups, number_and_group % n_groups, key % 2 == 1
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """Uncertainties of rows with known failures."""
+    """Uncertainties for rows with known failures."""
 
     uncertainty: Floats  # (N,) scores
     failure: Ints  # (N,) 1 where the answer is wrong, else 0
-    note: str | None = None  # note to show with metrics of these rows
-    # (N,) picture numbers from 0 on; None if every row shows a different picture
+    note: str | None = None  # note to show with metrics for these rows
+    # (N,) picture numbers from 0 on. If every row shows a different picture, None
     picture: Ints | None = None
 
     @property
     def n(self) -> int:
-        """Number N of rows."""
+        """Row count N."""
         return len(self.failure)
 
     @property
     def n_pictures(self) -> int:
-        """Number of different pictures."""
+        """How many different pictures the rows show."""
         return self.n if self.picture is None else int(self.picture.max()) + 1
 
     @property
     def n_failures(self) -> int:
-        """Number of wrong answers."""
+        """Count of wrong answers."""
         return int(self.failure.sum())
 
     @property
     def design_effect(self) -> float:
-        """Number of rows that count as one independent row (the function of the same name)."""
+        """How many rows count as one independent row (see the function ``design_effect``)."""
         return design_effect(self.picture)
 
     def n_independent_answers(self) -> tuple[int, int]:
-        """Number of pictures with a wrong answer, and number of pictures with a right answer."""
+        """Count the pictures with a wrong answer, and the pictures with a right answer."""
         picture = np.arange(self.n) if self.picture is None else self.picture
         is_wrong = self.failure == 1
         return len(np.unique(picture[is_wrong])), len(np.unique(picture[~is_wrong]))
 
     def take(self, mask: NDArray[np.bool_]) -> ScoredRows:
-        """The rows with True in the ``mask`` (N,)."""
+        """Return the rows with True in the ``mask`` (N,)."""
         picture = None if self.picture is None else repeated_picture_numbers(self.picture[mask])
         return ScoredRows(self.uncertainty[mask], self.failure[mask], self.note, picture)
 
     def counts(self) -> TieCounts:
-        """Counts per score, the input of every metric."""
+        """Return the counts per score, the input for every metric."""
         return tie_counts(self.uncertainty, self.failure)
 
 
 def design_effect(picture: Ints | None) -> float:
-    """Number of rows that give as much information as one independent row (Kish 1965).
+    """Compute how many rows give as much information as one independent row (Kish 1965).
 
     The assumption is that all rows of a picture give the same information. If picture p has m_p of
     the N rows, the number is
 
         (sum_p m_p^2) / N
 
-    If every picture has m rows, the number is m. If the m_p differ, the number is above the mean of
-    the m_p. If ``picture`` is None, every row shows a different picture, and the number is 1.
+    If every picture has m rows, the number is m. If the m_p differ, the number is larger than the
+    mean m_p. If ``picture`` is None, every row shows a different picture, and the number is 1.
 
     Examples:
         >>> import numpy as np
@@ -244,12 +244,12 @@ def design_effect(picture: Ints | None) -> float:
     """
     if picture is None:
         return 1.0
-    n_rows = np.bincount(picture)  # m_p of each picture
+    n_rows = np.bincount(picture)  # m_p for each picture
     return int((n_rows**2).sum()) / int(n_rows.sum())
 
 
 def independent_counts(counts: TieCounts, picture: Ints) -> TieCounts:
-    """Counts (G,) divided by ``design_effect``: effective counts of independent rows."""
+    """Divide counts (G,) by ``design_effect``, and return effective counts of independent rows."""
     divisor = design_effect(picture)
     correct: NDArray[Any] = counts.correct / divisor
     wrong: NDArray[Any] = counts.wrong / divisor

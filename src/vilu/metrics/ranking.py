@@ -20,12 +20,12 @@ Rule = Literal["interpolate", "first", "nearest"]
 
 
 def auroc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
-    """Probability that a wrong answer is more uncertain than a correct answer.
+    """Compute the probability that a wrong answer is more uncertain than a correct answer.
 
         AUROC = P(u⁻ > u⁺) + P(u⁻ = u⁺) / 2
 
     u⁻ is the uncertainty of a wrong answer, and u⁺ the uncertainty of a correct answer. AUROC does
-    not depend on the choice of the positive class. AUROC is NaN if there is only one class.
+    not depend on the choice of the positive class. If there is only one class, AUROC is NaN.
 
     Args:
         uncertainty: (N,) scores, higher = more likely wrong.
@@ -53,13 +53,13 @@ def fpr_at_tpr(
     positive: PositiveClass = "correct",
     rule: Rule = "interpolate",
 ) -> float:
-    """False positive rate where the true positive rate reaches ``level`` (FPR95).
+    """Compute the false positive rate where the true positive rate reaches ``level`` (FPR95).
 
-    The rate is NaN if there is only one class.
+    If there is only one class, the rate is NaN.
 
     With ``positive="correct"``, accept answers until the share ``level`` of the correct answers is
-    accepted: the rate is the accepted share of wrong answers. With ``positive="failure"``, reject
-    answers until the share ``level`` of the wrong answers is rejected: the rate is the rejected
+    accepted. The rate is the accepted share of wrong answers. With ``positive="failure"``, reject
+    answers until the share ``level`` of the wrong answers is rejected. The rate is the rejected
     share of correct answers. The two numbers differ.
 
     Args:
@@ -97,11 +97,11 @@ def fpr_at_tpr(
 
 
 def aupr_failure(uncertainty: ArrayLike, failure: ArrayLike) -> float:
-    """Average precision of finding wrong answers, the most uncertain answers first.
+    """Compute the average precision of finding wrong answers, the most uncertain answers first.
 
         average precision = Σ_g (recall_g - recall_{g-1}) precision_g
 
-    The sum is over the distinct uncertainties. The result is NaN if no answer is wrong. The chance
+    The sum is over the distinct uncertainties. If no answer is wrong, the result is NaN. The chance
     level is the failure rate.
 
     Examples:
@@ -116,10 +116,10 @@ def aupr_failure(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
 
 def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
-    """Average precision of finding correct answers, the least uncertain answers first.
+    """Compute the average precision of finding correct answers, the least uncertain first.
 
-    The result is NaN if no answer is correct. The chance level is the accuracy. The code of
-    TrustVLM integrates by trapezoids instead, and the result is optimistic.
+    If no answer is correct, the result is NaN. The chance level is the accuracy. TrustVLM's
+    code integrates by trapezoids instead, and that result is optimistic.
 
     Examples:
         >>> import vilu
@@ -136,10 +136,10 @@ def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 def roc_curve_points(
     uncertainty: ArrayLike, failure: ArrayLike, positive: PositiveClass = "correct"
 ) -> tuple[Floats, Floats]:
-    """False positive rates (G+1,) and true positive rates (G+1,), from (0, 0) to (1, 1).
+    """Return false positive rates (G+1,) and true positive rates (G+1,), from (0, 0) to (1, 1).
 
-    After the point (0, 0) there is a point per distinct uncertainty. All rates are NaN if there
-    is only one class.
+    After the point (0, 0), each distinct uncertainty gives one point. If there is only one class,
+    all rates are NaN.
 
     Raises:
         UsageError: If ``positive`` is neither "correct" nor "failure".
@@ -163,7 +163,7 @@ def roc_curve_points(
 
 
 def auroc_kernel(counts: TieCounts) -> Floats:
-    """AUROC (...), computed in integers up to the last division.
+    """Compute AUROC (...), in integers up to the last division.
 
     A pair of a wrong and a correct answer counts 2 if the scores are in the right order, and 1 if
     the scores are tied.
@@ -180,7 +180,7 @@ def fpr_at_tpr_kernel(
     positive: PositiveClass = "correct",
     rule: Rule = "interpolate",
 ) -> Floats:
-    """False positive rate (...); see ``fpr_at_tpr``."""
+    """Compute the false positive rate (...), as in ``fpr_at_tpr``."""
     if not 0 < level <= 1:
         raise UsageError(f"level must be a true positive rate in (0, 1]. Got {level} instead.")
     require_one_of("positive", positive, get_args(PositiveClass))
@@ -200,10 +200,10 @@ def fpr_at_tpr_kernel(
 
 
 def _interpolated_fpr(fpr: Floats, tpr: Floats, level: float) -> Floats:
-    """False positive rate (...) at the true positive rate ``level``, from points (..., G+1).
+    """Compute the false positive rate (...) at the true positive rate ``level``.
 
-    Let P be the last point with a true positive rate of at most ``level``. The curve is a straight
-    line from P to the next point.
+    ``fpr`` and ``tpr`` hold the curve's points (..., G+1). Let P be the last point with a true
+    positive rate of at most ``level``. The curve is a straight line from P to the next point.
     """
     index_before = (tpr <= level).sum(-1) - 1
     last_index = tpr.shape[-1] - 1
@@ -217,8 +217,8 @@ def _interpolated_fpr(fpr: Floats, tpr: Floats, level: float) -> Floats:
 
 
 def aupr_kernel(counts: TieCounts, positive: PositiveClass) -> Floats:
-    """Average precision (...) of the class ``positive``."""
-    # In these counts, "correct" means "of the positive class".
+    """Compute the average precision (...) for the class ``positive``."""
+    # In these counts, "correct" means "in the positive class".
     positive_counts = counts.with_positive(positive)
     precision = ratio(positive_counts.accepted_correct, positive_counts.accepted, if_undefined=0.0)
     total_precision = (positive_counts.correct * precision).sum(-1)
@@ -226,9 +226,9 @@ def aupr_kernel(counts: TieCounts, positive: PositiveClass) -> Floats:
 
 
 def _roc_points(counts: TieCounts) -> tuple[Floats, Floats]:
-    """False positive rates (..., G+1) and true positive rates (..., G+1).
+    """Return false positive rates (..., G+1) and true positive rates (..., G+1).
 
-    ``counts.correct`` counts the positive class. All rates are NaN if there is only one class.
+    ``counts.correct`` counts the positive class. If there is only one class, all rates are NaN.
     """
     none_accepted = np.zeros_like(counts.accepted[..., :1])  # numerator at the point (0, 0)
     has_one_class = counts.n_correct * counts.n_wrong == 0
@@ -244,7 +244,7 @@ def _roc_points(counts: TieCounts) -> tuple[Floats, Floats]:
 
 
 def _entries_at(index: NDArray[np.intp], values: Floats) -> Floats:
-    """Entries (...) of ``values`` (..., M) at the indices ``index`` (...) of the last axis."""
+    """Return the entries (...) of ``values`` (..., M) at the last-axis indices ``index`` (...)."""
     index_of_entry = np.asarray(index)[..., None]
     entries = np.take_along_axis(values, index_of_entry, axis=-1)  # (..., 1)
     return entries[..., 0]

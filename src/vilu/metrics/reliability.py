@@ -1,4 +1,4 @@
-"""Calibration of failure probabilities: ECE, Brier score and log-loss.
+"""How well failure probabilities are calibrated: ECE, Brier score and log-loss.
 
 These metrics are defined only for probabilities.
 """
@@ -25,20 +25,19 @@ PROBABILITY_MARGIN = 1e-12
 def ece(
     probability: ArrayLike, failure: ArrayLike, bins: int = 15, binning: Binning = "width"
 ) -> float:
-    """Expected calibration error of a failure probability.
+    """Compute the expected calibration error for failure probabilities.
 
         ECE = Σ_b (n_b / N) |failure rate_b - mean probability_b|
 
-    The sum is over the bins b, and n_b is the number of rows in bin b. The probability is
-    P(failure) itself, not the larger of P(failure) and 1 - P(failure). A bin contains the upper
-    edge.
+    The sum is over the bins b, and bin b has n_b rows. The probability is P(failure) itself, not
+    the larger one of P(failure) and 1 - P(failure). A bin contains its upper edge.
 
     Args:
-        probability: (N,) predicted probabilities of failure, in [0, 1].
+        probability: (N,) predicted failure probabilities, in [0, 1].
         failure: (N,) 1 where the answer is wrong, else 0.
-        bins: Number of bins (15 after Guo et al. 2017).
-        binning: "width": bins of equal width. "mass": bins of about equal numbers of rows. Rows of
-            equal probability are always in the same bin, so the order of the rows does not matter.
+        bins: Bin count (15 after Guo et al. 2017).
+        binning: "width": bins of equal width. "mass": bins with about equal row counts. Rows with
+            equal probabilities are always in the same bin, so the row order does not matter.
 
     Raises:
         DataError: If a probability is not in [0, 1], or if the vectors are empty, differ in length
@@ -57,9 +56,9 @@ def ece(
 
 
 def brier(probability: ArrayLike, failure: ArrayLike) -> float:
-    """Brier score: mean squared error (1/N) Σ (p - failure)² of the failure probabilities p.
+    """Compute the Brier score, the mean squared error of the failure probabilities p.
 
-    A constant probability of 1/2 has the score 1/4.
+    The score is (1/N) Σ (p - failure)². A constant probability of 1/2 has the score 1/4.
 
     Examples:
         >>> import vilu
@@ -73,7 +72,7 @@ def brier(probability: ArrayLike, failure: ArrayLike) -> float:
 
 
 def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
-    """Mean negative log-likelihood of the outcomes, in nats.
+    """Compute the mean negative log-likelihood of the outcomes, in nats.
 
         log-loss = -(1/N) Σ (failure ln p + (1 - failure) ln(1 - p))
 
@@ -92,7 +91,7 @@ def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
 
 
 def probability_counts(probability: ArrayLike, failure: ArrayLike) -> TieCounts:
-    """Counts (G,) per distinct probability.
+    """Count correct and wrong answers (G,) per distinct probability.
 
     Raises:
         DataError: If a probability is not in [0, 1].
@@ -109,11 +108,11 @@ def probability_counts(probability: ArrayLike, failure: ArrayLike) -> TieCounts:
     return counts
 
 
-MAX_BINS = 1_000_000  # maximum number of bins of ``ece``
+MAX_BINS = 1_000_000  # largest bin count for ``ece``
 
 
 def ece_kernel(counts: TieCounts, bins: int = 15, binning: Binning = "width") -> Floats:
-    """Expected calibration error (...); see ``ece``."""
+    """Compute the expected calibration error (...), as in ``ece``."""
     gap_of_score = counts.wrong - counts.value * counts.size
     (gap_of_bin,) = _sums_per_bin(counts, bins, binning, gap_of_score)
     sum_of_gaps = np.abs(gap_of_bin).sum(-1)
@@ -121,7 +120,7 @@ def ece_kernel(counts: TieCounts, bins: int = 15, binning: Binning = "width") ->
 
 
 def _sums_per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) -> list[Floats]:
-    """For each array (..., G) in ``values``, the sums (..., bins) over the scores of each bin."""
+    """Return, for each array (..., G) in ``values``, the sums (..., bins) over a bin's scores."""
     require_one_of("binning", binning, get_args(Binning))
     require_at_least("bins", bins, 1)
     if bins > MAX_BINS:
@@ -131,11 +130,11 @@ def _sums_per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Float
         bin_of_value = np.searchsorted(inner_edges, counts.value, side="left")
         bin_of_score = np.broadcast_to(bin_of_value, counts.size.shape)
     else:
-        # The share of rows with smaller scores decides on the bin of a score.
+        # The share of rows with smaller scores decides on a score's bin.
         n_below = counts.accepted - counts.size
         bin_of_score = n_below * bins // counts.n[..., None]
         bin_of_score = np.minimum(bin_of_score, bins - 1).astype(np.int64)
-    leading_shape = counts.size.shape[:-1]  # the axes of resamples
+    leading_shape = counts.size.shape[:-1]  # the resample axes
     n_resamples = int(np.prod(leading_shape))
     # One bincount call sums over all resamples: the cells of resample r begin at r * bins.
     first_cell = bins * np.arange(n_resamples)[:, None]
@@ -151,26 +150,26 @@ def _sums_per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Float
 
 
 CLEAR_ERRORS = 2.0
-"""A gap of at least this many standard errors is clear; see ``BinnedError``."""
+"""A gap is clear if the gap is at least this many standard errors (see ``BinnedError``)."""
 
 
 @dataclass(frozen=True)
 class BinnedError:
-    """The kernel of ``ece``, with an interval corrected for the bias of the ECE.
+    """The kernel of ``ece``, with an interval corrected for the ECE's bias.
 
-    The estimate of the ECE is T = sum_b |g_b|. Here g_b is the observed gap of bin b: failures
-    minus expected failures, divided by the number of all rows. A gap contains noise e_b, so the
+    The ECE is estimated by T = sum_b |g_b|. Here g_b is the observed gap of bin b: failures
+    minus expected failures, divided by the total row count. A gap contains noise e_b, so the
     absolute value is too large on average, by up to E|e_b| per bin. For example, the estimate is
-    9 % on 180 rows of a calibrated predictor with a true ECE of 0. Resampled rows add this bias
-    once more, so the percentiles lie above T.
+    9 % on 180 rows from a calibrated predictor, where the true ECE is 0. Resampled rows add this
+    bias once more, so the percentiles lie above T.
 
     Therefore the noise is drawn instead of rows:
 
-    1. e_b is normal. The variance of e_b is the variance of the mean of (failure - p) 1[row in bin
-       b]. If this variance would be larger for a calibrated predictor, the larger one is taken.
+    1. e_b is normal, with the same variance as the mean of (failure - p) 1[row in bin b].
+       If a calibrated predictor would have a larger variance, the larger variance is taken.
     2. For every draw of the noise, T(g) = sum_b |g_b + e_b| is computed.
-    3. The same is done for the clear gaps c: c_b is g_b if |g_b| is at least two standard errors,
-       else 0.
+    3. T(c) is computed in the same way for the clear gaps c. If |g_b| is at least two standard
+       errors, c_b is g_b, else 0.
 
     With q_hi the upper quantile over the draws, the ends of the interval are
 
@@ -182,18 +181,18 @@ class BinnedError:
     ``python -m benchmarks.ece_coverage`` measures how often the interval contains the true ECE.
     """
 
-    bins: int = 15  # number of bins
+    bins: int = 15  # bin count
     binning: Binning = "width"  # as in ``ece``
     interval_note: ClassVar[str] = "corrected for the bias of the bins"
 
     def __call__(self, counts: TieCounts) -> Floats:
-        """Expected calibration error (...)."""
+        """Compute the expected calibration error (...)."""
         return ece_kernel(counts, self.bins, self.binning)
 
     def interval(
         self, counts: TieCounts, n_resamples: int, confidence: float, seed: int
     ) -> tuple[float, float]:
-        """Lower and upper end of the interval for counts (G,), from ``n_resamples`` draws.
+        """Return the interval's lower and upper end for counts (G,), from ``n_resamples`` draws.
 
         The interval contains the estimate.
         """
@@ -201,25 +200,25 @@ class BinnedError:
         rng = np.random.default_rng(seed)
         noise = deviation * rng.standard_normal((n_resamples, self.bins))
         estimate = np.abs(gap).sum()  # T
-        level = 1 - (1 - confidence) / 2  # of the upper quantiles q_hi
+        level = 1 - (1 - confidence) / 2  # for the upper quantiles q_hi
         is_unclear = np.abs(gap) < CLEAR_ERRORS * deviation
         clear_gap = np.where(is_unclear, 0.0, gap)  # c_b
-        drawn_clear_error = np.abs(clear_gap + noise).sum(axis=1)  # T(c) of each draw
+        drawn_clear_error = np.abs(clear_gap + noise).sum(axis=1)  # T(c) for each draw
         clear_error = np.abs(clear_gap).sum()  # sum_b |c_b|
         largest_bias = np.quantile(drawn_clear_error - clear_error, level)
         low = min(estimate - largest_bias, estimate)
-        drawn_error = np.abs(gap + noise).sum(axis=1)  # T(g) of each draw
+        drawn_error = np.abs(gap + noise).sum(axis=1)  # T(g) for each draw
         smallest_bias = drawn_error.mean() - estimate
         high = max(np.quantile(drawn_error, level) - smallest_bias, estimate)
         return float(max(low, 0.0)), float(min(high, 1.0))
 
     def _gaps(self, counts: TieCounts) -> tuple[Floats, Floats]:
-        """Gap (bins,) of every bin as a share of all rows, and standard error (bins,)."""
+        """Return each bin's gap (bins,), as a share of all rows, and standard error (bins,)."""
         p = counts.value
         n = float(counts.n)
         gap_of_score = counts.wrong - p * counts.size
         square_of_score = counts.wrong * (1 - p) ** 2 + counts.correct * p**2
-        # variance of the failures if the predictor is calibrated
+        # failure variance if the predictor is calibrated
         calibrated_variance_of_score = counts.size * p * (1 - p)
         sums = _sums_per_bin(
             counts,
@@ -238,14 +237,14 @@ class BinnedError:
 
 
 def brier_kernel(counts: TieCounts) -> Floats:
-    """Brier score (...)."""
+    """Compute the Brier score (...)."""
     squares = counts.correct * counts.value**2 + counts.wrong * (1 - counts.value) ** 2
     sum_of_squares = squares.sum(-1)
     return ratio(sum_of_squares, counts.n)
 
 
 def log_loss_kernel(counts: TieCounts) -> Floats:
-    """Log-loss (...)."""
+    """Compute the log-loss (...)."""
     p = counts.value.clip(PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN)
     log_likelihood = (counts.wrong * np.log(p) + counts.correct * np.log1p(-p)).sum(-1)
     return ratio(-log_likelihood, counts.n)

@@ -1,7 +1,7 @@
 """Selective prediction: the error rate of the kept answers if uncertain answers are rejected.
 
 The coverage is the share of kept answers. The selective risk is the share of wrong answers
-among the kept answers. The order of answers with equal uncertainty is unknown, so metrics take the
+among the kept answers. Answers with equal uncertainty have no known order, so metrics take the
 expected number of wrong answers. Within a block of tied answers this number grows linearly.
 """
 
@@ -21,7 +21,7 @@ Convention = Literal["mean", "trapezoid"]
 _HARMONIC: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])
 """Harmonic numbers H_0 ... H_65535, where H_n = 1 + 1/2 + ... + 1/n."""
 HARMONIC_TABLE_SIZE = 2**21
-"""Number of harmonic numbers in a table. The table is used for data sets with fewer rows.
+"""Table size in harmonic numbers. The table is used for data sets with fewer rows.
 
 The table takes 16 MB. Reading the table is five times as fast as computing logarithms.
 """
@@ -29,13 +29,13 @@ The table takes 16 MB. Reading the table is five times as fast as computing loga
 
 @checked
 def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "mean") -> float:
-    """Area under the risk-coverage curve, in [0, 1]; lower is better.
+    """Compute the area under the risk-coverage curve, in [0, 1]. Lower is better.
 
     R_i is the selective risk of the i most trusted answers.
 
     - "mean" is (1/N) Σ_i R_i (Geifman et al. 2019), as the expectation over the order of tied rows.
-      Reference implementations leave tied rows in the order of the input. The value then
-      depends on this order.
+      Reference implementations leave tied rows in input order. The value then depends on this
+      order.
     - "trapezoid" integrates over the distinct uncertainties by trapezoids. Below the smallest
       coverage the risk is taken as constant. fd-shifts reports this value times 1000.
 
@@ -59,12 +59,12 @@ def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "m
 
 
 def excess_aurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
-    """AURC minus the AURC of the best order; 0 is perfect.
+    """Compute AURC minus the AURC of the best order. The perfect value is 0.
 
         AURC of the best order = (1/N) Σ_i max(0, i - N_correct) / i
 
-    Let r be the failure rate. The usual formula r + (1 - r) ln(1 - r) is the limit of this sum for
-    large N. At N = 100 the two differ by 0.001.
+    Let r be the failure rate. For large N, this sum approaches the usual formula
+    r + (1 - r) ln(1 - r). At N = 100 the sum and the formula differ by 0.001.
 
     Examples:
         >>> import vilu
@@ -79,10 +79,10 @@ def excess_aurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
 
 def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
-    """Excess AURC divided by the excess AURC of a random order: 0 is perfect, 1 is random.
+    """Divide excess AURC by the excess AURC of a random order: 0 is perfect, 1 is random.
 
-    The AURC of a random order is the failure rate. The result is NaN if all answers are right or
-    all answers are wrong.
+    A random order's AURC is the failure rate. If all answers are right or all answers are wrong,
+    the result is NaN.
 
     Examples:
         >>> import vilu
@@ -96,7 +96,7 @@ def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
 
 def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
-    """Area under the generalised risk-coverage curve (Traub et al. 2024), in [0, 1/2].
+    """Compute the area under the generalised risk-coverage curve (Traub et al. 2024), in [0, 1/2].
 
     Lower is better. The generalised risk is the share of wrong and kept answers among all N
     answers. With the accuracy a,
@@ -118,7 +118,7 @@ def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
 @checked
 def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float = 0.8) -> float:
-    """Selective risk of the ⌈N · coverage⌉ most trusted answers.
+    """Compute the selective risk of the ⌈N · coverage⌉ most trusted answers.
 
     The risk is the expectation over the order of tied rows.
 
@@ -138,12 +138,12 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
 
 @checked
 def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0.05) -> float:
-    """Largest coverage of a threshold with a selective risk of at most ``risk``.
+    """Return the largest coverage of all thresholds with a selective risk of at most ``risk``.
 
-    The result is 0 if there is no such threshold.
+    If there is no such threshold, the result is 0.
 
-    A threshold keeps or rejects all rows of equal uncertainty together. The result describes the
-    given sample, and is no guarantee for new data (see ``vilu.certify``).
+    A threshold keeps or rejects all rows with equal uncertainties together. The result describes
+    the given sample, and is no guarantee for new data (see ``vilu.certify``).
 
     Raises:
         UsageError: If ``risk`` is not in [0, 1].
@@ -160,7 +160,7 @@ def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0
 
 
 def risk_coverage_curve(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, Floats]:
-    """Coverage (G,) and selective risk (G,) of every threshold.
+    """Return the coverage (G,) and the selective risk (G,) at every threshold.
 
     Every distinct uncertainty is a threshold. The thresholds are ascending.
 
@@ -179,19 +179,19 @@ def risk_coverage_curve(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Flo
 
 
 def aurc_kernel(counts: TieCounts, convention: Convention = "mean") -> Floats:
-    """AURC (...); see ``aurc``."""
+    """Compute AURC (...), as in ``aurc``."""
     require_one_of("convention", convention, get_args(Convention))
     return _mean_risk(counts) if convention == "mean" else _trapezoid_risk(counts)
 
 
 def excess_aurc_kernel(counts: TieCounts) -> Floats:
-    """Excess AURC (...); see ``excess_aurc``."""
+    """Compute excess AURC (...), as in ``excess_aurc``."""
     excess = _mean_risk(counts) - _aurc_of_best_order(counts)
     return np.maximum(excess, 0.0)  # after rounding, the difference may be slightly negative
 
 
 def naurc_kernel(counts: TieCounts) -> Floats:
-    """Normalised AURC (...); see ``naurc``."""
+    """Compute normalised AURC (...), as in ``naurc``."""
     aurc_of_random_order = ratio(counts.n_wrong, counts.n)
     random_excess = aurc_of_random_order - _aurc_of_best_order(counts)
     # If all answers are right or all are wrong, the denominator is zero and the result is NaN.
@@ -200,21 +200,21 @@ def naurc_kernel(counts: TieCounts) -> Floats:
 
 
 def augrc_kernel(counts: TieCounts) -> Floats:
-    """AUGRC (...) by trapezoids, computed in integers up to the last division."""
+    """Compute AUGRC (...) by trapezoids, in integers up to the last division."""
     wrong_before = counts.accepted_wrong - counts.wrong
     twice_area = (counts.size * (wrong_before + counts.accepted_wrong)).sum(-1)
     return ratio(twice_area, 2 * counts.n**2)
 
 
 def risk_at_coverage_kernel(counts: TieCounts, coverage: float) -> Floats:
-    """Selective risk (...) at one coverage; see ``risk_at_coverage``."""
+    """Compute the selective risk (...) at one coverage, as in ``risk_at_coverage``."""
     require_between("coverage", coverage, "(0, 1]")
-    # The product is rounded first: 0.07 · 100 is slightly more than 7 in floating point, and would
-    # be rounded up to 8.
+    # The product is rounded first. In floating point, 0.07 · 100 is slightly more than 7, and
+    # would be rounded up to 8.
     n_accepted = np.ceil(np.round(counts.n * coverage, 9))
     n_before = counts.accepted - counts.size
-    # number (..., G) of accepted rows at each score. At the last accepted score this may be only
-    # a part of the rows.
+    # (..., G) how many rows are accepted at each score. At the last accepted score this may be
+    # only a part of the rows.
     n_at_score = np.clip(n_accepted[..., None] - n_before, 0, counts.size)
     error_rate = ratio(counts.wrong, counts.size, if_undefined=0.0)
     n_wrong = (n_at_score * error_rate).sum(-1)
@@ -222,7 +222,7 @@ def risk_at_coverage_kernel(counts: TieCounts, coverage: float) -> Floats:
 
 
 def coverage_at_risk_kernel(counts: TieCounts, risk: float) -> Floats:
-    """Coverage (...) at one risk; see ``coverage_at_risk``."""
+    """Return the coverage (...) at one risk, as in ``coverage_at_risk``."""
     require_between("risk", risk, "[0, 1]")
     meets_risk = ratio(counts.accepted_wrong, counts.accepted) <= risk
     accepted_at_risk = np.where(meets_risk, counts.accepted, 0)
@@ -231,7 +231,7 @@ def coverage_at_risk_kernel(counts: TieCounts, risk: float) -> Floats:
 
 
 def _harmonic(n: Ints) -> Floats:
-    """Harmonic numbers H_n (...)."""
+    """Return the harmonic numbers H_n (...)."""
     largest = int(n.max(initial=0))
     if largest < len(_HARMONIC):
         return _HARMONIC[n]
@@ -244,9 +244,9 @@ def _harmonic(n: Ints) -> Floats:
 
 
 def _harmonic_of_large(n: Ints) -> Floats:
-    """Harmonic numbers H_n (...) of large n, from ln n + γ + 1 / 2n - 1 / 12n².
+    """Compute harmonic numbers H_n (...) for large n, from ln n + γ + 1 / 2n - 1 / 12n².
 
-    The next term of this series is below 1e-20. The result is correct only for n too large
+    The series' next term is below 1e-20. The result is correct only for n too large
     for ``_HARMONIC``. For a smaller n the result is wrong, and callers do not use the result.
     """
     smallest_large = len(_HARMONIC)
@@ -257,17 +257,17 @@ def _harmonic_of_large(n: Ints) -> Floats:
 
 @cache
 def _harmonic_table() -> Floats:
-    """Table of H_0 to H_(HARMONIC_TABLE_SIZE - 1), computed on first use."""
+    """Compute the table H_0 to H_(HARMONIC_TABLE_SIZE - 1) on first use."""
     large_n = np.arange(len(_HARMONIC), HARMONIC_TABLE_SIZE)
     harmonic_of_large = _harmonic_of_large(large_n)
     return np.concatenate([_HARMONIC, harmonic_of_large])
 
 
 def _mean_risk(counts: TieCounts) -> Floats:
-    """Mean selective risk (1/N) Σ_i R_i, as the expectation over the order of tied rows.
+    """Compute the mean selective risk (1/N) Σ_i R_i, expected over the order of tied rows.
 
-    Consider a block of m tied rows after s rows with smaller uncertainties. w rows of the block are
-    wrong, and W rows before the block are wrong. For a rank i inside the block, the expectation is
+    Consider a block of m tied rows after s rows with smaller uncertainties. In the block w rows are
+    wrong, and before the block W rows are wrong. For a rank i inside the block, the expectation is
 
         R_i = (W + w (i - s) / m) / i
 
@@ -279,7 +279,7 @@ def _mean_risk(counts: TieCounts) -> Floats:
     wrong_before = counts.accepted_wrong - counts.wrong
     error_rate = ratio(counts.wrong, counts.size, if_undefined=0.0)
     harmonic_difference = _harmonic(counts.accepted) - _harmonic(n_before)
-    # For a block of one row the difference is 1 / (s + 1), computed here without cancellation.
+    # If a block has one row, the difference is 1 / (s + 1), computed here without cancellation.
     np.divide(1.0, counts.accepted, out=harmonic_difference, where=counts.size == 1)
     sum_over_block = counts.wrong + (wrong_before - error_rate * n_before) * harmonic_difference
     sum_of_risks = sum_over_block.sum(-1)
@@ -287,10 +287,10 @@ def _mean_risk(counts: TieCounts) -> Floats:
 
 
 def _trapezoid_risk(counts: TieCounts) -> Floats:
-    """Area (...) under the risk-coverage curve by trapezoids over the distinct scores."""
+    """Compute the area (...) under the risk-coverage curve by trapezoids over distinct scores."""
     risk = ratio(counts.accepted_wrong, counts.accepted, if_undefined=0.0)
     n_before = counts.accepted - counts.size
-    # Shift the risks by one score. The first score gets the risk of the last score. This entry is
+    # Shift the risks by one score. The first score gets the last score's risk. This entry is
     # not used, because the risk is constant below the smallest coverage.
     risk_of_previous = np.roll(risk, 1, axis=-1)
     risk_at_left = np.where(n_before > 0, risk_of_previous, risk)
@@ -299,7 +299,7 @@ def _trapezoid_risk(counts: TieCounts) -> Floats:
 
 
 def _aurc_of_best_order(counts: TieCounts) -> Floats:
-    """AURC (...) of the best order: all correct answers first."""
+    """Compute the AURC (...) of the best order: all correct answers first."""
     harmonic_difference = _harmonic(counts.n) - _harmonic(counts.n_correct)
     sum_of_risks = counts.n_wrong - counts.n_correct * harmonic_difference
     return ratio(sum_of_risks, counts.n)

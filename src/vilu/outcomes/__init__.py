@@ -1,1 +1,1 @@
-"""Outcomes (answers and failures), the evaluation of outcomes, and tables of results."""
+"""Outcomes (answers and failures), their evaluation, and result tables."""

@@ -1,4 +1,4 @@
-"""Names of decisions, and names of the reasons why an answer is not accepted."""
+"""Decision names, and names for the reasons why an answer is not accepted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOT_COVERED = "not_covered"
 """Reason why an answer is not accepted: the photo is not among the photos of the guarantee."""
 
 OUTSIDE_REASON = "outside"
-"""Reason why an answer is not accepted: probably the picture is of none of the classes.
+"""Reason why an answer is not accepted: the picture is probably outside all classes.
 
-The other possible reason for a failure, a wrong answer within the classes, is less probable.
+A failure by a wrong answer within the classes is less probable.
 """

@@ -40,32 +40,31 @@ def evaluate(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> ResultTable:
-    """Compute metrics of one or several methods over rows with an uncertainty and a known failure.
+    """Compute metrics for one or more methods, over rows with an uncertainty and a known failure.
 
     Args:
         outcomes: One or several ``Outcomes`` or ``ScoreFolder``. The method, the data set, the
             split and the seed may differ.
         metrics: Names from ``vilu.metrics.METRICS``. By default these are ``DEFAULT_METRICS`` and
-            all added metrics, with two exceptions. Metrics of probabilities are left out if there
+            all added metrics, with two exceptions. Metrics on probabilities are left out if there
             is no calibrated ``failure_probability`` and the uncertainty is not a probability.
-            Metrics of the questions "within" and "outside" are left out if all rows belong to one
+            Metrics for the questions "within" and "outside" are left out if all rows belong to one
             of the classes.
-        n_resamples: Number of bootstrap resamples; 0: no intervals.
+        n_resamples: Number of bootstrap resamples. With 0 there are no intervals.
         confidence: Coverage of the intervals, in (0, 1).
-        seed: Seed of the resampling.
+        seed: Resampling seed.
 
     Returns:
         One row per set of outcomes and metric. If a metric is undefined, the value is None and
         the row has the reason.
 
-    If several rows show the same picture (``Outcomes.picture``), the numbers of rows and of
-    pictures are reported, and pictures are resampled in place of rows. Therefore the intervals do
-    not change if every row of a data set is repeated.
+    If several rows show the same picture (``Outcomes.picture``), the row count and the picture
+    count are reported, and pictures are resampled in place of rows. Therefore the intervals do not
+    change if every row in a data set is repeated.
 
     Warns:
-        UserWarning: If fewer than 30 answers are wrong, or fewer than 30 are right, if more than
-            1 % of the rows show the picture of another row, or if the predictor was fitted on some
-            of the rows.
+        UserWarning: If fewer than 30 answers are wrong, if fewer than 30 are right, if more than 1
+            % of the rows repeat a picture, or if the predictor was fitted on some of the rows.
 
     Raises:
         DataError: If some outcomes have no row to evaluate.
@@ -125,7 +124,7 @@ def evaluate(
 
 
 def _join_sentences(sentences: list[str]) -> str:
-    """The first ``MAX_SENTENCES`` different sentences, and the number of further sentences."""
+    """Join the first ``MAX_SENTENCES`` different sentences, and count the further sentences."""
     different_sentences = list(dict.fromkeys(sentences))
     text = "; ".join(different_sentences[:MAX_SENTENCES])
     if len(different_sentences) <= MAX_SENTENCES:
@@ -134,7 +133,7 @@ def _join_sentences(sentences: list[str]) -> str:
 
 
 def _chosen_metrics(names: Sequence[str] | None, tally: Tally) -> dict[str, Metric]:
-    """Return the metrics in ``names``; if ``names`` is None, all suitable metrics."""
+    """Return the metrics in ``names``, or all suitable metrics if ``names`` is None."""
     if names is not None:
         return {name: get_metric(name) for name in names}
     metrics = {}
@@ -146,7 +145,7 @@ def _chosen_metrics(names: Sequence[str] | None, tally: Tally) -> dict[str, Metr
 
 
 def _is_suitable(metric: Metric, tally: Tally) -> bool:
-    """Whether a metric suits these rows. Such metrics are computed by default."""
+    """Return whether a metric suits these rows. Such metrics are computed by default."""
     if metric.of_probability:
         return tally.probability is not None
     has_rows_outside = tally.outside.n_failures > 0
@@ -174,26 +173,26 @@ def _tallies(outcomes: SupportsTally | Iterable[object]) -> list[Tally]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A metric of two methods on the same rows, and the paired bootstrap of the difference.
+    """A metric for two methods on the same rows, and a paired bootstrap of the difference.
 
     Undefined numbers are NaN.
     """
 
-    metric: str  # name of the metric
+    metric: str  # metric name
     method_a: str | None  # name of method a
     method_b: str | None  # name of method b
-    value_a: float  # the metric of method a
-    value_b: float  # the metric of method b
+    value_a: float  # the metric for method a
+    value_b: float  # the metric for method b
     difference: float  # ``value_a - value_b``
-    ci_low: float  # lower end of the interval of the difference
-    ci_high: float  # upper end of the interval of the difference
+    ci_low: float  # lower end of the interval for the difference
+    ci_high: float  # upper end of the interval for the difference
     p_value: float  # two-sided p-value of "there is no difference"
     n: int  # number of rows
-    # number of rows with a wrong answer; for the question "outside", rows of none of the classes
+    # number of rows with a wrong answer, or for the question "outside", rows outside all classes
     n_failures: int
     convention: str  # convention of the metric, where the literature has several
-    why: str | None = None  # why the metric is undefined; None for a defined metric
-    n_pictures: int | None = None  # number of pictures; None if every row shows another picture
+    why: str | None = None  # why the metric is undefined, if it is
+    n_pictures: int | None = None  # number of pictures, None if no two rows show the same picture
 
     def __str__(self) -> str:
         metric = get_metric(self.metric)
@@ -214,7 +213,7 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """The comparison as a plain dictionary, with None for undefined numbers."""
+        """Return the comparison as a plain dictionary, with None for undefined numbers."""
         values_by_name: dict[str, object] = asdict(self)
         for name, value in values_by_name.items():
             if isinstance(value, float):
@@ -232,28 +231,28 @@ def compare(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Comparison:
-    """Difference of a metric between two methods on the same rows, by paired bootstrap.
+    """Compare a metric between two methods on the same rows, by paired bootstrap.
 
-    Rows without a score of one method are left out for both methods. Rows of one picture
-    are resampled together.
+    Rows that one method did not score are left out for both methods. Rows with one picture are
+    resampled together.
 
     The two methods may judge different answers for the same rows, for example zero-shot and adapted
-    answers. Then only metrics of decisions can be compared: coverage at a risk, risk at a coverage
+    answers. Then only metrics on decisions can be compared: coverage at a risk, risk at a coverage
     and AURC.
 
     Args:
-        a: Outcomes of method a.
-        b: Outcomes of method b on the same rows.
+        a: Outcomes for method a.
+        b: Outcomes for method b on the same rows.
         metric: A name from ``vilu.metrics.METRICS``.
         n_resamples: Number of bootstrap resamples.
-        confidence: Coverage of the interval, in (0, 1).
-        seed: Seed of the resampling.
+        confidence: Interval coverage, in (0, 1).
+        seed: Resampling seed.
 
     Raises:
-        ProvenanceError: If the number of rows, the ids or the failures differ.
+        ProvenanceError: If the row count, the ids, the failures or the rows outside differ.
         DataError: If no row is left, or if the metric needs probabilities and a method has none.
         UsageError: If the metric is unknown, if a setting is out of range, or if the methods judge
-            different answers and the metric measures only the ranking of answers.
+            different answers and the metric measures only the answers' ranking.
 
     Examples:
         >>> import vilu
@@ -277,11 +276,11 @@ def compare(
         a = _as_probability(a, metric)
         b = _as_probability(b, metric)
     rows = a.evaluable & b.evaluable
-    if metric_to_compare.question == "within":  # only rows of one of the classes
+    if metric_to_compare.question == "within":  # only rows within the classes
         rows &= ~a.outside
     uncertainty_a, failure_a = _uncertainty_and_failure(a, rows)
     uncertainty_b, failure_b = _uncertainty_and_failure(b, rows)
-    if metric_to_compare.question == "outside":  # a row of none of the classes counts as a failure
+    if metric_to_compare.question == "outside":  # a row outside all classes counts as a failure
         failure_a = a.outside[rows].astype(np.int64)
     picture = _pictures(a, b, rows)
     settings: dict[str, Any] = {
@@ -327,14 +326,14 @@ def compare(
 
 
 def _method_name(outcomes: Outcomes) -> str | None:
-    """Name of the method and of the kind of judged answers; None if the method is not known."""
+    """Name the method and the kind of judged answers, or return None without a method."""
     if not outcomes.method:
         return outcomes.method
     return scores_name(outcomes.method, outcomes.answer)
 
 
 def _different_answers_message(metric: Metric, a: Outcomes, b: Outcomes) -> str:
-    """Message: this metric cannot compare two kinds of answers, but some metrics can."""
+    """Explain that this metric cannot compare two kinds of answers, and name metrics that can."""
     comparable = [name for name, entry in METRICS.items() if entry.across_answers]
     return (
         f"{metric.title} says how well wrong answers are told from right ones. "
@@ -345,9 +344,10 @@ def _different_answers_message(metric: Metric, a: Outcomes, b: Outcomes) -> str:
 
 
 def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
-    """Picture number of every row in the mask ``rows`` (N,); None if no picture repeats.
+    """Return the picture number for every row in the mask ``rows`` (N,), or None if none repeats.
 
-    The numbers come from ``a`` if two rows of ``a`` show the same picture, or else from ``b``.
+    If two rows in ``a`` show the same picture, the numbers come from ``a``. Otherwise the numbers
+    come from ``b``.
     """
     for outcomes in (a, b):
         identities = outcomes.identities(rows)
@@ -358,7 +358,7 @@ def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.i
 
 
 def _as_probability(outcomes: Outcomes, metric: str) -> Outcomes:
-    """The outcomes with the probability of failure in place of the uncertainty.
+    """Return the outcomes with the failure probability in place of the uncertainty.
 
     A calibrated probability is preferred.
     """
@@ -373,14 +373,14 @@ def _as_probability(outcomes: Outcomes, metric: str) -> Outcomes:
 
 
 class Resampling(NamedTuple):
-    """Settings of the intervals."""
+    """Settings for the intervals."""
 
     n: int  # number of resamples; 0: no intervals
-    confidence: float  # coverage of the intervals
+    confidence: float  # interval coverage
     seed: int
 
     def describe(self, kernel: Kernel, scores: Scores) -> str:
-        """Text on how the interval of a metric of these rows is made."""
+        """Say how a metric's interval for these rows is made."""
         percent = f"{100 * self.confidence:g} %"
         text = f"{percent} stratified bootstrap, {self.n} resamples"
         if isinstance(kernel, OwnInterval):
@@ -392,7 +392,7 @@ class Resampling(NamedTuple):
 
 
 UNDEFINED_INTERVAL = Interval(value=math.nan, ci_low=math.nan, ci_high=math.nan)
-"""Result of an undefined metric."""
+"""Result for an undefined metric."""
 
 
 def _result_rows(
@@ -450,10 +450,10 @@ def _result_rows(
 def _intervals(
     tally: Tally, metrics: Mapping[str, Metric], resampling: Resampling
 ) -> dict[str, Interval]:
-    """Map the names of the metrics to values and intervals.
+    """Map the metric names to values and intervals.
 
-    Metrics of the same rows share the resamples. Metrics of probabilities are left out if there
-    are no probabilities.
+    Metrics on the same rows share the resamples. Metrics on probabilities are left out if there are
+    no probabilities.
     """
     # The keys are the ``id`` of the rows, because the rows are not hashable.
     scores_by_id: dict[int, Scores] = {}
@@ -462,7 +462,7 @@ def _intervals(
         scores = tally.rows_for(metric)
         if scores is not None:
             scores_by_id[id(scores)] = scores
-            # a new dictionary at the first metric of the scores
+            # a new dictionary at the scores' first metric
             kernels = kernels_by_id.setdefault(id(scores), {})
             kernels[name] = metric.kernel
     intervals: dict[str, Interval] = {}
@@ -472,7 +472,7 @@ def _intervals(
 
 
 def _why_no_value(metric: Metric, tally: Tally) -> str:
-    """Why a metric has no value for these rows."""
+    """Say why a metric has no value for these rows."""
     scores = tally.rows_for(metric)
     if scores is None:
         return "the uncertainty is not a probability"
@@ -482,7 +482,7 @@ def _why_no_value(metric: Metric, tally: Tally) -> str:
 def _measure_metrics(
     scores: Scores, kernels: Mapping[str, Kernel], resampling: Resampling
 ) -> dict[str, Interval]:
-    """Map the names of the metrics to values, with intervals if intervals can be computed.
+    """Map the metric names to values, with intervals if intervals can be computed.
 
     Intervals need ``resampling.n`` > 0, and both failures and successes.
     """
@@ -506,7 +506,7 @@ def _measure_metrics(
 
 
 def _none_for_nan(value: float) -> float | None:
-    """The number, or None in place of NaN."""
+    """Return the number, or None in place of NaN."""
     if math.isnan(value):
         return None
     return value
@@ -515,7 +515,7 @@ def _none_for_nan(value: float) -> float | None:
 def _uncertainty_and_failure(
     outcomes: Outcomes, rows: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Uncertainties and failures of the rows in a mask (N,); refuses a mask without any True."""
+    """Return uncertainties and failures for a row mask (N,), and refuse a mask without any True."""
     if not rows.any():
         n_known = np.count_nonzero(outcomes.failure != UNKNOWN)
         is_scored = np.isfinite(outcomes.uncertainty)
@@ -529,7 +529,7 @@ def _uncertainty_and_failure(
 
 
 def require_same_rows(a: Outcomes, b: Outcomes) -> None:
-    """Refuse outcomes with a different number of rows, different ids, or different ``outside``."""
+    """Refuse outcomes with different row counts, different ids, or different ``outside``."""
     names = f"{_scores_in_words(a)} and {_scores_in_words(b)}"
     if len(a) != len(b):
         raise ProvenanceError(
@@ -587,9 +587,9 @@ def _warnings_of_repeats(tally: Tally) -> list[str]:
 def _warnings_of_few_answers(tally: Tally) -> list[str]:
     """Make one warning for each kind with fewer than ``MIN_ANSWERS_OF_EACH_KIND`` answers.
 
-    The kinds are wrong answers and right answers. If some pictures are of none of the classes,
-    wrong answers within the classes and pictures of none of the classes are two more kinds.
-    Several answers for one picture count once.
+    The kinds are wrong answers and right answers. If some pictures are outside all classes, there
+    are two more kinds: wrong answers within the classes, and pictures outside all classes. Several
+    answers for one picture count once.
     """
     n_wrong, n_right = tally.scores.n_independent_answers()
     n_of_kind = {"wrong answers": n_wrong, "right answers": n_right}
@@ -610,18 +610,18 @@ KIND_IN_WORDS = {
     "within": "wrong within the classes",
     "outside": "of none of the classes",
 }
-"""Maps the question of a metric to the words for a row with the answer "yes"."""
+"""Maps a metric's question to the words for a row with the answer "yes"."""
 
 
 def _why_only_one_kind(n: int, n_failures: int, question: Question) -> str:
-    """Why a metric is undefined: the answer to its question is "yes" for no row or for all rows."""
+    """Say why a metric is undefined: the question has the answer "yes" in no row or all rows."""
     if n_failures == 0:
         return f"none of {n} answers is {KIND_IN_WORDS[question]}"
     return f"all of {n} answers are {KIND_IN_WORDS[question]}"
 
 
 def _scores_in_words(outcomes: Outcomes | Tally) -> str:
-    """Name of scores in messages, such as "mcm on pets"."""
+    """Name the scores for messages, such as "mcm on pets"."""
     name = "the scores"
     if outcomes.method is not None:
         name = scores_name(outcomes.method, outcomes.answer)

@@ -1,4 +1,4 @@
-"""Outcomes: answers with uncertainties, and the failures of the answers."""
+"""Outcomes: answers with uncertainties, and whether each answer fails."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Checked mask (N,) of the rows outside all classes.
+    """Return the checked mask (N,) of rows outside all classes.
 
     ``target`` (N,) must be unknown in such rows.
     """
@@ -48,7 +48,7 @@ def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bo
 def check_texts(
     values: Sequence[str | None] | None, name: str, *, optional: bool = False
 ) -> tuple[Any, ...] | None:
-    """Checked texts as a tuple; if ``optional`` is true, a text may be None."""
+    """Return the checked texts as a tuple. If ``optional`` is true, a text may be None."""
     if values is None:
         return None
     # A single text is refused, because its elements are characters. Collections without an order
@@ -68,7 +68,7 @@ def check_texts(
 
 
 def require_decisions(decisions: Sequence[str | None] | None) -> None:
-    """Refuse decisions other than "accept" and "review", such as decisions of older versions."""
+    """Refuse decisions except "accept" and "review", for example decisions by an older vilu."""
     unknown = set(decisions or ()) - {ACCEPT, REVIEW, None}
     if unknown:
         first_unknown = min(unknown, key=str)
@@ -79,7 +79,7 @@ def require_decisions(decisions: Sequence[str | None] | None) -> None:
 
 
 def nullable_codes(codes: NDArray[np.int64] | None, n: int) -> pa.Array:
-    """Arrow int32 column (N,) of codes, null where a code is unknown."""
+    """Return the codes (N,) as an Arrow int32 column, null where a code is unknown."""
     import pyarrow as pa
 
     code_type = pa.int32()
@@ -89,7 +89,7 @@ def nullable_codes(codes: NDArray[np.int64] | None, n: int) -> pa.Array:
 
 
 def _text_column(values: Sequence[str | None] | None, n: int) -> pa.Array:
-    """Arrow column of texts (N,), null where there is no text."""
+    """Return the texts (N,) as an Arrow column, null where there is no text."""
     import pyarrow as pa
 
     text_type = pa.string()
@@ -99,7 +99,7 @@ def _text_column(values: Sequence[str | None] | None, n: int) -> pa.Array:
 
 
 def _repeated_text(text: str | None, n: int) -> pa.Array:
-    """Arrow column of texts (n,) with ``text`` in every row, null if there is no text."""
+    """Return an Arrow column (n,) with ``text`` in every row, or null if there is no text."""
     import pyarrow as pa
 
     scalar = pa.scalar(text, pa.string())
@@ -107,7 +107,7 @@ def _repeated_text(text: str | None, n: int) -> pa.Array:
 
 
 def check_probabilities(values: ArrayLike | None, name: str) -> NDArray[np.float64] | None:
-    """Checked probabilities (N,), in [0, 1] or NaN; None if ``values`` is None."""
+    """Return the checked probabilities (N,), in [0, 1] or NaN, or None if ``values`` is None."""
     if values is None:
         return None
     numbers = real_vector(values, name)
@@ -119,7 +119,7 @@ def check_probabilities(values: ArrayLike | None, name: str) -> NDArray[np.float
 
 
 def plain_values(column: pa.ChunkedArray, column_type: str) -> Any:  # noqa: ANN401 - by type
-    """Values of a column, with -1 (integers), NaN (floats) or None (texts) for null."""
+    """Return the column's values, with -1 (integers), NaN (floats) or None (texts) for null."""
     if column_type == "string":
         return column.to_pylist()
     filled_column = column.fill_null(MISSING_VALUE[column_type])
@@ -132,27 +132,28 @@ Scores = ScoredRows | Histogram
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of the rows of one method on one data set. Metrics are computed from these counts."""
+    """Counts of one method's rows on one data set. Metrics are computed from these counts."""
 
     scores: Scores  # evaluable rows: rows with an uncertainty and a known failure
-    within: Scores  # evaluable rows of pictures that belong to one of the classes
-    outside: Scores  # all evaluable rows; "wrong" means that the row is of none of the classes
+    within: Scores  # evaluable rows whose picture belongs to one of the classes
+    outside: Scores  # all evaluable rows, where "wrong" means in none of the classes
     n_unlabelled: int  # number of rows with an uncertainty and an unknown failure
     n_unusable: int  # number of rows without an uncertainty
-    # The evaluable rows, with the probability of failure as the score. This is the calibrated
-    # probability, or else the uncertainty if it is a probability. None without a probability.
+    # The evaluable rows, with the failure probability as the score. This is the calibrated
+    # probability, or else the uncertainty if the uncertainty is a probability. None without a
+    # probability.
     probability: Scores | None
-    method: str | None = None  # name of the predictor
-    dataset: str | None = None  # name of the data set
-    split: str | None = None  # name of the split of the data set
-    seed: int | None = None  # seed of the predictor
+    method: str | None = None  # predictor name
+    dataset: str | None = None  # data set name
+    split: str | None = None  # split name
+    seed: int | None = None  # predictor seed
     answer: str = "zero_shot"  # kind of the judged answers, as in ``Outcomes``
-    sample: RowSample | None = None  # ``sample_of_rows`` of the evaluable rows
+    sample: RowSample | None = None  # ``sample_of_rows`` for the evaluable rows
     has_clusters: bool = False  # whether clusters are resampled, and not pictures
     n_seen_in_fit: int = 0  # number of rows used to fit the predictor, as far as known
 
     def rows_for(self, metric: Metric) -> Scores | None:
-        """Return the rows for a metric; None if the metric needs probabilities and none exist."""
+        """Return the rows for a metric, or None if the metric needs missing probabilities."""
         if metric.of_probability:
             return self.probability
         rows = {"failure": self.scores, "within": self.within, "outside": self.outside}
@@ -160,7 +161,7 @@ class Tally:
 
 
 def identity_fields(scores: object) -> dict[str, Any]:
-    """Names and values of the fields in ``IDENTITY_FIELDS``."""
+    """Return the names and values of the fields in ``IDENTITY_FIELDS``."""
     return {name: getattr(scores, name) for name in IDENTITY_FIELDS}
 
 
@@ -173,7 +174,7 @@ class SupportsTally(Protocol):
 
 
 DECISION_COLUMNS = ("decision", "decision_reason", "label_set")
-"""Columns of texts that a calibrated rule fills."""
+"""Text columns that a calibrated rule fills."""
 
 TEXT_COLUMNS = (
     "key",
@@ -186,7 +187,7 @@ TEXT_COLUMNS = (
     "cluster",
     *DECISION_COLUMNS,
 )
-"""Columns of a file that hold texts."""
+"""File columns that hold texts."""
 
 OPTIONAL_COLUMNS = {
     "prediction": "int64",
@@ -199,13 +200,13 @@ OPTIONAL_COLUMNS = {
     "zero_shot": "int64",
     **dict.fromkeys(DECISION_COLUMNS, "string"),
 }
-"""Maps the field of an optional column to the type of the column."""
+"""Maps an optional column's field to the column's type."""
 
 COLUMN_OF_FIELD = {"prediction": "pred", "target": "label", "ids": "key", "picture": "picture_id"}
-"""Maps a field to the name of its column in a table, if the two names differ."""
+"""Maps a field to its column name in a table, if the two names differ."""
 
 MISSING_VALUE = {"int64": UNKNOWN, "float64": np.nan, "string": None}
-"""Maps the type of a column to the value of a missing entry."""
+"""Maps a column type to the value for a missing entry."""
 
 IDENTITY_FIELDS = ("method", "dataset", "split", "seed", "answer")
 """Names of the fields that identify scores."""
@@ -219,16 +220,16 @@ COMMON_FIELD_TYPES = {
     "provenance": Mapping,
     "is_probability": bool,
 }
-"""Maps each field with one value for all rows to the type of this value."""
+"""Maps each field with one value for all rows to the value's type."""
 
 FILLABLE_COLUMNS = ("prediction", "target", "reason", "picture", "cluster")
-"""Optional columns that parts of ``concat`` may lack; rows of such parts get missing values."""
+"""Optional columns that parts of ``concat`` may lack. Rows from such parts get missing values."""
 
 PROBLEM_ENTRIES = ("space", "predictor_space", "n_candidates", "pool_size")
-"""Entries of the provenance that describe the difficulty of the problem."""
+"""Provenance entries that describe how difficult the problem is."""
 
 SUMMED_ENTRIES = ("n_seen_in_fit", "n_compared_with_fit")
-"""Entries of the provenance with numbers of rows; ``concat`` adds up these numbers."""
+"""Provenance entries that count rows. ``concat`` adds up these counts."""
 
 
 def _require_joinable(first: Outcomes, part: Outcomes) -> None:
@@ -256,7 +257,7 @@ def _require_equal(name: str, first: object, value: object) -> None:
 
 
 def _join_column(parts: Sequence[Outcomes], name: str, column_type: str) -> Any:  # noqa: ANN401
-    """An optional column of all parts; parts without this column get missing values."""
+    """Join an optional column over all parts. Parts without the column get missing values."""
     columns = [getattr(part, name) for part in parts]
     if all(column is None for column in columns):
         return None
@@ -270,7 +271,7 @@ def _join_column(parts: Sequence[Outcomes], name: str, column_type: str) -> Any:
 
 
 def _join_provenance(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The entries with equal values in all parts; numbers of rows are added up."""
+    """Return the entries with equal values in all parts. Row counts are added up."""
     joined: dict[str, Any] = {}
     for name in parts[0]:
         values: list[Any] = [part.get(name) for part in parts]
@@ -283,14 +284,14 @@ def _join_provenance(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _common_value(values: Sequence[Any]) -> Any:  # noqa: ANN401 - any value
-    """The common value of all entries; None if the values differ."""
+    """Return the common value of all entries, or None if the values differ."""
     if any(value != values[0] for value in values):
         return None
     return values[0]
 
 
 def _label_set_column(texts: Sequence[str | None]) -> pa.Array:
-    """Arrow column of lists of names, from JSON lists; null where there is no set."""
+    """Return an Arrow column with lists of names, from JSON lists, null where there is no set."""
     import pyarrow as pa
 
     label_sets: list[list[str] | None] = []
@@ -306,11 +307,10 @@ def _label_set_column(texts: Sequence[str | None]) -> pa.Array:
 def _common_fields_of_file(
     path: str | Path, table: pa.Table, metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The metadata of a file, with the method and the kind of answers."""
+    """Return a file's metadata, with the method and the answer kind."""
     methods = _distinct_texts(path, table, "score_name")
     common_fields: dict[str, Any] = dict(metadata)
-    # If the metadata lack the method or the kind of answers, the only value of the column is
-    # used.
+    # If the metadata lack the method or the answer kind, the column's only value is used.
     if len(methods) == 1:
         common_fields.setdefault("method", methods[0])
     answer_kinds = _distinct_texts(path, table, "answer")
@@ -320,7 +320,7 @@ def _common_fields_of_file(
 
 
 def _distinct_texts(path: str | Path, table: pa.Table, name: str) -> list[str | None]:
-    """The different texts of a column of a file."""
+    """Return the different texts in a file's column."""
     column = read_column(path, table, name, "string")
     texts: list[str | None] = column.unique().to_pylist()
     return texts
@@ -333,38 +333,38 @@ class Outcomes:
     Attributes:
         uncertainty: Uncertainty (N,) float64, higher = more likely wrong. The uncertainty is NaN
             only in rows with a ``reason``.
-        failure: Failure (N,) int64: 1 = wrong answer, 0 = right answer, -1 = unknown.
+        failure: Failure (N,) int64. 1 is a wrong answer, 0 a right answer, and -1 means unknown.
         prediction: Judged answers (N,) int64, -1 where there is no answer.
-        target: Right answers (N,) int64, -1 where unknown or where there is none (``outside``). As
-            an argument, -2 means outside.
-        outside: Mask (N,) of the rows of pictures that belong to none of the classes. Any answer is
+        target: Right answers (N,) int64. The target is -1 where the right answer is unknown, and in
+            ``outside`` rows. As an argument, -2 means outside.
+        outside: Mask (N,) of the rows whose picture belongs to none of the classes. Any answer is
             wrong in such a row. As an argument, an empty array means that there is no such row.
-        picture: Identities (N,) int64 of the pictures, -1 where not known. Rows of the same
-            picture have the same number. None if no picture is known.
-        cluster: Names of the clusters of the N rows (bursts, pages, ...). The rows of a cluster may
-            be wrong together. None in rows without a cluster.
-        ids: Identifiers of the N rows.
-        class_names: Names of the candidates; predictions and targets are indices of this list.
-        method: Name of the predictor.
-        dataset: Name of the data set.
-        split: Name of the split of the data set.
-        seed: Seed of the predictor.
+        picture: Picture identities (N,) int64, -1 where not known. Rows with the same picture have
+            the same number. None if no picture is known.
+        cluster: Cluster names (bursts, pages, ...) for the N rows. The rows of a cluster may be
+            wrong together. None in rows without a cluster.
+        ids: Identifiers for the N rows.
+        class_names: Candidate names. Predictions and targets are indices into this list.
+        method: Predictor name.
+        dataset: Data set name.
+        split: Split name.
+        seed: Predictor seed.
         answer: Kind of the judged answers: "zero_shot", "adapted" or "given".
-        zero_shot: Zero-shot answers (N,) int64, -1 where there is none; None if zero-shot answers
-            are judged.
-        reason: Reason why a row has no uncertainty ("nonfinite", "zero_norm", "k<2",
-            "short_pool"); None in rows with an uncertainty.
-        provenance: Origin of the scores as plain JSON (fingerprints, number of candidates, pool
+        zero_shot: Zero-shot answers (N,) int64, -1 where there is none. None if the judged answers
+            are zero-shot answers.
+        reason: Reason why a row has no uncertainty ("nonfinite", "zero_norm", "k<2", "short_pool").
+            None in rows with an uncertainty.
+        provenance: Where the scores come from, as plain JSON (fingerprints, candidate count, pool
             size, ...).
         is_probability: Whether the uncertainty is a probability of failure.
         failure_probability: Calibrated probability of failure (N,) float64, NaN where the
-            uncertainty is NaN; None without a calibration.
-        decision: "accept" or "review" for every row; None without a rule.
+            uncertainty is NaN. None without a calibration.
+        decision: "accept" or "review" for every row. None without a rule.
         decision_reason: Reason why a row is not accepted ("above_threshold", "below_floor",
-            "outside", "not_certified", "not_selected", "not_covered", or the ``reason`` of the
-            row); None in accepted rows.
-        label_set: Label set of every row, as a JSON list of the candidates in the set; None in rows
-            without an uncertainty.
+            "outside", "not_certified", "not_selected", "not_covered", or the row's ``reason``).
+            None in accepted rows.
+        label_set: Label set for every row, as a JSON list with the candidates in the set. None in
+            rows without an uncertainty.
 
     Raises:
         DataError: If columns have different lengths, or if a value is not possible.
@@ -446,7 +446,7 @@ class Outcomes:
         self._check_uncertainty()
 
     def _set_outside(self) -> None:
-        """Set ``outside`` from the argument and from targets of -2; such answers must be wrong."""
+        """Set ``outside`` from the argument and from targets -2. Answers outside must be wrong."""
         target = self.target
         if target is None:
             target = np.full(len(self.uncertainty), UNKNOWN)
@@ -526,12 +526,12 @@ class Outcomes:
 
     @property
     def evaluable(self) -> NDArray[np.bool_]:
-        """Mask (N,) of the rows with both an uncertainty and a known failure."""
+        """Mask (N,) of the rows that have both an uncertainty and a known failure."""
         evaluable: NDArray[np.bool_] = (self.failure != UNKNOWN) & np.isfinite(self.uncertainty)
         return evaluable
 
     def zero_shot_beside(self, row: int) -> str | None:
-        """Name of the zero-shot answer of a row; None if this answer is judged or not known.
+        """Return a row's zero-shot answer by name, or None if this answer is judged or not known.
 
         Examples:
             >>> import vilu
@@ -592,9 +592,9 @@ class Outcomes:
     def concat(parts: Sequence[Outcomes]) -> Outcomes:
         """Join the rows of several outcomes, one part after another.
 
-        The parts are scores of different rows by one method, such as the folds of a
-        cross-validation. Data set, split, seed and entries of ``provenance`` are left out if the
-        parts differ in the value. The numbers of rows seen in the fit are added up.
+        The parts are scores for different rows by one method, for example cross-validation folds.
+        If the parts differ in the data set, split, seed or a ``provenance`` entry, this value is
+        left out. The counts for rows seen in the fit are added up.
 
         Raises:
             UsageError: If there is no part.
@@ -631,12 +631,12 @@ class Outcomes:
         are null.
 
         - ``id``, ``uncertainty``, ``failure`` and ``failure_probability``.
-        - ``answer``, ``target`` and ``zero_shot``: names of classes, or numbers if the classes have
-          no names. The target of a picture of none of the classes is "(outside)".
+        - ``answer``, ``target`` and ``zero_shot``: class names, or numbers if the classes have no
+          names. If a picture is in none of the classes, the target is "(outside)".
         - ``accept``: whether a rule accepts the answer.
         - ``reason``: why the answer is not accepted, or why the answer has no uncertainty.
         - ``label_set``: a list of names.
-        - ``picture``: the identity of the picture.
+        - ``picture``: the picture's identity.
 
         Examples:
             >>> import vilu
@@ -650,7 +650,7 @@ class Outcomes:
 
         columns: dict[str, pa.Array] = {}
         if self.ids is not None:
-            columns["id"] = _text_column(self.ids, len(self))
+            columns["id"] = pa.array(self.ids, pa.string())
         fields = {"answer": "prediction", "target": "target", "zero_shot": "zero_shot"}
         for name, field_name in fields.items():
             codes = getattr(self, field_name)
@@ -668,7 +668,7 @@ class Outcomes:
             columns["accept"] = pa.array([decision == ACCEPT for decision in self.decision])
             reason = self.decision_reason
         if reason is not None:
-            columns["reason"] = _text_column(reason, len(self))
+            columns["reason"] = pa.array(reason, pa.string())
         if self.label_set is not None:
             columns["label_set"] = _label_set_column(self.label_set)
         if self.picture is not None:
@@ -676,7 +676,7 @@ class Outcomes:
         return pa.table(columns)
 
     def to_pandas(self) -> pd.DataFrame:
-        """The table of ``to_arrow`` as a data frame of pandas.
+        """Return the table from ``to_arrow`` as a pandas data frame.
 
         Raises:
             MissingModelError: If pandas is not installed. The message says how to install pandas.
@@ -692,15 +692,17 @@ class Outcomes:
         return self.to_arrow().to_pandas()
 
     def _names_of(self, codes: NDArray[np.int64]) -> pa.Array:
-        """Names of the candidates with the codes (N,), or the codes if there are no names."""
+        """Return candidate names for the codes (N,), or the codes if there are no names."""
+        import pyarrow as pa
+
         column = nullable_codes(codes, len(codes))
         if self.class_names is None:
             return column
-        names = _text_column(self.class_names, len(self.class_names))
+        names = pa.array(self.class_names, pa.string())
         return names.take(column)
 
     def _names_with_outside(self, targets: pa.Array) -> pa.Array:
-        """Names (N,) of targets, "(outside)" in the rows that are ``outside``."""
+        """Return target names (N,), with "(outside)" in the rows that are ``outside``."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -709,10 +711,10 @@ class Outcomes:
         return pc.if_else(is_outside, OUTSIDE_NAME, names)
 
     def identities(self, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
-        """Number (M,) of the cluster, or else the picture, of each row in the mask ``rows`` (N,).
+        """Return a number (M,) for the cluster, or else the picture, of each row in a mask.
 
-        Rows with the same number are resampled together. A row with the number -1 is resampled
-        alone. The result is None if neither clusters nor pictures are known.
+        Rows with equal numbers are resampled together. A row with the number -1 is resampled alone.
+        The result is None if neither clusters nor pictures are known. The mask ``rows`` is (N,).
         """
         if self.cluster is not None:
             number_of_cluster: dict[str | None, int] = {None: UNKNOWN}
@@ -739,7 +741,7 @@ class Outcomes:
         is_scored = np.isfinite(self.uncertainty)
         failure = self.failure[rows]
         is_outside = self.outside[rows]
-        # numbers of clusters or pictures; rows with the same number are resampled together
+        # Cluster or picture numbers. Rows with equal numbers are resampled together.
         identities = self.identities(rows)
         resampling_unit = repeated_picture_numbers(identities)
         scores = ScoredRows(self.uncertainty[rows], failure, picture=resampling_unit)
@@ -775,7 +777,7 @@ class Outcomes:
         )
 
     def _sample(self, rows: NDArray[np.bool_]) -> RowSample | None:
-        """Sample of the rows in a mask (N,); see ``sample_of_rows``."""
+        """Sample the rows in a mask (N,) with ``sample_of_rows``."""
         pictures = None
         if self.picture is not None:
             pictures = self.picture[rows]
@@ -790,12 +792,12 @@ class Outcomes:
         """Write a ``.parquet`` or ``.csv`` file atomically, with the columns of ``table``.
 
         A Parquet file also stores the fields with one value for all rows, so nothing is lost. A CSV
-        file has only the columns. In a CSV file, an apostrophe is put before each text that a
-        spreadsheet would run as a formula. An existing file is replaced only if the file holds
-        scores. ``inputs`` is the digest of the inputs of the scores (``vilu.artifacts.paths``).
+        file has only the columns. If a spreadsheet would run a text as a formula, the CSV file has
+        an apostrophe before this text. An existing file is replaced only if the file holds scores.
+        ``inputs`` is a digest of the scores' inputs (``vilu.artifacts.paths``).
 
         Raises:
-            UsageError: If the file has another suffix, or if an existing file holds no scores.
+            UsageError: If the suffix is not listed above, or if an existing file holds no scores.
             DataError: If a text is not valid Unicode.
             StorageError: If the file cannot be written.
 
@@ -817,7 +819,7 @@ class Outcomes:
         write_table(path, columns, {**metadata, **inputs_metadata})
 
     def table(self, row_id: ArrayLike | None = None) -> tuple[dict[str, pa.Array], dict[str, Any]]:
-        """Return the columns and the metadata of a file of ``save``.
+        """Return the columns and the metadata that ``save`` writes to a file.
 
         Every table has the columns row_id, key, pred, pred_name, label, label_name, uncertainty,
         failure, reason, score_name and answer. The columns zero_shot, zero_shot_name,
@@ -826,7 +828,7 @@ class Outcomes:
         ``outside``.
 
         Args:
-            row_id: Indices (N,) of the rows in the data set; None: 0 to N-1.
+            row_id: Row indices (N,) in the data set. None means 0 to N-1.
 
         Examples:
             >>> import vilu
@@ -844,13 +846,13 @@ class Outcomes:
         pred = nullable_codes(self.prediction, n)
         target = nullable_codes(self.target, n)
         label = self._codes_with_outside(target)
-        no_names = _text_column(None, n)
+        no_names = pa.nulls(n, pa.string())
         pred_name = no_names
         label_name = no_names
         names = None
         try:
             if self.class_names is not None:
-                names = _text_column(self.class_names, len(self.class_names))
+                names = pa.array(self.class_names, pa.string())
                 pred_name = names.take(pred)
                 label_name = names.take(target)
             columns = {
@@ -886,7 +888,7 @@ class Outcomes:
         return columns, {"kind": "outcomes", "present": present_columns, **metadata}
 
     def _codes_with_outside(self, targets: pa.Array) -> pa.Array:
-        """Codes (N,) of targets, ``OUTSIDE`` in the rows that are ``outside``."""
+        """Return target codes (N,), with ``OUTSIDE`` in the rows that are ``outside``."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -897,9 +899,9 @@ class Outcomes:
     @classmethod
     @checked
     def load(cls, path: str | Path) -> Self:
-        """Read a file of ``save``, or any table with the columns ``uncertainty`` and ``failure``.
+        """Read a file from ``save``, or any table with the columns ``uncertainty`` and ``failure``.
 
-        A Parquet file of ``save`` stores all fields. A CSV file has only the columns.
+        A Parquet file from ``save`` stores all fields. A CSV file has only the columns.
 
         Raises:
             UsageError: If the suffix is neither ``.parquet`` nor ``.csv``.
@@ -929,7 +931,7 @@ class Outcomes:
         for name, column_type in (("uncertainty", "float64"), ("failure", "int64")):
             required_column = read_column(path, table, name, column_type)
             values[name] = plain_values(required_column, column_type)
-        # A file of ``save`` lists the optional columns of the outcomes. In any other table, a
+        # A file from ``save`` lists the optional columns of the outcomes. In any other table, a
         # column counts as present if any row has a value.
         listed_columns = metadata.get("present")
         for name, column_type in OPTIONAL_COLUMNS.items():

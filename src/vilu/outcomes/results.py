@@ -1,4 +1,4 @@
-"""Results of evaluations: one row per metric, and tables of methods by metrics."""
+"""Results from evaluations: one row per metric, and tables of methods by metrics."""
 
 from __future__ import annotations
 
@@ -40,33 +40,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """The value of one metric for one method on one data set.
+    """The value that one metric has for one method on one data set.
 
     Raises:
         DataError: If a number is NaN or infinite (undefined numbers must be None), or if a count
             has more than 64 bits.
     """
 
-    method: str | None  # name of the predictor
-    dataset: str | None  # name of the data set
-    split: str | None  # name of the split of the data set
-    seed: int | None  # seed of the predictor
-    metric: str  # name of the metric, as in ``vilu.metrics.METRICS``
-    value: float | None  # value of the metric; None if the metric is undefined
-    ci_low: float | None  # lower end of the interval of the value; None without an interval
-    ci_high: float | None  # upper end of the interval; None without an interval
+    method: str | None  # predictor name
+    dataset: str | None  # data set name
+    split: str | None  # split name
+    seed: int | None  # predictor seed
+    metric: str  # metric name, as in ``vilu.metrics.METRICS``
+    value: float | None  # the metric's value, None if undefined
+    ci_low: float | None  # lower end of the value's interval, None without an interval
+    ci_high: float | None  # upper end of the interval, None without an interval
     n: int  # number of rows with an uncertainty and a known failure
     n_failures: int  # number of wrong answers in these rows
     accuracy: float  # share of right answers in these rows
-    n_unlabelled: int  # number of rows left out because of an unknown failure
-    n_unusable: int  # number of rows left out because of a missing uncertainty
+    n_unlabelled: int  # rows left out because of an unknown failure
+    n_unusable: int  # rows left out because of a missing uncertainty
     convention: str  # convention of the metric, where the literature has several
-    interval: str | None = None  # how the interval was made; None without an interval
+    interval: str | None = None  # how the interval was made, None without an interval
     why: str | None = None  # why ``value`` is None
-    n_outside: int = 0  # number of wrong answers for pictures of none of the classes
-    n_pictures: int | None = None  # number of pictures; None if every row shows another picture
+    n_outside: int = 0  # number of wrong answers for pictures outside all classes
+    n_pictures: int | None = None  # number of pictures, None if no two rows show the same picture
     answer: str = "zero_shot"  # kind of the judged answers, as in ``Outcomes``
-    # sample of the evaluated rows (``sample_of_rows``); None if unknown, as in results from a file
+    # sample from the evaluated rows (``sample_of_rows``); None if unknown, as in results from a
+    # file
     sample: RowSample | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -84,11 +85,11 @@ class ResultRow:
 
 
 ARROW_TYPE = {"str": "string", "int": "int64", "float": "float64"}
-"""Maps the Python type of a field to the Arrow type of the column."""
+"""Maps a field's Python type to the column's Arrow type."""
 
 
 def _column_types() -> dict[str, str]:
-    """Map every field of ``ResultRow`` with a column to the Arrow type of the column."""
+    """Map every field of ``ResultRow`` with a column to the column's Arrow type."""
     types = {}
     for column in fields(ResultRow):
         if column.name != "sample":  # has no column
@@ -98,16 +99,16 @@ def _column_types() -> dict[str, str]:
 
 
 COLUMN_TYPES = _column_types()
-"""Maps every column of a file to the Arrow type of the column."""
+"""Maps every file column to the column's Arrow type."""
 
 COLUMNS = tuple(COLUMN_TYPES)
-"""All columns of a file, named like the fields of ``ResultRow``."""
+"""All file columns, named like the fields of ``ResultRow``."""
 
 REQUIRED_COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
-"""Columns of counts required in every row of a file."""
+"""Columns with counts, required in every row of a file."""
 
 COUNT_COLUMNS = (*REQUIRED_COUNTS, "n_outside")
-"""Columns of counts with a value in every ``ResultRow``."""
+"""Columns with counts that have a value in every ``ResultRow``."""
 
 RARE_COLUMNS = ("n_outside", "n_pictures")
 """Columns that are left out of a file if every value is 0 or None."""
@@ -118,7 +119,7 @@ REQUIRED_COLUMNS = ("metric", *REQUIRED_COUNTS, "accuracy", "convention")
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Rows of results. ``print`` shows a table of methods by metrics, and ``+`` joins two tables.
+    """Result rows. ``print`` shows a table of methods by metrics, and ``+`` joins two tables.
 
     Examples:
         >>> import vilu
@@ -146,7 +147,7 @@ class ResultTable:
         return self.table()
 
     def filter(self, **fields: object) -> ResultTable:
-        """Return the rows with the given values of fields, such as ``method="mcm", seed=0``.
+        """Return the rows with the given field values, such as ``method="mcm", seed=0``.
 
         Raises:
             UsageError: If there is no such field.
@@ -180,7 +181,7 @@ class ResultTable:
 
     @checked
     def value(self, metric: str, **fields: object) -> float | None:
-        """The value of a metric in the only row with these fields; None for an undefined value.
+        """Return a metric's value in the only row with these fields, or None if undefined.
 
         Raises:
             UsageError: If no row or more than one row has these fields.
@@ -201,17 +202,17 @@ class ResultTable:
         return matching_rows.rows[0].value
 
     def mean_over_seeds(self) -> ResultTable:
-        """Average over seeds: one row per method, kind of answer, data set, split and metric.
+        """Average over seeds: one row per method, answer kind, data set, split and metric.
 
-        The ends of the interval are the mean minus and plus the standard deviation over seeds. The
-        field ``interval`` says how many seeds there are. A mean is None if the value of any seed is
+        The interval is the mean plus or minus the standard deviation over seeds. The field
+        ``interval`` says how many seeds there are. If the value is None for any seed, the mean is
         None. A row with a single seed is unchanged. Several rows count as one row if only the
         intervals differ.
 
         Raises:
-            UsageError: If no row was evaluated with two of the seeds. Such results are folds of a
-                cross-validation, and the spread over folds is not the spread over seeds. Results
-                from a file or from a ``ScoreFolder`` are not checked.
+            UsageError: If no evaluated row is common to two of the seeds. Such results are
+                cross-validation folds, and the spread over folds is not the spread over seeds.
+                Results from a file or from a ``ScoreFolder`` are not checked.
 
         Examples:
             >>> import vilu
@@ -224,8 +225,8 @@ class ResultTable:
             >>> row.value, round(row.ci_low, 3), round(row.ci_high, 3), row.interval
             (0.875, 0.698, 1.052, 'mean of 2 seeds, one standard deviation')
         """
-        # The outer key has the fields that the rows of several seeds share. The inner key is a row
-        # without the interval: if only the intervals of rows differ, the first row stays.
+        # The outer key has the fields that rows with several seeds share. The inner key is a row
+        # without the interval. If only the intervals of rows differ, the first row stays.
         groups: dict[tuple[object, ...], dict[ResultRow, ResultRow]] = {}
         for row in self.rows:
             key = (row.method, row.answer, row.dataset, row.split, row.metric, row.convention)
@@ -240,10 +241,10 @@ class ResultTable:
         return ResultTable(tuple(means))
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """The rows as plain dictionaries.
+        """Return the rows as plain dictionaries.
 
-        ``n_outside`` is in the dictionaries only if some row has a value for it. The same is true
-        of ``n_pictures``.
+        ``n_outside`` is in the dictionaries only if some row has a value for ``n_outside``. The
+        same rule holds for ``n_pictures``.
 
         Examples:
             >>> import vilu
@@ -261,7 +262,7 @@ class ResultTable:
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        """The columns to write. A column of ``RARE_COLUMNS`` is left out if no row has a value."""
+        """Columns to write. A column in ``RARE_COLUMNS`` is left out if no row has a value."""
         columns = list(COLUMNS)
         for name in RARE_COLUMNS:
             if not any(getattr(row, name) for row in self.rows):
@@ -270,7 +271,7 @@ class ResultTable:
 
     @checked
     def table(self, metrics: Sequence[str] | None = None) -> str:
-        """The results as aligned text, with methods as rows and metrics as columns.
+        """Return the results as aligned text, with methods as rows and metrics as columns.
 
         By default the main metrics are shown. If ``evaluate`` was called with ``metrics``, all of
         these metrics are shown.
@@ -300,7 +301,7 @@ class ResultTable:
 
     @checked
     def to_markdown(self, metrics: Sequence[str] | None = None) -> str:
-        """The same as ``table``, in Markdown.
+        """Return the text that ``table`` returns, but in Markdown.
 
         Examples:
             >>> import vilu
@@ -330,13 +331,13 @@ class ResultTable:
 
     @checked
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
-        """Write ``.json``, ``.parquet`` or ``.csv`` atomically; undefined values are null.
+        """Write ``.json``, ``.parquet`` or ``.csv`` atomically. Undefined values are null.
 
-        An existing file is replaced only if the file holds results. ``inputs`` is the digest of the
-        inputs of the results (``vilu.artifacts.paths``).
+        An existing file is replaced only if the file holds results. ``inputs`` is a digest of the
+        results' inputs (``vilu.artifacts.paths``).
 
         Raises:
-            UsageError: If the file has another suffix, or if an existing file holds no results.
+            UsageError: If the suffix is not listed above, or if an existing file holds no results.
             StorageError: If the file cannot be written.
 
         Examples:
@@ -354,7 +355,7 @@ class ResultTable:
         self.write(path, inputs)
 
     def write(self, path: str | Path, inputs: str | None = None) -> None:
-        """As ``save``, but any existing file is replaced."""
+        """Write a file like ``save``, but replace any existing file."""
         import pyarrow as pa
 
         metadata = {"kind": "results", **inputs_entry(inputs)}
@@ -371,12 +372,12 @@ class ResultTable:
     @classmethod
     @checked
     def load(cls, path: str | Path) -> Self:
-        """Read a file of ``save``.
+        """Read a file that ``save`` wrote.
 
         Raises:
             UsageError: If the suffix is not ``.json``, ``.parquet`` or ``.csv``.
             StorageError: If the file cannot be opened.
-            DataError: If the file is no table of results.
+            DataError: If the file is no result table.
             ProvenanceError: If a version of vilu with another schema wrote the file.
 
         Examples:
@@ -406,13 +407,13 @@ class ResultTable:
                 raise DataError(
                     f"{path} is not a table of results: {name!r} is missing in row {row}."
                 )
-        # each tuple has the values of one row, in the order of the fields
+        # each tuple has the values of one row, in field order
         values_by_row = zip(*columns.values(), strict=True)
         return cls(tuple(ResultRow(*values) for values in values_by_row))
 
 
 def _table_of_json(path: str | Path) -> pa.Table:
-    """Read the rows in a JSON file of ``ResultTable.save`` as a table; refuse other content."""
+    """Read the rows from a JSON file by ``ResultTable.save``, and refuse any other content."""
     import pyarrow as pa
 
     if not Path(path).is_file():
@@ -425,8 +426,8 @@ def _table_of_json(path: str | Path) -> pa.Table:
     for row in content["rows"]:
         if not isinstance(row, dict):
             raise DataError(f"every entry of 'rows' in {path} must be an object.")
-    types = [(name, pa.type_for_alias(arrow_type)) for name, arrow_type in COLUMN_TYPES.items()]
-    schema = pa.schema(types)
+    fields = [(name, pa.type_for_alias(arrow_type)) for name, arrow_type in COLUMN_TYPES.items()]
+    schema = pa.schema(fields)
     try:
         return pa.Table.from_pylist(content["rows"], schema)
     except (pa.ArrowException, TypeError, OverflowError) as error:
@@ -434,22 +435,22 @@ def _table_of_json(path: str | Path) -> pa.Table:
 
 
 def _refuse_folds(rows: Sequence[ResultRow]) -> None:
-    """Raise UsageError if results of several seeds have no evaluated row in common."""
+    """Raise UsageError if the results for several seeds have no evaluated row in common."""
     samples = [row.sample for row in rows if row.sample is not None]
     if not are_disjoint(samples):
         return
     first_row = rows[0]
-    scores = scores_name(first_row.method, first_row.answer)
+    name_of_scores = scores_name(first_row.method, first_row.answer)
     data_set = _data_set_name(first_row)
     raise UsageError(
-        f"the {len(samples)} results of {scores} on "
+        f"the {len(samples)} results of {name_of_scores} on "
         f"{data_set} are of different rows, so they are folds and not seeds. Join "
         "the folds first: vilu.evaluate(vilu.Outcomes.concat(folds))."
     )
 
 
 def _mean_row(rows: Sequence[ResultRow]) -> ResultRow:
-    """Mean over the rows of several seeds. The mean is None if any row has the value None."""
+    """Average the rows for several seeds. The mean is None if any row has the value None."""
     if len(rows) == 1:
         return rows[0]
     counts: dict[str, Any] = {}
@@ -483,7 +484,7 @@ def _mean_row(rows: Sequence[ResultRow]) -> ResultRow:
 
 
 def _mean_pictures(rows: Sequence[ResultRow]) -> int | None:
-    """Mean number of pictures over seeds; None if for every seed each row shows another picture."""
+    """Return the mean picture count over seeds, or None if no seed has a picture twice."""
     if all(row.n_pictures is None for row in rows):
         return None
     n_pictures_of_seeds = [_n_pictures(row) for row in rows]
@@ -491,29 +492,29 @@ def _mean_pictures(rows: Sequence[ResultRow]) -> int | None:
 
 
 def _n_pictures(row: ResultRow) -> int:
-    """Number of pictures; the number of rows if every row shows another picture."""
+    """Return the picture count. If no two rows show the same picture, this is the row count."""
     if row.n_pictures is None:
         return row.n
     return row.n_pictures
 
 
 UNDEFINED_CELL = "undefined"
-"""Cell of a table for a metric without a value."""
+"""Table cell for a metric without a value."""
 
 
 TitledTable = tuple[str, list[list[str]]]
-"""Results on one data set: the title, and the lines of a table as lists of cells.
+"""Results on one data set: the title, and the table's lines as lists of cells.
 
-The first line is the heading of the table.
+The first line is the table heading.
 """
 
 
 def _shown_metrics(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence[str]:
-    """Names of the metrics to show.
+    """Return the names of the metrics to show.
 
     1. The names in ``metrics``, unless ``metrics`` is None.
-    2. Otherwise all metrics of the rows, if ``evaluate`` was called with a choice of metrics.
-    3. Otherwise the metrics of the rows with ``wanted="always"``.
+    2. Otherwise all metrics in the rows, if ``evaluate`` was called with chosen metrics.
+    3. Otherwise the metrics in the rows with ``wanted="always"``.
     """
     if metrics is not None:
         return [get_metric(name).name for name in metrics]
@@ -528,7 +529,7 @@ def _shown_metrics(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> 
 
 
 def _are_default_metrics(names: set[str]) -> bool:
-    """Whether these metrics were computed by default, and not chosen by the user."""
+    """Return whether these metrics were computed by default, and not chosen by the user."""
     always_computed = set()
     for name in DEFAULT_METRICS:
         metric = METRICS[name]
@@ -543,7 +544,7 @@ def _are_default_metrics(names: set[str]) -> bool:
 def _tables_by_data_set(
     rows: Sequence[ResultRow], shown_metrics: Sequence[str]
 ) -> list[TitledTable]:
-    """One table per data set and split, with ``shown_metrics`` as columns."""
+    """Make one table per data set and split, with ``shown_metrics`` as columns."""
     groups: dict[str, list[ResultRow]] = {}
     for row in rows:
         data_set = _data_set_name(row)
@@ -555,8 +556,8 @@ def _tables_by_data_set(
 def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> TitledTable:
     """Make the table of one data set, with a line per method and seed."""
     # A line maps a metric to a result. If the same scores, seed and metric have a second result,
-    # the second result goes to a new line. So the key of a line is the name of the scores, the
-    # seed, and the number of earlier results with the same scores, seed and metric.
+    # the second result goes to a new line. So a line's key is the scores' name, the seed, and the
+    # number of earlier results with the same name, seed and metric.
     lines: dict[tuple[str, int | None, int], dict[str, ResultRow]] = {}
     n_earlier: Counter[tuple[str, int | None, str]] = Counter()
     for row in rows:
@@ -577,9 +578,9 @@ def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Tit
 
 
 def _metric_named(name: str) -> Metric:
-    """The metric with this name.
+    """Return the metric with this name.
 
-    An unknown name gets a metric with this name as the title, and the number format of AUROC.
+    If the name is unknown, return a metric with the name as title and AUROC's number format.
     """
     if name not in METRICS:
         title = escape_unprintable(name)
@@ -588,7 +589,7 @@ def _metric_named(name: str) -> Metric:
 
 
 def scores_name(method: str | None, answer: str) -> str:
-    """Name of scores: the method, and the kind of the judged answers unless zero-shot."""
+    """Name the scores by the method and, unless zero-shot, by the kind of judged answers."""
     name = method or "unnamed"
     if answer == "zero_shot":
         return name
@@ -596,7 +597,7 @@ def scores_name(method: str | None, answer: str) -> str:
 
 
 def _cell(row: ResultRow | None) -> str:
-    """Text of a result in a table: the value, and the interval if there is an interval."""
+    """Return a table cell: the value, and the interval if there is an interval."""
     if row is None:
         return ""
     if row.value is None:
@@ -608,7 +609,7 @@ def _cell(row: ResultRow | None) -> str:
 
 
 def _title(rows: Sequence[ResultRow]) -> str:
-    """Title of the table of one data set: the name, and the counts of the rows."""
+    """Return the title for one data set's table: the name, and the row counts."""
     accuracy = join_distinct(f"{100 * row.accuracy:.1f}" for row in rows)
     counts = [
         f"{_span_of_count(rows, 'n')} answers{_pictures_phrase(rows)}",
@@ -625,19 +626,19 @@ def _title(rows: Sequence[ResultRow]) -> str:
 
 
 def _span_of_count(rows: Sequence[ResultRow], count_name: str) -> str:
-    """Text of the different values of a count in the rows, such as "10/20" or "0"."""
+    """Return the different values that a count has in the rows, such as "10/20" or "0"."""
     return join_distinct(getattr(row, count_name) for row in rows)
 
 
 def _pictures_phrase(rows: Sequence[ResultRow]) -> str:
-    """Phrase on the number of pictures; "" if every row shows another picture."""
+    """Return a phrase on the picture count, or "" if no two rows show the same picture."""
     if all(row.n_pictures is None for row in rows):
         return ""
     return f" for {join_distinct(_n_pictures(row) for row in rows)} pictures"
 
 
 def _shares_phrase(rows: Sequence[ResultRow]) -> str:
-    """Phrase on the two kinds of wrong answers; "" if all rows belong to one of the classes."""
+    """Return a phrase on both kinds of wrong answers, or "" if no row is outside."""
     if not any(row.n_outside for row in rows):
         return ""
     percent_within = join_distinct(_percent(row.n_failures - row.n_outside, row.n) for row in rows)
@@ -646,19 +647,19 @@ def _shares_phrase(rows: Sequence[ResultRow]) -> str:
 
 
 def _percent(count: int, n: int) -> str:
-    """Text of the share of ``count`` in ``n``, in percent."""
+    """Return the share of ``count`` in ``n`` as text, in percent."""
     return f"{100 * count / max(n, 1):.1f}"
 
 
 def _data_set_name(row: ResultRow) -> str:
-    """Name of the data set and the split; "results" if both are unknown."""
+    """Name the data set and the split, or return "results" if both are unknown."""
     names = [name for name in (row.dataset, row.split) if name]
     joined_names = " ".join(names)
     return escape_unprintable(joined_names) or "results"
 
 
 def _notes(rows: Sequence[ResultRow], shown_metrics: Sequence[str]) -> list[str]:
-    """Notes on the unit, intervals, conventions and undefined values, each note once."""
+    """Return notes on the unit, intervals, conventions and undefined values, each note once."""
     if not rows:
         return ["no results"]
     rows = [row for row in rows if row.metric in shown_metrics]
@@ -678,7 +679,7 @@ def _notes(rows: Sequence[ResultRow], shown_metrics: Sequence[str]) -> list[str]
 
 
 def _notes_across_answers(rows: Sequence[ResultRow]) -> list[str]:
-    """Note on the metrics that cannot compare different kinds of answers."""
+    """Return a note on the metrics that cannot compare different kinds of answers."""
     titles: list[str] = []
     for row in rows:
         metric = _metric_named(row.metric)
@@ -693,16 +694,16 @@ def _notes_across_answers(rows: Sequence[ResultRow]) -> list[str]:
 
 
 def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
-    """Text on how intervals were made; "" if there are no intervals.
+    """Say how intervals were made, or return "" if there are no intervals.
 
-    If there are several kinds of intervals, the text names the methods of each kind.
+    If there are several kinds of intervals, the text names the methods for each kind.
     """
-    # The methods of each kind of interval are the keys of a dict, because a set has no order.
+    # The methods for each kind of interval are dict keys, because a set has no order.
     methods: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.interval and not _is_own_interval(row):
-            scores = scores_name(row.method, row.answer)
-            name = escape_unprintable(scores)
+            name_of_scores = scores_name(row.method, row.answer)
+            name = escape_unprintable(name_of_scores)
             names = methods.setdefault(row.interval, {})
             names[name] = None
     if not methods:
@@ -718,12 +719,12 @@ def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
 
 
 def _is_own_interval(row: ResultRow) -> bool:
-    """Whether the metric of a row has its own method for intervals."""
+    """Return whether the row's metric has its own method for intervals."""
     return isinstance(_metric_named(row.metric).kernel, OwnInterval)
 
 
 def _own_interval_note(row: ResultRow) -> str:
-    """Text on how the metric made the interval of a row; "" for an interval of the bootstrap."""
+    """Say how the metric made the row's interval, or return "" for a bootstrap interval."""
     if row.interval and _is_own_interval(row):
         return f"; in brackets: {row.interval}"
     return ""

@@ -1,4 +1,4 @@
-"""A sample of the rows of some outcomes, to find out whether two outcomes share rows."""
+"""A sample from the rows of some outcomes, to find out whether two outcomes share rows."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from vilu.errors import UNKNOWN
 
 SAMPLE_SIZE = 256
-"""Number of rows of a sample.
+"""Number of rows in a sample.
 
-The sample has the rows with the smallest hashes. Let J be the share of rows in both of two
-outcomes. The two samples have no row in common with a probability of about (1 - J)^256. For J = 5 %
+The sample has the rows with the smallest hashes. Let J be the share of rows that are in both of two
+outcomes. The two samples have no row in common with a probability near (1 - J)^256. For J = 5 %
 this probability is 2e-6.
 """
 
 
 class RowSample(NamedTuple):
-    """Hashes of some rows, and the kind of the hashes ("pictures" or "names" of rows)."""
+    """Hashes for some rows, and what is hashed: "pictures", or row "names"."""
 
     kind: Literal["pictures", "names"]
     hashes: frozenset[int]
@@ -53,19 +53,19 @@ def sample_of_rows(
 
 
 def _smallest_hashes(hashes: NDArray[np.int64]) -> frozenset[int]:
-    """The ``SAMPLE_SIZE`` smallest hashes, each hash once."""
+    """Return the ``SAMPLE_SIZE`` smallest hashes, each hash once."""
     return frozenset(np.unique(hashes)[:SAMPLE_SIZE].tolist())
 
 
 def _hash(identifier: str) -> int:
-    """Hash of an identifier as a whole number of 64 bits."""
+    """Hash an identifier to a whole number with 64 bits."""
     content = identifier.encode(errors="surrogatepass")
     digest = blake2b(content, digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
 
 def are_disjoint(samples: Sequence[RowSample]) -> bool:
-    """Whether no two samples share a row; False if the samples cannot be compared."""
+    """Return whether no two samples share a row, or False if the samples cannot be compared."""
     kinds = {sample.kind for sample in samples}
     if len(samples) < 2 or len(kinds) > 1:
         return False

@@ -1,4 +1,4 @@
-"""The methods of this package by name. A method is imported on first use."""
+"""This package's methods by name. A method is imported on first use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METHODS = {
     "class_gaussians": "vilu.predictors.bank.class_gaussians:ClassGaussians",
     "linear_probe": "vilu.predictors.bank.linear_probe:LinearProbe",
 }
-"""Maps the name of a method to "MODULE:CLASS". Lists of methods have this order.
+"""Maps a method name to "MODULE:CLASS". Method lists have this order.
 
 ``vilu_bench`` adds further methods.
 """

@@ -1,4 +1,4 @@
-"""The method ``stacking``: logistic regression of failures on the scores of several methods."""
+"""The method ``stacking``: logistic regression from several methods' scores to failures."""
 
 from __future__ import annotations
 
@@ -52,25 +52,24 @@ Rounding alone may cause such a deviation.
 
 @dataclasses.dataclass
 class Stacking(WithSecondModel):
-    """Logistic regression of the failure on the scores of several methods, the members.
+    """Logistic regression from the scores of several methods, the members, to the failure.
 
         u = P(failure) = sigmoid(b + sum_m w_m x_m)
 
     x_m is the score of member m, standardised and then clipped to ±5. If a member estimates a
     probability, x_m is made from the log-odds, with the probability clipped at 1e-12.
 
-    1. All members score rows outside the fit of the members: the rows of the validation set or,
-       without a validation set, held-out training rows. Up to 5,000 training rows are all held out
-       in turn, in five folds stratified by failure. From a larger training set a fifth is held out,
-       but at most 5,000 rows.
+    1. All members score rows that the members were not fitted on: the validation set or, without a
+       validation set, held-out training rows. Up to 5,000 training rows are all held out in turn,
+       in five folds stratified by failure. From a larger training set a fifth is held out, but at
+       most 5,000 rows.
     2. Means, standard deviations, w and b are estimated from these scores. A member with equal
        scores for all rows gets no weight.
     3. The members are fitted again on all training rows.
 
-    Members have default parameters, except for the ``seed`` and ``device`` of the stack. A member
-    learned from failures is a constant if the rows of the fit have no failures, or only failures.
-    The stack scores only the classes of the fit, because some default members score only these
-    classes.
+    Members have default parameters, except for the stack's ``seed`` and ``device``. If the fitted
+    rows are all failures or all successes, a member that learns from failures is a constant. The
+    stack scores only the fitted classes, because some default members score only these classes.
 
     Args:
         members: Names of the members (see ``vilu list predictors``).
@@ -84,7 +83,7 @@ class Stacking(WithSecondModel):
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> target = np.repeat([0, 1], [70, 30])  # class 0 ends at 63 degrees, answers 0 at 45
         >>> train = vilu.Embeddings(image, text, target=target)
         >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
         >>> method = vilu.PREDICTORS["stacking"](members=("mcm", "knn_vote"))
@@ -121,7 +120,7 @@ class Stacking(WithSecondModel):
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names of the modules with the code of the stack and of the members."""
+        """Names of the modules with the code for the stack and its members."""
         modules = list(super().modules)
         members = self._new_members()
         for member in members.values():
@@ -129,7 +128,7 @@ class Stacking(WithSecondModel):
         return tuple(dict.fromkeys(modules))
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """Names of the columns used by the members in a fit."""
+        """Return the names of the columns used by the members in a fit."""
         columns: list[str] = []
         members = self._new_members()
         for member in members.values():
@@ -145,7 +144,7 @@ class Stacking(WithSecondModel):
         return tuple(dict.fromkeys(columns))
 
     def _new_members(self) -> dict[str, FailurePredictor]:
-        """Make the members without a fit; returns the members by name."""
+        """Make the members by name, without a fit."""
         has_duplicates = len(set(self.members)) < len(self.members)
         if has_duplicates or self.name in self.members:
             member_names = ", ".join(self.members)
@@ -163,7 +162,7 @@ class Stacking(WithSecondModel):
         return members
 
     def _member_class(self, name: str) -> type[FailurePredictor]:
-        """The class of the method ``name``; raises the errors of ``find_method``."""
+        """Return the class of the method ``name``. Errors say which member cannot be used."""
         try:
             return find_method(name)
         except (UsageError, MissingModelError) as error:
@@ -197,7 +196,7 @@ class Stacking(WithSecondModel):
         members = self._new_members()
         failures = [batch.failure for batch in rows.batches(SCORING_BATCH)]
         failure = torch.cat(failures)
-        is_ood = rows.source.outside[rows.index]  # images of none of the classes
+        is_ood = rows.source.outside[rows.index]  # images outside all classes
         ood_rows = rows.index[is_ood]
         for member in members.values():
             if not member.needs_fit:
@@ -216,8 +215,8 @@ class Stacking(WithSecondModel):
     def _regress(self, scores: Tensor, failure: Tensor) -> dict[str, Tensor]:
         """Fit the logistic regression to scores (N, M) of held-out rows and failures (N,).
 
-        Returns the tensors of the regression by name: the coefficients, the intercept, and the
-        means and standard deviations of the scores.
+        Return the regression tensors by name: coefficients, intercept, and the scores' means and
+        standard deviations.
         """
         from sklearn.linear_model import LogisticRegression
 
@@ -251,15 +250,15 @@ class Stacking(WithSecondModel):
         return torch.sigmoid(log_odds)
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
-        """Store the tensors of the regression and of the members.
+        """Store the tensors of the regression and the members.
 
-        The names of the tensors of a member begin with the ``tensor_prefix`` of the member.
+        A member's tensor names begin with the member's ``tensor_prefix``.
         """
         members: dict[str, FailurePredictor] = {}
         is_constant = tensors.keys() == {CONSTANT}
         if not is_constant:
             members = self._new_members()
-        # the tensors of the members are split off, without the prefixes
+        # the members' tensors are split off, without the prefixes
         regression = dict(tensors)
         states: dict[str, dict[str, Tensor]] = {}
         for name in members:
@@ -282,17 +281,17 @@ class Stacking(WithSecondModel):
         self.members_ = members
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors of the regression and of the members, by name."""
+        """Return the tensors of the regression and the members, by name."""
         return super().state() | member_tensors(self.members_)
 
 
 def tensor_prefix(member: str) -> str:
-    """Prefix of the names of the tensors of a member in a file of the stack."""
+    """Return the prefix of a member's tensor names in the stack's file."""
     return f"members.{member}."
 
 
 def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
-    """The learned tensors of all members. Each name begins with the prefix of the member."""
+    """Return the learned tensors of all members. Each name begins with the member's prefix."""
     tensors = {}
     for name, member in members.items():
         state = member.state()
@@ -302,7 +301,7 @@ def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
 
 
 def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
-    """(B, M) float64 scores of the members, or log-odds where a member estimates a probability.
+    """Compute the members' scores (B, M) float64, or log-odds if a member estimates probabilities.
 
     The scores are on the CPU, because members may be on different devices.
     """
@@ -317,6 +316,6 @@ def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
 
 
 def standardise(scores: Tensor, regression: dict[str, Tensor]) -> Tensor:
-    """(B, M) standardised and clipped scores; 0 for a member with equal scores in the fit."""
+    """Standardise and clip the scores (B, M). A member with equal scores in the fit gets 0."""
     deviations = (scores - regression["mean"]) / regression["deviation"]
     return deviations.clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)

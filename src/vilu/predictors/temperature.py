@@ -1,7 +1,7 @@
 """Methods that multiply zero-shot logits by fitted factors: ``mcm_ts`` and ``duo``.
 
-``mcm_ts`` has a single factor, and ``duo`` has a factor for each of two models. A factor m of the
-logits is a temperature of 1 / m.
+``mcm_ts`` has a single factor, and ``duo`` has a factor for each of two models. Multiplying logits
+by m means the temperature 1 / m.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.contract.labelled import Needs, failure_log_odds
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt, own_graph
 
-# Constants of the search for log m.
+# Constants for the search for log m.
 
 MAX_LOG_FACTOR = math.log(100.0)
-"""Maximum of |log m|. A fitted factor above 100 or below 1/100 would not be credible."""
+"""Maximum |log m|. A fitted factor above 100 or below 1/100 would not be credible."""
 N_BINS = 15
-"""Number of bins of the calibration error."""
+"""Number of bins in the calibration error."""
 N_GRID_VALUES = 41
-"""Number of values of log m in the grid search."""
+"""Number of log m values in the grid search."""
 MIN_INTERVAL = 1e-3
-"""The golden-section search ends when the interval of log m is at most this long."""
+"""The golden-section search ends when the interval for log m is at most this long."""
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-"""Each step of the golden-section search multiplies the length of the interval by this factor."""
+"""Each golden-section step multiplies the interval length by this factor."""
 
 
 @dataclass
 class MCMTS(FailurePredictor):
-    """MCM with a fitted factor m of the logits: u = 1 - p_a with p = softmax(m l).
+    """MCM with logits multiplied by a fitted factor m: u = 1 - p_a with p = softmax(m l).
 
     l are the zero-shot logits, and a is the judged answer. m is learned from labels and is between
-    1/100 and 100. m multiplies the logit scale of the VLM. 1 / m is the temperature of Guo et al.
-    With more than two candidates, m changes not only the calibration but also the order of the
-    rows. Rows are read in batches, so memory does not grow with the number of rows. A caption is
-    scored within a pool of captions.
+    1/100 and 100. m multiplies the VLM's logit scale. 1 / m is the temperature in Guo et al. With
+    more than two candidates, m changes both the calibration and the row order. Rows are read in
+    batches, so memory does not grow with the row count. A caption is scored within a pool of
+    captions.
 
     If no answer is wrong, the likelihood grows with m without bound, and m cannot be estimated. m
     then stays 1, with a warning.
@@ -57,10 +57,10 @@ class MCMTS(FailurePredictor):
         objective: The loss to minimise.
 
             - "nll": the mean negative log-likelihood of the labels, minimised by bounded L-BFGS.
-              Images of none of the classes are left out.
-            - "ece": the expected calibration error of p_a in 15 bins of equal width. The answers to
-              images of none of the classes count as wrong. The error jumps where a row moves to
-              another bin, so the search needs no gradients: a grid of 41 values of log m, and then
+              Images outside all classes are left out.
+            - "ece": the expected calibration error of p_a in 15 bins with equal width. For images
+              outside all classes the answers count as wrong. If a row moves to a different bin, the
+              error jumps. So the search uses no gradients: a grid with 41 values of log m, and then
               a golden-section search around the best value.
 
     Source: Guo et al., ICML 2017. ViLU, supplement A.3, minimises the calibration error by L-BFGS,
@@ -118,14 +118,14 @@ class MCMTS(FailurePredictor):
 
 
 def tempered_uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
-    """(B,) float64: one minus the probability of the answer, with m = exp(``log_multiplier``)."""
+    """Compute 1 minus the answer's probability (B,) float64, with m = exp(``log_multiplier``)."""
     answer_column = batch.prediction[:, None].to(batch.logits.device)
     temperature = math.exp(-log_multiplier)
     return RivalWeights.from_logits(batch.logits, answer_column, temperature).total_probability
 
 
 def most_likely_log_multiplier(train: Rows, n_rows: int, device: torch.device) -> float:
-    """The log m with the least mean negative log-likelihood of ``n_rows`` labelled rows."""
+    """Find the log m with the least mean negative log-likelihood over ``n_rows`` labelled rows."""
 
     def objective(batch: Batch, point: list[float]) -> Tensor:
         (log_multiplier,) = point
@@ -146,22 +146,21 @@ def minimise_mean_loss(
     start: list[float],
     limits: tuple[float, float],
 ) -> list[float]:
-    """The point with the least mean loss of ``n_rows`` labelled rows, found by bounded L-BFGS.
+    """Find the point with the least mean loss over ``n_rows`` labelled rows, by bounded L-BFGS.
 
     Args:
-        loss_and_derivatives: Function of a batch and a point. The result is the sum of the losses
-            of the batch, followed by the derivatives of this sum in the coordinates of the point.
+        loss_and_derivatives: Function from a batch and a point to the summed losses in the batch,
+            followed by the sum's derivatives in the point's coordinates.
         train: The labelled rows.
         n_rows: Number of labelled rows.
         start: The point where the search begins.
-        limits: Lower and upper bound of every coordinate.
+        limits: Lower and upper bound for every coordinate.
     """
     from scipy.optimize import minimize
 
     def objective(point: NDArray[np.float64]) -> tuple[float, list[float]]:
         coordinates = point.tolist()
-        means = _mean_over_rows(loss_and_derivatives, train, n_rows, coordinates)
-        mean_loss, *derivatives = means
+        mean_loss, *derivatives = _mean_over_rows(loss_and_derivatives, train, n_rows, coordinates)
         return mean_loss, derivatives
 
     bounds = [limits] * len(start)
@@ -176,7 +175,7 @@ def _mean_over_rows(
     n_rows: int,
     point: list[float],
 ) -> list[float]:
-    """Mean loss and mean derivatives of ``n_rows`` labelled rows at a point."""
+    """Average loss and derivatives over ``n_rows`` labelled rows at a point."""
     sums = []
     for batch in train.batches(SCORING_BATCH):
         sums_of_batch = loss_and_derivatives(batch, point)
@@ -187,24 +186,25 @@ def _mean_over_rows(
 
 
 def loss_and_derivative(batch: Batch, log_multiplier: float) -> Tensor:
-    """(2,) on the CPU: the sum of -log p_target over a batch, and the derivative in log m.
+    """Sum -log p_target over a batch. Return the sum and the derivative in log m: (2,) on the CPU.
 
-    The derivative in log m equals the derivative in a factor f of the logits m l, at f = 1.
+    The logits m l may have a further factor f. The derivative in log m equals the derivative in f
+    at f = 1.
     """
     logits = float64(batch.logits)
     # subtracting the largest logit does not change p, and avoids large numbers
     z = (logits - logits.amax(dim=-1, keepdim=True)) * math.exp(log_multiplier)
-    logits_of_factor = z.unsqueeze(-1)
-    return pooled_loss_and_derivatives(batch, logits_of_factor, factors=[1.0])
+    logits_of_one_model = z.unsqueeze(-1)  # (B, K, 1)
+    return pooled_loss_and_derivatives(batch, logits_of_one_model, factors=[1.0])
 
 
 def pooled_loss_and_derivatives(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tensor:
-    """(1 + M,) on the CPU: the sum of -log p_target over a batch, and the derivatives in M factors.
+    """Sum -log p_target over a batch. Return the sum and its derivatives in M factors: (1 + M,).
 
-    p is the softmax of z = sum_m factor_m logits_m, with the ``logits`` (B, K, M) of M models.
-    p_target is the total probability of the right candidates; usually a row has a single right
-    candidate. For a row, the derivative in factor m is the difference of two means of logits_m: the
-    mean under p, minus the mean under p restricted to the right candidates.
+    The result is on the CPU. p is the softmax of z = sum_m factor_m logits_m, with the ``logits``
+    (B, K, M) from M models. p_target is the total probability of the right candidates. Usually a
+    row has a single right candidate. For a row, the derivative in factor m is the mean of logits_m
+    under p, minus the mean under p restricted to the right candidates.
     """
     z = logits @ torch.tensor(factors, dtype=logits.dtype, device=logits.device)
     is_right = batch.right.to(z.device)
@@ -218,7 +218,7 @@ def pooled_loss_and_derivatives(batch: Batch, logits: Tensor, factors: Sequence[
 
 
 def best_calibrated_log_multiplier(train: Rows, n_rows: int, device: torch.device) -> float:
-    """The log m with the least expected calibration error of ``n_rows`` labelled rows."""
+    """Find the log m with the least expected calibration error on ``n_rows`` labelled rows."""
 
     def error_at(log_multiplier: float) -> float:
         (error,) = calibration_errors(train, n_rows, device, [log_multiplier])
@@ -239,13 +239,13 @@ def best_calibrated_log_multiplier(train: Rows, n_rows: int, device: torch.devic
 def calibration_errors(
     train: Rows, n_rows: int, device: torch.device, log_multipliers: list[float]
 ) -> list[float]:
-    """Expected calibration error for every log m, computed in a single pass over the rows.
+    """Compute the expected calibration error for every log m, in a single pass over the rows.
 
-    The error is the sum over the bins of |number of failures - sum of u| / n. The bins are
-    intervals of the uncertainty u, closed on the right, as in ``vilu.metrics.ece``.
+    The error sums |failure count - sum of u| / n over the bins. The bins are intervals of the
+    uncertainty u, closed on the right, as in ``vilu.metrics.ece``.
     """
     edges = torch.arange(1, N_BINS, dtype=torch.float64) / N_BINS
-    # for every log m and every bin: number of failures - sum of u
+    # for every log m and every bin: failure count - sum of u
     gaps = torch.zeros(len(log_multipliers), N_BINS, dtype=torch.float64)
     for batch in train.batches(SCORING_BATCH):
         device_batch = batch.to(device)
@@ -262,7 +262,7 @@ def calibration_errors(
 def golden_section_search(
     function: Callable[[float], float], low: float, high: float
 ) -> tuple[float, float]:
-    """Search [low, high] for a minimum; returns the best evaluated point and the value there."""
+    """Search [low, high] for a minimum. Return the best evaluated point and the value there."""
     left = high - GOLDEN_RATIO * (high - low)
     right = low + GOLDEN_RATIO * (high - low)
     value_at = {left: function(left), right: function(right)}
@@ -289,27 +289,27 @@ OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
 
 
 class WithSecondModel(FailurePredictor):
-    """A method that may use embeddings of a second model, beside the embeddings of the VLM.
+    """A method that may use embeddings from a second model, beside the VLM's embeddings.
 
-    The embedding space of the second model is saved with the fit. In scoring, a second model with
-    another space is refused.
+    The second model's embedding space is saved with the fit. In scoring, a second model with a
+    different space is refused.
     """
 
     def second_notes(self, source: EmbeddingSource) -> dict[str, Any]:
-        """Notes with the space of the second model; empty if the scores do not use this model."""
+        """Make notes with the second model's space. Empty if the scores do not use this model."""
         if source.second is None or SECOND_MODEL_COLUMNS.isdisjoint(self.columns_to_score):
             return {}
         return {"second": dataclasses.asdict(source.second.space)}
 
     @property
     def second_space_(self) -> EmbeddingSpace | None:
-        """Embedding space of the second model of the fit; None if not known."""
+        """Embedding space of the second model in the fit. None if not known."""
         if "second" not in self.notes_:
             return None
         return EmbeddingSpace(**self.notes_["second"])
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """As in the base class, but also refuses notes with an invalid second space."""
+        """Store the tensors as in the base class, and refuse notes with an invalid second space."""
         super().restore(state)
         _ = self.second_space_  # raises an error if the notes describe no valid space
 
@@ -328,25 +328,24 @@ class WithSecondModel(FailurePredictor):
 class Duo(WithSecondModel):
     """Asymmetric duo of two models: u = 1 - softmax(T_L l + T_S s)_a.
 
-    l are the logits of the VLM, usually the larger model. s are the logits of a second model. a is
-    the judged answer. The VLM alone gives this answer, so the set of wrong answers does not depend
-    on the second model. T_L and T_S are factors in [0, 100].
+    l are the VLM's logits, and the VLM is usually the larger model. s are the second model's
+    logits. a is the judged answer. The VLM alone gives this answer. So the second model does not
+    change which answers are wrong. T_L and T_S are factors in [0, 100].
 
     T_L and T_S minimise the mean negative log-likelihood of the labels under
     softmax(T_L l + T_S s), by bounded L-BFGS from 1/2 and 1/2. If all candidates are different
     answers, the loss is convex in T_L and T_S. With T_S = 0 the duo is ``mcm_ts``. So the labels
     decide how much the second model counts. Rows are read in batches, so memory does not grow with
-    the number of rows.
+    the row count.
 
-    The embeddings of the second model are in two columns, ``second_image`` (N, E) and
-    ``second_text`` (K, E). The products of the two columns are s. The columns come from a second
-    store of the same images, both in the fit and in scoring
-    (``vilu fit STORE --method duo --second OTHER``, or ``vilu.TwoModels``).
+    The second model's embeddings are in two columns, ``second_image`` (N, E) and ``second_text``
+    (K, E). Their products are s. The columns come from a second store with the same images, both in
+    the fit and in scoring (``vilu fit STORE --method duo --second OTHER``, or ``vilu.TwoModels``).
 
-    Rows of none of the classes have no likelihood and are left out. If no answer of the VLM is
-    wrong, the likelihood grows with T_L without bound. Both factors then stay 1/2, with a warning.
+    Rows outside all classes have no likelihood and are left out. If no VLM answer is wrong, the
+    likelihood grows with T_L without bound. Both factors then stay 1/2, with a warning.
 
-    Source: the formula of Zhou, Shelhamer and Pleiss, NeurIPS 2025 (arXiv 2505.18636). There are
+    Source: the formula by Zhou, Shelhamer and Pleiss, NeurIPS 2025 (arXiv 2505.18636). There are
     two differences:
 
     - In the paper both models are fine-tuned, so T_L and T_S are fitted on held-out rows. Zero-shot
@@ -409,16 +408,15 @@ class Duo(WithSecondModel):
 
 
 def two_logits(batch: Batch) -> Tensor:
-    """(B, K, 2) float64 logits of the VLM and of the second model."""
+    """Compute the logits (B, K, 2) float64 of the VLM and the second model."""
     with torch.autocast(batch.image.device.type, enabled=False):
         second_logits = batch.columns["second_image"] @ batch.columns["second_text"].T
-    vlm_float64 = float64(batch.logits)
-    second_float64 = float64(second_logits)
-    return torch.stack([vlm_float64, second_float64], dim=-1)
+    vlm_logits = float64(batch.logits)
+    return torch.stack([vlm_logits, float64(second_logits)], dim=-1)
 
 
 def best_multipliers(train: Rows, n_rows: int, device: torch.device) -> list[float]:
-    """The factors [T_L, T_S] with the least mean negative log-likelihood of ``n_rows`` rows."""
+    """Find the factors [T_L, T_S] with the least mean negative log-likelihood over ``train``."""
 
     def objective(batch: Batch, multipliers: list[float]) -> Tensor:
         device_batch = batch.to(device)
@@ -429,6 +427,6 @@ def best_multipliers(train: Rows, n_rows: int, device: torch.device) -> list[flo
 
 
 def duo_loss_and_derivatives(batch: Batch, multipliers: Sequence[float]) -> Tensor:
-    """(3,) ``pooled_loss_and_derivatives`` of the two models, with the factors T_L and T_S."""
+    """Compute ``pooled_loss_and_derivatives`` (3,) for two models, with the factors T_L and T_S."""
     logits = two_logits(batch)
     return pooled_loss_and_derivatives(batch, logits, multipliers)

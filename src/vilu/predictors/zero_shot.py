@@ -1,7 +1,12 @@
 """Methods that score rows by the zero-shot logits alone, without labels and without a fit.
 
-In the docstrings, u is the uncertainty of a row, l_j is the zero-shot logit of candidate j, p is
-the softmax of the logits, a is the judged answer, and K is the number of candidates.
+In the docstrings:
+
+- u is the uncertainty of a row.
+- l_j is the zero-shot logit of candidate j.
+- p is the softmax of the logits.
+- a is the judged answer.
+- K is the candidate count.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ class MCM(FailurePredictor):
     If the zero-shot answer is judged, p_a = max_j p_j.
 
     Source: Ming et al., NeurIPS 2022. In that paper p is the softmax of the cosines. Here and in
-    ViLU p is the softmax of the logits, at the logit scale of the VLM.
+    ViLU p is the softmax of the logits, at the VLM's logit scale.
 
     Examples:
         >>> import numpy as np, vilu
@@ -55,8 +60,8 @@ class MCM(FailurePredictor):
 class Entropy(FailurePredictor):
     """Normalised Shannon entropy: u = -sum_j p_j log p_j / log K, in [0, 1].
 
-    p log p is computed exactly. The released code of ViLU computes p log(p + 1e-6), and so has a
-    bias that depends on K.
+    p log p is computed exactly. ViLU's released code computes p log(p + 1e-6), and so has a bias
+    that depends on K.
 
     Source: ViLU, supplement A.3.
 
@@ -91,8 +96,8 @@ class Doctor(FailurePredictor):
 
         u = (s (2 + s) - q) / (1 + q)
 
-    The difference s (2 + s) - q loses no digits, because q <= s. The input perturbation of the
-    paper is left out, because the embeddings are fixed.
+    The difference s (2 + s) - q loses no digits, because q <= s. The paper also perturbs the input.
+    This step is left out, because the embeddings are fixed.
 
     Source: Granese et al., NeurIPS 2021, D_alpha.
 
@@ -154,12 +159,12 @@ class MaxLogit(FailurePredictor):
 
 @dataclass
 class Margin(FailurePredictor):
-    """Negative gap between the logit of the answer and the largest other logit.
+    """Negative gap between the answer's logit and the largest logit of a different candidate.
 
     u = max_(j != a) l_j - l_a
 
     For the zero-shot answer u is the negative gap between the two largest logits. The logit bias
-    cancels. The logit scale multiplies all u, and so does not change the order of the rows.
+    cancels. The logit scale multiplies all u, and so does not change the row order.
 
     Source: the score called RLog in "Know When to Abstain" (ICLR 2026).
 
@@ -188,9 +193,9 @@ class Margin(FailurePredictor):
 class ProbMargin(FailurePredictor):
     """One minus the gap between the two largest probabilities: u = 1 - (p_(1) - p_(2)), in [0, 1].
 
-    p_(1) is the probability of the answer, and p_(2) is the largest other probability. The gaps of
-    confident rows all round to one. The values of u still differ, because u is computed as
-    (1 - p_(1)) + p_(2).
+    p_(1) is the answer's probability, and p_(2) is the largest probability among the remaining
+    candidates. For confident rows all gaps round to one. The values of u still differ, because u is
+    computed as (1 - p_(1)) + p_(2).
 
     Source: best-versus-second-best, Joshi et al., CVPR 2009.
 
@@ -226,8 +231,8 @@ class Energy(FailurePredictor):
     u is between -max_j l_j - T log K and -max_j l_j.
 
     Args:
-        temperature: T, the divisor of the logits; the logits already have the logit scale of the
-            VLM. As T goes to zero, the score becomes the score of ``max_logit``.
+        temperature: T, the divisor of the logits. The logits already have the VLM's logit scale. As
+            T goes to zero, the score becomes the score of ``max_logit``.
 
     Source: Liu et al., NeurIPS 2020.
 
@@ -259,7 +264,7 @@ class Energy(FailurePredictor):
 
 @dataclass
 class GEN(FailurePredictor):
-    """Generalised entropy: u = sum over the M largest p_j of p_j^gamma (1 - p_j)^gamma.
+    """Generalised entropy: u = sum_j p_j^gamma (1 - p_j)^gamma over the M largest p_j.
 
     With a small gamma, small probabilities count as well: 1e-20 to the power 0.1 is 0.01. Powers
     are computed from logarithms, so small probabilities do not underflow. If there are fewer than M
@@ -267,7 +272,7 @@ class GEN(FailurePredictor):
 
     Args:
         gamma: Exponent.
-        largest: M, the number of largest probabilities in the sum.
+        largest: M, how many of the largest probabilities are in the sum.
 
     Source: Liu et al., CVPR 2023.
 
@@ -306,12 +311,12 @@ class GEN(FailurePredictor):
 class KLUniform(FailurePredictor):
     """Negative divergence of the uniform distribution from p: u = -KL(uniform || p), at most 0.
 
-    u = log K + mean_j log p_j. All candidates have the same weight in the mean, and most candidates
-    are unlikely. So u depends mostly on how far the logits of unlikely candidates are below the
-    logit of the answer. The divergence in the other direction, KL(p || uniform) = log K - H(p),
-    orders rows exactly as ``entropy`` does.
+    u = log K + mean_j log p_j. All candidates have equal weights in the mean, and most candidates
+    are unlikely. So u depends mostly on how far the unlikely candidates' logits are below the
+    answer's logit. The score -KL(p || uniform) = H(p) - log K would order rows exactly as
+    ``entropy`` does.
 
-    Source: the confidence loss of Lee et al., ICLR 2018, as a score.
+    Source: the confidence loss by Lee et al., ICLR 2018, as a score.
 
     Examples:
         >>> import numpy as np, vilu
@@ -338,7 +343,7 @@ class KLUniform(FailurePredictor):
 
 
 def entropy(batch: Batch) -> Tensor:
-    """(B,) float64 entropy of the zero-shot posterior in nats, without cancellation.
+    """Compute the zero-shot posterior's entropy (B,) float64 in nats, without cancellation.
 
     The entropy is log Z + sum_j e_j (l - l_j) / Z with Z = 1 + sum_j e_j. l is the largest logit,
     and e_j = exp(l_j - l). The sums are over all candidates except the likeliest candidate. No term
@@ -356,7 +361,7 @@ def entropy(batch: Batch) -> Tensor:
 
 
 def log_n_candidates(batch: Batch) -> Tensor:
-    """() float64 log K as a tensor, for exported graphs with any K."""
+    """Return log K as a tensor () float64, for exported graphs with any K."""
     one_per_candidate = batch.text.new_ones(batch.text.shape[-2])
     n_candidates = float64(one_per_candidate).sum()
     return n_candidates.log()

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
-    """Draw histograms of the uncertainty of correct and of wrong answers, one panel per method.
+    """Draw histograms of the uncertainty, separately for correct and wrong answers.
 
-    The figure is like Fig. 9 and 10 of the ViLU supplement. The bars of correct answers add up to
-    100 %, and the bars of wrong answers add up to 100 %. So both kinds are visible, even if one
-    kind is rare.
+    Each method has a panel. The figure is like Fig. 9 and 10 in the ViLU supplement. The bars for
+    correct answers add up to 100 %, and the bars for wrong answers add up to 100 %. So both kinds
+    are visible, even if one kind is rare.
     """
     with house_style():
         figure, panels = _figure_with_panels(len(outcomes), columns=3, width=4.0, height=2.6)
@@ -120,8 +120,8 @@ def _draw_line_per_method(
 
     Args:
         outcomes: The outcomes of every method.
-        curve: Function from uncertainties and failures to the x and y of the curve.
-        note: Format string for the value of the metric in the legend.
+        curve: Function from uncertainties and failures to the curve's x and y.
+        note: Format string for the metric value in the legend.
         metric: Function from uncertainties and failures to this value.
 
     Returns:
@@ -141,18 +141,18 @@ def _draw_line_per_method(
 
 
 def _legend_beside(axes: Axes) -> None:
-    """Write the legend at the right of the plot, away from all lines."""
+    """Write the legend to the right of the plot, away from all lines."""
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
 def evaluable_scores(outcomes: Outcomes) -> tuple[Floats, Ints]:
-    """Uncertainties and failures of the rows with both values."""
+    """Return the uncertainties and the failures, for the rows with both values."""
     rows = outcomes.evaluable
     return outcomes.uncertainty[rows], outcomes.failure[rows]
 
 
 def failure_probability_of(outcomes: Outcomes) -> Floats | None:
-    """Calibrated failure probabilities (N,), or else uncertainties if these are probabilities.
+    """Return calibrated failure probabilities (N,), or else uncertainties that are probabilities.
 
     None if the outcomes are not calibrated and the uncertainties are not probabilities.
     """
@@ -163,11 +163,11 @@ def failure_probability_of(outcomes: Outcomes) -> Floats | None:
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture of the contact sheet with the answer of the model."""
+    """A picture on the contact sheet, with the model's answer."""
 
     image: Image.Image
     prediction: str  # the model's answer
-    truth: str | None  # the right answer; None if unknown
+    truth: str | None  # the right answer. None if unknown
     uncertainty: float
 
 
@@ -186,8 +186,8 @@ def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
 
 
 def draw_photo(axes: Axes, photo: Photo) -> None:
-    """Draw a picture with a caption and a frame. The colour of the frame marks a wrong answer."""
-    # values for a picture if the right answer is unknown, or equal to the answer of the model
+    """Draw a picture with a caption and a frame. The frame's colour marks a wrong answer."""
+    # values for a picture if the right answer is unknown, or equal to the model's answer
     verdict = ""
     colour = CORRECT_COLOUR
     linewidth = 1
@@ -208,7 +208,7 @@ def draw_photo(axes: Axes, photo: Photo) -> None:
 
 @dataclass(frozen=True)
 class Series:
-    """Values with intervals, for a line or a kind of points.
+    """Values with intervals, for a line or for one kind of point.
 
     All sequences but ``published`` have the same length.
     """
@@ -216,14 +216,14 @@ class Series:
     label: str
     x: Sequence[float]
     y: Sequence[float]  # values as fractions, drawn in percent
-    low: Sequence[float]  # lower ends of the intervals of y
-    high: Sequence[float]  # upper ends of the intervals of y
+    low: Sequence[float]  # lower ends of the y intervals
+    high: Sequence[float]  # upper ends of the y intervals
     published: Sequence[tuple[float, float]] = ()  # points (x, y) from the literature
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot of a figure: title, label of the vertical axis, and series."""
+    """One plot in a figure: title, label for the vertical axis, and series."""
 
     title: str
     y_label: str
@@ -238,19 +238,19 @@ def draw_curves(
     log: bool,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> Figure:
-    """Draw a line for every series, with a band of intervals, and a label at the end of the line.
+    """Draw a line for every series, with a band of intervals and a label at the line's end.
 
     Args:
         panels: The plots.
-        x_label: Label of the horizontal axes.
-        title: Title of the figure.
+        x_label: Label for the horizontal axes.
+        title: Title for the figure.
         log: Whether the horizontal axes are logarithmic.
-        names: Maps the number of a tick of the horizontal axes, as text (``"{:g}"``), to a name.
-            The name is written in place of the number.
+        names: Maps a tick number on the horizontal axes, as text (``"{:g}"``), to a name. The name
+            is written in place of the number.
     """
 
     def draw(axis: Axes, panel: Panel, line_styles: Mapping[str, LineStyle]) -> None:
-        """Draw the lines of a panel, with a tick at every x of a line."""
+        """Draw the lines in a panel, with a tick at every x of a line."""
         ticks: set[float] = set()
         for line in panel.lines:
             _draw_line_in_band(axis, line, line_styles[line.label])
@@ -273,13 +273,13 @@ def draw_curves(
 
 
 def draw_scatter(panels: Sequence[Panel], x_label: str, *, title: str = "") -> Figure:
-    """Draw the points of every series with intervals, and a least-squares line per series.
+    """Draw every series as points with intervals, and a least-squares line per series.
 
-    The label of a series is at the end of the least-squares line, or else beside the last point.
+    A series' label is at the end of the least-squares line, or else beside the last point.
     """
 
     def draw(axis: Axes, panel: Panel, line_styles: Mapping[str, LineStyle]) -> None:
-        """Draw the points of a panel, and a least-squares line if the x of a series differ."""
+        """Draw a panel's points, and a least-squares line if the x values in a series differ."""
         last_values = {}
         for line in panel.lines:
             line_style = line_styles[line.label]
@@ -299,7 +299,7 @@ def draw_scatter(panels: Sequence[Panel], x_label: str, *, title: str = "") -> F
 def _figure_with_panels(
     n: int, columns: int, width: float, height: float
 ) -> tuple[Figure, list[Axes]]:
-    """Make a figure with ``n`` panels in rows; a panel is ``width`` by ``height`` inches."""
+    """Make a figure with ``n`` panels in rows. A panel is ``width`` by ``height`` inches."""
     rows = math.ceil(n / columns)
     figure = new_figure(width=width * columns, height=height * rows)
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(n)]
@@ -339,10 +339,10 @@ def _draw_line_in_band(axis: Axes, line: Series, line_style: LineStyle) -> None:
 def _write_line_labels(
     axis: Axes, last_values: Mapping[str, float], line_styles: Mapping[str, LineStyle]
 ) -> None:
-    """Write the label of every line at the right of the plot, at the height where the line ends.
+    """Write every line's label to the right of the plot, at the height where the line ends.
 
-    ``last_values`` maps a label to the last value of the line, as a fraction. Overlapping labels
-    are moved apart.
+    ``last_values`` maps a label to the line's last value, as a fraction. Overlapping labels are
+    moved apart.
     """
     bottom, top = axis.get_ylim()
     axis.set_ylim(bottom, top)  # matplotlib must not change the limits any more
@@ -363,17 +363,17 @@ def _write_line_labels(
 
 
 LABEL_HEIGHT = 0.065
-"""Height of a label as a share of the height of a plot."""
+"""Height of a label as a share of the plot height."""
 
 
 def _spaced_heights(heights: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Move the heights of labels apart, to distances of at least ``gap``.
+    """Move the label heights apart, to distances of at least ``gap``.
 
-    Heights and gap are shares of the height of the plot. Labels that are too close form a group. A
-    group is centred on the mean of the heights in the group. Then overlapping groups are joined.
-    The result has the lowest label first.
+    Heights and gap are shares of the plot height. Labels that are too close form a group. A group
+    is centred on the mean height in the group. Then overlapping groups are joined. The result has
+    the lowest label first.
     """
-    groups: list[list[str]] = []  # the labels of each group; groups and labels from low to high
+    groups: list[list[str]] = []  # labels in each group. Groups and labels go from low to high
     for label in sorted(heights, key=lambda label: heights[label]):
         groups.append([label])
         while len(groups) > 1 and _are_too_close(groups[-2], groups[-1], heights, gap):
@@ -388,7 +388,7 @@ def _spaced_heights(heights: Mapping[str, float], gap: float) -> dict[str, float
 
 
 def _lowest_height(group: Sequence[str], heights: Mapping[str, float], gap: float) -> float:
-    """Height of the lowest label of a group. The group is centred on the mean of the heights.
+    """Return the height of a group's lowest label. The group is centred on the mean height.
 
     A group is moved into the plot if a label would be above the plot (1.0) or below the plot (0.0).
     If the group is higher than the plot, the highest label is at the top of the plot.
@@ -402,14 +402,14 @@ def _lowest_height(group: Sequence[str], heights: Mapping[str, float], gap: floa
 def _are_too_close(
     lower: Sequence[str], upper: Sequence[str], heights: Mapping[str, float], gap: float
 ) -> bool:
-    """Whether the distance between a ``lower`` and an ``upper`` group is less than ``gap``."""
+    """Return whether the distance between ``lower`` and ``upper`` is less than ``gap``."""
     top_of_lower = _lowest_height(lower, heights, gap) + gap * (len(lower) - 1)
     bottom_of_upper = _lowest_height(upper, heights, gap)
     return bottom_of_upper - top_of_lower < gap
 
 
 def _draw_points(axis: Axes, line: Series, line_style: LineStyle) -> None:
-    """Draw the points of a series with the intervals as bars, x and y in percent."""
+    """Draw a series as points, with the intervals as bars. x and y are in percent."""
     y = np.asarray(line.y)
     low = np.asarray(line.low)
     high = np.asarray(line.high)
@@ -432,7 +432,7 @@ def _draw_points(axis: Axes, line: Series, line_style: LineStyle) -> None:
 
 
 def _in_order(values: Sequence[float], order: Ints) -> Floats:
-    """The values (N,) in the order of the indices ``order`` (N,)."""
+    """Return the values (N,) in the order of the indices ``order`` (N,)."""
     return np.asarray(values, dtype=np.float64)[order]
 
 
@@ -460,9 +460,9 @@ class Grid:
     """A table of fractions, drawn as a heat map."""
 
     title: str
-    rows: Sequence[str]  # labels of the rows, from the top
-    columns: Sequence[str]  # labels of the columns, from the left
-    # fraction of each cell (row, column), counted from 0; cells without a fraction stay white
+    rows: Sequence[str]  # row labels, from the top
+    columns: Sequence[str]  # column labels, from the left
+    # fraction in each cell (row, column), counted from 0. Cells without a fraction stay white.
     values: Mapping[tuple[int, int], float]
     chosen: tuple[int, int] | None  # (row, column) of a cell with a frame
 
@@ -479,21 +479,21 @@ def draw_grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Fig
 
 
 def _draw_grid(axis: Axes, panel: Grid) -> None:
-    """Draw the cells of a grid with the numbers, and the frame around the chosen cell."""
+    """Draw a grid's cells with the numbers, and the frame around the chosen cell."""
     fractions = np.full((len(panel.rows), len(panel.columns)), np.nan)
     for cell, value in panel.values.items():
         fractions[cell] = value
     low = float(np.nanmin(fractions))
     high = float(np.nanmax(fractions))
     spread = high - low
-    # The range of greys is wider than the range of values. So no cell is white, and no cell is too
-    # dark for a readable number.
+    # The grey range is wider than the value range. So no cell is white, and no cell is too dark for
+    # a readable number.
     axis.imshow(fractions, cmap="Greys", vmin=low - spread / 4, vmax=high + spread, aspect="auto")
     for (row, column), value in panel.values.items():
         axis.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8)
     if panel.chosen is not None:
         y, x = panel.chosen
-        # the frame goes through the four corners of the cell and back to the first corner
+        # the frame goes through the cell's four corners and back to the first corner
         across = [x - 0.48, x + 0.48, x + 0.48, x - 0.48, x - 0.48]
         down = [y - 0.48, y - 0.48, y + 0.48, y + 0.48, y - 0.48]
         axis.plot(across, down, color=WRONG_COLOUR, linewidth=2)

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Figure  # noqa: PLC0414 - other modules import it here
 
 CORRECT_COLOUR = "#0072B2"
-"""Colour of correct answers, in figures that also show wrong answers."""
+"""Colour for correct answers, in figures that also show wrong answers."""
 WRONG_COLOUR = "#D55E00"
-"""Colour of wrong answers, in figures that also show correct answers."""
+"""Colour for wrong answers, in figures that also show correct answers."""
 
-# colours, dashes and markers of lines in a figure; ``line_styles_of`` combines the three
+# colours, dashes and markers for the lines in a figure. ``line_styles_of`` combines the three.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -41,7 +41,7 @@ MAIN_METHODS = (
     "class_gaussians",
     "margin",
 )
-"""Methods with their own colour, in the order of ``COLOURS``. Other methods share the colours."""
+"""Methods with their own colour, in ``COLOURS`` order. Other methods share the colours."""
 
 DPI = 150
 """Pixels per inch of a figure in PNG or WebP."""
@@ -74,14 +74,14 @@ def require_matplotlib() -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make an empty figure; a screen is not needed. Width and height are in inches."""
-    matplotlib_figure = import_extra("matplotlib.figure", extra="report")
-    figure: Figure = matplotlib_figure.Figure(figsize=(width, height), layout="constrained")
+    """Make an empty figure. No screen is needed. Width and height are in inches."""
+    figure_module = import_extra("matplotlib.figure", extra="report")
+    figure: Figure = figure_module.Figure(figsize=(width, height), layout="constrained")
     return figure
 
 
 def house_style() -> AbstractContextManager[None]:
-    """Return a context manager with the ``MATPLOTLIB_SETTINGS`` of all figures."""
+    """Return a context manager with the ``MATPLOTLIB_SETTINGS`` for all figures."""
     matplotlib = import_extra("matplotlib", extra="report")
     style: AbstractContextManager[None] = matplotlib.rc_context(MATPLOTLIB_SETTINGS)
     return style
@@ -97,17 +97,17 @@ class LineStyle:
 
     @property
     def plot_arguments(self) -> dict[str, Any]:
-        """Arguments of matplotlib."""
+        """Arguments for matplotlib's ``plot``."""
         return {"color": self.colour, "linestyle": self.dash, "marker": self.marker}
 
 
 def line_styles_of(labels: Iterable[str]) -> dict[str, LineStyle]:
-    """Map the label of every line of a figure to a line style.
+    """Map the label of every line in a figure to a line style.
 
-    The style depends on the label, so a method looks the same in every figure. Each method of
+    The style depends on the label, so a method looks the same in every figure. Each method in
     ``MAIN_METHODS`` has a separate colour and a solid line. A label may begin with such a name, for
-    example "vilu + MCM input". Then the label has the colour of the method and a different dash.
-    Two lines of a figure have the same style only if no possible style is free.
+    example "vilu + MCM input". Then the label has the method's colour and a different dash. Two
+    lines in a figure have the same style only if no possible style is free.
     """
     line_styles: dict[str, LineStyle] = {}
     taken_styles: set[LineStyle] = set()
@@ -121,7 +121,7 @@ def line_styles_of(labels: Iterable[str]) -> dict[str, LineStyle]:
 
 
 def _possible_styles(label: str) -> list[LineStyle]:
-    """The possible styles of a line, the preferred style first."""
+    """Return the possible styles for a line, the preferred style first."""
     line_styles = []
     colours = list(COLOURS[1:])  # the first colour is only for the first of ``MAIN_METHODS``
     method = _main_method(label)
@@ -131,7 +131,7 @@ def _possible_styles(label: str) -> list[LineStyle]:
         if label == method:
             preferred_style = LineStyle(COLOURS[index], DASHES[0], MARKERS[index])
             line_styles.append(preferred_style)
-    # The styles of a label are numbered, and the hash of the label is the first number. With each
+    # A label's possible styles are numbered, and the label's hash is the first number. With each
     # next number, colours, dashes and markers change at different rates.
     label_bytes = label.encode("utf-8", "backslashreplace")
     first_number = zlib.crc32(label_bytes)
@@ -147,13 +147,13 @@ def _possible_styles(label: str) -> list[LineStyle]:
 
 
 def _main_method(label: str) -> str | None:
-    """The main method that a label names at its beginning; None if there is none."""
+    """Return the main method that a label names at its beginning. None if there is none."""
     methods_at_start = [method for method in MAIN_METHODS if re.match(rf"{method}(?![a-z])", label)]
     return max(methods_at_start, key=len, default=None)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure atomically, as PNG, WebP or SVG by the suffix of the path.
+    """Write a figure atomically, as PNG, WebP or SVG. The path's suffix decides the format.
 
     Equal figures give equal bytes.
     """
@@ -169,7 +169,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def with_dark_colours(svg: bytes) -> bytes:
-    """Add the dark colours of ``DARK_RULE`` to an SVG of matplotlib."""
+    """Add the dark colours of ``DARK_RULE`` to an SVG from matplotlib."""
     end_of_style = b"</style>"
     rule_and_end = DARK_RULE.encode() + end_of_style
     return svg.replace(end_of_style, rule_and_end, 1)  # only in the first style element

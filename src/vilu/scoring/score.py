@@ -49,7 +49,7 @@ from vilu.scoring.score_folder import (
 from vilu.store.reader import CaptionStore, EmbeddingStore
 from vilu.validation import checked, require_at_least
 
-ROWS_PER_PART = 2**17  # default number of rows in a part of a folder
+ROWS_PER_PART = 2**17  # default number of rows in a folder part
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class CalibrationLike(Protocol):
         uncertainty: Floats,
         class_names: tuple[str, ...] | None,
     ) -> list[str] | None:
-        """Return the label set of every row of a batch; None without label sets."""
+        """Return the label sets for a batch, one per row, or None without label sets."""
 
     def decide(self, outcomes: Outcomes, ood: NDArray[np.bool_] | None) -> Outcomes:
         """Return the outcomes with a decision for every row.
@@ -106,7 +106,7 @@ class DecidingModel(SavedModel):
     @property
     @abstractmethod
     def decides_by(self) -> CalibrationLike | None:
-        """The calibration; None before ``calibrate``."""
+        """Calibration, or None before ``calibrate``."""
 
 
 def predictor_and_calibration(
@@ -147,22 +147,22 @@ def score(
     split: str | None = None,
     calibration: CalibrationLike | None = None,
 ) -> Outcomes:
-    """Return uncertainty, answer and, for rows with a known label, failure of every row.
+    """Return the uncertainty, answer and failure for every row.
 
-    The predictor may be a ``vilu.Selective``. Then the calibration of the ``vilu.Selective``
-    decides. Unscored rows are included, with the uncertainty NaN and a reason:
+    The failure is known where the label is known. If the predictor is a ``vilu.Selective``, its
+    calibration decides. Unscored rows are included, with the uncertainty NaN and a reason:
 
-    - "nonfinite" or "zero_norm": the embedding of the image cannot be used.
+    - "nonfinite" or "zero_norm": the image embedding cannot be used.
     - "k<2": there are fewer than two candidates.
-    - "short_pool": the row is an image-caption pair of the last pool, and this pool is not full.
+    - "short_pool": the row is an image-caption pair in the last pool, and this pool is not full.
 
-    If the predictor is calibrated, the outcomes also have probabilities of failure. With a
+    If the predictor is calibrated, the outcomes also have failure probabilities. With a
     ``calibration`` the outcomes also have decisions. ``vilu.Calibration.load`` reads the
-    calibration from the folder of the predictor.
+    calibration from the predictor's folder.
 
     Warns:
-        UserWarning: If rows of ``data`` were used to fit the predictor. Metrics on these rows are
-            meaningless.
+        UserWarning: If some rows in ``data`` were used to fit the predictor. Metrics on these rows
+            are meaningless.
 
     Raises:
         DataError: If there is no row.
@@ -206,14 +206,14 @@ def score_unseen(
 ) -> Outcomes:
     """Score only the rows in the mask ``is_unseen`` (N,), which were not used in the fit.
 
-    The pools of image-caption pairs still consist of all rows.
+    The image-caption pools still consist of all rows.
     """
     _check_data(predictor, data, None)
     origin_fields = _origin_fields(
         predictor, data, None, dataset=dataset, split=split, n_seen_in_fit=0
     )
-    unseen_rows = rows_to_score(data, is_unseen)
-    outcomes = score_rows(predictor, data, origin_fields, scored_rows=unseen_rows)
+    scored_rows = rows_to_score(data, is_unseen)
+    outcomes = score_rows(predictor, data, origin_fields, scored_rows=scored_rows)
     return outcomes.take(is_unseen)
 
 
@@ -227,17 +227,17 @@ def score_rows(
     scored_rows: Tensor | None = None,
     task: Task | None = None,
 ) -> Outcomes:
-    """Return the outcomes of some rows, from one pass over the rows to score.
+    """Return the outcomes for some rows, from one pass over the rows to score.
 
     Args:
         predictor: The predictor.
         source: The embeddings.
-        origin_fields: Fields of the outcomes that describe their origin (``_origin_fields``).
-        calibration: The calibration that decides; None: the outcomes have no decisions.
-        rows: Indices (M,) of the rows in the source, all different; None: all rows.
-        scored_rows: Indices (S,) of the rows to score, in the order of scoring; None: all usable
+        origin_fields: Outcome fields that describe the outcomes' origin (``_origin_fields``).
+        calibration: The calibration that decides. With None, the outcomes have no decisions.
+        rows: Row indices (M,) in the source, all different. None means all rows.
+        scored_rows: Indices (S,) of the rows to score, in scoring order. None means all usable
             rows.
-        task: Progress bar to advance; None: a new progress bar.
+        task: Progress bar to advance. None means a new progress bar.
     """
     indices = np.arange(len(source)) if rows is None else rows
     sorting_order = np.argsort(indices, kind="stable")
@@ -247,7 +247,7 @@ def score_rows(
     with progress_bar as progress:
         for batch, scores in predictor.scored(source, scored_rows):
             # A row has the same position in the columns as in ``indices``. Bisection in the sorted
-            # indices finds the positions of the rows of the batch.
+            # indices finds the positions of the batch's rows.
             batch_rows = batch.index.numpy(force=True)
             sorted_positions = np.searchsorted(indices, batch_rows, sorter=sorting_order)
             positions = sorting_order[sorted_positions]
@@ -259,7 +259,7 @@ def score_rows(
                     columns.fill_label_sets(positions, label_sets)
             progress.advance(len(positions))
     reasons = _reasons_for_no_score(source, indices, columns.uncertainty, columns.has_one_candidate)
-    # All rows together always have a column of reasons. A part has this column only if a row of the
+    # All rows together always have a reason column. A part has this column only if some row in the
     # part lacks a score.
     has_reasons = rows is None or any(reasons)
     zero_shot = None
@@ -292,7 +292,7 @@ def score_rows(
 def _with_columns_of_source(outcomes: Outcomes, source: EmbeddingSource, indices: Ints) -> Outcomes:
     """Return the outcomes with the answers and clusters of the source, such as a table.
 
-    ``indices`` (M,) are the indices of the rows in the source.
+    ``indices`` (M,) are the row indices in the source.
     """
     if source.data_kind == "answers":
         # A table has only two candidates, "this answer" and "another answer". These candidates say
@@ -308,7 +308,7 @@ def _with_columns_of_source(outcomes: Outcomes, source: EmbeddingSource, indices
 
 @dataclass
 class _OutcomeColumns:
-    """Columns of the outcomes of N rows, filled batch by batch.
+    """Outcome columns for N rows, filled batch by batch.
 
     The value -1 in ``target``, ``prediction``, ``zero_shot`` and ``failure`` means "not known".
     """
@@ -338,7 +338,7 @@ class _OutcomeColumns:
         )
 
     def fill(self, positions: Ints, batch: Batch, scores: Floats) -> None:
-        """Write scores (B,) and answers of a batch to the ``positions`` (B,) in the columns."""
+        """Write a batch's scores (B,) and answers to the ``positions`` (B,) in the columns."""
         n_candidates = batch.text.shape[-2]
         self.uncertainty[positions] = scores
         self.target[positions] = batch.target.numpy(force=True)
@@ -348,7 +348,7 @@ class _OutcomeColumns:
         self.has_one_candidate[positions] = n_candidates < 2
 
     def fill_label_sets(self, positions: Ints, label_sets: list[str]) -> None:
-        """Write the label sets of a batch to the ``positions`` (B,) in the columns."""
+        """Write a batch's label sets to the ``positions`` (B,) in the columns."""
         for position, label_set in zip(positions.tolist(), label_sets, strict=True):
             self.label_set[position] = label_set
 
@@ -356,10 +356,10 @@ class _OutcomeColumns:
 def _is_likely_ood(
     predictor: FailurePredictor, calibration: CalibrationLike, batch: Batch, uncertainty: Floats
 ) -> NDArray[np.bool_]:
-    """Mask (B,) of the rows that are more probably out of distribution than answered wrongly.
+    """Return the mask (B,) of rows more likely out of distribution than answered wrongly.
 
     ``uncertainty`` is P(failure) = P(outside) + P(wrong answer). So P(outside) > P(wrong answer) is
-    the same as P(outside) > P(failure) / 2.
+    equivalent to P(outside) > P(failure) / 2.
     """
     if calibration.has_rule and isinstance(predictor, SeesOutside):
         probability = predictor.outside_probability(batch)
@@ -372,10 +372,10 @@ def _is_likely_ood(
 def _check_data(
     predictor: FailurePredictor, data: EmbeddingSource, calibration: CalibrationLike | None
 ) -> None:
-    """Raise an error for data without rows, and for data that do not match the calibration.
+    """Raise an error if the data have no rows, or do not match the calibration.
 
-    Without a calibration, warn if fitted probabilities are used for other candidates than in the
-    fit.
+    Without a calibration, warn if fitted probabilities are used for candidates that differ from the
+    candidates in the fit.
     """
     if not len(data):
         raise DataError("there is nothing to score: the set has no rows.")
@@ -429,14 +429,14 @@ def _origin_fields(
 
 
 def provenance_of(calibration: CalibrationLike | None) -> dict[str, str]:
-    """Return the entry of the provenance for the calibration; empty without a calibration."""
+    """Return the provenance entry for the calibration, or no entry without a calibration."""
     if calibration is None:
         return {}
     return {"risk": calibration.fingerprint}
 
 
 def _warn_seen(overlap_text: str, predictor: FailurePredictor, n_seen: int) -> None:
-    """Warn if ``n_seen`` rows were used in the fit; ``overlap_text`` is a text, "5 of 100 rows"."""
+    """Warn if ``n_seen`` rows were used in the fit. ``overlap_text`` is like "5 of 100 rows"."""
     if n_seen:
         warn_caller(f"{overlap_text} were used to fit this {predictor.name}.")
 
@@ -444,10 +444,10 @@ def _warn_seen(overlap_text: str, predictor: FailurePredictor, n_seen: int) -> N
 def _reasons_for_no_score(
     source: EmbeddingSource, rows: Ints, uncertainty: Floats, has_one_candidate: NDArray[np.bool_]
 ) -> list[str | None]:
-    """Return for each row the reason for a missing score; None for a row with a score.
+    """Return for each row the reason for a missing score, or None for a row with a score.
 
-    ``rows`` (M,) are the indices of the rows in the source. ``uncertainty`` (M,) is NaN for a row
-    without a score. ``has_one_candidate`` (M,) marks rows with only one candidate.
+    ``rows`` (M,) are the row indices in the source. ``uncertainty`` (M,) is NaN for a row without a
+    score. ``has_one_candidate`` (M,) marks rows with only one candidate.
     """
     lacks_score = np.isnan(uncertainty)
     if not lacks_score.any():
@@ -468,10 +468,10 @@ def _reasons_for_no_score(
 
 
 def _ids_of_rows(source: EmbeddingSource, rows: Ints, sorting_order: Ints) -> list[str]:
-    """Return the identifiers of the rows ``rows`` (M,), in the order of ``rows``.
+    """Return the identifiers for the rows ``rows`` (M,), in the order of ``rows``.
 
-    ``rows[sorting_order]`` is ascending. Identifiers are looked up in ascending order of the rows,
-    because a store reads identifiers part by part.
+    ``rows[sorting_order]`` is ascending. Identifiers are looked up in ascending row order, because
+    a store reads identifiers part by part.
     """
     if not len(rows):
         return []
@@ -482,7 +482,7 @@ def _ids_of_rows(source: EmbeddingSource, rows: Ints, sorting_order: Ints) -> li
     if not are_consecutive:
         id_of_row = {row: source.ids[row] for row in ascending_rows.tolist()}
         return [id_of_row[row] for row in rows.tolist()]
-    # the rows of most parts are consecutive, so one slice reads all identifiers of the part
+    # most parts have consecutive rows, so one slice reads all identifiers in the part
     ids = list(source.ids[first_row : last_row + 1])
     if np.array_equal(rows, ascending_rows):
         return ids
@@ -504,41 +504,41 @@ def score_parts(
 ) -> ScoreFolder:
     """Score embeddings of any size into a folder.
 
-    The values are equal to the values of ``vilu.score`` on the same machine. Each part has three
+    The values are equal to the values from ``vilu.score`` on the same machine. Each part has three
     files. Every file is written atomically:
 
-    1. The outcomes of the rows, in Parquet, for ``Outcomes.load``. The column ``row_id`` has the
-       index of each row in the source.
-    2. The counts of correct and wrong answers, for the evaluation of the whole folder.
+    1. The row outcomes, in Parquet, for ``Outcomes.load``. The column ``row_id`` has each row's
+       index in the source.
+    2. The counts of correct and wrong answers, for evaluating the whole folder.
     3. A receipt. The receipt is written last.
 
     If a run is interrupted, the next run makes the missing parts. The files in the folder are then
     the same as without an interruption.
 
-    Rows are in the order of scoring, ``source.usable_rows``. Unscored rows come after these rows,
-    in separate parts, with the same reasons as in ``vilu.score``.
+    Rows are in scoring order, ``source.usable_rows``. Unscored rows come after these rows, in
+    separate parts, with the same reasons as in ``vilu.score``.
 
     Args:
-        predictor: The predictor; or a ``vilu.Selective``, which also decides.
+        predictor: The predictor, or a ``vilu.Selective``, which also decides.
         source: The embeddings to score.
         folder: A new or empty folder, or the folder of the same run.
         rows_per_part: Number of rows in a part, rounded to whole pools or batches. The scores do
             not depend on this number.
-        dataset: Name of the data set.
-        split: Name of the split of the data set.
-        overwrite: Whether to remove the scores of another run.
-        calibration: As for ``score``; None: the scores have no decisions.
+        dataset: Data set name.
+        split: Split name.
+        overwrite: Whether to remove scores from another run.
+        calibration: As for ``score``. Without a calibration, the scores have no decisions.
 
     Warns:
-        UserWarning: If rows of ``source`` were used to fit the predictor.
+        UserWarning: If some rows in ``source`` were used to fit the predictor.
 
     Raises:
         DataError: If there is no row.
         NotFittedError: If the predictor needs ``fit`` first.
-        ProvenanceError: If the data come from another embedding space, or if the folder holds the
-            scores of another run.
-        UsageError: If the folder holds files of another origin, if ``rows_per_part`` is less than
-            1, or if the rule judges all rows of a batch together.
+        ProvenanceError: If the data come from another embedding space, or if the folder holds
+            scores from another run.
+        UsageError: If the folder holds foreign files, if ``rows_per_part`` is less than 1, or if
+            the rule judges all rows in a batch together.
         BusyError: If another process is scoring into the folder.
         StorageError: If the folder cannot be written.
 
@@ -582,7 +582,7 @@ def _describe_run(
     origin_fields: dict[str, Any],
     rows_per_part: int,
 ) -> ScoreRun:
-    """Return the description of a run of ``score_parts``: predictor, data and settings."""
+    """Return a description for a run of ``score_parts``: predictor, data and settings."""
     scored_rows, _ = _scored_and_unscored(source)
     return ScoreRun(
         predictor=predictor_fingerprint(predictor),
@@ -605,7 +605,7 @@ def _score_missing_parts(
 ) -> None:
     """Score and write the ``missing_parts`` of a folder.
 
-    ``origin_fields`` are the fields of the outcomes that describe their origin.
+    ``origin_fields`` are the outcome fields that describe the outcomes' origin.
     """
     all_scored_rows, all_unscored_rows = _scored_and_unscored(source)
     n_scored = len(all_scored_rows)
@@ -631,10 +631,10 @@ def _score_missing_parts(
 
 
 def _open_and_warn(folder: Path, predictor: FailurePredictor, n_rows: int) -> ScoreFolder:
-    """Open a complete folder of scores, and warn if rows of the folder were used in the fit."""
+    """Open a complete score folder, and warn if some rows in the folder were used in the fit."""
     scores = ScoreFolder(folder)
     n_seen = scores.counts.n_seen
-    # whether all rows of the fit can be recognised, so that the number is exact
+    # whether all rows used in the fit can be recognised, so that the number is exact
     is_complete = all(sketch.is_complete for sketch in predictor.seen_.values())
     count = count_in_words(n_seen, n_rows, "rows", is_complete=is_complete)
     _warn_seen(count, predictor, n_seen)
@@ -651,9 +651,9 @@ def _rounded_rows_per_part(rows_per_part: int, pool_size: int | None) -> int:
 
 
 def _scored_and_unscored(source: EmbeddingSource) -> tuple[Tensor, Ints]:
-    """Return the rows to score, in the order of scoring, and the rows without a score.
+    """Return the rows to score, in scoring order, and the rows without a score.
 
-    Both results are indices of rows in the source.
+    Both results are row indices in the source.
     """
     scored_rows = source.usable_rows
     if source.pool_size:
@@ -664,11 +664,11 @@ def _scored_and_unscored(source: EmbeddingSource) -> tuple[Tensor, Ints]:
     return scored_rows, np.flatnonzero(is_unscored)
 
 
-N_SAMPLED_ROWS = 256  # number of embeddings in the fingerprint of a source
+N_SAMPLED_ROWS = 256  # number of embeddings in a source's fingerprint
 
 
 def predictor_fingerprint(predictor: FailurePredictor) -> str:
-    """Return a hash of a predictor and the weights, independent of the version of vilu."""
+    """Hash a predictor and the weights. The hash does not depend on the vilu version."""
     tensors = predictor.state() | sketch_tensors(predictor)
     weights = {}
     for name, tensor in tensors.items():
@@ -678,12 +678,12 @@ def predictor_fingerprint(predictor: FailurePredictor) -> str:
 
 
 def source_fingerprint(source: EmbeddingSource) -> str:
-    """Return a hash of the shape, labels, order, store and sampled rows of a source.
+    """Hash a source's shape, labels, order, store and a sample of the rows.
 
-    Only a sample of the embeddings is hashed, because a hash of all embeddings would need a second
-    pass over the data. The sample is 256 rows, evenly spaced over the usable rows. The hash also
-    covers the candidates of the first usable row or pool, and the identifiers of the first and the
-    last row of the sample.
+    Only a sample of the embeddings is hashed, because a hash over all embeddings would need a
+    second pass over the data. The sample is 256 rows, evenly spaced over the usable rows. The hash
+    also covers the candidates for the first usable row or pool, and the identifiers of the first
+    and the last sampled row.
     """
     rows = source.usable_rows
     stored_source = source.first if isinstance(source, TwoModels) else source

@@ -1,4 +1,4 @@
-"""Folders of scores for data of any size, as parts with receipts and a manifest."""
+"""Score folders for data of any size, as parts with receipts and a manifest."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RERUN_ADVICE = "Run the same `vilu score` again"
 
 
 class ScoreDocument(Document):
-    """The content of a JSON file in a folder of scores."""
+    """Content of a JSON file in a score folder."""
 
     remedy = RERUN_ADVICE  # advice in messages about a damaged file
 
@@ -47,21 +47,21 @@ class ScoreDocument(Document):
 class ScoreRun(ScoreDocument):
     """Description of a run: all inputs and settings that determine the folder's content."""
 
-    kind: Literal["scores"] = "scores"  # kind of the folder
+    kind: Literal["scores"] = "scores"  # folder kind
     predictor: str  # fingerprint of the predictor and the weights
     source: str  # fingerprint of the embeddings
-    n_in: Count  # number of rows of the embeddings
-    # number of rows to score: the usable rows; for image-caption pairs, the usable rows in whole
-    # pools
+    n_in: Count  # number of embedding rows
+    # number of rows to score: the usable rows, or, for image-caption pairs, the usable rows in
+    # whole pools
     n_candidate: Count
-    # number of rows in a part: whole pools, or whole batches of scoring
+    # number of rows in a part: whole pools, or whole scoring batches
     rows_per_part: int = Field(ge=1)
-    method: str | None  # name of the predictor
-    dataset: str | None  # name of the data set
-    split: str | None  # name of the split of the data set
-    seed: int | None  # seed of the predictor
+    method: str | None  # predictor name
+    dataset: str | None  # data set name
+    split: str | None  # split name
+    seed: int | None  # predictor seed
     answer: str  # kind of the judged answer, as in ``Outcomes``
-    is_probability: bool  # whether the uncertainty is a probability of failure
+    is_probability: bool  # whether the uncertainty is a failure probability
     provenance: dict[str, Any]  # as in ``Outcomes``
 
     @property
@@ -72,7 +72,7 @@ class ScoreRun(ScoreDocument):
 
     @property
     def parts(self) -> list[ScorePart]:
-        """All parts: first the rows to score, in the order of scoring, then the unscored rows."""
+        """All parts: first the rows to score, in scoring order, then the unscored rows."""
         rows_per_part = self.rows_per_part
         starts_of_scored_parts = range(0, self.n_candidate, rows_per_part)
         starts_of_unscored_parts = range(self.n_candidate, self.n_in, rows_per_part)
@@ -104,7 +104,7 @@ class ScoreRun(ScoreDocument):
 
 
 class ScorePart(FrozenModel):
-    """Part of a folder: the rows ``start`` to ``stop - 1`` in the order of scoring."""
+    """Part of a folder: the rows ``start`` to ``stop - 1`` in scoring order."""
 
     number: Count
     start: Count
@@ -112,17 +112,17 @@ class ScorePart(FrozenModel):
 
     @property
     def scores_file(self) -> str:
-        """File with the outcomes of the rows, in the format of ``Outcomes.save``."""
+        """File with the row outcomes, in the format that ``Outcomes.save`` writes."""
         return f"scores/scores_{self.number:05d}.parquet"
 
     @property
     def histogram_file(self) -> str:
-        """File with the numbers of correct and wrong answers in every bin of the score."""
+        """File that counts correct and wrong answers in every score bin."""
         return f"histograms/histogram_{self.number:05d}.parquet"
 
     @property
     def receipt_file(self) -> str:
-        """File of the receipt. The receipt is the last written file of the part."""
+        """Receipt file. The receipt is the last written file in the part."""
         return f"receipts/{self.number:05d}.json"
 
     @property
@@ -135,7 +135,7 @@ class ScorePart(FrozenModel):
 
 
 class Counts(FrozenModel):
-    """Numbers of scored, wrong, unlabelled and unscored rows."""
+    """Counts of scored, wrong, unlabelled and unscored rows."""
 
     n_in: Count  # number of rows
     n_scored: Count  # number of rows with an uncertainty
@@ -162,7 +162,7 @@ class Counts(FrozenModel):
 
     @classmethod
     def of(cls, outcomes: Outcomes, n_seen: int) -> Self:
-        """Return the counts of some rows. ``n_seen`` of the rows were used to fit the predictor."""
+        """Make the counts for some rows. ``n_seen`` of the rows were used to fit the predictor."""
         is_scored = np.isfinite(outcomes.uncertainty)
         is_evaluable = outcomes.evaluable  # scored rows with a known failure
         reasons = outcomes.reason or ()
@@ -178,7 +178,7 @@ class Counts(FrozenModel):
 
     @classmethod
     def total(cls, counts_of_parts: Iterable[Counts]) -> Counts:
-        """Return the sum of the counts of several parts."""
+        """Add up the counts for several parts."""
         names = ("n_in", "n_scored", "n_failures", "n_unlabelled", "n_seen")
         sums = dict.fromkeys(names, 0)
         unscored = Counter[str]()
@@ -191,30 +191,29 @@ class Counts(FrozenModel):
 
 
 class ScoreReceipt(AnyReceipt, ScoreDocument):
-    """Receipt of a part, with the hashes of the files. A part with a receipt is complete."""
+    """Receipt for a part, with the file hashes. A part with a receipt is complete."""
 
-    fingerprint: str  # fingerprint of the run
-    part: ScorePart  # range of rows
-    counts: Counts  # counts of these rows
+    fingerprint: str  # the run's fingerprint
+    part: ScorePart  # row range
+    counts: Counts  # counts for these rows
     files: dict[str, FileInfo]  # size and hash of every file
 
 
 class ScoreManifest(ScoreDocument):
-    """The seal of a complete folder."""
+    """Seal for a complete folder."""
 
-    fingerprint: str  # fingerprint of the run
+    fingerprint: str  # the run's fingerprint
     n_parts: Count  # number of parts
-    counts: Counts  # counts of all rows
-    content: str  # hash over the hashes of all files
+    counts: Counts  # counts for all rows
+    content: str  # hash over all file hashes
 
     @classmethod
     def of(cls, run: ScoreRun, receipts: list[ScoreReceipt]) -> Self:
-        """Return the seal of the parts with these receipts."""
+        """Return the seal for the parts with these receipts."""
         counts = Counts.total(receipt.counts for receipt in receipts)
-        fingerprint = run.fingerprint
         content = content_hash(receipts)
         return cls(
-            fingerprint=fingerprint,
+            fingerprint=run.fingerprint,
             n_parts=len(receipts),
             counts=counts,
             content=content,
@@ -222,13 +221,13 @@ class ScoreManifest(ScoreDocument):
 
 
 class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
-    """Ledger of a folder of scores, with finished and missing parts."""
+    """Ledger for a score folder, with finished and missing parts."""
 
     # words for messages
     folder_kind = "folder of scores"
     command = "vilu score"
     activity = "scoring into"
-    kind = "scores"  # ``kind`` in the documents of the folder
+    kind = "scores"  # ``kind`` in the folder's documents
     folders = ("receipts", "histograms", "scores")  # sub-folders
 
     def __init__(self, root: Path, run: ScoreRun) -> None:
@@ -238,14 +237,14 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     def facts_of_receipt_and_plan(
         self, part: ScorePart, receipt: ScoreReceipt
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """Return (part, number of rows) from the receipt, and from the plan of the run."""
+        """Return (part, number of rows) from the receipt, and from the run's plan."""
         return (receipt.part, receipt.counts.n_in), (part, len(part))
 
     def resume(self, *, overwrite: bool) -> None:
         """Make sure that the folder belongs to this run, and remove unfinished files.
 
-        The caller must hold the lock of the folder. With ``overwrite`` the scores of another run
-        are removed; otherwise another run is an error.
+        The caller must hold the folder's lock. If the folder holds scores from another run,
+        ``overwrite`` removes these scores. Without ``overwrite``, such a folder is an error.
         """
         if (self.root / RUN_FILE).is_file():
             earlier_run = read_run(self.root)
@@ -256,7 +255,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         self.begin(self.run, self.folders)
 
     def write_part(self, part: ScorePart, rows: Ints, outcomes: Outcomes, n_seen: int) -> None:
-        """Write the outcomes of the rows of a part. ``n_seen`` of the rows were used in the fit."""
+        """Write the outcomes for a part's rows. ``n_seen`` of the rows were used in the fit."""
         is_evaluable = outcomes.evaluable
         is_evaluable_ood = is_evaluable & outcomes.outside
         histogram = Histogram.of(outcomes.uncertainty[is_evaluable], outcomes.failure[is_evaluable])
@@ -276,8 +275,8 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
 
 
 def read_run(root: Path) -> ScoreRun:
-    """Read the description of the run in a folder of scores."""
-    # The kind is checked before the fields, because a store of embeddings also has a ``run.json``.
+    """Read the run description in a score folder."""
+    # The kind is checked before the fields, because an embedding store also has a ``run.json``.
     content = read_json(root / RUN_FILE, RERUN_ADVICE, StorageError)
     if content.get("kind") != "scores":
         raise DataError(
@@ -286,15 +285,14 @@ def read_run(root: Path) -> ScoreRun:
     return read_document(root / RUN_FILE, ScoreRun)
 
 
-HISTOGRAM_COLUMNS = ("bin", "correct", "wrong")  # columns of a histogram file, in order
+HISTOGRAM_COLUMNS = ("bin", "correct", "wrong")  # columns in a histogram file, in order
 
 
 def histogram_bytes(histogram: Histogram, histogram_ood: Histogram) -> bytes:
-    """Return the Parquet content of a histogram, with a row per occupied bin, ascending.
+    """Return a histogram as Parquet content, with a row per occupied bin, ascending.
 
-    ``histogram_ood`` is the histogram of the rows outside all classes. Every answer to such a row
-    is wrong. If there are such rows, the column ``outside`` has the number of these rows in each
-    bin.
+    ``histogram_ood`` is the histogram for the rows outside all classes. Every answer to such a row
+    is wrong. If there are such rows, the column ``outside`` counts these rows in each bin.
     """
     columns = {
         "bin": pa.array(histogram.bins),
@@ -311,11 +309,11 @@ def histogram_bytes(histogram: Histogram, histogram_ood: Histogram) -> bytes:
 
 
 def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histogram]:
-    """Read two histograms of a part: of all rows, and of the rows outside all classes.
+    """Read a part's two histograms: for all rows, and for the rows outside all classes.
 
-    The histograms are checked against the receipt of the part.
+    The histograms are checked against the part's receipt.
     """
-    verify_file = FileVerifier(root, [receipt])  # compares the bytes of a file with the receipt
+    verify_file = FileVerifier(root, [receipt])  # compares a file's bytes with the receipt
     path = verify_file(receipt.part.histogram_file)
     table, metadata = read_table(path, ())
     histogram = _parse_histogram(path, table, metadata)
@@ -340,7 +338,7 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
 
 
 def _parse_histogram(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> Histogram:
-    """Return the histogram in the ``table`` of a file; StorageError for invalid content."""
+    """Return the histogram in a file's ``table``, or raise StorageError for invalid content."""
     names = [name for name in table.column_names if name != "outside"]
     has_right_names = names == list(HISTOGRAM_COLUMNS)
     has_counts = all(_is_count_column(column) for column in table.columns)
@@ -373,7 +371,7 @@ def _are_two_numbers(ends: object) -> bool:
 
 
 def _has_valid_bins(histogram: Histogram) -> bool:
-    """Return whether the bins of a histogram are valid.
+    """Return whether a histogram's bins are valid.
 
     Valid bins are ascending and not empty. The lowest score must be in the first bin, and the
     highest score in the last bin.
@@ -402,7 +400,7 @@ def _damaged_error(path: Path, fault: str) -> StorageError:
 
 
 class EvaluableRows(NamedTuple):
-    """Rows of a part with a score and a known failure."""
+    """Rows in a part that have a score and a known failure."""
 
     uncertainty: Floats
     failure: Ints
@@ -415,15 +413,15 @@ IDENTITIES_PER_PASS = 2**24
 
 
 class ScoreFolder(PickledByPath):
-    """Folder of scores from ``score_parts``, accepted by ``vilu.evaluate`` like ``Outcomes``.
+    """Score folder from ``score_parts``, accepted by ``vilu.evaluate`` like ``Outcomes``.
 
     Opening a folder reads the documents, and checks that every file exists and has the right size.
-    When a file is first read, the bytes of the file are compared with the receipt. ``verify``
-    compares all files. A pickled folder holds only the path.
+    When a file is first read, the file's bytes are compared with the receipt. ``verify`` compares
+    all files. A pickled folder holds only the path.
 
     Raises:
         DataError: If the folder holds no scores, or is not complete.
-        StorageError: If a file is missing or damaged; the message names the file.
+        StorageError: If a file is missing or damaged. The message names the file.
         ProvenanceError: If files do not belong together, or were written with another schema.
 
     Examples:
@@ -465,7 +463,7 @@ class ScoreFolder(PickledByPath):
 
     @property
     def histogram(self) -> Histogram:
-        """Histogram of correct and wrong answers over the score, of all evaluable rows.
+        """Histogram of correct and wrong answers over the score, for all evaluable rows.
 
         Evaluable rows have a score and a known failure.
         """
@@ -474,12 +472,12 @@ class ScoreFolder(PickledByPath):
 
     @cached_property
     def _histograms(self) -> tuple[Histogram, Histogram]:
-        """Two histograms: of all evaluable rows, and of the rows outside all classes."""
+        """Two histograms: for all evaluable rows, and for the rows outside all classes."""
         total_ood = Histogram.empty()
 
-        # A generator, so that not all histograms are in memory at once. For each part, the
-        # generator yields the histogram of all rows, and adds the histogram of the rows outside all
-        # classes to ``total_ood``.
+        # A generator, so that memory never holds all histograms at once. For each part, the
+        # generator yields the histogram for all rows, and adds the histogram for the rows outside
+        # all classes to ``total_ood``.
         def histograms() -> Iterator[Histogram]:
             nonlocal total_ood
             for receipt in self._receipts:
@@ -493,9 +491,9 @@ class ScoreFolder(PickledByPath):
     def tally(self) -> Tally:
         """Return the counts for ``vilu.evaluate``, from histograms or from rows.
 
-        The identities of the pictures are compared, about ``IDENTITIES_PER_PASS`` at a time. If two
-        rows have the same picture, the counts come from all rows. Then all rows are read into
-        memory, about 33 bytes per row.
+        The picture identities are compared, about ``IDENTITIES_PER_PASS`` at a time. If two rows
+        have the same picture, the counts come from all rows. Then all rows are read into memory,
+        about 33 bytes per row.
         """
         if self._has_repeated_pictures():
             return self._tally_of_rows()
@@ -504,7 +502,6 @@ class ScoreFolder(PickledByPath):
         if histogram_ood.n:
             histogram_within = histogram.without(histogram_ood)
         histogram_outside = histogram.with_part_as_wrong(histogram_ood)
-        identity = identity_fields(self.run)
         return Tally(
             scores=histogram,
             within=histogram_within,
@@ -513,16 +510,15 @@ class ScoreFolder(PickledByPath):
             n_unlabelled=self.counts.n_unlabelled,
             n_unusable=self.counts.n_unscored,
             n_seen_in_fit=self.counts.n_seen,
-            **identity,
+            **identity_fields(self.run),
         )
 
     def _has_repeated_pictures(self) -> bool:
         """Return whether two evaluable rows show the same picture."""
         n_passes = math.ceil(self.counts.n_scored / IDENTITIES_PER_PASS)
         for remainder in range(n_passes):
-            # A pass compares the identities with the same remainder on division by the number of
-            # passes. Equal identities have equal remainders, so a single pass compares all equal
-            # identities.
+            # A pass compares the identities with one remainder on division by the pass count. Equal
+            # identities have equal remainders, so a single pass compares all equal identities.
             pictures = [np.empty(0, np.int64)]  # so that there is an array if no part has pictures
             for rows in self._evaluable_rows_of_parts():
                 if rows.picture is not None:
@@ -562,7 +558,7 @@ class ScoreFolder(PickledByPath):
         )
 
     def _evaluable_rows_of_parts(self) -> Iterator[EvaluableRows]:
-        """Yield the evaluable rows of each part."""
+        """Yield each part's evaluable rows."""
         verify_file = FileVerifier(self.path, self._receipts)
         for receipt in self._receipts:
             path = verify_file(receipt.part.scores_file)
@@ -579,12 +575,12 @@ class ScoreFolder(PickledByPath):
             )
 
     def outcomes(self) -> Outcomes:
-        """Return all rows in memory, in the order of the data, like ``vilu.score``.
+        """Return all rows in memory, in data order, like ``vilu.score``.
 
         Raises:
             StorageError: If a file is damaged.
-            DataError: If a file is no table of outcomes, or if the parts do not hold every row of
-                the data once.
+            DataError: If a file is no outcome table, or if the parts do not hold every data row
+                once.
         """
         verify_file = FileVerifier(self.path, self._receipts)
         paths = [verify_file(receipt.part.scores_file) for receipt in self._receipts]
@@ -619,10 +615,10 @@ class ScoreFolder(PickledByPath):
         )
 
     def verify(self) -> None:
-        """Read all files and compare the hashes with the receipts.
+        """Read all files and compare their hashes with the receipts.
 
         Raises:
-            StorageError: If a file is damaged; the message names the file.
+            StorageError: If a file is damaged. The message names the file.
         """
         self._ledger.verify()
 
@@ -633,10 +629,10 @@ def _join_column(
     type_name: str,
     order: NDArray[np.int64],
 ) -> Any:  # noqa: ANN401 - the type depends on the column
-    """Return the optional column ``name``, in the order of the data; None if no part has it.
+    """Return the optional column ``name``, in data order, or None if no part has the column.
 
-    ``order`` (N,) sorts the joined rows of the parts into the order of the data. If a part lacks
-    the column, the rows of the part get the value for "missing" in columns of this type.
+    ``order`` (N,) sorts the parts' joined rows into data order. If a part lacks the column, the
+    part's rows get the value for "missing" in columns of this type.
     """
     columns = [getattr(part, name) for part in parts]
     if all(values is None for values in columns):

@@ -63,28 +63,28 @@ LOST_JOURNAL_DETAIL: Final = (
     "the journal was removed or replaced while the service ran, so no row can be kept and nothing "
     "is answered. Stop the service, restore the journal, and start again."
 )
-"""Detail of a refusal while the file of a journal is lost."""
+"""Detail in a refusal while a journal file is lost."""
 
 NOT_WRITTEN_DETAIL: Final = (
     "the rows could not be written to the journal, so nothing is answered; the log of the service "
     "says why. The same request may be repeated."
 )
-"""Detail of a refusal after a journal could not be written."""
+"""Detail in a refusal after a journal could not be written."""
 
 NOT_READY_DETAIL: Final = (
     "the journal cannot be written, so nothing is answered; the log of the service says why."
 )
-"""Detail of the answer of /readyz while a journal is locked or the disk is full."""
+"""Detail in the answer from /readyz while a journal is locked or the disk is full."""
 
 BODY_OF_DATA_KIND: Final[dict[DataKind, type[EmbeddingsIn] | type[RowsIn]]] = {
     "embeddings": EmbeddingsIn,
     "answers": RowsIn,
 }
-"""Maps the kind of data of the predictor to the model of a body of /v1/scores."""
+"""Maps the predictor's data kind to the body model for /v1/scores."""
 
 Route = Callable[..., Any]
 Responses = dict[int | str, dict[str, Any]]
-"""OpenAPI's descriptions of the answers of a route, by status."""
+"""OpenAPI's descriptions of a route's answers, by status."""
 
 
 class Service:
@@ -92,7 +92,7 @@ class Service:
 
     Args:
         limits: Limits for clients.
-        image_folder: Folder for the answered images; None: no image is kept.
+        image_folder: Folder for the answered images. If None, no image is kept.
     """
 
     def __init__(self, limits: ClientLimits, image_folder: Path | None = None) -> None:
@@ -122,7 +122,7 @@ class Service:
 
     @property
     def loaded_engine(self) -> Engine:
-        """The engine; Refused (503) while the engine is loading."""
+        """The engine. Raises Refused (503) while the engine is loading."""
         if self.engine is None:
             raise Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE,
@@ -160,7 +160,7 @@ class Service:
         body_model: type[BaseModel],
         answer_model: type[BaseModel] | None = None,
     ) -> None:
-        """Let ``route`` answer POST requests; both models are described in OpenAPI."""
+        """Let ``route`` answer POST requests, and describe both models in OpenAPI."""
         responses = openapi_responses(takes_body=True, answer_model=answer_model)
         body_description = openapi_body(body_model)
         self.api.add_api_route(
@@ -191,7 +191,7 @@ class Service:
         )
 
     def _add_refusals(self) -> None:
-        """Register the answer to every kind of exception."""
+        """Register the answer to every exception type."""
         self.api.add_exception_handler(Refused, _refusal_response)
         self.api.add_exception_handler(HTTPException, _unknown_route_response)
         self.api.add_exception_handler(ClientDisconnect, _disconnect_response)
@@ -240,7 +240,7 @@ class Service:
         futures: Sequence[Future[Judgement]],
         images: Sequence[bytes] = (),
     ) -> Response:
-        """Wait for the judgements of a request, write the rows to the journals, and answer.
+        """Wait for a request's judgements, write the rows to the journals, and answer.
 
         If the client has disconnected before the rows are written, no row is written.
 
@@ -265,7 +265,7 @@ class Service:
             raise
         request.scope["state"]["images"] = len(replies)
         self.measures.count_answers(reply.answer for reply in replies)
-        # All rows of a request are written together, so the guarantee is the same for all replies.
+        # A request's rows are written together, so all replies have the same guarantee.
         guarantee = replies[0].guarantee
         body = AnswersOut(
             request_id=request.state.request_id,
@@ -276,7 +276,7 @@ class Service:
         return Response(body.model_dump_json(), media_type="application/json", headers=headers)
 
     async def _wait_for_judgements(self, futures: Sequence[Future[Judgement]]) -> list[Judgement]:
-        """Wait for the judgements of a request; Refused (503) after a time limit."""
+        """Wait for a request's judgements. Raise Refused (503) after a time limit."""
         try:
             async with asyncio.timeout(self.limits.answer_seconds):
                 # With return_exceptions, gather waits for all judgements, even after an exception.
@@ -338,7 +338,7 @@ class Service:
         return _json_response({"corrected": len(body.after), "guarantees": state.guarantees})
 
     async def monitor(self) -> Response:
-        """State of every guarantee, and the evidence of the monitor."""
+        """Return the state of every guarantee, and the monitor's evidence."""
         statuses = await asyncio.to_thread(self.loaded_engine.journals.statuses)
         monitors = await self._describe_predictors()
         for monitor in monitors:
@@ -349,7 +349,7 @@ class Service:
         return _json_response({"monitors": monitors})
 
     async def predictors(self) -> Response:
-        """The predictors of the service, and the choice of the answering predictor."""
+        """Return the service's predictors, and which of them answers."""
         descriptions = await self._describe_predictors()
         return _json_response({"predictors": descriptions})
 
@@ -373,7 +373,7 @@ class Service:
         return _json_response({"before": before, "now": descriptions[choice.answers]})
 
     async def _describe_predictors(self) -> list[dict[str, Any]]:
-        """Descriptions of all predictors and guarantees, for clients."""
+        """Describe all predictors and guarantees for clients."""
         engine = self.loaded_engine
         state = await asyncio.to_thread(engine.journals.state)
         descriptions = []
@@ -398,7 +398,7 @@ class Service:
         return _json_response({"alive": True})
 
     async def is_ready(self) -> Response:
-        """Whether the model is loaded and tested, and rows can be written to the journal."""
+        """Tell whether the model is loaded and tested, and whether rows can be written."""
         engine = self.loaded_engine
         state = await asyncio.to_thread(engine.journals.check_writable)
         if state.has_lost_journal:
@@ -409,12 +409,12 @@ class Service:
         return _json_response({"ready": True, "answers": fingerprint})
 
     async def metrics(self) -> Response:
-        """The metrics in Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         content, media_type = await asyncio.to_thread(self.measures.render)
         return Response(content, media_type=media_type)
 
     async def _write_error_response(self, _: Request, error: Exception) -> Response:
-        """The refusal after rows could not be written; only the log names the file."""
+        """Return the refusal after rows could not be written. Only the log names the file."""
         logger.error("a request could not be written to the journal: %s", error)
         state = await asyncio.to_thread(self.loaded_engine.journals.state)
         detail = LOST_JOURNAL_DETAIL if state.has_lost_journal else NOT_WRITTEN_DETAIL
@@ -434,7 +434,7 @@ class Service:
 
 
 def _answer_body(reply: PredictorReply) -> AnswerOut:
-    """A reply as the body of an answer to a client."""
+    """Return a reply as the body for the client's answer."""
     answer = reply.answer
     runners_up = [
         RunnerUpOut(label=label, probability=probability)
@@ -458,7 +458,7 @@ def _answer_body(reply: PredictorReply) -> AnswerOut:
 def _write_images(
     folder: Path, images: Sequence[bytes], judgements: Sequence[Judgement]
 ) -> list[Path]:
-    """Write images to files named by the ids of the rows; skip undecodable images.
+    """Write images to files named by the row ids. Skip undecodable images.
 
     Returns:
         The new files. If a request is repeated, the files exist already.
@@ -481,7 +481,7 @@ def _write_images(
 
 
 def _remove_files(paths: Sequence[Path]) -> None:
-    """Remove the new files of a request."""
+    """Remove the new files for a request."""
     for path in paths:
         with convert_os_errors(f"cannot remove {path}"):
             path.unlink(missing_ok=True)
@@ -505,13 +505,13 @@ def _problem_response(
 
 
 async def _refusal_response(_: Request, error: Exception) -> Response:
-    """The answer to a refused request."""
+    """Return the answer to a refused request."""
     assert isinstance(error, Refused)  # noqa: S101 - the handler is registered for this type
     return _problem_response(error.status, error.detail, error.headers)
 
 
 async def _unknown_route_response(_: Request, error: Exception) -> Response:
-    """The answer to a request for an unknown path or with an unknown method."""
+    """Return the answer to a request for an unknown path or with an unknown method."""
     assert isinstance(error, HTTPException)  # noqa: S101 - the handler is registered for this type
     detail = f"{error.detail}. The paths are listed at /docs."
     status = HTTPStatus(error.status_code)
@@ -519,13 +519,13 @@ async def _unknown_route_response(_: Request, error: Exception) -> Response:
 
 
 async def _disconnect_response(_: Request, _error: Exception) -> Response:
-    """The answer after the client has disconnected; this answer is logged but reaches nobody."""
+    """Return the answer after the client has disconnected. It is logged but reaches nobody."""
     detail = "the connection ended before there was an answer."
     return _problem_response(HTTPStatus.BAD_REQUEST, detail)
 
 
 async def _fault_response(_: Request, error: Exception) -> Response:
-    """The answer after an unexpected exception; only the log shows the exception."""
+    """Return the answer after an unexpected exception. Only the log shows the exception."""
     logger.error("a request failed", exc_info=error)
     return _problem_response(
         HTTPStatus.INTERNAL_SERVER_ERROR, "the service failed at this request; its log says why."

@@ -1,4 +1,4 @@
-"""The models of the bodies of requests and answers, and the reading of requests."""
+"""Models for request and answer bodies, and functions to read requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ JSON_TYPE: Final = "application/json"
 FORM_TYPE: Final = "multipart/form-data"
 
 JSON_TEXT_PATTERN: Final = re.compile(rb'"[^"]*"')
-"""A text in JSON without escaped characters."""
+"""Pattern for a JSON text without escaped characters."""
 
 
 class ImagesIn(BaseModel):
@@ -38,7 +38,7 @@ class ImagesIn(BaseModel):
 
 
 class EmbeddingsIn(BaseModel):
-    """Image embeddings of the same model as in the fit of the predictor.
+    """Image embeddings. The predictor was fitted on embeddings from the same model.
 
     The embeddings are scaled to unit norm.
     """
@@ -60,7 +60,7 @@ class EmbeddingsIn(BaseModel):
         return len(self.embeddings)
 
     def as_columns(self) -> dict[str, Any]:
-        """The rows under the keys read by ``Engine.check_rows``."""
+        """Return the rows under the keys read by ``Engine.check_rows``."""
         return {"embeddings": self.embeddings, "features": self.features}
 
 
@@ -89,7 +89,7 @@ class RowsIn(BaseModel):
         return len(self.id)
 
     def as_columns(self) -> dict[str, Any]:
-        """Maps the name of a column to a list of values."""
+        """Map each column name to a list of values."""
         columns: dict[str, Any] = {**self.numbers, "id": self.id}
         if self.features is not None:
             columns["features"] = self.features
@@ -183,14 +183,14 @@ class AnswersOut(BaseModel):
 
 
 def content_type(request: Request) -> str:
-    """The content type of a request, without parameters."""
+    """Return the content type of a request, without parameters."""
     content_type_header = request.headers.get("content-type", "")
     media_type, _, _ = content_type_header.partition(";")
     return media_type.strip().lower()
 
 
 def count_values(content: bytes) -> int:
-    """An upper bound of the number of values in a JSON document: the number of commas, plus one.
+    """Return an upper bound on the number of values in a JSON document: its comma count plus one.
 
     Every value but the last is followed by a comma. The document is not parsed, so commas within
     texts are counted too.
@@ -199,15 +199,14 @@ def count_values(content: bytes) -> int:
 
 
 def count_labels(content: bytes, limit: int) -> int:
-    """Number of labels in a JSON document. Unlike ``count_values``, leaves out commas in texts.
+    """Count the labels in a JSON document. Unlike ``count_values``, leave out commas in texts.
 
     A document with more texts than ``limit`` labels can have will be refused in any case. For such
-    a document, half of the number of texts is returned, because counting texts is faster.
+    a document, half the number of texts is returned, because counting texts is faster.
     """
     unescaped = content.replace(rb"\\", b"").replace(rb"\"", b"")
     n_texts = unescaped.count(b'"') // 2
-    # A label and the id of a row are two texts. The names of the two fields of a correction are
-    # texts, too.
+    # A label and a row id are two texts. The two field names in a correction are texts, too.
     max_texts = 2 * limit + 2
     if n_texts > max_texts:
         return n_texts // 2
@@ -220,7 +219,7 @@ async def read_json(request: Request, body_model: type[Body], *, limit: int, nou
 
     Args:
         request: The request.
-        body_model: Model of the body.
+        body_model: Model for the body.
         limit: Maximum number of values in the body.
         noun: The noun for these values in a refusal, in the plural.
 
@@ -251,7 +250,7 @@ async def read_json(request: Request, body_model: type[Body], *, limit: int, nou
 
 
 async def read_images(request: Request, limit: int) -> list[bytes]:
-    """Read the encoded images, at most ``limit``, of a form or of a JSON body."""
+    """Read the encoded images, at most ``limit``, from a form or from a JSON body."""
     if content_type(request) == FORM_TYPE:
         images = await _read_form(request)
         require_at_most(len(images), limit, noun="images")
@@ -273,12 +272,12 @@ def _decode_base64(texts: Sequence[str]) -> list[bytes]:
 
 
 class InMemoryParser(MultiPartParser):
-    """A parser of forms with files in memory. The limit on the body limits this memory."""
+    """A form parser with files in memory. The limit on the body limits this memory."""
 
     spool_max_size = 2**40  # larger than any body, so no upload is written to disk
 
     def close(self, files: Sequence[UploadFile]) -> bool:
-        """Close all files of the parser; returns whether the form was complete."""
+        """Close all the parser's files, and return whether the form was complete."""
         # The parser has all files that begin in the form. ``files`` has only the complete files:
         # fewer if the form was cut off within a file.
         begun_files = self._files_to_close_on_error
@@ -288,7 +287,7 @@ class InMemoryParser(MultiPartParser):
 
 
 async def _read_form(request: Request) -> list[bytes]:
-    """Read the files of a form; the names of the fields do not matter."""
+    """Read the files of a form. The field names do not matter."""
     parser = InMemoryParser(request.headers, request.stream(), max_files=10_000, max_fields=100)
     files: list[UploadFile] = []
     try:
@@ -319,14 +318,14 @@ IMAGE_FORM_SCHEMA: Final = {
         "images": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
     },
 }
-"""Schema of a form with images."""
+"""Schema for a form with images."""
 
 
 def openapi_body(body_model: type[BaseModel]) -> dict[str, Any]:
-    """OpenAPI's description of a body that the route reads itself, without FastAPI.
+    """Return OpenAPI's description of a body that the route reads itself, without FastAPI.
 
-    The body is JSON; a body with images is JSON or a form. For a service for tables, a body with
-    embeddings may also be rows of a table (``RowsIn``). The model must not contain nested models.
+    The body is JSON. A body with images is JSON or a form. In a service for tables, a body with
+    embeddings may also be table rows (``RowsIn``). The model must not contain nested models.
     """
     schema = body_model.model_json_schema()
     if body_model is EmbeddingsIn:
@@ -340,7 +339,7 @@ def openapi_body(body_model: type[BaseModel]) -> dict[str, Any]:
 def openapi_responses(
     *, takes_body: bool, answer_model: type[BaseModel] | None = None
 ) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's description of the answer of a route, and of all refusals."""
+    """Return OpenAPI's descriptions of a route's answer and all refusals."""
     refusals = {
         401: "no valid key",
         403: "a page of another site, or a key without the scope",

@@ -1,4 +1,4 @@
-"""Collects the images of many requests in batches of the model, and answers every request."""
+"""Collects images from many requests in batches for the model, and answers every request."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class PredictorReply:
     Attributes:
         row_id: Id of the row.
         answer: The answer.
-        fingerprint: Fingerprint of the answering predictor.
-        guarantee: State of the guarantee of this predictor.
+        fingerprint: The answering predictor's fingerprint.
+        guarantee: State of the guarantee from this predictor.
     """
 
     row_id: str
@@ -66,7 +66,7 @@ class PredictorReply:
 
 
 class Score(NamedTuple):
-    """The part of a judgement that a journal stores."""
+    """The judgement's part that a journal stores."""
 
     answer: int  # index of the answer
     uncertainty: float
@@ -74,12 +74,12 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Judgement:
-    """The answers of all predictors about an image or row.
+    """The answers from all predictors about an image or row.
 
     Attributes:
         row_id: Id of the row.
-        answers: Maps the name of a predictor to an answer.
-        scores: Maps the name of a predictor to a score; empty if the image cannot be read.
+        answers: Maps each predictor name to an answer.
+        scores: Maps each predictor name to a score. Empty if the image cannot be read.
     """
 
     row_id: str
@@ -91,12 +91,12 @@ class ClientRows(NamedTuple):
     """Rows sent by a client in place of images, after a check."""
 
     arrays: dict[str, Tensor]  # the arrays (B, ...) read by the predictor, by name
-    picture_keys: list[bytes]  # B keys; rows of the same picture (or answer) have equal keys
+    picture_keys: list[bytes]  # B keys. Rows with the same picture (or answer) have equal keys.
 
 
 @dataclass(frozen=True)
 class UnwrittenRequest:
-    """The judgements of a request that are not in the journals yet."""
+    """A request's judgements that are not in the journals yet."""
 
     judgements: Sequence[Judgement]
     replies_future: Future[list[PredictorReply]]  # is set after the rows are written
@@ -113,7 +113,7 @@ class WaitingImage:
 
 
 class ServedPredictor:
-    """A predictor of the service. All images are judged by every served predictor."""
+    """A predictor in the service. All images are judged by every served predictor."""
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
@@ -123,7 +123,7 @@ class ServedPredictor:
         self.guarantee_text = None if calibration is None else calibration.guarantee_text
 
     def guarantee_in_words(self, state: GuaranteeState) -> str:
-        """The state of the guarantee, and the text of the guarantee, for people."""
+        """Return the guarantee's state and the guarantee's text, for people."""
         if self.rule is None:
             return "Nothing is guaranteed: this predictor has no rule that accepts answers."
         if state == "none":
@@ -144,21 +144,22 @@ class Engine:
     1. A pool of threads decodes images on arrival.
     2. A single thread runs the model on all images decoded so far, at most ``guard.batch_size``. So
        batches grow with the load, and no image waits for a batch to fill.
-    3. Another thread writes rows to the journals. The rows of a request are written as soon as all
-       rows of the request are judged. So an abandoned request leaves no rows. Requests that are
-       ready at the same time are written together.
+    3. A second thread writes rows to the journals. A request's rows are written as soon as all of
+       them are judged. So an abandoned request leaves no rows. Requests that are ready at the same
+       time are written together.
 
     Args:
         guard: The model with the first predictor.
-        journals: Journals of all predictors, with the choice of the answering predictor.
-        second: Folder of a second predictor for the same embeddings; or a ``vilu.Selective``.
+        journals: Journals for all predictors, with the choice of the answering predictor.
+        second: Folder with a second predictor for the same embeddings, or a ``vilu.Selective``.
 
     Raises:
-        UsageError: If the second predictor needs other arrays or another number format.
-        ProvenanceError: If the second predictor was fitted on another model.
+        UsageError: If the second predictor needs other arrays or another number format than the
+            first predictor.
+        ProvenanceError: If the second predictor was fitted on another model than ``guard``'s.
     """
 
-    data_kind: DataKind = "embeddings"  # the data that clients may send in place of images
+    data_kind: DataKind = "embeddings"  # the data that clients may send instead of images
 
     def __init__(
         self, guard: Guard, journals: Journals, second: Path | SavedModel | None = None
@@ -170,10 +171,10 @@ class Engine:
             second_guard = self._open_second(second)
             self.served_predictors[PREDICTOR_NAMES[1]] = ServedPredictor(second_guard)
         self.on_batch: Callable[[int], None] | None = None  # called with the size of each batch
-        self._next_positions = count()  # numbers of the images in the order of decoding
+        self._next_positions = count()  # image numbers in decoding order
         self._lock = threading.Lock()  # for _waiting_images, _is_scheduled and _unwritten_requests
         self._waiting_images: deque[WaitingImage] = deque()
-        self._is_scheduled = False  # whether a run of the model is submitted or in progress
+        self._is_scheduled = False  # whether a model run is submitted or in progress
         self._unwritten_requests: deque[UnwrittenRequest] = deque()
         self._decoder_pool = ThreadPoolExecutor(guard.workers, thread_name_prefix="vilu-decode")
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="vilu-model")
@@ -196,10 +197,10 @@ class Engine:
         )
 
     def submit_images(self, request_id: str, images: Sequence[bytes]) -> list[Future[Judgement]]:
-        """Submit the images of the request with this id.
+        """Submit the images for the request with this id.
 
         Returns:
-            The futures of the judgements, in the order of the images.
+            The futures for the judgements, in the order of the images.
         """
         futures = []
         for index, content in enumerate(images):
@@ -210,17 +211,17 @@ class Engine:
 
     @property
     def numbers_per_row(self) -> int:
-        """Number of values in a row of a client."""
+        """Number of values in a client's row."""
         return sum(self.guard.model.widths.values())
 
     def check_rows(self, columns: Mapping[str, Any]) -> ClientRows:
-        """Check the rows of a client, and convert the rows to arrays like the arrays of the model.
+        """Check a client's rows, and convert them to arrays like the model's arrays.
 
         Args:
-            columns: The rows under the key "embeddings"; the features, or None, under "features".
+            columns: The rows under the key "embeddings", and features or None under "features".
 
         Returns:
-            The arrays, in the number format of the store. Embeddings are scaled to unit norm.
+            The arrays, in the store's number format. Embeddings are scaled to unit norm.
 
         Raises:
             DataError: If an array has the wrong shape, or an embedding has no direction.
@@ -241,10 +242,10 @@ class Engine:
         return ClientRows(arrays, picture_keys=picture_keys)
 
     def submit_rows(self, request_id: str, rows: ClientRows) -> list[Future[Judgement]]:
-        """Submit the B rows of the request with this id.
+        """Submit the B rows for the request with this id.
 
         Returns:
-            The B futures of the judgements, in the order of the rows.
+            The B futures for the judgements, in the order of the rows.
         """
         ids = []
         for index, content in enumerate(bytes_of_rows(rows.arrays)):
@@ -259,7 +260,7 @@ class Engine:
     def _decode(
         self, request_id: str, index: int, content: bytes, future: Future[Judgement]
     ) -> None:
-        """Decode an image, add it to the waiting images, and schedule a run of the model.
+        """Decode an image, add it to the waiting images, and schedule a model run.
 
         Args:
             request_id: Id of the request.
@@ -279,8 +280,8 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - raised where the judgement is awaited
             future.set_exception(error)
             return
-        # The decoder returns None only for a mark at the end of a series of records. The service
-        # never sends this mark.
+        # The decoder returns None only for a mark at the end of a record series. The service never
+        # sends this mark.
         assert decoded_image is not None  # noqa: S101
         with self._lock:
             waiting_image = WaitingImage(row_id, position, decoded_image, future)
@@ -288,19 +289,19 @@ class Engine:
             self._schedule()
 
     def _schedule(self) -> None:
-        """Submit a run of the model unless one is scheduled. The caller must hold the lock."""
+        """Submit a model run unless one is scheduled. The caller must hold the lock."""
         if not self._is_scheduled:
             self._is_scheduled = True
             self._model_thread.submit(self._run_batch)
 
     def _run_batch(self) -> None:
-        """Run the model on a batch of waiting images; schedule another run if more are waiting."""
+        """Run the model on a batch of waiting images. Schedule the next run if any remain."""
         with self._lock:
             n_images = min(len(self._waiting_images), self.guard.batch_size)
             batch = [self._waiting_images.popleft() for _ in range(n_images)]
         if self.on_batch is not None:
             self.on_batch(n_images)
-        # if a request was given up, nobody waits for the judgements; they are cancelled
+        # If a request was given up, its judgements are cancelled, and nobody waits for them.
         awaited_images = [image for image in batch if not image.judgement_future.cancelled()]
         futures = [image.judgement_future for image in awaited_images]
         self._set_results(futures, lambda: self._judge_images(awaited_images))
@@ -335,7 +336,7 @@ class Engine:
                 future.set_result(result)
 
     def _judge_images(self, batch: Sequence[WaitingImage]) -> list[Judgement]:
-        """Judgements about decoded images, in the order of ``batch``; bad images have no scores."""
+        """Return judgements about decoded images, in ``batch`` order. Bad images have no scores."""
         embedded = self.guard.model.embed([image.decoded_image for image in batch])
         ids = {image.position: image.row_id for image in batch}
         judgements: dict[int, Judgement] = {}
@@ -354,7 +355,7 @@ class Engine:
         return [judgements[image.position] for image in batch]
 
     def _judge_rows(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Judgement]:
-        """Judgements about rows of embeddings by all predictors."""
+        """Return judgements about embedding rows by all predictors."""
         answers: dict[str, list[Answer]] = {}
         scores: dict[str, list[Score]] = {}
         for name, predictor in self.served_predictors.items():
@@ -368,9 +369,9 @@ class Engine:
         return judgements
 
     def record(self, judgements: Sequence[Judgement]) -> Future[list[PredictorReply]]:
-        """Submit the judgements of a request to the journals.
+        """Submit a request's judgements to the journals.
 
-        The returned future has the replies once all rows of the request are written.
+        The returned future has the replies once all the request's rows are written.
         """
         request = UnwrittenRequest(judgements, Future())
         with self._lock:
@@ -379,7 +380,7 @@ class Engine:
         return request.replies_future
 
     def _write_requests(self) -> None:
-        """Write the rows of all unwritten requests, and set the replies.
+        """Write the rows for all unwritten requests, and set the replies.
 
         This method is called once for every request. A call writes all ready requests, so the later
         calls for these requests may find nothing to write.
@@ -399,7 +400,7 @@ class Engine:
             judgements += request.judgements
         try:
             state = self._write_rows(judgements)
-        # as in ``_set_results``, the future of every request gets the exception, and raises it
+        # as in ``_set_results``, every request's future gets the exception, and raises it
         except BaseException as error:
             logger.exception("the rows of %d requests could not be written", len(requests))
             for request in requests:
@@ -410,7 +411,7 @@ class Engine:
             request.replies_future.set_result(replies)
 
     def _write_rows(self, judgements: Sequence[Judgement]) -> ServiceState:
-        """Write the rows with scores to the journals; return the state of the service."""
+        """Write the rows with scores to the journals, and return the service's state."""
         scored_judgements = [judgement for judgement in judgements if judgement.scores]
         ids = [judgement.row_id for judgement in scored_judgements]
         scores: dict[str, ScoreColumns] = {}
@@ -421,7 +422,7 @@ class Engine:
         return self.journals.record(ids, scores)
 
     def _make_reply(self, state: ServiceState, judgement: Judgement) -> PredictorReply:
-        """The reply of the predictor chosen in this state."""
+        """Return the reply from the predictor chosen in this state."""
         name = state.answering_name
         return PredictorReply(
             row_id=judgement.row_id,
@@ -433,16 +434,17 @@ class Engine:
     def close(self) -> None:
         """Finish all submitted work, then end the threads."""
         self._decoder_pool.shutdown(wait=True)
-        # A run may schedule the next run. Therefore the loop waits for all submitted runs until no
-        # run is scheduled.
+        # The model thread may schedule its next work while it works. So wait until nothing is
+        # scheduled. The model thread does an empty job only after all earlier work.
         while self._is_scheduled:
-            self._model_thread.submit(lambda: None).result()
+            empty_job = self._model_thread.submit(lambda: None)
+            empty_job.result()
         self._model_thread.shutdown(wait=True)
         self._journal_thread.shutdown(wait=True)
 
 
 def _picture_bytes(content: bytes, decoded_image: PreparedImage | ErrorRow | None) -> bytes:
-    """The bytes that equal pictures share: the pixels, or the content of an undecodable image."""
+    """Return the bytes that equal pictures share: the pixels, or an undecodable image's content."""
     if not isinstance(decoded_image, PreparedImage):
         return content
     # 16 bits tell the 256 levels of a photo's colours apart, and are hashed faster
@@ -451,13 +453,13 @@ def _picture_bytes(content: bytes, decoded_image: PreparedImage | ErrorRow | Non
 
 
 def bytes_of_rows(arrays: Mapping[str, Tensor]) -> list[bytes]:
-    """For each of B rows, the bytes of the numbers in all arrays (B, ...)."""
+    """Return the bytes of each row's numbers in all arrays (B, ...), as B byte strings."""
     joined_rows = torch.cat([*arrays.values()], dim=1)
     return [row.tobytes() for row in joined_rows.numpy()]
 
 
 def _require_shape(name: str, rows: list[list[float]], *, n_rows: int, width: int) -> None:
-    """Raise DataError if ``rows`` are not ``n_rows`` rows of ``width`` numbers."""
+    """Raise DataError if ``rows`` are not ``n_rows`` rows with ``width`` numbers each."""
     lengths = {len(row) for row in rows}
     if len(rows) == n_rows and lengths == {width}:
         return
@@ -470,7 +472,7 @@ def _require_shape(name: str, rows: list[list[float]], *, n_rows: int, width: in
 
 
 def _unit_rows(embeddings: Tensor) -> Tensor:
-    """Embeddings (B, D) scaled to unit norm; DataError if an embedding has no direction."""
+    """Scale embeddings (B, D) to unit norm. Raise DataError if one has no direction."""
     unit_embeddings, status, _ = normalise_rows(embeddings)
     bad_rows = np.flatnonzero(status != VALID)
     if bad_rows.size:
@@ -481,7 +483,7 @@ def _unit_rows(embeddings: Tensor) -> Tensor:
 
 
 def _scores(outcomes: Outcomes) -> list[Score]:
-    """The scores of all rows, as stored in the journals."""
+    """Return the scores for all rows, as stored in the journals."""
     answers = [UNKNOWN] * len(outcomes)  # used if the outcomes hold no answers
     if outcomes.prediction is not None:
         answers = outcomes.prediction.tolist()

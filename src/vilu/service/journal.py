@@ -1,4 +1,4 @@
-"""The journal of a predictor: every answered row is on disk before the answer is sent.
+"""A predictor's journal: every answered row is on disk before the answer is sent.
 
 The monitor takes in every row once.
 """
@@ -29,16 +29,16 @@ from vilu.service.rows import ROWS_FILE, AnsweredRow, AuditedRow, RowFile, set_a
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "monitor.parquet"  # name of the file with the state of the monitor
+STATE_FILE = "monitor.parquet"  # name of the file with the monitor's state
 ROWS_BETWEEN_SAVES: Final = 20_000
-"""Number of rows between two saves of the state of the monitor.
+"""Number of rows between two saves of the monitor's state.
 
 After a kill, the next start reads at most about this many rows again.
 """
 
 
 CODE_OF_TABLE_LABEL: Final = {"1": 0, "0": 1}
-"""Maps a label of an answer of a table to a code.
+"""Maps the label for a table's answer to a code.
 
 A label says whether the answer is right: "1" for yes, "0" for no. The code is the failure: 0 for a
 right answer, 1 for a wrong answer.
@@ -46,37 +46,36 @@ right answer, 1 for a wrong answer.
 
 
 class Journal:
-    """The rows answered by a calibrated predictor, in a file, and the monitor of the predictor.
+    """The rows answered by a calibrated predictor, in a file, and the predictor's monitor.
 
     - A row is on disk before the answer is sent. A row in the file is never changed.
-    - The monitor takes in rows and labels only from the file, in the order of arrival. So even if
-      there is a crash, the monitor takes in every row and label once, and comes to the same
-      verdict.
-    - Equal pictures count once: the monitor takes in only the first row and the first label of a
-      picture.
+    - The monitor takes in rows and labels only from the file, in the order of arrival. So even
+      after a crash, the monitor takes in every row and label once, and comes to the same verdict
+      as without the crash.
+    - Equal pictures count once: the monitor takes in only a picture's first row and first label.
     - Damaged files are set aside with a warning when the journal is opened.
 
     Args:
-        folder: Folder of the journal.
+        folder: Folder for the journal.
         predictor: Folder of the predictor.
         false_alarm: Probability of ever raising an alarm without cause.
 
     Raises:
         InfeasibleError: If the predictor has no guarantee.
-        ProvenanceError: If another version of vilu wrote the journal, or if the saved state is of
-            another monitor.
+        ProvenanceError: If another version of vilu wrote the journal, or if the saved state is
+            from another monitor.
         StorageError: If the file cannot be written.
     """
 
     def __init__(self, folder: Path, predictor: Path, *, false_alarm: float = 0.05) -> None:
         self.folder = make_folder(folder)
         self._lock = threading.Lock()
-        self._save_thread = ThreadPoolExecutor(1, thread_name_prefix="vilu-save")
-        # the latest save; at first a call without effect
-        self._latest_save: Future[None] = self._save_thread.submit(lambda: None)
         self._make_monitor = partial(Monitor.of_folder, predictor, false_alarm=false_alarm)
         self.monitor = self._load_monitor()
         self._row_file = RowFile(folder, self.monitor.fingerprint)
+        self._save_thread = ThreadPoolExecutor(1, thread_name_prefix="vilu-save")
+        # the latest save. At first it is a call without effect.
+        self._latest_save: Future[None] = self._save_thread.submit(lambda: None)
         self._last_seen_row = self.monitor.rows  # number of the last row taken in by the monitor
         self._n_rows_saved = self.monitor.rows
         self.is_writable = True  # whether the last write succeeded
@@ -90,15 +89,15 @@ class Journal:
     def _take_in_all(self) -> None:
         """Let the monitor take in all new rows and labels."""
         with warnings.catch_warnings():
-            # Some of these rows and labels may be in the saved state of the monitor already, so the
-            # warnings of the monitor about repeated rows are not needed.
+            # Some of these rows and labels may be in the monitor's saved state already. So the
+            # monitor's warnings about repeated rows are not needed.
             warnings.simplefilter("ignore")
             self._take_in_rows()
             self._take_in_labels(after=0)
 
     @property
     def guarantee(self) -> GuaranteeState:
-        """State of the guarantee: "void" after an alarm of the monitor, else "holds"."""
+        """The guarantee's state: "void" after an alarm from the monitor, else "holds"."""
         return "void" if self.status.alarm else "holds"
 
     def record(
@@ -120,7 +119,7 @@ class Journal:
 
     @contextmanager
     def _hold_for_writing(self) -> Iterator[None]:
-        """Hold the file for writing during the block; no other thread uses the file.
+        """Hold the file for writing during the block, so that no other thread uses the file.
 
         Afterwards ``is_writable`` says whether the file could be written.
         """
@@ -143,10 +142,10 @@ class Journal:
             logger.warning("%s", error)
 
     def label(self, labels: Mapping[str, str]) -> LabelCounts:
-        """Write the labels of rows; a row keeps the first label.
+        """Write labels for rows. A row keeps the first label.
 
         Args:
-            labels: Maps the id of a row to the name of a class, or to "(outside)".
+            labels: Maps each row id to a class name, or to "(outside)".
 
         Raises:
             DataError: If a label is neither a class nor "(outside)".
@@ -168,7 +167,7 @@ class Journal:
         return LabelCounts(len(new_labels), unknown_row_ids)
 
     def require_same_labels(self, labels: Mapping[str, str]) -> None:
-        """Raise ContradictionError if a row has another label; a row without a label is allowed."""
+        """Raise ContradictionError if a row's label differs. Rows without labels are allowed."""
         codes = self._codes_of(labels)
         name_of_code = {code: name for name, code in self._code_of_label.items()}
         with self._lock:
@@ -185,7 +184,7 @@ class Journal:
                 )
 
     def correct(self, labels: Mapping[str, str]) -> None:
-        """Replace the labels of labelled rows; the file keeps the replaced labels, too.
+        """Replace the labels of labelled rows. The file keeps the replaced labels, too.
 
         Then a new monitor takes in all rows and labels, and counts only the right labels.
 
@@ -200,9 +199,9 @@ class Journal:
                 if row_number is None or self._row_file.label_of(row_number) is None:
                     raise DataError(f"the row {row_id:.60} has no label that could be corrected.")
                 corrections[row_number] = code
-            # The saved state of the monitor has counted the wrong labels, so the state is removed.
-            # If the service crashes now, the next start reads all rows and labels again. A save in
-            # progress must end first, because the save would write the file again.
+            # The monitor's saved state has counted the wrong labels, so the state is removed. If
+            # the service crashes now, the next start reads all rows and labels again. A save in
+            # progress must end first, because the save would write the state file again.
             self._latest_save.result()
             with convert_os_errors(f"cannot remove {self.folder / STATE_FILE}"):
                 (self.folder / STATE_FILE).unlink(missing_ok=True)
@@ -216,7 +215,7 @@ class Journal:
 
     @property
     def _code_of_label(self) -> dict[str, int]:
-        """The code of every label allowed for clients."""
+        """The code for every label allowed for clients."""
         calibration = self.monitor.calibration
         if calibration.class_names is None:
             return CODE_OF_TABLE_LABEL
@@ -224,7 +223,7 @@ class Journal:
         return codes | {OUTSIDE_NAME: OUTSIDE}
 
     def _codes_of(self, labels: Mapping[str, str]) -> dict[str, int]:
-        """Map the id of every row to the code of the label."""
+        """Map each row id to the label's code."""
         codes = self._code_of_label
         unknown_labels = sorted(set(labels.values()) - codes.keys())
         if unknown_labels:
@@ -237,11 +236,11 @@ class Journal:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the file of rows was removed or replaced; then no row can be written."""
+        """Whether the row file was removed or replaced. If so, no row can be written."""
         return self._row_file.is_lost
 
     def close(self) -> None:
-        """Save the monitor, and close the file of rows."""
+        """Save the monitor, and close the row file."""
         with self._lock:
             self._save_thread.shutdown()
             try:
@@ -251,13 +250,13 @@ class Journal:
             self._latest_save.result()
 
     def close_without_saving(self) -> None:
-        """Close the file of rows. The next start reads the rows since the last save again."""
+        """Close the row file. The next start reads the rows since the last save again."""
         with self._lock:
             self._save_thread.shutdown()
             self._row_file.close()
 
     def _update_status(self) -> None:
-        """Update the status; save the monitor if the verdict has changed or a save is due."""
+        """Update the status. Save the monitor if the verdict has changed or a save is due."""
         verdict_before = self.status.verdict
         self.status = self.monitor.status
         n_unsaved_rows = self.monitor.rows - self._n_rows_saved
@@ -269,7 +268,7 @@ class Journal:
             self._save_in_background()
 
     def _save_in_background(self) -> None:
-        """Save a copy of the monitor in another thread, so answers do not wait for the save."""
+        """Save a copy of the monitor in the save thread, so answers do not wait for the save."""
         self._n_rows_saved = self.monitor.rows
         calibration = self.monitor.calibration
         # The copy shares the calibration, because a calibration never changes. deepcopy does not
@@ -277,12 +276,12 @@ class Journal:
         monitor_copy = copy.deepcopy(self.monitor, memo={id(calibration): calibration})
         previous_save = self._latest_save
         self._latest_save = self._save_thread.submit(self._save_monitor, monitor_copy)
-        # result() raises an exception of the previous save. The exception is never a ViLUError,
+        # result() raises an exception from the previous save. The exception is never a ViLUError,
         # because ``_save_monitor`` logs every ViLUError.
         previous_save.result()
 
     def _save_monitor(self, monitor: Monitor) -> None:
-        """Write the state of the monitor.
+        """Write the monitor's state.
 
         A failed save is logged and not raised: the rows are on disk, so a restart can read the
         rows again.
@@ -299,9 +298,9 @@ class Journal:
         return_freed_memory()
 
     def _load_monitor(self) -> Monitor:
-        """The monitor in the saved state; a new monitor if the state is missing or damaged.
+        """Return the monitor in the saved state, or a new monitor.
 
-        A damaged state is set aside.
+        If the state is missing or damaged, the monitor is new. A damaged state is set aside.
         """
         path = self.folder / STATE_FILE
         monitor = self._make_monitor()
@@ -317,7 +316,7 @@ class Journal:
         return self._make_monitor()  # the failed ``resume`` may have changed the first monitor
 
     def _compare_row_counts(self) -> None:
-        """Number new rows after all rows seen by the monitor; warn if rows are missing."""
+        """Give new rows numbers after all rows seen by the monitor. Warn if rows are missing."""
         n_seen = self.monitor.rows
         n_stored = self._row_file.ends.row_number
         self._row_file.skip_numbers_to(n_seen)
@@ -332,13 +331,13 @@ class Journal:
             )
 
     def _take_in_rows(self) -> None:
-        """Let the monitor take in the new rows of the file."""
+        """Let the monitor take in the file's new rows."""
         rows = self._row_file.rows_after(self._last_seen_row)
         while rows:
             self.monitor.update(self._outcomes(rows), in_order=True)
             self._last_seen_row = rows[-1].row_number
             rows = self._row_file.rows_after(self._last_seen_row)
-        # The last rows of the file may show pictures of earlier rows. ``rows_after`` leaves such
+        # The last rows in the file may show pictures from earlier rows. ``rows_after`` leaves such
         # rows out, and the monitor need not ask again.
         self._last_seen_row = self._row_file.ends.row_number
 
@@ -355,7 +354,7 @@ class Journal:
     def _outcomes(
         self, rows: Sequence[AnsweredRow | AuditedRow], labels: Sequence[int] | None = None
     ) -> Outcomes:
-        """Outcomes of rows for the monitor; without ``labels`` the failures are ``UNKNOWN``."""
+        """Return rows as outcomes for the monitor. Without ``labels``, failures are ``UNKNOWN``."""
         calibration = self.monitor.calibration
         has_classes = calibration.class_names is not None
         answer = np.array([row.answer for row in rows], dtype=np.int64)
@@ -366,7 +365,7 @@ class Journal:
         elif has_classes:
             failure = (answer != target).astype(np.int64)
         else:
-            failure = target  # a label of a table is the failure (``CODE_OF_TABLE_LABEL``)
+            failure = target  # a table's label is the failure (``CODE_OF_TABLE_LABEL``)
         return Outcomes(
             uncertainty=np.array([row.uncertainty for row in rows]),
             failure=failure,

@@ -1,4 +1,4 @@
-"""The interface of the journals of a service, in this process or in a Ray actor."""
+"""The interface to a service's journals, in this process or in a Ray actor."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from vilu.calibration.monitor.status import Status
 from vilu.errors import DataError
 
 PREDICTOR_NAMES: Final = ("first", "second")
-"""Names of the predictors of a service: the main predictor, and an optional second predictor."""
+"""Predictor names in a service: the main predictor, and an optional second predictor."""
 
 ScoreColumns = tuple[list[int], list[float]]
-"""For some rows: the indices of the answers, and the uncertainties."""
+"""The answer indices and the uncertainties for some rows."""
 
 
 class LabelCounts(NamedTuple):
-    """Counts of labels from a client, for the rows of a predictor."""
+    """Label counts for a client's labels, for one predictor's rows."""
 
     n_new: int  # number of new labels, for rows without a label before
     unknown_row_ids: list[str]  # row ids from the client that are missing in the journal
 
 
 GuaranteeState = Literal["holds", "void", "none"]
-"""State of a guarantee: "holds", "void" after an alarm, or "none" without a guarantee."""
+"""A guarantee's state: "holds", "void" after an alarm, or "none" without a guarantee."""
 
 
 class ContradictionError(DataError):
-    """A label differs from the present label of a row; nothing of the request is written."""
+    """A label differs from a row's present label. Nothing in the request is written."""
 
 
 def make_row_id(request_id: str, index: int, content: bytes, picture: bytes) -> str:
-    """The id of a row of a request; a repeated request with the same images gives the same ids.
+    """Return a row id. A repeated request with the same images gives the same ids.
 
     Args:
         request_id: Id of the request.
-        index: Index of the image or row in the request.
-        content: Digest or bytes of the image or row.
+        index: The image's or row's index in the request.
+        content: The image or row, as its digest or bytes.
         picture: Bytes that are equal for equal pictures, such as the pixels. The id ends with the
             digest of ``picture``.
     """
@@ -56,8 +56,8 @@ class ServiceState:
 
     Attributes:
         answering_name: Name of the answering predictor.
-        guarantees: Maps the name of a predictor to the state of the guarantee.
-        has_lost_journal: Whether the file of a journal was removed or replaced.
+        guarantees: Maps each predictor name to the guarantee's state.
+        has_lost_journal: Whether a journal's file was removed or replaced.
         is_writable: Whether the last write to every journal succeeded.
     """
 
@@ -68,34 +68,33 @@ class ServiceState:
 
 
 class Journals(Protocol):
-    """The journals of all predictors of a service, each known by the name of the predictor."""
+    """The journals for all predictors in a service, each known by the predictor's name."""
 
     def record(self, ids: Sequence[str], scores: Mapping[str, ScoreColumns]) -> ServiceState:
-        """Write rows with the answers of all predictors; return the state of the service."""
+        """Write rows with all predictors' answers, and return the service's state."""
 
     def state(self) -> ServiceState:
-        """The present state of the service."""
+        """Return the service's present state."""
 
     def check_writable(self) -> ServiceState:
-        """Try whether the journals can be written; return the state of the service."""
+        """Try whether the journals can be written, and return the service's state."""
 
     def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
         """Write labels, and count the labels for every predictor.
 
-        ``labels`` maps the id of a row to a label. The result maps the name of a predictor to
-        counts.
+        ``labels`` maps each row id to a label. The result maps each predictor name to counts.
         """
 
     def correct(
         self, labels_before: Mapping[str, str], labels_after: Mapping[str, str]
     ) -> ServiceState:
-        """Replace labels by other labels; both arguments map the id of a row to a label."""
+        """Replace ``labels_before`` by ``labels_after``. Both map each row id to a label."""
 
     def statuses(self) -> dict[str, Status]:
-        """Maps the name of every predictor with a monitor to the status of the monitor."""
+        """Map the name of every predictor with a monitor to the monitor's status."""
 
     def switch(self, name: str) -> ServiceState:
-        """Let another predictor answer from now on; return the state of the service."""
+        """Let the predictor ``name`` answer from now on, and return the service's state."""
 
     def close(self) -> None:
         """Save the monitors."""

@@ -1,4 +1,4 @@
-"""Limits for clients: host names, keys with scopes, sizes and number of requests, and time."""
+"""Limits for clients: host names, keys with scopes, request sizes and counts, and time."""
 
 from __future__ import annotations
 
@@ -30,44 +30,44 @@ LOOPBACK_HOSTS: Final = ("127.0.0.1", "localhost", "[::1]")
 """Names by which this machine calls itself."""
 
 OPEN_PATHS: Final = frozenset({"/", "/healthz", "/readyz"})
-"""Paths that need no key. "/" is the page; the page itself asks the user for the key."""
+"""Paths that need no key. "/" is the page, and the page itself asks the user for the key."""
 
 PROBLEM_TYPE: Final = "application/problem+json"
 """Content type of a refusal (RFC 9457)."""
 
 REQUEST_ID_PATTERN: Final = re.compile(r"[!-~]{1,128}")
-"""Form of the request ids of clients."""
+"""Pattern for request ids from clients."""
 
 MAX_DRAINED_BYTES: Final = 2**20
-"""Maximum number of bytes to read of a refused body before the connection is closed."""
+"""Maximum number of bytes to read from a refused body before the connection is closed."""
 
 SECURITY_POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
-"""Content security policy of all answers except pages."""
+"""Content security policy for all answers except pages."""
 
 IMAGES_PATH: Final = "/v1/answers"
-"""Path of requests with encoded images. Only requests to this path may have long bodies."""
+"""Path for requests with encoded images. Only requests to this path may have long bodies."""
 
 QUEUED_PATHS: Final = frozenset({IMAGES_PATH, "/v1/scores"})
-"""Paths of requests with images or rows. Such requests count towards the queue (``InProgress``)."""
+"""Paths for requests with images or rows. Such requests count in the queue (``InProgress``)."""
 
 MAX_OTHER_REQUESTS: Final = 16
-"""Maximum number of requests in progress with labels, corrections, or the choice of a predictor."""
+"""Maximum number of requests in progress with labels, corrections, or a predictor choice."""
 
 TOTAL_BODY_FACTOR: Final = 4
-"""Maximum length of all bodies in progress together, as a multiple of the longest allowed body."""
+"""Maximum total length of the bodies in progress, in multiples of the longest allowed body."""
 
 MAX_CONNECTIONS: Final = 512
 """Maximum number of open connections."""
 
 RETRY_HEADER: Final = {"Retry-After": "1"}
-"""Header of a refusal: the same request may be sent again after a second."""
+"""Header in a refusal: the same request may be sent again after a second."""
 
 KeyScope = Literal["ask", "label", "admin"]
-"""The rights of a key. "ask": ask about images and rows; "label": send labels; "admin": correct
+"""A key's rights. "ask": ask about images and rows. "label": send labels. "admin": correct
 labels, and choose the answering predictor."""
 
 KEY_SCOPES: Final = frozenset[KeyScope](get_args(KeyScope))
-"""All scopes. A key has every scope, unless the line of the key lists only some."""
+"""All scopes. A key has every scope, unless the key's line lists only some."""
 
 SCOPE_OF_PATH: Final[dict[str, KeyScope]] = {
     IMAGES_PATH: "ask",
@@ -83,11 +83,11 @@ access_logger = logging.getLogger("vilu.access")
 
 @dataclass(frozen=True)
 class ClientKey:
-    """A key of a client.
+    """A client's key.
 
     Attributes:
         digest: SHA-256 of the key.
-        scopes: The rights of the key.
+        scopes: The key's rights.
     """
 
     digest: bytes
@@ -101,14 +101,14 @@ class ClientLimits:
     Attributes:
         hosts: Allowed names in the Host header, without a port.
         tls_hosts: The names in ``hosts`` for which a proxy serves https.
-        keys: Allowed keys; a client must send one of these. Empty: no key needed.
-        max_queued_images: Maximum number of images in progress; further requests get 429.
-        max_image_body_bytes: Maximum length of a body with images, in bytes.
-        max_other_body_bytes: Maximum length of any other body, in bytes.
-        max_images: Maximum number of images, rows or labels of a request.
-        max_pixels: Maximum number of pixels of an image; larger images are not decoded.
-        max_request_pixels: Maximum number of pixels of all images of a request together.
-        upload_seconds: Seconds for receiving the body of a request.
+        keys: Allowed keys. A client must send one of them. If empty, no key is needed.
+        max_queued_images: Maximum number of images in progress. Further requests get 429.
+        max_image_body_bytes: Maximum length in bytes for a body with images.
+        max_other_body_bytes: Maximum length in bytes for a body without images.
+        max_images: Maximum number of images, rows or labels in a request.
+        max_pixels: Maximum number of pixels in an image. Larger images are not decoded.
+        max_request_pixels: Maximum number of pixels in a request's images together.
+        upload_seconds: Seconds for receiving a request's body.
         answer_seconds: Seconds until an unanswered request is given up.
     """
 
@@ -125,14 +125,14 @@ class ClientLimits:
     answer_seconds: float = 60.0
 
     def max_body_bytes(self, path: str) -> int:
-        """Maximum length of the body of a request to this path, in bytes."""
+        """Return the maximum body length in bytes for a request to this path."""
         if path == IMAGES_PATH:
             return self.max_image_body_bytes
         return min(self.max_other_body_bytes, self.max_image_body_bytes)
 
 
 def log_access() -> None:
-    """Log every request as a JSON line to stderr; JSON escapes terminal control characters."""
+    """Log every request as a JSON line to stderr. JSON escapes terminal control characters."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     access_logger.handlers[:] = [handler]
@@ -140,7 +140,7 @@ def log_access() -> None:
 
 
 def read_keys(path: Path) -> frozenset[ClientKey]:
-    """Read a file with a key on every line; scopes may follow the key after a space.
+    """Read a file with a key on every line. Scopes may follow the key after a space.
 
     Raises:
         UsageError: If there is no key, if a key is too short, or if a scope is unknown.
@@ -158,7 +158,7 @@ def read_keys(path: Path) -> frozenset[ClientKey]:
 
 
 def _client_key(path: Path, key: bytes, *scopes: bytes) -> ClientKey:
-    """Make a key with the scopes from the line of the key; without scopes, with all scopes."""
+    """Make a key with the given scopes. If none is given, the key has all scopes."""
     digest = hashlib.sha256(key).digest()
     if not scopes:
         return ClientKey(digest)
@@ -184,7 +184,7 @@ class Refused(Exception):  # noqa: N818 - an answer to the client, not an error 
 
 
 def problem_document(status: HTTPStatus, detail: str) -> bytes:
-    """The body of a refusal: a problem document (RFC 9457)."""
+    """Return the body of a refusal: a problem document (RFC 9457)."""
     document = json.dumps(
         {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail}
     )
@@ -193,14 +193,14 @@ def problem_document(status: HTTPStatus, detail: str) -> bytes:
 
 @dataclass
 class Gate:
-    """Admits or refuses a request before the body is read; counts and logs every answer.
+    """Admits or refuses a request before the body is read. Counts and logs every answer.
 
     Attributes:
         app: The application for the admitted requests.
         limits: Limits for clients.
         in_progress: The requests with a body now in progress.
-        on_answered: Called with the path, the status and the seconds of every answered request.
-        known_paths: Paths of the application; all further paths are counted together as "other".
+        on_answered: Called with path, status and seconds for every answered request.
+        known_paths: The application's paths. All further paths are counted together as "other".
         is_closing: Returns whether connections are to be closed after the present request.
     """
 
@@ -225,8 +225,7 @@ class Gate:
         try:
             self._check_head(scope, headers)
             with self._in_progress_with_body(scope, headers):
-                event_loop = asyncio.get_running_loop()
-                deadline = event_loop.time() + self.limits.upload_seconds
+                deadline = asyncio.get_running_loop().time() + self.limits.upload_seconds
                 max_bytes = self.limits.max_body_bytes(scope["path"])
                 body_receiver = _BodyReceiver(
                     receive, max_bytes, self.limits.upload_seconds, deadline
@@ -240,7 +239,7 @@ class Gate:
             self._log_request(scope, answer_sender.status, seconds)
 
     def _check_head(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Raise Refused if the head of a request already breaks a limit."""
+        """Raise Refused if a request's head already breaks a limit."""
         _require_one_length(headers)
         self._require_host(headers)
         if self.limits.keys and scope["path"] not in OPEN_PATHS:
@@ -259,14 +258,13 @@ class Gate:
             yield
 
     def _require_host(self, headers: dict[bytes, bytes]) -> None:
-        """Refuse requests to host names that are not allowed, and requests of pages of other sites.
+        """Refuse requests to host names that are not allowed, and requests from foreign pages.
 
-        Another site can let its host name lead to this address (DNS rebinding). But a page of that
-        site cannot change the Host and Origin headers, because the browser sets these headers.
-        Another port counts as another site.
+        A foreign site can let its host name lead to this address (DNS rebinding). But a page of
+        that site cannot change the Host and Origin headers, because the browser sets these headers.
+        A page from another port of this host is foreign, too.
         """
-        host_header = headers.get(b"host", b"")
-        host_text = host_header.decode("latin-1")
+        host_text = headers.get(b"host", b"").decode("latin-1")
         host_and_port = host_text.strip().lower()
         host = _without_port(host_and_port)
         if host not in self.limits.hosts:
@@ -311,7 +309,7 @@ class Gate:
         raise Refused(HTTPStatus.FORBIDDEN, f"this key does not have the scope {needed_scope!r}.")
 
     def _body_bytes(self, path: str, headers: dict[bytes, bytes]) -> int:
-        """Number of bytes of a body; Refused (413) if the body is too long.
+        """Return a body's number of bytes. Raise Refused (413) if the body is too long.
 
         If the head does not state the number, the maximum for the path is returned.
         """
@@ -328,7 +326,7 @@ class Gate:
         )
 
     async def _refuse(self, refusal: Refused, receive: Receive, send: Send) -> None:
-        """Send a refusal, then read some of the body before the connection is closed.
+        """Send a refusal, then read a part of the body before the connection is closed.
 
         If the connection were closed while the client still sends, the client would not get the
         refusal.
@@ -352,7 +350,7 @@ class Gate:
     def _log_request(self, scope: Scope, status: int, seconds: float) -> None:
         """Count and log a request.
 
-        Path and method are logged only for known paths. So no text of the client is logged.
+        Path and method are logged only for known paths. So no text from the client is logged.
         """
         path = "other"
         method = ""
@@ -374,7 +372,7 @@ class Gate:
 
 @dataclass
 class _AnswerSender:
-    """Sends the answer to a request with the headers of the service, and notes the status."""
+    """Sends the answer to a request with the service's headers, and notes the status."""
 
     send: Send
     request_id: str
@@ -387,7 +385,7 @@ class _AnswerSender:
         return self.status > 0
 
     async def __call__(self, message: Message) -> None:
-        """Send a message of the answer; headers already in the answer are not changed."""
+        """Send a message of the answer. Headers already in the answer are not changed."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             present_names = {name.lower() for name, _ in message["headers"]}
@@ -400,7 +398,7 @@ class _AnswerSender:
         await self.send(message)
 
     def _headers(self) -> dict[bytes, bytes]:
-        """The headers added to every answer of the service."""
+        """Return the headers added to every answer from the service."""
         headers = {
             b"x-request-id": self.request_id.encode(),
             b"x-content-type-options": b"nosniff",
@@ -415,18 +413,18 @@ class _AnswerSender:
 
 @dataclass
 class _BodyReceiver:
-    """Receives the body of a request; raises Refused for a long or slow body."""
+    """Receives a request's body. Raises Refused for a long or slow body."""
 
     receive: Receive
     max_bytes: int  # maximum length in bytes
     seconds: float  # time for receiving the body
-    deadline: float  # time on the clock of the event loop when the body must be complete
+    deadline: float  # time on the event loop's clock when the body must be complete
     n_bytes_read: int = 0  # number of bytes received so far
     is_complete: bool = False  # whether the body is complete
 
     async def __call__(self) -> Message:
-        """Receive the next message of the client."""
-        if self.is_complete:  # the next message is the disconnect; the disconnect has no deadline
+        """Receive the client's next message."""
+        if self.is_complete:  # the next message, the disconnect, has no deadline
             return await self.receive()
         try:
             async with asyncio.timeout_at(self.deadline):
@@ -458,7 +456,7 @@ async def _drain_body(receive: Receive) -> None:
 
 
 def too_many_in_progress(noun: str) -> Refused:
-    """The refusal (429) because too many ``noun`` (such as "images") are in progress."""
+    """Return the refusal (429) because too many ``noun`` (such as "images") are in progress."""
     return Refused(
         HTTPStatus.TOO_MANY_REQUESTS,
         f"the service has too many {noun} in progress. Repeat the request after a second.",
@@ -483,9 +481,9 @@ class InProgress:
 
     Attributes:
         n_queued_requests: Number of requests with images or rows (``QUEUED_PATHS``).
-        n_other_requests: Number of other requests with a body.
-        n_bytes: Number of bytes of all bodies, whether arrived or not.
-        n_images: Number of images and rows of the requests with an arrived body.
+        n_other_requests: Number of requests with a body but without images or rows.
+        n_bytes: Number of bytes in all bodies, whether arrived or not.
+        n_images: Number of images and rows in the requests with an arrived body.
     """
 
     def __init__(self, limits: ClientLimits) -> None:
@@ -497,16 +495,16 @@ class InProgress:
 
     @property
     def max_total_bytes(self) -> int:
-        """Maximum number of bytes of all bodies in progress."""
+        """Maximum number of bytes in all bodies in progress."""
         return TOTAL_BODY_FACTOR * self.limits.max_image_body_bytes
 
     @contextmanager
     def admit(self, path: str, n_bytes: int) -> Iterator[Admission]:
-        """Count a request as in progress during the block; Refused (429) if there are too many."""
+        """Count a request as in progress during the block. Raise Refused (429) for too many."""
         is_queued = path in QUEUED_PATHS
         if self.n_bytes + n_bytes > self.max_total_bytes:
             raise too_many_in_progress("bytes")
-        # The number of images is known only after a body has arrived. But every request of
+        # The number of images is known only after a body has arrived. But every request counted in
         # ``n_queued_requests`` has an image or a row.
         min_images = max(self.n_queued_requests, self.n_images)
         if is_queued and min_images >= self.limits.max_queued_images:
@@ -536,9 +534,9 @@ class Admission:
     n_images: int = 0
 
     def admit_images(self, n: int) -> None:
-        """Count the images of this request as in progress; Refused (429) for too many images.
+        """Count this request's images as in progress. Raise Refused (429) for too many images.
 
-        A request with more images than ``max_queued_images`` is admitted if no image of another
+        A request with more images than ``max_queued_images`` is admitted if no image from another
         request is in progress.
         """
         has_other_images = self.in_progress.n_images > 0
@@ -552,7 +550,7 @@ class Admission:
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:
-    """The request id from the client; a new id if the client sent no valid id."""
+    """Return the request id from the client, or a new id if the client sent no valid id."""
     request_id = headers.get(b"x-request-id", b"").decode("latin-1")
     if REQUEST_ID_PATTERN.fullmatch(request_id):
         return request_id
@@ -560,7 +558,7 @@ def _request_id(headers: dict[bytes, bytes]) -> str:
 
 
 def _require_one_length(headers: dict[bytes, bytes]) -> None:
-    """Refuse a request with two statements of the end of its body, and close the connection.
+    """Refuse a request whose head states the body's end twice, and close the connection.
 
     A proxy may follow the second header and see the end somewhere else. Then the proxy and this
     service disagree about where the next request begins (request smuggling).
@@ -574,7 +572,7 @@ def _require_one_length(headers: dict[bytes, bytes]) -> None:
 
 
 def _are_equal(digest: bytes, other_digest: bytes) -> bool:
-    """Whether two digests are equal; the comparison always takes the same time."""
+    """Return whether two digests are equal. The comparison always takes the same time."""
     return hmac.compare_digest(digest, other_digest)
 
 

@@ -1,4 +1,4 @@
-"""The journals of a service in this process, and the choice of the answering predictor."""
+"""A service's journals in this process, and the choice of the answering predictor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vilu.service.journals import (
 )
 
 SERVING_FILE: Final = "serving.json"
-"""Name of the file of ``AnsweringPredictor``."""
+"""Name of the file with ``AnsweringPredictor``."""
 
 
 class AnsweringPredictor(Document):
@@ -38,12 +38,12 @@ class AnsweringPredictor(Document):
 
 
 class LocalJournals:
-    """The journals of the predictors of a service; a predictor without a guarantee has no journal.
+    """The journals for the predictors in a service. A predictor without a guarantee has none.
 
     Args:
         folder: Folder to keep between restarts, with a folder for every journal and
             ``serving.json``.
-        predictors: Maps the name of a predictor to the folder of the predictor.
+        predictors: Maps each predictor name to the predictor's folder.
 
     Raises:
         UsageError: If two names are the same predictor, or if the last answering predictor is not
@@ -63,7 +63,7 @@ class LocalJournals:
             on_failure.pop_all()
 
     def _open_journals(self, predictors: Mapping[str, Path]) -> None:
-        """Open the journals of all predictors with a guarantee."""
+        """Open the journals for all predictors with a guarantee."""
         for name, predictor in predictors.items():
             calibration = Calibration.find(predictor)
             if calibration is None or calibration.guarantee is None:
@@ -73,7 +73,10 @@ class LocalJournals:
             self._journals[name] = Journal(self.folder / journal_name, predictor)
 
     def _read_answering_name(self) -> str:
-        """Name of the answering predictor before the last stop; at first the main predictor."""
+        """Return the name of the predictor that answered before the last stop.
+
+        Without ``serving.json``, return the main predictor's name.
+        """
         path = self.folder / SERVING_FILE
         if not path.is_file():
             return PREDICTOR_NAMES[0]
@@ -89,7 +92,7 @@ class LocalJournals:
         )
 
     def record(self, ids: Sequence[str], scores: Mapping[str, ScoreColumns]) -> ServiceState:
-        """Write rows with the answers of all predictors; return the state of the service.
+        """Write rows with all predictors' answers, and return the service's state.
 
         The rows are on disk when this method returns. Answers are sent only afterwards.
         """
@@ -99,7 +102,7 @@ class LocalJournals:
         return self.state()
 
     def state(self) -> ServiceState:
-        """The present state of the service."""
+        """Return the service's present state."""
         guarantees: dict[str, GuaranteeState] = dict.fromkeys(self.fingerprints, "none")
         for name, journal in self._journals.items():
             guarantees[name] = journal.guarantee
@@ -112,7 +115,7 @@ class LocalJournals:
         )
 
     def check_writable(self) -> ServiceState:
-        """Try whether the journals can be written; return the state of the service."""
+        """Try whether the journals can be written, and return the service's state."""
         for journal in self._journals.values():
             journal.check_writable()
         return self.state()
@@ -121,7 +124,7 @@ class LocalJournals:
         """Write labels, and count the labels for every predictor, as ``Journals.label``.
 
         Raises:
-            ContradictionError: If a row has another label; then no label is written to any journal.
+            ContradictionError: If a row has a different label. No label is written to any journal.
             DataError: As ``Journal.label``.
         """
         # Between the check and the write, no other request may label the same rows.
@@ -133,11 +136,11 @@ class LocalJournals:
     def correct(
         self, labels_before: Mapping[str, str], labels_after: Mapping[str, str]
     ) -> ServiceState:
-        """Replace labels by other labels; both arguments map the id of a row to a label.
+        """Replace ``labels_before`` by ``labels_after``. Both map each row id to a label.
 
         Raises:
-            ContradictionError: If the label of a row differs from the label of this row in
-                ``labels_before``; then no label is replaced.
+            ContradictionError: If a row's label differs from the row's label in
+                ``labels_before``. No label is replaced.
             DataError: As ``Journal.correct``.
         """
         with self._lock:
@@ -148,11 +151,11 @@ class LocalJournals:
         return self.state()
 
     def statuses(self) -> dict[str, Status]:
-        """Maps the name of every predictor with a monitor to the status of the monitor."""
+        """Map the name of every predictor with a monitor to the monitor's status."""
         return {name: journal.status for name, journal in self._journals.items()}
 
     def switch(self, name: str) -> ServiceState:
-        """Let the predictor with this name answer from now on; return the state of the service.
+        """Let the predictor ``name`` answer from now on, and return the service's state.
 
         Raises:
             UsageError: If there is no predictor with this name.
@@ -181,7 +184,7 @@ class LocalJournals:
 
 
 def _fingerprints(predictors: Mapping[str, Path]) -> dict[str, str]:
-    """Map the name of every predictor to the fingerprint; UsageError for equal fingerprints."""
+    """Map each predictor name to the fingerprint. Raise UsageError for equal fingerprints."""
     fingerprints = {name: fit_fingerprint(folder)[:16] for name, folder in predictors.items()}
     if len(set(fingerprints.values())) < len(predictors):
         folders = " and ".join(map(str, predictors.values()))

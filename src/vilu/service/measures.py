@@ -1,4 +1,4 @@
-"""Prometheus metrics of requests, batches, answers, and the state of every guarantee."""
+"""Prometheus metrics for requests, batches, answers, and every guarantee's state."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vilu.service.journals import Journals, ServiceState
 from vilu.service.limits import InProgress
 
 SECONDS_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Upper bounds of the buckets of the time to answer, in seconds."""
+"""Upper bounds of the buckets for the time to answer, in seconds."""
 
 BATCH_SIZE_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Upper bounds of the buckets of the batch size, in images."""
+"""Upper bounds of the buckets for the batch size, in images."""
 
 
 class CountedAnswer(Protocol):
@@ -25,11 +25,11 @@ class CountedAnswer(Protocol):
 
     @property
     def decision(self) -> str | None:
-        """The decision, "accept" or "review"; None without a rule."""
+        """The decision, "accept" or "review". None without a rule."""
 
     @property
     def reason(self) -> str | None:
-        """Why the answer is not accepted; None for an accepted answer."""
+        """Why the answer is not accepted. None for an accepted answer."""
 
 
 class MeasuredPredictor(Protocol):
@@ -39,23 +39,23 @@ class MeasuredPredictor(Protocol):
 
 
 class MeasuredEngine(Protocol):
-    """The part of an engine that the gauges read."""
+    """The engine's part that the gauges read."""
 
     @property
     def journals(self) -> Journals:
-        """The journals with the states of the guarantees."""
+        """The journals with the guarantees' states."""
 
     @property
     def served_predictors(self) -> Mapping[str, MeasuredPredictor]:
-        """Maps the name of a predictor to the predictor."""
+        """Maps each predictor name to the predictor."""
 
 
 class Measures:
-    """The metrics of a service, in a separate Prometheus registry.
+    """A service's metrics, in a separate Prometheus registry.
 
     Args:
         in_progress: The requests in progress.
-        get_engine: Returns the engine of the service; None while the engine is loading.
+        get_engine: Returns the service's engine, or None while the engine is loading.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class Measures:
             self._answer_counter.labels(answer.decision or "none", answer.reason or "none").inc()
 
     def render(self) -> tuple[bytes, str]:
-        """The metrics in Prometheus' text format, and the content type of this text."""
+        """Return the metrics in Prometheus' text format, and this text's content type."""
         return exposition.generate_latest(self.registry), exposition.CONTENT_TYPE_LATEST
 
 
 class _Gauges(Collector):
-    """Gauges; the values are read from the engine at every request for the metrics."""
+    """Gauges. Their values are read from the engine at every request for the metrics."""
 
     def __init__(
         self, in_progress: InProgress, get_engine: Callable[[], MeasuredEngine | None]
@@ -118,7 +118,7 @@ class _Gauges(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Images in progress, and for every predictor the guarantee, evidence and audit."""
+        """Yield images in progress, and for every predictor the guarantee, evidence and audit."""
         yield GaugeMetricFamily(
             "vilu_images_under_way", "Images that wait for an answer.", self.in_progress.n_images
         )
@@ -155,11 +155,11 @@ def _ready_gauge(*, is_ready: bool) -> Metric:
 
 
 def _guarantee_gauges(state: ServiceState, fingerprints: Mapping[str, str]) -> Iterator[Metric]:
-    """Gauges for the answering predictor, and for the state of every guarantee.
+    """Yield gauges for the answering predictor, and for every guarantee's state.
 
     Args:
-        state: State of the service.
-        fingerprints: Maps the name of a predictor to the fingerprint.
+        state: The service's state.
+        fingerprints: Maps each predictor name to the fingerprint.
     """
     answering_gauge = _predictor_gauge("answers_now", "1 for the predictor that answers, else 0.")
     holds_gauge = _predictor_gauge("guarantee_holds", "1 if the guarantee holds, else 0.")
@@ -178,7 +178,7 @@ EVIDENCE_GAUGES: Final = {
     ),
     "level": "Probability that this test ever raises an alarm without cause.",
 }
-"""Maps an attribute of a test of a monitor to the description of the gauge."""
+"""Maps an attribute of a monitor's test to the gauge description."""
 
 AUDIT_GAUGES: Final = {
     "n": "Number of accepted answers whose labels have arrived.",
@@ -187,11 +187,11 @@ AUDIT_GAUGES: Final = {
     "upper": "Upper bound of the error rate of accepted answers.",
     "guarantee": "Guaranteed maximum of the error rate of accepted answers.",
 }
-"""Maps an attribute of the audit to the description of the gauge."""
+"""Maps an attribute of the audit to the gauge description."""
 
 
 def _monitor_gauges(status_of_fingerprint: Mapping[str, Status]) -> Iterator[Metric]:
-    """Gauges of the monitors, from the status for the fingerprint of every predictor."""
+    """Yield gauges for the monitors, from the status for every predictor's fingerprint."""
     rows_gauge = _predictor_gauge("monitor_rows", "Rows that the monitor has seen.")
     for fingerprint, status in status_of_fingerprint.items():
         rows_gauge.add_metric([fingerprint], float(status.rows))
@@ -211,5 +211,5 @@ def _monitor_gauges(status_of_fingerprint: Mapping[str, Status]) -> Iterator[Met
 
 
 def _predictor_gauge(name: str, description: str, *labels: str) -> GaugeMetricFamily:
-    """A gauge without values; the labels are "predictor", then ``labels``."""
+    """Make a gauge without values. The labels are "predictor", then ``labels``."""
     return GaugeMetricFamily(f"vilu_{name}", description, labels=["predictor", *labels])

@@ -1,4 +1,4 @@
-"""The pages of the service: the page for dropping a photo, and the documentation."""
+"""The service's pages: the page for dropping a photo, and the documentation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vilu.text import csp_hash, render_page
 SWAGGER_SCRIPT: Final = """SwaggerUIBundle({
   url: "/openapi.json", dom_id: "#api", deepLinking: true, validatorUrl: null
 });"""
-"""Script of the documentation; starts Swagger UI."""
+"""Script in the documentation. Starts Swagger UI."""
 
 DOCS_PAGE: Final = f"""<!DOCTYPE html>
 <html lang="en">
@@ -32,7 +32,7 @@ DOCS_PAGE: Final = f"""<!DOCTYPE html>
 </body>
 </html>
 """
-"""Page of the documentation."""
+"""The documentation page."""
 
 DOCS_POLICY: Final = "; ".join(
     [
@@ -46,26 +46,26 @@ DOCS_POLICY: Final = "; ".join(
         "frame-ancestors 'none'",
     ]
 )
-"""Content security policy of the documentation."""
+"""Content security policy for the documentation."""
 
 DOCS_FILE_TYPES: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
-"""Content types of the files of Swagger UI."""
+"""Content types of the Swagger UI files."""
 
 
 async def photo_page() -> Response:
-    """The page for dropping a photo."""
-    # The photo of the user is an image with the source "blob:".
+    """Return the page for dropping a photo."""
+    # The user's photo is an image with the source "blob:".
     content, policy = render_page("vilu.service", name="page", images="blob:")
     return _html_response(content, policy)
 
 
 async def docs_page() -> Response:
-    """The documentation in Swagger UI; all files come from this service."""
+    """Return the documentation in Swagger UI. All files come from this service."""
     return _html_response(DOCS_PAGE, DOCS_POLICY)
 
 
 async def docs_file(name: str) -> Response:
-    """A file of Swagger UI; 404 for any other name."""
+    """Return a file for Swagger UI. Answer 404 to an unknown name."""
     if name not in DOCS_FILE_TYPES:
         raise HTTPException(HTTPStatus.NOT_FOUND)
     package_folder = resources.files("fastapi_offline")

@@ -1,4 +1,4 @@
-"""The service on many machines with Ray Serve: replicas of the model, and shared journals."""
+"""The service on many machines with Ray Serve: model replicas, and shared journals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vilu.service.local_journals import LocalJournals
 from vilu.service.setup import Setup, load_engine
 
 APPLICATION_NAME: Final = "vilu"
-"""Name of the application in Ray Serve."""
+"""The application's name in Ray Serve."""
 
 DRAIN_SECONDS: Final = 60.0
 """Seconds for finishing the requests in progress when a replica has to stop."""
@@ -32,17 +32,17 @@ HEALTH_SECONDS: Final = 5.0
 
 
 class RemoteJournals:
-    """The journals in a Ray actor, shared by replicas of the model.
+    """The journals in a Ray actor, shared by the model replicas.
 
-    Every method calls the method of ``LocalJournals`` with the same name in the actor. After a
-    failure of the actor Ray may repeat a call. A row written twice is stored once.
+    Every method calls the method of ``LocalJournals`` with the same name in the actor. If the actor
+    fails, Ray may repeat a call. A row written twice is stored once.
     """
 
-    def __init__(self, actor: Any) -> None:  # noqa: ANN401 - a handle of Ray
+    def __init__(self, actor: Any) -> None:  # noqa: ANN401 - a Ray handle
         self._actor = actor
 
     def _call(self, method: str, *arguments: object) -> Any:  # noqa: ANN401 - depends on method
-        """Call a method of the actor. An error of vilu in the actor is raised here unchanged."""
+        """Call a method of the actor. A vilu error in the actor is raised here unchanged."""
         ray = import_extra("ray", "serve-ray")
         try:
             pending_call = getattr(self._actor, method).remote(*arguments)
@@ -53,44 +53,44 @@ class RemoteJournals:
             raise
 
     def record(self, ids: Sequence[str], scores: Mapping[str, ScoreColumns]) -> ServiceState:
-        """As ``LocalJournals``."""
+        """Call ``LocalJournals.record``."""
         state: ServiceState = self._call("record", ids, scores)
         return state
 
     def state(self) -> ServiceState:
-        """As ``LocalJournals``."""
+        """Call ``LocalJournals.state``."""
         state: ServiceState = self._call("state")
         return state
 
     def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
-        """As ``LocalJournals``."""
+        """Call ``LocalJournals.label``."""
         counts: dict[str, LabelCounts] = self._call("label", labels)
         return counts
 
     def check_writable(self) -> ServiceState:
-        """As ``LocalJournals``."""
+        """Call ``LocalJournals.check_writable``."""
         state: ServiceState = self._call("check_writable")
         return state
 
     def correct(
         self, labels_before: Mapping[str, str], labels_after: Mapping[str, str]
     ) -> ServiceState:
-        """As ``LocalJournals``."""
+        """Call ``LocalJournals.correct``."""
         state: ServiceState = self._call("correct", labels_before, labels_after)
         return state
 
     def statuses(self) -> dict[str, Status]:
-        """As ``LocalJournals``."""
+        """Call ``LocalJournals.statuses``."""
         statuses: dict[str, Status] = self._call("statuses")
         return statuses
 
     def switch(self, name: str) -> ServiceState:
-        """As ``LocalJournals``."""
+        """Call ``LocalJournals.switch``."""
         state: ServiceState = self._call("switch", name)
         return state
 
     def close(self) -> None:
-        """As ``LocalJournals``."""
+        """Call ``LocalJournals.close``."""
         self._call("close")
 
 
@@ -102,7 +102,7 @@ class Replicas(NamedTuple):
 
 
 def parse_replicas(text: str) -> Replicas:
-    """The numbers of replicas in a text such as "2" or "1:8"."""
+    """Return the replica numbers in a text such as "2" or "1:8"."""
     minimum_text, _, maximum_text = text.partition(":")
     with suppress(ValueError):  # a text without a number raises the error below
         minimum = int(minimum_text)
@@ -115,10 +115,10 @@ def parse_replicas(text: str) -> Replicas:
 
 
 def deploy(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, RemoteJournals]:
-    """Start the service in the Ray cluster of this process.
+    """Start the service in this process's Ray cluster.
 
     Args:
-        setup: Settings of the service.
+        setup: The service's settings.
         host: The address.
         port: The port.
         replicas: Minimum and maximum number of replicas.
@@ -133,7 +133,7 @@ def deploy(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str,
     uses_one_machine = os.environ.get(RAY_CLUSTERS) == "0"
 
     def build_application() -> Gate:
-        """Build the application with a model; every replica is a process and calls this."""
+        """Build the application with a model. Every replica is a process and calls this."""
         if uses_one_machine:
             listen_to_this_machine_alone()
         for module in modules:
@@ -156,16 +156,16 @@ def deploy(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str,
 
 
 def listen_to_this_machine_alone() -> None:
-    """Let gRPC servers of this process listen at 127.0.0.1, whatever addresses they name.
+    """Let this process's gRPC servers listen at 127.0.0.1, whatever addresses they name.
 
-    A replica of Ray Serve opens a port for other deployments at all addresses of the machine, even
-    if Ray itself listens at 127.0.0.1 only. This port asks for no key, and reads pickles. Call this
-    before the port is opened, in a process used only as a replica.
+    A Ray Serve replica opens a port for other deployments at all addresses of the machine, even if
+    Ray itself listens at 127.0.0.1 only. This port asks for no key, and reads pickles. Call this
+    function before the port is opened, in a process used only as a replica.
     """
     server: Any = import_extra("grpc.aio._server", "serve-ray").Server
     add_port = server.add_insecure_port
 
-    def add_insecure_port(self: Any, address: str) -> int:  # noqa: ANN401 - a server of gRPC
+    def add_insecure_port(self: Any, address: str) -> int:  # noqa: ANN401 - a gRPC server
         _, _, port = address.rpartition(":")
         return int(add_port(self, f"127.0.0.1:{port}"))
 
@@ -181,12 +181,12 @@ def _start_journals_actor(setup: Setup) -> RemoteJournals:
     actor_class = make_remote(LocalJournals)
     actor = actor_class.remote(setup.state, setup.predictors)
     journals = RemoteJournals(actor)
-    journals.state()  # raises the error of the actor if the journals could not be opened
+    journals.state()  # raises the actor's error if the journals could not be opened
     return journals
 
 
 def _deployment_options(setup: Setup, replicas: Replicas) -> dict[str, Any]:
-    """Options of the deployment: number of replicas, largest load, and time limits."""
+    """Return the deployment options: number of replicas, largest load, and time limits."""
     return {
         "name": APPLICATION_NAME,
         "max_ongoing_requests": 4 * setup.limits.max_queued_images,
@@ -198,7 +198,7 @@ def _deployment_options(setup: Setup, replicas: Replicas) -> dict[str, Any]:
 
 
 def _replica_options(replicas: Replicas) -> dict[str, Any]:
-    """Options of a deployment for the number of replicas."""
+    """Return the deployment options for the number of replicas."""
     if replicas.minimum == replicas.maximum:
         return {"num_replicas": replicas.minimum}
     limits = {"min_replicas": replicas.minimum, "max_replicas": replicas.maximum}
@@ -208,12 +208,12 @@ def _replica_options(replicas: Replicas) -> dict[str, Any]:
 def serve_ray(
     setup: Setup, host: str, port: int, replicas: Replicas, announce: Callable[[str], None]
 ) -> None:
-    """Serve until a signal; then drain the replicas, and save.
+    """Serve until a signal. Then drain the replicas, and save.
 
-    The cluster at ``RAY_ADDRESS`` is used; without it a cluster is started on this machine.
+    The cluster at ``RAY_ADDRESS`` is used. Without ``RAY_ADDRESS``, a cluster is started here.
 
     Args:
-        setup: Settings of the service.
+        setup: The service's settings.
         host: The address.
         port: The port.
         replicas: Minimum and maximum number of replicas.
@@ -221,10 +221,10 @@ def serve_ray(
 
     Raises:
         UsageError: If the port is 0, since Ray does not report the chosen free port, or if no
-            cluster answers at ``RAY_ADDRESS``.
+            cluster answers at ``RAY_ADDRESS``, or if Ray cannot start.
         BusyError: If another process serves with the same state folder.
-        ViLUError: If the rule of a predictor cannot be verified, or if the model differs from the
-            model of the predictor.
+        ViLUError: If a predictor's rule cannot be verified, or if the model differs from the
+            predictor's model.
     """
     ray = import_extra("ray", "serve-ray")
     serve = import_extra("ray.serve", "serve-ray")
@@ -232,7 +232,7 @@ def serve_ray(
         raise UsageError("with --executor ray give a --port other than 0.")
     make_folder(setup.state)
     with locked(setup.state, activity="serving with the state in"):
-        start_ray(include_dashboard=False, ignore_reinit_error=True)
+        start_ray(include_dashboard=False)
         try:
             url, journals = deploy(setup, host, port, replicas)
             announce(url)

@@ -1,17 +1,16 @@
-"""The file of answered rows and labels; damage is found when the file is opened.
+"""The file with answered rows and labels. Damage is found when the file is opened.
 
 - Rows and labels are only added, never changed.
-- Rows form a chain: the digest of a row is computed from the content of the row and the digest of
-  the previous row. So an edit or a deletion breaks the chain. Labels and corrections form a second
-  chain.
-- The id of a row ends with the id of the picture. Rows of equal pictures are kept, but only the
-  first row of a picture is given to the monitor.
-- The chains begin with a digest of the fingerprint of the monitor, so rows of another monitor do
-  not fit.
+- Rows form a chain: a row's digest is computed from the row's content and the previous row's
+  digest. So an edit or a deletion breaks the chain. Labels and corrections form a second chain.
+- The row id ends with the picture id. Rows with equal pictures are kept, but only the picture's
+  first row is given to the monitor.
+- The chains begin with a digest of the monitor's fingerprint, so rows from another monitor do not
+  fit.
 - A small second file notes the last row and the last label. So missing rows at the end are found
   too.
 
-This does not protect against a person who can write both files.
+The chains do not protect against a person who can write both files.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from vilu.errors import StorageError
 logger = logging.getLogger(__name__)
 
 ROWS_FILE = "rows.sqlite"
-"""Name of the file of rows and labels."""
+"""Name of the file with rows and labels."""
 
 ENDS_FILE = "rows.ends"
 """Name of the file with the ends of both chains: the last row and the last label."""
@@ -53,7 +52,7 @@ LOCK_WAIT_SECONDS: Final = 5.0
 """Seconds to wait for a file locked by another process."""
 
 PICTURE_OF_ID: Final = "substr({id}, instr({id}, '-') + 1)"
-"""SQL expression for the picture of a row: the end of the id, or the whole id without a hyphen."""
+"""SQL expression for a row's picture: the end of the id, or the whole id without a hyphen."""
 
 CREATE_TABLES: Final = f"""
 BEGIN IMMEDIATE;
@@ -83,12 +82,12 @@ COMMIT
 """
 """SQL statements to create the tables.
 
-``n`` is the number of a row, in order of arrival. ``came`` is the number of a label or correction,
-in order of arrival.
+``n`` is the row number, in order of arrival. ``came`` is the label's or correction's number, in
+order of arrival.
 """
 
 NEWER_SCHEMA_NAMES: Final = frozenset({"corrections", "pictures"})
-"""Names of newer tables and indices, absent from files of earlier versions."""
+"""Names of newer tables and indices, absent from files by earlier versions."""
 
 SELECT_ROWS_OF_NEW_PICTURES: Final = f"""
 SELECT n, id, answer, uncertainty FROM rows
@@ -98,7 +97,7 @@ WHERE n > ? AND NOT EXISTS (
     AND earlier.n < rows.n
 ) ORDER BY n LIMIT ?
 """  # noqa: S608 - only names of columns are put in
-"""SQL for the rows with a number above ``?``, without rows of a picture seen in an earlier row."""
+"""SQL for the rows with a number above ``?``, without rows whose picture came earlier."""
 
 SELECT_LABELS_OF_NEW_PICTURES: Final = f"""
 SELECT n, id, answer, uncertainty, coalesce(
@@ -110,7 +109,7 @@ WHERE came > ? AND NOT EXISTS (
     AND earlier.came < labels.came
 ) ORDER BY came
 """  # noqa: S608 - only names of columns are put in
-"""SQL for the labels with a number above ``?``, without labels of a picture labelled earlier.
+"""SQL for the labels with a number above ``?``, without labels for a picture labelled earlier.
 
 For a corrected label, the last correction is selected instead.
 """
@@ -120,7 +119,7 @@ SELECT came, n, label, digest, 'labels' FROM labels
 UNION ALL SELECT came, n, label, digest, 'corrections' FROM corrections
 ORDER BY came
 """
-"""SQL for the chain of labels and corrections; the last column is the name of the table."""
+"""SQL for the chain of labels and corrections. The last column is the table name."""
 
 DIGEST_BYTES: Final = 16
 """Length of a digest in bytes."""
@@ -129,11 +128,11 @@ ENDS_LINE_PATTERN: Final = re.compile(
     rb"(?P<row_number>\d{20}) (?P<row_digest>[0-9a-f]{32}) "
     rb"(?P<label_number>\d{20}) (?P<label_digest>[0-9a-f]{32})\n"
 )
-"""Pattern of the only line of ``ENDS_FILE``; its groups are the attributes of ``ChainEnds``."""
+"""Pattern for the only line in ``ENDS_FILE``. The groups are the attributes of ``ChainEnds``."""
 
-# binary formats of the numbers in digests
-ROW_FORMAT = struct.Struct("<qdqd")  # number of the row, time, answer, uncertainty
-LABEL_FORMAT = struct.Struct("<qqq")  # number of the label, number of the row, label
+# binary formats for the numbers in digests
+ROW_FORMAT = struct.Struct("<qdqd")  # row number, time, answer, uncertainty
+LABEL_FORMAT = struct.Struct("<qqq")  # label number, row number, label
 
 HARMLESS_ERROR_CODES: Final = {
     sqlite3.SQLITE_BUSY,
@@ -151,16 +150,16 @@ HARMLESS_ERROR_CODES: Final = {
 
 
 class AnsweredRow(NamedTuple):
-    """The columns of a row for the monitor."""
+    """A row's columns for the monitor."""
 
-    row_number: int  # number of the row, in the order of arrival
+    row_number: int  # row number, in the order of arrival
     id: str
     answer: int
     uncertainty: float
 
 
 class AuditedRow(NamedTuple):
-    """The columns of a labelled row for the monitor, and the label."""
+    """A labelled row's columns for the monitor, and the label."""
 
     row_number: int
     id: str
@@ -173,7 +172,7 @@ StoredRow = tuple[int, bytes, float, int, float, bytes]
 """Number, id, time, answer, uncertainty, digest."""
 
 StoredLabel = tuple[int, int, int, bytes, str]
-"""Number of the label, number of the row, label, digest, name of the table."""
+"""Label number, row number, label, digest, table name."""
 
 
 @dataclass(frozen=True)
@@ -193,14 +192,14 @@ class ChainEnds:
     label_digest: bytes
 
     def to_line(self) -> bytes:
-        """The line of ``rows.ends``. Its length is constant, so a single write replaces it."""
+        """Return the line for ``rows.ends``. Its length is constant, so one write replaces it."""
         row_end = f"{self.row_number:020d} {self.row_digest.hex()}"
         label_end = f"{self.label_number:020d} {self.label_digest.hex()}"
         return f"{row_end} {label_end}\n".encode()
 
     @classmethod
     def parse(cls, line: bytes) -> ChainEnds | None:
-        """Parse a line of ``rows.ends``; None if the line is damaged."""
+        """Parse a line from ``rows.ends``. Return None if the line is damaged."""
         match = ENDS_LINE_PATTERN.fullmatch(line)
         if match is None:
             return None
@@ -215,14 +214,14 @@ class ChainEnds:
 
 
 class RowFile:
-    """The open file of rows and labels, for use by a single thread at a time.
+    """The open file with rows and labels, for use by a single thread at a time.
 
     The chains are checked when the file is opened. If a chain is broken, the file is set aside
     with a warning, and a new file gets the rows and labels before the break.
 
     Args:
-        folder: Folder of the file; the file may be new.
-        monitor: Fingerprint of the monitor of these rows.
+        folder: Folder for the file. The file may be new.
+        monitor: Fingerprint of the monitor for these rows.
 
     Raises:
         ProvenanceError: If another version of vilu wrote the file.
@@ -234,15 +233,15 @@ class RowFile:
         self._ends_path = folder / ENDS_FILE
         monitor_bytes = monitor.encode()
         first_digest = hashlib.blake2b(monitor_bytes, digest_size=DIGEST_BYTES).digest()
-        # the ends of chains without a row and without a label
+        # the ends if the chains have no row and no label
         self._empty_ends = ChainEnds(
             row_number=0, row_digest=first_digest, label_number=0, label_digest=first_digest
         )
         self.ends = self._load_ends()
-        # number of the last row ever answered; the file may have lost this row
+        # number of the last row ever answered. The file may have lost this row.
         self._last_row_number = self.ends.row_number
-        # The file of ends holds the last link of each chain (``ChainEnds``). The file must exist
-        # before the first row is written, because rows without a file of ends count as damaged.
+        # The ends file holds each chain's last link (``ChainEnds``). The ends file must exist
+        # before the first row is written, because rows without an ends file count as damaged.
         with convert_os_errors(f"cannot write {self._ends_path}"):
             self._ends_file_descriptor = os.open(self._ends_path, os.O_RDWR | os.O_CREAT, 0o666)
         with ExitStack() as on_failure:
@@ -253,11 +252,11 @@ class RowFile:
                 self._connection = self._connect()
             on_failure.pop_all()
         paths = (self.path, folder / WAL_FILE)
-        # identities of the files at this moment, to notice later if a file was replaced
+        # file identities at this moment, to notice later if a file was replaced
         self._identities = {path: _file_identity(path) for path in paths}
 
     def _connect(self) -> sqlite3.Connection:
-        """Open the file, with the tables of this version; close the file if that fails."""
+        """Open the file, with this version's tables. Close the file if that fails."""
         with ExitStack() as on_failure:
             connection = sqlite3.connect(
                 self.path, timeout=LOCK_WAIT_SECONDS, check_same_thread=False, isolation_level=None
@@ -271,17 +270,17 @@ class RowFile:
     def skip_numbers_to(self, row_number: int) -> None:
         """Give new rows only numbers above ``row_number``, the last number seen by the monitor.
 
-        The file may have lost some of these rows. Numbers of lost rows are not used again.
+        The file may have lost some of these rows. The lost rows' numbers are not used again.
         """
         self._last_row_number = max(self._last_row_number, row_number)
 
     @property
     def is_lost(self) -> bool:
-        """Whether the open file was removed or replaced; then no row can be kept."""
+        """Whether the open file was removed or replaced. If so, no row can be kept."""
         return any(_file_identity(path) != identity for path, identity in self._identities.items())
 
     def add(self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]) -> None:
-        """Write the rows with new ids; all rows are on disk when this method returns.
+        """Write the rows with new ids. All rows are on disk when this method returns.
 
         Raises:
             StorageError: If the rows cannot be written, or the file was removed or replaced.
@@ -305,7 +304,7 @@ class RowFile:
         self._set_ends(ends)
 
     def add_labels(self, labels: Mapping[int, int]) -> None:
-        """Write the first label of each of these rows; ``labels`` maps row number to label.
+        """Write the first label for each row in ``labels``, by row number.
 
         Raises:
             StorageError: As ``add``.
@@ -313,7 +312,7 @@ class RowFile:
         self._write_labels("labels", labels)
 
     def add_corrections(self, labels: Mapping[int, int]) -> None:
-        """Write a new label for each of these rows; earlier labels stay in the file.
+        """Write a new label for each row in ``labels``. Earlier labels stay in the file.
 
         Raises:
             StorageError: As ``add``.
@@ -330,19 +329,19 @@ class RowFile:
         self._set_ends(ends)
 
     def require_writable(self) -> None:
-        """Write the version number again, as a test; StorageError if the write fails."""
+        """Write the version number again, as a test. Raise StorageError if the write fails."""
         self._require_in_place()
         with self._convert_sqlite_errors(), self._write_transaction():
             self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def row_number(self, row_id: str) -> int | None:
-        """The number of the row with this id; None if the file has no such row."""
+        """Return the number of the row with this id, or None if the file has no such row."""
         with self._convert_sqlite_errors():
             row = self._connection.execute("SELECT n FROM rows WHERE id = ?", (row_id,)).fetchone()
         return None if row is None else int(row[0])
 
     def label_of(self, row_number: int) -> int | None:
-        """The label of the row with this number, or the last correction; None without a label."""
+        """Return a row's label, or the last correction. Return None if the row has no label."""
         query = (
             "SELECT label FROM (SELECT came, label FROM labels WHERE n = :n "
             "UNION ALL SELECT came, label FROM corrections WHERE n = :n) ORDER BY came DESC LIMIT 1"
@@ -352,7 +351,10 @@ class RowFile:
         return None if row is None else int(row[0])
 
     def rows_after(self, row_number: int) -> list[AnsweredRow]:
-        """The first ``MAX_ROWS_READ`` rows above this number, without pictures of earlier rows."""
+        """Return the first ``MAX_ROWS_READ`` rows above this number.
+
+        Rows with an earlier row's picture are left out and do not count.
+        """
         with self._convert_sqlite_errors():
             records = self._connection.execute(
                 SELECT_ROWS_OF_NEW_PICTURES, (row_number, MAX_ROWS_READ)
@@ -360,10 +362,10 @@ class RowFile:
             return [AnsweredRow(*row) for row in records]
 
     def labels_after(self, label_number: int) -> list[AuditedRow]:
-        """The rows with labels numbered above ``label_number``, in the order of the labels.
+        """Return the rows with labels numbered above ``label_number``, in label order.
 
-        A row with a corrected label has the last correction. If rows of equal pictures have labels,
-        only the row with the first label is returned.
+        A row with a corrected label has the last correction. If rows with equal pictures have
+        labels, only the row with the first label is returned.
         """
         with self._convert_sqlite_errors():
             records = self._connection.execute(SELECT_LABELS_OF_NEW_PICTURES, (label_number,))
@@ -384,14 +386,14 @@ class RowFile:
             )
 
     def _set_ends(self, ends: ChainEnds) -> None:
-        """Note the new ends of the chains. The last row and label must be on disk already."""
+        """Note the chains' new ends. The last row and label must be on disk already."""
         self._require_in_place()
         self.ends = ends
         self._last_row_number = max(self._last_row_number, ends.row_number)
         self._write_ends()
 
     def _write_ends(self) -> None:
-        """Write the line of the ends in a single call, so a kill cannot leave half of a line.
+        """Write the line with the ends in a single call, so a kill cannot leave half a line.
 
         A power cut may lose the line.
         """
@@ -401,14 +403,14 @@ class RowFile:
 
     @contextmanager
     def _write_transaction(self) -> Iterator[None]:
-        """Write all changes of the block together at the end; after an exception, write nothing."""
+        """Write the block's changes together at the end. After an exception, write nothing."""
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             yield
 
     @contextmanager
     def _convert_sqlite_errors(self) -> Iterator[None]:
-        """Convert an error of SQLite in the block into a ``StorageError``."""
+        """Convert an error from SQLite in the block into a ``StorageError``."""
         try:
             yield
         except sqlite3.DatabaseError as error:
@@ -418,7 +420,7 @@ class RowFile:
             raise StorageError(f"cannot use {self.path}: {error}.{advice}") from error
 
     def _load_ends(self) -> ChainEnds:
-        """The ends of the chains; damaged files are set aside and repaired first."""
+        """Return the chains' ends. Damaged files are set aside and repaired first."""
         noted_ends = self._read_noted_ends()
         if not self.path.exists():
             has_noted_nothing = noted_ends is None or noted_ends == self._empty_ends
@@ -429,11 +431,11 @@ class RowFile:
         self._add_missing_tables()
         ends, is_intact = self._walk_chains(noted_ends or self._empty_ends)
         if noted_ends is None and ends != self._empty_ends:
-            is_intact = False  # there are rows, but the file of ends is missing or damaged
+            is_intact = False  # there are rows, but the ends file is missing or damaged
         return ends if is_intact else self._repair(noted_ends)
 
     def _read_noted_ends(self) -> ChainEnds | None:
-        """The ends in the file ``rows.ends``; None if the file is missing or damaged."""
+        """Return the ends from ``rows.ends``, or None if the file is missing or damaged."""
         with convert_os_errors(f"cannot read {self._ends_path}"):
             if not self._ends_path.exists():
                 return None
@@ -441,7 +443,7 @@ class RowFile:
             return ChainEnds.parse(line)
 
     def _require_version(self) -> None:
-        """Raise ProvenanceError for tables of another version of vilu; damage is found later."""
+        """Raise ProvenanceError for tables by another version of vilu. Damage is found later."""
         version = 0
         has_tables = False
         with self._stop_at_damage(), closing(_open_to_read(self.path)) as connection:
@@ -451,7 +453,7 @@ class RowFile:
             require_schema(self.path, {SCHEMA_KEY: version}, "Serve with a new --state")
 
     def _add_missing_tables(self) -> None:
-        """Add the tables missing in files of earlier versions; further faults are found later."""
+        """Add tables missing in files by earlier versions. Further faults are found later."""
         is_older_file = False
         with self._stop_at_damage(), closing(_open_to_read(self.path)) as connection:
             is_older_file = _schema_of(connection) == _our_schema(excluded_names=NEWER_SCHEMA_NAMES)
@@ -460,7 +462,7 @@ class RowFile:
                 connection.executescript(CREATE_TABLES)
 
     def _walk_chains(self, noted_ends: ChainEnds) -> tuple[ChainEnds, bool]:
-        """Walk along the chains, up to the first break of each.
+        """Walk along each chain up to its first break.
 
         Returns:
             The last row and label before a break, and whether the file is whole: no chain is
@@ -503,7 +505,7 @@ class RowFile:
 
     @contextmanager
     def _stop_at_damage(self) -> Iterator[None]:
-        """End the block silently at damage of the file; any other error becomes StorageError."""
+        """End the block silently at damage to the file. All other errors become StorageError."""
         try:
             yield
         except sqlite3.DatabaseError as error:
@@ -511,7 +513,7 @@ class RowFile:
                 raise StorageError(f"cannot use {self.path}: {error}.") from error
 
     def _repair(self, noted_ends: ChainEnds | None) -> ChainEnds:
-        """Set the old files aside, and write a copy of the unbroken chains in their place."""
+        """Set the old files aside, and write a file with the unbroken chains in their place."""
         new_path = self.path.with_name(f"{ROWS_FILE}.new")
         with convert_os_errors(f"cannot write {new_path}"):
             new_path.unlink(missing_ok=True)
@@ -537,7 +539,7 @@ class RowFile:
         return ends
 
     def _copy_chains(self, new_path: Path) -> tuple[ChainEnds, int]:
-        """Copy the unbroken chains to a new file; return the new ends and the number of rows."""
+        """Copy the unbroken chains to a new file. Return the new ends and the number of rows."""
         ends = self._empty_ends
         n_rows = 0
         with (
@@ -567,7 +569,7 @@ class RowFile:
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
-    """Rename the existing files to free names; return the new names."""
+    """Rename the existing files to free names, and return the new names."""
     old_names = [name for name in names if (folder / name).exists()]
     new_names: list[str] = []
     for number in count(1):
@@ -583,7 +585,7 @@ def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
 def _insert_label(
     connection: sqlite3.Connection, table_name: str, row_number: int, label: int, ends: ChainEnds
 ) -> ChainEnds:
-    """Add the label of a row to the table with this name and to the chain; returns the new ends."""
+    """Add a row's label to the table ``table_name`` and to the chain. Return the new ends."""
     label_number = ends.label_number + 1
     digest = _label_digest(ends.label_digest, label_number, row_number, label)
     statement = f"INSERT INTO {table_name} VALUES (?, ?, ?, ?)"  # noqa: S608 - a table of ours
@@ -599,7 +601,7 @@ def _row_digest(
     answer: int,
     uncertainty: float,
 ) -> bytes:
-    """Digest of the content of a row and the digest of the previous row of the chain."""
+    """Compute a row's digest from the row's content and the previous row's digest."""
     content = (
         previous_digest + ROW_FORMAT.pack(row_number, written_at, answer, uncertainty) + row_id
     )
@@ -607,15 +609,15 @@ def _row_digest(
 
 
 def _label_digest(previous_digest: bytes, label_number: int, row_number: int, label: int) -> bytes:
-    """Digest of the label of a row and the digest of the previous label of the chain."""
+    """Compute a label's digest from the label, its row, and the previous label's digest."""
     content = previous_digest + LABEL_FORMAT.pack(label_number, row_number, label)
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def _unbroken_rows(connection: sqlite3.Connection, previous_digest: bytes) -> Iterator[StoredRow]:
-    """The rows in order, until a digest does not fit the previous row."""
+    """Yield the rows in order, until a digest does not fit the previous row."""
     query = "SELECT n, CAST(id AS BLOB), time, answer, uncertainty, digest FROM rows ORDER BY n"
-    # A value of a wrong type raises one of these exceptions. Such a file is damaged.
+    # A value with a wrong type raises one of these exceptions. Such a file is damaged.
     with suppress(struct.error, TypeError):
         for row in connection.execute(query):
             row_number, row_id, written_at, answer, uncertainty, digest = row
@@ -630,7 +632,7 @@ def _unbroken_rows(connection: sqlite3.Connection, previous_digest: bytes) -> It
 def _unbroken_labels(
     connection: sqlite3.Connection, previous_digest: bytes
 ) -> Iterator[StoredLabel]:
-    """The labels in order, until a digest does not fit the previous label."""
+    """Yield the labels in order, until a digest does not fit the previous label."""
     with suppress(struct.error, TypeError):
         for stored_label in connection.execute(SELECT_LABEL_CHAIN):
             label_number, row_number, label, digest, _ = stored_label
@@ -641,7 +643,7 @@ def _unbroken_labels(
 
 
 def _has_valid_tables(connection: sqlite3.Connection) -> bool:
-    """Whether the tables have our schema, and SQLite's integrity check finds no fault."""
+    """Return whether the tables have our schema, and SQLite's integrity check finds no fault."""
     if _schema_of(connection) != _our_schema():
         return False
     (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
@@ -649,20 +651,20 @@ def _has_valid_tables(connection: sqlite3.Connection) -> bool:
 
 
 def _schema_of(connection: sqlite3.Connection, excluded_names: Set[str] = frozenset()) -> list[str]:
-    """The SQL texts of all tables, indices and triggers except ``excluded_names``, by name."""
+    """Return the SQL texts for all tables, indices and triggers but ``excluded_names``, by name."""
     query = "SELECT name, coalesce(sql, name) FROM sqlite_schema ORDER BY name"
     return [text for name, text in connection.execute(query) if name not in excluded_names]
 
 
 def _our_schema(excluded_names: Set[str] = frozenset()) -> list[str]:
-    """The schema of a new file, without ``excluded_names``."""
+    """Return a new file's schema, without ``excluded_names``."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         connection.executescript(CREATE_TABLES)
         return _schema_of(connection, excluded_names)
 
 
 def _chain_lengths(connection: sqlite3.Connection) -> tuple[int, int]:
-    """Number of rows, and number of labels and corrections together."""
+    """Return the number of rows, and the number of labels and corrections together."""
     query = (
         "SELECT (SELECT count(*) FROM rows), "
         "(SELECT count(*) FROM labels) + (SELECT count(*) FROM corrections)"
@@ -678,14 +680,14 @@ def _open_to_read(path: Path) -> sqlite3.Connection:
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Whether an error means damage to the content of the file."""
+    """Return whether an error means damage to the file's content."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     primary_code = code & 0xFF  # the higher bits say more about the same kind of error
     return primary_code not in HARMLESS_ERROR_CODES
 
 
 def _file_identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode of a file; None if there is no file."""
+    """Return a file's device and inode, or None if there is no file."""
     try:
         status = path.stat()
     except FileNotFoundError:

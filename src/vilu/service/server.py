@@ -22,10 +22,10 @@ from vilu.service.limits import MAX_CONNECTIONS, PROBLEM_TYPE, in_brackets, prob
 from vilu.service.setup import Setup, load_engine
 
 MAX_HEAD_BYTES: Final = 16 * 2**10
-"""Maximum length of the head of a request, in bytes."""
+"""Maximum length of a request head, in bytes."""
 
 IDLE_SECONDS: Final = 10
-"""Seconds until a connection without a complete head of a request is closed."""
+"""Seconds until a connection without a complete request head is closed."""
 
 STOP_SECONDS: Final = 60
 """Seconds for finishing the requests in progress when the service has to stop."""
@@ -35,16 +35,16 @@ MEMORY_RETURN_SECONDS: Final = 60
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 with a time limit on heads of requests, and with problem documents as errors.
+    """HTTP/1.1 with a time limit on request heads, and with problem documents as errors.
 
-    The head of a request (first line and headers) must be complete within ``IDLE_SECONDS``.
+    A request head (first line and headers) must be complete within ``IDLE_SECONDS``.
     """
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Wait for the head of a request; close the connection if there are too many."""
-        # The transport of a socket is always an asyncio.Transport.
+        """Wait for a request head. If there are too many connections, close this one."""
+        # A socket's transport is always an asyncio.Transport.
         socket_transport = cast("asyncio.Transport", transport)
         super().connection_made(socket_transport)
         max_connections = connection_limit()
@@ -57,9 +57,9 @@ class TimedProtocol(H11Protocol):
         self._update_deadline()
 
     def data_received(self, data: bytes) -> None:
-        """Process data; keep the deadline until the head is complete.
+        """Process data. Keep the deadline until the head is complete.
 
-        The body of a request has another limit (``ClientLimits.upload``).
+        The request body has its own limit (``ClientLimits.upload_seconds``).
         """
         super().data_received(data)
         self._update_deadline()
@@ -71,7 +71,7 @@ class TimedProtocol(H11Protocol):
             self._deadline.cancel()
 
     def _update_deadline(self) -> None:
-        """Set the deadline while a head is awaited; cancel it while a request is answered."""
+        """Set the deadline while a head is awaited. Cancel it while a request is answered."""
         is_answering = bool(self.cycle) and not self.cycle.response_complete
         if is_answering:
             if self._deadline is not None:
@@ -82,16 +82,16 @@ class TimedProtocol(H11Protocol):
             self._deadline = self.loop.call_later(IDLE_SECONDS, self.transport.close)
 
     def on_response_complete(self) -> None:
-        """Wait for the head of the next request."""
+        """Wait for the next request head."""
         super().on_response_complete()
         self._update_deadline()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer invalid HTTP with a problem document; the invalid content is not logged."""
+        """Answer invalid HTTP with a problem document. The invalid content is not logged."""
         self._close_with(HTTPStatus.BAD_REQUEST, msg)
 
     def _close_with(self, status: HTTPStatus, detail: str) -> None:
-        """Send a refusal outside of a request, and close the connection."""
+        """Send a refusal outside a request, and close the connection."""
         body = problem_document(status, detail)
         head = (
             f"HTTP/1.1 {int(status)} {status.phrase}\r\n"
@@ -105,10 +105,10 @@ class TimedProtocol(H11Protocol):
 
 
 def connection_limit() -> int:
-    """Maximum number of open connections: at most half of the allowed open files of this process.
+    """Return the maximum number of open connections: at most half the open-file limit.
 
-    Every connection is an open file for the operating system. The second half is left for the files
-    of the service. Without these files the service could not answer.
+    Every connection is an open file for the operating system. The second half is left for the
+    service's files. Without these files the service could not answer.
     """
     if sys.platform == "win32":
         return MAX_CONNECTIONS
@@ -140,7 +140,7 @@ class HostedService:
     Args:
         setup: Settings of the service.
         host: The address.
-        port: The port; 0 for a free port.
+        port: The port, or 0 for a free port.
         announce: Called with the URL as soon as the service listens, and with "ready" as soon as
             the model is loaded.
 
@@ -170,12 +170,12 @@ class HostedService:
         self.service.gate.is_closing = lambda: self.server.should_exit
 
     def run(self) -> None:
-        """Serve until a signal or ``stop``; then finish the admitted requests, and save.
+        """Serve until a signal or ``stop``. Then finish the admitted requests, and save.
 
         Raises:
             BusyError: If another process serves with the same state folder.
-            ViLUError: If the rule of a predictor cannot be verified, or if the model differs from
-                the model of the predictor.
+            ViLUError: If a predictor's rule cannot be verified, or if the model differs from the
+                predictor's model.
         """
         with ExitStack() as stack:
             stack.enter_context(self.bound_socket)
@@ -196,11 +196,11 @@ class HostedService:
             raise self.load_error
 
     def stop(self) -> None:
-        """Stop serving; may be called from another thread."""
+        """Stop serving. Any thread may call this method."""
         self.server.should_exit = True
 
     def _load_engine(self) -> None:
-        """Load the engine; an exception stops the service, and is raised again by ``run``."""
+        """Load the engine. An exception stops the service, and is raised again by ``run``."""
         try:
             engine = load_engine(self.setup)
         except BaseException as error:  # noqa: BLE001 - ``run`` raises the exception
@@ -215,10 +215,10 @@ class HostedService:
 def _return_memory_regularly() -> Iterator[None]:
     """Return freed memory every ``MEMORY_RETURN_SECONDS`` seconds during the block.
 
-    The process keeps the memory of a batch for the next batch (``vilu.process.keep_freed_memory``).
-    But batches differ in size, and waiting images lie between the memory of two batches. So from
-    time to time a large batch fits into no gap, and the heap grows. Without this thread, the heap
-    would never shrink again.
+    The process keeps a batch's memory for the next batch (``vilu.process.keep_freed_memory``). But
+    batches differ in size, and waiting images lie between the memory of two batches. So from time
+    to time a large batch fits into no gap, and the heap grows. Without this thread, the heap would
+    never shrink again.
     """
     end_event = threading.Event()
 
@@ -236,7 +236,7 @@ def _return_memory_regularly() -> Iterator[None]:
 
 
 def _bind_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to an address and a port; UsageError if this is impossible."""
+    """Return a socket bound to an address and a port. Raise UsageError if this is impossible."""
     family = socket.AF_INET
     if ":" in host:
         family = socket.AF_INET6

@@ -1,4 +1,4 @@
-"""The settings of a service, and the loading of its engine."""
+"""A service's settings, and a function that loads the service's engine."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Setup:
 
     Attributes:
         predictor: Folder of the predictor that answers at first.
-        second: Folder of a second predictor for the same images; None: only the first predictor is
-            served.
-        state: Folder of the journals, kept between restarts.
+        second: Folder of a second predictor for the same images. If None, only the first predictor
+            is served.
+        state: Folder for the journals, kept between restarts.
         limits: Limits for clients.
-        keep: Folder for the answered images; None: no image is kept.
+        keep: Folder for the answered images. If None, no image is kept.
         models, device, batch_size, workers, precision: As in ``Guard``.
     """
 
@@ -47,7 +47,7 @@ class Setup:
 
     @property
     def predictors(self) -> dict[str, Path]:
-        """Folders of the predictors, under the keys "first" and perhaps "second"."""
+        """The predictors' folders, under the keys "first" and perhaps "second"."""
         folders = {"first": self.predictor}
         if self.second is not None:
             folders["second"] = self.second
@@ -55,11 +55,11 @@ class Setup:
 
 
 def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
-    """Load the engine of a service, and test it with a grey picture.
+    """Load a service's engine, and test the engine with a grey picture.
 
     Args:
-        setup: Settings of the service.
-        journals: Journals shared by replicas; None: the journals in ``setup.state`` are opened.
+        setup: The service's settings.
+        journals: Journals shared by replicas. If None, the journals in ``setup.state`` are opened.
 
     Raises:
         ViLUError: If a rule cannot be verified, or if the predictor was fitted on another model.
@@ -79,7 +79,7 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
 
 
 def _load_engine_with(journals: Journals, setup: Setup) -> Engine:
-    """The engine with these journals."""
+    """Load the engine with these journals."""
     # These modules are imported here, since the imports take seconds. The service already answers
     # /healthz meanwhile.
     from vilu.guard.guard import Guard
@@ -99,7 +99,7 @@ def _load_engine_with(journals: Journals, setup: Setup) -> Engine:
     )
     if guard.model.first_photos is not None:
         # Clients choose the photos, and a client must not be able to stop the service. So photos
-        # unlike the photos of the fit lead to a warning and not to an error.
+        # unlike the photos in the fit lead to a warning and not to an error.
         guard.model.first_photos.must_pass = False
     (answer,) = guard([_grey_picture()])
     if answer.label is None:
@@ -111,7 +111,7 @@ def _load_engine_with(journals: Journals, setup: Setup) -> Engine:
 
 
 def _table_engine(setup: Setup, journals: Journals) -> Engine:
-    """The engine of a predictor for tables; UsageError if a setting for images was given."""
+    """Return a table predictor's engine. Raise UsageError if a setting for images was given."""
     from vilu.service.tables import TableEngine, TableGuard
 
     for name in ("second", "keep", "models", "precision"):
@@ -125,7 +125,7 @@ def _table_engine(setup: Setup, journals: Journals) -> Engine:
 
 
 def _grey_picture() -> bytes:
-    """A grey picture as PNG, to test the model with."""
+    """Return a grey picture as PNG, to test the model with."""
     content = BytesIO()
     pixels = np.full((64, 64, 3), 127, np.uint8)
     picture = Image.fromarray(pixels)

@@ -1,4 +1,4 @@
-"""The service for tables of answers: clients send the columns of rows in place of images."""
+"""The service for answer tables: clients send the columns of rows instead of images."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from vilu.tables.table import FEATURES, AnswerTable
 
 
 class TableGuard(Guard):
-    """A guard of rows of tables, with a predictor and a calibration, but without a model.
+    """A guard for table rows, with a predictor and a calibration, but without a model.
 
     Raises:
-        UsageError: If the folder holds a predictor of images, or if the rule needs all rows at
+        UsageError: If the folder holds a predictor for images, or if the rule needs all rows at
             once.
-        ProvenanceError: If the rule is about the photos of a single folder.
+        ProvenanceError: If the rule is about the photos in a single folder.
     """
 
     predictor: AnswerMethod
@@ -57,7 +57,7 @@ class TableGuard(Guard):
     def answer(
         self, arrays: Mapping[str, Tensor], keys: Sequence[str]
     ) -> tuple[list[Answer], Outcomes]:
-        """Decisions about rows of a table, and the scores of the rows as outcomes.
+        """Return decisions about table rows, and the rows' scores as outcomes.
 
         Args:
             arrays: The columns of B rows, as returned by ``AnswerMethod.inputs``.
@@ -86,7 +86,7 @@ class TableGuard(Guard):
 
 
 class TableEngine(Engine):
-    """The engine of a predictor for tables. Only rows of numbers are judged, and no images."""
+    """The engine for a table predictor. Only rows of numbers are judged, and no images."""
 
     data_kind: DataKind = "answers"
     guard: TableGuard
@@ -96,15 +96,15 @@ class TableEngine(Engine):
 
     @property
     def numbers_per_row(self) -> int:
-        """Number of values in a row of a client: columns, features and identifier."""
+        """Number of values in a client's row: columns, features and identifier."""
         n_features = int(self.guard.predictor.notes_.get("n_features", 0))
         return len(self.guard.predictor.used_columns) + n_features + 1
 
     def check_rows(self, columns: Mapping[str, Any]) -> ClientRows:
-        """Check the columns of a client like the columns of a file.
+        """Check a client's columns like the columns of a file.
 
         Raises:
-            DataError: If a column is missing or wrong; the message names the row.
+            DataError: If a column is missing or wrong. The message names the row.
         """
         table = open_table(columns)
         arrays = self.guard.predictor.inputs(table)

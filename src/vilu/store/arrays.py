@@ -1,4 +1,4 @@
-"""Read the arrays of an ``.npz`` file, or of a folder of ``.npy`` files, in blocks of rows.
+"""Read the arrays in an ``.npz`` file, or in a folder with ``.npy`` files, in row blocks.
 
 The files are not trusted, so all content is checked before use.
 """
@@ -41,9 +41,9 @@ NPZ_READING_ERRORS = (
 BLOCK_BYTES = 2**24  # number of bytes read at a time
 
 TEXT_SUFFIXES = frozenset({".txt", ".csv"})
-"""Endings of the names of text files. A text file has an entry per line and no header."""
+"""Name endings of text files. A text file has an entry per line and no header."""
 
-# Limits against zip bombs: small files that decompress to very many bytes. An array of at most
+# Limits against zip bombs: small files that decompress to very many bytes. An array up to
 # ``SMALL_ARRAY_BYTES`` is accepted, whatever the compressed size. A larger array may be at most
 # ``MAX_COMPRESSION_RATIO`` times as large as the compressed array. Embeddings stay below this
 # limit, because compression hardly makes embeddings smaller.
@@ -53,7 +53,7 @@ MAX_COMPRESSION_RATIO = 100
 # First and last surrogate. Surrogates are Unicode codes that are no characters.
 FIRST_SURROGATE = 0xD800
 LAST_SURROGATE = 0xDFFF
-MAX_NAME_CHARACTERS = 2**16  # maximum number of characters of a name
+MAX_NAME_CHARACTERS = 2**16  # maximum number of characters in a name
 # NumPy's kinds for ``array_to_texts``: whole numbers (i, u), texts (U) and bytes (S)
 TEXT_KINDS = "iuUS"
 
@@ -62,8 +62,8 @@ class StoredArray:
     """An array in a file. Opening reads only the header. Rows are read on demand.
 
     Args:
-        location: Name of the array in messages: the name of the file, and for a zip file also the
-            name of the array in the zip file.
+        location: The array's name in messages: the file name, and for a zip file also the array's
+            name in the zip file.
         handle: The open file, at the beginning of the array.
         n_bytes: Size of the file, or of the uncompressed array in a zip file.
         block_bytes: Number of bytes read at a time.
@@ -92,7 +92,7 @@ class StoredArray:
         self._require_content(n_bytes - self._content_start)
 
     def _require_content(self, n_content_bytes: int) -> None:
-        """Raise DataError if the header is invalid, or does not match the size of the content.
+        """Raise DataError if the header is invalid, or does not match the content's size.
 
         ``n_content_bytes`` is the number of bytes after the header.
         """
@@ -110,7 +110,7 @@ class StoredArray:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the array in bytes."""
+        """The array's size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -164,8 +164,8 @@ class StoredArray:
             running_hash.update(block)
             advance(len(block))
         with convert_reading_errors(self.location):
-            # No byte may follow the content. In a zip file, ``zipfile`` verifies the checksum of
-            # the array when this read reaches the end of the array.
+            # No byte may follow the content. In a zip file, ``zipfile`` verifies the array's
+            # checksum when this read reaches the end of the array.
             if self._handle.read(1):
                 raise DataError(
                     f"{self.location} has more bytes than its header says. Write it again."
@@ -199,13 +199,13 @@ HEADER_READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], HeaderFacts]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-"""Maps the version of the ``.npy`` format to the function for reading the header."""
+"""Maps the ``.npy`` format version to the function for reading the header."""
 
 
 def convert_reading_errors(location: str) -> AbstractContextManager[None]:
     """Convert exceptions from a damaged file in the block into a DataError.
 
-    The message of the DataError names the ``location`` of the array.
+    The DataError's message names the array's ``location``.
     """
     return convert_damage_errors(
         location,
@@ -217,14 +217,14 @@ def convert_reading_errors(location: str) -> AbstractContextManager[None]:
 
 
 class ArrayFiles(ExitStack):
-    """The arrays of a file or a folder, by name.
+    """The arrays in a file or a folder, by name.
 
     Use ``ArrayFiles`` as a context manager. At the end of the ``with`` block, all files are closed.
 
     Args:
         path: The file or folder. None: all arrays are in ``files``.
         files: Maps names of further arrays to files. A file is an ``.npy`` file, or a text with an
-            entry per line. These arrays replace arrays of the same name.
+            entry per line. These arrays replace arrays with the same names in ``path``.
         block_bytes: Number of bytes read at a time.
     """
 
@@ -247,11 +247,11 @@ class ArrayFiles(ExitStack):
         if path is not None:
             with convert_reading_errors(str(path)):
                 self._open_source()
-        # arrays in ``files`` replace arrays of the source with the same names
+        # arrays in ``files`` replace arrays in the source with the same names
         self._member_of_array.update(path_of_name)
 
     def _open_source(self) -> None:
-        """Find the arrays of the file or folder."""
+        """Find the arrays in the file or folder."""
         if self.path.is_dir():
             self._member_of_array = _find_files(self.path)
         else:
@@ -260,11 +260,11 @@ class ArrayFiles(ExitStack):
 
     @property
     def names(self) -> list[str]:
-        """The names of the arrays."""
+        """The array names."""
         return list(self._member_of_array)
 
     def open(self, name: str) -> StoredArray:
-        """Open an array. Read and check the header of the array."""
+        """Open an array. Read and check the array's header."""
         member = self._member_of_array[name]
         if isinstance(member, Path):
             return self._open_file(member, str(member))
@@ -303,7 +303,7 @@ class ArrayFiles(ExitStack):
 
 
 def _lines_to_npy(file: Path) -> bytes:
-    """Convert a text file to the content of a ``.npy`` file. Each line becomes an entry.
+    """Convert a text file to a ``.npy`` file's content. Each line becomes an entry.
 
     Empty lines at the end of the text file are left out.
     """
@@ -314,7 +314,7 @@ def _lines_to_npy(file: Path) -> bytes:
 
 
 def _find_files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
-    """Map the name of each array in a folder to the ``.npy`` file."""
+    """Map each array name in a folder to the ``.npy`` file."""
     file_of_array: dict[str, Path | zipfile.ZipInfo] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix != ".npy" or path.name.startswith("."):
@@ -333,7 +333,7 @@ def _find_files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
 
 
 def _find_members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
-    """Map the name of each array in an ``.npz`` file to the zip entry."""
+    """Map each array name in an ``.npz`` file to the zip entry."""
     if not path.is_file():
         raise UsageError(
             f"{path} is no file and no folder. Give an .npz file, or a folder of .npy files."
@@ -356,8 +356,8 @@ def array_to_texts(values: NDArray[Any], location: str) -> list[str]:
     """Convert an array of texts, UTF-8 bytes or whole numbers to a list of texts.
 
     Raises:
-        DataError: If the array holds anything else. The message begins with ``location``, the name
-            of the array.
+        DataError: If the array holds anything else. The message begins with ``location``, the
+            array's name.
     """
     if values.dtype.kind not in TEXT_KINDS:
         raise DataError(
@@ -376,10 +376,10 @@ def array_to_texts(values: NDArray[Any], location: str) -> list[str]:
 def _require_characters(values: NDArray[Any], location: str) -> None:
     """Raise DataError if an array of texts holds a code that is no character.
 
-    NumPy accepts any code. But UTF-8 cannot encode a surrogate, and no string of Python can hold a
+    NumPy accepts any code. But UTF-8 cannot encode a surrogate, and no Python string can hold a
     code above ``sys.maxunicode``.
     """
-    # NumPy stores every character as a code of 32 bits
+    # NumPy stores every character as a code with 32 bits
     code_type = np.dtype("u4").newbyteorder(values.dtype.byteorder)
     codes = np.frombuffer(values.tobytes(), code_type)
     is_surrogate = (codes >= FIRST_SURROGATE) & (codes <= LAST_SURROGATE)

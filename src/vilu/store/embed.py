@@ -1,4 +1,4 @@
-"""Embed the images of a data set into a store."""
+"""Embed the images in a data set into a store."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ from vilu.validation import checked, checked_fields, require_at_least
 
 IMAGES_PER_PART = 4096  # default number of images per part
 SHARDS_PER_PART = 10  # default number of shards per part
-STORE_SIZE_RATIO = 1.05  # largest ratio between the size of a store and the size of the vectors
+STORE_SIZE_RATIO = 1.05  # largest ratio between the store's size and the vectors' size
 
 LOCK_WAIT_SECONDS = 600.0
-"""Seconds for which a process waits for the lock of a shared store.
+"""Seconds for which a process waits for a shared store's lock.
 
-The wait is long, because the process with the lock may be embedding the texts of the classes.
+The wait is long, because the process with the lock may be embedding the class texts.
 """
 
-# message of the error if both ``overwrite`` and ``shared`` are True
+# error message if both ``overwrite`` and ``shared`` are True
 SHARED_OVERWRITE_MESSAGE = (
     "processes that share a store cannot replace it: each would undo the others' work. Remove it."
 )
@@ -73,19 +73,19 @@ logger = logging.getLogger(__name__)
 @checked_fields
 @dataclass(frozen=True)
 class ExtraColumns:
-    """Content of a store in addition to the embeddings of the images and of the classes.
+    """A store's content in addition to the image and class embeddings.
 
     Attributes:
-        features: Whether to store the input of the image tower's last map (column ``features``). If
-            the last maps of both towers are linear, both maps are also stored (columns
+        features: Whether to store the input to the image tower's last map (column ``features``). If
+            both towers' last maps are linear, both maps are also stored (columns
             ``image_projection`` and ``text_projection``). If there is only one template, the input
-            of the text tower's last map is stored as well (column ``text_features``).
-        views: Number of augmented views of each image to embed, as the column ``views``.
-        seed: Seed of the views.
+            to the text tower's last map is stored as well (column ``text_features``).
+        views: Number of augmented views to embed for each image, as the column ``views``.
+        seed: Seed for the views.
         prompts: Templates for embedding every class, as the column ``prompts``.
-        negatives: Words for the possible content of an image outside all classes
-            (``everyday_words`` is a list of such words). The words are embedded in the templates of
-            the classes, as the column ``negatives``.
+        negatives: Words for what an image outside all classes may show (``everyday_words`` is a
+            list of such words). The words are embedded in the class templates, as the column
+            ``negatives``.
 
     Examples:
         >>> import vilu
@@ -127,29 +127,29 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     executor: Executor | None = None,
     shared: bool = False,
 ) -> EmbeddingStore | CaptionStore | None:
-    """Embed all images of a data set. After an earlier run, embed only the remaining images.
+    """Embed all images in a data set. After an earlier run, embed only the remaining images.
 
     If the images have captions, the captions are the candidates, and are stored, too.
 
-    The process can be killed at any moment. Finished parts stay, and the next run does the rest;
-    the store has the same bytes as without the kill. With V views per image, memory holds at most
-    (V + 1) ``batch_size`` images, and V + 1 embeddings of every image of a part.
+    The process can be killed at any moment. Finished parts stay, and the next run does the rest.
+    The store has the same bytes as without the kill. With V views per image, memory holds at most
+    (V + 1) ``batch_size`` images, and V + 1 embeddings for every image in a part.
 
     Args:
         dataset: The images.
         backbone: The model, or a ``BackboneSpec`` if other processes must load the model.
-        output: Folder of the store.
-        names: K class names for the prompts, in label order; empty if images have captions.
-        templates: Prompts, with ``{}`` for the name of a class; by default "a photo of a {}.".
-        columns: Further columns to store; by default none.
+        output: Folder for the store.
+        names: K class names for the prompts, in label order. Empty if images have captions.
+        templates: Prompts, with ``{}`` for the class name. By default "a photo of a {}.".
+        columns: Further columns to store, by default none.
         batch_size: Images per forward pass.
-        workers: Decoding threads; by default one per core.
+        workers: Decoding threads, by default one per core.
         part_size: Images per part (by default 4096), or shards per part (by default 10).
         dtype: Number format of the image embeddings. The texts are always float32.
-        limits: Limits of size and shape. An image beyond these limits is an error.
+        limits: Size and shape limits. An image beyond these limits is an error.
         max_error_rate: Largest share of failed images for which the store is sealed.
         allow_bad_shards: Whether to seal the store, with a warning, although a shard cannot be read
-            to the end. If False, a bad shard is a DataError at the end; finished parts stay.
+            to the end. If False, a bad shard is a DataError at the end. Finished parts stay.
         on_error: "skip" counts bad images and goes on. "raise" stops at the first bad image.
         split: Name of the split, recorded in the store.
         overwrite: Whether to replace a store in ``output``.
@@ -159,13 +159,13 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
             locks the store, and earlier failed attempts at parts are forgotten.
 
     Returns:
-        The store; None if the store is shared and other processes have not finished their parts.
+        The store, or None if the store is shared and some processes have not finished their parts.
 
     Raises:
         UsageError: If an argument is invalid, or ``output`` holds something else than a store.
-        ProvenanceError: If ``output`` holds a store of other inputs. The message names the inputs.
+        ProvenanceError: If ``output`` holds a store with different inputs. The message names them.
         DataError: If the data do not fit the names, or too many images failed, or a shard is bad.
-        StorageError: If reading or writing a file fails; finished parts are intact.
+        StorageError: If reading or writing a file fails. Finished parts are intact.
         BusyError: If another process embeds into ``output``.
 
     Examples:
@@ -225,10 +225,10 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 
 
 def _image_column_settings(model: Backbone, columns: ExtraColumns) -> dict[str, object]:
-    """Return the settings "features" and "views" of the run.
+    """Return the run's settings "features" and "views".
 
-    "features" is the width of the column, and "views" has the number and the seed of the views. The
-    setting of a missing column is None.
+    "features" is the column's width, and "views" has the views' number and seed. For a missing
+    column, the setting is None.
     """
     settings: dict[str, object] = {"features": None, "views": None}
     if columns.features:
@@ -239,7 +239,7 @@ def _image_column_settings(model: Backbone, columns: ExtraColumns) -> dict[str, 
 
 
 def _check_settings(batch_size: int, workers: int | None, max_error_rate: float) -> None:
-    """Raise UsageError if a setting is outside of its range."""
+    """Raise UsageError if a setting is outside its range."""
     require_at_least("batch_size", batch_size, 1)
     if workers is not None:
         require_at_least("workers", workers, 1)
@@ -279,7 +279,7 @@ def _embed_alone(
 def _embed_shared(
     job: EmbedJob, model: Backbone, executor: Executor | None, loss_budget: LossBudget
 ) -> bool:
-    """Embed the parts of this process into a store that several processes share.
+    """Embed this process's parts into a store that several processes share.
 
     Returns True if all parts are done. Then this process has sealed the store.
 
@@ -319,7 +319,7 @@ def _begin_job(job: EmbedJob, model: Backbone, *, overwrite: bool) -> EmbedJob:
 
 
 def _prepare_store(job: EmbedJob, missing_parts: Sequence[Part], model: Backbone) -> None:
-    """Prepare a store for the writing of the missing parts, if any part is missing."""
+    """Prepare a store for writing the missing parts, if any part is missing."""
     if not missing_parts:
         logger.info("%s is complete: there is nothing to do", job.root)
         return
@@ -337,7 +337,7 @@ def _embed_parts(
 ) -> None:
     """Embed the missing parts, in this process or by an executor, and show the progress.
 
-    ``receipts`` are the receipts of the parts from earlier runs.
+    ``receipts`` are the receipts for the parts from earlier runs.
     """
     if receipts and missing_parts:
         n_done = len(receipts)
@@ -349,7 +349,7 @@ def _embed_parts(
         progress.advance(sum(receipt.n_in for receipt in receipts))
         if executor is None:
             # The loop makes the job embed all parts in order. The job shows the progress after each
-            # batch. The receipts of the job are not needed here.
+            # batch. The job's receipts are not needed here.
             for _ in job.process_all(part_numbers, progress):
                 pass
             return
@@ -365,9 +365,9 @@ def _candidate_settings(
     templates: Sequence[str] | None,
     columns: ExtraColumns,
 ) -> dict[str, object]:
-    """Check and return names, templates, prompts and negative words as settings of the run.
+    """Check and return names, templates, prompts and negative words as run settings.
 
-    For a data set with captions, all of these settings are empty.
+    For a data set with captions, all these settings are empty.
     """
     settings = {
         "names": names,
@@ -386,7 +386,7 @@ def _candidate_settings(
         )
     if not names:
         raise DataError("names must have at least one class name. Got none.")
-    # each word once, in the order of the user
+    # each word once, in the user's order
     negative_words = tuple(dict.fromkeys(columns.negatives))
     # ``check_class_names`` returns None only for None. ``or ()`` tells this to the type checker.
     return {
@@ -414,7 +414,7 @@ def plan_run(
     part_size: int | None = None,
     **settings: object,
 ) -> Run:
-    """Return the run for a data set and the embedding space of a model."""
+    """Return the run for a data set and a model's embedding space."""
     if isinstance(dataset, ShardedDataset):
         # the number of images is unknown before the shards are read
         unit_counts = {"n_in": 0, "shards": len(dataset)}
@@ -454,11 +454,11 @@ def make_run(settings: Mapping[str, object], dataset_name: str) -> Run:
 
 
 TextAndColumns = tuple[Tensor, Mapping[ClassColumn, Tensor]]
-"""Text embeddings (K, D) of the classes, and the columns of the classes and of the model."""
+"""Text embeddings (K, D) for the classes, and the class and model columns."""
 
 
 def encode_classes(backbone: Backbone, run: Run) -> TextAndColumns:
-    """Compute the text embeddings of a run's classes, and the columns of classes and model."""
+    """Compute the text embeddings for a run's classes, and the class and model columns."""
     text = require_usable_rows(embed_class_names(backbone, run.names, run.templates), "class text")
     return text, class_columns(backbone, run)
 
@@ -466,7 +466,7 @@ def encode_classes(backbone: Backbone, run: Run) -> TextAndColumns:
 def begin_run(
     root: Path, run: Run, make_classes: Callable[[], TextAndColumns], *, overwrite: bool = False
 ) -> Run:
-    """Resume the run in a folder, or begin a new run. Write missing files of the classes.
+    """Resume the run in a folder, or begin a new run. Write missing class files.
 
     Returns the run in the folder. Nothing is written or removed before ``make_classes`` has
     returned. So if the model refuses the settings, no new store is left behind, and an old store is
@@ -474,8 +474,8 @@ def begin_run(
 
     Args:
         root: The folder.
-        run: The run with the inputs of the user. A resumed run must have the same inputs.
-        make_classes: Function that computes the texts and the columns of the classes.
+        run: The run with the user's inputs. A resumed run must have the same inputs.
+        make_classes: Function that computes the classes' texts and columns.
         overwrite: Whether to replace the run in the folder.
     """
     if (root / RUN_FILE).is_file() and not overwrite:
@@ -511,12 +511,12 @@ def require_disk_space(root: Path, run: Run, missing_parts: Sequence[Part]) -> N
         )
 
 
-SHARD_ERROR_KINDS = frozenset(get_args(ShardErrorKind))  # kinds of errors of whole shards
+SHARD_ERROR_KINDS = frozenset(get_args(ShardErrorKind))  # error kinds for whole shards
 MAX_LISTED_SHARDS = 5  # maximum number of bad shards in a message
 
 
 def seal(ledger: StoreLedger, loss_budget: LossBudget) -> None:
-    """Write the manifest of a store with all parts done.
+    """Write the manifest for a store with all parts done.
 
     Raises:
         DataError: If the losses exceed the budget. All parts stay, and the message says how to seal
@@ -555,13 +555,13 @@ def _check_losses(
 ) -> None:
     """Raise DataError if the losses exceed the budget. Warn of bad shards, or if there is no image.
 
-    The error row of a bad shard represents an unknown number of images. Therefore such rows are
-    left out of the share of failed images.
+    A bad shard's error row represents an unknown number of images. Therefore such rows do not count
+    in the share of failed images.
 
     Args:
-        ledger: The folder of the store.
-        receipts: Receipts of all parts.
-        n_errors_of_kind: Maps each kind of error to the number of error rows.
+        ledger: The store's folder.
+        receipts: Receipts for all parts.
+        n_errors_of_kind: Maps each error kind to the number of error rows.
         n_ok: Number of embedded images.
         loss_budget: The largest accepted losses.
     """
@@ -588,7 +588,7 @@ def _check_losses(
 
 
 def _bad_shards_sentence(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
-    """Return a sentence that names the bad shards; "" if there are none."""
+    """Return a sentence that names the bad shards, or "" if there are none."""
     shard_texts: list[str] = []
     for part, receipt in zip(ledger.parts, receipts, strict=True):
         if SHARD_ERROR_KINDS.isdisjoint(receipt.errors):
@@ -611,7 +611,7 @@ def _bad_shards_sentence(ledger: StoreLedger, receipts: Sequence[Receipt]) -> st
 
 
 def _has_class_files(root: Path, run: Run) -> bool:
-    """Return whether the files of the classes exist, are intact, and belong to this run."""
+    """Return whether the class files exist, are intact, and belong to this run."""
     if not (root / CLASSES_FILE).exists():
         return False
     try:

@@ -1,6 +1,6 @@
 """Split rows into train, validation and test folds by caption.
 
-The fold of a caption depends only on the caption, not on the data set or the order of rows.
+A caption's fold depends only on the caption, not on the data set or the row order.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ BLOCK_ROWS = 2**16  # number of captions read at a time
 
 
 def fold_of(caption: str) -> Fold:
-    """Return the fold of a caption.
+    """Return a caption's fold.
 
-    The BLAKE2b hash of the caption has 8 bytes. The hash is read as a whole number and divided by
-    2**64. The result is a fraction in [0, 1). The fraction decides the fold. White space at the
-    beginning and at the end of the caption is ignored.
+    The caption's BLAKE2b hash has 8 bytes. The hash is read as a whole number and divided by 2**64.
+    The result is a fraction in [0, 1). The fraction decides the fold. White space around the
+    caption is ignored.
 
     Examples:
         >>> from vilu.store.folds import fold_of
@@ -57,18 +57,18 @@ def rows_of_fold(
     fold: Fold,
     n_rows: int,
 ) -> NDArray[np.int64]:
-    """Return the (M,) ascending numbers of the rows with a caption in a fold.
+    """Return the (M,) ascending row numbers whose caption is in a fold.
 
-    A row without a caption is in the fold of the caption "".
+    A row without a caption is in the same fold as the caption "".
 
     Args:
-        metadata_files: Metadata files, each with the number of rows.
-        column_names: Possible names of the column of captions. The first existing column is used.
+        metadata_files: Metadata files, each with its row count.
+        column_names: Possible names for the caption column. The first existing column is used.
         fold: The fold.
-        n_rows: Number of rows of all files.
+        n_rows: Number of rows in all files.
     """
     row_numbers = [np.empty(0, np.int64)]  # np.concatenate refuses an empty list
-    first_row = 0  # number of the first row of the next block
+    first_row = 0  # first row number in the next block
     with track("Sorting captions into folds", n_rows, "rows") as task:
         for path, n_file_rows in metadata_files:
             for captions in read_captions(path, column_names, n_file_rows):
@@ -83,15 +83,15 @@ def rows_of_fold(
 def read_captions(
     path: Path, column_names: tuple[str, ...], n_rows: int
 ) -> Iterator[list[str | None]]:
-    """Yield the captions of a metadata file, in blocks.
+    """Yield the captions in a metadata file, in blocks.
 
     Args:
         path: The file.
-        column_names: Possible names of the column of captions. The first existing column is used.
-        n_rows: Expected number of rows of the file.
+        column_names: Possible names for the caption column. The first existing column is used.
+        n_rows: Expected number of rows in the file.
 
     Raises:
-        StorageError: If the file is damaged, or has another number of rows.
+        StorageError: If the file is damaged, or does not have ``n_rows`` rows.
     """
     remedy = "Restore the file, or embed the images again."
     n_rows_read = 0

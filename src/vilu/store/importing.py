@@ -1,4 +1,4 @@
-"""Import embeddings of other programs, in ``.npz`` or ``.npy`` files, into a store."""
+"""Import embeddings from other programs, in ``.npz`` or ``.npy`` files, into a store."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ ARRAY_NAMES = (
     *("image", "text", "logits", "target", "answer", "class_names", "ids"),
     *("logit_scale", "logit_bias", *COLUMNS),
 )
-"""Names of the arrays to read. An array may have another name in the source."""
+"""Names of the arrays to read. In the source, an array may have a different name."""
 
 SPACE_ARRAYS = frozenset({"logit_scale", "logit_bias"})
-"""Names of the arrays that belong to the embedding space."""
+"""Arrays that belong to the embedding space."""
 ROW_ARRAYS = ("image", "logits", "target", "answer", "ids", *IMAGE_COLUMNS)
-"""Names of the arrays with an entry for every image row."""
-# Kinds of NumPy's types, as letters (``dtype.kind``)
+"""Arrays with an entry for every image row."""
+# NumPy's type kinds, as letters (``dtype.kind``)
 NUMBER_KINDS = "fiu"  # floats and whole numbers
 WHOLE_KINDS = "iu"  # whole numbers
 TEXT_KINDS = "US"  # texts and bytes
@@ -108,36 +108,35 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     """Write arrays into a store, or resume an earlier run with the same inputs.
 
     Required arrays are ``image`` (N, D), ``text`` (K, D) and ``class_names`` (K,). Optional arrays
-    are ``target`` (N,), ``ids`` (N,), ``logit_scale``, ``logit_bias`` and the columns of
-    ``vilu.embeddings.columns``. A target is the row number of a text, or the name of a class. An
-    unknown target is -1 or "". The target of an image outside all classes is -2 (``vilu.OUTSIDE``).
+    are ``target`` (N,), ``ids`` (N,), ``logit_scale``, ``logit_bias`` and the columns in
+    ``vilu.embeddings.columns``. A target is a text's row number, or a class name. An unknown target
+    is -1 or "". For an image outside all classes, the target is -2 (``vilu.OUTSIDE``).
 
     A source may have ``logits`` (N, K) and ``features`` (N, D) instead of ``image`` and ``text``,
-    as for ``vilu.Embeddings.from_logits``. The array ``answer`` (N,) has answers of another model:
-    row numbers of ``text``, or names of classes. Methods with ``answer="given"`` judge these
-    answers.
+    as for ``vilu.Embeddings.from_logits``. The array ``answer`` (N,) has another model's answers:
+    row numbers in ``text``, or class names. Methods with ``answer="given"`` judge these answers.
 
-    Rows are normalised to unit norm. There is one warning if rows of the source had another norm.
+    Rows are normalised to unit norm. There is one warning if rows in the source had another norm.
     Image rows with non-finite numbers or with norm zero become errors. Nothing is unpickled. The
     process can be killed at any moment. Finished parts stay, and the next run does the rest.
 
     Args:
         source: An ``.npz`` file, or a folder of ``.npy`` files. None: all arrays are in ``files``.
-        output: Folder of the store.
-        files: Files of arrays, by the names above. A file is ``.npy``, or text (``.txt``, ``.csv``)
+        output: Folder for the store.
+        files: Array files, by the names above. A file is ``.npy``, or text (``.txt``, ``.csv``)
             with an entry per line and no header.
         logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP). None: the array is used.
         logit_bias: Added to every logit (0 except for SigLIP). None: the array is used.
-        keys: Names of arrays in the source, if different from the names above. For example,
+        keys: Array names in the source, if different from the names above. For example,
             {"image": "embeddings"} reads ``image`` from the array "embeddings".
         class_names: K names, instead of the array ``class_names``.
-        outside: Names of classes to leave out, or values of ``target`` beyond the classes. Rows
-            with these targets get the target ``vilu.OUTSIDE``.
-        model: Name of the model that made the embeddings, if known. Stores of different models
+        outside: Class names to leave out, or values in ``target`` beyond the classes. Rows with
+            these targets get the target ``vilu.OUTSIDE``.
+        model: Name of the model that made the embeddings, if known. Stores from different models
             cannot be combined.
-        origin: Where the arrays come from, for people; recorded in the store.
-        split: Name of the split; recorded in the store.
-        dtype: Number format of the stored rows. By default float16 for an ``image`` of float16,
+        origin: Where the arrays come from, for people. Recorded in the store.
+        split: Name of the split, recorded in the store.
+        dtype: Number format of the stored rows. By default float16 for an ``image`` in float16,
             otherwise float32.
         part_size: Rows per part. One part is in memory, and a kill loses at most one part.
         max_error_rate: Largest share of unusable rows for which the store is sealed.
@@ -146,9 +145,9 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     Raises:
         UsageError: If an argument is invalid, if the scale or the bias is neither an argument nor
             in the source, or if ``output`` holds something else than a store.
-        ProvenanceError: If ``output`` holds a store of other inputs. The message names the inputs.
+        ProvenanceError: If ``output`` holds a store with different inputs. The message names them.
         DataError: If an array is missing, damaged or of Python objects, or does not fit the rest.
-        StorageError: If reading or writing a file fails; finished parts are intact.
+        StorageError: If reading or writing a file fails. Finished parts are intact.
         BusyError: If another process writes to ``output``.
 
     Examples:
@@ -190,7 +189,7 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
 
 
 def _require_shapes(source_arrays: SourceArrays, run: Run) -> None:
-    """Raise DataError if a column of the classes or of the model has a wrong shape."""
+    """Raise DataError if a class or model column has a wrong shape."""
     for name, values in source_arrays.class_columns.items():
         shape = tuple(values.shape)
         if not is_possible_shape(run, name, shape):
@@ -203,34 +202,34 @@ def _require_shapes(source_arrays: SourceArrays, run: Run) -> None:
 
 @dataclass
 class SourceArrays:
-    """The open arrays of a source. Everything is checked except the numbers in the image rows.
+    """A source's open arrays. Everything is checked except the numbers in the image rows.
 
-    ``read_part`` reads and checks the rows of a part.
+    ``read_part`` reads and checks a part's rows.
     """
 
-    # all used arrays; the keys are names in ``ARRAY_NAMES``
+    # All used arrays. The keys are names in ``ARRAY_NAMES``.
     opened_arrays: dict[str, StoredArray]
-    target: NDArray[np.int64]  # (N,) label of each row; -1: unknown, -2: outside all classes
+    target: NDArray[np.int64]  # (N,) label for each row: -1 is unknown, -2 is outside all classes
     class_names: tuple[str, ...]  # names of the K classes
     text: Tensor  # (K, D) float32 unit-norm text embeddings
-    class_columns: dict[ClassColumn, Tensor]  # columns of the classes and of the model
+    class_columns: dict[ClassColumn, Tensor]  # class and model columns
     outside: tuple[str, ...]  # names of left-out classes, and targets beyond the classes
     norm_summary: NormSummary = field(default_factory=NormSummary)  # norms of the rows read so far
-    # (N,) answers of another model, as numbers of classes; None: there are no answers
+    # (N,) answers by another model, as class numbers. None: there are no answers.
     answer: NDArray[np.int64] | None = None
 
     @property
     def row_array(self) -> StoredArray:
-        """The array that decides the number of rows: image embeddings, or else logits."""
+        """The array that decides the row count: image embeddings, or else logits."""
         return _row_array(self.opened_arrays)
 
     @property
     def width(self) -> int:
-        """Width D of the embeddings; 0 if the rows have only logits."""
+        """Width D of the embeddings, or 0 if the rows have only logits."""
         return _embedding_width(self.opened_arrays)
 
     def row_shapes(self) -> dict[ImageColumn, tuple[int, ...]]:
-        """Map the name of each column of the images to the shape of a row."""
+        """Map each image column's name to the row shape."""
         shapes: dict[ImageColumn, tuple[int, ...]] = {}
         for name in get_args(ImageColumn):
             if name in self.opened_arrays:
@@ -247,8 +246,8 @@ class SourceArrays:
     ) -> EmbeddingSpace:
         """Return the embedding space.
 
-        ``logit_scale`` and ``logit_bias`` are the choices of the user. None means that the number
-        in the source is used.
+        ``logit_scale`` and ``logit_bias`` are the user's choices. None means that the number in the
+        source is used.
         """
         if LOGITS not in self.opened_arrays:
             scale = self._scale_or_bias("logit_scale", logit_scale)
@@ -267,7 +266,7 @@ class SourceArrays:
     ) -> Literal["float16", "float32"]:
         """Return the number format of the stored rows: ``user_format`` if given.
 
-        By default, the rows have the number format of the images. Logits are always float32.
+        By default, the rows have the images' number format. Logits are always float32.
         """
         if LOGITS in self.opened_arrays:
             if user_format == "float16":
@@ -314,7 +313,7 @@ class SourceArrays:
         return float(user_value)
 
     def fingerprint(self) -> str:
-        """Return a hash of all arrays except scale and bias, which are part of the space."""
+        """Return a hash of all arrays except scale and bias, which are in the space."""
         hashed_arrays = {
             name: array for name, array in self.opened_arrays.items() if name not in SPACE_ARRAYS
         }
@@ -328,11 +327,11 @@ class SourceArrays:
             return digest(hash_of_array)
 
     def read_part(self, part: Part) -> PartContent:
-        """Read the rows of a part, and return the usable rows and the errors."""
+        """Read a part's rows, and return the usable rows and the errors."""
         status = np.full(len(part), VALID, np.uint8)
         rows_of_array: dict[str, Tensor] = {}
         for name in part.array_names:
-            # the store names the array of image embeddings ``IMAGE``, and the source "image"
+            # the array with image embeddings is named ``IMAGE`` in the store, "image" in the source
             name_in_source = "image" if name == IMAGE else name
             block = self.opened_arrays[name_in_source].read(part.start, part.stop)
             rows_of_array[name], status_in_array, norm_summary = _normalise(name, block)
@@ -345,16 +344,16 @@ class SourceArrays:
         content = self._metadata_and_errors(part, status)
         is_usable = torch.from_numpy(status == VALID)
         for name, rows in rows_of_array.items():
-            # ``PartContent`` has a list of blocks for each array; here a single block has all rows
+            # ``PartContent`` has a block list for each array. Here, a single block has all rows.
             content.array_blocks[name] = [rows[is_usable]]
         return content
 
     def _metadata_and_errors(self, part: Part, status: NDArray[np.uint8]) -> PartContent:
-        """Return the metadata of the usable rows of a part, and the errors of the remaining rows.
+        """Return metadata for a part's usable rows, and errors for the remaining rows.
 
         The result has no arrays yet.
 
-        ``status`` (n,) has the status code of each row of the part.
+        ``status`` (n,) has the status code for each row in the part.
         """
         content = PartContent()
         row_keys = self._row_keys(part)
@@ -372,13 +371,13 @@ class SourceArrays:
         return content
 
     def _metadata_of_row(self, position: int, key: str, label: int | None) -> RowMetadata:
-        """Return the metadata of a row, with another model's answer if there are such answers."""
+        """Return a row's metadata, with another model's answer if there are such answers."""
         if self.answer is None:
             return RowMetadata(position, key, label)
         return MetadataWithAnswer(position, key, label, answer=int(self.answer[position]))
 
     def _row_keys(self, part: Part) -> list[str]:
-        """Return the identifiers of a part's rows; without identifiers, the row numbers."""
+        """Return the identifiers of a part's rows, or else the row numbers."""
         ids = self.opened_arrays.get("ids")
         if ids is None:
             return [str(row) for row in range(part.start, part.stop)]
@@ -387,7 +386,7 @@ class SourceArrays:
 
 
 def _error_row(position: int, key: str, kind: str) -> ErrorRow:
-    """Return the error of an unusable row. ``kind`` is the name of the row's status code."""
+    """Return the error for an unusable row. ``kind`` names the row's status code."""
     return ErrorRow(
         key=key,
         position=position,
@@ -400,11 +399,11 @@ def _error_row(position: int, key: str, kind: str) -> ErrorRow:
 
 
 def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], NormSummary]:
-    """Normalise a block of rows, unless the column ``name`` may have any norm.
+    """Normalise a row block, unless the column ``name`` may have any norm.
 
-    Returns the rows to be stored, the status code of each image, and a summary of the original
-    norms. The summary is empty if the column may have any norm. An image with several views gets
-    the highest status code of all views.
+    Returns the rows to be stored, each image's status code, and a summary of the original norms.
+    The summary is empty if the column may have any norm. An image with several views gets the
+    views' highest status code.
     """
     may_have_any_norm = name in UNNORMALISED_COLUMNS
     if name == LOGITS:
@@ -413,14 +412,13 @@ def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8
         flat_rows = block.reshape(-1, block.shape[-1])
         rows = as_matrix(flat_rows, name, keep_direction=not may_have_any_norm)
     if may_have_any_norm:
-        has_finite_numbers = torch.isfinite(rows).all(dim=1)
-        is_finite = has_finite_numbers.numpy()
-        status_of_rows = np.where(is_finite, VALID, NONFINITE)
+        is_finite = torch.isfinite(rows).all(dim=1)
+        status_of_rows = np.where(is_finite.numpy(), VALID, NONFINITE)
         return rows, status_of_rows.astype(np.uint8), NormSummary()
     # in ``rows``, every view of an image is a row
     rows, status, norm_summary = normalise_rows(rows)
     status_of_views = status.reshape(len(block), -1)
-    # VALID is the smallest code, so an image is valid only if all views of the image are valid
+    # VALID is the smallest code, so an image is valid only if all the image's views are valid
     status_of_images = status_of_views.max(axis=1, initial=VALID)
     return rows.view(block.shape), status_of_images, norm_summary
 
@@ -431,7 +429,7 @@ def _read_source(
     class_names: Sequence[str] | None,
     outside: tuple[str, ...],
 ) -> SourceArrays:
-    """Open the arrays of a source, and check everything except the numbers in the image rows.
+    """Open a source's arrays, and check everything except the numbers in the image rows.
 
     ``keys``, ``class_names`` and ``outside`` are arguments of ``import_arrays``.
     """
@@ -467,7 +465,7 @@ def _read_source(
 
 
 def _require_entry_per_row(opened_arrays: Mapping[str, StoredArray], n_rows: int) -> None:
-    """Raise DataError if an array of the image rows does not have ``n_rows`` entries."""
+    """Raise DataError if an array for the image rows does not have ``n_rows`` entries."""
     for name in ROW_ARRAYS:
         if name not in opened_arrays:
             continue
@@ -480,14 +478,14 @@ def _require_entry_per_row(opened_arrays: Mapping[str, StoredArray], n_rows: int
 
 
 def _row_array(opened_arrays: Mapping[str, StoredArray]) -> StoredArray:
-    """Return the array that decides the number of rows: image embeddings, or else logits."""
+    """Return the array that decides the row count: image embeddings, or else logits."""
     if "image" in opened_arrays:
         return opened_arrays["image"]
     return opened_arrays[LOGITS]
 
 
 def _embedding_width(opened_arrays: Mapping[str, StoredArray]) -> int:
-    """Width of the embeddings; 0 if the rows have only logits."""
+    """Return the embedding width, or 0 if the rows have only logits."""
     if "image" not in opened_arrays:
         return 0
     return opened_arrays["image"].shape[1]
@@ -496,12 +494,12 @@ def _embedding_width(opened_arrays: Mapping[str, StoredArray]) -> int:
 def _read_texts(
     opened_arrays: Mapping[str, StoredArray], text_rows: Tensor, store_names: Sequence[str]
 ) -> Tensor:
-    """Check the texts of the classes in the store. Return the texts (K, D) with unit norm.
+    """Check the store's class texts. Return the texts (K, D) with unit norm.
 
     Args:
         opened_arrays: The open arrays.
         text_rows: (K,) for each class in the store, the row number in the array ``text``.
-        store_names: Names of the K classes in the store.
+        store_names: The K class names in the store.
     """
     image_array = opened_arrays["image"]
     text_array = opened_arrays["text"]
@@ -520,15 +518,15 @@ def _read_texts(
 def _read_answers(
     array: StoredArray | None, n_rows: int, source_names: Sequence[str], store_names: Sequence[str]
 ) -> NDArray[np.int64] | None:
-    """Return the answers (N,) as numbers of classes in the store; None if there is no array.
+    """Return the answers (N,) as class numbers in the store, or None if there is no array.
 
-    In the array, an answer is the number or the name of a class in the source.
+    In the array, an answer is a class number or a class name in the source.
 
     Args:
-        array: The array ``answer``; None if the source has no answers.
+        array: The array ``answer``, or None if the source has no answers.
         n_rows: Number of rows.
-        source_names: Names of the classes in the source.
-        store_names: Names of the classes in the store. Classes of the source may be missing.
+        source_names: Class names in the source.
+        store_names: Class names in the store. Some of the source's classes may be missing.
     """
     if array is None:
         return None
@@ -550,20 +548,20 @@ def _read_answers(
 
 
 class StoreClasses(NamedTuple):
-    """The K classes of the store, and the targets of the rows among these classes."""
+    """The store's K classes, and the rows' targets among these classes."""
 
-    names: tuple[str, ...]  # names of the classes
+    names: tuple[str, ...]  # class names
     text_rows: Tensor  # (K,) for each class, the row number in the array ``text``
-    target: NDArray[np.int64]  # (N,) label of each row; -1: unknown, -2: outside all classes
+    target: NDArray[np.int64]  # (N,) label for each row: -1 is unknown, -2 is outside all classes
 
 
 def _classes_with_logits(
     targets: Targets, source_names: tuple[str, ...], outside: tuple[str, ...], logits: StoredArray
 ) -> StoreClasses:
-    """Return the classes of a source with logits: all classes ``source_names`` of the source.
+    """Return the classes for a source with logits: all classes in ``source_names``.
 
-    Each class must have a column of logits, and no class can be left out. So the labels in
-    ``outside`` must not be classes.
+    Each class must have a logit column, and no class can be left out. So the labels in ``outside``
+    must not be classes.
     """
     n_logits = logits.shape[1]
     if n_logits != len(source_names):
@@ -586,7 +584,7 @@ def _classes_with_logits(
 
 
 def _require_matrix(array: StoredArray) -> None:
-    """Raise DataError if an array is not a matrix of numbers."""
+    """Raise DataError if an array is not a matrix with numbers."""
     is_matrix = len(array.shape) == 2 and array.shape[1] >= 1
     if array.dtype.kind not in NUMBER_KINDS or not is_matrix:
         raise DataError(
@@ -596,11 +594,10 @@ def _require_matrix(array: StoredArray) -> None:
 
 
 def _open_arrays(array_files: ArrayFiles, keys: dict[str, str]) -> dict[str, StoredArray]:
-    """Open the arrays of a source, and return a dictionary from names to open arrays.
+    """Open a source's arrays, and return a dictionary from names to open arrays.
 
-    The names are the names in ``ARRAY_NAMES``. The key of an array is the name of the array in the
-    source. ``keys`` maps names to keys. For an array without an entry in ``keys``, name and key are
-    equal.
+    The names are the names in ``ARRAY_NAMES``. An array's key is the array's name in the source.
+    ``keys`` maps names to keys. For an array without an entry in ``keys``, name and key are equal.
     """
     unknown_names = sorted(keys.keys() - set(ARRAY_NAMES))
     if unknown_names:
@@ -623,9 +620,8 @@ def _open_arrays(array_files: ArrayFiles, keys: dict[str, str]) -> dict[str, Sto
             ", ".join(unused_keys),
         )
     for name, key in used_keys.items():
-        # Embeddings never compress very well. So an array of embeddings is refused if the
-        # compressed array is very small. Arrays with a number or text per row may compress very
-        # well.
+        # Embeddings never compress very well. So an embedding array is refused if the compressed
+        # array is very small. Arrays with a number or text per row may compress very well.
         if name not in {"target", "answer", "ids"}:
             array_files.refuse_zip_bomb(key)
     opened_arrays = {name: array_files.open(key) for name, key in used_keys.items()}
@@ -638,8 +634,8 @@ def _open_arrays(array_files: ArrayFiles, keys: dict[str, str]) -> dict[str, Sto
 def _adapt_keys_to_logits(array_files: ArrayFiles, key_of_name: dict[str, str]) -> None:
     """Change ``key_of_name`` for a source with logits. Such a source must have no texts.
 
-    With logits, the array ``features`` has the vectors of the rows. So ``features`` is read as
-    ``image``, unless there is an array ``image``.
+    With logits, the array ``features`` has the rows' vectors. So ``features`` is read as ``image``,
+    unless there is an array ``image``.
     """
     if key_of_name["text"] in array_files.names:
         raise DataError(
@@ -657,8 +653,8 @@ def _require_keys(
     """Raise DataError if the source lacks an array.
 
     Args:
-        array_files: The arrays of the source.
-        key_of_name: Maps names in ``ARRAY_NAMES`` to the keys of the arrays in the source.
+        array_files: The source's arrays.
+        key_of_name: Maps names in ``ARRAY_NAMES`` to array keys in the source.
         required_keys: Keys that the source must have.
     """
     missing_keys = [key for key in required_keys if key not in array_files.names]
@@ -676,16 +672,16 @@ def _require_keys(
 def _check_columns(opened_arrays: Mapping[str, StoredArray], width: int) -> None:
     """Raise DataError if texts or columns have a wrong type or shape, or no entries.
 
-    ``width`` is the width of the embeddings.
+    ``width`` is the embedding width.
     """
-    # maps the name of an array to the number of dimensions and the meaning
+    # maps an array name to the number of dimensions and the meaning
     expected_arrays = {"text": (2, "(K, D) embeddings of the candidates"), **COLUMNS}
     for name, (n_dims, meaning) in expected_arrays.items():
         if name not in opened_arrays:
             continue
         column = opened_arrays[name]
         sizes = column.shape
-        if name in IMAGE_COLUMNS:  # the number of rows may be 0
+        if name in IMAGE_COLUMNS:  # the row count may be 0
             sizes = column.shape[1:]
         has_valid_shape = len(column.shape) == n_dims and 0 not in sizes
         if column.dtype.kind not in NUMBER_KINDS or not has_valid_shape:
@@ -717,7 +713,7 @@ def _read_class_names(
 
 
 def _require_short_texts(array: StoredArray) -> None:
-    """Raise DataError if an array is not a vector of short texts."""
+    """Raise DataError if an array is not a vector with short texts."""
     max_bytes = 4 * MAX_NAME_CHARACTERS  # NumPy stores a character in 4 bytes
     if len(array.shape) != 1 or array.dtype.itemsize > max_bytes:
         raise DataError(
@@ -756,26 +752,26 @@ def _check_ids(array: StoredArray | None, n_rows: int) -> None:
 
 
 def _read_identifier(array: StoredArray, row: int) -> str:
-    """Read the identifier of a row."""
+    """Read a row's identifier."""
     entries = array.read(row, row + 1)
     (identifier,) = array_to_texts(entries, array.location)
     return identifier
 
 
 class Targets(NamedTuple):
-    """Targets in the form of the source. Every distinct target is in memory only once."""
+    """Targets in the source's form. Every distinct target is in memory only once."""
 
     values: NDArray[Any]  # distinct targets, sorted: whole numbers or names
-    index_of_row: NDArray[np.int64]  # (N,) for each row, the index of the target in ``values``
+    index_of_row: NDArray[np.int64]  # (N,) for each row, the target's index in ``values``
 
 
 def _read_targets(array: StoredArray | None, n_rows: int) -> Targets:
-    """Read the targets of ``n_rows`` rows in blocks; all are unknown if there is no array."""
+    """Read the targets of ``n_rows`` rows in blocks. Without an array, all are unknown."""
     if array is None:
-        n_values = min(n_rows, 1)  # all rows have the same value; without rows there is no value
+        n_values = min(n_rows, 1)  # all rows share one value, and without rows there is none
         unknown_target = np.full(n_values, UNKNOWN, np.int64)
-        index_of_unknown = np.zeros(n_rows, np.int64)
-        return Targets(values=unknown_target, index_of_row=index_of_unknown)
+        index_of_row = np.zeros(n_rows, np.int64)
+        return Targets(unknown_target, index_of_row)
     is_vector = len(array.shape) == 1
     holds_names = is_vector and array.dtype.kind in TEXT_KINDS
     if holds_names:
@@ -796,14 +792,14 @@ def _read_targets(array: StoredArray | None, n_rows: int) -> Targets:
 
 
 def _join_targets(targets_of_blocks: Sequence[Targets]) -> Targets:
-    """Join the targets of consecutive blocks of rows."""
+    """Join the targets from consecutive row blocks."""
     if not targets_of_blocks:
         empty = np.empty(0, np.int64)
         return Targets(values=empty, index_of_row=empty)
     all_values = np.unique(np.concatenate([targets.values for targets in targets_of_blocks]))
     index_of_row: list[NDArray[np.int64]] = []
     for targets in targets_of_blocks:
-        # for each value of the block, the index among the values of all blocks
+        # for each value in the block, the index among the values in all blocks
         new_index_of_value = np.searchsorted(all_values, targets.values)
         index_of_row.append(new_index_of_value[targets.index_of_row])
     joined_index = np.concatenate(index_of_row)
@@ -813,7 +809,7 @@ def _join_targets(targets_of_blocks: Sequence[Targets]) -> Targets:
 def _classes_with_texts(
     targets: Targets, source_names: tuple[str, ...], outside: tuple[str, ...], text: StoredArray
 ) -> StoreClasses:
-    """Return the classes of a source with texts: ``source_names`` without ``outside``."""
+    """Return the classes for a source with texts: ``source_names`` without ``outside``."""
     kept_classes = [number for number, name in enumerate(source_names) if name not in outside]
     n_texts = len(text)
     if n_texts not in {len(source_names), len(kept_classes)}:
@@ -825,7 +821,7 @@ def _classes_with_texts(
         raise UsageError(
             f"all of the {len(source_names)} classes would be outside. At least one must be left."
         )
-    # the label in the store of each class in the source; OUTSIDE if the class is left out
+    # the store's label for each class in the source, OUTSIDE if the class is left out
     label_of_class = np.full(len(source_names), OUTSIDE, np.int64)
     label_of_class[kept_classes] = np.arange(len(kept_classes))
     target = _index_targets(targets, source_names, outside)
@@ -843,7 +839,7 @@ def _classes_with_texts(
 def _index_targets(
     targets: Targets, source_names: tuple[str, ...], outside: tuple[str, ...]
 ) -> NDArray[np.int64]:
-    """Return targets (N,) int64: index in ``source_names``; -1: unknown, -2: beyond the names."""
+    """Return targets (N,) int64: index in ``source_names``, -1 (unknown) or -2 (beyond names)."""
     index_of_name: dict[str, int] = {}
     for i, name in enumerate(source_names):
         index_of_name.setdefault(name, i)  # a repeated name keeps the first index
@@ -884,11 +880,11 @@ def _require_used_labels(
 def _indices_of_names(
     values: Sequence[str], index_of_name: Mapping[str, int], labels_outside: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Return the index (n,) of each name: -1 for "" (unknown), -2 for a label outside.
+    """Return each name's index (n,): -1 for "" (unknown), -2 for a label outside.
 
     Args:
         values: Names from the source.
-        index_of_name: Maps names of classes to indices.
+        index_of_name: Maps class names to indices.
         labels_outside: Labels beyond the classes.
     """
     index_of_value = {"": UNKNOWN, **index_of_name, **dict.fromkeys(labels_outside, OUTSIDE)}
@@ -919,9 +915,9 @@ def _indices_of_numbers(
 def _read_class_columns(
     opened_arrays: Mapping[str, StoredArray], text_rows: Tensor
 ) -> dict[ClassColumn, Tensor]:
-    """Check and return the columns of the classes and of the model.
+    """Check and return the class and model columns.
 
-    Columns that must have unit norm are normalised. A column of the classes keeps only the rows
+    Columns that must have unit norm are normalised. A class column keeps only the rows
     ``text_rows`` (K,), so left-out classes have no row.
     """
     columns: dict[ClassColumn, Tensor] = {}
@@ -934,7 +930,7 @@ def _read_class_columns(
                 f"{array.location} is compared with texts, and with logits there are no texts. "
                 "Leave it out."
             )
-        # n_rows has no effect, because only columns of images depend on n_rows
+        # n_rows has no effect, because only image columns depend on n_rows
         checked_columns = check_columns(
             {name: array.read_whole()}, n_rows=0, n_texts=len(opened_arrays["text"])
         )
@@ -948,9 +944,9 @@ def _read_class_columns(
 def _plan_run(
     source_arrays: SourceArrays, space: EmbeddingSpace, imported: ImportFacts, **settings: object
 ) -> Run:
-    """Return the run for the import of these arrays.
+    """Return the run for importing these arrays.
 
-    All arrays are read once, because the fingerprint of the run contains a hash of the arrays.
+    All arrays are read once, because the run's fingerprint contains a hash of the arrays.
     """
     inputs: dict[str, object] = {
         "dataset_fingerprint": source_arrays.fingerprint(),
@@ -1000,7 +996,7 @@ def _write_store(
 
 
 def _write_part(ledger: StoreLedger, part: Part, source_arrays: SourceArrays) -> Receipt:
-    """Write a part in the number format of the store, and return the receipt."""
+    """Write a part in the store's number format, and return the receipt."""
     content = source_arrays.read_part(part)
     number_format = getattr(torch, ledger.run.dtype)
     for name, blocks in content.array_blocks.items():

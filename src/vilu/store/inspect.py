@@ -39,28 +39,28 @@ BLOCK_ROWS = 8192  # number of rows checked at a time
 class StoreReport:
     """Facts about a store from ``inspect``, with all damage found."""
 
-    store: str  # name of the folder
-    # whether the store has a manifest, so that the store is complete and within the error budget
+    store: str  # folder name
+    # whether the store has a manifest, and so is complete and within the error budget
     sealed: bool
     run: Run  # the run with its inputs
     parts: int  # number of parts, done or not
-    deep: bool  # whether the contents of all files were checked
+    deep: bool  # whether all files' contents were checked
     parts_done: int = 0  # number of finished parts
     n_in: int = 0  # number of images in these parts
     n_ok: int = 0  # number of rows in these parts
     n_error: int = 0  # number of failed images in these parts
     errors: Counter[str] = field(default_factory=Counter)  # number of failed images by kind
-    # number of rows by kind of label: a class ("inside"), outside all classes ("outside"), or
+    # number of rows by label kind: a class ("inside"), outside all classes ("outside"), or
     # "unknown"
     labels: Counter[str] = field(default_factory=Counter)
-    # name of each column -> shape of the column; for a column of the images, shape of a row
+    # column name -> shape of the column, or for an image column the row shape
     columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
     bytes: int = 0  # size on disk of the finished parts
-    # a sentence for each damage; empty if nothing is damaged
+    # a sentence for each damage, empty if nothing is damaged
     problems: list[str] = field(default_factory=list)
 
     def add(self, receipt: Receipt) -> None:
-        """Add the counts in the receipt of a part."""
+        """Add the counts in a part's receipt."""
         self.parts_done += 1
         self.n_in += receipt.n_in
         self.n_ok += receipt.n_ok
@@ -70,7 +70,7 @@ class StoreReport:
 
     @contextmanager
     def catch_problem(self) -> Iterator[None]:
-        """If an error ends the block, add the message to ``problems``. The error is not raised."""
+        """Add the message to ``problems`` if an error ends the block. The error is not raised."""
         try:
             yield
         except ViLUError as error:
@@ -190,7 +190,7 @@ def _try_to_open(root: Path, run: Run) -> None:
 
 
 def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
-    """Add a part and the damage of the part to the report; an error in the receipt is raised."""
+    """Add a part and the part's damage to the report. Raise an error found in the receipt."""
     receipt = ledger.receipt(part)
     report.add(receipt)
     if report.deep:
@@ -205,7 +205,7 @@ def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
 
 
 def _label_counts(ledger: StoreLedger, part: Part, receipt: Receipt) -> dict[str, int]:
-    """Return the number of rows of a part by label: "inside", "outside" or "unknown"."""
+    """Count a part's rows by label kind: "inside", "outside" or "unknown"."""
     schema = metadata_schema(ledger.run)
     table = read_columns(ledger.root / part.metadata_file, schema, ["label"], receipt.n_ok)
     labels = table["label"]
@@ -219,7 +219,7 @@ def _label_counts(ledger: StoreLedger, part: Part, receipt: Receipt) -> dict[str
 
 
 def _part_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterator[str]:
-    """Yield a sentence for each error in the content of a part."""
+    """Yield a sentence for each error in a part's content."""
     run = ledger.run
     for name, row_shape in run.row_shapes.items():
         path = ledger.root / part.array_file(name)
@@ -264,7 +264,7 @@ def _label_problems(labels: NDArray[np.int64], n_classes: int, part_text: str) -
 
 
 def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[str]:
-    """Yield a sentence for each block with rows that are not finite or not of unit norm."""
+    """Yield a sentence for each block with rows that are not finite or lack unit norm."""
     rows = map_rows(path, shape, dtype)
     requirement = "finite" if name in UNNORMALISED_COLUMNS else "of unit norm"
     for start in range(0, len(rows), BLOCK_ROWS):
@@ -274,7 +274,7 @@ def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -
         else:
             norms = torch.linalg.vector_norm(block, dim=-1)
             is_good = (norms - 1).abs() <= NORM_TOLERANCE
-        # a row is good if all numbers, or all views, of the row are good
+        # a row is good if all numbers, or all views, in the row are good
         is_good_row = is_good.reshape(len(block), -1).all(dim=1)
         n_bad = int((~is_good_row).sum())
         if n_bad:

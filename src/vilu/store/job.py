@@ -1,4 +1,4 @@
-"""Embed the parts of a store. A part is given up after several processes have died in the part."""
+"""Embed a store's parts. A part is given up after several processes have died in the part."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from vilu.store.precision import check_precision
 from vilu.text import plural
 
 MAX_ATTEMPTS = 3  # number of dead processes after which a part is given up
-# message in the error rows of a given-up part
+# message in a given-up part's error rows
 GIVE_UP_MESSAGE = (
     f"{MAX_ATTEMPTS} processes died while they worked on the part of this image, so the part was "
     "given up"
@@ -52,7 +52,7 @@ def count_attempts(root: Path, part: Part) -> int:
     path = root / part.attempts_file
     with convert_os_errors(f"cannot read {path}"):
         try:
-            # A mark is one byte of the file. Appending one byte is atomic, so no mark is lost if
+            # A mark is one byte in the file. Appending one byte is atomic, so no mark is lost if
             # two processes append at the same time.
             return path.stat().st_size
         except FileNotFoundError:
@@ -70,7 +70,7 @@ def remove_attempt_marks(root: Path) -> None:
 
 
 class AttemptMarks:
-    """The marks of this process on all parts begun by this process (``count_attempts``).
+    """The marks by this process on all parts begun by this process (``count_attempts``).
 
     At the end of the ``with`` block, the marks are removed. If the process dies in the block, the
     marks stay.
@@ -100,7 +100,7 @@ class AttemptMarks:
         self._marked_parts.add(part)
 
     def remove(self, part: Part) -> None:
-        """Remove all marks on a part, including the marks of dead processes."""
+        """Remove all marks on a part, including the marks by dead processes."""
         path = self._root / part.attempts_file
         with convert_os_errors(f"cannot write to {path.parent}"):
             path.unlink(missing_ok=True)
@@ -110,14 +110,14 @@ class AttemptMarks:
 def given_up_content(run: Run, part: Part, dataset: ImageDataset, *, may_list: bool) -> PartContent:
     """Return the content of a given-up part: error rows, and no embeddings.
 
-    If ``may_list`` is True, the images are listed but not read. Every image gets an error row of
-    kind "crash" with the key of the image. If ``may_list`` is False, the images are not listed,
-    because a process died while listing these images. Then, and also if listing raises an
-    exception, the images are not known:
+    If ``may_list`` is True, the images are listed but not read. Every image gets an error row with
+    the kind "crash" and the image key. If ``may_list`` is False, the images are not listed, because
+    a process died while listing these images. Then, and also if listing raises an exception, the
+    images are not known:
 
-    - If parts are made of images, every position gets an error row of kind "crash".
-    - If parts are made of shards, every shard gets a single error row of kind "bad_shard", because
-      the number of images in the shard is unknown.
+    - If parts are made of images, every position gets an error row with the kind "crash".
+    - If parts are made of shards, every shard gets a single error row with the kind "bad_shard",
+      because the image count in the shard is unknown.
     """
     if may_list:
         try:
@@ -131,7 +131,7 @@ def given_up_content(run: Run, part: Part, dataset: ImageDataset, *, may_list: b
             )
     positions = possible_positions(run, part)
     if run.shards:
-        # the first position of every shard of the part
+        # the first position of every shard in the part
         first_positions = positions[::POSITIONS_PER_SHARD]
         shards = [(start, f"shard {start // POSITIONS_PER_SHARD}") for start in first_positions]
         return _error_rows("bad_shard", shards)
@@ -160,7 +160,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """The name and the options of a model, so that each worker process can load the model once.
+    """A model's name and options, so that each worker process can load the model once.
 
     The fields are parameters of ``load_backbone``.
     """
@@ -172,13 +172,13 @@ class BackboneSpec:
     full_decode: bool = False
 
     def load(self) -> Backbone:
-        """Return the model; raises the errors of ``load_backbone``."""
+        """Return the model. Raise the same errors as ``load_backbone``."""
         return _load(self)
 
 
 @cache
 def _load(spec: BackboneSpec) -> Backbone:
-    """Load the backbone of a spec."""
+    """Load the backbone for a spec."""
     return load_backbone(
         spec.name,
         device=spec.device,
@@ -190,32 +190,32 @@ def _load(spec: BackboneSpec) -> Backbone:
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """All settings and inputs for embedding any part of a run.
+    """All settings and inputs for embedding any part in a run.
 
     A job can be pickled if its data set and its model can be pickled.
     """
 
-    root: Path  # folder of the store
+    root: Path  # the store's folder
     run: Run  # the run, with all inputs
     dataset: ImageDataset
     backbone: BackboneSpec | Backbone
     batch_size: int = 32  # images per forward pass
-    workers: int | None = None  # number of decoding threads; None: one per core, at most 16
+    workers: int | None = None  # number of decoding threads. None: one per core, at most 16.
     strict: bool = False  # whether the job stops at the first bad image
-    limits: ImageLimits = DEFAULT_LIMITS  # limits of size and shape of valid images
+    limits: ImageLimits = DEFAULT_LIMITS  # size and shape limits for valid images
 
     @cached_property
     def ledger(self) -> StoreLedger:
-        """The folder of the store, with finished parts and missing parts."""
+        """The store's folder, with finished parts and missing parts."""
         return StoreLedger(self.root, self.run, self.dataset)
 
     def process(self, part: int) -> Receipt:
         """Embed and write a part unless the part is done. Return the receipt.
 
-        ``part`` is the number of the part. The bytes of a part depend only on the images of the
-        part, the model and the batch size. So any process may do the part, at any time, and more
-        than once. If ``MAX_ATTEMPTS`` processes have died in a part, the part is given up, and the
-        images of the part become error rows.
+        ``part`` is the part number. A part's bytes depend only on the part's images, the model and
+        the batch size. So any process may do the part, at any time, and more than once. If
+        ``MAX_ATTEMPTS`` processes have died in a part, the part is given up, and the part's images
+        become error rows.
         """
         (receipt,) = self.process_all([part])
         return receipt
@@ -223,7 +223,7 @@ class EmbedJob:
     def process_all(self, parts: Sequence[int], progress: Task | None = None) -> Iterator[Receipt]:
         """Do the parts with these numbers in order, like ``process``, and yield the receipts.
 
-        The first images of a part are decoded while the previous part is still being embedded.
+        A part's first images are decoded while the previous part is still being embedded.
         """
         if progress is None:
             progress = SilentProgress()
@@ -259,7 +259,7 @@ class EmbedJob:
         encoder = self._encoder(backbone, progress)
         decoder = self._decoder(backbone)
         n_threads = self.workers or default_workers()
-        # number of a part -> fingerprint of the part's shards
+        # part number -> fingerprint of the part's shards
         shard_fingerprints: dict[int, str] = {}
         with (
             AttemptMarks(self.root) as marks,
@@ -310,9 +310,9 @@ class EmbedJob:
         )
 
     def check_precision(self, backbone: Backbone) -> None:
-        """If the model has a lower precision than float32, compare both on the first photos.
+        """Compare the model's lower precision, if any, with float32 on the first photos.
 
-        The result is written into the log of the store.
+        The result is written into the store's log.
 
         Raises:
             ProvenanceError: If embeddings or answers differ too much.
@@ -321,7 +321,7 @@ class EmbedJob:
         decoder = replace(decoder_with_views, views=None)
 
         def first_pixels() -> Iterator[Tensor]:
-            for part in self.ledger.parts[:1]:  # the first part; without images there is no part
+            for part in self.ledger.parts[:1]:  # the first part, if there is any
                 for position_and_record in records_with_positions(self.run, part, self.dataset):
                     image_or_error = decoder(position_and_record)
                     if isinstance(image_or_error, PreparedImage):
@@ -332,7 +332,7 @@ class EmbedJob:
             append_to_log(self.root, checked=asdict(precision_check))
 
     def _load_backbone(self) -> Backbone:
-        """Return the model; ProvenanceError if the run began with another model."""
+        """Return the model. Raise ProvenanceError if the run began with another model."""
         backbone = self.backbone
         if isinstance(backbone, BackboneSpec):
             backbone = backbone.load()
@@ -342,7 +342,7 @@ class EmbedJob:
         return backbone
 
     def _log_part(self, part: Part, receipt: Receipt, content: PartContent) -> None:
-        """Write a finished part into the log of the store and into the log of the process."""
+        """Write a finished part into the store's log and into the process's log."""
         seconds = round(time.monotonic() - content.begun_at, 3)
         append_to_log(
             self.root,
@@ -360,7 +360,7 @@ class EmbedJob:
         )
 
     def _log_animated(self, content: PartContent) -> None:
-        """Log the number of animated images. Only the first frame of an animated image is used."""
+        """Log the number of animated images. Only an animated image's first frame is used."""
         n_animated = 0
         for metadata in content.metadata:
             if isinstance(metadata, ImageMetadata) and metadata.n_frames > 1:
@@ -371,10 +371,10 @@ class EmbedJob:
     def _records_of_parts(
         self, parts: Sequence[Part], marks: AttemptMarks, shard_fingerprints: dict[int, str]
     ) -> Iterator[tuple[int, ImageRecord] | None]:
-        """Yield the records of all parts with their positions, and ``END_OF_PART`` after each part.
+        """Yield the records in all parts with their positions, and ``END_OF_PART`` after each part.
 
-        Before the records of a part are read, the part gets a mark, and the fingerprint of the
-        part's shards is put into ``shard_fingerprints``.
+        Before a part's records are read, the part gets a mark, and the fingerprint of the part's
+        shards is put into ``shard_fingerprints``.
         """
         for part in parts:
             marks.add(part)
@@ -385,10 +385,10 @@ class EmbedJob:
             yield END_OF_PART
 
     def _give_up(self, part: Part, n_deaths: int) -> Receipt:
-        """Give up a part after the death of ``n_deaths`` processes: write only error rows."""
+        """Give up a part after ``n_deaths`` processes have died: write only error rows."""
         with AttemptMarks(self.root) as marks:
-            # If listing the images also kills this process, the mark of this process stays. Then
-            # the next process sees more than MAX_ATTEMPTS marks, and does not list the images.
+            # If listing the images also kills this process, this process's mark stays. Then the
+            # next process sees more than MAX_ATTEMPTS marks, and does not list the images.
             marks.add(part)
             shard_fingerprint = self.ledger.shard_fingerprint(part)
             listing_killed_process = n_deaths > MAX_ATTEMPTS
@@ -414,19 +414,19 @@ class EmbedJob:
 
 
 class Executor(Protocol):
-    """An object that decides where and when the parts of a job are done.
+    """An object that decides where and when a job's parts are done.
 
-    The job decides the content of a part. ``EmbedJob.process`` is deterministic and idempotent. So
-    an executor may do a part twice, even at the same time. ``EmbedJob.process`` also gives up a
-    part after several deaths of processes. So after the death of a worker, an executor only has to
-    try the part again.
+    The job decides a part's content. ``EmbedJob.process`` is deterministic and idempotent. So an
+    executor may do a part twice, even at the same time. ``EmbedJob.process`` also gives up a part
+    after several processes have died. So if a worker dies, an executor only has to try the part
+    again.
     """
 
     name: str
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
-        """Yield the receipt of each part as soon as the part is done, in any order.
+        """Yield the receipt for each part as soon as the part is done, in any order.
 
-        ``parts`` are the numbers of the parts. If several processes share the work, the executor of
-        a process does only the parts of this process.
+        ``parts`` are the part numbers. If several processes share the work, a process's executor
+        does only the parts for this process.
         """

@@ -38,11 +38,11 @@ from vilu.store.unreadable import convert_damage_errors
 from vilu.validation import checked
 
 FOLDER_NAMES = (("img_emb", "text_emb"), ("images", "texts"))
-"""Names of the folders of image and caption embeddings: clip-retrieval's, and LAION's."""
+"""Folder names for image and caption embeddings: clip-retrieval's, and LAION's."""
 
-# names of the image file and the caption file of a single shard
+# names of the image file and the caption file for a single shard
 FILE_NAMES = (("img_emb.npy", "text_emb.npy"), ("images.npy", "texts.npy"))
-METADATA_FOLDER = "metadata"  # name of the folder of the metadata
+METADATA_FOLDER = "metadata"  # name of the metadata folder
 
 LAYOUTS = (
     "img_emb/img_emb_0000.npy + text_emb/text_emb_0000.npy, images/*.npy + texts/*.npy, "
@@ -55,13 +55,13 @@ LAYOUTS = (
 class Shard:
     """Files with the same rows: row i of each file belongs to the same pair."""
 
-    image_file: Path  # file of (n, D) image embeddings
-    text_file: Path  # file of (n, D) caption embeddings
-    metadata_file: Path | None  # file with n rows of metadata, if any
+    image_file: Path  # file with (n, D) image embeddings
+    text_file: Path  # file with (n, D) caption embeddings
+    metadata_file: Path | None  # file with n metadata rows, if any
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """Shape (n, D), from the headers of all files; ProvenanceError if the files disagree."""
+        """Shape (n, D), from all files' headers. ProvenanceError if the files disagree."""
         n_images, image_width = map_matrix(self.image_file).shape
         n_texts, text_width = map_matrix(self.text_file).shape
         n_rows_of_file = {self.image_file: n_images, self.text_file: n_texts}
@@ -127,10 +127,10 @@ def map_matrix(path: Path) -> NDArray[np.floating]:
 
 
 def find_shards(root: Path) -> list[Shard]:
-    """Return the shards of a folder in the order of their numbers.
+    """Return the shards in a folder, in the order of the shard numbers.
 
     Raises:
-        DataError: If there is no shard, or a file of a shard is missing.
+        DataError: If there is no shard, or a shard's file is missing.
     """
     for image_name, text_name in FILE_NAMES:
         image_file = root / image_name
@@ -165,7 +165,7 @@ def _require_partners(
 
     Args:
         base_folder: The parent folder of the folders in ``files_of_folder``.
-        files_of_folder: Maps the name of each folder to the files of the folder, by number.
+        files_of_folder: Maps each folder name to the files in the folder, by number.
         numbers: All numbers that occur in any of the folders.
     """
     for folder, files in files_of_folder.items():
@@ -184,8 +184,8 @@ def _require_partners(
 def _find_base_folder(root: Path) -> tuple[Path, str, str]:
     """Find the folder with the embeddings: ``root``, or else a sub-folder of ``root``.
 
-    Returns the folder, and the names of two sub-folders: of image embeddings, and of caption
-    embeddings.
+    Returns the folder, and the names of two sub-folders: the first with image embeddings, the
+    second with caption embeddings.
 
     Raises:
         DataError: If there is no such folder, or if several sub-folders of ``root`` have
@@ -234,7 +234,7 @@ def _numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
 
 
 def _sorted_entries(folder: Path) -> list[Path]:
-    """Return the sorted entries of a folder; DataError if ``folder`` is no folder."""
+    """Return the sorted entries in a folder. Raise DataError if ``folder`` is no folder."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Expected a store, or {LAYOUTS}.")
     with convert_os_errors(f"cannot read {folder}"):
@@ -242,17 +242,17 @@ def _sorted_entries(folder: Path) -> list[Path]:
 
 
 CAPTION_COLUMNS = ("caption", "TEXT")
-"""Names of the column of captions in the metadata: clip-retrieval's name, and LAION's."""
+"""Names of the caption column in the metadata: clip-retrieval's name, and LAION's."""
 
-# Maximum number of values in a block of rows. A thread checks one block at a time. A block takes 4
-# MiB in float32. This size fits into the cache of a processor.
+# Maximum number of values in a row block. A thread checks one block at a time. A block takes 4 MiB
+# in float32. This size fits into a processor's cache.
 MAX_BLOCK_VALUES = 2**20
 
 
 class LaionPairs(PickledByPath, MappedPairs):
-    """Image-caption pairs from shards of embeddings.
+    """Image-caption pairs from embedding shards.
 
-    Row i of an image file and row i of the text file of the same shard are a pair.
+    Row i in a shard's image file and row i in the shard's text file are a pair.
 
     There are four layouts. In the first three, the numbers in file names may have any number of
     digits. The fourth layout has a single shard::
@@ -263,16 +263,16 @@ class LaionPairs(PickledByPath, MappedPairs):
         images.npy + texts.npy, or img_emb.npy + text_emb.npy
 
     Opening reads headers only. When the usable rows are first needed, all rows are read once, in
-    blocks. This takes about as long as reading the files. The status of each row is kept in memory
-    (1 byte per row), and nothing is written into the folder. Rows without unit norm are normalised
+    blocks. This takes about as long as reading the files. Each row's status is kept in memory (1
+    byte per row), and nothing is written into the folder. Rows without unit norm are normalised
     each time they are read. A warning says how many such rows there are.
 
     Rows are identified by their embeddings, because different data sets use the same keys in the
-    metadata. ``ids`` are the numbers of the rows over all shards.
+    metadata. ``ids`` are the row numbers over all shards.
 
-    These files have no receipts, so a change of numbers in a file is not noticed. Like a store, the
-    object is pickled as the path of the folder. Unpickling treats a shard as changed if size or
-    time of modification differ.
+    These files have no receipts, so changed numbers in a file are not noticed. Like a store, the
+    object is pickled as the folder's path. Unpickling treats a shard as changed if size or
+    modification time differ.
 
     The arguments are the same as for ``CaptionStore``, and two more. ``logit_scale`` multiplies the
     cosine (100 for OpenAI's CLIP), and ``logit_bias`` is added to every logit. ``fold`` needs
@@ -280,9 +280,9 @@ class LaionPairs(PickledByPath, MappedPairs):
 
     Raises:
         DataError: If the folder has another layout, or a file has no partner or does not hold a
-            matrix of floats.
+            float matrix.
         StorageError: If a file is damaged.
-        ProvenanceError: If partners differ in number of rows or in width.
+        ProvenanceError: If partners differ in row count or in width.
         UsageError: If ``fold`` is given and there are no captions.
     """
 
@@ -368,7 +368,7 @@ class LaionPairs(PickledByPath, MappedPairs):
         return status if self._chosen_rows is None else status[self._chosen_rows.numpy()]
 
     def _blocks(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
-        """Yield all rows of all files in blocks: the number of the first row, and the rows (b, D).
+        """Yield all rows from all files in blocks: the first row number, and the rows (b, D).
 
         The rows are mapped. The disk is read only when the block is checked.
         """
@@ -384,7 +384,7 @@ class LaionPairs(PickledByPath, MappedPairs):
 
 @dataclass
 class _NormStatistics:
-    """Statistics of the norms of rows."""
+    """Statistics of row norms."""
 
     n_not_unit: int = 0  # number of norms other than 1
     min_norm: float = np.inf  # smallest norm
@@ -401,7 +401,7 @@ class _NormStatistics:
 
 
 def _common_width(shards: Sequence[Shard]) -> int:
-    """Return the width of all shards; ProvenanceError if there are different widths."""
+    """Return the width of all shards. Raise ProvenanceError if there are different widths."""
     first_shard = shards[0]
     for shard in shards:
         if shard.width != first_shard.width:
@@ -413,9 +413,9 @@ def _common_width(shards: Sequence[Shard]) -> int:
 
 
 def _check_block(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[np.uint8], Tensor]:
-    """Return the number of a block's first row, and the status codes (b,) and norms (b,).
+    """Return a block's first row number, and the status codes (b,) and norms (b,).
 
-    ``block`` has the number of the first row, and the rows (b, D).
+    ``block`` has the first row number, and the rows (b, D).
     """
     first_row, rows = block
     # torch accepts only the native byte order
@@ -427,7 +427,7 @@ def _check_block(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[
 
 
 def _listing_hash(root: Path, shards: list[Shard]) -> str:
-    """Return a hash of names, sizes and times of modification of all files."""
+    """Return a hash of all files' names, sizes and modification times."""
     listing = ListingHash()
     for shard in shards:
         for path in (shard.image_file, shard.text_file, shard.metadata_file):
@@ -441,7 +441,7 @@ def _listing_hash(root: Path, shards: list[Shard]) -> str:
 
 
 def _map_array(shard: Shard, array_name: str) -> NDArray[np.floating]:
-    """Map the rows of array ``array_name`` ("image" or "text") of a shard into memory."""
+    """Map the rows from a shard's array ``array_name`` ("image" or "text") into memory."""
     path = shard.image_file if array_name == "image" else shard.text_file
     rows = map_matrix(path)
     if rows.shape != shard.shape:
@@ -453,7 +453,7 @@ def _map_array(shard: Shard, array_name: str) -> NDArray[np.floating]:
 
 
 def _rows_of_fold(root: Path, shards: list[Shard], fold: Fold) -> NDArray[np.int64]:
-    """Return the (M,) ascending numbers of the rows of a fold, counted over all shards."""
+    """Return the (M,) ascending row numbers in a fold, counted over all shards."""
     metadata_files = [
         (shard.metadata_file, shard.n_rows) for shard in shards if shard.metadata_file is not None
     ]

@@ -1,11 +1,11 @@
-"""Folder of a run, filled part by part, so that a killed run can be resumed.
+"""A run's folder, filled part by part, so that a killed run can be resumed.
 
 A run is the work of a single command. A part is a fixed share of the rows. The files are written in
 this order:
 
 1. ``run.json`` describes the run.
-2. For each part, the files of the part are written. Then a receipt is written, with the sizes and
-   hashes of these files. A part is done only if the receipt exists and the files have these sizes.
+2. For each part, the part's files are written. Then a receipt is written, with the sizes and hashes
+   of these files. A part is done only if the receipt exists and the files have these sizes.
 3. ``manifest.json`` marks the folder as complete (sealed).
 
 Every file is written atomically. If the process is killed, only the unfinished part is lost.
@@ -53,13 +53,13 @@ from vilu.progress import SilentProgress, Task, track
 RUN_FILE_PATTERN = re.compile(
     r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+(\.json)?"
 )
-"""Names of the files of a run.
+"""File names in a run.
 
-The name of a receipt is digits and ``.json``. The name of a ``Part.attempts_file`` is digits alone.
+A receipt's name is digits and ``.json``. The name of a ``Part.attempts_file`` is digits alone.
 """
 
-RECEIPTS_FOLDER = "receipts"  # name of the folder of the receipts
-NO_RECEIPT = "it is not there"  # result of ``receipt_or_reason`` for a part without a receipt
+RECEIPTS_FOLDER = "receipts"  # name of the folder with the receipts
+NO_RECEIPT = "it is not there"  # what ``receipt_or_reason`` returns for a part without a receipt
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class FileInfo(FrozenModel):
 
 
 class AnyPart(Protocol):
-    """A part of the work, with the names of the files."""
+    """A part of the work, with the file names."""
 
     @property
     def number(self) -> int:
@@ -91,10 +91,10 @@ class AnyPart(Protocol):
 
 
 class AnyReceipt(Document):
-    """Sizes and hashes of the files of a part.
+    """Sizes and hashes of a part's files.
 
-    Every subclass defines ``fingerprint`` and ``files`` again, because the order of the field
-    definitions is the order of the fields in the JSON file.
+    Every subclass defines ``fingerprint`` and ``files`` again, because the fields in the JSON file
+    are in the order of the field definitions.
     """
 
     if TYPE_CHECKING:
@@ -107,18 +107,18 @@ R = TypeVar("R", bound=AnyReceipt)
 
 
 class Ledger(ABC, Generic[P, R]):
-    """The folder of a run, with finished parts and missing parts."""
+    """A run's folder, with finished parts and missing parts."""
 
     folder_kind: ClassVar[str]  # name of such a folder in messages
     command: ClassVar[str]  # command that makes the folder, for messages
     activity: ClassVar[str]  # work under the lock, for messages: "scoring into"
-    kind: ClassVar[str | None] = None  # value of "kind" in run.json; None: no such field
+    kind: ClassVar[str | None] = None  # value of "kind" in run.json. None: no such field.
     documents: ClassVar[tuple[str, ...]] = (
         RUN_FILE,
         MANIFEST_FILE,
         LOG_FILE,
     )  # files directly in the folder
-    folders: ClassVar[tuple[str, ...]]  # all possible sub-folders of a run
+    folders: ClassVar[tuple[str, ...]]  # all possible sub-folders in a run
 
     def __init__(
         self, root: Path, fingerprint: str, parts: Sequence[P], receipt_type: type[R]
@@ -131,7 +131,7 @@ class Ledger(ABC, Generic[P, R]):
     @classmethod
     @contextmanager
     def lock_folder(cls, root: Path, wait_seconds: float = 0.0) -> Iterator[None]:
-        """Make the folder, and hold the lock of the folder in the block.
+        """Make the folder, and hold the folder's lock in the block.
 
         If another process holds the lock, wait for at most ``wait_seconds``. The system releases
         the lock if this process dies.
@@ -150,10 +150,10 @@ class Ledger(ABC, Generic[P, R]):
     def check_folder(cls, root: Path, *, overwrite: bool = False) -> None:
         """Raise UsageError if a folder is not empty and has no run of this kind.
 
-        With ``overwrite``, a folder with any file of another origin is also refused.
+        With ``overwrite``, a folder with any foreign file is also refused.
         """
         # The search for any file comes before the search for run.json. In the opposite order,
-        # another process could begin a run in between. Then the files of this run would be refused.
+        # another process could begin a run in between. Then this new run's files would be refused.
         is_empty = not root.is_dir() or not folder_entries(root)
         may_be_used = is_empty or cls.has_begun(root)
         if not may_be_used and (root / RUN_FILE).is_file():
@@ -164,7 +164,7 @@ class Ledger(ABC, Generic[P, R]):
         # ``may_be_used`` already says whether a run of this kind owns the folder. So
         # ``claim_folder`` does not have to recognise files. Because of ``has_same_inputs``,
         # ``claim_folder`` accepts a folder that may be used. By ``is_part_of_result``, every file
-        # in any other folder is refused.
+        # is refused in a folder that may not be used.
         claim_folder(
             root, cls.folder_kind, is_part_of_result=lambda _: False, has_same_inputs=may_be_used
         )
@@ -175,14 +175,14 @@ class Ledger(ABC, Generic[P, R]):
 
     @classmethod
     def has_begun(cls, root: Path) -> bool:
-        """Whether a folder has a ``run.json`` of a run of this kind, or a damaged ``run.json``."""
+        """Return whether a folder has a ``run.json`` of this kind, or a damaged ``run.json``."""
         if not (root / RUN_FILE).is_file():
             return False
         try:
             document = read_bounded(root / RUN_FILE, "Give another folder", DataError)
             content = parse_json(document)
         except (ValueError, RecursionError):
-            # The file is damaged. The next reader of the file reports the damage. False would lead
+            # The file is damaged. Whoever reads the file next reports the damage. False would lead
             # to the wrong message that the run is of another kind.
             return True
         return content.get("kind") == cls.kind
@@ -256,7 +256,7 @@ class Ledger(ABC, Generic[P, R]):
             (self.root / MANIFEST_FILE).unlink(missing_ok=True)
 
     def remove_run(self) -> None:
-        """Remove the files of a run; UsageError if the folder also has files of another origin."""
+        """Remove a run's files. Raise UsageError if the folder also has foreign files."""
         self.check_folder(self.root, overwrite=True)
         # The manifest is removed first, so that no reader opens a partly removed folder.
         self.unseal()
@@ -280,7 +280,7 @@ class Ledger(ABC, Generic[P, R]):
         """
 
     def receipt(self, part: P) -> R:
-        """Return the receipt of a part. All files of the part must exist with the right sizes.
+        """Return a part's receipt. All files in the part must exist with the right sizes.
 
         Raises:
             StorageError: If the receipt is damaged, or a file is missing or has another size.
@@ -288,7 +288,7 @@ class Ledger(ABC, Generic[P, R]):
         """
         path = self.root / part.receipt_file
         receipt = read_document(path, self._receipt_type)
-        # an undamaged receipt may be a copy from another folder with other inputs of the run
+        # an undamaged receipt may be a copy from another run's folder with other inputs
         if receipt.fingerprint != self.fingerprint:
             raise ProvenanceError(
                 f"{path} belongs to run {receipt.fingerprint}, the folder to run "
@@ -301,7 +301,7 @@ class Ledger(ABC, Generic[P, R]):
 
     def _require_same_part(self, part: P, receipt: R) -> None:
         """Raise StorageError if a receipt describes another part."""
-        # with the number of rows of another part, all later rows would get wrong row numbers
+        # with another part's row count, all later rows would get wrong row numbers
         receipt_facts, planned_facts = self.facts_of_receipt_and_plan(part, receipt)
         described_part = (*receipt_facts, tuple(receipt.files))
         expected_part = (*planned_facts, part.files)
@@ -329,9 +329,9 @@ class Ledger(ABC, Generic[P, R]):
         )
 
     def receipt_or_reason(self, part: P, *, check_hashes: bool = True) -> R | str:
-        """Return the receipt of a finished part. If the part is not done, return the reason.
+        """Return a finished part's receipt. If the part is not done, return the reason.
 
-        With ``check_hashes``, the files of the part are also compared with their hashes.
+        With ``check_hashes``, the part's files are also compared with their hashes.
         """
         # the receipt is written last, so a part without a receipt is not done
         if not (self.root / part.receipt_file).exists():
@@ -349,7 +349,7 @@ class Ledger(ABC, Generic[P, R]):
         return receipt
 
     def check_parts(self, *, check_hashes: bool = True) -> tuple[list[P], list[R]]:
-        """Return the missing parts, and the receipts of the finished parts.
+        """Return the missing parts, and the receipts for the finished parts.
 
         ``check_hashes`` is passed on to ``receipt_or_reason``.
         """
@@ -375,13 +375,13 @@ class Ledger(ABC, Generic[P, R]):
         return nullcontext(SilentProgress())
 
     def verify(self) -> None:
-        """Read all files of all parts, and compare them with the hashes in the receipts."""
+        """Read all parts' files, and compare them with the hashes in the receipts."""
         for receipt in self.receipts():
             for name, info in receipt.files.items():
                 require_hash(self.root / name, info.sha256, self._receipt_type.remedy)
 
     def receipts(self) -> list[R]:
-        """Return the receipts of all parts; raises the errors of ``receipt``."""
+        """Return the receipts for all parts. Raise the same errors as ``receipt``."""
         return [self.receipt(part) for part in self.parts]
 
     def write_files(
@@ -390,13 +390,13 @@ class Ledger(ABC, Generic[P, R]):
         payloads: Mapping[str, bytes],
         make_receipt: Callable[[dict[str, FileInfo]], R],
     ) -> R:
-        """Write the files of a part and then the receipt, each atomically.
+        """Write a part's files and then the receipt, each atomically.
 
         Args:
             part: The part.
-            payloads: Maps the name of each file to its content.
-            make_receipt: Function that makes the receipt. The argument of the function maps the
-                name of each file to size and hash.
+            payloads: Maps each file name to the file's content.
+            make_receipt: Function that makes the receipt. The function's argument maps each file
+                name to size and hash.
         """
         info_of_file: dict[str, FileInfo] = {}
         for name in part.files:
@@ -413,15 +413,15 @@ def _remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         match = TEMPORARY_NAME.fullmatch(path.name)
         is_temporary = match is not None and RUN_FILE_PATTERN.fullmatch(match["name"])
-        # Files of other programs stay. Files of a living process (here or on another machine) also
-        # stay, because the process is still writing.
+        # Files from other programs stay. A living process's files (here or on another machine)
+        # also stay, because the process is still writing.
         if is_temporary and is_leftover(path):
             # another process may have removed the file in the meantime
             path.unlink(missing_ok=True)
 
 
 def write_hashed(path: Path, payload: bytes) -> FileInfo:
-    """Write ``payload`` into a file atomically, and return size and hash of the file."""
+    """Write ``payload`` into a file atomically, and return the file's size and hash."""
     write_bytes(path, payload)
     # The hash is computed from ``payload`` and not from the file. So if writing damaged the file, a
     # later comparison with the hash reveals the damage.
@@ -430,7 +430,7 @@ def write_hashed(path: Path, payload: bytes) -> FileInfo:
 
 
 def require_hash(path: Path, sha256: str, remedy: str, document: str = "its receipt") -> None:
-    """Raise StorageError if the SHA-256 of a file is not ``sha256``.
+    """Raise StorageError if a file's SHA-256 is not ``sha256``.
 
     Args:
         path: The file.
@@ -461,7 +461,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def single_thread_lock() -> Lock:
-    """Return the lock for work that only one thread of this process may do at a time.
+    """Return the lock for work that only one thread in this process may do at a time.
 
     A process forked from this process gets a new lock, which no thread holds.
     """
@@ -469,16 +469,16 @@ def single_thread_lock() -> Lock:
 
 
 def require_hash_once(path: Path, sha256: str, remedy: str, document: str = "its receipt") -> Path:
-    """Check the hash of a file unless this process has done so before. Return the path.
+    """Check a file's hash unless this process has done so before. Return the path.
 
-    A file is hashed again only if the device, inode, size or times of the file have changed. A
-    change of the file after opening is not noticed. Threads may call this function at the same
-    time. The arguments are the same as for ``require_hash``.
+    A file is hashed again only if the file's device, inode, size or times have changed. A change
+    after opening is not noticed. Threads may call this function at the same time. The arguments are
+    the same as for ``require_hash``.
     """
     with convert_os_errors(f"cannot read {path}"):
         file_stat = path.stat()
     # The path does not identify a file, because another file may have replaced the first file. The
-    # inode does.
+    # inode identifies a file.
     times = (file_stat.st_mtime_ns, file_stat.st_ctime_ns)
     file_identity = (file_stat.st_dev, file_stat.st_ino, file_stat.st_size, *times, sha256)
     # The lock is held while hashing. So if two threads open the same file, the file is read only
@@ -491,32 +491,32 @@ def require_hash_once(path: Path, sha256: str, remedy: str, document: str = "its
 
 
 class FileVerifier:
-    """A function that verifies a file of a part, and returns the path of the file.
+    """A function that verifies a file in a part, and returns the file's path.
 
-    The argument is the name of the file. The file is compared with the hash in the receipt.
+    The argument is the file name. The file is compared with the hash in the receipt.
     """
 
     def __init__(self, root: Path, receipts: Sequence[AnyReceipt]) -> None:
         self._root = root
         self._remedy = receipts[0].remedy if receipts else ""
-        self._hash_of_file: dict[str, str] = {}  # name of a file -> its SHA-256
+        self._hash_of_file: dict[str, str] = {}  # file name -> the file's SHA-256
         for receipt in receipts:
             for name, info in receipt.files.items():
                 self._hash_of_file[name] = info.sha256
 
     def __call__(self, name: str) -> Path:
-        """Verify the file ``name``, and return the path; StorageError if the file is damaged."""
+        """Verify the file ``name``, and return the path. Raise StorageError if it is damaged."""
         return require_hash_once(self._root / name, self._hash_of_file[name], self._remedy)
 
 
 class PickledByPath:
-    """Base of objects that read a folder and are pickled as the path of the folder.
+    """Base for objects that read a folder and are pickled as the folder's path.
 
     Unpickling opens the folder again. If the folder has changed since, ProvenanceError is raised.
 
     Attributes:
         path: The folder.
-        folder_hash: Hash of the content of the folder. Another hash means a changed folder.
+        folder_hash: Hash of the folder's content. A different hash means a changed folder.
         options: Keyword arguments for opening the folder, besides the path.
     """
 
@@ -529,9 +529,8 @@ class PickledByPath:
     ) -> tuple[Callable[..., PickledByPath], tuple[object, ...], dict[str, object] | None]:
         # The path is absolute, because the unpickling process may have another working folder.
         arguments = (type(self), self.path.absolute(), dict(self.options), self.folder_hash)
-        # The method ``without`` of pairs leaves out rows and sets ``_remaining_pairs``. No file has
-        # a record of the left-out rows. So the attributes that depend on these rows are pickled,
-        # too.
+        # The method ``without`` of pairs leaves out rows and sets ``_remaining_pairs``. No file
+        # records the left-out rows. So the attributes that depend on these rows are pickled, too.
         attributes = vars(self)
         if "_remaining_pairs" not in attributes:
             return reopen, arguments, None
@@ -546,13 +545,13 @@ def reopen(
     options: Mapping[str, object],
     pickled_hash: str,
 ) -> PickledByPath:
-    """Open the folder of a pickled object again; ProvenanceError if the folder has changed.
+    """Open a pickled object's folder again. Raise ProvenanceError if the folder has changed.
 
     Args:
-        open_folder: The class of the object.
+        open_folder: The object's class.
         path: The folder.
-        options: Keyword arguments of the class.
-        pickled_hash: ``folder_hash`` of the object when it was pickled.
+        options: Keyword arguments for the class.
+        pickled_hash: The object's ``folder_hash`` when the object was pickled.
     """
     reader = open_folder(path, **options)
     # Without this check, a worker could read other rows than the parent process.
@@ -565,9 +564,9 @@ def reopen(
 
 
 def content_hash(receipts: Iterable[AnyReceipt]) -> str:
-    """Return a single hash over the hashes of all files, in the order of the parts."""
+    """Return a single hash over all files' hashes, in the order of the parts."""
     # The manifest has this hash. The hash reveals a part copied from another run with the same
-    # inputs. The receipt of such a part is right, but rounding may have given other numbers.
+    # inputs. Such a part's receipt is right, but rounding may have given other numbers.
     hashes: list[str] = []
     for receipt in receipts:
         hashes += [info.sha256 for info in receipt.files.values()]

@@ -1,4 +1,4 @@
-"""The JSON files of a store: the run with its inputs, receipts, the class table, the manifest."""
+"""The JSON files in a store: the run with its inputs, receipts, the class table, the manifest."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from vilu.store.ledger import AnyReceipt, Count, FileInfo
 
 
 class StoreDocument(Document):
-    """Base class of the JSON files of a store."""
+    """Base class for the JSON files in a store."""
 
     remedy = "Run `vilu embed` (or `vilu import`) again"
 
 
-MIN_AREA_SHARE = 0.5  # a view shows at least this share of the area of an image
+MIN_AREA_SHARE = 0.5  # a view shows at least this share of the image area
 
 
 class Views(FrozenModel):
-    """V random crops of each image, mirrored with probability 1/2, before the preprocessing.
+    """V random crops from each image, mirrored with probability 1/2, before the preprocessing.
 
-    A crop has the aspect ratio of the image, so that the preprocessing treats crop and image alike.
-    The area of a crop is a uniform share in [1/2, 1] of the area of the image. The position of the
-    crop is uniform. View v of an image depends only on the key of the image, on v and on the seed.
+    A crop has the image's aspect ratio, so that the preprocessing treats crop and image alike. The
+    crop area is a uniform share in [1/2, 1] of the image area. The crop position is uniform. View v
+    depends only on the image key, on v and on the seed.
     """
 
     n: Annotated[int, Field(ge=1)]  # number of views per image, V
-    seed: int = 0  # seed of the views
-    # fixed text about the random crops; the text is part of the inputs of a store
+    seed: int = 0  # seed for the views
+    # fixed text about the random crops. The text belongs to the store's inputs.
     recipe: Literal["crop of 0.5 to 1 of the area, mirrored with probability 0.5"] = (
         "crop of 0.5 to 1 of the area, mirrored with probability 0.5"
     )
 
     def make_views(self, image: Image.Image, key: str) -> list[Image.Image]:
-        """Return the V views of an image. The key of the image determines the crops."""
+        """Return the V views of an image. The image key determines the crops."""
         views: list[Image.Image] = []
         for view_number in range(self.n):
             area_draw, left_draw, top_draw, mirror_draw = _uniform_numbers(
@@ -63,13 +63,13 @@ class Views(FrozenModel):
 def make_view(
     image: Image.Image, area_draw: float, left_draw: float, top_draw: float, mirror_draw: float
 ) -> Image.Image:
-    """Return a crop of an image, possibly mirrored. All four draws are uniform in [0, 1).
+    """Return a crop from an image, possibly mirrored. All four draws are uniform in [0, 1).
 
     Args:
         image: The image.
-        area_draw: Decides the area of the crop.
-        left_draw: Decides the left edge of the crop.
-        top_draw: Decides the upper edge of the crop.
+        area_draw: Decides the crop's area.
+        left_draw: Decides the crop's left edge.
+        top_draw: Decides the crop's upper edge.
         mirror_draw: The crop is mirrored if this number is below 1/2.
     """
     share_of_area = MIN_AREA_SHARE + (1 - MIN_AREA_SHARE) * area_draw
@@ -92,12 +92,12 @@ def _uniform_numbers(seed: int, view_number: int, key: str) -> tuple[float, floa
     """Return four uniform numbers in [0, 1) for view ``view_number`` of the image ``key``.
 
     The numbers come from a hash. Unlike a random generator, a hash gives the same numbers in every
-    version of a library.
+    library version.
     """
     text = f"{seed} {view_number} {key}"
     text_bytes = text.encode("utf-8", "surrogatepass")
     digest_bytes = hashlib.sha256(text_bytes).digest()
-    # the 256 bits of the hash as four whole numbers of 64 bits
+    # the hash's 256 bits as four whole numbers with 64 bits
     whole_numbers = np.frombuffer(digest_bytes, "<u8")
     # a float64 has 53 bits of precision, so only the upper 53 bits are used, without rounding
     upper_bits = whole_numbers >> np.uint64(11)
@@ -105,74 +105,74 @@ def _uniform_numbers(seed: int, view_number: int, key: str) -> tuple[float, floa
     return float(area), float(left), float(top), float(mirror)
 
 
-CLASSES_FILE = "classes.json"  # file of the class table
-TEXT_FILE: Final = "text_emb/classes.npy"  # file of the text embeddings of the classes
+CLASSES_FILE = "classes.json"  # file with the class table
+TEXT_FILE: Final = "text_emb/classes.npy"  # file with the text embeddings for the classes
 IMAGE: Final = "img_emb"
-"""Name of the array of image embeddings. The array of a column has the name of the column."""
+"""Name of the array with image embeddings. A column's array has the column name."""
 
-# name of the array of caption embeddings, in stores with captions
+# name of the array with caption embeddings, in stores with captions
 CAPTION: Final = "text_emb"
 # Maximum number of parts. File systems are slow with more files, and without a limit a forged
 # ``run.json`` could ask for endless work.
 MAX_PARTS = 1_000_000
 
 SHARED_FIELDS = ("names", "folders", "templates", "features", "prompts", "negatives")
-"""Names of the fields in both ``Run`` and ``StoredClasses``. The values are equal."""
+"""Names of fields in both ``Run`` and ``StoredClasses``. The values are equal."""
 
 ClassColumn = Literal[
     "prompts", "text_features", "image_projection", "text_projection", "negatives", "second_text"
 ]
-"""Columns of the classes and of the model, each in a separate file."""
+"""Class and model columns, each in a separate file."""
 ImageColumn = Literal["features", "views", "second_image", "logits", "answer"]
-"""Columns with an entry per image. "answer" is a column of the metadata, the rest are arrays."""
+"""Columns with an entry per image. "answer" is a metadata column. The rest are arrays."""
 
 
 class ImportFacts(FrozenModel):
     """Facts about imported embeddings, as opposed to embeddings computed by vilu."""
 
-    # name of every imported column of the images -> shape of a row
+    # name of every imported image column -> row shape
     columns: dict[ImageColumn, tuple[Annotated[int, Field(ge=1)], ...]] = Field(
         default_factory=dict
     )
-    # whether the rows had identifiers; if not, the keys are row numbers and identify no image
+    # Whether the rows had identifiers. If not, the keys are row numbers and identify no image.
     ids: bool
-    source: str | None = None  # origin of the embeddings, in the words of the user
+    source: str | None = None  # origin of the embeddings, in the user's words
 
 
 class StoreInputs(StoreDocument):
-    """All inputs that decide the content of a store. Their hash is the fingerprint of the run.
+    """All inputs that decide a store's content. The hash of all inputs is the run's fingerprint.
 
-    Batch size, device and number of threads are no inputs. These settings change values only by
+    Batch size, device and thread count are no inputs. These settings change values only by
     rounding. Also, after running out of memory a run must be able to resume with smaller batches.
     """
 
-    dataset_fingerprint: str  # hash of the listing of the images, or of the names of the shards
-    # number of images, readable or not; 0 if there are shards, because then the number is known
-    # only at the end (``Manifest.n_in``)
+    dataset_fingerprint: str  # hash of the image listing or the shard names
+    # Number of images, readable or not. 0 if there are shards, because then the number is known
+    # only at the end (``Manifest.n_in``).
     n_in: Count
     split: str | None  # name of the split, if any
     space: EmbeddingSpace  # the embedding space, with the known facts about the model
-    # the K class names in the spelling of the prompts; empty if captions are the candidates
+    # The K class names as spelled in the prompts. Empty if captions are the candidates.
     names: tuple[str, ...]
-    # the K class names in the spelling of the data set; None if the data set has no labels
+    # The K class names as spelled in the data set. None if the data set has no labels.
     folders: tuple[str, ...] | None
-    templates: tuple[str, ...]  # prompt templates; empty if there are no classes
-    limits: dict[str, float]  # limits of the images (``ImageLimits``)
+    templates: tuple[str, ...]  # prompt templates, empty if there are no classes
+    limits: dict[str, float]  # limits on the images (``ImageLimits``)
     part_size: Annotated[int, Field(ge=1)]  # images per part, or shards per part
-    dtype: Literal["float16", "float32"]  # number format of the arrays of the images
-    # width F of the stored features of each image; None if features are not stored
+    dtype: Literal["float16", "float32"]  # number format of the image arrays
+    # width F of each image's stored features. None if features are not stored.
     features: Annotated[int, Field(ge=1)] | None = None
     views: Views | None = None  # augmented views to embed, if any
-    prompts: tuple[str, ...] = ()  # templates of the column ``prompts``
-    # words of the column ``negatives``, embedded in ``templates``; the words need not be classes
+    prompts: tuple[str, ...] = ()  # templates for the column ``prompts``
+    # words for the column ``negatives``, embedded in ``templates``. The words need not be classes.
     negatives: tuple[str, ...] = ()
-    # whether images have captions; if so, the captions are embedded, and there are no classes
+    # Whether images have captions. If so, the captions are embedded, and there are no classes.
     captions: bool = False
-    # number of shards, if parts are made of shards; 0 if parts are made of images
+    # number of shards, if parts consist of shards. 0 if parts consist of images.
     shards: Count = 0
-    # folders or labels of the data set for images outside all classes
+    # folders or labels in the data set for images outside all classes
     outside: tuple[str, ...] = ()
-    imported: ImportFacts | None = None  # facts about imported embeddings; None: not imported
+    imported: ImportFacts | None = None  # facts about imported embeddings. None: not imported.
 
     @model_validator(mode="after")
     def _check_number_of_parts(self) -> Self:
@@ -196,13 +196,13 @@ class StoreInputs(StoreDocument):
 
     @property
     def n_units(self) -> int:
-        """Number of shards if parts are made of shards, or else number of images."""
-        # ``n_in`` is the number of images.
+        """Shard count if parts are made of shards, or else image count."""
+        # ``n_in`` is the image count.
         return self.shards or self.n_in
 
     @property
     def row_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Maps each array of the images to the shape of a row; image embeddings come first."""
+        """Maps each image array to the row shape. Image embeddings come first."""
         dim = self.space.embed_dim
         shapes: dict[str, tuple[int, ...]] = {}
         if dim > 0:  # 0 means that the rows have logits and no embeddings
@@ -227,7 +227,7 @@ class StoreInputs(StoreDocument):
 
     @property
     def has_answers(self) -> bool:
-        """Whether the metadata hold an answer of another model for every row."""
+        """Whether the metadata hold an answer by another model for every row."""
         return self.imported is not None and ANSWER in self.imported.columns
 
     @property
@@ -240,7 +240,7 @@ class StoreInputs(StoreDocument):
 
         For example, "space.weights" is the field ``weights`` of ``space``.
         """
-        # only fields of ``StoreInputs``, not the further fields of subclasses such as ``Run``
+        # only fields in ``StoreInputs``, not the further fields in subclasses such as ``Run``
         covered_names = set(StoreInputs.model_fields)
         if self.shards:
             # With shards, ``n_in`` is 0 in the run, and the number of images in the manifest. So
@@ -257,9 +257,9 @@ class StoreInputs(StoreDocument):
         return flat_fields
 
     def require_match(self, new_inputs: StoreInputs, store_path: Path) -> None:
-        """Raise ProvenanceError if ``new_inputs`` differ from the inputs of an existing store.
+        """Raise ProvenanceError if ``new_inputs`` differ from an existing store's inputs.
 
-        ``self`` are the inputs of the existing store. The ``store_path`` is for the message.
+        ``self`` are the existing store's inputs. The ``store_path`` is for the message.
         """
         old_fields = self.fingerprint_fields()
         new_fields = new_inputs.fingerprint_fields()
@@ -283,8 +283,8 @@ class Run(StoreInputs):
     """``run.json``, the first file of a store."""
 
     fingerprint: str  # hash of the inputs
-    dataset: str  # short name of the data set, for reports: the last part of the source's path
-    vilu: str  # version of vilu at the beginning of the run
+    dataset: str  # the data set's short name, for reports: the last part of the source's path
+    vilu: str  # vilu's version at the beginning of the run
 
     @model_validator(mode="after")
     def _check_fingerprint(self) -> Self:
@@ -295,12 +295,12 @@ class Run(StoreInputs):
 
 
 class CountedDocument(StoreDocument):
-    """Counts of images. Every image is either a row or an error."""
+    """Image counts. Every image is either a row or an error."""
 
     n_in: Count  # number of images
     n_ok: Count  # number of rows
     n_error: Count  # number of errors
-    errors: dict[str, Count]  # kind of error -> number of errors
+    errors: dict[str, Count]  # error kind -> number of errors
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
@@ -315,42 +315,42 @@ class CountedDocument(StoreDocument):
 
 
 class ArrayInfo(FileInfo):
-    """Size and SHA-256 of the file of a float32 array, and the shape of the array."""
+    """Size and SHA-256 of a file with a float32 array, and the array's shape."""
 
     shape: tuple[Count, ...]
 
 
 class Receipt(AnyReceipt, CountedDocument):
-    """``receipts/00000.json``, the receipt of a part, written after the files of the part.
+    """``receipts/00000.json``, the receipt for a part, written after the part's files.
 
     A part is done if the receipt exists and all files have the sizes in the receipt.
     """
 
     fingerprint: str  # fingerprint of the run
     part: Count  # number of the part
-    start: Count  # position of the first image, or number of the first shard
+    start: Count  # position of the first image, or the first shard number
     stop: Count  # position after the last image, or number after the last shard
-    files: dict[str, FileInfo]  # name of each file of the part -> size and hash
+    files: dict[str, FileInfo]  # name of each file in the part -> size and hash
     batch_size: Annotated[int, Field(ge=1)]  # images per forward pass
-    # fingerprint of the shards of the part, from before the shards were read
-    # (``ShardedDataset.shard_fingerprint``); empty if parts are made of images
+    # Fingerprint of the part's shards, from before the shards were read
+    # (``ShardedDataset.shard_fingerprint``). Empty if parts are made of images.
     source: str = ""
 
 
 class StoredClasses(StoreDocument):
-    """``classes.json``: the K candidates, and the settings of the text embeddings."""
+    """``classes.json``: the K candidates, and the settings for the text embeddings."""
 
-    names: tuple[str, ...]  # class names in the spelling of the prompts
-    folders: tuple[str, ...] | None  # class names in the spelling of the data set
-    # prompt templates; the text of a class is the normalised mean of the class's prompts
+    names: tuple[str, ...]  # class names as spelled in the prompts
+    folders: tuple[str, ...] | None  # class names as spelled in the data set
+    # Prompt templates. A class's text embedding is the normalised mean of the class's prompts.
     templates: tuple[str, ...]
     tokenizer: str | None  # description of the tokenizer
-    text_emb: Literal["text_emb/classes.npy"] = TEXT_FILE  # file of (K, D) float32 embeddings
+    text_emb: Literal["text_emb/classes.npy"] = TEXT_FILE  # file with (K, D) float32 embeddings
     text_file: FileInfo  # size and hash of the file ``text_emb``
     features: int | None = None  # width of the image features, as in the run
-    prompts: tuple[str, ...] = ()  # templates of the column ``prompts``
-    negatives: tuple[str, ...] = ()  # words of the column ``negatives``
-    # columns of the classes and of the model; column NAME is in ``columns/NAME.npy``
+    prompts: tuple[str, ...] = ()  # templates for the column ``prompts``
+    negatives: tuple[str, ...] = ()  # words for the column ``negatives``
+    # class and model columns. Column NAME is in ``columns/NAME.npy``.
     columns: dict[ClassColumn, ArrayInfo] = Field(default_factory=dict)
     hash: str  # hash of all other fields
 
@@ -364,7 +364,7 @@ class StoredClasses(StoreDocument):
     def from_files(
         cls, run: Run, text_file: FileInfo, columns: Mapping[ClassColumn, ArrayInfo] | None = None
     ) -> Self:
-        """Return the class table of a run, from the files of text embeddings and columns."""
+        """Return a run's class table, from the files with text embeddings and columns."""
         fields_of_run = {name: getattr(run, name) for name in SHARED_FIELDS}
         # The hash is computed from all other fields, so a draft without a hash is made first.
         # ``model_construct`` does not validate the draft, because validation would refuse the
@@ -385,21 +385,21 @@ class StoredClasses(StoreDocument):
 
 
 class Manifest(CountedDocument, Run):
-    """``manifest.json``, the last written file of a complete store.
+    """``manifest.json``, the last written file in a complete store.
 
-    The manifest is written only if the losses of the store are within the budget.
+    The manifest is written only if the store's losses are within the budget.
     """
 
     parts: Count  # number of parts
-    classes: str  # hash of the class table; empty if captions are the candidates
-    content: str  # hash over the hashes of all files of all parts (``content_hash``)
+    classes: str  # hash of the class table, empty if captions are the candidates
+    content: str  # hash over the file hashes in all parts (``content_hash``)
 
 
 logger = logging.getLogger(__name__)
 
 
 def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
-    """Compute the columns of the classes and of the model for a run, in float32."""
+    """Compute the class and model columns for a run, in float32."""
     columns: dict[ClassColumn, Tensor] = {}
     if run.prompts:
         prompts = embed_prompts(backbone, run.names, run.prompts)  # (K, P, D)
@@ -414,10 +414,10 @@ def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
 
 
 def _linear_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
-    """Return the last linear maps of both towers, and the input of the text tower's last map.
+    """Return both towers' last linear maps, and the input to the text tower's last map.
 
     The input is the column ``text_features``. With several templates, this column is left out. If
-    the last map of a tower is not linear, there are no columns.
+    a tower's last map is not linear, there are no columns.
     """
     if backbone.projections is None:
         logger.info(

@@ -40,7 +40,7 @@ def map_in_threads(
 
     Args:
         function: The function.
-        items: The arguments of the calls.
+        items: The arguments for the calls.
         n_threads: Number of threads.
         max_results_ahead: Maximum number of results computed in advance.
     """
@@ -64,15 +64,14 @@ def map_in_threads(
 
 
 def _stay_on_one_core() -> None:
-    """Limit the tensor operations of the calling thread to one core.
+    """Limit the calling thread's tensor operations to one core.
 
     Otherwise, each decoding thread would start several OpenMP threads. These threads would compete
-    with the threads of the model. The limit of OpenMP is set for a single thread.
+    with the model's threads. The OpenMP limit is set for a single thread.
     ``torch.set_num_threads`` would set the limit for the whole process.
     """
-    # At the first use of torch in a thread, torch itself sets the limit of this thread. This call
-    # makes torch set the limit now. Otherwise torch would later replace the limit from the next
-    # line.
+    # When a thread first uses torch, torch itself sets the thread's limit. This call makes torch
+    # set the limit now. Otherwise torch would later replace the limit from the next line.
     torch.get_num_threads()
     threadpool_limits(1, user_api="openmp")
 
@@ -93,11 +92,11 @@ def default_workers() -> int:
 # allow only 1024 file descriptors per process.
 MAX_OPEN_PARTS = 320
 
-PAGE_BYTES = 4096  # size of a page of memory: reading a row reads at least one page
-MAX_RESIDENT_BYTES = 2**28  # maximum number of bytes of mapped files in memory
+PAGE_BYTES = 4096  # size of a memory page: reading a row reads at least one page
+MAX_RESIDENT_BYTES = 2**28  # maximum size of mapped files in memory
 
-# Number of rows of a block in training (``shuffled_in_blocks``). A block takes 128 MiB in float16
-# at width 512.
+# Number of rows in a training block (``shuffled_in_blocks``). A block takes 128 MiB in float16 at
+# width 512.
 BLOCK_ROWS = 2**17
 BLOCKS_PER_GROUP = 8  # number of blocks shuffled together
 
@@ -111,15 +110,15 @@ N_BATCHES_AHEAD = 2  # number of batches read in advance
 
 
 class MappedArrays:
-    """(N, ...) arrays, cut into parts of rows. A part is mapped on demand.
+    """(N, ...) arrays, cut into parts by rows. A part is mapped on demand.
 
     Args:
-        part_starts: (P + 1,) number of the first row of each of the P parts, and N at the end.
-        row_shapes: Maps the name of each array to the shape of a row.
-        open_part: Function that takes the name of an array and the number of a part, and returns
-            the rows of the part in any float type.
+        part_starts: (P + 1,) first row number in each of the P parts, and N at the end.
+        row_shapes: Maps each array name to the row shape.
+        open_part: Function that takes an array name and a part number, and returns the part's rows
+            in any float type.
         max_open_parts: Maximum number of mapped parts at a time.
-        max_resident_bytes: Maximum number of bytes of mapped files in memory.
+        max_resident_bytes: Maximum size of mapped files in memory, in bytes.
     """
 
     def __init__(
@@ -137,21 +136,21 @@ class MappedArrays:
         self.row_shapes = row_shapes
         self.open_part = open_part
         self._mapped_parts: dict[tuple[str, int], NDArray[np.floating]] = {}
-        self._touched_bytes = 0  # size of the pages read since the last release of parts
+        self._touched_bytes = 0  # size of the pages read since parts were last released
         self._widest_dtype = np.dtype(np.float16)  # widest float type among the parts read so far
 
     def __len__(self) -> int:
         return int(self.part_starts[-1])
 
     def take(self, array_name: str, index: Tensor) -> Tensor:
-        """Return the (B, ...) float32 rows ``index`` (int64) of an array."""
+        """Return the (B, ...) float32 rows ``index`` (int64) from an array."""
         row_numbers = index.numpy()
         if row_numbers.size:
             first_row = int(row_numbers.min())
             last_row = int(row_numbers.max())
             self._require_rows(first_row, last_row)
-        # ``sorting_order[part_bounds[p] : part_bounds[p + 1]]`` are the positions in ``index`` of
-        # the rows of part p.
+        # ``sorting_order[part_bounds[p] : part_bounds[p + 1]]`` are the positions in ``index``
+        # where the rows of part p stand.
         sorting_order = np.argsort(row_numbers, kind="stable")
         part_bounds = np.searchsorted(row_numbers, self.part_starts, sorter=sorting_order)
         n_rows_of_parts = np.diff(part_bounds)
@@ -182,8 +181,8 @@ class MappedArrays:
         """Return a mapped part. Several threads may call this method at the same time.
 
         If ``max_open_parts`` or ``max_resident_bytes`` is reached, all mapped parts are released
-        first. This closes the files of the parts, and frees the pages read so far. These pages
-        count as memory of this process.
+        first. This closes the parts' files, and frees the pages read so far. These pages count as
+        this process's memory.
         """
         part = self._mapped_parts.get((array_name, part_number))
         is_full = part is None and len(self._mapped_parts) >= self.max_open_parts
@@ -203,7 +202,7 @@ class MappedSource(EmbeddingSource):
     """A source with rows in files, in the order of the row numbers."""
 
     def _map_parts(self, function: Callable[[Tensor], R], parts: Sequence[Tensor]) -> Iterator[R]:
-        """Yield ``function(part)`` for each part of the row indices, in order.
+        """Yield ``function(part)`` for each index tensor in ``parts``, in order.
 
         Threads compute ``N_BATCHES_AHEAD`` results in advance.
         """
@@ -216,7 +215,7 @@ class MappedSource(EmbeddingSource):
             yield from results
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the rows in a random order for an epoch of training (``shuffled_in_blocks``)."""
+        """Return the rows in a random order for a training epoch (``shuffled_in_blocks``)."""
         return shuffled_in_blocks(rows, generator)
 
 
@@ -227,8 +226,8 @@ def shuffled_in_blocks(
 
     A block is about ``block_rows`` rows near each other on the disk. Each block is read once.
 
-    1. Cut the sorted rows into blocks of equal size.
-    2. Put the blocks in random order, and form groups of at most ``BLOCKS_PER_GROUP`` blocks (at
+    1. Cut the sorted rows into blocks with equal sizes.
+    2. Put the blocks in random order, and form groups with at most ``BLOCKS_PER_GROUP`` blocks (at
        least half as many).
     3. Shuffle the rows within each group.
 
@@ -249,19 +248,19 @@ def shuffled_in_blocks(
 
 
 class MappedPairs(PairSource, MappedSource):
-    """Image-caption pairs in memory-mapped parts; only the vectors of a batch or block are loaded.
+    """Image-caption pairs in memory-mapped parts. Only a batch's or block's vectors are loaded.
 
-    Memory holds three numbers per row: the position in the order of the pools and the number in the
-    store (8 bytes each), and the status (1 byte). Rows after the last full pool have the status
-    "short_pool". Hard pools are made within blocks of rows (``PairSource``).
+    Memory holds three numbers per row: the position in the pool order and the number in the store
+    (8 bytes each), and the status (1 byte). Rows after the last full pool have the status
+    "short_pool". Hard pools are made within row blocks (``PairSource``).
 
     Args:
         path: Folder, for messages.
-        mapped_arrays: The arrays of all rows.
+        mapped_arrays: The arrays with all rows.
         array_names: Names of two arrays in ``mapped_arrays``: the images and the captions.
-        space: Space of both embeddings.
+        space: Space for both embeddings.
         pools: Settings for making the pools.
-        chosen_rows: (M,) ascending numbers of the rows of this source. None: all rows.
+        chosen_rows: (M,) ascending numbers of this source's rows. None: all rows.
     """
 
     def __init__(
@@ -281,9 +280,8 @@ class MappedPairs(PairSource, MappedSource):
         self._array_names = array_names
         self._chosen_rows = None if chosen_rows is None else torch.from_numpy(chosen_rows)
         n_rows = len(mapped_arrays) if chosen_rows is None else len(chosen_rows)
-        # The target of a pair is an index of the candidates in a pool, so targets exist only in a
-        # batch. Here, the targets of all rows are unknown. ``expand`` keeps a single number in
-        # memory.
+        # A pair's target is a candidate index in a pool, so targets exist only in a batch. Here,
+        # all rows' targets are unknown. ``expand`` keeps a single number in memory.
         self.target = torch.tensor(UNKNOWN).expand(n_rows)
 
     def picture_rows(self, index: Tensor) -> Tensor:
@@ -298,7 +296,7 @@ class MappedPairs(PairSource, MappedSource):
 
     @cached_property
     def usable_rows(self) -> Tensor:
-        """(M,) indices of the usable rows in full pools, in the order of the pools."""
+        """(M,) indices of the usable rows in full pools, in pool order."""
         usable_pairs = self.pair_rows
         require_full_pools(len(usable_pairs), self.pools.size, subject=str(self.path))
         return self._scoring_order(usable_pairs)
@@ -309,10 +307,10 @@ class MappedPairs(PairSource, MappedSource):
 
 
 class ListedNumbers(RowNumbers):
-    """Identifiers from a list of row numbers. Such identifiers identify no row of another source.
+    """Identifiers from a list of row numbers. Such identifiers identify no row in another source.
 
-    The list may hold numbers or texts. For example, the list holds the numbers of the rows of a
-    fold in the whole store.
+    The list may hold numbers or texts. For example, the list holds the row numbers for a fold in
+    the whole store.
     """
 
     def __init__(self, numbers: Sequence[str] | NDArray[np.int64]) -> None:
@@ -333,10 +331,9 @@ class StoredIdentifiers(Identifiers):
     """Identifiers in files. The files are read part by part, on demand.
 
     Args:
-        part_starts: (P + 1,) number of the first row of each of the P parts, and the number of rows
-            at the end.
-        read_part: Function that takes the number of a part and returns the strings of the rows.
-        chosen_rows: (M,) ascending numbers of the rows of these identifiers. None: all rows.
+        part_starts: (P + 1,) first row number in each of the P parts, and the row count at the end.
+        read_part: Function that takes a part number and returns the part's strings, one per row.
+        chosen_rows: (M,) ascending numbers of the rows with these identifiers. None: all rows.
     """
 
     def __init__(
@@ -348,7 +345,7 @@ class StoredIdentifiers(Identifiers):
         super().__init__(int(part_starts[-1]) if chosen_rows is None else len(chosen_rows))
         self._part_starts = part_starts
         self._chosen_rows = chosen_rows
-        self._read_part = lru_cache(16)(read_part)  # keeps the strings of the last 16 parts
+        self._read_part = lru_cache(16)(read_part)  # keeps the strings for the last 16 parts
 
     def __reduce__(self) -> tuple[type[StoredIdentifiers], tuple[object, ...]]:
         return StoredIdentifiers, (

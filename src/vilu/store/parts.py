@@ -1,4 +1,4 @@
-"""Read and write the parts of a store, and the files of the classes."""
+"""Read and write the parts of a store, and the class files."""
 
 from __future__ import annotations
 
@@ -49,25 +49,25 @@ class Part:
     number: int  # number of the part, from 0
     start: int  # position of the first image, or number of the first shard
     stop: int  # position after the last image, or number after the last shard
-    array_names: tuple[str, ...] = (IMAGE,)  # names of the arrays of the images
+    array_names: tuple[str, ...] = (IMAGE,)  # names of the image arrays
 
     def array_file(self, name: str) -> str:
-        """File of the array ``name``, whose rows (n_ok, ...) belong to the embedded images."""
+        """Return the file for the array ``name``, with rows (n_ok, ...) for embedded images."""
         return f"{name}/{name}_{self.number:05d}.npy"
 
     @property
     def metadata_file(self) -> str:
-        """File of the metadata: a row per embedded image, in the order of the arrays."""
+        """File with the metadata: a row per embedded image, in the order of the arrays."""
         return f"metadata/metadata_{self.number:05d}.parquet"
 
     @property
     def errors_file(self) -> str:
-        """File of the errors: a row per image without an embedding."""
+        """File with the errors: a row per image without an embedding."""
         return f"errors/errors_{self.number:05d}.parquet"
 
     @property
     def receipt_file(self) -> str:
-        """File of the receipt. The receipt is written after all other files of the part."""
+        """File with the receipt. The receipt is written last among the part's files."""
         return f"receipts/{self.number:05d}.json"
 
     @property
@@ -89,7 +89,7 @@ class Part:
 
 
 def plan_parts(run: Run) -> list[Part]:
-    """Return all parts of a run, from the number of images (or shards) and the part size."""
+    """Return all parts in a run, from the image (or shard) count and the part size."""
     array_names = tuple(run.row_shapes)
     parts: list[Part] = []
     for number, start in enumerate(range(0, run.n_units, run.part_size)):
@@ -99,10 +99,9 @@ def plan_parts(run: Run) -> list[Part]:
 
 
 def possible_positions(run: Run, part: Part) -> range:
-    """Return the range of possible positions for the images of a part.
+    """Return the range with the possible positions for the images in a part.
 
-    Each shard reserves ``POSITIONS_PER_SHARD`` positions. This number is far above the number of
-    images in a shard.
+    Each shard reserves ``POSITIONS_PER_SHARD`` positions, far more than a shard has images.
     """
     if run.shards:
         return range(part.start * POSITIONS_PER_SHARD, part.stop * POSITIONS_PER_SHARD)
@@ -112,10 +111,10 @@ def possible_positions(run: Run, part: Part) -> range:
 def has_all_positions(
     run: Run, part: Part, sorted_positions: NDArray[np.int64], n_images: int
 ) -> bool:
-    """Return whether ``sorted_positions`` are valid for all ``n_images`` images of a part.
+    """Return whether ``sorted_positions`` are valid for all ``n_images`` images in a part.
 
-    Without shards, valid positions are all positions of the part. With shards, the positions in
-    each shard must begin at the first position of the shard and have no gap.
+    Without shards, valid positions are all positions in the part. With shards, the positions in
+    each shard must begin at the shard's first position and have no gap.
     """
     position_range = possible_positions(run, part)
     if not run.shards:
@@ -128,7 +127,7 @@ def has_all_positions(
     first_position = int(sorted_positions[0])
     last_position = int(sorted_positions[-1])
     are_possible = first_position in position_range and last_position in position_range
-    # the first position of a shard is a multiple of POSITIONS_PER_SHARD
+    # a shard's first position is a multiple of POSITIONS_PER_SHARD
     begins_shard = sorted_positions % POSITIONS_PER_SHARD == 0
     if not are_possible or not begins_shard[0]:
         return False
@@ -137,7 +136,7 @@ def has_all_positions(
 
 
 class StoreLedger(Ledger[Part, Receipt]):
-    """The folder of a store, with finished parts and missing parts.
+    """A store's folder, with finished parts and missing parts.
 
     ``dataset`` is the data set to embed. None: the store is only read, or the store is imported.
     """
@@ -146,7 +145,7 @@ class StoreLedger(Ledger[Part, Receipt]):
     command = "vilu embed` or `vilu import"  # messages put backticks around this text
     activity = "embedding into"
     documents = (*Ledger.documents, CLASSES_FILE)
-    # sub-folders of every store
+    # sub-folders in every store
     required_folders = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
     folders = (*required_folders, *get_args(ImageColumn), "columns")
 
@@ -165,9 +164,9 @@ class StoreLedger(Ledger[Part, Receipt]):
     def facts_of_receipt_and_plan(
         self, part: Part, receipt: Receipt
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """Return (number, start, stop, number of images) from the receipt, and from the plan.
+        """Return (number, start, stop, image count) from the receipt, and from the plan.
 
-        With shards, the plan has no number of images. So the number in the receipt is used twice.
+        With shards, the plan has no image count. So the count in the receipt is used twice.
         """
         n_planned = receipt.n_in if self.run.shards else len(part)
         receipt_facts = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
@@ -175,9 +174,9 @@ class StoreLedger(Ledger[Part, Receipt]):
         return receipt_facts, planned_facts
 
     def receipt_or_reason(self, part: Part, *, check_hashes: bool = True) -> Receipt | str:
-        """Return the receipt of a finished part. If the part is not done, return the reason.
+        """Return a finished part's receipt. If the part is not done, return the reason.
 
-        If the shards of a part have changed since the part was written, the part is not done.
+        If the part's shards have changed since the part was written, the part is not done.
         """
         receipt_or_reason = super().receipt_or_reason(part, check_hashes=check_hashes)
         if isinstance(receipt_or_reason, str):
@@ -187,7 +186,7 @@ class StoreLedger(Ledger[Part, Receipt]):
         return receipt_or_reason
 
     def shard_fingerprint(self, part: Part) -> str:
-        """Return the current fingerprint of a part's shards; "" if there are no shards."""
+        """Return the current fingerprint of a part's shards, or "" if there are no shards."""
         if not self.run.shards:
             return ""
         dataset = cast("ShardedDataset", self.dataset)
@@ -196,10 +195,10 @@ class StoreLedger(Ledger[Part, Receipt]):
     def write_part(
         self, part: Part, content: PartContent, batch_size: int, shard_fingerprint: str
     ) -> Receipt:
-        """Write the rows and errors of a part, and return the receipt.
+        """Write a part's rows and errors, and return the receipt.
 
-        ``batch_size`` is the number of images per forward pass. ``shard_fingerprint`` is the result
-        of the method ``shard_fingerprint`` before the shards were read.
+        ``batch_size`` counts images per forward pass. ``shard_fingerprint`` is what the method
+        ``shard_fingerprint`` returned before the shards were read.
         """
         n_ok = len(content.metadata)
         n_error = len(content.errors)
@@ -225,7 +224,7 @@ class StoreLedger(Ledger[Part, Receipt]):
         return self.write_files(part, payloads, make_receipt)
 
     def _payloads(self, part: Part, content: PartContent) -> dict[str, bytes]:
-        """Return a dictionary from the name of every file of a part to the bytes of the file."""
+        """Map each file name in a part to the file's bytes."""
         payloads: dict[str, bytes] = {}
         for name, shape in self.run.row_shapes.items():
             blocks = content.array_blocks.get(name, [])  # if all images failed, there are no blocks
@@ -245,7 +244,7 @@ NULLABLE_COLUMNS = {"label", "exif_orientation", "exception", "bytes"}  # column
 
 
 def _make_schema(types: Mapping[str, pa.DataType]) -> pa.Schema:
-    """Return a schema. ``types`` maps names of columns to types."""
+    """Return a schema. ``types`` maps column names to types."""
     fields: list[pa.Field] = []
     for name, column_type in types.items():
         fields.append(pa.field(name, column_type, nullable=name in NULLABLE_COLUMNS))
@@ -264,19 +263,19 @@ METADATA_SCHEMA = _make_schema(
         "flags": INT32,
     }
 )
-"""Columns of the metadata. ``position`` is the position of the image in the data set.
+"""Columns of the metadata. ``position`` is the image's position in the data set.
 
-The metadata do not contain the number of the row in the store. This number depends on the failed
-images in earlier parts, and earlier parts may not be written yet. So the reader counts the rows.
+The metadata do not contain the row number in the store. This number depends on the failed images
+in earlier parts, and earlier parts may not be written yet. So the reader counts the rows.
 """
 
-# further column of the metadata if images have captions
+# further metadata column if images have captions
 CAPTION_FIELD = pa.field("caption", STRING, nullable=False)
-# further column of the metadata if answers of another model were imported
+# further metadata column if another model's answers were imported
 ANSWER_FIELD = pa.field(ANSWER, INT32, nullable=False)
 PICTURE_DIGEST_BYTES = 16
 PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_DIGEST_BYTES), nullable=False)
-"""Further column of the metadata, if ``Run.has_picture_column`` is true.
+"""Further metadata column, if ``Run.has_picture_column`` is true.
 
 The value is the first half of the SHA-256 of ``ImageRecord.content``.
 """
@@ -292,13 +291,13 @@ ERROR_SCHEMA = _make_schema(
         "bytes": INT64,
     }
 )
-"""Columns of the error table. ``bytes`` is the encoded size of a readable image, or null."""
+"""Columns in the error table. ``bytes`` is a readable image's encoded size, or null."""
 
 REDO_HINT = "Run `vilu embed` (or `vilu import`) again to redo the part."
 
 
 def metadata_schema(run: Run) -> pa.Schema:
-    """Return the columns of the metadata in the store of a run.
+    """Return the metadata columns in a run's store.
 
     An imported store has only position, key and label, and also the answer if there are answers.
     """
@@ -316,21 +315,21 @@ def metadata_schema(run: Run) -> pa.Schema:
 
 
 def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
-    """Map the array of a ``.npy`` file into memory. Also return the number of bytes of data.
+    """Map the array in a ``.npy`` file into memory. Also return the data size in bytes.
 
     Only the header is read. ``hint`` is the advice in the message if the file is damaged.
     """
     # Only one thread at a time may read headers. Reading headers in two threads can fail in Python
-    # 3.11 (gh-106905, a bug of ast.literal_eval).
+    # 3.11 (gh-106905, a bug in ast.literal_eval).
     with convert_damage_errors(path, hint, NPY_READING_ERRORS), single_thread_lock():
         rows = np.lib.format.open_memmap(path, mode="r")
         return rows, path.stat().st_size - rows.offset
 
 
 def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
-    """Map an array of the store into memory; StorageError on a wrong shape, dtype or order."""
+    """Map a stored array into memory. Raise StorageError on a wrong shape, dtype or order."""
     rows, n_bytes = open_npy(path, REDO_HINT)
-    # facts about the array: shape, dtype, whether the rows are in C order, number of bytes of data
+    # facts about the array: shape, dtype, whether the rows are in C order, data size in bytes
     stored_facts = (rows.shape, rows.dtype.str, rows.flags.c_contiguous, n_bytes)
     little_endian = np.dtype(dtype).newbyteorder("<").str
     expected_facts = (shape, little_endian, True, rows.nbytes)
@@ -345,7 +344,7 @@ def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.float
 def read_columns(
     path: Path, schema: pa.Schema, column_names: Sequence[str], n_rows: int
 ) -> pa.Table:
-    """Return the columns ``column_names`` of a Parquet file.
+    """Return the columns ``column_names`` from a Parquet file.
 
     Raises:
         StorageError: If the file is damaged, does not have ``n_rows`` rows, or if a column has
@@ -372,7 +371,7 @@ def read_columns(
 
 
 def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
-    """Return the class table of a run, and the (K, D) float32 text embeddings.
+    """Return a run's class table, and the (K, D) float32 text embeddings.
 
     Raises:
         ProvenanceError: If the class table belongs to another run.
@@ -404,13 +403,13 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
 
 
 def _is_column_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
-    """Return whether a column has the right number of dimensions, and a shape for this run."""
+    """Return whether the column's number of dimensions is right, and the sizes fit this run."""
     n_dims, _ = COLUMNS[name]
     return len(shape) == n_dims and is_possible_shape(run, name, shape)
 
 
 def column_path(root: Path, name: ClassColumn) -> Path:
-    """Return the file of a column of the classes or of the model."""
+    """Return the file of a class or model column."""
     return root / "columns" / f"{name}.npy"
 
 
@@ -421,11 +420,11 @@ def is_possible_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bo
     n_prompts = len(run.prompts)
     n_words = len(run.negatives)
     if run.imported is not None:
-        # an imported run has no list of prompts and words, so any number of prompts or words is
+        # an imported run lists no prompts and no words, so any prompt count or word count is
         # possible
         n_prompts = shape[1]
         n_words = shape[0]
-    # the first sizes in the shape of each column; the run does not determine the remaining sizes
+    # The first sizes in each column's shape. The run does not determine the remaining sizes.
     first_sizes: dict[str, tuple[int, ...]] = {
         "prompts": (n_classes, n_prompts, dim),
         "text_features": (n_classes,),
@@ -443,7 +442,7 @@ MAX_MESSAGE_LENGTH = 300  # longer messages are shortened in the error table
 
 @dataclass(frozen=True)
 class RowMetadata:
-    """The metadata of every row; fields as in ``METADATA_SCHEMA``."""
+    """The metadata that every row has. The fields are as in ``METADATA_SCHEMA``."""
 
     position: int
     key: str
@@ -452,14 +451,14 @@ class RowMetadata:
 
 @dataclass(frozen=True)
 class MetadataWithAnswer(RowMetadata):
-    """The metadata of a row with an imported answer of another model."""
+    """The metadata for a row with another model's imported answer."""
 
-    answer: int  # index of a class in the class table
+    answer: int  # class index in the class table
 
 
 @dataclass(frozen=True)
 class ImageMetadata(RowMetadata):
-    """Metadata of an image with an embedding; fields as in ``metadata_schema``."""
+    """Metadata for an image with an embedding. The fields are as in ``metadata_schema``."""
 
     width: int
     height: int
@@ -472,7 +471,7 @@ class ImageMetadata(RowMetadata):
 
 @dataclass(frozen=True)
 class ErrorRow:
-    """An image without an embedding; fields as in ``ERROR_SCHEMA``."""
+    """An image without an embedding. The fields are as in ``ERROR_SCHEMA``."""
 
     key: str
     position: int
@@ -485,14 +484,14 @@ class ErrorRow:
 
 @dataclass
 class PartContent:
-    """The content of a part: arrays and metadata of embedded images, and errors of failed images.
+    """A part's content: arrays and metadata for embedded images, and errors for failed images.
 
     Attributes:
-        array_blocks: Maps the name of each array to the rows of the array: a list of blocks
-            (n, ...), in the order of ``metadata``.
-        metadata: Metadata of the embedded images.
-        errors: Errors of the failed images.
-        begun_at: When the part was begun, in seconds of the monotonic clock.
+        array_blocks: Maps each array name to the array's rows: a list of blocks (n, ...), in the
+            order of ``metadata``.
+        metadata: Metadata for the embedded images.
+        errors: Errors for the failed images.
+        begun_at: When the part was begun, in seconds on the monotonic clock.
     """
 
     array_blocks: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -514,13 +513,13 @@ def write_classes(
         rows = np.ascontiguousarray(values.numpy(), dtype="<f4")
         info = _write_npy(path, rows)
         column_files[name] = ArrayInfo(**dict(info), shape=tuple(values.shape))
-    # like a receipt, the table states the hashes of all other files, so the table is written last
+    # like a receipt, the table states the hashes of the files above, so the table is written last
     class_table = StoredClasses.from_files(run, text_file, column_files)
     write_document(root / CLASSES_FILE, class_table)
 
 
 def _write_npy(path: Path, array: NDArray[np.floating]) -> FileInfo:
-    """Write an array to a ``.npy`` file atomically, and return size and hash of the file."""
+    """Write an array to a ``.npy`` file atomically, and return the file's size and hash."""
     payload = _npy_bytes(array)
     return write_hashed(path, payload)
 
@@ -528,13 +527,13 @@ def _write_npy(path: Path, array: NDArray[np.floating]) -> FileInfo:
 def _join_blocks(
     name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: str
 ) -> NDArray[np.floating]:
-    """Join the blocks of rows to a little-endian array; DataError if a number is not finite.
+    """Join row blocks to a little-endian array. Raise DataError if a number is not finite.
 
     Args:
-        name: Name of the array, for the message.
+        name: The array's name, for the message.
         blocks: The blocks.
-        shape: Shape of the array.
-        dtype: Number format of the array.
+        shape: The array's shape.
+        dtype: The array's number format.
     """
     little_endian = np.dtype(dtype).newbyteorder("<")
     rows = np.zeros(shape, dtype=little_endian)
@@ -556,7 +555,7 @@ def _npy_bytes(array: NDArray[np.floating]) -> bytes:
 
 
 def _parquet_bytes(rows: Sequence[RowMetadata | ErrorRow], schema: pa.Schema) -> bytes:
-    """Encode rows as a Parquet file with the columns of a schema."""
+    """Encode rows as a Parquet file with the columns in a schema."""
     columns: dict[str, list[int | str | bytes | None]] = {}
     for name in schema.names:
         columns[name] = [_escape_surrogates(getattr(row, name)) for row in rows]

@@ -35,7 +35,7 @@ from vilu.store.parts import (
 )
 
 TEXT_TRUNCATED: Final = 1 << 16
-"""Flag of a row with a caption too long for the model. The tokenizer cuts such a caption.
+"""Flag for a row with a caption too long for the model. The tokenizer cuts such a caption.
 
 Smaller flags are defined in ``ImageFlag``.
 """
@@ -57,12 +57,12 @@ class PreparedImage:
 
     metadata: ImageMetadata
     pixels: Tensor  # (3, H, W) float32
-    n_bytes: int  # encoded size of the image
-    views: tuple[Tensor, ...] = ()  # pixels (3, H, W) float32 of each view
+    n_bytes: int  # the image's encoded size
+    views: tuple[Tensor, ...] = ()  # each view's pixels (3, H, W) float32
 
 
 ImageOrError = PreparedImage | ErrorRow
-"""Result of ``Decoder``: an image for the model, or the error row of a bad image."""
+"""Result from ``Decoder``: an image for the model, or a bad image's error row."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Decoder:
     """
 
     preprocess: Callable[[Image.Image], Tensor]  # returns (3, H, W) float32 pixels
-    limits: ImageLimits  # limits of size and shape of valid images
+    limits: ImageLimits  # size and shape limits for valid images
     n_classes: int  # number of classes, to check labels
-    views: Views | None = None  # augmented views of each image, if any
+    views: Views | None = None  # augmented views for each image, if any
     captions: bool = False  # whether to read captions
     # JPEGs are decoded at a reduced size. The shorter side has at least this number of pixels.
     # None: JPEGs are decoded in full.
@@ -87,7 +87,7 @@ class Decoder:
         For ``END_OF_PART``, return ``END_OF_PART``.
 
         Raises:
-            DataError: If the label of the image is not a class.
+            DataError: If the image's label is not a class.
         """
         if position_and_record is END_OF_PART:
             return END_OF_PART
@@ -95,7 +95,7 @@ class Decoder:
         return self._decode(position, record)
 
     def _decode(self, position: int, record: ImageRecord) -> ImageOrError:
-        """Read and preprocess an image; return an error row if the image cannot be read."""
+        """Read and preprocess an image. Return an error row if the image cannot be read."""
         self._require_class(record)
         reader = _RecordReader(record)
         try:
@@ -145,15 +145,15 @@ class Decoder:
 
 
 class _RecordReader:
-    """A reader of a single record, with the size and the digest of the bytes read."""
+    """A reader for a single record, with the size and the digest of the bytes read."""
 
     def __init__(self, record: ImageRecord) -> None:
         self._record = record
-        self.n_bytes: int | None = None  # number of bytes; None before ``read``
-        self.picture_digest = b""  # as in ``PICTURE_FIELD``; empty before ``read``
+        self.n_bytes: int | None = None  # number of bytes, None before ``read``
+        self.picture_digest = b""  # as in ``PICTURE_FIELD``, empty before ``read``
 
     def read(self) -> bytes:
-        """Return the bytes of the record."""
+        """Return the record's bytes."""
         data = self._record.read()
         self.n_bytes = len(data)
         hashed_content = data if self._record.content is None else self._record.content()
@@ -164,7 +164,7 @@ class _RecordReader:
 def records_with_positions(
     run: Run, part: Part, dataset: ImageDataset
 ) -> Iterator[tuple[int, ImageRecord]]:
-    """Yield the records of a part with their positions.
+    """Yield the records in a part with their positions.
 
     Raises:
         ValueError: If the data set returns too many or too few records, or wrong positions.
@@ -177,7 +177,7 @@ def records_with_positions(
     last_position = -1
     for record in records:
         position = record.position
-        # positions must ascend, because the rows of a part are in the order of the images
+        # positions must ascend, because a part's rows are in the order of the images
         if position is None or position not in position_range or position <= last_position:
             raise ValueError(
                 f"{dataset.source} gave {record.key} the position {position} after "
@@ -192,23 +192,23 @@ def records_with_positions(
 class Encoder:
     """Runs the model over batches of decoded images. This is the last step to the rows.
 
-    A batch never has images of two parts, and a bad image leaves a smaller batch. So a repeated
-    part has the same batches, and gives the same bytes. Numbers too large for ``dtype`` become
-    infinite.
+    A batch never has images from two parts, and a bad image leaves a smaller batch. So a repeated
+    part has the same batches as before, and gives the same bytes. Numbers too large for ``dtype``
+    become infinite.
     """
 
     backbone: Backbone  # the model
     batch_size: int  # images per forward pass
-    strict: bool  # whether a bad image raises DataError; if not, an error row is made
-    task: Task  # progress bar of the images
-    row_shapes: Mapping[str, tuple[int, ...]]  # name of each array of the images -> shape of a row
+    strict: bool  # Whether a bad image raises DataError. If not, an error row is made.
+    task: Task  # progress bar for the images
+    row_shapes: Mapping[str, tuple[int, ...]]  # name of each image array -> row shape
     dtype: str  # number format of the arrays
     n_errors: int = 0  # number of bad images so far
-    begun_at: float = field(default_factory=time.monotonic)  # seconds of the monotonic clock
-    seconds_waited: float = 0.0  # seconds of waiting for decoded images
+    begun_at: float = field(default_factory=time.monotonic)  # seconds on the monotonic clock
+    seconds_waited: float = 0.0  # seconds spent waiting for decoded images
 
     def encode_part(self, images_or_errors: Iterator[ImageOrError | None]) -> PartContent:
-        """Encode the images of a part: the items up to the next ``END_OF_PART``.
+        """Encode a part's images: the items up to the next ``END_OF_PART``.
 
         Raises:
             DataError: If ``strict`` is true and an image is bad.
@@ -218,8 +218,8 @@ class Encoder:
         next_image_or_error = partial(self._next_image_or_error, images_or_errors)
         images_or_errors_of_part: Iterator[ImageOrError] = iter(next_image_or_error, END_OF_PART)
         while True:
-            # No variable holds the batch. So the memory of the batch is freed before the next batch
-            # is read.
+            # No variable holds the batch. So the batch's memory is freed before the next batch is
+            # read.
             n_images = self._encode_batch(
                 list(islice(images_or_errors_of_part, self.batch_size)), content
             )
@@ -245,7 +245,7 @@ class Encoder:
         return "decoding waits for the model"
 
     def _encode_batch(self, batch: Sequence[ImageOrError], content: PartContent) -> int:
-        """Add the rows and errors of a batch to ``content``, and return the size of the batch."""
+        """Add a batch's rows and errors to ``content``, and return the batch size."""
         errors = [item for item in batch if isinstance(item, ErrorRow)]
         images = [item for item in batch if isinstance(item, PreparedImage)]
         if images:
@@ -263,7 +263,7 @@ class Encoder:
         return len(batch)
 
     def _add_rows(self, images: Sequence[PreparedImage], content: PartContent) -> list[ErrorRow]:
-        """Add the rows of images to ``content``; return errors for unusable embeddings."""
+        """Add the images' rows to ``content``. Return errors for unusable embeddings."""
         arrays, status = self._run_model(images)
         is_usable = torch.from_numpy(status == VALID)
         number_format = getattr(torch, self.dtype)
@@ -289,7 +289,7 @@ class Encoder:
         return errors
 
     def _metadata(self, batch: Sequence[PreparedImage]) -> list[ImageMetadata]:
-        """Return the metadata of images. A truncated caption sets a flag of the row."""
+        """Return the images' metadata. A truncated caption sets a flag in the row."""
         metadata_of_batch = [image.metadata for image in batch]
         if CAPTION not in self.row_shapes:
             return metadata_of_batch
@@ -306,7 +306,7 @@ class Encoder:
     def _run_model(
         self, batch: Sequence[PreparedImage]
     ) -> tuple[dict[str, Tensor], NDArray[np.uint8]]:
-        """Run the model; return arrays by name, and the worst status code (B,) of each image."""
+        """Run the model. Return arrays by name, and each image's worst status code (B,)."""
         arrays = self._forward(batch)
         status = np.full(len(batch), VALID, dtype=np.uint8)
         for name, row_name in ROW_WORDS.items():
@@ -326,7 +326,7 @@ class Encoder:
         return arrays, status
 
     def _forward(self, batch: Sequence[PreparedImage]) -> dict[str, Tensor]:
-        """Map the name of each array to the outputs (B, ...) of the model, not normalised."""
+        """Map each array name to the model's outputs (B, ...), not normalised."""
         model = self.backbone
         arrays: dict[str, Tensor] = {}
         pixels = _stack_images([image.pixels for image in batch])
@@ -337,7 +337,7 @@ class Encoder:
         if CAPTION in self.row_shapes:
             arrays[CAPTION] = model.encode_texts([image.metadata.caption or "" for image in batch])
         if "views" in self.row_shapes:
-            # each forward pass has one view of every image, so a forward pass is no larger than a
+            # each forward pass has one view from every image, so a forward pass is no larger than a
             # batch
             view_rows: list[Tensor] = []
             for view_number in range(len(batch[0].views)):
@@ -349,10 +349,10 @@ class Encoder:
 
 
 def _stack_images(images: list[Tensor]) -> Tensor:
-    """Stack B images (3, H, W) to (B, 3, H, W), in the memory layout of the images.
+    """Stack B images (3, H, W) to (B, 3, H, W), in the images' memory layout.
 
-    If the channels are last in the memory of the images, the channels stay last in the memory of
-    the stack, because moving the channels would take time.
+    If the channels are last in the images' memory, the channels stay last in the stack's memory,
+    because moving the channels would take time.
     """
     channels_last = [image.permute(1, 2, 0) for image in images]
     if channels_last[0].is_contiguous():
@@ -361,7 +361,7 @@ def _stack_images(images: list[Tensor]) -> Tensor:
 
 
 def _normalise(rows: Tensor, row_name: str) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Normalise rows (B, D) or views (B, V, D). Also return the worst status code of each image.
+    """Normalise rows (B, D) or views (B, V, D). Also return each image's worst status code.
 
     ``row_name`` is the word for a row in messages.
     """

@@ -37,11 +37,11 @@ class PrecisionCheck:
         precision: The low precision.
         n: Number of photos.
         least_cosine: Least cosine between the two embeddings of a photo.
-        equal_answers: Share of photos with equal answers of the predictor. Without a predictor, the
+        equal_answers: Share of photos with equal answers by the predictor. Without a predictor, the
             zero-shot answers are compared. None if there are captions and no classes.
-        equal_decisions: Share of photos with equal decisions; None without a predictor.
-        speedup: Processor time of the image tower in float32, divided by the time in the low
-            precision; None if the time was not measured.
+        equal_decisions: Share of photos with equal decisions. None without a predictor.
+        speedup: The image tower's processor time in float32, divided by the time in the low
+            precision. None if the time was not measured.
     """
 
     precision: str
@@ -79,7 +79,7 @@ class PrecisionCheck:
 def check_precision(
     model: Backbone, run: Run, pixels: Iterator[Tensor], batch_size: int
 ) -> PrecisionCheck | None:
-    """Embed the first photos in the precision of the model and in float32, and compare.
+    """Embed the first photos in the model's precision and in float32, and compare.
 
     ``pixels`` are the pixels (3, H, W) of each photo.
 
@@ -109,7 +109,7 @@ def check_precision(
 def _encode_and_time(
     model: DualEncoder, pixels: list[Tensor], batch_size: int
 ) -> tuple[Tensor, float]:
-    """Return embeddings (N, D) of photos, and the seconds of processor time of the model."""
+    """Return embeddings (N, D) of photos, and the model's processor time in seconds."""
     model.encode_images(pixels[0][None])  # not timed, because a model may be built at the first use
     batches = torch.stack(pixels).split(batch_size)
     begun = time.process_time()

@@ -58,21 +58,21 @@ def open_source(
     fold: Fold | None = None,
     logit_scale: float | None = None,
 ) -> EmbeddingSource:
-    """Open a store of classes or captions, or another tool's embeddings of image-caption pairs.
+    """Open a store with classes or captions, or another tool's image-caption pairs.
 
     Args:
         path: A folder written by ``vilu embed``, or a folder in a layout of ``LaionPairs``.
-        pools: Grouping of pairs into pools. Captions and images are matched within a pool. By
+        pools: How pairs are grouped into pools. Captions and images are matched within a pool. By
             default a pool has 1024 pairs.
         fold: "train", "validation" or "test": only pairs with a caption in this fold are used.
             None: all pairs.
-        logit_scale: Multiplier of the cosine. Required for embeddings of another tool. Must be
-            None for a store, because a store has the logit scale of its model.
+        logit_scale: Multiplier of the cosine. Required for embeddings from another tool. Must be
+            None for a store, because a store has its model's logit scale.
 
     Raises:
         UsageError: If an argument does not fit the data, or the logit scale is missing.
         DataError: If the folder has another layout, or is not complete.
-        StorageError: If a file is missing or damaged; the message names the file.
+        StorageError: If a file is missing or damaged. The message names the file.
         ProvenanceError: If files do not belong together.
 
     Examples:
@@ -111,11 +111,10 @@ def open_source(
 
 
 class SealedStore(PickledByPath):
-    """The documents and the parts of a complete store, without the classes.
+    """A complete store's documents and parts, without the classes.
 
-    The constructor checks documents, sizes, shapes and numbers of rows. When a file is first read,
-    ``verify_file`` compares the hash of the file with the receipt, and returns the path of the
-    file.
+    The constructor checks documents, sizes, shapes and row counts. When a file is first read,
+    ``verify_file`` compares the file's hash with the receipt, and returns the file's path.
     """
 
     def __init__(self, path: Path) -> None:
@@ -140,8 +139,8 @@ class SealedStore(PickledByPath):
         open_part = partial(map_part, self.verify_file)
         self.mapped_arrays = MappedArrays(part_starts, self.manifest.row_shapes, open_part)
         # Every array is mapped once, to check the header. ``path.joinpath`` finds the files,
-        # because ``verify_file`` would also hash every file. A file is hashed later, when a row of
-        # the file is first read.
+        # because ``verify_file`` would also hash every file. A file is hashed later, when one of
+        # its rows is first read.
         for part in self.parts:
             for name in part.array_names:
                 map_part(path.joinpath, name, part.number)
@@ -160,7 +159,7 @@ class SealedStore(PickledByPath):
             )
 
     def metadata_column(self, column_name: str, part_number: int) -> pa.Array:
-        """Return column ``column_name`` of the metadata of part ``part_number``."""
+        """Return the metadata column ``column_name`` for part ``part_number``."""
         part_starts = self.mapped_arrays.part_starts
         n_rows = int(part_starts[part_number + 1] - part_starts[part_number])
         path = self.verify_file(self.parts[part_number].metadata_file)
@@ -169,24 +168,24 @@ class SealedStore(PickledByPath):
         return table[column_name].combine_chunks()
 
     def keys(self, rows: NDArray[np.int64] | None = None) -> StoredIdentifiers:
-        """Return the keys of ``rows`` (ascending indices), by default of all rows."""
+        """Return the keys of ``rows`` (ascending indices). By default, return all keys."""
         read_keys = partial(self.metadata_column, "key")
         return StoredIdentifiers(self.mapped_arrays.part_starts, read_keys, rows)
 
     def identities(
         self, by: IdentityKind, rows: NDArray[np.int64], *, with_captions: bool = True
     ) -> NDArray[np.uint64]:
-        """Return hashes (M,) of some rows: of the keys, or of pictures and captions.
+        """Return hashes (M,) of some rows' keys, or of the rows' pictures and captions.
 
         Each part is read once.
 
         Args:
             by: "names" to hash the keys, "pictures" to hash the pictures and captions.
-            rows: (M,) numbers of the rows in the store.
+            rows: (M,) row numbers in the store.
             with_captions: Whether captions, if any, are hashed with the pictures.
         """
-        # ``sorting_order[part_bounds[p] : part_bounds[p + 1]]`` are the positions in ``rows`` of
-        # the rows of part p.
+        # ``sorting_order[part_bounds[p] : part_bounds[p + 1]]`` are the positions in ``rows`` where
+        # the rows of part p stand.
         sorting_order = np.argsort(rows, kind="stable")
         part_bounds = np.searchsorted(rows, self.mapped_arrays.part_starts, sorter=sorting_order)
         n_rows_of_parts = np.diff(part_bounds)
@@ -209,12 +208,12 @@ class SealedStore(PickledByPath):
         *,
         with_captions: bool,
     ) -> NDArray[np.uint64]:
-        """Return hashes (m,) like ``identities``, for rows of a single part.
+        """Return hashes (m,) like ``identities``, for rows in a single part.
 
         Args:
             by: As for ``identities``.
             part_number: Number of the part.
-            rows_in_part: (m,) numbers of the rows, counted from the first row of the part.
+            rows_in_part: (m,) row numbers, counted from the part's first row.
             with_captions: As for ``identities``.
         """
         if by == "names":
@@ -223,7 +222,7 @@ class SealedStore(PickledByPath):
         pictures: list[bytes] = self._read_cells("picture", part_number, rows_in_part)
         has_captions = self.manifest.captions and with_captions
         if not has_captions:
-            # the column "picture" has hashes of pictures; only the first bytes of a hash are used
+            # The column "picture" has picture hashes. Only a hash's first bytes are used.
             first_bytes = b"".join(picture[:HASH_BYTES] for picture in pictures)
             return np.frombuffer(first_bytes, "<u8").astype(np.uint64)
         texts: list[str] = self._read_cells("caption", part_number, rows_in_part)
@@ -234,7 +233,7 @@ class SealedStore(PickledByPath):
     def _read_cells(
         self, column_name: str, part_number: int, rows_in_part: NDArray[np.int64]
     ) -> list[Any]:
-        """Return the cells (m,) of a column of the metadata, for rows of a single part."""
+        """Return the cells (m,) of a metadata column, for rows in a single part."""
         column = self.metadata_column(column_name, part_number)
         indices = pa.array(rows_in_part)
         cells: list[Any] = column.take(indices).to_pylist()
@@ -251,10 +250,9 @@ def _map_part(
     """Map array ``array_name`` of part ``part_number`` into memory.
 
     Args:
-        ledger: The folder of the store.
-        part_starts: (P + 1,) number of the first row of each of the P parts, and the number of
-            rows.
-        find_file: Function that takes the name of a file and returns the path.
+        ledger: The store's folder.
+        part_starts: (P + 1,) first row number in each of the P parts, and the row count.
+        find_file: Function that takes a file name and returns the path.
         array_name: Name of the array.
         part_number: Number of the part.
     """
@@ -266,14 +264,14 @@ def _map_part(
 
 
 class StoredRows(EmbeddingSource):
-    """A source of all or some rows of a store. The metadata of the store identify the rows."""
+    """A source with all or some rows of a store. The store's metadata identify the rows."""
 
     _sealed_store: SealedStore
-    _chosen_rows: Tensor | None = None  # (M,) numbers of the rows in the store; None for all
+    _chosen_rows: Tensor | None = None  # (M,) row numbers in the store. None for all.
 
     @property
     def identified_by(self) -> tuple[IdentityKind, ...]:
-        """Kinds of identity of the rows: "pictures" (with captions, if any) and "names".
+        """The rows' identity kinds: "pictures" (with captions, if any) and "names".
 
         Imported rows have no picture. Their kinds are "embeddings", and "names" if there are names.
         """
@@ -298,30 +296,30 @@ class StoredRows(EmbeddingSource):
         return self._sealed_store.identities("pictures", rows_in_store, with_captions=False)
 
     def _rows_in_store(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Convert indices (M,) of rows in this source to indices in the whole store."""
+        """Convert row indices (M,) in this source to row indices in the whole store."""
         return rows if self._chosen_rows is None else self._chosen_rows.numpy()[rows]
 
 
 class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
-    """A sealed store of images and classes; predictors use it like ``Embeddings`` in memory.
+    """A sealed store with images and classes. Predictors use it like ``Embeddings`` in memory.
 
-    The constructor checks documents, sizes, shapes, numbers of rows and labels. When a row of a
-    part is first read in this process, the bytes of the part are compared with the SHA-256 in the
-    receipt. Later changes of an open file are not noticed. A store is pickled as the path of the
-    store. Unpickling opens the store again, and raises ProvenanceError if the store has changed.
+    The constructor checks documents, sizes, shapes, row counts and labels. When a row in a part is
+    first read in this process, the part's bytes are compared with the SHA-256 in the receipt. Later
+    changes to an open file are not noticed. A store is pickled as its path. Unpickling opens the
+    store again, and raises ProvenanceError if the store has changed.
 
     Args:
-        path: The folder of the store, from ``vilu embed`` or ``vilu import``.
+        path: The store's folder, from ``vilu embed`` or ``vilu import``.
 
     Attributes:
         path: The folder.
-        manifest: The content of ``manifest.json``: inputs and counts of the store.
+        manifest: The content of ``manifest.json``: the store's inputs and counts.
         text: (K, D) float32 unit-norm texts of the candidates. Classes with equal texts are merged,
             as in ``Embeddings``.
 
     Raises:
-        DataError: If the folder is no store, is not complete, or is a store of captions.
-        StorageError: If a file is missing or damaged; the message names the file.
+        DataError: If the folder is no store, is not complete, or is a caption store.
+        StorageError: If a file is missing or damaged. The message names the file.
         ProvenanceError: If files do not belong together, or another schema wrote them.
 
     Examples:
@@ -367,8 +365,8 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
         self.outside = labels == OUTSIDE
         self.ids = self._sealed_store.keys()
         if not self._sealed_store.has_identifiers:
-            # The keys are the numbers of the rows in the imported arrays. ``ListedNumbers`` marks
-            # the keys as numbers. Numbers identify no row of another source.
+            # The keys are the row numbers in the imported arrays. ``ListedNumbers`` marks the keys
+            # as numbers. Numbers identify no row in another source.
             self.ids = ListedNumbers(self.ids)
         if self.manifest.has_answers:
             answers = map(self._read_answers, self._sealed_store.parts)
@@ -386,7 +384,7 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
         return self._sealed_store.mapped_arrays.take(IMAGE, index)
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Return column ``name``. Of a column of the images, return only the rows ``index``."""
+        """Return column ``name``. From an image column, return only the rows ``index``."""
         if name == ANSWER or name not in self.columns:
             return super().column(name, index)
         if name in self.manifest.row_shapes:
@@ -395,11 +393,11 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
         has_row_per_class = name in TEXT_COLUMNS
         if self._class_of_candidate is None or not has_row_per_class:
             return values
-        # after a merge of classes with equal texts, the column has a row for each candidate
+        # if classes with equal texts were merged, the column has a row for each candidate
         return values[self._class_of_candidate]
 
     def bad_images(self) -> Iterator[tuple[str, str]]:
-        """Yield key and kind of error, e.g. "truncated", of every image without a row."""
+        """Yield key and error kind, e.g. "truncated", for every image without a row."""
         for part, n_error in zip(
             self._sealed_store.parts, self._sealed_store.n_errors_of_parts, strict=True
         ):
@@ -409,7 +407,7 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
                 yield from zip(table["key"].to_pylist(), table["kind"].to_pylist(), strict=True)
 
     def _read_labels(self, part: Part) -> NDArray[np.int64]:
-        """Return the labels of a part: -1 is unknown, -2 is outside. StorageError if invalid."""
+        """Return a part's labels, -1 if unknown, -2 if outside. Raise StorageError if invalid."""
         column: pa.Array = self._sealed_store.metadata_column("label", part.number)
         labels = np.asarray(column.fill_null(UNKNOWN), dtype=np.int64)
         if not len(labels):
@@ -422,7 +420,7 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
         return labels
 
     def _read_answers(self, part: Part) -> NDArray[np.int64]:
-        """Return the imported answers of a part. StorageError if an answer is no class."""
+        """Return a part's imported answers. Raise StorageError if an answer is no class."""
         column: pa.Array = self._sealed_store.metadata_column(ANSWER, part.number)
         answer = np.asarray(column, dtype=np.int64)
         n_classes = len(self.manifest.names)
@@ -435,29 +433,29 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
 
 
 def _join_numbers(numbers_of_parts: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Join the whole numbers of all parts, in the order of the parts."""
+    """Join the whole numbers from all parts, in the order of the parts."""
     no_numbers = np.empty(0, np.int64)  # np.concatenate refuses an empty list
     return np.concatenate([no_numbers, *numbers_of_parts])
 
 
 def _read_class_column(root: Path, class_table: StoredClasses, name: ClassColumn) -> Tensor:
-    """Read a column of the classes or of the model, and check its numbers."""
+    """Read a class or model column, and check its numbers."""
     path = column_path(root, name)
     values = map_rows(path, class_table.columns[name].shape, "float32")
-    # n_rows has no effect, because only columns of images depend on n_rows
+    # n_rows has no effect, because only image columns depend on n_rows
     checked_columns = check_columns({name: values}, n_rows=0, n_texts=len(class_table.names))
     return checked_columns[name]
 
 
 class CaptionStore(PickledByPath, StoredRows, MappedPairs):
-    """A sealed store of images with captions; predictors use it like ``PairEmbeddings`` in memory.
+    """A sealed store with images and captions. Predictors use it like ``PairEmbeddings`` in memory.
 
-    Checks, pickling and errors are as in ``EmbeddingStore``, except that a store of classes raises
+    Checks, pickling and errors are as in ``EmbeddingStore``, except that a class store raises
     DataError here.
 
     Args:
         path: The folder, written by ``vilu embed``.
-        pools: Grouping of pairs into pools. Captions and images are matched within a pool.
+        pools: How pairs are grouped into pools. Captions and images are matched within a pool.
         fold: Only rows with a caption in this fold are used (``folds.fold_of``). None: all rows.
     """
 
@@ -487,21 +485,21 @@ class CaptionStore(PickledByPath, StoredRows, MappedPairs):
         )
         self.columns = frozenset()
         if self.pools.direction == "image_to_text":
-            # Columns belong to images. In the opposite direction, the images are the candidates of
+            # Columns belong to images. In the opposite direction, the images are the candidates for
             # a caption. Then a column of the right image would reveal the answer.
             self.columns = frozenset(self.manifest.row_shapes) - {IMAGE, CAPTION}
         self.ids = sealed_store.keys(chosen_rows)
         self._sealed_store = sealed_store
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Return the rows ``index`` of column ``name`` of the images."""
+        """Return the rows ``index`` from the image column ``name``."""
         if name not in self.columns:
             return super().column(name, index)
         return self._take_rows(name, index)
 
 
 def _rows_of_fold(sealed_store: SealedStore, fold: Fold) -> NDArray[np.int64]:
-    """Return the ascending numbers (M,) of the rows with a caption in a fold."""
+    """Return the ascending row numbers (M,) whose caption is in a fold."""
     part_sizes = np.diff(sealed_store.mapped_arrays.part_starts).tolist()
     parts = zip(sealed_store.parts, part_sizes, strict=True)
     metadata_files = (

@@ -1,4 +1,4 @@
-"""Convert exceptions from unreadable files into errors of vilu."""
+"""Convert exceptions from unreadable files into vilu errors."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ NumPy parses the header as Python code. The last four exceptions come from this 
 PARQUET_READING_ERRORS = (pa.ArrowException, OSError, ValueError)
 """pyarrow's exceptions for a damaged file.
 
-A ValueError is also raised if the name of a column is not text.
+A ValueError is also raised if a column name is not text.
 """
 
 SYSTEM_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
-"""Error codes of problems with permissions or with the system, not with the content of a file."""
+"""Error codes for problems with permissions or with the system, not with a file's content."""
 
 
 @contextmanager
@@ -47,10 +47,9 @@ def convert_damage_errors(
 ) -> Iterator[None]:
     """Convert ``exceptions``, which a library raises for a damaged file, into ``error_class``.
 
-    The message is "PATH is CONDITION: REASON. HINT", where REASON is the message of the exception.
-    HINT is a sentence of advice. Errors of the system (``SYSTEM_ERRNOS``) have nothing to do with
-    the content of the file. Such an error becomes a StorageError with the message "cannot read
-    PATH: REASON."
+    The message is "PATH is CONDITION: REASON. HINT", where REASON is the exception's message. HINT
+    is a sentence with advice. System errors (``SYSTEM_ERRNOS``) have nothing to do with the file's
+    content. Such an error becomes a StorageError with the message "cannot read PATH: REASON."
     """
     try:
         yield

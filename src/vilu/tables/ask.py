@@ -1,4 +1,4 @@
-"""Chooses answers of a table to label next: some to fit on, and a random sample to calibrate on."""
+"""Chooses table answers to label next: some to fit on, and a random sample to calibrate on."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def choose_next_answers(
 ) -> tuple[Ints, list[LabelPurpose]]:
     """Choose ``n`` answers without a label: half to fit on, half to calibrate on.
 
-    A hash of the identifier of a row decides between the two purposes. The rows to calibrate on are
+    A hash of the row's identifier decides between the two purposes. The rows to calibrate on are
     the next rows in the random order of the hashes. So at any time, all rows chosen for calibration
     are a random sample. The rows to fit on are spread evenly over the ascending uncertainties, to
-    include right and wrong answers. Rows that the predictor was fitted on, and copies of other
-    rows, are not chosen.
+    include right and wrong answers. Rows that the predictor was fitted on are not chosen. Without
+    clusters, copies of earlier rows are not chosen either.
 
-    In a table with clusters, whole clusters are chosen in the same way. The name of a cluster is
-    hashed, and the uncertainty is the mean over the rows of the cluster. The number of clusters is
-    ``n`` divided by the mean size of a cluster, so the chosen clusters have about ``n`` rows. A
-    cluster is left out if a row of the cluster cannot be chosen.
+    If the table has clusters, whole clusters are chosen in the same way. The cluster's name is
+    hashed, and the uncertainty is the mean over the cluster's rows. The number of clusters is ``n``
+    divided by the mean cluster size, so the chosen clusters have about ``n`` rows. A cluster is
+    left out if any row in the cluster cannot be chosen.
 
     Args:
         table: The answers.
         predictor: The predictor that scores the answers.
-        asked_ids: Identifiers of answers from earlier requests.
+        asked_ids: Answer identifiers from earlier requests.
         n: Number of answers.
-        seed: Seed of the hash.
+        seed: Seed for the hash.
 
     Returns:
-        Indices (M,) of the chosen rows, and the purpose of each row.
+        Row indices (M,) of the chosen answers, and each row's purpose.
     """
     # a unit is a cluster, or a single row if the table has no clusters
     unit_names, unit_of_row = cluster_indices(table.cluster or table.ids, len(table))
@@ -78,34 +78,34 @@ def choose_next_answers(
 
 
 def _first_units(candidates: Ints, random_numbers: NDArray[np.uint64], n_units: int) -> Ints:
-    """The first ``n_units`` of the ``candidates`` in the ascending order of the random numbers.
+    """Return the first ``n_units`` candidates in the ascending order of the random numbers.
 
-    ``random_numbers`` has a number for every unit of the table.
+    ``random_numbers`` has a number for every unit in the table.
     """
     ascending_units = candidates[np.argsort(random_numbers[candidates])]
     return ascending_units[:n_units]
 
 
 def _evenly_spaced_units(candidates: Ints, mean_uncertainty: Floats, n_units: int) -> Ints:
-    """``n_units`` of the ``candidates``, spread evenly over the ascending uncertainties.
+    """Return ``n_units`` candidates, spread evenly over the ascending uncertainties.
 
-    ``mean_uncertainty`` has a number for every unit of the table. If there are at most ``n_units``
+    ``mean_uncertainty`` has a number for every unit in the table. If there are at most ``n_units``
     candidates, all candidates are returned.
     """
     ascending_units = candidates[np.argsort(mean_uncertainty[candidates], kind="stable")]
     n_chosen = min(n_units, len(ascending_units))
     exact_positions = np.linspace(0, len(ascending_units) - 1, n_chosen)
-    positions = exact_positions.round()
-    return ascending_units[positions.astype(np.int64)]
+    rounded_positions = exact_positions.round()
+    return ascending_units[rounded_positions.astype(np.int64)]
 
 
 def _askable_mask(
     table: AnswerTable, predictor: FailurePredictor, asked_ids: Collection[str]
 ) -> NDArray[np.bool_]:
-    """Mask (N,) of the unlabelled rows that were neither asked for nor fitted on.
+    """Return a mask (N,): unlabelled rows that were neither asked for nor fitted on.
 
-    Of exact copies only the first copy is in the mask. In a table with clusters, all copies are in
-    the mask, because the requests are for whole clusters.
+    If the table has no clusters, only the first of several exact copies is in the mask. In a table
+    with clusters, all copies are in the mask, because the requests are for whole clusters.
     """
     was_asked = np.array([key in asked_ids for key in table.ids], dtype=np.bool_)
     was_fitted_on = predictor.seen(table).shared
@@ -120,12 +120,13 @@ def _askable_mask(
 
 
 def _rows_of_units(units: Ints, unit_of_row: Ints) -> Ints:
-    """Indices of the rows of ``units``, in the order of the units.
+    """Return the indices of all rows in ``units``, in the units' order.
 
-    ``unit_of_row`` (N,) is the unit of every row of the table.
+    ``unit_of_row`` (N,) is the unit of every table row.
     """
-    # the rank of a unit is the position in ``units``; all other units have the rank len(units)
     last_unit = int(unit_of_row.max())
+    # The rank of a unit is the position in ``units``. All units outside ``units`` have the rank
+    # len(units).
     rank_of_unit = np.full(last_unit + 1, len(units))
     rank_of_unit[units] = np.arange(len(units))
     rank_of_row = rank_of_unit[unit_of_row]
@@ -134,7 +135,7 @@ def _rows_of_units(units: Ints, unit_of_row: Ints) -> Ints:
 
 
 def _random_number(key: str, seed: int) -> int:
-    """A random number from 0 to 2^64 - 1, determined by the key and the seed only."""
+    """Return a random number from 0 to 2^64 - 1, determined by the key and the seed only."""
     seed_and_key = f"{seed}\n{key}".encode()
     key_hash = hashlib.blake2b(seed_and_key, digest_size=8)
     digest = key_hash.digest()
@@ -142,7 +143,7 @@ def _random_number(key: str, seed: int) -> int:
 
 
 def read_asked_ids(files: Sequence[Path]) -> set[str]:
-    """Identifiers of all rows in ``files``, the earlier tables of ``vilu next``."""
+    """Read all row identifiers in ``files``, the earlier tables of ``vilu next``."""
     asked_ids: set[str] = set()
     for file in files:
         ids_of_file = open_table(file).ids
@@ -151,7 +152,7 @@ def read_asked_ids(files: Sequence[Path]) -> set[str]:
 
 
 def write_label_requests(path: Path, table: AnswerTable, purposes: Sequence[LabelPurpose]) -> None:
-    """Write a table of answers as CSV with an empty column ``correct``, to fill in.
+    """Write answers as a CSV table with an empty column ``correct``, to fill in.
 
     Features are written first, into a second file in the same folder.
     """

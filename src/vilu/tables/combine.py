@@ -1,4 +1,4 @@
-"""Fits for tables: logistic regression combines several numbers of an answer into one number.
+"""Fits for tables: logistic regression combines an answer's numbers into one number.
 
 The inputs of all functions are arrays of N rows. ``failure`` (N,) is 1 if the answer of a row is
 wrong, and 0 if the answer is right.
@@ -22,22 +22,22 @@ from vilu.tables.table import sign_of
 from vilu.text import plural
 
 N_FOLDS: Final = 5
-"""Number of folds of every cross-validation."""
+"""Number of folds in every cross-validation."""
 
 RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Strengths ``ridge`` to compare. The penalty is ridge / 2 * (sum of squared weights)."""
 
 N_KNOTS: Final = 64
-"""Number of knots of ``rank_maps``, at quantiles of a column."""
+"""Number of knots in ``rank_maps``, at quantiles of a column."""
 
 MAX_OPTIMISER_STEPS: Final = 1_000
-"""Maximum number of steps of each optimiser."""
+"""Maximum step count of each optimiser."""
 
 FitOption = TypeVar("FitOption")  # a recipe or a ridge, to compare by cross-validation
 
 
 class Fold(NamedTuple):
-    """One division of the rows: masks (N,) of the rows to fit on and of the rows held out."""
+    """One division of the rows: a mask (N,) to fit on, and a mask (N,) to hold out."""
 
     fit_mask: NDArray[np.bool_]
     held_out_mask: NDArray[np.bool_]
@@ -61,18 +61,16 @@ def make_folds(cluster: Ints, failure: Ints, seed: int) -> list[Fold]:
         if has_right_and_wrong and held_out_mask.any():
             folds.append(Fold(fit_mask=~held_out_mask, held_out_mask=held_out_mask))
     if not folds:
-        message = _too_few_message(cluster, failure)
-        raise DataError(message)
+        raise DataError(_too_few_message(cluster, failure))
     is_held_out = np.any([fold.held_out_mask for fold in folds], axis=0)
     has_both_held_out = len(np.unique(failure[is_held_out])) == 2
     if not has_both_held_out:
-        message = _too_few_message(cluster, failure)
-        raise DataError(message)
+        raise DataError(_too_few_message(cluster, failure))
     return folds
 
 
 def _too_few_message(cluster: Ints, failure: Ints) -> str:
-    """The message about too few answers for a cross-validation."""
+    """Return the message about too few answers for a cross-validation."""
     n_wrong = int(failure.sum())
     n_right = len(failure) - n_wrong
     n_clusters = len(np.unique(cluster))
@@ -85,27 +83,27 @@ def _too_few_message(cluster: Ints, failure: Ints) -> str:
 
 
 def log_losses(log_odds: Floats, failure: Ints) -> Floats:
-    """Log-loss (N,) in nats of every row, from the log-odds of failure (N,)."""
+    """Compute the log-loss (N,) in nats of every row, from the failure log-odds (N,)."""
     return np.logaddexp(0, log_odds) - failure * log_odds
 
 
 class Linear(NamedTuple):
-    """Log-odds of failure as a linear function: weights (C,) and an intercept."""
+    """Failure log-odds as a linear function: weights (C,) and an intercept."""
 
     weights: Floats
     intercept: float
 
     def __call__(self, inputs: Floats) -> Floats:
-        """Log-odds (N,) of inputs (N, C)."""
+        """Compute the log-odds (N,) of inputs (N, C)."""
         return inputs @ self.weights + self.intercept
 
     def recalibrated(self, slope: float, shift: float) -> Linear:
-        """The linear function that returns slope * (log-odds of this function) + shift."""
+        """Return the linear function slope * (log-odds of this function) + shift."""
         return Linear(slope * self.weights, slope * self.intercept + shift)
 
 
 def rising_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
-    """Ridge logistic regression with weights of at least 0, so no input lowers the risk.
+    """Fit a ridge logistic regression with weights >= 0, so no input lowers the risk.
 
     L-BFGS with bounds minimises (mean log-loss) + ridge / 2 * (sum of squared weights).
     """
@@ -114,7 +112,7 @@ def rising_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
     n_columns = inputs.shape[1]
 
     def objective(parameters: Floats) -> tuple[float, Floats]:
-        """The value to minimise, and the gradient."""
+        """Return the value to minimise, and the gradient."""
         weights = parameters[:n_columns]
         intercept = parameters[n_columns]
         log_odds = inputs @ weights + intercept
@@ -128,7 +126,7 @@ def rising_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
         return float(loss), np.append(gradient, gradient_of_intercept)
 
     initial_parameters = np.zeros(n_columns + 1)
-    bounds = [(0.0, None)] * n_columns + [(None, None)]  # weights >= 0; any intercept
+    bounds = [(0.0, None)] * n_columns + [(None, None)]  # weights >= 0, and any intercept
     options = {"maxiter": MAX_OPTIMISER_STEPS}
     optimum = minimize(
         objective, initial_parameters, jac=True, method="L-BFGS-B", bounds=bounds, options=options
@@ -137,7 +135,7 @@ def rising_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
 
 
 def ridge_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
-    """Ridge logistic regression by scikit-learn, with the same objective as ``rising_logistic``.
+    """Fit a ridge logistic regression by scikit-learn, with the objective of ``rising_logistic``.
 
     The weights may have any sign.
     """
@@ -156,13 +154,13 @@ def ridge_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
 
 
 def platt_scaling(log_odds: Floats, failure: Ints) -> tuple[float, float]:
-    """Slope and shift to calibrate held-out log-odds (N,) by logistic regression.
+    """Return slope and shift to calibrate held-out log-odds (N,) by logistic regression.
 
-    If failures become rarer as the log-odds rise, the log-odds are of no use. Then the slope is 1
+    If failures become rarer as the log-odds rise, the log-odds are useless. Then the slope is 1
     and the shift 0.
     """
     column = log_odds[:, None]
-    # the optimiser gets numbers from -1 to 1, whatever the range of the log-odds
+    # the optimiser gets numbers from -1 to 1, whatever range the log-odds have
     magnitude = np.abs(column)
     scale = max(float(magnitude.max()), 1e-12)
     linear = ridge_logistic(column / scale, failure, ridge=1e-9)
@@ -185,7 +183,7 @@ class RisingMaps:
     rise: Floats  # (C, S) rise of the function over a piece, at least 0
 
     def __call__(self, numbers: Floats) -> Floats:
-        """The mapped numbers (N, C)."""
+        """Return the mapped numbers (N, C)."""
         mapped_numbers = np.zeros_like(numbers)
         for piece in range(self.lower.shape[1]):
             share_of_piece = (numbers - self.lower[:, piece]) / self.width[:, piece]
@@ -194,7 +192,7 @@ class RisingMaps:
 
 
 def straight_maps(numbers: Floats) -> RisingMaps:
-    """Straight lines: a column divided by its standard deviation, within the range of the fit.
+    """Fit straight lines: a column divided by its standard deviation, within the fitted range.
 
     A constant column is mapped to 0.
     """
@@ -209,7 +207,7 @@ def straight_maps(numbers: Floats) -> RisingMaps:
 
 
 def rank_maps(numbers: Floats) -> RisingMaps:
-    """Ranks: the log-odds of the share of rows with smaller numbers in the column.
+    """Fit ranks: the log-odds of the share of rows with smaller numbers in the column.
 
     Between ``N_KNOTS`` quantiles the function is linear, so different numbers stay different.
     """
@@ -221,7 +219,7 @@ def rank_maps(numbers: Floats) -> RisingMaps:
     rise = np.zeros((n_columns, N_KNOTS - 1))
     for column in range(n_columns):
         quantiles = np.quantile(numbers[:, column], share)
-        # several quantiles may be the same number: they become a single knot, at their mean height
+        # Several quantiles may be the same number. They become a single knot, at their mean height.
         knots, knot_of_quantile = np.unique(quantiles, return_inverse=True)
         mean_height = np.bincount(knot_of_quantile, height) / np.bincount(knot_of_quantile)
         n_pieces = len(knots) - 1
@@ -235,13 +233,13 @@ MAP_MAKERS: Final[dict[str, Callable[[Floats], RisingMaps]]] = {
     "straight": straight_maps,
     "ranked": rank_maps,
 }
-"""Name -> function that fits the maps of the columns. Columns are mapped first, then combined."""
+"""Name -> function that fits the column maps. Columns are mapped first, then combined."""
 
 
 def risk_directions(names: Sequence[str], numbers: Floats, failure: Ints) -> Floats:
-    """For every column (C,): 1 if a higher number means more likely wrong, else -1.
+    """Return every column's direction (C,): 1 if a higher number means more likely wrong, else -1.
 
-    The name of a column decides. If the name has no sign, the failures of the rows decide.
+    The column's name decides. If the name has no sign, the failures in the rows decide.
     """
     directions = []
     for column, name in enumerate(names):
@@ -257,12 +255,12 @@ class Recipe(NamedTuple):
     """A way to combine columns. Cross-validation compares several recipes."""
 
     map_name: str  # key of ``MAP_MAKERS``
-    columns: tuple[int, ...]  # indices of the columns
-    ridge: float  # strength of the penalty
+    columns: tuple[int, ...]  # column indices
+    ridge: float  # penalty strength
 
 
 def recipes_to_compare(n_columns: int) -> list[Recipe]:
-    """Each column alone, and all columns together with every strength of the penalty."""
+    """List the recipes: each column alone, and all columns together with every penalty strength."""
     # a single strength is enough for a single column, because the penalty only shrinks the weight
     weakest_ridge = min(RIDGES)
     all_recipes = []
@@ -278,14 +276,14 @@ def recipes_to_compare(n_columns: int) -> list[Recipe]:
 
 @dataclass(frozen=True)
 class Combination:
-    """A rising function from the columns of a table to log-odds of failure."""
+    """A rising function from the table's columns to the failure log-odds."""
 
     direction: Floats  # (C,) 1 if a higher number means more likely wrong, else -1
     maps: RisingMaps  # maps of the columns after multiplication by ``direction``
     linear: Linear  # log-odds from the mapped columns
 
     def __call__(self, numbers: Floats) -> Floats:
-        """Log-odds (N,) of numbers (N, C). The numbers are not mapped yet."""
+        """Compute the log-odds (N,) of numbers (N, C). The numbers are not mapped yet."""
         mapped_numbers = self.maps(numbers * self.direction)
         return self.linear(mapped_numbers)
 
@@ -293,7 +291,7 @@ class Combination:
 def fit_combination(
     names: Sequence[str], numbers: Floats, failure: Ints, recipe: Recipe
 ) -> Combination:
-    """The combination of a recipe, fitted to the rows of ``numbers`` (N, C)."""
+    """Fit the combination of a recipe to the rows of ``numbers`` (N, C)."""
     direction = risk_directions(names, numbers, failure)
     make_maps = MAP_MAKERS[recipe.map_name]
     maps = make_maps(numbers * direction)
@@ -304,7 +302,7 @@ def fit_combination(
 def _fit_mapped(
     direction: Floats, maps: RisingMaps, mapped_numbers: Floats, failure: Ints, recipe: Recipe
 ) -> Combination:
-    """The combination of a recipe, fitted to the ``mapped_numbers`` (N, C).
+    """Fit the combination of a recipe to the ``mapped_numbers`` (N, C).
 
     Columns outside the recipe get the weight 0.
     """
@@ -319,7 +317,7 @@ def _fit_mapped(
 def held_out_log_odds(
     names: Sequence[str], numbers: Floats, failure: Ints, folds: Sequence[Fold]
 ) -> dict[Recipe, Floats]:
-    """Recipe -> log-odds (N,). Each row is scored by a fit without the fold of the row.
+    """Return recipe -> log-odds (N,). Each row is scored by a fit without the row's fold.
 
     A row outside all folds has NaN.
     """
@@ -367,7 +365,7 @@ class CrossValidation(NamedTuple, Generic[FitOption]):
 def best_combination(
     names: Sequence[str], numbers: Floats, failure: Ints, folds: Sequence[Fold]
 ) -> tuple[Combination, CrossValidation[Recipe]]:
-    """The combination with the least held-out log-loss, calibrated by the held-out log-odds."""
+    """Return the combination with the least log-loss on held-out rows, calibrated on these rows."""
     comparison = CrossValidation.of(held_out_log_odds(names, numbers, failure, folds), failure)
     combination = fit_combination(names, numbers, failure, comparison.best_option)
     linear = combination.linear.recalibrated(comparison.slope, comparison.shift)
@@ -385,7 +383,7 @@ class Probe(NamedTuple):
 def best_probe(
     inputs: Floats, failure: Ints, folds: Sequence[Fold]
 ) -> tuple[Probe, CrossValidation[float]]:
-    """The probe with the least held-out log-loss, calibrated by the held-out log-odds."""
+    """Return the probe with the least log-loss on held-out rows, calibrated on these rows."""
     held_out_log_odds_of_ridge = {ridge: np.full(len(failure), np.nan) for ridge in RIDGES}
     for fit_mask, held_out_mask in folds:
         mean, scale = _mean_and_scale(inputs[fit_mask])
@@ -401,7 +399,7 @@ def best_probe(
 
 
 def _mean_and_scale(inputs: Floats) -> tuple[Floats, Floats]:
-    """Mean (I,) and scale (I,) of inputs. The scale is the standard deviation, but never 0."""
+    """Return mean (I,) and scale (I,) of inputs. The scale is the standard deviation, never 0."""
     deviation = inputs.std(axis=0)
     deviation[deviation == 0] = 1.0
     return inputs.mean(axis=0), deviation

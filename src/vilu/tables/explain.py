@@ -1,4 +1,4 @@
-"""Explains suspicious answers of a table: how much each column moves the score of a row."""
+"""Explains suspicious answers in a table: how much each column moves a row's score."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ WORD_OF_CORRECT = {1: "right", 0: "WRONG"}
 
 @dataclass(frozen=True)
 class ExplainedAnswer:
-    """The reasons for the score of a single answer."""
+    """The reasons for a single answer's score."""
 
     row: int  # position of the row in the table, from 0
-    key: str  # identifier of the row
-    answer: str | None  # text of the answer; None if the table has no texts
+    key: str  # the row's identifier
+    answer: str | None  # the answer's text, or None if the table has no texts
     uncertainty: float
     correct: int  # 1 right, 0 wrong, -1 unknown
-    # column -> term in the score of this row, minus the mean of this term over all rows; terms with
-    # the largest absolute values come first
+    # column -> term in this row's score, minus the mean term over all rows. Terms with the largest
+    # absolute values come first.
     terms: dict[str, float]
 
     def __str__(self) -> str:
@@ -46,14 +46,14 @@ class ExplainedAnswer:
 
 @dataclass(frozen=True)
 class ExplainedAnswers:
-    """Explanations of rows, and the share of each column in the scores of the fit."""
+    """Explained rows, and each column's share in the scores of the fit."""
 
     method: str
-    shares: dict[str, float]  # column -> share in the spread of the score; empty without a fit
+    shares: dict[str, float]  # column -> share in the spread of the score. Empty without a fit.
     rows: tuple[ExplainedAnswer, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The content as plain JSON."""
+        """Return the content as plain JSON."""
         return {"kind": "explanations", **asdict(self)}
 
     def __str__(self) -> str:
@@ -74,9 +74,9 @@ def explain_answers(
     """Explain some rows of a table, by default the ``n`` most uncertain rows.
 
     Args:
-        predictor: A method for tables. It must be fitted, unless the method needs no fit.
+        predictor: A method for tables. The predictor must be fitted, unless it needs no fit.
         table: The table.
-        rows: Positions or identifiers of rows; None: the most uncertain rows.
+        rows: Row positions or identifiers. If None, the most uncertain rows.
         n: Number of rows, if ``rows`` is None.
 
     Raises:
@@ -113,7 +113,7 @@ def explain_answers(
 def _explain_row(
     table: AnswerTable, row: int, uncertainty: Floats, contributions: Mapping[str, Floats]
 ) -> ExplainedAnswer:
-    """The explanation of the row at the position ``row``.
+    """Explain the row at the position ``row``.
 
     ``contributions`` maps each column to the terms (N,) of all rows.
     """
@@ -130,13 +130,13 @@ def _explain_row(
 
 
 def _absolute_value(term: tuple[str, float]) -> float:
-    """The absolute value of a term."""
+    """Return a term's absolute value."""
     _, value = term
     return abs(value)
 
 
 def _row_position(table: AnswerTable, position_or_id: int | str) -> int:
-    """The position of a row; DataError if the table has no such row."""
+    """Return the position of a row. Raises DataError if the table has no such row."""
     if isinstance(position_or_id, str):
         if position_or_id not in table.ids:
             raise DataError(f"the table has no row with the id {position_or_id!r:.60}.")

@@ -1,4 +1,4 @@
-"""Which files are tables of answers. This module reads no rows, and does not import torch."""
+"""Which files are answer tables. This module reads no rows, and does not import torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Final
 from vilu.artifacts.tables import csv_names, table_suffix
 
 FEATURES_SUFFIX: Final = ".features.npy"
-"""Suffix of the file with the features of a table: ``answers.features.npy`` for ``answers.csv``."""
+"""Suffix of the file with a table's features: ``answers.features.npy`` for ``answers.csv``."""
 
 
 def may_be_table(path: Path) -> bool:
-    """Whether a path can be a table of answers: an existing file with suffix .csv or .parquet."""
+    """Return whether a path can be an answer table: an existing .csv or .parquet file."""
     return path.is_file() and path.suffix.lower() in {".csv", ".parquet"}
 
 
 def is_answer_table(path: Path) -> bool:
-    """Whether a file is a table of answers.
+    """Return whether a file is an answer table.
 
     A CSV file without the column ``id`` counts as a table, too, unless it has columns of ``vilu
     score``. ``open_table`` then reports the mistake in the file.
@@ -42,7 +42,7 @@ def is_answer_table(path: Path) -> bool:
 
 
 def with_features_files(*paths: Path) -> list[Path]:
-    """The paths; after each table follows the file with the features, if this file exists."""
+    """Return the paths, and after each table the file with its features, if this file exists."""
     files = []
     for path in paths:
         files.append(path)

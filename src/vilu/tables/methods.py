@@ -1,4 +1,4 @@
-"""Methods to score tables of answers: a single column, a combination of columns, and a probe."""
+"""Methods to score answer tables: a single column, a combination of columns, and a probe."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from vilu.tables.read import open_table
 from vilu.tables.table import FEATURES, AnswerTable, sign_of
 
 COLUMNS_KEY = "columns"
-"""Key in the notes of a fit. Its value: names of the used columns of numbers, in order."""
+"""Key in the fit notes. Its value: names of the used number columns, in order."""
 
 WIDTH_KEY = "n_features"
-"""Key in the notes of a fit. Its value: number of used features."""
+"""Key in the fit notes. Its value: number of used features."""
 
 SHARES_KEY = "shares"
-"""Key in the notes of a fit. Its value: column -> share in the score."""
+"""Key in the fit notes. Its value: column -> share in the score."""
 
 
 @dataclass
 class AnswerMethod(FailurePredictor):
-    """Base class of the methods for tables of answers (``vilu.AnswerTable``).
+    """Base class of the methods for answer tables (``vilu.AnswerTable``).
 
     ``fit`` and ``predict_uncertainty`` also accept the arguments of ``vilu.open_table``, such as a
-    data frame. The log-odds of failure, or another score, is a sum of one term per column.
+    data frame. The failure log-odds, or another score, is a sum with one term per column.
     """
 
     takes: ClassVar[DataKind] = "answers"
@@ -66,9 +66,9 @@ class AnswerMethod(FailurePredictor):
         *,
         unlabelled: EmbeddingSource | None = None,
     ) -> Self:
-        """Learn from the rows of a table with a value in the column ``correct``.
+        """Learn from the table rows with a value in the column ``correct``.
 
-        Raises the errors of ``vilu.open_table`` and of ``FailurePredictor.fit``.
+        Raises the errors of ``vilu.open_table`` and ``FailurePredictor.fit``.
         """
         if validation is not None:
             raise UsageError(
@@ -83,9 +83,9 @@ class AnswerMethod(FailurePredictor):
         data: Any,  # noqa: ANN401 - whatever open_table takes
         text: None = None,
     ) -> NDArray[np.float64]:
-        """Uncertainty (N,) float64 of every row of a table. A higher number: more likely wrong.
+        """Return the uncertainty (N,) float64 of every row. A higher number: more likely wrong.
 
-        Raises the errors of ``vilu.open_table`` and of ``FailurePredictor.predict_uncertainty``.
+        Raises the errors of ``vilu.open_table`` and ``FailurePredictor.predict_uncertainty``.
         """
         table = _as_table(data)
         uncertainty: Floats = super().predict_uncertainty(table, text)
@@ -93,15 +93,15 @@ class AnswerMethod(FailurePredictor):
 
     @property
     def used_columns(self) -> tuple[str, ...]:
-        """Names of the columns of numbers in the score, in order."""
+        """Names of the number columns in the score, in order."""
         return tuple(self.notes_.get(COLUMNS_KEY, ()))
 
     def contributions(self, data: object) -> dict[str, Floats]:
-        """Return column -> contributions (N,) to the log-odds of failure of each row.
+        """Return column -> contributions (N,) to the failure log-odds.
 
-        The contribution of a column is the term of the column in the log-odds, minus the mean of
-        this term. All features together count as a single column. The contributions of a row add up
-        to the log-odds of failure of the row minus the mean log-odds.
+        The contribution of a column is the column's term in the log-odds, minus the mean term. All
+        features together count as a single column. The contributions of a row add up to the row's
+        log-odds minus the mean log-odds.
 
         Examples:
             >>> import numpy as np
@@ -125,7 +125,7 @@ class AnswerMethod(FailurePredictor):
         return {name: centred[:, column] for column, name in enumerate(self.term_names)}
 
     def inputs(self, table: AnswerTable) -> dict[str, Tensor]:
-        """Check the columns of the score, and return the columns by name.
+        """Check the score's columns, and return the columns by name.
 
         Raises:
             DataError: If the table lacks a column, or has features of another width.
@@ -137,15 +137,15 @@ class AnswerMethod(FailurePredictor):
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """Names of the terms of the score: the columns, and "features" if features are used."""
+        """Names of the score's terms: the columns, and "features" if features are used."""
         return self.used_columns
 
     @abstractmethod
     def terms(self, batch: Batch) -> Tensor:
-        """Terms (B, G) float64 of the score, for each of the G ``term_names``."""
+        """Compute the score's terms (B, G) float64, one for each of the G ``term_names``."""
 
     def check_answer(self) -> None:
-        """Refuse an ``answer`` other than "given": the method must judge the answers of a table."""
+        """Refuse an ``answer`` other than "given": the method must judge the table's answers."""
         if self.answer != "given":
             raise UsageError(
                 f'{self.name} judges the answers of a table, and none of a model: answer="given". '
@@ -153,7 +153,7 @@ class AnswerMethod(FailurePredictor):
             )
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
-        """Refuse data that are no table, or have features unlike the features of the fit."""
+        """Refuse data that are no table, or whose features are unlike the features of the fit."""
         require_kind(type(self), data)
         if FEATURES in columns and FEATURES not in data.columns:
             raise DataError(
@@ -170,9 +170,9 @@ class AnswerMethod(FailurePredictor):
             raise self._width_error(expected=width, actual=data.space.embed_dim)
 
     def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
-        """Find the rows that were used to fit, after a check of the columns of the table.
+        """Find the rows that were used to fit, after a check of the table's columns.
 
-        The order of the columns does not matter. Additional columns do not matter.
+        The column order does not matter. Additional columns do not matter.
         """
         self._check_source(data, self.columns_to_score)
         if isinstance(data, AnswerTable):
@@ -180,7 +180,7 @@ class AnswerMethod(FailurePredictor):
         return super().seen(data, rows)
 
     def _width_error(self, *, expected: int, actual: int) -> DataError:
-        """The error for a table with ``actual`` instead of ``expected`` features."""
+        """Make the error for a table with ``actual`` instead of ``expected`` features."""
         return DataError(
             f"this {self.name} was fitted on a table with {expected} features. Got {actual} "
             "instead."
@@ -204,7 +204,7 @@ class AnswerMethod(FailurePredictor):
 
 
 def _as_table(data: Any) -> Any:  # noqa: ANN401 - whatever open_table takes
-    """Open ``data`` as a table. A source of embeddings is returned unchanged, and refused later."""
+    """Open ``data`` as a table. Embedding sources are returned unchanged, and refused later."""
     if isinstance(data, EmbeddingSource):
         return data
     return open_table(data)
@@ -212,12 +212,12 @@ def _as_table(data: Any) -> Any:  # noqa: ANN401 - whatever open_table takes
 
 @dataclass
 class AnswerScore(AnswerMethod):
-    """A single column of a table, unchanged: u = -score, or u = uncertainty.
+    """A single table column, unchanged: u = -score, or u = uncertainty.
 
-    Nothing is learned. Calibration turns the score into a probability of failure.
+    Nothing is learned. Calibration turns the score into a failure probability.
 
     Args:
-        column: Name of the column. The name begins with ``score`` or ``uncertainty``.
+        column: The column's name. The name begins with ``score`` or ``uncertainty``.
 
     Examples:
         >>> from vilu.tables.methods import AnswerScore
@@ -235,11 +235,11 @@ class AnswerScore(AnswerMethod):
 
     @property
     def used_columns(self) -> tuple[str, ...]:
-        """The name of the scored column."""
+        """The scored column's name."""
         return (self.column,)
 
     def terms(self, batch: Batch) -> Tensor:
-        """The uncertainty (B, 1)."""
+        """Compute the uncertainty (B, 1)."""
         sign = sign_of(self.column)
         if sign == 0:
             raise UsageError(
@@ -255,7 +255,7 @@ class AnswerScore(AnswerMethod):
 
 
 def method_of_only_score(table: AnswerTable) -> AnswerScore:
-    """Return the method for the only column of a table with a sign in its name.
+    """Return the method for the only table column with a sign in its name.
 
     Raises:
         UsageError: If there is no such column, or several.
@@ -282,16 +282,15 @@ def method_of_only_score(table: AnswerTable) -> AnswerScore:
 
 @dataclass
 class AnswerScores(AnswerMethod):
-    """The best rising combination of the columns of numbers, by cross-validation.
+    """The best rising combination of number columns, by cross-validation.
 
     P(failure) = sigmoid(sum_c w_c f_c(x_c) + b) with w_c >= 0
 
     Here x_c is a column multiplied by 1 or -1, so a higher number means more likely wrong. The map
     f_c is a straight line, or the rank. So if a score falls, the uncertainty never falls. A 5-fold
     cross-validation compares each column alone and all columns together, both maps, and five
-    strengths of a ridge penalty. The combination with the least log-loss is chosen. The log-odds of
-    this combination are calibrated on the held-out folds (Platt). Rows of one cluster are in one
-    fold.
+    strengths for a ridge penalty. The combination with the least log-loss is chosen. Its log-odds
+    are calibrated on the held-out folds (Platt). All rows of one cluster are in one fold.
 
     Examples:
         >>> import numpy as np
@@ -351,7 +350,7 @@ class AnswerScores(AnswerMethod):
         return Learnt(_as_tensors(arrays), notes)
 
     def terms(self, batch: Batch) -> Tensor:
-        """Terms (B, C) of the log-odds of failure, without the intercept."""
+        """Compute the terms (B, C) of the failure log-odds, without the intercept."""
         numbers = batch.columns[NUMBERS] * self.learned_["direction"]
         # the maps are sums of pieces, as in ``RisingMaps``
         share_of_piece = (numbers.unsqueeze(2) - self.learned_["lower"]) / self.learned_["width"]
@@ -366,13 +365,13 @@ class AnswerScores(AnswerMethod):
 
 @dataclass
 class AnswerProbe(AnswerMethod):
-    """Ridge logistic regression on the standardised columns of numbers and features.
+    """Ridge logistic regression on the standardised number columns and features.
 
-    P(failure) = sigmoid(w . z + b), where z are the numbers and the features of a row. Each has
-    mean 0 and standard deviation 1 over the rows of the fit. The penalty has the strength with the
-    least log-loss in 5-fold cross-validation. The log-odds are calibrated on the held-out folds
-    (Platt). With hidden states as features the probe is P(I know) of Kadavath et al. (2022). Rows
-    of one cluster are in one fold.
+    P(failure) = sigmoid(w . z + b), where z are the numbers and features of a row. Each has mean 0
+    and standard deviation 1 over the rows used to fit. The penalty has the strength with the least
+    log-loss in 5-fold cross-validation. The log-odds are calibrated on the held-out folds (Platt).
+    If the features are hidden states, the probe is P(I know) by Kadavath et al. (2022). All rows of
+    one cluster are in one fold.
 
     Examples:
         >>> import numpy as np
@@ -399,14 +398,14 @@ class AnswerProbe(AnswerMethod):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """The numbers, and the features of the fit if any."""
+        """The numbers, and the features if the fit used any."""
         if self.notes_.get(WIDTH_KEY):
             return (NUMBERS, FEATURES)
         return (NUMBERS,)
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """The columns of numbers, and "features" if features are used."""
+        """The number columns, and "features" if features are used."""
         if self.notes_.get(WIDTH_KEY):
             return (*self.used_columns, FEATURES)
         return self.used_columns
@@ -443,7 +442,7 @@ class AnswerProbe(AnswerMethod):
         return Learnt(tensors, notes)
 
     def terms(self, batch: Batch) -> Tensor:
-        """Terms (B, C) of the log-odds of failure, or (B, C + 1) with features."""
+        """Compute the terms of the failure log-odds: (B, C), or (B, C + 1) with features."""
         n_columns = len(self.used_columns)
         inputs = batch.columns[NUMBERS]
         if FEATURES in batch.columns:
@@ -462,7 +461,7 @@ class AnswerProbe(AnswerMethod):
 
 
 def _training_table(train: Rows) -> AnswerTable:
-    """The table of the rows to learn from."""
+    """Return the table with the rows to learn from."""
     table = train.source
     if not isinstance(table, AnswerTable):
         raise UsageError(
@@ -472,7 +471,7 @@ def _training_table(train: Rows) -> AnswerTable:
 
 
 def _probe_inputs(table: AnswerTable, names: Sequence[str]) -> Floats:
-    """The inputs (N, C + F) of a probe: the C columns ``names``, then the F features if any."""
+    """Return the probe's inputs (N, C + F): the C columns ``names``, then the F features if any."""
     numbers = table.matrix(names)
     if table.features is None:
         return numbers
@@ -481,22 +480,22 @@ def _probe_inputs(table: AnswerTable, names: Sequence[str]) -> Floats:
 
 
 def _arrays_of_maps(maps: RisingMaps) -> dict[str, Floats]:
-    """The pieces of the functions of all columns: name of a tensor -> numbers."""
+    """Return tensor name -> numbers: the pieces of every column's function."""
     return {"lower": maps.lower, "width": maps.width, "rise": maps.rise}
 
 
 def _arrays_of_linear(linear: Linear) -> dict[str, Floats]:
-    """Weights and intercept: name of a tensor -> numbers."""
+    """Return tensor name -> numbers: the weights and the intercept."""
     return {"weight": linear.weights, "intercept": np.array(linear.intercept)}
 
 
 def _as_tensors(arrays: Mapping[str, Floats]) -> dict[str, Tensor]:
-    """The same numbers in tensors."""
+    """Convert the arrays to float64 tensors with equal numbers."""
     return {name: torch.tensor(array, dtype=torch.float64) for name, array in arrays.items()}
 
 
 def _shares(term_names: tuple[str, ...], deviation_of_terms: Floats) -> dict[str, float]:
-    """Term -> share in the score: the standard deviation of the term, divided by the sum.
+    """Return term -> share in the score: the term's standard deviation, divided by the sum.
 
     The sign of ``deviation_of_terms`` is ignored: a deviation times a negative weight is negative.
     """
@@ -509,7 +508,7 @@ def _shares(term_names: tuple[str, ...], deviation_of_terms: Floats) -> dict[str
 
 
 def _recipe_in_words(names: tuple[str, ...], comparison: CrossValidation[Recipe]) -> str:
-    """A text for the notes: the recipe chosen by cross-validation, with the log-loss."""
+    """Return a text for the notes: the recipe chosen by cross-validation, with the log-loss."""
     recipe = comparison.best_option
     columns_in_words = "all columns"
     if len(recipe.columns) == 1:

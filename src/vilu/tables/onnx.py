@@ -1,4 +1,4 @@
-"""Export of a method for tables as an ONNX file."""
+"""Export for table methods: writes a method as an ONNX file."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from vilu.tables.methods import WIDTH_KEY, AnswerMethod
 from vilu.tables.table import FEATURES
 
 N_RANDOM_ROWS: Final = 257
-"""Number of random rows to compare the file with the predictor."""
+"""How many random rows compare the file with the predictor."""
 
 
 class TableGraph(nn.Module):
-    """The score of a predictor as a module.
+    """A predictor's score as a module.
 
     The inputs are numbers (N, C) and, for a predictor with features, features (N, F).
     """
@@ -44,18 +44,18 @@ class TableGraph(nn.Module):
         self.predictor = predictor
 
     def forward(self, numbers: Tensor, features: Tensor | None = None) -> Tensor:
-        """Uncertainties (N,) float64."""
+        """Compute the uncertainties (N,) float64."""
         batch = batch_of(numbers, features)
         return self.predictor.score_batch(batch)
 
 
 def batch_of(numbers: Tensor, features: Tensor | None = None) -> Batch:
-    """A batch of rows with these columns only."""
+    """Return a batch of rows with these columns only."""
     columns = {NUMBERS: numbers}
     if features is not None:
         columns[FEATURES] = features
     # The score of a table does not use images, texts, targets or row numbers. These inputs are made
-    # from ``numbers``, so an export keeps the number of rows variable.
+    # from ``numbers``, so an export keeps the row count variable.
     no_images = numbers[:, :0].float()
     no_texts = no_images[:0]
     zeros = torch.zeros_like(numbers[:, :1], dtype=torch.int64).sum(dim=1)
@@ -65,12 +65,12 @@ def batch_of(numbers: Tensor, features: Tensor | None = None) -> Batch:
 def export_answers(folder: str | Path | SavedModel, path: str | Path) -> float:
     """Write the score of a saved method for tables as an ONNX file.
 
-    The inputs are ``numbers`` (N, C) float64, the columns in the order of "vilu.columns" in the
-    metadata, and ``features`` (N, F) float32 if the fit had any. The output is ``uncertainty`` (N,)
-    float64. Before the file is written, onnxruntime runs the file on random rows near the rows of
-    the fit.
+    The inputs are ``numbers`` (N, C) float64, and ``features`` (N, F) float32 if the fit had any.
+    "vilu.columns" in the metadata lists the columns of ``numbers`` in order. The output is
+    ``uncertainty`` (N,) float64. Before the file is written, onnxruntime runs the file on random
+    rows near the fitted rows.
 
-    Returns the largest difference between the uncertainties of the file and of the predictor.
+    Returns the largest difference between the file's and the predictor's uncertainties.
 
     Raises:
         DataError: If the difference is above 1e-5. Then nothing is written.
@@ -94,9 +94,9 @@ def export_answers(folder: str | Path | SavedModel, path: str | Path) -> float:
 
 
 def _difference(predictor: AnswerMethod, content: bytes, inputs: GraphInputs) -> float:
-    """The largest difference between the uncertainties of a file and of the predictor.
+    """Return the largest difference between the file's and the predictor's uncertainties.
 
-    DataError if the difference is above ``MAX_DIFFERENCE``. ``content`` are the bytes of the file.
+    Raises DataError if the difference is above ``MAX_DIFFERENCE``. ``content`` is the file's bytes.
     """
     graph_function = onnx_function(content)
     (uncertainty,) = graph_function(inputs)
@@ -115,7 +115,7 @@ def _difference(predictor: AnswerMethod, content: bytes, inputs: GraphInputs) ->
 
 
 def _metadata(predictor: AnswerMethod, fingerprint: str) -> dict[str, str]:
-    """Metadata of the file. ``fingerprint`` is the hash of the fit."""
+    """Return the file's metadata. ``fingerprint`` is the hash of the fit."""
     columns_json = plain_json(list(predictor.used_columns))
     return {
         **predictor_metadata(predictor, fingerprint),
@@ -124,7 +124,7 @@ def _metadata(predictor: AnswerMethod, fingerprint: str) -> dict[str, str]:
 
 
 def random_graph_inputs(predictor: AnswerMethod) -> GraphInputs:
-    """Name of an input of the graph -> random numbers near the numbers of the fit."""
+    """Return input name -> random numbers near the fitted numbers, for the graph."""
     generator = torch.Generator().manual_seed(0)
     n_columns = len(predictor.used_columns)
     width = n_columns + predictor.notes_.get(WIDTH_KEY, 0)
@@ -138,10 +138,10 @@ def random_graph_inputs(predictor: AnswerMethod) -> GraphInputs:
 
 
 def _centre_and_spread(predictor: AnswerMethod) -> tuple[Tensor, Tensor]:
-    """Centre (I,) and spread (I,) of the inputs of the fit; 0 and 1 if nothing was learned.
+    """Return centre (I,) and spread (I,) of the fitted inputs, or 0 and 1 if nothing was learned.
 
-    Far from the inputs of the fit, all rows have the same score. A comparison of such rows would
-    show nothing.
+    Far from the fitted inputs, all rows have the same score. A comparison of such rows would show
+    nothing.
     """
     learned = predictor.learned_
     if "mean" in learned:  # a probe
@@ -155,8 +155,6 @@ def _centre_and_spread(predictor: AnswerMethod) -> tuple[Tensor, Tensor]:
     upper = learned["lower"] + learned["width"]
     lower_of_pieces = learned["lower"].where(is_piece, torch.inf)
     upper_of_pieces = upper.where(is_piece, -torch.inf)
-    first_lower = lower_of_pieces.amin(dim=1)
-    last_upper = upper_of_pieces.amax(dim=1)
-    lowest = first_lower.nan_to_num(posinf=0.0)
-    highest = last_upper.nan_to_num(neginf=0.0)
+    lowest = lower_of_pieces.amin(dim=1).nan_to_num(posinf=0.0)
+    highest = upper_of_pieces.amax(dim=1).nan_to_num(neginf=0.0)
     return learned["direction"] * (lowest + highest) / 2, (highest - lowest) / 2

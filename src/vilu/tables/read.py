@@ -1,4 +1,4 @@
-"""Reads tables of answers. The message of every error names the column and the row."""
+"""Reads answer tables. The message of every error names the column and the row."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROLE_COLUMNS: Final = (
 """Names of the columns with a fixed role."""
 
 MAY_BE_EMPTY: Final = ("answer", "truth")
-"""Columns of texts that may have empty cells."""
+"""Text columns that may have empty cells."""
 
 CORRECT_VALUES: Final = {
     "": UNKNOWN,
@@ -47,28 +47,28 @@ CORRECT_VALUES: Final = {
     "true": 1,
     "false": 0,
 }
-"""Text of a cell in small letters -> value of the column ``correct``."""
+"""Cell text in small letters -> value in the column ``correct``."""
 
 
 @checked
 def open_table(
     source: object, *, name: str | None = None, clusters: str | None = None
 ) -> AnswerTable:
-    """Read a table of answers, one row per answer, and check every used cell.
+    """Read an answer table, one row per answer, and check every used cell.
 
     ``AnswerTable`` describes the columns.
 
     Args:
         source: A ``.csv`` or ``.parquet`` file, a data frame of pandas or polars, a table of
-            pyarrow, or a dictionary of arrays and lists.
-        name: Name of the data set. [the name of the file without its suffix]
+            pyarrow, or a dictionary with arrays and lists.
+        name: The data set's name. [the file name without its suffix]
         clusters: Name of the column for the role ``cluster``, such as "page". This column replaces
             a column ``cluster``. [cluster]
 
     Raises:
-        DataError: If a column is missing, occurs twice, or has a name that differs from a known
-            name only by capital letters or spaces; if an identifier occurs twice; or if a cell has
-            the wrong content for its column. The message names the row, counted from 1.
+        DataError: If a column is missing or occurs twice, or if its name is similar to a known
+            name, such as ``Correct``. Also if an identifier occurs twice, or if a cell has the
+            wrong content for its column. The message names the row, counted from 1.
         UsageError: If the source has another type.
         StorageError: If a file cannot be read.
 
@@ -100,7 +100,7 @@ def open_table(
 
 
 def _read_file(path: Path, name: str, cluster_column: str | None) -> AnswerTable:
-    """The table in a CSV or Parquet file."""
+    """Read the table in a CSV or Parquet file."""
     if not path.is_file():
         raise StorageError(f"{path} is no file. Give a .csv or a .parquet file of answers.")
     if table_suffix(path) == ".csv":
@@ -126,7 +126,7 @@ def _read_file(path: Path, name: str, cluster_column: str | None) -> AnswerTable
 
 
 def _read_csv_file(path: Path) -> dict[str, pa.ChunkedArray]:
-    """The columns of a CSV file; DataError if the file is not CSV, or not in UTF-8."""
+    """Read the columns in a CSV file. Raises DataError if the file is not CSV, or not in UTF-8."""
     try:
         return _csv_columns(path)
     except DataError:
@@ -150,7 +150,7 @@ def _require_utf8(path: Path) -> None:
 
 
 def _csv_columns(path: Path) -> dict[str, pa.ChunkedArray]:
-    """The columns of a CSV file, all as texts, so an error can name the row of a wrong cell.
+    """Read the columns in a CSV file as texts, so an error can name the row with a wrong cell.
 
     In many countries spreadsheets write semicolons between columns, and commas in numbers.
     """
@@ -173,7 +173,7 @@ THOUSANDS_PATTERN: Final = re.compile(r"-?[1-9]\d{0,2}(,\d{3})+")
 
 
 def _with_decimal_points(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Replace decimal commas in a column of texts by decimal points.
+    """Replace decimal commas in a text column by decimal points.
 
     The column is returned unchanged if a cell is no number, or if commas may separate thousands.
     Commas may separate thousands if a cell has a point, or if all cells with commas look like
@@ -199,7 +199,7 @@ def _with_decimal_points(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _columns_of_arrays(arrays: Mapping[str, Any]) -> dict[str, pa.ChunkedArray]:
-    """The columns of a dictionary of arrays and lists."""
+    """Convert a dictionary with arrays and lists to columns."""
     import pyarrow as pa
 
     columns: dict[str, pa.ChunkedArray] = {}
@@ -218,7 +218,7 @@ def _columns_of_arrays(arrays: Mapping[str, Any]) -> dict[str, pa.ChunkedArray]:
 
 
 def _columns_of_frame(source: Any) -> dict[str, pa.ChunkedArray]:  # noqa: ANN401 - of any library
-    """The columns of a data frame of pandas or polars, or of a table of pyarrow."""
+    """Convert a data frame of pandas or polars, or a table of pyarrow, to columns."""
     import pyarrow as pa
 
     is_frame = hasattr(source, "__arrow_c_stream__") and hasattr(source, "columns")
@@ -237,7 +237,7 @@ def _columns_of_frame(source: Any) -> dict[str, pa.ChunkedArray]:  # noqa: ANN40
 
 
 def _columns_by_name(table: pa.Table) -> dict[str, pa.ChunkedArray]:
-    """Name -> column. Columns without a name, added by some spreadsheets, are left out."""
+    """Return name -> column. Columns without a name, added by some spreadsheets, are left out."""
     columns = {}
     for index, name in enumerate(table.column_names):
         if name.strip():
@@ -275,9 +275,9 @@ def _checked_table(
 
     Args:
         columns: Name -> column, for all columns except the features.
-        unchecked_features: An array or a column of lists; None without features.
-        source_name: Beginning of the messages: the path of the file, or "the table".
-        name: Name of the data set.
+        unchecked_features: An array or a column of lists, or None without features.
+        source_name: Beginning of the messages: the file's path, or "the table".
+        name: The data set's name.
     """
     _require_known_names(source_name, columns)
     ids = _text_column(source_name, columns, "id") or ()
@@ -312,7 +312,7 @@ def _checked_table(
 
 
 def _is_number_column(name: str, column: pa.ChunkedArray) -> bool:
-    """Whether a column has numbers that say how sure an answer is.
+    """Return whether a column has numbers that say how sure an answer is.
 
     True if the name has a sign, or if the cells are numbers and the name has no other role.
     """
@@ -322,15 +322,13 @@ def _is_number_column(name: str, column: pa.ChunkedArray) -> bool:
 
 
 def _require_known_names(source_name: str, columns: Mapping[str, pa.ChunkedArray]) -> None:
-    """Refuse a table without identifiers, and column names similar to the name of a role.
+    """Refuse a table without identifiers, and column names similar to a role's name.
 
     Without this check, a column ``Correct`` would have no role, and the user would not notice.
     """
     missing_roles = [role for role in ROLE_COLUMNS if role not in columns]
     for name in columns:
-        lower_name = name.strip().lower()
-        without_spaces = lower_name.replace(" ", "_")
-        normalised = without_spaces.replace("-", "_")
+        normalised = name.strip().lower().replace(" ", "_").replace("-", "_")
         stem, _, _ = normalised.partition("_")
         has_role = normalised in ROLE_COLUMNS or stem in {SCORE, UNCERTAINTY}
         if has_role and normalised != name:
@@ -353,10 +351,10 @@ def _require_known_names(source_name: str, columns: Mapping[str, pa.ChunkedArray
 def _text_column(
     source_name: str, columns: Mapping[str, pa.ChunkedArray], name: str, ids: Sequence[str] = ()
 ) -> tuple[str, ...] | None:
-    """The texts of a column; None if there is no such column.
+    """Return the texts in a column, or None if there is no such column.
 
-    An empty cell is refused, except in the columns ``MAY_BE_EMPTY``. ``ids`` are the identifiers of
-    the rows, for the message; empty if not known yet.
+    An empty cell is refused, except in the columns ``MAY_BE_EMPTY``. ``ids`` are the row
+    identifiers for the message. ``ids`` is empty if the identifiers are not known yet.
     """
     import pyarrow as pa
 
@@ -381,7 +379,7 @@ def _text_column(
 
 
 def _without_categories(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column, with the texts of its rows if it has categories."""
+    """Return the column, with the texts of its rows if it has categories."""
     import pyarrow as pa
 
     if not pa.types.is_dictionary(column.type):
@@ -395,7 +393,7 @@ def _without_categories(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _purpose_column(
     source_name: str, columns: Mapping[str, pa.ChunkedArray], ids: Sequence[str]
 ) -> tuple[LabelPurpose, ...] | None:
-    """The purpose of each label, from the column ``asked_for``; None without this column.
+    """Return each label's purpose, from the column ``asked_for``, or None without this column.
 
     Every cell must be "fit" or "calibration".
     """
@@ -416,7 +414,7 @@ def _purpose_column(
 
 
 def _row_in_words(row: int, ids: Sequence[str]) -> str:
-    """A row in words: the number, counted from 1, and the identifier if ``ids`` is not empty."""
+    """Describe a row: the number, counted from 1, and the identifier if ``ids`` is not empty."""
     if not ids:
         return f"row {row + 1}"
     return f"row {row + 1} (id {ids[row]!r:.60})"
@@ -439,7 +437,7 @@ def _require_distinct_ids(source_name: str, ids: Sequence[str]) -> None:
 
 
 def _has_numbers(column: pa.ChunkedArray) -> bool:
-    """Whether a column has numbers: the type is numeric, or all texts are numbers."""
+    """Return whether a column has numbers: the type is numeric, or all texts are numbers."""
     import pyarrow as pa
 
     data_type = column.type
@@ -453,7 +451,7 @@ def _has_numbers(column: pa.ChunkedArray) -> bool:
 
 
 def _is_text(data_type: pa.DataType) -> bool:
-    """Whether cells are text, in any of the three types of text in Arrow."""
+    """Return whether cells are text, in any of Arrow's three text types."""
     import pyarrow as pa
 
     checks = [pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view]
@@ -461,7 +459,7 @@ def _is_text(data_type: pa.DataType) -> bool:
 
 
 def _parse_number(cell: str) -> float | None:
-    """The number in a cell; None if the cell is no number."""
+    """Return the number in a cell, or None if the cell is no number."""
     try:
         return float(cell)
     except ValueError:
@@ -469,9 +467,9 @@ def _parse_number(cell: str) -> float | None:
 
 
 class _CellReader:
-    """Reads the columns of numbers of a table. Errors name the column and the row.
+    """Reads a table's number columns. Errors name the column and the row.
 
-    ``source_name`` is the beginning of the messages, and ``ids`` are the identifiers of the rows.
+    ``source_name`` is the beginning of the messages, and ``ids`` are the row identifiers.
     """
 
     def __init__(self, source_name: str, ids: Sequence[str]) -> None:
@@ -484,7 +482,7 @@ class _CellReader:
         return DataError(f"{self.source_name}, {row_in_words}: {problem}")
 
     def read_numbers(self, name: str, column: pa.ChunkedArray) -> Floats:
-        """A column as finite numbers (N,)."""
+        """Return a column as finite numbers (N,)."""
         import pyarrow as pa
 
         if _is_text(column.type):
@@ -511,7 +509,7 @@ class _CellReader:
         return np.ascontiguousarray(numbers, dtype=np.float64)
 
     def _numbers_of_texts(self, name: str, column: pa.ChunkedArray) -> Floats:
-        """Numbers (N,) from a column of texts, NaN where a cell is empty."""
+        """Return numbers (N,) from a text column, NaN where a cell is empty."""
         numbers = np.full(len(column), np.nan)
         for row, cell in enumerate(column.to_pylist()):
             if cell is None or not cell.strip():
@@ -525,7 +523,7 @@ class _CellReader:
         return numbers
 
     def read_correct(self, column: pa.ChunkedArray | None) -> Ints:
-        """The column ``correct`` as (N,) int64: 1, 0, or -1 where not known."""
+        """Return the column ``correct`` as (N,) int64: 1, 0, or -1 where not known."""
         correct = np.full(len(self.ids), UNKNOWN, dtype=np.int64)
         if column is None:
             return correct
@@ -545,7 +543,7 @@ class _CellReader:
         self,
         unchecked_features: Any,  # noqa: ANN401 - an array, or a column of lists
     ) -> Features:
-        """The features (N, F) float32, checked."""
+        """Check the features, and return (N, F) float32."""
         try:
             cells = unchecked_features
             if hasattr(unchecked_features, "to_pylist"):

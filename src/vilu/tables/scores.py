@@ -1,4 +1,4 @@
-"""Scores of a table of answers, from columns of the table or from a saved predictor."""
+"""Scores of table answers, from the table's columns or from a saved predictor."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from vilu.tables.table import AnswerTable, sign_of
 def scores_of_file(
     path: Path, predictor: Path | None = None, *, cluster_column: str | None = None
 ) -> list[Outcomes]:
-    """Return the scores of a table of answers.
+    """Return the scores of an answer table.
 
     Args:
         path: The table.
         predictor: Folder of the predictor that scores the answers. If the predictor is calibrated,
-            the scores have decisions, too. None: each column with a sign in its name is a separate
-            method.
+            the scores have decisions, too. If None, each column with a sign in its name is a
+            separate method.
         cluster_column: Name of the column with the clusters. [cluster]
 
     Raises:
@@ -40,7 +40,7 @@ def scores_of_file(
 
 
 def scores_of_columns(table: AnswerTable) -> list[Outcomes]:
-    """Return the scores of each column with a sign in its name. This name is the method.
+    """Return the scores in each column with a sign in its name. This name is the method.
 
     Raises:
         UsageError: If there is no such column.
@@ -78,13 +78,13 @@ def scores_of_columns(table: AnswerTable) -> list[Outcomes]:
 
 
 def outcomes_with_classes(outcomes: Outcomes, table: AnswerTable) -> Outcomes:
-    """Outcomes of rows of a table, with the texts of the answers as classes.
+    """Return outcomes of table rows, with the answer texts as classes.
 
     With classes, ``vilu.estimate`` can count the rows of each class. The right class of a row is
     the answer if the answer is right, and else the ``truth``.
 
     Raises:
-        DataError: If the table has no answers, or if the truth of a wrong answer is not known or
+        DataError: If the table has no answers. Also if the truth of a wrong answer is not known or
             equals the answer.
 
     Examples:
@@ -129,7 +129,7 @@ def outcomes_with_classes(outcomes: Outcomes, table: AnswerTable) -> Outcomes:
 
 
 def _right_class(table: AnswerTable, row: int) -> str:
-    """The text of the right answer of a labelled row, in a table with answers."""
+    """Return the right answer's text for a labelled row, in a table with answers."""
     answers = table.answer or ()
     if table.correct[row] == 1:
         return answers[row]

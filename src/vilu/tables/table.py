@@ -1,4 +1,4 @@
-"""A table of answers of any model: one row per answer, with scores."""
+"""A table with the answers of any model: one row per answer, with scores."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ Text = TypeVar("Text", bound=str)
 
 FEATURES: Final = "features"
 N_CANDIDATES: Final = 2
-"""Every row has two candidates: the answer of the row, and any other answer."""
+"""Every row has two candidates: the row's answer, and any other answer."""
 
 MIN_WIDTH_FOR_COPY_SEARCH: Final = 32
 """Near copies are only searched for if the features have at least this width F.
 
-Vectors of few numbers often have nearly the same direction, even for different rows.
+Short vectors often have nearly the same direction, even for different rows.
 """
 
 Sign = Literal[-1, 0, 1]
@@ -68,24 +68,24 @@ class AnswerTable(EmbeddingSource):
     """Answers of any model, one per row, with numbers that say how sure the model was.
 
     ``vilu.open_table`` makes a table from a file, a data frame or arrays, and checks every cell.
-    ``vilu.score``, ``vilu.Selective`` and the commands accept a table in place of a source of
-    embeddings. The candidates of a row are the answer of the row, and any other answer.
+    ``vilu.score``, ``vilu.Selective`` and the commands accept a table in place of an embedding
+    source. The candidates of a row are the row's answer, and any other answer.
 
     The name of a column decides its role:
 
-    - ``id``: identifier of the row; required, and different in all rows.
+    - ``id``: identifier of the row. Required, and different in all rows.
     - ``answer``: any text.
     - ``correct``: 1 if the answer is right, 0 if wrong, empty if not known.
-    - ``truth``: text of the right answer, or empty. Only shares of classes need this column.
+    - ``truth``: text of the right answer, or empty. Only class shares need this column.
     - ``score`` and ``score_...``: a higher number means that the answer is more likely right.
     - ``uncertainty`` and ``uncertainty_...``: a higher number means more likely wrong.
     - ``group``, ``cluster``: any text.
-    - ``features``: a vector of each row, as a column of lists of equal length. For a file
+    - ``features``: a vector of each row, as a column with lists of equal length. For a file
       ``answers.csv`` or ``answers.parquet`` the vectors may be in ``answers.features.npy`` (N, F)
       in the same folder.
 
-    Every other column of numbers is used, too, and a fit learns its sign. Other columns of texts
-    have no role.
+    Every other number column is used, too, and a fit learns its sign. Other text columns have no
+    role.
 
     Attributes:
         ids: Identifiers of the N rows, all different. Rows are recognised by identifier.
@@ -93,15 +93,15 @@ class AnswerTable(EmbeddingSource):
         numbers: Name -> column (N,) float64, in the order of the table. ``sign_of(name)`` is 1 if a
             higher number means that the answer is more likely right, -1 if more likely wrong, 0 if
             a fit learns the sign.
-        answer: Texts of the N answers; None without the column.
-        truth: Texts of the right answers, "" where not known; None without the column.
-        group: Group of each row; None without the column.
-        cluster: Cluster of each row, such as a page or a conversation; None without the column.
-        features: (N, F) float32 vectors of the rows; None without features.
-        asked_for: Purpose of the label of each row, written by ``vilu next``; None without the
+        answer: Texts of the N answers, or None without the column.
+        truth: Texts of the right answers, "" where not known, or None without the column.
+        group: Group of each row, or None without the column.
+        cluster: Cluster of each row, such as a page or a conversation, or None without the column.
+        features: (N, F) float32 vectors of the rows, or None without features.
+        asked_for: Purpose of each row's label, written by ``vilu next``, or None without the
             column.
         unused: Names of the columns without a role.
-        name: Name of the data set: the name of the file without its suffix; None without a file.
+        name: The data set's name: the file name without its suffix, or None without a file.
 
     Examples:
         >>> import vilu
@@ -145,7 +145,7 @@ class AnswerTable(EmbeddingSource):
     ) -> None:
         """Make a table from checked columns.
 
-        ``image`` has the directions of the features (``_feature_directions``). If ``image`` is
+        ``image`` has the feature directions (``_feature_directions``). If ``image`` is
         None, the directions are computed.
         """
         self.ids = ids
@@ -166,13 +166,13 @@ class AnswerTable(EmbeddingSource):
         self.space = logit_space(self.image.shape[1])
         self.text = zero_texts(N_CANDIDATES, self.space)
         self.class_names = None
-        # index of the right candidate: 0 is the answer itself, 1 is another answer
+        # index of the right candidate: 0 is the row's answer, 1 is any other answer
         self.target = torch.from_numpy(self.failure)
         self._columns = self._batch_columns()
         self.columns = frozenset(self._columns)
 
     def _batch_columns(self) -> dict[str, Tensor]:
-        """Name -> column, for the columns of batches."""
+        """Return name -> column, for the batch columns."""
         n_rows = len(self.ids)
         logits_of_row = torch.tensor([[1.0, 0.0]])
         numbers = self.matrix(list(self.numbers))
@@ -188,7 +188,7 @@ class AnswerTable(EmbeddingSource):
     def __getitem__(
         self, rows: slice | Sequence[int] | Sequence[bool] | Tensor | NDArray[Any]
     ) -> AnswerTable:
-        """Some rows as a new table: a slice, a mask (N,) bool, or indices (M,)."""
+        """Return some rows as a new table: a slice, a mask (N,) bool, or indices (M,)."""
         table = super().__getitem__(rows)
         return cast("AnswerTable", table)
 
@@ -203,14 +203,14 @@ class AnswerTable(EmbeddingSource):
 
     @property
     def n_features(self) -> int:
-        """Width F of the features; 0 without features."""
+        """Feature width F, or 0 without features."""
         if self.features is None:
             return 0
         return int(self.features.shape[1])
 
     @property
     def roles(self) -> dict[str, str]:
-        """Name of a column -> use of the column, in words.
+        """Column name -> use of the column, in words.
 
         Examples:
             >>> import vilu
@@ -250,8 +250,8 @@ class AnswerTable(EmbeddingSource):
         if self.features is not None:
             content.update(self.features.tobytes())
         texts: list[object] = [self.ids, self.answer, self.group, self.cluster]
-        # These columns are newer than the fingerprint. The fingerprint of a table without these
-        # columns must not change, so only existing columns are hashed.
+        # These columns are newer than the fingerprint. If a table lacks these columns, its
+        # fingerprint must not change, so only existing columns are hashed.
         for newer_texts in (self.asked_for, self.truth):
             if newer_texts is not None:
                 texts.append(newer_texts)
@@ -259,7 +259,7 @@ class AnswerTable(EmbeddingSource):
         return digest([list(self.numbers), texts, self.n_features, content_digest])
 
     def matrix(self, names: Sequence[str]) -> Floats:
-        """The columns of numbers with these names, as (N, C) float64.
+        """Return the number columns with these names, as (N, C) float64.
 
         Raises:
             DataError: If the table lacks a column.
@@ -276,10 +276,10 @@ class AnswerTable(EmbeddingSource):
         return matrix
 
     def for_purpose(self, purpose: LabelPurpose) -> AnswerTable:
-        """The rows that may be used for a purpose: to fit on, or to calibrate on.
+        """Return the rows that may be used for a purpose: to fit on, or to calibrate on.
 
-        The column ``asked_for`` has the purpose of each row; without this column, all rows may be
-        used. Rows chosen to fit on are no random sample, so calibration must not use these rows.
+        The column ``asked_for`` has each row's purpose. Without this column, all rows may be used.
+        Rows chosen to fit on are no random sample, so calibration must not use these rows.
 
         Raises:
             DataError: If no row is left, or if a label requested for calibration is missing.
@@ -300,7 +300,7 @@ class AnswerTable(EmbeddingSource):
         return table
 
     def arranged(self, names: Sequence[str]) -> AnswerTable:
-        """The table with only these columns of numbers, in the order of ``names``.
+        """Return the table with only these number columns, in the order of ``names``.
 
         Raises:
             DataError: If the table lacks a column.
@@ -313,12 +313,12 @@ class AnswerTable(EmbeddingSource):
         return table
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """Directions (B, F) of the features, to find near copies; (B, 0) without features."""
+        """Return the feature directions (B, F), to find near copies. (B, 0) without features."""
         return select_rows(self.image, index)
 
     @property
     def identified_by(self) -> tuple[IdentityKind, ...]:
-        """Kinds of identity, best first: "embeddings" (features and numbers), "rows" (ids)."""
+        """Identity kinds, best first: "embeddings" (features and numbers), "rows" (ids)."""
         if self.features is None:
             return ("rows",)
         return ("embeddings", "rows")
@@ -326,7 +326,7 @@ class AnswerTable(EmbeddingSource):
     def identities(
         self, by: IdentityKind, rows: NDArray[np.int64] | None = None
     ) -> NDArray[np.uint64]:
-        """Identity hashes (M,) of the rows with the indices ``rows``; of all rows if None."""
+        """Return identity hashes (M,) of ``rows`` (M,), or of all rows if ``rows`` is None."""
         if by == "rows":
             return super().identities("names", rows)
         index = np.arange(len(self)) if rows is None else rows
@@ -336,7 +336,7 @@ class AnswerTable(EmbeddingSource):
         return hash_items(row.tobytes() for row in content)
 
     def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Identities (M,) int64 of ``rows`` (M,). Rows with equal identities are one answer.
+        """Return identities (M,) int64 of ``rows`` (M,). Rows with equal identities are one answer.
 
         Exact copies have equal features and equal numbers. Without features every row is a separate
         answer, because different answers often have equal scores.
@@ -353,7 +353,7 @@ class AnswerTable(EmbeddingSource):
         classes: Sequence[int] | Tensor | NDArray[np.int64] | None = None,
         columns: Collection[str] | None = None,
     ) -> AnswerTable:
-        """The rows with these indices (M,), as a new table.
+        """Return the rows with these indices (M,), as a new table.
 
         Raises:
             UsageError: If ``classes`` or ``columns`` are given. A table has rows only.
@@ -365,7 +365,7 @@ class AnswerTable(EmbeddingSource):
         return self._take_rows(index.numpy())
 
     def _take_rows(self, index: Ints) -> AnswerTable:
-        """The table of the rows with these indices (M,)."""
+        """Return the table with the rows at these indices (M,)."""
         return AnswerTable(
             _texts_of_rows(self.ids, index) or (),
             self.correct[index],
@@ -387,11 +387,11 @@ ROLE_BY_SIGN: Final[dict[Sign, str]] = {
     -1: "uncertainty: a higher number means more likely wrong",
     0: "number whose sign a fit learns",
 }
-"""Sign of a numeric column -> role of the column in words."""
+"""Sign of a numeric column -> the column's role in words."""
 
 
 def _texts_of_rows(texts: Sequence[Text] | None, rows: Ints) -> tuple[Text, ...] | None:
-    """The texts of the rows with the indices ``rows`` (M,); None if ``texts`` is None."""
+    """Return the texts at the indices ``rows`` (M,), or None if ``texts`` is None."""
     if texts is None:
         return None
     return tuple(texts[row] for row in rows.tolist())
@@ -400,7 +400,7 @@ def _texts_of_rows(texts: Sequence[Text] | None, rows: Ints) -> tuple[Text, ...]
 def _feature_directions(
     features: Features | None, n_rows: int, known_directions: Tensor | None
 ) -> Tensor:
-    """Unit vectors (N, F) of standardised features, to find near copies.
+    """Return unit vectors (N, F) of standardised features, to find near copies.
 
     Hidden states of networks share a large mean, so all hidden states have nearly the same
     direction. Therefore each number is standardised over the rows. The result is (N, 0) without

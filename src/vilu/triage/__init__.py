@@ -1,1 +1,1 @@
-"""From a folder of photos to decisions, and back with labels."""
+"""From a photo folder to decisions, and back with labels."""

@@ -28,7 +28,7 @@ LABELLED: Final = "labelled"
 """Decision about a photo with a known label."""
 
 NO_GUARANTEE: Final = "no_guarantee"
-"""Reason of every decision if the predictor has no rule. Then no answer is accepted."""
+"""The reason for every decision if the predictor has no rule. Then no answer is accepted."""
 
 
 def answers_of(
@@ -38,14 +38,14 @@ def answers_of(
     labels: Mapping[str, str],
     likely_right: LikelyRight | None = None,
 ) -> list[Answer]:
-    """The answers about all photos, also about unreadable photos, in the order of the paths.
+    """Return the answers about all photos, also about unreadable photos, in path order.
 
     Args:
         photos: The embedded photos.
         predictor: Judges the answers.
-        outcomes: The scores of the photos by the predictor.
+        outcomes: The predictor's scores for the photos.
         labels: Maps paths to labels. For a labelled photo, the label is the answer.
-        likely_right: Estimate of the likely right answers; None without an estimate.
+        likely_right: Estimate of the likely right answers, or None without an estimate.
     """
     runners_up = all_runners_up(photos, predictor)
     flags: LikelyFlags = [None] * len(photos)
@@ -72,13 +72,13 @@ def answers_of(
 
 
 def unlabelled_scores(photos: Photos, outcomes: Outcomes, labels: Mapping[str, str]) -> Floats:
-    """(N,) uncertainty of every photo; NaN for photos with a label."""
+    """Return every photo's uncertainty (N,), NaN for photos with a label."""
     has_label = np.array([path in labels for path in photos.ids], dtype=np.bool_)
     return np.where(has_label, np.nan, outcomes.uncertainty)
 
 
 def quantiles_of(uncertainty: Floats) -> Floats:
-    """(N,) for every photo, the share of photos that are no more doubtful than this photo.
+    """Return for every photo the share (N,) of photos no more doubtful than this photo.
 
     NaN where the uncertainty is NaN.
     """
@@ -96,7 +96,7 @@ def answer_of(
     likely: bool | None = None,
     quantiles: Floats | None = None,
 ) -> Answer:
-    """The model's answer about a row; ``quantiles`` (N,) are the quantiles of all rows."""
+    """Make the model's answer about a row. ``quantiles`` (N,) are the quantiles of all rows."""
     path = "" if outcomes.ids is None else outcomes.ids[row]
     if np.isnan(outcomes.uncertainty[row]) or outcomes.prediction is None:
         fault = None if outcomes.reason is None else outcomes.reason[row]
@@ -121,7 +121,7 @@ def answer_of(
 
 
 def failure_probability(outcomes: Outcomes, row: int) -> float | None:
-    """Probability of a wrong answer about a row; None if the scores give no probability."""
+    """Return the probability that a row's answer is wrong, or None without probabilities."""
     probability = math.nan
     if outcomes.failure_probability is not None:
         probability = float(outcomes.failure_probability[row])
@@ -131,7 +131,7 @@ def failure_probability(outcomes: Outcomes, row: int) -> float | None:
 
 
 def _answer_by_label(path: str, label: str) -> Answer:
-    """The answer about a labelled photo: the label."""
+    """Make the answer about a labelled photo: the label."""
     return Answer(
         key=path,
         label=label,
@@ -143,7 +143,7 @@ def _answer_by_label(path: str, label: str) -> Answer:
 
 
 def _no_answer(path: str, reason: str | None) -> Answer:
-    """The answer about a photo without a score."""
+    """Make the answer about a photo without a score."""
     return Answer(
         key=path,
         label=None,
@@ -155,8 +155,8 @@ def _no_answer(path: str, reason: str | None) -> Answer:
 
 
 def all_runners_up(photos: EmbeddingSource, predictor: FailurePredictor) -> list[RunnersUp]:
-    """The runners-up of every row; empty for rows without a score."""
-    runners_up: list[RunnersUp] = [()] * len(photos)  # in the order of the rows
+    """Return every row's runners-up, empty for rows without a score."""
+    runners_up: list[RunnersUp] = [()] * len(photos)  # in row order
     names = photos.class_names or ()
     columns = (*predictor.columns_to_score, *predictor.answer_columns)
     for batch in photos.batches(SCORING_BATCH, columns=columns):
@@ -170,7 +170,7 @@ def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
     """Count the photos by label, decision and estimate.
 
     "photos" counts all photos, and "labelled" counts the photos that people have labelled. All
-    other counts are about photos without a label. Such a photo counts as "accepted", "review" or
+    further counts are about photos without a label. Such a photo counts as "accepted", "review" or
     "unreadable". In addition, such a photo may count as "outside" or as "likely".
     """
     n_labelled = sum(answer.decision == LABELLED for answer in answers)
@@ -193,7 +193,7 @@ def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -
     """Write ``decisions.csv`` for people, and ``decisions.parquet`` like ``vilu score``.
 
     The column "likely" is empty for photos with a label, and without an estimate. If adapted
-    answers are judged, the CSV also has a column of zero-shot answers.
+    answers are judged, the CSV also has a column with zero-shot answers.
     """
     first_runners_up: list[str | None] = []
     for answer in answers:
@@ -217,13 +217,13 @@ def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -
 def write_next(
     path: Path, entries: Sequence[Entry], answers: Mapping[str, Answer], kind: str
 ) -> None:
-    """Write the table of the photos to label. People fill in the column "label".
+    """Write the table with the photos to label. People fill in the column "label".
 
     Args:
         path: The file.
         entries: Entries of the photos to label.
-        answers: Maps the paths of photos to answers.
-        kind: Kind of the answers, such as "zero_shot".
+        answers: Maps photo paths to answers.
+        kind: The answers' kind, such as "zero_shot".
     """
     answers_of_entries = []
     for entry in entries:
@@ -240,16 +240,16 @@ def write_next(
 
 
 def _answer_columns(answers: Sequence[Answer]) -> dict[str, pa.Array]:
-    """The columns "answer" and "failure_probability"."""
+    """Make the columns "answer" and "failure_probability"."""
     labels = _class_texts([answer.label for answer in answers])
     probabilities = columns_of(answers, ("failure_probability",))
     return {"answer": labels, **probabilities}
 
 
 def _zero_shot_column(kind: str, answers: Sequence[Answer]) -> dict[str, pa.Array]:
-    """The column of zero-shot answers; no column if the judged answers are the zero-shot answers.
+    """Make the column with zero-shot answers, or no column if the judged answers are zero-shot.
 
-    The cell of a photo with a label, or without an answer, is empty.
+    The cell is empty if a photo has a label, or has no answer.
     """
     if kind == "zero_shot":
         return {}
@@ -263,6 +263,6 @@ def _zero_shot_column(kind: str, answers: Sequence[Answer]) -> dict[str, pa.Arra
 
 
 def _class_texts(names: Sequence[str | None]) -> pa.Array:
-    """Column of class names as tables write them. ``labels.meant_name`` restores the names."""
+    """Make a column of class names as tables write them. ``meant_name`` restores the names."""
     texts = [None if name is None else portable_name(name) for name in names]
     return pa.array(texts, pa.string())

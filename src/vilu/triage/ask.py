@@ -1,4 +1,4 @@
-"""Asks for labels of rows of a store, and makes a guarantee from these labels, without a triage."""
+"""Asks for labels of store rows, and makes a guarantee from these labels, without a triage."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ CONFIDENCE: Final = 0.95
 """Confidence of the guarantee. Draws are planned for this confidence."""
 
 DrawOfGroup = dict[str, tuple[Ints, Trial]]
-"""Maps a group of answers to the calibration rows (M,) and to the trial of the group."""
+"""Maps an answer group to the group's calibration rows (M,) and trial."""
 
 
 def fingerprint_of(predictor: FailurePredictor) -> str:
-    """Fingerprint of a predictor. A table of labels contains it with each request.
+    """Compute a predictor's fingerprint. A label table contains it with each request.
 
-    The fingerprint depends on the method, the parameters of the method, the weights and the judged
+    The fingerprint depends on the method, the method's parameters, the weights and the judged
     answers. So predictors that differ in any of these facts count as two predictors, and each has a
     share of the level.
     """
@@ -66,15 +66,15 @@ def fingerprint_of(predictor: FailurePredictor) -> str:
 
 @dataclass(frozen=True)
 class StoreDraws:
-    """A labelled store with the scores of a predictor, and the calibration rows of every group.
+    """A labelled store with a predictor's scores, and the calibration rows of every group.
 
     Attributes:
-        predictor_fingerprint: Fingerprint of the predictor (``fingerprint_of``).
-        photos: The rows of the store.
+        predictor_fingerprint: The predictor's fingerprint (``fingerprint_of``).
+        photos: The store rows.
         book: The labels of the rows.
         outcomes: The scores of all rows.
         split: The rows for fits, and the rows for the guarantee.
-        draws: One draw for all answers. Or a draw for each large class of answers, and a draw for
+        draws: One draw for all answers. Or a draw for each large answer class, and a draw for
             all small classes together. Draws are planned from the scores alone, without labels.
     """
 
@@ -103,10 +103,10 @@ class StoreDraws:
         Args:
             store: The rows.
             predictor: Scores the rows.
-            files: Tables of labels, for example from ``vilu next``.
-            seed: Seed of the split into rows for fits and calibration rows.
+            files: Label tables, for example from ``vilu next``.
+            seed: Seed for the split into fit rows and calibration rows.
             max_risk: Largest error rate allowed by the guarantee.
-            per_class: Whether every large class of answers gets a draw of its own.
+            per_class: Whether every large answer class gets a separate draw.
         """
         photos, book = label_store(store, files)
         facts = {"is_probability": predictor.is_probability}
@@ -134,13 +134,13 @@ class StoreDraws:
         The draws are served in this order:
 
         1. Draws that are likely to get a guarantee.
-        2. Other draws without a guarantee.
+        2. Draws that have no guarantee and are not likely to get one.
         3. Draws with a guarantee.
 
-        Of two draws of the same kind, the draw with fewer requested rows comes first.
+        Among draws with equal places in this order, the draw with fewer requested rows comes first.
 
         Args:
-            n: Number of rows, of all draws together.
+            n: Number of rows, for all draws together.
             was_asked: (N,) bool, True for rows with an earlier request.
             max_risk: Largest error rate allowed by the guarantee.
         """
@@ -159,21 +159,24 @@ class StoreDraws:
         return [np.array(rows, np.int64) for rows in rows_of_draw.values()]
 
     def _unrequested_rows(self, rows: Ints, limit: float, was_asked: Mask) -> tuple[Ints, int]:
-        """Rows up to a limit without a request, in random order; and the number of other rows."""
+        """Return the rows up to a limit without a request, and the row count with a request.
+
+        The rows without a request are in random order.
+        """
         below_limit = rows[self.outcomes.uncertainty[rows] <= limit]
         unrequested_rows = below_limit[~was_asked[below_limit]]
         n_asked = len(below_limit) - len(unrequested_rows)
         return self.split.in_random_order(unrequested_rows), n_asked
 
     def progress(self, max_risk: float, delta: float) -> dict[str, GuaranteeProgress]:
-        """Map the group of every draw to the progress of the guarantee.
+        """Map every draw's group to the progress of the guarantee.
 
         All draws have equal shares of the level ``delta``.
         """
         if not self.draws:
             return {}
         fingerprint = self.predictor_fingerprint
-        # Each calibration label was requested for the test of one predictor, named by the entry.
+        # Each calibration label was requested for one predictor's test, named by the entry.
         fingerprint_of_path = {
             entry.path: entry.predictor for entry in self.book if _was_drawn(entry)
         }
@@ -209,7 +212,7 @@ class StoreDraws:
 
 
 def unseen_rows(predictor: FailurePredictor, photos: Photos) -> Mask:
-    """(N,) bool, True for rows that the predictor was not fitted on, as far as this is known.
+    """Return a mask (N,) of rows that the predictor was not fitted on, as far as this is known.
 
     After a fit on many rows, the predictor has recorded only a sample of the rows.
 
@@ -225,7 +228,7 @@ def unseen_rows(predictor: FailurePredictor, photos: Photos) -> Mask:
 
 
 def _was_drawn(entry: Entry) -> bool:
-    """Whether a draw has asked for this label, for a guarantee."""
+    """Return whether a draw has asked for this label, for a guarantee."""
     return entry.stream == "calibration"
 
 
@@ -268,7 +271,7 @@ def choose_rows_to_label(
     *,
     per_class: bool = False,
 ) -> tuple[list[Entry], dict[str, Answer]]:
-    """Choose ``n`` rows of a store to label next: half to fit on, half for the guarantee.
+    """Choose ``n`` store rows to label next: half to fit on, half for the guarantee.
 
     If there are fewer rows for the guarantee, more rows to fit on are chosen. Rows that the
     predictor was fitted on are not chosen for the guarantee.
@@ -276,15 +279,15 @@ def choose_rows_to_label(
     Args:
         store: The rows.
         predictor: Scores the rows.
-        files: Tables of labels with earlier requests.
+        files: Label tables with earlier requests.
         n: Number of rows.
         max_risk: Largest error rate allowed by the guarantee.
-        seed: Seed of the split, and of the choice of rows to fit on.
-        per_class: Whether each class of answers gets a separate guarantee. Then classes with too
+        seed: Seed for the split, and for the choice of rows to fit on.
+        per_class: Whether each answer class gets a separate guarantee. Then classes with too
             few labels come first.
 
     Returns:
-        The entries of the chosen rows, rows to fit on first, and the answers by path.
+        The entries for the chosen rows, rows to fit on first, and the answers by path.
     """
     store_draws = StoreDraws.of(store, predictor, files, seed, max_risk, per_class=per_class)
     paths = store_draws.photos.ids
@@ -294,7 +297,7 @@ def choose_rows_to_label(
     was_asked = np.array([path in book.entries for path in paths], dtype=np.bool_)
     free_fit_rows = np.flatnonzero(split.usable_fit_mask & ~was_asked)
     calibration_rows: list[int] = []
-    # one array of rows for each draw: of the store, or of every class
+    # one row array for each draw: for the store, or for every class
     for drawn_rows in store_draws.next_calibration_rows(n // 2, was_asked, max_risk):
         # -1 if no row is drawn
         last_position = int(split.random_position[drawn_rows].max(initial=-1))
@@ -330,10 +333,10 @@ def calibrate_by_labels(
 
     The guarantee is valid even if the calibration is repeated after every label.
 
-    Two kinds of labels count: labels of rows that were picked at random ("given"), and all labels
-    of a draw up to the last position that was requested with this predictor.
+    Two kinds of labels count. The first kind: labels on rows that were picked at random ("given").
+    The second kind: all labels in a draw up to the last position requested with this predictor.
 
-    If labels were requested for the tests of several predictors, each predictor has a share of the
+    If labels were requested for several predictors' tests, each predictor has a share of the
     level (``level_of``). So ``files`` must contain the tables of all these predictors.
 
     Raises:
@@ -342,7 +345,7 @@ def calibrate_by_labels(
             rows, or if the predictor has recorded only a sample of its fit and more than 1 % of the
             rows are in the sample.
         InfeasibleError: If nothing is certified yet. Then no calibration is written. An earlier
-            calibration is removed if labels of this calibration have changed.
+            calibration is removed if its labels have changed.
     """
     # The earlier calibration is compared with the new calibration. The lock keeps other processes
     # from changing the earlier calibration meanwhile.
@@ -371,7 +374,7 @@ def calibrate_by_labels(
 def _earlier_rule(
     folder: Path, calibration: Calibration, max_risk: float, confidence: float, groups: set[str]
 ) -> Rule | None:
-    """The rule of a calibration; UsageError if the target or the groups of this rule differ."""
+    """Return a calibration's rule. Raises UsageError if the rule's target or groups differ."""
     rule = calibration.rule
     if rule is None:
         return None
@@ -428,23 +431,23 @@ def _keep_better_rule(
 
 
 def _reasons_in_words(rule: Rule) -> str:
-    """Text on why a rule accepts no answers, with a reason for each group."""
+    """Say why a rule accepts no answers, with a reason for each group."""
     reasons = []
     for group, threshold in rule.thresholds.items():
-        # The group of all answers has the name "". An empty name needs no colon.
+        # The group with all answers has the name "". An empty name needs no colon.
         reason = f"{group}: {threshold.why}".removeprefix(": ")
         reasons.append(reason)
     return "; ".join(reasons)
 
 
 def _remove_if_changed(folder: Path, outcomes: Outcomes) -> bool:
-    """Remove a calibration by labels if new labels contradict the labels of the calibration.
+    """Remove a calibration by labels if new labels contradict the calibration's labels.
 
     Returns whether the calibration was removed.
     """
     calibration = Calibration.find(folder)
     if calibration is None or calibration.target.method != "anytime":
-        return False  # another method may have calibrated on rows of another store
+        return False  # a different method may have calibrated on rows of a different store
     rows = calibration.rows
     failure_of = dict(zip(outcomes.ids or (), outcomes.failure.tolist(), strict=True))
     changed_keys = set()

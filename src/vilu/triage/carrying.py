@@ -4,7 +4,7 @@
 - Predictors are fitted anew. Old guarantees are removed, because they were about other settings.
 - Photos are embedded again if the model or its texts have changed.
 - Labels of classes that no longer exist are moved to a second book, the book of former labels. Once
-  a class exists again, the labels of the class are moved back.
+  a class exists again, its labels are moved back.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def carry_over(root: Path, state: TriageState, settings: TriageSettings) -> Tria
     the next run calls this function again with the same state.
 
     Args:
-        root: The folder of the triage.
+        root: The triage folder.
         state: State after the last run.
-        settings: Settings of this run.
+        settings: This run's settings.
 
     Returns:
         The state for this run: ``state`` without a change if all settings are the same.
@@ -72,8 +72,8 @@ def carry_over(root: Path, state: TriageState, settings: TriageSettings) -> Tria
         # If the model cannot be loaded, the run ends here, before anything is removed.
         settings.embedding.backbone.load()
         outdated_folders.append(EMBEDDINGS_FOLDER)
-    changes_in_words = _changes_in_words(changes, state, embeds_again=embeds_again)
-    logger.warning("%s", changes_in_words)
+    message = _changes_in_words(changes, state, embeds_again=embeds_again)
+    logger.warning("%s", message)
     for name in outdated_folders:
         if (root / name).is_dir():
             shutil.rmtree(root / name)
@@ -96,7 +96,7 @@ def changed_settings(
 def _changes_in_words(
     changes: Mapping[str, tuple[object, object]], state: TriageState, *, embeds_again: bool
 ) -> str:
-    """Text on the changed settings, and on the consequences for the run."""
+    """Write a text on the changed settings, and on the consequences for the run."""
     phrases = []
     for name, (old, new) in changes.items():
         if isinstance(old, list) and isinstance(new, list):
@@ -119,7 +119,7 @@ def _changes_in_words(
 
 
 def _lists_in_words(old: Sequence[object], new: Sequence[object]) -> str:
-    """Text on removed values and new values of a list."""
+    """Write a text on a list's removed values and new values."""
     removed_values = [repr(value) for value in old if value not in new]
     new_values = [repr(value) for value in new if value not in old]
     phrases = []
@@ -143,14 +143,14 @@ def _join_names(names: Sequence[str]) -> str:
 def move_former_labels(root: Path, known_labels: set[str], about: GuaranteePopulation) -> None:
     """Move labels without a class to the book of former labels, and labels with a class back.
 
-    A former label is moved back to the book of the triage if its class exists again, unless the
-    photo has a new label. The book of former labels also keeps returned labels. This book is saved
+    A former label is moved back to the triage's book if its class exists again, unless the photo
+    has a new label. The book of former labels also keeps returned labels. This book is saved
     first, so no label is lost if the process is killed.
 
     Args:
-        root: The folder of the triage.
-        known_labels: All allowed labels: the names of the classes, and words such as "(skip)".
-        about: The photos of the guarantee: "new" or "folder".
+        root: The triage folder.
+        known_labels: All allowed labels: the class names, and words such as "(skip)".
+        about: Which photos the guarantee is about: "new" or "folder".
     """
     book = LabelBook.load(root / BOOK_FILE)
     former_book = LabelBook.load(root / FORMER_BOOK_FILE)
@@ -162,7 +162,7 @@ def move_former_labels(root: Path, known_labels: set[str], about: GuaranteePopul
         del book.entries[entry.path]
     for entry in returning_entries:
         book.entries[entry.path] = entry
-    # If the guarantee is about the folder, labels of the stream "given" do not count anyway. These
+    # If the guarantee is about the folder, labels in the stream "given" do not count anyway. These
     # labels keep the stream, because some of them must not be fitted on.
     if about == "new" and any(entry.stream == "given" for entry in removed_entries):
         _change_given_to_fit(book)
@@ -175,7 +175,7 @@ def move_former_labels(root: Path, known_labels: set[str], about: GuaranteePopul
 def _entries_to_move(
     book: LabelBook, former_book: LabelBook, known_labels: Collection[str]
 ) -> tuple[list[Entry], list[Entry]]:
-    """Entries to move to the book of former labels, and entries to move back."""
+    """Return the entries to move to the book of former labels, and the entries to move back."""
     removed_entries = [entry for entry in book if entry.label not in {*known_labels, None}]
     returning_entries = []
     for entry in former_book:
@@ -187,8 +187,8 @@ def _entries_to_move(
 def _change_given_to_fit(book: LabelBook) -> None:
     """Change the stream "given" to "fit", so no label counts as picked at random.
 
-    The labels of some classes were removed. So the remaining labels of the stream "given" are no
-    random sample any more, and the error rate of these labels would be too low.
+    The labels of some classes were removed. So the remaining labels in the stream "given" are no
+    random sample any more, and their error rate would be too low.
     """
     for path, entry in book.entries.items():
         if entry.stream == "given":
@@ -196,26 +196,26 @@ def _change_given_to_fit(book: LabelBook) -> None:
 
 
 def _names_with_numbers(labels: Sequence[str]) -> str:
-    """Text on the different labels with the count of each label, the most frequent label first."""
+    """Write a text on the different labels with their counts, the most frequent label first."""
     counts = Counter(labels).most_common()
     return _join_names([f"{label!r} ({n})" for label, n in counts])
 
 
 def _log_moved_labels(removed_entries: Sequence[Entry], returning_entries: Sequence[Entry]) -> None:
-    """Log the numbers of labels moved to the book of former labels, and of labels moved back."""
+    """Log how many labels were moved to the book of former labels, and how many back."""
     if removed_entries:
-        n_removed = plural(len(removed_entries), "label")
+        removed_in_words = plural(len(removed_entries), "label")
         removed_names = _names_with_numbers([str(entry.label) for entry in removed_entries])
         logger.warning(
             "%s left out, because the class no longer exists: %s. They stay in %s and count again "
             "once the class is back",
-            n_removed,
+            removed_in_words,
             removed_names,
             FORMER_BOOK_FILE,
         )
     if returning_entries:
-        n_returning = plural(len(returning_entries), "label")
-        logger.warning("%s of classes that are back count again", n_returning)
+        returning_in_words = plural(len(returning_entries), "label")
+        logger.warning("%s of classes that are back count again", returning_in_words)
 
 
 def without_former_labels(
@@ -224,8 +224,8 @@ def without_former_labels(
     """Leave out labels of classes that no longer exist, with a warning.
 
     Args:
-        labels: Maps the name of a photo to the label in the file ``source``.
-        former_classes: Names of former classes of the triage.
+        labels: Maps photo names to the labels in the file ``source``.
+        former_classes: Names of the triage's former classes.
         source: The file, for the warning.
     """
     remaining_labels = {}
@@ -236,25 +236,25 @@ def without_former_labels(
         else:
             former_labels.append(label)
     if former_labels:
-        n_left_out = plural(len(former_labels), "label")
+        left_out_in_words = plural(len(former_labels), "label")
         former_names = _names_with_numbers(former_labels)
         logger.warning(
             "%s: %s left out, because the class no longer exists: %s",
             source,
-            n_left_out,
+            left_out_in_words,
             former_names,
         )
     return remaining_labels
 
 
 def former_class_names(root: Path, known_labels: Collection[str]) -> set[str]:
-    """Names of classes in the labels of a triage, without the ``known_labels``."""
+    """Return the class names in a triage's labels, without the ``known_labels``."""
     labels = all_labels(root).labels
     return set(labels.values()) - set(known_labels)
 
 
 def all_labels(root: Path) -> LabelBook:
-    """The labels of a triage together with the former labels.
+    """Return a triage's labels together with the former labels.
 
     A photo with a former label and a new label gets the new label.
     """

@@ -1,9 +1,9 @@
 """Chooses photos to label next: photos to fit on and, separately, photos for the guarantee.
 
 *Photos to fit on* are uncertain and differ from one another. k-means clusters the embeddings, with
-each photo weighted by its uncertainty. The photo nearest to the centre of each cluster is chosen.
+each photo weighted by its uncertainty. The photo nearest to each cluster centre is chosen.
 Source: Prabhu et al., Active Domain Adaptation via Clustering Uncertainty-weighted Embeddings, ICCV
-2021; we use the probability of failure in place of entropy.
+2021. We use the failure probability in place of entropy.
 
 *Photos for the guarantee* are drawn at random from the photos with an uncertainty up to a limit.
 Because of the random draw, the labels can test every threshold up to the limit. Photos above the
@@ -36,28 +36,28 @@ drawn at random from the remaining photos.
 """
 
 MAX_ITERATIONS: Final = 20
-"""Maximum number of iterations of k-means."""
+"""Maximum iteration count for k-means."""
 
 LEAST_SHARE: Final = 1 / 8
 """A limit includes at least this share of the photos."""
 
 DRAW_WIDENING_FACTOR: Final = 1.25
-"""The limit of a single draw includes this many times as many photos as are expected to pass.
+"""The limit for a single draw includes this many times as many photos as are expected to pass.
 
 Probabilities may be too pessimistic, and no photo beyond the limit can be accepted. The price is a
 fifth of the labels, spent on photos that are not expected to pass.
 """
 
 MIN_PHOTOS_OF_DRAW: Final = 100
-"""The limit of a single draw includes at least this number of photos, or all photos."""
+"""The limit for a single draw includes at least this number of photos, or all photos."""
 
 
 def choose_rows_to_fit(
     source: EmbeddingSource, rows: Ints, uncertainty: Floats, n: int, seed: int
 ) -> Ints:
-    """Choose at most ``n`` of the ``rows`` (M,) to fit on; the most uncertain row comes first.
+    """Choose at most ``n`` of the ``rows`` (M,) to fit on. The most uncertain row comes first.
 
-    ``uncertainty`` (N,) are the uncertainties of all rows of the source.
+    ``uncertainty`` (N,) has the uncertainty of every source row.
     """
     from sklearn.cluster import KMeans
 
@@ -72,8 +72,8 @@ def choose_rows_to_fit(
     weight = excess / largest_excess + 1e-3  # above 0, to leave no photo out
     clusters = KMeans(n, n_init=1, max_iter=MAX_ITERATIONS, random_state=seed)
     clusters.fit(image, sample_weight=weight)
-    distance = clusters.transform(image)  # (M, n) distance of every row to every centre
-    chosen_index = np.empty(n, dtype=np.int64)  # for every cluster, the index of a row in ``rows``
+    distance = clusters.transform(image)  # (M, n) distance between every row and every centre
+    chosen_index = np.empty(n, dtype=np.int64)  # for every cluster, a row index in ``rows``
     is_free = np.ones(len(rows), dtype=np.bool_)  # True for rows not chosen yet
     for cluster in range(n):
         nearest_free = int(np.where(is_free, distance[:, cluster], np.inf).argmin())
@@ -83,7 +83,7 @@ def choose_rows_to_fit(
 
 
 def _clustering_pool(rows: Ints, uncertainty: Floats, seed: int) -> Ints:
-    """The rows to cluster: all rows, or at most ``CLUSTERING_POOL_SIZE`` rows."""
+    """Return the rows to cluster: all rows, or at most ``CLUSTERING_POOL_SIZE`` rows."""
     if len(rows) <= CLUSTERING_POOL_SIZE:
         return rows
     rows_by_doubt = _sort_by_doubt(rows, uncertainty)
@@ -94,12 +94,12 @@ def _clustering_pool(rows: Ints, uncertainty: Floats, seed: int) -> Ints:
 
 
 def _sort_by_doubt(rows: Ints, uncertainty: Floats) -> Ints:
-    """The rows, in order of falling uncertainty."""
+    """Sort the rows by falling uncertainty."""
     return rows[np.argsort(-uncertainty[rows], kind="stable")]
 
 
 def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> tuple[float, bool]:
-    """Choose the limit of a draw from the probabilities of failure alone.
+    """Choose a draw's limit from the failure probabilities alone.
 
     The limit is the largest uncertainty up to which ``n`` labels are expected to show an error rate
     of at most ``max_risk``. It includes at least an eighth of the photos. It also includes enough
@@ -107,10 +107,10 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
     certified.
 
     Args:
-        uncertainty: (N,) probabilities of failure; rows with NaN are ignored.
+        uncertainty: (N,) failure probabilities. Rows with NaN are ignored.
         n: Number of labels.
         max_risk: Largest allowed error rate.
-        delta: Level of the test.
+        delta: Level for the test.
 
     Returns:
         The limit, and whether ``n`` labels are expected to be enough for it.
@@ -151,21 +151,21 @@ def choose_limit_of_draw(
 def _largest_limit(
     uncertainty: Floats, n: int, least_photos: int, is_risk_shown: Callable[[Floats], Mask]
 ) -> tuple[float, bool]:
-    """The largest limit with few enough expected wrong answers to show the risk.
+    """Return the largest limit with few enough expected wrong answers to show the risk.
 
     Args:
-        uncertainty: (N,) probabilities of failure.
+        uncertainty: (N,) failure probabilities.
         n: Number of labels.
         least_photos: The limit includes at least this number of photos, and at least the share
             ``LEAST_SHARE`` of the photos.
-        is_risk_shown: Takes numbers of wrong answers (M,). Returns for each number whether ``n``
+        is_risk_shown: Takes counts (M,) of wrong answers. Returns for each count whether ``n``
             labels with so many wrong answers would still show the risk.
     """
     ascending = np.sort(uncertainty[np.isfinite(uncertainty)])
     if not len(ascending):
         return -math.inf, False
-    # The uncertainty of every photo is tried as the limit. The expected error rate up to the limit
-    # is the mean of the probabilities up to the limit.
+    # Every photo's uncertainty is tried as the limit. The expected error rate up to the limit is
+    # the mean of the probabilities up to the limit.
     n_up_to_limit = np.arange(1, len(ascending) + 1)
     expected_risk = np.cumsum(ascending) / n_up_to_limit
     expected_wrong = np.round(expected_risk * n)

@@ -1,6 +1,6 @@
-"""The photos of a triage with a guarantee about its folder (``--about folder``).
+"""A triage's photos with a guarantee about the triage's folder (``--about folder``).
 
-The population of a predictor is all photos of the folder that the predictor was not fitted on. The
+A predictor's population is all photos in the folder that the predictor was not fitted on. The
 guarantee is about this population. The photos are drawn in the random order of the pictures. This
 order is fixed before the first label.
 
@@ -34,17 +34,17 @@ from vilu.triage.trial import Trial
 
 
 class FolderSplit(PhotoSplit):
-    """Like ``PhotoSplit``, for a guarantee about the photos of the folder.
+    """Like ``PhotoSplit``, for a guarantee about the photos in the folder.
 
-    A photo is on the calibration side until the photo is picked to fit on. Of several photos with
-    equal pictures, a single photo is usable: the first photo with a label, or else the first photo.
+    A photo is on the calibration side until the photo is picked to fit on. Among several photos
+    with equal pictures, only one is usable: the first photo with a label, or else the first photo.
     """
 
     @classmethod
     def of(cls, photos: Photos, book: LabelBook, seed: int) -> Self:
-        """Split photos by the book of their labels."""
+        """Split photos by their label book."""
         split = super().of(photos, book, seed)
-        # Equal pictures have equal positions. ``np.unique`` finds the first row of every position.
+        # Equal pictures have equal positions. ``np.unique`` finds the first row at every position.
         # Rows with a label are put first, so ``np.unique`` prefers a row with a label.
         rows_labelled_first = np.argsort(~split.is_answered, kind="stable")
         _, first_indices = np.unique(split.random_position[rows_labelled_first], return_index=True)
@@ -78,12 +78,12 @@ class FolderSplit(PhotoSplit):
         return dict.fromkeys(labels, "given" if has_drawn else "fit")
 
     def pictures_digest(self, photos: Photos) -> str:
-        """Digest of the pictures of the folder."""
+        """Compute a digest of the pictures in the folder."""
         picture_digests = sorted({picture.hex() for picture in photos.pictures})
         return digest(picture_digests)
 
     def for_predictor(self, predictor: FailurePredictor, photos: Photos) -> Self:
-        """The split with the population of a predictor as the calibration side.
+        """Return the split with the predictor's population as the calibration side.
 
         A predictor that needs no labels was not fitted on any label. So the split is unchanged.
         """
@@ -93,17 +93,17 @@ class FolderSplit(PhotoSplit):
         return dataclasses.replace(self, is_calibration=~was_fitted_on)
 
     def rows_to_pick(self, photos: Photos, book: LabelBook) -> Ints:
-        """(M,) rows that may be picked to fit on, whether drawn or not."""
+        """Return rows (M,) that may be picked to fit on, whether drawn or not."""
         is_picked = _picked_mask(photos, book)
         return np.flatnonzero(self.is_usable & ~is_picked)
 
     def threshold_tests(
         self, trial: Trial, outcomes: Outcomes, rows: Ints, max_risk: float, level: float
     ) -> ClosedSetTests:
-        """The tests of a trial, with the labels of ``rows`` (M,) as the random sample.
+        """Make a trial's tests, with the labels of ``rows`` (M,) as the random sample.
 
-        All other labelled photos of the population were not drawn at random. The labels of these
-        photos are known, so the tests count these photos apart from the sample.
+        The population's labelled photos outside ``rows`` were not drawn at random. The labels of
+        these photos are known, so the tests count these photos apart from the sample.
         """
         is_answered = self.usable_calibration_mask & self.is_answered
         is_in_sample = np.zeros(len(is_answered), np.bool_)
@@ -124,9 +124,9 @@ class FolderSplit(PhotoSplit):
     def tests_before_labels(
         trial: Trial, scores: Floats, max_risk: float, level: float
     ) -> ClosedSetTests:
-        """The tests of a trial while no photo has a label.
+        """Make a trial's tests while no photo has a label.
 
-        ``scores`` (M,) are the uncertainties of the population.
+        ``scores`` (M,) are the uncertainties in the population.
         """
         grid = np.array(trial.grid)
         no_scores: Floats = np.zeros(0)
@@ -139,7 +139,7 @@ class FolderSplit(PhotoSplit):
     def closed_photos(
         self, photos: Photos, uncertainty: Floats, threshold: float
     ) -> ClosedPhotos | None:
-        """The unlabelled photos of the population up to a threshold; None if there are none."""
+        """Return the population's unlabelled photos up to a threshold, or None if none are left."""
         is_covered = self.usable_calibration_mask & ~self.is_answered & (uncertainty <= threshold)
         if not is_covered.any():
             return None
@@ -150,7 +150,7 @@ class FolderSplit(PhotoSplit):
 
 
 def _picked_mask(photos: Photos, book: LabelBook) -> Mask:
-    """(N,) bool, True for photos picked to fit on."""
+    """Return a mask (N,) of photos picked to fit on."""
     is_picked = np.zeros(len(photos), np.bool_)
     for row, path in enumerate(photos.ids):
         entry = book.entries.get(path)
@@ -162,4 +162,4 @@ SPLIT_CLASSES: Final[dict[GuaranteePopulation, type[PhotoSplit]]] = {
     "new": PhotoSplit,
     "folder": FolderSplit,
 }
-"""Maps the topic of the guarantee to the class for the split of the photos."""
+"""Maps what the guarantee is about to the class that splits the photos."""

@@ -1,14 +1,14 @@
 """One random draw of rows up to a limit, and a calibration by the labels of all drawn rows.
 
-Every row of a store is on one of two sides (``vilu.triage.labels``). The scores of the fit side
-choose a limit of uncertainty. Then rows of the calibration side up to this limit are drawn at
-random. The limit does not depend on the scores of these rows. So, for a fixed limit, the drawn rows
-are independent draws from the answers up to the limit. Therefore
+Every row in a store is on one of two sides (``vilu.triage.labels``). The fit-side scores choose an
+uncertainty limit. Then rows on the calibration side up to this limit are drawn at random. The limit
+does not depend on the scores of these rows. So, for a fixed limit, the drawn rows are independent
+draws from the answers up to the limit. Therefore
 ``vilu.calibration.thresholds.learn_then_test`` is valid for these rows, with thresholds up to the
 limit. No label is spent on answers that would be reviewed.
 
-Rows with a label are drawn like all other rows. If only rows without a label were drawn, the draw
-would depend on the choice of the labelled rows.
+Rows with a label are drawn like rows without a label. If only rows without a label were drawn, the
+draw would depend on the choice of the labelled rows.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class DrawRecord(Document):
     """The facts that decide a draw. The record is written before the drawn rows are labelled.
 
     Attributes:
-        vilu: Version of vilu at the draw.
-        store: Fingerprint of the store.
-        predictor: Fingerprint of the predictor (``fingerprint_of``).
-        max_risk: Largest error rate for the guarantee of the draw.
+        vilu: vilu's version at the draw.
+        store: The store's fingerprint.
+        predictor: The predictor's fingerprint (``fingerprint_of``).
+        max_risk: Largest error rate for the guarantee from the draw.
         limit: Largest uncertainty of a row in the draw.
-        seed: Seed of the sides and of the random order.
-        n_calibration: Number of rows of the calibration side, with any uncertainty.
-        n_below: Number of rows of the calibration side with an uncertainty up to the limit.
+        seed: Seed for the sides and the random order.
+        n_calibration: Number of calibration-side rows, with any uncertainty.
+        n_below: Number of calibration-side rows with an uncertainty up to the limit.
         paths: The drawn rows, in the random order.
     """
 
@@ -82,7 +82,7 @@ class GuaranteeDraw:
 
     Attributes:
         record: The facts that decide the draw.
-        n_open: Number of drawn rows without a label.
+        n_open: How many drawn rows have no label.
         is_expected: Whether a guarantee up to the limit is expected, by the predictor's
             probabilities.
     """
@@ -92,7 +92,7 @@ class GuaranteeDraw:
     is_expected: bool
 
     def in_words(self) -> str:
-        """Text on the draw and on the next step."""
+        """Write a text on the draw and on the next step."""
         record = self.record
         share = record.n_below / record.n_calibration
         text = (
@@ -111,7 +111,7 @@ class GuaranteeDraw:
 
 
 def record_path(table: Path) -> Path:
-    """Path of the record of a draw, in the folder of ``table``, the table of drawn rows."""
+    """Return the path of the draw's record, in the folder of ``table``, the table of drawn rows."""
     return table.with_suffix(".draw.json")
 
 
@@ -128,19 +128,19 @@ def draw_for_guarantee(
     seed: int,
     overwrite: bool = False,
 ) -> GuaranteeDraw:
-    """Draw ``n`` rows of a store up to a limit. Write a table of these rows, and a record.
+    """Draw ``n`` rows from a store up to a limit. Write a table with these rows, and a record.
 
     If there are fewer rows up to the limit, all of these rows are drawn.
 
     Args:
-        folder: Folder of the predictor.
+        folder: The predictor's folder.
         store: The rows.
-        files: Tables of labels with earlier requests.
+        files: Label tables with earlier requests.
         table: The table to write.
-        n: Number of rows to draw.
+        n: How many rows to draw.
         max_risk: Largest error rate allowed by the guarantee.
-        seed: Seed of the sides and of the random order.
-        overwrite: Whether the record of an earlier draw may be replaced.
+        seed: Seed for the sides and the random order.
+        overwrite: Whether an earlier draw's record may be replaced.
 
     Raises:
         UsageError: If the predictor gives no probability, if ``n`` rows are too few for any
@@ -175,7 +175,7 @@ def draw_for_guarantee(
 
 
 def _require_no_record(table: Path, *, overwrite: bool) -> None:
-    """Refuse to replace the record of an earlier draw, unless ``overwrite`` is True."""
+    """Refuse to replace an earlier draw's record, unless ``overwrite`` is True."""
     record_file = record_path(table)
     if record_file.exists() and not overwrite:
         raise UsageError(
@@ -185,7 +185,7 @@ def _require_no_record(table: Path, *, overwrite: bool) -> None:
 
 
 def _fewest_rows(max_risk: float) -> int:
-    """Smallest number of drawn rows that can guarantee anything."""
+    """Return the smallest number of drawn rows that can guarantee anything."""
     # The row at the threshold does not count for the test, so one more row is needed.
     return n_right_needed(max_risk, 1 - CONFIDENCE) + 1
 
@@ -204,7 +204,7 @@ def _require_enough_rows(n: int, max_risk: float) -> None:
 def _rows_up_to_limit(
     draws: StoreDraws, limit: float, max_risk: float, store: EmbeddingStore
 ) -> Ints:
-    """(M,) rows of the calibration side up to a limit; DataError if there are too few."""
+    """Return the calibration-side rows (M,) up to a limit. Raises DataError if too few."""
     is_below = draws.split.usable_calibration_mask & (draws.outcomes.uncertainty <= limit)
     rows = np.flatnonzero(is_below)
     fewest = _fewest_rows(max_risk)
@@ -221,15 +221,15 @@ def _rows_up_to_limit(
 def _choose_limit(
     draws: StoreDraws, is_unseen: Mask, n: int, max_risk: float
 ) -> tuple[float, bool]:
-    """Choose the limit by the scores of the fit side; also return whether a guarantee is expected.
+    """Choose the limit by the fit-side scores. Also return whether a guarantee is expected.
 
     ``is_unseen`` (N,) is True for rows that the predictor was not fitted on.
     """
     uncertainty = draws.outcomes.uncertainty
     is_calibration = draws.split.usable_calibration_mask
-    # The limit must not depend on the tested rows, so rows of the calibration side do not choose
-    # the limit. Rows that the predictor was fitted on do not choose the limit either: their scores
-    # are too low.
+    # The limit must not depend on the tested rows, so calibration-side rows do not choose the
+    # limit. Rows that the predictor was fitted on do not choose the limit either, because their
+    # scores are too low.
     is_of_fit_side = draws.split.is_usable & ~is_calibration
     chooses_limit = is_of_fit_side & is_unseen & np.isfinite(uncertainty)
     if not chooses_limit.any():
@@ -245,7 +245,7 @@ def _choose_limit(
 def _entries_and_answers(
     draws: StoreDraws, drawn_rows: Ints
 ) -> tuple[list[Entry], dict[str, Answer]]:
-    """The entries of the drawn rows (M,), and the answers by path."""
+    """Return the entries of the drawn rows (M,), and the answers by path."""
     paths = [draws.photos.ids[row] for row in drawn_rows.tolist()]
     draws.book.request_labels(paths, "calibration", predictor=draws.predictor_fingerprint)
     entries = [draws.book.entries[path] for path in paths]
@@ -267,17 +267,17 @@ def calibrate_by_draw(
     """Calibrate a predictor by the labels of the rows drawn by ``draw_for_guarantee``.
 
     Args:
-        folder: Folder of the predictor.
-        store: The store of the drawn rows.
-        table: The filled-in table of the draw. The record of the draw is in the same folder.
-        target: The target of the calibration. Without a ``max_risk``, the ``max_risk`` of the
+        folder: The predictor's folder.
+        store: The store with the drawn rows.
+        table: The draw's table, filled in. The draw's record is in the same folder.
+        target: The target for the calibration. Without a ``max_risk``, the ``max_risk`` in the
             record is used.
         overwrite: Whether an earlier calibration may be replaced.
 
     Raises:
-        ProvenanceError: If the draw was of another predictor or of another store.
-        DataError: If labels are missing, if there are labels of other rows, or if the record is
-            missing or damaged.
+        ProvenanceError: If the draw used another predictor or another store.
+        DataError: If labels are missing, if there are labels for rows outside the draw, or if the
+            record is missing or damaged.
         UsageError, InfeasibleError: Under the same conditions as in ``calibrate_predictor``.
     """
     record = _read_record(table)
@@ -310,7 +310,7 @@ def _read_record(table: Path) -> DrawRecord:
 
 
 def _require_same_origin(record: DrawRecord, folder: Path, store: EmbeddingStore) -> None:
-    """Refuse a predictor or a store that differs from the record of the draw."""
+    """Refuse a predictor or a store that differs from the draw's record."""
     predictor = load_uncalibrated(folder)
     fingerprints = {"predictor": fingerprint_of(predictor), "store": source_fingerprint(store)}
     path_of = {"predictor": folder, "store": store.path}
@@ -339,7 +339,7 @@ def _require_only_drawn(
 
 
 def _require_all_labels(paths: Collection[str], book: LabelBook, table: Path) -> None:
-    """Refuse a draw with a skipped row or a row without a label."""
+    """Refuse a draw if a row was skipped or has no label."""
     unlabelled_paths = [path for path in paths if path not in book.labels]
     if unlabelled_paths:
         raise DataError(

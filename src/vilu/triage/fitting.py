@@ -30,16 +30,16 @@ METHOD_WITH_LABELS: Final = "vilu_plus"
 """Method of a triage with at least ``MIN_LABELS_TO_FIT`` labels."""
 
 MIN_LABELS_TO_FIT: Final = 10
-"""Smallest number of labels for a fit; labels "none of the classes" do not count."""
+"""Smallest number of labels for a fit. Labels "none of the classes" do not count."""
 
 GROWTH_AFTER_TEST: Final = 1.5
-"""Factor by which the number of labels must grow before a tested predictor is fitted anew."""
+"""The number of labels must grow by this factor before a tested predictor is fitted anew."""
 
 GROWTH_BEFORE_TEST: Final = 1.25
-"""The same factor for an untested predictor. It is smaller, because no test is wasted."""
+"""As ``GROWTH_AFTER_TEST``, for an untested predictor. Smaller, because no test is wasted."""
 
 GROWTH_FOR_CANDIDATE: Final = 1.25
-"""Factor by which the number of labels must grow from one candidate to the next."""
+"""From one candidate to the next, the number of labels must grow by this factor."""
 
 GROWTH_FOR_UNLIKELY_CANDIDATE: Final = 3
 """With so many times the labels, a candidate is tested even if a guarantee is not likely."""
@@ -80,7 +80,7 @@ def fit_case(
     Args:
         state: State after the last run.
         method: The method for this number of labels (``choose_method``).
-        n_labels: Number of labels that a predictor may be fitted on.
+        n_labels: How many labels a predictor may be fitted on.
         is_saved: Whether the file of the tested predictor exists.
         is_guaranteed: Whether the present predictor has a guarantee in force.
         has_calibration_photos: Whether any photo is on the calibration side.
@@ -98,7 +98,7 @@ def fit_case(
 
 
 def _has_enough_new_labels(state: TriageState, n_labels: int, is_guaranteed: bool) -> bool:
-    """Whether there are enough new labels for a new fit."""
+    """Return whether there are enough new labels for a new fit."""
     n_fit = _n_fit(state.tested_trial)
     # A candidate needs more labels than the last candidate, even if that candidate was not tested.
     needs_candidate = is_guaranteed and state.candidate is None
@@ -112,7 +112,7 @@ def _has_enough_new_labels(state: TriageState, n_labels: int, is_guaranteed: boo
 
 
 def is_worth_testing(candidate: Trial, state: TriageState, n_labels: int) -> bool:
-    """Whether to test a candidate: it is likely to accept more, or has far more labels.
+    """Return whether to test a candidate: it is likely to accept more, or has far more labels.
 
     ``candidate.likely`` is estimated from the candidate's probabilities, without calibration
     labels. So a candidate without a test uses no share of the level.
@@ -123,12 +123,12 @@ def is_worth_testing(candidate: Trial, state: TriageState, n_labels: int) -> boo
 
 
 def _n_fit(trial: Trial | None) -> int:
-    """Number of labels that the predictor of a trial was fitted on; 0 without a trial."""
+    """Return how many labels a trial's predictor was fitted on, or 0 without a trial."""
     return 0 if trial is None else trial.n_fit
 
 
 def choose_method(photos: Photos, fit_rows: Ints) -> str:
-    """The method to fit: it uses labels if enough rows have a class."""
+    """Choose the method to fit: the method uses labels if enough rows have a class."""
     target = photos.target.numpy()[fit_rows]
     n_with_class = np.count_nonzero(target >= 0)
     return METHOD_WITH_LABELS if n_with_class >= MIN_LABELS_TO_FIT else METHOD_WITHOUT_LABELS
@@ -156,11 +156,11 @@ def fit_predictor(method: str, photos: Photos, fit_rows: Ints, seed: int) -> Fai
 def _add_held_out_answers(predictor: FailurePredictor, labelled_photos: EmbeddingSource) -> None:
     """Give a predictor cross-fitted answers about the rows of its fit, if these are needed.
 
-    The answers are used to choose the kind of answers, and to estimate which answers are likely
-    right. A fit that pools experts has held-out answers already. Five more such fits would take
-    most of the time of a run, so then no answers are cross-fitted. There is one exception. The
-    held-out answers of such a fit lack the rows of none of the classes, where every answer is
-    wrong. So if there are such rows, answers are cross-fitted.
+    The answers are used to choose the answer kind, and to estimate which answers are likely right.
+    A fit that pools experts has held-out answers already. Five more such fits would take
+    most of a run's time, so then no answers are cross-fitted. There is one exception. The
+    held-out answers of such a fit lack the "none of the classes" rows, where every answer is wrong.
+    So if there are such rows, answers are cross-fitted.
     """
     has_outside = bool(labelled_photos.outside.any())
     if predictor.held_out_ is None or has_outside:
@@ -174,7 +174,7 @@ def estimate_likely_right(
     """Estimate the likely right answers of a new predictor.
 
     Args:
-        predictor: The new predictor, after the choice of the kind of answers.
+        predictor: The new predictor, after the choice of the answer kind.
         uncertainty: (N,) uncertainties of all photos by the new predictor.
         max_risk: Largest expected error rate among the likely right answers.
     """
@@ -188,7 +188,7 @@ def estimate_likely_right(
 
 
 def refuse_given_answers(answer: AnswerKind | None) -> None:
-    """Raise UsageError for given answers, because photos of a folder have no given answers."""
+    """Raise UsageError for given answers, because photos in a folder have no given answers."""
     if answer == "given":
         raise UsageError(
             "photos in a folder have no given answers. Choose --answer zero_shot or adapted. For "
@@ -202,13 +202,13 @@ def answer_to_judge(
     labelled_photos: EmbeddingSource,
     max_risk: float,
 ) -> AnswerChoice:
-    """Choose the kind of answers for a new predictor to judge.
+    """Choose which answers a new predictor judges.
 
-    The choice depends on labels of the fit side alone. The guarantee depends on calibration labels,
-    so these labels must not decide about the kind of answers.
+    The choice depends on fit-side labels alone. The guarantee depends on calibration labels,
+    so these labels must not decide about the answer kind.
 
     Args:
-        requested: Kind of answers requested by the user; None for a choice by vilu.
+        requested: Answer kind requested by the user, or None to let vilu choose.
         predictor: The new predictor.
         labelled_photos: Rows that the predictor was fitted on, with labels.
         max_risk: Largest error rate allowed by the guarantee.

@@ -2,7 +2,7 @@
 
 The labels are simulated, as if no label were given yet. The simulation draws as many photos up to
 the planned limit as a triage would draw. Each drawn photo gets a simulated label. The label says
-"wrong" with the predictor's probability of failure. These probabilities may all be too low or too
+"wrong" with the predictor's failure probability. These probabilities may all be too low or too
 high, so each simulation multiplies all probabilities by the same random factor. The simulated
 labels are tested after every round, like real labels.
 
@@ -28,50 +28,50 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.triage.trial import Trial
 
 LABEL_BUDGETS: Final = (100, 200, 400)
-"""Total numbers of labels for forecasts."""
+"""Total label counts for forecasts."""
 
 SEED: Final = 0
-"""Seed of the simulations."""
+"""Seed for the simulations."""
 
 N_SIMULATIONS: Final = 60
-"""Number of simulations for every number of labels."""
+"""How many simulations run for every label count."""
 
 LOG_FACTOR_SPREAD: Final = 0.7
-"""Standard deviation of the logarithm of the random factor of the probabilities."""
+"""The logarithm of the probabilities' random factor has this standard deviation."""
 
 RANGE_QUANTILES: Final = (0.1, 0.9)
 """The ends of a range are these quantiles of the simulated shares."""
 
 MULTIPLE_BEFORE_LABELS: Final = 1.5
-"""Multiple of the risk for the upper end of a range, if no label was given yet."""
+"""The upper end of a range uses this multiple of the risk, if no label was given yet."""
 
 MULTIPLE_AFTER_LABELS: Final = 1.2
-"""The same multiple for a predictor after a fit on labels."""
+"""As ``MULTIPLE_BEFORE_LABELS``, but for a predictor after a fit on labels."""
 
 LABELS_PER_ROUND: Final = 50
-"""Number of labels between two simulated tests."""
+"""How many labels lie between two simulated tests."""
 
 RISKS: Final = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 """Risks to try, ascending, for the least risk that labels can show."""
 
 MIN_LABELS_BEFORE_DRAW: Final = 50
-"""The first draw needs at least so many fit-side labels, even if there are fewer classes."""
+"""The first draw needs at least this many fit-side labels, even if there are fewer classes."""
 
 MAX_LABELS_BEFORE_DRAW: Final = 100
-"""The first draw needs one fit-side label per class, but at most so many."""
+"""The first draw needs one fit-side label per class, but at most this many labels."""
 
 SHARE_WORTH_A_DRAW: Final = 0.3
 """If the limit includes a smaller share of photos, more labels to fit on are asked for first."""
 
 LABELS_ENOUGH_FOR_DRAW: Final = 200
-"""With this number of fit-side labels, photos are drawn even if the limit includes few photos."""
+"""With this many fit-side labels, photos are drawn even if the limit includes few photos."""
 
 MakeTests = Callable[[Trial, Floats, float, float], AnyThresholdTests]
-"""Makes the tests of a trial from the scores of the photos, the risk and the level."""
+"""Makes a trial's tests from the photo scores, the risk and the level."""
 
 
 def is_enough_to_fit(trial: Trial, n_fit_labels: int, n_classes: int) -> bool:
-    """Whether the predictor was fitted on enough labels to begin the draw of calibration photos.
+    """Return whether the predictor was fitted on enough labels to draw calibration photos.
 
     With more labels to fit on, a predictor can accept more photos. So a draw waits for labels to
     fit on, unless the limit already includes a large share of the photos.
@@ -83,10 +83,10 @@ def is_enough_to_fit(trial: Trial, n_fit_labels: int, n_classes: int) -> bool:
 
 
 class ExpectedShare(FrozenModel):
-    """Range of the share of accepted photos, with some number of labels.
+    """Range for the share of accepted photos, with a certain label count.
 
     Attributes:
-        n_labels: Total number of labels.
+        n_labels: Total label count.
         lowest: Lower end of the range.
         highest: Upper end of the range.
     """
@@ -101,21 +101,21 @@ class ExpectedShare(FrozenModel):
         return str(high) if low == high else f"{low} to {high}"
 
     def raised_to(self, share: float) -> Self:
-        """Raise both ends of the range to at least ``share``, the share accepted already."""
+        """Raise both range ends to at least ``share``, the share accepted already."""
         lowest = max(self.lowest, share)
         highest = max(self.highest, share)
         return self.model_copy(update={"lowest": lowest, "highest": highest})
 
 
 class Forecast(FrozenModel):
-    """How many photos of a folder could be accepted at a risk, with several numbers of labels.
+    """How many photos in a folder could be accepted at a risk, for several label counts.
 
     Attributes:
         n_photos: Number of photos.
         max_risk: The risk: largest allowed error rate among the accepted answers.
-        expected: Ranges for several numbers of labels, the smallest number first.
-        least_risk: The least of ``RISKS`` that the largest number of labels can show; None if so
-            many labels cannot show any of ``RISKS``.
+        expected: Ranges for several label counts, the smallest count first.
+        least_risk: The smallest risk in ``RISKS`` that the largest label count can show, or None
+            if so many labels show none of ``RISKS``.
     """
 
     n_photos: int
@@ -141,16 +141,16 @@ class Forecast(FrozenModel):
         """Make the forecast from scores and from the guarantee in force.
 
         Args:
-            uncertainty: (M,) probabilities of failure of the calibration photos.
+            uncertainty: (M,) failure probabilities of the calibration photos.
             n_photos: Number of all photos.
             n_classes: Number of classes.
-            n_fit_labels: Number of labels that the predictor was fitted on.
-            most_fit_labels: Largest possible number of labels to fit on.
-            n_labels: Number of labels so far.
+            n_fit_labels: How many labels the predictor was fitted on.
+            most_fit_labels: How many labels to fit on are possible.
+            n_labels: Label count so far.
             max_risk: Largest allowed error rate among the accepted answers.
-            level: Level of the next test.
-            make_tests: Makes the tests of a trial (``PhotoSplit.tests_before_labels``).
-            share_accepted: Share of the photos accepted by the guarantee in force.
+            level: Level for the next test.
+            make_tests: Makes a trial's tests (``PhotoSplit.tests_before_labels``).
+            share_accepted: Share of photos accepted by the guarantee in force.
         """
         scores = np.sort(uncertainty[np.isfinite(uncertainty)])
         budgets = _label_budgets(n_labels, n_photos)
@@ -171,7 +171,7 @@ class Forecast(FrozenModel):
 
     @property
     def can_accept_photos(self) -> bool:
-        """Whether any photo may be accepted with any of these numbers of labels."""
+        """Whether any photo may be accepted with any of these label counts."""
         return any(expected.highest > 0 for expected in self.expected)
 
     def __str__(self) -> str:
@@ -197,7 +197,7 @@ class Forecast(FrozenModel):
         return f"{text} {self._least_risk_in_words(most_labels)}"
 
     def _least_risk_in_words(self, most_labels: str) -> str:
-        """A sentence on the least possible risk with ``most_labels`` labels."""
+        """Write a sentence on the least possible risk with ``most_labels`` labels."""
         if self.least_risk is None:
             return (
                 f"With so many labels not even a risk of {RISKS[-1]:.0%} can be shown here: add "
@@ -215,13 +215,13 @@ class Forecast(FrozenModel):
 
 
 def _label_budgets(n_labels: int, n_photos: int) -> list[int]:
-    """Total numbers of labels for forecasts, ascending.
+    """Return total label counts for forecasts, ascending.
 
-    Each number is at least one round larger than the number of labels so far, and smaller than the
-    number of photos. The list is empty if one more round would label every photo.
+    Each count is at least one round larger than the label count so far, and smaller than the
+    photo count. The list is empty if one more round would label every photo.
 
     Args:
-        n_labels: Number of labels so far.
+        n_labels: Label count so far.
         n_photos: Number of photos.
     """
     smallest = n_labels + LABELS_PER_ROUND
@@ -238,14 +238,14 @@ def _label_budgets(n_labels: int, n_photos: int) -> list[int]:
 
 
 class _Simulation:
-    """Simulates labels of photos. Each answer is wrong with the probability of the predictor.
+    """Simulates photo labels. Each answer is wrong with the predictor's probability.
 
     Args:
-        scores: (M,) probabilities of failure of the calibration photos, ascending.
+        scores: (M,) failure probabilities of the calibration photos, ascending.
         n_classes: Number of classes.
-        n_fit_labels: Number of labels that the predictor was fitted on.
-        most_fit_labels: Largest possible number of labels to fit on.
-        make_tests: Makes the tests of a trial.
+        n_fit_labels: How many labels the predictor was fitted on.
+        most_fit_labels: How many labels to fit on are possible.
+        make_tests: Makes a trial's tests.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class _Simulation:
         self.rng = np.random.default_rng(SEED)
 
     def plan(self, max_risk: float, level: float) -> Trial:
-        """The plan of the predictor's test."""
+        """Plan the predictor's test."""
         return Trial.plan(
             n_fit=self.n_fit_labels,
             scores=self.scores,
@@ -274,7 +274,7 @@ class _Simulation:
         )
 
     def n_to_draw(self, trial: Trial, n_labels: int) -> int:
-        """How many of ``n_labels`` labels are for the guarantee, after the labels to fit on."""
+        """Return how many of ``n_labels`` are for the guarantee, after the labels to fit on."""
         n_fit = max(self.n_fit_labels, MIN_LABELS_BEFORE_DRAW)
         while not is_enough_to_fit(trial, n_fit, self.n_classes):
             n_fit += LABELS_PER_ROUND
@@ -283,7 +283,7 @@ class _Simulation:
         return max(0, min(n_labels - n_fit, n_up_to_limit))
 
     def expected_share(self, n_labels: int, max_risk: float, level: float) -> ExpectedShare:
-        """Range of the share of accepted photos with ``n_labels`` labels."""
+        """Compute the range for the share of accepted photos with ``n_labels`` labels."""
         trial = self.plan(max_risk, level)
         n_drawn = self.n_to_draw(trial, n_labels)
         tests = self.make_tests(trial, self.scores, max_risk, level)
@@ -294,7 +294,7 @@ class _Simulation:
         if highest == 0:
             return ExpectedShare(n_labels=n_labels, lowest=0.0, highest=0.0)
         multiple = MULTIPLE_AFTER_LABELS if self.n_fit_labels else MULTIPLE_BEFORE_LABELS
-        # for each photo, the mean probability of this photo and of all photos with lower scores
+        # for each photo, the mean probability over this photo and all photos with lower scores
         mean_probability = np.cumsum(self.scores) / np.arange(1, len(self.scores) + 1)
         # The scores are ascending, so this is True for the first photos and False for the rest.
         is_below = mean_probability <= multiple * max_risk
@@ -304,7 +304,7 @@ class _Simulation:
         )
 
     def _simulated_share(self, tests: AnyThresholdTests, n_drawn: int) -> float:
-        """The share of the photos certified by simulated labels, with a test after every round."""
+        """Return the share of photos that simulated labels certify, with a test every round."""
         rows_up_to_limit = np.flatnonzero(self.scores <= tests.limit)
         drawn_rows: Ints = self.rng.permutation(rows_up_to_limit)[:n_drawn]
         drawn_scores = self.scores[drawn_rows]
@@ -324,13 +324,16 @@ class _Simulation:
         return float((self.scores <= threshold).mean())
 
     def least_risk(self, n_labels: int, level: float) -> float | None:
-        """The least of ``RISKS`` that ``n_labels`` labels can show if no answer is wrong."""
+        """Return the least risk in ``RISKS`` that ``n_labels`` right answers can show.
+
+        None if so many labels show none of ``RISKS``.
+        """
         for risk in RISKS:
             trial = self.plan(risk, level)
             if not trial.likely:
                 continue
             tests = self.make_tests(trial, self.scores, risk, level)
-            # Every test is tried, not only the last test. If all photos of a folder had a label, no
+            # Every test is tried, not only the last test. If all photos in a folder had a label, no
             # photo would be left for the guarantee. So fewer labels can show more.
             n_drawn = self.n_to_draw(trial, n_labels)
             for n_so_far in _label_counts_at_tests(n_drawn):
@@ -340,14 +343,14 @@ class _Simulation:
         return None
 
     def _evenly_spread_scores(self, limit: float, n: int) -> Floats:
-        """``n`` scores up to a limit, with evenly spaced ranks."""
+        """Return ``n`` scores up to a limit, with evenly spaced ranks."""
         scores_up_to_limit = self.scores[self.scores <= limit]
         exact_ranks = np.linspace(0, len(scores_up_to_limit) - 1, n)
-        ranks = exact_ranks.round()
-        spread_scores: Floats = scores_up_to_limit[ranks.astype(np.int64)]
+        rounded_ranks = exact_ranks.round()
+        spread_scores: Floats = scores_up_to_limit[rounded_ranks.astype(np.int64)]
         return spread_scores
 
 
 def _label_counts_at_tests(n_drawn: int) -> list[int]:
-    """Numbers of labels at each test, if ``n_drawn`` labels come in rounds."""
+    """Return the label count at each test, if ``n_drawn`` labels come in rounds."""
     return [*range(LABELS_PER_ROUND, n_drawn, LABELS_PER_ROUND), n_drawn]

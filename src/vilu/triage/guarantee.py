@@ -30,18 +30,18 @@ from vilu.triage.photos import Photos
 from vilu.triage.trial import Trial
 
 N_POSITIONS: Final = 2**63
-"""Number of possible positions in the random order of the photos."""
+"""Number of possible positions in the photos' random order."""
 
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class PhotoSplit:
-    """For every photo: the side, the position in the random order, and the state of the label.
+    """For every photo: the side, the position in the random order, and the label's state.
 
     Attributes:
-        is_usable: (N,) bool, True for photos that may be used in fits or for a guarantee. Of
-            several photos with equal pictures, a single photo is usable.
+        is_usable: (N,) bool, True for photos that may be used in fits or for a guarantee. If
+            several photos have equal pictures, only one of these photos is usable.
         is_calibration: (N,) bool, True on the calibration side, False on the fit side.
         random_position: (N,) int64 position in the random order.
         is_labelled: (N,) bool, True for photos with a label: a class, or "none of the classes".
@@ -63,17 +63,17 @@ class PhotoSplit:
 
     @classmethod
     def of(cls, photos: Photos, book: LabelBook, seed: int) -> Self:
-        """Split photos by the book of their labels.
+        """Split photos by their label book.
 
-        Of photos with equal pictures only the first is usable. The picture decides the side. If the
-        picture of a photo has changed since the photo was labelled, the photo may have been on the
-        fit side before. So this photo is not used for calibration.
+        If several photos have equal pictures, only the first photo is usable. The picture decides
+        the side. If a photo's picture has changed since the photo was labelled, the photo may have
+        been on the fit side before. So this photo is not used for calibration.
         """
         pictures = photos.pictures
         is_calibration, unsigned_position = sides_and_positions(pictures, seed)
         n = len(photos)
         is_first = np.zeros(n, np.bool_)
-        # Equal pictures have equal positions. So this finds the first row of every picture.
+        # Equal pictures have equal positions. So this finds the first row with every picture.
         _, first_rows = np.unique(unsigned_position, return_index=True)
         is_first[first_rows] = True
         is_usable = np.zeros(n, np.bool_)
@@ -107,12 +107,12 @@ class PhotoSplit:
 
     @property
     def usable_calibration_mask(self) -> Mask:
-        """(N,) bool, usable photos of the calibration side: these may count for a guarantee."""
+        """(N,) bool, usable photos on the calibration side. These may count for a guarantee."""
         return self.is_usable & self.is_calibration
 
     @property
     def usable_fit_mask(self) -> Mask:
-        """(N,) bool, usable photos of the fit side: predictors may be fitted on these photos."""
+        """(N,) bool, usable photos on the fit side. Predictors may be fitted on these photos."""
         return self.is_usable & ~self.is_calibration
 
     @property
@@ -121,24 +121,24 @@ class PhotoSplit:
         return np.flatnonzero(self.usable_fit_mask & self.is_labelled)
 
     def in_random_order(self, rows: Ints) -> Ints:
-        """These rows (M,), sorted by position in the random order."""
+        """Sort these rows (M,) by position in the random order."""
         return rows[np.argsort(self.random_position[rows])]
 
     def unanswered_rows(self, uncertainty: Floats, limit: float) -> Ints:
-        """(M,) calibration rows up to a limit without a label, in the random order."""
+        """Return calibration rows (M,) up to a limit without a label, in the random order."""
         is_open = self.usable_calibration_mask & (uncertainty <= limit) & ~self.is_answered
         open_rows = np.flatnonzero(is_open)
         return self.in_random_order(open_rows)
 
     def counted_rows(self, uncertainty: Floats, limit: float) -> Ints:
-        """(M,) calibration rows up to a limit that count for a guarantee.
+        """Return calibration rows (M,) up to a limit that count for a guarantee.
 
         All rows before the first row without a label count, in the random order. Rows picked at
         random and labelled without a request count, too.
         """
         # The evidence may stop at any row, so it is valid even if people leave a photo unlabelled.
         unanswered_rows = self.unanswered_rows(uncertainty, limit)
-        # position of the first row without a label; beyond all positions if no such row exists
+        # position of the first row without a label, or beyond all positions without such a row
         end_position = N_POSITIONS
         if len(unanswered_rows):
             end_position = int(self.random_position[unanswered_rows[0]])
@@ -146,7 +146,7 @@ class PhotoSplit:
         is_drawn = is_below_limit & (self.random_position < end_position)
         return np.flatnonzero(is_drawn | (is_below_limit & self.has_given_label))
 
-    # ``FolderSplit`` replaces the methods below for a guarantee about the photos of the folder.
+    # ``FolderSplit`` replaces the methods below for a guarantee about the photos in the folder.
 
     @staticmethod
     def streams_of_unasked_labels(
@@ -159,15 +159,15 @@ class PhotoSplit:
         return streams
 
     def pictures_digest(self, photos: Photos) -> str | None:  # noqa: ARG002
-        """Digest of the pictures under the guarantee; None for a guarantee about new photos."""
+        """Return a digest of the guaranteed pictures, or None for a guarantee about new photos."""
         return None
 
     def for_predictor(self, predictor: FailurePredictor, photos: Photos) -> Self:  # noqa: ARG002
-        """The split for the test of a predictor. Here the split is the same for all predictors."""
+        """Return the split for a predictor's test. Here all predictors have the same split."""
         return self
 
     def rows_to_pick(self, photos: Photos, book: LabelBook) -> Ints:
-        """(M,) rows that may be picked to fit on."""
+        """Return rows (M,) that may be picked to fit on."""
         is_in_book = np.array([path in book.entries for path in photos.ids], dtype=np.bool_)
         return np.flatnonzero(self.usable_fit_mask & ~self.is_answered & ~is_in_book)
 
@@ -179,7 +179,7 @@ class PhotoSplit:
         max_risk: float,
         level: float,
     ) -> AnyThresholdTests:
-        """The tests of a trial, with the labels of ``rows`` (M,) as the random sample."""
+        """Make a trial's tests, with the labels of ``rows`` (M,) as the random sample."""
         scores = outcomes.uncertainty[self.usable_calibration_mask]
         return self.tests_before_labels(trial, scores, max_risk, level)
 
@@ -190,9 +190,9 @@ class PhotoSplit:
         max_risk: float,
         level: float,
     ) -> AnyThresholdTests:
-        """The tests of a trial while no photo has a label.
+        """Make a trial's tests while no photo has a label.
 
-        ``scores`` (M,) are the uncertainties of the calibration photos.
+        ``scores`` (M,) are the calibration photos' uncertainties.
         """
         grid = np.array(trial.grid)
         return ThresholdTests(grid, max_risk, level, trial.limit)
@@ -203,12 +203,12 @@ class PhotoSplit:
         uncertainty: Floats,  # noqa: ARG002
         threshold: float,  # noqa: ARG002
     ) -> ClosedPhotos | None:
-        """Photos under a guarantee up to a threshold; None for a guarantee about new photos."""
+        """Return the photos covered up to a threshold. None for a guarantee about new photos."""
         return None
 
 
 def draw_probability(last_position: int) -> float:
-    """Probability that a photo is drawn: the share of the positions up to the last drawn position.
+    """Compute the probability of a draw: the share of positions up to the last drawn position.
 
     ``last_position`` is -1 if no photo is drawn.
     """
@@ -216,12 +216,12 @@ def draw_probability(last_position: int) -> float:
 
 
 def new_scene_mask(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
-    """(M,) bool, False for near copies of a known row or of an earlier row in ``rows`` (M,).
+    """Return a mask (M,) that is False for near copies of ``known`` rows or earlier ``rows``.
 
-    ``known`` (K,) are the known rows.
+    ``known`` (K,) are the known rows. ``rows`` has the shape (M,).
     """
     known_and_rows = np.concatenate([known, rows])
-    # for every row, the position of the first row in the same group of near copies
+    # for every row, the position of the first row in the same near-copy group
     first_copy = near_copy_groups(photos, known_and_rows)
     is_first: Mask = first_copy == np.arange(len(known_and_rows))
     return is_first[len(known) :]  # without the known rows
@@ -229,17 +229,17 @@ def new_scene_mask(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
 
 @dataclass(frozen=True)
 class GuaranteeProgress:
-    """The certified threshold so far, and the number of labels still needed.
+    """The certified threshold so far, and how many labels are still needed.
 
     Attributes:
         tests: The test: thresholds, risk and level.
         counted_rows: (M,) rows of the photos that count.
-        counted_outcomes: Outcomes of these photos. A photo that nobody could name counts as a
+        counted_outcomes: Outcomes for ``counted_rows``. A photo that nobody could name counts as a
             failure.
         missing_rows: (K,) rows of the photos with an open request for a label, in the random order.
-        certified_index: Index of the laxest certified threshold; None if no threshold is certified.
-        n_more_labels: Estimated number of labels still needed; None if no number is enough.
-        n_photos_left: Number of photos left to draw for the test.
+        certified_index: Index of the laxest certified threshold, or None if nothing is certified.
+        n_more_labels: Estimate: how many labels are still needed. None if no number is enough.
+        n_photos_left: How many photos are left to draw for the test.
     """
 
     tests: AnyThresholdTests
@@ -252,7 +252,7 @@ class GuaranteeProgress:
 
     @property
     def threshold(self) -> float:
-        """The certified threshold; -inf if no threshold is certified."""
+        """The certified threshold, or -inf if no threshold is certified."""
         if self.certified_index is None:
             return -math.inf
         return float(self.tests.grid[self.certified_index])
@@ -264,13 +264,13 @@ def rule_of(
     confidence: float,
     closed_photos: ClosedPhotos | None = None,
 ) -> Rule:
-    """The rule for all groups of answers. The rule is infeasible if no threshold is certified.
+    """Make the rule for all answer groups. The rule is infeasible if no threshold is certified.
 
     Args:
-        all_progress: Maps the groups of answers to the progress of the guarantees.
+        all_progress: Maps the answer groups to the progress of the guarantees.
         max_risk: Largest allowed error rate among the accepted answers.
         confidence: Confidence of the guarantee.
-        closed_photos: The photos of the rule; None for a rule about new photos.
+        closed_photos: The photos that the rule is about. None for a rule about new photos.
     """
     groups = {}
     for group, progress in all_progress.items():
@@ -286,14 +286,14 @@ def progress_of(
     max_risk: float,
     level: float,
 ) -> GuaranteeProgress:
-    """The progress of a predictor's guarantee, from the counted labels (``counted_rows``).
+    """Return the progress of a predictor's guarantee, from the counted labels (``counted_rows``).
 
     Args:
-        trial: Plan of the test of the predictor.
-        outcomes: Outcomes of all photos, by the tested predictor.
-        split: Side, position and state of the label of every photo.
+        trial: Plan for the predictor's test.
+        outcomes: Outcomes for all photos, by the tested predictor.
+        split: Every photo's side, position and label state.
         max_risk: Largest allowed error rate among the accepted answers.
-        level: Level of the test.
+        level: Level for the test.
     """
     rows = split.counted_rows(outcomes.uncertainty, trial.limit)
     tests = split.threshold_tests(trial, outcomes, rows, max_risk, level)
@@ -324,7 +324,7 @@ def keep_guarantee(
     rule: Rule,
     dataset: str,
 ) -> Calibration:
-    """Write a rule to the folder of the predictor, like ``vilu calibrate``.
+    """Write a rule to the predictor's folder, like ``vilu calibrate``.
 
     ``counted_outcomes`` are the outcomes of the photos that count for the rule.
     """

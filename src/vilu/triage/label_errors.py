@@ -31,19 +31,19 @@ from vilu.triage.posteriors import cross_fitted_posterior, posterior_of
 from vilu.validation import checked
 
 PICTURES_SHOWN: Final = 8
-"""Maximum number of pictures in a row of the contact sheet."""
+"""Maximum number of pictures in a row on the contact sheet."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LabelErrors:
-    """Labelled rows with a score of every label. The most doubtful label comes first.
+    """Labelled rows with a score for every label. The most doubtful label comes first.
 
     Attributes:
-        keys: N names of the rows.
+        keys: N row names.
         label: N labels.
-        suggested: N names: for every row the most likely class by the posterior.
+        suggested: N names: every row's most likely class by the posterior.
         quality: (N,) cleanlab's label score in [0, 1]. A label with a low score is likely wrong.
         is_error: (N,) bool, True for wrong labels according to cleanlab.
     """
@@ -68,18 +68,18 @@ class LabelErrors:
 def find_label_errors(
     source: EmbeddingSource, predictor: FailurePredictor | None = None, *, seed: int = 0
 ) -> LabelErrors:
-    """Order the labels of a source by cleanlab's confident learning, the least likely label first.
+    """Order a source's labels by cleanlab's confident learning, the least likely label first.
 
-    The posterior of a row is held-out: the predictor was not fitted on the label of the row. The
+    A row's posterior is held-out: the predictor was not fitted on the row's label. The
     predictor is ``predictor``, or by default ``vilu_plus``, cross-fitted in five folds. Near copies
     of a picture (``near_copy_groups``) are in the same fold. Classes without a labelled row are
     left out of the posterior, because the error rates of these classes cannot be estimated.
 
     Args:
-        source: Rows with labels; rows with the label "none of the classes" are left out.
-        predictor: Gives the posterior; None to cross-fit ``vilu_plus``. Rows that the predictor was
+        source: Rows with labels. Rows with the label "none of the classes" are left out.
+        predictor: Gives the posterior. None to cross-fit ``vilu_plus``. Rows that the predictor was
             fitted on are left out with a warning.
-        seed: Seed of the folds and the fits.
+        seed: Seed for the folds and the fits.
 
     Raises:
         DataError: If fewer than two classes have labels, or if ``predictor`` was fitted on more
@@ -113,7 +113,7 @@ def find_label_errors(
     probability /= probability.sum(axis=1, keepdims=True)
     label = np.searchsorted(classes, target)  # position in ``classes``
     datalab = datalab_class(data={"label": label.tolist()}, label_name="label", verbosity=0)
-    # With one job cleanlab does not fork. A fork of a process with threads may hang.
+    # With one job cleanlab does not fork. If a process with threads forks, the fork may hang.
     with_one_job = {"clean_learning_kwargs": {"find_label_issues_kwargs": {"n_jobs": 1}}}
     datalab.find_issues(pred_probs=probability, issue_types={"label": with_one_job})
     issues = datalab.get_issues("label")
@@ -136,7 +136,7 @@ def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None
     """Draw the pictures with the best and the worst labels, with each label and suggested class.
 
     Raises:
-        DataError: If ``images`` has no pictures with the keys of the labels.
+        DataError: If ``images`` has no pictures with the labels' keys.
     """
     n_rows = len(errors.keys)
     n = min(PICTURES_SHOWN, n_rows // 2)
@@ -151,7 +151,7 @@ def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None
 
 
 def _photos(errors: LabelErrors, rows: Sequence[int], images: ImageDataset) -> dict[int, Photo]:
-    """Map the rows, in ascending order, to pictures; unreadable pictures are left out."""
+    """Map the rows, in ascending order, to pictures. Unreadable pictures are left out."""
     row_of = {errors.keys[row]: row for row in rows}
     photos = {}
     for record in find_pictures(images, row_of):

@@ -1,4 +1,4 @@
-"""Writes labels to files: as a CSV of paths and labels, or as scores with failures."""
+"""Writes labels to files: as a CSV with paths and labels, or as scores with failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vilu.triage.labels import SKIPPED, meant_name
 
 
 def label_columns(labels: Mapping[str, str], streams: Mapping[str, str]) -> dict[str, pa.Array]:
-    """Make the columns of a table of labels, sorted by path.
+    """Make the columns of a label table, sorted by path.
 
     Args:
         labels: Maps paths to labels.
@@ -45,8 +45,8 @@ def write_labels(
     Args:
         labels: Maps paths to labels.
         output: The file to write.
-        scores: File of scores. The labelled rows of the scores are written. None to write a CSV.
-        streams: Maps paths to the streams of the labels, for the CSV.
+        scores: Score file. The labelled rows in this file are written. None to write a CSV.
+        streams: Maps paths to the labels' streams, for the CSV.
 
     Returns:
         The number of written labels.
@@ -54,7 +54,7 @@ def write_labels(
     Raises:
         UsageError: If ``scores`` are given and the output exists. If ``scores`` are not given and
             the output has another suffix than .csv, or is an existing file with other content.
-        DataError: If no label belongs to a row of the scores, or if a label is no class of the
+        DataError: If no label belongs to a row in the scores, or if a label is no class in the
             scores.
     """
     if scores is None:
@@ -111,7 +111,7 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
 
 
 def add_label(labels: dict[str, str], source: Path, path: str, label: str | None) -> None:
-    """Add a label; DataError if the photo already has a different label. None is no label."""
+    """Add a label. None is no label. Raises DataError if the photo has a different label."""
     if label is None:
         return
     first_label = labels.setdefault(path, label)  # adds the label if the photo has none
@@ -120,13 +120,13 @@ def add_label(labels: dict[str, str], source: Path, path: str, label: str | None
 
 
 def require_suffix(output: Path, suffix: str) -> None:
-    """Raise UsageError unless the name of a file ends in ``suffix``."""
+    """Raise UsageError unless a file name ends in ``suffix``."""
     if output.suffix.lower() != suffix:
         raise UsageError(f"the output must be a file that ends in {suffix}. Got {output} instead.")
 
 
 def write_new_file(path: Path, content: bytes) -> None:
-    """Write a file; an existing file must have the same content.
+    """Write a file. An existing file must have the same content.
 
     Raises:
         UsageError: If a file with different content exists. It may be somebody's work.

@@ -1,12 +1,12 @@
-"""The book of labels: the requested labels, the given labels, and the labels that count.
+"""The label book: the requested labels, the given labels, and the labels that count.
 
-Every photo is on the fit side or on the calibration side, and never changes sides. The hash of the
-picture decides:
+Every photo is on the fit side or on the calibration side, and never changes sides. The picture's
+hash decides:
 
 - Fit side: predictors are fitted on the labels of these photos.
 - Calibration side: guarantees rest on the labels of these photos. No predictor is fitted on them.
 
-The same hash puts the photos of the calibration side into a random order. These labels count for a
+The same hash puts the calibration-side photos into a random order. These labels count for a
 guarantee:
 
 1. First a position in the order is fixed. Then a run asks for the labels of all photos before this
@@ -40,16 +40,16 @@ from vilu.errors import NO_NAME, DataError, UsageError, did_you_mean
 from vilu.text import plural
 
 Stream = Literal["given", "fit", "calibration"]
-"""Why a label was asked for; "given" if nobody asked for the label (``Entry.stream``)."""
+"""Why a label was asked for, or "given" if nobody asked for the label (``Entry.stream``)."""
 
 STREAMS: Final = get_args(Stream)
 """All streams."""
 
 SKIPPED: Final = NO_NAME
-"""The label of a photo that nobody can name."""
+"""The label for a photo that nobody can name."""
 
 PATH_COLUMNS: Final = ("path", "file", "filename", "image", "key")
-"""Possible names of the column with the photos in a file of labels. The first match is used."""
+"""Possible names for the photo column in a label file. The first match is used."""
 
 PATHS_SHOWN: Final = 3
 """Maximum number of paths in a message."""
@@ -57,19 +57,19 @@ PATHS_SHOWN: Final = 3
 
 @dataclass(frozen=True)
 class Entry:
-    """The label of a photo, with the time of the request and the reason for the request.
+    """A photo's label, with the time and the reason of the request.
 
     Attributes:
-        path: Path of the photo, as tables write it.
-        label: The label; None if the label was requested and has not come.
+        path: The photo's path, as tables write it.
+        label: The label, or None if the label was requested and has not come.
         stream: Why the label was requested: "fit" or "calibration". "given" if nobody requested the
             label. Then the photo counts as picked at random.
-        probability: Probability with which the draw takes a photo of the calibration side; NaN if
-            no draw has requested the label.
+        probability: Probability with which the draw takes a calibration-side photo. NaN if no draw
+            has requested the label.
         predictor: Fingerprint of the predictor for which the label was requested.
-        asked: Time of the request in seconds since 1970; 0 if nobody asked for the label.
-        answered: Time of the label in seconds since 1970; 0 without a label.
-        picture: Digest of the labelled picture; empty if the picture is not known, as in books of
+        asked: Request time in seconds since 1970, or 0 if nobody asked for the label.
+        answered: Label time in seconds since 1970, or 0 without a label.
+        picture: Digest of the labelled picture. Empty if the picture is not known, as in books by
             version 0.1.0.
     """
 
@@ -83,7 +83,7 @@ class Entry:
     picture: str = ""
 
     def was_another_picture(self, picture: bytes) -> bool:
-        """Whether the photo had another picture than ``picture`` when it was labelled.
+        """Return whether the photo had a picture unlike ``picture`` when it was labelled.
 
         False if the labelled picture is not known.
         """
@@ -100,7 +100,7 @@ COLUMNS: Final = (
     "asked",
     "answered",
 )
-"""Columns of a book, in the order of the file: the attributes of ``Entry``."""
+"""The columns of a book, in file order: the attributes of ``Entry``."""
 
 NUMBER_TYPES: Final = {
     "probability": pa.float64(),
@@ -109,7 +109,7 @@ NUMBER_TYPES: Final = {
     "asked": pa.int64(),
     "answered": pa.int64(),
 }
-"""Maps the columns with numbers, in all tables of photos, to types."""
+"""Maps the number columns, in all photo tables, to types."""
 
 
 def columns_of(rows: Sequence[object], names: Iterable[str]) -> dict[str, pa.Array]:
@@ -127,7 +127,7 @@ class LabelBook:
     """All requested and all given labels.
 
     Attributes:
-        entries: Maps the path of a photo to its entry.
+        entries: Maps a photo's path to its entry.
 
     Examples:
         >>> from vilu.triage.labels import LabelBook
@@ -150,7 +150,7 @@ class LabelBook:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Map paths to labels; photos without a label and skipped photos are left out."""
+        """Map paths to labels. Photos without a label and skipped photos are left out."""
         labels = {}
         for entry in self:
             if entry.label is not None and entry.label != SKIPPED:
@@ -158,20 +158,20 @@ class LabelBook:
         return labels
 
     def has_label(self, path: str) -> bool:
-        """Whether a photo has a label, or was skipped."""
+        """Return whether a photo has a label, or was skipped."""
         entry = self.entries.get(path)
         return entry is not None and entry.label is not None
 
     def request_labels(
         self, paths: Sequence[str], stream: Stream, *, predictor: str, probability: float = math.nan
     ) -> None:
-        """Note requests for the labels of photos. Existing labels of the photos stay.
+        """Note requests for photo labels. Existing labels of the photos stay.
 
         Args:
-            paths: Paths of the photos.
+            paths: Photo paths.
             stream: Why the labels are asked for.
             predictor: Fingerprint of the predictor for which the labels are asked.
-            probability: Probability of the draw (``Entry.probability``).
+            probability: The draw's probability (``Entry.probability``).
         """
         now = int(time.time())
         for path in paths:
@@ -184,7 +184,7 @@ class LabelBook:
     def note_labels(
         self, labels: Mapping[str, str], streams: Mapping[str, str] | None = None
     ) -> int:
-        """Note labels; return the number of new and changed labels.
+        """Note labels. Return how many labels are new or changed.
 
         Args:
             labels: Maps paths to labels.
@@ -206,8 +206,8 @@ class LabelBook:
     def note_pictures(self, pictures: Mapping[str, bytes]) -> int:
         """Note the pictures of the new labels.
 
-        ``pictures`` maps paths to digests of pictures. Returns the number of photos whose picture
-        has changed since the label was given.
+        ``pictures`` maps paths to picture digests. Returns how many photos have a picture that has
+        changed since the label was given.
         """
         n_photos_changed = 0
         for path, picture in pictures.items():
@@ -221,7 +221,7 @@ class LabelBook:
         return n_photos_changed
 
     def withdraw_requests(self, is_to_withdraw: Callable[[Entry], bool]) -> None:
-        """Remove entries for which ``is_to_withdraw`` is True; entries with a label always stay."""
+        """Remove entries for which ``is_to_withdraw`` is True. Entries with a label always stay."""
         remaining_entries = {}
         for path, entry in self.entries.items():
             is_removed = entry.label is None and is_to_withdraw(entry)
@@ -230,16 +230,16 @@ class LabelBook:
         self.entries = remaining_entries
 
     def rename_paths(self, former_text_of: Callable[[str], str], paths: Iterable[str]) -> None:
-        """Rename entries of books of version 0.1.0 to the present form of paths.
+        """Rename entries from books by version 0.1.0 to the present path form.
 
         Args:
-            former_text_of: Returns the text of version 0.1.0 for a path.
+            former_text_of: Returns version 0.1.0's text for a path.
             paths: The paths of all photos, as tables write them now.
         """
         present_paths = set(paths)
         for path in present_paths - self.entries.keys():
             former_path = former_text_of(path)
-            # If the former path is the path of another photo now, the entry belongs to this photo.
+            # If the former path is now another photo's path, the entry belongs to that photo.
             if former_path in self.entries and former_path not in present_paths:
                 entry = self.entries.pop(former_path)
                 self.entries[path] = replace(entry, path=path)
@@ -250,7 +250,7 @@ class LabelBook:
         return any(entry.stream == "calibration" for entry in self)
 
     def waiting_entries(self) -> list[Entry]:
-        """Entries that still wait for a label."""
+        """Return the entries that still wait for a label."""
         return [entry for entry in self if entry.label is None]
 
     def save(self, path: Path) -> None:
@@ -260,15 +260,15 @@ class LabelBook:
 
     @classmethod
     def load(cls, path: Path) -> LabelBook:
-        """Read a book; an empty book if there is no file.
+        """Read a book. Without a file, return an empty book.
 
         Raises:
-            DataError: If the file is damaged or is no book of labels.
+            DataError: If the file is damaged or is no label book.
         """
         if not path.exists():
             return cls()
         table, metadata = read_table(path, ())
-        # Early books of version 0.1.0 have no column "picture".
+        # Early books by version 0.1.0 have no column "picture".
         has_columns = {*table.column_names, "picture"} == set(COLUMNS)
         if metadata.get("kind") != "labels" or not has_columns:
             raise DataError(
@@ -278,14 +278,14 @@ class LabelBook:
         for row in table.to_pylist():
             facts = {name: value for name, value in row.items() if value is not None}
             facts.setdefault("label", None)  # an entry without a label has an empty cell
-            if facts["stream"] == "promise":  # name of the stream in version 0.1.0
+            if facts["stream"] == "promise":  # the stream's name in version 0.1.0
                 facts["stream"] = "calibration"
             entries[row["path"]] = Entry(**facts)
         return cls(entries)
 
 
 def _unasked_stream(path: str, streams: Mapping[str, str]) -> Stream:
-    """Stream of a label that nobody asked for: "given" unless ``streams`` names another stream.
+    """Return an unrequested label's stream: "given" unless ``streams`` names another stream.
 
     Any other stream becomes "fit". The stream cannot be "calibration", because this triage has not
     drawn the photo.
@@ -297,13 +297,13 @@ def _unasked_stream(path: str, streams: Mapping[str, str]) -> Stream:
 def sides_and_positions(
     pictures: Iterable[bytes], seed: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
-    """Side and random position of each picture, from a SHA-256 hash of the seed and the digest.
+    """Return each picture's side and random position, by a SHA-256 hash over seed and digest.
 
     Equal pictures are on the same side, whatever the file names.
 
     Args:
-        pictures: N digests of pictures.
-        seed: Seed of the sides and of the order.
+        pictures: N picture digests.
+        seed: Seed for the sides and the order.
 
     Returns:
         (N,) bool, True on the calibration side, and (N,) uint64 positions in the random order.
@@ -325,7 +325,7 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         Two mappings from the photo names in the file: to labels, and to streams.
 
     Raises:
-        DataError: If the file is no table of labels, or gives a photo two different labels.
+        DataError: If the file is no label table, or gives a photo two different labels.
         StorageError: If the file cannot be read.
     """
     if path.suffix.lower() == ".parquet":
@@ -338,7 +338,7 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
             f"{path} must have the columns path (or {', '.join(PATH_COLUMNS[1:])}) and label. It "
             f"has {', '.join(columns) or 'none'}."
         )
-    # In tables of vilu " a.jpg" and "a.jpg" are two photos, so names are not stripped.
+    # In vilu's tables " a.jpg" and "a.jpg" are two photos, so names are not stripped.
     is_own_table = "stream" in columns
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
@@ -374,7 +374,7 @@ def labels_and_streams(book: LabelBook) -> tuple[dict[str, str], dict[str, str]]
 
 
 class PhotoNames:
-    """Finds photos of a folder by the names in a file of labels.
+    """Finds photos in a folder by the names in a label file.
 
     Args:
         photos: Paths of all photos, relative to the folder.
@@ -391,7 +391,7 @@ class PhotoNames:
             self.photos_of_name.setdefault(file_name, []).append(photo)
 
     def find(self, name: str) -> str | None:
-        """The photo with a name; None if no photo has the name.
+        """Return the photo with a name, or None if no photo has the name.
 
         The name is a path relative to the folder, a full path, or a file name.
 
@@ -403,7 +403,7 @@ class PhotoNames:
         if photo is not None:
             return photo
         path = Path(name)
-        # The folder may be a link. The path may start with the link or with the target of the link.
+        # The folder may be a link. The path may start with the link or with the link's target.
         for root in (self.root.absolute(), self.root.resolve()):
             if path.is_relative_to(root):
                 path_in_folder = path.relative_to(root)
@@ -422,8 +422,8 @@ class PhotoNames:
     def warn_of_backslash(self, name: str, source: Path) -> None:
         """Warn if a name with a backslash can mean two photos.
 
-        Tables write some backslashes of file names as escapes (``portable_name``). So the name may
-        be the text for one photo in a table, and also the real file name of another photo.
+        Tables write some backslashes in file names as escapes (``portable_name``). So the name may
+        be the text for one photo in a table, and also the real file name of a second photo.
         """
         literal = portable_name(name)
         if literal != name and {name, literal} <= self.paths:
@@ -433,7 +433,7 @@ class PhotoNames:
             )
 
     def report_missing(self, missing: Sequence[str], source: Path, *, none_matches: bool) -> None:
-        """Warn about names without a photo; raise DataError if ``none_matches``.
+        """Warn about names without a photo, or raise DataError if ``none_matches``.
 
         Args:
             missing: Names in the file without a photo.
@@ -460,20 +460,20 @@ class PhotoNames:
 def match_photos(
     labels: Mapping[str, str], photos: Sequence[str], root: Path, source: Path
 ) -> dict[str, str]:
-    """Find the photos of the names in a file of labels (``PhotoNames.find``).
+    """Find the photos for the names in a label file (``PhotoNames.find``).
 
     Args:
         labels: Maps the photo names in the file to labels.
         photos: Paths of all photos.
-        root: The folder of the photos.
+        root: The photo folder.
         source: The file, for messages.
 
     Returns:
-        Maps the names to the paths of the photos. Names without a photo are left out, with a
+        Maps the names to the photo paths. Names without a photo are left out, with a
         warning.
 
     Raises:
-        DataError: If no name is a photo of the folder, or if two names of the same photo have
+        DataError: If no name is a photo in the folder, or if two names for the same photo have
             different labels.
     """
     photo_names = PhotoNames(photos, root)
@@ -500,7 +500,7 @@ def match_photos(
 
 
 def meant_name(label: str, names: Collection[str]) -> str | None:
-    """Find the name in ``names`` for a label from a table; None if there is no such name.
+    """Find the name in ``names`` for a label from a table. Return None if there is no such name.
 
     The label is the name, or the text for the name in tables (``portable_name``).
     """
@@ -514,13 +514,13 @@ def meant_name(label: str, names: Collection[str]) -> str | None:
 def names_of_labels(
     labels: Mapping[str, str], names: Sequence[str], outside_labels: Sequence[str], source: Path
 ) -> dict[str, str]:
-    """Replace each label, a text from a table, by the name of a class (``meant_name``).
+    """Replace each label, a text from a table, by a class name (``meant_name``).
 
     Args:
         labels: Maps paths to texts from a table.
-        names: Names of the classes.
+        names: Class names.
         outside_labels: Labels that mean "none of the classes".
-        source: File of the labels, for the error.
+        source: The label file, for the error.
 
     Returns:
         Maps the paths to names.

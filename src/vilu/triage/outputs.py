@@ -1,4 +1,4 @@
-"""Runs the whole triage of a folder of photos, and writes the report page and the summary."""
+"""Runs the whole triage of a photo folder, and writes the report page and the summary."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ from vilu.triage.verdict import collect_labelled_answers, verdict_in_words
 from vilu.validation import checked, require_between
 
 PAGE_TEMPLATE: Final = "triage.html.jinja"
-"""File name of the template of the page."""
+"""File name of the page template."""
 
 PHOTOS_SHOWN: Final = 24
-"""A section of the page shows at most this number of photos."""
+"""A section on the page shows at most this number of photos."""
 
 THRESHOLDS_SHOWN: Final = 20
-"""The table of the page has at most this number of thresholds."""
+"""The table on the page has at most this number of thresholds."""
 
 COPY_SHARE_TO_MENTION: Final = 0.05
-"""The page mentions near copies if more than this share of the labelled photos are near copies."""
+"""The page mentions near copies if more than this share of labelled photos are near copies."""
 
 TRIED_BOUNDS: Final = [thousandth / 1000 for thousandth in range(1, 1000)]
 """Upper bounds on the error rate for ``lowest_shown_bound`` to try, ascending."""
@@ -65,7 +65,7 @@ NO_SIDECAR_TEXT: Final = (
 )
 
 LabelFiles = Mapping[Path, tuple[dict[str, str], dict[str, str]]]
-"""Maps every file of labels to two mappings: from photo names to labels, and to streams."""
+"""Maps every label file to two mappings: from photo names to labels, and to streams."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,17 @@ class TriageSummary:
     """The summary of a run for people.
 
     Attributes:
-        verdict: Text on how good the answers are according to the labels, and warnings; may be "".
-        answer: The kind of answers that are judged, with the reason.
-        counts: The number of accepted photos, of photos to review, and so on; and the number of
-            photos with a label.
+        verdict: Text on how good the answers are according to the labels, and warnings. May be "".
+        answer: The answer kind that is judged, with the reason.
+        counts: How many photos are accepted, to review, and so on, and how many photos have a
+            label.
         guarantee: The guarantee, or the labels missing for a guarantee.
-        forecast: How many photos could be accepted with more labels; "" if this is not known.
+        forecast: How many photos could be accepted with more labels, or "" if not known.
         likely: How many photos without a label are likely right, or why this is not known.
-        prompts: The templates of the prompts, and a warning if prompts read badly.
-        n_asked: Number of labels that are asked for.
-        no_request_reason: Why no label is asked for, and the next step; "" if labels are asked for.
-        sidecars: How many photos have a sidecar with their label, or why no photo has a sidecar; ""
+        prompts: The prompt templates, and a warning if prompts read badly.
+        n_asked: How many labels are asked for.
+        no_request_reason: Why no label is asked for, and the next step. "" if labels are asked for.
+        sidecars: How many photos have a sidecar with their label, or why no photo has a sidecar. ""
             if no sidecars were asked for.
     """
 
@@ -110,23 +110,23 @@ def triage_photos(
     xmp: bool = False,
     overwrite: bool = False,
 ) -> TriageSummary:
-    """Run a triage in a folder; a later run only processes new photos and labels.
+    """Run a triage in a folder. A later run only processes new photos and labels.
 
     Args:
-        settings: The settings of the triage.
-        output: The folder of the triage: new, empty, or of an earlier run. If settings have
+        settings: The triage settings.
+        output: The triage folder: new, empty, or from an earlier run. If settings have
             changed since, the labels stay (``carrying.carry_over``).
-        labels: Files of labels (``labels.read_labels``).
+        labels: Label files (``labels.read_labels``).
         sort: "link": also make sorted links to the photos. "move": also move the photos into sorted
             folders.
         xmp: Also write the accepted labels to XMP sidecars beside the photos.
-        overwrite: Begin anew, and remove the results and labels of earlier runs. Moved photos stay
-            where they are.
+        overwrite: Begin anew, and remove the results and labels from earlier runs. Moved photos
+            stay where they are.
 
     Raises:
         UsageError: If a setting is not allowed, if the seed differs from the earlier runs, or if
             answers in ``next_labels.csv`` would be lost because no run has read them.
-        DataError: If there is no photo, a label is no class, or a file of labels cannot be read.
+        DataError: If there is no photo, a label is no class, or a label file cannot be read.
         BusyError: If another process works in the folder.
         StorageError: If the file system refuses. A repeated run goes on where this run ended.
     """
@@ -173,7 +173,7 @@ def triage_photos(
 def _read_label_files(
     paths: Sequence[Path], settings: TriageSettings, former_classes: Collection[str]
 ) -> LabelFiles:
-    """Read files of labels. Labels of former classes are left out, with a warning.
+    """Read label files. Labels of former classes are left out, with a warning.
 
     Raises:
         DataError: If a label is no class, or if a file cannot be read.
@@ -192,7 +192,7 @@ def _read_label_files(
 def _write_accepted_labels(
     output: Path, answers: Sequence[Answer], settings: TriageSettings
 ) -> str:
-    """Write the accepted labels to sidecars; return a text for the summary."""
+    """Write the accepted labels to sidecars. Return a text for the summary."""
     # The photos are listed again because they may have been moved.
     photo_folder = list_folder(settings.photos, output, follow_links=settings.follow_links)
     labels = accepted_labels(output, photo_folder, answers, settings)
@@ -224,7 +224,7 @@ def check_settings(settings: TriageSettings) -> None:
 def _labels_by_path(
     files: LabelFiles, photo_folder: PhotoFolder
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Map the paths of photos to the labels of all files, and to the streams of these labels."""
+    """Map photo paths to the labels in all files, and to the streams of these labels."""
     labels_by_path: dict[str, str] = {}
     streams_by_path: dict[str, str] = {}
     for file, (labels, streams) in files.items():
@@ -240,16 +240,16 @@ def _require_no_lost_answers(output: Path, files: LabelFiles, paths: Collection[
     """Raise UsageError if answers in ``next_labels.csv`` would be lost.
 
     The run replaces this file. An answer would be lost if it is neither in the book nor in the
-    files of this run.
+    label files of this run.
 
     Args:
-        output: The folder of the triage.
-        files: The files of labels of this run.
-        paths: Paths of the photos with a label in these files.
+        output: The triage folder.
+        files: The label files of this run.
+        paths: Paths of photos with a label in these files.
     """
     if not (output / NEXT_LABELS_CSV).is_file():
         return
-    in_files = set(paths)  # paths of photos; the names of the photos in the files are added below
+    in_files = set(paths)  # photo paths. The photo names in the files are added below.
     for labels_by_name, _ in files.values():
         in_files |= labels_by_name.keys()
     in_book = {entry.path for entry in all_labels(output) if entry.label is not None}
@@ -270,9 +270,9 @@ def summary_of(
     verdict: str,
     sidecars: str,
 ) -> TriageSummary:
-    """The summary of a run for people.
+    """Make the summary of a run for people.
 
-    ``verdict`` and ``sidecars`` are the texts of these fields of the summary.
+    ``verdict`` and ``sidecars`` are the texts in the summary's fields with these names.
     """
     counts = count_answers(answers)
     new_photos = f" ({result.n_new:,} of them new)" if result.n_new else ""
@@ -291,7 +291,7 @@ def summary_of(
 
 
 def counts_in_words(counts: Mapping[str, int]) -> str:
-    """Text on the counts of ``count_answers``."""
+    """Write a text on the counts from ``count_answers``."""
     n = counts["unlabelled"]
     parts = [
         f"accepted {counts['accepted']:,} of {n:,} without a label",
@@ -304,7 +304,7 @@ def counts_in_words(counts: Mapping[str, int]) -> str:
 
 
 def likely_in_words(likely_right: LikelyRight | None, counts: Mapping[str, int]) -> str:
-    """How many photos without a label are likely right, or why there is no estimate."""
+    """Say how many photos without a label are likely right, or why there is no estimate."""
     no_estimate = "Which answers are likely right cannot be estimated"
     if likely_right is None:
         return f"{no_estimate}: the predictor was fitted before there was such an estimate."
@@ -328,7 +328,7 @@ def likely_in_words(likely_right: LikelyRight | None, counts: Mapping[str, int])
 
 
 def _verdict_text(result: TriageResult) -> str:
-    """Text on how good the answers are according to the labels, and warnings."""
+    """Write the verdict: how good the answers are according to the labels, and warnings."""
     labelled_answers = collect_labelled_answers(
         result.photos,
         result.outcomes,
@@ -341,7 +341,7 @@ def _verdict_text(result: TriageResult) -> str:
 
 
 def _prompts_text(settings: TriageSettings) -> str:
-    """The templates of the prompts, and a warning if prompts read badly."""
+    """Describe the prompt templates, with a warning if prompts read badly."""
     embedding = settings.embedding
     templates = TEMPLATES["default"] if embedding.templates is None else embedding.templates
     return describe_prompts(embedding.names, templates)
@@ -349,16 +349,16 @@ def _prompts_text(settings: TriageSettings) -> str:
 
 @dataclass(frozen=True)
 class ThresholdRow:
-    """A row of the table on the page: a threshold with the counted labels and the bound.
+    """A row in the page's table: a threshold with the counted labels and the bound.
 
     Attributes:
-        coverage: Share of the unlabelled photos that the threshold accepts.
+        coverage: Share of unlabelled photos that the threshold accepts.
         threshold: Largest accepted uncertainty.
-        n_accepted: Number of accepted photos with a counted label.
-        n_wrong: Number of these photos with a wrong answer.
-        risk_bound: Upper bound on the error rate from the labels, if only this threshold is tested;
+        n_accepted: How many accepted photos have a counted label.
+        n_wrong: How many accepted photos with a counted label have a wrong answer.
+        risk_bound: Upper bound on the error rate from the labels, if only this threshold is tested.
             None if the labels show no bound.
-        expected_risk: Mean probability of failure of the accepted photos without a label.
+        expected_risk: Mean failure probability of the accepted photos without a label.
         is_certified: Whether the guarantee in force covers this threshold.
     """
 
@@ -374,15 +374,15 @@ class ThresholdRow:
 def threshold_rows(
     uncertainty: Floats, progress: GuaranteeProgress | None, threshold_in_force: float | None
 ) -> list[ThresholdRow]:
-    """Make the rows of the table of the page.
+    """Make the rows for the table on the page.
 
-    The thresholds are spread over the grid of the test. Without a test the thresholds are the
+    The thresholds are spread over the test grid. Without a test the thresholds are the
     deciles of the uncertainties.
 
     Args:
         uncertainty: (N,) uncertainties of the photos without a label.
-        progress: Progress of the predictor's guarantee; None without a test.
-        threshold_in_force: Threshold of the guarantee in force; None without a guarantee.
+        progress: Progress of the predictor's guarantee, or None without a test.
+        threshold_in_force: Threshold of the guarantee in force, or None without a guarantee.
     """
     if not len(uncertainty):
         return []
@@ -400,9 +400,9 @@ def threshold_rows(
 def _rows_of_test(
     uncertainty: Floats, progress: GuaranteeProgress, threshold_in_force: float | None
 ) -> list[ThresholdRow]:
-    """Rows for thresholds spread over the grid of a test."""
+    """Make rows for thresholds spread over the grid of a test."""
     tests = progress.tests
-    # for every threshold of the grid: the counted labels, and the evidence of these labels
+    # for every threshold in the grid: the counted labels, and the evidence from these labels
     outcomes = progress.counted_outcomes
     n_wrong, n_accepted = tests.count_wrong_and_accepted(outcomes.uncertainty, outcomes.failure)
     evidence = log_evidence(n_wrong, n_accepted, tests.max_risk)
@@ -434,7 +434,7 @@ def _rows_of_test(
 
 
 def _spread_indices(n_thresholds: int) -> Ints:
-    """Indices of the shown thresholds, spread evenly over a grid of ``n_thresholds`` thresholds."""
+    """Return indices of the shown thresholds, spread evenly over a grid of ``n_thresholds``."""
     exact_indices = np.linspace(0, n_thresholds - 1, THRESHOLDS_SHOWN)
     rounded_indices = exact_indices.round()
     return np.unique(rounded_indices.astype(np.int64))  # a small grid has fewer thresholds
@@ -443,7 +443,7 @@ def _spread_indices(n_thresholds: int) -> Ints:
 def _row_without_labels(
     uncertainty: Floats, threshold: float, threshold_in_force: float | None
 ) -> ThresholdRow:
-    """The row of the table for a threshold without counted labels."""
+    """Make the table row for a threshold without counted labels."""
     coverage = float((uncertainty <= threshold).mean())
     expected_risk = _mean_up_to(uncertainty, threshold)
     return ThresholdRow(
@@ -458,19 +458,19 @@ def _row_without_labels(
 
 
 def _mean_up_to(uncertainty: Floats, threshold: float) -> float:
-    """Mean of the uncertainties up to a threshold; 0 if there are none."""
+    """Compute the mean of the uncertainties up to a threshold, or 0 if there are none."""
     uncertainty_up_to = uncertainty[uncertainty <= threshold]
     return float(uncertainty_up_to.mean()) if len(uncertainty_up_to) else 0.0
 
 
 def lowest_shown_bound(n_wrong: int, n_accepted: int, delta: float) -> float | None:
-    """The lowest of ``TRIED_BOUNDS`` shown by the labels at a threshold; None if no bound is shown.
+    """Return the lowest bound in ``TRIED_BOUNDS`` that the labels show, or None without a bound.
 
     The bound is valid after every label, at the level ``delta``.
 
     Args:
-        n_wrong: Number of wrong answers among the accepted answers.
-        n_accepted: Number of accepted answers with a label.
+        n_wrong: How many accepted answers with a label are wrong.
+        n_accepted: How many accepted answers have a label.
         delta: The level.
     """
     if not n_accepted:
@@ -486,7 +486,7 @@ def lowest_shown_bound(n_wrong: int, n_accepted: int, delta: float) -> float | N
 
 
 def _tested_threshold_rows(result: TriageResult) -> list[ThresholdRow]:
-    """The rows of the table for the tested predictor."""
+    """Make the table rows for the tested predictor."""
     uncertainty = _unlabelled_scores(result)
     threshold_in_force = None
     # The rule belongs to the present predictor. A candidate has no rule yet.
@@ -496,13 +496,13 @@ def _tested_threshold_rows(result: TriageResult) -> list[ThresholdRow]:
 
 
 def _unlabelled_scores(result: TriageResult) -> Floats:
-    """(M,) scores of the photos without a label by the tested predictor."""
+    """Return the tested predictor's scores (M,) for photos without a label."""
     scores = unlabelled_scores(result.photos, result.tested_outcomes, result.book.labels)
     return scores[np.isfinite(scores)]
 
 
 def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
-    """Text on the guarantee, or on the labels missing for a guarantee."""
+    """Write a text on the guarantee, or on the labels missing for a guarantee."""
     population = "the accepted"
     if settings.about == "folder":
         population = "the accepted photos of this folder that nobody has labelled"
@@ -530,7 +530,7 @@ def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
 def _folder_guarantee_in_words(
     rule: Rule, closed_photos: ClosedPhotos, settings: TriageSettings
 ) -> str:
-    """Text on the guarantee about the photos of the folder."""
+    """Write a text on the guarantee about the photos in the folder."""
     return (
         f"Guaranteed: of the {closed_photos} that are accepted and that nobody had labelled, at "
         f"most {percent(settings.max_risk, decimals=1)} are wrong, with "
@@ -541,7 +541,7 @@ def _folder_guarantee_in_words(
 
 
 def _lacking_in_words(progress: GuaranteeProgress) -> str:
-    """Text on the labels missing for a guarantee: missing answers to requests, or more labels."""
+    """Say what is missing for a guarantee: missing answers to requests, or more labels."""
     if len(progress.missing_rows):
         return (
             f"{len(progress.missing_rows):,} of the labels that were asked for are missing. Labels "
@@ -551,7 +551,7 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
     n_wrong, n_accepted = progress.tests.count_wrong_and_accepted(
         progress.counted_outcomes.uncertainty, progress.counted_outcomes.failure
     )
-    last_index = progress.tests.last_tested_index  # index of the laxest threshold of the test
+    last_index = progress.tests.last_tested_index  # index of the laxest tested threshold
     n_counted = int(n_accepted[last_index])
     n_wrong_counted = int(n_wrong[last_index])
     counted_labels = f"{n_wrong_counted} of {n_counted} labelled answers that count are wrong."
@@ -570,16 +570,16 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
 
 
 def _needed_labels_in_words(n_more_labels: int, n_counted: int) -> str:
-    """Clause on the number of needed labels; ``n_counted`` labels count so far."""
+    """Write a clause on how many labels are needed. ``n_counted`` labels count so far."""
     if not n_counted:
         return f"About {n_more_labels:,} labels are needed if every answer is right"
     return f"About {n_more_labels:,} more labels are needed at the present error rate"
 
 
 def _out_of_reach_in_words(progress: GuaranteeProgress, n_counted: int) -> str:
-    """Advice if no number of further labels would certify a threshold.
+    """Give advice if no number of further labels would certify a threshold.
 
-    ``n_counted`` is the number of counted labels so far.
+    ``n_counted`` labels count so far.
     """
     if not n_counted:
         return (
@@ -599,7 +599,7 @@ def _out_of_reach_in_words(progress: GuaranteeProgress, n_counted: int) -> str:
 
 
 def why_nothing_is_asked(result: TriageResult) -> str:
-    """Text on why no label is asked for, and on the next step."""
+    """Say why no label is asked for, and what the next step is."""
     nothing_left = (
         "No label is asked for: no photo is left from which a predictor or the guarantee could "
         "gain."
@@ -626,9 +626,9 @@ def why_nothing_is_asked(result: TriageResult) -> str:
 
 
 def scenes_in_words(result: TriageResult) -> str:
-    """Text on the guarantee for photos of new scenes, to append to the text on the guarantee.
+    """Write a text on the guarantee for new scenes, to append to the text on the guarantee.
 
-    For this text, the test is repeated with only the first photo of every scene. The text is "" if
+    For this text, the test is repeated with only the first photo in every scene. The text is "" if
     nothing is guaranteed, or if few labelled photos are near copies.
     """
     progress = result.progress
@@ -694,9 +694,9 @@ def write_page(
 
 
 def _sections(answers: Sequence[Answer], asked: Collection[str]) -> dict[str, list[Answer]]:
-    """Map the heading of every section to answers about photos for people to look at.
+    """Map every section heading to answers about photos for people to look at.
 
-    ``asked`` are the paths of the photos to label next.
+    ``asked`` has the paths of the photos to label next.
     """
     answers_by_doubt = sorted(answers, key=lambda answer: answer.uncertainty or 0.0, reverse=True)
     answers_to_label = [answer for answer in answers if answer.key in asked]

@@ -1,4 +1,4 @@
-"""The photos of a folder, each embedded once: new and changed photos get a new store."""
+"""A folder's photos, each embedded once: new and changed photos get a new store."""
 
 from __future__ import annotations
 
@@ -43,35 +43,35 @@ Bad photos never stop a run. The result names all bad photos.
 logger = logging.getLogger(__name__)
 
 FileVersion = tuple[int, int]
-"""Size in bytes and modification time in nanoseconds. A changed photo has another version."""
+"""Size in bytes and modification time in nanoseconds. If a photo changes, its version changes."""
 
 NO_VERSION: Final[FileVersion] = (-1, -1)
-"""Version of a file with an unreadable status; no real file has this version."""
+"""Version of a file with an unreadable status. No real file has this version."""
 
 
 def file_version(status: os.stat_result | OSError) -> FileVersion:
-    """Version of a listed file; ``NO_VERSION`` if the status could not be read."""
+    """Return a listed file's version, or ``NO_VERSION`` if the status could not be read."""
     if isinstance(status, OSError):
         return NO_VERSION
     return (status.st_size, status.st_mtime_ns)
 
 
 def file_versions(photos: Sequence[ListedPhoto]) -> dict[str, FileVersion]:
-    """Map the path of every listed photo to its version; paths are written as in tables."""
+    """Map the path of every listed photo to its version. Paths are written as in tables."""
     return {portable_name(path): file_version(status) for path, status in photos}
 
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """Settings of the embedding: the model, its classes and prompts, and the batches.
+    """Settings for the embedding: the model, its classes and prompts, and the batches.
 
     Attributes:
         backbone: The model.
-        names: Names of the classes.
-        templates: Prompts with ``{}`` for the name of a class; None for the default prompts.
+        names: Class names.
+        templates: Prompts with ``{}`` for the class name, or None for the default prompts.
         negatives: Negative words. They name no class.
-        batch_size: Number of photos in a batch.
-        workers: Number of threads to decode photos; None for one per core.
+        batch_size: Photo count per batch.
+        workers: How many threads decode photos. If None, one per core.
     """
 
     backbone: BackboneSpec
@@ -84,12 +84,12 @@ class EmbeddingSettings:
 
 @dataclass(frozen=True)
 class PhotoFolder:
-    """The listed photos of a folder, with the photos that were moved out of the folder.
+    """The listed photos in a folder, with the photos that were moved out of the folder.
 
     Attributes:
         root: The folder.
         listed_photos: Path and status of every photo.
-        moved_photos: Maps the path of each moved photo in the folder to the present location.
+        moved_photos: Maps each moved photo's path in the folder to the present location.
         follow_links: Whether links may lead anywhere, also to folders.
     """
 
@@ -100,11 +100,11 @@ class PhotoFolder:
 
     @cached_property
     def paths(self) -> list[str]:
-        """The paths of all photos, written as in tables (``portable_name``)."""
+        """Paths of all photos, written as in tables (``portable_name``)."""
         return [portable_name(path) for path, _ in self.listed_photos]
 
     def files_of(self, paths: Collection[str], names: Sequence[str] = ()) -> PhotoFiles:
-        """A data set of the photos with these paths and the class names ``names``."""
+        """Make a data set with these photos and the class names ``names``."""
         chosen_photos = []
         for path, status in self.listed_photos:
             if portable_name(path) in paths:
@@ -116,13 +116,13 @@ class PhotoFolder:
 
 @dataclass(frozen=True)
 class _StoredPhotos:
-    """The photos in the stores of a folder.
+    """The photos in a folder's stores.
 
     Attributes:
-        versions: Maps the path of every embedded or bad photo to the version of the photo.
+        versions: Maps the path of every embedded or bad photo to the photo's version.
         unreadable_paths: Paths of photos that could not be read, but may be readable now.
-        interrupted_store: Number of the store with an interrupted embedding; None if there is no
-            such store.
+        interrupted_store: Number of the store with an interrupted embedding, or None without such a
+            store.
     """
 
     versions: dict[str, FileVersion]
@@ -132,9 +132,9 @@ class _StoredPhotos:
 
 @dataclass
 class PhotoStores:
-    """The numbered stores of a folder of photos.
+    """The numbered stores for a photo folder.
 
-    Every store has a file with a list of its photos. The list is written before the store.
+    Every store has a file that lists its photos. The list is written before the store.
 
     Attributes:
         root: Folder that contains the stores and the lists.
@@ -143,24 +143,24 @@ class PhotoStores:
     root: Path
 
     def store_numbers(self) -> list[int]:
-        """Numbers of all stores, complete or not, ascending."""
+        """Return the numbers of all stores, complete or not, ascending."""
         return sorted(int(path.stem) for path in self.root.glob("*.parquet") if path.stem.isdigit())
 
     def _photo_list_file(self, number: int) -> Path:
-        """File with the list of the photos of a store."""
+        """Return the file that lists a store's photos."""
         return self.root / f"{number:03}.parquet"
 
     def store_folder(self, number: int) -> Path:
-        """Folder of a store."""
+        """Return the folder of a store."""
         return self.root / f"{number:03}"
 
     def is_complete(self, number: int) -> bool:
-        """Whether the embedding of a store was finished."""
+        """Return whether a store's embedding was finished."""
         manifest_file = self.store_folder(number) / MANIFEST_FILE
         return manifest_file.is_file()
 
     def listed_versions(self, number: int) -> dict[str, FileVersion]:
-        """Map the paths of the photos in the list of a store to the versions of the photos."""
+        """Map the paths in a store's photo list to the photos' versions."""
         list_file = self._photo_list_file(number)
         table, metadata = read_table(list_file, ())
         if metadata.get("kind") != "photos":
@@ -176,8 +176,8 @@ class PhotoStores:
     def embed_new_photos(self, photo_folder: PhotoFolder, settings: EmbeddingSettings) -> int:
         """Embed new photos, changed photos, and photos that are readable again.
 
-        An interrupted store is finished first. The result is the number of photos in the new store;
-        0 if no store was needed.
+        An interrupted store is finished first. Returns the photo count in the new store, or 0 if no
+        store was needed.
         """
         present_versions = file_versions(photo_folder.listed_photos)
         stored = self._read_stores(present_versions)
@@ -189,7 +189,7 @@ class PhotoStores:
             stored_versions |= resumed_versions
             unreadable_paths -= resumed_versions.keys()
         for path in self._readable_paths(photo_folder, unreadable_paths):
-            del stored_versions[path]  # so that the photo counts as new
+            del stored_versions[path]  # then the photo counts as new
         new_versions = {}
         for path, version in present_versions.items():
             if stored_versions.get(path) != version:
@@ -201,7 +201,7 @@ class PhotoStores:
         return len(new_versions)
 
     def _read_stores(self, present_versions: Mapping[str, FileVersion]) -> _StoredPhotos:
-        """Read all stores; remove an interrupted store if photos of this store have changed."""
+        """Read all stores. If photos in an interrupted store have changed, remove this store."""
         versions: dict[str, FileVersion] = {}
         unreadable_paths: set[str] = set()
         interrupted_store = None
@@ -226,8 +226,8 @@ class PhotoStores:
         return _StoredPhotos(versions, unreadable_paths, interrupted_store)
 
     def _unreadable_paths(self, number: int) -> set[str]:
-        """Paths of the photos of a store that could not be read, but may be readable now."""
-        kinds_to_retry = {"read_error"}  # kinds of faults
+        """Return paths of photos in a store that were unreadable, but may be readable now."""
+        kinds_to_retry = {"read_error"}  # fault kinds
         if find_spec("pillow_heif") is not None:
             kinds_to_retry.add(NEEDS_PILLOW_HEIF)
         folder = self.store_folder(number)
@@ -237,7 +237,7 @@ class PhotoStores:
 
     @staticmethod
     def _readable_paths(photo_folder: PhotoFolder, paths: Collection[str]) -> list[str]:
-        """The ``paths`` of photos that can be read now."""
+        """Return the ``paths`` of photos that can be read now."""
         files = photo_folder.files_of(paths)
         readable_paths = []
         for record in files.records(0, len(files)):
@@ -247,7 +247,7 @@ class PhotoStores:
         return readable_paths
 
     def _write_photo_list(self, number: int, versions: Mapping[str, FileVersion]) -> None:
-        """Write the list of the photos of a store. A store begins with this list."""
+        """Write the list of a store's photos. A store begins with this list."""
         make_folder(self.root)
         sizes = [size for size, _ in versions.values()]
         times = [time for _, time in versions.values()]
@@ -270,7 +270,7 @@ class PhotoStores:
         model = settings.backbone.load()
         complete_stores = [n for n in self.store_numbers() if self.is_complete(n)]
         if complete_stores:
-            # If the stores were of different models, every later run would fail. So the models are
+            # If two stores had different models, every later run would fail. So the models are
             # compared before the new store is written.
             folder = self.store_folder(complete_stores[0])
             store = EmbeddingStore(folder)
@@ -301,7 +301,7 @@ class PhotoStores:
         """Open the listed photos, each from the newest store with the present version."""
         present_versions = file_versions(listed_photos)
         numbers = self.store_numbers()
-        # maps the path of a photo to the number of the newest store with the present version
+        # maps a photo's path to the number of the newest store with the present version
         newest_store_number: dict[str, int] = {}
         for number in numbers:
             for path, version in self.listed_versions(number).items():
@@ -324,18 +324,18 @@ class PhotoStores:
 
 
 class Photos(EmbeddingSource):
-    """Chosen rows of several stores with the same model and classes, joined into one source.
+    """Rows chosen from several stores with the same model and classes, joined into one source.
 
     No row has a label until ``set_labels`` sets the labels.
 
     Args:
-        parts: Pairs of a store and the numbers of the chosen rows in this store.
+        parts: Pairs: a store, and the numbers of the chosen rows in this store.
         fault_of_path: Maps the path of a photo without an embedding to the reason.
 
     Attributes:
-        first_store: The first of the stores.
+        first_store: The first store.
         fault_of_path: Maps the path of a photo without an embedding to the reason.
-        pictures: (N,) digest of the picture of every row.
+        pictures: (N,) picture digest of every row.
     """
 
     def __init__(
@@ -349,7 +349,7 @@ class Photos(EmbeddingSource):
                 store.space, name=str(first_store.path), other_name=str(store.path)
             )
         self._parts = [(store, torch.from_numpy(rows)) for store, rows in parts]
-        # the number of the first row of every part, and at the end the number of all rows
+        # the first row number of every part, and at the end the number of all rows
         self._first_row_of_part = np.cumsum([0, *(len(rows) for _, rows in parts)])
         self.space = first_store.space
         self.text = first_store.text
@@ -365,18 +365,18 @@ class Photos(EmbeddingSource):
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
-        """(N,) status of every row in the store of the row: whether the row is usable."""
+        """(N,) status of every row in its store: whether the row is usable."""
         return np.concatenate([store.status[rows.numpy()] for store, rows in self._parts])
 
     @property
     def identified_by(self) -> tuple[IdentityKind, ...]:
-        """Kinds of identity to recognise rows, as in the stores."""
+        """Identity kinds to recognise rows, as in the stores."""
         return self.first_store.identified_by
 
     def identities(
         self, by: IdentityKind, rows: NDArray[np.int64] | None = None
     ) -> NDArray[np.uint64]:
-        """Identities of ``rows`` (M,) from the stores; of all rows (N,) if ``rows`` is None."""
+        """Return identities from the stores: of ``rows`` (M,), or of all N rows if None."""
         if rows is None:
             rows = np.arange(len(self))
         identities = np.empty(len(rows), np.uint64)
@@ -386,12 +386,12 @@ class Photos(EmbeddingSource):
 
     @property
     def pictures(self) -> list[bytes]:
-        """(N,) digest of the picture of every row."""
+        """(N,) picture digest of every row."""
         best_identity = self.identified_by[0]  # "pictures", unless the rows were imported
         return [value.tobytes() for value in self.identities(best_identity)]
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 embeddings of the rows ``index`` (B,), from the stores."""
+        """Return the embeddings (B, D) float32 for the rows ``index`` (B,), from the stores."""
         image = torch.empty(len(index), self.space.embed_dim, dtype=torch.float32)
         for store, positions, store_rows in self._split_by_store(index.numpy()):
             embeddings = store.image_rows(torch.from_numpy(store_rows))
@@ -399,7 +399,7 @@ class Photos(EmbeddingSource):
         return image
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """A column of the classes or of the model. All stores share these columns."""
+        """Return a column about the classes or the model. All stores share these columns."""
         return self.first_store.column(name, index)
 
     def _split_by_store(
@@ -407,8 +407,8 @@ class Photos(EmbeddingSource):
     ) -> Iterator[tuple[EmbeddingStore, NDArray[np.int64], NDArray[np.int64]]]:
         """Split ``rows`` (M,) by store.
 
-        For each store, yields the store, the positions of the rows of this store in ``rows``, and
-        the numbers of these rows in the store.
+        Yields for each store: the store, the positions in ``rows`` of this store's rows, and the
+        numbers of these rows in the store.
         """
         # A row belongs to the last part with a start at this row or before this row.
         part_of_row = np.searchsorted(self._first_row_of_part, rows, side="right") - 1
@@ -422,7 +422,7 @@ class Photos(EmbeddingSource):
         """Set the labels of all photos.
 
         Args:
-            labels: Maps paths to labels; photos without an entry get no label.
+            labels: Maps paths to labels. A photo without an entry gets no label.
             outside: Labels for "none of the classes".
         """
         candidate_of = self.candidates_by_name()
@@ -436,9 +436,9 @@ class Photos(EmbeddingSource):
                 self.target[row] = candidate_of[label]
 
     def candidates_by_name(self) -> dict[str, int]:
-        """Map class names to indices of candidates; classes with equal texts share a candidate."""
+        """Map class names to candidate indices. Classes with equal texts share a candidate."""
         names = self.first_store.manifest.names
         candidate_of_class = self.first_store.candidate_of
-        if candidate_of_class is None:  # every class is a candidate of its own
+        if candidate_of_class is None:  # every class is a separate candidate
             return {name: index for index, name in enumerate(names)}
         return {name: int(candidate_of_class[index]) for index, name in enumerate(names)}

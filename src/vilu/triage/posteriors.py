@@ -1,4 +1,4 @@
-"""Held-out posteriors of labelled rows: the predictor of a row was not fitted on the row."""
+"""Held-out posteriors for labelled rows: the predictor of a row was not fitted on the row."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from vilu.predictors.plus.vilu_plus import ViLUPlus
 from vilu.progress import track
 
 FOLDS: Final = 5
-"""Number of folds of the cross-fitting."""
+"""Number of folds for the cross-fitting."""
 
 logger = logging.getLogger(__name__)
 
 
 def cross_fitted_posterior(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> Floats:
-    """(M, K) posterior of the ``rows`` (M,), by predictors that were not fitted on these rows.
+    """Compute the posterior (M, K) for ``rows`` (M,), by predictors not fitted on these rows.
 
-    The predictor of a row was not fitted on the row or on near copies of the row.
+    A row's predictor was not fitted on the row, and not on near copies of the row.
     """
     fold_of_row = _folds(source, rows, seed)
     posterior = np.empty((len(rows), source.n_candidates))
@@ -43,7 +43,7 @@ def cross_fitted_posterior(source: EmbeddingSource, rows: NDArray[np.int64], see
 
 
 def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """(M,) fold of every row; near copies share a fold, because a copy would reveal the label."""
+    """Return each row's fold (M,). Near copies share a fold, because a copy reveals the label."""
     # ``first_copy`` is equal for near copies of one picture, and differs between pictures.
     first_copy = near_copy_groups(source, rows)
     _, picture = np.unique(first_copy, return_inverse=True)
@@ -67,7 +67,7 @@ def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArr
 def posterior_of(
     predictor: FailurePredictor, source: EmbeddingSource, rows: NDArray[np.int64]
 ) -> Floats:
-    """(M, K) posterior of the predictor, or the zero-shot posterior if the predictor has none."""
+    """Compute the predictor's posterior (M, K), or the zero-shot posterior if it has none."""
     row_index = torch.from_numpy(rows)
     batches = source.batches(SCORING_BATCH, rows=row_index, columns=predictor.columns_to_score)
     log_posterior_of = predictor.log_posterior if predictor.has_posterior else log_posterior

@@ -23,36 +23,36 @@ from vilu.triage.photos import EMBEDDINGS_FOLDER, Photos, PhotoStores
 from vilu.triage.state import DECISIONS_CSV, NEXT_LABELS_CSV, STATE_FILE, TriageState
 
 DEFAULT_STREAM: Final = "fit"
-"""Stream of a photo without a request. The label counts for no guarantee."""
+"""Stream for a photo without a request. The label counts for no guarantee."""
 
 DECISION_COLUMNS: Final = ("path", "decision", "answer", "failure_probability", "runner_up")
-"""Required columns of ``decisions.csv``."""
+"""Columns that ``decisions.csv`` must have."""
 
 NEXT_COLUMNS: Final = ("path", "stream")
-"""Required columns of ``next_labels.csv``."""
+"""Columns that ``next_labels.csv`` must have."""
 
 PhotoSelection = Literal["asked", "review", "all"]
-"""Selection of photos to look at (``open_review``)."""
+"""Which photos to look at (``open_review``)."""
 
 
 @dataclass(frozen=True)
 class ReviewTask:
     """One photo to look at.
 
-    The label of a photo of the calibration side may count for a guarantee later. People who see the
-    model's answer tend to agree with it. So such a photo is blind: the task does not contain the
+    A label for a calibration-side photo may count for a guarantee later. People who see the model's
+    answer tend to agree with it. So such a photo is blind: the task does not contain the model's
     answer.
 
     Attributes:
-        path: Path of the photo, as tables write it.
-        answer: The model's answer, as tables write it; None without an answer.
-        failure_probability: Probability of a wrong answer; None if the probability is not known.
-        quantile: Share of the photos that are no more doubtful than this photo; None if not known.
-        runner_up: The second most likely answer; None if not known.
-        zero_shot: The zero-shot answer; None if equal to ``answer``.
+        path: The photo's path, as tables write it.
+        answer: The model's answer, as tables write it, or None without an answer.
+        failure_probability: Probability that the answer is wrong, or None if not known.
+        quantile: Share of photos that are no more doubtful than this photo, or None if not known.
+        runner_up: The second most likely answer, or None if not known.
+        zero_shot: The zero-shot answer, or None if equal to ``answer``.
         stream: Why the label was asked for. If nobody asked for the label, the stream is "fit"
             (``DEFAULT_STREAM``). Then only fits may use the label.
-        decision: "accept" or "review"; "labelled" for a photo with a label in the triage.
+        decision: "accept" or "review". If the photo has a label in the triage, "labelled".
         is_blind: Whether the model's answer is not shown.
     """
 
@@ -67,7 +67,7 @@ class ReviewTask:
     is_blind: bool = False
 
     def without_answer(self) -> ReviewTask:
-        """The task without the model's answer."""
+        """Return the task without the model's answer."""
         return ReviewTask(
             path=self.path,
             answer=None,
@@ -79,18 +79,18 @@ class ReviewTask:
 
 @dataclass(frozen=True)
 class Review:
-    """Photos to look at, the names to choose from, and the location of the photos.
+    """Photos to look at, the names to choose from, and where the photos are.
 
     Attributes:
-        tasks: The photos, in the order of the review.
+        tasks: The photos, in review order.
         names: Class names as tables write them, then the labels for "none of the classes".
-        photos: Folder of the photos. The paths of the tasks are relative to this folder. None if
-            the folder is not known.
+        photos: The photo folder. The task paths are relative to this folder. None if the folder is
+            not known.
         model: Name of the model or method that gave the answers.
-        answer: Kind of the answers.
-        follow_links: Whether links in the folder of the photos may lead anywhere.
-        labels: Maps paths of photos to the labels so far, as tables write them.
-        scores: File of scores, for a review of rows; None for a triage.
+        answer: The answers' kind.
+        follow_links: Whether links in the photo folder may lead anywhere.
+        labels: Maps photo paths to the labels so far, as tables write them.
+        scores: Score file, for a review of rows. None for a triage.
     """
 
     tasks: list[ReviewTask]
@@ -104,17 +104,17 @@ class Review:
 
 
 def open_review(source: Path, selection: PhotoSelection = "asked", n: int | None = None) -> Review:
-    """Open the photos of a triage, or the rows of scores, for people to look at.
+    """Open the photos of a triage, or the rows in a score file, for people to look at.
 
-    Photos with an open request come first, in the order of the requests. Then come all other
-    photos, the most doubtful photo first. Rows of scores are ordered by falling uncertainty.
+    Photos with an open request come first, in request order. Then come all photos without a
+    request, the most doubtful photo first. Score rows are ordered by falling uncertainty.
 
     Args:
-        source: The folder of a triage, or a file of scores.
+        source: A triage folder, or a score file.
         selection: "asked": photos with an open request. "review": photos with the decision
             "review". "all": all photos. For scores, "asked" and "review" both mean all rows that
             are not accepted.
-        n: Maximum number of photos; None for all.
+        n: Maximum number of photos, or None for all.
 
     Raises:
         DataError: If the source is no triage and no scores, or if the scores do not name images and
@@ -128,7 +128,7 @@ def open_review(source: Path, selection: PhotoSelection = "asked", n: int | None
 
 
 def _review_of_triage(folder: Path, selection: PhotoSelection) -> Review:
-    """The review of a triage, from the tables in the folder."""
+    """Open a triage for review, from the tables in the folder."""
     state = read_document(folder / STATE_FILE, TriageState)
     calibration_paths = _calibration_side(folder, state)
     tasks = []
@@ -151,12 +151,11 @@ def _review_of_triage(folder: Path, selection: PhotoSelection) -> Review:
 
 
 def _tasks_in_order(folder: Path, selection: PhotoSelection) -> list[ReviewTask]:
-    """Put the tasks in order: first the photos with an open request, then all other photos.
+    """Put the tasks in order: first photos with an open request, then photos without a request.
 
-    The first group has the order of the requests. In the second group the most doubtful photo is
-    first.
+    The first group has request order. In the second group the most doubtful photo is first.
     """
-    streams = {}  # maps the paths of the requested photos to streams
+    streams = {}  # maps the requested photos' paths to streams
     for row in _read_table_of_triage(folder / NEXT_LABELS_CSV, NEXT_COLUMNS):
         streams[row["path"]] = row["stream"]
     tasks = []
@@ -177,7 +176,7 @@ def _tasks_in_order(folder: Path, selection: PhotoSelection) -> list[ReviewTask]
 
 
 def _calibration_side(folder: Path, state: TriageState) -> set[str]:
-    """Paths of the photos of the calibration side."""
+    """Return the paths of all calibration-side photos."""
     picture_of_path: dict[str, bytes] = {}
     stores = PhotoStores(folder / EMBEDDINGS_FOLDER)
     for number in stores.store_numbers():
@@ -195,14 +194,14 @@ def _calibration_side(folder: Path, state: TriageState) -> set[str]:
 
 
 def _names_to_choose_from(settings: Mapping[str, object]) -> tuple[str, ...]:
-    """The classes of a triage, then the labels for "none of the classes"."""
+    """Return the triage's classes, then the labels for "none of the classes"."""
     outside = [name for name in _list_setting(settings, "outside") if name != OUTSIDE_NAME]
     names = (*_list_setting(settings, "classes"), *outside, OUTSIDE_NAME)
     return tuple(portable_name(name) for name in names)
 
 
 def _list_setting(settings: Mapping[str, object], name: str) -> list[str]:
-    """The values of a list setting; [] if the setting is missing or is no list."""
+    """Return the values in a list setting, or [] if the setting is missing or is no list."""
     values = settings.get(name)
     return [str(value) for value in values] if isinstance(values, list) else []
 
@@ -232,7 +231,7 @@ def _read_table_of_triage(path: Path, required_columns: Sequence[str]) -> list[C
 
 
 def _is_probability(cell: str) -> bool:
-    """Whether a cell is empty or a number from 0 to 1."""
+    """Return whether a cell is empty or a number from 0 to 1."""
     if not cell:
         return True
     try:
@@ -242,16 +241,16 @@ def _is_probability(cell: str) -> bool:
 
 
 def _number(cell: str) -> float | None:
-    """The number in a cell; None if the cell is empty."""
+    """Return the number in a cell, or None if the cell is empty."""
     return float(cell) if cell else None
 
 
 def _is_selected(
     row: Mapping[str, str], streams: Mapping[str, str], selection: PhotoSelection
 ) -> bool:
-    """Whether ``selection`` includes this row of ``decisions.csv``.
+    """Return whether ``selection`` includes this row of ``decisions.csv``.
 
-    The keys of ``streams`` are the paths of the photos with an open request.
+    The keys of ``streams`` are the photo paths with an open request.
     """
     if selection == "asked":
         return row["path"] in streams
@@ -261,7 +260,7 @@ def _is_selected(
 
 
 def _task_of_row(row: Mapping[str, str], stream: str) -> ReviewTask:
-    """The task for a row of ``decisions.csv``; empty cells become None."""
+    """Make the task for a row of ``decisions.csv``. Empty cells become None."""
     zero_shot = row.get("zero_shot")
     if zero_shot in {"", row["answer"]}:
         zero_shot = None
@@ -279,7 +278,7 @@ def _task_of_row(row: Mapping[str, str], stream: str) -> ReviewTask:
 
 
 def _review_of_scores(path: Path, selection: PhotoSelection) -> Review:
-    """The review of a file of scores."""
+    """Open a score file for review."""
     outcomes = Outcomes.load(path)
     if outcomes.class_names is None or outcomes.prediction is None or outcomes.ids is None:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Writes tasks for labelling tools, and reads the labels of finished tasks.
+"""Writes tasks for labelling tools, and reads the labels in finished tasks.
 
 The tools define the formats:
 
@@ -35,25 +35,25 @@ CHOICE: Final = "label"
 """Name of the control in Label Studio to choose a label."""
 
 IMAGE: Final = "image"
-"""Name of the image in a task and in a labelling configuration of Label Studio."""
+"""Name of the image in a task and in Label Studio's labelling configuration."""
 
 MODEL_FIELD: Final = "vilu"
-"""Field of a FiftyOne sample with the model's answer."""
+"""Field in a FiftyOne sample with the model's answer."""
 
 TRUTH_FIELD: Final = "ground_truth"
-"""Field of a FiftyOne sample with a person's label."""
+"""Field in a FiftyOne sample with a person's label."""
 
 FIFTYONE_VERSION: Final = "1.9.0"
-"""FiftyOne version of the format of the files; newer versions convert older files."""
+"""FiftyOne version that the file format belongs to. Newer versions convert older files."""
 
 MAX_EXPORT_BYTES: Final = 256 * 2**20
-"""Maximum size of a file of finished tasks, in bytes."""
+"""Maximum size of a file with finished tasks, in bytes."""
 
 Tool = Literal["label-studio", "fiftyone", "csv"]
 """Names of the labelling tools."""
 
 LabelsAndStreams = tuple[dict[str, str], dict[str, str]]
-"""Two mappings from the paths of photos: to labels, and to known streams."""
+"""Two mappings from photo paths: to labels, and to known streams."""
 
 
 def write_review(review: Review, tool: Tool, output: Path, *, prefix: str = "") -> list[Path]:
@@ -62,12 +62,12 @@ def write_review(review: Review, tool: Tool, output: Path, *, prefix: str = "") 
     Args:
         review: Photos to look at.
         tool: The labelling tool.
-        output: The file, .json or .csv; for FiftyOne a folder.
-        prefix: For Label Studio: start of the address of every image, before the path of the photo.
+        output: The file, .json or .csv. For FiftyOne a folder.
+        prefix: For Label Studio: start of every image address, before the photo's path.
             An example is "/data/local-files/?d=photos/".
 
     Returns:
-        The paths of the written files.
+        The written paths.
     """
     if tool == "label-studio":
         return _write_label_studio(review, output, prefix)
@@ -77,7 +77,7 @@ def write_review(review: Review, tool: Tool, output: Path, *, prefix: str = "") 
 
 
 def _write_label_studio(review: Review, output: Path, prefix: str) -> list[Path]:
-    """Write the tasks, and a file with the labelling configuration; return both paths."""
+    """Write the tasks, and a file with the labelling configuration. Return both paths."""
     require_suffix(output, ".json")
     config = output.with_suffix(".xml")
     tasks = [_label_studio_task(task, review.model, prefix) for task in review.tasks]
@@ -89,7 +89,7 @@ def _write_label_studio(review: Review, output: Path, prefix: str) -> list[Path]
 
 
 def _label_studio_task(task: ReviewTask, model: str, prefix: str) -> dict[str, Any]:
-    """The task of one photo, with the answer of the model ``model`` as a prediction."""
+    """Make one photo's task, with the answer by ``model`` as a prediction."""
     path_bytes = os.fsencode(original_path(task.path))
     data = {
         IMAGE: prefix + quote(path_bytes),
@@ -113,7 +113,7 @@ def _label_studio_task(task: ReviewTask, model: str, prefix: str) -> dict[str, A
 
 
 def _confidence(task: ReviewTask) -> float | None:
-    """Probability that the answer is right; None if the probability is not known."""
+    """Return the probability that the answer is right, or None if it is not known."""
     return None if task.failure_probability is None else 1 - task.failure_probability
 
 
@@ -145,7 +145,7 @@ def _write_csv(review: Review, output: Path) -> list[Path]:
     return [output]
 
 
-# Maps a field to the type, the class of the embedded document (or None), and the database name.
+# Maps a field to the type, the embedded document's class (or None), and the database name.
 SAMPLE_FIELDS: Final = {
     "id": ("ObjectIdField", None, "_id"),
     "filepath": ("StringField", None, "filepath"),
@@ -158,11 +158,11 @@ SAMPLE_FIELDS: Final = {
     "zero_shot": ("StringField", None, "zero_shot"),
     "path": ("StringField", None, "path"),
 }
-"""Fields of a FiftyOne sample: first the required fields of FiftyOne, then the fields of vilu."""
+"""Fields of a FiftyOne sample: first FiftyOne's required fields, then vilu's fields."""
 
 
 def _write_fiftyone(review: Review, output: Path) -> list[Path]:
-    """Write the two files of a FiftyOne data set on disk; return the paths of these files."""
+    """Write the two files of a FiftyOne data set on disk. Return both paths."""
     make_folder(output)
     metadata = {
         "name": "vilu",
@@ -182,7 +182,7 @@ def _write_fiftyone(review: Review, output: Path) -> list[Path]:
 
 
 def _fiftyone_field(name: str) -> dict[str, object]:
-    """The description of a field in ``metadata.json``."""
+    """Describe a field as in ``metadata.json``."""
     kind, embedded_class, database_name = SAMPLE_FIELDS[name]
     return {
         "name": name,
@@ -194,7 +194,7 @@ def _fiftyone_field(name: str) -> dict[str, object]:
 
 
 def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
-    """The entry of one photo in ``samples.json``."""
+    """Make one photo's entry for ``samples.json``."""
     classification: dict[str, object] | None = None
     if task.answer is not None:
         classification = {
@@ -224,7 +224,7 @@ def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
 
 
 def _text_of_path(portable: str) -> str:
-    """The path of a file for JSON: the real path, or ``portable`` if UTF-8 cannot encode it."""
+    """Return a file path for JSON: the real path, or ``portable`` if UTF-8 cannot encode it."""
     path = original_path(portable)
     try:
         path.encode()
@@ -234,17 +234,17 @@ def _text_of_path(portable: str) -> str:
 
 
 def _object_id(text: str) -> dict[str, str]:
-    """An identifier in MongoDB's extended JSON; equal texts have equal identifiers."""
+    """Make an identifier in MongoDB's extended JSON. Equal texts have equal identifiers."""
     content = text.encode(errors="surrogatepass")
     return {"$oid": hashlib.blake2b(content, digest_size=12).hexdigest()}
 
 
 def read_finished_tasks(path: Path) -> LabelsAndStreams:
-    """Read the labels of finished tasks, and the streams of the labels.
+    """Read the labels in finished tasks, and the labels' streams.
 
-    ``path`` is the folder of a triage, an export of Label Studio, a FiftyOne data set on disk, or a
-    file of labels (``labels.read_labels``). A skipped task has the label "(skip)". Tasks without a
-    label are left out.
+    ``path`` is a triage folder, an export from Label Studio, a FiftyOne data set on disk, or a
+    file with labels (``labels.read_labels``). A skipped task has the label "(skip)". Tasks without
+    a label are left out.
 
     Raises:
         DataError: If the file has another format, or if a photo has two labels.
@@ -268,7 +268,7 @@ def read_finished_tasks(path: Path) -> LabelsAndStreams:
 
 
 def _read_json(path: Path) -> Any:  # noqa: ANN401 - any content
-    """The content of a JSON file; DataError if the file is too large, or no JSON."""
+    """Read a JSON file. Raises DataError if the file is too large, or no JSON."""
     with convert_os_errors(f"cannot read {path}"):
         if path.stat().st_size > MAX_EXPORT_BYTES:
             raise DataError(
@@ -282,7 +282,7 @@ def _read_json(path: Path) -> Any:  # noqa: ANN401 - any content
 
 
 def _labels_of_tasks(tasks: list[Any], source: Path) -> LabelsAndStreams:
-    """Labels and streams of Label Studio's tasks."""
+    """Return labels and streams from Label Studio's tasks."""
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
     for task in tasks:
@@ -299,8 +299,8 @@ def _labels_of_tasks(tasks: list[Any], source: Path) -> LabelsAndStreams:
 
 
 def _path_of_task(task: Mapping[str, Any], source: Path) -> str:
-    """The path of the photo of a task, or else the path in the address of the image."""
-    # An export as JSON-MIN has no "data". There the fields of the data are fields of the task.
+    """Return the photo path in a task, or else the path in the image address."""
+    # An export as JSON-MIN has no "data". There the data fields are fields of the task.
     data = task.get("data", task)
     path = data.get("path") if isinstance(data, dict) else None
     if path is None and isinstance(data, dict) and isinstance(data.get(IMAGE), str):
@@ -314,14 +314,14 @@ def _path_of_task(task: Mapping[str, Any], source: Path) -> str:
 
 
 def _label_of_task(task: Mapping[str, Any], path: str, source: Path) -> str | None:
-    """The label of a task; None without a label."""
+    """Return a task's label, or None without a label."""
     if "annotations" not in task:  # an export as JSON-MIN
         choice = task.get(CHOICE)
         return _only_choice(choice, path, source)
     annotations = [item for item in task["annotations"] if isinstance(item, dict)]
     if not annotations:
         return None
-    last = annotations[-1]  # a later annotation replaces the earlier ones
+    last = annotations[-1]  # a later annotation replaces the earlier annotations
     if last.get("was_cancelled"):  # the person skipped the task
         return SKIPPED
     choices = []
@@ -332,7 +332,7 @@ def _label_of_task(task: Mapping[str, Any], path: str, source: Path) -> str | No
 
 
 def _only_choice(choice: object, path: str, source: Path) -> str | None:
-    """The name in a choice; None if no name is chosen, DataError if several names are chosen."""
+    """Return a choice's name, or None without a name. Raises DataError if there are several."""
     if choice is None or choice == []:
         return None
     names = choice if isinstance(choice, list) else [choice]
@@ -347,7 +347,7 @@ def _labels_of_samples(
     content: Any,  # noqa: ANN401 - any content
     source: Path,
 ) -> LabelsAndStreams:
-    """Labels and streams of FiftyOne's samples."""
+    """Return labels and streams from FiftyOne's samples."""
     samples = content.get("samples") if isinstance(content, dict) else None
     if not isinstance(samples, list):
         raise DataError(f"{source} is no FiftyOne data set: samples.json holds no samples.")
@@ -357,7 +357,7 @@ def _labels_of_samples(
         truth = sample.get(TRUTH_FIELD) if isinstance(sample, dict) else None
         label = truth.get("label") if isinstance(truth, dict) else None
         if label is not None:
-            # Samples of another program have no field "path".
+            # Another program's samples have no field "path".
             path = str(sample.get("path") or sample.get("filepath"))
             add_label(labels, source, path, str(label))
             tags = sample.get("tags") or ()
@@ -366,7 +366,7 @@ def _labels_of_samples(
 
 
 def _stream_of_tags(tags: Sequence[object]) -> str:
-    """The first tag with the name of a stream; ``DEFAULT_STREAM`` if there is no such tag."""
+    """Return the first tag with a stream's name, or ``DEFAULT_STREAM`` without such a tag."""
     for tag in tags:
         if tag in STREAMS:
             return str(tag)

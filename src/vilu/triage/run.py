@@ -1,4 +1,4 @@
-"""The steps of a triage run: each step takes the state of the folder and returns the next state.
+"""The steps of a triage run: each step takes the folder's state and returns the next state.
 
 ``advance`` calls the steps in order. A step first writes its files, then writes the next state to
 ``triage.json``, then returns this state. Only the last step (``ask_for_labels``) writes the state
@@ -78,25 +78,25 @@ from vilu.triage.state import (
 from vilu.triage.trial import Trial, require_scores
 
 THRESHOLDS_PER_STEP: Final = 8
-"""Once all thresholds up to the limit are certified, the limit rises by so many thresholds."""
+"""Once all thresholds up to the limit are certified, the limit rises by this many thresholds."""
 
 CALIBRATION_INTERVAL: Final = 3
-"""With a guarantee and no candidate, every third photo to label is of the calibration side."""
+"""With a guarantee and no candidate, every third photo to label is on the calibration side."""
 
 CANDIDATE_COVERAGE_FACTOR: Final = 1.25
-"""The limit of a candidate includes at least so many times the photos accepted now."""
+"""A candidate's limit includes at least this many times the photos accepted now."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TriageRun:
-    """The input of the steps of one run.
+    """The input for the steps of one run.
 
     Attributes:
-        root: The folder of the triage.
-        settings: The settings of the run.
-        photos: The embedded photos, with the labels of the book.
+        root: The triage folder.
+        settings: The run's settings.
+        photos: The embedded photos, with the labels from the book.
         book: All labels that were asked for or given.
         split: The photos to fit on, and the photos for a guarantee.
     """
@@ -109,22 +109,22 @@ class TriageRun:
 
     @property
     def present_folder(self) -> Path:
-        """Folder of the present predictor. The present predictor decides about the photos."""
+        """The present predictor's folder. The present predictor decides about the photos."""
         return self.root / PREDICTOR_FOLDER
 
     @property
     def candidate_folder(self) -> Path:
-        """Folder of a candidate. While a candidate is tested, the present predictor decides."""
+        """The candidate's folder. While a candidate is tested, the present predictor decides."""
         return self.root / CANDIDATE_FOLDER
 
     def tested_folder(self, state: TriageState) -> Path:
-        """Folder of the tested predictor: the candidate, or else the present predictor."""
+        """Return the tested predictor's folder: the candidate, or else the present predictor."""
         return self.present_folder if state.candidate is None else self.candidate_folder
 
     def score(
         self, predictor: FailurePredictor, calibration: Calibration | None = None
     ) -> Outcomes:
-        """Score all photos with a predictor; a calibration adds decisions to the outcomes."""
+        """Score all photos with a predictor. A calibration adds decisions to the outcomes."""
         facts = {
             "method": predictor.label,
             "dataset": self.settings.photos.name,
@@ -146,15 +146,15 @@ class TriageResult:
 
     Attributes:
         photos: The embedded photos.
-        outcomes: Outcomes of all photos by the present predictor, with decisions.
+        outcomes: Outcomes for all photos by the present predictor, with decisions.
         predictor: The present predictor. Its decisions are in ``outcomes``.
-        answer: The kind of answers that the present predictor judges, with the reason.
-        likely_right: Estimate of the likely right answers of the present predictor; None if an
-            earlier version of vilu fitted this predictor.
-        rule: The guarantee of the present predictor; None if nothing is certified.
-        progress: Progress of the guarantee of the tested predictor; None if the tested predictor
-            needs no labels, or if there is no calibration photo.
-        tested_outcomes: Outcomes of all photos by the tested predictor.
+        answer: The answer kind that the present predictor judges, with the reason.
+        likely_right: Estimate for the present predictor: which answers are likely right. None if an
+            earlier vilu version fitted this predictor.
+        rule: The present predictor's guarantee, or None if nothing is certified.
+        progress: Progress of the tested predictor's guarantee. None if the tested predictor needs
+            no labels, or if there is no calibration photo.
+        tested_outcomes: Outcomes for all photos by the tested predictor.
         has_candidate: Whether the tested predictor is a candidate, not the present predictor.
         is_calibration: (N,) bool, True for photos that may count for a guarantee.
         is_first_of_scene: (M,) bool about the photos that count for the guarantee. False for near
@@ -162,9 +162,9 @@ class TriageResult:
             ``progress``.
         entries_to_label: Entries of the photos to label next.
         book: All labels that were asked for or given.
-        n_fit: Number of labels that the present predictor was fitted on.
+        n_fit: How many labels the present predictor was fitted on.
         forecast: How many photos could be accepted with more labels.
-        n_new: Number of photos embedded in this run.
+        n_new: How many photos were embedded in this run.
     """
 
     photos: Photos
@@ -197,11 +197,11 @@ def run_triage(
     """Run a triage once: embed new photos, note the labels, and take all steps (``advance``).
 
     Args:
-        root: The folder of the triage.
-        settings: The settings of the run.
+        root: The triage folder.
+        settings: The run's settings.
         photo_folder: The photos.
         labels: Maps paths to the labels given to this run.
-        streams: Maps paths to the streams of these labels, as named in the files of labels.
+        streams: Maps paths to the streams of these labels, as named in the label files.
         overwrite: Whether to begin anew, and remove earlier results.
     """
     state = begin_run(root, settings, overwrite=overwrite)
@@ -218,13 +218,13 @@ def run_triage(
 
 
 def _has_drawn(root: Path, state: TriageState) -> bool:
-    """Whether a label for a guarantee was ever asked for."""
+    """Return whether a label for a guarantee was ever asked for."""
     # Drawn photos may have left the book because their classes are gone. The state remembers them.
     return state.has_drawn or LabelBook.load(root / BOOK_FILE).has_drawn
 
 
 def begin_run(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
-    """Open the first state of a run, and carry the state over to the settings of the run.
+    """Open the first state of a run, and carry the state over to the run's settings.
 
     With ``overwrite``, earlier results are removed (``RESULT_FILES``).
     """
@@ -262,7 +262,7 @@ def note_labels(
     labels: Mapping[str, str],
     streams: Mapping[str, str],
 ) -> LabelBook:
-    """Add the new labels to the book; remove a guarantee if a label of the guarantee has changed.
+    """Add the new labels to the book. Remove a guarantee if any of its labels has changed.
 
     ``labels`` maps paths to the labels given to this run, and ``streams`` maps paths to the streams
     of these labels. ``paths`` are the paths of all photos.
@@ -289,7 +289,7 @@ def note_labels(
 
 
 def _paths_to_relabel(book: LabelBook, labels: Mapping[str, str]) -> set[str]:
-    """Paths of the photos for which ``labels`` changes a label of the book."""
+    """Return paths of photos for which ``labels`` changes a label in the book."""
     paths = set()
     for path, label in labels.items():
         entry = book.entries.get(path)
@@ -303,7 +303,7 @@ def _paths_to_relabel(book: LabelBook, labels: Mapping[str, str]) -> set[str]:
 def advance(
     root: Path, settings: TriageSettings, state: TriageState, photos: Photos, book: LabelBook
 ) -> tuple[TriageState, TriageResult]:
-    """Take all steps after the photos were embedded; return the next state and the result."""
+    """Take all steps after the photos were embedded. Return the next state and the result."""
     photos.set_labels(book.labels, settings.outside_labels)
     split = SPLIT_CLASSES[settings.about].of(photos, book, settings.seed)
     run = TriageRun(root, settings, photos, book, split)
@@ -325,11 +325,11 @@ def advance(
 
 
 def bind_to_pictures(state: TriageState, pictures: str | None, *, has_drawn: bool) -> TriageState:
-    """The state with the digest of the pictures under the guarantee.
+    """Return the state with the digest of the pictures under the guarantee.
 
     Args:
         state: The state before.
-        pictures: The digest; None if the guarantee is about new photos.
+        pictures: The digest, or None if the guarantee is about new photos.
         has_drawn: Whether photos were drawn already.
 
     Raises:
@@ -351,7 +351,7 @@ def _result(
     tested_outcomes: Outcomes,
     progress: GuaranteeProgress | None,
 ) -> TriageResult:
-    """The result of a run, from the state after all steps."""
+    """Make the result of a run, from the state after all steps."""
     predictor = load_predictor(run.present_folder)
     is_first_of_scene = None
     if progress is not None:
@@ -363,7 +363,7 @@ def _result(
         outcomes=outcomes,
         predictor=predictor,
         answer=state.answer,
-        likely_right=likely_with_drawn_labels(run, state, predictor, outcomes),
+        likely_right=likely_right_by_drawn_labels(run, state, predictor, outcomes),
         rule=rule_in_force(run.present_folder),
         progress=progress,
         tested_outcomes=tested_outcomes,
@@ -378,7 +378,7 @@ def _result(
 
 
 def _outcomes_with_decisions(run: TriageRun, predictor: FailurePredictor, n_fit: int) -> Outcomes:
-    """Outcomes of all photos by the present predictor. ``n_fit`` labels were used to fit it."""
+    """Compute the present predictor's outcomes for all photos. The fit used ``n_fit`` labels."""
     calibration = Calibration.find(run.present_folder)
     outcomes = run.score(predictor, calibration)
     # With these entries `vilu evaluate` and `vilu calibrate` know that the predictor was fitted on
@@ -387,24 +387,24 @@ def _outcomes_with_decisions(run: TriageRun, predictor: FailurePredictor, n_fit:
     return dataclasses.replace(outcomes, provenance={**outcomes.provenance, **entries})
 
 
-def likely_with_drawn_labels(
+def likely_right_by_drawn_labels(
     run: TriageRun, state: TriageState, predictor: FailurePredictor, outcomes: Outcomes
 ) -> LikelyRight | None:
-    """Update the estimate of the likely right answers with all labels of the draw.
+    """Update the estimate of the likely right answers with all labels in the draw.
 
-    The new estimate is saved in the folder of the present predictor.
+    The new estimate is saved in the present predictor's folder.
 
     Args:
         run: The run.
         state: The state after the test.
         predictor: The present predictor.
-        outcomes: Outcomes of all photos by the present predictor.
+        outcomes: The present predictor's outcomes for all photos.
     """
     likely_right = LikelyRight.find(run.present_folder)
     if likely_right is None or state.trial is None:
         return likely_right
     lacks_answers = len(likely_right.failure) != likely_right.n
-    if lacks_answers:  # an earlier version of vilu did not save the answers
+    if lacks_answers:  # an earlier vilu version did not save the answers
         return likely_right
     split = run.split.for_predictor(predictor, run.photos)
     rows = split.counted_rows(outcomes.uncertainty, state.trial.limit)
@@ -415,7 +415,7 @@ def likely_with_drawn_labels(
 
 
 def _number_of_fit_labels(run: TriageRun, state: TriageState, predictor: FailurePredictor) -> int:
-    """Number of labels that the present predictor was fitted on, or an upper bound."""
+    """Return how many labels the present predictor was fitted on, or an upper bound."""
     if state.trial is not None:
         return state.trial.n_fit
     # There is no trial if there is no calibration photo. Then only the upper bound is known.
@@ -423,7 +423,7 @@ def _number_of_fit_labels(run: TriageRun, state: TriageState, predictor: Failure
 
 
 def forecast_of(run: TriageRun, state: TriageState, tested_outcomes: Outcomes) -> Forecast:
-    """How many photos the tested predictor could accept with more labels."""
+    """Forecast how many photos the tested predictor could accept with more labels."""
     trial = state.tested_trial
     settings = run.settings
     n_photos_to_pick = len(run.split.rows_to_pick(run.photos, run.book))
@@ -444,10 +444,10 @@ def forecast_of(run: TriageRun, state: TriageState, tested_outcomes: Outcomes) -
 
 
 def test_before_a_fit(run: TriageRun, state: TriageState) -> TriageState:
-    """Test the tested predictor of the last run once more before a new predictor replaces it.
+    """Test the last run's tested predictor once more before a new predictor replaces it.
 
-    Labels of a draw and labels to fit on may come in the same run. The labels of the draw were
-    requested for the tested predictor. This test uses them before the predictor is replaced.
+    Draw labels and labels to fit on may come in the same run. The draw labels were requested for
+    the tested predictor. This test uses them before the predictor is replaced.
     """
     predictor_stays = fit_case_of(run, state).keeps_predictor
     tested_folder = run.tested_folder(state)
@@ -480,7 +480,7 @@ def test_predictor(
 
 
 def rule_in_force(folder: Path) -> Rule | None:
-    """The feasible rule of the predictor in a folder; None if there is no such rule."""
+    """Return the feasible rule of the predictor in a folder, or None without such a rule."""
     calibration = Calibration.find(folder)
     if calibration is None or calibration.rule is None:
         return None
@@ -489,11 +489,11 @@ def rule_in_force(folder: Path) -> Rule | None:
     return None
 
 
-# The first step: choose the predictor to test. The last step asks for the labels of the test.
+# The first step: choose the predictor to test. The last step asks for the test's labels.
 
 
 def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, FailurePredictor]:
-    """Load the tested predictor or fit a new one, as the ``FitCase`` of the run says."""
+    """Load the tested predictor or fit a new predictor, as the run's ``FitCase`` says."""
     case = fit_case_of(run, state)
     if case.keeps_predictor:
         tested_folder = run.tested_folder(state)
@@ -516,7 +516,7 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
 
 
 def fit_case_of(run: TriageRun, state: TriageState) -> FitCase:
-    """Whether the run fits a new predictor, and why."""
+    """Decide whether the run fits a new predictor, and why."""
     fit_rows = run.split.fit_rows
     method = choose_method(run.photos, fit_rows)
     predictor_file = run.tested_folder(state) / PREDICTOR
@@ -569,7 +569,7 @@ def _begin_trial(
 ) -> tuple[TriageState, FailurePredictor]:
     """Make a new predictor the candidate if its test is worth the labels.
 
-    ``scores`` (N,) are the uncertainties of all photos by the new predictor. Returns the next state
+    ``scores`` (N,) are the new predictor's uncertainties for all photos. Returns the next state
     and the tested predictor: the new predictor, or the predictor tested before.
     """
     n_labels = len(run.split.fit_rows)
@@ -590,13 +590,13 @@ def _begin_trial(
 def plan_trial(
     run: TriageRun, state: TriageState, scores: Floats, *, least_share: float = 0.0
 ) -> Trial:
-    """Plan the trial of a predictor.
+    """Plan a predictor's trial.
 
     Args:
         run: The run.
         state: The state before the trial.
-        scores: (N,) uncertainties of all photos by the predictor.
-        least_share: The limit includes at least this share of the calibration photos.
+        scores: (N,) the predictor's uncertainties for all photos.
+        least_share: The limit includes at least this share of calibration photos.
     """
     settings = run.settings
     usable_calibration_mask = run.split.usable_calibration_mask
@@ -615,7 +615,7 @@ def plan_trial(
 
 
 def share_accepted(run: TriageRun) -> float:
-    """Share of the calibration photos accepted by the guarantee in force."""
+    """Compute the share of calibration photos accepted by the guarantee in force."""
     usable_calibration_mask = run.split.usable_calibration_mask
     rule = rule_in_force(run.present_folder)
     if rule is None or rule.threshold is None or not usable_calibration_mask.any():
@@ -697,19 +697,19 @@ def write_certified_guarantee(
 def _replace_present_predictor(
     run: TriageRun, state: TriageState, candidate: FailurePredictor
 ) -> TriageState:
-    """Replace the present predictor by the candidate; return the next state."""
+    """Replace the present predictor by the candidate. Return the next state."""
     likely_right = LikelyRight.find(run.candidate_folder)
     state = _save_as_present(
         run,
         state,
         candidate,
-        # The field ``candidate`` of the state is the trial of the candidate (``tested_trial``). The
+        # The state's field ``candidate`` is the candidate's trial (``tested_trial``). The
         # field keeps this name because saved files (triage.json) contain the name.
         trial=state.candidate,
         answer=state.candidate_answer,
         likely_right=likely_right,
     )
-    # The old state refers to the folder of the candidate. So the new state is written before the
+    # The old state refers to the candidate's folder. So the new state is written before the
     # folder is removed.
     state = run.write(state)
     shutil.rmtree(run.candidate_folder)
@@ -722,7 +722,7 @@ def _write_guarantee(
     tested_outcomes: Outcomes,
     progress: GuaranteeProgress,
 ) -> None:
-    """Write the certified rule to the folder of the present predictor."""
+    """Write the certified rule to the present predictor's folder."""
     settings = run.settings
     all_progress = {ALL_ROWS_GROUP: progress}
     closed_photos = run.split.closed_photos(
@@ -741,7 +741,7 @@ def _write_guarantee(
 
 
 def _is_better(progress: GuaranteeProgress, rule: Rule | None) -> bool:
-    """Whether a rule from the progress replaces ``rule``, the rule in force.
+    """Return whether a rule from the progress replaces ``rule``, the rule in force.
 
     The rule in force stays certified, so it is only replaced by a rule that accepts more photos.
     """
@@ -758,13 +758,13 @@ def _is_better(progress: GuaranteeProgress, rule: Rule | None) -> bool:
 def ask_for_labels(
     run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress | None
 ) -> TriageState:
-    """Ask for the missing labels of the draw. If no label is missing, ask for new labels.
+    """Ask for the missing labels in the draw. If no label is missing, ask for new labels.
 
-    ``uncertainty`` (N,) are the uncertainties of all photos by the tested predictor.
+    ``uncertainty`` (N,) are the tested predictor's uncertainties for all photos.
     """
     predictor_file = run.tested_folder(state) / PREDICTOR
     description = read_description(predictor_file)
-    # The book names each predictor by the start of the digest of the weights.
+    # The book names each predictor by the start of the weights' digest.
     fingerprint = str(description["weights_sha256"])[:16]
     missing_rows = np.zeros(0, np.int64) if progress is None else progress.missing_rows
     missing_paths = _paths_of(run, missing_rows)
@@ -786,8 +786,8 @@ def ask_for_labels(
 def _ask_for_guarantee(run: TriageRun, fingerprint: str, rows: Ints) -> None:
     """Ask for the labels of calibration ``rows`` without an open request.
 
-    ``rows`` (M,) are in the random order. ``fingerprint`` is the fingerprint of the tested
-    predictor.
+    ``rows`` (M,) are in the random order. ``fingerprint`` is the tested predictor's
+    fingerprint.
     """
     if not len(rows):
         return
@@ -803,7 +803,7 @@ def _ask_for_guarantee(run: TriageRun, fingerprint: str, rows: Ints) -> None:
 def _draw_photos(
     run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress
 ) -> tuple[TriageState, Ints]:
-    """Draw the next calibration photos; return the state after the draw, and the drawn rows."""
+    """Draw the next calibration photos. Return the state after the draw, and the drawn rows."""
     no_rows: Ints = np.zeros(0, np.int64)
     trial = state.tested_trial
     if trial is None:
@@ -825,7 +825,7 @@ def _draw_photos(
 
 
 def is_ready_to_draw(run: TriageRun, trial: Trial) -> bool:
-    """Whether the run asks for calibration labels, for a predictor without a guarantee.
+    """Return whether the run asks for calibration labels, for a predictor without a guarantee.
 
     A guarantee must be likely, and there must be enough labels to fit on (``is_enough_to_fit``). If
     no photo is left to fit on, nothing is gained by waiting, so the result is True.
@@ -837,19 +837,19 @@ def is_ready_to_draw(run: TriageRun, trial: Trial) -> bool:
 
 
 def _paths_of(run: TriageRun, rows: Ints) -> list[str]:
-    """Paths of the photos in these rows (M,)."""
+    """Return the photo paths at these rows (M,)."""
     return [run.photos.ids[row] for row in rows.tolist()]
 
 
 def _withdraw_requests(run: TriageRun, fingerprint: str, missing_paths: list[str]) -> None:
-    """Withdraw requests for labels of earlier predictors.
+    """Withdraw label requests for earlier predictors.
 
-    Requests for labels of ``missing_paths`` always stay. If ``missing_paths`` is not empty and
-    nothing is guaranteed, all other requests are withdrawn.
+    Label requests for ``missing_paths`` always stay. If ``missing_paths`` is not empty and
+    nothing is guaranteed, all requests outside ``missing_paths`` are withdrawn.
 
     Args:
         run: The run.
-        fingerprint: Fingerprint of the tested predictor.
+        fingerprint: The tested predictor's fingerprint.
         missing_paths: Paths of the photos with a missing label in the draw.
     """
     only_missing = bool(missing_paths) and rule_in_force(run.present_folder) is None
@@ -870,19 +870,19 @@ def n_to_draw(
     is_ready_to_draw: bool,
     can_be_certified: bool,
 ) -> int:
-    """How many of the next ``n`` labels are of the calibration side.
+    """Return how many of the next ``n`` labels are on the calibration side.
 
-    - If a candidate is tested: all labels.
+    - If a candidate is tested: all labels, if a guarantee is possible, or else none.
     - If there is a guarantee: every third label.
     - If the run is ready to draw, and a guarantee is possible: all labels.
     - Otherwise: none.
 
     Args:
-        state: State of the triage.
-        n: Number of labels to ask for.
+        state: The triage's state.
+        n: How many labels to ask for.
         is_guaranteed: Whether a guarantee is in force.
         is_ready_to_draw: Whether the run asks for calibration labels (``is_ready_to_draw``).
-        can_be_certified: Whether some number of further calibration labels would certify a
+        can_be_certified: Whether a certain number of further calibration labels would certify a
             threshold.
     """
     if state.candidate is not None:
@@ -893,9 +893,9 @@ def n_to_draw(
 
 
 def trial_with_raised_limit(trial: Trial, progress: GuaranteeProgress, scores: Floats) -> Trial:
-    """The trial, with a higher limit if the present limit is certified.
+    """Return the trial, with a higher limit if the present limit is certified.
 
-    ``scores`` (M,) are the uncertainties of the calibration photos.
+    ``scores`` (M,) are the calibration photos' uncertainties.
     """
     if progress.certified_index != progress.tests.last_tested_index:
         return trial
@@ -905,8 +905,8 @@ def trial_with_raised_limit(trial: Trial, progress: GuaranteeProgress, scores: F
 def _ask_to_fit(run: TriageRun, fingerprint: str, uncertainty: Floats, n: int) -> None:
     """Ask for ``n`` labels to fit on.
 
-    ``uncertainty`` (N,) are the uncertainties of all photos by the tested predictor.
-    ``fingerprint`` is the fingerprint of this predictor.
+    ``uncertainty`` (N,) are the tested predictor's uncertainties for all photos.
+    ``fingerprint`` is the tested predictor's fingerprint.
     """
     if n <= 0:
         return

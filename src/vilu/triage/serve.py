@@ -1,6 +1,6 @@
 """A web page for one person to label photos with the keyboard.
 
-While an answer is saved, the page already shows the next photo. The order of the answers is kept.
+While an answer is saved, the page already shows the next photo. The answers' order is kept.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ LOOPBACK: Final = "127.0.0.1"
 """Address for access from this machine only."""
 
 LONGEST_SIDE: Final = 1600
-"""Length of the longest side of a photo on the page, in pixels, if the photo is not smaller."""
+"""Length of a photo's longest side on the page, in pixels, if the photo is not smaller."""
 
 MAX_BODY_BYTES: Final = 10_000
-"""Maximum length of the body of an answer, in bytes."""
+"""Maximum body length of an answer, in bytes."""
 
 
 @dataclass
 class ReviewSession:
-    """The photos to label, the answers so far, and the file of the answers.
+    """The photos to label, the answers so far, and the answer file.
 
     Args:
-        review: Photos to look at; the folder of the photos must be known.
+        review: Photos to look at. The photo folder must be known.
         output: CSV of labels. If the file exists, the labels in it are read first.
 
     Attributes:
-        labels: Maps the paths of photos to labels.
-        streams: Maps the paths of photos to streams, as in the file at the start.
+        labels: Maps photo paths to labels.
+        streams: Maps photo paths to streams, as in the file at the start.
         labelled_before: Paths with a label in the file at the start. The streams of these labels
             are kept.
-        last_content: Content of the file when this session last read or wrote the file; None if
+        last_content: The file's content when this session last read or wrote the file, or None if
             there was no file.
         lock: Held while an answer is saved.
-        allowed_folders: Reads files of the folder of photos only.
+        allowed_folders: Reads files in the photo folder only.
 
     Raises:
-        UsageError: If there is no photo to look at, or the folder of the photos is not known.
-        DataError: If the file of labels is damaged, or if all its labels are of other photos.
+        UsageError: If there is no photo to look at, or the photo folder is not known.
+        DataError: If the label file is damaged, or if none of its labels is about these photos.
     """
 
     review: Review
@@ -98,8 +98,8 @@ class ReviewSession:
         """Set the label of a photo, and save all labels.
 
         Args:
-            index: Number of the photo.
-            label: The label; None removes the label of the photo.
+            index: The photo's number.
+            label: The label. None removes the photo's label.
 
         Raises:
             DataError: If there is no photo with this number, or if the label is no known name.
@@ -122,7 +122,7 @@ class ReviewSession:
             self.labels = labels
 
     def _save(self, labels: dict[str, str]) -> None:
-        """Write the labels; BusyError if another program has changed the file."""
+        """Write the labels. Raises BusyError if another program has changed the file."""
         # If the file was removed meanwhile (None), the file is written again.
         if self._content_on_disk() not in {None, self.last_content}:
             raise BusyError(
@@ -141,12 +141,12 @@ class ReviewSession:
         self.last_content = content
 
     def _content_on_disk(self) -> bytes | None:
-        """Present content of the file; None if there is no file."""
+        """Return the file's present content, or None if there is no file."""
         with convert_os_errors(f"cannot read {self.output}"):
             return self.output.read_bytes() if self.output.exists() else None
 
     def webp_photo(self, index: int) -> bytes:
-        """A photo as WebP. The photo is decoded with the protection against hostile files.
+        """Encode a photo as WebP. The photo is decoded with the protection against hostile files.
 
         Raises:
             BadImage: If the file cannot be decoded as a picture.
@@ -160,7 +160,7 @@ class ReviewSession:
         return content.getvalue()
 
     def page_data(self) -> dict[str, Any]:
-        """The data of the page for JSON: the names to choose from, and the photos."""
+        """Return the page's data for JSON: the names to choose from, and the photos."""
         tasks = []
         for task in self.review.tasks:
             facts = {
@@ -184,14 +184,14 @@ class ReviewSession:
         }
 
     def _names_by_use(self) -> list[str]:
-        """Names of the labels so far, the most frequent name first."""
-        # The triage may have read the file of answers already, but each photo counts once.
+        """Return the label names so far, the most frequent name first."""
+        # The triage may have read the answer file already, but each photo counts once.
         labels = {**self.review.labels, **self.labels}
         counts = Counter(labels.values())
         return [name for name, _ in counts.most_common() if name in self.review.names]
 
     def next_command(self) -> str:
-        """Phrase that names the next command for the file of labels."""
+        """Return a phrase that names the next command for the label file."""
         if self.review.scores is None:
             return f"the same `vilu triage` command with --labels {quote(str(self.output))}"
         scores = str(self.review.scores)
@@ -206,8 +206,8 @@ def serve_page(
 
     Args:
         session: The photos and the answers.
-        port: The port; 0 for a free port.
-        on_ready: Called with the address of the page. The address includes a secret key.
+        port: The port, or 0 for a free port.
+        on_ready: Called with the page's address. The address includes a secret key.
 
     Raises:
         UsageError: If the port is taken.
@@ -232,7 +232,7 @@ def serve_page(
 
 
 class PageServer(ThreadingHTTPServer):
-    """A server with a thread for each connection; the threads end with the command."""
+    """A server with a thread for each connection. The threads end with the command."""
 
     daemon_threads = True
 
@@ -243,10 +243,10 @@ class PageServer(ThreadingHTTPServer):
 
 
 class PageHandler(BaseHTTPRequestHandler):
-    """Handles the requests of the page.
+    """Handles the page's requests.
 
     A request is refused if it has no secret key, if it names this machine by another host name, or
-    if it comes from a page of another site.
+    if it comes from another site's page.
 
     Attributes:
         page_session: The photos and the answers.
@@ -259,7 +259,7 @@ class PageHandler(BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self) -> None:
-        """Send the page, the data of the tasks, or a photo."""
+        """Send the page, the task data, or a photo."""
         if not self._is_allowed():
             return
         # The paths are /, /tasks and /photo/NUMBER.
@@ -279,7 +279,7 @@ class PageHandler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
 
     def do_POST(self) -> None:
-        """Take an answer such as {"index": 3, "label": "cat"}; the label null removes the label."""
+        """Take an answer such as {"index": 3, "label": "cat"}. The label null removes the label."""
         if not self._is_allowed():
             return
         length = self.headers.get("Content-Length", "")
@@ -304,7 +304,7 @@ class PageHandler(BaseHTTPRequestHandler):
         self._send(HTTPStatus.OK, b"{}", "application/json")
 
     def _is_allowed(self) -> bool:
-        """Whether a request is allowed. A refused request gets an error as response."""
+        """Return whether a request is allowed. A refused request gets an error as response."""
         address = urlsplit(self.path)
         query = parse_qs(address.query)
         key, *_ = query.get("key", [""])  # the first key if there are several
@@ -315,7 +315,7 @@ class PageHandler(BaseHTTPRequestHandler):
         if host not in {f"{LOOPBACK}:{port}", f"localhost:{port}"}:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this page is for this machine alone")
             return False
-        # The page of another port on this machine counts as another site, too.
+        # A page on another port of this machine counts as another site, too.
         if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
             self._refuse(HTTPStatus.FORBIDDEN, "a page of another site may not use this page")
             return False
@@ -364,4 +364,4 @@ class PageHandler(BaseHTTPRequestHandler):
         self._send(status, content, "application/problem+json")
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Log nothing, because the terminal shows only the messages of the command."""
+        """Log nothing, because the terminal shows only the command's messages."""

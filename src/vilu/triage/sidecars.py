@@ -14,16 +14,16 @@ from vilu.text import plural
 from vilu.triage.xmp import ADDITION_BEGIN, add_subject, new_xmp, read_xmp, remove_added_subject
 
 SIDECAR_SUFFIX: Final = ".xmp"
-"""End of the name of a sidecar, after the whole name of the photo."""
+"""End of a sidecar's name, after the photo's whole name."""
 
 MAX_SIDECAR_BYTES: Final = 2**24
-"""Maximum size of a sidecar in bytes; larger sidecars are not read."""
+"""Maximum sidecar size in bytes. Larger sidecars are not read."""
 
 logger = logging.getLogger(__name__)
 
 
 def sidecar_of(photo: Path) -> Path:
-    """Path of the sidecar of a photo."""
+    """Return the sidecar path of a photo."""
     return photo.with_name(f"{photo.name}{SIDECAR_SUFFIX}")
 
 
@@ -31,10 +31,10 @@ def write_sidecars(labels: Mapping[Path, str | None]) -> int:
     """Write labels as ``dc:subject`` to PHOTO.xmp in the folder of each photo.
 
     - Photos are never changed.
-    - A sidecar of another program keeps all its bytes; the label is added to the subjects in the
+    - A sidecar by another program keeps all its bytes. The label is added to the subjects in the
       sidecar. If the place for the label is not clear, the sidecar is not changed, and a warning
       gives the reason.
-    - If the label of a photo is None, a label from an earlier run is removed.
+    - If a photo's label is None, a label from an earlier run is removed.
 
     Args:
         labels: Maps photos to labels.
@@ -59,10 +59,10 @@ def write_sidecars(labels: Mapping[Path, str | None]) -> int:
 
 
 def _update_sidecar(sidecar: Path, label: str | None) -> None:
-    """Write a label into a sidecar; if the label is None, remove the label of an earlier run.
+    """Write a label into a sidecar. If the label is None, remove an earlier run's label.
 
     Raises:
-        DataError: If the label cannot be written safely; the message is the reason.
+        DataError: If the label cannot be written safely. The message is the reason.
     """
     if sidecar.is_symlink() or (sidecar.exists() and not sidecar.is_file()):
         if label is not None:
@@ -88,7 +88,7 @@ def _update_sidecar(sidecar: Path, label: str | None) -> None:
 
 
 def _new_content(old_content: bytes, label: str | None) -> bytes | None:
-    """The content of a sidecar with the new label; None if the sidecar is to be removed."""
+    """Return a sidecar's content with the new label, or None if the sidecar is to be removed."""
     if _is_written_by_vilu(old_content):
         return None if label is None else new_xmp(label)
     if label is None and ADDITION_BEGIN.encode() not in old_content:
@@ -98,7 +98,7 @@ def _new_content(old_content: bytes, label: str | None) -> bytes | None:
 
 
 def _is_written_by_vilu(content: bytes) -> bool:
-    """Whether ``new_xmp`` wrote a sidecar, and no other program has changed the sidecar."""
+    """Return whether ``new_xmp`` wrote a sidecar, and no other program has changed the sidecar."""
     try:
         subjects = read_xmp(content).subjects
         return len(subjects) == 1 and content == new_xmp(subjects[0])
@@ -107,7 +107,7 @@ def _is_written_by_vilu(content: bytes) -> bool:
 
 
 def _warn_of_refusals(refusals: Mapping[Path, str]) -> None:
-    """Warn about unchanged sidecars, with the first of these sidecars and the reason."""
+    """Warn about unchanged sidecars: name the first unchanged sidecar, and the reason."""
     if refusals:
         first, reason = next(iter(refusals.items()))
         logger.warning(

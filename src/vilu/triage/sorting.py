@@ -1,4 +1,4 @@
-"""Lists the photos of a folder, also moved photos, and sorts photos by decision."""
+"""Lists a folder's photos, also moved photos, and sorts photos by decision."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from vilu.triage.sidecars import SIDECAR_SUFFIX, sidecar_of
 from vilu.triage.state import MOVED_TABLE, SORTED_FOLDER, TriageSettings
 
 REPLACED_CHARACTERS: Final = re.compile(r"[^\w .()+-]")
-"""Characters to replace by "_" in the name of a folder."""
+"""Characters to replace by "_" in a folder name."""
 
 MAX_NAME_BYTES: Final = 255 - len(SIDECAR_SUFFIX)
-"""Maximum length of the file name of a photo in bytes, with room for the suffix of a sidecar."""
+"""Maximum length of a photo's file name in bytes, with room for the suffix of a sidecar."""
 
 HASH_DIGITS: Final = 16
-"""Number of hexadecimal digits of the hash in front of a name (``hashed_name``)."""
+"""How many hexadecimal digits the hash in front of a name has (``hashed_name``)."""
 
 
 def list_folder(photos: Path, root: Path, *, follow_links: bool = False) -> PhotoFolder:
     """List the photos in ``photos``, and the photos moved into ``root`` by earlier runs.
 
     Args:
-        photos: The folder of photos.
-        root: The folder of the triage. If this folder is inside ``photos``, its files are left out.
+        photos: The photo folder.
+        root: The triage folder. If this folder is inside ``photos``, its files are left out.
         follow_links: Whether links may lead anywhere, also to folders.
 
     Raises:
-        DataError: If there is no photo, or if a new photo has the name of a moved photo.
+        DataError: If there is no photo, or if a new photo has a moved photo's name.
     """
     moved = moved_photos(root)
     n_required = 0 if moved else 1  # the folder may be empty if all photos were moved
@@ -66,7 +66,7 @@ def list_folder(photos: Path, root: Path, *, follow_links: bool = False) -> Phot
 def _without_output(
     listed_photos: list[ListedPhoto], photos: Path, root: Path
 ) -> list[ListedPhoto]:
-    """The listed photos outside the triage folder ``root``."""
+    """Return the listed photos outside the triage folder ``root``."""
     if not root.is_relative_to(photos):
         return listed_photos
     start = f"{root.relative_to(photos).as_posix()}/"
@@ -74,7 +74,7 @@ def _without_output(
 
 
 def moved_photos(root: Path) -> dict[str, Path]:
-    """Map the path of every moved photo, in the folder of photos, to the present location.
+    """Map every moved photo's path, in the photo folder, to the present location.
 
     Moved photos are left out if they were deleted since or replaced by a link.
     """
@@ -99,18 +99,18 @@ def sort_photos(
 ) -> None:
     """Sort photos into ``sorted/accepted/CLASS``, ``sorted/outside`` and ``sorted/review``.
 
-    - The new path of a photo is saved before the photo is moved. So if this run is killed in
+    - A photo's new path is saved before the photo is moved. So if this run is killed in
       between, later runs still find the photo.
-    - No file is overwritten. If the new path of a photo is taken, the photo is not moved.
+    - No file is overwritten. If the new path is taken, the photo is not moved.
     - All links in ``sorted`` are removed at the beginning. No other file is removed.
     - A photo is not moved if the photo is a link, or is reached by a link to a folder.
-    - The XMP sidecar of a photo is moved with the photo, unless the sidecar is a link.
+    - A photo's XMP sidecar is moved with the photo, unless the sidecar is a link.
 
     Args:
-        root: The folder of the triage.
+        root: The triage folder.
         photo_folder: The photos.
         answers: The answers about the photos.
-        settings: The settings of the triage.
+        settings: The triage settings.
         action: "link": make links to the photos. "move": move the photos.
     """
     sorted_folder = root / SORTED_FOLDER
@@ -168,7 +168,7 @@ def _present_locations(photo_folder: PhotoFolder) -> dict[str, Path]:
 def _new_locations(
     sorted_folder: Path, answers: Sequence[Answer], settings: TriageSettings
 ) -> dict[str, Path]:
-    """Map the path of every photo to its new path below ``sorted_folder``."""
+    """Map every photo's path to its new path below ``sorted_folder``."""
     n_photos_with_name = Counter(flat_name(answer.key) for answer in answers)
     targets = {}
     for answer in answers:
@@ -180,7 +180,7 @@ def _new_locations(
 
 
 def folder_of(answer: Answer, outside_labels: Collection[str]) -> str:
-    """The folder below ``sorted`` for the photo of an answer."""
+    """Return the folder below ``sorted`` for an answer's photo."""
     if answer.reason == OUTSIDE_REASON or answer.label in outside_labels:
         return "outside"
     if answer.decision in {ACCEPT, LABELLED} and answer.label is not None:
@@ -190,7 +190,7 @@ def folder_of(answer: Answer, outside_labels: Collection[str]) -> str:
 
 
 def flat_name(path: str) -> str:
-    """File name of a photo in a flat folder: the path with "__" in place of "/"."""
+    """Return a photo's file name in a flat folder: the path with "__" in place of "/"."""
     name = path.replace("/", "__")
     if len(name.encode()) <= MAX_NAME_BYTES:
         return name
@@ -198,7 +198,7 @@ def flat_name(path: str) -> str:
 
 
 def hashed_name(path: str) -> str:
-    """A hash of the path of a photo, then the flat name. The start of a long flat name is cut off.
+    """Return a hash of a photo's path, then the flat name. A long flat name loses its start.
 
     Without the hash, ``a/b.jpg`` and ``a__b.jpg`` would have the same name. Two long paths with the
     same end would also have the same name.
@@ -210,12 +210,12 @@ def hashed_name(path: str) -> str:
 
 
 def _is_behind_link(photo: Path, *folders: Path) -> bool:
-    """Whether a photo is a link, or is reached by a link to a place outside the ``folders``."""
+    """Return whether a photo is a link, or is reached by a link out of the ``folders``."""
     return photo.is_symlink() or not lies_inside(photo, *folders)
 
 
 def lies_inside(photo: Path, *folders: Path) -> bool:
-    """Whether the real folder of a photo is in ``folders``, or below a folder in ``folders``."""
+    """Return whether a photo's real folder is in ``folders``, or below a folder in ``folders``."""
     real_folder = Path(os.path.realpath(photo.parent))
     return any(real_folder.is_relative_to(folder.resolve()) for folder in folders)
 
@@ -228,9 +228,9 @@ def _remove_links(sorted_folder: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make a relative link at ``target`` to the real file of ``source``."""
+    """Make a relative link at ``target`` to the real file behind ``source``."""
     make_folder(target.parent)
-    # Path.resolve raises an error for a link to itself; os.path.realpath does not.
+    # Path.resolve raises an error for a link to itself. os.path.realpath does not.
     real_file = os.path.realpath(source)
     real_folder = target.parent.resolve()
     relative_path = os.path.relpath(real_file, real_folder)
@@ -245,16 +245,16 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _copy(source: str | Path, target: str | Path) -> None:
-    """Copy a photo with the file times to another disk; a killed process leaves no partial file."""
+    """Copy a photo with its file times to another disk. A killed process leaves no partial file."""
     with atomic_write(target) as copy:
-        photo = Path(source)
-        copy.write(photo.read_bytes())
+        content = Path(source).read_bytes()
+        copy.write(content)
         copy.flush()
         shutil.copystat(source, copy.name)
 
 
 def _write_moves(root: Path, moves: Sequence[tuple[str, Path]]) -> None:
-    """Write the table of moved photos; ``moves`` are pairs of a path and a new location."""
+    """Write the table of moved photos. ``moves`` are pairs: a path, and a new location."""
     paths = []
     targets = []
     for path, target in moves:

@@ -1,4 +1,4 @@
-"""Settings and state of a triage, and names of the files in the folder of a triage."""
+"""A triage's settings and state, and the file names in the triage folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vilu.triage.labels import SKIPPED
 from vilu.triage.photos import EMBEDDINGS_FOLDER, EmbeddingSettings
 from vilu.triage.trial import Trial
 
-# Names of files and folders in the folder of a triage.
+# Names of files and folders in the triage folder.
 STATE_FILE: Final = "triage.json"
 BOOK_FILE: Final = "labels.parquet"
 FORMER_BOOK_FILE: Final = "former_labels.parquet"
@@ -46,7 +46,7 @@ RESULT_FILES: Final = (
 
 
 GuaranteePopulation = Literal["new", "folder"]
-"""A guarantee is about "new" photos, drawn like these photos, or about those of the "folder"."""
+"""A guarantee is about "new" photos, drawn like these photos, or about those in the "folder"."""
 
 FIXED_SETTING_REASON: Final = (
     "It decides which photos are fitted on and which a guarantee rests on, so it stays."
@@ -59,7 +59,7 @@ BEGIN_ANEW_ADVICE: Final = (
 """Advice if a setting must not change."""
 
 NO_ANSWER_CHOICE = AnswerChoice(answer="zero_shot", reason="no other answers were chosen")
-"""The choice of answers before the first fit, and of a candidate while there is no candidate."""
+"""The answer choice before the first fit, and for a candidate while there is no candidate."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,16 @@ class TriageSettings:
     """Settings of a triage.
 
     Attributes:
-        photos: The folder of photos.
+        photos: The photo folder.
         embedding: Model, classes, prompts and negative words.
         outside: Labels for "none of the classes", besides "(outside)".
         max_risk: Largest error rate among accepted answers, in (0, 1).
-        confidence: Confidence of the guarantee of ``max_risk``, in (0, 1).
-        n_next: Number of labels to ask for at a time.
-        seed: Seed of the split, of the fits and of the choice of photos to label.
-        answer: Kind of the judged answers; None to let vilu choose with every fit.
+        confidence: Confidence of the guarantee for ``max_risk``, in (0, 1).
+        n_next: How many labels to ask for at a time.
+        seed: Seed for the split, the fits and the choice of photos to label.
+        answer: Kind of the judged answers. If None, vilu chooses with every fit.
         follow_links: Whether links in the folder may lead anywhere, also to folders.
-        about: The photos of the guarantee: "new" or "folder".
+        about: Which photos the guarantee is about: "new" or "folder".
     """
 
     photos: Path
@@ -97,7 +97,7 @@ class TriageSettings:
 
     @property
     def known_labels(self) -> set[str]:
-        """All allowed labels of a photo."""
+        """All labels that a photo may have."""
         return {*self.embedding.names, *self.outside_labels, SKIPPED}
 
     @property
@@ -126,25 +126,25 @@ class TriageSettings:
 
 
 class TriageState(Document):
-    """The file ``triage.json``: the settings, and facts about the predictors of a triage.
+    """The file ``triage.json``: the settings, and facts about the triage's predictors.
 
     Attributes:
-        settings: Settings of the last run (``TriageSettings.recorded_settings``).
-        photos: The folder of photos in the last run.
+        settings: Settings in the last run (``TriageSettings.recorded_settings``).
+        photos: The photo folder in the last run.
         follow_links: Whether links in this folder were followed in the last run.
-        method: Method of the present predictor; empty before the first fit.
-        answer: The kind of answers that the present predictor judges, with the reason.
-        trial: Test of the present predictor; None before the first test, or if the predictor needs
+        method: Method of the present predictor. Empty before the first fit.
+        answer: The answer kind that the present predictor judges, with the reason.
+        trial: Test of the present predictor. None before the first test, or if the predictor needs
             no labels.
-        candidate: Test of the candidate; None if there is no candidate.
-        candidate_answer: The kind of answers that the candidate judges, with the reason.
+        candidate: Test of the candidate, or None without a candidate.
+        candidate_answer: The answer kind that the candidate judges, with the reason.
         n_tested: Number of predictors so far, counted once the test had enough labels to certify
             something. Predictors under earlier settings of the folder count, too.
-        n_fit_of_last_candidate: Number of labels that the last candidate was fitted on, whether it
+        n_fit_of_last_candidate: How many labels the last candidate was fitted on, whether it
             was tested or not.
         has_drawn: Whether a label for a guarantee was ever asked for.
-        pictures: Digest of all pictures of the folder for a guarantee about the folder, else None.
-        guarantee: Text of the guarantee in force; "" if nothing is guaranteed.
+        pictures: Digest of all pictures in the folder for a guarantee about the folder, else None.
+        guarantee: Text of the guarantee in force, or "" if nothing is guaranteed.
     """
 
     remedy = (
@@ -169,17 +169,17 @@ class TriageState(Document):
 
     @property
     def tested_trial(self) -> Trial | None:
-        """The trial of the candidate, or of the present predictor if there is no candidate."""
+        """The candidate's trial, or the present predictor's trial if there is no candidate."""
         return self.trial if self.candidate is None else self.candidate
 
     def with_trial(self, trial: Trial) -> TriageState:
-        """The state with ``trial`` in place of the trial of the tested predictor."""
+        """Return the state with ``trial`` in place of the tested predictor's trial."""
         if self.candidate is None:
             return self.model_copy(update={"trial": trial})
         return self.model_copy(update={"candidate": trial})
 
     def with_settings(self, settings: TriageSettings) -> TriageState:
-        """The state for other settings, without a predictor.
+        """Return a state for other settings, without a predictor.
 
         ``n_tested`` stays. So all tests together, under all settings, stay within the level.
         """
@@ -192,7 +192,7 @@ class TriageState(Document):
 
 
 def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False) -> TriageState:
-    """Read the state of a folder, with the settings of the last run, or make a new state.
+    """Read a folder's state, with the settings in the last run, or make a new state.
 
     Raises:
         UsageError: If the folder holds a triage with another seed or ``about``, or other files.
@@ -214,13 +214,13 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
 def _require_same_split(
     root: Path, recorded_settings: Mapping[str, object], settings: TriageSettings
 ) -> None:
-    """Raise UsageError if a setting of the split has changed."""
+    """Raise UsageError if a setting has changed that decides the split."""
     if recorded_settings.get("seed") != settings.seed:
         raise UsageError(
             f"{root} was begun with the seed {recorded_settings.get('seed')}, now {settings.seed}. "
             f"{FIXED_SETTING_REASON} {BEGIN_ANEW_ADVICE}"
         )
-    # states of earlier versions do not have "about"
+    # states by earlier versions do not have "about"
     recorded_about = recorded_settings.get("about", "new")
     if recorded_about != settings.about:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Labels of the rows of a store, from the store and from tables filled in by people."""
+"""Labels for store rows, from the store and from tables filled in by people."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from vilu.triage.photos import Photos
 
 
 def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, LabelBook]:
-    """Label the rows of a store by the labels in the store and by tables.
+    """Label the rows in a store by the store's labels and by tables.
 
     Args:
         store: The rows.
-        files: Tables from ``vilu next``, or other files of labels (``labels.read_labels``).
+        files: Tables from ``vilu next``, or other label files (``labels.read_labels``).
 
     Returns:
-        The labelled rows of the store, and the book of these labels.
+        The labelled store rows, and the book of these labels.
 
     Raises:
-        DataError: If a table names no row of the store, or a label is no class.
+        DataError: If a table names no row in the store, or a label is no class.
     """
     all_rows = np.arange(len(store))
     photos = Photos([(store, all_rows)], fault_of_path={})
@@ -48,7 +48,7 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
             _add_entries(book, entries)
         else:
             _add_labels(book, file, photos.ids, store.path)
-    # An error about a label names the first file of labels, or else the store.
+    # An error about a label names the first label file, or else the store.
     source = files[0] if files else store.path
     classes = tuple(photos.candidates_by_name())
     labels = names_of_labels(book.labels, classes, (OUTSIDE_NAME,), source)
@@ -58,7 +58,7 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
 
 
 def _own_labels(store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
-    """Map the paths of the rows to the labels in the store."""
+    """Map the row paths to the labels in the store."""
     names = store.class_names
     if names is None:
         names = tuple(str(index) for index in range(store.n_candidates))
@@ -70,7 +70,7 @@ def _own_labels(store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
 
 
 def read_next_table(path: Path, keys: Collection[str]) -> dict[str, Entry]:
-    """Map the paths in a table from ``vilu next`` to entries; {} for other files of labels.
+    """Map the paths in a table from ``vilu next`` to entries. {} for other label files.
 
     Only rows with a path in ``keys`` are read.
     """
@@ -92,7 +92,7 @@ def read_next_table(path: Path, keys: Collection[str]) -> dict[str, Entry]:
 
 
 def _add_entries(book: LabelBook, entries: dict[str, Entry]) -> None:
-    """Add entries to the book; an entry without a label gets the earlier label in the book."""
+    """Add entries to the book. An entry without a label gets the earlier label in the book."""
     for path, entry in entries.items():
         earlier_entry = book.entries.get(path)
         if entry.label is None and earlier_entry is not None:
@@ -102,9 +102,9 @@ def _add_entries(book: LabelBook, entries: dict[str, Entry]) -> None:
 
 
 def _add_labels(book: LabelBook, file: Path, paths: Sequence[str], root: Path) -> None:
-    """Add the labels of a file to the book. The file is no table from ``vilu next``.
+    """Add the labels in a file to the book. The file is no table from ``vilu next``.
 
-    ``paths`` are the paths of all rows, and ``root`` is the folder of the store.
+    ``paths`` are the paths of all rows, and ``root`` is the store's folder.
     """
     labels, streams = read_labels(file)
     path_of_name = match_photos(labels, paths, root, file)
@@ -118,7 +118,7 @@ def _add_labels(book: LabelBook, file: Path, paths: Sequence[str], root: Path) -
 
 
 def labelled_rows(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
-    """The rows with a label. Skipped rows are left out.
+    """Return the rows with a label. Skipped rows are left out.
 
     Raises:
         DataError: In the cases of ``label_store``, or if no row has a label.
@@ -128,7 +128,7 @@ def labelled_rows(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSour
 
 
 def rows_to_fit_on(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
-    """The labelled rows, without the rows drawn by ``vilu next`` for a guarantee.
+    """Return the labelled rows, without the rows drawn by ``vilu next`` for a guarantee.
 
     Raises:
         DataError: In the cases of ``label_store``, or if no row is left.
@@ -146,7 +146,7 @@ def rows_to_fit_on(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSou
 
 
 def _take_labelled(photos: Photos, wanted_paths: Collection[str]) -> EmbeddingSource:
-    """The rows with a path in ``wanted_paths``; DataError if there is no such row."""
+    """Return the rows with a path in ``wanted_paths``. Raises DataError without such a row."""
     rows = [row for row, path in enumerate(photos.ids) if path in wanted_paths]
     if not rows:
         raise DataError(
@@ -157,7 +157,7 @@ def _take_labelled(photos: Photos, wanted_paths: Collection[str]) -> EmbeddingSo
 
 
 def rows_picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
-    """The labelled rows picked at random.
+    """Return the labelled rows picked at random.
 
     Skipped rows, and rows chosen to fit on, are left out.
 
@@ -192,7 +192,7 @@ def rows_picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> Embed
 
 
 def all_rows_with_random_labels(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
-    """All rows of a store, with labels for some rows, for statements about all rows.
+    """Return all rows in a store, with labels for some rows, for statements about all rows.
 
     Raises:
         UsageError: If labelled rows were chosen by score, not at random.

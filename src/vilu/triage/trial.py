@@ -1,4 +1,4 @@
-"""The plan of a predictor's test, fixed before any look at the labels of the test."""
+"""The plan for a predictor's test, fixed before any look at the test's labels."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from vilu.text import plural
 from vilu.triage.choose import choose_limit
 
 N_WRONG_PLANNED_FOR: Final = 2
-"""The planned number of labels certifies the limit even with so many wrong answers.
+"""The planned label count certifies the limit even with this many wrong answers.
 
-At 5 % risk the planned number is about 200. So about 1 % of the answers up to the limit may be
+At 5 % risk the planned count is about 200. So about 1 % of the answers up to the limit may be
 wrong.
 """
 
 NAMES_SHOWN: Final = 5
-"""An error names at most this number of photos without a score."""
+"""An error names at most this many photos without a score."""
 
 
 class Trial(FrozenModel):
-    """The plan of a predictor's test: the thresholds, and the limit of the counted labels.
+    """The plan for a predictor's test: the thresholds, and the limit for the counted labels.
 
     Attributes:
-        n_fit: Number of labels that the predictor was fitted on.
+        n_fit: How many labels the predictor was fitted on.
         grid: The thresholds, ascending.
         limit: Only labels of photos with an uncertainty up to this limit count.
         likely: Whether a guarantee up to the limit is expected, by the predictor's probabilities.
-        share: Share of the calibration photos up to the limit.
-        level: Level of the test; 0 until the predictor has enough labels to be certified.
+        share: Share of calibration photos up to the limit.
+        level: Level of the test, or 0 until the predictor has enough labels to be certified.
     """
 
     n_fit: int = Field(ge=0)
@@ -64,12 +64,12 @@ class Trial(FrozenModel):
         """Plan a trial from scores alone.
 
         Args:
-            n_fit: Number of labels that the predictor was fitted on.
+            n_fit: How many labels the predictor was fitted on.
             scores: (M,) uncertainties of the calibration photos, all finite (``require_scores``).
-            n_answered: Number of calibration photos with a label. The limit is chosen for a larger
+            n_answered: How many calibration photos have a label. The limit is chosen for a larger
                 number, because more labels will come.
             max_risk: Largest allowed error rate.
-            delta: Level of the test.
+            delta: Level for the test.
             least_share: The limit includes at least this share of the photos.
         """
         level = level_of_limit(delta)
@@ -91,7 +91,7 @@ class Trial(FrozenModel):
     def with_raised_limit(self, n_thresholds: int, scores: Floats) -> Self:
         """Raise the limit by ``n_thresholds`` thresholds, but not beyond the grid.
 
-        ``scores`` (M,) are the uncertainties of the calibration photos.
+        ``scores`` (M,) are the calibration photos' uncertainties.
         """
         index_of_limit = int(np.searchsorted(self.grid, self.limit, side="right")) - 1
         last_index = len(self.grid) - 1
@@ -101,7 +101,7 @@ class Trial(FrozenModel):
 
 
 def share_up_to(limit: float, scores: Floats) -> float:
-    """Share of the scores (M,) up to a limit."""
+    """Compute the share of scores (M,) up to a limit."""
     return float((scores <= limit).mean())
 
 
@@ -109,8 +109,8 @@ def require_scores(scores: Floats, rows: Ints, names: Sequence[str]) -> None:
     """Raise DataError if a test could draw a photo without a score.
 
     Args:
-        scores: (N,) uncertainties of all photos; NaN for a photo without a score.
-        rows: (M,) rows of the photos that the test may draw.
+        scores: (N,) uncertainties of all photos. NaN for a photo without a score.
+        rows: (M,) rows that the test may draw.
         names: N paths or identifiers, for the error.
     """
     rows_without_score = rows[np.isnan(scores[rows])]
@@ -125,6 +125,6 @@ def require_scores(scores: Floats, rows: Ints, names: Sequence[str]) -> None:
 
 
 def level_of_limit(delta: float) -> float:
-    """The part of the level ``delta`` for the planned limit alone."""
+    """Return the part of the level ``delta`` for the planned limit alone."""
     _, share = SEQUENCE_STARTS[-1]
     return share * delta

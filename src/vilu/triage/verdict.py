@@ -1,10 +1,10 @@
-"""The verdict of the labels on the answers. The summary of a run begins with this verdict.
+"""The labels' verdict on the answers. The summary of a run begins with this verdict.
 
 Each answer is judged by labels that the predictor was not fitted on. So adapted answers about
 labelled photos come from two sources:
 
-- Photos of the calibration side: the answers of the present predictor.
-- Photos of the fit side: the cross-fitted answers. Only the number of wrong answers is known. This
+- Photos on the calibration side: the present predictor's answers.
+- Photos on the fit side: the cross-fitted answers. Only the number of wrong answers is known. This
   number is saved with the predictor (``LikelyRight``).
 """
 
@@ -32,10 +32,10 @@ MIN_SHARE_FOR_WARNING: Final = 0.9
 """There is a warning if at least this share of the answers is the same class."""
 
 MIN_ANSWERS_FOR_WARNING: Final = 20
-"""Smallest number of answers for this warning."""
+"""Smallest answer count for this warning."""
 
 ANSWER_KIND_NAMES: Final[dict[AnswerKind, str]] = {"zero_shot": "zero-shot", "adapted": "adapted"}
-"""Maps kinds of answers to names in texts."""
+"""Maps answer kinds to names in texts."""
 
 MAX_CONFUSIONS_SHOWN: Final = 3
 """Maximum number of confusions in a verdict."""
@@ -43,17 +43,17 @@ MAX_CONFUSIONS_SHOWN: Final = 3
 
 @dataclass(frozen=True)
 class LabelledAnswers:
-    """Labels of M photos, and answers of predictors that were not fitted on these labels.
+    """Labels for M photos, and answers by predictors that were not fitted on these labels.
 
-    All kinds of answers are judged by the same labels: the labels of photos with an answer of every
+    All answer kinds are judged by the same labels: the labels of photos with an answer of every
     kind, and the labels that judge cross-fitted answers.
 
     Attributes:
-        label: (M,) indices of classes; ``OUTSIDE`` for none of the classes.
-        answers: Maps kinds of answers to (M,) indices of classes; -1 without an answer. There are
-            adapted answers only about photos of the calibration side.
-        n_cross_fitted: Number of labels that judge cross-fitted answers.
-        cross_fitted_wrong: Maps kinds of answers to the number of wrong cross-fitted answers.
+        label: (M,) class indices. ``OUTSIDE`` means none of the classes.
+        answers: Maps answer kinds to (M,) class indices. -1 without an answer. Adapted answers
+            exist only about photos on the calibration side.
+        n_cross_fitted: How many labels judge cross-fitted answers.
+        cross_fitted_wrong: Maps answer kinds to the number of wrong cross-fitted answers.
     """
 
     label: Ints
@@ -75,13 +75,13 @@ class LabelledAnswers:
         return int(self.has_every_answer.sum()) + self.n_cross_fitted
 
     def share_right(self, kind: AnswerKind) -> float:
-        """Share of right answers of this kind, among the judged answers."""
+        """Compute the share of right answers among the judged answers, for an answer kind."""
         is_right = (self.answers[kind] == self.label) & self.has_every_answer
         n_right_cross_fitted = self.n_cross_fitted - self.cross_fitted_wrong.get(kind, 0)
         return (int(is_right.sum()) + n_right_cross_fitted) / self.n_labels_for_verdict
 
     def most_frequent_label(self) -> tuple[int, float]:
-        """The most frequent label, with the share among all labels; -1 and 0 without labels."""
+        """Return the most frequent label and its share in all labels. -1 and 0 without labels."""
         counts = Counter(self.label.tolist())
         if not counts:
             return UNKNOWN, 0.0
@@ -89,7 +89,7 @@ class LabelledAnswers:
         return index, n / len(self.label)
 
     def confusions(self, kind: AnswerKind) -> list[tuple[int, int, int]]:
-        """The most frequent confusions, each as (label, wrong answer, how often)."""
+        """Return the most frequent confusions, each as (label, wrong answer, how often)."""
         is_wrong = (self.answers[kind] != self.label) & (self.answers[kind] != UNKNOWN)
         labels = self.label[is_wrong].tolist()
         wrong_answers = self.answers[kind][is_wrong].tolist()
@@ -111,11 +111,11 @@ def collect_labelled_answers(
 
     Args:
         photos: The photos, with labels.
-        outcomes: Outcomes of all photos by the present predictor.
+        outcomes: The present predictor's outcomes for all photos.
         predictor: The present predictor.
-        is_calibration: (N,) bool, True for photos of the calibration side.
-        likely_right: The estimate saved with the predictor, with the numbers of all cross-fitted
-            answers and of wrong cross-fitted answers.
+        is_calibration: (N,) bool, True for photos on the calibration side.
+        likely_right: The estimate saved with the predictor: the number of all cross-fitted
+            answers, and the number of wrong cross-fitted answers.
     """
     label = np.where(photos.outside.numpy(), OUTSIDE, photos.target.numpy())
     usable = photos.usable_rows.numpy()
@@ -145,7 +145,7 @@ def collect_labelled_answers(
 def _adapted_answers(
     photos: Photos, predictor: FailurePredictor, rows: Ints, is_calibration_row: NDArray[np.bool_]
 ) -> Ints:
-    """(M,) adapted answers about rows of the calibration side; -1 for all other rows."""
+    """Return adapted answers (M,) about calibration-side rows, and -1 for fit-side rows."""
     answers = np.full(len(rows), UNKNOWN)
     posterior = posterior_of(predictor, photos, rows[is_calibration_row])
     answers[is_calibration_row] = posterior.argmax(axis=1)
@@ -155,11 +155,11 @@ def _adapted_answers(
 def verdict_in_words(
     labelled_answers: LabelledAnswers, outcomes: Outcomes, *, has_doubtful: bool
 ) -> str:
-    """The verdict as a text; "" if there is no label and nothing to warn of.
+    """Return the verdict as a text, or "" if there is no label and nothing to warn about.
 
     Args:
-        labelled_answers: Labels and answers of the labelled photos.
-        outcomes: Outcomes of all photos by the present predictor.
+        labelled_answers: Labels and answers for the labelled photos.
+        outcomes: The present predictor's outcomes for all photos.
         has_doubtful: Whether some labels were requested because the photos are doubtful.
     """
     sentences = [_warning_of_one_class(labelled_answers, outcomes)]
@@ -173,7 +173,7 @@ def verdict_in_words(
 
 
 def _warning_of_one_class(labelled_answers: LabelledAnswers, outcomes: Outcomes) -> str:
-    """A warning if nearly all answers are the same class; otherwise ""."""
+    """Return a warning if nearly all answers are the same class, or else ""."""
     if outcomes.prediction is None:
         return ""
     answers = outcomes.prediction[outcomes.prediction != UNKNOWN].tolist()
@@ -190,7 +190,7 @@ def _warning_of_one_class(labelled_answers: LabelledAnswers, outcomes: Outcomes)
 
 
 def _judgement(labelled_answers: LabelledAnswers, outcomes: Outcomes) -> list[str]:
-    """Sentences on the shares of right answers, and on the confusions of the judged answers."""
+    """Write sentences on the shares of right answers, and on the judged answers' confusions."""
     judged_kind: AnswerKind = "zero_shot"
     if outcomes.answer == "adapted" and "adapted" in labelled_answers.answers:
         judged_kind = "adapted"
@@ -219,6 +219,6 @@ def _judgement(labelled_answers: LabelledAnswers, outcomes: Outcomes) -> list[st
 
 
 def _class_name(outcomes: Outcomes, index: int) -> str:
-    """The name of the class with this index; "(outside)" for a negative index."""
+    """Return the class name at this index, or "(outside)" for a negative index."""
     names = outcomes.class_names or ()
     return str(names[index]) if index >= 0 else OUTSIDE_NAME

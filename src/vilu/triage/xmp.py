@@ -13,7 +13,7 @@ from vilu.errors import DataError
 RDF_NAMESPACE: Final = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 DUBLIN_CORE_NAMESPACE: Final = "http://purl.org/dc/elements/1.1/"
 
-# Names of elements and attributes in the form of the parser: namespace, blank, name.
+# Names of elements and attributes in the parser's form: namespace, blank, name.
 ROOT_TAG: Final = f"{RDF_NAMESPACE} RDF"
 DESCRIPTION_TAG: Final = f"{RDF_NAMESPACE} Description"
 ABOUT_ATTRIBUTE: Final = f"{RDF_NAMESPACE} about"
@@ -21,7 +21,7 @@ BAG_TAG: Final = f"{RDF_NAMESPACE} Bag"
 ITEM_TAG: Final = f"{RDF_NAMESPACE} li"
 SUBJECT_TAG: Final = f"{DUBLIN_CORE_NAMESPACE} subject"
 
-# Comments around each addition of vilu to the XMP of another program. Readers of XMP ignore
+# Comments around each addition by vilu to another program's XMP. Readers of XMP ignore
 # comments. vilu finds the additions by these comments, to remove them again.
 ADDITION_BEGIN: Final = "<!--vilu-->"
 ADDITION_END: Final = "<!--/vilu-->"
@@ -37,9 +37,9 @@ SIDECAR_TEMPLATE: Final = """<?xml version="1.0" encoding="UTF-8"?>
 """
 """XMP with one subject (XMP specification, part 1)."""
 
-# Patterns for the two forms of additions by vilu: a whole description, or only an item of a bag.
+# Patterns for vilu's two addition forms: a whole description, or only an item in a bag.
 # Another tool may have put white space between the tags.
-_PREFIX: Final = r"(?:[^\s<>/:]+:)?"  # the prefix of RDF
+_PREFIX: Final = r"(?:[^\s<>/:]+:)?"  # the RDF prefix
 _DESCRIPTION_START: Final = (
     rf"<{_PREFIX}Description {_PREFIX}about=(?:\"[^<>\"]*\"|'[^<>']*')"
     rf" xmlns:dc=\"{re.escape(DUBLIN_CORE_NAMESPACE)}\">"
@@ -49,20 +49,20 @@ _DESCRIPTION_END: Final = rf"</{_PREFIX}Bag>\s*</dc:subject>\s*</{_PREFIX}Descri
 _ITEM: Final = rf"<{_PREFIX}li>[^<>]*</{_PREFIX}li>\s*"
 _SUBJECT: Final = rf"(?:{_DESCRIPTION_START}{_ITEM}{_DESCRIPTION_END}|{_ITEM})"
 ADDITION_PATTERN: Final = re.compile(rf"{ADDITION_BEGIN}\s*{_SUBJECT}{ADDITION_END}".encode())
-"""Matches an addition of vilu with both comments, unless another program has changed it."""
+"""Matches an addition by vilu with both comments, unless another program has changed it."""
 
 FORBIDDEN_CHARACTER: Final = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters not allowed in XML 1.0."""
 
 
 def new_xmp(subject: str) -> bytes:
-    """XMP with a single subject and nothing else; DataError if XML cannot hold the subject."""
+    """Make XMP with a single subject. Raises DataError if XML cannot hold the subject."""
     escaped_subject = _escaped(subject)
     return SIDECAR_TEMPLATE.format(label=escaped_subject).encode()
 
 
 def _escaped(subject: str) -> str:
-    """A subject as text of XML; DataError if XML cannot hold the subject."""
+    """Escape a subject as XML text. Raises DataError if XML cannot hold the subject."""
     if FORBIDDEN_CHARACTER.search(subject):
         raise DataError("the label has a character that XML cannot hold")
     return escape(subject)
@@ -70,14 +70,14 @@ def _escaped(subject: str) -> str:
 
 @dataclass
 class Xmp:
-    """Result of parsing XMP. Positions are indices of bytes.
+    """Parsed XMP. Positions are byte indices.
 
     Attributes:
         subjects: Subjects in the bag of ``dc:subject``.
-        bag_end_positions: Position of the end tag of every bag of subjects.
-        root_end_positions: Position of the end tag of every ``rdf:RDF``.
-        n_subject_elements: Number of elements ``dc:subject``.
-        about: Value of ``rdf:about`` in the first description; "" means the file itself. None
+        bag_end_positions: End tag position for every bag of subjects.
+        root_end_positions: End tag position for every ``rdf:RDF``.
+        n_subject_elements: How many elements are ``dc:subject``.
+        about: Value of ``rdf:about`` in the first description. "" means the file itself. None
             without a description.
         addition_spans: Start and end position of every addition by vilu.
     """
@@ -91,7 +91,7 @@ class Xmp:
 
 
 class _Reader:
-    """Handlers of the parser. The handlers fill an ``Xmp``."""
+    """Handlers for the parser. The handlers fill an ``Xmp``."""
 
     def __init__(self) -> None:
         self.xmp = Xmp()
@@ -109,7 +109,7 @@ class _Reader:
         self._parser.XmlDeclHandler = self._declaration
 
     def read(self, data: bytes) -> Xmp:
-        """Parse XMP; DataError for invalid XMP."""
+        """Parse XMP. Raises DataError if the XMP is invalid."""
         try:
             self._parser.Parse(data, True)
         except expat.ExpatError as error:
@@ -127,7 +127,7 @@ class _Reader:
             self.xmp.subjects.append("")
 
     def _is_in_bag(self) -> bool:
-        """Whether the innermost open element is a child of a bag of subjects."""
+        """Return whether the innermost open element is a child of a subject bag."""
         return self._open_elements[-5:-1] == [ROOT_TAG, DESCRIPTION_TAG, SUBJECT_TAG, BAG_TAG]
 
     def _end_tag(self, name: str) -> None:
@@ -159,14 +159,14 @@ class _Reader:
 
 
 def read_xmp(data: bytes) -> Xmp:
-    """Find the subjects of XMP; DataError if ``data`` is no XML in UTF-8, or declares entities."""
+    """Find subjects. Raises DataError if ``data`` is no XML in UTF-8, or declares entities."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError("its encoding is UTF-16; UTF-8 was expected")
     return _Reader().read(data)
 
 
 def remove_added_subject(data: bytes) -> bytes:
-    """Remove the subject added by vilu from XMP.
+    """Remove the subject that vilu added to XMP.
 
     Raises:
         DataError: If another program has changed the addition. The change would be lost.
@@ -180,7 +180,7 @@ def remove_added_subject(data: bytes) -> bytes:
 
 
 def add_subject(data: bytes, subject: str) -> bytes:
-    """Add a subject to the XMP of another program. Data with this subject stays unchanged.
+    """Add a subject to another program's XMP. Data with this subject stays unchanged.
 
     Raises:
         DataError: If the place for the subject is not clear.
@@ -208,15 +208,15 @@ def add_subject(data: bytes, subject: str) -> bytes:
 
 @dataclass(frozen=True)
 class _Addition:
-    """The place to insert an item of a bag, and the enclosing elements of the item."""
+    """The place to insert a bag item, and the item's enclosing elements."""
 
     position: int  # position of the end tag before which the item is inserted
-    tag_name: str  # name of this end tag, without the prefix of RDF
-    opening: str  # tags before the item; "{p}" stands for the prefix of RDF
+    tag_name: str  # name of this end tag, without the RDF prefix
+    opening: str  # tags before the item. "{p}" stands for the RDF prefix.
     closing: str  # tags after the item
 
     def insert_into(self, data: bytes, text: str) -> bytes:
-        """The data with an item ``text``; DataError if there is no end tag at the position."""
+        """Insert the item ``text``. Raises DataError if there is no end tag at the position."""
         pattern = rf"</((?:[^\s<>/:]+:)?){self.tag_name}\s*>".encode()
         end_tag = re.compile(pattern).match(data, self.position)
         if end_tag is None:  # an element without content has a single tag
@@ -230,7 +230,7 @@ class _Addition:
 
 
 def _new_description(xmp: Xmp) -> _Addition:
-    """The addition of a new description, with the same ``rdf:about`` as the first description."""
+    """Add a new description, with the same ``rdf:about`` as the first description."""
     # "{" is escaped because "{p}" is replaced by the prefix.
     about = quoteattr(xmp.about or "", {"{": "&#123;"})
     opening = (

@@ -17,25 +17,25 @@ __all__ = ["add_datasets", "add_tables"]
 
 
 def add_datasets(source: Path | str) -> list[KnownDataset]:
-    """Add the data sets of a TOML file or a TOML text.
+    """Add the data sets in a TOML file or a TOML text.
 
     Each data set has a table with the keys of ``assets/datasets.toml``.
 
     Raises:
-        UsageError: If the TOML cannot be read, a key is missing, unknown or of a wrong type, or a
-            name is taken.
+        UsageError: If the TOML cannot be read, if a key is missing, unknown or has a wrong type, or
+            if a name is taken.
     """
     tables = toml_tables(source)
     return add_tables(tables)
 
 
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[KnownDataset]:
-    """Add the data sets of ``tables``; the key of a table is the name of the data set.
+    """Add the data sets in ``tables``. A table's key is the data set's name.
 
     If any data set cannot be added, no data set is added.
 
     Raises:
-        UsageError: If a key is missing, unknown or of a wrong type, or a name is taken.
+        UsageError: If a key is missing, unknown or has a wrong type, or if a name is taken.
     """
     entries = [_known_dataset(name, dict(facts)) for name, facts in tables.items()]
     for entry in entries:
@@ -59,7 +59,7 @@ def _known_dataset(name: str, facts: dict[str, object]) -> KnownDataset:
 
 
 def paper_datasets() -> list[KnownDataset]:
-    """The data sets of the paper, in the paper's order, from ``assets/datasets.toml``."""
+    """List the paper's data sets, in the paper's order, from ``assets/datasets.toml``."""
     text = read_asset("datasets.toml")
     tables = toml_tables(text)
     return [_known_dataset(name, facts) for name, facts in tables.items()]

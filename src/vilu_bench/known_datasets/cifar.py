@@ -24,20 +24,20 @@ from vilu.datasets.images import DECODING_ERRORS
 from vilu.datasets.layouts import FolderLayout
 from vilu.errors import DataError
 
-MAX_BYTES: Final = 256 * 2**20  # larger pickles are refused; the largest of CIFAR has 155 MB
+MAX_BYTES: Final = 256 * 2**20  # larger pickles are refused, and CIFAR's largest has 155 MB
 
 
 MAX_TUPLES: Final = 64
-"""Maximum number of tuples in a pickle, not counting the arguments of calls.
+"""Maximum number of tuples in a pickle, not counting call arguments.
 
 An array and its labels need only a few tuples. Deeply nested tuples would overflow Python's stack
 when they are hashed.
 """
 
 TUPLE_OPCODES: Final = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"})
-"""Opcodes of a pickle that make a tuple or a frozen set."""
+"""Pickle opcodes that make a tuple or a frozen set."""
 MEMO_OPCODES: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
-"""Opcodes of a pickle that put an object into the unpickler's memo, for later use."""
+"""Pickle opcodes that put an object into the unpickler's memo, for later use."""
 
 
 class PickledArray:
@@ -49,7 +49,7 @@ class PickledArray:
         self.state = state
 
     def as_bytes(self, width: int) -> NDArray[np.uint8]:
-        """The stored array, (n, width) uint8 with n >= 1.
+        """Return the stored array, (n, width) uint8 with n >= 1.
 
         Raises:
             ValueError: If the state does not describe such an array.
@@ -57,8 +57,8 @@ class PickledArray:
         error = ValueError(f"an array of shape (n, {width}) and type uint8 was expected")
         if not isinstance(self.state, tuple):
             raise error
-        # numpy's state is (version, shape, dtype, whether in Fortran order, raw bytes); very old
-        # pickles leave out the version
+        # numpy's state is (version, shape, dtype, whether in Fortran order, raw bytes). Very old
+        # pickles leave out the version.
         match self.state[-4:]:
             case (
                 (int(n), int(columns)),
@@ -66,7 +66,7 @@ class PickledArray:
                 bool(fortran),
                 bytes() | str() as raw,
             ):
-                # a pickle of Python 2 has bytes as text
+                # a pickle from Python 2 has bytes as text
                 content = raw.encode("latin-1") if isinstance(raw, str) else raw
             case _:
                 raise error
@@ -119,7 +119,7 @@ class _Unpickler(pickle.Unpickler):
 def _opcode_names(content: bytes) -> Iterator[str]:
     """Yield the names of a pickle's opcodes, except opcodes that put an object into the memo.
 
-    Raises a ValueError if the number of a memo slot exceeds the number of earlier opcodes. A huge
+    Raises a ValueError if a memo slot number exceeds the number of earlier opcodes. A huge
     number would make the unpickler allocate gigabytes.
     """
     for n_before, (opcode, slot, _) in enumerate(pickletools.genops(content)):
@@ -154,7 +154,7 @@ def read_pickle(file: Path) -> dict[str, object]:
 
 
 def _unpickle(file: Path) -> object:
-    """The content of a pickle, after a check of the size, the memo and the tuples."""
+    """Read a pickle's content, after a check on the size, the memo and the tuples."""
     if file.stat().st_size > MAX_BYTES:
         raise DataError(f"{file} is too large: at most {MAX_BYTES} bytes of pickle are read.")
     raw = file.read_bytes()
@@ -176,7 +176,7 @@ def _unpickle(file: Path) -> object:
 
 
 def _as_text(name: object) -> str:
-    """A key or a class name as text. Python 2 wrote such names as bytes."""
+    """Return a key or a class name as text. Python 2 wrote such names as bytes."""
     return name.decode("latin-1") if isinstance(name, bytes) else str(name)
 
 
@@ -190,14 +190,14 @@ class Layout:
     Source: https://www.cs.toronto.edu/~kriz/cifar.html.
     """
 
-    folder: str  # name of the folder in the archive
+    folder: str  # the folder's name in the archive
     splits: dict[str, tuple[str, ...]]  # maps a split to the file names
-    labels: str  # key of the labels in these files
-    meta: str  # name of the file with the class names
-    names: str  # key of the class names in the file ``meta``
+    labels: str  # key for the labels in these files
+    meta: str  # the file with the class names
+    names: str  # key for the class names in the file ``meta``
 
     def is_in(self, folder: Path) -> bool:
-        """Whether the folder has all files of the layout."""
+        """Return whether the folder has all the layout's files."""
         names = [self.meta]
         for files in self.splits.values():
             names += files
@@ -221,17 +221,17 @@ CIFAR100: Final = Layout(
 
 
 class CifarDataset:
-    """The 32 x 32 pictures of CIFAR as a data set of lossless PNGs.
+    """CIFAR's 32 x 32 pictures as a data set of lossless PNGs.
 
-    The key of a picture is ``file/row``.
+    A picture has the key ``file/row``.
 
     Args:
         folder: Folder with the pickle files.
-        layout: Files and keys of the data set.
-        split: "train", "test" or "train+test"; None: both splits.
-        classes: File of class names in label order. The classes of ``outside`` may be left out.
+        layout: Files and keys in the data set.
+        split: "train", "test" or "train+test". None: both splits.
+        classes: File with class names in label order. The classes in ``outside`` may be left out.
         raw_names: Whether class names keep the underscores in prompts.
-        outside: Names of classes. Their pictures are treated as pictures of none of the classes.
+        outside: Class names. Pictures in these classes are treated as outside all classes.
     """
 
     def __init__(
@@ -275,7 +275,7 @@ class CifarDataset:
         return len(self._rows)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """Yield records of the images start ... stop - 1."""
+        """Yield records for the images start ... stop - 1."""
         for batch, row in self._rows[start:stop]:
             pixels = batch.pixels[row]
             # the pixels identify a picture, because a PNG's bytes depend on the library
@@ -286,7 +286,7 @@ class CifarDataset:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The pictures of a file."""
+    """The pictures in a file."""
 
     name: str  # name of the file
     pixels: NDArray[np.uint8]  # (n, 3072), flattened from (channels, rows, columns)
@@ -318,7 +318,7 @@ class _Batch:
         return cls(file.name, pixels, labels)
 
     def key(self, row: int) -> str:
-        """The key of the picture in a row."""
+        """Return the key for the picture in a row."""
         return f"{self.name}/{row}"
 
 
@@ -340,7 +340,7 @@ def _as_png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def find_folder(source: Path, layout: Layout) -> Path | None:
-    """The folder with the files: ``source``, or the subfolder of the usual name; else None."""
+    """Find the folder with the files: ``source``, or the subfolder with the usual name, or None."""
     for folder in (source, source / layout.folder):
         if layout.is_in(folder):
             return folder
@@ -348,7 +348,7 @@ def find_folder(source: Path, layout: Layout) -> Path | None:
 
 
 def opener_of_cifar(source: Path, layout: Layout) -> Callable[[Selection], CifarDataset] | None:
-    """A function that opens CIFAR in ``source``; None if ``source`` does not have the files."""
+    """Return a function that opens CIFAR in ``source``, or None if the files are not there."""
     folder = find_folder(source, layout)
     if folder is None:
         return None
@@ -366,7 +366,7 @@ def opener_of_cifar(source: Path, layout: Layout) -> Callable[[Selection], Cifar
 
 
 def _folder_layout(name: str, layout: Layout) -> FolderLayout:
-    """The folder layout that recognises and opens CIFAR."""
+    """Make the folder layout that recognises and opens CIFAR."""
     description = (
         f"{layout.folder}, or the folder it is in, as torchvision unpacks it; --split train or test"
     )

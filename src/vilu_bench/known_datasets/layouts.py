@@ -1,4 +1,4 @@
-"""Layouts of known data sets: folders of classes, ImageNet, CIFAR, and tar files."""
+"""Layouts for known data sets: class folders, ImageNet, CIFAR, and tar files."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from vilu_bench.known_datasets.read import (
 )
 
 ClassImages = Sequence[tuple[str, stat_result | OSError]]
-"""The images of a class.
+"""A class's images.
 
-Each image is a pair: the path below the class folder, and either the file's status or the error of
-reading the status.
+Each image is a pair: the path below the class folder, and either the file's status or the error
+from reading the status.
 """
 
 RENAMED_CLASSES: Final = {744: "projectile", 836: "sunglass"}
-"""Our names of two ImageNet classes, by label.
+"""Our names for two ImageNet classes, by label.
 
 CLIP gives the classes 657 and 744 the same name "missile", and 836 and 837 the same name
 "sunglasses". Two classes with equal names have equal scores, so the second class would never be the
-answer. Our names are the first words of WordNet's synsets n04008634 and n04355933.
+answer. Our names are the first words in WordNet's synsets n04008634 and n04355933.
 """
 
 UNPACK_ADVICE: Final = "Unpack the archive of each class into a folder of its name."
@@ -58,7 +58,7 @@ SORT_ADVICE: Final = (
 
 
 def every_image(_class_name: str, files: ClassImages) -> ClassImages:
-    """Choose all images of a class."""
+    """Choose all images in a class."""
     return files
 
 
@@ -67,11 +67,11 @@ class ClassFolders:
     """Images in a folder per class. An iteration lists the images, class by class."""
 
     root: Path  # the data set's folder
-    part: str  # path, below ``root``, of the folder of class folders; "" for ``root`` itself
-    labels: Mapping[str, int]  # maps the name of a class folder to the label
-    # function from the name of a class folder and its images to the images to use
+    part: str  # path below ``root`` to the folder with class folders, or "" for ``root`` itself
+    labels: Mapping[str, int]  # maps a class folder's name to the label
+    # function from a class folder's name and its images to the images to use
     choose: Callable[[str, ClassImages], ClassImages] = every_image
-    advice: str = UNPACK_ADVICE  # last sentence of the error if there are no class folders
+    advice: str = UNPACK_ADVICE  # last sentence in the error if there are no class folders
 
     def __iter__(self) -> Iterator[ListedImage]:
         folder = self.root / self.part
@@ -82,7 +82,7 @@ class ClassFolders:
                 yield f"{prefix}{name}/{path}", self.labels[name], status
 
     def _classes(self, folder: Path) -> list[str]:
-        """Class folders in label order."""
+        """List the class folders in label order."""
         if not folder.is_dir():
             raise DataError(f"{folder} is missing. Unpack it there, or choose another split.")
         names = subfolders(folder)
@@ -98,7 +98,7 @@ class ClassFolders:
         return sorted(names, key=self.labels.__getitem__)
 
     def _without_classes(self, folder: Path) -> DataError:
-        """The error for a folder without class folders."""
+        """Make the error for a folder without class folders."""
         content = "nothing"
         first_image = next(walk_images(folder, ignored_counts=Counter()), None)
         if first_image is not None:
@@ -110,16 +110,16 @@ class ClassFolders:
 class SplitFolders:
     """Lists a data set with a folder per split, each with a folder per class.
 
-    A class is in the list if any split has the class. A label is the position of a class name among
+    A class is in the list if any split has the class. A label is a class name's position among
     all class names, sorted by bytes.
     """
 
-    # Maps a split to the folder of the split; "" is the data set's folder. By default the folder of
-    # a split has the name of the split.
+    # Maps a split to the split's folder, where "" is the data set's folder. By default the folder
+    # has the split's name.
     splits: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, place: Place) -> Listing:
-        """The images of all splits."""
+        """List the images in all splits."""
         folder_of_split = self.splits or {split: split for split in place.entry.sizes}
         folders = [place.folder / subfolder for subfolder in folder_of_split.values()]
         classes: set[str] = set()
@@ -142,7 +142,7 @@ class SplitFolders:
 
 
 def imagenet(place: Place) -> Listing:
-    """ImageNet: training and validation images, in class folders named by wnid.
+    """List ImageNet: training and validation images, in class folders named by wnid.
 
     As in CoOp, the validation images are the test split.
     """
@@ -156,23 +156,23 @@ def imagenet(place: Place) -> Listing:
 
 
 def imagenet_v2(place: Place) -> Listing:
-    """ImageNetV2: ten test images per class, in class folders named by label."""
+    """List ImageNetV2: ten test images per class, in class folders named by label."""
     labels = range(len(wnids()))
     return _halves(place, tuple(str(label) for label in labels))
 
 
 def imagenet_sketch(place: Place) -> Listing:
-    """ImageNet-Sketch: about fifty sketches per class, in class folders named by wnid."""
+    """List ImageNet-Sketch: about fifty sketches per class, in class folders named by wnid."""
     classes = wnids()
     return _halves(place, classes)
 
 
 def half_by_hash(name: str, files: ClassImages, *, first: bool) -> ClassImages:
-    """Half of the images of a class: the lower hashes if ``first``, else the higher hashes.
+    """Choose half of a class's images: the lower hashes if ``first``, else the higher hashes.
 
-    If the number of images is odd, the half with the higher hashes has the additional image. The
-    few-shot images of the paper are not known, so a hash of ``class/path`` decides: BLAKE2b with 8
-    bytes. With a hash, the halves do not depend on the order of files, on the machine, or on the
+    If the image count is odd, the half with the higher hashes has the additional image. The
+    paper's few-shot images are not known, so a hash of ``class/path`` decides: BLAKE2b with 8
+    bytes. With a hash, the halves do not depend on the file order, on the machine, or on the
     remaining classes.
     """
     hashes = []
@@ -188,14 +188,14 @@ def half_by_hash(name: str, files: ClassImages, *, first: bool) -> ClassImages:
 
 @cache
 def wnids() -> tuple[str, ...]:
-    """WordNet ids of the 1,000 classes in label order. This is the ascending order of ids."""
+    """Return the 1,000 classes' WordNet ids in label order, the ascending order of ids."""
     text = read_asset("imagenet_wnids.txt")
     return tuple(text.split())
 
 
 @cache
 def clip_names() -> tuple[str, ...]:
-    """CLIP's names of the 1,000 classes in label order, with ``RENAMED_CLASSES`` applied."""
+    """Return CLIP's 1,000 class names in label order, with ``RENAMED_CLASSES`` applied."""
     file = resources.files("vilu").joinpath("assets", "imagenet_class_names.json")
     text = file.read_text(encoding="utf-8")
     names: list[str] = json.loads(text)
@@ -203,7 +203,7 @@ def clip_names() -> tuple[str, ...]:
 
 
 def _halves(place: Place, folders: tuple[str, ...]) -> Listing:
-    """Listing of images without splits: half of each class is "shots", and the rest is "test"."""
+    """List images without splits: half of each class is "shots", and the rest is "test"."""
     labels = {name: label for label, name in enumerate(folders)}
     splits = {
         "shots": ClassFolders(place.folder, "", labels, partial(half_by_hash, first=True)),
@@ -213,19 +213,19 @@ def _halves(place: Place, folders: tuple[str, ...]) -> Listing:
 
 
 def _listing(folders: tuple[str, ...], splits: Mapping[str, ClassFolders], origin: str) -> Listing:
-    """Listing of a data set with ImageNet's classes; prompts have CLIP's names unchanged."""
+    """List a data set with ImageNet's classes. Prompts have CLIP's names unchanged."""
     names = clip_names()
     return Listing(folders, splits, origin, names=names, uncleaned_names=names)
 
 
 @dataclass(frozen=True)
 class CifarReader:
-    """A reader of CIFAR-10 or CIFAR-100 without running the pickles."""
+    """A reader for CIFAR-10 or CIFAR-100 that does not run the pickles."""
 
     layout: Layout
 
     def open(self, place: Place, request: Request) -> CifarDataset:
-        """The pictures of the requested splits."""
+        """Open the pictures in the requested splits."""
         dataset = CifarDataset(
             place.folder,
             self.layout,
@@ -238,14 +238,14 @@ class CifarReader:
         return dataset
 
     def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002
-        """Count the pictures of each split by reading the files, whether ``deep`` is set or not."""
+        """Count each split's pictures by reading the files, whether ``deep`` is set or not."""
         counts = {split: self._count(place, split) for split in self.layout.splits}
         return Survey("official split", counts)
 
     def _count(self, place: Place, split: str) -> Count:
-        """Count the pictures of a split."""
-        # CIFAR has no list of pictures. If the files cannot be read, the published number of
-        # pictures stands in for the number of listed pictures.
+        """Count a split's pictures."""
+        # CIFAR has no picture list. If the files cannot be read, the published picture count
+        # stands in for the number of listed pictures.
         published = place.entry.sizes[split]
         names = (*self.layout.splits[split], self.layout.meta)
         missing = tuple(name for name in names if not (place.folder / name).is_file())
@@ -260,9 +260,9 @@ class CifarReader:
 
 
 class ShardReader:
-    """A reader of image-caption pairs in tar files of img2dataset.
+    """A reader for image-caption pairs in img2dataset's tar files.
 
-    The tar files lie in the data set's folder or in subfolders of this folder.
+    The tar files lie in the data set's folder or in its subfolders.
     """
 
     def open(self, place: Place, request: Request) -> TarShards:
@@ -277,7 +277,7 @@ class ShardReader:
         return TarShards(f"{place.folder} (all pairs)", shards)
 
     def survey(self, place: Place, *, deep: bool) -> Survey:
-        """Count the tar files and find gaps in the numbers of the files.
+        """Count the tar files and find gaps in the file numbers.
 
         With ``deep``, the members of the files are listed, to count pairs and find damaged files.
         """
@@ -292,9 +292,9 @@ class ShardReader:
 
 
 def find_known_shards(folder: Path) -> list[Path]:
-    """The tar files in a folder, sorted by name.
+    """Find the tar files in a folder, sorted by name.
 
-    If there are none, the tar files in the subfolders (such as train and validation) are returned.
+    If there are none, return the tar files in the subfolders (such as train and validation).
     """
     shards = find_shards(folder) or []  # ``find_shards`` returns None without tar files
     if not shards:
@@ -309,7 +309,7 @@ def find_known_shards(folder: Path) -> list[Path]:
 
 
 def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
-    """Names of missing shards in sequences of numbered shards, at most ``MAX_MISSING_NAMES``."""
+    """Name missing shards in sequences of numbered shards, at most ``MAX_MISSING_NAMES`` shards."""
     # maps a sequence (folder, text before the number, number of digits) to the present numbers
     numbers: dict[tuple[Path, str, int], set[int]] = defaultdict(set)
     for shard in shards:
@@ -327,14 +327,14 @@ def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
 
 
 def _gaps(numbers: set[int]) -> Iterator[int]:
-    """Yield the missing numbers below the largest of ``numbers``, and below ``MAX_SHARDS``."""
+    """Yield the missing numbers below the largest in ``numbers``, and below ``MAX_SHARDS``."""
     for number in range(min(max(numbers), MAX_SHARDS)):
         if number not in numbers:
             yield number
 
 
 def _count_pairs(place: Place, shards: list[Path]) -> tuple[int, str | None]:
-    """Count the whole pairs in all shards, and describe the damage of the first damaged shard."""
+    """Count the whole pairs in all shards, and describe the damage in the first damaged shard."""
     n_pairs = 0
     problem = None
     with track(f"checking {place.entry.name}", len(shards), "shards") as task:
@@ -357,15 +357,15 @@ LAYOUTS: Final[dict[str, Reader | type[CoopListing | SplitFolders]]] = {
     **{read.__name__: ListReader(read) for read in (imagenet, imagenet_v2, imagenet_sketch)},
     **{read.__name__: ListReader(read) for read in (fgvc_aircraft, food101, sun397)},
 }
-"""Maps the ``kind`` in ``layout = { kind = ... }`` of a data set's table to a reader.
+"""Maps the ``kind`` in a data set's ``layout = { kind = ... }`` to a reader.
 
-A value may also be a class. Then the further keys of ``layout`` make an object of the class,
-and this object is the function ``read`` of a ``ListReader``.
+A value may also be a class. Then the further keys in ``layout`` make an object of this class,
+and this object is the function ``read`` in a ``ListReader``.
 """
 
 
 def make_reader(layout: object, where: str) -> Reader:
-    """The reader of a ``layout``; error messages begin with ``where``."""
+    """Make the reader for a ``layout``. Error messages begin with ``where``."""
     options = dict(layout) if isinstance(layout, Mapping) else {}
     kind = options.pop("kind", None)
     if not isinstance(kind, str) or kind not in LAYOUTS:

@@ -1,4 +1,4 @@
-"""Reads the lists of known data sets: the images of every split, and the classes."""
+"""Reads the lists of known data sets: every split's images, and the classes."""
 
 from __future__ import annotations
 
@@ -41,30 +41,30 @@ PROGRESS_STEP: Final = 1000  # number of images between two updates of the progr
 class Listing:
     """The classes and images that a data set lists."""
 
-    classes: tuple[str, ...]  # names of the classes in files or lists, in label order
-    # images of each split; an iteration may list folders, and raises a DataError on failure
+    classes: tuple[str, ...]  # class names in files or lists, in label order
+    # Images by split. An iteration may list folders, and raises a DataError on failure.
     splits: Mapping[str, Iterable[ListedImage]]
     origin: str  # text that says where the splits come from
-    # cleaned class names for prompts; None: ``classes`` with underscores replaced by spaces
+    # cleaned class names for prompts, or None for ``classes`` with spaces in place of underscores
     names: tuple[str, ...] | None = None
-    # uncleaned class names for prompts; None: ``classes``
+    # uncleaned class names for prompts, or None for ``classes``
     uncleaned_names: tuple[str, ...] | None = None
     binding: bool = True  # whether the splits must have the published sizes
 
 
 @dataclass(frozen=True)
 class ListReader:
-    """A reader of a data set whose images the function ``read`` lists."""
+    """A reader for a data set whose images the function ``read`` lists."""
 
     read: Callable[[Place], Listing]
 
     def open(self, place: Place, request: Request) -> ListedDataset:
-        """The images of the requested splits."""
+        """Open the images in the requested splits."""
         listing = self.read(place)
         return ListedDataset(place, listing, request)
 
     def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002
-        """Count listed files and existing files; ``deep`` matters only for archives."""
+        """Count listed files and existing files. ``deep`` matters only for archives."""
         listing = self.read(place)
         n_images = sum(place.entry.sizes.values())
         with track(f"checking {place.entry.name}", n_images, "images") as task:
@@ -74,9 +74,9 @@ class ListReader:
 
 @dataclass(frozen=True)
 class PathList:
-    """Images of a list, sorted by path. So the order of the list does not matter.
+    """A list's images, sorted by path. So the list's order does not matter.
 
-    An iteration takes a call of stat per image.
+    An iteration calls stat once per image.
     """
 
     folder: Path
@@ -88,7 +88,7 @@ class PathList:
 
 
 class ListedDataset(ListedFiles):
-    """A data set of listed images.
+    """A data set with listed images.
 
     If a listed file is missing, the row has a read error. Keys are paths below the data set's
     folder. All splits have the same class table.
@@ -131,7 +131,7 @@ class ListedDataset(ListedFiles):
     def _add_split(
         self, entries: Iterable[ListedImage], listing_hash: ListingHash, task: Task
     ) -> int:
-        """Add the images of a split and return the number of images."""
+        """Add a split's images and return the image count."""
         n_before = len(self)
         for path, label, status in _with_progress(entries, task):
             self._add(path, label, status, listing_hash)
@@ -139,7 +139,7 @@ class ListedDataset(ListedFiles):
 
 
 def _count(entries: Iterable[ListedImage], task: Task) -> Count:
-    """Count the files of a split: all listed files, and all existing listed files."""
+    """Count a split's files: all listed files, and all existing listed files."""
     n_existing = 0
     n_listed = 0
     missing: list[str] = []
@@ -170,7 +170,7 @@ def _with_progress(entries: Iterable[ListedImage], task: Task) -> Iterator[Liste
 MAX_PATH: Final = 1024  # maximum number of characters in a listed path
 T = TypeVar("T")
 ParseEntry = Callable[[T], tuple[str, int]]
-"""Function from an entry of a list to the path and the label.
+"""Function from a list's entry to the path and the label.
 
 The function raises a ValueError for a wrong entry.
 """
@@ -183,14 +183,14 @@ class SplitLists:
     No path occurs twice, and every label 0 ... K-1 has a name.
     """
 
-    # maps a split to the paths and labels of the images
+    # maps a split to the images' paths and labels
     splits: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     _names: dict[int, str] = field(default_factory=dict)  # name by label
     _labels: dict[str, int] = field(default_factory=dict)  # label by name
-    _added_paths: set[str] = field(default_factory=set)  # paths of all splits
+    _added_paths: set[str] = field(default_factory=set)  # paths in all splits
 
     def add(self, split: str, path: str, label: int) -> None:
-        """Add an image; raises ValueError for an unusable path, or for an already added path."""
+        """Add an image. Raise a ValueError for an unusable path, or for an already added path."""
         if not is_usable(path):
             raise ValueError(
                 f"the path {path[:80]!r} must be relative, plain, and stay below its folder"
@@ -201,7 +201,7 @@ class SplitLists:
         self.splits[split].append((path, label))
 
     def fill(self, split: str, file: Path, entries: Iterable[T], parse: ParseEntry[T]) -> None:
-        """Add all entries of a file; a DataError names the number of an invalid entry."""
+        """Add all entries in a file. A DataError names the number of an invalid entry."""
         for number, entry in enumerate(entries, start=1):
             try:
                 path, label = parse(entry)
@@ -213,7 +213,7 @@ class SplitLists:
     def of(cls, splits: Iterable[str], names: Iterable[str], file: Path) -> SplitLists:
         """Make lists with these splits and class names, but without images.
 
-        ``file`` is the file of the class names. Errors name this file.
+        ``file`` is the file with the class names. Errors name this file.
         """
         lists = cls({split: [] for split in splits})
         try:
@@ -225,13 +225,13 @@ class SplitLists:
         return lists
 
     def label_of(self, name: str) -> int:
-        """The label of a class; raises ValueError for an unknown name."""
+        """Return a class's label. Raise a ValueError for an unknown name."""
         if name not in self._labels:
             raise ValueError(f"{name[:80]!r} is none of the {len(self._labels)} classes")
         return self._labels[name]
 
     def add_name(self, label: int, name: str) -> None:
-        """Name the class of a label.
+        """Name the class with this label.
 
         Raises:
             ValueError: If the name is not printable, if the label has another name already, or if
@@ -249,7 +249,7 @@ class SplitLists:
             )
 
     def names_in_label_order(self) -> tuple[str, ...]:
-        """Names in label order; raises ValueError if there is none, or if a label is skipped."""
+        """Return names in label order. Raise a ValueError for no name or a skipped label."""
         if not self._names:
             raise ValueError("it names no class")
         names = []
@@ -263,7 +263,7 @@ class SplitLists:
         return tuple(names)
 
     def listing(self, folder: Path, images: str, origin: str, *, binding: bool) -> Listing:
-        """The listing of these lists; the paths are relative to the subfolder ``images``."""
+        """Make a listing from these lists. The paths are relative to the subfolder ``images``."""
         names = self.names_in_label_order()
         prefix = f"{images}/" if images else ""
         splits = {}
@@ -274,7 +274,7 @@ class SplitLists:
 
 
 def is_usable(path: str) -> bool:
-    """Whether a path is short, printable, relative, in normal form, and below the base folder."""
+    """Return whether a path is short, printable, relative, normal, and below the base folder."""
     if len(path) > MAX_PATH or not path.isprintable() or "\\" in path:
         return False
     is_normal = str(PurePosixPath(path)) == path
@@ -282,7 +282,7 @@ def is_usable(path: str) -> bool:
 
 
 def read_json_object(file: Path) -> dict[str, object]:
-    """The object in a JSON file; a repeated key is an error."""
+    """Read the object in a JSON file. A repeated key is an error."""
     try:
         content = json.loads(read_file(file), object_pairs_hook=object_of_distinct_keys)
     except (OSError, ValueError, RecursionError) as error:
@@ -293,7 +293,7 @@ def read_json_object(file: Path) -> dict[str, object]:
 
 
 def read_lines(file: Path) -> Iterator[str]:
-    """The stripped lines of a text file, without blank lines."""
+    """Read a text file's stripped lines, without blank lines."""
     try:
         content = read_file(file)
         text = content.decode("utf-8-sig")
@@ -311,14 +311,14 @@ def refuse(where: object, reason: object) -> NoReturn:
 COOP_ASSET: Final = "coop_splits.txt.xz"
 SPLITS: Final = ("train", "validation", "test")
 SPLIT_OF_KEY: Final = {"train": "train", "val": "validation", "test": "test"}
-"""Maps a key of a ``split_zhou_*.json`` to our name of the split."""
+"""Maps a key in a ``split_zhou_*.json`` to our name for the split."""
 
 SPLIT_OF_LETTER: Final = {"t": "train", "v": "validation", "e": "test"}
-"""Maps a letter in the shipped lists (``COOP_ASSET``) to our name of the split."""
+"""Maps a letter in the shipped lists (``COOP_ASSET``) to our name for the split."""
 
 
 def user_listing_of(place: Place, file: str, images: str) -> Listing | None:
-    """The listing of the user's own ``split_zhou_*.json``; None if there is no such file."""
+    """Make the listing from the user's own ``split_zhou_*.json``, or return None without one."""
     path = place.find(file)
     if path is None:
         return None
@@ -330,14 +330,14 @@ def user_listing_of(place: Place, file: str, images: str) -> Listing | None:
 
 
 def read_split_file(file: Path) -> SplitLists:
-    """The lists of a ``split_zhou_*.json``.
+    """Read the lists in a ``split_zhou_*.json``.
 
     The file has ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``.
     """
     lists = SplitLists({split: [] for split in SPLITS})
 
     def parse(entry: object) -> tuple[str, int]:
-        """The path and the label; the name is added to ``lists``."""
+        """Return the path and the label, and add the name to ``lists``."""
         match entry:
             case [str(path), int(label), str(name)] if not isinstance(label, bool) and label >= 0:
                 lists.add_name(label, name)
@@ -355,14 +355,14 @@ def read_split_file(file: Path) -> SplitLists:
 
 @cache
 def shipped_lists_of(dataset: str) -> SplitLists | None:
-    """The shipped CoOp list of the data set with this name of ours; None if there is no such list.
+    """Read the shipped CoOp list for our data set with this name, or return None without one.
 
-    ``tools/make_split_asset.py`` made the asset. For every data set it has a line with the name and
-    the number of classes, then for every class:
+    ``tools/make_split_asset.py`` made the asset. Every data set has a line with the name and the
+    number of classes, and then for every class:
 
-    - a line with the name of the class,
-    - a line with a letter for every image of the class (t, v, e: train, validation, test),
-    - a line with the path of every image.
+    - a line with the class name,
+    - a line with a letter for every image in the class (t, v, e: train, validation, test),
+    - a line with the path for every image.
     """
     lines = _coop_lines()
     for head in lines:
@@ -384,7 +384,7 @@ def shipped_lists_of(dataset: str) -> SplitLists | None:
 
 
 def _coop_lines() -> Iterator[str]:
-    """The lines of the shipped CoOp lists."""
+    """Read the lines in the shipped CoOp lists."""
     file = resources.files("vilu_bench").joinpath("assets", COOP_ASSET)
     compressed = file.read_bytes()
     content = lzma.decompress(compressed)
@@ -396,11 +396,11 @@ class CoopListing:
     """Reads CoOp's list: the user's own list, or else the shipped list."""
 
     file: str  # file name of the user's list
-    # subfolder that the paths of the list are relative to; "" for the data set's folder
+    # subfolder that the list's paths are relative to, or "" for the data set's folder
     images: str = ""
 
     def __call__(self, place: Place) -> Listing:
-        """The listing from the user's list or the shipped list."""
+        """Make the listing from the user's list or the shipped list."""
         user_listing = user_listing_of(place, self.file, self.images)
         if user_listing is not None:
             return user_listing
@@ -411,7 +411,7 @@ class CoopListing:
 
 
 def fgvc_aircraft(place: Place) -> Listing:
-    """FGVC Aircraft: 100 variants, with the official training, validation and test images."""
+    """List FGVC Aircraft: 100 variants, with official training, validation and test images."""
     variants = place.require("variants.txt")
     keys = {"train": "train", "validation": "val", "test": "test"}
     files = {split: place.require(f"images_variant_{key}.txt") for split, key in keys.items()}
@@ -427,7 +427,7 @@ def fgvc_aircraft(place: Place) -> Listing:
 
 
 def food101(place: Place) -> Listing:
-    """Food-101: 101 dishes, by the user's CoOp list, else by the official split.
+    """List Food-101: 101 dishes, by the user's CoOp list, else by the official split.
 
     The official split has no validation images.
     """
@@ -442,7 +442,7 @@ def food101(place: Place) -> Listing:
     def parse(entry: tuple[str, object]) -> tuple[str, int]:
         name, path = entry
         if not isinstance(path, str):
-            # must be a ValueError, because ``SplitLists.fill`` reports the number of the entry
+            # must be a ValueError, because ``SplitLists.fill`` reports the entry's number
             raise ValueError(f"expected a path below images/; found {path!r:.80}")  # noqa: TRY004
         return f"{path}.jpg", lists.label_of(name)
 
@@ -453,7 +453,7 @@ def food101(place: Place) -> Listing:
 
 
 def sun397(place: Place) -> Listing:
-    """SUN397: 397 scenes, by the user's CoOp list, else by the first official partition.
+    """List SUN397: 397 scenes, by the user's CoOp list, else by the first official partition.
 
     The official partition has no validation images.
     """
@@ -489,13 +489,13 @@ def _official_listing(
     entries: Mapping[Path, tuple[str, Iterable[T]]],
     parse: ParseEntry[T],
 ) -> Listing:
-    """The listing of a data set from the files that the authors published.
+    """List a data set from the files that the authors published.
 
     Args:
         place: The data set on this disk.
         lists: The lists to fill, already with all splits and class names.
-        images: Subfolder that the paths are relative to; "" for the data set's folder.
-        entries: Maps each file to a split, and to the entries of the file.
+        images: Subfolder that the paths are relative to, or "" for the data set's folder.
+        entries: Maps each file to a split, and to the file's entries.
         parse: Function from an entry to the path and the label.
     """
     for file, (split, lines) in entries.items():

@@ -1,7 +1,7 @@
 """Damages pictures by noise, blur, compression and the like. The shown objects stay the same.
 
 The kinds of damage are from Hendrycks and Dietterich (ICLR 2019). The code and the strengths
-are ours. A strength in pixels is relative to the size of the picture.
+are ours. Strengths in pixels are scaled with the picture size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DamageFunction = Callable[[Image.Image, float, Rng], Image.Image]
 
 
 def gaussian_noise(image: Image.Image, strength: float, rng: Rng) -> Image.Image:
-    """Add normal noise of standard deviation ``strength`` to every value in [0, 1]."""
+    """Add normal noise with standard deviation ``strength`` to every value in [0, 1]."""
     pixels = _to_pixels(image)
     noise = rng.standard_normal(pixels.shape, dtype=np.float32)
     return _to_image(pixels + strength * noise)
@@ -43,7 +43,7 @@ def shot_noise(image: Image.Image, strength: float, rng: Rng) -> Image.Image:
 
 
 def blur(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Blur with a Gaussian of radius ``strength``, in pixels at a short side of 32."""
+    """Blur with a Gaussian whose radius is ``strength``, in pixels at a short side of 32."""
     gaussian = ImageFilter.GaussianBlur(strength * min(image.size) / REFERENCE_SIDE)
     return image.filter(gaussian)
 
@@ -68,7 +68,7 @@ def jpeg(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa:
 
 
 def pixelate(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Shrink by the factor ``strength``, averaging pixels; restore the size by repeating pixels."""
+    """Shrink by the factor ``strength``, averaging pixels. Restore the size by repeating pixels."""
     small_size = _scaled_size(image, strength)
     small = image.resize(small_size, Image.Resampling.BOX)
     return small.resize(image.size, Image.Resampling.NEAREST)
@@ -98,7 +98,7 @@ DAMAGE_KINDS: Final[dict[str, tuple[DamageFunction, tuple[float, ...]]]] = {
 
 
 class ShiftedImages(ChosenImages):
-    """A data set of damaged pictures; a hash of the picture's key chooses the kind of damage.
+    """A data set with damaged pictures. A hash of the picture's key chooses the kind of damage.
 
     Damaged pictures are PNGs. The undamaged picture identifies a row, so a picture and the
     damaged form have the same identity.
@@ -120,16 +120,16 @@ class ShiftedImages(ChosenImages):
         self.source = f"{images.source} ({'+'.join(kinds)}, severity {severity})"
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """Yield records of the images start ... stop - 1; an image is damaged when it is read."""
+        """Yield records for the images start ... stop - 1. An image is damaged when it is read."""
         for record in super().records(start, stop):
             read = partial(_damaged_png, record, self._strengths)
-            # without ``content``, the bytes of the undamaged file identify the row
+            # without ``content``, the undamaged file's bytes identify the row
             undamaged = record.content or record.read
             yield replace(record, read=read, content=undamaged)
 
 
 def _damaged_png(record: ImageRecord, strengths: dict[str, float]) -> bytes:
-    """The damaged picture as a PNG; a hash of the key seeds the choice of damage and the noise."""
+    """Make the damaged picture as a PNG. A hash of the key seeds the damage and the noise."""
     key = record.key.encode()
     key_hash = blake2b(key, digest_size=16).digest()
     seed = int.from_bytes(key_hash, "big")

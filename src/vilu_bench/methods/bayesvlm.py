@@ -1,4 +1,4 @@
-"""BayesVLM: a Laplace approximation of the posterior of the VLM's last linear layers."""
+"""BayesVLM: a Laplace approximation of the posterior for the VLM's last linear layers."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ BLOCK_ROWS = 1_024  # rows are processed in blocks of this size, so that the log
 
 
 def softmax_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors a and b (M, K) of InfoNCE: both are the softmax p of the logits.
+    """Compute vectors a and b (M, K) for InfoNCE: both are the softmax p of the logits.
 
-    The curvature of the loss in a row of logits is diag(a) - b b^T, here diag(p) - p p^T.
+    In one row of logits, the loss has the curvature diag(a) - b b^T, here diag(p) - p p^T.
     """
     p = logits.softmax(dim=-1)
     return p, p
 
 
 def sigmoid_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors a and b (M, K) of SigLIP's loss: a = sigma (1 - sigma) and b = 0.
+    """Compute vectors a and b (M, K) for SigLIP's loss: a = sigma (1 - sigma) and b = 0.
 
-    The curvature of the loss in a row of logits is diag(a) - b b^T. For SigLIP the curvature is
+    In one row of logits, the loss has the curvature diag(a) - b b^T. For SigLIP the curvature is
     diagonal, because the loss is a sum over single logits.
     """
     p = logits.sigmoid()
@@ -66,13 +66,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class CurvatureFactors:
-    """Kronecker factors of the curvature of a last layer over n pairs.
+    """Kronecker factors for a last layer's curvature over n pairs.
 
     The factors are sums, not yet divided by sqrt(n).
     """
 
     inputs: Tensor  # (F, F) sum of phi phi^T
-    outputs: Tensor  # (D, D) sum of the Gauss-Newton curvatures of the loss in g
+    outputs: Tensor  # (D, D) sum of the loss's Gauss-Newton curvatures in g
     n: int  # number of pairs
 
     def __add__(self, other: CurvatureFactors) -> CurvatureFactors:
@@ -89,10 +89,10 @@ def curvature_factors(
     loss: str,
     block_rows: int = BLOCK_ROWS,
 ) -> CurvatureFactors:
-    """Factors of the rows of ``layer`` if each row is matched with all ``candidates`` (K, D).
+    """Compute a layer's factors if each row is matched with all ``candidates`` (K, D).
 
-    The logits are scale * cosine + bias. With unit vectors u = g / ‖g‖ and c_j, the curvature in g
-    of one row is
+    The logits are scale * cosine + bias. With unit vectors u = g / ‖g‖ and c_j, one row has in g
+    the curvature
 
         scale² J (sum_j a_j c_j c_j^T - m m^T) J,  J = (I - u u^T) / ‖g‖,  m = sum_j b_j c_j.
 
@@ -116,7 +116,7 @@ def curvature_factors(
 def curvature_sum(
     unit_rows: Tensor, weight: Tensor, candidates: Tensor, diagonal: Tensor, outer: Tensor
 ) -> Tensor:
-    """Sum (D, D) of w (I - u u^T) C (I - u u^T) over the M rows.
+    """Sum w (I - u u^T) C (I - u u^T) over the M rows, and return the sum (D, D).
 
     Every row has its own w, u and C = sum_j a_j c_j c_j^T - m m^T with m = sum_j b_j c_j. The
     products with I - u u^T are expanded, so that no array is larger than (M, K), (M, D) or (D, D).
@@ -137,7 +137,7 @@ def curvature_sum(
     unit_curvature_unit = (curvature_times_unit * unit_rows).sum(dim=-1, keepdim=True)  # u^T C u
     weight_of_candidate = (weight @ diagonal)[:, None]
     sum_of_diagonals = candidates.T @ (weight_of_candidate * candidates)
-    # the sums over rows of w C, of w u (C u)^T, and of w (u^T C u) u u^T
+    # the sums over rows: of w C, of w u (C u)^T, and of w (u^T C u) u u^T
     sum_of_c = sum_of_diagonals - mean.T @ (weight_column * mean)
     one_sided = unit_rows.T @ (weight_column * curvature_times_unit)
     two_sided = unit_rows.T @ (weight_column * unit_curvature_unit * unit_rows)
@@ -146,27 +146,27 @@ def curvature_sum(
 
 @dataclass(frozen=True)
 class LayerPosterior:
-    """Gaussian posterior of the weights P of a last layer.
+    """Gaussian posterior for a last layer's weights P.
 
     The variance of the layer's output P phi is (phi^T inputs phi) * outputs.
     """
 
-    inputs: Tensor  # (F, F) inverse of the first factor of the precision
-    outputs: Tensor  # (D,) diagonal of the inverse of the second factor
+    inputs: Tensor  # (F, F) inverse of the precision's first factor
+    outputs: Tensor  # (D,) diagonal of the second factor's inverse
 
     def variance(self, phi: Tensor) -> Tensor:
-        """Variances (M, D) of the layer's outputs at the inputs ``phi`` (M, F)."""
+        """Compute the variances (M, D) of the layer's outputs at the inputs ``phi`` (M, F)."""
         return (phi @ self.inputs * phi).sum(dim=-1, keepdim=True) * self.outputs
 
 
 def layer_posterior(
     layer_factors: CurvatureFactors, squared_norm: float, pseudo_count: float
 ) -> tuple[LayerPosterior, float]:
-    """Posterior of a last layer, and the prior precision lambda with the largest evidence.
+    """Compute a last layer's posterior, and the prior precision lambda with the largest evidence.
 
     Args:
-        layer_factors: Factors of the layer.
-        squared_norm: ‖P‖² of the layer's weights P.
+        layer_factors: The layer's factors.
+        squared_norm: ‖P‖² for the layer's weights P.
         pseudo_count: Weight tau of the data against the prior.
     """
     # each factor is multiplied by this scale, so the product is multiplied by tau / n
@@ -182,7 +182,7 @@ def layer_posterior(
 
 
 def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) -> float:
-    """Log marginal likelihood of a Laplace approximation, as a function of log lambda.
+    """Compute a Laplace approximation's log marginal likelihood, as a function of log lambda.
 
     Terms that do not depend on the prior precision lambda are left out. The rest is
 
@@ -201,7 +201,7 @@ def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) ->
 
 
 def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
-    """The prior precision lambda that maximises ``log_evidence``.
+    """Find the prior precision lambda that maximises ``log_evidence``.
 
     The evidence is concave in log lambda, so there is one maximum. The maximum is below
     lambda = F D / ‖P‖², because from there on the sum of the first two terms falls, and the third
@@ -223,13 +223,13 @@ def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
 def cosine_moments(
     g: Tensor, g_variance: Tensor, h: Tensor, h_variance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance (B, K) of the cosine of Gaussian vectors.
+    """Compute the mean and the variance (B, K) of the cosine between Gaussian vectors.
 
     The vectors have the means ``g`` (B, D) and ``h`` (K, D). The covariances are diagonal, with the
     diagonals ``g_variance`` (B, D) and ``h_variance`` (K, D).
 
-    The moments of the dot product are exact. The product of the norms is replaced by the root mean
-    square of the product.
+    The moments of the dot product are exact. The product of the norms is replaced by its root mean
+    square.
     """
     g_second = g.square() + g_variance  # expected squares of the coordinates
     h_second = h.square() + h_variance
@@ -254,36 +254,36 @@ class BayesVLM(FailurePredictor):
 
     u = 1 - p_t̂, where p is the softmax of the softened logits.
 
-    The last layers are g = P phi of the image encoder and h = Q psi of the text encoder. The
+    The last layers are g = P phi in the image encoder and h = Q psi in the text encoder. The
     posterior precision of P is
 
         (sqrt(tau) A + sqrt(lambda) I) ⊗ (sqrt(tau) B + sqrt(lambda) I),
         A = n^(-1/2) sum_i phi_i phi_i^T (F, F),  B = n^(-1/2) sum_i H_i (D, D),
 
     with H_i the Gauss-Newton curvature of the contrastive loss in g_i. The precision of Q has the
-    same form, with images and texts exchanged. The prior precision lambda of each encoder maximises
-    the Laplace evidence. Let Ã and B̃ be the two factors of the precision. Then the variance of g
-    is phi^T Ã^(-1) phi times the diagonal of B̃^(-1). The variances of g and h determine the mean
-    m_j and the variance v_j of every logit, and
+    same form, with images and texts exchanged. For each encoder, the prior precision lambda
+    maximises the Laplace evidence. Let Ã and B̃ be the two factors of the precision. Then the
+    variance of g is phi^T Ã^(-1) phi times the diagonal of B̃^(-1). The variances of g and h
+    determine every logit's mean m_j and variance v_j, and
 
         p = softmax_j(m_j / sqrt(1 + pi v_j / 8)).
 
     The VLM's own answer t̂ is scored, although p_t̂ need not be the largest p_j. The logit bias
     changes p, because the divisor differs between candidates.
 
-    The n pairs are the training images, each with the text of its class or with its caption. The
-    loss matches an image with all K candidates, and a text with the images of its chunk. A text
+    The n pairs are the training images, each with its class text or its caption. The
+    loss matches an image with all K candidates, and a text with the images in its chunk. A text
     counts once for each of its images. With captions a chunk is a pool. A class without training
-    images adds nothing to the factors. If psi of such a class is orthogonal to psi of all texts
-    with images, the data do not reduce the factor psi^T Ã^(-1) psi of the variance of h.
+    images adds nothing to the factors. If its psi is orthogonal to psi for all texts
+    with images, the data do not reduce the factor psi^T Ã^(-1) psi in the variance of h.
 
     There are two kinds of fit, and the method's label names the kind. Data to score must have the
     columns that the fit used.
 
     - "bayesvlm (model)": phi, psi, P and Q are the columns ``features``, ``text_features``,
       ``image_projection`` and ``text_projection``. Data are refused if normalise(P phi) is farther
-      than 1e-2 from an embedding. This refuses, for example, features of a second encoder, and
-      texts averaged over prompts. A last layer with bias has the bias as a further column of P. The
+      than 1e-2 from an embedding. This refuses, for example, features from a second encoder, and
+      texts averaged over prompts. A last layer with bias has the bias as a further column in P. The
       feature for this column is always one.
     - "bayesvlm (embeddings-only)": the last layer is taken as the identity on the embeddings, with
       phi = g = z and P = I. This variant is ours, not the published method.
@@ -291,13 +291,13 @@ class BayesVLM(FailurePredictor):
     Args:
         mode: "model", "embeddings", or "auto". "auto" means "model" if the training data have all
             four columns, else "embeddings".
-        loss: Training loss of the VLM: "infonce" (CLIP) or "siglip".
-        pseudo_count: Weight tau of the pairs against the prior; 10 in the reference implementation.
+        loss: The VLM's training loss: "infonce" (CLIP) or "siglip".
+        pseudo_count: Weight tau of the pairs against the prior, 10 in the reference implementation.
         chunk: Number of pairs in a chunk. A text is matched with this number of images.
 
     Source: Baumann et al., "Post-hoc Probabilistic Vision-Language Models", ICLR 2026. The
-    reference implementation omits the factor 1/2 of the log-determinants in the evidence, and swaps
-    the factors F and D of the log-determinants. Here the evidence is as derived. In the reference
+    reference implementation omits the factor 1/2 before the log-determinants in the evidence, and
+    swaps the factors F and D there. Here the evidence is as derived. In the reference
     implementation the pairs come from the VLM's own training data, here from the data to fit on.
 
     Examples:
@@ -329,7 +329,7 @@ class BayesVLM(FailurePredictor):
         "text_projection",
     )
     is_probability: ClassVar[bool] = True
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = (
         "image_inputs:dEE image_outputs:dD image_prior:d "
         "text_inputs:dFF text_outputs:dD text_prior:d on_features:?"
@@ -344,14 +344,14 @@ class BayesVLM(FailurePredictor):
 
     @property
     def label(self) -> str:
-        """The method's name; once fitted, followed by the kind of fit."""
+        """The method's name, once fitted followed by the kind of fit."""
         return self._label(uses_features=self._uses_features) if self.learned_ else self.name
 
     def _label(self, *, uses_features: bool) -> str:
         return f"{self.name} (model)" if uses_features else f"{self.name} (embeddings-only)"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """The four columns in mode "model", and in mode "auto" if ``train`` has all; else none."""
+        """Return the four columns in mode "model", or in "auto" if ``train`` has all, else none."""
         if self.mode == "model":
             return self.optional_columns
         has_columns = train.columns.issuperset(self.optional_columns)
@@ -395,7 +395,7 @@ class BayesVLM(FailurePredictor):
         return Learnt(tensors, {"label": label, "prior_precision": prior_precisions})
 
     def _squared_norm(self, encoder: str, train: Rows) -> float:
-        """Squared norm ‖P‖² of a last layer; D for the identity of an embeddings-only fit."""
+        """Return a last layer's ‖P‖², or D for the identity in an embeddings-only fit."""
         if not train.columns:
             return train.source.space.embed_dim
         # every row has the same projection, so the first row is enough
@@ -406,8 +406,8 @@ class BayesVLM(FailurePredictor):
     def _factors_of_chunks(
         self, train: Rows
     ) -> Iterator[tuple[CurvatureFactors, CurvatureFactors]]:
-        """Yield the factors of the image layer and of the text layer from every chunk of pairs."""
-        # Labelled rows are often sorted by class, and a text must be matched with images of all
+        """Yield the image layer's and the text layer's factors from every chunk of pairs."""
+        # Labelled rows are often sorted by class, and a text must be matched with images from all
         # classes, so labelled rows are shuffled. Rows with captions stay within pools.
         generator = None if train.source.pool_size else torch.Generator().manual_seed(self.seed)
         with track("fit", steps_per_epoch(train, self.chunk), "chunks") as task:
@@ -418,14 +418,14 @@ class BayesVLM(FailurePredictor):
     def _chunk_factors(
         self, batch: Batch, *, uses_features: bool
     ) -> tuple[CurvatureFactors, CurvatureFactors]:
-        """Factors of the image layer and of the text layer from one chunk of pairs."""
+        """Compute the image layer's and the text layer's factors from one chunk of pairs."""
         (phi, g), (psi, h) = run_last_layers(batch.to(self.device_), uses_features=uses_features)
         g = float64(g)
         h = float64(h)
-        one_pair_per_image = g.new_ones(len(g))
         phi = float64(phi)
-        image_layer = Layer(phi, g, one_pair_per_image)
         psi = float64(psi)
+        one_pair_per_image = g.new_ones(len(g))
+        image_layer = Layer(phi, g, one_pair_per_image)
         pairs_per_text = torch.bincount(batch.target, minlength=len(h))
         text_layer = Layer(psi, h, pairs_per_text.to(h))
         scale = batch.logit_scale
@@ -436,15 +436,17 @@ class BayesVLM(FailurePredictor):
         )
 
     def _posterior(self, encoder: str, like_tensor: Tensor) -> LayerPosterior:
-        """The posterior of a last layer, with the device and the dtype of ``like_tensor``."""
+        """Return a last layer's posterior, with the device and the dtype of ``like_tensor``."""
         inputs = self.learned_[f"{encoder}_inputs"].to(like_tensor)
         outputs = self.learned_[f"{encoder}_outputs"].to(like_tensor)
         return LayerPosterior(inputs, outputs)
 
     def _score(self, batch: Batch) -> Tensor:
         (phi, g), (psi, h) = run_last_layers(batch, uses_features=self._uses_features)
-        g_variance = self._posterior("image", g).variance(phi)
-        h_variance = self._posterior("text", g).variance(psi)
+        image_posterior = self._posterior("image", g)
+        g_variance = image_posterior.variance(phi)
+        text_posterior = self._posterior("text", g)
+        h_variance = text_posterior.variance(psi)
         mean, variance = cosine_moments(g, g_variance, h, h_variance)
         scale = batch.logit_scale
         # the softmax of the softened logits approximates the expected softmax of Gaussian logits
@@ -457,10 +459,10 @@ class BayesVLM(FailurePredictor):
 def run_last_layers(
     batch: Batch, *, uses_features: bool
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Inputs and outputs of the last layers of both encoders.
+    """Compute the inputs and outputs of both encoders' last layers.
 
     Returns:
-        (phi (B, F), g (B, D)) of the image encoder, (psi (K, F), h (K, D)) of the text encoder.
+        (phi (B, F), g (B, D)) for the image encoder, (psi (K, F), h (K, D)) for the text encoder.
     """
     if not uses_features:  # the last layer is the identity on the embeddings
         return (batch.image, batch.image), (batch.text, batch.text)
@@ -473,7 +475,7 @@ def run_last_layers(
 def run_last_layer(
     batch: Batch, features: str, projection: str, embedding: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Inputs phi and outputs P phi of one encoder's last layer.
+    """Compute the inputs phi and outputs P phi of one encoder's last layer.
 
     Args:
         batch: Rows with both columns.
@@ -508,7 +510,7 @@ def run_last_layer(
 
 
 def _largest_distance(g: Tensor, embedding: Tensor) -> float:
-    """Largest distance of normalised outputs P phi (B, D) from the embeddings of the same rows."""
+    """Compute the largest distance between normalised outputs P phi (B, D) and the embeddings."""
     difference = functional.normalize(g, dim=-1) - embedding
     distance = difference.norm(dim=-1)
     return float(distance.max())

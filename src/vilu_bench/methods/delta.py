@@ -36,7 +36,7 @@ NO_CAPTIONS = (
 
 
 def cosine_margin(batch: Batch) -> Tensor:
-    """Gap (B,) between the two largest cosines of an image with the candidates, float64."""
+    """Compute the gap (B,), float64, between an image's two largest cosines with candidates."""
     top_logits = batch.logits.topk(2, dim=1).values
     two_largest_logits = float64(top_logits)
     largest, second_largest = two_largest_logits.unbind(dim=1)
@@ -53,21 +53,21 @@ class DeltaKNN(ClosedSet):
     u = mean_{i <= k} log(d_i^2 + 1e-6) - mean_{j <= k} log(e_j^2 + 1e-6)
         - margin_weight * (cos_(1) - cos_(2))
 
-    There are two banks: the rightly answered and the wrongly answered training images. d_i and e_j
-    are the Euclidean distances, between unit vectors, to the nearest images of the right and of the
-    wrong bank. cos_(1) and cos_(2) are the two largest cosines with the candidates. Without the
-    margin, u is 2/D times the log-likelihood ratio, wrong over right, of two k-NN density
-    estimates, up to constants. If a bank has fewer than k images, all images of the bank are used.
-    For an empty bank the mean is zero, as for a flat density.
+    There are two banks: the rightly answered and the wrongly answered training images. d_i are the
+    Euclidean distances, between unit vectors, to the nearest images in the right bank, and e_j to
+    the nearest images in the wrong bank. cos_(1) and cos_(2) are the two largest cosines with the
+    candidates. Without the margin, u is 2/D times the log-likelihood ratio, wrong over right, from
+    two k-NN density estimates, up to constants. If a bank has fewer than k images, all its images
+    are used. For an empty bank the mean is zero, as for a flat density.
 
     Args:
         k: Number of neighbours per bank.
-        margin_weight: Weight lambda of the gap between the two largest cosines; 0 leaves the gap
+        margin_weight: Weight lambda of the gap between the two largest cosines. 0 leaves the gap
             out. The paper chooses lambda so that both terms have a similar magnitude.
 
     Source: Heng and Soh, ICLR 2026, eq. 6 averaged over k neighbours (k = 25 in the paper). As in
-    the released code, the logarithm is taken of squared distances, so it is twice the logarithm in
-    the paper. lambda multiplies cosines, because the CLIP logits of the released code are cosines
+    the released code, squared distances enter the logarithm, so it is twice the logarithm in
+    the paper. lambda multiplies cosines, because the CLIP logits in the released code are cosines
     without the logit scale. So lambda does not depend on a model's logit scale.
 
     Examples:
@@ -88,7 +88,7 @@ class DeltaKNN(ClosedSet):
     reference: ClassVar[str] = "Heng and Soh, ICLR 2026"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     no_captions: ClassVar[str | None] = NO_CAPTIONS
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = "bank:fND n_right:i classes:fKD"
     needs: ClassVar[Needs] = "failure"
 
@@ -109,8 +109,8 @@ class DeltaKNN(ClosedSet):
         sorted_rows = dataclasses.replace(bank_rows, index=bank_rows.index[right_first_order])
         bank = read_images(sorted_rows)
         n_right = (bank_failure == 0).sum()
-        classes = class_texts(train)
-        tensors = {"bank": bank, "n_right": n_right, CLASSES: classes}
+        text = class_texts(train)
+        tensors = {"bank": bank, "n_right": n_right, CLASSES: text}
         return Learnt(tensors, {"n_bank": len(bank)})
 
     def _score(self, batch: Batch) -> Tensor:
@@ -124,13 +124,13 @@ class DeltaKNN(ClosedSet):
         return distance_to_right - distance_to_wrong - self.margin_weight * cosine_margin(batch)
 
     def _log_distance(self, image: Tensor, bank: Tensor) -> Tensor:
-        """Mean (B,) of the log squared distances to the nearest images of the bank, float64.
+        """Average the log squared distances to the bank's nearest images, as (B,) float64.
 
-        Zero if the bank is empty.
+        Return zeros if the bank is empty.
         """
         if not len(bank):
-            no_distance = image.new_zeros(len(image))
-            return float64(no_distance)
+            zero_distances = image.new_zeros(len(image))
+            return float64(zero_distances)
         similarity, _ = nearest_in_bank(image, bank, self.k)
         cosine = float64(similarity)
         squares = squared_distance_of_cosine(cosine)
@@ -172,24 +172,24 @@ class DeltaMDS(ClosedSet):
     u = min_c (z - m_c)^T R^-1 (z - m_c) - min_c (z - n_c)^T W^-1 (z - n_c)
         - margin_weight * (cos_(1) - cos_(2))
 
-    There are two banks: the rightly answered and the wrongly answered training images. m_c is the
-    mean of the rightly answered images of class c, and R is the covariance of this bank around the
-    means. n_c and W are the same for the wrongly answered images. cos_(1) and cos_(2) are the two
-    largest cosines with the candidates. Each minimum is over the classes with such images. For an
-    empty bank the term is zero.
+    There are two banks: the rightly answered and the wrongly answered training images. For the
+    rightly answered images, m_c is the mean in class c, and R is the covariance around these means.
+    n_c and W are the same for the wrongly answered images. cos_(1) and cos_(2) are the two largest
+    cosines with the candidates. Each minimum is over the classes with such images. For an empty
+    bank the term is zero.
 
-    If no class of a bank has two different images, the bank gets the covariance within the classes
-    of all training images. If all training images have no spread within classes either, the
+    If no class in a bank has two different images, the bank gets the covariance within the classes
+    over all training images. If all training images have no spread within classes either, the
     covariance is the mean variance of a coordinate times the identity.
 
     Args:
-        margin_weight: Weight lambda of the gap between the two largest cosines; 0 leaves the gap
+        margin_weight: Weight lambda of the gap between the two largest cosines. 0 leaves the gap
             out. The paper chooses lambda so that both terms have a similar magnitude. The distances
             grow with D, and are larger with less shrinkage.
 
     Source: Heng and Soh, ICLR 2026, eq. 5. There are two differences from the released code: here
     embeddings have unit norm, and covariances are Ledoit-Wolf estimates, because plain covariances
-    of few images are singular. lambda multiplies cosines, because the CLIP logits of the released
+    from few images are singular. lambda multiplies cosines, because the CLIP logits in the released
     code are cosines without the logit scale. So lambda does not depend on a model's logit scale.
 
     Examples:
@@ -210,7 +210,7 @@ class DeltaMDS(ClosedSet):
     reference: ClassVar[str] = "Heng and Soh, ICLR 2026"
     cost: ClassVar[str] = "fit: two passes, D x D; score: 2 D (D + K) per row"
     no_captions: ClassVar[str | None] = NO_CAPTIONS
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = (
         "right_means:dKD right_counts:iK right_whitener:dDD "
         "wrong_means:dKD wrong_counts:iK wrong_whitener:dDD classes:fKD"
@@ -227,13 +227,13 @@ class DeltaMDS(ClosedSet):
         label = class_labels(train)
         right_tensors = self._fit_bank("right", train, label, failure == 0)
         wrong_tensors = self._fit_bank("wrong", train, label, failure == 1)
-        classes = class_texts(train)
-        return Learnt(right_tensors | wrong_tensors | {CLASSES: classes})
+        text = class_texts(train)
+        return Learnt(right_tensors | wrong_tensors | {CLASSES: text})
 
     def _fit_bank(
         self, bank_name: str, train: Rows, label: Tensor, is_member: Tensor
     ) -> dict[str, Tensor]:
-        """Compute whitened class means, class counts and the whitening matrix of a bank.
+        """Compute a bank's whitened class means, class counts and whitening matrix.
 
         ``is_member`` (N,) is true for the training images in the bank. ``bank_name``, "right" or
         "wrong", begins the names of the tensors.
@@ -254,16 +254,16 @@ class DeltaMDS(ClosedSet):
 
     def _score(self, batch: Batch) -> Tensor:
         image = float64(batch.image)
-        class_of_candidate = self.classes_of(batch.text)
-        classes = class_of_candidate.to(image.device)
-        distance_to_right = self._distance(image, classes, "right")
-        distance_to_wrong = self._distance(image, classes, "wrong")
+        classes = self.classes_of(batch.text)
+        class_of_candidate = classes.to(image.device)
+        distance_to_right = self._distance(image, class_of_candidate, "right")
+        distance_to_wrong = self._distance(image, class_of_candidate, "wrong")
         return distance_to_right - distance_to_wrong - self.margin_weight * cosine_margin(batch)
 
-    def _distance(self, image: Tensor, classes: Tensor, bank_name: str) -> Tensor:
-        """Squared distance (B,) to the nearest class mean of a bank; zero if the bank is empty."""
-        means = self.tensor(f"{bank_name}_means", image.device)[classes]
-        counts = self.tensor(f"{bank_name}_counts", image.device)[classes]
+    def _distance(self, image: Tensor, class_of_candidate: Tensor, bank_name: str) -> Tensor:
+        """Compute squared distances (B,) to a bank's nearest class mean, zero for an empty bank."""
+        means = self.tensor(f"{bank_name}_means", image.device)[class_of_candidate]
+        counts = self.tensor(f"{bank_name}_counts", image.device)[class_of_candidate]
         whitened = image @ self.tensor(f"{bank_name}_whitener", image.device)
         squares = squared_distances(whitened, means)
         smallest = squares.masked_fill(counts == 0, math.inf).amin(dim=1)

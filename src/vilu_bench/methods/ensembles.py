@@ -1,4 +1,4 @@
-"""Ensembles of ViLU heads: of several seeds, and of several dropout masks."""
+"""Ensembles of ViLU heads: over several seeds, and over several dropout masks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from vilu.predictors.vilu.vilu import ViLU
 
 @dataclasses.dataclass
 class DeepEnsemble(ViLU):
-    """M ViLU heads with different initial weights and different orders of the training rows.
+    """M ViLU heads with different initial weights and different training row orders.
 
     u = 1/M sum_m sigmoid(g_m(z)), with g_m the output of head m.
 
-    Member m has the seed ``seed * M + m``, so ensembles of different seeds share no member. For all
-    members the best epoch is selected on the same rows.
+    Member m has the seed ``seed * M + m``, so ensembles with different seeds share no member. For
+    all members the best epoch is selected on the same rows.
 
     Args:
         members: Number M of heads.
@@ -60,7 +60,7 @@ class DeepEnsemble(ViLU):
     graph = head_graph  # the score can be exported to ONNX
 
     def coalitions(self) -> Coalitions:
-        """Coalitions of the mean probability of failure."""
+        """Return the coalitions for the mean failure probability."""
         return HeadCoalitions(
             self.heads,
             torch.sigmoid,
@@ -72,7 +72,7 @@ class DeepEnsemble(ViLU):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """The heads of all members, in a list."""
+        """Make the heads of all members, in a list."""
         return nn.ModuleList(self._head(space) for _ in range(self.members))
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
@@ -93,24 +93,24 @@ class DeepEnsemble(ViLU):
         return Learnt(tensors, notes)
 
     def _new_members(self) -> list[ViLU]:
-        """The unfitted heads of the ensemble, each with a different seed."""
+        """Make the ensemble's unfitted heads, each with a different seed."""
         values = {name: getattr(self, name) for name in parameters(ViLU)}
         first_seed = self.seed * self.members
         return [ViLU(**values | {"seed": first_seed + m}) for m in range(self.members)]
 
     def _start_notes(self) -> dict[str, object]:
-        return {}  # the notes of each member report its start
+        return {}  # each member's notes report its start
 
 
 @dataclasses.dataclass
 class MCDropout(ViLU):
     """ViLU's head with dropout, also in scoring.
 
-    u = 1/M sum_m sigmoid(g_m(z)), with g_m the output of the head under dropout mask m.
+    u = 1/M sum_m sigmoid(g_m(z)), with g_m the head's output under dropout mask m.
 
     Dropout follows every hidden activation of the MLP. The M masks are drawn from the seed, and
-    every row uses the same masks. In effect there are M thinned heads, and the score of a row does
-    not depend on the other rows. The best epoch is selected with dropout switched off.
+    every row uses the same masks. In effect there are M thinned heads, and a row's score does
+    not depend on other rows. The best epoch is selected with dropout switched off.
 
     Args:
         dropout: Share of dropped hidden units.
@@ -152,15 +152,14 @@ class MCDropout(ViLU):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """The head, with dropout layers that are active in training."""
+        """Make the head, with dropout layers that are active in training."""
         dropout_layer = Dropout(self.dropout, self.seed)
         return self._head(space, dropout_layer)
 
     def _score(self, batch: Batch) -> Tensor:
         (head,) = self.heads
         first_layer_output = head.first_layer(batch)
-        generator = torch.Generator()
-        generator.manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         total = torch.zeros(len(first_layer_output), dtype=torch.float64)
         for _ in range(self.passes):
             hidden = first_layer_output

@@ -33,7 +33,7 @@ from vilu.predictors.contract.labelled import class_texts, failure_log_odds
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 N_FOLDS = 5
-"""Number of folds of the labelled rows."""
+"""Number of folds into which the labelled rows are divided."""
 MIN_PROBABILITY = 1e-6
 """Probabilities of a probe are clipped to this value. A class without labels would have 0."""
 
@@ -43,7 +43,7 @@ Grid = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
 class LabelledImages(NamedTuple):
-    """Labelled images and zero-shot logits of the same rows."""
+    """Labelled images, with zero-shot logits for the same rows."""
 
     image: Tensor  # (M, D) float32, unit norm
     label: Tensor  # (M,)
@@ -52,7 +52,7 @@ class LabelledImages(NamedTuple):
 
     @classmethod
     def of(cls, train: Rows, max_bank: int, seed: int) -> LabelledImages:
-        """The training rows; at most ``max_bank`` of them, drawn with ``seed``."""
+        """Collect the training rows: all rows, or ``max_bank`` rows drawn with ``seed``."""
         bank_rows, _ = draw_rows(train, max_bank, seed)
         image = read_images(bank_rows)
         blocks = [float64(batch.logits) for batch in bank_rows.batches(SCORING_BATCH)]
@@ -61,12 +61,15 @@ class LabelledImages(NamedTuple):
         return cls(image, label, logits, train.source.n_candidates)
 
     def take(self, rows: Tensor) -> LabelledImages:
-        """The rows at these indices."""
+        """Return the rows at these indices."""
         return LabelledImages(self.image[rows], self.label[rows], self.logits[rows], self.n_classes)
 
 
 def class_folds(label: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Number (M,) of the fold of every row; the rows of a class are dealt to the folds in turn."""
+    """Assign every row to a fold, and return fold numbers (M,).
+
+    The rows in each class are dealt to the folds in turn.
+    """
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(label))
     rows_by_class = shuffled[np.argsort(label[shuffled], kind="stable")]
@@ -80,24 +83,23 @@ def held_out_posteriors(
     seed: int,
     log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
 ) -> tuple[Tensor, Tensor] | None:
-    """Log posteriors (V, N, K) of held-out rows under V values to choose from, and labels (N,).
+    """Compute held-out log posteriors (V, N, K) under V values to choose from, and labels (N,).
 
-    The only labelled row of a class is never held out, because nothing would be known of the class.
-    If all rows are such rows, the result is None.
+    If a class has only one labelled row, this row is never held out, because nothing would be known
+    about the class. If all rows are such rows, return None.
 
     Args:
         rows: The labelled rows.
-        seed: Seed of the folds.
+        seed: Seed for the folds.
         log_posteriors: Function that gets the rows to fit on and n held-out rows. It returns the
-            log posteriors (V, n, K) of the held-out rows.
+            log posteriors (V, n, K) for the held-out rows.
     """
     posteriors_of_folds = []
     held_out_labels = []
     for is_held_out in _held_out_masks(rows, seed):
-        (held_out_index,) = is_held_out.nonzero(as_tuple=True)
+        held_out_index = is_held_out.nonzero().squeeze(1)
         held_out_rows = rows.take(held_out_index)
-        is_to_fit = ~is_held_out
-        (index_to_fit,) = is_to_fit.nonzero(as_tuple=True)
+        index_to_fit = (~is_held_out).nonzero().squeeze(1)
         rows_to_fit = rows.take(index_to_fit)
         log_p = log_posteriors(rows_to_fit, held_out_rows)
         posteriors_of_folds.append(log_p)
@@ -108,7 +110,7 @@ def held_out_posteriors(
 
 
 def _held_out_masks(rows: LabelledImages, seed: int) -> Iterator[Tensor]:
-    """Yield a mask (M,) of the held-out rows of every fold; folds without such rows are skipped."""
+    """Yield each fold's mask (M,) for the held-out rows. Folds without such rows are skipped."""
     count = torch.bincount(rows.label, minlength=rows.n_classes)
     is_only_label = count[rows.label] == 1
     fold_numbers = class_folds(rows.label.numpy(), seed)
@@ -124,9 +126,9 @@ def likeliest_index(
     seed: int,
     log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
 ) -> int | None:
-    """Index of the value that gives the held-out labels the largest likelihood.
+    """Find the index of the value that makes the held-out labels most likely.
 
-    None if no row is held out. The arguments are those of ``held_out_posteriors``.
+    Return None if no row is held out. The arguments are those of ``held_out_posteriors``.
     """
     posteriors_and_labels = held_out_posteriors(rows, seed, log_posteriors)
     if posteriors_and_labels is None:
@@ -142,9 +144,9 @@ def most_accurate_index(
     seed: int,
     log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
 ) -> int | None:
-    """Index of the first value that gives the most right answers to held-out rows.
+    """Find the index of the first value that gives the most right answers to held-out rows.
 
-    None if no row is held out. The arguments are those of ``held_out_posteriors``.
+    Return None if no row is held out. The arguments are those of ``held_out_posteriors``.
     """
     posteriors_and_labels = held_out_posteriors(rows, seed, log_posteriors)
     if posteriors_and_labels is None:
@@ -158,7 +160,7 @@ def most_accurate_index(
 
 @dataclasses.dataclass
 class LinearProbeCV(ClassRegression):
-    """The linear probe, with a strength of the penalty chosen by cross-validation.
+    """The linear probe, with a penalty strength chosen by cross-validation.
 
     u = 1 - P(t̂ | z), as for ``linear_probe``. The labels are held out in five folds, and C is the
     value of ``grid`` under which held-out labels are most likely. In this comparison every class
@@ -168,7 +170,7 @@ class LinearProbeCV(ClassRegression):
     Args:
         grid: The values of C to choose from.
         max_iter: Maximum number of L-BFGS steps.
-        max_bank: Maximum number of training images; more are sampled with ``seed``.
+        max_bank: Maximum number of training images. If there are more, ``seed`` draws a sample.
 
     Source: the protocol of Radford et al., ICML 2021, who sweep the penalty on a validation set.
 
@@ -177,7 +179,7 @@ class LinearProbeCV(ClassRegression):
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> target = np.repeat([0, 1], [70, 30])  # class 0 ends at 63 degrees, answers 0 at 45
         >>> train = vilu.Embeddings(image, text, target=target)
         >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
         >>> method = vilu.PREDICTORS["linear_probe_cv"]()
@@ -224,16 +226,15 @@ class LinearProbeCV(ClassRegression):
 
 
 PROBE_INVERSE_PENALTY = 100.0
-"""C of ``linear_probe``."""
+"""C for ``linear_probe``."""
 
 
 def probe_log_posteriors(
     rows_to_fit: LabelledImages, rows: LabelledImages, inverse_penalty: float, max_iter: int = 500
 ) -> Tensor:
-    """Log posteriors (N, K) of ``rows`` by a linear probe fitted on ``rows_to_fit``.
+    """Compute log posteriors (N, K) for ``rows`` by a linear probe fitted on ``rows_to_fit``.
 
-    Probabilities are clipped to at least ``MIN_PROBABILITY``. ``inverse_penalty`` is C of the
-    probe.
+    Probabilities are clipped to at least ``MIN_PROBABILITY``. ``inverse_penalty`` is the probe's C.
     """
     weight, bias = fit_regression(
         rows_to_fit.image, rows_to_fit.label, rows_to_fit.n_classes, inverse_penalty, max_iter
@@ -244,7 +245,7 @@ def probe_log_posteriors(
 
 
 def fit_mix_weights(log_p: Floats, label: NDArray[np.int64]) -> Floats:
-    """Weights w (2,), not negative, with which a log-linear pool makes the labels most likely.
+    """Find weights w (2,), not negative, with which a log-linear pool makes labels most likely.
 
     The pool is q ~ exp(sum_m w_m log p_m), with log posteriors log p (N, 2, K) and labels (N,).
     """
@@ -268,18 +269,18 @@ def fit_mix_weights(log_p: Floats, label: NDArray[np.int64]) -> Floats:
 
 @dataclasses.dataclass
 class ProbeAndZeroShot(ClassRegression):
-    """A log-linear mix of the zero-shot posterior and of a linear probe.
+    """A log-linear mix between the zero-shot posterior and a linear probe.
 
         u = 1 - q_t̂, with log q = a log p_zero_shot + w log p_probe - const
 
     a and w are not negative, and make the labels of held-out rows most likely (five folds). If no
-    row can be held out, because every class has one label, a = w = 1/2. Probabilities of the probe
-    are at least 1e-6; a class without labels would have 0.
+    row can be held out, because every class has one label, a = w = 1/2. The probe's probabilities
+    are at least 1e-6, because a class without labels would have 0.
 
     Args:
-        C: Inverse strength of the L2 penalty of the probe, as in scikit-learn.
-        max_iter: Maximum number of L-BFGS steps of the probe.
-        max_bank: Maximum number of training images; more are sampled with ``seed``.
+        C: Inverse strength of the probe's L2 penalty, as in scikit-learn.
+        max_iter: Maximum number of L-BFGS steps for the probe.
+        max_bank: Maximum number of training images. If there are more, ``seed`` draws a sample.
 
     Source: this project, as the plainest way to have both.
 
@@ -288,7 +289,7 @@ class ProbeAndZeroShot(ClassRegression):
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> target = np.repeat([0, 1], [70, 30])  # class 0 ends at 63 degrees, answers 0 at 45
         >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
         >>> new = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # 0, 53, 90 degrees
         >>> new = vilu.Embeddings(new, text, logit_scale=10.0)
@@ -302,7 +303,7 @@ class ProbeAndZeroShot(ClassRegression):
     reference: ClassVar[str] = "this project, 2026"
     cost: ClassVar[str] = "fit: 6 logistic regressions; score: one product with K weights"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = f"{ClassRegression._forms} mix:d2"
 
     C: Positive = PROBE_INVERSE_PENALTY
@@ -338,7 +339,7 @@ class ProbeAndZeroShot(ClassRegression):
         return Learnt(tensors, {"zero_shot": weights[0], "probe": weights[1]})
 
     def _logits(self, batch: Batch) -> Tensor:
-        """Logits (B, K) float64 of the mix."""
+        """Compute the mix's logits (B, K) float64."""
         zero_shot = float64(batch.logits).log_softmax(dim=1)
         min_log_p = float(np.log(MIN_PROBABILITY))
         probe = super()._logits(batch).log_softmax(dim=1)
@@ -361,10 +362,10 @@ class AddedToZeroShot(ClosedSet):
 
     @abstractmethod
     def _added_logits(self, batch: Batch) -> Tensor:
-        """Logits (B, K) float64 that are added to the zero-shot logits."""
+        """Compute logits (B, K) float64 to add to the zero-shot logits."""
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """Log posterior (B, K) float64 of the sum of the logits."""
+        """Compute the log posterior (B, K) float64 from the sum of the logits."""
         added_logits = self._added_logits(batch)
         logits = float64(batch.logits).to(added_logits.device) + added_logits
         return logits.log_softmax(dim=1)
@@ -377,12 +378,12 @@ class AddedToZeroShot(ClosedSet):
 
 @dataclasses.dataclass
 class GDAAndZeroShot(AddedToZeroShot):
-    """Gaussian discriminant analysis of image embeddings, added to the zero-shot logits.
+    """Gaussian discriminant analysis on image embeddings, added to the zero-shot logits.
 
         u = 1 - q_t̂, with q = softmax(l + alpha (W z + b))
         W = M S, b_c = -1/2 m_c S m_c
 
-    M (K, D) has the class means m_c. The precision S of all classes together is D ((N - 1) C +
+    M (K, D) has the class means m_c. All classes together have the precision S = D ((N - 1) C +
     tr(C) I)^-1. C is the covariance (divisor N - 1) of N images around the class means (Kubokawa
     and Srivastava 2008). Class priors are equal.
 
@@ -391,20 +392,20 @@ class GDAAndZeroShot(AddedToZeroShot):
     images then.
 
     Args:
-        grid: The values of alpha to choose from; the default is the value in the released code.
-        max_bank: Maximum number of training images; more are sampled with ``seed``.
+        grid: The values of alpha to choose from. The default is the value in the released code.
+        max_bank: Maximum number of training images. If there are more, ``seed`` draws a sample.
 
     Source: Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", ICLR
-    2024, and its code (mrflogs/ICLR24). The original takes the alpha of best accuracy on a
-    validation set. The code augments images in several epochs; here each image is embedded once. A
-    class without images has the mean of all images, where the original has no number.
+    2024, and its code (mrflogs/ICLR24). The original takes the alpha with the best accuracy on a
+    validation set. The code augments images in several epochs. Here each image is embedded once. A
+    class without images has the mean over all images, where the original has no number.
 
     Examples:
         >>> import numpy as np, vilu
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> target = np.repeat([0, 1], [70, 30])  # class 0 ends at 63 degrees, answers 0 at 45
         >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
         >>> new = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # 0, 53, 90 degrees
         >>> new = vilu.Embeddings(new, text, logit_scale=10.0)
@@ -417,7 +418,7 @@ class GDAAndZeroShot(AddedToZeroShot):
     reference: ClassVar[str] = "Wang et al., ICLR 2024"
     cost: ClassVar[str] = "fit: 6 inverses of D x D; score: one product with K vectors"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = "weight:dKD bias:dK classes:fKD"
 
     grid: Grid = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
@@ -449,22 +450,22 @@ class GDAAndZeroShot(AddedToZeroShot):
 
     def _added_logits(self, batch: Batch) -> Tensor:
         image = float64(batch.image)
-        class_of_candidate = self.classes_of(batch.text)
-        classes = class_of_candidate.to(image.device)
-        weight = self.tensor("weight", image.device)[classes]
-        bias = self.tensor("bias", image.device)[classes]
+        classes = self.classes_of(batch.text)
+        class_of_candidate = classes.to(image.device)
+        weight = self.tensor("weight", image.device)[class_of_candidate]
+        bias = self.tensor("bias", image.device)[class_of_candidate]
         return image @ weight.T + bias
 
 
 def gaussian_discriminants(rows: LabelledImages) -> tuple[Tensor, Tensor]:
-    """W (K, D) and b (K,) of ``GDAAndZeroShot``."""
+    """Compute W (K, D) and b (K,) for ``GDAAndZeroShot``."""
     image = rows.image.double()
     dim = image.shape[1]
     count = torch.bincount(rows.label, minlength=rows.n_classes)
     total = torch.zeros(rows.n_classes, dim, dtype=torch.float64)
     total.index_add_(0, rows.label, image)
     mean = total / count.clamp(min=1)[:, None]
-    mean[count == 0] = image.mean(dim=0)  # a class without images has the mean of all images
+    mean[count == 0] = image.mean(dim=0)  # a class without images has the mean over all images
     centred = image - mean[rows.label]
     n = len(image)
     scatter = centred.T @ centred  # (n - 1) times the covariance within classes
@@ -496,7 +497,7 @@ class TipAdapter(AddedToZeroShot):
     Args:
         alphas: The values of alpha to choose from.
         betas: The values of beta to choose from.
-        max_bank: Maximum number of training images; more are sampled with ``seed``.
+        max_bank: Maximum number of training images. If there are more, ``seed`` draws a sample.
 
     Source: Zhang et al., "Tip-Adapter", ECCV 2022, and the released code. The code searches a finer
     grid by accuracy on a validation set.
@@ -506,7 +507,7 @@ class TipAdapter(AddedToZeroShot):
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> target = np.repeat([0, 1], [70, 30])  # class 0 ends at 63 degrees, answers 0 at 45
         >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
         >>> new = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # 0, 53, 90 degrees
         >>> new = vilu.Embeddings(new, text, logit_scale=10.0)
@@ -519,7 +520,7 @@ class TipAdapter(AddedToZeroShot):
     reference: ClassVar[str] = "Zhang et al., ECCV 2022"
     cost: ClassVar[str] = "fit: products of the labelled images; score: one product with them"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = "bank:fND classes:fKD labels:iN<K shape:d2"
 
     alphas: Grid = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -563,20 +564,20 @@ class TipAdapter(AddedToZeroShot):
 
     def _added_logits(self, batch: Batch) -> Tensor:
         device = batch.image.device
-        class_of_candidate = self.classes_of(batch.text)
-        classes = class_of_candidate.to(device)
+        classes = self.classes_of(batch.text)
+        class_of_candidate = classes.to(device)
         bank = self.tensor("bank", device)
         label = self.tensor("labels", device)
         shape = self.tensor("shape", device)
         alpha, beta = shape.tolist()
         n_classes = len(self.learned_[CLASSES])
         logits = cache_logits(batch.image, bank, label, beta, n_classes)
-        added: Tensor = alpha * logits[:, classes]
+        added: Tensor = alpha * logits[:, class_of_candidate]
         return added
 
 
 def cache_logits(image: Tensor, bank: Tensor, label: Tensor, beta: float, n_classes: int) -> Tensor:
-    """A (B, K) of ``TipAdapter``, float64, for images (B, D) and a bank (M, D) with labels (M,)."""
+    """Compute ``TipAdapter``'s A (B, K), float64, from images (B, D) and a labelled bank (M, D)."""
     affinity = torch.exp(-beta * (1 - float64(image) @ float64(bank).T))
     logits = affinity.new_zeros(len(image), n_classes)
     logits.index_add_(1, label, affinity)

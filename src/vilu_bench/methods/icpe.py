@@ -24,31 +24,31 @@ from vilu_bench.methods.bayesvlm import run_last_layer
 
 @dataclasses.dataclass
 class ICPE(ClassDensity):
-    """ICPE as released: mean of the zero-shot probability and the answer's share of the density.
+    """ICPE as released: averages the zero-shot probability and the answer's density share.
 
     u = 1 - (p_max + s_d) / 2, with s_d = N_t̂(x) / sum_c N_c(x).
 
-    N_c is the Gaussian of class c. It has the mean and the sample covariance (divisor n_c - 1) of
-    the training images of the class, with ``ridge`` added to the diagonal. All images are projected
-    on the first principal components of the training set. x is the image encoder's output P phi
+    N_c is the Gaussian for class c. Its mean and sample covariance (divisor n_c - 1) are from the
+    training images in the class, with ``ridge`` added to the diagonal. All images are projected
+    on the training set's first principal components. x is the image encoder's output P phi
     *before* normalisation, computed from the columns ``features`` and ``image_projection``. If the
     data do not have both columns, x is the unit-norm embedding. With such an x the method is not
-    ICPE, and the label of the results says so.
+    ICPE, and the label in the results says so.
 
     Args:
         features: Whether to use the two columns if the data have them.
-        components: Maximum number of principal components; the number of images is a limit, too.
+        components: Maximum number of principal components. The image count is a limit, too.
         ridge: Added to the diagonal of every covariance. A ridge below 1e-11 of the largest mean
             variance is raised to this bound.
 
     Source: "ICPE", WACV 2026, and its notebook (zhenxianglin/ICPE): PCA with 128 components, ridge
     1e-8, float64 densities. This implementation also defines cases that the notebook leaves
-    undefined. With fewer images than components there are fewer components. A class of one image
+    undefined. With fewer images than components there are fewer components. A class with one image
     has the mean covariance within classes. A class without images is left out of the sum. If such a
     class is the answer, the density of all training images is used. The notebook computes FPR95 at
-    the vertex of the ROC curve with the TPR nearest to 0.95; ``vilu.metrics`` interpolates.
+    the ROC vertex with the TPR nearest to 0.95. ``vilu.metrics`` interpolates.
 
-    The covariance of a class with fewer images than components is singular up to the ridge. Then
+    For a class with fewer images than components, the covariance is singular up to the ridge. Then
     s_d is 0 or 1 for nearly all images. The method needs hundreds of images per class.
 
     Examples:
@@ -68,7 +68,7 @@ class ICPE(ClassDensity):
     )
     reference: ClassVar[str] = "ICPE, WACV 2026"
     optional_columns: ClassVar[tuple[str, ...]] = ("features", "image_projection")
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = f"{ClassDensity._forms} on_features:?"
 
     features: bool = True
@@ -77,13 +77,13 @@ class ICPE(ClassDensity):
 
     @property
     def label(self) -> str:
-        """The method's name; "(unit norm)" follows after a fit on unit-norm embeddings."""
+        """The method's name. After a fit on unit-norm embeddings, "(unit norm)" follows."""
         if not self.learned_ or self._uses_features:
             return self.name
         return f"{self.name} (unit norm)"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """The two columns, if ``features`` is set and ``train`` has both; else none."""
+        """Return the two columns, if ``features`` is set and ``train`` has both, else none."""
         has_columns = train.columns.issuperset(self.optional_columns)
         if self.features and has_columns:
             return self.optional_columns
@@ -122,7 +122,7 @@ class ICPE(ClassDensity):
 
 
 def outputs_before_norm(batch: Batch) -> Tensor:
-    """Outputs (B, D) of the image encoder before normalisation, float64."""
+    """Compute the image encoder's outputs (B, D) before normalisation, float64."""
     phi, _ = run_last_layer(batch, "features", "image_projection", batch.image)
     return float64(phi) @ float64(batch.columns["image_projection"]).T
 

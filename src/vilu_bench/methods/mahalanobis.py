@@ -24,10 +24,10 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 
 def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None:
-    """Shrunk covariance (D, D) of the images around class means (K, D).
+    """Estimate the shrunk covariance (D, D) of the images around class means (K, D).
 
     The Ledoit-Wolf estimate is multiplied by M / (M - number of classes with images), because the
-    class means were estimated from the same M images. The result is None if no class has two
+    class means were estimated from the same M images. Return None if no class has two
     different images.
     """
     scatter_matrix, fourth_power_sum = scatter_within_classes(train, label, mean)
@@ -41,7 +41,7 @@ def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None
 
 
 def spherical_covariance(train: Rows) -> Tensor:
-    """The identity (D, D) times the variance of a coordinate, averaged over the coordinates.
+    """Return the identity (D, D) times the variance per coordinate, averaged over coordinates.
 
     The variance is computed from all images. If this variance is zero, the result is the identity.
     """
@@ -56,14 +56,14 @@ def spherical_covariance(train: Rows) -> Tensor:
 
 
 def ledoit_wolf(scatter_matrix: Tensor, fourth_power_sum: float, n: int) -> Tensor:
-    """Covariance (D, D) shrunk towards a multiple of the identity.
+    """Estimate a covariance (D, D), shrunk towards a multiple of the identity.
 
     Args:
         scatter_matrix: (D, D) sum of x x^T over the n centred rows x.
         fourth_power_sum: Sum of |x|^4 over these rows.
         n: Number of rows.
 
-    The estimate needs the sum of x_a^2 x_b^2 over all rows x and all pairs (a, b) of coordinates.
+    The estimate needs the sum of x_a^2 x_b^2 over all rows x and all coordinate pairs (a, b).
     This sum equals ``fourth_power_sum``, so one pass over the rows is enough.
 
     Source: Ledoit and Wolf, Journal of Multivariate Analysis 2004.
@@ -83,7 +83,7 @@ def ledoit_wolf(scatter_matrix: Tensor, fourth_power_sum: float, n: int) -> Tens
 
 @dataclasses.dataclass
 class Mahalanobis(ClosedSet):
-    """Squared Mahalanobis distance to the mean of the predicted class.
+    """Squared Mahalanobis distance to the predicted class's mean.
 
     All classes share one covariance.
 
@@ -92,19 +92,19 @@ class Mahalanobis(ClosedSet):
         u = (z - mu_t̂)^T S^-1 (z - mu_t̂),
 
     with S the covariance of the images around the class means. With ``relative``,
-    (z - mu)^T S_0^-1 (z - mu) is subtracted, where mu and S_0 are the mean and the covariance of
+    (z - mu)^T S_0^-1 (z - mu) is subtracted, where mu and S_0 are the mean and the covariance over
     all training images.
 
     S and S_0 are Ledoit-Wolf estimates. A shrunk covariance also works with fewer images than
     coordinates, where the plain covariance is singular. If no class has two different images, S is
-    replaced by the mean variance of a coordinate times the identity. A class without training
+    replaced by a coordinate's mean variance times the identity. A class without training
     images has the mean mu.
 
     Args:
         relative: Whether to subtract the distance to all training images. This distance measures
             how unusual an image is.
 
-    Source: Lee et al., NeurIPS 2018; for ``relative``, Ren et al., 2021. In these papers the
+    Source: Lee et al., NeurIPS 2018, and for ``relative``, Ren et al., 2021. In these papers the
     distance is to the nearest class. Here the distance to the predicted class is used, because the
     task is to predict whether this answer is wrong.
 
@@ -124,7 +124,7 @@ class Mahalanobis(ClosedSet):
     reference: ClassVar[str] = "Lee et al., NeurIPS 2018"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
     cost: ClassVar[str] = "fit: two passes, D x D; score: D^2 per row"
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = "means:dKD whitener:dDD classes:fKD global_mean:d1D global_whitener:dDD"
 
     relative: bool = False
@@ -142,11 +142,11 @@ class Mahalanobis(ClosedSet):
             global_gaussian = fit_gaussian(train, one_label, n_classes=1)
             learned["global_mean"] = global_gaussian["means"]
             learned["global_whitener"] = global_gaussian["whitener"]
-        classes = class_texts(train)
-        return Learnt(learned | {CLASSES: classes})
+        text = class_texts(train)
+        return Learnt(learned | {CLASSES: text})
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the fitted tensors; the two global tensors exist only with ``relative``."""
+        """Return the fitted tensors' names. The two global tensors exist only with ``relative``."""
         return self.tensors if self.relative else self.tensors[:3]
 
     def _score(self, batch: Batch) -> Tensor:
@@ -160,7 +160,7 @@ class Mahalanobis(ClosedSet):
         return distance - self._distance(image, global_mean, "global_whitener")
 
     def _distance(self, image: Tensor, mean: Tensor, whitener_name: str) -> Tensor:
-        """Squared distances (B,) of images (B, D) from means, after whitening."""
+        """Compute squared distances (B,) between images (B, D) and means, after whitening."""
         whitened = (image - mean) @ self.tensor(whitener_name, image.device)
         return whitened.square().sum(dim=1)
 
@@ -169,8 +169,8 @@ class Mahalanobis(ClosedSet):
 class RelativeMahalanobis(Mahalanobis):
     """``Mahalanobis`` with ``relative``: the distance to all images is subtracted.
 
-    The score is large if the distribution of all training images fits an image better than the
-    distribution of the predicted class.
+    The score is large if the distribution over all training images fits an image better than the
+    predicted class's distribution.
 
     Examples:
         >>> import numpy as np, vilu
@@ -193,7 +193,7 @@ class RelativeMahalanobis(Mahalanobis):
 
 
 def fit_gaussian(train: Rows, label: Tensor, n_classes: int) -> dict[str, Tensor]:
-    """Class means (K, D), and the whitening matrix (D, D) of the covariance around the means."""
+    """Compute class means (K, D), and a matrix (D, D) that whitens images around the means."""
     means, _ = class_means(train, label, n_classes)
     covariance = shared_covariance(train, label, means)
     if covariance is None:

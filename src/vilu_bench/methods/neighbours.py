@@ -33,10 +33,10 @@ TINY = 1e-6
 
 @dataclasses.dataclass
 class LabelledBank(ClosedSet):
-    """A method that stores training images (the bank) and the classes of the images."""
+    """A method that stores training images (the bank) and the images' classes."""
 
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = "bank:fND classes:fKD labels:iN<K"
 
     max_bank: Count = 100_000
@@ -49,12 +49,12 @@ class LabelledBank(ClosedSet):
     ) -> Learnt:
         bank_rows, _ = draw_rows(train, self.max_bank, self.seed)
         bank, label = self._choose_images(read_images(bank_rows), class_labels(bank_rows))
-        classes = class_texts(train)
-        tensors = {"bank": bank, "labels": label, CLASSES: classes}
+        text = class_texts(train)
+        tensors = {"bank": bank, "labels": label, CLASSES: text}
         return Learnt(tensors, {"n_bank": len(bank)})
 
     def _choose_images(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """The images of ``bank`` (N, D) to keep, and their classes; by default all images."""
+        """Choose images in ``bank`` (N, D) to keep, with their classes, by default all images."""
         return bank, label
 
 
@@ -97,7 +97,7 @@ class KNNVote(LabelledBank):
 
     def _score(self, batch: Batch) -> Tensor:
         similarity, index = nearest_in_bank(batch.image, self.learned_["bank"], self.k)
-        label = self.tensor("labels", index.device)[index]  # (B, k) classes of the neighbours
+        label = self.tensor("labels", index.device)[index]  # (B, k) the neighbours' classes
         is_other_class = label != self.answer_of(batch)[:, None]
         weight = torch.ones_like(similarity)
         if self.weighting == "similarity":
@@ -114,10 +114,10 @@ class KNNDistance(FailurePredictor):
     k training images, u is the distance to the farthest training image.
 
     Args:
-        k: Rank of the neighbour; 1 is the nearest.
+        k: Rank of the neighbour. 1 is the nearest.
 
     Source: Sun et al., ICML 2022. Failure-prediction benchmarks search only the first 1,000
-    training images; here all training images are searched, up to ``max_bank``.
+    training images. Here all training images are searched, up to ``max_bank``.
 
     Examples:
         >>> import numpy as np, vilu
@@ -136,7 +136,7 @@ class KNNDistance(FailurePredictor):
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
     depends_on_answer: ClassVar[bool] = False
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = "bank:fND"
 
     seed: int = 0
@@ -162,23 +162,23 @@ class KNNDistance(FailurePredictor):
 
 @dataclasses.dataclass
 class TRINE(LabelledBank):
-    """TRINE: margin of the predicted class in a weighted vote of the nearest training images.
+    """TRINE: the predicted class's margin in a weighted vote by the nearest training images.
 
-    Neighbour r = 0 ... k-1 of class y_r has the weight w_r, class c has the support S_c:
+    Neighbour r = 0 ... k-1 in class y_r has the weight w_r, class c has the support S_c:
 
         w_r = exp(-decay r) * (1 + cos(z, z_r)) / 2 * (1 + cos(z_t̂, z_{t_{y_r}})) / 2,
         S_c = sum_{r: y_r = c} w_r / sum_r w_r,
         u = 1 - (S_t̂ - max_{c != t̂} S_c), in [0, 2].
 
-    A class without training images has the support 0, so u > 1 for an answer of this class. If
+    A class without training images has the support 0, so u > 1 if this class is the answer. If
     there are fewer than k training images, all training images vote. 1 + cos is at least 1e-6, so
     that no ratio is 0 / 0, even for opposite texts.
 
     Args:
         k: Number of neighbours.
-        decay: Rate of decay of a neighbour's weight with the rank r of the neighbour.
+        decay: Rate at which a neighbour's weight decays with the neighbour's rank r.
 
-    Source: the support margin of the repository sgchr273/TRINE (2026). One difference: a bank
+    Source: the support margin in the repository sgchr273/TRINE (2026). One difference: a bank
     smaller than k is refused in the repository. Here the whole bank is used.
 
     Examples:
@@ -204,7 +204,7 @@ class TRINE(LabelledBank):
     def _score(self, batch: Batch) -> Tensor:
         answer = self.answer_of(batch)
         similarity, index = nearest_in_bank(batch.image, self.learned_["bank"], self.k)
-        label = self.tensor("labels", index.device)[index]  # (B, k) classes of the neighbours
+        label = self.tensor("labels", index.device)[index]  # (B, k) the neighbours' classes
         text = self.tensor("classes", index.device)
         text_similarity = (text[answer] @ text.T).gather(1, label)
         n_neighbours = similarity.shape[1]
@@ -220,7 +220,7 @@ class TRINE(LabelledBank):
             support.scatter_add_(1, label[:, neighbour], weight[:, neighbour])
         support = support / weight.sum(dim=1, keepdim=True)
         support_of_answer = support.gather(1, answer[:, None]).squeeze(1)
-        # the largest support of another class: with -1 the answer itself is never the largest
+        # the largest support for another class: with -1 the answer itself is never the largest
         support_of_rival = support.scatter(1, answer[:, None], -1.0).amax(dim=1)
         return 1 - (support_of_answer - support_of_rival)
 
@@ -231,15 +231,15 @@ class TrustScore(LabelledBank):
 
     u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6)
 
-    d(z, H) is the Euclidean distance of z to the nearest image in H, between unit vectors. H_c are
-    the training images of class c, without the share ``alpha`` in the sparsest regions of the
-    class. An image is in a sparse region if the k-th nearest image of the same class is far. The
+    d(z, H) is the Euclidean distance from z to the nearest image in H, between unit vectors. H_c
+    are the training images in class c, without the share ``alpha`` in the sparsest regions of the
+    class. An image is in a sparse region if the k-th nearest image in the same class is far. The
     image itself counts as the first. The distance to a class without images is 2, the largest
     possible distance.
 
     Args:
-        alpha: Share of each class to leave out; 0: no image is left out.
-        k: Sparsity is the distance to the neighbour with this rank; at most the size of the class.
+        alpha: Share of each class to leave out. 0: no image is left out.
+        k: Sparsity is the distance to the neighbour with this rank, at most the size of the class.
 
     Source: Jiang et al., NeurIPS 2018, algorithms 1 and 2, with alpha = 0 and k = 10 as in the
     released code. As in the paper, distances are to the nearest image. The released code takes the
@@ -268,15 +268,14 @@ class TrustScore(LabelledBank):
     k: Count = 10
 
     def _choose_images(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """The bank without the share ``alpha`` of each class in the sparsest regions."""
+        """Leave out each class's images in the sparsest regions, a share ``alpha`` of the class."""
         if self.alpha == 0:
             return bank, label
         dense_members = []
         for class_label in label.unique():
-            is_member = label == class_label
-            (members,) = is_member.nonzero(as_tuple=True)
+            members = (label == class_label).nonzero().squeeze(1)
             similarity, _ = nearest_in_bank(bank[members], bank[members], self.k)
-            # distance of each member to the k-th nearest member
+            # each member's distance to the k-th nearest member
             distance = distance_of_cosine(similarity[:, -1])
             radius = distance.double()
             is_dense = radius <= radius.quantile(1 - self.alpha)
@@ -289,8 +288,8 @@ class TrustScore(LabelledBank):
         answer = self.answer_of(batch)
         label = self.tensor("labels", answer.device)
 
-        # Both functions return a mask (queries, bank images) of the allowed pairs of a query and an
-        # image of the bank.
+        # Both functions return a mask (queries, bank images) for the allowed pairs: a query and an
+        # image in the bank.
         def is_of_answer(queries: slice, bank_images: slice) -> Tensor:
             return answer[queries, None] == label[bank_images]
 
@@ -302,7 +301,7 @@ class TrustScore(LabelledBank):
         return (distance_to_answer + TINY) / (distance_to_rival + TINY)
 
     def _distance(self, image: Tensor, allowed_pairs: AllowedPairs) -> Tensor:
-        """Distance (B,) of each image to the nearest allowed image of the bank."""
+        """Compute each image's distance (B,) to the nearest allowed image in the bank."""
         bank = self.learned_["bank"]
         similarity, index = nearest_in_bank(image, bank, k=1, allowed_pairs=allowed_pairs)
         nearest_index = index[:, 0].cpu()

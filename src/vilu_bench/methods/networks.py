@@ -29,15 +29,15 @@ from vilu.predictors.vilu.head import Count, NonNegative, Positive, Widths
 
 @dataclasses.dataclass
 class NetworkPredictor(FailurePredictor):
-    """A predictor with a network of one output per row, trained with AdamW.
+    """A predictor whose network has one output per row, trained with AdamW.
 
     The fitted weights are the weights after the last epoch.
 
     Args:
-        epochs: Passes over the training rows; None: the default of ``HeadPredictor``.
-        batch_size: Rows per step; None: the default of ``HeadPredictor``.
-        learning_rate: Initial learning rate; a cosine schedule lowers the rate to zero.
-        weight_decay: Weight decay of AdamW.
+        epochs: Passes over the training rows. None: the default in ``HeadPredictor``.
+        batch_size: Rows per step. None: the default in ``HeadPredictor``.
+        learning_rate: Initial learning rate. A cosine schedule lowers the rate to zero.
+        weight_decay: AdamW's weight decay.
     """
 
     seed: int = 0
@@ -49,10 +49,10 @@ class NetworkPredictor(FailurePredictor):
 
     @abstractmethod
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
-        """The training loss of the network's output (B,)."""
+        """Compute the training loss from the network's output (B,)."""
 
     def _default_epochs(self, epoch_steps: int) -> int:
-        """Default number of epochs if an epoch has ``epoch_steps`` steps."""
+        """Return the default epoch count if an epoch has ``epoch_steps`` steps."""
         return default_epochs(epoch_steps)
 
     def _learn(
@@ -62,8 +62,8 @@ class NetworkPredictor(FailurePredictor):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         nothing_fitted: dict[str, Tensor] = {}
-        untrained_network = self.module(nothing_fitted, train.source.space)
-        network = cast("nn.Module", untrained_network)
+        module = self.module(nothing_fitted, train.source.space)
+        network = cast("nn.Module", module)
         settings = self._settings(AdamWConfig)
         history = train_adamw(network, self._loss, train, settings, self._default_epochs)
         state = network.state_dict()
@@ -72,9 +72,8 @@ class NetworkPredictor(FailurePredictor):
 
 
 def perceptron(widths: list[int], seed: int) -> nn.Sequential:
-    """Linear layers of ``widths`` with leaky ReLUs in between; ``seed`` draws the weights."""
-    generator = torch.Generator()
-    generator.manual_seed(seed)
+    """Make linear layers of ``widths`` with leaky ReLUs in between. ``seed`` draws the weights."""
+    generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
     for n_inputs, n_outputs in itertools.pairwise(widths):
         layers += [linear(n_inputs, n_outputs, generator), nn.LeakyReLU()]
@@ -82,8 +81,8 @@ def perceptron(widths: list[int], seed: int) -> nn.Sequential:
     return nn.Sequential(*layers_without_last_activation)
 
 
-RANKING_MARGIN = 0.1  # margin of the ranking loss of ``PVU``
-MIN_UNCERTAINTY = 1e-6  # smallest uncertainty of ``PVU``
+RANKING_MARGIN = 0.1  # margin in the ranking loss of ``PVU``
+MIN_UNCERTAINTY = 1e-6  # smallest uncertainty from ``PVU``
 
 
 @dataclasses.dataclass
@@ -95,20 +94,20 @@ class PVU(NetworkPredictor):
     g is an MLP D -> 512 -> 512 -> 1 with leaky ReLUs. The only input is the image embedding.
 
     With loss="ranking" the network learns the order of the losses L. The training loss is the mean
-    of max(0, 0.1 - sign(L_1 - L_2) (u_1 - u_2)) over consecutive pairs of a shuffled batch. If the
-    number of rows is odd, the last row is left out. With loss="mse" the network learns the values
-    of L, and the training loss is the mean of (u - L)^2. The training set needs labels, but no
-    failures. For captions, L is computed within the drawn pool.
+    of max(0, 0.1 - sign(L_1 - L_2) (u_1 - u_2)) over consecutive pairs in a shuffled batch. If the
+    row count is odd, the last row is left out. With loss="mse" the network learns the values L, and
+    the training loss is the mean of (u - L)^2. The training set needs labels, but no failures. For
+    captions, L is computed within the drawn pool.
 
     Args:
-        hidden: Hidden widths of the MLP.
+        hidden: The MLP's hidden widths.
         loss: Training loss: "ranking" or "mse".
 
     Source: Kirchhof et al., "Pretrained Visual Uncertainties", 2024. The paper pretrains on
     ImageNet-21k with 32 passes over 200,000 images. Here the network is fitted to the training rows
     for 1,400 to 6,000 steps. AdamW (learning rate 1e-3, betas 0.8 and 0.95, weight decay 1e-4) and
-    the cosine schedule are the paper's. Unit-norm embeddings are multiplied by sqrt(D), so that the
-    coordinates have the size of features. The losses L are float64; in float32, many rows with
+    the cosine schedule are the paper's. Unit-norm embeddings are multiplied by sqrt(D), because the
+    coordinates are then as large as features. The losses L are float64. In float32, many rows with
     nearly certain answers would tie.
 
     Examples:
@@ -142,11 +141,11 @@ class PVU(NetworkPredictor):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """The network."""
+        """Make the network."""
         return ImageNetwork(space.embed_dim, self.hidden, self.seed)
 
     def graph(self) -> nn.Module:
-        """The score for export, without softplus, which onnxruntime lacks in float64."""
+        """Make the score for export, without softplus, which onnxruntime lacks in float64."""
         return Graph(self._score_without_softplus, self.network)
 
     def _score_without_softplus(self, batch: Batch) -> Tensor:
@@ -177,15 +176,15 @@ class ImageNetwork(nn.Module):
         self.layers = perceptron([dim, *hidden, 1], seed)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Output (B,) of the MLP, float32."""
+        """Compute the MLP's output (B,), float32."""
         output: Tensor = self.layers(batch.image * self.scale)
         return output.squeeze(-1)
 
 
 def ranking_loss(uncertainty: Tensor, vlm_loss: Tensor) -> Tensor:
-    """Mean hinge loss over consecutive pairs of rows.
+    """Average the hinge loss over consecutive pairs of rows.
 
-    The loss is zero if the uncertainties (B,) of every pair are in the order of the VLM's losses
+    The loss is zero if every pair's uncertainties (B,) are in the order of the VLM's losses
     (B,), and at least 0.1 apart.
     """
     n_pairs = len(vlm_loss) // 2
@@ -193,14 +192,13 @@ def ranking_loss(uncertainty: Tensor, vlm_loss: Tensor) -> Tensor:
     u_1, u_2 = uncertainty_of_pair.unbind(dim=1)
     loss_of_pair = vlm_loss[: 2 * n_pairs].view(n_pairs, 2)
     loss_1, loss_2 = loss_of_pair.unbind(dim=1)
-    order_of_losses = torch.sign(loss_1 - loss_2)
-    sign = order_of_losses.to(uncertainty.dtype)
+    sign = torch.sign(loss_1 - loss_2).to(uncertainty.dtype)
     hinge = functional.relu(RANKING_MARGIN - sign * (u_1 - u_2))
     return hinge.sum() / max(n_pairs, 1)
 
 
 def regression_loss(uncertainty: Tensor, vlm_loss: Tensor) -> Tensor:
-    """Mean squared difference between the uncertainties (B,) and the VLM's losses (B,)."""
+    """Average the squared differences between the uncertainties (B,) and the VLM's losses (B,)."""
     loss_to_learn = vlm_loss.to(uncertainty.dtype)
     return functional.mse_loss(uncertainty, loss_to_learn)
 
@@ -209,25 +207,25 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ranking": ranking_loss,
     "mse": regression_loss,
 }
-"""Training losses of ``PVU`` by name; a loss takes the uncertainties and the VLM's losses."""
+"""Training losses for ``PVU`` by name. A loss takes the uncertainties and the VLM's losses."""
 
 
 MAX_LOG_TEMPERATURE = math.log(10.0)
 """Largest |log T|. Therefore the temperatures of two rows differ at most by a factor of 100."""
 
 MAX_GAP = 20.0
-"""Gaps to the largest logit are clipped to this many nats; a missing candidate has this gap."""
+"""Gaps to the largest logit are clipped to this many nats. A missing candidate has this gap."""
 
 
 @dataclasses.dataclass
 class LMN(NetworkPredictor):
-    """Lightweight meta-network: MCM with a temperature T(x) > 0 of each row, from a network.
+    """Lightweight meta-network: MCM with a temperature T(x) > 0 per row, from a network.
 
     u = 1 - max_j softmax_j(l / T(x)). The temperature never changes the answer.
 
     log T is the output of an MLP with 16 hidden units (about 17,000 parameters at D = 512). The
     inputs are the gaps between the largest logit and the next logits, z_v and z_t̂. With
-    p = softmax(l / T) and s = max_j p_j, the training loss of a row is
+    p = softmax(l / T) and s = max_j p_j, a row has the training loss
 
         balance * [1 - psi(s) - log s]                  if the answer is right,
         (1 - balance) * [psi(s) + KL(uniform || p)]     if it is wrong,
@@ -237,17 +235,17 @@ class LMN(NetworkPredictor):
     right or only wrong answers, one of the two terms is unused, and there is a warning.
 
     Args:
-        hidden: Hidden widths of the MLP.
+        hidden: The MLP's hidden widths.
         n_logits: Number of the largest logits that are inputs.
-        balance: Weight beta of the right answers.
+        balance: Weight beta for the right answers.
         steepness: The divisor in psi. With a large value, psi(s) is nearly s, as in ordinary
             calibration.
 
     Source: Huang et al., "Revisiting Confidence Calibration for Misclassification Detection in
-    VLMs", ICLR 2026. In the paper all K logits are inputs, so K and the order of the classes are
+    VLMs", ICLR 2026. In the paper all K logits are inputs, so K and the class order are
     fixed. Here the inputs are the sorted gaps of the ``n_logits`` largest logits, at most 20 nats
     each. If there are fewer candidates, the missing gaps are 20 nats. Here the last layer starts at
-    zero, so that the scores before training are the scores of MCM. Here |log T| is at most log 10.
+    zero, so the scores before training are MCM's scores. Here |log T| is at most log 10.
 
     Examples:
         >>> import numpy as np, vilu
@@ -293,7 +291,7 @@ class LMN(NetworkPredictor):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """The network."""
+        """Make the network."""
         return MetaNetwork(space.embed_dim, self.hidden, self.n_logits, self.seed)
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
@@ -320,7 +318,7 @@ class LMN(NetworkPredictor):
 
 
 class MetaNetwork(nn.Module):
-    """Network that computes log T from the logits, the image and the answer's text of a row."""
+    """Network that computes log T from a row's logits, image and answer text."""
 
     def __init__(self, dim: int, hidden: tuple[int, ...], n_logits: int, seed: int) -> None:
         super().__init__()
@@ -332,7 +330,7 @@ class MetaNetwork(nn.Module):
             nn.init.zeros_(parameter)  # T = 1 for every row, before training
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logarithms of the temperatures (B,), float32."""
+        """Compute the logarithms of the temperatures (B,), float32."""
         answer = batch.text[batch.prediction]
         inputs = [
             logit_gaps(batch.logits, self.n_logits),
@@ -345,7 +343,7 @@ class MetaNetwork(nn.Module):
 
 
 def logit_gaps(logits: Tensor, n_logits: int) -> Tensor:
-    """Sorted gaps (B, n - 1) between the largest of the logits (B, K) and the next n - 1.
+    """Sort the gaps (B, n - 1) between the largest of the logits (B, K) and the next n - 1.
 
     The unit is 20 nats, and a gap is at most one unit. If K < n, the missing gaps are one unit.
     """
@@ -357,9 +355,9 @@ def logit_gaps(logits: Tensor, n_logits: int) -> Tensor:
 
 
 def target_curve(confidence: Tensor, steepness: float) -> Tensor:
-    """Sigmoid of (confidence - 1/2) / steepness, rescaled to map 0 to 0 and 1 to 1.
+    """Compute the sigmoid of (confidence - 1/2) / steepness, rescaled to map 0 to 0 and 1 to 1.
 
-    This curve is psi of ``LMN``. With s the confidence and lambda the steepness, the curve is
+    This curve is psi in ``LMN``. With s the confidence and lambda the steepness, the curve is
     computed as
 
         (1 + tanh((s - 1/2) / (2 lambda)) / tanh(1 / (4 lambda))) / 2,

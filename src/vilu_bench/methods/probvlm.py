@@ -25,17 +25,17 @@ MIN_DEVIATION = 1e-6
 
 
 class GeneralisedGaussian(NamedTuple):
-    """Distribution of a tensor of independent generalised Gaussians.
+    """Distribution for a tensor of independent generalised Gaussians.
 
-    The density of an entry is beta / (2 alpha Gamma(1/beta)) exp(-(|x - mean| / alpha)^beta).
+    An entry has the density beta / (2 alpha Gamma(1/beta)) exp(-(|x - mean| / alpha)^beta).
 
-    beta = 1 is the Laplace distribution of scale alpha. beta = 2 is the Gaussian of variance
+    beta = 1 is the Laplace distribution with scale alpha. beta = 2 is the Gaussian with variance
     alpha² / 2.
 
     Attributes:
-        mean: Mean of every entry, of any shape.
-        inverse_scale: 1 / alpha > 0; broadcasts with ``mean``.
-        shape: Shape parameter beta > 0; broadcasts with ``mean``.
+        mean: Mean of every entry, in any shape.
+        inverse_scale: 1 / alpha > 0, which broadcasts with ``mean``.
+        shape: Shape parameter beta > 0, which broadcasts with ``mean``.
     """
 
     mean: Tensor
@@ -43,7 +43,7 @@ class GeneralisedGaussian(NamedTuple):
     shape: Tensor
 
     def nll(self, x: Tensor) -> Tensor:
-        """Negative log-density of every entry.
+        """Compute every entry's negative log-density.
 
         The value is (|x - mean| / alpha)^beta - log(beta / (2 alpha)) + log Gamma(1/beta).
         |x - mean| is taken as at least 1e-6 alpha, for a finite gradient.
@@ -55,7 +55,7 @@ class GeneralisedGaussian(NamedTuple):
         return deviation**self.shape + normaliser
 
     def log_variance(self) -> Tensor:
-        """Log-variance of every entry: log(alpha² Gamma(3/beta) / Gamma(1/beta))."""
+        """Compute every entry's log-variance: log(alpha² Gamma(3/beta) / Gamma(1/beta))."""
         return (
             torch.lgamma(3 / self.shape)
             - torch.lgamma(1 / self.shape)
@@ -63,7 +63,7 @@ class GeneralisedGaussian(NamedTuple):
         )
 
     def index_all(self, index: slice | tuple[slice | None, ...]) -> GeneralisedGaussian:
-        """Apply an index to all three tensors; a None in the index adds an axis."""
+        """Apply an index to all three tensors. A None in the index adds an axis."""
         return GeneralisedGaussian(self.mean[index], self.inverse_scale[index], self.shape[index])
 
 
@@ -77,14 +77,14 @@ MAX_SHAPE = 5.0  # largest beta
 
 
 class ProbabilisticAdapter(nn.Module):
-    """Network of ProbVLM that turns an embedding z into a distribution over embeddings.
+    """ProbVLM's network, which turns an embedding z into a distribution over embeddings.
 
     x = z sqrt(D) and y = x + MLP(x). Three heads on y compute the mean, 1 / alpha and beta. There
     is an adapter for images and an adapter for texts.
 
-    A coordinate of a unit vector is of order 1 / sqrt(D). A coordinate times sqrt(D) is of order
-    one, so the start of the training does not depend on D. The distribution is over embeddings
-    times sqrt(D). The MLP has three layers, and each head has two.
+    A coordinate of a unit vector has magnitude 1 / sqrt(D). A coordinate times sqrt(D) has
+    magnitude one, so the start of the training does not depend on D. The distribution is over
+    embeddings times sqrt(D). The MLP has three layers, and each head has two.
     """
 
     def __init__(self, dim: int, width: int, generator: torch.Generator) -> None:
@@ -98,11 +98,11 @@ class ProbabilisticAdapter(nn.Module):
         self.shape = two_layers(dim, generator)
 
     def forward(self, embedding: Tensor, masks: Sequence[Tensor] = ()) -> GeneralisedGaussian:
-        """Compute the distribution of an embedding, over embeddings (..., D) times sqrt(D).
+        """Compute an embedding's distribution, over embeddings (..., D) times sqrt(D).
 
         Args:
             embedding: (..., D) unit-norm rows.
-            masks: Dropout masks (..., width) of the two hidden layers; empty: no dropout.
+            masks: Dropout masks (..., width) for the two hidden layers. Empty: no dropout.
         """
         x = times_root_of_width(embedding)
         y = x
@@ -120,7 +120,7 @@ class ProbabilisticAdapter(nn.Module):
 
 
 def two_layers(dim: int, generator: torch.Generator) -> nn.Sequential:
-    """A head of two layers with ``dim`` inputs and ``dim`` outputs."""
+    """Make a head with two layers, ``dim`` inputs and ``dim`` outputs."""
     first = linear(dim, dim, generator)
     second = linear(dim, dim, generator)
     activation = nn.ReLU()
@@ -128,14 +128,14 @@ def two_layers(dim: int, generator: torch.Generator) -> nn.Sequential:
 
 
 def times_root_of_width(embedding: Tensor) -> Tensor:
-    """Embeddings (..., D) times sqrt(D), as the distributions describe them."""
+    """Multiply embeddings (..., D) by sqrt(D), as the distributions describe them."""
     return embedding * math.sqrt(embedding.shape[-1])
 
 
 def dropout_masks(
     size: tuple[int, int], rate: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Dropout masks of shape ``size`` for two layers.
+    """Draw dropout masks with shape ``size`` for two layers.
 
     An entry is 0 with probability ``rate``, else 1 / (1 - rate).
     """
@@ -146,16 +146,16 @@ def dropout_masks(
 
 
 MAX_BLOCK_ENTRIES = 1 << 24
-"""Maximum number of entries of an array (rows, candidates, dimensions) of the cross-modal loss."""
+"""Maximum size for an array (rows, candidates, dimensions) in the cross-modal loss, in entries."""
 
 
 @dataclasses.dataclass
 class ProbVLM(NetworkPredictor):
-    """Spread of the distribution predicted by ProbVLM's adapters around an embedding.
+    """Spread of the distribution that ProbVLM's adapters predict around an embedding.
 
     The distributions are factorised generalised Gaussians. An adapter computes q_v from an image,
-    another q_t from a text. The adapters are trained on pairs (z_v, z_t) of an image and a text:
-    the text of the class or the caption. The training loss of a pair is
+    and a second adapter q_t from a text. The adapters are trained on pairs (z_v, z_t) of an image
+    and a text: the class text or the caption. A pair has the training loss
 
         L = l(z_v | q_v) + l(z_t | q_t) + cross_weight * [l(z_t | q_v) + l(z_v | q_t)],
 
@@ -164,32 +164,32 @@ class ProbVLM(NetworkPredictor):
 
     - "aleatoric": mean over the dimensions of log Var of q_v, with Var = alpha² Gamma(3/beta) /
       Gamma(1/beta).
-    - "epistemic": variance, over ``samples`` dropout masks, of the mean of q_v, averaged over the
-      dimensions. The masks are drawn once from the seed, so the score of a row does not depend on
+    - "epistemic": variance of q_v's mean over ``samples`` dropout masks, averaged over the
+      dimensions. The masks are drawn once from the seed, so a row's score does not depend on
       other rows.
     - "cross_modal": log((1 - p_t̂) / p_t̂), where p is the softmax of the negative cross-modal
-      losses of the image and the candidates. The rows have the same order as by 1 - p_t̂, but rows
-      with p_t̂ rounded to zero do not tie.
+      losses between the image and the candidates. The rows have the same order as by 1 - p_t̂, but
+      rows with p_t̂ rounded to zero do not tie.
 
     "aleatoric" and "epistemic" depend on the image alone, not on the answer. ViLU's supplement
     reports "aleatoric" and "cross_modal", and both were poor predictors of failure.
 
     Args:
-        epochs: Passes over the training rows; None: 20, or enough epochs for 300 steps.
-        width: Hidden width of the adapters.
+        epochs: Passes over the training rows. None: 20, or enough epochs for 300 steps.
+        width: The adapters' hidden width.
         dropout: Share of hidden units to drop in a training step.
         cross_weight: Weight of the cross-modal terms.
         uncertainty: "aleatoric", "epistemic" or "cross_modal".
-        samples: Number of dropout masks of "epistemic".
+        samples: Number of dropout masks for "epistemic".
 
-    Source: Upadhyay et al., "ProbVLM", ICCV 2023; ViLU, supplement A.3. Differences from the
+    Source: Upadhyay et al., "ProbVLM", ICCV 2023, and ViLU, supplement A.3. Differences from the
     reference implementation:
 
     - In the reference, beta multiplies |x - mean| / alpha. Here beta is the exponent.
     - In the reference, an absolute error is added to the loss. Here it is not.
     - In the reference, 1 / alpha and beta are outputs of ReLUs. A ReLU has no gradient once the
-      output is zero. Here 1 / alpha is the output of a softplus, and beta is the output of a
-      sigmoid onto [0.1, 5].
+      output is zero. Here 1 / alpha is a softplus output, and beta is a sigmoid output, scaled
+      to [0.1, 5].
     - Here embeddings are multiplied by sqrt(D), and Adam has a cosine schedule.
     - Here the variances of the dimensions are averaged geometrically. In an arithmetic mean one
       dimension with a heavy tail would outweigh all the rest: at beta = 0.1,
@@ -220,7 +220,7 @@ class ProbVLM(NetworkPredictor):
         "fit: 300 steps or 20 epochs of two MLPs; score: 4 MFLOP per row, cross_modal K D powers"
     )
 
-    # rows per training step; a step of more rows takes hardly more time
+    # Rows per training step. A step with more rows takes hardly more time.
     batch_size: Count | None = 128
     weight_decay: NonNegative = 0.0
     width: Count = 256
@@ -234,11 +234,11 @@ class ProbVLM(NetworkPredictor):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """The adapters."""
+        """Make the adapters."""
         return PairAdapters(space.embed_dim, self)
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:  # noqa: ARG002
-        # in training mode the output of the network is the loss of every row
+        # in training mode the network's output is the loss for every row
         return output.mean()
 
     def _default_epochs(self, epoch_steps: int) -> int:
@@ -250,32 +250,30 @@ class ProbVLM(NetworkPredictor):
 
 
 class PairAdapters(nn.Module):
-    """The adapters of both modalities.
+    """The adapters for both modalities.
 
-    The output is the loss of every row in training mode and the uncertainty in evaluation mode.
+    In training mode the output is the loss for every row, in evaluation mode the uncertainty.
     """
 
     def __init__(self, dim: int, settings: ProbVLM) -> None:
         super().__init__()
         self.settings = settings
-        weight_generator = torch.Generator()
-        weight_generator.manual_seed(settings.seed)
+        weight_generator = torch.Generator().manual_seed(settings.seed)
         self.image = ProbabilisticAdapter(dim, settings.width, weight_generator)
         self.text = ProbabilisticAdapter(dim, settings.width, weight_generator)
-        self.mask_generator = torch.Generator()
-        self.mask_generator.manual_seed(settings.seed)
+        self.mask_generator = torch.Generator().manual_seed(settings.seed)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Alignment losses (B,) in training mode, uncertainties (B,) in evaluation mode."""
+        """Compute alignment losses (B,) in training mode, uncertainties (B,) in evaluation mode."""
         if self.training:
             return self.alignment_loss(batch)
-        # each value of the setting ``uncertainty`` is the name of a method of this class
+        # each value of the setting ``uncertainty`` is the name of a method in this class
         compute = getattr(self, self.settings.uncertainty)
         uncertainty: Tensor = compute(batch)
         return uncertainty
 
     def alignment_loss(self, batch: Batch) -> Tensor:
-        """Loss L (B,) of every pair."""
+        """Compute the loss L (B,) for every pair."""
         image = batch.image
         text = batch.text[batch.target]
         pair = torch.stack([image, text])
@@ -287,11 +285,11 @@ class PairAdapters(nn.Module):
     def _losses(
         self, adapter: ProbabilisticAdapter, embedding: Tensor, pair: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Losses (B,) of the images, and losses (B,) of the texts.
+        """Compute losses (B,) for the images, and losses (B,) for the texts.
 
         Args:
             adapter: Computes the distributions under which the losses are.
-            embedding: (B, D) embeddings from which the adapter computes them.
+            embedding: (B, D) embeddings from which the adapter computes the distributions.
             pair: (2, B, D) the images and the texts.
         """
         masks = self._masks(len(embedding), self.mask_generator)
@@ -301,15 +299,14 @@ class PairAdapters(nn.Module):
         return image_loss, text_loss
 
     def aleatoric(self, batch: Batch) -> Tensor:
-        """Log-variances (B,) of the images' distributions, averaged over the dimensions."""
+        """Average the log-variances of the images' distributions over the dimensions, as (B,)."""
         distribution: GeneralisedGaussian = self.image(batch.image)
         log_variance = distribution.log_variance()
         return log_variance.mean(dim=-1)
 
     def epistemic(self, batch: Batch) -> Tensor:
-        """Variances (B,) of the means over dropout masks, averaged over the dimensions."""
-        mask_generator = torch.Generator()
-        mask_generator.manual_seed(self.settings.seed)
+        """Compute the means' variances (B,) over dropout masks, averaged over the dimensions."""
+        mask_generator = torch.Generator().manual_seed(self.settings.seed)
         first_masks, second_masks = self._masks(self.settings.samples, mask_generator)
         samples = zip(first_masks, second_masks, strict=True)
         means = torch.stack([self.image(batch.image, masks).mean for masks in samples])
@@ -317,7 +314,7 @@ class PairAdapters(nn.Module):
         return variance.mean(dim=-1)
 
     def cross_modal(self, batch: Batch) -> Tensor:
-        """Log-odds (B,) of a wrong answer of the VLM.
+        """Compute the log-odds (B,) that the VLM's answer is wrong.
 
         The probabilities are the softmax of the negative cross-modal losses.
         """
@@ -330,11 +327,12 @@ class PairAdapters(nn.Module):
         for start in range(0, len(batch.text), block_size):
             block = slice(start, start + block_size)
             texts_under_image = image_by_candidate.nll(times_root_of_width(batch.text[block]))
-            images_under_text = text.index_all(block).nll(times_root_of_width(batch.image)[:, None])
+            texts_of_block = text.index_all(block)
+            images_under_text = texts_of_block.nll(times_root_of_width(batch.image)[:, None])
             losses.append((texts_under_image + images_under_text).mean(dim=-1))
         logits = -torch.cat(losses, dim=1)
         return failure_log_odds(logits, batch)
 
     def _masks(self, n: int, mask_generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``n`` dropout masks of each of the two hidden layers."""
+        """Draw ``n`` dropout masks for each of the two hidden layers."""
         return dropout_masks((n, self.settings.width), self.settings.dropout, mask_generator)

@@ -1,4 +1,4 @@
-"""Rel-U: a learned penalty of confusing two classes."""
+"""Rel-U: a learned penalty for confusing two classes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vilu.predictors.bank.closed_set import ClosedSet
 from vilu.predictors.contract.labelled import Needs, class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
-MAX_CLASSES = 10_000  # the penalties of all pairs take 800 MB in float64
+MAX_CLASSES = 10_000  # the penalties for all pairs take 800 MB in float64
 
 
 @dataclass
 class RelU(ClosedSet):
-    """Relative uncertainty: u = p D p^T, with a learned penalty of confusing two classes.
+    """Relative uncertainty: u = p D p^T, with a learned penalty for confusing two classes.
 
     p = softmax(l / T) is a row vector, and D (K, K) holds the penalties. D maximises
 
@@ -37,19 +37,19 @@ class RelU(ClosedSet):
 
     If no entry of M off the diagonal is positive (without failures this is always so), every D has
     an objective <= 0. In this case D is taken as constant off the diagonal, and u is proportional
-    to the Gini impurity: the order of the rows is the order by ``doctor`` at this temperature.
-    Without successes, M has only the term of the failures.
+    to the Gini impurity: the row order is the order by ``doctor`` at this temperature.
+    Without successes, M has only the failure term.
 
     Args:
-        trade_off: Weight lambda of the failures; the successes have the weight 1 - lambda.
-        temperature: T; the logits already contain the VLM's logit scale, and are divided by this
+        trade_off: Weight lambda of the failures. The successes have the weight 1 - lambda.
+        temperature: T. The logits already contain the VLM's logit scale, and are divided by this
             number.
 
     Source: Dadalto et al., "A Data-Driven Measure of Relative Uncertainty for Misclassification
-    Detection", ICLR 2024; defaults of ViLU, supplement A.3. The code of Dadalto et al. drops the
-    last class if K is odd, stores p^T p of every row, and scores through an N x N matrix. None of
-    this is done here. The columns of D are matched with the candidates by the texts of the classes.
-    Therefore candidates may have any order, and some may be missing.
+    Detection", ICLR 2024. The defaults are from ViLU, supplement A.3. The code by Dadalto et al.
+    drops the last class if K is odd, stores p^T p for every row, and scores through an N x N
+    matrix. None of this is done here. The columns of D are matched with the candidates by the class
+    texts. Therefore candidates may have any order, and some may be missing.
 
     Examples:
         >>> import numpy as np, vilu
@@ -68,7 +68,7 @@ class RelU(ClosedSet):
     reference: ClassVar[str] = "Dadalto et al., ICLR 2024"
     cost: ClassVar[str] = "fit: one pass; score: K^2 products per row"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = "penalty:dKK classes:fKD"
     no_captions: ClassVar[str | None] = (
         "its penalty is one of confusing two classes, and captions have no classes"
@@ -96,29 +96,31 @@ class RelU(ClosedSet):
         n_successes = len(failure) - n_failures
         weight_of_failure = self.trade_off / max(n_failures, 1)
         weight_of_success = (1 - self.trade_off) / max(n_successes, 1)
-        moment = torch.zeros((), dtype=torch.float32)  # M of the class docstring
+        moment = torch.zeros((), dtype=torch.float32)  # M in the class docstring
         for batch in train.batches(SCORING_BATCH):
             batch_on_device = batch.to(self.device_)
-            p = log_posterior(batch_on_device, self.temperature).exp()
+            log_p = log_posterior(batch_on_device, self.temperature)
+            p = log_p.exp()
             signed_weight = torch.where(
                 batch_on_device.failure == 1, weight_of_failure, -weight_of_success
             )
             weight = signed_weight.float().to(p)
             moment = moment.to(p) + p.T @ (weight[:, None] * p)
         penalty = best_penalty(moment).cpu()
-        classes = class_texts(train)
-        return Learnt({"penalty": penalty, CLASSES: classes})
+        text = class_texts(train)
+        return Learnt({"penalty": penalty, CLASSES: text})
 
     def _score(self, batch: Batch) -> Tensor:
-        p = log_posterior(batch, self.temperature).exp()
-        class_of_candidate = self.classes_of(batch.text)
-        classes = class_of_candidate.to(p.device)  # the class of every candidate
-        penalty = self.tensor("penalty", p.device)[classes][:, classes]
+        log_p = log_posterior(batch, self.temperature)
+        p = log_p.exp()
+        classes = self.classes_of(batch.text)
+        class_of_candidate = classes.to(p.device)
+        penalty = self.tensor("penalty", p.device)[class_of_candidate][:, class_of_candidate]
         return (p @ penalty * p).sum(dim=-1)
 
 
 def best_penalty(moment: Tensor) -> Tensor:
-    """Penalties D (K, K) with the largest <moment, D>.
+    """Find penalties D (K, K) with the largest <moment, D>.
 
     If no entry of ``moment`` off the diagonal is positive, D is constant off the diagonal.
     """

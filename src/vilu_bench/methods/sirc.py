@@ -35,9 +35,9 @@ class SIRC(FailurePredictor):
     The fit uses no labels. Still, like every fitted method, ``sirc`` uses only labelled rows.
 
     Args:
-        confidence: S1: "msp", max_j p_j; "entropy", -H(p); "doctor", sum_j p_j^2.
-        typicality: S2: "norm1", ||z_v||_1; "residual", minus the norm of the part of z_v outside
-            the principal subspace of the training embeddings (of their uncentred second moment).
+        confidence: S1: "msp" is max_j p_j, "entropy" is -H(p), "doctor" is sum_j p_j^2.
+        typicality: S2: "norm1" is ||z_v||_1. "residual" is minus the norm of z_v's part outside the
+            principal subspace, computed from the training embeddings' uncentred second moment.
         components: Dimension of the principal subspace. None: half of min(D, number of rows).
 
     Source: Xia and Bouganis, ACCV 2022. In the paper S2 is computed from the features before the
@@ -67,7 +67,7 @@ class SIRC(FailurePredictor):
     cost: ClassVar[str] = (
         "fit: two passes over the images; score: as mcm, with residual D^2 / 2 more"
     )
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = "shift:d slope:d complement:dDC"
 
     seed: int = 0
@@ -97,7 +97,7 @@ class SIRC(FailurePredictor):
         return Learnt(learned)
 
     def _complement(self, train: Rows, n_rows: int) -> Tensor:
-        """Orthonormal directions (D, D - components) with the least moment of the images."""
+        """Find orthonormal directions (D, D - components) in which the images' moment is least."""
         dim = train.source.space.embed_dim
         components = self.components
         if components is None:
@@ -115,11 +115,11 @@ class SIRC(FailurePredictor):
         return complement.clone()
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the fitted tensors; ``complement`` exists only for "residual"."""
+        """Return the fitted tensors' names. ``complement`` exists only for "residual"."""
         return self.tensors if self.typicality == "residual" else self.tensors[:2]
 
     def _typicality(self, batch: Batch, learned: dict[str, Tensor]) -> Tensor:
-        """S2 (B,) of the images, float64; ``learned`` has the complement for "residual"."""
+        """Compute the images' S2 (B,), float64. For "residual", ``learned`` has the complement."""
         image = float64(batch.image)
         if self.typicality == "norm1":
             return image.abs().sum(dim=-1)
@@ -139,20 +139,20 @@ class SIRC(FailurePredictor):
 
 
 def log_rest(log_p: Tensor) -> Tensor:
-    """log(1 - max_j p_j) (B,), computed as the log-sum-exp of all but the largest log p_j."""
+    """Compute log(1 - max_j p_j) (B,), as log-sum-exp over all but the largest log p_j."""
     largest = log_p.argmax(dim=-1, keepdim=True)
     log_p_of_rest = log_p.scatter(1, largest, -torch.inf)
     return torch.logsumexp(log_p_of_rest, dim=-1)
 
 
 def log_entropy(log_p: Tensor) -> Tensor:
-    """Logarithm of the entropy H(p) (B,)."""
+    """Compute the logarithm of the entropy H(p) (B,)."""
     log_terms = log_p + torch.log(-log_p)
     return torch.logsumexp(log_terms, dim=-1)
 
 
 def log_gini(log_p: Tensor) -> Tensor:
-    """Logarithm of the Gini impurity sum_j p_j (1 - p_j) (B,)."""
+    """Compute the logarithm of the Gini impurity sum_j p_j (1 - p_j) (B,)."""
     log_terms = log_p + torch.log(-torch.expm1(log_p))
     return torch.logsumexp(log_terms, dim=-1)
 

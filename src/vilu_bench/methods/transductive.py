@@ -2,7 +2,7 @@
 
 Shapes: N images to learn from, B rows to score, K classes, D embedding width.
 
-The papers of both methods are about transduction: a method learns from the same images as it
+The papers on both methods are about transduction: a method learns from the same images as it
 judges. Here the methods are fitted like all methods, and may also judge new images. For
 transduction, fit a method on the images to judge, without labels.
 """
@@ -28,7 +28,7 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 @dataclasses.dataclass
 class AdaptedToImages(ClosedSet):
-    """A method with a posterior q learned from images without labels; u = 1 - q_t̂."""
+    """A method with a posterior q learned from images without labels: u = 1 - q_t̂."""
 
     is_probability: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
@@ -44,13 +44,13 @@ class AdaptedToImages(ClosedSet):
         return torch.sigmoid(log_odds)
 
     def _rows_to_learn_from(self, train: Rows) -> Rows:
-        """The rows to learn from."""
+        """Choose the rows to learn from."""
         rows, _ = draw_rows(train, self.max_bank, self.seed)
         return rows
 
 
 def zero_shot_logits(rows: Rows) -> Tensor:
-    """Zero-shot logits (N, K) float64."""
+    """Compute zero-shot logits (N, K) float64."""
     blocks = [float64(batch.logits) for batch in rows.batches(SCORING_BATCH)]
     return torch.cat(blocks)
 
@@ -59,21 +59,21 @@ def zero_shot_logits(rows: Rows) -> Tensor:
 class OTTER(AdaptedToImages):
     """OTTER: the posterior is changed to make all classes equally frequent.
 
-    u = 1 - q_a for the answer a, with q = softmax(l + v). v (K,) is such that the mean of q over
+    u = 1 - q_a for the answer a, with q = softmax(l + v). v (K,) is such that q's mean over
     the N images is 1/K for every class.
 
-    This is optimal transport between images and classes with the cost -log p and an entropy term of
-    weight 1, where p is the zero-shot posterior. v has the dual potentials of the classes. New
+    This is optimal transport between images and classes with the cost -log p and an entropy term
+    with weight 1, where p is the zero-shot posterior. v has the classes' dual potentials. New
     images use the same v.
 
     Args:
-        passes: Maximum number of passes of Sinkhorn's algorithm.
-        max_bank: Maximum number of images to learn from; more are sampled with ``seed``.
+        passes: Maximum number of passes in Sinkhorn's algorithm.
+        max_bank: Maximum number of images to learn from. ``seed`` draws them from more images.
 
     Source: Shin et al., "OTTER: Effortless Label Distribution Adaptation of Zero-shot Models",
     NeurIPS 2024. The original solves the transport without an entropy term (``ot.emd``), and so
-    gives answers without probabilities; this method approaches the original as the weight of the
-    entropy term goes to 0. The original gets the true class frequencies, or estimates the
+    gives answers without probabilities. As the entropy term's weight goes to 0, this method
+    approaches the original. The original gets the true class frequencies, or estimates the
     frequencies from labels. Here no label is used, so equal frequencies are assumed. If some
     classes do not occur, this makes the posterior worse.
 
@@ -94,7 +94,7 @@ class OTTER(AdaptedToImages):
     reference: ClassVar[str] = "Shin et al., NeurIPS 2024"
     cost: ClassVar[str] = "fit: passes over 20,000 rows; score: K sums"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = "offset:dK classes:fKD"
 
     passes: Count = 1_000
@@ -118,30 +118,30 @@ class OTTER(AdaptedToImages):
             if float(step.abs().max()) < MAX_CONVERGED_STEP:
                 break
         offset = offset - offset.mean()
-        classes = class_texts(train)
-        return Learnt({"offset": offset, CLASSES: classes})
+        text = class_texts(train)
+        return Learnt({"offset": offset, CLASSES: text})
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """Log posterior (B, K) float64 of the matched classes."""
+        """Compute the matched classes' log posterior (B, K) float64."""
         logits = float64(batch.logits)
-        class_of_candidate = self.classes_of(batch.text)
-        classes = class_of_candidate.to(logits.device)
+        classes = self.classes_of(batch.text)
+        class_of_candidate = classes.to(logits.device)
         offset = self.tensor("offset", logits.device)
-        return (logits + offset[classes]).log_softmax(dim=1)
+        return (logits + offset[class_of_candidate]).log_softmax(dim=1)
 
 
 MIN_SHARE = 1e-12
-"""The share of a class times K is clipped to this value, so that its logarithm is finite."""
+"""A class's share times K is clipped to this value, so that its logarithm is finite."""
 MAX_CONVERGED_STEP = 1e-6
 """Sinkhorn's algorithm ends after a step with all entries smaller than this number."""
 
 
 class Gaussians(NamedTuple):
-    """The result of StatA's fit: a Gaussian with diagonal covariance per class, and posteriors."""
+    """StatA's fit: a Gaussian with diagonal covariance per class, and posteriors."""
 
     mean: Tensor  # (K, D), unit norm
     variance: Tensor  # (K, D)
-    posterior: Tensor  # (N, K) posteriors of the images to learn from
+    posterior: Tensor  # (N, K) posteriors for the images to learn from
 
 
 @dataclasses.dataclass
@@ -150,19 +150,19 @@ class StatA(AdaptedToImages):
 
         u = 1 - q_t̂, with q_c ~ p_c exp(-1/100 sum_d (z_d - m_cd)^2 / s_cd)
 
-    p is the zero-shot posterior; m and s are fitted to images without labels (``fit_gaussians``).
-    During the fit, the posterior of an image is also drawn towards the posteriors of the three
+    p is the zero-shot posterior. m and s are fitted to images without labels (``fit_gaussians``).
+    During the fit, an image's posterior is also drawn towards the posteriors of the three
     nearest images. For new images, q has no such term.
 
     Args:
         anchor: Weight of the class text in mean and variance, as a number of images.
         neighbours: Number of nearest images to draw a posterior towards.
         passes: Number of updates of the Gaussians.
-        max_bank: Maximum number of images to learn from; more are sampled with ``seed``.
+        max_bank: Maximum number of images to learn from. ``seed`` draws them from more images.
 
     Source: Zanella et al., "Realistic Test-Time Adaptation of Vision-Language Models", CVPR 2025,
     and the released code (MaxZanella/StatA) with the same defaults. One difference: the code
-    divides the initial covariance by N anew for each block of 2,500 images; here the covariance is
+    divides the initial covariance by N anew for each block of 2,500 images. Here the covariance is
     divided once.
 
     Examples:
@@ -180,7 +180,7 @@ class StatA(AdaptedToImages):
     summary: ClassVar[str] = "Gaussians of the classes, fitted to images and anchored at texts"
     reference: ClassVar[str] = "Zanella et al., CVPR 2025"
     cost: ClassVar[str] = "fit: about 66 passes and N x N similarities; score: 2 products with K"
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = "mean:dKD variance:dKD classes:fKD"
 
     anchor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -197,11 +197,10 @@ class StatA(AdaptedToImages):
         text = class_texts(train)
         image = read_images(rows).double()
         logits = zero_shot_logits(rows)
-        text_float64 = text.double()
         gaussians = fit_gaussians(
             image=image,
             logits=logits,
-            text=text_float64,
+            text=text.double(),
             anchor=self.anchor,
             n_neighbours=self.neighbours,
             passes=self.passes,
@@ -209,21 +208,21 @@ class StatA(AdaptedToImages):
         return Learnt({"mean": gaussians.mean, "variance": gaussians.variance, CLASSES: text})
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """Log posterior (B, K) float64 of zero-shot logits and Gaussians."""
+        """Compute the log posterior (B, K) float64 from zero-shot logits and Gaussians."""
         image = float64(batch.image)
-        class_of_candidate = self.classes_of(batch.text)
-        classes = class_of_candidate.to(image.device)
-        mean = self.tensor("mean", image.device)[classes]
-        variance = self.tensor("variance", image.device)[classes]
+        classes = self.classes_of(batch.text)
+        class_of_candidate = classes.to(image.device)
+        mean = self.tensor("mean", image.device)[class_of_candidate]
+        variance = self.tensor("variance", image.device)[class_of_candidate]
         likelihood = gaussian_likelihood(image, mean, variance)
         logits = float64(batch.logits) + likelihood / TEMPERATURE
         return logits.log_softmax(dim=1)
 
 
 TEMPERATURE = 50.0
-"""Log-likelihoods are divided by this number, as in the code of TransCLIP and StatA."""
+"""Log-likelihoods are divided by this number, as in the code for TransCLIP and StatA."""
 INNER_PASSES = 5
-"""The posteriors are updated this number of times before each update of the Gaussians."""
+"""The posteriors are updated this number of times before the Gaussians are updated."""
 MIN_VARIANCE = 1e-12
 """Variances are clipped to this value, so that equal images have a finite likelihood."""
 
@@ -231,21 +230,21 @@ MIN_VARIANCE = 1e-12
 def fit_gaussians(
     image: Tensor, logits: Tensor, text: Tensor, anchor: float, n_neighbours: int, passes: int
 ) -> Gaussians:
-    """Fit the Gaussians of StatA to images (N, D) with zero-shot logits (N, K) and texts (K, D).
+    """Fit StatA's Gaussians to images (N, D) with zero-shot logits (N, K) and texts (K, D).
 
-    A pass updates the posteriors of the images, and then the mean and the variance of each class:
+    A pass updates the images' posteriors, and then each class's mean and variance:
 
         m_c ~ b_c (mean of the members) + (1 - b_c) t_c
         s_c = b_c (variance of the members about m_c) + (1 - b_c) (s_0 + (t_c - m_c)^2)
 
-    Here t_c is the text of class c, n_c is the number of images with the answer c,
+    Here t_c is the text for class c, n_c is the number of images with the answer c,
     b_c = n_c / (n_c + anchor), and s_0 is the variance of all images about the class texts. Means
     are scaled to unit norm.
     """
     zero_shot = logits.log_softmax(dim=1)
     posterior = zero_shot.exp()
     mean = text
-    # s_0 is the mean of the variances of the classes, weighted by the sums of the posteriors
+    # s_0 is the mean of the classes' variances, weighted by the posterior sums
     class_weight = posterior.sum(dim=0)[:, None]  # (K, 1)
     weighted_variance = variance_about(image, posterior, text) * class_weight
     first_variance = weighted_variance.sum(dim=0) / len(image)  # (D,)
@@ -274,7 +273,7 @@ def fit_gaussians(
 
 
 def variance_about(image: Tensor, posterior: Tensor, mean: Tensor) -> Tensor:
-    """(K, D) mean of (z - mean_c)^2 over images (N, D), weighted by the posteriors (N, K)."""
+    """Average (z - mean_c)^2 over images (N, D) to (K, D), weighted by the posteriors (N, K)."""
     class_weight = posterior.sum(dim=0)
     total_weight = class_weight.clamp(min=1e-300)[:, None]  # a divisor, so never 0
     mean_image = posterior.T @ image / total_weight
@@ -284,7 +283,7 @@ def variance_about(image: Tensor, posterior: Tensor, mean: Tensor) -> Tensor:
 
 
 def gaussian_likelihood(image: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """Exponents (B, K) of the Gaussians of classes at images (B, D).
+    """Compute the exponents (B, K) of the class Gaussians at images (B, D).
 
     An exponent is -1/2 sum_d (z_d - m_cd)^2 / s_cd. The square is expanded, so that no array
     (B, K, D) is needed.
@@ -295,7 +294,7 @@ def gaussian_likelihood(image: Tensor, mean: Tensor, variance: Tensor) -> Tensor
 
 
 def nearest_affinity(image: Tensor, n_neighbours: int) -> Tensor:
-    """Sparse matrix (N, N): each row has the cosines of an image with the nearest other images."""
+    """Make a sparse matrix (N, N): each row has an image's cosines with the nearest others."""
     n = len(image)
     n_neighbours = min(n_neighbours, n - 1)
     rows = torch.arange(n).repeat_interleave(n_neighbours)

@@ -22,20 +22,20 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 @dataclasses.dataclass
 class TrustVLM(ClosedSet):
-    """TrustVLM: zero-shot probability plus similarity to the prototype of the predicted class.
+    """TrustVLM: zero-shot probability plus similarity to the predicted class's prototype.
 
     u = (1 - p_max) + weight * (1 - cos(f, P_t̂))
 
     f are the image's features from a second encoder, in the column ``features``. With the VLM's own
-    features in this column, the method would not be TrustVLM. The prototype P_c is the mean of the
-    features of up to ``shots`` training images of class c, drawn with ``seed``. A class without
+    features in this column, the method would not be TrustVLM. The prototype P_c is the mean feature
+    over up to ``shots`` training images in class c, drawn with ``seed``. A class without
     training images has the prototype 0, and the cosine with this prototype is 0.
 
     Args:
         weight: Weight of the similarity.
         shots: Maximum number of training images per class.
 
-    Source: TrustVLM, arXiv:2505.23745, and its code (weight 1, 0.1 on Oxford Pets; 16 shots; DINOv2
+    Source: TrustVLM, arXiv:2505.23745, and its code (weight 1, 0.1 on Oxford Pets, 16 shots, DINOv2
     features averaged over tokens). The paper's TrustVLM* predicts another answer, does not score
     the VLM's own answer, and is left out.
 
@@ -60,7 +60,7 @@ class TrustVLM(ClosedSet):
     reference: ClassVar[str] = "TrustVLM, arXiv 2505.23745"
     cost: ClassVar[str] = "fit: 16 images per class; score: one product with K prototypes"
     columns: ClassVar[tuple[str, ...]] = ("features",)
-    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
     _forms: ClassVar[str] = "prototypes:fKF classes:fKD"
 
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
@@ -78,8 +78,8 @@ class TrustVLM(ClosedSet):
         sum_of_class = features.new_zeros(train.source.n_candidates, features.shape[1])
         sum_of_class.index_add_(0, label[shot_rows], features)
         prototypes = normalize(sum_of_class, dim=1)
-        classes = class_texts(train)
-        return Learnt({"prototypes": prototypes, CLASSES: classes})
+        text = class_texts(train)
+        return Learnt({"prototypes": prototypes, CLASSES: text})
 
     def _score(self, batch: Batch) -> Tensor:
         answer = self.answer_of(batch)
@@ -96,11 +96,10 @@ class TrustVLM(ClosedSet):
 
 
 def draw_per_class(label: Tensor, max_rows: int, seed: int) -> Tensor:
-    """Sorted indices of at most ``max_rows`` rows of each class, drawn at random."""
-    generator = torch.Generator()
-    generator.manual_seed(seed)
+    """Draw at most ``max_rows`` rows per class at random, and return sorted indices."""
+    generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(label), generator=generator)
-    # all rows, sorted by class; the rows of a class stay in random order
+    # all rows, sorted by class, where the rows in a class stay in random order
     rows_by_class = shuffled[label[shuffled].argsort(stable=True)]
     count = torch.bincount(label)
     first_of_class = count.cumsum(0) - count  # position in ``rows_by_class`` where a class begins

@@ -24,12 +24,12 @@ class Disagreement(FailurePredictor):
     u = 1/(R + 1) sum_r d_r over the original input (r = 0) and the R variants. d_r measures how
     much variant r disagrees with the original answer t̂:
 
-    - statistic="mean": d_r = 1 - p_r(t̂), where p_r is the zero-shot posterior of the variant. u is
+    - statistic="mean": d_r = 1 - p_r(t̂), where p_r is the variant's zero-shot posterior. u is
       one minus the mean probability.
     - statistic="vote": d_r = 1 if variant r has another answer than t̂, else 0. u is the share of
       variants that disagree. With only R + 1 possible values of u, many rows tie.
 
-    The variants are scored in turn, so that only the logits of a single variant are in memory.
+    The variants are scored in turn, so only a single variant's logits are in memory.
 
     Args:
         statistic: "mean" or "vote".
@@ -54,7 +54,7 @@ class Disagreement(FailurePredictor):
 
 
 def improbability(logits: Tensor, answer: Tensor) -> Tensor:
-    """One minus the probability (B,) of the answers (B, 1), float64.
+    """Compute one minus the probability (B,) of the answers (B, 1), float64.
 
     The difference is computed without cancellation for probabilities near 1.
     """
@@ -67,7 +67,10 @@ def improbability(logits: Tensor, answer: Tensor) -> Tensor:
 
 
 def has_other_answer(logits: Tensor, answer: Tensor) -> Tensor:
-    """(B,) float64: 1 if a candidate other than ``answer`` (B, 1) has the largest logit, else 0."""
+    """Compare the candidate with the largest logit to ``answer`` (B, 1).
+
+    Return (B,) float64: 1 if another candidate has the largest logit, else 0.
+    """
     is_other = logits.argmax(dim=1) != answer.squeeze(1)
     return float64(is_other)
 
@@ -76,7 +79,7 @@ DISAGREEMENT_FUNCTIONS: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": improbability,
     "vote": has_other_answer,
 }
-"""Functions for d_r (B,), from the logits of a variant and the original answers (B, 1)."""
+"""Functions for d_r (B,), from a variant's logits and the original answers (B, 1)."""
 
 
 @dataclass
@@ -86,9 +89,9 @@ class TTA(Disagreement):
     The variants of ``Disagreement`` are the augmented views in the column ``views`` (B, V, D), with
     the same candidates.
 
-    Source: Ayhan and Berens, MIDL 2018, use the spread of the predictions; Ashukha et al., ICLR
-    2020, use the mean of the predictions. Here u uses the mean probability of the original answer,
-    because the failure of the original answer is predicted. Another candidate may have the largest
+    Source: Ayhan and Berens, MIDL 2018, use the spread of the predictions. Ashukha et al., ICLR
+    2020, use the mean of the predictions. Here u uses the original answer's mean probability,
+    because the original answer's failure is predicted. Another candidate may have the largest
     mean probability.
 
     Examples:
@@ -116,9 +119,9 @@ class PromptDisagreement(Disagreement):
     The variants of ``Disagreement`` are the P prompts in the column ``prompts`` (K, P, D). The
     method also works on captions if the column has P paraphrases of each caption.
 
-    Source: Wightman et al., TrustNLP 2023, use the agreement of prompts as a confidence of language
-    models. The prompts are CLIP's ensemble of templates (Radford et al., ICML 2021), without the
-    averaging over templates in CLIP.
+    Source: Wightman et al., TrustNLP 2023, use the agreement between prompts as a confidence for
+    language models. The prompts are CLIP's template ensemble (Radford et al., ICML 2021), without
+    CLIP's averaging over templates.
 
     Examples:
         >>> import numpy as np, vilu

@@ -1,4 +1,4 @@
-"""ViLU with the settings of the paper, to compare with the defaults of ``vilu``."""
+"""ViLU with the paper's settings, to compare with the defaults of ``vilu``."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from vilu.predictors.vilu.vilu import ViLU
 
 @dataclasses.dataclass
 class ViLUPaper(ViLU):
-    """ViLU with the settings of the ViLU paper: of the supplement, else of the released script.
+    """ViLU with the settings from the ViLU paper: from the supplement, else the released script.
 
     Only defaults and initial weights differ from ``vilu``. A comment beside each setting names the
     source. The released settings are for CIFAR-10, with 50,000 images: 800 epochs are 312,800 steps
     there. The script for ImageNet has a learning rate of 0.001, 512 rows a step and 300 epochs, and
     never trains the attention.
 
-    The supplement (A.2) also fixes the MLP (512, 256, 128, 1; ReLU) and SGD, as in ``vilu``. The
-    supplement selects learning rate and batch size for every data set from a grid. The study
+    The supplement (A.2) also fixes the MLP (512, 256, 128, 1, with ReLU) and SGD, as in ``vilu``.
+    The supplement selects learning rate and batch size for every data set from a grid. The study
     ``paper/grid`` repeats this selection. The values here are from the script and are in the grid.
 
-    Some settings of the paper are not possible with embeddings, and others were defects. In these
+    Some settings in the paper are not possible with embeddings, and others were defects. In these
     cases the method works like ``vilu``: images are not cropped anew in every epoch, labels and
-    logits are in float32, weight decay does not change a frozen attention, the last batch of an
-    epoch is not dropped, and the learning rate changes with every step instead of every epoch. If
-    ``fit`` gets a validation set, the best epoch on this set is selected.
+    logits are in float32, weight decay does not change a frozen attention, an epoch's last batch is
+    not dropped, and the learning rate changes with every step instead of every epoch. If ``fit``
+    gets a validation set, the best epoch on this set is selected.
 
     Source: ViLU, ICCV 2025, supplement A.2. Repository ykrmm/ViLU: scripts/train_vilu_cifar10.sh
     and train_vilu_imagenet.sh (commit d4c6e18), vilu/models (9584263), and the configuration of a
@@ -57,7 +57,7 @@ class ViLUPaper(ViLU):
     summary: ClassVar[str] = "ViLU with the settings of its paper and released scripts"
     cost: ClassVar[str] = "fit: 800 epochs of an MLP; score: 1 MFLOP per row"
 
-    # script; the repository's README has 400
+    # script, whereas the repository's README has 400
     epochs: Count | None = 800
     # script
     batch_size: Count | None = 128
@@ -65,7 +65,7 @@ class ViLUPaper(ViLU):
     # saved configuration: SGD with momentum 0.9, as in ``vilu``, and LinearLR from 0.1 on
     weight_decay: NonNegative = 5e-4
     warmup_epochs: NonNegative = 5.0
-    # supplement, A.2: "frozen during the first epoch"; script: 1,000 steps
+    # supplement, A.2: "frozen during the first epoch", whereas the script has 1,000 steps
     freeze_epochs: Annotated[int, Field(ge=0)] | None = 1
     # trainer: the last epoch is taken, and no rows are held out
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -78,18 +78,17 @@ class ViLUPaper(ViLU):
         tensors: dict[str, Tensor],
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """A new head; the seed draws initial weights as torch does by default."""
+        """Make a new head. The seed draws initial weights as torch does by default."""
         head = cast("FailureHead", super().module(tensors, space))
-        generator = torch.Generator()
-        generator.manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         draw_weights_like_torch(head, generator)
         return head
 
 
 def draw_weights_like_torch(head: FailureHead, generator: torch.Generator) -> None:
-    """Draw the weights of the MLP anew, as ``torch.nn.Linear`` draws them in the released model.
+    """Draw the MLP's weights anew, as ``torch.nn.Linear`` draws them in the released model.
 
-    Weights and biases are uniform within 1 / sqrt(number of inputs). The inputs of the first layer
+    Weights and biases are uniform within 1 / sqrt(number of inputs). The first layer's inputs
     are all parts of the joint embedding together.
     """
     n_inputs = sum(weight.shape[1] for weight in head.first.values())

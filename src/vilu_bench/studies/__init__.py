@@ -1,1 +1,1 @@
-"""Every method on several data sets, over seeds, label budgets and transfer; resumable."""
+"""Every method on several data sets, over seeds, label budgets and transfer, with resume."""

@@ -1,4 +1,4 @@
-"""The results of a benchmark by method, data set and setting, and differences of results."""
+"""Benchmark results by method, data set and setting, and differences between results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vilu_bench.studies.parts import Names
 from vilu_bench.studies.result import CellResult
 
 LoadBootstrap = Callable[[Cell], Floats]
-"""Returns the bootstrap values (``ranking_metrics``, B resamples) of a cell that was run."""
+"""Returns the bootstrap values (``ranking_metrics``, B resamples) for a cell that was run."""
 
 MethodCase = tuple[str, str, str]  # method, data set, setting
 
@@ -28,12 +28,12 @@ class Entrant:
     """A method's results on a data set in a setting, by seed."""
 
     method_case: MethodCase
-    results: Mapping[int, CellResult]  # by seed; only results with the ranking metric
-    run_cells: Mapping[int, Cell]  # for each seed of ``results``, the cell that was run
+    results: Mapping[int, CellResult]  # by seed, only results with the ranking metric
+    run_cells: Mapping[int, Cell]  # for each seed in ``results``, the cell that was run
     refused_seeds: tuple[int, ...]  # the seeds missing in ``results``
-    reason: str | None  # why the first refused seed has no result; None if none is refused
+    reason: str | None  # why the first refused seed has no result, or None if none is refused
     load_bootstrap: LoadBootstrap
-    ranking_metrics: Names  # metrics with bootstrap values; methods are ranked by the first
+    ranking_metrics: Names  # metrics with bootstrap values, of which the first ranks
 
     @property
     def method(self) -> str:
@@ -47,21 +47,21 @@ class Entrant:
 
     @property
     def ranking_value(self) -> float:
-        """Mean of the ranking metric; 0 if the metric is undefined."""
+        """Mean of the ranking metric, or 0 if the metric is undefined."""
         return self.mean(self.ranking_metrics[0]) or 0.0
 
     @property
     def n_runs(self) -> int:
-        """Number of different cells that were run; 1 if the seed changes nothing."""
+        """Number of different cells that were run. If the seed changes nothing, the number is 1."""
         return len(set(self.run_cells.values()))
 
     def mean(self, metric: str) -> float | None:
-        """Mean of a metric over seeds; None if the metric is undefined for any seed."""
+        """Average a metric over seeds, or return None if the metric is undefined for any seed."""
         values = [result.value(metric) for result in self.results.values()]
         return _mean_if_known(values)
 
     def quantity(self, metric: str, seeds: Sequence[int] | None = None) -> Quantity:
-        """Mean of one of ``ranking_metrics`` over seeds; by default all seeds with a result."""
+        """Average one of ``ranking_metrics`` over seeds, by default all seeds with a result."""
         if seeds is None:
             seeds = list(self.results)
         row_of_metric = self.ranking_metrics.index(metric)
@@ -76,9 +76,9 @@ class Entrant:
         return Quantity.over_seeds(value_per_seed, bootstrap_per_seed)
 
     def difference_from(self, rival: Entrant, metric: str) -> Quantity | None:
-        """This mean minus the rival's mean, over common seeds.
+        """Subtract the rival's mean from this mean, over common seeds.
 
-        None if the two have no common seed.
+        Return None if the two have no common seed.
         """
         seeds = sorted(self.results.keys() & rival.results.keys())
         if not seeds:
@@ -92,7 +92,7 @@ class Entrant:
 
 
 def _mean_if_known(values: Sequence[float | None]) -> float | None:
-    """The mean of values; None if a value is None, or if there are no values."""
+    """Return the mean of ``values``, or None if a value is None or there are no values."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return None
@@ -104,10 +104,10 @@ def _mean_if_known(values: Sequence[float | None]) -> float | None:
 def distinct_row_counts(
     field: Literal["n", "n_failures", "n_outside"], entrants: Iterable[Entrant]
 ) -> tuple[int, ...]:
-    """All different values of a count of rows in the results of entrants, ascending.
+    """Return all different row counts in the results of entrants, in ascending order.
 
     ``field`` is the count: "n" (test rows), "n_failures" (wrong answers) or "n_outside" (pictures
-    of none of the classes).
+    outside all classes).
     """
     numbers: set[int] = set()
     for entrant in entrants:
@@ -119,7 +119,7 @@ def distinct_row_counts(
 def row_counts_in_words(
     n: Sequence[int], n_failures: Sequence[int], n_outside: Sequence[int]
 ) -> str:
-    """Text with the numbers of answers, wrong answers and pictures of none of the classes."""
+    """Write how many answers, wrong answers and pictures outside all classes there are."""
     text = f"{join_distinct(n)} answers, {join_distinct(n_failures)} wrong"
     if any(n_outside):
         text += f", {join_distinct(n_outside)} of them for pictures of none of the classes"
@@ -133,19 +133,19 @@ class MethodMean:
     parts: tuple[Entrant, ...]  # the method's results on each data set
 
     def mean(self, metric: str) -> float | None:
-        """Mean of a metric over data sets; None if the metric is undefined on any data set."""
+        """Return the mean of a metric over data sets, or None if any data set has no value."""
         means = [part.mean(metric) for part in self.parts]
         return _mean_if_known(means)
 
     def quantity(self, metric: str) -> Quantity:
-        """Mean of a metric of ``ranking_metrics`` over data sets."""
+        """Average a metric in ``ranking_metrics`` over data sets."""
         quantities = [part.quantity(metric) for part in self.parts]
         return Quantity.mean(quantities)
 
     def difference_from(self, rival: MethodMean, metric: str) -> Quantity | None:
-        """This mean minus the rival's mean on the same data sets.
+        """Subtract the rival's mean from this mean, on the same data sets.
 
-        None if the two have no common seed on any of the data sets.
+        Return None if the two have no common seed on any data set.
         """
         differences = []
         for part, rival_part in zip(self.parts, rival.parts, strict=True):
@@ -157,7 +157,7 @@ class MethodMean:
 
 
 class Board:
-    """All results of a finished benchmark, with bootstrap values."""
+    """All results that a finished benchmark has, with bootstrap values."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class Board:
             )
 
     def find(self, method: str, data: str, setting: str) -> Entrant | None:
-        """A method's results on a data set in a setting; None if the method has no result there."""
+        """Return a method's results on a data set in a setting, or None if there is no result."""
         entrant = self.entrants.get((method, data, setting))
         if entrant is None:
             return None
@@ -188,7 +188,7 @@ class Board:
         return entrant
 
     def blocks(self) -> dict[tuple[str, str], list[Entrant]]:
-        """All methods by data set and setting, including methods without a result."""
+        """Group all methods by data set and setting, including methods without a result."""
         groups: dict[tuple[str, str], list[Entrant]] = {}
         for (_, data, setting), entrant in self.entrants.items():
             groups.setdefault((data, setting), []).append(entrant)
@@ -196,7 +196,7 @@ class Board:
 
 
 def _cells_by_method_case(cells: Sequence[Cell]) -> dict[MethodCase, list[Cell]]:
-    """Cells by method, data set and setting; the cells of a group differ only in the seed."""
+    """Group cells by method, data set and setting. Cells in a group differ only in the seed."""
     groups: dict[MethodCase, list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.method, cell.data, cell.setting), []).append(cell)
@@ -210,7 +210,7 @@ def _entrant(
     load_bootstrap: LoadBootstrap,
     ranking_metrics: Names,
 ) -> Entrant:
-    """The results of a method on a data set in a setting, from the cells."""
+    """Collect a method's results on a data set in a setting, from the cells."""
     result_of_seed = {}
     run_cells = {}
     refused_seeds = []
@@ -236,7 +236,7 @@ def _entrant(
 
 
 def _why_no_value(result: CellResult, metric: str) -> str:
-    """Why a result has no value of ``metric``."""
+    """Say why a result has no value for ``metric``."""
     if result.refused is not None:
         return result.refused.reason
     for row in result.results:

@@ -1,4 +1,4 @@
-"""The cells of a benchmark: cells to run, and cells with the result of another cell."""
+"""The cells of a benchmark: cells to run, and cells that share the result of another cell."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Cell:
     method: str
     data: str  # data set to test on
     setting: str
-    seed: int  # seed of the rows, the class halves and the method
-    # the cell whose result this cell shares, because all deciding facts are equal; None: this cell
-    # is run
+    seed: int  # seed for the rows, the class halves and the method
+    # The cell whose result this cell shares, because all deciding facts are equal. None: this cell
+    # is run.
     same_as: Cell | None = field(default=None, compare=False)
 
     @property
@@ -47,23 +47,23 @@ class Cell:
 class FitInputs:
     """All facts that decide the training rows and the candidates of a fit."""
 
-    # data sets to fit on; empty: no fit; several: a union with class texts as captions
+    # Data sets to fit on. Empty: no fit. Several: a union with class texts as captions.
     train: tuple[str, ...] = ()
-    # labels to fit on, as in ``Setting.budget``: a number per class, a share of all labels, "all",
-    # or "none" (all rows, without the labels)
+    # Labels to fit on, as in ``Setting.budget``: a number per class, a share of all labels, "all",
+    # or "none" (all rows, without the labels).
     budget: int | float | str = "all"
-    rows_seed: int | None = None  # seed that draws the training rows; None: all rows are taken
-    # seed that divides rows into training and test rows; None if every data set has separate
-    # sets of training rows and test rows
+    rows_seed: int | None = None  # seed that draws the training rows, or None to take all rows
+    # Seed that divides rows into training and test rows. None: in every data set, training rows
+    # and test rows are separate sets.
     division_seed: int | None = None
-    # seed that draws the class halves; None: all classes are taken
+    # seed that draws the class halves, or None to take all classes
     halves_seed: int | None = None
     # whether the data sets of a union, or this fit and ``start``, may be embedded with different
     # preprocessing, such as picture sizes
     across_preprocessing: bool = False
-    pool_size: int | None = None  # number of captions in a training pool of a union
+    pool_size: int | None = None  # number of captions in a union's training pool
     unlabelled: bool = False  # whether the fit also gets all training rows without labels
-    # the earlier fit whose weights this fit starts from; None: this fit starts from scratch
+    # The earlier fit whose weights this fit starts from. None: this fit starts from scratch.
     start: FitInputs | None = None
 
     @property
@@ -78,9 +78,9 @@ class ScoredSet:
 
     data: str
     role: Role
-    # number of captions in a pool; None: the number of the data set
+    # number of captions in a pool, or None for the data set's number
     pool_size: int | None = None
-    # seed that draws the class halves; None: all classes are taken
+    # seed that draws the class halves, or None to take all classes
     halves_seed: int | None = None
     division_seed: int | None = None  # seed that divides the rows, as in ``FitInputs``
     # whether these rows may be embedded with other preprocessing than the training rows
@@ -88,7 +88,7 @@ class ScoredSet:
 
 
 def fit_inputs_of(config: Config, cell: Cell) -> FitInputs:
-    """The facts that decide the fit of a cell."""
+    """Return the facts that decide a cell's fit."""
     if not config.class_of(cell.method).needs_fit:
         return FitInputs()
     setting = config.settings[cell.setting]
@@ -115,7 +115,7 @@ def fit_inputs_of(config: Config, cell: Cell) -> FitInputs:
 
 
 def _own_fit_inputs(config: Config, cell: Cell) -> FitInputs:
-    """The facts that decide a fit on the tested data set, within the budget."""
+    """Return the facts that decide a fit on the tested data set, within the budget."""
     setting = config.settings[cell.setting]
     budget = setting.budget
     if not config.class_of(cell.method).needs_labels:
@@ -134,7 +134,7 @@ def _own_fit_inputs(config: Config, cell: Cell) -> FitInputs:
 
 
 def scored_set_of(config: Config, cell: Cell) -> ScoredSet:
-    """The rows that a cell is tested on."""
+    """Return the facts that decide which rows a cell is tested on."""
     setting = config.settings[cell.setting]
     across_preprocessing = False
     if (
@@ -155,14 +155,14 @@ def scored_set_of(config: Config, cell: Cell) -> ScoredSet:
 
 
 def _halves_seed(config: Config, cell: Cell) -> int | None:
-    """The cell's seed if the setting draws class halves; else None."""
+    """Return the cell's seed if the setting draws class halves, or else None."""
     if isinstance(config.settings[cell.setting], UnseenSetting):
         return cell.seed
     return None
 
 
 def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None:
-    """``seed`` if any of these data sets divides its rows by a seed; else None."""
+    """Return ``seed`` if any of these data sets divides its rows by a seed, or else None."""
     for name in data:
         if config.data[name].fit_share is not None:
             return seed
@@ -170,7 +170,7 @@ def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None
 
 
 def plan_cells(config: Config) -> tuple[Cell, ...]:
-    """Every cell, seed by seed. A cell that shares an earlier cell's result refers to that cell."""
+    """Plan every cell, seed by seed. A cell with an earlier cell's result refers to that cell."""
     # maps the deciding facts of a result to the first cell with this result
     first_cell: dict[object, Cell] = {}
     cells = []
@@ -186,24 +186,24 @@ def plan_cells(config: Config) -> tuple[Cell, ...]:
 
 
 def cells_to_run(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells to run, because no earlier cell has the same result."""
+    """List the cells to run: no earlier cell has the same result."""
     return [cell for cell in cells if cell.same_as is None]
 
 
 def fit_key(config: Config, cell: Cell) -> tuple[str, FitInputs, int | None]:
-    """Key of the fit of a cell: method, training rows, and seed.
+    """Return the key of a cell's fit: method, training rows, and seed.
 
-    The seed is None if the scores of the method do not depend on the seed.
+    If the method's scores do not depend on the seed, the seed in the key is None.
     """
     seed = cell.seed if config.depends_on_seed(cell.method) else None
     return cell.method, fit_inputs_of(config, cell), seed
 
 
 def group_by_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
-    """Group cells by the first needed fit; groups are in the order of their first cells.
+    """Group cells by the first needed fit. The groups are in the order of their first cells.
 
-    Cells share a fit if the fitted predictor is tested on several data sets, or if more fits start
-    from the weights of this fit.
+    Cells share a fit in two cases: the fitted predictor is tested on several data sets, or several
+    fits start from this fit's weights.
     """
     groups: dict[object, list[Cell]] = {}
     for cell in cells:
@@ -216,7 +216,7 @@ def group_by_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
 
 
 def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role], None]:
-    """The parts (data set, role) to read for the cells: keys of a dict, in order of first use."""
+    """List the parts (data set, role) to read for the cells, as dict keys in order of first use."""
     needed: dict[tuple[str, Role], None] = {}
     for cell in cells:
         fit_inputs = fit_inputs_of(config, cell)
@@ -239,7 +239,7 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
 
 
 def may_select_on_validation(fit_inputs: FitInputs) -> bool:
-    """Whether a fit may select on validation rows: only a fit on one whole data set may."""
+    """Return whether a fit may select on validation rows. Only a fit on one whole data set may."""
     return (
         len(fit_inputs.train) == 1
         and fit_inputs.budget == "all"
@@ -249,7 +249,7 @@ def may_select_on_validation(fit_inputs: FitInputs) -> bool:
 
 
 def _all_cells(config: Config) -> list[Cell]:
-    """Every cell of the benchmark, seed by seed."""
+    """List every cell of the benchmark, seed by seed."""
     cells: list[Cell] = []
     for seed in range(config.seeds):
         for data in config.data:
@@ -260,7 +260,7 @@ def _all_cells(config: Config) -> list[Cell]:
 
 
 def _cells_in(config: Config, data: str, setting: str, seed: int) -> Iterator[Cell]:
-    """The cells of all methods for a data set, a setting and a seed."""
+    """Yield the cells of all methods for a data set, a setting and a seed."""
     n_seeds = config.settings[setting].seeds
     if n_seeds is not None and seed >= n_seeds:
         return

@@ -1,4 +1,4 @@
-"""Decides claims of a publication by the results of finished cells."""
+"""Decides a publication's claims by the results of finished cells."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vilu_bench.studies.views import (
     TrendClaim,
 )
 
-MIN_TREND_POINTS = 3  # minimum number of points of a trend line to decide a claim
+MIN_TREND_POINTS = 3  # a trend line with fewer points decides no claim
 NO_SEED = "the methods have no seed in common"
 
 Ruling = Literal["holds", "does not hold", "open", "not tested"]
@@ -31,20 +31,20 @@ class Verdict:
     """The decision on a claim."""
 
     claim: AnyClaim
-    # "holds" if the interval of ``number`` is above zero, "does not hold" if below zero,
-    # "open" if the interval contains zero, "not tested" if a method has no result or the number is
-    # undefined
+    # "holds" if the interval of ``number`` is above zero, "does not hold" if below zero, "open" if
+    # the interval contains zero. "not tested" if a method has no result or the number is
+    # undefined.
     ruling: Ruling
     # The deciding number, as a fraction. A positive number is in favour of the claim. A slope
     # is per unit of the axis: per doubling, or per accuracy of 1.
     number: float | None
     interval: Interval | None  # interval of ``number``
-    number_in_words: str  # description of ``number``
+    number_in_words: str  # what ``number`` is
     reason: str | None = None  # why the claim was not tested
 
 
 def decide(board: Board, claim: AnyClaim) -> Verdict:
-    """Decide a claim by the results of a board."""
+    """Decide a claim by a board's results."""
     match claim:
         case BetterClaim():
             return _decide_better(board, claim)
@@ -58,7 +58,7 @@ def _decide_better(board: Board, claim: BetterClaim) -> Verdict:
     """Decide the claim that a method is better than another method."""
     data = claim.data or tuple(board.config.data)
     metric = METRICS[claim.metric]
-    # "A less B" names a difference of two numbers, and "A below B" compares two numbers.
+    # "A less B" names a difference between two numbers, and "A below B" compares two numbers.
     comparative = "less" if metric.higher_is_better else "below"
     better_name = _subject_in_words(board, claim.better)
     rival_name = _subject_in_words(board, claim.than)
@@ -132,12 +132,12 @@ def _decide_steeper(board: Board, claim: SteeperClaim) -> Verdict:
 
 
 def _sign(claim: BetterClaim | SteeperClaim) -> int:
-    """1 or -1. A difference in favour of the claim, times this factor, is positive."""
+    """Return 1 or -1. A difference in favour of the claim, times this factor, is positive."""
     return 1 if METRICS[claim.metric].higher_is_better else -1
 
 
 def _common_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> list[set[int]]:
-    """For each case, the seeds for which both methods have a result.
+    """Find, for each case, the seeds for which both methods have a result.
 
     ``a`` and ``b`` have the entrants of the two methods in the same cases.
     """
@@ -150,10 +150,10 @@ def _common_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> list[set[int]]:
 def _slope_over_accuracy(
     points: Sequence[Entrant], seeds_of_points: Sequence[set[int]], metric: str
 ) -> Quantity:
-    """Slope of a method's trend line over the zero-shot accuracy.
+    """Compute the slope of a method's trend line over the zero-shot accuracy.
 
     Args:
-        points: The method's results, one per point of the line.
+        points: The method's results, one per point on the line.
         seeds_of_points: For each point, the seeds over which accuracy and metric are averaged.
         metric: Name of the metric.
     """
@@ -168,7 +168,7 @@ def _slope_over_accuracy(
 
 
 def _verdict(board: Board, claim: AnyClaim, number: Quantity, number_in_words: str) -> Verdict:
-    """The verdict on a claim by the sign of ``number``."""
+    """Decide a claim by the sign of ``number``."""
     interval = number.interval(board.config.confidence)
     if not np.isfinite([interval.ci_low, interval.ci_high]).all():
         return _not_tested(claim, number_in_words, "the number is undefined")
@@ -177,7 +177,7 @@ def _verdict(board: Board, claim: AnyClaim, number: Quantity, number_in_words: s
 
 
 def _ruling(interval: Interval) -> Ruling:
-    """The ruling on the claim that a number is above zero, from the interval of the number."""
+    """Decide the claim that a number is above zero, from the number's interval."""
     if interval.ci_low > 0:
         return "holds"
     if interval.ci_high < 0:
@@ -188,7 +188,7 @@ def _ruling(interval: Interval) -> Ruling:
 def _not_tested(
     claim: AnyClaim, number_in_words: str, reason: str = "a method has no result there"
 ) -> Verdict:
-    """The verdict on a claim that cannot be decided."""
+    """Return a verdict for a claim that cannot be decided."""
     return Verdict(
         claim,
         "not tested",
@@ -200,10 +200,10 @@ def _not_tested(
 
 
 def _common_seeds_in_words(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
-    """Text on the common seeds of two methods; "" if both have the same seeds.
+    """Name the common seeds of two methods, or return "" if both have the same seeds.
 
-    The text explains why the number differs from the tables. The means in the tables are over all
-    seeds of a method, and so also over seeds for which the other method has no result.
+    The text explains why the number differs from the tables. A mean in the tables is over all the
+    method's seeds, and so also over seeds for which the other method has no result.
     """
     pairs = zip(a, b, strict=True)
     have_equal_seeds = all(
@@ -218,7 +218,7 @@ def _common_seeds_in_words(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
 def _entrants(
     board: Board, method: str, cases: Iterable[tuple[str, str]]
 ) -> tuple[Entrant, ...] | None:
-    """A method's results in all cases (data set, setting); None if a case has no result."""
+    """Return a method's results in all cases (data set, setting), or None if a case has none."""
     entrants = []
     for data, setting in cases:
         entrant = board.find(method, data, setting)
@@ -229,14 +229,14 @@ def _entrants(
 
 
 def _subject_in_words(board: Board, subject: MethodInSetting) -> str:
-    """The method's label, with the setting if the study has several."""
+    """Return the method's label, with the setting if the study has several."""
     if len(board.config.settings) == 1:
         return subject.method
     return f"{subject.method} ({subject.setting})"
 
 
 def _data_in_words(data: tuple[str, ...]) -> str:
-    """Text on the data sets of a claim."""
+    """Name the data sets of a claim."""
     if len(data) == 1:
         return data[0]
     return f"mean of {', '.join(data)}"

@@ -1,4 +1,4 @@
-"""Pydantic models of a benchmark's TOML file, and checks of the content."""
+"""Pydantic models for a benchmark's TOML file, and checks of the content."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from vilu_bench.studies.views import AnyClaim, AnyView, Study
 class Setting(Section):
     """Rule for choosing the rows to fit methods on, and the rows to test methods on."""
 
-    # Labels to fit on. An int is a number of labels per class, and a float (such as 0.025) a share
+    # Labels to fit on. An int is a number of labels per class. A float (such as 0.025) is a share
     # of all labels. "all" takes all labels. "none" takes all rows, without the labels.
     budget: int | float | Literal["all", "none"] = "all"
-    # Data sets to test on. By default all; an ``OtherSourceSetting`` leaves out the ``source``.
+    # Data sets to test on, by default all. An ``OtherSourceSetting`` leaves out the ``source``.
     data: Names | None = None
     # which rows to test on; "validation" is for a choice among methods
     test_on: Literal["validation", "test"] = "test"
-    # number of captions in a pool of the test set; by default the number of the data set
+    # number of captions in a test pool, by default the data set's number
     pool_size: Annotated[int, Field(ge=2)] | None = None
-    seeds: Count | None = None  # number of seeds to run, from seed 0; by default all
-    title: str | None = None  # title in tables and figures; by default the name
-    x: float | None = None  # position on the axis of a curve
-    published: str | None = None  # name of the setting in publications
+    seeds: Count | None = None  # number of seeds to run, from seed 0, by default all
+    title: str | None = None  # title in tables and figures, by default the name
+    x: float | None = None  # position on a curve's axis
+    published: str | None = None  # the setting's name in publications
 
     @field_validator("budget", mode="before")
     @classmethod
     def _check_budget(cls, value: object) -> object:
-        """Refuse a budget unless the budget is a word, a share, or a number of labels."""
+        """Refuse a budget that is not a word, a share, or a number of labels."""
         is_word = value in ("all", "none")
         is_share = isinstance(value, float) and 0 < value < 1
         is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -62,7 +62,7 @@ class Setting(Section):
 
     @property
     def sources(self) -> Names:
-        """Other data sets to fit on; empty for a fit on the tested data set."""
+        """Other data sets to fit on, empty for a fit on the tested data set."""
         return ()
 
     @property
@@ -77,10 +77,10 @@ class Setting(Section):
         return f"{self.budget:.3g} of all labels"
 
     def describe(self, fitted_on: str = "") -> str:
-        """Text about the rows to fit on, followed by the differences from the defaults.
+        """Describe the rows to fit on, followed by the differences from the defaults.
 
         Args:
-            fitted_on: Text about the rows to fit on; if "", the budget is named instead.
+            fitted_on: Text about the rows to fit on. If "", the budget is named instead.
         """
         text = fitted_on or self.budget_text
         if self.test_on == "validation":
@@ -100,11 +100,11 @@ class LabelsSetting(Setting):
 
 
 class OtherSourceSetting(Setting):
-    """Setting with a fit on another data set than the tested data set."""
+    """Setting with a fit on a data set that is not the tested data set."""
 
     source: str
-    # whether the source and the tested data set may be embedded by the same model with different
-    # preprocessing, such as picture sizes; by default this is refused
+    # Whether the same model may have embedded the source and the tested data set with different
+    # preprocessing, such as picture sizes. By default this is refused.
     across_preprocessing: bool = False
 
     @property
@@ -114,7 +114,7 @@ class OtherSourceSetting(Setting):
 
 
 class TransferSetting(OtherSourceSetting):
-    """Setting with a single fit, on another data set than the tested data set."""
+    """Setting with a single fit, on a data set that is not the tested data set."""
 
     kind: Literal["transfer"]
 
@@ -123,7 +123,7 @@ class TransferSetting(OtherSourceSetting):
 
 
 class AdaptSetting(OtherSourceSetting):
-    """Setting with a fit on another data set, then a fit on ``budget`` of the tested data set."""
+    """Setting with a fit on another data set, then a fit on the tested set's ``budget``."""
 
     kind: Literal["adapt"]
 
@@ -143,7 +143,7 @@ class UnionSetting(Setting):
     """Setting with one fit on several data sets, with class texts as captions (supplement C.6)."""
 
     kind: Literal["union"]
-    budget: Literal["all"] = "all"  # labels of each data set
+    budget: Literal["all"] = "all"  # labels in each data set
     of: Annotated[Names, Field(min_length=1)]  # data sets to fit on
     # number of captions in a training pool
     train_pool_size: Annotated[int, Field(ge=2)] = 1024
@@ -178,64 +178,64 @@ AnySetting = Annotated[
 ]
 
 
-MAX_EPOCHS = 300  # upper bound where ``steps`` sets the epochs; the heads have the same bound
+MAX_EPOCHS = 300  # upper bound where ``steps`` sets the epochs, the same bound as in the heads
 
 
 class Method(Section):
     """A method, with its hyper-parameters, settings, data sets and seeds."""
 
-    method: str | None = None  # name in ``PREDICTORS``; by default the label
+    method: str | None = None  # name in ``PREDICTORS``, by default the label
     # hyper-parameters with values different from the defaults
     params: dict[str, Any] = Field(default_factory=dict)
-    settings: Names | None = None  # settings to run in; by default all
-    data: Names | None = None  # data sets to test on; by default all
-    seeds: Count | None = None  # number of seeds to run, from seed 0; by default all
-    # total number of training steps, instead of ``epochs``; the number of epochs follows from
-    # the number of training rows
+    settings: Names | None = None  # settings to run in, by default all
+    data: Names | None = None  # data sets to test on, by default all
+    seeds: Count | None = None  # number of seeds to run, from seed 0, by default all
+    # Total number of training steps, in place of ``epochs``. The epoch count follows from the
+    # number of training rows.
     steps: Count | None = None
-    # whether the seed changes scores only by the choice of training rows
+    # whether the seed changes scores only through the choice of training rows
     deterministic: bool = False
     # whether the fit also gets all training rows without labels, including rows left out by the
     # budget
     unlabelled: bool = False
-    title: str | None = None  # title in tables and figures; by default the label
-    x: float | None = None  # position on the axis of a curve
-    published: str | None = None  # name of the method in publications
+    title: str | None = None  # title in tables and figures, by default the label
+    x: float | None = None  # position on a curve's axis
+    published: str | None = None  # the method's name in publications
 
 
 class TrainedDefaults(Section):
-    """Defaults of all methods that train a network. The table of a method has precedence."""
+    """Defaults for all methods that train a network. A method's own table has precedence."""
 
     seeds: Count | None = None  # number of seeds to run, from seed 0
-    steps: Count | None = None  # total number of training steps, instead of ``epochs``
-    # settings to run in; with an empty list, these methods do not run
+    steps: Count | None = None  # total number of training steps, in place of ``epochs``
+    # Settings to run in. With an empty list, these methods do not run.
     settings: Names | None = None
 
 
 class Config(Section):
     """Content of a benchmark file."""
 
-    # name of the benchmark and of the folder of tables and figures; by default the file's name
+    # Name for the benchmark and for the folder with tables and figures. By default the file's name.
     name: Name = "benchmark"
-    # Number of seeds, 0 ... seeds - 1. A seed draws training rows and class halves, and is also
-    # the seed of the methods.
+    # Number of seeds, 0 ... seeds - 1. A seed draws training rows and class halves, and seeds the
+    # methods.
     seeds: Annotated[int, Field(ge=1, le=1000)] = 5
     resamples: Annotated[int, Field(ge=10)] = 1000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     metrics: Names = ("auroc", "fpr95", "augrc", "aurc", "ece")  # names of ``vilu.metrics.METRICS``
-    device: str = "cpu"  # device of the models, and of methods with a device parameter
-    # whether to run every method, in addition to ``methods``; if ``methods`` is empty, every method
-    # is run in any case
+    device: str = "cpu"  # device for the models, and for methods with a device parameter
+    # Whether to run every method, in addition to ``methods``. If ``methods`` is empty, every method
+    # is run in any case.
     all_methods: bool = False
-    # labels of deterministic methods; the same as ``deterministic = true`` in the method tables
+    # Labels of deterministic methods. ``deterministic = true`` in a method's table means the same.
     deterministic: Names = ()
-    trained: TrainedDefaults = TrainedDefaults()  # defaults of all methods that train a network
+    trained: TrainedDefaults = TrainedDefaults()  # defaults for methods that train a network
     data: Annotated[dict[Name, Data], Field(min_length=1)]
     settings: Annotated[dict[Name, AnySetting], Field(min_length=1)]
     methods: dict[Name, Method] = Field(default_factory=dict)
     study: Study | None = None
-    views: tuple[AnyView, ...] = ()  # tables and figures to make; by default a ranking
-    claims: tuple[AnyClaim, ...] = ()  # claims of a publication to check
+    views: tuple[AnyView, ...] = ()  # tables and figures to make, by default a ranking
+    claims: tuple[AnyClaim, ...] = ()  # a publication's claims to check
     # submitted methods to show beside the study's own methods, by label
     _submitted_methods: dict[str, Method] = PrivateAttr(default_factory=dict)
 
@@ -263,12 +263,12 @@ class Config(Section):
 
     @property
     def ranking_metrics(self) -> Names:
-        """Metrics with intervals; methods are ranked by the first metric."""
+        """Metrics with intervals. The first metric ranks the methods."""
         return RANKING_ACROSS_ANSWERS if self.judges_adapted_answers else RANKING_METRICS
 
     @property
     def strata(self) -> str:
-        """Text on the strata of the bootstrap."""
+        """Text on the bootstrap's strata."""
         # With strata, every resample has as many wrong rows as the test set. This is impossible if
         # methods judge different answers, because different rows are then wrong for each method.
         return "without strata" if self.judges_adapted_answers else "stratified by failure"
@@ -371,7 +371,7 @@ class Config(Section):
         return {label: self._with_defaults(label, method) for label, method in methods.items()}
 
     def entries_of(self, axis: str) -> Mapping[str, Data | Setting | Method]:
-        """The methods by label, the data sets by name or the settings by name, as ``axis`` says."""
+        """Return what ``axis`` names: methods by label, or data sets or settings by name."""
         if axis == "method":
             return self.method_entries | self._submitted_methods
         if axis == "data":
@@ -382,8 +382,8 @@ class Config(Section):
         """Return a copy with further methods, whose results were submitted.
 
         Args:
-            maker_of_label: Maps the label of each submitted method to the distribution and version
-                with the method's code; to "" if vilu has the code.
+            maker_of_label: Maps each submitted method's label to the distribution and version with
+                the method's code, or to "" if vilu has the code.
         """
         submitted_methods = {}
         for label, maker in maker_of_label.items():
@@ -416,10 +416,10 @@ class Config(Section):
         return self.model_copy(update={"methods": self.method_entries, "all_methods": False})
 
     def is_tested_on(self, setting: str, data: str) -> bool:
-        """Whether a setting tests on a data set.
+        """Return whether a setting tests on a data set.
 
-        The data set must be among the chosen data sets of the setting. Except in a union, the data
-        set must not be a source of the setting.
+        The data set must be among the setting's chosen data sets. Except in a union, the data set
+        must not be a source of the setting.
         """
         chosen_setting = self.settings[setting]
         if data in chosen_setting.sources and not isinstance(chosen_setting, UnionSetting):
@@ -427,14 +427,14 @@ class Config(Section):
         return chosen_setting.data is None or data in chosen_setting.data
 
     def class_of(self, label: str) -> type[FailurePredictor]:
-        """The predictor class of a method's label."""
+        """Return the predictor class for a method's label."""
         return find_method(str(self.method_entries[label].method))
 
     def is_run_in(self, label: str, setting: str) -> bool:
-        """Whether a method runs in a setting.
+        """Return whether a method runs in a setting.
 
-        The setting must be among the chosen settings in the method's table, and must have labels if
-        the method needs labels.
+        The setting must be among the chosen settings in the method's table. If the method needs
+        labels, the setting must have labels.
         """
         cls = self.class_of(label)
         needs_labels = cls.needs_fit and cls.needs_labels
@@ -444,7 +444,7 @@ class Config(Section):
         return chosen_settings is None or setting in chosen_settings
 
     def depends_on_seed(self, label: str) -> bool:
-        """Whether scores can differ between seeds on the same training rows."""
+        """Return whether scores can differ between seeds on the same training rows."""
         method = self.method_entries[label]
         if method.deterministic:
             return False
@@ -454,7 +454,7 @@ class Config(Section):
         return "seed" in parameters(cls)
 
     def predictor(self, label: str, seed: int = 0) -> FailurePredictor:
-        """A new predictor for a label."""
+        """Make a new predictor for a label."""
         cls = self.class_of(label)
         names = parameters(cls)
         params: dict[str, Any] = {}
@@ -476,9 +476,9 @@ class Config(Section):
         return predictor
 
     def epochs_for(self, label: str, step_rows: int, n_train: int) -> int | None:
-        """Number of epochs for about ``steps`` steps of ``step_rows`` training rows.
+        """Compute the epoch count for about ``steps`` steps with ``step_rows`` training rows each.
 
-        None if the method has no ``steps``.
+        Return None if the method has no ``steps``.
         """
         steps = self.method_entries[label].steps
         if steps is None:
@@ -489,6 +489,6 @@ class Config(Section):
 
 
 def is_trained(name: str) -> bool:
-    """Whether a method trains a network, that is, has parameters ``epochs`` and ``batch_size``."""
+    """Return whether a method trains a network: it has parameters ``epochs``, ``batch_size``."""
     cls = find_method(name)
     return {"epochs", "batch_size"} <= parameters(cls).keys()

@@ -1,4 +1,4 @@
-"""The rows of a cell: the embeddings to fit on, and the embeddings to score."""
+"""A cell's rows: the embeddings to fit on, and the embeddings to score."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ from vilu_bench.studies.config import Config, UnseenSetting
 from vilu_bench.studies.parts import ROLES, Role
 from vilu_bench.studies.stores import Part, evenly_spaced
 
-# Purposes of random draws: training rows, halves of the classes, and a division into rows to fit on
-# and rows to test on. The seed of a generator begins with the purpose of the draw, so draws for
-# different purposes are independent.
+# Purposes of random draws: training rows, class halves, and a division into rows to fit on and rows
+# to test on. A generator's seed begins with the draw's purpose, so draws for different purposes are
+# independent.
 DRAW_ROWS = 1
 DRAW_HALVES = 2
 DRAW_DIVISION = 3
 
 
 def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:
-    """Sorted indices of ``per_class`` labelled rows of every class, drawn at random.
+    """Draw ``per_class`` labelled rows per class at random, and return sorted indices.
 
-    If a class has fewer labelled rows, all rows of the class are drawn. With the same seed, a
+    If a class has fewer labelled rows, all its labelled rows are drawn. With the same seed, a
     larger ``per_class`` draws the same rows and further rows.
     """
     rng = np.random.default_rng([DRAW_ROWS, seed])
@@ -65,7 +65,7 @@ def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[n
 
 
 def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
-    """Sorted indices of a share of the labelled rows, drawn at random; always at least one row.
+    """Draw a share of the labelled rows at random, at least one row, and return sorted indices.
 
     With the same seed, a larger share draws the same rows and further rows.
     """
@@ -77,7 +77,7 @@ def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np
 
 
 def held_out_mask(identities: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """Mask (N,) of the rows to hold out, about ``share`` of all rows.
+    """Compute a mask (N,) for the rows to hold out, about ``share`` of all rows.
 
     ``identities`` (N,) are hashes of the rows. A row is held out if the hash, with the bytes in
     reverse order, is below share * 2^64.
@@ -89,7 +89,7 @@ def divide_rows(n: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDA
     """Divide n rows at random into a share to fit on and the rest to test on.
 
     Returns:
-        Sorted indices of the rows to fit on, and sorted indices of the rows to test on.
+        Sorted indices: first the rows to fit on, then the rows to test on.
     """
     rng = np.random.default_rng([DRAW_DIVISION, seed])
     order = rng.permutation(n)
@@ -98,7 +98,7 @@ def divide_rows(n: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDA
 
 
 def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sorted classes to fit on, and sorted classes to test on.
+    """Draw the classes to fit on and the classes to test on, both sorted.
 
     If the number of classes is odd, there is one more class to test on.
     """
@@ -114,7 +114,7 @@ def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[
 
 
 def rows_of_classes(source: EmbeddingSource, classes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices of the rows with a label in ``classes``."""
+    """Find the rows with a label in ``classes``, and return their indices."""
     target = source.target.numpy()
     is_of_classes = np.isin(target, classes)
     return np.flatnonzero(is_of_classes)
@@ -122,14 +122,14 @@ def rows_of_classes(source: EmbeddingSource, classes: NDArray[np.int64]) -> NDAr
 
 @dataclass(frozen=True)
 class Truth:
-    """Facts about the rows of a test set, the same for every method."""
+    """Facts about a test set's rows, the same for every method."""
 
-    # hash of the rows and candidates; results with equal hashes can be compared row by row
+    # Hash of the rows and candidates. Results with equal hashes can be compared row by row.
     rows_hash: str
     # (N,) int64: 1 if the zero-shot answer is wrong, 0 if the answer is right, -1 if unknown
     failure: NDArray[np.int64]
-    outside: NDArray[np.bool_]  # (N,) whether a picture is of none of the classes
-    # for every row, the reason for a missing uncertainty; None for a row with an uncertainty
+    outside: NDArray[np.bool_]  # (N,) whether a picture is outside all classes
+    # for every row, why no uncertainty exists, or None for a row with an uncertainty
     reason: tuple[str | None, ...]
 
 
@@ -138,8 +138,8 @@ class StudyData:
 
     Args:
         config: The benchmark.
-        folders: Folder of the store of each part of a data set.
-        second_folders: Folder of the second model's store, for each part with a second model.
+        folders: The store folder for each part of a data set.
+        second_folders: The second model's store folder, for each part with a second model.
     """
 
     def __init__(
@@ -155,22 +155,22 @@ class StudyData:
         self._truth = cache(self._compute_truth)
 
     def source(self, data: str, role: Role, pool_size: int | None = None) -> EmbeddingSource:
-        """The rows of a role, within the data set's ``limit``."""
+        """Return a role's rows, within the data set's ``limit``."""
         source, _ = self._open(data, role, pool_size)
         return source
 
     def fingerprint(self, data: str, role: Role, pool_size: int | None = None) -> str:
-        """Hash of the content of ``source`` with the same arguments."""
+        """Hash the content of ``source`` with the same arguments."""
         _, content_hash = self._open(data, role, pool_size)
         return content_hash
 
     def _open_part(
         self, data: str, role: Role, pool_size: int | None
     ) -> tuple[EmbeddingSource, str]:
-        """The rows of a role, and the hash of the rows.
+        """Return a role's rows, and the hash of these rows.
 
         If the data set holds out a share of the training rows, the held-out rows are the validation
-        rows, and the training rows are the remaining rows.
+        rows. The training rows are then the remaining rows.
         """
         share = self.config.data[data].validation
         if not isinstance(share, float) or role == "test":
@@ -186,7 +186,7 @@ class StudyData:
     def _open_store(
         self, data: str, role: Role, pool_size: int | None
     ) -> tuple[EmbeddingSource, str]:
-        """The rows of a part's store, within the limit, and the hash of the rows."""
+        """Return the rows in a part's store, within the limit, and the hash of these rows."""
         entry = self.config.data[data]
         folder = self.folders[data, role]
         if entry.captions:
@@ -210,7 +210,7 @@ class StudyData:
     def _fit_or_test_rows(
         self, data: str, seed: int | None, source: EmbeddingSource, *, to_fit: bool
     ) -> EmbeddingSource:
-        """The rows of ``source`` to fit on if ``to_fit``, else the rows to test on.
+        """Return the rows in ``source`` to fit on if ``to_fit``, else the rows to test on.
 
         ``seed`` divides the rows. If the data set has no ``fit_share``, the rows are not divided,
         and all rows are returned.
@@ -228,7 +228,7 @@ class StudyData:
             return fit
         rows_in_words = shared_rows.in_words("rows to fit on")
         warn_caller(f"{rows_in_words} of {data} are left out: they are tested on.")
-        is_tested_on = shared_rows.shared  # for every row of ``fit``
+        is_tested_on = shared_rows.shared  # for every row in ``fit``
         untested_rows = np.flatnonzero(~is_tested_on)
         return fit.take(untested_rows)
 
@@ -276,10 +276,10 @@ class StudyData:
         shared_rows = find_overlap(a, b, (name_a, name_b))
         if shared_rows is None:
             return
-        consequence = "they are scored, too"
+        consequence = "they are scored nevertheless"
         if role_b == "validation":
             consequence = "a fit leaves them out"
-        # only for the warning or the error; the mask is not needed
+        # called only for the warning or the error, not for the mask
         shared_rows.unshared_mask(
             b,
             rows_name=f"{role_b} rows of {data}",
@@ -289,7 +289,7 @@ class StudyData:
         )
 
     def train_set(self, fit_inputs: FitInputs, columns: tuple[str, ...]) -> EmbeddingSource:
-        """The rows to fit on; ``fit_inputs`` must name a data set."""
+        """Return the rows to fit on. ``fit_inputs`` must name a data set."""
         if fit_inputs.pool_size is not None:
             sources = [self._all_training_rows(data, fit_inputs) for data in fit_inputs.train]
             if fit_inputs.across_preprocessing:
@@ -305,12 +305,12 @@ class StudyData:
         return source
 
     def _all_training_rows(self, data: str, fit_inputs: FitInputs) -> EmbeddingSource:
-        """All training rows of a data set, labels included."""
+        """Return all training rows of a data set, labels included."""
         source = self.source(data, "train")
         return self._fit_or_test_rows(data, fit_inputs.division_seed, source, to_fit=True)
 
     def unlabelled_set(self, fit_inputs: FitInputs) -> EmbeddingSource | None:
-        """All training rows without labels, if the fit also gets unlabelled rows; else None."""
+        """Return all training rows, without labels, if the fit gets unlabelled rows, else None."""
         if not fit_inputs.unlabelled:
             return None
         training_rows = self._all_training_rows(fit_inputs.train[0], fit_inputs)
@@ -319,16 +319,16 @@ class StudyData:
     def _chosen_training_rows(
         self, source: EmbeddingSource, fit_inputs: FitInputs, columns: tuple[str, ...]
     ) -> EmbeddingSource:
-        """The training rows of the classes to fit on, as many as the budget allows."""
+        """Choose training rows in the classes to fit on, as many as the budget allows."""
         is_valid = source.status == VALID
         target = np.where(is_valid, source.target.numpy(), UNKNOWN)
-        # Pictures of none of the classes are all taken, because a budget limits labels per class.
+        # Pictures outside all classes are all taken, because a budget limits labels per class.
         outside_rows = np.flatnonzero(source.outside.numpy() & is_valid)
         if fit_inputs.halves_seed is None:
             labelled_rows = rows_in_budget(target, fit_inputs)
             return source.take(np.union1d(labelled_rows, outside_rows))
         classes, _ = class_halves(source.n_candidates, fit_inputs.halves_seed)
-        # a row of a class of the other half gets no label here, so the row is not drawn
+        # if a row's class is in the other half, the row gets no label here, and is not drawn
         is_in_half = np.isin(target, classes)
         target_of_half = np.where(is_in_half, target, UNKNOWN)
         rows_of_half = rows_in_budget(target_of_half, fit_inputs)
@@ -336,7 +336,7 @@ class StudyData:
         return source.take(rows, classes, columns)
 
     def validation_set(self, fit_inputs: FitInputs) -> EmbeddingSource | None:
-        """The rows that a method selects on; None if it must hold out training rows itself."""
+        """Return rows to select on, or None if the method must hold out training rows itself."""
         data = fit_inputs.train[0]
         if not may_select_on_validation(fit_inputs):
             return None
@@ -348,7 +348,7 @@ class StudyData:
         return source
 
     def test_set(self, cell: Cell, columns: tuple[str, ...]) -> EmbeddingSource:
-        """The rows to test the method of a cell on."""
+        """Return the rows to test a cell's method on."""
         scored_set = scored_set_of(self.config, cell)
         source = self._test_rows(scored_set, columns)
         if not scored_set.across_preprocessing:
@@ -358,7 +358,7 @@ class StudyData:
         return ignore_preprocessing(source, fitted_on.space)
 
     def _test_rows(self, scored_set: ScoredSet, columns: tuple[str, ...] = ()) -> EmbeddingSource:
-        """The rows of a test set, in the embedding space of the store."""
+        """Return a test set's rows, in the store's embedding space."""
         source = self.source(scored_set.data, scored_set.role, scored_set.pool_size)
         source = self._fit_or_test_rows(
             scored_set.data, scored_set.division_seed, source, to_fit=False
@@ -370,7 +370,7 @@ class StudyData:
         return source.take(rows, classes, columns)
 
     def candidates(self, cell: Cell) -> tuple[Tensor, Tensor] | None:
-        """Texts (K, D) of the training candidates and of the test candidates; None for captions."""
+        """Return training and test candidate texts, each (K, D), or None for captions."""
         fit_inputs = fit_inputs_of(self.config, cell)
         scored_set = scored_set_of(self.config, cell)
         if fit_inputs.pool_size is not None:
@@ -389,12 +389,12 @@ class StudyData:
         return train_texts[seen_classes], test_texts[unseen_classes]
 
     def truth(self, cell: Cell) -> Truth:
-        """The truth of a cell's test set, computed once per test set."""
+        """Return the truth about a cell's test set, computed once per test set."""
         scored_set = scored_set_of(self.config, cell)
         return self._truth(scored_set)
 
     def _compute_truth(self, scored_set: ScoredSet) -> Truth:
-        """The truth of a test set."""
+        """Compute the truth about a test set."""
         content_hash = self.fingerprint(scored_set.data, scored_set.role, scored_set.pool_size)
         # the facts that decide which rows are tested
         facts: list[object] = [content_hash, scored_set.halves_seed]
@@ -409,7 +409,7 @@ class StudyData:
 def _open_vilu_store(
     folder: Path, pools: Pools | None = None, fold: Role | None = None
 ) -> tuple[EmbeddingSource, list[object]]:
-    """A store made by vilu, and hashes to identify the content."""
+    """Open a store made by vilu. Return the rows, and hashes that identify the content."""
     source = open_source(folder, pools=pools, fold=fold)
     if not isinstance(source, EmbeddingStore | CaptionStore):
         raise ProvenanceError(
@@ -426,7 +426,7 @@ def _name_of_set(data: str, role: Role) -> str:
 
 
 def without_labels(source: EmbeddingSource) -> EmbeddingSource:
-    """All rows of a source, with labels and ``outside`` removed.
+    """Remove labels and ``outside`` from all rows of a source.
 
     Pairs are returned unchanged. A fit refuses such pairs as unlabelled rows.
     """
@@ -439,9 +439,9 @@ def without_labels(source: EmbeddingSource) -> EmbeddingSource:
 
 
 def rows_in_budget(target: NDArray[np.int64], fit_inputs: FitInputs) -> NDArray[np.int64]:
-    """Indices of the labelled rows to fit on, as many as the budget allows.
+    """Find the labelled rows to fit on, as many as the budget allows, and return their indices.
 
-    If ``fit_inputs`` has no seed for a draw of rows, all labelled rows are returned.
+    If ``fit_inputs`` has no seed for a row draw, all labelled rows are returned.
     """
     if fit_inputs.rows_seed is None:
         return np.flatnonzero(target != UNKNOWN)
@@ -451,7 +451,7 @@ def rows_in_budget(target: NDArray[np.int64], fit_inputs: FitInputs) -> NDArray[
 
 
 def truth_of(source: EmbeddingSource, rows_hash: str) -> Truth:
-    """The truth of a source; ``rows_hash`` is the hash of the rows and candidates."""
+    """Compute the truth about a source. ``rows_hash`` is the hash of the rows and candidates."""
     failure = torch.full((len(source),), UNKNOWN)
     for batch in source.batches(SCORING_BATCH):
         failure[batch.index] = batch.failure
@@ -460,7 +460,7 @@ def truth_of(source: EmbeddingSource, rows_hash: str) -> Truth:
 
 
 def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> bool:
-    """Whether two spaces of the same model differ in preprocessing, such as the picture size."""
+    """Return whether one model's two spaces differ in preprocessing, such as the picture size."""
     if a is None:
         return False
     if a == b:
@@ -469,10 +469,10 @@ def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> boo
 
 
 def ignore_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> EmbeddingSource:
-    """The source with ``space`` as the space, if the two spaces differ only in preprocessing.
+    """Give the source the space ``space``, if the two spaces differ only in preprocessing.
 
-    Any other source is returned unchanged. A source of another model is refused later, when
-    the spaces are compared.
+    Any other source is returned unchanged. If another model made the source, the source is refused
+    later, when the spaces are compared.
     """
     if not differs_in_preprocessing(source.space, space):
         return source

@@ -32,20 +32,20 @@ from vilu_bench.studies.parts import Data, Role
 from vilu_bench.studies.stores import PACKAGE_PREFIX, Part, is_complete, open_images, store_of
 
 COMPACT_WIDTHS = (768, 1280)  # widths of the compact model's embeddings and features
-FLOAT16_BYTES = 2  # size of a stored number (float16)
+FLOAT16_BYTES = 2  # bytes per stored number (float16)
 
 
 @dataclass(frozen=True)
 class PartPlan:
-    """Plan for a part of a data set."""
+    """Plan for one part of a data set."""
 
     data: str
     part: str  # a role, or "pairs" for the pairs of all roles
     backbone: str
-    images: int | None  # number of images; None if unknown
+    images: int | None  # number of images, or None if unknown
     counted: str  # where this number comes from: "store", "listing" or "catalogue"
     state: str  # "embedded", "to embed", "no images here", or "unreadable"
-    n_bytes: int | None  # size of the embeddings and columns; None if unknown
+    n_bytes: int | None  # size of the embeddings and columns, or None if unknown
     problem: str | None = None  # why the images are "unreadable"
 
 
@@ -56,19 +56,19 @@ class StudyPlan:
     name: str
     title: str
     parts: tuple[PartPlan, ...]
-    cells: int  # number of cells; a cell is a method, a data set, a setting and a seed
-    runs: int  # number of cells to run; all other cells share the result of such a cell
+    cells: int  # number of cells, where a cell is a method, a data set, a setting and a seed
+    runs: int  # number of cells to run, without cells that share another cell's result
     fits: int  # number of different fits that the runs need
-    # the fields of every cell; ``same_as`` names the cell whose result this cell shares
+    # Every cell as plain JSON. ``same_as`` names the cell whose result this cell shares.
     listed: tuple[dict[str, object], ...]
 
     def to_dict(self) -> dict[str, object]:
-        """The plan as plain JSON."""
+        """Return the plan as plain JSON."""
         return asdict(self)
 
 
 def plan_study(config: Config, data: Path, output: Path) -> StudyPlan:
-    """Plan a benchmark with the present data and output; nothing is run."""
+    """Plan a benchmark with the present data and output. Nothing is run."""
     cells = plan_cells(config)
     cells_run = cells_to_run(cells)
     parts = []
@@ -93,7 +93,7 @@ def plan_study(config: Config, data: Path, output: Path) -> StudyPlan:
 
 
 def _cell_to_dict(cell: Cell) -> dict[str, object]:
-    """A cell as plain JSON."""
+    """Return a cell as plain JSON."""
     content = asdict(cell)
     if cell.same_as is not None:
         content["same_as"] = str(cell.same_as)
@@ -121,13 +121,13 @@ def _plan_of_part(part: Part, entry: Data, data_folder: Path, output: Path) -> P
 
 
 def _has_data_here(entry: Data, data_folder: Path) -> bool:
-    """Whether the images or stores of an entry seem to be on this disk."""
+    """Return whether an entry's images or stores seem to be on this disk."""
     source = entry.source or "."
     if entry.stores is not None or source.startswith(PACKAGE_PREFIX):
         return True
     folder = data_folder / source
     if entry.dataset is None:
-        is_pattern = "{" in source  # a pattern of tar file names; no file has the pattern's name
+        is_pattern = "{" in source  # a pattern for tar file names, not the name of a file
         return is_pattern or folder.exists()
     if not folder.is_dir():
         return False
@@ -136,7 +136,7 @@ def _has_data_here(entry: Data, data_folder: Path) -> bool:
 
 
 def _plan_of_store(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
-    """The plan of a part with a complete store."""
+    """Plan a part with a complete store."""
     name, _role = part
     numbers_per_image = sum(math.prod(shape) for shape in manifest.row_shapes.values())
     n_bytes = manifest.n_ok * numbers_per_image * np.dtype(manifest.dtype).itemsize
@@ -153,14 +153,14 @@ def _plan_of_store(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
 
 
 def _plan_by_catalogue(part: Part, entry: Data) -> PartPlan:
-    """The plan of a part, with the number of images from the catalogue."""
+    """Plan a part, with the image count from the catalogue."""
     _name, role = part
     n_images = _catalogued_images(entry, role)
     return _plan_to_embed(part, entry, n_images, counted="catalogue")
 
 
 def _plan_to_embed(part: Part, entry: Data, images: int | None, counted: str) -> PartPlan:
-    """Plan a part that is still to be embedded; ``counted`` says where ``images`` comes from."""
+    """Plan a part that is still to be embedded. ``counted`` says where ``images`` comes from."""
     name, _role = part
     numbers_per_image = _numbers_per_image(part, entry)
     n_bytes = None
@@ -179,7 +179,7 @@ def _plan_to_embed(part: Part, entry: Data, images: int | None, counted: str) ->
 
 
 def _numbers_per_image(part: Part, entry: Data) -> int | None:
-    """How many numbers are stored per image; None if the model's widths are unknown."""
+    """Count the numbers stored per image, or return None if the model's widths are unknown."""
     _name, role = part
     widths = _widths_of_model(entry.backbone)
     if widths is None:
@@ -196,7 +196,7 @@ def _numbers_per_image(part: Part, entry: Data) -> int | None:
 
 
 def _widths_of_model(backbone: str) -> tuple[int, int] | None:
-    """Widths of a model's embeddings and features; None if unknown."""
+    """Return the widths of a model's embeddings and features, or None if unknown."""
     named = BACKBONES.get(backbone)
     if isinstance(named, NamedBackbone):
         return named.embed_dim, named.feature_dim
@@ -207,7 +207,7 @@ def _widths_of_model(backbone: str) -> tuple[int, int] | None:
 
 
 def _part_title(part: Part, entry: Data) -> str:
-    """Name of the part: the role, or "pairs" for captions, because one store holds all roles."""
+    """Name the part by its role, or "pairs" for captions, because one store holds all roles."""
     if entry.captions:
         return "pairs"
     _name, role = part
@@ -215,7 +215,7 @@ def _part_title(part: Part, entry: Data) -> str:
 
 
 def _catalogued_images(entry: Data, role: Role) -> int | None:
-    """Number of images of a role in the catalogue; None if the catalogue has no number."""
+    """Look up a role's image count in the catalogue, or return None if no count is there."""
     if entry.dataset is None:
         return None
     if entry.shards is not None:
@@ -236,7 +236,7 @@ def _catalogued_images(entry: Data, role: Role) -> int | None:
 
 
 def describe_plans(plans: Sequence[StudyPlan]) -> str:
-    """The plans as text: the embeddings, cells and runs of each study, then the totals."""
+    """Describe the plans as text: each study's embeddings, cells and runs, then the totals."""
     # The keys are data set, part and backbone. So a part that several studies need counts once.
     bytes_of: dict[tuple[str, str, str], int] = {}
     n_runs = 0
@@ -254,13 +254,13 @@ def describe_plans(plans: Sequence[StudyPlan]) -> str:
 
 
 def _describe_study(study: StudyPlan) -> str:
-    """Text of a study's plan: a table of the parts, and numbers of cells and fits."""
+    """Describe a study's plan: a table with the parts, and numbers of cells and fits."""
     rows = [["data", "part", "backbone", "images", "state", "MB"]]
     problems = []
     for part in study.parts:
         size = "?" if part.n_bytes is None else f"{part.n_bytes / 1e6:,.1f}"
-        images = _images_in_words(part)
-        rows.append([part.data, part.part, part.backbone, images, part.state, size])
+        images_in_words = _images_in_words(part)
+        rows.append([part.data, part.part, part.backbone, images_in_words, part.state, size])
         if part.problem:
             problems.append(f"{part.data} ({part.part}) cannot be read: {part.problem}")
     n_cells = Counter(f"{cell['data']}/{cell['setting']}" for cell in study.listed)
@@ -276,7 +276,7 @@ def _describe_study(study: StudyPlan) -> str:
 
 
 def _images_in_words(part: PartPlan) -> str:
-    """The number of images as text; a star marks a number from the catalogue."""
+    """Write the image count as text. A star marks a count from the catalogue."""
     if part.images is None:
         return "?"
     if part.counted == "catalogue":

@@ -46,16 +46,16 @@ Draw = Callable[[], "Figure"]  # draws and returns a figure
 
 @dataclass(frozen=True)
 class Exhibit:
-    """The table and the figure of a view."""
+    """A view's table and figure."""
 
     name: str
     title: str
-    body: Sheet | str  # the table, or the numbers behind the figure; text for a ranking
-    draw: Draw | None = None  # draws the figure; None if the view has no figure
+    body: Sheet | str  # the table, or the numbers behind the figure, or a ranking's text
+    draw: Draw | None = None  # draws the figure, or None if the view has no figure
 
 
 def make_exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
-    """The exhibit of a view; ``root`` is the run folder with the files of the cells."""
+    """Make the exhibit for a view. ``root`` is the run folder with the cells' files."""
     match view:
         case TableView():
             sheet = table_sheet(board, view)
@@ -76,7 +76,7 @@ def make_exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
 
 
 def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
-    """Table and figure of a curve view."""
+    """Make the table and the figure for a curve view."""
     from vilu.report.figures import draw_curves
 
     points = view.entries_of(board.config, view.x)
@@ -94,7 +94,7 @@ def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
 
 
 def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
-    """Table and figure of a scatter view."""
+    """Make the table and the figure for a scatter view."""
     from vilu.report.figures import draw_scatter
 
     def accuracy(key: NumberKey) -> float | None:
@@ -125,12 +125,12 @@ def _panels(
     panel_field: str,
     line_field: str,
 ) -> list[Panel]:
-    """The panels of a figure, with lines.
+    """Make a figure's panels, with lines.
 
     Args:
         board: The results.
         view: The view.
-        x_of: Function from a key to the x coordinate; None leaves the number out.
+        x_of: Function from a key to the x coordinate, or to None to leave the number out.
         panel_field: Field of a key. There is a panel for each value of this field and each metric.
         line_field: Field of a key. A panel has a line for each value of this field.
     """
@@ -160,21 +160,21 @@ def _panels(
 
 
 def _panel_title(board: Board, view: CurveView | ScatterView, field: str, label: str) -> str:
-    """Title of a panel; the title of a mean says how many data sets the mean is over."""
+    """Return a panel's title. The title for a mean says how many data sets are averaged."""
     if field == "data" and label == DATA_OF_MEAN:
         return f"mean of {len(view.mean)} sets"
     return title_of(board.config, field, label)
 
 
 def _axis_label(metric_name: str) -> str:
-    """Label of the vertical axis: the metric, the unit and the better direction."""
+    """Label the vertical axis with the metric, the unit and the better direction."""
     metric = METRICS[metric_name]
     better = "higher" if metric.higher_is_better else "lower"
     return f"{metric.title} (%), {better} is better"
 
 
 def _series(board: Board, label: str, points: list[_Point]) -> Series:
-    """A line of a figure, with intervals and published numbers."""
+    """Make a line for a figure, with intervals and published numbers."""
     from vilu.report.figures import Series
 
     intervals = []
@@ -196,7 +196,7 @@ def _series(board: Board, label: str, points: list[_Point]) -> Series:
 
 
 def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, Draw]:
-    """Table and figure of a histogram view."""
+    """Make the table and the figure for a histogram view."""
     from vilu.report.figures import score_histograms
 
     score_files = _score_files(board, view, root)
@@ -212,10 +212,10 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, D
 
 
 def _score_files(board: Board, view: HistogramView, root: Path) -> dict[str, Path]:
-    """The title of each panel, with the file of the scores to show there.
+    """Map each panel's title to the file with the scores to show there.
 
-    The scores are from the method's first seed. The setting is in a title only if there are
-    several settings.
+    The scores are from the method's first seed. The setting is in a title only if there are several
+    settings.
     """
     entrants = {}
     all_entrants = entrants_by_key(board, view)
@@ -233,12 +233,12 @@ def _score_files(board: Board, view: HistogramView, root: Path) -> dict[str, Pat
     return files
 
 
-ValuePair = tuple[str, str]  # values of the two hyper-parameters of a grid
+ValuePair = tuple[str, str]  # values of a grid's two hyper-parameters
 
 
 @dataclass(frozen=True)
 class _DataGrid:
-    """The methods of a data set, by the values of two hyper-parameters."""
+    """The methods on a data set, by the values of two hyper-parameters."""
 
     data: str
     methods: dict[ValuePair, str]  # label of the method with these two values
@@ -246,7 +246,7 @@ class _DataGrid:
 
 
 def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
-    """Sheet and figure of a grid view.
+    """Make the table and the figure for a grid view.
 
     Data sets without a result are left out, and a note says why.
     """
@@ -264,9 +264,9 @@ def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
 
 
 def _data_grid(board: Board, view: GridView, data: str) -> _DataGrid | None:
-    """The methods that set both parameters and have a result on a data set.
+    """Find the methods that set both parameters and have a result on a data set.
 
-    None if there is no such method.
+    Return None if there is no such method.
     """
     first_metric = view.metrics[0]
     sign = 1 if METRICS[first_metric].higher_is_better else -1
@@ -284,7 +284,7 @@ def _data_grid(board: Board, view: GridView, data: str) -> _DataGrid | None:
 
 
 def _pair_of(board: Board, view: GridView, label: str) -> ValuePair | None:
-    """A method's values of the two parameters; None if the method does not set both."""
+    """Return a method's values for the two parameters, or None if the method does not set both."""
     params = board.config.method_entries[label].params
     row_parameter, column_parameter = view.parameters
     row_value = params.get(row_parameter)
@@ -297,9 +297,9 @@ def _pair_of(board: Board, view: GridView, label: str) -> ValuePair | None:
 def _grid_sheet(
     board: Board, view: GridView, data_grids: list[_DataGrid], entrants: Iterable[Entrant]
 ) -> Sheet:
-    """A sheet with a row for every pair of values, and with columns for both settings.
+    """Make a sheet with a row for every pair of values, and with columns for both settings.
 
-    The best pair of every data set is marked.
+    The best pair on every data set is marked.
     """
     config = board.config
     columns = list(itertools.product((view.select_on, view.report_on), view.metrics))
@@ -335,7 +335,7 @@ def _grid_sheet(
 
 
 def _grid_cell(board: Board, key: NumberKey) -> TableNumber | None:
-    """The number of a key; None if the method has no result on the data set in the setting."""
+    """Make a key's number, or return None if the method has no result there."""
     entrant = board.find(key.method, key.data, key.setting)
     if entrant is None:
         return None
@@ -355,7 +355,7 @@ def _draw_grids(board: Board, view: GridView, data_grids: list[_DataGrid]) -> Fi
 
 
 def _grid_panel(board: Board, view: GridView, data_grid: _DataGrid, setting: str) -> Grid:
-    """The panel of a data set in a setting: means by the values of the two parameters."""
+    """Make the panel for a data set in a setting: means by the values of the two parameters."""
     from vilu.report.figures import Grid
 
     first_metric = view.metrics[0]

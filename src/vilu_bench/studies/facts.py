@@ -1,4 +1,4 @@
-"""All facts that decide the result of a cell: parameters, data and code."""
+"""All facts that decide a cell's result: parameters, data and code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SOURCE_FOLDER = Path(__file__).parents[2]  # folder of the packages vilu and vil
 REGISTRY_MODULES = frozenset({"vilu.predictors", "vilu.registry"})
 """Modules left out of the hash, because they import every method.
 
-If a method uses code through such a module, the module of this code is hashed for the method.
+If a method uses code through such a module, the code's own module is hashed for the method.
 """
 
 SHARED_MODULES = (
@@ -42,10 +42,10 @@ SHARED_MODULES = (
 
 @cache
 def code_digest(*modules: str) -> str:
-    """Hash of modules, of ``SHARED_MODULES``, and of all modules of vilu that they import.
+    """Hash modules, ``SHARED_MODULES``, and all vilu modules that they import.
 
-    Imports within functions are ignored. If a module is outside vilu, imported modules of the same
-    package are hashed as well. Comments and docstrings do not change the hash.
+    Imports within functions are ignored. If a module is outside vilu, imported modules from the
+    same package are hashed as well. Comments and docstrings do not change the hash.
     """
     for name in modules:
         if _source_file(name) is None:
@@ -53,7 +53,7 @@ def code_digest(*modules: str) -> str:
                 f"{name} has no source file, so nothing would tell when its code changes. "
                 "Put it in a file."
             )
-    hashes: dict[str, str] = {}  # maps the name of a module to the hash of the code
+    hashes: dict[str, str] = {}  # maps a module's name to the hash of the code
     names_to_hash = [*modules, *SHARED_MODULES]
     while names_to_hash:
         name = names_to_hash.pop()
@@ -68,7 +68,7 @@ def code_digest(*modules: str) -> str:
 
 @cache
 def _hash_and_imports(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
-    """Hash of a module's code, and the imported names from vilu and the module's own package."""
+    """Hash a module's code, and find the imported names from vilu and the module's own package."""
     source = file.read_text(encoding="utf-8")
     tree = ast.parse(source)
     own_package = module.partition(".")[0]
@@ -82,7 +82,7 @@ def _hash_and_imports(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def _imported_names(tree: ast.Module, module: str, file: Path) -> list[str]:
-    """Names of all imported modules, and objects in modules, at the top level of a module."""
+    """List all imported modules, and objects in modules, at a module's top level."""
     package = module
     if file.name != "__init__.py":
         package, _, _ = module.rpartition(".")
@@ -115,9 +115,9 @@ def _is_docstring(statement: ast.stmt) -> bool:
 
 
 def _source_file(module: str) -> Path | None:
-    """The source file of a module.
+    """Find a module's source file.
 
-    None if the module has no such file. A module outside vilu is only found if it is loaded.
+    Return None if the module has no such file. A module outside vilu is only found if it is loaded.
     """
     top_package, *submodules = module.split(".")
     if top_package not in {"vilu", "vilu_bench"}:
@@ -133,7 +133,7 @@ def _source_file(module: str) -> Path | None:
 
 
 def deciding_facts(study_data: StudyData, cell: Cell) -> dict[str, object]:
-    """All facts that decide the result of a cell, as plain JSON."""
+    """Collect all facts that decide a cell's result, as plain JSON."""
     config = study_data.config
     fit_inputs = fit_inputs_of(config, cell)
     predictor = predictor_of(config, cell)
@@ -155,7 +155,7 @@ def deciding_facts(study_data: StudyData, cell: Cell) -> dict[str, object]:
 
 
 def code_hash_of(config: Config, cell: Cell) -> str:
-    """Hash of the code that decides the result of a cell.
+    """Hash the code that decides a cell's result.
 
     A result with another hash was made by older code.
     """
@@ -173,7 +173,7 @@ def code_hash_of(config: Config, cell: Cell) -> str:
 
 
 def _module_of_metric(name: str) -> str:
-    """The module of a metric's kernel."""
+    """Return the module with a metric's kernel."""
     kernel = METRICS[name].kernel
     if isinstance(kernel, partial):
         kernel = kernel.func
@@ -183,7 +183,7 @@ def _module_of_metric(name: str) -> str:
 def _division_facts(
     study_data: StudyData, seed: int | None, data: Sequence[str]
 ) -> dict[str, object]:
-    """The facts that decide how the rows of ``data`` are divided into training and test rows.
+    """Return the facts that decide how ``data`` is divided into training and test rows.
 
     If ``seed`` is None, the rows are not divided, and there are no facts.
     """
@@ -194,7 +194,7 @@ def _division_facts(
 
 
 def _facts_of_rows(study_data: StudyData, fit_inputs: FitInputs) -> dict[str, object]:
-    """The facts on the rows of a fit, including the rows of the earlier fit (``start``)."""
+    """Return the facts on a fit's rows, including the rows of the earlier fit (``start``)."""
     validation = None
     if (
         may_select_on_validation(fit_inputs)

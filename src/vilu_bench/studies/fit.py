@@ -1,4 +1,4 @@
-"""Fits the predictor of a cell."""
+"""Fits the predictor for a cell."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vilu_bench.studies.data import StudyData, differs_in_preprocessing
 from vilu_bench.studies.result import Refusal
 
 REFUSALS = (UsageError, DataError, ProvenanceError)
-"""Exceptions by which a method refuses data or settings; any other exception is a bug."""
+"""Exceptions by which a method refuses data or settings. Any other exception is a bug."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class FitResult:
     """The result of a fit: a predictor or a refusal, with the warnings."""
 
     predictor: FailurePredictor  # fitted, unless ``refusal`` is set
-    refusal: Refusal | None = None  # why the fit was refused; None if the fit was not refused
-    n_train: int | None = None  # number of training rows; None if nothing was fitted
-    seconds: float | None = None  # time of this fit, without the time of the earlier fit
-    warnings: tuple[str, ...] = ()  # warnings of the fit
+    refusal: Refusal | None = None  # why the fit was refused, or None if the fit was not refused
+    n_train: int | None = None  # number of training rows, or None if nothing was fitted
+    seconds: float | None = None  # time for this fit, without the time for the earlier fit
+    warnings: tuple[str, ...] = ()  # warnings from the fit
 
 
 def predictor_of(config: Config, cell: Cell) -> FailurePredictor:
-    """The unfitted predictor of a cell. If the predictor ignores the seed, the seed is 0."""
+    """Make a cell's unfitted predictor. If the predictor ignores the seed, the seed is 0."""
     seed = 0
     if config.depends_on_seed(cell.method):
         seed = cell.seed
@@ -50,9 +50,9 @@ def fit_cell(
     fit_inputs: FitInputs,
     fit_results: dict[FitInputs, FitResult],
 ) -> FitResult:
-    """The predictor of a cell, fitted if it needs a fit.
+    """Fit a cell's predictor, if the method needs a fit, and return the result.
 
-    ``fit_results`` maps the inputs of fits to the results of earlier fits. New results are added.
+    ``fit_results`` maps the inputs of earlier fits to the results. New results are added.
     """
     if not fit_inputs.train:
         predictor = predictor_of(study_data.config, cell)
@@ -71,7 +71,7 @@ def fit_cell(
 def _fit_predictor(
     study_data: StudyData, cell: Cell, fit_inputs: FitInputs, earlier_fit: FitResult | None
 ) -> FitResult:
-    """Fit a predictor on the rows of ``fit_inputs``, from the weights of ``earlier_fit`` if any."""
+    """Fit a predictor on the rows in ``fit_inputs``, from the weights in ``earlier_fit`` if any."""
     predictor = predictor_of(study_data.config, cell)
     columns = (*predictor.columns, *predictor.optional_columns)
     refusal = None
@@ -103,12 +103,11 @@ def _fit_predictor(
 def _initialised_from(
     fitted_predictor: FailurePredictor, fit_inputs: FitInputs, train: EmbeddingSource
 ) -> FailurePredictor:
-    """An unfitted predictor whose training starts from the weights of a fitted predictor."""
+    """Make an unfitted predictor whose training starts from a fitted predictor's weights."""
     may_differ = fit_inputs.across_preprocessing
     if may_differ and differs_in_preprocessing(fitted_predictor.space_, train.space):
-        # The earlier fit used, for example, a different picture size. A copy of the fitted
-        # predictor gets the space of the new training rows, because a predictor refuses rows of
-        # another space.
+        # The earlier fit used, for example, a different picture size. A predictor refuses rows from
+        # another space, so a copy of the fitted predictor gets the new training rows' space.
         fitted_predictor = copy.copy(fitted_predictor)
         fitted_predictor.space_ = train.space
     return start_from_fitted(type(fitted_predictor), fitted_predictor)
@@ -117,7 +116,7 @@ def _initialised_from(
 def _with_epochs_for_steps(
     config: Config, label: str, predictor: FailurePredictor, train: EmbeddingSource
 ) -> FailurePredictor:
-    """A copy of the predictor with as many epochs as the method's ``steps`` need.
+    """Return a copy of the predictor with as many epochs as the method's ``steps`` need.
 
     If the method has no ``steps``, ``predictor`` is returned unchanged.
     """
@@ -131,13 +130,13 @@ def _with_epochs_for_steps(
 
 
 def refusal_from(error: Exception) -> Refusal:
-    """The refusal with the name and the message of an exception."""
+    """Make a refusal with an exception's name and message."""
     return Refusal(error=type(error).__name__, reason=str(error))
 
 
 @contextmanager
 def collected_warnings() -> Iterator[list[str]]:
-    """Collect the warnings of a block in a list instead of showing them, each text once.
+    """Collect the warnings from a block in a list instead of showing them, each text once.
 
     The list is filled when the block ends.
     """

@@ -1,9 +1,8 @@
 """One small file with all data for the tables, figures and claims of finished studies.
 
-The file is a Parquet table with a row for every run cell. The row has the document of the cell and
-the bootstrap values, as whole multiples of ``ROUNDING_STEP``. The file has no scores of single
-rows, and only the first ``RESAMPLES`` resamples. The documents of the studies are in the metadata
-of the file.
+The file is a Parquet table with a row for every run cell. The row has the cell's document and the
+bootstrap values, as whole multiples of ``ROUNDING_STEP``. The file has no scores of single rows,
+and only the first ``RESAMPLES`` resamples. The studies' documents are in the file's metadata.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 RESAMPLES: Final = 200
-"""Number of resamples of a cell that are kept.
+"""Number of resamples that are kept for each cell.
 
 A 95 % interval goes from the fifth smallest to the fifth largest of 200 values.
 """
@@ -59,11 +58,11 @@ Multiples = NDArray[np.uint16]
 """Bootstrap values as multiples of ``ROUNDING_STEP``, or ``UNDEFINED_MULTIPLE``."""
 
 STUDY_NAME: Final = TypeAdapter[str](Name)
-"""Checks the name of a study."""
+"""Checks a study's name."""
 
 
 def keep_studies(run: Path, file: Path, *, overwrite: bool = False) -> int:
-    """Write the finished studies of a run folder as one file; return the number of cells.
+    """Write a run folder's finished studies as one file, and return the number of cells.
 
     Raises:
         UsageError: If a study shows the scores of single rows. Such scores are not kept.
@@ -93,7 +92,7 @@ def keep_studies(run: Path, file: Path, *, overwrite: bool = False) -> int:
 
 
 def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
-    """The columns of the file: documents of cells, and a column per metric and resample."""
+    """Return the file's columns: cell documents, and a column per metric and resample."""
     import pyarrow as pa
 
     values_of_cells = [_first_resamples(run, result) for result in results]
@@ -102,9 +101,9 @@ def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
     for row, values in enumerate(values_of_cells):
         n_metrics, n_resamples = values.shape
         multiples[row, :n_metrics, :n_resamples] = _to_multiples(values)
-    # The resamples of a cell differ little. So the first resample is stored, and for every later
+    # A cell's resamples differ little. So the first resample is stored, and for every later
     # resample the difference from the first resample. Differences compress better. A negative
-    # difference wraps around in 16 bits, and is undone by the addition in ``_stored_multiples``.
+    # difference wraps around in 16 bits. The addition in ``_stored_multiples`` undoes the wrap.
     multiples[:, :, 1:] -= multiples[:, :, :1]
     columns = {
         "document": pa.array([_short_document(result) for result in results]),
@@ -117,14 +116,14 @@ def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
 
 
 def _first_resamples(run: Path, result: CellResult) -> Floats:
-    """The bootstrap values (M, B) of a cell; (0, 0) if the cell was refused."""
+    """Load a cell's bootstrap values (M, B), or return (0, 0) values if the cell was refused."""
     if BOOTSTRAP not in result.files:
         return np.empty((0, 0))
     return load_bootstrap(run, result.cell)[:, :RESAMPLES]
 
 
 def _short_document(result: CellResult) -> str:
-    """The document of a cell as JSON text, with fewer facts in ``decided_by``.
+    """Write a cell's document as JSON text, with fewer facts in ``decided_by``.
 
     Only the hash of the code is stored. Rendering compares this hash with the present code.
     """
@@ -156,9 +155,9 @@ def render_kept_file(
     preface_file: Path | None = None,
     overwrite: bool = True,
 ) -> list[Rendered]:
-    """Render the studies of a file that ``keep_studies`` wrote.
+    """Render the studies in a file that ``keep_studies`` wrote.
 
-    Only the document and the figures of the document are written. The further arguments are as in
+    Only the document and the document's figures are written. The further arguments are as in
     ``render_studies``.
     """
     with TemporaryDirectory() as folder:
@@ -170,7 +169,7 @@ def render_kept_file(
 
 
 def restore_run(file: Path, run: Path) -> None:
-    """Write a run folder from a file of ``keep_studies``; the cells have no scores of rows.
+    """Write a run folder from a file by ``keep_studies``. The cells have no row scores.
 
     Raises:
         DataError: If the file is damaged, or if ``keep_studies`` did not write the file.
@@ -185,7 +184,7 @@ def restore_run(file: Path, run: Path) -> None:
     try:
         for name, content in studies.items():
             archive = Archive.model_validate(content)
-            STUDY_NAME.validate_python(name)  # the study's name becomes the name of a folder
+            STUDY_NAME.validate_python(name)  # the study's name becomes a folder name
             folder = make_folder(run / STUDIES / name)
             write_json(folder / DOCUMENT, archive.model_dump(mode="json"))
         multiples = _stored_multiples(table)
@@ -201,7 +200,7 @@ def restore_run(file: Path, run: Path) -> None:
 
 
 def _stored_multiples(table: pa.Table) -> Multiples:
-    """Bootstrap values (cells, M, B) of a table, in steps."""
+    """Read a table's bootstrap values (cells, M, B) as multiples of the step."""
     metrics = set()
     resamples = set()
     for name in table.column_names:
@@ -219,7 +218,7 @@ def _stored_multiples(table: pa.Table) -> Multiples:
 
 
 def _restore_cell(document: str, multiples: Multiples, run: Path) -> None:
-    """Write the files of a cell: the document, and bootstrap values from ``multiples`` (M, B)."""
+    """Write a cell's files: the document, and bootstrap values from ``multiples`` (M, B)."""
     result = CellResult.model_validate_json(document)
     path = run / result.cell.path
     make_folder(path.parent)

@@ -1,4 +1,4 @@
-"""Reads the file of a study, and the included file."""
+"""Reads a study's file, and the included file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vilu_bench.studies.config import AnySetting, Config, Method, UnionSetting
 from vilu_bench.studies.parts import ROLES, Data
 
 CONFIGS: Final = Path(__file__).resolve().parents[1] / "configs"
-"""Folder of the studies that ship with vilu.
+"""Folder with the studies that ship with vilu.
 
 The studies in the folder GROUP include the file GROUP.toml.
 """
@@ -27,7 +27,7 @@ SELECTABLE_TABLES = ("data", "settings", "methods")  # tables whose entries ``[u
 
 
 def load_config(path: Path) -> Config:
-    """Read and check a benchmark file; the default name of the benchmark is the file's name."""
+    """Read and check a benchmark file. The file's name is the default name for the benchmark."""
     tables = _read_tables(path)
     content = _with_included(tables, path)
     return parse_config({"name": path.stem, **content}, path.name)
@@ -55,12 +55,12 @@ def load_configs(names: Sequence[Path | str]) -> list[Config]:
 
 
 def study_names() -> list[str]:
-    """Names of the studies that ship with vilu, as "GROUP/NAME" or "NAME"."""
+    """Name the studies that ship with vilu, as "GROUP/NAME" or "NAME"."""
     names = []
     for path in sorted(CONFIGS.rglob("*.toml")):
         study = path.with_suffix("")
         is_group = study.is_dir()
-        if not is_group:  # the file of a group only has parts that studies include
+        if not is_group:  # a group's file only has parts that studies include
             relative_path = study.relative_to(CONFIGS)
             names.append(relative_path.as_posix())
     return names
@@ -69,9 +69,8 @@ def study_names() -> list[str]:
 def find_studies(name: Path | str) -> list[Path]:
     """Find the benchmark files for a name.
 
-    The name may be the path of a file, the name of a study that ships with vilu ("here/main"), or
-    the name of a group of such studies ("here"). If there are both a file and a study of this name,
-    the file is taken.
+    The name may be a file path, the name of a study that ships with vilu ("here/main"), or the name
+    of a group ("here"). If both a file and a study have this name, the file is taken.
     """
     path = Path(name)
     if path.exists() and not path.is_dir():
@@ -109,13 +108,13 @@ def _read_tables(path: Path) -> dict[str, Any]:
 
 
 def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The content of a file, merged with the content of the included file.
+    """Merge a file's content with the content of the included file.
 
-    ``include`` names a file in the same folder. A key of the including file replaces the same key
-    of the included file. In the tables ``data``, ``settings`` and ``methods``, an entry replaces
-    the entry of the same name. If ``[use]`` lists entries of a table, only the listed entries of
-    the included file are used. If ``[use]`` does not name a table, all entries of the table are
-    used.
+    ``include`` names a file in the same folder. A key in the including file replaces the same key
+    in the included file. In the tables ``data``, ``settings`` and ``methods``, an entry replaces
+    the included entry with the same name. If ``[use]`` lists entries for a table, only the listed
+    entries are taken from the included file. If ``[use]`` does not name a table, all entries in the
+    table are taken.
     """
     name = content.pop("include", None)
     selections = content.pop("use", {})
@@ -150,7 +149,7 @@ def _check_include(name: object, selections: Any, path: Path) -> None:  # noqa: 
 
 
 def _is_table_of_lists(selections: object) -> bool:
-    """Whether a value from TOML is a table of lists."""
+    """Return whether a value from TOML is a table of lists."""
     if not isinstance(selections, dict):
         return False
     return all(isinstance(names, list) for names in selections.values())
@@ -173,12 +172,11 @@ def _select_entries(
 
 
 def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Config:
-    """Make a benchmark from plain tables; error messages begin with ``name``."""
+    """Make a benchmark from plain tables. Error messages begin with ``name``."""
     try:
         config = Config.model_validate(content)
     except ValidationError as error:
-        message = _error_message(name, error)
-        raise UsageError(message) from error
+        raise UsageError(_error_message(name, error)) from error
     for label in config.method_entries:
         try:
             config.predictor(label)
@@ -188,13 +186,13 @@ def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Con
 
 
 def _error_message(name: str, error: ValidationError) -> str:
-    """Message about the first error of pydantic: the file, the keys that lead to it, the reason."""
+    """Describe pydantic's first error: the file, the keys that lead to it, the reason."""
     first_error, *_ = error.errors(include_url=False, include_context=False)
     # pydantic marks an invalid key by a further step "[key]"
     steps = [str(step) for step in first_error["loc"] if step != "[key]"]
     if steps and steps[0] in {"settings", "views", "claims"}:
-        # The third step (if present) is the kind of the setting, view or claim. The kind is
-        # not a key in the file.
+        # The third step (if present) is the kind of setting, view or claim. The kind is not a key
+        # in the file.
         del steps[2:3]
     reason = first_error["msg"].removeprefix("Value error, ")
     if not reason.endswith(("?", ".")):
@@ -215,7 +213,7 @@ SMOKE_POOL = 4
 
 
 def shrink_config(config: Config) -> Config:
-    """A copy with few images, prompts, seeds and epochs.
+    """Return a copy with few images, prompts, seeds and epochs.
 
     The copy has the same data sets, settings and methods.
     """
@@ -235,7 +233,7 @@ def shrink_config(config: Config) -> Config:
 
 
 def _shrink_data(entry: Data) -> Data:
-    """A data set cut to few images (or a single tar file), views and prompts.
+    """Cut a data set to few images (or a single tar file), views and prompts.
 
     The compact model gets pictures of 64 x 64 pixels.
     """
@@ -258,7 +256,7 @@ def _shrink_data(entry: Data) -> Data:
 
 
 def _shrink_pools(setting: AnySetting) -> AnySetting:
-    """A setting with small pools."""
+    """Return a copy of a setting with small pools."""
     changes = {}
     if setting.pool_size is not None:
         changes["pool_size"] = min(setting.pool_size, SMOKE_POOL)
@@ -268,7 +266,7 @@ def _shrink_pools(setting: AnySetting) -> AnySetting:
 
 
 def _shrink_epochs(config: Config, label: str, entry: Method) -> Method:
-    """The entry of a method, with few epochs if the method has epochs."""
+    """Return a method's entry, with few epochs if the method has epochs."""
     cls = config.class_of(label)
     if "epochs" not in parameters(cls):
         return entry

@@ -14,10 +14,10 @@ from vilu.store.reader import EmbeddingStore
 from vilu_bench.studies.load import parse_config
 
 FIT_SHARE: Final = 0.5
-"""Share of the rows to fit on, if train and test are the same store."""
+"""Share of rows to fit on, if train and test are the same store."""
 
 FEW_LABELS: Final = 5
-"""Number of labels per class in the setting ``few`` of a new study."""
+"""Number of labels per class in a new study's setting ``few``."""
 
 TEMPLATE: Final = """\
 # A study that `vilu benchmark` runs. Keys and tables: docs/benchmark.md.
@@ -52,22 +52,22 @@ columns = ["setting", "metric"]
 
 
 class NewStudy(NamedTuple):
-    """The text of a benchmark file, and the folder that the paths in the text are relative to."""
+    """A benchmark file's text, and the folder that the paths in the text are relative to."""
 
     text: str
     folder: Path
 
 
 def new_study(train: Path, test: Path | None, file: Path) -> NewStudy:
-    """Write the text of a study that compares the main methods, on one store or on two stores.
+    """Write a study's text, which compares the main methods on one store or on two stores.
 
-    Without ``test``, the seed draws half of the rows of ``train`` to fit on, and the remaining half
+    Without ``test``, the seed draws half of the rows in ``train`` to fit on, and the remaining half
     is tested on. The text is checked in the same way as by `vilu benchmark`.
 
     Args:
         train: Store with labels to fit on.
-        test: Store with labels to test on; None: the other half of the rows of ``train``.
-        file: Path of the file that will have this text; comments in the text name the path.
+        test: Store with labels to test on. None: the other half of the rows in ``train``.
+        file: Path of the file that will have this text. Comments in the text name the path.
 
     Raises:
         UsageError: If a store has no labels or a single class, or if the two have different
@@ -101,7 +101,7 @@ def new_study(train: Path, test: Path | None, file: Path) -> NewStudy:
 
 
 def _labelled_store(path: Path) -> EmbeddingStore:
-    """Open a store; UsageError if the store has no labels, or only a single class."""
+    """Open a store. Raise a UsageError if the store has no labels, or only a single class."""
     store = EmbeddingStore(path)
     n_labelled = int((store.target != UNKNOWN).sum())
     if n_labelled == 0:
@@ -112,7 +112,7 @@ def _labelled_store(path: Path) -> EmbeddingStore:
 
 
 def _few_labels_setting(store: EmbeddingStore, *, is_divided: bool) -> str:
-    """TOML text of a setting with few labels per class; "" if no class has more labels."""
+    """Write a setting with few labels per class in TOML, or "" if no class has more labels."""
     labels_per_class = store.target[store.target != UNKNOWN].bincount()
     most_labels = int(labels_per_class.max())
     if is_divided:
@@ -127,13 +127,13 @@ def _few_labels_setting(store: EmbeddingStore, *, is_divided: bool) -> str:
 
 
 def _toml_key(path: Path) -> str:
-    """The name of a folder as a key of TOML. The key is also a part of paths."""
+    """Turn a folder's name into a TOML key. The key is also a part of paths."""
     folder_name = path.resolve().name
     key = re.sub(r"[^A-Za-z0-9_-]+", "_", folder_name)
     return key.strip("_") or "data"
 
 
 def _toml_path(path: Path, folder: Path) -> str:
-    """The path of a store below the folder, as a string of TOML."""
+    """Write a store's path below the folder as a TOML string."""
     relative_path = path.resolve().relative_to(folder)
     return json.dumps(relative_path.as_posix(), ensure_ascii=False)

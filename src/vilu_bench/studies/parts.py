@@ -12,13 +12,13 @@ from vilu.errors import did_you_mean
 from vilu_bench.known_datasets.shift import DAMAGE_KINDS, MAX_SEVERITY
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
-"""Name of a data set, a setting or a method. The name is used in file names."""
+"""Name for a data set, a setting or a method. The name is used in file names."""
 Names = tuple[str, ...]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
-# metrics with intervals; methods are ranked by the first metric
+# metrics with intervals, of which the first ranks the methods
 RANKING_METRICS = ("auroc", "fpr95")
 # These metrics replace ``RANKING_METRICS`` in a study whose methods judge different answers. AUROC
 # and FPR95 measure how well right and wrong answers are told apart, so they cannot compare such
@@ -64,7 +64,7 @@ class StorePaths(Section):
 class Shift(Section):
     """Damage done to every picture before it is embedded (``known_datasets.shift``)."""
 
-    # kinds of damage; every picture gets a single kind
+    # Kinds of damage. Every picture gets a single kind.
     kinds: Names = tuple(kind for kind in DAMAGE_KINDS if kind != "low_resolution")
     severity: Annotated[int, Field(ge=1, le=MAX_SEVERITY)] = 3
 
@@ -76,7 +76,7 @@ class Shift(Section):
 
 
 class Limits(Section):
-    """Maximum number of images of each role, taken evenly spaced; None: all images."""
+    """Maximum image count for each role, taken evenly spaced. None: all images."""
 
     train: Count | None = None
     validation: Count | None = None
@@ -86,33 +86,35 @@ class Limits(Section):
 class Data(Section):
     """A data set: images to embed, or ready-made stores."""
 
-    # file or folder of images below the data folder; ``package:NAME`` ships with vilu
+    # File or folder with images below the data folder. ``package:NAME`` ships with vilu.
     source: str | None = None
-    # Name of a known data set (``vilu datasets list``); ``source`` is the data set's folder.
+    # Name of a known data set (``vilu datasets list``). ``source`` is then the data set's folder.
     # Without ``source``, the folder is searched for in the data folder.
     dataset: str | None = None
-    # ready-made stores, in place of ``source`` and of the keys for embedding images
+    # ready-made stores, in place of ``source`` and the keys for embedding images
     stores: StorePaths | None = None
-    # stores of the same images (and perhaps more) from a second model, for methods of two models
+    # stores with the same images (and perhaps more) from a second model, for methods with two
+    # models
     second: StorePaths | None = None
     backbone: str = "compact"
-    # class names for the prompts, in label order; by default the names of the data set
+    # class names for the prompts, in label order, by default the data set's own names
     classes: Names | None = None
-    # whether the class names of a known data set are used in prompts unchanged, with underscores
+    # whether a known data set's class names are used in prompts unchanged, with underscores
     raw_names: bool = False
-    # maps a column of a table to a value; only rows with this value in the column are used
+    # Maps a table column to a value. Only rows with this value in the column are used.
     where: dict[str, str] = Field(default_factory=dict)
     # Whether images have captions instead of classes. With captions there is a single store. The
     # roles are folds of the captions ("train", "validation", "test"), and each image is matched
-    # with the captions of the pool.
+    # with the captions in the pool.
     captions: bool = False
-    # number of captions in a pool, in training and in testing; a setting may replace it in testing
+    # number of captions in a pool, in training and in testing. A setting may replace the number in
+    # testing.
     pool_size: Annotated[int, Field(ge=2)] = 1024
     shift: Shift | None = None  # damage done to every picture before it is embedded
-    train: str = "train"  # split to fit on; several splits are joined by ``+``
+    train: str = "train"  # split to fit on, where ``+`` joins several splits
     # Split on which methods select, for example, the number of epochs. A number instead of a name
-    # is the share of the training rows to hold out for selection; a hash of the picture decides
-    # which rows. None: a method that selects holds out training rows itself.
+    # is the share of training rows to hold out for selection. A hash of the picture decides which
+    # rows. None: a method that selects holds out training rows itself.
     validation: str | Share | None = None
     test: str = "test"  # split to test on
     # Only if train and test are the same set of rows: the share of these rows to fit on. The seed
@@ -120,23 +122,23 @@ class Data(Section):
     fit_share: Share | None = None
     features: bool = True  # whether to store features
     views: Annotated[int, Field(ge=0)] = 4  # augmented views per test image
-    # prompts, or names of sets of prompts, to store separately, as ``vilu embed --prompts`` does
+    # prompts, or names of prompt sets, to store separately, as ``vilu embed --prompts`` does
     prompts: Names = ("ensemble",)
     negatives: bool = False  # whether to store everyday words, as ``vilu embed --negatives`` does
-    # maximum number of images of each split, taken evenly spaced
+    # maximum image count for each split, taken evenly spaced
     limit: Count | Limits | None = None
-    # number of tar files to read; replaces ``limit`` for images in tar files, because
-    # these images are not counted in advance
+    # Number of tar files to read. For images in tar files, this number replaces ``limit``, because
+    # these images are not counted in advance.
     shards: Count | None = None
-    title: str | None = None  # title in tables and figures; by default the name
-    x: float | None = None  # position on the axis of a curve
-    # name of the data set in publications, to show published numbers beside ours; by default
-    # ``dataset``
+    title: str | None = None  # title in tables and figures, by default the name
+    x: float | None = None  # position on a curve's axis
+    # The data set's name in publications, to show published numbers beside ours. By default
+    # ``dataset``.
     published: str | None = None
 
     @model_validator(mode="after")
     def _check_origin(self) -> Self:
-        """Refuse contradictory settings of a data set."""
+        """Refuse contradictory settings for a data set."""
         has_images = self.source is not None or self.dataset is not None
         if self.stores is not None and has_images:
             raise ValueError("a data set has either a source or stores")
@@ -175,7 +177,7 @@ class Data(Section):
             raise ValueError("a ready-made store of captions is taken whole, without limit")
 
     def _is_one_set(self) -> bool:
-        """Whether training and test rows are the same set, without validation rows."""
+        """Return whether training and test rows are the same set, without validation rows."""
         # both objects have a field for each role, with the name of a split or a store
         rows_by_role = self if self.stores is None else self.stores
         if rows_by_role.train != rows_by_role.test:
@@ -188,11 +190,11 @@ class Data(Section):
 
     @property
     def paper_name(self) -> str | None:
-        """Name of the data set in publications."""
+        """The data set's name in publications."""
         return self.published or self.dataset
 
     def limit_of(self, role: Role) -> int | None:
-        """Maximum number of images of a role; None: all images."""
+        """Return the maximum image count for a role. None: all images."""
         if isinstance(self.limit, Limits):
             limit: int | None = getattr(self.limit, role)
             return limit

@@ -1,4 +1,4 @@
-"""Arranges results in the rows and columns of a table, and writes the notes of the table."""
+"""Arranges results in a table's rows and columns, and writes the table's notes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from vilu_bench.studies.config import Config
 from vilu_bench.studies.sheet import Sheet, TableNumber
 from vilu_bench.studies.views import KEY_FIELDS, PublishedNumber, TableView, View, find_published
 
-REASON_LENGTH = 160  # maximum number of characters of a reason in a note
+REASON_LENGTH = 160  # maximum number of characters for a reason in a note
 
 
 def notes_of(
     board: Board, view: View, numbers: Iterable[TableNumber], all_entrants: Iterable[Entrant]
 ) -> tuple[str, ...]:
-    """All notes of a table.
+    """Write all notes for a table.
 
     ``all_entrants`` may have an entrant several times, once for every metric.
     """
@@ -47,7 +47,7 @@ def notes_of(
 
 
 def _interval_note(config: Config, view: View) -> str:
-    """Note on the unit of the numbers and on the intervals."""
+    """Write a note on the unit of the numbers and on the intervals."""
     exceptions = not_in_percent(METRICS[name] for name in view.metrics)
     return (
         f"In percent{exceptions}. Brackets: {100 * config.confidence:g} % bootstrap interval "
@@ -57,7 +57,7 @@ def _interval_note(config: Config, view: View) -> str:
 
 
 def _conventions_note(view: View) -> str:
-    """Note on the convention of every metric of the view."""
+    """Write a note on the convention for every metric in the view."""
     conventions = []
     for name in view.metrics:
         metric = METRICS[name]
@@ -66,9 +66,9 @@ def _conventions_note(view: View) -> str:
 
 
 def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
-    """Note on the numbers of test rows by data set; settings with equal numbers share a text."""
-    # Maps a data set and the text of the numbers to the settings with these numbers. The settings
-    # are the keys of a dict, so that each setting is listed once.
+    """Write a note on the test row counts by data set. Settings with equal counts share a text."""
+    # Maps a data set and the text with the numbers to the settings with these numbers. The settings
+    # are dict keys, so each setting is listed once.
     settings_by_numbers: dict[tuple[str, str], dict[str, None]] = {}
     for entrant in entrants:
         if entrant.results:
@@ -86,7 +86,7 @@ def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
 
 
 def _row_numbers_in_words(entrant: Entrant) -> str:
-    """Text with the numbers of test rows and wrong answers of an entrant."""
+    """Write an entrant's numbers of test rows and wrong answers as text."""
     n_rows = distinct_row_counts("n", [entrant])
     n_failures = distinct_row_counts("n_failures", [entrant])
     n_outside = distinct_row_counts("n_outside", [entrant])
@@ -94,7 +94,7 @@ def _row_numbers_in_words(entrant: Entrant) -> str:
 
 
 def _seeds_note(entrants: Sequence[Entrant]) -> str:
-    """Note on the number of different results in a mean.
+    """Write a note on how many different results a mean averages.
 
     At least one entrant must have a result.
     """
@@ -102,7 +102,7 @@ def _seeds_note(entrants: Sequence[Entrant]) -> str:
     entrants_with_result = [entrant for entrant in entrants if entrant.results]
     for entrant in entrants_with_result:
         entrants_of_count.setdefault(entrant.n_runs, []).append(entrant)
-    # the most frequent number of results; of equally frequent numbers, the first
+    # the most frequent count, or the first if several counts are equally frequent
     usual_n_runs = max(entrants_of_count, key=lambda n_runs: len(entrants_of_count[n_runs]))
     intro = "Seeds (different results behind a mean):"
     if len(entrants_of_count) == 1:
@@ -117,10 +117,10 @@ def _seeds_note(entrants: Sequence[Entrant]) -> str:
 
 
 def _methods_in_words(entrants: Sequence[Entrant], all_entrants: Sequence[Entrant]) -> str:
-    """Names of the methods of ``entrants``, as text.
+    """Name the methods in ``entrants``, as text.
 
-    A name stands alone if ``entrants`` has all entrants of the method in ``all_entrants``. If not,
-    the data sets and settings of ``entrants`` are added to the name, in parentheses.
+    If ``entrants`` has all the method's entrants in ``all_entrants``, the name stands alone. If
+    not, the name is followed by data sets and settings from ``entrants``, in parentheses.
     """
     cases_of_method: dict[str, list[str]] = {}
     for entrant in entrants:
@@ -139,7 +139,7 @@ def _methods_in_words(entrants: Sequence[Entrant], all_entrants: Sequence[Entran
 def _published_notes(
     board: Board, entrants: Iterable[Entrant], numbers: Iterable[TableNumber]
 ) -> list[str]:
-    """Notes on published numbers: sources, and reasons for differences from our numbers."""
+    """Write notes on published numbers: sources, and why our numbers may differ."""
     all_published = [number.published for number in numbers if number.published is not None]
     if not all_published:
         return []
@@ -161,7 +161,7 @@ def _published_notes(
 def _differences_in_words(
     config: Config, entrants: Iterable[Entrant], all_published: Iterable[PublishedNumber]
 ) -> list[str]:
-    """Texts on the differences between our numbers and the published numbers: model and data."""
+    """Describe how our numbers and the published numbers differ in model and data."""
     entries = {entrant.data: config.data[entrant.data] for entrant in entrants}
     published_models = dict.fromkeys(published.backbone for published in all_published)
     our_models: dict[str, None] = {}
@@ -198,7 +198,7 @@ def _refusal_notes(entrants: Sequence[Entrant]) -> list[str]:
     return notes
 
 
-DATA_OF_MEAN = "mean"  # data set in the key of a mean over several data sets
+DATA_OF_MEAN = "mean"  # data set in the key for a mean over several data sets
 SIGNIFICANCE_LEVEL = 0.05  # two methods with a p-value of at least this are tied
 
 
@@ -212,24 +212,24 @@ class NumberKey:
     metric: str
 
     def values_of(self, fields: Iterable[str]) -> tuple[str, ...]:
-        """The key's values of ``fields``, for example of ("data", "metric")."""
+        """Return the key's values for ``fields``, for example for ("data", "metric")."""
         return tuple(getattr(self, field) for field in fields)
 
 
 def table_sheet(board: Board, view: TableView) -> Sheet:
-    """The sheet of a table view."""
+    """Make the sheet for a table view."""
     config = board.config
     entrants = entrants_by_key(board, view)
     means = means_by_key(board, view)
     numbers = {key: make_table_number(config, key, mean) for key, mean in means.items()}
     ranked_numbers = _with_ranks(numbers, means, view.compete)
-    rows: dict[tuple[str, ...], int] = {}  # maps the labels of a row to the row index
-    columns: dict[tuple[str, ...], int] = {}  # maps the labels of a column to the column index
+    rows: dict[tuple[str, ...], int] = {}  # maps a row's labels to the row index
+    columns: dict[tuple[str, ...], int] = {}  # maps a column's labels to the column index
     cells = {}
     for key, number in ranked_numbers.items():
-        # new labels get the next index, and known labels keep the index
         row_labels = key.values_of(view.rows)
         column_labels = key.values_of(view.columns)
+        # new labels get the next index, and known labels keep the index
         row = rows.setdefault(row_labels, len(rows))
         column = columns.setdefault(column_labels, len(columns))
         cells[row, column] = number
@@ -247,7 +247,7 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
 
 
 def means_by_key(board: Board, view: View) -> dict[NumberKey, MethodMean]:
-    """The results for a view, by key: single data sets, then means over data sets."""
+    """Collect the results for a view, by key: single data sets, then means over data sets."""
     entrants = entrants_by_key(board, view)
     means = {}
     if not view.means_only:
@@ -255,7 +255,7 @@ def means_by_key(board: Board, view: View) -> dict[NumberKey, MethodMean]:
             means[key] = MethodMean((entrant,))
     if not view.mean:
         return means
-    # the keys of a dict, because several data sets give the same key
+    # dict keys, because several data sets give the same key
     mean_keys = dict.fromkeys(replace(key, data=DATA_OF_MEAN) for key in entrants)
     for key in mean_keys:
         method_cases = [(key.method, data, key.setting) for data in view.mean]
@@ -268,7 +268,7 @@ def means_by_key(board: Board, view: View) -> dict[NumberKey, MethodMean]:
 
 
 def entrants_by_key(board: Board, view: View) -> dict[NumberKey, Entrant]:
-    """The entrants of a view by key, in the order of the view; also entrants without a result."""
+    """Collect a view's entrants by key, in the view's order, also entrants without a result."""
     config = board.config
     entrants = {}
     data_entries = view.entries_of(config, "data")
@@ -284,7 +284,7 @@ def entrants_by_key(board: Board, view: View) -> dict[NumberKey, Entrant]:
 
 
 def make_table_number(config: Config, key: NumberKey, mean: MethodMean) -> TableNumber:
-    """The number of a key, with the interval and the published number."""
+    """Make the number for a key, with the interval and the published number."""
     parts = mean.parts
     published = published_number(config, key, parts)
     for part in parts:
@@ -312,7 +312,7 @@ def make_table_number(config: Config, key: NumberKey, mean: MethodMean) -> Table
 def published_number(
     config: Config, key: NumberKey, parts: Sequence[Entrant] = ()
 ) -> PublishedNumber | None:
-    """The published number for a key; None if there is no such number.
+    """Look up the published number for a key, or return None if there is no such number.
 
     A mean over data sets is compared with the published mean over the same number of data sets.
     """
@@ -336,9 +336,9 @@ def published_number(
 
 
 def _name_of_mean(config: Config, parts: Sequence[Entrant]) -> str | None:
-    """Published name of a mean over the data sets of ``parts``.
+    """Return the published name for a mean over the data sets in ``parts``.
 
-    None if a data set has no name in publications, or if two data sets have the same name there.
+    Return None if a data set has no published name, or if two data sets share a published name.
     """
     names = {config.data[part.data].paper_name for part in parts}
     if None in names:
@@ -353,7 +353,7 @@ def _with_ranks(
     means: Mapping[NumberKey, MethodMean],
     competing_fields: Sequence[str],
 ) -> dict[NumberKey, TableNumber]:
-    """The numbers, with ranks added.
+    """Add ranks to the numbers.
 
     Numbers compete if the keys differ only in ``competing_fields``.
     """
@@ -390,7 +390,7 @@ def _competing_keys(
 
 
 def _rank(n_better: int) -> Literal["best", "second"] | None:
-    """The rank of a number if ``n_better`` different numbers are better."""
+    """Return a number's rank if ``n_better`` different numbers are better."""
     if n_better == 0:
         return "best"
     if n_better == 1:
@@ -399,7 +399,7 @@ def _rank(n_better: int) -> Literal["best", "second"] | None:
 
 
 def _is_tied(mean: MethodMean, best_mean: MethodMean, metric: str) -> bool:
-    """Whether the paired bootstrap finds no significant difference between two results."""
+    """Return whether the paired bootstrap finds no significant difference between two results."""
     if any(metric not in part.ranking_metrics for part in mean.parts):  # no bootstrap values
         return False
     gap = mean.difference_from(best_mean, metric)
@@ -411,7 +411,7 @@ def _is_tied(mean: MethodMean, best_mean: MethodMean, metric: str) -> bool:
 def _titles_of_labels(
     config: Config, fields: Sequence[str], labels: Sequence[str]
 ) -> tuple[str, ...]:
-    """The titles of labels; each label is a value of the field at the same position."""
+    """Return the titles for labels. Each label is a value of the field at the same position."""
     titles = []
     for field, label in zip(fields, labels, strict=True):
         titles.append(title_of(config, field, label))
@@ -419,7 +419,7 @@ def _titles_of_labels(
 
 
 def title_of(config: Config, field: str, label: str) -> str:
-    """Title of a method, a data set, a setting or a metric in a table."""
+    """Return the title that a table shows for a method, a data set, a setting or a metric."""
     if field == "metric":
         return METRICS[label].title
     if field == "data" and label == DATA_OF_MEAN:

@@ -19,7 +19,7 @@ from vilu.validation import require_at_least
 
 logger = logging.getLogger("vilu.bench")
 
-# pool sizes of the published table
+# pool sizes in the published table
 PUBLISHED_SIZES = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 TABLE_METRICS = ("auroc", "fpr95", "aupr_failure", "augrc", "aurc")
 
@@ -34,19 +34,19 @@ def over_pool_sizes(
     dataset: str = "pairs",
     n_resamples: int = 1000,
 ) -> ResultTable:
-    """Metrics of fitted predictors on the same pairs, in pools of different sizes.
+    """Measure fitted predictors on the same pairs, in pools of different sizes.
 
     A larger pool has more candidate captions for every image. A size above the number of
     pairs is left out with a log message.
 
     Args:
         predictors: Fitted predictors by label.
-        open_pairs: Function that gets the settings of the pools and opens the pairs.
+        open_pairs: Function that gets the pool settings and opens the pairs.
         sizes: Pool sizes.
-        pools: Settings of the pools; each draw replaces the size and the seed.
-        draws: Number of draws of the pools, with the seeds 0 ... draws - 1. A row of the results
-            has the seed of the draw.
-        dataset: Name of the data set; the name in the results is "NAME, pool SIZE".
+        pools: Pool settings. Each draw replaces the size and the seed.
+        draws: Number of pool draws, with the seeds 0 ... draws - 1. A result row has the seed of
+            the draw.
+        dataset: Name for the data set. The name in the results is "NAME, pool SIZE".
         n_resamples: Number of bootstrap resamples.
     """
     require_at_least("draws", draws, 1)
@@ -70,7 +70,7 @@ def over_pool_sizes(
 
 
 def _possible_sizes(sizes: Sequence[int], n_pairs: int, dataset: str) -> list[int]:
-    """The pool sizes that are at most ``n_pairs``; DataError if there are none."""
+    """Return the pool sizes up to ``n_pairs``. Raise a DataError if there are none."""
     possible = [size for size in sizes if size <= n_pairs]
     if not possible:
         raise DataError(
@@ -83,10 +83,10 @@ def _possible_sizes(sizes: Sequence[int], n_pairs: int, dataset: str) -> list[in
 
 
 def size_table(table: ResultTable) -> str:
-    """Table with a line per method and a column per pool size: "AUROC / FPR95" in percent.
+    """Make a table with a line per method and a column per pool size.
 
-    The first two lines have the pool sizes and the accuracies of the VLM. Several draws are
-    averaged, and "±" is the standard deviation of the AUROC over draws.
+    A cell has "AUROC / FPR95" in percent. The first two lines have the pool sizes and the VLM's
+    accuracies. Several draws are averaged, and "±" is the AUROC's standard deviation over draws.
     """
     rows = table.mean_over_seeds().rows
     datasets = dict.fromkeys(row.dataset for row in rows)
@@ -111,7 +111,7 @@ def size_table(table: ResultTable) -> str:
 
 
 def _cell_text(auroc: ResultRow, fpr95: ResultRow) -> str:
-    """Text of AUROC and FPR95, in percent."""
+    """Write AUROC and FPR95 as text, in percent."""
     if auroc.value is None or fpr95.value is None:
         return "undefined"
     text = f"{100 * auroc.value:.1f}"

@@ -15,7 +15,7 @@ from vilu_bench.studies.cells import Cell
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.result import Timing
 
-REASON_LENGTH = 200  # maximum number of characters of a reason in the text
+REASON_LENGTH = 200  # maximum number of characters for a reason in the text
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,20 @@ class RankedMethod:
     """A method's rank and numbers on a data set in a setting."""
 
     method: str
-    variant: str  # suffix of the method's label, such as " (model)"; empty for most methods
+    variant: str  # suffix on the method's label, such as " (model)", empty for most methods
     rank: int  # 1 + the number of methods with a higher mean of the ranking metric
-    n_runs: int  # number of different results in the mean; 1 if the seed changes nothing
-    values: dict[str, float | None]  # mean over seeds by metric; None if undefined
-    # bootstrap intervals over test rows and seeds, by metric of ``Config.ranking_metrics``
+    n_runs: int  # number of different results in the mean, which is 1 if the seed changes nothing
+    values: dict[str, float | None]  # mean over seeds by metric, or None if undefined
+    # bootstrap intervals over test rows and seeds, by metric in ``Config.ranking_metrics``
     intervals: dict[str, Interval]
-    against: str | None  # the best other method; None if there is no other method
-    # ranking metric minus the ranking metric of ``against``, paired over common seeds; None if
-    # there is no other method or no common seed
+    against: str | None  # the best other method, or None if there is none
+    # Ranking metric minus the ranking metric of ``against``, paired over common seeds. None: there
+    # is no other method or no common seed.
     gap: Difference | None
-    refused_seeds: tuple[int, ...]  # seeds without a result of the method
+    refused_seeds: tuple[int, ...]  # seeds without a result for the method
 
     def to_dict(self) -> dict[str, object]:
-        """The fields as plain JSON."""
+        """Return the fields as plain JSON."""
         content = asdict(self)
         content["intervals"] = {
             name: {"low": interval.ci_low, "high": interval.ci_high}
@@ -63,14 +63,14 @@ class Ranking:
     n_failures: tuple[int, ...]  # the different numbers of wrong answers
     lines: tuple[RankedMethod, ...]  # methods with a result
     refused: dict[str, str]  # methods without a result, with the reason
-    # Maps a seed to the ranking metric of each method. A seed that was not planned for all methods
-    # of ``lines`` is left out.
+    # Maps a seed to each method's ranking metric. If a seed was not planned for all methods in
+    # ``lines``, the seed is left out.
     contests: dict[int, dict[str, float]]
-    # the different numbers of test rows with pictures of none of the classes
+    # the different numbers of test rows with pictures outside all classes
     n_outside: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        """The fields as plain JSON."""
+        """Return the fields as plain JSON."""
         content = dict(vars(self))
         content["lines"] = [line.to_dict() for line in self.lines]
         if not any(self.n_outside):
@@ -87,11 +87,11 @@ class Standing:
     """A method's wins and mean rank over all contests (``Contest``)."""
 
     method: str
-    # number of contests that the method wins; k tied methods get 1/k each
+    # Number of contests that the method wins. If k methods tie, each gets 1/k.
     wins: float
-    # mean rank over the contests of the method; tied methods get the mean of the tied ranks
+    # mean rank over the method's contests, where tied methods get the mean of the tied ranks
     mean_rank: float
-    contests: int  # number of contests of the method
+    contests: int  # number of contests with the method
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Summary:
     results: ResultTable
 
     def to_dict(self) -> dict[str, object]:
-        """Rankings and standings as plain JSON, without the table of results."""
+        """Return rankings and standings as plain JSON, without the result table."""
         return {
             "blocks": [block.to_dict() for block in self.blocks],
             "standings": [asdict(standing) for standing in self.standings],
@@ -113,7 +113,7 @@ class Summary:
 
 
 def summarise(board: Board) -> Summary:
-    """Summarise the results of a benchmark."""
+    """Summarise a benchmark's results."""
     blocks = []
     contests: list[Contest] = []
     for (data, setting), entrants in board.blocks().items():
@@ -132,9 +132,9 @@ def summarise(board: Board) -> Summary:
 
 
 def _result_rows(board: Board) -> list[ResultRow]:
-    """The result rows of every data set and setting.
+    """List the result rows for every data set and setting.
 
-    If several seeds share a result, the rows of the result are listed once.
+    If several seeds share a result, the result's rows are listed once.
     """
     rows = []
     distinct_results = dict.fromkeys(
@@ -148,7 +148,7 @@ def _result_rows(board: Board) -> list[ResultRow]:
 
 
 def standings(contests: Sequence[Contest]) -> tuple[Standing, ...]:
-    """Wins and mean ranks of all methods, sorted by descending wins."""
+    """Compute all methods' wins and mean ranks, sorted by descending wins."""
     ranks: dict[str, list[float]] = {}
     wins: dict[str, float] = {}
     for contest in contests:
@@ -171,7 +171,7 @@ def standings(contests: Sequence[Contest]) -> tuple[Standing, ...]:
 
 
 def _most_wins_first(standing: Standing) -> tuple[float, float, str]:
-    """Sort key: descending wins, then ascending mean rank, then name."""
+    """Return a sort key: descending wins, then ascending mean rank, then name."""
     return -standing.wins, standing.mean_rank, standing.method
 
 
@@ -207,13 +207,13 @@ def _rank_methods(board: Board, data: str, setting: str, entrants: Sequence[Entr
 
 
 def _best_first(entrant: Entrant) -> tuple[float, float, str]:
-    """Sort key: the first metric descending, then the second ascending, then the name."""
+    """Return a sort key: first metric descending, then second metric ascending, then name."""
     _, second_metric = entrant.ranking_metrics
     return -entrant.ranking_value, entrant.mean(second_metric) or 0.0, entrant.method
 
 
 def _contests(board: Board, entrants_with_result: Sequence[Entrant]) -> dict[int, dict[str, float]]:
-    """The ranking metric by seed and method, for the seeds planned for all entrants."""
+    """Collect the ranking metric by seed and method, for the seeds planned for all entrants."""
     if not entrants_with_result:
         return {}
     seeds = frozenset.intersection(
@@ -232,9 +232,9 @@ def _contests(board: Board, entrants_with_result: Sequence[Entrant]) -> dict[int
 def _ranked_method(
     config: Config, entrant: Entrant, entrants_with_result: Sequence[Entrant]
 ) -> RankedMethod:
-    """The rank and the numbers of a method.
+    """Compute a method's rank and numbers.
 
-    ``entrants_with_result`` are all methods of the ranking, best first.
+    ``entrants_with_result`` are all methods in the ranking, best first.
     """
     rivals = [rival for rival in entrants_with_result if rival is not entrant]
     against = None
@@ -261,19 +261,19 @@ def _ranked_method(
 
 
 def _difference_or_none(quantity: Quantity | None, confidence: float) -> Difference | None:
-    """The quantity as a difference with an interval; None if the quantity is None."""
+    """Turn a quantity into a difference with an interval. None stays None."""
     if quantity is None:
         return None
     return quantity.difference(confidence)
 
 
 def _n_better(entrant: Entrant, rivals: Iterable[Entrant]) -> int:
-    """The number of rivals with a higher mean of the ranking metric."""
+    """Count the rivals with a higher mean of the ranking metric."""
     return sum(rival.ranking_value > entrant.ranking_value for rival in rivals)
 
 
 def _mean_times(timings: Iterable[Timing]) -> tuple[float | None, float | None]:
-    """Mean seconds of a fit, and mean number of rows scored per second; None if none was timed."""
+    """Average the fit seconds, and the rows scored per second. None if nothing was timed."""
     fit_times = []
     speeds = []
     for timing in timings:
@@ -286,7 +286,7 @@ def _mean_times(timings: Iterable[Timing]) -> tuple[float | None, float | None]:
 
 
 def times_table(board: Board, times: Mapping[Cell, Timing]) -> str:
-    """Table of mean wall times of fits and mean speeds of scoring; "" without ``times``."""
+    """Make a table with mean fit times and mean scoring speeds, or "" without ``times``."""
     if not times:
         return ""
     lines = [["data", "setting", "method", "fit s", "rows/s"]]
@@ -302,7 +302,7 @@ def times_table(board: Board, times: Mapping[Cell, Timing]) -> str:
 
 
 def _time_texts(fit_seconds: float | None, rows_per_second: float | None) -> list[str]:
-    """Texts of a time and a speed."""
+    """Write a time and a speed as texts."""
     return [
         EMPTY_CELL if fit_seconds is None else f"{fit_seconds:.2f}",
         EMPTY_CELL if rows_per_second is None else f"{rows_per_second:,.0f}",
@@ -310,7 +310,7 @@ def _time_texts(fit_seconds: float | None, rows_per_second: float | None) -> lis
 
 
 def ranking_text(config: Config, summary: Summary) -> str:
-    """A summary as text: tables by data set and setting, the standings, and notes."""
+    """Write a summary as text: tables by data set and setting, the standings, and notes."""
     parts = [_block_text(config, block) for block in summary.blocks]
     standings_table = _standings_table(summary, config.ranking_metrics[0])
     notes = "\n".join(_notes(config))
@@ -318,7 +318,7 @@ def ranking_text(config: Config, summary: Summary) -> str:
 
 
 def _block_text(config: Config, block: Ranking) -> str:
-    """Text of a ranking: a title, a table, and the methods without a result."""
+    """Write a ranking as text: a title, a table, and the methods without a result."""
     title = f"{block.data}, {block.setting} ({block.description})"
     lines = [title]
     if block.lines:
@@ -335,7 +335,7 @@ def _block_text(config: Config, block: Ranking) -> str:
 
 
 def _block_table(config: Config, block: Ranking) -> list[str]:
-    """Aligned lines of a table of the methods with a result, best first."""
+    """Make aligned table lines for the methods with a result, best first."""
     percent = f"[{100 * config.confidence:g} %]"
     heading = ["#", "method", "runs"]
     for name in config.metrics:
@@ -347,7 +347,7 @@ def _block_table(config: Config, block: Ranking) -> list[str]:
 
 
 def _table_row(config: Config, line: RankedMethod) -> list[str]:
-    """The cells of a method in the table of a ranking."""
+    """Write the cells for a method in a ranking's table."""
     runs = str(line.n_runs)
     if line.refused_seeds:
         runs += f" (not {join_distinct(line.refused_seeds)})"
@@ -361,7 +361,7 @@ def _table_row(config: Config, line: RankedMethod) -> list[str]:
 
 
 def _gap_texts(gap: Difference | None) -> list[str]:
-    """Texts of the difference from the best other method in percent, and of the p-value."""
+    """Write the difference from the best other method, in percent, and the p-value."""
     if gap is None:
         return [EMPTY_CELL, EMPTY_CELL]
     interval = f"[{100 * gap.ci_low:+.2f}, {100 * gap.ci_high:+.2f}]"
@@ -369,7 +369,7 @@ def _gap_texts(gap: Difference | None) -> list[str]:
 
 
 def _value_text(name: str, value: float | None, interval: Interval | None = None) -> str:
-    """Text of a value, with the interval if there is an interval."""
+    """Write a value as text, with the interval if there is an interval."""
     if value is None:
         return EMPTY_CELL
     metric = METRICS[name]
@@ -380,7 +380,7 @@ def _value_text(name: str, value: float | None, interval: Interval | None = None
 
 
 def _standings_table(summary: Summary, metric: str) -> str:
-    """Table of wins and mean ranks, with the mean of ``metric`` on every data set and setting."""
+    """Make a table with wins, mean ranks, and ``metric``'s mean on every data set and setting."""
     heading = ["method", "wins", "mean rank", "contests"]
     values_of_blocks = []  # for every block, a dict from each method to the ranking metric
     for block in summary.blocks:
@@ -404,7 +404,7 @@ def _standings_table(summary: Summary, metric: str) -> str:
 
 
 def _notes(config: Config) -> list[str]:
-    """Notes below all tables."""
+    """Write the notes below all tables."""
     metrics = [METRICS[name] for name in config.metrics]
     unit = f"in percent{not_in_percent(metrics)}"
     ranking_metric = METRICS[config.ranking_metrics[0]].title

@@ -1,4 +1,4 @@
-"""The result of a cell as files: a JSON document, scores, and bootstrap values."""
+"""A cell's result as files: a JSON document, scores, and bootstrap values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vilu_bench.studies.parts import RANKING_METRICS, Name, Names, Section
 logger = logging.getLogger("vilu.bench")
 
 RUN_AGAIN = "Run its `vilu benchmark` again"  # advice in error messages
-# suffixes of the two files beside the document of a cell: the scores, and the bootstrap values
+# suffixes for the two files beside a cell's document: the scores, and the bootstrap values
 Suffix = Literal[".parquet", ".npy"]
 SCORES: Suffix = ".parquet"
 BOOTSTRAP: Suffix = ".npy"
@@ -40,15 +40,15 @@ class Refusal(Section):
 
 
 class Timing(Section):
-    """Wall times of a cell with a single thread, from a line of ``log.jsonl`` in the run folder."""
+    """Wall times for a cell with a single thread, from a line in the run folder's ``log.jsonl``."""
 
-    fit_seconds: float | None  # time of the fit; None if nothing was fitted
-    score_seconds: float  # time of scoring the test set
+    fit_seconds: float | None  # time for the fit, or None if nothing was fitted
+    score_seconds: float  # time to score the test set
     rows_per_second: float  # number of rows scored per second
 
 
 class CellResult(Section):
-    """The result document of a cell."""
+    """A cell's result document."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     kind: Literal["benchmark cell"] = "benchmark cell"
@@ -58,13 +58,13 @@ class CellResult(Section):
     data: Name
     setting: Name
     seed: int
-    variant: str = ""  # suffix of the method's label, such as " (model)"; empty for most methods
+    variant: str = ""  # suffix on the method's label, such as " (model)", empty for most methods
     test_rows: str  # hash of the rows tested on
-    n_train: int | None = None  # number of training rows; None if nothing was fitted
-    results: tuple[ResultRow, ...] = ()  # a row per metric; the ``split`` of a row is the setting
+    n_train: int | None = None  # number of training rows, or None if nothing was fitted
+    results: tuple[ResultRow, ...] = ()  # a row per metric, whose ``split`` is the setting
     refused: Refusal | None = None  # why there are no results
-    warnings: tuple[str, ...] = ()  # warnings of the fit and of scoring
-    # SHA-256, by suffix, of the two files beside this document; empty for a refused cell
+    warnings: tuple[str, ...] = ()  # warnings from the fit and from scoring
+    # SHA-256, by suffix, for the two files beside this document, empty for a refused cell
     files: dict[Suffix, str] = Field(default_factory=dict)
 
     @field_serializer("results")
@@ -72,7 +72,7 @@ class CellResult(Section):
         return ResultTable(results).to_dicts()
 
     def value(self, metric: str) -> float | None:
-        """The value of a metric; None if the metric is undefined or the cell was refused."""
+        """Return a metric's value, or None if the metric is undefined or the cell was refused."""
         for row in self.results:
             if row.metric == metric:
                 return row.value
@@ -81,7 +81,7 @@ class CellResult(Section):
     def save(
         self, root: Path, outcomes: Outcomes | None = None, bootstrap: Floats | None = None
     ) -> None:
-        """Write the files of the cell.
+        """Write the cell's files.
 
         The document is written last, so a cell with a document is finished.
         """
@@ -98,15 +98,15 @@ class CellResult(Section):
 
     @property
     def cell(self) -> Cell:
-        """The cell of this result."""
+        """The cell that has this result."""
         return Cell(self.method, self.data, self.setting, self.seed)
 
 
 def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
-    """The result of a cell; None if it is missing, damaged, or has another fingerprint.
+    """Load a cell's result, or return None if missing, damaged, or with another fingerprint.
 
     Raises:
-        ProvenanceError: If the document has the schema of another version of vilu.
+        ProvenanceError: If the document has the schema of another vilu version.
     """
     path = root / cell.path
     if not path.is_file():
@@ -135,7 +135,7 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
 
 
 def load_times(root: Path, cells: Iterable[Cell]) -> dict[Cell, Timing]:
-    """Wall times of cells, from the last line of each cell in the log of the run folder."""
+    """Read wall times of cells, from each cell's last line in the run folder's log."""
     times: dict[Cell, Timing] = {}
     cell_of_path = {cell.path.as_posix(): cell for cell in cells}
     for facts in read_log(root):
@@ -149,7 +149,7 @@ def load_times(root: Path, cells: Iterable[Cell]) -> dict[Cell, Timing]:
 
 
 def load_bootstrap(root: Path, cell: Cell) -> Floats:
-    """Bootstrap values (M, B) of a finished cell."""
+    """Load a finished cell's bootstrap values (M, B)."""
     path = (root / cell.path).with_suffix(BOOTSTRAP)
     with convert_os_errors(f"cannot read {path}"):
         values: Floats = np.load(path, allow_pickle=False)
@@ -159,7 +159,7 @@ def load_bootstrap(root: Path, cell: Cell) -> Floats:
 def bootstrap_metrics(
     uncertainty: Floats, failure: Ints, n_resamples: int, rows_hash: str
 ) -> Floats:
-    """Values (M, B) of the metrics ``RANKING_METRICS`` on B resamples of the test rows.
+    """Compute ``RANKING_METRICS`` on B resamples of the test rows, as values (M, B).
 
     ``rows_hash`` is the hexadecimal hash of the test rows. This hash seeds the resampling. So all
     cells with the same test rows have the same resamples, for any method and training seed,
@@ -175,9 +175,9 @@ def bootstrap_metrics(
 def bootstrap_across_answers(
     uncertainty: Floats, failure: Ints, n_resamples: int, rows_hash: str, metrics: Names
 ) -> Floats:
-    """Values (M, B) of metrics on B resamples, where methods judge different answers.
+    """Compute metrics (M, B) on B resamples, where methods judge different answers.
 
-    The resamples are as in ``bootstrap_metrics``, but without strata of right and wrong rows. Such
+    The resamples are as in ``bootstrap_metrics``, but without strata for right and wrong rows. Such
     strata do not fit all methods: each method judges different answers, and different rows are
     wrong for each method.
     """

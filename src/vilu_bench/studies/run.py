@@ -1,4 +1,4 @@
-"""Runs the cells of a study, in this process or in several."""
+"""Runs a study's cells, in this process or in several."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def refuse_other_classes(study_data: StudyData, cell: Cell) -> Refusal | None:
 
 
 def write_result(study_data: StudyData, cell: Cell, fit_result: FitResult, root: Path) -> None:
-    """Score and evaluate the test rows of a cell, and write the result."""
+    """Score and evaluate a cell's test rows, and write the result."""
     result = _without_metrics(study_data, cell, fit_result)
     if result.refused is not None:
         result.save(root)
@@ -146,7 +146,7 @@ def write_result(study_data: StudyData, cell: Cell, fit_result: FitResult, root:
 
 
 def _without_metrics(study_data: StudyData, cell: Cell, fit_result: FitResult) -> CellResult:
-    """The result of a cell, with the fields that are known before the test rows are scored."""
+    """Make a cell's result, with the fields that are known before the test rows are scored."""
     facts = deciding_facts(study_data, cell)
     fingerprint = digest(facts)
     truth = study_data.truth(cell)
@@ -165,7 +165,7 @@ def _without_metrics(study_data: StudyData, cell: Cell, fit_result: FitResult) -
 
 
 def _bootstrap_values(study_data: StudyData, outcomes: Outcomes, truth: Truth) -> Floats:
-    """Bootstrap values (M, B) over the rows with a known truth and a score."""
+    """Compute bootstrap values (M, B) over the rows with a known truth and a score."""
     config = study_data.config
     rows = outcomes.evaluable
     uncertainty = outcomes.uncertainty[rows]
@@ -210,7 +210,7 @@ def score_test_rows(
 
 @contextmanager
 def cell_named_in_errors(cell: Cell) -> Iterator[None]:
-    """A block in which an error names the cell, in a note of the exception and in the log."""
+    """Name the cell in any error within a block: in the exception's note and in the log."""
     try:
         yield
     except Exception as error:  # every exception is raised again
@@ -234,21 +234,21 @@ def limit_to_one_thread(
     from threadpoolctl import threadpool_limits
 
     # At the first call in a thread, torch sets the number of threads without the limit. This call
-    # comes first, so that torch does not undo the limit later.
+    # comes first, because torch would otherwise undo the limit later.
     torch.get_num_threads()
     limit = threadpool_limits(1, user_api=user_api)
     return cast("AbstractContextManager[object]", limit)
 
 
 StudyDataArguments = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
-"""Arguments of a ``StudyData``: the benchmark, the stores, and stores of second models."""
+"""Arguments for a ``StudyData``: the benchmark, the stores, and second models' stores."""
 
 
 class CellRunner:
     """Runs the cells of several benchmarks, benchmark by benchmark, in ``jobs`` processes.
 
     With a single job, the cells run in this process. With more jobs, worker processes start with
-    the first cell and run the cells of all benchmarks. If an exception leaves the block, the
+    the first cell and run all benchmarks' cells. If an exception leaves the block, the
     workers are terminated at once.
     """
 
@@ -282,7 +282,7 @@ class CellRunner:
                 worker.join()
 
     def run(self, study_index: int, groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[Cell]:
-        """Run groups of cells with a common fit; yield every cell after writing the file.
+        """Run groups of cells with a common fit. Yield every cell after writing the file.
 
         ``study_index`` is the index of the cells' benchmark in ``data_of_studies``.
         """
@@ -302,7 +302,7 @@ def run_cells(
 
     Args:
         runner: Runs the cells.
-        study_index: Index of the benchmark among the studies of the runner.
+        study_index: Index of the benchmark among the runner's studies.
         groups: Groups of cells with a common fit.
         root: The run folder.
         n_done: Number of cells finished before.
@@ -317,8 +317,8 @@ def run_cells(
             task.advance(1, f"{60 / seconds_per_cell:.0f} a minute, {time_left} left; {cell}")
 
 
-# globals of a worker process
-_data_arguments: list[StudyDataArguments] = []  # for each benchmark of the runner
+# globals in a worker process
+_data_arguments: list[StudyDataArguments] = []  # for each benchmark in the runner
 _open_study_data: dict[int, StudyData] = {}  # at most one open study, by the benchmark's index
 
 
@@ -335,7 +335,7 @@ def _start_worker(modules: Sequence[str], data_arguments: list[StudyDataArgument
 
 
 def _run_in_worker(study_index: int, cells: Sequence[Cell], root: Path) -> list[Cell]:
-    """Run cells of the benchmark with this index, and return the cells."""
+    """Run cells from the benchmark with this index, and return the cells."""
     if study_index not in _open_study_data:
         _open_study_data.clear()  # benchmarks run in sequence, so a single open study is enough
         _open_study_data[study_index] = StudyData(*_data_arguments[study_index])
@@ -351,7 +351,7 @@ class CellShare:
 
     @classmethod
     def parse(cls, text: str) -> CellShare:
-        """Parse the text ``I/N`` of a share, with I from 1 to N."""
+        """Parse a share's text ``I/N``, with I from 1 to N."""
         if re.fullmatch("[0-9]+/[0-9]+", text) is None:
             raise UsageError(f"--shard takes I/N, such as 1/4. Got {text!r} instead.")
         before_slash, _, after_slash = text.partition("/")
@@ -363,7 +363,7 @@ class CellShare:
 
     @property
     def lock(self) -> str:
-        """Name of the lock file. Shares have different lock files and can run in parallel."""
+        """Lock file name. Shares have different lock files and can run in parallel."""
         if self.n_shares == 1:
             return LOCK_FILE
         return f"{LOCK_FILE}-{self.index + 1}-of-{self.n_shares}"
@@ -379,7 +379,7 @@ def run_all(
     share: CellShare | None = None,
     embed_only: bool = False,
 ) -> list[Board]:
-    """Run every cell of ``configs`` that has no result yet.
+    """Run every cell in ``configs`` that has no result yet.
 
     A cell that occurs in several benchmarks is run once.
 
@@ -441,9 +441,9 @@ class _OpenBenchmark:
         return cls(cells, study_data)
 
     def run(self, runner: CellRunner, study_index: int, output: Path, share: CellShare) -> None:
-        """Run the missing cells of a share.
+        """Run a share's missing cells.
 
-        ``study_index`` is the index of this benchmark in the runner.
+        ``study_index`` is this benchmark's index in the runner.
         """
         config = self.study_data.config
         cells = cells_to_run(self.cells)
@@ -466,7 +466,7 @@ class _OpenBenchmark:
         run_cells(runner, study_index, missing_groups, output, n_done=len(finished_cells))
 
     def board(self, output: Path) -> Board:
-        """The board with the results of all cells."""
+        """Make the board with all cells' results."""
         cells = cells_to_run(self.cells)
         results = finished_results(self.study_data, cells, output)
         n_missing = len(cells) - len(results)
@@ -503,7 +503,7 @@ def refuse_contradictions(benchmarks: Sequence[_OpenBenchmark]) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove half-written files of killed processes, but keep files of running processes."""
+    """Remove half-written files from killed processes, but keep the files of running processes."""
     with convert_os_errors(f"cannot clean {root / 'cells'}"):
         for path in (root / "cells").rglob(".*.tmp"):
             if is_leftover(path):
@@ -513,7 +513,7 @@ def remove_leftovers(root: Path) -> None:
 def finished_results(
     study_data: StudyData, cells: Sequence[Cell], root: Path
 ) -> dict[Cell, CellResult]:
-    """The results of ``cells``, by cell; a cell without a valid result is left out."""
+    """Load the results of ``cells``, by cell. A cell without a valid result is left out."""
     results = {}
     for cell in cells:
         try:

@@ -1,4 +1,4 @@
-"""A table of a study, and its formats: text, Markdown, LaTeX and CSV."""
+"""A study's table, and the table's formats: text, Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vilu.text import (
 )
 from vilu_bench.studies.views import PublishedNumber
 
-LabelTexts = tuple[str, ...]  # the label texts of a row or a column
+LabelTexts = tuple[str, ...]  # the label texts for a row or a column
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class TableNumber:
     """A number in a table, with the interval, the rank and the published number."""
 
     metric: str
-    value: float | None  # as a fraction; None if undefined
-    # bootstrap interval over test rows and seeds; None for metrics without intervals
+    value: float | None  # as a fraction, or None if undefined
+    # bootstrap interval over test rows and seeds, or None for metrics without intervals
     interval: Interval | None = None
     n: tuple[int, ...] = ()  # the different numbers of test rows in the averaged results
     n_failures: tuple[int, ...] = ()  # the different numbers of wrong answers in these results
     n_runs: int = 0  # number of different results in the mean
-    # rank among the competing numbers; None for lower ranks and for a number without competitors
+    # rank among the competing numbers, or None for lower ranks and for a number without competitors
     rank: Literal["best", "second"] | None = None
     # whether the paired bootstrap finds no difference from the best (p of at least 0.05)
     is_tied: bool = False
@@ -62,9 +62,9 @@ class Sheet:
     title: str
     row_fields: LabelTexts  # names of the fields that label a row
     column_fields: LabelTexts  # names of the fields that label a column
-    rows: tuple[LabelTexts, ...]  # labels of every row
-    columns: tuple[LabelTexts, ...]  # labels of every column
-    # maps (index of row, index of column) to the number; a cell without a result has no entry
+    rows: tuple[LabelTexts, ...]  # labels for every row
+    columns: tuple[LabelTexts, ...]  # labels for every column
+    # Maps (row index, column index) to the number. A cell without a result has no entry.
     cells: Mapping[tuple[int, int], TableNumber]
     notes: tuple[str, ...]  # notes below the table
 
@@ -78,7 +78,7 @@ class Sheet:
         return tuple(doubts)
 
 
-# columns of the CSV, after the columns of the labels
+# columns in the CSV, after the label columns
 CSV_FIELDS = (
     "metric",
     "value",
@@ -106,11 +106,11 @@ BOLD_LEGEND = "Bold: best; underlined: second best"  # for Markdown and LaTeX
 
 
 def to_text(sheet: Sheet) -> str:
-    """The table as aligned plain text, with the notes last."""
+    """Write the table as aligned plain text, with the notes last."""
     n_labels = len(sheet.row_fields)
     lines = [[" / ".join(sheet.row_fields), *map(" / ".join, sheet.columns)]]
     for line in _body_lines(sheet, str, _plain_cell):
-        # the labels of a row share a column, and every cell has a separate column
+        # a row's labels share a column, and every cell has a separate column
         lines.append([" / ".join(line[:n_labels]), *line[n_labels:]])
     table = align_columns(lines)
     notes = _all_notes(sheet, "*: best; +: second best")
@@ -118,7 +118,7 @@ def to_text(sheet: Sheet) -> str:
 
 
 def to_markdown(sheet: Sheet) -> str:
-    """The table as Markdown, with the notes below."""
+    """Write the table as Markdown, with the notes below."""
     heading = [*sheet.row_fields]
     for labels in sheet.columns:
         heading.append("<br>".join(map(escape_markdown, labels)))
@@ -131,7 +131,7 @@ def to_markdown(sheet: Sheet) -> str:
 
 
 def to_latex(sheet: Sheet) -> str:
-    """The table as a LaTeX ``table`` with booktabs; neighbouring equal column labels are merged."""
+    """Write the table as a LaTeX ``table`` with booktabs. Equal neighbour headings are merged."""
     columns = "l" * len(sheet.row_fields) + "c" * len(sheet.columns)
     notes = [f"  {escape_latex(note)}" for note in _all_notes(sheet, BOLD_LEGEND)]
     heading = _latex_heading(sheet)
@@ -155,7 +155,7 @@ def to_latex(sheet: Sheet) -> str:
 
 
 def _latex_heading(sheet: Sheet) -> list[list[str]]:
-    """The heading, with a line per column field; the last line also names the row fields."""
+    """Make the heading, with a line per column field. The last line also names the row fields."""
     depth = len(sheet.column_fields)
     lines = []
     for level in range(1, depth + 1):
@@ -170,14 +170,14 @@ def _latex_heading(sheet: Sheet) -> list[list[str]]:
 
 
 def to_csv(sheet: Sheet) -> str:
-    """The table as CSV, with a line per number; values are fractions."""
+    """Write the table as CSV, with a line per number. Values are fractions."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
     # the metric is left out here, because ``CSV_FIELDS`` has the metric
     fields = [field for field in (*sheet.row_fields, *sheet.column_fields) if field != "metric"]
     writer.writerow([*fields, *CSV_FIELDS])
     for (row, column), table_number in sorted(sheet.cells.items()):
-        # labels by field: first the labels of the row, then the labels of the column
+        # labels by field: first the row's labels, then the column's labels
         label_of = dict(zip(sheet.row_fields, sheet.rows[row], strict=True))
         label_of |= zip(sheet.column_fields, sheet.columns[column], strict=True)
         line: list[object] = [escape_formula(label_of[field]) for field in fields]
@@ -190,7 +190,7 @@ def _body_lines(
     write_label: Callable[[str], str],
     write_cell: Callable[[TableNumber, str, str], str],
 ) -> list[list[str]]:
-    """Labels and cells of every row, as texts.
+    """Write every row's labels and cells as texts.
 
     Args:
         sheet: The table.
@@ -221,7 +221,7 @@ def _number_text(table_number: TableNumber) -> str:
 
 
 def _text_beside(table_number: TableNumber, doubts: Sequence[str]) -> str:
-    """The text beside a number: the interval and the published number."""
+    """Write the text beside a number: the interval and the published number."""
     parts = []
     if table_number.interval is not None:
         _, low, high = table_number.interval
@@ -235,7 +235,7 @@ def _text_beside(table_number: TableNumber, doubts: Sequence[str]) -> str:
 def _published_text(
     table_number: TableNumber, published: PublishedNumber, doubts: Sequence[str]
 ) -> str:
-    """The published number with the mark of its doubt, and our difference from this number."""
+    """Write the published number, the mark for its doubt, and our difference from this number."""
     show = METRICS[table_number.metric].show
     text = show(published.value)
     if published.doubt:
@@ -246,7 +246,7 @@ def _published_text(
 
 
 def _plain_cell(table_number: TableNumber, number_text: str, side_text: str) -> str:
-    """A number in plain text, with the mark of the rank."""
+    """Write a number in plain text, with the mark for the rank."""
     rank_mark = {"best": "*", "second": "+", None: ""}[table_number.rank]
     text = number_text + rank_mark
     if table_number.is_tied:
@@ -255,7 +255,7 @@ def _plain_cell(table_number: TableNumber, number_text: str, side_text: str) -> 
 
 
 def _markdown_cell(table_number: TableNumber, number_text: str, side_text: str) -> str:
-    """A number in Markdown: bold for the best, underlined for the second best."""
+    """Write a number in Markdown: bold for the best, underlined for the second best."""
     template = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[table_number.rank]
     text = template.format(number_text)
     if table_number.is_tied:
@@ -266,7 +266,7 @@ def _markdown_cell(table_number: TableNumber, number_text: str, side_text: str) 
 
 
 def _latex_cell(table_number: TableNumber, number_text: str, side_text: str) -> str:
-    """A number in LaTeX: bold for the best, underlined for the second best."""
+    """Write a number in LaTeX: bold for the best, underlined for the second best."""
     template = {"best": r"\textbf{%s}", "second": r"\underline{%s}", None: "%s"}[table_number.rank]
     text = template % number_text
     if table_number.is_tied:
@@ -277,7 +277,7 @@ def _latex_cell(table_number: TableNumber, number_text: str, side_text: str) -> 
 
 
 def _merged_headings(labels: Sequence[tuple[str, ...]]) -> list[str]:
-    """The cells of a heading line; neighbouring columns with equal labels share a cell.
+    """Merge neighbouring cells with equal labels in a heading line.
 
     ``labels`` has, for every column, the labels from the first heading line down to this line.
     """
@@ -292,7 +292,7 @@ def _merged_headings(labels: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _csv_values(table_number: TableNumber) -> list[object]:
-    """The values of ``CSV_FIELDS``; None is written as an empty field."""
+    """Return the values for ``CSV_FIELDS``. None is written as an empty field."""
     interval = table_number.interval
     published = table_number.published
     return [
@@ -315,7 +315,7 @@ def _csv_values(table_number: TableNumber) -> list[object]:
 
 
 def _all_notes(sheet: Sheet, rank_legend: str) -> list[str]:
-    """The sheet's own notes, then the legend of the ranks, then doubts about published numbers."""
+    """List the sheet's own notes, the rank legend, and the doubts about published numbers."""
     notes = [*sheet.notes]
     if any(table_number.rank for table_number in sheet.cells.values()):
         notes.append(f"{rank_legend}; {TIED_LEGEND}")

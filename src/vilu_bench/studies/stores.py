@@ -1,4 +1,4 @@
-"""The embedding stores of a study, made once for all cells."""
+"""A study's embedding stores, made once for all cells."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vilu_bench.studies.parts import Data, Role, StorePaths
 
 
 def cut_images(images: ImageDataset, limit: int | None, shards: int | None) -> ImageDataset:
-    """A data set cut to ``limit`` evenly spaced images, or to the first ``shards`` tar files."""
+    """Cut a data set to ``limit`` evenly spaced images, or to the first ``shards`` tar files."""
     if isinstance(images, ShardedDataset):
         if shards is None and limit is not None:
             raise UsageError(
@@ -47,18 +47,18 @@ def cut_images(images: ImageDataset, limit: int | None, shards: int | None) -> I
 
 
 def evenly_spaced(n_rows: int, n_chosen: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """``n_chosen`` evenly spaced indices from 0 to n_rows - 1, ascending."""
+    """Choose ``n_chosen`` evenly spaced indices from 0 to n_rows - 1, in ascending order."""
     return np.arange(n_chosen, dtype=np.int64) * n_rows // n_chosen
 
 
-PACKAGE_PREFIX = "package:"  # prefix of sources that ship with vilu
-Part = tuple[str, Role]  # name of a data set, and a role
+PACKAGE_PREFIX = "package:"  # prefix on sources that ship with vilu
+Part = tuple[str, Role]  # a data set's name, and a role
 
 
 def find_stores(
     config: Config, parts: Iterable[Part], data_folder: Path, output: Path
 ) -> dict[Part, Path]:
-    """The folder of each part's store. The store may not exist yet; nothing is embedded."""
+    """Return each part's store folder. The store may not exist yet, and nothing is embedded."""
     folders = {}
     for part in parts:
         name, _role = part
@@ -74,7 +74,7 @@ def make_stores(
     *,
     models: Path | None = None,
 ) -> dict[Part, Path]:
-    """The folder of each part's store; missing stores are embedded.
+    """Return each part's store folder, after missing stores are embedded.
 
     An interrupted embedding is continued. If ``models`` is given, a present store must have been
     made by the model in this folder.
@@ -98,14 +98,14 @@ def make_stores(
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a store exists and is finished."""
+    """Return whether a store exists and is finished."""
     return (folder / MANIFEST_FILE).is_file()
 
 
 def require_stores(
     config: Config, parts: Iterable[Part], data_folder: Path, output: Path
 ) -> dict[Part, Path]:
-    """The folder of each part's store.
+    """Return each part's store folder.
 
     Raises:
         UsageError: If a store is missing.
@@ -122,10 +122,10 @@ def require_stores(
 
 
 def store_of(part: Part, entry: Data, data_folder: Path, output: Path) -> Path:
-    """The folder of a part's store.
+    """Return a part's store folder.
 
     A ready-made store is in the folder that the data set names. Any other folder is named by a hash
-    of the recipe of the store, so data sets with the same recipe share a store.
+    of the store's recipe, so data sets with the same recipe share a store.
     """
     name, role = part
     if entry.stores is not None:
@@ -149,7 +149,7 @@ def store_of(part: Part, entry: Data, data_folder: Path, output: Path) -> Path:
 def find_second_stores(
     config: Config, parts: Iterable[Part], data_folder: Path
 ) -> dict[Part, Path]:
-    """Folders of the second model's stores, by part; parts without a second model are left out."""
+    """Find the second models' store folders. Parts without a second model are left out."""
     folders = {}
     for name, role in parts:
         second_paths = config.data[name].second
@@ -163,14 +163,14 @@ def find_second_stores(
 def _ready_made_folder(
     name: str, key: str, paths: StorePaths, role: Role, data_folder: Path
 ) -> Path:
-    """The folder of a ready-made store that a data set names for a role.
+    """Return the folder where a data set has a ready-made store for a role.
 
     Args:
         name: Name of the data set.
-        key: Key of ``paths`` in the table of the data set: "stores" or "second".
-        paths: The paths of the stores by role.
+        key: Key for ``paths`` in the data set's table: "stores" or "second".
+        paths: The store paths by role.
         role: The role.
-        data_folder: Base folder of relative paths.
+        data_folder: Base folder for relative paths.
 
     Raises:
         UsageError: If the data set names no store for the role, or if the folder does not exist.
@@ -191,7 +191,7 @@ def _ready_made_folder(
 
 
 def _embed(entry: Data, role: Role, data_folder: Path, folder: Path, backbone: Backbone) -> None:
-    """Embed the images of a role into a store."""
+    """Embed a role's images into a store."""
     with open_images(entry, role, data_folder) as images:
         names = _class_names(entry, images)
         columns = _columns(entry, role)
@@ -200,27 +200,27 @@ def _embed(entry: Data, role: Role, data_folder: Path, folder: Path, backbone: B
 
 
 def _columns(entry: Data, role: Role) -> ExtraColumns:
-    """The columns to store beside the embeddings."""
+    """Choose the columns to store beside the embeddings."""
     words = list(itertools.chain.from_iterable(_word_lists(entry)))
     if entry.captions:
         return ExtraColumns(features=entry.features, negatives=words)
     views = 0
     if role == "test":
-        # Only test images get views. To embed views of the training images would take long.
+        # Only test images get views. To embed views for the training images would take long.
         views = entry.views
     prompts = expand_template_names(entry.prompts)
     return ExtraColumns(features=entry.features, views=views, prompts=prompts, negatives=words)
 
 
 def _word_lists(entry: Data) -> list[tuple[str, ...]]:
-    """The lists of words to store: one list if the data set sets ``negatives``, else none."""
+    """Return the word lists to store: one list if the data set sets ``negatives``, else none."""
     if not entry.negatives:
         return []
     return [everyday_words()]
 
 
 def _split(entry: Data, role: Role) -> str | None:
-    """The split of a role; None for captions, because all roles are in the same store."""
+    """Return a role's split, or None for captions, because all roles are in the same store."""
     if entry.captions:
         return None
     split: str | None = getattr(entry, role)
@@ -228,7 +228,7 @@ def _split(entry: Data, role: Role) -> str | None:
 
 
 def _class_names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
-    """Names of the classes for prompts; none for captions."""
+    """Return the class names for prompts. Captions have none."""
     if entry.captions:
         return ()
     names = entry.classes or images.class_names
@@ -242,10 +242,10 @@ def _class_names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
 
 @contextmanager
 def open_images(entry: Data, role: Role, data_folder: Path) -> Iterator[ImageDataset]:
-    """Open the pictures of a role, within the limits of the data set.
+    """Open a role's pictures, within the data set's limits.
 
     If the data set has a ``shift``, the pictures are damaged. If the data set has captions, the
-    pictures of all roles are opened.
+    pictures for all roles are opened.
     """
     with _source_path(entry, data_folder) as path:
         split = _split(entry, role)
@@ -271,7 +271,7 @@ def open_images(entry: Data, role: Role, data_folder: Path) -> Iterator[ImageDat
 
 
 def _source_path(entry: Data, data_folder: Path) -> AbstractContextManager[Path]:
-    """Path of the images of a data set: below the data folder, or in vilu's own files."""
+    """Return the path to a data set's images: below the data folder, or in vilu's own files."""
     source = entry.source or "."
     if not source.startswith(PACKAGE_PREFIX):
         return nullcontext(data_folder / source)

@@ -1,4 +1,4 @@
-"""Writes the tables, figures and pages of a study from the finished cells."""
+"""Writes a study's tables, figures and pages from the finished cells."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from vilu_bench.studies.views import (
 logger = logging.getLogger("vilu.bench")
 
 DOCUMENT = "study.json"  # name of the file that describes a study
-STUDIES = "studies"  # folder of all studies, in a run folder
+STUDIES = "studies"  # folder with all studies, in a run folder
 
 
 class Archive(Section):
@@ -59,13 +59,13 @@ class Archive(Section):
 
     schema_version: Literal[2] = SCHEMA_VERSION
     kind: str = "study"
-    vilu: str  # version of vilu that wrote the file
+    vilu: str  # the vilu version that wrote the file
     config: dict[str, Any]  # the benchmark, with every method named
-    fingerprints: dict[str, str]  # fingerprints of results, by path of the run cell
+    fingerprints: dict[str, str]  # result fingerprints, by path of the run cell
 
 
 def archive_of(config: Config, results: Mapping[Cell, CellResult]) -> Archive:
-    """The document of a study with these results."""
+    """Make the document for a study with these results."""
     full_config = config.with_every_method_named()
     return Archive(
         vilu=importlib.metadata.version("vilu"),
@@ -75,7 +75,7 @@ def archive_of(config: Config, results: Mapping[Cell, CellResult]) -> Archive:
 
 
 def save_study(board: Board, output: Path) -> Path:
-    """Write ``study.json`` and return the folder of the study."""
+    """Write ``study.json`` and return the study's folder."""
     archive = archive_of(board.config, board.results)
     folder = make_folder(output / STUDIES / board.config.name)
     write_json(folder / DOCUMENT, archive.model_dump(mode="json"))
@@ -83,7 +83,7 @@ def save_study(board: Board, output: Path) -> Path:
 
 
 def load_studies(output: Path) -> list[Board]:
-    """The studies of a run folder, sorted by name."""
+    """Load the studies in a run folder, sorted by name."""
     documents = sorted((output / STUDIES).glob(f"*/{DOCUMENT}"))
     if not documents:
         hint = "Make one: vilu benchmark CONFIG.toml."
@@ -120,12 +120,12 @@ def _load_study(path: Path, output: Path) -> Board:
     if n_older:
         n_results = len(results)
         logger.info("%s: %d of %d results are of older code", config.name, n_older, n_results)
-    bootstrap = cache(partial(load_bootstrap, output))
-    return Board(config, cells, results, bootstrap)
+    load_cached_bootstrap = cache(partial(load_bootstrap, output))
+    return Board(config, cells, results, load_cached_bootstrap)
 
 
 def _archived_result(archive: Archive, cell: Cell, output: Path) -> CellResult | None:
-    """The archived result of a cell; None if the result is missing."""
+    """Load a cell's archived result, or return None if the result is missing."""
     fingerprint = archive.fingerprints.get(cell.path.as_posix())
     if fingerprint is None:
         return None
@@ -147,9 +147,9 @@ def study_page(
     verdicts: Sequence[Verdict],
     figure_path: Callable[[str], str],
 ) -> str:
-    """Markdown of a study, with headings from level two.
+    """Write a study as Markdown, with headings from level two.
 
-    ``figure_path`` maps the name of a view to the path of the figure.
+    ``figure_path`` maps a view's name to the figure's path.
     """
     study = config.study
     parts = [f"## {study.title if study else config.name}"]
@@ -173,7 +173,7 @@ def study_page(
 
 
 def _about_paragraph(study: Study) -> list[str]:
-    """A paragraph on the reproduced publication and the protocol of a study.
+    """Write a paragraph on the reproduced publication and the study's protocol.
 
     If the study states neither, the list is empty.
     """
@@ -194,17 +194,17 @@ def _body_in_markdown(exhibit: Exhibit) -> str:
 
 
 def paper_verdicts(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """The verdicts on claims of publications."""
+    """Keep the verdicts on claims by publications."""
     return [verdict for verdict in verdicts if not verdict.claim.is_ours]
 
 
 def our_verdicts(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """The verdicts on claims of this project."""
+    """Keep the verdicts on claims by this project."""
     return [verdict for verdict in verdicts if verdict.claim.is_ours]
 
 
 def claims_in_markdown(verdicts: Iterable[Sequence[Verdict]]) -> str:
-    """Markdown lists of the claims of several studies: the paper's claims, then our claims."""
+    """List the claims of several studies in Markdown: the paper's claims, then our claims."""
     all_verdicts = list(itertools.chain.from_iterable(verdicts))
     sections = []
     for heading, section_verdicts in (
@@ -217,7 +217,7 @@ def claims_in_markdown(verdicts: Iterable[Sequence[Verdict]]) -> str:
 
 
 def _claims_section(heading: str, verdicts: Iterable[Verdict]) -> str:
-    """A heading, followed by a Markdown list of claims, grouped by ruling."""
+    """Write a heading, followed by a Markdown list of claims, grouped by ruling."""
     by_ruling: dict[str, list[str]] = {ruling: [] for ruling in RULING_TEXTS}
     for verdict in verdicts:
         claim_text = escape_markdown(verdict.claim.says)
@@ -232,7 +232,7 @@ def _claims_section(heading: str, verdicts: Iterable[Verdict]) -> str:
 
 
 def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
-    """Markdown table of claims, with rulings and deciding numbers."""
+    """Make a Markdown table of claims, with rulings and deciding numbers."""
     lines = []
     for verdict in verdicts:
         claim_text = escape_markdown(verdict.claim.says)
@@ -249,7 +249,7 @@ def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
 
 
 def _deciding_number(verdict: Verdict) -> str:
-    """The number that decides a claim, with its interval; or why there is no number."""
+    """Write the number that decides a claim, with its interval, or why there is no number."""
     interval = verdict.interval
     if verdict.number is None or interval is None:
         return str(verdict.reason)
@@ -261,7 +261,7 @@ def _deciding_number(verdict: Verdict) -> str:
 
 TABLE_WRITERS = {".md": to_markdown, ".tex": to_latex, ".csv": to_csv, ".txt": to_text}
 FIGURE_SUFFIXES = (".svg", ".png")
-"""Formats of a figure, in the order of saving.
+"""Formats for a figure, in saving order.
 
 If the PNG was saved first, the layout of the SVG would change. In this order, both files have the
 same bytes as if each was saved from a new drawing.
@@ -270,23 +270,23 @@ same bytes as if each was saved from a new drawing.
 
 @dataclass(frozen=True)
 class Rendered:
-    """The tables, figures and verdicts of a study."""
+    """A study's tables, figures and verdicts."""
 
     board: Board
     exhibits: tuple[Exhibit, ...]
     verdicts: tuple[Verdict, ...]  # verdicts on the study's claims
     text: str  # exhibits and claims, for a terminal
-    times: str  # wall times, for a terminal; not in ``text``, because times differ between runs
+    times: str  # wall times, for a terminal, not in ``text``, because times differ between runs
 
 
 def render_study(board: Board, output: Path) -> Rendered:
-    """Write all tables, figures and pages of a study, below ``output/studies/NAME``.
+    """Write all tables, figures and pages for a study, below ``output/studies/NAME``.
 
     - ``tables/VIEW.{md,tex,csv,txt}`` and ``figures/VIEW.{png,svg}``: each view
     - ``README.md``: the page
     - ``table.txt``: the printed text
     - ``results.json`` and ``results.parquet``: every number, and the configuration
-    - ``times.txt``: wall times; no other file contains wall times
+    - ``times.txt``: wall times, which no other file contains
     """
     config = board.config
     folder = output / STUDIES / config.name
@@ -307,7 +307,7 @@ def render_study(board: Board, output: Path) -> Rendered:
 
 
 def _terminal_text(exhibits: Iterable[Exhibit], verdicts: Sequence[Verdict]) -> str:
-    """Exhibits and claims as text for a terminal."""
+    """Write exhibits and claims as text for a terminal."""
     parts = []
     for exhibit in exhibits:
         parts.append(exhibit.body if isinstance(exhibit.body, str) else to_text(exhibit.body))
@@ -328,7 +328,7 @@ def write_document(
     intro: str,
     inputs: str = "",
 ) -> None:
-    """Write several studies below ``output`` as one Markdown file and a folder of figures."""
+    """Write several studies below ``output`` as one Markdown file and a figure folder."""
     figures = make_folder(document.with_suffix(""))
     parts = [f"# {title}", ""]
     if intro:
@@ -341,7 +341,7 @@ def write_document(
             if exhibit.draw is not None:
                 figure_file = output / STUDIES / name / "figures" / f"{exhibit.name}.svg"
                 write_bytes(figures / f"{name}-{figure_file.name}", figure_file.read_bytes())
-        # the method ``format`` of this text maps the name of a view to the path of the figure
+        # the text's method ``format`` maps a view's name to the figure's path
         figure_path = f"{figures.name}/{name}-{{}}.svg".format
         page = study_page(study.board.config, study.exhibits, study.verdicts, figure_path)
         parts.append(page)
@@ -358,7 +358,7 @@ def _write_results(board: Board, folder: Path) -> None:
 
 
 def _write_exhibit(exhibit: Exhibit, folder: Path) -> None:
-    """Write the tables and the figures of a view."""
+    """Write a view's tables and figures."""
     if isinstance(exhibit.body, Sheet):
         tables = make_folder(folder / "tables")
         for suffix, write_table in TABLE_WRITERS.items():
@@ -372,7 +372,7 @@ def _write_exhibit(exhibit: Exhibit, folder: Path) -> None:
 
 
 DEFAULT_VIEW = RankingView(kind="ranking", name="ranking", title="Every method, best first")
-"""View of a study without views in the configuration."""
+"""View for a study without views in the configuration."""
 
 VIEWS_WITH_FIGURE = (CurveView, ScatterView, HistogramView, GridView)
 
@@ -415,7 +415,7 @@ def _claim_folders(configs: Iterable[Config], output: Path) -> None:
         )
     for config in configs:
         folder = output / STUDIES / config.name
-        # without the document of a study, every file in the folder is treated as foreign
+        # without a study's document, every file in the folder is treated as foreign
         has_document = (folder / DOCUMENT).is_file()
         claim_folder(
             folder, "study", is_part_of_result=lambda _: False, has_same_inputs=has_document
@@ -432,18 +432,18 @@ def render_studies(
     submissions_folder: Path | None = None,
     overwrite: bool = True,
 ) -> list[Rendered]:
-    """Write all tables and figures again from the cells of a run folder.
+    """Write all tables and figures again from the cells in a run folder.
 
     Neither data nor embeddings are needed.
 
     Args:
         output: The run folder.
         document: Markdown file to write for all studies together. The figures are written to the
-            folder of the same name without suffix.
+            folder with the same name, without suffix.
         title: Heading of the document.
         intro: First paragraph of the document.
         preface_file: Markdown file in UTF-8, shown between the heading and ``intro``.
-        submissions_folder: Folder of submitted cells, to show beside the cells of the run folder.
+        submissions_folder: Folder with submitted cells, to show beside the run folder's cells.
         overwrite: Whether to replace an existing document.
     """
     boards = load_studies(output)
@@ -460,7 +460,7 @@ def render_studies(
     is_document_of_vilu = kind_and_inputs(document) is not None
     is_document_current = claim_file(document, "study", inputs, overwrite=overwrite)
     figures = document.with_suffix("")
-    # if vilu did not write the document, every file in the folder of figures is treated as foreign
+    # if vilu did not write the document, every file in the figure folder is treated as foreign
     claim_folder(
         figures, "document's figures", lambda _: False, has_same_inputs=is_document_of_vilu
     )
@@ -473,7 +473,7 @@ def render_studies(
 
 
 def _read_markdown(path: Path) -> str:
-    """Read the Markdown of a user's file.
+    """Read Markdown from a user's file.
 
     Raises:
         DataError: If the file is not UTF-8.

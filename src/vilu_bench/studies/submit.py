@@ -1,4 +1,4 @@
-"""Submitted cells: files of results from other people, checked and shown beside a study."""
+"""Submitted cells: result files from other people, checked and shown beside a study."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from vilu_bench.studies.fit import collected_warnings
 from vilu_bench.studies.parts import Section
 from vilu_bench.studies.result import SCORES, CellResult, bootstrap_metrics, load_bootstrap
 
-SUBMISSION_KEY = "submission"  # key of the submission in the provenance of a score file
-# keys of ``decided_by`` that must have the same values as in the study's cell
+SUBMISSION_KEY = "submission"  # key for the submission in a score file's provenance
+# keys in ``decided_by`` that must have the same values as in the study's cell
 EQUAL_DATA_KEYS = ("test", "halves_seed", "fit_share", "division_seed", "metrics", "resamples")
-# Keys of ``decided_by["train"]`` that must have the same values as in some fit of the study. The
+# Keys in ``decided_by["train"]`` that must have the same values as in one of the study's fits. The
 # budget is left out: a submitted fit may have the budget "none" in place of the study's budget.
 EQUAL_FIT_KEYS = ("rows", "halves_seed", "fit_share", "division_seed", "pool_size")
 
 
 class Submission(Section):
-    """The metadata of a submitted file. The rows of the file are scores, as from ``vilu score``."""
+    """The metadata in a submitted file. The file's rows are scores, as from ``vilu score``."""
 
     schema_version: Literal[2] = 2
-    # distribution and version of a method from outside vilu; "" for our methods
+    # distribution and version for a method from outside vilu, or "" for our methods
     made_by: Annotated[str, Field(pattern=r"^[\w.+ -]{0,99}$")]
-    result: CellResult  # the result document of the run folder
-    # (setting, seed) pairs of all cells with this result; all deciding facts are equal there
+    result: CellResult  # the run folder's result document
+    # (setting, seed) pairs for all cells with this result: all deciding facts are equal there
     stands_for: tuple[tuple[str, int], ...]
 
 
@@ -57,12 +57,12 @@ class SubmittedFile(NamedTuple):
 
 
 def export_cells(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list[Path]:
-    """Write every cell of a method as a file, in a folder per data set and setting.
+    """Write a method's cells as files, in a folder per data set and setting.
 
     Raises:
-        UsageError: If no study has a result of the method, or if a study has adapted answers.
+        UsageError: If no study has a result for the method, or if a study has adapted answers.
     """
-    # The keys of both dicts are the cells of the method that were run and have a result.
+    # The keys in both dicts are the method's cells that were run and have a result.
     first_board: dict[Cell, Board] = {}  # the first study with the cell
     pairs_of_cell: dict[Cell, list[tuple[str, int]]] = {}  # settings and seeds with the same result
     for board in boards:
@@ -92,7 +92,7 @@ def _refuse_adapted(board: Board) -> None:
 def _write(
     board: Board, run: Path, cell: Cell, settings_and_seeds: list[tuple[str, int]], folder: Path
 ) -> Path:
-    """Write the scores of a cell as a file for submission."""
+    """Write a cell's scores as a file for submission."""
     made_by = _maker(board, cell.method)
     result = board.results[cell].model_copy(update={"files": {}})
     stands_for = tuple(dict.fromkeys(settings_and_seeds))
@@ -107,10 +107,10 @@ def _write(
 
 
 def _maker(board: Board, method: str) -> str:
-    """Distribution and version of a method from outside vilu; "" for our methods."""
+    """Return distribution and version for a method from outside vilu, or "" for our methods."""
     cls = board.config.class_of(method)
-    home = home_of(cls).get("home", {})
-    distribution = home.get("distribution")
+    entries = home_of(cls)  # empty for our methods
+    distribution = entries.get("home", {}).get("distribution")
     if distribution in {None, "vilu", "vilu-bench"}:
         return ""
     return f"{distribution} {importlib.metadata.version(distribution)}"
@@ -121,11 +121,11 @@ def _scores(run: Path, cell: Cell) -> Outcomes:
 
 
 def add_submissions(boards: Sequence[Board], run: Path, files: Iterable[Path]) -> list[Board]:
-    """Check submitted files, and add each file to every matching study of a run folder.
+    """Check submitted files, and add each file to every matching study in a run folder.
 
     Raises:
         DataError: If there is no file, or if a file differs from the result that the study would
-            compute from the rows of the file.
+            compute from the file's rows.
     """
     submitted_files = [_read(path) for path in files]
     if not submitted_files:
@@ -181,7 +181,7 @@ def _read(path: Path) -> SubmittedFile:
 
 
 def _matching_cells(board: Board, submitted_file: SubmittedFile) -> list[Cell]:
-    """The study's cells to compare a submitted file with: a cell for each setting and seed.
+    """Find the study's cells to compare a submitted file with: a cell for each setting and seed.
 
     If the study has no result with a setting and seed, no cell is returned for this pair. If
     several methods have a result there, the last method is taken: all these methods have the same
@@ -203,7 +203,7 @@ def _matching_cells(board: Board, submitted_file: SubmittedFile) -> list[Cell]:
 def _with_submitted_files(
     board: Board, run: Path, pairs: Sequence[tuple[SubmittedFile, Cell]]
 ) -> Board:
-    """A study with files added; a pair is a file and the cell of equal data, setting and seed."""
+    """Add files to a study. A pair is a file and the cell with equal data, setting and seed."""
     submitted_files: dict[Cell, SubmittedFile] = {}
     result_cells = {cell: cell.result_cell for cell in board.cells}
     results = dict(board.results)
@@ -224,8 +224,8 @@ def _with_submitted_files(
     for submitted_file in submitted_files.values():
         makers[submitted_file.submission.result.method] = submitted_file.submission.made_by
     config = board.config.with_submitted_methods(makers)
-    bootstrap = _bootstrap_with_submissions(board, run, submitted_files, results)
-    return Board(config, (*board.cells, *submitted_files), results, bootstrap)
+    load_bootstrap_of_any = _bootstrap_with_submissions(board, run, submitted_files, results)
+    return Board(config, (*board.cells, *submitted_files), results, load_bootstrap_of_any)
 
 
 def _present_scores(
@@ -234,7 +234,7 @@ def _present_scores(
     submitted_files: Mapping[Cell, SubmittedFile],
     cell: Cell,
 ) -> Outcomes | None:
-    """The present scores of a cell, from an earlier submitted file or from the study; else None."""
+    """Return a cell's present scores, from an earlier submitted file or the study, else None."""
     if cell in submitted_files:
         return submitted_files[cell].outcomes
     if cell in result_cells:
@@ -262,9 +262,9 @@ def _bootstrap_with_submissions(
     submitted_files: Mapping[Cell, SubmittedFile],
     results: Mapping[Cell, CellResult],
 ) -> LoadBootstrap:
-    """Return a function that returns the bootstrap values of a cell of the study or of a file.
+    """Return a function that returns bootstrap values for a cell in the study or in a file.
 
-    For a cell of the study the values are read. For a submitted file the values are computed from
+    For a cell in the study the values are read. For a submitted file the values are computed from
     the scores.
     """
     outcomes = {
@@ -286,16 +286,16 @@ def _bootstrap_with_submissions(
 def _check_submitted_file(
     board: Board, run: Path, submitted_file: SubmittedFile, study_cell: Cell
 ) -> CellResult:
-    """The result of a submitted file, with metrics computed from the scores of the file.
+    """Return a submitted file's result, with metrics computed from the file's scores.
 
     Args:
         board: The study.
-        run: Run folder of the study.
+        run: The study's run folder.
         submitted_file: The submitted file.
         study_cell: The study's cell with the same data set, setting and seed.
 
     Raises:
-        DataError: If the facts, rows or metrics of the file are not the expected values.
+        DataError: If the file's facts, rows or metrics are not the expected values.
     """
     result = submitted_file.submission.result
     outcomes = submitted_file.outcomes
@@ -316,7 +316,7 @@ def _check_submitted_file(
 
 
 def _fault_of_facts(board: Board, result: CellResult, cell: Cell) -> str | None:
-    """How the facts of a submitted result differ from the facts of our cell; None if equal."""
+    """Say how a submitted result's facts differ from the facts of our cell. None if equal."""
     our_result = board.results[cell.result_cell]
     facts = result.decided_by
     if result.fingerprint != digest(facts):
@@ -344,7 +344,7 @@ def _is_same_fit(submitted_fit: Mapping[str, object], our_fit: Mapping[str, obje
 
 
 def _fits_of_study(board: Board, cell: Cell) -> Iterator[Mapping[str, object]]:
-    """Yield the training facts of every fit with the data set, setting and seed of the cell."""
+    """Yield the training facts for every fit with the cell's data set, setting and seed."""
     wanted_case = (cell.data, cell.setting, cell.seed)
     for our_cell in board.cells:
         if (our_cell.data, our_cell.setting, our_cell.seed) == wanted_case:
@@ -354,7 +354,7 @@ def _fits_of_study(board: Board, cell: Cell) -> Iterator[Mapping[str, object]]:
 
 
 def _fault_of_rows(our_outcomes: Outcomes, submitted_outcomes: Outcomes) -> str | None:
-    """How the rows of a submitted file differ from the rows of the study; None if equal."""
+    """Say how a submitted file's rows differ from the study's rows. None if equal."""
     if len(submitted_outcomes) != len(our_outcomes):
         return f"it has {len(submitted_outcomes)} rows, and there are {len(our_outcomes)}"
     differs = (submitted_outcomes.failure != our_outcomes.failure) | (
@@ -372,7 +372,7 @@ def _fault_of_rows(our_outcomes: Outcomes, submitted_outcomes: Outcomes) -> str 
 
 
 def _fault_of_metrics(result: CellResult, rows: Iterable[ResultRow]) -> str | None:
-    """How the metrics of a submitted result differ from the metrics in ``rows``; None if equal.
+    """Say how a submitted result's metrics differ from the metrics in ``rows``. None if equal.
 
     ``rows`` are computed from the submitted scores.
     """

@@ -1,4 +1,4 @@
-"""Content of a study: tables, figures, claims of a publication, and published numbers."""
+"""A study's content: tables, figures, claims from a publication, and published numbers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from vilu_bench import read_asset
 from vilu_bench.studies.parts import RANKING_METRICS, Name, Names, Section, require_known
 
 Axis = Literal["method", "data", "setting"]
-# names of the axes in messages
+# axis names in messages
 AXIS_NAMES = {"method": "method", "data": "data set", "setting": "setting"}
-KEY_FIELDS = (*AXIS_NAMES, "metric")  # the fields that identify a number of a study
+KEY_FIELDS = (*AXIS_NAMES, "metric")  # the fields that identify a number in a study
 
 
 class Study(Section):
-    """Title and description of a benchmark."""
+    """Title and description for a benchmark."""
 
     title: str  # short title
-    reproduces: str = ""  # the reproduced table or figure of a publication, if any
+    reproduces: str = ""  # the reproduced table or figure in a publication, if any
     protocol: str = ""  # the protocol, and differences from the publication
-    published: Names = ()  # tables of ``assets/published.csv`` to show beside our numbers
+    published: Names = ()  # tables in ``assets/published.csv`` to show beside our numbers
 
     @field_validator("published")
     @classmethod
@@ -39,28 +39,28 @@ class Study(Section):
 
 
 class AxisEntry(Protocol):
-    """A method, data set or setting, with an optional position on the axis of a curve."""
+    """A method, data set or setting, with an optional position on a curve's axis."""
 
     @property
     def x(self) -> float | None:
-        """Position on the axis; None for an entry without a position."""
+        """Position on the axis. None: the entry has no position."""
 
 
 class StudyNames(Protocol):
-    """The names that views and claims of a study may use; ``Config`` provides the names."""
+    """The names that a study's views and claims may use. ``Config`` provides the names."""
 
     metrics: Names
 
     @property
     def ranking_metrics(self) -> Names:
-        """Metrics with intervals; methods are ranked by the first."""
+        """Metrics with intervals. The first metric ranks the methods."""
 
     def entries_of(self, axis: str) -> Mapping[str, AxisEntry]:
-        """The methods by label, the data sets by name or the settings by name, as ``axis`` says."""
+        """Return what ``axis`` names: methods by label, or data sets or settings by name."""
 
     @property
     def submitted_methods(self) -> Names:
-        """Labels of the methods with submitted results."""
+        """Labels for the methods with submitted results."""
 
 
 def require_known_names(
@@ -70,8 +70,8 @@ def require_known_names(
 
     Args:
         section_name: The view or claim in the message, such as "(claim)".
-        study_names: The names of the study.
-        names_of_axis: Maps each axis to the names to check. None means all names of the study, so
+        study_names: The study's names.
+        names_of_axis: Maps each axis to the names to check. None means all names in the study, so
             there is nothing to check.
     """
     for axis, names in names_of_axis.items():
@@ -83,16 +83,16 @@ def require_known_names(
 class View(Section):
     """A table or a figure."""
 
-    needs_intervals: ClassVar[bool] = False  # whether all metrics of the view must have intervals
+    needs_intervals: ClassVar[bool] = False  # whether all metrics in the view must have intervals
     shows_submitted_methods: ClassVar[bool] = True  # whether the view also shows submitted methods
 
     name: Name
     title: str
-    methods: Names | None = None  # methods to show, in this order; None: all
-    data: Names | None = None  # data sets to show, in this order; None: all
-    settings: Names | None = None  # settings to show, in this order; None: all
+    methods: Names | None = None  # methods to show, in this order, or None for all
+    data: Names | None = None  # data sets to show, in this order, or None for all
+    settings: Names | None = None  # settings to show, in this order, or None for all
     metrics: Annotated[Names, Field(min_length=1)] = RANKING_METRICS  # metrics to show
-    mean: Names = ()  # data sets of a mean, shown beside the data sets; empty: no mean
+    mean: Names = ()  # data sets to average, shown beside the data sets, or empty for no mean
     means_only: bool = False  # whether to show only the mean, without the single data sets
 
     @property
@@ -107,7 +107,7 @@ class View(Section):
 
     @property
     def chosen_names(self) -> dict[str, Names | None]:
-        """The names to show on each axis; None: all names."""
+        """The names to show on each axis. None: all names."""
         return {"method": self.methods, "data": self.data, "setting": self.settings}
 
     def check(self, study_names: StudyNames) -> None:
@@ -135,7 +135,7 @@ class View(Section):
             )
 
     def entries_of(self, study_names: StudyNames, axis: str) -> dict[str, AxisEntry]:
-        """The methods, data sets or settings of the view, by name."""
+        """Return the view's methods, data sets or settings, by name."""
         all_entries = study_names.entries_of(axis)
         if axis == "method":
             names = self._methods_to_show(study_names)
@@ -144,7 +144,7 @@ class View(Section):
         return {name: all_entries[name] for name in names}
 
     def _methods_to_show(self, study_names: StudyNames) -> Names:
-        """The chosen methods (by default all of the study), then the submitted methods.
+        """Return the chosen methods (by default all in the study), then the submitted methods.
 
         Submitted methods are left out if the view does not show submitted methods, or if a single
         method is chosen.
@@ -163,13 +163,13 @@ class View(Section):
         return (*names, *study_names.submitted_methods)
 
     def as_table(self, rows: Names, columns: Names) -> TableView:
-        """A table view of the numbers in a figure."""
+        """Return a table view with the numbers in a figure."""
         shared_fields = {name: getattr(self, name) for name in View.model_fields}
         return TableView(kind="table", rows=rows, columns=columns, **shared_fields)
 
 
 class TableView(View):
-    """A table of values with intervals; the best and second best competing values are marked."""
+    """A table of values with intervals. The best and second best competing values are marked."""
 
     kind: Literal["table"]
     # Fields that label a row. A field outside ``rows`` and ``columns`` must have a single
@@ -195,7 +195,7 @@ class TableView(View):
         return self
 
     def check(self, study_names: StudyNames) -> None:
-        """Also raise a ValueError for a table in which two numbers would share a cell."""
+        """Raise a ValueError also for a table in which two numbers would share a cell."""
         super().check(study_names)
         names_of_field = {axis: tuple(self.entries_of(study_names, axis)) for axis in AXIS_NAMES}
         names_of_field["metric"] = self.metrics
@@ -214,14 +214,14 @@ class CurveView(View):
 
     needs_intervals: ClassVar[bool] = True
     kind: Literal["curve"]
-    # Whether the points are the methods, the data sets or the settings. The field ``x`` of a point
-    # is the position on the horizontal axis.
+    # Whether the points are the methods, the data sets or the settings. A point's field ``x`` is
+    # the position on the horizontal axis.
     x: Axis = "setting"
     line: Axis = "method"  # a panel has a line for each entry of this axis
     panel: Axis = "data"  # there is a panel for each entry of this axis and each metric
-    x_label: str  # label of the horizontal axis
+    x_label: str  # label on the horizontal axis
     log: bool = False  # whether the horizontal axis is logarithmic
-    # texts to show at values of the horizontal axis, instead of the values
+    # texts to show at values on the horizontal axis, instead of the values
     ticks: dict[str, str] = Field(default_factory=dict)
 
     @property
@@ -236,7 +236,7 @@ class CurveView(View):
         return self
 
     def check(self, study_names: StudyNames) -> None:
-        """Also raise a ValueError if no point has a position on the axis."""
+        """Raise a ValueError also if no point has a position on the axis."""
         super().check(study_names)
         entries = self.entries_of(study_names, self.x)
         if all(entry.x is None for entry in entries.values()):
@@ -254,28 +254,28 @@ class ScatterView(View):
 
 
 class HistogramView(View):
-    """Histograms of the uncertainties of right and wrong answers with the first seed.
+    """Histograms of the uncertainties for right and wrong answers with the first seed.
 
     There is a panel for each data set and method.
     """
 
-    # histograms need the score files of a run folder
+    # histograms need a run folder's score files
     shows_submitted_methods: ClassVar[bool] = False
     kind: Literal["histograms"]
 
 
 class GridView(View):
-    """A grid of two hyper-parameters, with one setting for choosing and one for reporting."""
+    """A grid over two hyper-parameters, with one setting for choosing and one for reporting."""
 
     # the parameters of submitted methods are unknown
     shows_submitted_methods: ClassVar[bool] = False
     kind: Literal["grid"]
-    parameters: tuple[str, str]  # hyper-parameter of the rows, hyper-parameter of the columns
+    parameters: tuple[str, str]  # hyper-parameter for the rows, hyper-parameter for the columns
     select_on: str  # setting for choosing the best pair of values
-    report_on: str  # setting for reporting the results of all pairs
+    report_on: str  # setting for reporting all pairs' results
 
     def check(self, study_names: StudyNames) -> None:
-        """Also raise a ValueError if the first metric has no interval, or a setting is unknown."""
+        """Raise a ValueError also if the first metric has no interval, or a setting is unknown."""
         super().check(study_names)
         require_known(
             f"metric with an interval {self.section_name}",
@@ -287,12 +287,12 @@ class GridView(View):
 
 
 class RankingView(View):
-    """For each data set and setting a table of all methods, best first; then the wins."""
+    """For each data set and setting a table with all methods, best first, and then the wins."""
 
     kind: Literal["ranking"]
 
     def check(self, study_names: StudyNames) -> None:
-        """Also raise a ValueError for chosen names, because a ranking shows all names."""
+        """Raise a ValueError also for chosen names, because a ranking shows all names."""
         super().check(study_names)
         if any(self.chosen_names.values()) or self.metrics != RANKING_METRICS:
             raise ValueError(
@@ -313,15 +313,15 @@ class MethodInSetting(Section):
     setting: str
 
 
-THIS_PROJECT = "this project"  # source of a claim without a publication
+THIS_PROJECT = "this project"  # source for a claim without a publication
 
 
 class Claim(Section):
-    """A claim of a publication or of this project. A number and an interval decide the claim."""
+    """A claim by a publication or by this project. A number and an interval decide the claim."""
 
     says: str  # the claim in our words
-    source: str  # where the publication makes the claim; or ``THIS_PROJECT``
-    data: Names | None = None  # data sets over which the deciding number is averaged; None: all
+    source: str  # where the publication makes the claim, or ``THIS_PROJECT``
+    data: Names | None = None  # data sets that the deciding number averages, or None for all
     metric: str = RANKING_METRICS[0]
 
     @property
@@ -332,7 +332,7 @@ class Claim(Section):
     @property
     @abstractmethod
     def subjects(self) -> tuple[Names, Names]:
-        """Methods and settings of the claim."""
+        """Methods and settings in the claim."""
 
     def check(self, study_names: StudyNames) -> None:
         """Raise a ValueError if a name is unknown, or if the claim cannot be decided."""
@@ -356,20 +356,20 @@ class BetterClaim(Claim):
 
 
 class TrendClaim(Claim):
-    """A metric of a method rises or falls with log2 of the ``x`` of the settings."""
+    """A method's metric rises or falls with log2 of the settings' ``x``."""
 
     kind: Literal["trend"]
     method: str
-    settings: Annotated[Names, Field(min_length=2)]  # points of the line; each needs an ``x``
+    settings: Annotated[Names, Field(min_length=2)]  # points on the line, which each need an ``x``
     metric_goes: Literal["up", "down"]  # claimed direction
 
     @property
     def subjects(self) -> tuple[Names, Names]:
-        """The method and the settings of the line."""
+        """The line's method and settings."""
         return (self.method,), self.settings
 
     def check(self, study_names: StudyNames) -> None:
-        """Also raise a ValueError for settings without a position on a logarithmic axis."""
+        """Raise a ValueError also for settings without a position on a logarithmic axis."""
         super().check(study_names)
         positions = [study_names.entries_of("setting")[name].x for name in self.settings]
         positive = [position for position in positions if position is not None and position > 0]
@@ -398,22 +398,22 @@ AnyClaim = Annotated[BetterClaim | TrendClaim | SteeperClaim, Field(discriminato
 
 
 PublishedKey = tuple[str, str, str, str]
-"""Data set, setting, method and metric of a number, with the names in ``assets/published.csv``."""
+"""A number's data set, setting, method and metric, as named in ``assets/published.csv``."""
 
 
 @dataclass(frozen=True)
 class PublishedNumber:
-    """A number of a publication."""
+    """A number in a publication."""
 
     value: float  # the metric, as a fraction
     backbone: str  # the model used for the measurement (``vilu.backbones.catalog``)
-    source: str  # table or figure of the publication
-    doubt: str  # why the number is doubtful; "" if there is no doubt
+    source: str  # table or figure in the publication
+    doubt: str  # why the number is doubtful, or "" if there is no doubt
 
 
 @cache
 def published_tables() -> dict[str, dict[PublishedKey, tuple[PublishedNumber, ...]]]:
-    """Maps the name of a table, then a key, to published numbers: at most one per backbone."""
+    """Map each table's name, then a key, to published numbers: at most one per backbone."""
     tables: dict[str, dict[PublishedKey, tuple[PublishedNumber, ...]]] = {}
     text = read_asset("published.csv")
     _, rows = parse_csv(text.splitlines(), "published.csv")
@@ -434,7 +434,7 @@ def published_tables() -> dict[str, dict[PublishedKey, tuple[PublishedNumber, ..
 def find_published(
     tables: Sequence[str], key: PublishedKey, backbone: str
 ) -> PublishedNumber | None:
-    """The published number for a key, from the first suitable table; None if no table has one.
+    """Look up a key's published number in the first suitable table. None if no table has one.
 
     If a table has a number for ``backbone``, this number is taken. Otherwise, if the table has a
     single number (for another backbone), this single number is taken. If the table has several

@@ -1,4 +1,4 @@
-"""Checks of new rows of a monitor: origin, repeated rows, and sorted rows."""
+"""Checks on a monitor's new rows: origin, repeated rows, and sorted rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ A batch with fewer distinct uncertainties could occur again by chance, and alway
 
 
 class SeenRows:
-    """Set of rows and names of rows, saved as 64-bit hashes in sorted arrays, the runs.
+    """Set of rows and row names, saved as 64-bit hashes in sorted arrays, the runs.
 
     A hash takes 8 bytes. The probability that any two of n rows and names have the same hash is
     about n^2 / 2^64: 1 in 2,000 for 10^8 rows.
@@ -52,23 +52,23 @@ class SeenRows:
         return hashes
 
     def add(self, hashes: Ints) -> None:
-        """Add hashes; known hashes are ignored."""
+        """Add hashes. Known hashes are ignored."""
         is_known = self._contains(hashes)
         run = np.unique(hashes[~is_known])
         if not len(run):
             return
         # The last runs are merged into the new run, back to a longer run. So every run is shorter
-        # than the previous run, and there are few runs to search. Long runs are never
-        # merged, because a merge takes several times the memory of the merged runs.
+        # than the previous run, and there are few runs to search. Long runs are never merged,
+        # because a merge takes several times the merged runs' memory.
         while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST_MERGED_RUN):
             run = np.concatenate([self.runs.pop(), run])
-            run.sort(kind="stable")  # fast, because both parts are sorted; no hash is in both
+            run.sort(kind="stable")  # fast, because both parts are sorted, and no hash is in both
         self.runs.append(run)
 
     def find_new(
         self, outcomes: Outcomes, *, compare_failures: bool = False
     ) -> tuple[Ints, NDArray[np.bool_]]:
-        """Return the hashes to add for the rows of ``outcomes``, and a mask (N,) of the new rows.
+        """Return the hashes to add for ``outcomes``, and a mask (N,) of the new rows.
 
         Rows without identifiers are recognised as a whole batch: all rows are new, or no row. With
         ``compare_failures``, two such batches are the same only if the failures are equal, too.
@@ -83,20 +83,20 @@ class SeenRows:
     def _find_new_by_name(
         self, outcomes: Outcomes, ids: Sequence[str]
     ) -> tuple[Ints, NDArray[np.bool_]]:
-        """As ``find_new``, for rows with identifiers."""
+        """Return the result of ``find_new``, for rows with identifiers."""
         identifying_numbers = _identifying_numbers(outcomes)
         bytes_of_rows = _rows_as_bytes(ids, identifying_numbers)
         hashes = hash_items(bytes_of_rows).view(np.int64)
-        # Equal rows of this batch count once: the first of the equal rows may be new.
+        # Equal rows in this batch count once: the first among the equal rows may be new.
         _, first_of_equals = np.unique(hashes, return_index=True)
         is_first = np.isin(np.arange(len(outcomes)), first_of_equals)
         name_hashes = hash_names(ids).view(np.int64)
         is_known = self._contains(hashes)
         is_name_known = self._contains(name_hashes)
         is_mixed = is_known.any() and not is_known.all()
-        # If some names of this batch were seen with different scores, the names are used again for
-        # new rows. Then a new row may have the same name and the same score as an old row by
-        # chance, if many rows share this score. So only a unique score shows a repetition.
+        # If some names in this batch were seen with different scores, the names are used again for
+        # new rows. Then, if many rows share one score, a new row may have an old row's name and
+        # score by chance. So only a unique score shows a repetition.
         has_reused_names = not np.array_equal(is_name_known, is_known)
         if is_mixed and has_reused_names:
             is_known &= ~_is_known_by_chance(identifying_numbers, is_known)
@@ -105,9 +105,10 @@ class SeenRows:
     def _find_new_batch(
         self, outcomes: Outcomes, identifying_numbers: Ints
     ) -> tuple[Ints, NDArray[np.bool_]]:
-        """As ``find_new``, for rows without identifiers: all rows of the batch are new, or no row.
+        """Return the result of ``find_new``, for rows without identifiers.
 
-        ``identifying_numbers`` (N, M) are the M numbers that identify each row.
+        All rows in the batch are new, or no row. ``identifying_numbers`` (N, M) identify each row
+        by M numbers.
         """
         n = len(outcomes)
         if len(np.unique(outcomes.uncertainty)) < MIN_DISTINCT_SCORES:
@@ -124,14 +125,14 @@ class SeenRows:
         is_known = np.zeros(len(hashes), dtype=np.bool_)
         for run in self.runs:
             # If the run contains a hash, the hash must be at this index. The clip keeps the index
-            # valid for hashes above all hashes of the run.
+            # valid for hashes above all hashes in the run.
             index = np.searchsorted(run, hashes).clip(max=len(run) - 1)
             is_known |= run[index] == hashes
         return is_known
 
 
 def _identifying_numbers(outcomes: Outcomes) -> Ints:
-    """Return numbers (N, 2) that identify each row: the bits of the uncertainty, and the answer."""
+    """Return numbers (N, 2) that identify each row: the uncertainty's bits, and the answer."""
     answers = outcomes.prediction
     if answers is None:
         answers = np.full(len(outcomes), UNKNOWN)
@@ -169,7 +170,7 @@ def _is_known_by_chance(
 
 
 def _are_row_numbers(ids: Sequence[str]) -> bool:
-    """Whether identifiers are only the numbers 0, 1, 2, ... of the rows, as in every batch."""
+    """Return whether identifiers are only the row numbers 0, 1, 2, ..., as in every batch."""
     if not len(ids) or not ids[0].isdigit():
         return False
     return set(ids) == {str(row) for row in range(len(ids))}
@@ -189,7 +190,7 @@ def refuse_sorted(outcomes: Outcomes) -> None:
 
 
 def _sorting_quantity(outcomes: Outcomes) -> str | None:
-    """Name the quantity by which the rows with an uncertainty are sorted; None: not sorted."""
+    """Name the quantity by which the rows with an uncertainty are sorted, or return None."""
     is_scored = np.isfinite(outcomes.uncertainty)
     if outcomes.target is not None:
         labels = outcomes.target[is_scored]
@@ -205,13 +206,13 @@ def _sorting_quantity(outcomes: Outcomes) -> str | None:
 def admit_rows(outcomes: Outcomes, calibration: Outcomes, calibration_hash: str | None) -> Outcomes:
     """Check that new rows were scored by the calibrated predictor, with the same candidates.
 
-    Return the outcomes, without identifiers that are only numbers of rows. If class names are
-    missing, as in a CSV file, the class names of the calibration are added.
+    Return the outcomes, without identifiers that are only row numbers. If class names are missing,
+    as in a CSV file, the calibration's class names are added.
 
     Args:
-        outcomes: Scores of new rows.
+        outcomes: Scores for new rows.
         calibration: The calibration rows.
-        calibration_hash: Hash of the saved calibration; None if the calibration is not saved.
+        calibration_hash: Hash of the saved calibration. None if the calibration is not saved.
     """
     _require_same_predictor(outcomes, calibration, calibration_hash)
     n_calibration_rows = _n_calibration_rows(outcomes, calibration)
@@ -220,8 +221,8 @@ def admit_rows(outcomes: Outcomes, calibration: Outcomes, calibration_hash: str 
             f"{n_calibration_rows} of {len(outcomes)} rows are calibration rows, which say nothing "
             "about new rows.",
         )
-    # Identifiers that are numbers of rows must be recognised here, before rows are left out.
-    # Afterwards there would be gaps in the numbers, and the numbers would look like keys.
+    # Identifiers that are row numbers must be recognised here, before rows are left out. Afterwards
+    # there would be gaps in the numbers, and the numbers would look like keys.
     if outcomes.ids is not None and _are_row_numbers(outcomes.ids):
         outcomes = replace(outcomes, ids=None)
     if outcomes.class_names is None and outcomes.prediction is not None:
@@ -232,7 +233,7 @@ def admit_rows(outcomes: Outcomes, calibration: Outcomes, calibration_hash: str 
 def _require_same_predictor(
     outcomes: Outcomes, calibration: Outcomes, calibration_hash: str | None
 ) -> None:
-    """Refuse scores of another predictor, calibration or list of candidates (``admit_rows``)."""
+    """Refuse scores by another predictor, calibration or candidate list (``admit_rows``)."""
     for name in ("method", "class_names"):
         expected = getattr(calibration, name)
         actual = getattr(outcomes, name)
@@ -256,21 +257,21 @@ def _require_same_predictor(
 
 
 def _differs(expected: object, actual: object) -> bool:
-    """Whether both values are known and different."""
+    """Return whether both values are known and different."""
     if expected is None or actual is None:
         return False
     return expected != actual
 
 
 def _n_calibration_rows(outcomes: Outcomes, calibration: Outcomes) -> int:
-    """Return the number of rows with the same key and the same uncertainty as a calibration row.
+    """Return how many rows have the key and the uncertainty of a calibration row.
 
-    Equal keys alone are not enough, because a row of another data set may have the same key.
+    Equal keys alone are not enough, because a row in another data set may have the same key.
     """
     if outcomes.ids is None or calibration.ids is None:
         return 0
-    # Uncertainties are compared first, because this is fast, and only few uncertainties of
-    # calibration rows occur in a small batch.
+    # Uncertainties are compared first, because this is fast, and a small batch shares only few
+    # uncertainties with calibration rows.
     has_uncertainty_of_batch = np.isin(calibration.uncertainty, outcomes.uncertainty)
     calibration_pairs = {
         (calibration.ids[row], calibration.uncertainty[row])

@@ -1,4 +1,4 @@
-"""Anytime-valid bounds of the error rate among labelled accepted answers.
+"""Anytime-valid bounds on the error rate among labelled accepted answers.
 
 Let k of m answers be wrong. The wealth of bets against "the error rate is at most r" is
 
@@ -6,13 +6,13 @@ Let k of m answers be wrong. The wealth of bets against "the error rate is at mo
     theta ~ Beta(a, b).
 
 This is a mixture of bets on all rates theta above r. The part P[theta <= r] of the wealth is not
-bet. If the error rate of every answer, given the answers before it, is at most r, then the
+bet. If every answer, given the answers before it, has an error rate of at most r, then the
 probability that M(r) ever reaches 1/delta is at most delta (Ville 1939). So the bounds may be
 looked at after every label.
 
 As r rises from 0 to k/m, M(r) decreases. For all r above k/m, M(r) is at most 1. So M(r) falls
-below 1/delta at a single rate. This rate is the lower bound of the error rate. The upper bound
-comes from the lower bound of the rate of right answers. (Method of mixtures: Robbins 1970.
+below 1/delta at a single rate. This rate is the lower bound on the error rate. The upper bound
+comes from the lower bound on the rate of right answers. (Method of mixtures: Robbins 1970.
 Confidence sequences: Howard et al., Annals of Statistics 2021.)
 """
 
@@ -30,19 +30,20 @@ from vilu.calibration.thresholds import find_sufficient_number
 from vilu.metrics.counts import Floats, Ints
 
 TestName = Literal["scores", "acceptance", "answers", "audit", "outside", "review"]
-"""Names of the tests of a monitor (``vilu.calibration.monitor.status.ALARM_MEANING``)."""
+"""Names for a monitor's tests (``vilu.calibration.monitor.status.ALARM_MEANING``)."""
 
 AuditVerdict = Literal["holds so far", "not enough audited answers", "broken"]
-"""Verdicts of an audit about a guarantee."""
+"""Verdicts that an audit reaches about a guarantee."""
 
 Prior = tuple[float, float]
-"""Parameters a and b of the Beta distribution of theta."""
+"""Parameters a and b for the Beta distribution of theta."""
 
 
 def log_wealth(n_wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
     """Return the log wealth (...), log M(rate), after ``n`` answers with ``n_wrong`` wrong answers.
 
-    ``rate`` is in (0, 1). ``prior`` holds the parameters a and b of the Beta distribution of theta.
+    ``rate`` is in (0, 1). ``prior`` holds the parameters a and b for the Beta distribution of
+    theta.
     """
     a, b = prior
     n_right = n - n_wrong
@@ -66,7 +67,7 @@ def log_wealth(n_wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
 
 
 def anytime_lower_bound(n_wrong: int, n: int, delta: float, prior: Prior) -> float:
-    """Return a lower bound of an error rate, after ``n`` answers with ``n_wrong`` wrong answers.
+    """Return a lower bound on an error rate, after ``n`` answers with ``n_wrong`` wrong answers.
 
     With confidence 1 - delta, no bound after 1, 2, 3, ... answers is above the true rate.
     """
@@ -78,7 +79,7 @@ def anytime_lower_bound(n_wrong: int, n: int, delta: float, prior: Prior) -> flo
         return float(log_wealth(np.asarray(n_wrong), np.asarray(n), rate, prior)) + math.log(delta)
 
     # M decreases as the rate rises to k / n, and is at most 1 from there on. So M crosses 1 / delta
-    # once, below k / n. The ends of the search must be above 0 and below 1; the largest float64
+    # once, below k / n. The ends for the search must be above 0 and below 1. The largest float64
     # below 1 is 1 - 2^-53.
     smallest_rate = 1e-300
     largest_rate = min(n_wrong / n, 1 - 2**-53)
@@ -90,7 +91,7 @@ class Audit:
     """Compares the error rate of audited answers with the guaranteed largest error rate."""
 
     limit: float  # guaranteed largest error rate, in (0, 1)
-    delta: float  # 1 - confidence of each bound
+    delta: float  # 1 - confidence for each bound
     n_audited: int = 0  # number of audited answers
     n_wrong: int = 0  # number of wrong audited answers
 
@@ -101,18 +102,18 @@ class Audit:
 
     @property
     def prior_of_right(self) -> Prior:
-        """Prior of the rate of right answers, 1 - theta: ``prior`` with a and b swapped."""
+        """Prior for the rate of right answers, 1 - theta: ``prior`` with a and b swapped."""
         a, b = self.prior
         return b, a
 
     @property
     def lower(self) -> float:
-        """Lower bound of the error rate."""
+        """Lower bound on the error rate."""
         return anytime_lower_bound(self.n_wrong, self.n_audited, self.delta, self.prior)
 
     @property
     def upper(self) -> float:
-        """Upper bound of the error rate."""
+        """Upper bound on the error rate."""
         n_right = self.n_audited - self.n_wrong
         return 1 - anytime_lower_bound(n_right, self.n_audited, self.delta, self.prior_of_right)
 
@@ -141,7 +142,7 @@ class Audit:
         return log_wealth(n_wrong, n, self.limit, self.prior)
 
     def with_answers(self, failure: Ints) -> Audit:
-        """Return the audit with B more answers; ``failure`` (B,) is 1 where an answer is wrong."""
+        """Return the audit with B more answers. ``failure`` (B,) is 1 where an answer is wrong."""
         n_audited = self.n_audited + len(failure)
         n_wrong = self.n_wrong + int(failure.sum())
         return replace(self, n_audited=n_audited, n_wrong=n_wrong)

@@ -17,32 +17,32 @@ from scipy import signal, special
 from vilu.metrics.counts import Floats, Ints
 
 BETA_SHAPES: Final = tuple(1.3**power for power in range(-2, 4))
-"""Values of the parameters a and b of the beta bets.
+"""Values for the parameters a and b in the beta bets.
 
 If a and b are below 1, the bet is on p-values near 0 and 1. If a and b are above 1, the bet is on
 p-values near the middle. If a and b differ, the bet is on a shift to larger or smaller p-values.
 """
 
 BETA_PARAMETERS: Final = tuple((a, b) for a in BETA_SHAPES for b in BETA_SHAPES if (a, b) != (1, 1))
-"""Parameters (a, b) of every beta bet. The uniform density (1, 1) would never win or lose."""
+"""Parameters (a, b) for every beta bet. The uniform density (1, 1) would never win or lose."""
 
 HISTOGRAM_SETTINGS: Final = ((10, 50.0), (10, 150.0), (30, 50.0), (30, 150.0))
-"""For every histogram bet: number of cells, and weight of the uniform prior in p-values."""
+"""For every histogram bet: number of cells, and the uniform prior's weight in p-values."""
 
 COUNT_DECAY: Final = 1 - 1 / 400
 """At every row, the weights of all earlier p-values are multiplied by this factor."""
 
 N_BETS: Final = (len(BETA_PARAMETERS), len(HISTOGRAM_SETTINGS))
-"""Number of beta bets, and number of histogram bets."""
+"""How many bets are beta bets, and how many are histogram bets."""
 
 WEALTH_SHARES: Final = np.repeat([0.5 / N_BETS[0], 0.5 / N_BETS[1]], N_BETS)
-"""Share (K,) of the wealth of each bet: half for the beta densities, half for the histograms."""
+"""Each bet's wealth share (K,): half for the beta densities, half for the histograms."""
 
 ROWS_PER_START: Final = 50
-"""Number of rows between two starts of the bets."""
+"""How many rows lie between two starts of the bets."""
 
 ROWS_PER_BLOCK: Final = 4096
-"""Number of rows per block of computation."""
+"""Number of rows per computation block."""
 
 LONGEST_MERGED_RUN: Final = 2**15
 """Sorted runs with more values than this number are never merged."""
@@ -52,7 +52,7 @@ EPS: Final = 2.0**-53
 
 
 def beta_log_densities(p: Floats) -> Floats:
-    """Return the log densities (B, K') of the K' beta bets at p-values (B,) in (0, 1)."""
+    """Return the log densities (B, K') for the K' beta bets at p-values (B,) in (0, 1)."""
     a, b = np.array(BETA_PARAMETERS).T
     p = p[:, None]  # (B, 1), because every bet is made at every p-value
     powers = (a - 1) * np.log(p) + (b - 1) * np.log1p(-p)
@@ -63,10 +63,10 @@ def beta_log_densities(p: Floats) -> Floats:
 
 @np.errstate(under="ignore")  # numbers far smaller than the largest number are rounded to 0
 def histogram_log_densities(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Floats]:
-    """Return the log densities (B,) of a histogram bet at p-values (B,), and updated counts (m,).
+    """Return a histogram bet's log densities (B,) at p-values (B,), and updated counts (m,).
 
-    The bet is a histogram of the last few hundred p-values in m equal cells, with a uniform prior.
-    The prior has the weight of ``weight`` p-values:
+    The bet is a histogram over the last few hundred p-values in m equal cells, with a uniform
+    prior. The prior has the weight of ``weight`` p-values:
 
         f_t(p) = m (weight/m + N_t[cell of p]) / (weight + sum N_t).
 
@@ -82,9 +82,9 @@ def histogram_log_densities(p: Floats, counts: Floats, weight: float) -> tuple[F
     row = np.arange(len(p))
     cell = np.minimum((p * m).astype(np.int64), m - 1)
     counts_after = _counts_after_rows(counts, cell)
-    # The density for a row depends only on earlier rows. A density that also depends on the p-value
-    # of the row would win even when nothing changes.
-    counts_before = np.concatenate([counts[None], counts_after[:-1]])  # (B, m) N_t of each row
+    # The density for a row depends only on earlier rows. A density that also depends on the row's
+    # own p-value would win even when nothing changes.
+    counts_before = np.concatenate([counts[None], counts_after[:-1]])  # (B, m) each row's N_t
     prior_and_count = weight / m + counts_before[row, cell]
     total_weight = weight + counts_before.sum(axis=1)
     density = m * prior_and_count / total_weight
@@ -95,7 +95,7 @@ def histogram_log_densities(p: Floats, counts: Floats, weight: float) -> tuple[F
 def _counts_after_rows(counts: Floats, cell: Ints) -> Floats:
     """Return the counts (B, m) after each of B rows, from the counts (m,) before the first row.
 
-    ``cell`` (B,) is the cell of the p-value of each row.
+    ``cell`` (B,) is the cell with each row's p-value.
     """
     is_in_cell = np.zeros((len(cell), len(counts)))
     is_in_cell[np.arange(len(cell)), cell] = 1
@@ -119,9 +119,9 @@ def unused_wealth_share(start: Floats) -> Floats:
 class Martingale:
     """Total wealth of all bets from all starts.
 
-    Each start s uses a share of the initial wealth, share_s. If bet j starts at row s, the wealth
-    of the bet is multiplied by the density f_j at each row from s on. Let L_t be the sum of log f_j
-    up to row t. Then the wealth of bet j from all starts together is
+    Each start s uses a share of the initial wealth, share_s. If bet j starts at row s, the bet's
+    wealth is multiplied by the density f_j at each row from s on. Let L_t be the sum of log f_j up
+    to row t. Then bet j has, from all starts together, the wealth
 
         exp(L_t) sum_s share_s exp(-L_{s-1}).
 
@@ -129,11 +129,11 @@ class Martingale:
     """
 
     n: int = 0  # number of rows so far
-    # (K,) L_t of each bet
+    # (K,) each bet's L_t
     growth: Floats = field(default_factory=lambda: np.zeros(len(WEALTH_SHARES)))
-    # (K,) log sum_s share_s exp(-L_{s-1}) of each bet
+    # (K,) each bet's log sum_s share_s exp(-L_{s-1})
     started: Floats = field(default_factory=lambda: np.full(len(WEALTH_SHARES), -np.inf))
-    # counts N_t (m,) of each histogram bet
+    # counts N_t (m,) in each histogram bet
     counts: list[Floats] = field(
         default_factory=lambda: [np.zeros(n_cells) for n_cells, _ in HISTOGRAM_SETTINGS]
     )
@@ -151,7 +151,7 @@ class Martingale:
 
     @np.errstate(under="ignore")  # numbers far smaller than the largest number are rounded to 0
     def _update_block(self, p: Floats) -> Floats:
-        """Return the log wealth (B,) after each of the p-values (B,) of a block."""
+        """Return the log wealth (B,) after each p-value in a block (B,)."""
         p = np.clip(p, EPS, 1 - EPS)  # rounding can make a p-value exactly 0 or 1
         log_densities = self._bet_and_count(p)
         growth = np.cumsum(np.concatenate([self.growth[None], log_densities]), axis=0)
@@ -182,7 +182,7 @@ class Martingale:
         return log_wealth
 
     def _bet_and_count(self, p: Floats) -> Floats:
-        """Return the log densities (B, K) of all K bets at p-values (B,), and count the p-values.
+        """Return the log densities (B, K) for all K bets at p-values (B,), and count the p-values.
 
         The histograms count the p-values after the bets.
         """
@@ -216,7 +216,7 @@ class SortedRun:
 
     @classmethod
     def of(cls, values: Floats, counts: Ints) -> SortedRun:
-        """Make a run of values (N,) in any order; each value occurred ``counts`` (N,) times."""
+        """Make a run from values (N,) in any order. Each value occurred ``counts`` (N,) times."""
         distinct_values, index = np.unique(values, return_inverse=True)
         counts_of_distinct = np.bincount(index, weights=counts)
         cumulated_counts = np.cumsum(counts_of_distinct).astype(np.int64)
@@ -230,15 +230,15 @@ class SortedRun:
         return cls.of(values, counts)
 
     def counts(self) -> Ints:
-        """Return the number of occurrences (G,) of each distinct value."""
+        """Return how often each distinct value occurs (G,)."""
         return np.diff(self.cumulated_counts, prepend=0)
 
     def count_greater_and_equal(self, values: Floats) -> tuple[Ints, Ints]:
-        """Count for each value of ``values`` the greater and the equal values of the run.
+        """Count for each value in ``values`` the greater and the equal values in the run.
 
-        Every occurrence of a repeated value of the run counts.
+        Every occurrence of a repeated value counts.
         """
-        # Entry k of this array is the number of all occurrences of the k smallest distinct values.
+        # Entry k in this array counts all occurrences of the k smallest distinct values.
         # The search gives k.
         n_among_smallest = np.concatenate([[0], self.cumulated_counts])
         n_up_to = n_among_smallest[np.searchsorted(self.values, values, "right")]
@@ -260,7 +260,7 @@ class ReferenceValues:
 
     @classmethod
     def of(cls, values: Floats, counts: Ints | None = None) -> ReferenceValues:
-        """Make a reference; ``counts`` says how often each value occurs (None: once)."""
+        """Make a reference. ``counts`` says how often each value occurs (None: once)."""
         reference = cls()
         reference.add(values, counts)
         return reference
@@ -275,30 +275,30 @@ class ReferenceValues:
         return ReferenceValues(list(self.runs))
 
     def add(self, values: Floats, counts: Ints | None = None) -> None:
-        """Add values; ``counts`` says how often each value occurs (None: once)."""
+        """Add values. ``counts`` says how often each value occurs (None: once)."""
         if not len(values):
             return
         if counts is None:
             counts = np.ones(len(values), np.int64)
         run = SortedRun.of(values, counts)
         # The last runs are merged into the new run, back to a longer run. So every run is shorter
-        # than the previous run, and there are few runs to search. Long runs are never
-        # merged, because a merge takes several times the memory of the merged runs.
+        # than the previous run, and there are few runs to search. Long runs are never merged,
+        # because a merge takes several times the merged runs' memory.
         while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST_MERGED_RUN):
             run = SortedRun.merge([self.runs.pop(), run])
         self.runs.append(run)
 
     def value_counts(self) -> tuple[Floats, Ints]:
-        """Return the distinct values, ascending, and the number of occurrences of each value."""
+        """Return the distinct values, ascending, and how often each value occurs."""
         if not self.runs:
             return np.empty(0), np.empty(0, np.int64)
         all_values = SortedRun.merge(self.runs)
         return all_values.values, all_values.counts()
 
     def p_values(self, values: Floats, uniform_numbers: Floats) -> Floats:
-        """Return the p-values (B,) of new values (B,), and add the new values to the reference.
+        """Return the p-values (B,) for new values (B,), and add the new values to the reference.
 
-        Each new value is compared with all values of the reference and with earlier new values.
+        Each new value is compared with all values in the reference and with earlier new values.
         ``uniform_numbers`` (B,) are random numbers in [0, 1) for breaking ties.
         """
         n_greater, n_equal = count_in_earlier_values(values)
@@ -309,7 +309,7 @@ class ReferenceValues:
         n_before = self.n + np.arange(len(values))  # number of values before each new value
         self.add(values)
         # Ties are broken at random, and each row is also compared with itself. Otherwise p-values
-        # of tied scores would not be uniform, and the bets would win although nothing changes
+        # for tied scores would not be uniform, and the bets would win although nothing changes
         # (Vovk et al. 2005).
         return (n_greater + uniform_numbers * (n_equal + 1)) / (n_before + 1)
 
@@ -317,9 +317,9 @@ class ReferenceValues:
 def count_in_earlier_values(values: Floats) -> tuple[Ints, Ints]:
     """Count for each value the greater and the equal values among earlier values.
 
-    The values are divided into blocks of 1 value, then of 2 values, of 4 values, and so on. Blocks
-    are numbered from 0. Every odd block is compared with the previous, even block. Over all block
-    sizes, every pair of values is compared once. This takes O(B log^2 B) time for B values.
+    The values are divided into blocks with 1 value, then with 2 values, with 4 values, and so on.
+    Blocks are numbered from 0. Every odd block is compared with the previous, even block. Over all
+    block sizes, every pair of values is compared once. This takes O(B log^2 B) time for B values.
     """
     n = len(values)
     n_greater = np.zeros(n, np.int64)
@@ -329,27 +329,27 @@ def count_in_earlier_values(values: Floats) -> tuple[Ints, Ints]:
     index = np.arange(n)
     width = 1
     while width < n:
-        pair = index // (2 * width)  # number of the pair of an even and an odd block
+        pair_number = index // (2 * width)  # a pair has an even block and an odd block
         is_odd_block = (index // width) % 2 == 1
-        # The key sorts by pair of blocks, then by value. So all even blocks are in a single sorted
-        # array. A single search compares every odd block with the even block of the same pair.
-        key = pair * n + rank
+        # ``key`` sorts by pair, then by value. After this sort, one array holds all even blocks.
+        # One search compares every odd block with the even block in the same pair.
+        key = pair_number * n + rank
         even_keys = np.sort(key[~is_odd_block])
         odd_keys = key[is_odd_block]
         n_up_to = np.searchsorted(even_keys, odd_keys, "right")
         n_below = np.searchsorted(even_keys, odd_keys, "left")
-        # If an odd block has values, the even blocks of this pair and of all earlier pairs are
-        # full. Together these even blocks hold (pair + 1) * width values.
-        n_greater[is_odd_block] += (pair[is_odd_block] + 1) * width - n_up_to
+        # If an odd block has values, the even blocks in this pair and in all earlier pairs are
+        # full. Together these even blocks hold (pair_number + 1) * width values.
+        n_greater[is_odd_block] += (pair_number[is_odd_block] + 1) * width - n_up_to
         n_equal[is_odd_block] += n_up_to - n_below
         width *= 2
     return n_greater, n_equal
 
 
 N_SHUFFLES: Final = 999
-"""Number of shuffles of the rows. Rows count as sorted only if all shuffles have less order.
+"""Number of row shuffles. Rows count as sorted only if all shuffles have less order.
 
-For exchangeable rows of any distribution this happens with probability 1/1000.
+For exchangeable rows from any distribution this happens with probability 1/1000.
 """
 
 MIN_DEVIATIONS: Final = 4.0
@@ -360,19 +360,19 @@ variable is so far above the mean with probability 3/100,000.
 """
 
 MAX_ROWS_PER_HALF: Final = 4096
-"""At most this many rows of each half are compared. The compared rows are evenly spaced."""
+"""At most this many rows from each half are compared. The compared rows are evenly spaced."""
 
 MIN_ROWS: Final = 20
 """Fewer rows than this number never count as sorted."""
 
 
 def is_grouped(codes: Ints) -> bool:
-    """Whether equal codes (N,) are neighbours, as in a list of files by class.
+    """Return whether equal codes (N,) are neighbours, as in a list of files by class.
 
     The excess is the number of equal neighbours, minus the mean number in shuffled rows. In both
-    halves of the rows, the excess must be at least a tenth of the excess of sorted rows. So rows
-    with a changing mix do not count as sorted. After a single sudden change at least one half has
-    no order, and a slow drift makes only few neighbours equal.
+    halves, the excess must be at least a tenth of the excess in sorted rows. So rows with a
+    changing mix do not count as sorted. After a single sudden change at least one half has no
+    order, and a slow drift makes only few neighbours equal.
     """
 
     def count_equal_neighbours(codes: Floats) -> float:
@@ -391,14 +391,14 @@ def is_grouped(codes: Ints) -> bool:
 
 
 def is_rising(values: Floats) -> bool:
-    """Whether neighbours among values (N,) have similar ranks, as in sorted values.
+    """Return whether neighbours among values (N,) have similar ranks, as in sorted values.
 
-    The excess is the mean distance of neighbours in shuffled rows, minus the distance here. In both
-    halves of the rows, the excess must be at least three quarters of the excess of sorted rows. If
-    a first kind of rows is followed by a second kind, the excess is only half as large.
+    The excess is the mean distance between neighbours in shuffled rows, minus the distance here. In
+    both halves, the excess must be at least three quarters of the excess in sorted rows. If a first
+    kind of rows is followed by a second kind, the excess is only half as large.
     """
 
-    # minus the total distance of neighbours, so that more order gives a larger number
+    # minus the total distance between neighbours, so that more order gives a larger number
     def measure_nearness(rank: Floats) -> float:
         steps = np.diff(rank)
         return -float(np.abs(steps).sum())
@@ -417,10 +417,10 @@ def is_rising(values: Floats) -> bool:
 
 
 def is_in_blocks(codes: Ints) -> bool:
-    """Whether all rows of every code (N,) form a single block, and chance hardly explains this.
+    """Return whether the rows of every code (N,) form one block, and hardly by chance.
 
     Chance hardly explains this if exchangeable rows have a single block per code with a probability
-    of less than 1e-6.
+    below 1e-6.
     """
     if not len(codes):
         return False
@@ -428,7 +428,7 @@ def is_in_blocks(codes: Ints) -> bool:
     n_blocks = 1 + np.count_nonzero(codes[1:] != codes[:-1])
     if n_blocks != len(sizes):
         return False
-    # Let n_k be the number of rows of code k. Of all N! orders, K! n_1! ... n_K! have a single
+    # Let n_k be the number of rows with code k. Of all N! orders, K! n_1! ... n_K! have a single
     # block for each of the K codes.
     log_n_orders_in_blocks = special.gammaln(len(sizes) + 1) + special.gammaln(sizes + 1).sum()
     log_n_orders = special.gammaln(len(codes) + 1)
@@ -442,19 +442,19 @@ def _is_sorted_in_halves(
     measure_largest_order: Callable[[Floats], float],
     min_excess_share: float,
 ) -> bool:
-    """Whether values are sorted within both halves of the rows.
+    """Return whether values are sorted within both halves of the rows.
 
     1. The values must have more order than every shuffle of the values.
-    2. In each half, the excess of order over shuffles must be at least the share
-       ``min_excess_share`` of the largest possible excess.
+    2. In each half, the excess order over shuffles must be at least the share ``min_excess_share``
+       of the largest possible excess.
 
     A shuffle moves values only within a half. So a difference between the two halves does not count
     as order.
 
     Args:
-        values: Values (N,) in the order of the rows.
-        measure_order: Maps the values of a half to a measure of order.
-        measure_largest_order: Maps the values of a half to the largest possible measure.
+        values: Values (N,) in row order.
+        measure_order: Maps the values in a half to a measure of order.
+        measure_largest_order: Maps the values in a half to the largest possible measure.
         min_excess_share: Smallest share of the largest possible excess.
     """
     if len(values) < MIN_ROWS:

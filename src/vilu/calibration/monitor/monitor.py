@@ -1,4 +1,4 @@
-"""Monitoring of a guarantee on the rows and labels that arrive after the calibration."""
+"""Monitoring a guarantee on the rows and labels that arrive after the calibration."""
 
 from __future__ import annotations
 
@@ -43,30 +43,30 @@ class Monitor:
     """Monitor that tests, batch by batch, whether new rows are still like the calibration rows.
 
     Args:
-        calibration: The calibration rows; rows without an uncertainty are left out.
+        calibration: The calibration rows. Rows without an uncertainty are left out.
         rule: A rule from ``certify``, or label sets. Label sets, and rules for whole batches,
             cannot be audited.
-        groups: Names of the groups of the N calibration rows; needed if the rule was made with a
-            list of groups.
+        groups: Group names for the N calibration rows. Needed if the rule was made with a list of
+            groups.
         false_alarm: Probability, in (0, 1), that any test ever raises a false alarm.
-        seed: Seed of the random numbers that break ties, at least 0. The seed must be chosen before
-            the first row is seen.
+        seed: Seed for the random numbers that break ties, at least 0. The seed must be chosen
+            before the first row is seen.
 
     Attributes:
         rows: Number of monitored rows.
-        unscored: Number of monitored rows without an uncertainty; the tests leave out these rows.
+        unscored: Number of monitored rows without an uncertainty. The tests leave out these rows.
         accepted: Number of accepted rows among the monitored rows.
         repeated: Number of rows and labels that were left out, because they were given before.
-        risk: Hash of the saved calibration; None if the calibration is not saved. Scores with
-            decisions of this calibration contain the same hash.
+        risk: Hash of the saved calibration. None if the calibration is not saved. Scores with
+            decisions by this calibration contain the same hash.
 
     Raises:
         UsageError: If ``false_alarm`` or ``seed`` is out of range.
         DataError: If no calibration row has an uncertainty.
         InfeasibleError: If there is no guarantee to monitor: no rule, or a rule that accepts
             nothing.
-        ProvenanceError: If the rule is about the photos of a folder or about clusters, not about
-            single new rows.
+        ProvenanceError: If the rule is about a folder's photos or about clusters, not about single
+            new rows.
 
     Examples:
         >>> import numpy as np, vilu
@@ -133,14 +133,14 @@ class Monitor:
     def _make_tests(self, values: Mapping[TestName, Floats]) -> None:
         """Make all tests, each with a share of ``false_alarm``.
 
-        ``values`` maps the name of a test to the values of the calibration rows. The test compares
-        the values of new rows with these values.
+        ``values`` maps a test's name to the values for the calibration rows. The test compares new
+        rows' values with these values.
         """
         guaranteed_risk = self._guaranteed_risk()
         names: list[TestName] = list(values)
         if guaranteed_risk is not None:
             names.append("audit")
-        # Only the names of the audits are needed here. The levels of the audits are computed below.
+        # Only the audits' names are needed here. The audits' levels are computed below.
         names += list(make_rate_audits(self.rule, self.calibration, level=self.false_alarm))
         # Every test can raise a false alarm. So the tests share the level: with the whole level for
         # each, the probability of any false alarm could exceed ``false_alarm`` (union bound).
@@ -167,7 +167,7 @@ class Monitor:
             self.rate_tests[name] = Test(name=name, level=rate_audit.delta)
 
     def _find_comparison_limit(self) -> float:
-        """Return the limit of the comparison: only rows with a smaller uncertainty are compared.
+        """Return the comparison limit: only rows with a smaller uncertainty are compared.
 
         The limit is infinite if all rows are compared.
         """
@@ -186,7 +186,7 @@ class Monitor:
     def of_folder(
         cls, folder: str | Path | SavedModel, *, false_alarm: float = 0.05, seed: int = 0
     ) -> Self:
-        """Make a monitor of the calibration in a predictor's folder, or of a ``vilu.Selective``.
+        """Make a monitor for the calibration in a predictor's folder, or for a ``vilu.Selective``.
 
         Raises:
             InfeasibleError: If the predictor has no guarantee to monitor.
@@ -222,11 +222,10 @@ class Monitor:
         Rows with a known failure are also audited.
 
         Args:
-            outcomes: Scores of the same predictor. Rows from earlier batches are left out and
+            outcomes: Scores by the same predictor. Rows from earlier batches are left out and
                 counted in ``repeated``. Such rows are recognised by identifier, uncertainty and
                 answer. Rows without identifiers are recognised only as a whole batch.
-            groups: Names of the groups of the N rows; needed if the rule was made with a list of
-                groups.
+            groups: Group names for the N rows. Needed if the rule was made with a list of groups.
             in_order: Whether the rows are known to be in the order of their arrival. If not, sorted
                 rows are refused.
 
@@ -234,7 +233,7 @@ class Monitor:
             UserWarning: If some of the rows are calibration rows, or were monitored before.
 
         Raises:
-            ProvenanceError: If the scores are of another predictor or calibration, or if the
+            ProvenanceError: If the scores are by another predictor or calibration, or if the
                 candidates differ.
             DataError: If the rows are sorted, or if the rows lack answers and the calibration rows
                 have answers.
@@ -293,8 +292,8 @@ class Monitor:
 
         Raises:
             UsageError: If there is no guarantee to audit, or if groups are needed and not given.
-            ProvenanceError: If the predictor, the calibration or the candidates of the scores
-                differ from the monitor's.
+            ProvenanceError: If the scores' predictor, calibration or candidates differ from the
+                monitor's.
 
         Examples:
             >>> import numpy as np, vilu
@@ -332,10 +331,10 @@ class Monitor:
     def save(self, path: str | Path) -> None:
         """Write the state for ``resume`` into a ``.parquet`` file, atomically.
 
-        An existing file is replaced only if the file is the state of a monitor.
+        An existing file is replaced only if the file is a monitor's state.
 
         Raises:
-            UsageError: If the file has another suffix, or if an existing file is no such state.
+            UsageError: If the suffix is not ``.parquet``, or if an existing file is no such state.
             StorageError: If the file cannot be written.
 
         Examples:
@@ -355,14 +354,14 @@ class Monitor:
         import pyarrow as pa
 
         claim_file(path, "monitor state", overwrite=True)
-        # With this option, missing columns are filled with null.
+        # ``promote_options`` fills missing columns with null.
         whole_table = pa.concat_tables(self._tables_to_save(), promote_options="default")
         columns = {name: whole_table[name] for name in ("test", "value", "count", "row")}
         metadata = self.state().model_dump(mode="json")
         write_table(path, columns, metadata)
 
     def _tables_to_save(self) -> list[pa.Table]:
-        """Make the tables with the values of every test, and with the hashes of rows and labels."""
+        """Make the tables with every test's values, and with the hashes for rows and labels."""
         import pyarrow as pa
 
         tables = []
@@ -375,7 +374,7 @@ class Monitor:
         empty_columns = {"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())}
         empty_table = pa.table(empty_columns)
         tables.append(empty_table)
-        # The hashes of seen rows and seen labels are in the same table. In lines with hashes, the
+        # The hashes for seen rows and seen labels are in the same table. In lines with hashes, the
         # column "test" names the kind of hash.
         for kind, seen in ((ROWS_SEEN, self.seen_rows), (LABELS_SEEN, self.seen_labels)):
             hashes = seen.hashes()
@@ -386,13 +385,13 @@ class Monitor:
 
     @checked
     def resume(self, path: str | Path) -> Self:
-        """Continue from a saved state of a monitor of the same calibration.
+        """Continue from a saved monitor state, if the monitor had the same calibration.
 
         Raises:
             UsageError: If the file is not a ``.parquet`` file, or if this monitor has already
                 monitored rows.
             StorageError: If the file cannot be opened.
-            DataError: If the file is no state of a monitor, or if the file is damaged.
+            DataError: If the file is no monitor state, or if the file is damaged.
             ProvenanceError: If the state belongs to another calibration, level or seed.
 
         Examples:
@@ -443,7 +442,7 @@ class Monitor:
         return self
 
     def state(self) -> State:
-        """Return the state of the monitor, without the calibration and the monitored values.
+        """Return the monitor's state, without the calibration and the monitored values.
 
         Examples:
             >>> import numpy as np, vilu
@@ -477,8 +476,8 @@ class Monitor:
     def _restore(self, state: State, values: Mapping[TestName, tuple[Floats, Ints]]) -> None:
         """Set this monitor to a saved state.
 
-        ``values`` maps the name of a test to the distinct values so far, and to the count of each
-        value. Raises a ValueError if the state does not fit.
+        ``values`` maps a test's name to the distinct values so far, and to each value's count.
+        Raises a ValueError if the state does not fit.
         """
         self._require_tests(state)
         tests = {test.name: test for test in state.tests}
@@ -498,7 +497,7 @@ class Monitor:
     def _saved_shift_tests(
         self, state: State, values: Mapping[TestName, tuple[Floats, Ints]]
     ) -> dict[TestName, ShiftTest]:
-        """Return the shift tests of a saved state; ``values`` is as in ``_restore``."""
+        """Return the shift tests from a saved state. ``values`` is as in ``_restore``."""
         tests = {test.name: test for test in state.tests}
         compares_all = self.comparison_limit == np.inf
         shift_tests: dict[TestName, ShiftTest] = {}
@@ -533,7 +532,7 @@ class Monitor:
 
     @property
     def status(self) -> Status:
-        """The current status."""
+        """Current status."""
         tests = self._tests()
         audited = None if self.error_audit is None else Audited.from_audit(self.error_audit)
         verdict, raised_at, reason, advice = conclude(tests, audited)
@@ -557,14 +556,14 @@ class Monitor:
         )
 
     def _tests(self) -> list[Test]:
-        """Return all tests, in the order of the status."""
+        """Return all tests, in the status's order."""
         tests = [shift_test.test for shift_test in self.shift_tests.values()]
         if self.audit_test is not None:
             tests.append(self.audit_test)
         return [*tests, *self.rate_tests.values()]
 
     def _guaranteed_risk(self) -> float | None:
-        """Return the guaranteed largest error rate of accepted answers.
+        """Return the guaranteed largest error rate among accepted answers.
 
         None if nothing is accepted, or if the guarantee is only about a mean over calibrations. An
         error rate of 0 or 1 cannot be audited, and gives None too.
@@ -573,8 +572,8 @@ class Monitor:
             return None
         if self.rule.method == "crc":
             # Conformal risk control bounds the mean over calibrations. In about half of the
-            # calibrations the risk is above the target. So an audit would raise alarms although
-            # the guarantee holds.
+            # calibrations the risk is above the target. So an audit would raise alarms although the
+            # guarantee holds.
             return None
         risk = self.rule.max_risk
         if risk is None:
@@ -584,7 +583,7 @@ class Monitor:
         return risk
 
     def _is_accepted(self, outcomes: Outcomes, groups: Sequence[str] | None) -> NDArray[np.bool_]:
-        """Return the mask (N,) of the accepted answers; False everywhere without a rule."""
+        """Return the mask (N,) of the accepted answers, False everywhere without a rule."""
         if self.rule is None:
             return np.zeros(len(outcomes), dtype=np.bool_)
         if self.rule.grouped_by == "prediction":
@@ -594,7 +593,7 @@ class Monitor:
     def _values_by_test(
         self, outcomes: Outcomes, is_accepted: NDArray[np.bool_]
     ) -> dict[TestName, Floats]:
-        """Return the values (M,) of the M compared rows, for each test that compares rows.
+        """Return values (M,) for the M compared rows, for each test that compares rows.
 
         ``is_accepted`` is the mask (N,) of the accepted answers.
         """
@@ -636,15 +635,15 @@ class Monitor:
         Args:
             outcomes: N rows.
             is_accepted: Mask (N,) of the accepted answers.
-            row_numbers: (N,) If the label of a row raises an alarm, the alarm is reported at the
-                row with this number.
+            row_numbers: (N,) If a row's label raises an alarm, the alarm is reported at the row
+                with this number.
             tested_slice: Selects labels. The evidence is tested after each selected label.
         """
         if self.error_audit is None or self.audit_test is None:
             return
         is_counted = is_accepted
         if "outside" in self.rate_audits:
-            # All labelled rows count for the share of out-of-distribution images.
+            # All labelled rows count for the out-of-distribution share.
             is_counted = np.ones(len(outcomes), dtype=np.bool_)
         labelled_rows = np.flatnonzero((outcomes.failure != UNKNOWN) & is_counted)
         if labelled_rows.size == 0:  # the usual case in a service, because labels arrive later
@@ -676,10 +675,10 @@ class Monitor:
         row_numbers: Ints,
         tested_slice: slice = slice(None),
     ) -> None:
-        """Update a rate and the test of the rate with M new rows; ignore unmonitored rates.
+        """Update a rate and the rate's test with M new rows. Unmonitored rates are ignored.
 
         Args:
-            name: Name of the rate, such as "review".
+            name: Rate name, such as "review".
             is_event: Mask (M,) of the rows with the counted event, such as rows left for review.
             row_numbers: (M,) If a row raises an alarm, the alarm is reported at the row with this
                 number.
@@ -695,7 +694,7 @@ class Monitor:
         self.rate_audits[name] = self.rate_audits[name].with_answers(events)
 
     def _acceptance_shares(self) -> Acceptance | None:
-        """Return the shares of accepted answers among the calibration rows and the monitored rows.
+        """Return the accepted shares, among the calibration rows and among the monitored rows.
 
         None if the share among the calibration rows is not known.
         """
@@ -714,7 +713,7 @@ class Monitor:
         if not self.shift_tests:
             content_hash.update(self.calibration.uncertainty.tobytes())
         if self.rule is not None and self.rule.reweighted:
-            # The audits of rates depend on the strata of the rows.
+            # The rate audits depend on the strata of the rows.
             rows = self.calibration.take(self.calibration.evaluable)
             strata = Strata(rows, self.rule.outside_share, self.rule.class_shares)
             content_hash.update(strata.stratum.tobytes())
@@ -725,7 +724,7 @@ class Monitor:
 
 
 def _load_guarantee(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
-    """Load the calibration and guarantee of a predictor; InfeasibleError without a guarantee."""
+    """Load a predictor's calibration and guarantee. InfeasibleError without a guarantee."""
     command = f"vilu calibrate {shlex.quote(str(folder))} STORE --max-risk 0.05"
     calibration = Calibration.find(folder)
     if calibration is None:
@@ -741,10 +740,10 @@ def _load_guarantee(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
 
 
 ROWS_SEEN = "rows seen"
-"""Value of the column "test" of a saved state in the lines with hashes of rows."""
+"""Value in the column "test" of a saved state, in the lines with row hashes."""
 
 LABELS_SEEN = "labels seen"
-"""Value of the column "test" of a saved state in the lines with hashes of labels."""
+"""Value in the column "test" of a saved state, in the lines with label hashes."""
 
 
 def _add_saved_hashes(seen: SeenRows, hashes: pa.ChunkedArray, n: int) -> None:
@@ -761,7 +760,7 @@ def _add_saved_hashes(seen: SeenRows, hashes: pa.ChunkedArray, n: int) -> None:
 def _read_numbers(
     path: str | Path, table: pa.Table, name: str, column_type: str, *, in_place_of_null: float
 ) -> NDArray[Any]:
-    """Read a column of numbers of a saved state, with a number in place of null."""
+    """Read a number column from a saved state, with a number in place of null."""
     column = read_column(path, table, name, column_type)
     filled_column = column.fill_null(in_place_of_null)
     numbers: NDArray[Any] = filled_column.to_numpy()
@@ -769,7 +768,7 @@ def _read_numbers(
 
 
 def _read_state(path: str | Path) -> tuple[pa.Table, State]:
-    """Read the saved state of a monitor: the table with values and hashes, and the ``State``."""
+    """Read a monitor's saved state: the table with values and hashes, and the ``State``."""
     table, metadata = read_table(path, ("test",))
     if metadata.get("kind") != "monitor":
         raise DataError(
@@ -785,7 +784,7 @@ def _read_state(path: str | Path) -> tuple[pa.Table, State]:
 
 
 def _require_parquet(path: str | Path) -> None:
-    """Refuse a path with another suffix than ".parquet"."""
+    """Refuse a path whose suffix is not ".parquet"."""
     if table_suffix(path) != ".parquet":
         raise UsageError(
             f"the state of a monitor is a .parquet file. Got {Path(path).name!r} instead."

@@ -1,6 +1,6 @@
 """Rates with an upper limit, as long as a guarantee for stated shares holds.
 
-Each rate is monitored by an ``Audit``, like the error rate of accepted answers.
+Each rate is monitored by an ``Audit``, like the error rate among accepted answers.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from vilu.calibration.thresholds import percent, upper_bound
 from vilu.outcomes.outcomes import Outcomes
 
 MIN_OOD_LIMIT: Final = 1e-3
-"""Limit of the share of out-of-distribution images, if a smaller share than this was stated."""
+"""Limit for the out-of-distribution share, if a smaller share was stated."""
 
 
 def make_rate_audits(
     rule: Rule | None, calibration: Outcomes, level: float
 ) -> dict[TestName, Audit]:
-    """Return the audits of rates that stay below a limit while a guarantee for stated shares holds.
+    """Return audits for the rates that a guarantee for stated shares keeps below a limit.
 
-    Rules without stated shares have no such rates. ``level`` is the probability that the audit of a
-    rate ever raises a false alarm.
+    Rules without stated shares have no such rates. ``level`` is the probability that a rate's audit
+    ever raises a false alarm.
 
     - "outside": the share of out-of-distribution images among labelled rows. The limit is the
       stated share, but at least ``MIN_OOD_LIMIT``.
-    - "review": the share of rows left for review. Let d_in be this share among images of the
+    - "review": the share of rows left for review. Let d_in be this share among images within the
       classes, and d_out this share among out-of-distribution images. If the share of
       out-of-distribution images is p', the rate is
 
           (1 - p') d_in + p' d_out.
 
       The limit is the maximum over all p' from 0 to the stated share, computed with upper
-      Clopper-Pearson bounds of the rates in all strata. These bounds together take half of the
+      Clopper-Pearson bounds on the rates in all strata. These bounds together take half of the
       level, and the audit takes the second half.
     """
     if rule is None or not rule.reweighted or not rule.feasible:
@@ -53,7 +53,7 @@ def make_rate_audits(
 
 
 def _largest_review_share(rule: Rule, rows: Outcomes, delta: float) -> float:
-    """Return an upper bound of the share of rows left for review, at the stated shares.
+    """Return an upper bound on the share of rows left for review, at the stated shares.
 
     ``rows`` are the calibration rows with a label. The bound holds with confidence 1 - delta.
     """
@@ -70,7 +70,7 @@ def _largest_review_share(rule: Rule, rows: Outcomes, delta: float) -> float:
     ood_share = float(strata.share[-1])
     class_shares = strata.share[:-1]
     inside_bound = float(class_shares @ np.array(class_bounds)) / (1 - ood_share)
-    # The true share of out-of-distribution images may be any number from 0 to the stated share. The
+    # The true out-of-distribution share may be any number from 0 to the stated share. The
     # rate is linear in this share, so the maximum is at 0 or at the stated share. Suppose only the
     # rate at the stated share were the limit. Then fewer such images than stated could raise a
     # false alarm.
@@ -79,9 +79,9 @@ def _largest_review_share(rule: Rule, rows: Outcomes, delta: float) -> float:
 
 
 def ood_in_words(audit: Audit, stated_share: float) -> str:
-    """Return a text on the share of out-of-distribution rows among labelled rows, with bounds.
+    """Say which share of labelled rows is out of distribution, with bounds.
 
-    The bounds hold after every label. ``audit`` is the audit of this share, and ``stated_share`` is
+    The bounds hold after every label. ``audit`` is the audit on this share, and ``stated_share`` is
     the stated share.
     """
     lower = percent(audit.lower, rounding=math.floor)

@@ -1,4 +1,4 @@
-"""Status of a monitor: the verdict, the tests behind the verdict, and advice."""
+"""A monitor's status: the verdict, the tests behind the verdict, and advice."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from vilu.calibration.thresholds import percent
 from vilu.metrics.counts import Floats, Ints
 
 Verdict = Literal["holds", "shifted: guarantee void", "broken"]
-"""Verdicts of a monitor.
+"""Verdicts that a monitor reaches.
 
-"holds": no alarm. "broken": an alarm of the audit. "shifted: guarantee void": alarms, but no alarm
-of the audit.
+"holds": no alarm. "broken": an alarm by the audit. "shifted: guarantee void": alarms, but no alarm
+by the audit.
 """
 
-# For each test, the meaning of an alarm, as a part of a sentence.
+# For each test, the meaning of an alarm, as a clause.
 ALARM_MEANING = {
     "scores": "the uncertainties are no longer distributed as those of the calibration rows",
     "acceptance": "another share of the answers is accepted than of the calibration rows",
@@ -46,19 +46,19 @@ class Test(FrozenModel):
 
     # "scores", "acceptance" and "answers" test whether the rows are still like the calibration
     # rows. "audit" tests whether accepted answers are wrong too often. "outside" and "review" test
-    # whether the shares are still the stated shares of the guarantee.
+    # whether the shares are still the shares stated in the guarantee.
     name: TestName
     level: float = Field(gt=0, lt=1)  # probability that a false alarm is ever raised
-    log_wealth: float = 0.0  # evidence now, a log wealth; the alarm is raised at log(1/level)
+    log_wealth: float = 0.0  # evidence now, a log wealth, with the alarm at log(1/level)
     peak: float = 0.0  # largest log wealth so far
-    # number of the row with the alarm, 0 = first monitored row; None: no alarm
+    # number of the row with the alarm, 0 = first monitored row, None = no alarm
     raised_at: int | None = Field(default=None, ge=0)
 
     def after(self, log_wealth: Floats, row_numbers: Ints) -> Test:
         """Return the test after B more rows.
 
-        ``log_wealth`` (B,) is the evidence after each of these rows, and ``row_numbers`` (B,)
-        are the numbers of the rows.
+        ``log_wealth`` (B,) is the evidence after each of these rows, and ``row_numbers`` (B,) are
+        the row numbers.
         """
         if not len(log_wealth):
             return self
@@ -88,26 +88,26 @@ class Acceptance(FrozenModel):
     """Shares of accepted answers."""
 
     calibration: float  # share among the calibration rows
-    since: float | None  # share among the monitored rows; None before the first row
+    since: float | None  # share among the monitored rows, None before the first row
     n: int  # number of monitored rows with an uncertainty
 
 
 class Audited(FrozenModel):
-    """Result of the audit of labels so far. The bounds may be looked at after every label."""
+    """Audit result for the labels so far. The bounds may be looked at after every label."""
 
     n: int  # number of audited accepted answers
     wrong: int  # number of wrong audited answers
     guarantee: float  # guaranteed largest error rate
-    lower: float  # lower bound of the error rate
-    upper: float  # upper bound of the error rate
+    lower: float  # lower bound on the error rate
+    upper: float  # upper bound on the error rate
     confidence: float  # 1 - delta, for each single bound
     verdict: AuditVerdict  # "holds so far", "not enough audited answers" or "broken"
-    # about how many more audited answers lead to a verdict; None if no number is enough
+    # about how many more audited answers lead to a verdict, None if no number is enough
     n_needed: int | None
 
     @classmethod
     def from_audit(cls, audit: Audit) -> Audited:
-        """Make the result of an audit, with computed bounds."""
+        """Make the result from an audit, with computed bounds."""
         return cls(
             n=audit.n_audited,
             wrong=audit.n_wrong,
@@ -133,20 +133,21 @@ class Audited(FrozenModel):
 
 
 class Status(FrozenModel):
-    """The state of a guarantee after some rows."""
+    """State of a guarantee after some rows."""
 
     verdict: Verdict  # "holds" (no alarm so far), "shifted: guarantee void", or "broken"
-    # number of the row with the first alarm (the first monitored row is 0); None: no alarm
+    # number of the row with the first alarm (the first monitored row is 0), None = no alarm
     raised_at: int | None
     reason: str  # reason for the verdict, as a text
     advice: str  # advice for the next step, as a text
     rows: int  # number of monitored rows
-    unscored: int  # number of monitored rows without an uncertainty; left out of the tests
-    false_alarm: float  # bound of the probability that any test ever raises a false alarm
-    tests: tuple[Test, ...]  # all tests; ``false_alarm`` is divided among the tests
-    acceptance: Acceptance | None  # shares of accepted answers; None without a rule for single rows
-    audit: Audited | None  # result of the audit; None without a guarantee for single answers
-    # share of out-of-distribution images among labelled rows, as a text; None: no share was stated
+    unscored: int  # number of monitored rows without an uncertainty, left out of the tests
+    false_alarm: float  # bound on the probability that any test ever raises a false alarm
+    tests: tuple[Test, ...]  # all tests, with ``false_alarm`` divided among the tests
+    acceptance: Acceptance | None  # shares of accepted answers, None without a rule for single rows
+    audit: Audited | None  # audit result, None without a guarantee for single answers
+    # share of out-of-distribution images among labelled rows, as a text, None if no share was
+    # stated
     present: str | None = None
 
     @property
@@ -182,14 +183,14 @@ def _odds(log_wealth: float) -> str:
 
 
 class Alarm(NamedTuple):
-    """Alarm of a test at a row."""
+    """Alarm by a test at a row."""
 
     row: int
     test: TestName
 
 
 class Conclusion(NamedTuple):
-    """Conclusion from all tests. The fields are the fields of ``Status`` with the same names."""
+    """Conclusion from all tests. The fields are the ``Status`` fields with the same names."""
 
     verdict: Verdict
     raised_at: int | None

@@ -1,4 +1,4 @@
-"""State of a monitor between batches: the tests with the evidence so far, and the saved form."""
+"""A monitor's state between batches: the tests with the evidence so far, and the saved form."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ LEVEL_PARTS: Final[dict[TestName, int]] = {
     "outside": 1,
     "review": 1,
 }
-"""Number of parts of the false-alarm probability for each test.
+"""How many parts of the false-alarm probability each test gets.
 
-A test with p parts gets the share p / s, where s is the sum of the parts of all tests in use. So
+A test with p parts gets the share p / s, where s is the sum of the parts over all tests in use. So
 unused tests take nothing.
 """
 
@@ -39,19 +39,19 @@ class ShiftTest:
     """Test for exchangeable values, with the evidence so far. Every row has a single value."""
 
     test: Test
-    reference: ReferenceValues  # the values of calibration rows, and of all tested rows
+    reference: ReferenceValues  # the values for calibration rows, and for all tested rows
     martingale: Martingale = field(default_factory=Martingale)  # bets on the tested rows
 
     def update(self, values: Floats, row_numbers: Ints, seed: int) -> None:
-        """Test the next values (B,) of the rows with the numbers ``row_numbers`` (B,).
+        """Test the next values (B,), in the rows numbered ``row_numbers`` (B,).
 
-        ``seed`` is the seed of the random numbers that break ties.
+        ``seed`` is the seed for the random numbers that break ties.
         """
         test_number = list(LEVEL_PARTS).index(self.test.name)
         generator = np.random.PCG64([seed, test_number])
-        # The random number of a value does not depend on the division of values into batches.
-        # Otherwise the evidence would depend on the division, and a user could choose a division
-        # with a convenient result.
+        # A value's random number does not depend on how values are divided into batches. Otherwise
+        # the evidence would depend on the division, and a user could choose a division with a
+        # convenient result.
         generator.advance(self.martingale.n)
         rng = np.random.Generator(generator)
         uniform_numbers = rng.random(len(values))
@@ -68,9 +68,9 @@ class ShiftTest:
 
         Args:
             test: The saved test.
-            wealth: The saved wealth; None before the first row.
-            values: Distinct values of the reference.
-            counts: Number of occurrences of each value.
+            wealth: The saved wealth. None before the first row.
+            values: Distinct values in the reference.
+            counts: How often each value occurs.
             n_tested: Number of tested rows. Calibration rows do not count.
         """
         martingale = Martingale()
@@ -87,31 +87,31 @@ class ShiftTest:
 
 
 Count = Annotated[int, Field(ge=0)]
-"""Type of a field with a number of rows, answers or hashes."""
+"""Type for a field with a number of rows, answers or hashes."""
 
 NumberPerBet = Annotated[
     tuple[FiniteFloat, ...], Field(min_length=len(WEALTH_SHARES), max_length=len(WEALTH_SHARES))
 ]
-"""Type of a field with one number for each bet."""
+"""Type for a field with one number for each bet."""
 
 CellCounts = tuple[Annotated[FiniteFloat, Field(ge=0)], ...]
-"""Counts of p-values in the cells of a histogram. Earlier p-values have a smaller weight."""
+"""Counts of p-values in a histogram's cells. Earlier p-values have a smaller weight."""
 
 
 class Wealth(FrozenModel):
     """Saved form of a ``Martingale`` with at least one row.
 
-    The fields have the names of the attributes of ``Martingale``, where L_t is defined.
+    The fields are named like the attributes of ``Martingale``, where L_t is defined.
     """
 
     n: Annotated[int, Field(ge=1)]  # number of rows so far
-    growth: NumberPerBet  # L_t of each bet: the sum of its log densities over all rows
-    started: NumberPerBet  # log sum_s share_s exp(-L_{s-1}) of each bet, over its starts s
+    growth: NumberPerBet  # each bet's L_t: the sum of its log densities over all rows
+    started: NumberPerBet  # each bet's log sum_s share_s exp(-L_{s-1}), over its starts s
     counts: tuple[CellCounts, ...]  # for each histogram bet
 
     @classmethod
     def of(cls, martingale: Martingale) -> Wealth | None:
-        """Return the saved form of a martingale; None before the first row."""
+        """Return a martingale's saved form, or None before the first row."""
         if not martingale.n:
             return None
         return cls(
@@ -138,16 +138,16 @@ class Wealth(FrozenModel):
 
 
 class State(FrozenModel):
-    """State of a monitor without the calibration and without the monitored values."""
+    """Monitor state without the calibration and without the monitored values."""
 
     kind: Literal["monitor"] = "monitor"
-    fingerprint: str  # ``Monitor.fingerprint``, a digest of the calibration and the settings
+    fingerprint: str  # ``Monitor.fingerprint``, a digest over the calibration and the settings
     rows: Count  # number of monitored rows
     unscored: Count  # number of monitored rows without an uncertainty
     accepted: Count  # number of accepted rows among the monitored rows
     tests: tuple[Test, ...]
-    wealth: dict[str, Wealth | None]  # by test, for each ``ShiftTest``; None before the first row
-    audited: tuple[Count, Count]  # number of audited answers, and number of wrong answers
-    remembered: tuple[Count, Count]  # number of hashes of rows, and number of hashes of labels
-    # for each rate: number of rows, and number of rows with the event, such as a review
+    wealth: dict[str, Wealth | None]  # by test, for each ``ShiftTest``, None before the first row
+    audited: tuple[Count, Count]  # how many answers were audited, and how many were wrong
+    remembered: tuple[Count, Count]  # how many hashes there are for rows, and for labels
+    # for each rate: the row count, and the count of rows with the event, such as a review
     counted: dict[str, tuple[Count, Count]]

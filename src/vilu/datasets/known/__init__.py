@@ -36,7 +36,7 @@ KNOWN: Final = Catalogue[KnownDataset]("data set", "vilu.datasets")
 
 
 def find_known(name: str) -> KnownDataset:
-    """Return the entry of a data set.
+    """Return a data set's entry.
 
     Raises:
         MissingModelError: If the data set is in vilu-bench, and vilu-bench is not installed.
@@ -62,9 +62,9 @@ def open_known(
     classes: Path | None = None,
     outside: tuple[str, ...] = (),
 ) -> ImageDataset:
-    """Open a data set of the catalogue.
+    """Open a data set from the catalogue.
 
-    The attribute ``source`` of the result names the list of splits in use.
+    The result's attribute ``source`` names the split list in use.
     """
     entry = find_known(name)
     if raw_names and classes is not None:
@@ -77,10 +77,10 @@ def open_known(
 
 
 def add_dataset(entry: KnownDataset) -> KnownDataset:
-    """Add a data set to the catalogue of this process; ``entry.reader`` may be any ``Reader``.
+    """Add a data set to this process's catalogue. ``entry.reader`` may be any ``Reader``.
 
     Raises:
-        UsageError: If another data set has the same name.
+        UsageError: If a different data set already has this name.
     """
     require_free_name(entry)
     # setdefault adds the entry, or returns an equal entry that was added before
@@ -88,7 +88,7 @@ def add_dataset(entry: KnownDataset) -> KnownDataset:
 
 
 def require_free_name(entry: KnownDataset) -> None:
-    """Raise UsageError if another data set has the same name as ``entry``."""
+    """Raise UsageError if a different data set already has the name of ``entry``."""
     earlier_entry = KNOWN.registered.get(entry.name)
     if earlier_entry is not None and earlier_entry != entry:
         raise UsageError(
@@ -97,7 +97,7 @@ def require_free_name(entry: KnownDataset) -> None:
 
 
 def _add_dataset(entry: object) -> bool:
-    """Add a ``KnownDataset`` to the catalogue; return False for any other object."""
+    """Add a ``KnownDataset`` to the catalogue. Return False for any other object."""
     if not isinstance(entry, KnownDataset):
         return False
     add_dataset(entry)
@@ -116,19 +116,19 @@ MEBIBYTE: Final = 2**20
 
 @dataclass(frozen=True)
 class Presence:
-    """The state of a data set on a disk.
+    """A data set's state on a disk.
 
     Attributes:
-        name: Name of the data set in the catalogue.
-        title: Name of the data set in messages.
-        folder: Folder of the data set; None if the data set is absent.
-        origin: Description of the list of splits in use; "" if the data set is absent.
-        splits: Split -> numbers of files.
+        name: The data set's name in the catalogue.
+        title: The data set's name in messages.
+        folder: The data set's folder. None if the data set is absent.
+        origin: Description of the split list in use. "" if the data set is absent.
+        splits: Split -> file counts.
         archives: Name -> state, for every existing archive or file with a published checksum. The
             state is "right" or "wrong" if the checksum was compared, else "present".
         problem: Error that ended the check early, if any.
         state: "complete" means that all listed files exist. "present" means no error, but also no
-            list of the files.
+            file list.
         advice: Text on the user's next step.
     """
 
@@ -154,10 +154,9 @@ def check(
     """Check which files of data sets exist on a disk, and how to get missing files.
 
     Args:
-        root: The folder of all data sets, or the folder of a single data set.
-        names: Names of data sets; None for all in the catalogue.
-        deep: Whether to compare archives with their published checksums, and to list the members of
-            tar files.
+        root: The folder with all data sets, or a single data set's folder.
+        names: Data set names. None for all in the catalogue.
+        deep: Whether to compare archives with published checksums, and to list tar files' members.
     """
     is_named = names is not None
     if names is None:
@@ -168,7 +167,7 @@ def check(
 
 
 def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> Presence:
-    """Check a data set; ``named`` is true if the user has named it (``find_place``)."""
+    """Check a data set. ``named`` is true if the user has named the data set (``find_place``)."""
     place = find_place(entry, root, named=named)
     archive_paths = _find_archives(entry, root, place)
     archives = {name: _archive_state(entry, path, deep) for name, path in archive_paths.items()}
@@ -198,11 +197,10 @@ def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> 
 def _published_splits(entry: KnownDataset, survey: Survey) -> dict[str, Count]:
     """Return split -> counts, with the published sizes.
 
-    If only the sum of some splits is published ("train+val"), the counts of these splits are added
-    up.
+    If only some splits' sum is published ("train+val"), these splits' counts are added up.
     """
     published_sizes = entry.published_sizes(survey.counts)
-    # if no sizes are published, each split has its own count
+    # if no sizes are published, each split has a separate count
     names_of_splits = published_sizes or survey.counts
     counts_of_splits = {}
     for joined_names in names_of_splits:
@@ -215,7 +213,7 @@ def _published_splits(entry: KnownDataset, survey: Survey) -> dict[str, Count]:
 def _damaged_archives(
     archives: Mapping[str, ArchiveState], archive_paths: Mapping[str, Path], place: Place
 ) -> list[str]:
-    """Return the names of the archives with a wrong checksum in the folder of the data set."""
+    """Return the names of the archives with a wrong checksum in the data set's folder."""
     damaged_names: list[str] = []
     for name, state in archives.items():
         is_in_folder = archive_paths[name].parent == place.folder
@@ -225,7 +223,7 @@ def _damaged_archives(
 
 
 def _state_by_counts(splits: Collection[Count], survey: Survey) -> State:
-    """Return the state of a data set without errors, from the counts of its splits."""
+    """Return the state of a data set without errors, from the splits' counts."""
     for split in splits:
         if not split.is_complete(binding=survey.binding):
             return "incomplete"
@@ -234,10 +232,10 @@ def _state_by_counts(splits: Collection[Count], survey: Survey) -> State:
 
 
 def _find_archives(entry: KnownDataset, root: Path, place: Place | None) -> dict[str, Path]:
-    """Return name -> path of the existing files with a published checksum.
+    """Return name -> path for the existing files with a published checksum.
 
-    The places to search are the folder of the data set and the usual folders of archives. If
-    several folders have a file of the same name, the first file is taken.
+    The places to search are the data set's folder and the usual folders for archives. If several
+    folders have a file with the same name, the first file is taken.
     """
     folders = [root]
     for usual_folder in entry.folders:
@@ -256,7 +254,7 @@ def _find_archives(entry: KnownDataset, root: Path, place: Place | None) -> dict
 
 
 def _archive_state(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
-    """Return the state of an archive. The checksum is computed only if ``deep`` is True."""
+    """Return an archive's state. The checksum is computed only if ``deep`` is True."""
     if not deep:
         return "present"
     try:
@@ -269,7 +267,7 @@ def _archive_state(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
 
 
 def _md5(path: Path) -> str:
-    """Return the MD5 checksum of a file. torchvision publishes MD5 checksums."""
+    """Return a file's MD5 checksum. torchvision publishes MD5 checksums."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         size = path.stat().st_size

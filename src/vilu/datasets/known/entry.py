@@ -1,4 +1,4 @@
-"""A known data set, its location on a disk, and counts of its files."""
+"""A known data set, where the data set is on a disk, and file counts."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ MAX_MISSING_NAMES: Final = 5  # maximum number of missing files in a message
 
 @dataclass(frozen=True)
 class Count:
-    """The numbers of images of a split, or of several splits if only the sum is published."""
+    """A split's image counts, or the counts for several splits if only the sum is published."""
 
-    found: int | None  # number of existing files; None if not counted
-    listed: int | None  # number of files in the list of the split; None if there is no list
-    expected: int | None = None  # published number of files in this list; None if not published
+    found: int | None  # number of existing files, or None if not counted
+    listed: int | None  # number of files in the split's list, or None if there is no list
+    expected: int | None = None  # published number of files in this list, or None if not published
     missing: tuple[str, ...] = ()  # the first missing files in the list
-    problem: str | None = None  # error that prevented the counting; None if there was no error
+    problem: str | None = None  # error that prevented the counting, or None
 
     @classmethod
     def sum(cls, counts: Iterable[Count], expected: int | None) -> Count:
-        """Return the sum of the counts of several splits."""
+        """Return several splits' counts, added up."""
         n_existing: int | None = 0
         n_listed: int | None = 0
         missing: list[str] = []
@@ -42,7 +42,7 @@ class Count:
         return cls(n_existing, n_listed, expected, tuple(missing[:MAX_MISSING_NAMES]), problem)
 
     def is_complete(self, *, binding: bool) -> bool:
-        """Whether all listed files exist.
+        """Return whether all listed files exist.
 
         If ``binding``, at least ``expected`` files must be listed, too.
         """
@@ -59,33 +59,33 @@ class Count:
 
 @dataclass(frozen=True)
 class Survey:
-    """The counts of the files of a data set."""
+    """A data set's file counts."""
 
-    origin: str  # description of the list of splits in use, for messages
+    origin: str  # description of the split list in use, for messages
     counts: Mapping[str, Count]  # split -> counts
-    # whether the published sizes must be reached; False if the user made the list, or if some
+    # whether the published sizes must be reached: False if the user made the list, or if some
     # images are no longer on the web
     binding: bool = True
 
 
 def _sum_if_known(first: int | None, second: int | None) -> int | None:
-    """Return the sum of two numbers; None if either number is None."""
+    """Return the sum of two numbers, or None if either number is None."""
     if first is None or second is None:
         return None
     return first + second
 
 
-NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # pattern of the names of data sets
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # pattern for data set names
 
 
 @dataclass(frozen=True)
 class Request:
     """Options for opening a data set."""
 
-    split: str | None = None  # names of splits joined by ``+``; None for all
-    raw_names: bool = False  # whether to use the class names of the data unchanged
-    classes: Path | None = None  # a classes file; None if the data have the class names
-    # names of classes to leave out; the file ``classes`` need not list them
+    split: str | None = None  # split names joined by ``+``, or None for all
+    raw_names: bool = False  # whether to use the data's class names unchanged
+    classes: Path | None = None  # a classes file, or None if the data have the class names
+    # names of classes to leave out. The file ``classes`` need not list these classes.
     outside: tuple[str, ...] = ()
 
     def unfit_options(self) -> list[str]:
@@ -101,7 +101,7 @@ class Request:
 
 @runtime_checkable
 class Reader(Protocol):
-    """A reader of a data set. Most readers are a ``ListReader`` with a short function."""
+    """A data set's reader. Most readers are a ``ListReader`` with a short function."""
 
     def open(self, place: Place, request: Request) -> ImageDataset:
         """Open the images.
@@ -112,7 +112,7 @@ class Reader(Protocol):
         """
 
     def survey(self, place: Place, *, deep: bool) -> Survey:
-        """Count the existing files without decoding images; if ``deep``, all bytes may be read.
+        """Count the existing files without decoding images. If ``deep``, all bytes may be read.
 
         Raises:
             DataError: If the files cannot be counted.
@@ -125,23 +125,23 @@ class KnownDataset:
 
     Attributes:
         name: Key in the catalogue.
-        title: Name of the data set in messages.
+        title: The data set's name in messages.
         sizes: Number of images by split (or by splits joined by ``+`` if only the sum is known).
-        url: Web page of the data set.
+        url: The data set's web page.
         how: How to get and unpack the data set.
-        folders: Usual folders of the data set below the folder of all data sets, by the conventions
-            of torchvision and CoOp.
-        reader: Reader of the files; a TOML file names the reader as ``layout``.
-        n_classes: Number of classes; None if there are captions.
-        marks: Glob patterns for recognising the folder of the data set. At least one pattern
-            matches a file or folder in it.
-        licence: Short name of the licence; "see the site" if the licence is not simple.
-        n_bytes: Approximate size of the download in bytes; None if unknown.
+        folders: The data set's usual folders below the folder of all data sets, as in torchvision
+            and CoOp.
+        reader: The files' reader. A TOML file names the reader as ``layout``.
+        n_classes: Number of classes. None if there are captions.
+        marks: Glob patterns for recognising the data set's folder. At least one pattern matches a
+            file or folder there.
+        licence: The licence's short name, or "see the site" if the licence is not simple.
+        n_bytes: The download's approximate size in bytes. None if unknown.
         reference: Paper on the data set.
         archives: MD5 checksums of archives and files, as published by torchvision.
-        coop_template: CoOp's prompt for this data set; None if CoOp has none.
-        official_sizes: Sizes of the official splits, if ``sizes`` are of other splits.
-        template: The prompt of ViLU's protocol.
+        coop_template: CoOp's prompt for this data set. None if CoOp has no prompt.
+        official_sizes: The official splits' sizes, if ``sizes`` are for other splits.
+        template: The prompt in ViLU's protocol.
     """
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -167,7 +167,7 @@ class KnownDataset:
         return self.n_classes is None
 
     def published_sizes(self, splits: Collection[str]) -> Mapping[str, int]:
-        """Return the published sizes of these splits; empty if no such splits were published."""
+        """Return these splits' published sizes, empty if no such splits were published."""
         for sizes in (self.sizes, self.official_sizes):
             # joined and split again, because a key may name several splits, such as "train+val"
             joined_splits = "+".join(sizes)
@@ -179,16 +179,16 @@ class KnownDataset:
 
 @dataclass(frozen=True)
 class Place:
-    """The location of a data set on a disk."""
+    """Where a data set is on a disk."""
 
     entry: KnownDataset  # the data set
-    folder: Path  # folder of the data set; keys are paths below this folder
-    # further folders that may have lists of the splits: all folders above ``folder``, up to and
-    # including the folder given by the user
+    folder: Path  # the data set's folder, below which paths are keys
+    # further folders that may have split lists: all folders above ``folder``, up to and including
+    # the folder given by the user
     outer_folders: tuple[Path, ...]
 
     def find(self, *names: str) -> Path | None:
-        """Return the first existing file of ``names``, in ``folder`` or ``outer_folders``.
+        """Return the first existing file in ``names``, in ``folder`` or ``outer_folders``.
 
         A link to nowhere is returned, too. Reading the link then reports the error.
         """
@@ -200,7 +200,7 @@ class Place:
         return None
 
     def require(self, *names: str) -> Path:
-        """Return the first existing file of ``names``; DataError if there is no such file."""
+        """Return the first existing file in ``names``. Raise DataError if there is no such file."""
         path = self.find(*names)
         if path is None:
             raise self.missing_error(*names)
@@ -217,11 +217,11 @@ class Place:
 
 
 def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
-    """Find a data set below ``root``, or in ``root`` itself; None if not found.
+    """Find a data set below ``root``, or in ``root`` itself. Return None if not found.
 
-    ``named`` is true if the user has named the data set. Then ``root`` may be the folder of the
-    data set, whatever the name of ``root``. If ``named`` is false, ``root`` may be the folder of
-    the data set only if ``root`` has a usual name.
+    ``named`` is true if the user has named the data set. Then ``root`` may be the data set's
+    folder, whatever the name is. If ``named`` is false, ``root`` may be the data set's folder only
+    if ``root`` has a usual name.
     """
     if not root.is_dir():
         raise UsageError(
@@ -239,7 +239,7 @@ def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
 
 
 def _has_mark(folder: Path, marks: Iterable[str]) -> bool:
-    """Whether a pattern in ``marks`` matches in the folder."""
+    """Return whether a pattern in ``marks`` matches in the folder."""
     for mark in marks:
         first_match = next(folder.glob(mark), None)
         if first_match is not None:
@@ -248,7 +248,7 @@ def _has_mark(folder: Path, marks: Iterable[str]) -> bool:
 
 
 def require_place(entry: KnownDataset, root: Path) -> Place:
-    """Find a data set named by the user; DataError with advice if not found."""
+    """Find a data set named by the user. Raise DataError with advice if not found."""
     place = find_place(entry, root, named=True)
     if place is not None:
         return place
@@ -262,11 +262,11 @@ def require_place(entry: KnownDataset, root: Path) -> Place:
 
 
 def _candidate_paths(entry: KnownDataset, root: Path, named: bool) -> Iterator[tuple[str, ...]]:
-    """Yield the possible paths of a data set below ``root``. A path is a tuple of names.
+    """Yield a data set's possible paths below ``root``. A path is a tuple of names.
 
-    1. The folders of the entry, such as ("coop", "dtd", "images").
+    1. The entry's folders, such as ("coop", "dtd", "images").
     2. The rest of such a path, because ``root`` may be a folder on the path, such as "coop/dtd". If
-       ``named`` is False, ``root`` must then end with the same names.
+       ``named`` is False, ``root`` must then end with the path's beginning.
     """
     paths = [PurePosixPath(folder).parts for folder in entry.folders]
     yield from paths

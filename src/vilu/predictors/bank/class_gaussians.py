@@ -1,4 +1,4 @@
-"""Methods with a Gaussian per class: the density of an image under the predicted class."""
+"""Methods with a Gaussian per class: the predicted class's density at an image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 BlockReader = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
-"""Function from rows to an iterator of blocks: positions (a slice) and images (b, D).
+"""Function from rows to an iterator over blocks: positions (a slice) and images (b, D).
 
 ``image_blocks`` is such a function, with images of unit norm.
 """
@@ -29,23 +29,23 @@ BlockReader = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
 NEGLIGIBLE_VARIANCE = 1e-12
 """Unit vectors count as equal if the variance is at most this."""
 RELATIVE_RIDGE = 1e-9
-"""``whitener`` adds the mean variance times this number to the diagonal of a covariance.
+"""``whitener`` adds the mean variance times this number to a covariance's diagonal.
 
 Otherwise a covariance could not be inverted if the embeddings span only a subspace.
 """
 MIN_RIDGE = 1e-11
 """The ridge is at least this share of the largest mean variance.
 
-Rounding would lose a smaller ridge.
+A smaller ridge would be lost in rounding.
 """
 
 
 def class_means(
     train: Rows, label: Tensor, n_classes: int, read_blocks: BlockReader = image_blocks
 ) -> tuple[Tensor, Tensor]:
-    """Mean (K, D) and number (K,) of the images of each class, from class labels (M,).
+    """Compute mean (K, D) and image count (K,) for each class, from class labels (M,).
 
-    The mean of a class without images is replaced by the mean of all images.
+    If a class has no images, the mean of all images replaces the class mean.
     """
     total = torch.zeros(n_classes, train.source.space.embed_dim, dtype=torch.float64)
     for block, image in read_blocks(train):
@@ -60,9 +60,9 @@ def class_means(
 def scatter_within_classes(
     train: Rows, label: Tensor, mean: Tensor, read_blocks: BlockReader = image_blocks
 ) -> tuple[Tensor, float]:
-    """Sums over all images of x x^T (D, D) and of |x|^4, where x = image - mean of the class.
+    """Sum x x^T (D, D) and |x|^4 over all images, where x = image - class mean.
 
-    ``label`` (M,) are the classes of the images, and ``mean`` (K, D) the means of the classes.
+    ``label`` (M,) are the image classes, and ``mean`` (K, D) are the class means.
     """
     dim = mean.shape[1]
     scatter = torch.zeros(dim, dim, dtype=torch.float64)
@@ -77,9 +77,9 @@ def scatter_within_classes(
 
 
 def whitener(covariance: Tensor, relative_ridge: float = RELATIVE_RIDGE) -> Tensor:
-    """Whitening matrix W (D, D) of a covariance: |x W|^2 = x^T covariance^-1 x.
+    """Compute the whitening matrix W (D, D) of a covariance: |x W|^2 = x^T covariance^-1 x.
 
-    ``relative_ridge`` times the mean variance is added to the diagonal of the covariance first.
+    First ``relative_ridge`` times the mean variance is added to the covariance's diagonal.
     """
     identity = torch.eye(len(covariance), dtype=covariance.dtype)
     variances = covariance.diagonal()
@@ -92,14 +92,13 @@ def whitener(covariance: Tensor, relative_ridge: float = RELATIVE_RIDGE) -> Tens
 
 Ridge = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-# There are several covariances, and every class uses a covariance. The index of the covariance is
-# the group of the class.
+# There are several covariances, and every class uses one. The covariance index is the class group.
 ABSENT_GROUP = 0
-"""Index of the covariance of all images, for classes without images."""
+"""Covariance index for classes without images. The covariance is over all images."""
 POOLED_GROUP = 1
-"""Index of the mean covariance within classes, for classes of one image.
+"""Covariance index for classes with one image. The covariance is the mean within classes.
 
-Every class of two or more images has a separate covariance, with a higher index.
+Every class with two or more images has a separate covariance, with a higher index.
 """
 
 
@@ -107,7 +106,7 @@ Every class of two or more images has a separate covariance, with a higher index
 class ClassDensity(ClosedSet):
     """A method with a Gaussian N_c for every class c.
 
-    The Gaussians are in the space of the first principal components of the centred images.
+    The Gaussians are in the space spanned by the centred images' first principal components.
     """
 
     cost: ClassVar[str] = "fit: four passes, one covariance per class; score: K x 128^2 per row"
@@ -126,7 +125,7 @@ class ClassDensity(ClosedSet):
     ) -> dict[str, Tensor]:
         """Fit the Gaussians in at most ``max_components`` principal components.
 
-        ``ridge`` is added to the diagonal of every covariance. ``relative_ridge`` is as in
+        ``ridge`` is added to every covariance's diagonal. ``relative_ridge`` is as in
         ``whitener``. The result has the tensors by name.
         """
         label = class_labels(train)
@@ -139,7 +138,7 @@ class ClassDensity(ClosedSet):
         has_own_covariance = groups > POOLED_GROUP
         degrees_of_freedom = count[has_own_covariance] - 1
         own_covariances = scatters / degrees_of_freedom[:, None, None]
-        # in the order of their indices: ABSENT_GROUP, POOLED_GROUP, and then single classes
+        # in index order: ABSENT_GROUP, POOLED_GROUP, and then single classes
         covariances = torch.stack([covariance_of_all, pooled_covariance, *own_covariances])
         variances = covariances.diagonal(dim1=1, dim2=2)
         mean_variances = variances.mean(dim=1)
@@ -157,7 +156,7 @@ class ClassDensity(ClosedSet):
         }
 
     def _log_odds(self, batch: Batch, image: Tensor) -> Tensor:
-        """Log-odds (B,) float64 of a wrong answer a, for images (B, D).
+        """Compute the log-odds (B,) float64 that the answer a is wrong, for images (B, D).
 
         log-odds = log sum_{c != a} N_c - log N_a
 
@@ -168,7 +167,7 @@ class ClassDensity(ClosedSet):
         answer_log_density_column = log_density.gather(1, answer_column)
         answer_log_density = answer_log_density_column.squeeze(1)
         # Classes without training images are no rivals. Such a class has the density of all images.
-        # This density would be the largest for every image slightly unlike the true class.
+        # For every image slightly unlike the true class, this density would be the largest.
         log_density_of_seen = log_density.masked_fill(~is_seen, -math.inf)
         # the answer is no rival
         log_density_of_rivals = log_density_of_seen.scatter(1, answer_column, -math.inf)
@@ -179,13 +178,16 @@ class ClassDensity(ClosedSet):
         return log_sum_of_rivals.masked_fill(has_no_rival, 0.0) - answer_log_density
 
     def _log_densities(self, batch: Batch, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Log N_c (B, K) float64 up to a constant, and a mask (K,) of classes with images."""
+        """Compute log N_c (B, K) float64 up to a constant.
+
+        The second result is a mask (K,): true for classes with training images.
+        """
         classes = self.classes_of(batch.text)
         groups = self.tensor("groups", image.device)[classes.to(image.device)]
         return self._log_densities_of(image, classes, groups), groups != ABSENT_GROUP
 
     def _log_densities_of(self, image: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
-        """Log N_c (B, K) float64 up to a constant, for classes (K,) in groups (K,).
+        """Compute log N_c (B, K) float64 up to a constant, for classes (K,) in groups (K,).
 
         Classes with the same covariance are computed together.
         """
@@ -200,7 +202,7 @@ class ClassDensity(ClosedSet):
             is_in_group = groups == group
             whitener_of_group = whiteners[group]
             # In whitened coordinates the Mahalanobis distance is the Euclidean distance. A single
-            # matrix product then gives the distances to all classes of the group.
+            # matrix product then gives the distances to all classes in the group.
             squares = squared_distances(
                 z @ whitener_of_group, means[is_in_group] @ whitener_of_group
             )
@@ -209,7 +211,7 @@ class ClassDensity(ClosedSet):
 
 
 def _covariance_within_classes(scatters: Tensor, count: Tensor, variance: Tensor) -> Tensor:
-    """Mean covariance (R, R) within classes, of scatters (G, R, R) and numbers of images (K,).
+    """Compute the mean covariance (R, R) within classes, from scatters (G, R, R) and counts (K,).
 
     If no class has two different images, the result is the identity times the mean ``variance``.
     """
@@ -223,12 +225,12 @@ def _covariance_within_classes(scatters: Tensor, count: Tensor, variance: Tensor
 
 
 def average_with_zero_shot(batch: Batch, log_odds: Tensor) -> Tensor:
-    """Mean u (B,) float64 of the uncertainties by zero-shot probability and by density.
+    """Average the uncertainties by zero-shot probability and by density: u (B,) float64.
 
     u = ((1 - p) + (1 - s_d)) / 2
 
-    p is the zero-shot probability of the answer a. s_d = N_a / sum_c N_c is the share of the answer
-    in the density. ``log_odds`` (B,) is log((1 - s_d) / s_d).
+    p is the zero-shot probability of the answer a. s_d = N_a / sum_c N_c is the answer's share in
+    the density. ``log_odds`` (B,) is log((1 - s_d) / s_d).
     """
     doubt_of_zero_shot = batch.judged_rivals.total_probability.to(log_odds.device)
     doubt_of_density = torch.sigmoid(log_odds)
@@ -237,15 +239,15 @@ def average_with_zero_shot(batch: Batch, log_odds: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class ClassGaussians(ClassDensity):
-    """Average of the zero-shot probability and of the share of the answer in class densities.
+    """Average of two probabilities: zero-shot, and the answer's share in the class densities.
 
-    The share of the predicted class t̂ in the density of an image z is
+    For an image z, the predicted class t̂ has the share
 
         s_d = N_t̂(z) / sum_c N_c(z)
 
-    N_c is a Gaussian with the mean and the covariance of class c, where ``ridge`` is added to the
-    diagonal of the covariance. The Gaussians are fitted on unit-norm image embeddings, centred and
-    projected on the first principal components. p is the zero-shot probability of the answer. The
+    N_c is a Gaussian with the mean and covariance of class c, where ``ridge`` is added to the
+    covariance's diagonal. The Gaussians are fitted on unit-norm image embeddings, centred and
+    projected on the first principal components. p is the answer's zero-shot probability. The
     uncertainty is
 
         u = 1 - (p + s_d) / 2                                       with score="probability"
@@ -254,23 +256,23 @@ class ClassGaussians(ClassDensity):
     s_d is often 0 or 1 up to many digits. The log-odds do not saturate there, but do not depend on
     p.
 
-    Classes of few images:
+    Classes with few images:
 
-    - A class of one image uses the mean covariance within classes. If no class has two different
-      images, this covariance is a multiple of the identity, with the mean variance of a coordinate.
-    - A class without images is left out of every sum. If such a class is the prediction, N_t̂ has
-      the covariance and the mean of all training images.
+    - A class with one image uses the mean covariance within classes. If no class has two different
+      images, this covariance is the identity times the mean variance per coordinate.
+    - A class without images is left out from every sum. If such a class is the prediction, N_t̂ has
+      the covariance and the mean over all training images.
     - If only the predicted class has images, log sum_{c != t̂} N_c is set to 0.
 
     Args:
         score: "probability" or "log_odds".
         components: Maximum number of principal components. With n training images there are at
             most n - 1.
-        ridge: Number added to the diagonal of every covariance.
+        ridge: Number added to every covariance's diagonal.
 
-    Source: the idea of ICPE (``icpe``) as implemented in sgchr273/TRINE. Here the embeddings have
-    unit norm, and the ridge is not small compared with the variances. Unlike TRINE,
-    ``class_gaussians`` also uses classes of one image.
+    Source: the idea behind ICPE (``icpe``) as implemented in sgchr273/TRINE. Here the embeddings
+    have unit norm, and the ridge is not small compared with the variances. Unlike TRINE,
+    ``class_gaussians`` also uses classes with one image.
 
     Examples:
         >>> import numpy as np, vilu
@@ -305,13 +307,13 @@ class ClassGaussians(ClassDensity):
         return Learnt(tensors)
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """Log-posterior log q_c (B, K) float64 of every class c.
+        """Compute the log-posterior log q_c (B, K) float64 of every class c.
 
             q_c = (p_c + s_c) / 2    with score="probability"
             q_c = s_c                with score="log_odds"
 
-        p_c is the zero-shot probability of class c. s_c is the share of class c in the density, and
-        0 for a class without training images.
+        p_c is the zero-shot probability of class c. s_c is the class's share in the density. If the
+        class has no training images, s_c is 0.
         """
         log_density, is_seen = self._log_densities(batch, float64(batch.image))
         log_share = log_density.masked_fill(~is_seen, -math.inf).log_softmax(dim=-1)
@@ -335,18 +337,18 @@ def class_scatters(
     basis: Tensor,
     read_blocks: BlockReader,
 ) -> tuple[Tensor, Tensor]:
-    """Scatters (G, R, R) of the projected images, and the covariance index (K,) of every class.
+    """Compute scatters (G, R, R) of projected images, and every class's covariance index (K,).
 
-    There is a scatter matrix for each of the G classes with two or more images. The index is
-    ``ABSENT_GROUP`` for a class without images, and ``POOLED_GROUP`` for a class of one image.
+    There is a scatter matrix for each class with two or more images, G in total. The index is
+    ``ABSENT_GROUP`` for a class without images, and ``POOLED_GROUP`` for a class with one image.
 
-    ``label`` (M,) are the classes of the images. ``means`` (K, D) and ``count`` (K,) are the
-    results of ``class_means``. The images are projected on the columns of ``basis`` (D, R).
+    ``label`` (M,) are the image classes. ``means`` (K, D) and ``count`` (K,) are the results from
+    ``class_means``. The images are projected on the columns of ``basis`` (D, R).
     """
-    (large_classes,) = (count > 1).nonzero(as_tuple=True)
+    large_classes = (count > 1).nonzero().squeeze(1)
     groups = torch.where(count > 0, POOLED_GROUP, ABSENT_GROUP)
     groups[large_classes] = torch.arange(len(large_classes)) + POOLED_GROUP + 1
-    # positions of the rows of each class: the positions sorted by class, and split between classes
+    # row positions for each class: the positions sorted by class, and split between classes
     positions_of_class = label.argsort(stable=True).split(count.tolist())
     rank = basis.shape[1]
     scatters = basis.new_zeros(len(large_classes), rank, rank)
@@ -360,7 +362,7 @@ def class_scatters(
 
 
 def squared_distances(queries: Tensor, means: Tensor) -> Tensor:
-    """Squared distances (B, K) between whitened queries (B, D) and whitened means (K, D)."""
+    """Compute squared distances (B, K) from whitened queries (B, D) to whitened means (K, D)."""
     query_squares = queries.square().sum(dim=1, keepdim=True)
     mean_squares = means.square().sum(dim=1)
     # |a|^2 + |b|^2 - 2 a.b may be slightly negative for near points, because of rounding
@@ -370,7 +372,7 @@ def squared_distances(queries: Tensor, means: Tensor) -> Tensor:
 def principal_components(
     train: Rows, max_components: int, read_blocks: BlockReader
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (D,), first R principal components (D, R) and R variances (R,) of the images.
+    """Compute mean (D,), first R principal components (D, R) and variances (R,) of the images.
 
     R = min(max_components, D, number of images - 1), but at least 1.
     """

@@ -1,4 +1,4 @@
-"""The common part of methods that learn classes from labelled images."""
+"""The base class for methods that learn classes from labelled images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vilu.predictors.contract.predictor import CLASSES, FailurePredictor
 
 @dataclasses.dataclass
 class ClosedSet(FailurePredictor):
-    """A method that learns from images of each class, and scores only these classes."""
+    """A method that learns classes from labelled images, and scores only these classes."""
 
     closed_set: ClassVar[bool] = True
     no_captions: ClassVar[str | None] = (
@@ -26,7 +26,7 @@ class ClosedSet(FailurePredictor):
     device: str = "auto"
 
     def classes_of(self, text: Tensor) -> Tensor:
-        """Index (K,) of every candidate (K, D) among the learned ``classes``.
+        """Find every candidate (K, D) among the learned ``classes``. Return indices (K,).
 
         A class is recognised by the text embedding.
 
@@ -49,7 +49,7 @@ class ClosedSet(FailurePredictor):
         return class_index
 
     def _other_classes_error(self, n_candidates: int, fault: str) -> ProvenanceError:
-        """The error for candidates that are not the learned classes."""
+        """Make the error for candidates that are not the learned classes."""
         return ProvenanceError(
             f"{self.name} scores the {len(self.learned_[CLASSES])} classes that it was fitted on. "
             f"Of the {n_candidates} candidates of these data, {fault}. Fit it on the classes of "
@@ -57,5 +57,5 @@ class ClosedSet(FailurePredictor):
         )
 
     def answer_of(self, batch: Batch) -> Tensor:
-        """Index (B,) of the judged answer of every row among the learned ``classes``."""
+        """Find every row's judged answer among the learned ``classes``. Return indices (B,)."""
         return self.classes_of(batch.text)[batch.prediction]

@@ -1,4 +1,4 @@
-"""The method ``linear_probe``: logistic regression of the classes on image embeddings."""
+"""The method ``linear_probe``: logistic regression from image embeddings to classes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 def fit_regression(
     image: Tensor, label: Tensor, n_classes: int, inverse_penalty: float, max_iter: int
 ) -> tuple[Tensor, Tensor]:
-    """Weight (K, D) and bias (K,) float64 of a logistic regression of labels (N,) on images (N, D).
+    """Fit a logistic regression from images to labels. Return weight (K, D), bias (K,) float64.
 
     Args:
-        image: Images, float32.
-        label: Classes of the images.
-        n_classes: Number K of classes. A class without images has the bias minus infinity.
+        image: Images (N, D), float32.
+        label: Image classes (N,).
+        n_classes: Class count K. A class without images has the bias minus infinity.
         inverse_penalty: Inverse strength C of the L2 penalty, as in scikit-learn.
         max_iter: Maximum number of L-BFGS steps.
     """
@@ -41,7 +41,7 @@ def fit_regression(
     bias[seen_classes] = 0.0
     if len(seen_classes) == 1:
         return weight, bias
-    # The mean of all images is the largest part of every image. If this mean were not subtracted,
+    # In every image the mean over all images is the largest part. If this mean were not subtracted,
     # L-BFGS would converge slowly.
     centre = image.mean(dim=0)
     model = LogisticRegression(C=inverse_penalty, max_iter=max_iter)
@@ -49,8 +49,8 @@ def fit_regression(
         # the warning is about classes with few images, and such classes are expected here
         warnings.filterwarnings("ignore", message="The number of unique classes")
         model.fit((image - centre).numpy(), label.numpy())
-    # For two classes scikit-learn has only the logit of the second class. The logit of the first
-    # class stays 0.
+    # For two classes scikit-learn has only the second class's logit. The first class's logit stays
+    # 0.
     fitted_classes = seen_classes if len(seen_classes) > 2 else seen_classes[1:]
     weight[fitted_classes] = torch.tensor(model.coef_, dtype=torch.float64)
     intercept = torch.tensor(model.intercept_, dtype=torch.float64)
@@ -60,14 +60,14 @@ def fit_regression(
 
 @dataclasses.dataclass
 class ClassRegression(ClosedSet):
-    """A method that scores answers by the softmax of linear logits of the image."""
+    """A method that scores answers by a softmax. The logits are linear in the image."""
 
     is_probability: ClassVar[bool] = True
-    # see ``require_forms``: weight (K, D) and bias (K,) of the logits, texts (K, D) of the classes
+    # see ``require_forms``: weight (K, D) and bias (K,) for the logits, class texts (K, D)
     _forms: ClassVar[str] = "weight:dKD bias:dK classes:fKD"
 
     def _logits(self, batch: Batch) -> Tensor:
-        """Logits (B, K) float64 of the regression; -inf for a class without training images."""
+        """Compute the logits (B, K) float64. A class without training images has the logit -inf."""
         image = float64(batch.image)
         class_index = self.classes_of(batch.text)
         classes = class_index.to(image.device)
@@ -76,14 +76,14 @@ class ClassRegression(ClosedSet):
         return image @ weight.T + bias
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """Log-posterior (B, K) float64; -inf for a class without training images."""
+        """Compute the log-posterior (B, K) float64: -inf for a class without training images."""
         logits = self._logits(batch)
         return logits.log_softmax(dim=-1)
 
     def _score(self, batch: Batch) -> Tensor:
         logits = self._logits(batch)
         log_odds = failure_log_odds(logits, batch)
-        # The uncertainty of an answer without training images is 1. This number is set directly,
+        # An answer without training images has the uncertainty 1. This number is set directly,
         # because the softmax is 0 / 0 if no candidate has training images.
         answer_column = batch.prediction.to(logits.device)[:, None]
         answer_logit_column = logits.gather(1, answer_column)
@@ -94,33 +94,33 @@ class ClassRegression(ClosedSet):
 
 @dataclasses.dataclass
 class LinearProbe(ClassRegression):
-    """Logistic regression of the classes on image embeddings.
+    """Logistic regression from image embeddings to classes.
 
     The uncertainty of a prediction t̂ is
 
         u = 1 - P(t̂ | z) = sigmoid(log sum_{c != t̂} exp l_c - l_t̂)
 
-    l_c are the logits of the regression, and P is the softmax of l. u is computed from the logits
-    in float64, so that confident images still have different u. A class without training images has
-    P = 0, hence u = 1. If all training images are of one class, this class has P = 1.
+    l_c are the regression logits, and P is the softmax of l. u is computed from the logits in
+    float64, so confident images still have different u. If a class has no training images, P = 0
+    and u = 1. If only one class has training images, this class has P = 1.
 
     Args:
         C: Inverse strength of the L2 penalty, as in scikit-learn.
         max_iter: Maximum number of L-BFGS steps. scikit-learn warns if more steps are needed.
-        max_bank: Maximum number of training images. From a larger set, this number of images is
+        max_bank: Maximum number of training images. From a larger set, ``max_bank`` images are
             drawn at random with ``seed``.
 
-    Source: the linear probe of Radford et al., ICML 2021, evaluated at the class predicted by the
-    VLM. The regression runs in float32 on centred embeddings. Centring does not change the optimum,
-    because the intercept has no penalty, and the optimum is reached in fewer steps. The time of a
-    fit grows with the number of images times the number of classes.
+    Source: the linear probe by Radford et al., ICML 2021, evaluated at the class predicted by the
+    VLM. The regression runs in float32 on centred embeddings. Centring saves steps. Centring does
+    not change the optimum, because the intercept has no penalty. The fitting time grows with the
+    image count times the class count.
 
     Examples:
         >>> import numpy as np, vilu
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> target = np.repeat([0, 1], [70, 30])  # class 0 ends at 63 degrees, answers 0 at 45
         >>> train = vilu.Embeddings(image, text, target=target)
         >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
         >>> method = vilu.PREDICTORS["linear_probe"]()
@@ -154,5 +154,5 @@ class LinearProbe(ClassRegression):
             inverse_penalty=self.C,
             max_iter=self.max_iter,
         )
-        text = class_texts(train)
-        return Learnt({"weight": weight, "bias": bias, CLASSES: text})
+        class_text = class_texts(train)
+        return Learnt({"weight": weight, "bias": bias, CLASSES: class_text})

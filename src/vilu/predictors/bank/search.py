@@ -1,7 +1,6 @@
-"""Bank of the training images of a predictor, and exact nearest-neighbour search in the bank.
+"""Bank of a predictor's training images, and exact nearest-neighbour search in the bank.
 
-In shapes, N is the number of rows of the bank, M of training rows, B of queries, K of classes, and
-D is the width of the embeddings.
+In shapes, N counts bank rows, M training rows, B queries, and K classes. D is the embedding width.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from vilu.embeddings.rows import SCORING_BATCH, Rows
 
 Count = Annotated[int, Field(ge=1)]
 AllowedPairs = Callable[[slice, slice], Tensor]
-"""Function that selects the allowed pairs of queries and bank rows.
+"""Function that selects which bank rows may be neighbours of which queries.
 
-The arguments are a slice of b queries and a slice of n bank rows. The result is a mask (b, n): true
-where the bank row may be a neighbour of the query.
+The arguments are two slices: b queries and n bank rows. The result is a mask (b, n): true if the
+bank row may be a neighbour of the query.
 """
 
 QUERY_BLOCK_ROWS = 1_024
 """Number of queries in a block."""
 BANK_BLOCK_ROWS = 8_192
-"""Number of bank rows in a block. The similarities of a block take 32 MiB in float32."""
+"""Number of bank rows in a block. The similarities in a block take 32 MiB in float32."""
 
 
 def draw_rows(train: Rows, max_rows: int, seed: int) -> tuple[Rows, Tensor]:
-    """Draw at most ``max_rows`` of the training rows at random, in the order of ``train``.
+    """Draw at most ``max_rows`` training rows at random, in the order of ``train``.
 
-    Returns the drawn rows, and the positions (M,) of the drawn rows in ``train``. Warns if rows are
-    left out.
+    Return the m drawn rows, and positions (m,) of these rows in ``train``. Warn if rows are left
+    out.
     """
     n = len(train.index)
     if n <= max_rows:
@@ -46,15 +45,14 @@ def draw_rows(train: Rows, max_rows: int, seed: int) -> tuple[Rows, Tensor]:
         f"{max_rows} of {n} training rows are kept, drawn with seed {seed}. "
         "Raise max_bank for more."
     )
-    generator = torch.Generator()
-    generator.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator)
     drawn_positions = order[:max_rows].sort().values
     return dataclasses.replace(train, index=train.index[drawn_positions]), drawn_positions
 
 
 def class_labels(train: Rows) -> Tensor:
-    """Class labels (M,) of rows with shared candidates."""
+    """Return the class labels (M,) of rows with shared candidates."""
     return train.source.target[train.index]
 
 
@@ -71,10 +69,10 @@ def image_blocks(train: Rows) -> Iterator[tuple[slice, Tensor]]:
 
 
 def read_images(train: Rows) -> Tensor:
-    """Unit-norm image embeddings (M, D) float32 of all rows."""
+    """Read unit-norm image embeddings (M, D) float32 of all rows."""
     bank = torch.empty(len(train.index), train.source.space.embed_dim, dtype=torch.float32)
-    for block, image in image_blocks(train):
-        bank[block] = image
+    for positions, images in image_blocks(train):
+        bank[positions] = images
     return bank
 
 
@@ -87,16 +85,16 @@ def nearest_in_bank(
     query_rows: int = QUERY_BLOCK_ROWS,
     bank_rows: int = BANK_BLOCK_ROWS,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines (B, k) and indices (B, k) of the k most similar bank rows of every query.
+    """Find the k most similar bank rows for every query. Return cosines (B, k) and indices (B, k).
 
     The queries are (B, D), and the bank is (N, D). The cosines are float32 and descending. If N is
     less than k, the results have N columns. Pairs outside ``allowed_pairs`` get the cosine minus
     infinity.
 
-    The search is exact and runs on the device of the queries. Only one block of similarities
-    (``query_rows``, ``bank_rows``) is in memory at a time. Bank rows with equal cosines are in the
-    order of the indices. The cosines of two equal bank rows may differ in the last bit, because a
-    matrix product rounds differently at the edge of a block.
+    The search is exact and runs on the queries' device. Only one block of similarities
+    (``query_rows``, ``bank_rows``) is in memory at a time. Bank rows with equal cosines are in
+    index order. Two equal bank rows may have cosines that differ in the last bit, because a matrix
+    product rounds differently at a block's edge.
     """
     similarities = []
     indices = []
@@ -111,13 +109,13 @@ def nearest_in_bank(
 
 
 def distance_of_cosine(similarity: Tensor) -> Tensor:
-    """Euclidean distance between unit vectors, from the cosine."""
+    """Compute the Euclidean distance between unit vectors, from the cosine."""
     squared_distance = squared_distance_of_cosine(similarity)
     return squared_distance.sqrt()
 
 
 def squared_distance_of_cosine(similarity: Tensor) -> Tensor:
-    """Squared Euclidean distance between unit vectors, from the cosine."""
+    """Compute the squared Euclidean distance between unit vectors, from the cosine."""
     return (2 - 2 * similarity).clamp(min=0)
 
 
@@ -129,10 +127,10 @@ def _nearest_to_queries(
     first_query: int,
     bank_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """As ``nearest_in_bank``, for a block of queries from the index ``first_query`` on."""
+    """Search as ``nearest_in_bank``, for a block of queries from the index ``first_query`` on."""
     query = normalize(query, dim=1)
     query_slice = slice(first_query, first_query + len(query))
-    # the k most similar rows of the blocks so far
+    # the k most similar rows in the blocks so far
     best_similarity = query.new_empty(len(query), 0)
     best_index = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(bank), bank_rows):
@@ -142,8 +140,8 @@ def _nearest_to_queries(
             is_allowed = allowed_pairs(query_slice, slice(start, start + len(block)))
             similarity = similarity.masked_fill(~is_allowed, -math.inf)
         similarity_in_block, index_in_block = k_largest(similarity, k)
-        # Rows of earlier blocks come first in the concatenation, and the sort is stable. So equal
-        # similarities stay in the order of the indices.
+        # Rows from earlier blocks come first in the concatenation, and the sort is stable. So equal
+        # similarities stay in index order.
         joint_similarity = torch.cat([best_similarity, similarity_in_block], dim=1)
         joint_index = torch.cat([best_index, start + index_in_block], dim=1)
         sorted_similarity, order = joint_similarity.sort(dim=1, descending=True, stable=True)
@@ -153,12 +151,12 @@ def _nearest_to_queries(
 
 
 def k_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of every row, descending, and the column indices of these values.
+    """Find the k largest values in every row, descending, and their column indices.
 
-    For ``values`` (B, n), both results are (B, k).
+    For ``values`` (B, n), both results are (B, k). If n is less than k, both have n columns.
 
-    Equal values are in the order of the indices. ``topk`` does not define the order of equal
-    values. So a row is sorted in full if the values of rank k and k + 1 are equal.
+    Equal values are in index order. ``topk`` does not define the order of equal values. So a row is
+    sorted in full if the values with ranks k and k + 1 are equal.
     """
     if k >= values.shape[1]:
         largest, index = values.sort(dim=1, descending=True, stable=True)
@@ -168,7 +166,7 @@ def k_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     value_after_k = largest[:, k]
     is_tied = (value_k == value_after_k) & (value_after_k > -math.inf)
     # The results are sorted by ascending index, and then stably by descending value. So equal
-    # values stay in the order of the indices.
+    # values stay in index order.
     index, index_order = index[:, :k].sort(dim=1)
     largest = largest[:, :k].gather(1, index_order)
     largest, value_order = largest.sort(dim=1, descending=True, stable=True)

@@ -1,1 +1,1 @@
-"""The common parts of all predictors: base class, parameters, and record of fitted rows."""
+"""Parts common to all predictors: base class, parameters, and records of fitted rows."""

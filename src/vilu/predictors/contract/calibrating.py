@@ -28,7 +28,7 @@ class Scorer(Protocol):
 
 
 def log_odds(probability: Floats) -> Floats:
-    """(N,) ln p - ln(1 - p) of probabilities (N,); NaN stays NaN."""
+    """Compute ln p - ln(1 - p) (N,) from probabilities (N,). NaN stays NaN."""
     p = np.clip(probability, MIN_DISTANCE, 1 - MIN_DISTANCE)
     logarithms: Floats = np.log(p) - np.log1p(-p)
     return logarithms
@@ -37,7 +37,7 @@ def log_odds(probability: Floats) -> Floats:
 def scores_and_failures(
     predictor: Scorer, calibration: EmbeddingSource, is_unseen: NDArray[np.bool_]
 ) -> tuple[Floats, Ints]:
-    """(N,) uncertainties and (N,) failures of the rows.
+    """Compute the uncertainties (N,) and failures (N,) of the rows.
 
     An unknown uncertainty is NaN, and an unknown failure is -1. Both are computed for the rows in
     the mask ``is_unseen`` (N,). For image-caption pairs both are computed for all rows, since a
@@ -56,12 +56,12 @@ def scores_and_failures(
 def failure_of_pictures(
     calibration: EmbeddingSource, is_unseen: NDArray[np.bool_], uncertainty: Floats, failure: Ints
 ) -> Ints:
-    """(N,) failure of a single row of every picture, and -1 (unknown) for all other rows.
+    """Return failures (N,) with one known row per picture. All remaining rows get -1 (unknown).
 
-    So every picture counts once. The chosen row is the first failure of the picture, or the first
-    row of a picture without failures. In pools a failure depends on all captions of the pool, so
-    the first row is always chosen. The choice is among the rows in the mask ``is_unseen`` (N,) with
-    a known uncertainty (N,) and a known ``failure`` (N,).
+    So every picture counts once. The chosen row is the picture's first failure, or the first row if
+    the picture has no failure. In pools a failure depends on all captions in the pool, so the first
+    row is always chosen. The choice is among the rows in the mask ``is_unseen`` (N,) with a known
+    uncertainty (N,) and a known ``failure`` (N,).
     """
     is_known = is_unseen & np.isfinite(uncertainty) & (failure != UNKNOWN)
     known_rows = np.flatnonzero(is_known)
@@ -77,7 +77,7 @@ def failure_of_pictures(
 
 
 def known_pairs(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, Ints]:
-    """(M,) uncertainties and (M,) failures of the rows with both values known.
+    """Select the uncertainties (M,) and failures (M,) of the rows with both values known.
 
     Raises:
         DataError: If no row has both values.

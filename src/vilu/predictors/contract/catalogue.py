@@ -1,4 +1,4 @@
-"""All methods by name: methods of this package, registered methods, methods of entry points."""
+"""All methods by name: from this package, from registration, and from entry points."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vilu.registry import (
     refuse_name_of_bench,
 )
 
-# ``vilu/predictors/__init__.py`` adds the methods of this package
+# ``vilu/predictors/__init__.py`` adds this package's methods
 PREDICTORS: Catalogue[type[FailurePredictor]] = METHODS
 
 
 def add_predictor(cls: object) -> bool:
-    """Add a method to ``PREDICTORS``; False if ``cls`` is no subclass of ``FailurePredictor``.
+    """Add a method to ``PREDICTORS``. Return False if ``cls`` does not extend ``FailurePredictor``.
 
     Raises:
         UsageError: If the method could not be listed, built or saved.
@@ -72,12 +72,12 @@ REGISTER_FUNCTIONS["a subclass of vilu.FailurePredictor"] = add_predictor
 
 
 def method_names() -> list[str]:
-    """Names of all methods. Methods of entry points are listed without being imported."""
+    """List the names of all methods. Methods from entry points are not imported for the list."""
     return [*PREDICTORS.names(), *METHODS_OF_TABLES]
 
 
 def find_method(name: str) -> type[FailurePredictor]:
-    """The class of the method with this name. A method of an entry point is imported now.
+    """Return the class of the method with this name. A method from an entry point is imported now.
 
     Examples:
         >>> import vilu

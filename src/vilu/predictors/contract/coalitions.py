@@ -1,4 +1,4 @@
-"""Coalitions for Shapley values: groups of inputs, and the value of a score for every coalition."""
+"""Coalitions for Shapley values: groups of inputs, and a score's value for every coalition."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ class NoAttribution(Exception):  # noqa: N818 - an answer, not an error
     """
 
 
-# The names of the players.
+# The player names.
 ZERO_SHOT = "zero-shot score"
 IMAGE = "image"
 TEXTS = "texts"
 NONE_OF_CLASSES = "none of the classes"
 PLAYER_OF_INPUT = {"logits": ZERO_SHOT, "image": IMAGE}
-"""For methods with a single input: maps the name of the input in ``looks_at`` to the player."""
+"""For methods with a single input: maps the input name in ``looks_at`` to the player."""
 PLAYER_OF_HEAD_INPUT = {"image": IMAGE, "attended": TEXTS, "caption": TEXTS, "mcm": ZERO_SHOT}
-"""Maps the name of an input of a ``FailureHead`` to the player with this input."""
+"""Maps an input name in a ``FailureHead`` to the player with this input."""
 
 LOG_ODDS_UNIT = "log-odds of failure"
-"""Unit of values, if the values are log-odds instead of uncertainties."""
+"""Unit of values that are log-odds, not uncertainties."""
 
 ScoredBatch = tuple[Batch, NDArray[np.float64]]
 """A batch and its uncertainties (B,)."""
 LayerTerms = dict[str, Tensor]
-"""Maps a player to a term (B, H), a summand of the first hidden layer of a head."""
+"""Maps a player to a term (B, H), a summand in a head's first hidden layer."""
 
 
 class Coalitions(ABC):
-    """Players, which are groups of inputs of a score, and the values of all coalitions."""
+    """Players, which are groups of score inputs, and a value for every coalition."""
 
     players: tuple[str, ...]
     unit: str  # unit of the values
-    meaning: str  # meaning of the values, as a sentence of an explanation
+    meaning: str  # meaning of the values, as a sentence in an explanation
     background_batch_size = 1  # number of background rows in a scored batch
 
     @abstractmethod
     def set_background(self, background: list[ScoredBatch]) -> None:
-        """Store the background rows. Their inputs replace the inputs of missing players."""
+        """Store the background rows. Background inputs replace the missing players' inputs."""
 
     @abstractmethod
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:
-        """(2^G, B) float64 on the CPU: values v(S) of all coalitions S of G players.
+        """Compute v(S) (2^G, B) float64 on the CPU, for all coalitions S of G players.
 
         Bit i of the first index says whether player i is in S. Some subclasses compute the values
         from ``batch``, and some from ``scores`` (B,).
@@ -85,26 +85,26 @@ class SingleCoalitions(Coalitions):
         self._background_mean = float(all_scores.mean())
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
-        """(2, B): the background mean for the empty coalition, and the scores for the player."""
+        """Return values (2, B): background mean without the player, scores with the player."""
         score = torch.from_numpy(scores).double()
         background_mean = torch.full_like(score, self._background_mean)
         return torch.stack([background_mean, score])
 
 
 class HeadCoalitions(Coalitions):
-    """Coalitions of the inputs of a ``FailureHead``, or of an ensemble of heads.
+    """Coalitions of ``FailureHead`` inputs, for a single head or an ensemble.
 
     A coalition S has the value of the interventional game (Janzing et al., AISTATS 2020):
 
         v(S) = 1/M sum_b link(g(z_b))
 
-    b runs over M background rows. z_b has the inputs of the players in S from the explained row,
-    and the remaining inputs from row b. v(S) is averaged over the heads g. The link is the identity
-    for the logit of a single head, and the sigmoid for an ensemble.
+    b runs over M background rows. z_b has the inputs for players in S from the explained row, and
+    the remaining inputs from row b. v(S) is averaged over the heads g. The link is the identity for
+    a single head's logit, and the sigmoid for an ensemble.
 
     The players are "image" z_v, "texts" (the attended text and the predicted caption), and
-    "zero-shot score" (the MCM input). The first layer is a sum over the inputs, so an input is
-    replaced by replacing its summand. All heads have the same embedding width and inputs.
+    "zero-shot score" (the MCM input). The first layer is a sum over the inputs, so replacing a
+    summand replaces an input. All heads have the same embedding width and inputs.
     """
 
     def __init__(
@@ -124,12 +124,12 @@ class HeadCoalitions(Coalitions):
         self._background: list[LayerTerms] = []  # terms of the background rows, for every head
 
     def set_background(self, background: list[ScoredBatch]) -> None:
-        """Store the terms of the background rows in the first layer of every head."""
+        """Store the background rows' first-layer terms for every head."""
         with torch.no_grad():
             self._background = [self._background_terms(head, background) for head in self.heads]
 
     def _background_terms(self, head: FailureHead, background: list[ScoredBatch]) -> LayerTerms:
-        """Terms (M, H) of M background rows in the first layer of a head, by player."""
+        """Compute first-layer terms (M, H) in a head by player, for M background rows."""
         terms_of_batches = [terms_by_player(head, batch) for batch, _ in background]
         terms: LayerTerms = {}
         for player in self.players:
@@ -137,7 +137,7 @@ class HeadCoalitions(Coalitions):
         return terms
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
-        """(2^G, B): means of v(S) over heads and background rows."""
+        """Compute v(S) (2^G, B): means over heads and background rows."""
         n_coalitions = 2 ** len(self.players)
         total = torch.zeros(n_coalitions, len(batch.image), dtype=torch.float64)
         with torch.no_grad():
@@ -150,12 +150,12 @@ class HeadCoalitions(Coalitions):
     def _value(
         self, head: FailureHead, row_terms: LayerTerms, background_terms: LayerTerms, coalition: int
     ) -> Tensor:
-        """(B,) float64 v(S) of a single head. Bit i of ``coalition`` says if player i is in S.
+        """Compute v(S) (B,) float64 for one head. Bit i of ``coalition`` says if player i is in S.
 
         ``row_terms`` belong to the B explained rows, ``background_terms`` to M background rows.
         """
-        # The first layer is the sum of two parts: terms of the members, from the explained rows,
-        # and terms of the missing players, from the background rows.
+        # The first layer is the sum of two parts: member terms from the explained rows, and missing
+        # players' terms from the background rows.
         missing_part = torch.zeros_like(head.first_bias)[None]  # (1, H)
         member_part = head.first_bias + missing_part
         for bit, player in enumerate(self.players):
@@ -163,7 +163,7 @@ class HeadCoalitions(Coalitions):
                 member_part = member_part + row_terms[player]
             else:
                 missing_part = missing_part + background_terms[player]
-        # All coalitions use tensors of the same shape. All coalitions then round alike, and a
+        # All coalitions use tensors with equal shapes. All coalitions then round alike, and a
         # player without effect gets exactly zero.
         member_part = member_part.expand_as(row_terms[IMAGE])  # (B, H)
         missing_part = missing_part.expand_as(background_terms[IMAGE])  # (M, H)
@@ -173,12 +173,12 @@ class HeadCoalitions(Coalitions):
         for block in member_part.split(block_rows):
             # (b, M, H): every row of the block with every background row
             first_layer = block[:, None] + missing_part
-            mean_of_block = self._mean_over_background(head, first_layer)
-            means.append(mean_of_block)
+            means_of_block = self._mean_over_background(head, first_layer)
+            means.append(means_of_block)
         return torch.cat(means)
 
     def _mean_over_background(self, head: FailureHead, first_layer: Tensor) -> Tensor:
-        """(b,) float64 mean over M background rows, for first-layer outputs (b, M, H)."""
+        """Average scores over M background rows: (b,) float64 from first layers (b, M, H)."""
         logits = head.rest(first_layer).squeeze(-1)  # ``rest`` has all later layers
         cpu_logits = logits.cpu()
         scores = self.link(cpu_logits.double())
@@ -186,13 +186,13 @@ class HeadCoalitions(Coalitions):
 
 
 def is_member(player: int, coalition: int) -> bool:
-    """Whether the player is in the coalition: whether bit ``player`` of ``coalition`` is 1."""
+    """Return whether the player is in the coalition: bit ``player`` of ``coalition`` is 1."""
     bit = (coalition >> player) & 1
     return bool(bit)
 
 
 def terms_by_player(head: FailureHead, batch: Batch) -> LayerTerms:
-    """The terms of every player in the first hidden layer of a head.
+    """Compute every player's term in a head's first hidden layer.
 
     The sum over the players plus the bias is ``head.first_layer``.
     """
@@ -209,27 +209,30 @@ def terms_by_player(head: FailureHead, batch: Batch) -> LayerTerms:
 
 
 class PoolCoalitions(Coalitions):
-    """Coalitions of the summands of the pooled logits of ViLU+ or ViLU-zero (``PooledLogits``).
+    """Coalitions of summands in the pooled logits (``PooledLogits``) from ViLU+ or ViLU-zero.
 
-    The players are the three summands of the logits: the tempered zero-shot logits ("zero-shot
-    score"), the learned effect of the candidates for any image ("texts"), and the effect of the
-    image ("image"). f(S) is the log-odds of failure of the judged answer, under the softmax of the
-    sum of the summands in S. f of the empty coalition is 0. The value of a coalition S is
+    The players are the three summands:
+
+    - "zero-shot score": the tempered zero-shot logits.
+    - "texts": the learned effect that the candidates have on any image.
+    - "image": the effect of the image.
+
+    The summands in S add up to logits. f(S) is the judged answer's log-odds of failure under the
+    softmax of these logits. If S is empty, f(S) is 0. The value of S is
 
         v(S) = f(S) + mean over background rows b of [f_b(all) - f_b(S)]
 
     Three properties follow:
 
-    1. v(all) is the score of the row.
-    2. v of the empty coalition is the mean score of the background rows.
+    1. v(all) is the row's score.
+    2. If S is empty, v(S) is the mean score over the background rows.
     3. A player gets zero if the player's effect on this row equals the mean effect on the
        background rows.
 
-    Unlike in ``HeadCoalitions``, no input is replaced by an input of another image. The summands
-    are logits of classes. A summand of one image has no meaning beside the zero-shot logits of
-    another image.
+    Unlike in ``HeadCoalitions``, no input is replaced by a background input. The summands are class
+    logits. One image's summand has no meaning beside the zero-shot logits of a different image.
 
-    ``pooled_parts`` computes the summands of a batch. ``outside_log_odds`` computes the log-odds
+    ``pooled_parts`` computes the summands for a batch. ``outside_log_odds`` computes the log-odds
     (B,) that an image is outside all classes. If ``outside_log_odds`` is given, "none of the
     classes" is a further player. If this player is in S, f(S) counts "outside" as a further wrong
     answer.
@@ -254,19 +257,19 @@ class PoolCoalitions(Coalitions):
         self._background_mean = torch.zeros(2 ** len(self.players), dtype=torch.float64)
 
     def set_background(self, background: list[ScoredBatch]) -> None:
-        """Store the mean of f(S) over the background rows, for every coalition S."""
+        """Store the background rows' mean f(S) for every coalition S."""
         log_odds = [self._log_odds(batch) for batch, _ in background]
         log_odds_of_all = torch.cat(log_odds, dim=1)
         self._background_mean = log_odds_of_all.mean(dim=1)
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
-        """(2^G, B): v(S) of every coalition S."""
+        """Compute v(S) (2^G, B) for every coalition S."""
         mean_of_all = self._background_mean[-1]  # the last coalition has all players
         missing_effect = mean_of_all - self._background_mean
         return self._log_odds(batch) + missing_effect[:, None]
 
     def _log_odds(self, batch: Batch) -> Tensor:
-        """(2^G, B): f(S) of every coalition S."""
+        """Compute f(S) (2^G, B) for every coalition S."""
         with torch.no_grad():
             parts = self.pooled_parts(batch)
             # in the order of the players
@@ -282,8 +285,8 @@ class PoolCoalitions(Coalitions):
                 log_odds_of_coalitions.append(log_odds_of_coalition.cpu())
             if self.outside_log_odds is not None:
                 # "none of the classes" is the last player, and the highest bit. Therefore all
-                # coalitions without this player come first. The same coalitions with this player
-                # follow.
+                # coalitions without this player come first. The coalitions with this player follow
+                # in the same order.
                 outside = self.outside_log_odds(batch).cpu()
                 log_odds_of_coalitions += [
                     log_odds_with_outside(log_odds, outside) for log_odds in log_odds_of_coalitions

@@ -36,15 +36,15 @@ def cross_fitted(
     *,
     unlabelled: EmbeddingSource | None = None,
 ) -> HeldOutAnswers:
-    """Zero-shot and adapted answers for held-out rows, judged by copies of the predictor.
+    """Judge zero-shot and adapted answers for held-out rows by copies of the predictor.
 
-    Each copy judges only rows held out of its fit. No further fold is fitted once there are
-    ``ENOUGH_HELD_OUT_ROWS`` held-out rows.
+    Each copy judges only rows held out from the copy's fit. No further fold is fitted once there
+    are ``ENOUGH_HELD_OUT_ROWS`` held-out rows.
 
     Args:
         predictor: The predictor, which is not changed.
         train: Labelled rows.
-        folds: Pairs of rows of ``train`` to fit on and held-out rows (``labelled_folds``).
+        folds: Pairs (rows of ``train`` to fit on, held-out rows), as from ``labelled_folds``.
         unlabelled: Rows without labels, for use in every fit.
     """
     zero_shot_of_folds = []
@@ -72,7 +72,7 @@ def _answers_of_fold(
     held_out_rows: Rows,
     unlabelled: EmbeddingSource | None,
 ) -> tuple[JudgedAnswers, JudgedAnswers]:
-    """Zero-shot and adapted answers for the held-out rows, judged by a copy fitted to the rest."""
+    """Judge zero-shot and adapted answers for the held-out rows, by a copy fitted to the rest."""
     fold_predictor = copy.copy(predictor)
     fold_predictor.fit(train.take(rows_to_fit.index), unlabelled=unlabelled)
     zero_shot_judge = fold_predictor.judging("zero_shot")

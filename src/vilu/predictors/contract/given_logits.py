@@ -20,7 +20,7 @@ def require_inputs(method_class: type[Any], data: EmbeddingSource) -> None:
         data: Rows with given logits.
 
     Raises:
-        DataError: If the method needs embeddings of the candidates, or vectors of the rows.
+        DataError: If the method needs candidate embeddings, or row vectors that ``data`` lacks.
     """
     looks_at = inputs_of(method_class)
     if not looks_at:
@@ -44,7 +44,7 @@ def require_inputs(method_class: type[Any], data: EmbeddingSource) -> None:
 def refuse_unlabelled(method_name: str, train: EmbeddingSource) -> None:
     """Refuse rows without labels if the logits of the training rows were given.
 
-    Methods learn from such rows through the texts of the classes, and given logits have no texts.
+    Methods learn from unlabelled rows through class texts, and given logits have no texts.
     """
     if train.has_texts:
         return
@@ -55,13 +55,13 @@ def refuse_unlabelled(method_name: str, train: EmbeddingSource) -> None:
 
 
 def inputs_of(method_class: type[Any]) -> frozenset[str]:
-    """The inputs ``looks_at`` defined in the class itself; empty without such a definition."""
+    """Return the inputs ``looks_at`` if the class itself defines them, or else an empty set."""
     inputs: frozenset[str] = vars(method_class).get("looks_at", frozenset())
     return inputs
 
 
 def _methods_on_logits() -> str:
-    """Names of the methods with logits as their only inputs, for a message."""
+    """List the methods that need only logits, for a message."""
     names = []
     for name in METHODS.names():
         if inputs_of(METHODS[name]) == {"logits"}:
@@ -70,7 +70,7 @@ def _methods_on_logits() -> str:
 
 
 def _methods_on_vectors() -> str:
-    """Names of the methods with vectors of the rows as inputs, but no texts, for a message."""
+    """List the methods that need vectors of the rows but no texts, for a message."""
     names = []
     for name in METHODS.names():
         if "image" in inputs_of(METHODS[name]):
@@ -81,19 +81,19 @@ def _methods_on_vectors() -> str:
 def require_same_logits(
     method_name: str, fit_notes: Mapping[str, Any], data: EmbeddingSource
 ) -> None:
-    """Refuse data with given logits, unless the logits are of the classes of the fit.
+    """Refuse data if only the fit or only the data have given logits, or if the classes differ.
 
-    A candidate without an embedding is identified only by position. The classes must therefore be
-    the same, in the same order.
+    A candidate without an embedding is identified only by position. If logits were given, the
+    classes must therefore be the fitted classes, in the order of the fit.
 
     Args:
         method_name: Name of the fitted method.
-        fit_notes: The notes of the fit, including the description by ``describe_candidates``.
+        fit_notes: The fit's notes, including the description by ``describe_candidates``.
         data: The rows to score.
 
     Raises:
         ProvenanceError: If only the fit or only ``data`` has given logits, or if both have given
-            logits of different classes.
+            logits for different classes.
     """
     fitted_on_logits = is_of_given_logits(fit_notes)
     has_logits = not data.has_texts
@@ -111,12 +111,12 @@ def require_same_logits(
 
 
 def is_of_given_logits(candidates: Mapping[str, Any]) -> bool:
-    """Whether a description by ``describe_candidates`` is of given logits: the sketch is empty."""
+    """Return whether ``describe_candidates`` described given logits: the sketch is empty."""
     return bool(candidates.get("texts") == [])
 
 
 def _candidates_in_words(candidates: Mapping[str, Any]) -> str:
-    """Phrase for a message, such as "given logits of 10 candidates (no names)"."""
+    """Return a phrase for a message, such as "given logits of 10 candidates (no names)"."""
     kind = "embeddings of texts"
     if is_of_given_logits(candidates):
         kind = "given logits"
@@ -131,11 +131,11 @@ KIND_IN_WORDS: dict[DataKind, str] = {
     "embeddings": "embeddings of images",
     "answers": "a table of answers",
 }
-"""Maps the kind of the rows of a source to words for a message."""
+"""Maps a source's data kind to words for a message."""
 
 
 def require_kind(method_class: type[Any], data: EmbeddingSource) -> None:
-    """Refuse a table for a method of embeddings, and embeddings for a method of tables."""
+    """Refuse a table if the method takes embeddings, and embeddings if the method takes tables."""
     if method_class.takes == data.data_kind:
         return
     suitable_methods = list(METHODS_OF_TABLES)

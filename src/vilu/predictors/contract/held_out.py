@@ -14,14 +14,14 @@ from vilu.errors import UNKNOWN
 
 
 class JudgedAnswers(NamedTuple):
-    """Uncertainties and failures of N answers of the same kind."""
+    """Uncertainties and failures of N answers, all zero-shot or all adapted."""
 
     uncertainty: NDArray[np.float64]  # (N,)
     failure: NDArray[np.int64]  # (N,) 1 if the answer is wrong, 0 if the answer is right
 
     @property
     def is_known(self) -> NDArray[np.bool_]:
-        """(N,) which answers have an uncertainty and a known failure."""
+        """(N,) mask: true if the answer has an uncertainty and a known failure."""
         known: NDArray[np.bool_] = np.isfinite(self.uncertainty) & (self.failure != UNKNOWN)
         return known
 
@@ -42,7 +42,7 @@ class HeldOutAnswers(NamedTuple):
     has_every_class: bool = True
 
     def of_kind(self, answer: AnswerKind) -> JudgedAnswers:
-        """The answers of the kind ``answer``, "zero_shot" or "adapted"."""
+        """Return the answers named by ``answer``, "zero_shot" or "adapted"."""
         if answer == "adapted":
             return self.adapted
         return self.zero_shot
@@ -54,7 +54,7 @@ class HeldOutAnswers(NamedTuple):
         zero_shot: NDArray[np.int64],
         target: NDArray[np.int64],
     ) -> HeldOutAnswers:
-        """Both kinds of answers, judged by a posterior q: u = 1 - q_a for an answer a.
+        """Judge zero-shot and adapted answers by a posterior q: u = 1 - q_a for an answer a.
 
         Args:
             log_q: (N, K) log probabilities of the candidates.
@@ -76,7 +76,7 @@ class HeldOutAnswers(NamedTuple):
 
 
 def folds_have_every_class(folds: list[tuple[Rows, Rows]]) -> bool:
-    """Whether every candidate has a labelled row among the rows to fit on, in every fold."""
+    """Return whether, in every fold, each candidate has a labelled row among the rows to fit on."""
     for rows_to_fit, _ in folds:
         source = rows_to_fit.source
         labels = source.target[rows_to_fit.index]

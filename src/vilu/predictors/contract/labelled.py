@@ -1,4 +1,4 @@
-"""Rows to learn from: the usable and labelled rows, and the held-out part of these rows."""
+"""Rows to learn from: the usable and labelled rows, and the rows held out from a fit."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ CAPTION_BLOCK_ROWS = 16_384  # number of captions in memory at the same time
 
 
 def without_training_rows(validation: EmbeddingSource, train: EmbeddingSource) -> EmbeddingSource:
-    """The validation set without the rows of the training set ``train``.
+    """Return the validation set without the rows in the training set ``train``.
 
     Raises:
-        ProvenanceError: If ``validation`` and ``train`` are of different embedding spaces.
+        ProvenanceError: If ``validation`` and ``train`` have different embedding spaces.
         DataError: If more than 1 % of the validation rows are in the training set.
     """
     train_name = "the training set"
@@ -49,7 +49,7 @@ def without_training_rows(validation: EmbeddingSource, train: EmbeddingSource) -
 
 
 def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> None:
-    """Refuse unlabelled rows if ``train`` has another embedding space or different candidates."""
+    """Refuse unlabelled rows if ``train`` has a different embedding space or candidates."""
     train.space.require_match(
         unlabelled.space, name="the training set", other_name="the unlabelled rows"
     )
@@ -70,7 +70,7 @@ def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> N
 
 
 def _shared_texts(source: EmbeddingSource) -> Tensor:
-    """(K, D) texts of the candidates shared by all rows; (0, D) for image-caption pairs."""
+    """Return the candidate texts (K, D) shared by all rows, or (0, D) for image-caption pairs."""
     if source.pool_size is not None:
         return torch.empty(0, source.space.embed_dim, dtype=torch.float32)
     no_rows = torch.arange(0)
@@ -84,7 +84,7 @@ Needs = Literal["failure", "class", "nothing"]
 def trainable_rows(
     source: EmbeddingSource, role: str, needs: Needs = "class", columns: Sequence[str] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Indices (M,) of the rows for a fit, and the failures (M,) of these rows.
+    """Return indices (M,) and failures (M,) of the rows for a fit.
 
     If ``needs`` is "nothing", the result has all usable rows. Otherwise the result has the usable
     rows with a known failure ("failure") or a known class ("class"). A row outside all classes has
@@ -94,7 +94,7 @@ def trainable_rows(
     failures belong to the zero-shot answers. A failure is -1 (unknown) only if ``needs`` is
     "nothing".
 
-    Warns if rows are left out. Messages name the set by its ``role``, such as "training".
+    Warn if rows are left out. Messages name the set by ``role``, such as "training".
     """
     n_left_over, n_unusable = _count_unusable(source, role)
     rows, failure = rows_and_failures(source.batches(SCORING_BATCH, columns=columns))
@@ -133,12 +133,12 @@ def trainable_rows(
 
 
 def count_right_answers(failure: Tensor) -> dict[str, int]:
-    """Count the known failures (M,), and the right answers among the known failures, as JSON."""
+    """Count the answers with a known ``failure`` (M,), and the right answers, as JSON."""
     return {"n": int((failure != UNKNOWN).sum()), "n_right": int((failure == 0).sum())}
 
 
 def _count_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
-    """Count the rows left over after filling the pools, and the other unusable rows.
+    """Count the rows left over after filling the pools, and the remaining unusable rows.
 
     Raises:
         DataError: If there are no rows, fewer than two candidates, or too many unusable rows.
@@ -161,9 +161,9 @@ def _count_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
 
 
 def rows_and_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Indices (M,) of the rows of some batches, and their failures (M,).
+    """Collect row indices (M,) and failures (M,) from batches.
 
-    Where several processes fit together, each process computes the failures of a share of the rows.
+    If several processes fit together, each process computes failures for a share of the rows.
     """
     world = current_world()
     rows = [torch.empty(0, dtype=torch.int64)]
@@ -178,10 +178,10 @@ def rows_and_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
 
 
 def degenerate_rate(failure: Tensor, method_name: str, *, allow_degenerate: bool) -> float | None:
-    """The error rate, 0 or 1, if failures (M,) are all equal; else None.
+    """Return the error rate, 0 or 1, if the failures (M,) are all equal. Otherwise return None.
 
-    Warns if there are fewer than ``MIN_RELIABLE_ROWS`` failures or successes. ``method_name`` is
-    the name of the method in messages.
+    Warn if there are fewer than ``MIN_RELIABLE_ROWS`` failures or successes. Messages name the
+    method by ``method_name``.
 
     Raises:
         DataError: If the failures are all equal, unless ``allow_degenerate`` is true.
@@ -210,7 +210,7 @@ def degenerate_rate(failure: Tensor, method_name: str, *, allow_degenerate: bool
 
 
 def warn_of_few_rows(failure: Tensor, method_name: str) -> None:
-    """Warn if a method learns a probability of failure from fewer than ``MIN_RELIABLE_ROWS``."""
+    """Warn if a method learns probabilities from fewer rows than ``MIN_RELIABLE_ROWS``."""
     n_rows = len(failure)
     if n_rows < MIN_RELIABLE_ROWS:
         unit = "row" if n_rows == 1 else "rows"
@@ -221,12 +221,12 @@ def warn_of_few_rows(failure: Tensor, method_name: str) -> None:
 
 
 def answer_columns(train: Rows) -> tuple[str, ...]:
-    """The column "answer" if the fit reads this column, in order to judge given answers."""
+    """Return the column "answer" if the fit reads this column to judge given answers."""
     return tuple(name for name in train.columns if name == ANSWER)
 
 
 def class_texts(train: Rows) -> Tensor:
-    """(K, D) texts of the training classes, to recognise the classes in any order."""
+    """Return the texts (K, D) of the training classes, to recognise the classes in any order."""
     no_rows = train.index[:0]
     text = train.source.candidates(no_rows).text
     return text.clone()
@@ -235,13 +235,13 @@ def class_texts(train: Rows) -> Tensor:
 def fit_and_selection(
     train: Rows, failure: Tensor, validation: EmbeddingSource | None, fraction: float, seed: int
 ) -> tuple[Rows, Rows | None]:
-    """Rows to fit on, and rows for model selection.
+    """Return the rows to fit on, and the rows for model selection.
 
-    The rows for selection are the validation set. Without a validation set, a ``fraction`` of the
-    training rows is held out. If the failures of the rows for selection are all equal, selection is
-    impossible. In this case all training rows are for the fit, and the rows for selection are None.
+    The selection rows are the validation set. Without a validation set, a ``fraction`` of the
+    training rows is held out. If the selection rows are all failures or all successes, selection is
+    impossible. In this case all training rows are for the fit, and the selection rows are None.
 
-    ``failure`` (M,) are the failures of the training rows. ``seed`` chooses the held-out rows.
+    ``failure`` (M,) belongs to the training rows. ``seed`` chooses the held-out rows.
     """
     if validation is not None:
         index_to_fit = train.index
@@ -254,8 +254,8 @@ def fit_and_selection(
         is_held_out = _held_out_mask(train, failure, fraction, seed)
         index_to_fit = train.index[~is_held_out]
         selection = Rows(train.source, train.index[is_held_out], train.columns)
-        # failures are computed again, because captions of the held-out rows are in new pools
         batches = selection.batches(SCORING_BATCH)
+        # failures are computed again, because held-out captions are in new pools
         _, selection_failure = rows_and_failures(batches)
     can_select = len(selection_failure.unique()) == 2
     if not can_select:
@@ -264,14 +264,13 @@ def fit_and_selection(
 
 
 def _held_out_mask(train: Rows, failure: Tensor, fraction: float, seed: int) -> Tensor:
-    """Mask (M,) of a random ``fraction`` of the training rows, given the failures (M,).
+    """Return a mask (M,): true for a random ``fraction`` of rows, given the failures (M,).
 
     Raises:
-        DataError: If the rows left to fit on have only failures, or only successes.
+        DataError: If no failure or no success is left to fit on; with pools, if no row is left.
     """
     pool_size = train.source.pool_size
-    generator = torch.Generator()
-    generator.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     if isinstance(train.source, PairSource):
         groups = caption_groups(train.source, train.index)
     else:
@@ -298,14 +297,14 @@ def held_out_positions(
     generator: torch.Generator,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Sorted positions (H,) of a random ``fraction`` of M rows, given the failures (M,).
+    """Choose a random ``fraction`` of M rows. Return sorted positions (H,).
 
-    Without pools the rows are stratified by failure. Rows with the same number in ``groups`` (M,)
-    stay together.
+    Without pools the rows are stratified by ``failure`` (M,). Rows with the same number in
+    ``groups`` (M,) stay together.
 
     With pools the held-out rows fill whole pools. If the rows make fewer than two pools, no rows
     are held out. Groups stay together as well, unless there are fewer groups than rows in a pool.
-    With so few groups every pool holds several rows of a group anyway.
+    With so few groups every pool holds several rows from a group anyway.
     """
     if pool_size is not None:
         return _held_out_pool_positions(len(failure), fraction, pool_size, generator, groups)
@@ -320,15 +319,15 @@ def held_out_positions(
         n_held_out = round(len(candidates) * fraction)
         chosen_rows.append(candidates[order[:n_held_out]])
     chosen_groups = groups[torch.cat(chosen_rows)]
-    return torch.isin(groups, chosen_groups).nonzero(as_tuple=True)[0]
+    return torch.isin(groups, chosen_groups).nonzero().squeeze(1)
 
 
 def _held_out_pool_positions(
     n_rows: int, fraction: float, pool_size: int, generator: torch.Generator, groups: Tensor | None
 ) -> Tensor:
-    """Sorted positions (H,) of random rows that fill whole pools; whole groups where possible.
+    """Return sorted positions (H,) of random rows that fill whole pools, if possible whole groups.
 
-    A ``fraction`` of the pools is held out, but at least one pool, if the rows fill two pools.
+    If the rows fill at least two pools, a ``fraction`` of the pools is held out, but at least one.
     """
     n_pools = n_rows // pool_size
     n_pools_held_out = 0
@@ -347,14 +346,14 @@ def _held_out_pool_positions(
 
 
 def rows_of_whole_groups(groups: Tensor, max_rows: int) -> Tensor:
-    """Sorted indices of the rows of some whole groups, together at most ``max_rows`` rows.
+    """Choose whole groups with at most ``max_rows`` rows together, and return sorted row indices.
 
-    ``groups`` (M,) has the number of the group of every row. Groups are taken in the order of their
-    first rows. A group with more rows than are left to take is skipped.
+    ``groups`` (M,) has every row's group number. Groups are taken in the order of their first rows.
+    If a group has more rows than are left to take, the group is skipped.
     """
     _, group_of_row = torch.unique(groups, return_inverse=True)
     sizes = group_of_row.bincount()
-    # the first row of a group is the smallest index of a row in the group
+    # a group's first row is the smallest row index in the group
     after_last = torch.full((len(sizes),), len(groups))
     all_rows = torch.arange(len(groups))
     first_row = after_last.scatter_reduce(0, group_of_row, all_rows, reduce="amin")
@@ -364,26 +363,26 @@ def rows_of_whole_groups(groups: Tensor, max_rows: int) -> Tensor:
     waiting_groups = first_row.argsort()
     waiting_groups = waiting_groups[sizes[waiting_groups] <= rows_left]
     while len(waiting_groups):
-        # Take as many of the next groups as fit together. At least one group fits, since every
-        # waiting group fits alone.
+        # Take as many waiting groups as fit together. At least one group fits, since every waiting
+        # group fits alone.
         groups_to_take = waiting_groups[sizes[waiting_groups].cumsum(0) <= rows_left]
         is_taken[groups_to_take] = True
         rows_left -= int(sizes[groups_to_take].sum())
         # the next group no longer fits: skip all groups that are now too large
         waiting_groups = waiting_groups[len(groups_to_take) :]
         waiting_groups = waiting_groups[sizes[waiting_groups] <= rows_left]
-    return is_taken[group_of_row].nonzero(as_tuple=True)[0]
+    return is_taken[group_of_row].nonzero().squeeze(1)
 
 
 def caption_groups(
     source: PairSource, rows: Tensor, block_rows: int = CAPTION_BLOCK_ROWS
 ) -> Tensor:
-    """(M,) int64 numbers of groups: equal for rows with equal captions, compared as float16.
+    """Return group numbers (M,) int64, equal for rows with equal captions, compared as float16.
 
-    A caption equal to the text of a class makes a row a group of its own. If all rows of such a
-    caption were held out together, the class could not be learned.
+    If a caption equals a class text, the row is a group alone. If all rows with such a caption were
+    held out together, the class could not be learned.
 
-    The number is a hash of the D 16-bit numbers x of a caption, with fixed random odd factors a:
+    A caption has D 16-bit numbers x. The group number is a hash with fixed random odd factors a:
 
         sum_i a_i x_i mod 2^64
 
@@ -402,16 +401,16 @@ def caption_groups(
     unsigned_hashes = np.concatenate(hashes)
     groups = torch.from_numpy(unsigned_hashes.view(np.int64))
     has_own_group = source.of_classes(rows)
-    # a row in a group of its own has its index as the number of the group
+    # if a row is a group alone, the row index is the group number
     return torch.where(has_own_group, rows, groups)
 
 
 def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
-    """(B,) float64 log((1 - p) / p), with the probability p of the judged answer of the batch.
+    """Compute the log-odds (B,) float64 of failure: log((1 - p) / p).
 
-    p comes from the softmax of ``logits`` (B, K). ``logits`` may differ from the zero-shot logits,
-    so the answer need not have the largest logit. The result is exact also where p would round to 0
-    or 1.
+    p is the judged answer's probability under the softmax of ``logits`` (B, K). ``logits`` may
+    differ from the zero-shot logits, so the answer need not have the largest logit. The result is
+    exact also if p would round to 0 or 1.
     """
     if batch.matches is None:  # all candidates are different answers
         answer_column = batch.prediction[:, None].to(logits.device)
@@ -424,13 +423,13 @@ def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def log_odds_with_outside(log_odds: Tensor, outside_log_odds: Tensor) -> Tensor:
-    """(B,) float64 log-odds of u = 1 - (1 - P(outside)) q.
+    """Compute the log-odds (B,) float64 of u = 1 - (1 - P(outside)) q.
 
-    The odds of u are computed as a sum of odds:
+    The odds are computed as a sum:
 
         u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q
 
-    Large odds stay exact in this way. A computed u would round to 1, with infinite odds.
+    So large odds stay exact. If u were computed first, u would round to 1, with infinite odds.
 
     Args:
         log_odds: (B,) log((1 - q) / q).
@@ -454,22 +453,21 @@ def cross_fit_splits(
     needs: Needs = "class",
     max_folded_rows: int = MAX_FOLDED_ROWS,
 ) -> list[tuple[Rows, Rows]]:
-    """Split rows into pairs: rows to fit on, and rows held out of this fit.
+    """Split rows into pairs: rows to fit on, and rows held out from this fit.
 
     1. With a validation set there is a single pair: all training rows, and the validation set.
     2. Up to ``max_folded_rows`` training rows there is a pair for each of five folds.
     3. With more rows there is a single pair. The held-out rows are a fifth of the training rows,
        but at most ``max_folded_rows``.
 
-    Folds are stratified by failure (M,). All rows of a picture are in the same fold, and the
-    failure of the first row counts for the picture.
+    Folds are stratified by failure (M,). All rows of a picture are in the same fold, and the first
+    row's failure counts for the picture.
     """
     if validation is not None:
         columns = answer_columns(train)
         rows, _ = trainable_rows(validation, role="validation", needs=needs, columns=columns)
         return [(train, Rows(validation, rows, train.columns))]
-    generator = torch.Generator()
-    generator.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     first_row, picture_of_row = train.pictures()
     n_pictures = len(first_row)
     order = torch.randperm(n_pictures, generator=generator)

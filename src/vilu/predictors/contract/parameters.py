@@ -1,4 +1,4 @@
-"""Hyper-parameters of a method, checked and converted by the annotations of the dataclass."""
+"""Hyper-parameters of a method, checked and converted by the dataclass annotations."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Parametrised(Protocol):
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
-# the class of the new predictor; public signatures show this name
+# the new predictor's class. Public signatures show this name
 Made = TypeVar("Made", bound=Parametrised)
 
 
 def parameters(predictor: Parametrised | type[Parametrised]) -> dict[str, dataclasses.Field[Any]]:
-    """The constructor's parameters by name."""
+    """Return the constructor's parameters by name."""
     return {field.name: field for field in dataclasses.fields(predictor) if field.init}
 
 
@@ -49,7 +49,7 @@ def build_predictor(cls: type[Made], values: Mapping[str, object]) -> Made:
 
 
 def require_known_parameters(cls: type[Parametrised], names: Iterable[str]) -> None:
-    """Refuse names that are not names of parameters."""
+    """Refuse names of unknown parameters."""
     known_parameters = parameters(cls)
     for name in names:
         if name not in known_parameters:
@@ -61,10 +61,10 @@ def require_known_parameters(cls: type[Parametrised], names: Iterable[str]) -> N
 
 
 def convert_parameter(cls: type[Parametrised], name: str, value: object, *, strict: bool) -> object:
-    """Convert the value of a parameter to its annotated type.
+    """Convert a parameter's value to the annotated type.
 
-    With ``strict`` the string "3" and the value True are not accepted as numbers. Numbers of numpy
-    are accepted.
+    With ``strict`` the string "3" and the value True are not accepted as numbers. numpy numbers are
+    accepted.
     """
     hint, adapter = _type_and_checker(cls, name)
     if strict:
@@ -83,7 +83,7 @@ def convert_parameter(cls: type[Parametrised], name: str, value: object, *, stri
 
 
 def _plain_value(value: object) -> object:
-    """Convert a number of numpy to a number of Python, and a list to a tuple."""
+    """Convert a numpy number to a Python number, and a list to a tuple."""
     if isinstance(value, np.generic):
         number: object = value.item()
         return number
@@ -93,7 +93,7 @@ def _plain_value(value: object) -> object:
 
 
 def _parsed_value(value: object, *, is_tuple: bool) -> object:
-    """Parse "none" and tuples of the command line. pydantic parses all remaining values later."""
+    """Parse "none" and tuples from the command line. Later pydantic parses all remaining values."""
     if value in ("none", "None", "null"):
         return None
     if is_tuple and isinstance(value, str):
@@ -103,7 +103,7 @@ def _parsed_value(value: object, *, is_tuple: bool) -> object:
 
 @cache
 def _type_and_checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]:
-    """Type of a parameter and its checker. Cached, because making a checker is slow."""
+    """Return a parameter's type and checker. Cached, because making a checker is slow."""
     hint = _annotated_type(cls, name)
     # in all methods the seed has the range accepted by every random number generator
     if name == "seed":
@@ -112,10 +112,10 @@ def _type_and_checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdap
 
 
 def _annotated_type(cls: type[Parametrised], name: str) -> Any:  # noqa: ANN401 - any type
-    """The annotated type of a parameter, evaluated in the module of the declaring class.
+    """Evaluate a parameter's annotated type in the module with the declaring class.
 
-    Annotations of all other attributes are left alone, since some types are imported only for type
-    checkers.
+    Annotations of all remaining attributes are left alone, since some types are imported only for
+    type checkers.
     """
     owner = next(base for base in cls.__mro__ if name in get_annotations(base))
     annotation = get_annotations(owner)[name]
@@ -142,9 +142,9 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 
 
 def get_params(self: Parametrised, deep: bool = True) -> dict[str, Any]:  # noqa: ARG001
-    """The parameters by name, as in scikit-learn.
+    """Return the parameters by name, as in scikit-learn.
 
-    ``deep`` has no effect, since no parameter has parameters of its own.
+    ``deep`` has no effect, since no parameter has parameters in turn.
 
     Examples:
         >>> import vilu
@@ -172,7 +172,7 @@ def set_params(self: Made, **values: object) -> Made:
 
 
 def constructor_call(self: Parametrised) -> str:
-    """The ``repr`` of a predictor: a call of its constructor with all non-default parameters."""
+    """Return the ``repr``: a constructor call with all non-default parameters."""
     arguments = []
     for name, parameter in parameters(self).items():
         value = getattr(self, name)
@@ -182,7 +182,7 @@ def constructor_call(self: Parametrised) -> str:
 
 
 def refuse_scikit_learn(self: Parametrised) -> object:
-    """Refuse use in scikit-learn. Cross-validation, searches and pipelines call this method first.
+    """Refuse use in scikit-learn. Its cross-validation, searches and pipelines call this first.
 
     Raises:
         UsageError: Always.

@@ -47,12 +47,12 @@ if TYPE_CHECKING:
 # computes scores from logits then imports a third of the modules.
 
 CONSTANT = "constant"
-"""Name of the saved tensor of a constant fit: the score of all rows, if nothing can be learned."""
+"""Name of a constant fit's only tensor: the score for all rows, if nothing can be learned."""
 CLASSES = "classes"
-"""Name of the saved tensor with the embedded texts of the classes."""
+"""Name of the saved tensor with the embedded class texts."""
 
 MIN_CANDIDATES = 2
-"""Minimum number of candidates. A single candidate leaves no other answer, and u is NaN."""
+"""Minimum candidate count. With a single candidate only one answer is possible, and u is NaN."""
 
 logger = logging.getLogger(__name__)
 RowsLike = ArrayLike | Tensor
@@ -62,7 +62,7 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 class NotExportable(UsageError):  # noqa: N818 - an expected outcome, not an error
-    """The method cannot be exported as a graph of image and text. The message gives the reason."""
+    """The method has no graph from image and text to a score. The message gives the reason."""
 
 
 class Learnt(NamedTuple):
@@ -71,7 +71,7 @@ class Learnt(NamedTuple):
     Attributes:
         tensors: The tensors to save, on the CPU.
         notes: Notes for people to read, as plain JSON.
-        held_out: Uncertainties and failures of held-out rows; None where the fit computes none.
+        held_out: Uncertainties and failures for held-out rows. None if the fit computes none.
     """
 
     tensors: dict[str, Tensor]
@@ -81,32 +81,32 @@ class Learnt(NamedTuple):
 
 @dataclasses.dataclass
 class FailurePredictor(ABC):
-    """Base class of the methods, which estimate from embeddings how likely an answer is wrong.
+    """Base class for methods that estimate from embeddings how likely an answer is wrong.
 
     Higher uncertainty means that the answer is more likely wrong. The parameter ``answer`` chooses
     the judged answer:
 
-    - "zero_shot", the default: the candidate of the largest logit.
-    - "adapted": argmax_j q_j, where q is the posterior of the method (``log_posterior``). Only
-      methods with ``has_posterior`` have a posterior.
-    - "given": the answer in the column "answer" of the data.
+    - "zero_shot", the default: the candidate with the largest logit.
+    - "adapted": argmax_j q_j, where q is the method's posterior (``log_posterior``). Only methods
+      with ``has_posterior`` have a posterior.
+    - "given": the answer in the data column "answer".
 
-    A subclass is a dataclass of hyper-parameters. ``get_params``, ``set_params`` and ``repr`` are
-    as in scikit-learn, and ``sklearn.base.clone`` works. Attributes set by ``fit`` have names that
-    end in an underscore. A method has to define ``name``, ``summary``, ``reference`` and
-    ``_score``. A method that learns also defines ``_learn``, and ``tensors`` or ``module``. All
-    remaining attributes have defaults. Exports, explanations and given logits need ``graph``,
-    ``coalitions`` and ``looks_at`` in the class itself. Inherited definitions do not count, since
-    they may be wrong for the subclass.
+    A subclass is a dataclass with the hyper-parameters as fields. ``get_params``, ``set_params``
+    and ``repr`` are as in scikit-learn, and ``sklearn.base.clone`` works. Attributes set by ``fit``
+    have names that end in an underscore. A method has to define ``name``, ``summary``,
+    ``reference`` and ``_score``. A method that learns also defines ``_learn``, and ``tensors`` or
+    ``module``. All remaining attributes have defaults. Exports, explanations and given logits need
+    ``graph``, ``coalitions`` and ``looks_at`` in the class itself. Inherited definitions do not
+    count, since they may be wrong for the subclass.
 
-    Parameters of the same name have the same meaning in all methods:
+    A parameter name has the same meaning in all methods:
 
     - ``seed`` decides everything random in ``fit``.
     - ``device`` is "auto", "cpu", "cuda", "cuda:N" or "mps". The device is not saved.
-    - ``allow_degenerate`` is for methods that learn from failures. If all or none of the training
-      rows are failures, the fit is then a constant. Without ``allow_degenerate`` such training rows
-      are refused.
-    - ``max_bank`` is the maximum number of training images to keep; a larger set is sampled with
+    - ``allow_degenerate`` is for methods that learn from failures. If all training rows or no
+      training rows are failures, the fit is then a constant. Without ``allow_degenerate`` such
+      training rows are refused.
+    - ``max_bank`` is the maximum number of training images to keep. A larger set is sampled with
       ``seed``.
 
     Attributes:
@@ -117,35 +117,36 @@ class FailurePredictor(ABC):
         columns: Columns required in the data, in addition to the embeddings
             (``vilu.embeddings.columns``).
         optional_columns: Columns used by the method where the data have these columns.
-        no_captions: Why the method cannot work on image-caption pairs; None where captions work.
-        closed_set: Whether the method scores only the classes of its fit.
+        no_captions: Why the method cannot work on image-caption pairs. None if captions work.
+        closed_set: Whether the method scores only the classes in its fit.
         is_probability: Whether the uncertainty estimates P(failure).
-        has_posterior: Whether the method defines ``log_posterior``, a posterior of the candidates.
+        has_posterior: Whether the method defines ``log_posterior``, a posterior over the
+            candidates.
         learns_failure: Whether the method learns to tell failures from successes. Such a method
-            needs training rows of both kinds.
-        looks_at: The inputs of the score: "logits", "image", or both. Empty if the score also uses
-            the embeddings of the candidates. A method works on given logits
+            needs both among the training rows.
+        looks_at: The inputs to the score: "logits", "image", or both. Empty if the score also uses
+            the candidates' embeddings. A method works on given logits
             (``vilu.Embeddings.from_logits``) only if ``looks_at`` is not empty.
         depends_on_answer: Whether the score depends on the judged answer.
-        tensors: Names of the saved tensors, without the weights of ``module``.
+        tensors: Names of the saved tensors, without the weights in ``module``.
         needs_fit: Whether the method defines ``_learn``, and must be fitted before scoring.
         needs_labels: Whether a fit needs labelled rows. Otherwise a fit uses all usable rows.
         uses_unlabelled: Whether a fit can also learn from rows without labels
             (``Rows.unlabelled``).
-        takes: Kind of the data rows: "embeddings", or "answers" of a table.
-        learned_: The saved tensors by name, without the weights of the network.
-        network_: The ``module`` with fitted weights, ready to score; None without a module.
-        space_: Embedding space of the training data; None before a fit.
-        seen_: Sketches of the rows used by ``fit``, by kind of identity; empty where the rows
+        takes: Kind of data: "embeddings", or "answers" from a table.
+        learned_: The saved tensors by name, without the network weights.
+        network_: The ``module`` with fitted weights, ready to score. None without a module.
+        space_: The training data's embedding space. None before a fit.
+        seen_: A sketch of the rows used by ``fit``, for each identity kind. Empty if the rows
             cannot be recognised.
-        similarity_: Mean and standard deviation of the largest cosine of training rows; None before
+        similarity_: Mean and standard deviation of the training rows' largest cosines. None before
             a fit.
         notes_: Notes on the fit for people to read, as plain JSON.
-        held_out_: Uncertainties and failures of held-out rows; None where the fit computed none.
-        calibrator_: Function from uncertainty to P(failure), learned on calibration rows; None
+        held_out_: Uncertainties and failures for held-out rows. None if the fit computed none.
+        calibrator_: Function from uncertainty to P(failure), learned on calibration rows. None
             before ``calibrate_probability``.
-        sample_: Image vectors of random rows of the fit, at most 2 MB, for the detection of near
-            copies; None if no sample is stored.
+        sample_: Image vectors from random fit rows, at most 2 MB, to detect near copies. None if no
+            sample is stored.
 
     Examples:
         >>> import dataclasses, numpy as np, vilu
@@ -180,7 +181,7 @@ class FailurePredictor(ABC):
     needs_labels: ClassVar[bool] = True
     uses_unlabelled: ClassVar[bool] = False
     takes: ClassVar[DataKind] = "embeddings"
-    # Names, types and shapes of the saved tensors, in the notation of ``state.require_forms``. A
+    # The saved tensors' names, types and shapes, in the notation of ``state.require_forms``. A
     # class with ``_forms`` needs no ``tensors``.
     _forms: ClassVar[str] = ""
 
@@ -218,7 +219,7 @@ class FailurePredictor(ABC):
         cls.has_posterior = cls.log_posterior is not FailurePredictor.log_posterior
         forms = vars(cls).get("_forms", "").split()
         if forms:
-            # a form begins with the name of the tensor and a colon
+            # a form begins with the tensor name and a colon
             cls.tensors = tuple(form.split(":")[0] for form in forms)
         # __repr__ is set here, because the dataclass decorator would otherwise add a __repr__. A
         # __repr__ defined in the class itself is kept. mypy does not allow to assign a method.
@@ -229,16 +230,16 @@ class FailurePredictor(ABC):
     set_params = parameters.set_params
     __sklearn_tags__ = parameters.refuse_scikit_learn
 
-    # Definitions of a method.
+    # Definitions in a method.
 
     @abstractmethod
     def _score(self, batch: Batch) -> Tensor:
-        """(B,) uncertainty of a batch, float32 or float64, on any device."""
+        """Return the uncertainty (B,) of a batch, float32 or float64, on any device."""
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        """Learn from the rows ``train``, and return the result. ``take`` stores it later.
+        """Learn from the rows ``train``, and return the result. ``take`` stores the result later.
 
-        ``failure`` (M,) is 1, 0, or -1 (unknown) for each of these rows. Only methods that need no
+        ``failure`` (M,) is 1, 0, or -1 (unknown) for each training row. Only methods that need no
         labels get unknown failures. ``validation`` are rows for model selection, if the caller has
         any.
         """
@@ -251,15 +252,15 @@ class FailurePredictor(ABC):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,  # noqa: ARG002
     ) -> nn.Module | None:
-        """A new network, to be saved with the predictor; None for a method without a network.
+        """Make a network to save with the predictor. A method without a network returns None.
 
-        The initial weights must come from a ``torch.Generator`` of the method, since the global
-        generator of torch is not seeded.
+        The initial weights must come from the method's own ``torch.Generator``, since torch's
+        global generator is not seeded.
 
         Args:
-            tensors: The tensors that the network will hold. The sizes of layers may depend on the
-                shapes of these tensors. Empty before a fit.
-            space: Space of the embeddings.
+            tensors: The tensors that the network will hold. The layer sizes may depend on the
+                tensor shapes. Empty before a fit.
+            space: The embedding space.
 
         Examples:
             >>> import vilu
@@ -272,7 +273,7 @@ class FailurePredictor(ABC):
         return None
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the saved tensors: ``tensors``, unless the names depend on the parameters.
+        """Return the saved tensors' names: ``tensors``, unless names depend on the parameters.
 
         Examples:
             >>> import vilu
@@ -282,9 +283,9 @@ class FailurePredictor(ABC):
         return self.tensors
 
     def graph(self) -> nn.Module:
-        """A module that computes scores (N,) float64 from a batch, for export as ONNX.
+        """Make a module that computes scores (N,) float64 from a batch, for export as ONNX.
 
-        A method whose ``_score`` can be exported as it is returns ``own_graph(self)``.
+        A method whose ``_score`` can be exported as it is has the line ``graph = own_graph``.
 
         Examples:
             >>> import numpy as np, vilu
@@ -297,9 +298,9 @@ class FailurePredictor(ABC):
         raise NotExportable(f"{self.name} defines no graph of image and text")
 
     def coalitions(self) -> Coalitions:
-        """The groups of inputs for Shapley values, and the value of every coalition of groups.
+        """Return the coalitions for Shapley values: input groups, and the value of every coalition.
 
-        The default works for methods whose ``looks_at`` has one input.
+        The default works if ``looks_at`` has one input.
 
         Examples:
             >>> import vilu
@@ -322,12 +323,12 @@ class FailurePredictor(ABC):
 
     @property
     def label(self) -> str:
-        """The name in results: ``name``, with the kind of fit where a method has several kinds."""
+        """The name in results: ``name``, with the kind of fit if a method has several kinds."""
         return self.name
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Modules of the code that computes the scores, without the modules imported there."""
+        """Modules with the code that computes the scores, without the modules imported there."""
         return (type(self).__module__,)
 
     @property
@@ -341,7 +342,7 @@ class FailurePredictor(ABC):
 
     # ARG002: subclasses use the argument
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:  # noqa: ARG002
-        """Columns of these training data that a fit uses.
+        """Return the columns of ``train`` that a fit uses.
 
         Examples:
             >>> import numpy as np, vilu
@@ -360,7 +361,7 @@ class FailurePredictor(ABC):
         return self.columns
 
     def log_posterior(self, batch: Batch) -> Tensor:  # noqa: ARG002 - subclasses use the argument
-        """(B, K) float64 log probabilities of the candidates, by a method with ``has_posterior``.
+        """Return log probabilities (B, K) float64 of the candidates, if ``has_posterior``.
 
         Raises:
             UsageError: If the method has no posterior.
@@ -376,7 +377,7 @@ class FailurePredictor(ABC):
         raise self._no_posterior_error()
 
     def judged(self, batch: Batch) -> Batch:
-        """The batch with the answers to judge, chosen by the parameter ``answer``.
+        """Return the batch with the answers to judge, chosen by the parameter ``answer``.
 
         Raises:
             UsageError: If the answer is "adapted" and the method has no posterior.
@@ -395,13 +396,13 @@ class FailurePredictor(ABC):
             return batch.judging(likeliest_candidate)
 
     def judging(self, answer: AnswerKind) -> Self:
-        """A copy with the same fit for another kind of judged answers.
+        """Return a copy with the same fit, for judging the kind of answers named by ``answer``.
 
-        The copy loses the calibration, because a calibration holds for a single kind of answers.
+        If the kind changes, the copy is not calibrated, since a calibration holds for one kind.
 
         Raises:
             UsageError: If the answer is "adapted" and the method has no posterior, or if the method
-                learned the failures of its own kind of answers.
+                learned the failures of a different kind.
 
         Examples:
             >>> import numpy as np, vilu
@@ -428,14 +429,14 @@ class FailurePredictor(ABC):
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
-        """The column of the given answers, where given answers are judged."""
+        """The column with the given answers, if given answers are judged. Otherwise empty."""
         return (ANSWER,) if self.answer == "given" else ()
 
     def _settings(self, settings_class: type[Settings], **replacements: object) -> Settings:
-        """Make settings of a class with fields named like parameters of this predictor.
+        """Make settings of a class whose fields are named like this predictor's parameters.
 
-        A field gets its replacement, if there is one, and otherwise the value of the parameter of
-        the same name. The field ``device`` gets the resolved device.
+        If a field has no replacement, the field gets the value of the parameter with the field's
+        name. The field ``device`` gets the resolved device.
         """
         names = [field.name for field in dataclasses.fields(settings_class)]
         values = {name: getattr(self, name) for name in names}
@@ -444,7 +445,7 @@ class FailurePredictor(ABC):
         return settings_class(**values)
 
     def _log_odds_bias(self) -> float:
-        """Bias that a weighted loss adds to the log-odds of failure."""
+        """Return the bias that a weighted loss adds to the log-odds of failure."""
         return 0.0
 
     @checked
@@ -465,9 +466,9 @@ class FailurePredictor(ABC):
                 with a warning.
             validation: Rows for model selection. At most 1 % of these rows may be training rows.
                 Such training rows are left out with a warning. Without validation rows, a method
-                that selects holds out a part of ``train``.
+                that selects a model holds out some training rows.
             unlabelled: Further rows with the same candidates, for methods with ``uses_unlabelled``.
-                The labels of these rows are ignored.
+                Labels in these rows are ignored.
 
         Warns:
             UserWarning: If training rows are left out.
@@ -478,7 +479,7 @@ class FailurePredictor(ABC):
             DataError: If nothing can be learned from the rows (no rows, a single candidate, over
                 1 % unusable rows, or no labels), if over 1 % of the validation rows are training
                 rows, or if a required column is missing.
-            ProvenanceError: If the sets of rows come from different embedding spaces.
+            ProvenanceError: If the row sets come from different embedding spaces.
 
         Examples:
             >>> import numpy as np, vilu
@@ -530,7 +531,7 @@ class FailurePredictor(ABC):
     def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
         """Learn from the rows with the label required by ``needs``.
 
-        Stores sketches and a sample of the rows, to recognise the rows later.
+        Sketches and a sample of the rows are stored, to recognise the rows later.
         """
         from vilu.predictors.contract import labelled, seen
         from vilu.predictors.persistence.fit_sample import FitSample
@@ -564,7 +565,7 @@ class FailurePredictor(ABC):
     def learn(
         self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None
     ) -> Learnt:
-        """As ``_learn``, but a constant if failures are learned and all rows or no rows fail."""
+        """Learn as ``_learn``, but a constant if failures are learned and all or no rows fail."""
         from vilu.predictors.contract.labelled import degenerate_rate, warn_of_few_rows
 
         if self.learns_failure:
@@ -581,7 +582,7 @@ class FailurePredictor(ABC):
 
     @torch_defaults()
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
-        """Store learned tensors; refuses tensors of the wrong names, types or shapes."""
+        """Store learned tensors. Refuse tensors with wrong names, types or shapes."""
         from vilu.predictors.persistence.state import StateLayout
 
         if self._is_constant(tensors):
@@ -594,18 +595,18 @@ class FailurePredictor(ABC):
         self.space_ = space
 
     def _is_constant(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether these tensors belong to a constant fit."""
+        """Return whether these tensors belong to a constant fit."""
         return self.learns_failure and tensors.keys() == {CONSTANT}
 
     @property
     def constant_(self) -> float | None:
-        """The score of all rows after a constant fit; otherwise None."""
+        """The score for all rows after a constant fit. Otherwise None."""
         if not self._is_constant(self.learned_):
             return None
         return float(self.learned_[CONSTANT])
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that ``fit`` learned, as tensors on the CPU.
+        """Return everything that ``fit`` learned, as tensors on the CPU.
 
         Examples:
             >>> import numpy as np, vilu
@@ -625,7 +626,7 @@ class FailurePredictor(ABC):
         return {**weights, **self.learned_}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``state``; refuses tensors of the wrong names, types or shapes.
+        """Store the tensors from ``state``. Refuse tensors with wrong names, types or shapes.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -640,7 +641,7 @@ class FailurePredictor(ABC):
 
     @checked
     def save(self, folder: str | Path) -> str:
-        """Write to a folder and return the fingerprint.
+        """Write the predictor to a folder, and return the fingerprint.
 
         Raises:
             UsageError: If parameters were changed after the fit, and now contradict the fit.
@@ -683,21 +684,21 @@ class FailurePredictor(ABC):
     def predict_uncertainty(
         self, data: EmbeddingSource | RowsLike, text: RowsLike | None = None
     ) -> NDArray[np.float64] | Tensor:
-        """Uncertainty (N,) float64 of every row, higher = more likely wrong.
+        """Compute the uncertainty (N,) float64 of every row. Higher means more likely wrong.
 
-        The uncertainty is NaN where the embedding is not usable (``data.status``). With a single
-        candidate, all uncertainties are NaN, since no other answer is possible.
+        If the embedding is not usable (``data.status``), the uncertainty is NaN. With a single
+        candidate all uncertainties are NaN, since only one answer is possible.
 
         Args:
-            data: Embeddings. A fitted predictor also takes bare image embeddings (N, D) of its
-                space, as an array or a tensor. A tensor is scored on its own device, and the result
-                is a tensor on the same device.
-            text: Candidates (K, D) of image embeddings, all different. By default the candidates
-                are the classes of the fit, where the method keeps their texts.
+            data: Embeddings. A fitted predictor also takes bare image embeddings (N, D) in the
+                space of the fit, as an array or a tensor. For a tensor, the scores are computed on
+                the tensor's device, and the result is a tensor there.
+            text: Candidates (K, D) for bare image embeddings, all different. By default the
+                candidates are the fitted classes, if the method keeps the class texts.
 
         Raises:
             NotFittedError: If the predictor needs ``fit`` first.
-            ProvenanceError: If the data come from another embedding space than the training data.
+            ProvenanceError: If data and training data come from different embedding spaces.
             UsageError: If a hyper-parameter is out of range, or the method does not work on
                 image-caption pairs, or there are no candidates.
             DataError: If the data lack a required column, or a shape is wrong.
@@ -725,7 +726,7 @@ class FailurePredictor(ABC):
         return all_scores
 
     def _new_images(self, image: RowsLike, text: RowsLike | None) -> NewImages:
-        """Bare image embeddings in the space of the fit."""
+        """Make a source from bare image embeddings in the space of the fit."""
         from vilu.embeddings.new_images import NewImages
 
         self.require_fitted()
@@ -745,9 +746,9 @@ class FailurePredictor(ABC):
 
     @torch_defaults()
     def uncertainty_of(self, data: NewImages) -> Tensor:
-        """Uncertainty (N,) float64 of new images, on the device of the images.
+        """Compute the uncertainty (N,) float64 of new images, on the images' device.
 
-        The uncertainty is NaN where the embedding is not usable.
+        If an embedding is not usable, the uncertainty is NaN.
 
         Raises:
             DataError: If a score is not finite. The errors of ``predict_uncertainty`` are raised as
@@ -769,9 +770,9 @@ class FailurePredictor(ABC):
     def scored(
         self, data: EmbeddingSource, rows: Tensor | None = None
     ) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
-        """Yield batches of rows on ``device_``, each with its uncertainties (B,) float64.
+        """Yield batches on ``device_``, each with uncertainties (B,) float64.
 
-        By default all usable rows are scored. Memory does not grow with the number of rows. A batch
+        By default all usable rows are scored. Memory does not grow with the row count. A batch
         keeps the zero-shot answer computed for the score.
 
         Raises:
@@ -791,7 +792,7 @@ class FailurePredictor(ABC):
     def _scored(
         self, data: EmbeddingSource, rows: Tensor | None
     ) -> Generator[tuple[Batch, NDArray[np.float64]], None, None]:
-        """Yield batches with their scores (B,); raises if a score is not finite."""
+        """Yield batches with scores (B,). Raise if a score is not finite."""
         for batch, scores_on_device in self._scored_on_device(data, rows):
             scores = scores_on_device.numpy(force=True)
             n_candidates = batch.text.shape[-2]
@@ -804,14 +805,14 @@ class FailurePredictor(ABC):
     def _scored_on_device(
         self, data: EmbeddingSource, rows: Tensor | None
     ) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield batches of rows, each with its uncertainties (B,) float64 on the device."""
+        """Yield batches, each with uncertainties (B,) float64 on the device."""
         self._check_ready(data)
         device = self.device_ if data.device is None else data.device
         read_blocks = data.batches
         block_rows = SCORING_BATCH
         if self.looks_at == {"logits"}:
-            # Such scores spend most of their time on reading memory. Blocks are therefore faster if
-            # their logits stay in the processor's cache.
+            # For such scores most time goes into reading memory. Blocks are therefore faster if the
+            # logits stay in the processor's cache.
             read_blocks = data.many
             block_rows = n_rows_in_cache(data.n_candidates)
         columns = (*self.columns_to_score, *self.answer_columns)
@@ -836,7 +837,7 @@ class FailurePredictor(ABC):
             )
 
     def score_batch(self, batch: Batch) -> Tensor:
-        """(B,) uncertainty by ``_score``, or ``constant_`` where the fit is a constant.
+        """Return the uncertainty (B,): by ``_score``, or ``constant_`` if the fit is a constant.
 
         Examples:
             >>> import numpy as np, vilu
@@ -879,13 +880,13 @@ class FailurePredictor(ABC):
         return self.network_
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """The learned tensor with this name, on a device."""
+        """Return the learned tensor with this name, on a device."""
         return self.learned_[name].to(device)
 
     def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
-        """Find the ``rows`` (M,) that were used to fit; by default among all rows.
+        """Find which ``rows`` (M,) were used to fit. By default all rows are checked.
 
-        If the fit used more than 16,384 rows, only a sample of these rows is recognised.
+        If the fit used more than 16,384 rows, only a sample is recognised.
 
         Examples:
             >>> import numpy as np, vilu
@@ -905,9 +906,9 @@ class FailurePredictor(ABC):
         return self.seen_[kind].overlap(data, kind, rows)
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
-        """(N,) bool: whether each row was not used to fit. Warns if some rows were used.
+        """Return a mask (N,): true for rows not used to fit. Warn if some rows were used.
 
-        Messages name the rows by their ``role``, such as "calibration".
+        Messages name the rows by ``role``, such as "calibration".
 
         Raises:
             DataError: If more than 1 % of the rows were used to fit.
@@ -950,7 +951,7 @@ class FailurePredictor(ABC):
             raise self._no_posterior_error()
 
     def _no_posterior_error(self) -> UsageError:
-        """The error for adapted answers of a method without a posterior."""
+        """Make the error for adapted answers if the method has no posterior."""
         from vilu.registry import METHODS
 
         names = [name for name in METHODS.names() if METHODS[name].has_posterior]
@@ -988,11 +989,11 @@ class FailurePredictor(ABC):
     # Probabilities.
 
     def predict_failure_probability(self, data: EmbeddingSource) -> NDArray[np.float64]:
-        """P(failure) (N,) float64 of every row: ``failure_probability`` of its uncertainty.
+        """Compute P(failure) (N,) float64 of every row: ``failure_probability`` at its uncertainty.
 
         Raises:
-            UsageError: If the uncertainty of this method is not a probability, and the predictor
-                was not calibrated.
+            UsageError: If the method's uncertainty is not a probability, and the predictor was not
+                calibrated.
 
         Examples:
             >>> import numpy as np, vilu
@@ -1005,15 +1006,15 @@ class FailurePredictor(ABC):
         return self.failure_probability(uncertainty)
 
     def failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """P(failure) (N,) float64 of uncertainties (N,) of this predictor; NaN stays NaN.
+        """Compute P(failure) (N,) float64 from this predictor's uncertainties (N,).
 
         After calibration the result is the calibrated probability. Before calibration the result is
-        the uncertainty, if the uncertainty is a probability. The bias of a weighted loss is removed
-        (``_log_odds_bias``).
+        the uncertainty, if the uncertainty is a probability. The bias from a weighted loss is
+        removed (``_log_odds_bias``). NaN stays NaN.
 
         Raises:
-            UsageError: If the uncertainty of this method is not a probability, and the predictor
-                was not calibrated.
+            UsageError: If the method's uncertainty is not a probability, and the predictor was not
+                calibrated.
 
         Examples:
             >>> import vilu
@@ -1026,7 +1027,7 @@ class FailurePredictor(ABC):
         return self.calibrator_(score)
 
     def raw_failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """The P(failure) (N,) of ``failure_probability`` before calibration, at any time.
+        """Compute P(failure) (N,) as before calibration, even if the predictor is calibrated.
 
         Examples:
             >>> import vilu
@@ -1050,10 +1051,10 @@ class FailurePredictor(ABC):
     @checked
     @torch_defaults()
     def calibrate_probability(self, calibration: EmbeddingSource) -> Self:
-        """Learn the probability of failure on labelled rows.
+        """Learn the probability of failure from labelled rows.
 
-        Rows that were used to fit are left out with a warning. All rows of a picture count as a
-        single row. This row is a failure if any row of the picture is a failure.
+        Rows used to fit are left out with a warning. All rows of a picture count as one row: a
+        failure if any of the rows is one. For image-caption pairs, a picture's first row counts.
 
         Raises:
             DataError: If more than 1 % of the rows were used to fit, or no row has an uncertainty
@@ -1077,7 +1078,7 @@ class FailurePredictor(ABC):
         return self.calibrate_scores(uncertainty[is_unseen], failure[is_unseen])
 
     def calibrate_scores(self, uncertainty: ArrayLike, failure: ArrayLike) -> Self:
-        """As ``calibrate_probability``, from uncertainties (N,) and failures (N,).
+        """Learn the probability of failure from uncertainties (N,) and failures (N,).
 
         Rows without an uncertainty or a known failure are left out.
 
@@ -1101,9 +1102,9 @@ class FailurePredictor(ABC):
         return self
 
     def _calibration_score(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """Inputs (N,) of the calibrator: unchanged uncertainties, or log-odds of probabilities.
+        """Return the calibrator's inputs (N,): the uncertainties, or log-odds of probabilities.
 
-        The bias of a weighted loss is subtracted from log-odds.
+        From log-odds the bias of a weighted loss is subtracted.
         """
         from vilu.metrics.counts import real_vector
         from vilu.predictors.contract.calibrating import log_odds
@@ -1115,7 +1116,7 @@ class FailurePredictor(ABC):
 
 
 def own_graph(predictor: FailurePredictor) -> nn.Module:
-    """A ``graph`` for methods whose ``_score`` does not branch in Python on values or sizes."""
+    """Make a ``graph`` for methods whose ``_score`` has no Python branch on values or sizes."""
     from vilu.predictors.nn.head import Graph
 
     return Graph(predictor._score, predictor.network_)

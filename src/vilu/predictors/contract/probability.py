@@ -33,9 +33,9 @@ class LogisticForm(NamedTuple):
 
 @np.errstate(under="ignore")  # an underflow to 0 is exact enough
 def expit(log_odds: Floats) -> Floats:
-    """1 / (1 + exp(-x)), exact also near 0 and 1.
+    """Compute 1 / (1 + exp(-x)), exact also near 0 and 1.
 
-    Replaces the function of SciPy, because the import of SciPy takes half a second.
+    SciPy has the same function, but importing SciPy takes half a second.
     """
     exponential = np.exp(-np.abs(log_odds))  # at most 1, so there is no overflow
     probability: Floats = np.where(log_odds < 0, exponential, 1.0) / (1 + exponential)
@@ -44,14 +44,14 @@ def expit(log_odds: Floats) -> Floats:
 
 @np.errstate(under="ignore", invalid="ignore")  # underflow is exact enough; NaN stays NaN
 def _logarithms(score: Floats) -> Floats:
-    """(N, 2) features ln p and -ln(1 - p) of log-odds (N,)."""
+    """Compute features (N, 2) from log-odds (N,): ln p and -ln(1 - p)."""
     log_p = -np.logaddexp(0, -score)
     minus_log_complement = np.logaddexp(0, score)
     return np.stack([log_p, minus_log_complement], axis=1)
 
 
 def _as_column(score: Floats) -> Floats:
-    """(N, 1) features: the scores (N,) themselves."""
+    """Return the scores (N,) themselves as features (N, 1)."""
     return score[:, None]
 
 
@@ -62,12 +62,12 @@ LOGISTIC_FORMS = {
 }
 """The logistic forms, sorted by smoothness, the smoothest form first.
 
-Temperature scaling and beta calibration need a probability (Guo et al. 2017; Kull et al. 2017).
+Temperature scaling (Guo et al. 2017) and beta calibration (Kull et al. 2017) need a probability.
 """
 
 
 class _FitFacts(FrozenModel):
-    """Facts about the fit of a calibrator."""
+    """Facts about a calibrator's fit."""
 
     n: int = Field(ge=1)  # number of calibration rows
     n_failures: int = Field(ge=0)
@@ -76,9 +76,9 @@ class _FitFacts(FrozenModel):
 
 
 class Logistic(_FitFacts):
-    """p = sigmoid(weights . features(s) + intercept) of a score s.
+    """p = sigmoid(weights . features(s) + intercept) for a score s.
 
-    The score is the log-odds of failure where the method estimates a probability.
+    If the method estimates a probability, the score is the log-odds of failure.
     """
 
     form: Literal["temperature", "platt", "beta"]
@@ -87,7 +87,7 @@ class Logistic(_FitFacts):
 
     @np.errstate(under="ignore")  # an underflow to 0 is exact enough
     def __call__(self, score: Floats) -> Floats:
-        """(N,) probabilities of scores (N,)."""
+        """Compute probabilities (N,) from scores (N,)."""
         features = LOGISTIC_FORMS[self.form].features(score)
         weights = np.array(self.weights)
         log_odds = features @ weights + self.intercept
@@ -95,9 +95,9 @@ class Logistic(_FitFacts):
 
 
 def identity_calibrator(failure: NDArray[np.int64]) -> Logistic:
-    """The calibrator that leaves all probabilities of a method unchanged.
+    """Make the calibrator that leaves a method's probabilities unchanged.
 
-    ``failure`` (N,) are the failures of the calibration rows, of which only the numbers are stored.
+    ``failure`` (N,) are the failures of the calibration rows. Only the counts are stored.
     """
     n_failures = int((failure == 1).sum())
     return Logistic(
@@ -117,7 +117,7 @@ class Isotonic(_FitFacts):
     probability: tuple[Annotated[float, Field(ge=0, le=1)], ...]  # of the knots
 
     def __call__(self, score: Floats) -> Floats:
-        """(N,) probabilities of scores (N,)."""
+        """Compute probabilities (N,) from scores (N,)."""
         return np.interp(score, self.score, self.probability)
 
 
@@ -128,17 +128,17 @@ _CALIBRATOR_READER: TypeAdapter[Calibrator] = TypeAdapter(
 
 
 def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bool) -> Calibrator:
-    """Fit the form of calibrator with the least log-loss in 10-fold cross-validation.
+    """Fit the calibrator form with the least log-loss in 10-fold cross-validation.
 
     A smoother form is preferred if its log-loss is within one standard error of the least.
 
     Platt scaling is always tried. Temperature scaling and beta calibration are tried if the scores
     are log-odds. Isotonic regression is tried with at least 1,000 rows. With fewer than 20 failures
     or 20 successes no forms are compared. Then temperature scaling is fitted to log-odds, and Platt
-    scaling to any other scores.
+    scaling to scores that are not log-odds.
 
     Args:
-        score: (N,) finite scores; higher = more likely wrong.
+        score: (N,) finite scores. Higher means more likely wrong.
         failure: (N,) 1 for a failure, 0 for a success.
         is_log_odds: Whether the scores are log-odds of failure.
 
@@ -167,11 +167,11 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
 
 
 def _smoothest_good_form(losses: dict[str, Floats]) -> str:
-    """The smoothest form with a mean log-loss within one standard error of the least.
+    """Return the smoothest form with a mean log-loss within one standard error of the least.
 
-    ``losses`` has the log-losses (N,) of all forms, the smoothest form first. The standard error is
-    computed from the differences to the losses of the best form, row by row. So rows that are hard
-    for all forms add nothing to the error.
+    ``losses`` has the log-losses (N,) of all forms, the smoothest form first. The standard error
+    comes from the differences, row by row, to the best form's losses. So rows that are hard for all
+    forms add nothing to the error.
     """
     losses_of_best = min(losses.values(), key=np.mean)
     for name, loss in losses.items():
@@ -183,7 +183,7 @@ def _smoothest_good_form(losses: dict[str, Floats]) -> str:
 
 
 def read_calibrator(value: object) -> Calibrator:
-    """Read a calibrator from plain JSON; raises DataError for any other value."""
+    """Read a calibrator from plain JSON. Raise DataError if the value describes no calibrator."""
     try:
         calibrator = _CALIBRATOR_READER.validate_python(value)
     except ValidationError as error:
@@ -199,8 +199,8 @@ def read_calibrator(value: object) -> Calibrator:
 def _require_knots(calibrator: Isotonic) -> None:
     """Refuse knots unless the scores rise, and every score has a probability."""
     has_pairs = len(calibrator.score) == len(calibrator.probability)
-    rises = np.diff(calibrator.score)
-    is_rising = bool((rises > 0).all())
+    steps = np.diff(calibrator.score)
+    is_rising = bool((steps > 0).all())
     if not (has_pairs and is_rising):
         raise DataError("this is no calibrator of probabilities: its knots are not in order.")
 
@@ -218,7 +218,7 @@ def _require_weights(calibrator: Logistic) -> None:
 
 
 def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Floats:
-    """(N,) log-loss of every row under a fit to all other folds.
+    """Compute the log-loss (N,) of every row, under a fit to the folds without this row.
 
     The folds are stratified by failure.
     """
@@ -241,9 +241,9 @@ def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Fl
 def _fit_isotonic(score: Floats, failure: NDArray[np.int64]) -> Isotonic:
     """Fit an isotonic regression, with probabilities from 1 / (N + 2) to 1 - 1 / (N + 2).
 
-    Replaces the function of SciPy, because the import of SciPy takes half a second.
+    SciPy has such a function, but importing SciPy takes half a second.
     """
-    # the different scores, and for each score the number of rows and of failures
+    # the different scores, and for each score the counts of rows and failures
     unique_score, index_of_row, n_rows = np.unique(score, return_inverse=True, return_counts=True)
     n_wrong = np.bincount(index_of_row, weights=failure).astype(np.int64)
     rate = _rising_rates(n_wrong, n_rows)
@@ -267,10 +267,11 @@ def _fit_isotonic(score: Floats, failure: NDArray[np.int64]) -> Isotonic:
 
 
 def _rising_rates(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> Floats:
-    """(V,) non-decreasing error rates at V ascending scores, by pooling adjacent violators.
+    """Compute rising error rates (V,) at V ascending scores, by pooling adjacent violators.
 
-    The result is the least-squares fit. ``n_wrong`` (V,) and ``n_rows`` (V,) are the counts at the
-    scores. Every pass joins all violators to the preceding pools.
+    The result is the least-squares fit among rates that never decrease. ``n_wrong`` (V,) and
+    ``n_rows`` (V,) are the counts at the scores. Every pass joins all violators to the preceding
+    pools.
     """
     pool_wrong = n_wrong
     pool_rows = n_rows
@@ -287,7 +288,7 @@ def _rising_rates(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> Floa
 
 
 def _begins_pool(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(V,) for each rate, whether it begins a new pool.
+    """Return a mask (V,): true if the rate begins a new pool.
 
     The rates are ``n_wrong`` (V,) / ``n_rows`` (V,). The first rate begins a pool, and so does
     every rate above the preceding rate.
@@ -300,8 +301,8 @@ def _begins_pool(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> NDArr
 def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  # noqa: ANN401
     """Fit a calibrator: isotonic regression, or logistic regression without a penalty.
 
-    ``form`` is a key of ``LOGISTIC_FORMS``, or "isotonic". The targets of the logistic regression
-    are smoothed (``_smoothed_targets``).
+    ``form`` is a key of ``LOGISTIC_FORMS``, or "isotonic". A logistic regression has smoothed
+    targets (``_smoothed_targets``).
     """
     if form == "isotonic":
         return _fit_isotonic(score, failure)
@@ -310,8 +311,8 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
         features, failure, with_intercept=LOGISTIC_FORMS[form].has_intercept
     )
     negative_indices = np.flatnonzero(np.array(weights) < 0)
-    # Beta calibration has no negative weights. The feature of the first negative weight is dropped,
-    # and the remaining feature is fitted again (Kull et al.).
+    # Beta calibration has no negative weights. The feature with the first negative weight is
+    # dropped, and the remaining feature is fitted again (Kull et al.).
     if form == "beta" and len(negative_indices):
         dropped_index = int(negative_indices[0])
         remaining_index = 1 - dropped_index  # the two features have the indices 0 and 1
@@ -333,9 +334,9 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
 def _least_log_loss(
     features: Floats, failure: NDArray[np.int64], *, with_intercept: bool
 ) -> tuple[list[float], float]:
-    """Weights and intercept of a logistic regression without a penalty, on smoothed targets.
+    """Fit a logistic regression without a penalty to smoothed targets. Return weights, intercept.
 
-    The intercept is 0 if ``with_intercept`` is false.
+    If ``with_intercept`` is false, the intercept is 0.
     """
     n_features = features.shape[1]
     largest_features = np.abs(features).max(axis=0)
@@ -353,7 +354,7 @@ def _least_log_loss(
 
 
 def _smoothed_targets(failure: NDArray[np.int64]) -> Floats:
-    """(N,) smoothed targets of a logistic regression (Platt 1999, Sec. 2.2).
+    """Compute smoothed targets (N,) for a logistic regression (Platt 1999, Sec. 2.2).
 
     The targets are (N_f + 1) / (N_f + 2) for the N_f failures and 1 / (N_s + 2) for the N_s
     successes. With these targets the weights stay finite even if the scores separate failures from
@@ -367,7 +368,7 @@ def _smoothed_targets(failure: NDArray[np.int64]) -> Floats:
 
 
 def _newton_weights(x: Floats, target: Floats) -> Floats:
-    """(F,) weights of features x (N, F) with the least log-loss, by Newton's method.
+    """Find the weights (F,) of the features x (N, F) with the least log-loss, by Newton's method.
 
     ``target`` (N,) are the smoothed targets.
     """
@@ -391,7 +392,7 @@ def _newton_weights(x: Floats, target: Floats) -> Floats:
 def _newton_step(
     weights: Floats, step: NDArray[np.floating], last_loss: float, x: Floats, target: Floats
 ) -> tuple[Floats, float] | None:
-    """Weights and log-loss after a Newton step; None if the loss decreases no further.
+    """Return weights and log-loss after a Newton step, or None if the loss decreases no further.
 
     A full step may be too long. The step is halved until the loss is below ``last_loss``, at most
     11 times.
@@ -405,7 +406,7 @@ def _newton_step(
 
 
 def _log_loss(weights: Floats, x: Floats, target: Floats) -> float:
-    """Log-loss summed over all rows: ln(1 + exp(s)) - t s of log-odds s and targets t."""
+    """Sum the log-loss over all rows: ln(1 + exp(s)) - t s for log-odds s and targets t."""
     log_odds = x @ weights
     losses = np.logaddexp(0, log_odds) - target * log_odds
     return float(losses.sum())

@@ -1,6 +1,6 @@
-"""Rows of a fit: the choice of a few rows per class, and the recognition of rows after the fit.
+"""Rows of a fit: choosing a few rows per class, and recognising rows after the fit.
 
-Rows are recognised by hashes of their pictures, embeddings or names (``IdentityKind``).
+Rows are recognised by hashes of pictures, embeddings or names (``IdentityKind``).
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 def draw_shots(source: EmbeddingSource, n_per_class: int, seed: int = 0) -> Tensor:
-    """Sorted indices of ``n_per_class`` random usable labelled rows per class.
+    """Return sorted indices of ``n_per_class`` random usable labelled rows per class.
 
-    If a class has fewer rows, all rows of the class are taken. All usable rows outside the classes
-    are taken as well.
+    If a class has fewer rows, all are taken. All usable rows outside the classes are taken as well.
 
-    A larger ``n_per_class`` only adds rows. The rows chosen from a class by ``seed`` do not depend
-    on the other classes.
+    A larger ``n_per_class`` only adds rows. The rows that ``seed`` chooses from a class do not
+    depend on the remaining classes.
     """
     require_at_least("shots", n_per_class, 1)
     if source.pool_size is not None:
@@ -48,7 +47,7 @@ def draw_shots(source: EmbeddingSource, n_per_class: int, seed: int = 0) -> Tens
     chosen_rows = []
     for label in range(source.n_candidates):
         rows_of_class = rows[target == label]
-        # a generator for each class, so that the order depends only on the rows of the class
+        # a generator for each class: the order then depends only on the rows in the class
         rng = np.random.default_rng([seed, label])
         order = rng.permutation(len(rows_of_class))
         chosen_rows.append(rows_of_class[order[:n_per_class]])
@@ -59,7 +58,7 @@ def draw_shots(source: EmbeddingSource, n_per_class: int, seed: int = 0) -> Tens
 
 
 def _warn_of_small_classes(sizes: list[int], n_per_class: int) -> None:
-    """Warn if classes have fewer than ``n_per_class`` rows; ``sizes`` are the numbers of rows."""
+    """Warn if classes have fewer than ``n_per_class`` rows. ``sizes`` are the row counts."""
     n_small_classes = sum(size < n_per_class for size in sizes)
     if n_small_classes:
         warn_caller(
@@ -68,14 +67,14 @@ def _warn_of_small_classes(sizes: list[int], n_per_class: int) -> None:
         )
 
 
-# Constants of the recognition of rows: sizes in rows, and limits and texts of messages.
+# Constants for recognising rows: sizes in rows, limits, and message texts.
 
-MAX_HASHES = 16_384  # maximum number of hashes of fit rows in a predictor
+MAX_HASHES = 16_384  # a predictor stores at most this many hashes of fit rows
 BLOCK_ROWS = 2**20  # number of rows with hashes in memory at the same time
 LARGEST_HASH = np.iinfo(np.int64).max  # hashes have 63 bits
 
 MAX_OVERLAP_SHARE = 0.01
-"""Largest share of rows in common between two sets.
+"""Largest share of common rows between two sets.
 
 Real data contain some rows twice. Such rows are left out. A larger share is a mistake and is
 refused.
@@ -84,24 +83,24 @@ refused.
 MAX_SHOWN_NAMES = 3  # number of row names listed in a message
 
 WHY_NOT_FIT_ROWS = "It learned from them, so nothing measured on them holds for others."
-"""The reason, in messages, why a measurement refuses rows of the predictor's fit."""
+"""The reason, in messages, why a measurement refuses the rows that were used to fit."""
 
 
 @dataclass(frozen=True)
 class RowSketch:
-    """Bottom-k sketch of a set of rows: the smallest 63-bit hashes, sorted, and the number of rows.
+    """Bottom-k sketch of a row set: the smallest 63-bit hashes, sorted, and the row count.
 
-    The sketch of a set of up to 16,384 rows has all hashes of the set. The sketch of a larger set
-    is a uniform sample, since hashes are uniform. Such a sketch has all hashes of the set up to the
+    If the set has at most 16,384 rows, the sketch has all hashes. For a larger set the sketch is a
+    uniform sample, since hashes are uniform. Such a sketch has every hash of the set up to the
     largest hash in the sketch. For a row with a larger hash, membership in the set is unknown.
     """
 
     hashes: torch.Tensor  # (min(number of different rows, MAX_HASHES),) int64, ascending
-    n_rows: int  # number of rows of the set, including repeats
+    n_rows: int  # number of rows in the set, including repeats
 
     @classmethod
     def of(cls, source: EmbeddingSource, kind: IdentityKind) -> RowSketch:
-        """Sketch of all rows of a source, by the hashes of the identity ``kind``."""
+        """Make a sketch of all rows in a source. ``kind`` says which identities are hashed."""
         hashes = np.empty(0, np.int64)
         all_rows = np.arange(len(source))
         for _, hashes_of_block in _hash_blocks(source, kind, all_rows):
@@ -111,22 +110,21 @@ class RowSketch:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the sketch has the hashes of all rows of the set, not of a sample."""
+        """Whether the sketch has the hashes of all rows in the set, not only a sample."""
         return self.n_rows <= MAX_HASHES or len(self.hashes) < MAX_HASHES
 
     @property
     def n_distinct(self) -> int:
-        """Number of different rows; above 16,384 an estimate with a standard error of 1 %."""
+        """Number of different rows. Above 16,384, an estimate with about 1 % standard error."""
         if self.is_complete:
             return len(self.hashes)
-        # The k-th smallest of n uniform hashes is at about the share k / n of the range of hashes.
-        # Given this share s, (k - 1) / s is the unbiased estimate of n (Bar-Yossef et al., RANDOM
-        # 2002).
+        # Among n uniform hashes, the k-th smallest is at about the share k / n of the hash range.
+        # From this share s, (k - 1) / s estimates n without bias (Bar-Yossef et al., RANDOM 2002).
         share = self.hashes[-1].item() / LARGEST_HASH
         return min(round((MAX_HASHES - 1) / share), self.n_rows)
 
     def __or__(self, other: RowSketch) -> RowSketch:
-        """Sketch of the union of two sets."""
+        """Make the sketch of the union."""
         joint_hashes = torch.cat([self.hashes, other.hashes])
         hashes = joint_hashes.unique()
         return RowSketch(hashes[:MAX_HASHES], self.n_rows + other.n_rows)
@@ -134,7 +132,7 @@ class RowSketch:
     def overlap(
         self, source: EmbeddingSource, kind: IdentityKind, rows: NDArray[np.int64]
     ) -> Overlap:
-        """Find which of the ``rows`` (M,) of a source are in the set."""
+        """Find which ``rows`` (M,) of a source are in the set."""
         has_known_hash = np.zeros(len(rows), np.bool_)
         n_comparable = 0
         largest_known = LARGEST_HASH
@@ -155,7 +153,7 @@ class RowSketch:
 def _hash_blocks(
     source: EmbeddingSource, kind: IdentityKind, rows: NDArray[np.int64]
 ) -> Iterator[tuple[slice, NDArray[np.int64]]]:
-    """Yield for every block of ``rows`` (M,) the slice of ``rows``, and the hashes of the block."""
+    """Yield every block of ``rows`` (M,) as a slice, with the block's hashes."""
     for start in range(0, len(rows), BLOCK_ROWS):
         identities = source.identities(kind, rows[start : start + BLOCK_ROWS])
         # the highest bit is dropped, because torch has no unsigned 64-bit integers
@@ -164,9 +162,10 @@ def _hash_blocks(
 
 
 def _has_identity(source: EmbeddingSource, kind: IdentityKind) -> NDArray[np.bool_]:
-    """(N,) whether the identity of a row distinguishes the row from other rows.
+    """Return a mask (N,): true if the identity tells the row from all different rows.
 
-    All rows without a usable embedding have the same embedding, and therefore the same identity.
+    All rows without a usable embedding have the same embedding. So if ``kind`` is "embeddings", all
+    these rows have the same identity.
     """
     if kind == "embeddings":
         return np.isin(source.status, (VALID, SHORT_POOL))
@@ -175,18 +174,18 @@ def _has_identity(source: EmbeddingSource, kind: IdentityKind) -> NDArray[np.boo
 
 @dataclass(frozen=True)
 class Overlap:
-    """Which rows of a source are in another set, as far as known."""
+    """Which rows of a source are in a second set, as far as known."""
 
-    shared: NDArray[np.bool_]  # (N,) whether a row is known to be in the other set
-    n_comparable: int  # number of rows comparable with the other set
-    is_complete: bool = True  # whether all rows of the other set are known, not a sample
+    shared: NDArray[np.bool_]  # (N,) whether a row is known to be in the second set
+    n_comparable: int  # number of rows comparable with the second set
+    is_complete: bool = True  # whether all rows in the second set are known, not a sample
 
     def __len__(self) -> int:
-        """Number of shared rows."""
+        """Count the shared rows."""
         return int(np.count_nonzero(self.shared))
 
     def in_words(self, rows_name: str = "rows") -> str:
-        """Phrase for a message, such as "3 of 200 rows"."""
+        """Return a phrase for a message, such as "3 of 200 rows"."""
         return count_in_words(len(self), len(self.shared), rows_name, is_complete=self.is_complete)
 
     def unshared_mask(
@@ -197,14 +196,14 @@ class Overlap:
         remedy: str,
         consequence: str = "they are left out",
     ) -> NDArray[np.bool_]:
-        """Return a mask (N,) of the rows of ``source``: true for rows not known as shared.
+        """Return a mask (N,) over ``source``: true for rows not known as shared.
 
         Args:
-            source: The source with the N rows. Its ``ids`` are the names of the rows in a message.
+            source: The source with the N rows. Messages name rows by the source's ``ids``.
             rows_name: The subject of a message, such as "validation rows".
             predicate: The verb phrase of a message, such as "are in the training set, too".
-            remedy: Advice in whole sentences, for the end of the error.
-            consequence: Clause about the shared rows, for the end of the warning.
+            remedy: Advice in whole sentences, at the end of the error.
+            consequence: Clause about the shared rows, at the end of the warning.
 
         Warns:
             UserWarning: If a row is shared. Example: "1 of 200 validation rows are in the training
@@ -230,7 +229,7 @@ class Overlap:
 
 
 def count_in_words(n: int, n_rows: int, rows_name: str, *, is_complete: bool) -> str:
-    """Phrase for a message: "3 of 200 rows", or "at least ..." if only a sample was compared."""
+    """Return a phrase: "3 of 200 rows", or "at least ..." if only a sample was compared."""
     count = f"{n} of {n_rows} {rows_name}"
     if is_complete:
         return count
@@ -238,11 +237,11 @@ def count_in_words(n: int, n_rows: int, rows_name: str, *, is_complete: bool) ->
 
 
 Sketches = Mapping[IdentityKind, RowSketch]
-"""Maps a kind of identity to the sketch of a set of rows; empty if no rows are known."""
+"""Maps an identity kind to the sketch of a row set. Empty if no rows are known."""
 
 
 def make_sketches(source: EmbeddingSource) -> Sketches:
-    """Sketches of the rows of a source, for every available kind of identity."""
+    """Make a sketch of the source rows for every available identity kind."""
     return {kind: RowSketch.of(source, kind) for kind in source.identified_by}
 
 
@@ -256,8 +255,8 @@ This limit is five standard errors of the estimate.
 def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
     """Warn if more than 1 % of the training rows are repeats, or 5 % by an estimate.
 
-    The warning reports the number of different pictures, or of different image-caption pairs. Rows
-    recognised only by names are not checked.
+    The warning counts the different pictures, or the different image-caption pairs. Rows recognised
+    only by names are not checked.
     """
     if not source.has_vectors:
         return
@@ -268,7 +267,7 @@ def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
     n_rows = row_sketch.n_rows
     n_distinct = row_sketch.n_distinct
     has_identity = _has_identity(source, kind)
-    if not has_identity.all():  # leave out rows without a usable embedding: all share a hash
+    if not has_identity.all():  # leave out rows without a usable embedding, which share a hash
         n_rows = int(has_identity.sum())
         n_distinct -= 1
     max_repeats = MAX_OVERLAP_SHARE
@@ -292,9 +291,9 @@ def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
 
 
 def join_sketches(first: Sketches, second: Sketches) -> Sketches:
-    """Sketches of the union of two sets, for the kinds of identity in common.
+    """Join the sketches of two sets, for the common identity kinds.
 
-    If the sets have no kind in common, all sketches of both sets are returned unchanged.
+    If the sets have no kind in common, all sketches are returned unchanged.
     """
     common_kinds = first.keys() & second.keys()
     if not common_kinds:
@@ -305,10 +304,10 @@ def join_sketches(first: Sketches, second: Sketches) -> Sketches:
 def common_identity(
     first: Collection[IdentityKind], second: Collection[IdentityKind], names: tuple[str, str]
 ) -> IdentityKind | None:
-    """The most reliable kind of identity in both sets; None if the sets have no kind in common.
+    """Find the most reliable identity kind in both sets. None if the sets have no kind in common.
 
-    ``names`` are the names of the two sets in a logged message. The message appears if rows can be
-    compared only by names.
+    If rows can be compared only by names, a message is logged. The message calls the two sets by
+    ``names``.
     """
     identities: tuple[IdentityKind, ...] = get_args(IdentityKind)  # the most reliable kind first
     common_kinds = [kind for kind in identities if kind in first and kind in second]
@@ -325,10 +324,10 @@ def common_identity(
 
 
 def rows_to_score(data: EmbeddingSource, is_unseen: NDArray[np.bool_]) -> Tensor | None:
-    """Indices (S,) of the usable rows in the mask ``is_unseen`` (N,).
+    """Return indices (S,) of the usable rows in the mask ``is_unseen`` (N,).
 
-    Scoring divides these rows into blocks, so that no other rows can change the blocks. For
-    image-caption pairs the result is None and means all rows, since pools are made of all rows.
+    Scoring divides only these rows into blocks. So rows outside the mask cannot change the blocks.
+    For image-caption pairs the result is None, for all rows, since pools are made from all rows.
     """
     if data.pool_size is not None:
         return None
@@ -339,9 +338,9 @@ def rows_to_score(data: EmbeddingSource, is_unseen: NDArray[np.bool_]) -> Tensor
 def find_overlap(
     first: EmbeddingSource, second: EmbeddingSource, names: tuple[str, str]
 ) -> Overlap | None:
-    """Find the rows of ``second`` that are in ``first``; None if the sources are not comparable.
+    """Find which rows of ``second`` are in ``first``. None if the sources are not comparable.
 
-    ``names`` are the names of ``first`` and ``second`` in messages.
+    Messages call ``first`` and ``second`` by ``names``.
     """
     kind = common_identity(first.identified_by, second.identified_by, names)
     if kind is None:
@@ -356,19 +355,19 @@ def find_overlap(
 def one_row_per_picture(
     picture: NDArray[np.int64], failure: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Ascending indices (M,) of a single row per picture, a failure if the picture has a failure.
+    """Choose one row per picture, a failure if possible. Return ascending row indices (M,).
 
     Args:
-        picture: (N,) identity of the picture of every row. Every row with an unknown picture (-1)
-            counts as a separate picture.
-        failure: (N,) 1 where the answer is wrong. If no row is 1, the result has the first row of
-            every picture.
+        picture: (N,) picture identity of every row. Every row with an unknown picture (-1) counts
+            as a separate picture.
+        failure: (N,) 1 if the answer is wrong. If a picture has no such row, the first row is
+            chosen.
     """
     rows_of_unknown_picture = np.flatnonzero(picture == UNKNOWN)
     known_rows = np.flatnonzero(picture != UNKNOWN)
     is_no_failure = failure[known_rows] != 1
     # The rows are sorted by picture, then failures before the rest, then by index. ``np.lexsort``
-    # sorts by the last key first. ``np.unique`` then finds the first row of every picture.
+    # sorts by the last key first. ``np.unique`` then finds the first row for every picture.
     order = known_rows[np.lexsort((known_rows, is_no_failure, picture[known_rows]))]
     _, first_positions = np.unique(picture[order], return_index=True)
     chosen_rows = np.concatenate([rows_of_unknown_picture, order[first_positions]])
@@ -379,9 +378,9 @@ SIMILARITY_ROWS = 100  # usable rows read by ``similarity_statistics``
 
 
 def similarity_statistics(data: EmbeddingSource) -> tuple[float, float]:
-    """Mean and standard deviation of the largest cosine of a row, over the first 100 usable rows.
+    """Compute mean and standard deviation of the largest cosines, over the first 100 usable rows.
 
-    The largest cosine of a row is the cosine with the nearest candidate.
+    A row's largest cosine is the cosine with the nearest candidate.
     """
     # at least a whole pool is read, where there are pools
     rows = data.usable_rows[: max(SIMILARITY_ROWS, data.pool_size or 0)]
@@ -396,22 +395,22 @@ def similarity_statistics(data: EmbeddingSource) -> tuple[float, float]:
     return float(largest_cosine.mean()), deviation
 
 
-N_DIRECTIONS = 8  # number of random projections in the sketch of the candidate texts
+N_DIRECTIONS = 8  # random projections in a sketch of candidate texts
 MAX_SKETCH_DIFFERENCE = 0.02
 """Largest difference between two sketches of the same candidate texts.
 
-Rounding to bfloat16 changes a sketch by less. Another prompt template changes it by ten times as
-much.
+Rounding to bfloat16 changes a sketch by less. A different prompt template changes a sketch by ten
+times as much.
 """
 
 
 def describe_candidates(data: EmbeddingSource) -> dict[str, Any]:
-    """Describe the candidates of the images, as plain JSON.
+    """Describe the candidates as plain JSON.
 
-    The description has the number of candidates, the hash of their names, and a sketch of their
-    texts. The sketch is the mean text vector in eight fixed random directions, rounded. The order
-    of the candidates has no effect on the sketch. Without texts (given logits) the sketch is empty.
-    For image-caption pairs the description is only the size of the pools.
+    The description has the candidate count, the hashed class names if known, and a sketch of the
+    candidate texts. The sketch is the mean text vector in eight fixed random directions, rounded.
+    The candidate order has no effect on the sketch. Without texts (given logits) the sketch is
+    empty. For image-caption pairs the description is only the pool size.
     """
     if data.pool_size is not None:
         return {"pool_size": data.pool_size}
@@ -432,7 +431,7 @@ def describe_candidates(data: EmbeddingSource) -> dict[str, Any]:
 
 
 def candidates_agree(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two descriptions by ``describe_candidates`` may be of the same candidates.
+    """Return whether two results from ``describe_candidates`` may describe the same candidates.
 
     The texts are compared, or the names if a description has no texts.
     """
@@ -457,14 +456,14 @@ def candidates_agree(first: Mapping[str, Any], second: Mapping[str, Any]) -> boo
 
 
 def warn_of_other_space(data: EmbeddingSource, mean: float, deviation: float) -> None:
-    """Warn if the embeddings of ``data`` and of the rows of the fit seem to be of two models.
+    """Warn if the embeddings in ``data`` and in the fit seem to come from two models.
 
-    ``similarity_statistics`` gives the average of the largest cosines of rows. ``mean`` is this
-    average for the rows of the fit, and ``deviation`` is the standard deviation. The warning comes
-    if the average for ``data`` is more than 4 standard deviations away from ``mean``.
+    ``mean`` and ``deviation`` are the ``similarity_statistics`` for the fit: average and standard
+    deviation of the rows' largest cosines. The warning comes if the average for ``data`` is more
+    than 4 standard deviations away from ``mean``.
 
-    Embeddings without provenance may come from another model of the same width. No other check
-    recognises such embeddings.
+    Embeddings without provenance may come from a different model with the same width. Only this
+    check recognises such embeddings.
     """
     if data.n_candidates < 2 or not len(data.usable_rows):
         return

@@ -1,8 +1,8 @@
-"""The spread of a score among the photos of a fit, for predictors fitted without labels.
+"""The spread of a score among the fitted photos, for predictors fitted without labels.
 
 Such a score ranks answers. As a probability of failure the score can be far off, since the score
-was never compared with labels. So a score is shown as a quantile: the share of the photos of the
-fit with at most this score.
+was never compared with labels. So a score is shown as a quantile: the share of fitted photos with
+at most this score.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from vilu.metrics.counts import Floats
 from vilu.predictors.contract.predictor import FailurePredictor
 
 SPREAD: Final = "spread"
-"""Key of the quantiles in the notes of a predictor."""
+"""Key of the quantiles in a predictor's notes."""
 
 N_QUANTILE_STEPS: Final = 200
 """Number of steps between the quantiles, from the smallest score to the largest."""
 
 
 def note_spread(predictor: FailurePredictor, uncertainty: Floats) -> None:
-    """Note the quantiles of the scores (N,) of the fit rows. NaN scores are left out."""
+    """Note the quantiles of the fit rows' scores (N,). NaN scores are left out."""
     scores = uncertainty[np.isfinite(uncertainty)]
     if len(scores):
         steps = np.linspace(0, 1, N_QUANTILE_STEPS + 1)
@@ -31,14 +31,14 @@ def note_spread(predictor: FailurePredictor, uncertainty: Floats) -> None:
 
 
 def is_shown_as_probability(predictor: FailurePredictor) -> bool:
-    """Whether the score of a predictor is shown as a probability of failure."""
+    """Return whether a predictor's score is shown as a probability of failure."""
     return predictor.is_probability and SPREAD not in predictor.notes_
 
 
 def quantiles_in_spread(predictor: FailurePredictor, uncertainty: Floats) -> Floats | None:
-    """(N,) share of the fit rows with at most this score; None without a noted spread.
+    """Return the quantiles (N,) of scores: the share of fit rows with the same score or less.
 
-    NaN scores have NaN quantiles.
+    NaN scores have NaN quantiles. If no spread is noted, the result is None.
 
     Examples:
         >>> import numpy as np, vilu
@@ -51,8 +51,8 @@ def quantiles_in_spread(predictor: FailurePredictor, uncertainty: Floats) -> Flo
     if SPREAD not in predictor.notes_:
         return None
     quantiles = np.array(predictor.notes_[SPREAD])
-    # Equal quantiles mean that many photos have the same score. All of these photos have at most
-    # this score. So the last of equal quantiles is used, with the largest share.
+    # If quantiles are equal, many photos have the same score. All these photos have at most this
+    # score. So the last equal quantile is used, with the largest share.
     is_below_next = np.diff(quantiles) > 0
     is_last_of_equals = np.append(is_below_next, True)
     shares = np.linspace(0, 1, len(quantiles))[is_last_of_equals]

@@ -1,4 +1,4 @@
-"""Attention of images to texts, fitted to labels by solving a convex problem."""
+"""Attention from images to texts, fitted to labels by solving a convex problem."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from vilu.embeddings.similarity import MAX_BATCH_LOGITS, nearest_rows
 from vilu.embeddings.source import SAME_TEXT_COSINE, Batch, LogitBatch
 
 LOG_TEMPERATURE_SD = 0.5
-"""Standard deviation of the normal prior of log a, where a is the zero-shot temperature.
+"""Standard deviation of the normal prior on log a, where a is the zero-shot temperature.
 
-The mean of the prior is 0.
+The prior mean is 0.
 """
 
 BIAS_SHARE = 0.02
-"""Prior variance of the bias of a class, relative to the prior variance of the class weights.
+"""Prior variance of a class's bias, relative to the prior variance of the class weights.
 
-The share is small, because training sets often have the same number of labels for every class. Such
-labels say nothing about the frequency of a class.
+The share is small, because training sets often have equally many labels for every class. Such
+labels say nothing about how frequent a class is.
 """
 
 SHRINKAGE_ROWS = 8
@@ -35,16 +35,16 @@ The factor is below 1, because a few images may have a property in common by cha
 """
 
 DEFAULT_MISSED_SHARE = 0.1
-"""If no class has two labels, this share of images is assumed to be of classes without labels."""
+"""If no class has two labels, this share of images is assumed to show classes without labels."""
 
 MAX_LBFGS_STEPS = 150
-"""Maximum number of L-BFGS steps."""
+"""Most L-BFGS steps."""
 
 STREAMED_ROWS = 1_024
-"""Number of rows of a streamed block, so small that the logits of the block stay in the cache."""
+"""Rows in a streamed block, so few that the block's logits stay in the cache."""
 
 MAX_SAMPLE_ROWS = 4_096
-"""Maximum number of ``sample_rows``, from which statistics of all rows are estimated."""
+"""Most ``sample_rows``, from which statistics over all rows are estimated."""
 
 MIN_LOSS_CHANGE = 1e-9
 """The solver stops when a step changes the mean loss by less than this limit."""
@@ -56,14 +56,14 @@ Fifty further steps would not increase the AUROC.
 """
 
 FEATURES = "features"
-"""Name of the column of image features."""
+"""Name of the column with image features."""
 
 MIN_VARIANCE = 1e-6
 """Smallest variance above the rounding error."""
 
 
 class Moments:
-    """Number of rows, sum (D,) of the rows, and sum of the squared norms."""
+    """Row count, sum (D,) over the rows, and sum over the squared norms."""
 
     def __init__(self) -> None:
         self.n_rows = 0
@@ -79,7 +79,7 @@ class Moments:
 
 
 class Standardisation(nn.Module):
-    """Standardisation of rows: centre the rows, and divide by the root mean square norm.
+    """Standardises rows: centre the rows, and divide by the root mean square norm.
 
     Because of the division, training does not depend on the scale of the embeddings.
     """
@@ -105,12 +105,12 @@ class Standardisation(nn.Module):
         self.norm.copy_(norm)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Standardised rows (N, D) of rows (N, D)."""
+        """Standardise rows (N, D)."""
         return (rows - self.mean) / self.norm
 
 
 class ImageInputs(nn.Module):
-    """Computes the inputs (D + F) of the experts: standardised embedding (D) and features (F).
+    """Computes the experts' inputs (D + F): standardised embedding (D) and features (F).
 
     F is 0 if the images have no features. Otherwise both parts have the same mean square norm.
     """
@@ -137,7 +137,7 @@ class ImageInputs(nn.Module):
         self.features.fit(feature_moments)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Inputs (B, D + F) of a batch. Over the training rows, the mean square norm is 1."""
+        """Compute a batch's inputs (B, D + F). Over training rows, the mean square norm is 1."""
         image: Tensor = self.image(batch.image)
         if not self.has_features:
             return image
@@ -153,11 +153,11 @@ class ImageInputs(nn.Module):
 
 
 class ClassMatch(NamedTuple):
-    """Comparison of K candidates with the training classes.
+    """Comparison between K candidates and the training classes.
 
     ``class_similarity`` is 1 for a training class. For any other candidate, ``class_similarity`` is
-    the squared cosine between the standardised texts of the candidate and of the nearest class, or
-    0 if the cosine is negative. The square is the share of variance that both texts have in common.
+    the squared cosine between the standardised texts of the candidate and the nearest class, or 0
+    if the cosine is negative. The square is the share of variance that both texts have in common.
     """
 
     nearest_class: Tensor  # (K,) int64 index of the training class with the most similar text
@@ -166,32 +166,32 @@ class ClassMatch(NamedTuple):
 
 
 class StartLogits(NamedTuple):
-    """Logits of K classes, estimated from images without labels.
+    """Logits for K classes, estimated from images without labels.
 
-    The logit of class c for a unit-norm image z is l_c + (z - centre) . weight_c + bias_c. l_c is
+    For class c and a unit-norm image z, the logit is l_c + (z - centre) . weight_c + bias_c. l_c is
     the zero-shot logit.
     """
 
     centre: Tensor  # (D,) float64
     weight: Tensor  # (K, D) float64
     bias: Tensor  # (K,) float64
-    log_occurrence: Tensor  # (K,) log-probability that the class occurs at all; at most 0
+    log_occurrence: Tensor  # (K,) log-probability that the class occurs at all, at most 0
 
 
 class SupervisedAttention(nn.Module):
-    """Logits of K candidates: tempered zero-shot logits, plus a bilinear form in image and text.
+    """Logits for K candidates: tempered zero-shot logits, plus a bilinear form in image and text.
 
-    If l0 are the zero-shot logits, x the ``ImageInputs`` and t the standardised texts, the logit of
-    candidate j is
+    If l0 are the zero-shot logits, x the ``ImageInputs`` and t the standardised texts, candidate j
+    has the logit
 
         l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j)
 
-    a is the temperature. All classes share A (``shared``). v_j (``own``) belongs to class j of the
-    training set, and is zero for a candidate outside the training classes. So any candidate can be
+    a is the temperature. All classes share A (``shared``). v_j (``own``) belongs to training
+    class j, and is zero for a candidate outside the training classes. So any candidate can be
     scored.
 
     For candidates outside the training classes, ``ClassMatch.class_similarity`` reduces the effect
-    of A and of the temperature. If the text of a candidate is unlike the texts of all classes, the
+    of A and of the temperature. If a candidate's text is unlike the texts of all classes, the
     logit is nearly the zero-shot logit.
 
     If the rows have logits instead of texts (``LogitBatch``), t_j is zero, and only v_j is learned.
@@ -199,14 +199,14 @@ class SupervisedAttention(nn.Module):
     Training begins at the tempered zero-shot logits (A = v = 0), or at the posterior estimated from
     images without labels (``start_from``).
 
-    The logits are computed as products of queries (x, 1) of the images with keys of the candidates.
+    The logits are products of the images' queries (x, 1) with the candidates' keys.
     For a ``LogitBatch``, the tempered given logits are added to the product
     (``tempered_given_logits``).
 
     Args:
         inputs: Fitted ``ImageInputs``.
         dim: Embedding width D of the texts.
-        n_classes: Number of training classes; 0 for captions.
+        n_classes: Number of training classes, 0 for captions.
         sharing: rho, the share of A in the prior variance.
     """
 
@@ -224,9 +224,9 @@ class SupervisedAttention(nn.Module):
         self.own = nn.Parameter(class_weights)
 
     def start_from(self, start: StartLogits) -> None:
-        """Set ``own``, the v of the classes, so that the logits equal the logits of ``start``."""
+        """Set ``own``, the classes' v, so that the logits equal the logits of ``start``."""
         # If x are the first D inputs, the image is z = image.mean + image.norm * image_gain * x.
-        # So (z - centre) . weight + bias is a product of (x, 1) with a vector of each class.
+        # So (z - centre) . weight + bias is a product of (x, 1) with a vector for each class.
         image = self.inputs.image
         dim = self.text.mean.shape[0]
         class_weights = torch.zeros(self.own.shape, dtype=torch.float64)
@@ -236,28 +236,28 @@ class SupervisedAttention(nn.Module):
         self.own.data.copy_(class_weights / class_weight_factor)
 
     def initial_logits(self, batch: Batch) -> Tensor:
-        """(B, K) logits at the start of training, before learning from labels."""
+        """Compute the logits (B, K) at the start of training, before learning from labels."""
         logits = self.queries(batch) @ self.initial_keys(batch).T
         given_logits = self.tempered_given_logits(batch)
         return add_given_logits(logits, given_logits)
 
     def initial_keys(self, batch: Batch) -> Tensor:
-        """(K, D + F + 1) keys of the ``initial_logits``."""
+        """Compute the keys (K, D + F + 1) for the ``initial_logits``."""
         keys = self.tempered_logit_keys(batch)
         if len(self.own):
             keys = keys + math.sqrt(1 - self.sharing) * self.own
         return keys
 
     def tempered_given_logits(self, batch: Batch) -> Tensor | None:
-        """(B, K) ``tempered_logits`` of a ``LogitBatch``, which has no keys; otherwise None."""
+        """Return ``tempered_logits`` (B, K) for a ``LogitBatch``, which has no keys. Else None."""
         if isinstance(batch, LogitBatch):
             return self.tempered_logits(batch)
         return None
 
     def tempered_logit_keys(self, batch: Batch) -> Tensor:
-        """(K, D + F + 1) keys of the ``tempered_logits``, if all candidates are training classes.
+        """Compute the keys (K, D + F + 1) for the ``tempered_logits``.
 
-        For a ``LogitBatch`` the keys are zero.
+        All candidates must be training classes. For a ``LogitBatch`` the keys are zero.
         """
         # A zero-shot logit is linear in the image z = image.mean + image.norm * image_gain * x.
         # So a zero-shot logit is a product of (x, 1) with a key, too.
@@ -272,16 +272,16 @@ class SupervisedAttention(nn.Module):
         return keys
 
     def queries(self, batch: Batch) -> Tensor:
-        """(B, D + F + 1) vectors (x, 1): the ``ImageInputs``, and the number 1."""
+        """Compute the vectors (x, 1) (B, D + F + 1): the ``ImageInputs``, and the number 1."""
         inputs = self.inputs(batch)
         return functional.pad(inputs, (0, 1), value=1.0)
 
     def tempered_logits(self, batch: Batch, class_match: ClassMatch | None = None) -> Tensor:
-        """(B, K) tempered zero-shot logits, without the logit bias.
+        """Compute the tempered zero-shot logits (B, K), without the logit bias.
 
-        The temperature is nearer to 1 if the candidates are less similar to the training classes.
-        ``class_match`` is the result of ``match_classes`` for the candidates. None: the candidates
-        are the training classes.
+        If the candidates are less similar to the training classes, the temperature is nearer to 1.
+        ``class_match`` is the result of ``match_classes`` for the candidates. None means that the
+        candidates are the training classes.
         """
         temperature: Tensor = self.temperature
         if class_match is not None:
@@ -299,7 +299,9 @@ class SupervisedAttention(nn.Module):
             no_class = torch.zeros(len(text), dtype=torch.long, device=text.device)
             no_match = torch.zeros_like(no_class, dtype=torch.bool)
             full_similarity = torch.ones_like(text[:, 0])
-            return ClassMatch(no_class, no_match, full_similarity)
+            return ClassMatch(
+                nearest_class=no_class, is_class=no_match, class_similarity=full_similarity
+            )
         cosine, nearest_class = nearest_rows(text, self.classes)
         is_class = cosine >= SAME_TEXT_COSINE
         candidates = self._text_directions(text)
@@ -311,22 +313,22 @@ class SupervisedAttention(nn.Module):
         return ClassMatch(nearest_class, is_class, class_similarity)
 
     def _text_directions(self, text: Tensor) -> Tensor:
-        """Standardised texts (K, D), divided by their norms."""
+        """Standardise texts (K, D), and divide every text by its norm."""
         standardised_text = self.text(text)
         return functional.normalize(standardised_text, dim=1)
 
     def forward(self, batch: Batch, class_match: ClassMatch | None = None) -> Tensor:
-        """(B, K) logits.
+        """Compute the logits (B, K).
 
-        ``class_match`` is the result of ``match_classes`` for the candidates. None: the candidates
-        are the training classes, in the original order.
+        ``class_match`` is the result of ``match_classes`` for the candidates. None means that the
+        candidates are the training classes, in the original order.
         """
         learned_keys = self.learned_keys(batch.text, class_match)
         learned_logits: Tensor = self.queries(batch) @ learned_keys.T
         return self.tempered_logits(batch, class_match) + learned_logits
 
     def learned_keys(self, text: Tensor, class_match: ClassMatch | None) -> Tensor:
-        """(K, D + F + 1) keys of the learned part of the logits, without ``tempered_logits``."""
+        """Compute the learned logits' keys (K, D + F + 1), without ``tempered_logits``."""
         keys: Tensor = math.sqrt(self.sharing) * (self.text(text) @ self.shared.T)
         if class_match is not None:
             similarity_column = class_match.class_similarity[:, None]
@@ -341,7 +343,7 @@ class SupervisedAttention(nn.Module):
 
 
 def add_given_logits(logits: Tensor, given_logits: Tensor | None) -> Tensor:
-    """Add the ``tempered_given_logits`` (B, K) of a batch to logits (B, K), unless None."""
+    """Add a batch's ``tempered_given_logits`` (B, K) to logits (B, K), unless None."""
     if given_logits is None:
         return logits
     return logits + given_logits
@@ -362,10 +364,10 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
     """Fit an attention to n labelled rows: the posterior mode, shrunk towards the start.
 
     1. The start is the zero-shot logits, or the logits of ``start``, times a fitted temperature.
-       ``class_log_prior`` is added to the bias of each class. With a ``start``, a class without
+       ``class_log_prior`` is added to each class's bias. With a ``start``, a class without
        labels gets ``start.log_occurrence`` instead, if ``start.log_occurrence`` is lower.
-    2. The learned part, which is added to the start, has a normal prior. The prior of the weights
-       of x is N(0, C) with C = ``variance`` * ``zero_shot_variance``. The prior of the biases is
+    2. The learned part, which is added to the start, has a normal prior. The weights on x have
+       the prior N(0, C) with C = ``variance`` * ``zero_shot_variance``. The biases have the prior
        N(0, C / 50). Finding the posterior mode is a convex problem.
     3. The solution is multiplied by n / (n + 8). If ``has_few_rows``, it is also multiplied by the
        result of ``held_out_shrinkage``.
@@ -373,14 +375,14 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
     Args:
         inputs: Fitted ``ImageInputs``.
         rows: The labelled rows.
-        n_classes: Number of training classes; 0 for captions.
+        n_classes: Number of training classes, 0 for captions.
         variance: Prior variance, relative to the variance of the zero-shot logits.
         sharing: The share rho of the prior variance that the classes have in common.
         device: Device on which the problem is solved.
         start: Logits estimated from images without labels.
         has_few_rows: Whether the rows are so few that ``held_out_shrinkage`` is used.
         warm_start: An attention fitted to most of the rows. For streamed rows, the search begins at
-            the solution of this attention, to save steps.
+            this attention's solution, to save steps.
     """
     attention = SupervisedAttention(inputs, rows.source.space.embed_dim, n_classes, sharing)
     _fit_texts(attention, rows)
@@ -407,7 +409,10 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
 
 
 def _limited_log_prior(log_prior: Tensor, target: Tensor, log_occurrence: Tensor) -> Tensor:
-    """The ``log_prior`` (K,), for a class without labels at most the ``log_occurrence`` (K,)."""
+    """Return log priors (K,). The entry of a class with labels is 0.
+
+    Every other entry is the smaller one of ``log_prior`` (K,) and ``log_occurrence`` (K,).
+    """
     has_labels = torch.bincount(target, minlength=len(log_prior)) > 0
     lower_log_prior = torch.minimum(log_prior, log_occurrence.float())
     return torch.where(has_labels, 0.0, lower_log_prior)
@@ -422,7 +427,7 @@ def _set_start(
     attention.own.data.mul_(temperature)
     # the last column of ``own`` is the bias, because the last entry of a query (x, 1) is 1
     bias = attention.own.data[:, -1]
-    # in the logits, ``own`` is multiplied by sqrt(1 - rho); the division cancels this factor
+    # in the logits, ``own`` is multiplied by sqrt(1 - rho), and the division cancels this factor
     class_weight_factor = math.sqrt(1 - attention.sharing)
     bias.add_(log_prior.to(device) / class_weight_factor)
 
@@ -435,11 +440,11 @@ class Block(NamedTuple):
 
     Attributes:
         batch: The rows.
-        queries: (B, P) queries of the attention, times the prior standard deviations. So the prior
-            of every element of A and V is N(0, 1).
+        queries: (B, P) attention queries, times the prior standard deviations. So every element
+            in A and V has the prior N(0, 1).
         text: (K, Q) sqrt(rho) times the standardised texts.
-        initial_keys: (K, P) keys of the logits at the start of training.
-        given_logits: (B, K) ``tempered_given_logits`` of the batch, or None.
+        initial_keys: (K, P) keys for the logits at the start of training.
+        given_logits: (B, K) the batch's ``tempered_given_logits``, or None.
     """
 
     batch: Batch
@@ -449,11 +454,11 @@ class Block(NamedTuple):
     given_logits: Tensor | None
 
     def losses(self, logits: Tensor) -> Tensor:
-        """(B,) cross-entropy of the rows."""
+        """Compute each row's cross-entropy (B,)."""
         return -self.batch.log_likelihood(logits)
 
     def slopes(self, logits: Tensor) -> Tensor:
-        """(B, K) derivatives of the ``losses`` in the logits. The caller may overwrite the result.
+        """Compute the derivatives (B, K) of ``losses`` in the logits, free to be overwritten.
 
         A derivative is the softmax over all candidates, minus the softmax over the right
         candidates.
@@ -463,8 +468,8 @@ class Block(NamedTuple):
             minus_one = torch.full_like(logits[:, :1], -1)
             posterior = torch.softmax(logits, dim=1, out=logits)
             return posterior.scatter_add_(1, target_column, minus_one)
-        # Several captions may be right. The loss is -log of the summed probabilities of the right
-        # captions.
+        # Several captions may be right. The loss is -log of the right captions' summed
+        # probabilities.
         posterior = logits.softmax(dim=1)
         is_wrong = ~self.batch.right
         logits.masked_fill_(is_wrong, -torch.inf)
@@ -473,16 +478,16 @@ class Block(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """The learned part of an attention, in the coordinates of a ``Problem``."""
+    """An attention's learned part, in the coordinates of a ``Problem``."""
 
     shared_weights: Tensor  # (P, Q) A, the part shared by all classes
     class_weights: Tensor  # (K, P) V, a row for each class
 
 
 class TextKeys(NamedTuple):
-    """Keys of successive blocks with the same texts, and the gradient of the loss in the keys."""
+    """Keys for successive blocks with the same texts, and the loss gradient in the keys."""
 
-    text: Tensor  # (K, Q) texts of the blocks
+    text: Tensor  # (K, Q) texts in the blocks
     keys: Tensor  # (K, P)
     gradient_of_keys: Tensor  # (K, P) gradient, summed over the blocks
 
@@ -492,15 +497,15 @@ class Problem:
 
     The rows are either held in memory as a single block, or streamed in blocks at every evaluation.
 
-    For a class without labels only A is learned. A separate v would only decrease the logits of the
-    class further, although ``class_log_prior`` has already decreased these logits.
+    For a class without labels only A is learned. A separate v would only decrease the class's
+    logits further, although ``class_log_prior`` has already decreased these logits.
 
     Rows in memory, and their texts, are expressed in orthonormal bases of their spans. The spans
     contain the optimum. So with fewer rows than coordinates, the problem has fewer unknowns, but
     the same optimum.
 
     Attributes:
-        whole_block: All rows as a single block, in the bases; None if the rows are streamed.
+        whole_block: All rows as a single block, in the bases. If the rows are streamed, None.
     """
 
     def __init__(self, attention: SupervisedAttention, rows: Rows, variance: float) -> None:
@@ -508,9 +513,9 @@ class Problem:
         self.rows = rows
         self.device = attention.shared.device
         self.n_rows = len(rows.index)
-        # ``input_scale`` is the prior standard deviation of the weight of each input. The inputs
-        # are multiplied by ``input_scale``, so that the prior of A and V is N(0, 1). The last input
-        # is the constant 1. The weight of the last input is the bias, with a smaller variance.
+        # ``input_scale`` is the prior standard deviation of each input's weight. The inputs
+        # are multiplied by ``input_scale``, so that A and V have the prior N(0, 1). The last input
+        # is the constant 1. The last input's weight is the bias, with a smaller variance.
         prior_sd = math.sqrt(variance)
         input_scale = torch.full(
             (attention.inputs.width + 1,), prior_sd, device=self.device, dtype=torch.float32
@@ -566,10 +571,10 @@ class Problem:
         """Minimise the objective by L-BFGS.
 
         Args:
-            row_weight: (N,) number of times that each row counts; only for rows in memory. None:
+            row_weight: (N,) how often each row counts, only for rows in memory. None means that
                 every row counts once.
             warm_start: An attention fitted to most of the rows. If the rows are streamed, the
-                search begins at the weights of this attention. For rows in memory ``warm_start``
+                search begins at this attention's weights. For rows in memory ``warm_start``
                 has no effect.
         """
         shared_weights, class_weights = self._first_guess(warm_start)
@@ -592,13 +597,13 @@ class Problem:
         return Solution(shared_weights, class_weights)
 
     def _min_loss_change(self) -> float:
-        """The solver stops when a step changes the mean loss by less than this limit."""
+        """Return the limit: a step that changes the mean loss by less stops the solver."""
         if self.whole_block is None:
             return MIN_STREAMED_LOSS_CHANGE
         return MIN_LOSS_CHANGE
 
     def _first_guess(self, warm_start: SupervisedAttention | None) -> Solution:
-        """The starting point of the search, with the sizes of A and V.
+        """Return the point where the search starts, with the sizes of A and V.
 
         The point is zero, or for streamed rows the solution of ``warm_start``, if given.
         """
@@ -624,10 +629,10 @@ class Problem:
     def _objective_with_gradient(
         self, shared_weights: Tensor, class_weights: Tensor, row_weight: Tensor | None
     ) -> Tensor:
-        """The negative log-posterior divided by n; also sets the gradient on the two weights.
+        """Compute the negative log-posterior divided by n, and set the gradient on both weights.
 
-        The gradient is computed by formulas, because autograd would keep the logits (B, K) of every
-        block in memory.
+        The gradient is computed by formulas, because autograd would keep every block's logits
+        (B, K) in memory.
         """
         square_sums = [shared_weights.square().sum(), class_weights.square().sum()]
         penalty = torch.stack(square_sums).sum()
@@ -638,8 +643,8 @@ class Problem:
             if text_keys is None or block.text is not text_keys.text:
                 self._add_gradient(text_keys, gradient)
                 keys = block.initial_keys + self.keys(block, shared_weights, class_weights)
-                zero_gradient = torch.zeros_like(keys)
-                text_keys = TextKeys(block.text, keys, gradient_of_keys=zero_gradient)
+                gradient_of_keys = torch.zeros_like(keys)
+                text_keys = TextKeys(block.text, keys, gradient_of_keys=gradient_of_keys)
             loss_weight = self._loss_weight(block, row_weight)
             weight_column = loss_weight[:, None]
             logits = add_given_logits(block.queries @ text_keys.keys.T, block.given_logits)
@@ -653,13 +658,13 @@ class Problem:
         return total
 
     def _blocks(self) -> Iterable[Block]:
-        """The rows: the single block in memory, or the streamed blocks."""
+        """Return the rows: the single block in memory, or the streamed blocks."""
         if self.whole_block is None:
             return self._streamed_blocks()
         return (self.whole_block,)
 
     def _loss_weight(self, block: Block, row_weight: Tensor | None) -> Tensor:
-        """(B,) weight of each row in the mean loss."""
+        """Compute each row's weight (B,) in the mean loss."""
         if row_weight is None:
             return torch.full_like(block.queries[:, 0], 1 / self.n_rows)
         return row_weight / self.n_rows
@@ -667,8 +672,8 @@ class Problem:
     def _add_gradient(self, text_keys: TextKeys | None, gradient: Solution) -> None:
         """Add the gradient in the keys to the ``gradient`` in A and V, by the chain rule.
 
-        This method is called once if all blocks have the same classes, and once per pool of
-        captions.
+        This method is called once if all blocks have the same classes, and once per caption
+        pool.
         """
         if text_keys is None:
             return
@@ -680,14 +685,14 @@ class Problem:
             )
 
     def keys(self, block: Block, shared_weights: Tensor, class_weights: Tensor) -> Tensor:
-        """(K, P) learned part of the keys, to be added to ``block.initial_keys``."""
+        """Compute the learned part (K, P) of the keys, to be added to ``block.initial_keys``."""
         keys = block.text @ shared_weights.T
         if len(class_weights):
             keys = keys + self.class_weight_factor * self.labelled_class_mask * class_weights
         return keys
 
     def in_attention_coordinates(self, solution: Solution) -> Solution:
-        """Convert a solution to coordinates of the attention: (D + F + 1, D) and (K, D + F + 1)."""
+        """Convert a solution to attention coordinates: (D + F + 1, D) and (K, D + F + 1)."""
         shared_weights, class_weights = solution
         if self.whole_block is not None:
             shared_weights = self.query_basis @ shared_weights @ self.text_basis.T
@@ -697,7 +702,7 @@ class Problem:
 
 
 def orthonormal_basis(rows: Tensor) -> Tensor:
-    """Orthonormal basis (P, R) of a space with all rows (N, P), with R = min(N, P)."""
+    """Compute an orthonormal basis (P, R) for a space with all rows (N, P), R = min(N, P)."""
     n_rows, width = rows.shape
     if n_rows >= width:
         return torch.eye(width, dtype=rows.dtype, device=rows.device)
@@ -707,17 +712,17 @@ def orthonormal_basis(rows: Tensor) -> Tensor:
 
 
 N_FOLDS = 5
-"""Number of folds of the rows. The folds are held out in turn."""
+"""Into how many folds the rows are divided. The folds are held out in turn."""
 
 ENOUGH_HELD_OUT_ROWS = 200
-"""If this number of held-out rows is reached, no further fold is held out."""
+"""If this many rows were held out, no further fold is held out."""
 
 SHRINKAGE_SD = 0.2
-"""Standard deviation of the normal prior of ``held_out_shrinkage``. The mean of the prior is 1."""
+"""Standard deviation of the normal prior on ``held_out_shrinkage``. The prior mean is 1."""
 
 
 def held_out_shrinkage(problem: Problem) -> float:
-    """The factor w in [0, 1] of the learned logits with the best fit to held-out rows.
+    """Find the factor w in [0, 1] on the learned logits that fits held-out rows best.
 
     In the model, the labels of held-out rows are drawn from softmax(b + w r). b are the logits at
     the start of training. r are the logits learned without the held-out rows. w is the posterior
@@ -732,7 +737,7 @@ def held_out_shrinkage(problem: Problem) -> float:
     fold_of_row = _fold_of_rows(problem, block)
     rows_per_fold = problem.n_rows / N_FOLDS
     n_folds = min(math.ceil(ENOUGH_HELD_OUT_ROWS / rows_per_fold), N_FOLDS, problem.n_rows)
-    learned_logits = torch.zeros_like(initial_logits)  # of each row, learned without this row
+    learned_logits = torch.zeros_like(initial_logits)  # for each row, learned without this row
     for fold in range(n_folds):
         is_fitted = fold_of_row != fold
         solution = problem.solve(row_weight=is_fitted.to(initial_logits))
@@ -750,11 +755,11 @@ def held_out_shrinkage(problem: Problem) -> float:
 
 
 def _fold_of_rows(problem: Problem, block: Block) -> Tensor:
-    """Index (N,) of the fold of every row; all rows of a picture are in the same fold."""
+    """Assign each row to a fold (N,). All rows that show a picture are in the same fold."""
     first_row, picture_of_row = problem.rows.pictures()
     first_row = first_row.to(problem.device)
     picture_of_row = picture_of_row.to(problem.device)
-    # The pictures are sorted by class, and the folds are assigned in turn. So the rows of a class
+    # The pictures are sorted by class, and the folds are assigned in turn. So a class's rows
     # are spread over the folds, and a class loses few rows when a fold is held out.
     pictures_by_class = block.batch.target[first_row].argsort(stable=True)
     fold_of_picture = torch.empty_like(first_row)
@@ -765,15 +770,14 @@ def _fold_of_rows(problem: Problem, block: Block) -> Tensor:
 
 
 def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
-    """Logarithm (K,) of the frequency of each class, relative to the classes with labels.
+    """Compute each class's log frequency (K,), relative to a class with labels.
 
     The logarithm is 0 for a class with labels, and at most 0 for a class without labels.
 
-    Let f of the n labels be the only label of their class. The share s of all images in classes
-    without labels is estimated by the formula of Good and Turing, s = f / n. Here s is at least
-    1 / n. This share is divided equally among the K - m classes without labels. The share 1 - s
-    is divided equally among the m classes with labels. So the relative frequency of a class
-    without labels is
+    Let f of the n labels be the only label in their class. Let s be the share of all images that
+    show classes without labels. The formula of Good and Turing estimates s = f / n. Here s is at
+    least 1 / n. This share is divided equally among the K - m classes without labels. The share
+    1 - s is divided equally among the m classes with labels. So the relative frequency is
 
         s m / ((1 - s) (K - m))
 
@@ -802,7 +806,7 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
 
 
 def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
-    """Variance of the tempered zero-shot logits of a row, averaged over the ``sample_rows``."""
+    """Compute a row's variance of tempered zero-shot logits, averaged over ``sample_rows``."""
     sum_of_variances = 0.0
     n_rows = 0
     sampled_rows = sample_rows(rows)
@@ -815,7 +819,7 @@ def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch
 
 
 def sample_rows(rows: Rows) -> Rows:
-    """At most ``MAX_SAMPLE_ROWS`` of the rows, evenly spaced; all rows if they form pools."""
+    """Return at most ``MAX_SAMPLE_ROWS`` rows, evenly spaced. If rows form pools, return all."""
     if rows.source.pool_size is not None:
         return rows
     step = math.ceil(len(rows.index) / MAX_SAMPLE_ROWS)  # 1 for few rows
@@ -823,7 +827,7 @@ def sample_rows(rows: Rows) -> Rows:
 
 
 def _fit_texts(attention: SupervisedAttention, rows: Rows) -> None:
-    """Copy the texts of the classes into the attention, and fit the standardisation of texts."""
+    """Copy the class texts into the attention, and fit the standardisation of texts."""
     text_moments = Moments()
     for batch in rows.batches(SCORING_BATCH):
         text_moments.add(batch.text)
@@ -834,10 +838,10 @@ def _fit_texts(attention: SupervisedAttention, rows: Rows) -> None:
 
 
 def fit_temperature(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
-    """Posterior mode of the temperature a > 0, if labels are drawn from softmax(a l).
+    """Find the posterior mode of the temperature a > 0, if labels are drawn from softmax(a l).
 
     l are the logits at the start of training. The prior is log a ~ N(0, 0.5^2), so a stays near 1
-    for few labels. The likelihood of all rows is estimated from the ``sample_rows``.
+    for few labels. The likelihood over all rows is estimated from the ``sample_rows``.
     """
     from scipy.optimize import minimize_scalar
 

@@ -1,8 +1,8 @@
-"""Checkpoints of training: their content, and when checkpoints are written and checked.
+"""Training checkpoints: their content, and when checkpoints are written and checked.
 
 A checkpoint is written at the end of an epoch. A resumed run gives the same weights as an
 uninterrupted run, bit for bit. So a checkpoint has everything needed for later epochs: weights,
-momenta, states of the generators, and states of losses with a memory of earlier batches.
+momenta, generator states, and the states of losses that remember earlier batches.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
 
 RECORD_NAME = re.compile(r"(\d{8,})\.json")
-"""Name of the record of a checkpoint: its serial number, with at least eight digits."""
+"""Name of a checkpoint's record: the serial number, with at least eight digits."""
 CHECKPOINT_FILE_NAME = re.compile(r"\d{8,}\.(json|safetensors)")
-"""Name of a file of a checkpoint."""
+"""Name of a checkpoint file."""
 RERUN_ADVICE = "Remove it, and run the training again"
 """Advice in messages about a damaged file."""
 
 RunInputs = Mapping[str, object]
-"""The inputs of a training run, as plain JSON. Only a run with the same inputs is resumed."""
+"""A training run's inputs, as plain JSON. Only a run with the same inputs is resumed."""
 
 
 class Checkpoint(NamedTuple):
-    """A state of training.
+    """A training state.
 
-    ``position`` is plain JSON: the number of finished epochs, and the losses and AUROCs of these
+    ``position`` is plain JSON: how many epochs are finished, with the losses and AUROCs in these
     epochs. ``tensors`` has everything else.
     """
 
@@ -64,7 +64,7 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
 
     def n_epochs(self) -> int:
-        """Number of finished epochs."""
+        """Read the number of finished epochs. Refuse a position without a count."""
         epoch = self.position.get("epoch")
         if not _is_count(epoch):
             raise DataError(f"a checkpoint has {epoch!r} as its number of finished epochs.")
@@ -72,18 +72,18 @@ class Checkpoint(NamedTuple):
 
 
 def _is_count(number: object) -> bool:
-    """Whether a value is an integer of at least 0."""
+    """Return whether a value is an integer of at least 0."""
     return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of a training run, and finds the latest checkpoint.
+    """Saves a training run's checkpoints, and finds the latest checkpoint.
 
     This base class saves nothing.
     """
 
     def latest_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint to resume from; None: start from the beginning."""
+        """Return the checkpoint to resume from, or None to start from the beginning."""
         return None
 
     def save(self, make_checkpoint: Callable[[], Checkpoint]) -> None:
@@ -94,7 +94,7 @@ class CheckpointSaver:
 
 
 class FolderCheckpointSaver(CheckpointSaver):
-    """Keeps the two newest checkpoints of a training run in a folder.
+    """Keeps a training run's two newest checkpoints in a folder.
 
     If several processes train together, only the leading process writes.
     """
@@ -102,13 +102,13 @@ class FolderCheckpointSaver(CheckpointSaver):
     def __init__(self, folder: Path, run_inputs: RunInputs, world: World) -> None:
         self.folder = folder
         self.world = world
-        # JSON has no tuples, so the inputs read from a checkpoint have lists instead. The inputs of
-        # this run are converted in the same way, to compare both.
+        # JSON has no tuples, so the inputs read from a checkpoint have lists instead. This run's
+        # inputs are converted in the same way, to compare both.
         inputs_text = json.dumps(run_inputs)
         self.run_inputs = json.loads(inputs_text)
 
     def latest_checkpoint(self) -> Checkpoint | None:
-        """The newest intact checkpoint; warns about damaged checkpoints."""
+        """Return the newest intact checkpoint. Warn about damaged checkpoints."""
         # Only the leading process reads, because the other processes may have other disks. In all
         # other processes the call returns None, and ``broadcast`` passes on the bytes.
         record, weight_bytes = self.world.call_on_leader(self._read_newest) or (b"", b"")
@@ -153,7 +153,7 @@ class FolderCheckpointSaver(CheckpointSaver):
         self._prune(names_to_keep={name, last_name})
 
     def _serials(self) -> list[int]:
-        """Numbers of the checkpoints in the folder, ascending."""
+        """List the serial numbers of the checkpoints in the folder, ascending."""
         if not self.folder.is_dir():
             return []
         serials = []
@@ -164,17 +164,17 @@ class FolderCheckpointSaver(CheckpointSaver):
         return sorted(serials)
 
     def _prune(self, names_to_keep: set[str]) -> None:
-        """Remove all files of checkpoints except the files in ``names_to_keep``."""
+        """Remove all checkpoint files except the files in ``names_to_keep``."""
         with convert_os_errors(f"cannot remove a checkpoint in {self.folder}"):
-            # sorted, so that the record (.json) of a checkpoint is removed before the tensors
+            # sorted, so that a checkpoint's record (.json) is removed before the tensors
             for path in sorted(self.folder.iterdir()):
                 if is_checkpoint_file(path.name) and path.stem not in names_to_keep:
                     path.unlink()
 
     def _read_newest(self) -> tuple[bytes, bytes]:
-        """Bytes of the record and of the tensors of the newest intact checkpoint.
+        """Read record and tensors of the newest intact checkpoint, as bytes.
 
-        Both are empty if the folder has no checkpoints.
+        If the folder has no checkpoints, both are empty.
 
         Raises:
             DataError: If all checkpoints are damaged.
@@ -198,7 +198,7 @@ class FolderCheckpointSaver(CheckpointSaver):
         return b"", b""
 
     def _require_same_inputs(self, saved_inputs: dict[str, object]) -> None:
-        """Refuse checkpoints of a run with other inputs than this run ("binding" of the record)."""
+        """Refuse checkpoints whose run had other inputs than this run (the record's "binding")."""
         differences = []
         for key in sorted(saved_inputs.keys() | self.run_inputs.keys()):
             saved_value = saved_inputs.get(key)
@@ -214,7 +214,7 @@ class FolderCheckpointSaver(CheckpointSaver):
 
 
 def is_checkpoint_file(name: str) -> bool:
-    """Whether a file name belongs to a checkpoint file, or to a temporary form of such a file."""
+    """Return whether a file name belongs to a checkpoint file, or to its temporary form."""
     temporary_name = TEMPORARY_NAME.fullmatch(name)
     if temporary_name:
         name = temporary_name["name"]
@@ -222,7 +222,7 @@ def is_checkpoint_file(name: str) -> bool:
 
 
 def read_checkpoint_files(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The record at ``path`` and the bytes of the tensors, after a check of their hashes."""
+    """Read the record at ``path`` and the tensors' bytes, and check their hashes."""
     record = read_json(path, RERUN_ADVICE)
     has_binding = isinstance(record.get("binding"), dict)
     has_position = isinstance(record.get("position"), dict)
@@ -239,25 +239,25 @@ def read_checkpoint_files(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 RUN_FOLDER_NAME = re.compile(r"run_\d+")
-"""Name of the sub-folder of a training run."""
+"""Name of a training run's sub-folder."""
 FIT_DIGEST_FILE = "fit.txt"
-"""Name of the file with the digest of the inputs of a fit."""
+"""Name of the file with the digest of a fit's inputs."""
 MAX_SAMPLED_IDS = 1024
-"""Maximum number of identifiers in a fingerprint of data."""
+"""Largest number of identifiers in a data fingerprint."""
 MAX_SAMPLED_ROWS = 64
-"""Maximum number of embeddings in a fingerprint of data."""
+"""Largest number of embeddings in a data fingerprint."""
 
 
 class Session:
     """A fit with one or more training runs. Each run gets a ``CheckpointSaver``.
 
-    The savers of this base class save nothing.
+    This base class gives savers that save nothing.
     """
 
     def saver(self, run_inputs: Callable[[], RunInputs]) -> CheckpointSaver:  # noqa: ARG002
-        """The saver of the next training run.
+        """Return the saver for the next training run.
 
-        ``run_inputs`` returns the inputs of the run, and is called only if checkpoints are saved.
+        ``run_inputs`` returns the run's inputs, and is called only if checkpoints are saved.
         """
         return CheckpointSaver()
 
@@ -272,7 +272,7 @@ class FolderSession(Session):
         self.is_removed = False
 
     def saver(self, run_inputs: Callable[[], RunInputs]) -> CheckpointSaver:
-        """The saver of the next training run."""
+        """Return the saver for the next training run."""
         # A run is recognised by its number. When a fit is repeated, the runs have the same order.
         folder = self.folder / f"run_{self.n_runs}"
         self.n_runs += 1
@@ -280,11 +280,11 @@ class FolderSession(Session):
         return FolderCheckpointSaver(folder, inputs, self.world)
 
     def write_fit_digest(self, inputs_digest: str) -> None:
-        """Write the digest of the inputs of the fit to a file."""
+        """Write the digest of the fit's inputs to a file."""
         self.world.call_on_leader(lambda: write_text(self.folder / FIT_DIGEST_FILE, inputs_digest))
 
     def read_fit_digest(self) -> str | None:
-        """The digest written by ``write_fit_digest``; None without a written digest."""
+        """Read the digest written by ``write_fit_digest``. Without a digest, return None."""
         path = self.folder / FIT_DIGEST_FILE
         with convert_os_errors(f"cannot read {path}"):
             if not path.is_file():
@@ -292,13 +292,13 @@ class FolderSession(Session):
             return path.read_text()
 
     def run_folders(self) -> list[Path]:
-        """The existing sub-folders of training runs."""
+        """List the existing sub-folders with training runs."""
         return sorted(
             path for path in self.folder.iterdir() if RUN_FOLDER_NAME.fullmatch(path.name)
         )
 
     def remove(self) -> None:
-        """Remove the checkpoints, after the result of the training was saved."""
+        """Remove the checkpoints, after the training result was saved."""
         if self.world.is_leader:
             with convert_os_errors(f"cannot remove the checkpoints in {self.folder}"):
                 for run_folder in self.run_folders():
@@ -313,7 +313,7 @@ _session: ContextVar[Session] = ContextVar("session", default=Session())  # noqa
 
 
 def current_checkpoint_session() -> Session:
-    """The session of a ``with checkpointing()`` block.
+    """Return the session of the current ``with checkpointing()`` block.
 
     Outside such a block, the result is a session without checkpoints.
     """
@@ -322,13 +322,13 @@ def current_checkpoint_session() -> Session:
 
 @contextmanager
 def checkpointing(folder: str | Path, *, resume: bool = False) -> Iterator[FolderSession]:
-    """Save a checkpoint at the end of every epoch of the training in a ``with`` block.
+    """Save a checkpoint at the end of every training epoch in a ``with`` block.
 
     If several processes train together, the block must be inside the block of
     ``vilu.predictors.nn.processes.world``.
 
     Args:
-        folder: Folder of the checkpoints. A missing folder is created.
+        folder: Folder for the checkpoints. A missing folder is created.
         resume: Resume training from the checkpoints in the folder, if there are any.
 
     Raises:
@@ -350,7 +350,7 @@ def checkpointing(folder: str | Path, *, resume: bool = False) -> Iterator[Folde
 
 
 def _claim_folder(session: FolderSession, lock_stack: ExitStack, *, resume: bool) -> None:
-    """Make the folder of a session, and lock it until ``lock_stack`` is closed.
+    """Make a session's folder, and lock the folder until ``lock_stack`` is closed.
 
     Raises:
         UsageError, BusyError, StorageError: As in ``checkpointing``.
@@ -373,7 +373,7 @@ def _remove_empty(folder: Path) -> None:
 
 
 def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
-    """Hash of the rows of a source with the indices ``rows``.
+    """Hash the rows with the indices ``rows`` in a source.
 
     The hash depends on the indices, the targets, the embedding space, and a sample of the
     identifiers and image embeddings.
@@ -391,14 +391,14 @@ def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
 
 
 def text_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
-    """Hash of the texts of all shared candidates, or of the captions of a sample of the rows."""
+    """Hash the texts of all shared candidates, or the captions of sampled rows."""
     sampled_rows = evenly_spaced_rows(rows, MAX_SAMPLED_ROWS)
     text = source.candidates(sampled_rows).text
     return tensor_hash(text)
 
 
 def evenly_spaced_rows(rows: Tensor, n: int) -> Tensor:
-    """At most ``n`` of the rows (M,), evenly spaced."""
+    """Return at most ``n`` of the rows (M,), evenly spaced."""
     if not len(rows):
         return rows
     n_sampled = min(n, len(rows))
@@ -408,20 +408,21 @@ def evenly_spaced_rows(rows: Tensor, n: int) -> Tensor:
 
 
 class Stateful(Protocol):
-    """A part of a training step with a memory of earlier batches, such as a moving average."""
+    """A training step's part that remembers earlier batches, such as a moving average."""
 
     def state(self) -> dict[str, Tensor]:
-        """The memory of earlier batches, as tensors by name."""
+        """Return what is remembered from earlier batches, as tensors by name."""
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Replace the memory by a ``state``; refuses tensors of wrong names or shapes."""
+        """Replace the memory by a ``state``. Refuse tensors with wrong names or shapes."""
 
 
 @dataclass
 class History:
-    """Loss and validation AUROC of each epoch.
+    """Loss and validation AUROC in each epoch.
 
-    ``kept_epoch`` is the epoch (0-based) of the weights kept so far as the result; -1: none yet.
+    ``kept_epoch`` is the epoch (0-based) whose weights are kept so far as the result. -1 means
+    that no weights are kept yet.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -431,12 +432,12 @@ class History:
 
 @dataclass
 class Position:
-    """The progress of a training run.
+    """A training run's progress.
 
     Attributes:
-        epoch: Number of finished epochs.
-        chosen_weights: Weights of the epoch chosen by validation so far.
-        history: Loss and validation AUROC of the finished epochs.
+        epoch: How many epochs are finished.
+        chosen_weights: Weights from the epoch chosen by validation so far.
+        history: Loss and validation AUROC in the finished epochs.
     """
 
     epoch: int = 0
@@ -453,8 +454,8 @@ def pack_checkpoint(
 ) -> Checkpoint:
     """Make a checkpoint with everything needed for the rest of a training run.
 
-    ``position`` is the progress of the run. ``order_generator`` shuffles the rows.
-    ``stateful_parts`` are the parts of a step with a memory of earlier batches.
+    ``position`` is the run's progress. ``order_generator`` shuffles the rows.
+    ``stateful_parts`` are the parts of a step that remember earlier batches.
     """
     parts: dict[str, Mapping[str, Tensor]] = {
         "head": head.state_dict(),
@@ -502,7 +503,10 @@ def unpack_checkpoint(
 
 
 def _tensors_by_part(checkpoint: Checkpoint) -> defaultdict[str, dict[str, Tensor]]:
-    """The tensors of a checkpoint: a dictionary by name for each part, such as "head"."""
+    """Group a checkpoint's tensors: a dictionary by name for each part, such as "head".
+
+    A part without tensors is an empty dictionary.
+    """
     parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in checkpoint.tensors.items():
         part, _, name_in_part = name.partition(".")
@@ -511,7 +515,7 @@ def _tensors_by_part(checkpoint: Checkpoint) -> defaultdict[str, dict[str, Tenso
 
 
 def _momenta(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The momentum of each trained parameter, by the number of the parameter."""
+    """Return each trained parameter's momentum, by parameter number."""
     momenta = {}
     states = optimizer.state_dict()["state"]
     for number, state in states.items():
@@ -522,7 +526,7 @@ def _momenta(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _load_momenta(saved_momenta: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Set the momentum of every trained parameter; refuses missing or further momenta."""
+    """Set every trained parameter's momentum. Refuse missing or further momenta."""
     groups = [group["params"] for group in optimizer.param_groups]
     all_parameters = _keyed_by_number(itertools.chain(*groups))
     trained_parameters = {}
@@ -536,7 +540,7 @@ def _load_momenta(saved_momenta: Mapping[str, Tensor], optimizer: torch.optim.Op
 
 
 def _load_masks(saved_states: Mapping[str, Tensor], head: nn.Module) -> None:
-    """Set the states of the generators of dropout masks."""
+    """Set the states of the generators for dropout masks."""
     states = _mask_states(head)
     copy_tensors_into(states, saved_tensors=saved_states, tensors_name="states of masks")
     for generator, state in zip(generators_of(head), states.values(), strict=True):
@@ -544,18 +548,18 @@ def _load_masks(saved_states: Mapping[str, Tensor], head: nn.Module) -> None:
 
 
 def _mask_states(head: nn.Module) -> dict[str, Tensor]:
-    """States of the generators of dropout masks, by number."""
+    """Return the states of the generators for dropout masks, by number."""
     states = [generator.get_state() for generator in generators_of(head)]
     return _keyed_by_number(states)
 
 
 def _keyed_by_number(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Maps the position of each tensor in the sequence, as a string, to the tensor."""
+    """Map each tensor's position in the sequence, as a string, to the tensor."""
     return {str(i): tensor for i, tensor in enumerate(tensors)}
 
 
 def generators_of(head: nn.Module) -> list[torch.Generator]:
-    """The generators of the dropout masks of a head."""
+    """Return the generators for a head's dropout masks."""
     return [module.generator for module in head.modules() if isinstance(module, Dropout)]
 
 
@@ -564,7 +568,7 @@ def copy_tensors_into(
 ) -> None:
     """Copy saved tensors into the tensors of ``destination`` with the same names and forms.
 
-    Other names or forms are refused. ``tensors_name`` is the name of the tensors in messages.
+    Other names or forms are refused. Messages call the tensors ``tensors_name``.
     """
     _require_same_forms(tensors_name, saved_tensors, destination)
     with torch.no_grad():
@@ -575,7 +579,7 @@ def copy_tensors_into(
 def _require_same_forms(
     tensors_name: str, saved_tensors: Mapping[str, Tensor], expected_tensors: Mapping[str, Tensor]
 ) -> None:
-    """Refuse saved tensors with other names, shapes or types than the expected tensors."""
+    """Refuse saved tensors whose names, shapes or types differ from the expected tensors."""
     saved_forms = _forms(saved_tensors)
     expected_forms = _forms(expected_tensors)
     if saved_forms == expected_forms:
@@ -590,12 +594,12 @@ def _require_same_forms(
 
 
 def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of each tensor, by name."""
+    """Return each tensor's shape and type, by name."""
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _history(position: Mapping[str, Any]) -> History:
-    """The history in a position; an error unless the history has only numbers."""
+    """Read the history in a position. Refuse a history with anything but numbers."""
     history = position.get("history")
     names = {"loss", "validation_auroc", "kept_epoch"}
     if not isinstance(history, dict) or history.keys() != names:
@@ -610,10 +614,10 @@ def _history(position: Mapping[str, Any]) -> History:
 
 
 def _is_list_of_numbers(values: object) -> bool:
-    """Whether a value is a list of finite floats."""
+    """Return whether a value is a list of finite floats."""
     return isinstance(values, list) and all(map(_is_finite, values))
 
 
 def _is_finite(value: object) -> bool:
-    """Whether a value is a finite float."""
+    """Return whether a value is a finite float."""
     return isinstance(value, float) and math.isfinite(value)

@@ -29,22 +29,22 @@ from vilu.predictors.nn.layers import dropout_mask, linear
 from vilu.predictors.nn.pooled import PooledLogits
 
 KERNEL_RIDGE = 0.1
-"""Ridge of the kernel regression of ``Memory``."""
+"""Ridge in the kernel regression of ``Memory``."""
 
 LOGIT_GAIN = 8.0
-"""Factor from a difference of probabilities to a logit.
+"""Factor from a probability difference to a logit.
 
 The value matters little, because the pool also gives the memory a weight.
 """
 
 MIN_BLOCK_ROWS = 256
-"""Minimum number of images in a product of ``Memory``. Products of fewer rows are slow."""
+"""Fewest images in a product of ``Memory``. Products with fewer rows are slow."""
 
 
 class Adapter(nn.Module):
     """Expert network with one hidden layer, applied to the image.
 
-    The outputs are added to the tempered zero-shot logits of the training classes.
+    The outputs are added to the training classes' tempered zero-shot logits.
     """
 
     def __init__(
@@ -53,18 +53,17 @@ class Adapter(nn.Module):
         super().__init__()
         self.inputs = copy.deepcopy(inputs)  # safetensors saves no tensors with shared memory
         self.dropout = dropout
-        self.generator = torch.Generator()  # draws initial weights and masks
-        self.generator.manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)  # draws initial weights and masks
         self.first = linear(inputs.width, hidden, self.generator)
         self.last = linear(hidden, n_classes, self.generator)
-        # with a last layer of zeros, training begins at the tempered zero-shot logits
+        # with zeros in the last layer, training begins at the tempered zero-shot logits
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Outputs (B, K) to be added to the logits of the training classes, in their order."""
-        # The mean square norm of the inputs is 1. With the factor, the mean square of a
-        # coordinate is 1.
+        """Compute outputs (B, K) to add to the training classes' logits, in their order."""
+        # The inputs have a mean square norm of 1. With the factor, a coordinate has a mean square
+        # of 1.
         image = self.inputs(batch) * math.sqrt(self.inputs.width)
         hidden = functional.gelu(self.first(image))
         if self.training:
@@ -75,17 +74,17 @@ class Adapter(nn.Module):
 
 
 class Memory(nn.Module):
-    """Expert by kernel ridge regression of the zero-shot errors on M labelled images.
+    """Expert by kernel ridge regression on the zero-shot errors for M labelled images.
 
-    If x are the ``ImageInputs`` of an image, the memory adds to the tempered zero-shot logits
+    If an image has the ``ImageInputs`` x, the memory adds to the tempered zero-shot logits
 
         8 k(x) (G + 0.1 I)^-1 (Y - P)
 
-    k(x) (M,) are the Gaussian kernels exp(-|x - x'|^2 / 2) of x and the labelled images x'. G is
-    the Gram matrix of the labelled images, Y (M, K) are their one-hot labels, and P (M, K) is their
+    k(x) (M,) are the Gaussian kernels exp(-|x - x'|^2 / 2) between x and the labelled images x'. G
+    is the labelled images' Gram matrix, Y (M, K) are their one-hot labels, and P (M, K) is their
     tempered zero-shot posterior.
 
-    ``bank`` has the inputs x' of the labelled images. ``values`` has 8 (G + 0.1 I)^-1 (Y - P).
+    ``bank`` has the labelled images' inputs x'. ``values`` has 8 (G + 0.1 I)^-1 (Y - P).
     """
 
     def __init__(self, inputs: ImageInputs, n_rows: int, n_classes: int) -> None:
@@ -98,7 +97,7 @@ class Memory(nn.Module):
 
     @staticmethod
     def gaussian_kernels(row_factors: Tensor, bank_factors: Tensor) -> Tensor:
-        """Gaussian kernels (N, M) of rows and bank, both given as results of ``exponent_factor``.
+        """Compute Gaussian kernels (N, M) from rows and bank, both from ``exponent_factor``.
 
         The exponents are computed in float64, because the exponents are small differences of terms
         as large as 10. In float32 the kernel would have an error of 1e-4.
@@ -107,9 +106,9 @@ class Memory(nn.Module):
 
     @staticmethod
     def exponent_factor(rows: Tensor, *, is_bank: bool) -> Tensor:
-        """Append two columns to rows, so that products of rows are the exponents of the kernel.
+        """Append two columns to rows, so that row products are the kernel's exponents.
 
-        The result is (N, D + F + 2) float64. The exponent of inputs x and x' is -|x - x'|^2 / 2.
+        The result is (N, D + F + 2) float64. For inputs x and x' the exponent is -|x - x'|^2 / 2.
         The exponent is the product of two longer vectors, from x and from the bank's x':
 
             x . x' - |x|^2 / 2 - |x'|^2 / 2 = (x, -|x|^2 / 2, 1) . (x', 1, -|x'|^2 / 2)
@@ -140,21 +139,21 @@ class Memory(nn.Module):
         return memory
 
     def forward(self, batch: Batch) -> Tensor:
-        """Outputs (B, K) to be added to the logits of the training classes, in their order."""
+        """Compute outputs (B, K) to add to the training classes' logits, in their order."""
         residual = self.residual_function()
         return residual(batch)
 
     def residual_function(self) -> Callable[[Batch], Tensor]:
         """Return a function with the result of ``forward``, but faster for several batches.
 
-        The vectors of the bank are the same for all batches, and are computed only once.
+        The bank's vectors are the same for all batches, and are computed only once.
         """
         bank_factors = self.exponent_factor(self.bank, is_bank=True)
         values = float64(self.values)
 
         def residual(batch: Batch) -> Tensor:
             row_factors = self.exponent_factor(self.inputs(batch), is_bank=False)
-            # an exported graph is for any number of rows, and therefore has no blocks
+            # an exported graph is for any row count, and therefore has no blocks
             if torch.compiler.is_exporting():
                 outputs = self.gaussian_kernels(row_factors, bank_factors) @ values
                 return outputs.to(self.bank)
@@ -170,7 +169,7 @@ class Memory(nn.Module):
 
 
 def ridge_weights(bank: Tensor, errors: Tensor) -> Tensor:
-    """Solution (G + 0.1 I)^-1 ``errors`` (M, K) float64. G is the Gram matrix of ``bank``."""
+    """Solve (G + 0.1 I) w = ``errors`` (M, K) in float64 for w. G is the bank's Gram matrix."""
     row_factors = Memory.exponent_factor(bank, is_bank=False)
     gram = Memory.gaussian_kernels(row_factors, Memory.exponent_factor(bank, is_bank=True))
     # G is positive semi-definite. The ridge makes G positive definite, as required by Cholesky.
@@ -184,11 +183,11 @@ class Experts(nn.Module):
     """M experts for the true candidate: an attention, and its ``companions``.
 
     A companion is an ``Adapter`` or a ``Memory``, with outputs only for the training classes.
-    ``weights`` (M,) float64 are the weights of the experts in a log-linear pool. The first weight
+    ``weights`` (M,) float64 are the experts' weights in a log-linear pool. The first weight
     belongs to the attention.
 
-    If a candidate of a batch is no training class, only the attention scores the batch, and
-    the weight of the attention is 1.
+    If a candidate in a batch is no training class, only the attention scores the batch, and
+    the attention has the weight 1.
     """
 
     def __init__(
@@ -201,15 +200,15 @@ class Experts(nn.Module):
         self.weights = weights
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, K) of the pool: sum_m w_m l_m, with the weight w_m of expert m."""
+        """Compute the pool's logits (B, K): sum_m w_m l_m, with the weight w_m for expert m."""
         blocks = [logits for _, logits in self.logit_blocks(batch)]
         return torch.cat(blocks)
 
     def logit_blocks(self, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
         """Yield blocks of rows with their pooled logits.
 
-        A block is so small that the logits of the block stay in the cache. The part of the logits
-        that is linear in the image is a single matrix product. The keys of this product are
+        A block is so small that its logits stay in the cache. The part of the logits that is
+        linear in the image is a single matrix product. The keys for this product are
         computed once per batch.
         """
         attention = self.attention
@@ -235,20 +234,20 @@ class Experts(nn.Module):
             yield block_batch, logits
 
     def _pooled_keys(self, batch: Batch, class_match: ClassMatch) -> Tensor:
-        """Keys (K, D + F + 1) of the part of the pool that is linear in the image.
+        """Compute keys (K, D + F + 1) for the part of the pool that is linear in the image.
 
         All candidates must be training classes.
         """
         # Expert m has the logits l_m = a l0 + r_m, with the tempered logits a l0. So the pool is
-        # (sum_m w_m) a l0 + sum_m w_m r_m. a l0 is linear in the image, and so is the residual r_m
-        # of the attention.
+        # (sum_m w_m) a l0 + sum_m w_m r_m. a l0 is linear in the image, and so is the attention's
+        # residual r_m.
         weights: list[float] = self.weights.tolist()
         attention_weight = weights[0]
         keys = attention_weight * self.attention.learned_keys(batch.text, class_match)
         return keys + sum(weights) * self.attention.tempered_logit_keys(batch)
 
     def _pooled_given_logits(self, batch: Batch) -> Tensor | None:
-        """Tempered given logits (B, K) of the pool for a ``LogitBatch``; otherwise None."""
+        """Compute the pool's tempered given logits (B, K) for a ``LogitBatch``, else None."""
         given_logits = self.attention.tempered_given_logits(batch)
         if given_logits is None:
             return None
@@ -257,13 +256,13 @@ class Experts(nn.Module):
     def _weighted_residuals(
         self, class_match: ClassMatch
     ) -> list[tuple[float, Callable[[Batch], Tensor]]]:
-        """The weight of each companion, and a function from a batch to residual logits (B, K).
+        """Return each companion's weight, with a function from a batch to residual logits (B, K).
 
         All candidates must be training classes.
         """
         # Companions have outputs for all training classes, in their order. If the candidates are
-        # not just these classes in this order, columns of the outputs are selected.
-        classes = class_match.nearest_class  # the class of every candidate
+        # not just these classes in this order, output columns are selected.
+        classes = class_match.nearest_class  # every candidate's class
         is_complete = len(classes) == len(self.attention.classes)
         is_in_order = is_complete and bool((classes.diff() == 1).all())
         companion_weights = self.weights.tolist()[1:]
@@ -278,14 +277,14 @@ class Experts(nn.Module):
         return weighted_residuals
 
     def log_posteriors(self, batch: Batch) -> Tensor:
-        """Log-probabilities (B, M, K) float64 of the experts."""
+        """Compute the experts' log-probabilities (B, M, K) float64."""
         logits = float64(self.expert_logits(batch))
         return logits.log_softmax(dim=-1)
 
     def expert_logits(self, batch: Batch) -> Tensor:
-        """Logits (B, M, K) of all experts.
+        """Compute the logits (B, M, K) of all experts.
 
-        If a candidate is no training class, the result is the logits (B, 1, K) of the attention.
+        If a candidate is no training class, the result is the attention's logits (B, 1, K).
         """
         class_match = self.attention.match_classes(batch.text)
         if bool(class_match.is_class.all()):
@@ -294,9 +293,9 @@ class Experts(nn.Module):
         return logits.unsqueeze(1)
 
     def all_expert_logits(self, batch: Batch, class_match: ClassMatch | None) -> Tensor:
-        """Logits (B, M, K) of all experts, without a check of the candidates.
+        """Compute the logits (B, M, K) of all experts, without a check on the candidates.
 
-        The logits of the companions are wrong for candidates beyond the training classes.
+        For candidates beyond the training classes, the companions' logits are wrong.
         ``class_match`` is the result of the attention's ``match_classes`` for the candidates, or
         None without training classes.
         """
@@ -308,10 +307,10 @@ class Experts(nn.Module):
         return torch.stack(logits, dim=1)
 
     def pooled_parts(self, batch: Batch) -> PooledLogits:
-        """The pooled logits of a batch, split into three parts.
+        """Split a batch's pooled logits into three parts.
 
         Expert m has the logits l_m = a l0 + r_m(x). l0 are the zero-shot logits, and a is the
-        temperature. r_m is the residual of the expert. x is the standardised image, equal to 0 for
+        temperature. r_m is the expert's residual. x is the standardised image, equal to 0 for
         the mean training image. If R = sum_m w_m r_m, the pooled logits are
 
             sum_m w_m l_m = (sum_m w_m) a l0 + R(0) + (R(x) - R(0))
@@ -326,17 +325,17 @@ class Experts(nn.Module):
         )
 
     def _pooled_residual(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """R(x) (B, K), the tempered logits (B, K), and the total weight (): all float64."""
+        """Compute R(x) (B, K), tempered logits (B, K), and total weight (), all in float64."""
         class_match = self.attention.match_classes(batch.text)
         tempered_logits = float64(self.attention.tempered_logits(batch, class_match))
         logits = float64(self.expert_logits(batch))
-        tempered_column = tempered_logits.unsqueeze(1)
-        residual = pooled_logits(logits - tempered_column, self.weights)
+        tempered_of_every_expert = tempered_logits.unsqueeze(1)  # (B, 1, K)
+        residual = pooled_logits(logits - tempered_of_every_expert, self.weights)
         weights = pool_weights(logits, self.weights)
         return residual, tempered_logits, weights.sum()
 
     def _mean_image(self, batch: Batch) -> Batch:
-        """A batch with a single row, the mean training image, and the candidates of ``batch``."""
+        """Make a batch with one row, the mean training image, and the candidates in ``batch``."""
         inputs = self.attention.inputs
         columns = dict(batch.columns)
         if inputs.has_features:
@@ -358,7 +357,7 @@ def _select_columns(
 
 
 def pooled_logits(logits: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum (B, K) float64 of the logits (B, M, K) of M experts."""
+    """Compute the weighted sum (B, K) float64 over the M experts' logits (B, M, K)."""
     # Logits are log-probabilities up to a constant. So the weighted sum of logits belongs to a
     # product of probabilities: the log-linear pool q ~ prod_m p_m^w_m.
     weight_of_expert = pool_weights(logits, weights)
@@ -366,7 +365,7 @@ def pooled_logits(logits: Tensor, weights: Tensor) -> Tensor:
 
 
 def pool_weights(logits: Tensor, weights: Tensor) -> Tensor:
-    """The ``weights`` (M,) of the experts with logits (B, M, K), or 1 for the attention alone."""
+    """Return the experts' ``weights`` (M,) for logits (B, M, K), or 1 for the attention alone."""
     n_experts = logits.shape[1]
     if n_experts > 1:
         return weights.to(logits.device)

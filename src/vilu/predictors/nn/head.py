@@ -23,10 +23,10 @@ class Dropout(nn.Module):
     In training, a unit becomes 0 with probability ``rate``, and is otherwise multiplied by
     1 / (1 - rate). Outside training, the input is returned unchanged.
 
-    Masks are drawn on the CPU, so a seed gives the same masks on every device. The global
-    generators of torch are not used. The same instance may be used for several layers. If several
-    processes train together, each process draws the masks of all rows of the step, and uses the
-    masks of its own rows. So the result does not depend on the number of processes.
+    Masks are drawn on the CPU, so a seed gives the same masks on every device. torch's global
+    generators are not used. The same instance may be used for several layers. If several
+    processes train together, each process draws the masks for all rows in the step, and uses the
+    masks for its own rows. So the result does not depend on the number of processes.
 
     Source: Srivastava et al., JMLR 2014.
     """
@@ -34,11 +34,10 @@ class Dropout(nn.Module):
     def __init__(self, rate: float, seed: int) -> None:
         super().__init__()
         self.rate = rate
-        self.generator = torch.Generator()
-        self.generator.manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Multiply activations (B, H) by a mask in training; otherwise return the input."""
+        """Multiply activations (B, H) by a mask in training. Otherwise return the input."""
         if not self.training:
             return hidden
         world = current_world()
@@ -48,7 +47,7 @@ class Dropout(nn.Module):
         return hidden * mask.to(hidden.device)
 
     def mask(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """A mask on the CPU, with entries 0 or 1 / (1 - rate)."""
+        """Draw a mask on the CPU, with entries 0 or 1 / (1 - rate)."""
         return dropout_mask(shape, self.rate, generator)
 
 
@@ -58,23 +57,23 @@ class CrossAttention(nn.Module, ABC):
     def forward(
         self, image: Tensor, text: Tensor, logit_scale: float, next_layer: Tensor
     ) -> Tensor:
-        """(B, H) the average sum_j alpha_j W_V t_j of the texts, multiplied by ``next_layer``.
+        """Compute the average text sum_j alpha_j W_V t_j (B, H), multiplied by ``next_layer``.
 
         The computation is in float32. With many texts, no (B, K) tensor is needed.
 
         Args:
             image: (B, D) unit-norm embeddings.
             text: (K, D) unit-norm embeddings.
-            logit_scale: Logit scale of the VLM.
-            next_layer: (H, D) weights of the layer after the attention. The input of this layer is
-                the average.
+            logit_scale: The VLM's logit scale.
+            next_layer: (H, D) weights of the layer after the attention. This layer's input is the
+                average.
         """
         query, key, value, scale = self.projections(logit_scale)
         with torch.autocast(image.device.type, enabled=False):
             if has_few_texts(text, image):
                 # Both branches compute the same result. This branch projects the texts, and the
                 # second branch projects the images. With 10 texts and 128 images, this branch takes
-                # three quarters of the time of the second branch. The (B, K) weights are small
+                # three quarters of the second branch's time. The (B, K) weights are small
                 # here. So a fused kernel would save little memory, and would take longer.
                 keys = (text @ key.T) @ query
                 values = (text @ value.T) @ next_layer.T
@@ -86,20 +85,20 @@ class CrossAttention(nn.Module, ABC):
 
     @abstractmethod
     def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Query, key and value matrices (D, D), and the scale of products of queries and keys."""
+        """Return query, key and value matrices (D, D), and the scale on query-key products."""
 
 
 def has_few_texts(text: Tensor, image: Tensor) -> bool:
-    """Whether there are at most half as many texts as images; always false in an export.
+    """Return whether there are at most half as many texts as images. Always False in an export.
 
-    An exported graph is for any numbers of texts and images, so it cannot branch on these numbers.
+    An exported graph is for any text and image counts, so it cannot branch on these counts.
     """
     return not torch.compiler.is_exporting() and 2 * len(text) <= len(image)
 
 
 def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """(B, H) softmax(scale * queries @ keys.T) @ values."""
-    # The fused kernels need two more dimensions in front: a batch of size 1, and a single head.
+    """Compute softmax(scale * queries @ keys.T) @ values (B, H)."""
+    # The fused kernels need two more dimensions in front: a batch with size 1, and a single head.
     attended = functional.scaled_dot_product_attention(
         queries[None, None], keys[None, None], values[None, None], scale=scale
     )
@@ -109,7 +108,7 @@ def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float)
 class OfficialAttention(CrossAttention):
     """Cross-attention as in the released code, with the same matrix for keys and values.
 
-    With the logit scale s of the VLM,
+    With the VLM's logit scale s,
 
         alpha = softmax_j(s (W_v z_v) . (W_t z_tj))
         attended text = sum_j alpha_j W_t z_tj
@@ -126,7 +125,7 @@ class OfficialAttention(CrossAttention):
         self.text = nn.Parameter(identity.clone())  # W_t
 
     def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
-        """W_v for queries, W_t for keys and values, and the logit scale of the VLM."""
+        """Return W_v for queries, W_t for keys and values, and the VLM's logit scale."""
         return self.image, self.text, self.text, logit_scale
 
 
@@ -149,7 +148,7 @@ class PaperAttention(CrossAttention):
         self,
         logit_scale: float,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor, Tensor, float]:
-        """W_Q, W_K, W_V and 1 / sqrt(d). The logit scale of the VLM is not used."""
+        """Return W_Q, W_K, W_V and 1 / sqrt(d). The VLM's logit scale is not used."""
         return self.query, self.key, self.value_projection, 1 / math.sqrt(len(self.query))
 
 
@@ -157,17 +156,17 @@ ATTENTION_CLASSES: dict[str, type[OfficialAttention] | type[PaperAttention]] = {
     "official": OfficialAttention,
     "paper": PaperAttention,
 }
-"""Forms of the cross-attention, by name."""
+"""Cross-attention forms, by name."""
 
 
 HIDDEN_WIDTHS = (512, 256, 128)
-"""Widths of the hidden layers of the published head (supplement, A.2)."""
+"""Hidden layer widths in the published head (supplement, A.2)."""
 
 
 def normal_matrix(
     n_rows: int, n_columns: int, std: float, generator: torch.Generator | None
 ) -> nn.Parameter:
-    """A matrix with random entries from N(0, std^2)."""
+    """Draw a matrix with random entries from N(0, std^2)."""
     weight = torch.empty(n_rows, n_columns, dtype=torch.float32)
     if not weight.is_meta:  # on the meta device there is nothing to initialise
         weight.normal_(0, std, generator=generator)
@@ -175,7 +174,7 @@ def normal_matrix(
 
 
 def xavier_matrix(dim: int, generator: torch.Generator | None) -> nn.Parameter:
-    """A square matrix with Xavier-uniform initialisation."""
+    """Draw a square matrix with Xavier-uniform initialisation."""
     weight = torch.empty(dim, dim, dtype=torch.float32)
     if not weight.is_meta:  # on the meta device there is nothing to initialise
         nn.init.xavier_uniform_(weight, generator=generator)
@@ -185,23 +184,23 @@ def xavier_matrix(dim: int, generator: torch.Generator | None) -> nn.Parameter:
 class FailureHead(nn.Module):
     """Network for the failure logit g = MLP(z) of a joint embedding z, with ReLU.
 
-    z is the concatenation of the image z_v, the attended text, the predicted caption z_t̂ and the
-    zero-shot probability of the answer. All parts except z_v are optional. The probability of
-    failure is sigmoid(g). With only z_v, this is the head of ``LVU``.
+    z concatenates the image z_v, the attended text, the predicted caption z_t̂ and the answer's
+    zero-shot probability. All parts except z_v are optional. The failure probability is
+    sigmoid(g). With only z_v, this is the head of ``LVU``.
 
     Args:
         dim: Embedding width D.
-        hidden: Widths of the hidden layers of the MLP. The MLP has ``len(hidden) + 1`` layers.
-        attention: "official" or "paper"; None: z has no attended text.
-        predicted_caption: Whether z has z_t̂, the text embedding of the answer.
-        mcm: Whether z has the zero-shot probability of the answer (supplement, B.2). For the
+        hidden: Hidden layer widths in the MLP. The MLP has ``len(hidden) + 1`` layers.
+        attention: "official" or "paper". If None, z has no attended text.
+        predicted_caption: Whether z has z_t̂, the answer's text embedding.
+        mcm: Whether z has the answer's zero-shot probability (supplement, B.2). For the
             zero-shot answer this is max_j p_j.
-        dropout: Applied after every hidden layer; None: no dropout, as published.
-        generator: Generator of the initial weights; None: the global generator of torch.
+        dropout: Applied after every hidden layer. If None, no dropout, as published.
+        generator: Generator for the initial weights. If None, torch's global generator.
 
-    The parts have the order of the released code, not the order of the paper, to allow the use of
-    released weights. The released head returns a logit of confidence. This head returns the
-    negative of the released logit.
+    The parts are ordered as in the released code, not as in the paper, to allow the use of
+    released weights. The released head returns a confidence logit. This head returns the
+    negative confidence logit.
 
     Source: ViLU (ICCV 2025), Sec. 4 and supplement A.2, B.1, B.2.
     """
@@ -236,13 +235,13 @@ class FailureHead(nn.Module):
             self.attention = ATTENTION_CLASSES[attention](dim, generator)
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B,) failure logits in float32."""
+        """Compute the failure logits (B,) in float32."""
         logit_column: Tensor = self.rest(self.first_layer(batch))
         logit = logit_column.squeeze(-1)
         return logit.float()
 
     def first_layer(self, batch: Batch) -> Tensor:
-        """(B, H) outputs of the first layer before the activation.
+        """Compute the first layer's outputs (B, H) before the activation.
 
         The batch has an effect on all later layers only through these outputs.
         """
@@ -253,7 +252,7 @@ class FailureHead(nn.Module):
         return outputs
 
     def first_layer_terms(self, batch: Batch) -> dict[str, Tensor]:
-        """Terms (B, H) of the outputs of the first layer, for each part of z by name."""
+        """Compute the terms (B, H) in the first layer's outputs, for each part of z by name."""
         terms = {"image": functional.linear(batch.image, self.first["image"])}
         if self.attention is not None:
             terms["attended"] = self.attention(
@@ -267,11 +266,11 @@ class FailureHead(nn.Module):
         return terms
 
     def _caption_term(self, batch: Batch) -> Tensor:
-        """(B, H) term of the predicted caption in the outputs of the first layer."""
+        """Compute the predicted caption's term (B, H) in the first layer's outputs."""
         weight = self.first["caption"]
         if has_few_texts(batch.text, batch.image):
             # Every text is projected once. A projection per image would be slower. The projections
-            # are not indexed with [], because several threads would sum the gradient of an index in
+            # are not indexed with [], because several threads would sum an index's gradient in
             # an order that varies.
             projected_texts = functional.linear(batch.text, weight)
             return functional.embedding(batch.prediction, projected_texts)
@@ -281,10 +280,10 @@ class FailureHead(nn.Module):
 def first_layer_weights(
     widths: Mapping[str, int], generator: torch.Generator | None, *, n_outputs: int, dim: int
 ) -> nn.ParameterDict:
-    """Initial weights (H, width) of the first layer, for each part of z by name."""
-    # He initialisation, for embeddings of unit norm: the coordinates have a mean square of 1 / D
+    """Draw the first layer's initial weights (H, width), for each part of z by name."""
+    # He initialisation, for embeddings with unit norm: the coordinates have a mean square of 1 / D
     # instead of 1. With torch's default initialisation the activations would be very small, and
-    # most steps of the training would only increase the activations.
+    # most training steps would only increase the activations.
     n_inputs = sum(widths.values())
     std = math.sqrt(2 * dim / n_inputs)
     weights = {
@@ -296,12 +295,12 @@ def first_layer_weights(
 def perceptron(
     widths: Sequence[int], dropout: Dropout | None, generator: torch.Generator | None
 ) -> nn.Sequential:
-    """All layers after the first: for each a ReLU, the ``dropout`` if any, and a linear layer.
+    """Make all layers after the first: for each a ReLU, ``dropout`` if any, and a linear layer.
 
-    ``widths`` are the numbers of outputs of all layers, including the first layer.
+    ``widths`` are all layers' output counts, including the first layer.
     """
-    # All layers are built first, and initialised again afterwards. In another order, the same seed
-    # would give other weights than in earlier versions.
+    # All layers are built first, and initialised again afterwards. With a different order, the same
+    # seed would give other weights than in earlier versions.
     linear_layers = [
         linear(n_inputs, n_outputs, generator) for n_inputs, n_outputs in itertools.pairwise(widths)
     ]
@@ -321,10 +320,10 @@ def perceptron(
 def load_weights(network: nn.Module, state: dict[str, Tensor], method_name: str) -> nn.Module:
     """Give a network a copy of the weights ``state``, and set it to evaluation.
 
-    ``method_name`` is the name of the method in messages.
+    Messages call the method ``method_name``.
 
     Raises:
-        DataError: If names, shapes or types of the weights differ from the weights of the network.
+        DataError: If the weights differ from the network in names, shapes or types.
     """
     expected_forms = _shapes_and_types(network.state_dict())
     actual_forms = _shapes_and_types(state)
@@ -344,12 +343,12 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], method_name: str)
 
 
 def _shapes_and_types(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int | torch.dtype, ...]]:
-    """Sizes and type of each tensor, by name."""
+    """Return each tensor's sizes and type, by name."""
     return {name: (*tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 class Graph(nn.Module):
-    """A score function of a batch as a module that can be exported.
+    """A batch's score function as a module that can be exported.
 
     The ``network`` used by the function is a submodule, so its weights are part of the graph.
     """
@@ -360,5 +359,5 @@ class Graph(nn.Module):
         self.network = network
 
     def forward(self, batch: Batch) -> Tensor:
-        """(N,) scores of a batch."""
+        """Compute a batch's scores (N,)."""
         return self.score(batch)

@@ -1,4 +1,4 @@
-"""Layers and masks with random numbers from a generator of the caller."""
+"""Layers and masks with random numbers from the caller's generator."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 def linear(n_inputs: int, n_outputs: int, generator: torch.Generator | None) -> nn.Linear:
-    """A linear layer in float32, with torch's default initialisation drawn from ``generator``.
+    """Make a linear layer in float32, with torch's default initialisation from ``generator``.
 
-    Without a generator, the numbers are drawn from the global generator of torch.
+    Without a generator, the numbers are drawn from torch's global generator.
     """
     weight = torch.empty(n_outputs, n_inputs, dtype=torch.float32)
     bias = torch.empty(n_outputs, dtype=torch.float32)
@@ -28,7 +28,7 @@ def linear(n_inputs: int, n_outputs: int, generator: torch.Generator | None) -> 
 
 
 def dropout_mask(shape: Sequence[int], rate: float, generator: torch.Generator | None) -> Tensor:
-    """A float32 mask on the CPU: 0 with probability ``rate``, otherwise 1 / (1 - rate)."""
+    """Draw a float32 mask on the CPU: 0 with probability ``rate``, otherwise 1 / (1 - rate)."""
     is_kept = torch.empty(*shape, dtype=torch.float32)
     is_kept.bernoulli_(1 - rate, generator=generator)
     return is_kept / (1 - rate)

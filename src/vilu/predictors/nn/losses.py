@@ -29,13 +29,13 @@ Otherwise a batch of failures only (e = 1) would have no gradient.
 """
 
 EMA_MOMENTUM = 0.99
-"""Weight of the previous value in the moving average of the error rates of batches."""
+"""Weight on the previous value in the moving average of batch error rates."""
 
 
 def adaptive_weight(error_rate: Tensor) -> Tensor:
-    """ViLU's weight of failures: w = log(1 + N_s / N_f) = -log(e), for an error rate e in [0, 1].
+    """Compute ViLU's failure weight w = log(1 + N_s / N_f) = -log(e) for error rates e in [0, 1].
 
-    N_s and N_f are the numbers of successes and of failures. w is clipped to [0.05, -log(1e-6)],
+    N_s and N_f count the successes and the failures. w is clipped to [0.05, -log(1e-6)],
     because the published formula is infinite without failures and zero without successes.
 
     Source: ViLU, Eq. 9.
@@ -46,24 +46,24 @@ def adaptive_weight(error_rate: Tensor) -> Tensor:
 
 
 class FailureWeight:
-    """Weight w of failures in a loss, as a function of an error rate e.
+    """Weight w on failures in a loss, as a function of an error rate e.
 
     The modes are:
 
-    - "batch": -log(e) with the e of the batch, as published.
-    - "dataset": -log(e) with the e of the whole training set.
-    - "ema": -log(e) with an exponential moving average of the e of batches. The average starts at
-      the e of the training set.
+    - "batch": -log(e) with the batch's e, as published.
+    - "dataset": -log(e) with e from the whole training set.
+    - "ema": -log(e) with an exponential moving average of the batches' e. The average starts at
+      the training set's e.
     - "static": a constant.
-    - "balanced": (1 - e) / e with the e of the training set. Failures and successes then have the
+    - "balanced": (1 - e) / e with the training set's e. Failures and successes then have the
       same total weight.
 
-    If several processes train together, the e of a batch is counted over the rows of all processes.
+    If several processes train together, a batch's e is counted over the rows in all processes.
 
     Args:
         mode: A mode from the list above.
-        error_rate: e of the training set, in [0, 1].
-        static: The constant of mode "static".
+        error_rate: The training set's e, in [0, 1].
+        static_weight: The constant in mode "static".
     """
 
     MODES = ("batch", "dataset", "ema", "static", "balanced")
@@ -79,7 +79,7 @@ class FailureWeight:
         self.constant_weight = self._constant_weight(static_weight)
 
     def __call__(self, failure: Tensor) -> Tensor:
-        """Scalar w for a batch of failures (B,), each 0 or 1."""
+        """Compute the scalar w for a batch of failures (B,), each 0 or 1."""
         if self.constant_weight is not None:
             return self.constant_weight.to(failure.device)
         # The mean is over all processes, and waits until every process has called ``mean``. So mode
@@ -89,12 +89,12 @@ class FailureWeight:
             return adaptive_weight(batch_rate)
         if self.mode == "ema":
             self.error_rate = EMA_MOMENTUM * self.error_rate + (1 - EMA_MOMENTUM) * batch_rate.cpu()
-        # in mode "dataset" ``error_rate`` is the error rate of the training set, and never changes
+        # in mode "dataset" ``error_rate`` is the training set's error rate, and never changes
         error_rate = self.error_rate.to(failure.device)
         return adaptive_weight(error_rate)
 
     def _constant_weight(self, static_weight: float) -> Tensor | None:
-        """The weight in a mode with the same weight for all batches; None in other modes."""
+        """Return the weight if the mode uses the same weight for all batches, else None."""
         if self.mode == "static":
             return torch.tensor(float(static_weight), dtype=torch.float32)
         if self.mode == "balanced":
@@ -103,7 +103,7 @@ class FailureWeight:
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """The error rate for later calls, for example the moving average."""
+        """Return the error rate for later calls, for example the moving average."""
         return {"rate": self.error_rate}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -116,9 +116,9 @@ class FailureWeight:
 
 
 def weighted_bce(logit: Tensor, failure: Tensor, weight: Tensor) -> Tensor:
-    """Mean over the batch of -[w y log sigmoid(g) + (1 - y) log(1 - sigmoid(g))].
+    """Compute the batch mean of -[w y log sigmoid(g) + (1 - y) log(1 - sigmoid(g))].
 
-    g (B,) are the failure logits, y (B,) the failures (0 or 1), and w is the weight of failures.
+    g (B,) are the failure logits, y (B,) the failures (0 or 1), and w is the failure weight.
     """
     return functional.binary_cross_entropy_with_logits(
         logit.float(), failure.float(), pos_weight=weight
@@ -132,7 +132,7 @@ def weighted_mse(
     weight: Tensor,
     link: Callable[[Tensor], Tensor] = torch.sigmoid,
 ) -> Tensor:
-    """Mean over the batch of w_i (link(g_i) - target_i)^2, with w_i = w for failures, otherwise 1.
+    """Compute the batch mean of w_i (link(g_i) - target_i)^2, with w_i = w for failures, else 1.
 
     ``link`` is an increasing function from failure logits (B,) to the range of the targets (B,).
     """
@@ -143,7 +143,7 @@ def weighted_mse(
 
 
 def bce_loss(failure_weight: FailureWeight) -> Loss:
-    """Return the weighted BCE between failure logits and failures of answers, as a loss."""
+    """Return the weighted BCE between failure logits and actual failures, as a loss."""
 
     def loss(batch: Batch, logit: Tensor) -> Tensor:
         weight = failure_weight(batch.failure)
@@ -157,15 +157,15 @@ def weighted_mse_loss(
 ) -> Callable[[FailureWeight], Loss]:
     """Return a function from a failure weight to a loss.
 
-    The loss is the weighted squared error between link(g) and the ``target`` of a batch. If the
-    mean square of the targets of the batch exceeds 1, the loss is divided by this mean square.
+    The loss is the weighted squared error between link(g) and a batch's ``target``. If the
+    targets' mean square in the batch exceeds 1, the loss is divided by this mean square.
     """
 
     def make_loss(weight: FailureWeight) -> Loss:
         def loss(batch: Batch, logit: Tensor) -> Tensor:
             targets = target(batch)
-            # The target -log p grows with the logit scale of the VLM. The size of a training step
-            # must not grow with the logit scale.
+            # The target -log p grows with the VLM's logit scale. A training step's size must not
+            # grow with the logit scale.
             mean_square = current_world().mean(targets.square())
             divisor = mean_square.clamp(min=1)
             failure_weight = weight(batch.failure)
@@ -177,12 +177,12 @@ def weighted_mse_loss(
 
 
 def wrong_class_probability(batch: Batch) -> Tensor:
-    """(B,) 1 - p_y, with the zero-shot probability p_y of the true class."""
+    """Compute 1 - p_y (B,), where p_y is the true class's zero-shot probability."""
     return -torch.expm1(batch.target_log_probability)  # accurate even if p_y is near 1
 
 
 def zero_shot_loss(batch: Batch) -> Tensor:
-    """(B,) -log p_y, with the zero-shot probability p_y of the true class."""
+    """Compute -log p_y (B,), where p_y is the true class's zero-shot probability."""
     return -batch.target_log_probability
 
 
@@ -191,4 +191,4 @@ LOSSES: dict[str, Callable[[FailureWeight], Loss]] = {
     "loss": weighted_mse_loss(zero_shot_loss, functional.softplus),
     "bce": bce_loss,
 }
-"""Maps the name of a loss to a function from a failure weight to the loss of a head."""
+"""Maps a loss name to a function from a failure weight to a head's loss."""

@@ -1,4 +1,4 @@
-"""The pooled logits of several experts, split into parts for an explanation."""
+"""The pooled logits from several experts, split into parts for an explanation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PooledLogits(NamedTuple):
-    """Three float64 parts of the pooled logits sum_m w_m l_m of experts m with weights w_m.
+    """Three float64 parts of the pooled logits sum_m w_m l_m from experts m with weights w_m.
 
     The sum of the parts may differ from the pooled logits by a constant per row.
     """
@@ -21,5 +21,5 @@ class PooledLogits(NamedTuple):
 
     @property
     def logits(self) -> Tensor:
-        """(B, K) sum of the three parts."""
+        """Sum (B, K) of the three parts."""
         return self.zero_shot + self.class_offset + self.image_effect

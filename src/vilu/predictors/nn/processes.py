@@ -29,8 +29,8 @@ class World:
     In this base class, this process trains alone.
     """
 
-    rank: int = 0  # number of this process
-    size: int = 1  # number of processes
+    rank: int = 0  # this process's number
+    size: int = 1  # how many processes train together
 
     @property
     def is_leader(self) -> bool:
@@ -38,9 +38,9 @@ class World:
         return self.rank == 0
 
     def process_slice(self, n_rows: int) -> slice:
-        """This process's slice of ``n_rows`` rows.
+        """Return this process's slice of ``n_rows`` rows.
 
-        The slices of all processes together are all rows. The lengths of the slices differ by at
+        The slices of all processes together are all rows. The slice lengths differ by at
         most 1, and may be 0.
         """
         start = n_rows * self.rank // self.size
@@ -52,28 +52,28 @@ class World:
         return network
 
     def sum_(self, tensor: Tensor) -> None:
-        """Replace a tensor in place by the sum of this tensor over the processes."""
+        """Replace a tensor in place by the tensor's sum over the processes."""
 
     def total(self, n: int) -> int:
-        """The sum of ``n`` over the processes."""
+        """Compute the sum of ``n`` over the processes."""
         count = torch.tensor(n)
         self.sum_(count)
         return int(count)
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of the values (B,) of all processes, without gradient."""
+        """Compute the mean over the values (B,) in all processes, without gradient."""
         return values.detach().mean()
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Concatenate the rows of all processes. The numbers of rows may differ."""
+        """Concatenate the rows from all processes. The row counts may differ."""
         return rows
 
     def broadcast(self, data: bytes) -> bytes:
-        """The ``data`` of the leading process, in every process."""
+        """Return the leading process's ``data``, in every process."""
         return data
 
     def call_on_leader(self, action: Callable[[], ActionResult]) -> ActionResult | None:
-        """Call ``action`` on the leading process alone; if ``action`` raises, every process raises.
+        """Call ``action`` on the leading process alone. If ``action`` raises, all processes raise.
 
         Returns the result of ``action`` on the leading process, and None on all other processes.
         """
@@ -81,7 +81,7 @@ class World:
 
 
 class Group(World):
-    """Several processes of ``torch.distributed``, from the view of this process.
+    """Several ``torch.distributed`` processes, from the view of this process.
 
     A method returns only after all processes have called it.
     """
@@ -96,11 +96,11 @@ class Group(World):
         return DistributedDataParallel(network)
 
     def sum_(self, tensor: Tensor) -> None:
-        """Replace a tensor in place by the sum of this tensor over the processes."""
+        """Replace a tensor in place by the tensor's sum over the processes."""
         dist.all_reduce(tensor)
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of the values (B,) of all processes, without gradient."""
+        """Compute the mean over the values (B,) in all processes, without gradient."""
         detached_values = values.detach()
         total = detached_values.float().sum()
         count = values.new_tensor(len(values), dtype=torch.float32)
@@ -110,11 +110,11 @@ class Group(World):
         return total / count
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Concatenate the rows of all processes. The numbers of rows may differ."""
+        """Concatenate the rows from all processes. The row counts may differ."""
         n_rows = torch.tensor(len(rows), device=self.device)
         counts = [torch.zeros_like(n_rows) for _ in range(self.size)]
         dist.all_gather(counts, n_rows)
-        # ``all_gather`` needs tensors of equal size, so all rows are padded to the largest number
+        # ``all_gather`` needs equally large tensors, so all rows are padded to the largest number
         max_rows = max(int(count) for count in counts)
         padded_rows = rows.new_zeros(max_rows, *rows.shape[1:])
         padded_rows[: len(rows)] = rows
@@ -126,8 +126,8 @@ class Group(World):
         return torch.cat(rows_of_processes)
 
     def broadcast(self, data: bytes) -> bytes:
-        """The ``data`` of the leading process, in every process."""
-        # the number of bytes is sent first, because the other processes do not know this number
+        """Return the leading process's ``data``, in every process."""
+        # the byte count is sent first, because the other processes do not know the byte count
         leader = 0
         count = torch.tensor(len(data), device=self.device)
         dist.broadcast(count, src=leader)
@@ -139,10 +139,10 @@ class Group(World):
         return cpu_content.numpy().tobytes()
 
     def call_on_leader(self, action: Callable[[], ActionResult]) -> ActionResult | None:
-        """Call ``action`` on the leading process alone; if ``action`` raises, every process raises.
+        """Call ``action`` on the leading process alone. If ``action`` raises, all processes raise.
 
-        The other processes wait for a message with the kind and the text of the error. The message
-        is empty if there was no error.
+        The other processes wait for a message with the error's kind and text. If there was no
+        error, the message is empty.
         """
         if not self.is_leader:
             error_report = self.broadcast(b"")
@@ -153,7 +153,7 @@ class Group(World):
         try:
             result = action()
         # Any exception is caught, because the other processes wait for a message in any case. The
-        # message has the kind and the text of the error. Here the exception is raised again.
+        # message has the error's kind and text. Here the exception is raised again.
         except Exception as error:
             self.broadcast(f"{type(error).__name__}\n{error}".encode())
             raise
@@ -162,9 +162,9 @@ class Group(World):
 
 
 def _error_of_leader(error_report: str) -> Exception:
-    """The error to raise in another process for an error of the leading process.
+    """Make the error to raise in another process for the leading process's error.
 
-    The report has two lines: the class name of the error, and the message of the error.
+    The report has two lines: the error's class name, and the error's message.
     """
     kind, _, message = error_report.partition("\n")
     text = f"the leading process stopped with {kind}: {message}"
@@ -179,7 +179,7 @@ _world: ContextVar[World] = ContextVar("world", default=World())  # noqa: B039
 
 
 def current_world() -> World:
-    """The processes of a ``with world()`` block; outside such a block, this process alone."""
+    """Return the processes in a ``with world()`` block. Outside, return this process alone."""
     return _world.get()
 
 
@@ -196,8 +196,8 @@ def world(
 
     Args:
         device: Where heads are trained, as for ``resolve_device``.
-        environment: Environment with the variables of torchrun.
-        timeout: Seconds to wait for an answer of a process. Afterwards an error is raised.
+        environment: Environment with torchrun's variables.
+        timeout: Seconds to wait for a process to answer. Afterwards an error is raised.
 
     Raises:
         UsageError: If the variables contradict each other, there are fewer GPUs than processes on
@@ -220,7 +220,7 @@ def world(
 
 
 def _select_gpu(local_rank: int) -> None:
-    """Select the GPU of number ``local_rank`` as "cuda" in this process."""
+    """Select the GPU with the number ``local_rank`` as "cuda" in this process."""
     n_gpus = torch.cuda.device_count()
     if local_rank >= n_gpus:
         raise UsageError(
@@ -231,7 +231,7 @@ def _select_gpu(local_rank: int) -> None:
 
 
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine, from the variables of torchrun.
+    """Read rank, process count, and rank on this machine from torchrun's variables.
 
     Without torchrun there is a single process: rank 0 of 1, and rank 0 on this machine.
     """
@@ -249,7 +249,7 @@ def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
 
 
 def _require_all_variables(environment: Mapping[str, str]) -> None:
-    """Refuse an environment with only a part of the variables of torchrun."""
+    """Refuse an environment with only some of torchrun's variables."""
     missing_names = [name for name in TORCHRUN_VARIABLES if not environment.get(name)]
     if not missing_names:
         return
@@ -263,9 +263,9 @@ def _require_all_variables(environment: Mapping[str, str]) -> None:
 
 
 def _read_whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK as integers.
+    """Read RANK, WORLD_SIZE and LOCAL_RANK as integers.
 
-    Refuses values of these variables or of MASTER_PORT, unless the values are whole numbers.
+    Refuses values for these variables or for MASTER_PORT, unless the values are whole numbers.
     """
     wrong_settings = []
     for name in TORCHRUN_VARIABLES:
@@ -274,8 +274,8 @@ def _read_whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
         if name != "MASTER_ADDR" and not is_whole:
             wrong_settings.append(f"{name}={value!r}")
     if wrong_settings:
-        settings = ", ".join(wrong_settings)
-        raise UsageError(f"{settings} must be whole numbers, as torchrun sets them.")
+        joined_settings = ", ".join(wrong_settings)
+        raise UsageError(f"{joined_settings} must be whole numbers, as torchrun sets them.")
     rank = int(environment["RANK"])
     size = int(environment["WORLD_SIZE"])
     local_rank = int(environment["LOCAL_RANK"])
@@ -306,7 +306,7 @@ def _connect(
 
 
 def _meeting_address(environment: Mapping[str, str]) -> str:
-    """Host and port of the leading process, as HOST:PORT."""
+    """Return the leading process's host and port, as HOST:PORT."""
     host = environment["MASTER_ADDR"]
     port = environment["MASTER_PORT"]
     if ":" in host:  # an IPv6 address needs brackets before a port

@@ -1,4 +1,4 @@
-"""Training loops of networks: number of epochs, optimiser, and selection of the best epoch."""
+"""Training loops for networks: epoch count, optimiser, and selection of the best epoch."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from vilu.progress import Task, track
 logger = logging.getLogger(__name__)
 
 DEFAULT_EPOCHS = 35
-"""Default number of epochs, if this gives ``MIN_STEPS`` to ``MAX_STEPS`` steps in all."""
+"""Default epoch count, if this gives ``MIN_STEPS`` to ``MAX_STEPS`` steps in all."""
 MIN_STEPS = 1_400
-"""Minimum number of steps of a training run with the default number of epochs."""
+"""Fewest steps in a training run with the default epoch count."""
 MAX_STEPS = 6_000
-"""Maximum number of steps of a training run with the default number of epochs."""
+"""Most steps in a training run with the default epoch count."""
 FREEZE_STEPS = 1_000
-"""Default number of steps before the attention of a head is trained."""
+"""Default number of steps before a head's attention is trained."""
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: float) -> float:
-    """Factor of the learning rate in a step of training.
+    """Compute the factor on the learning rate in a training step.
 
     The factor rises linearly from 0.1 to 1 in the warm-up, and then falls to 0 as half a cosine.
     """
@@ -55,9 +55,9 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: float) -> fl
 
 
 def default_epochs(epoch_steps: int) -> int:
-    """Default number of epochs, given ``epoch_steps`` steps per epoch.
+    """Compute the default epoch count, given ``epoch_steps`` steps per epoch.
 
-    The number is 35, changed so that there are at least 1,400 and at most 6,000 steps in all, and
+    The count is 35, changed so that there are at least 1,400 and at most 6,000 steps in all, and
     then clipped to 10 ... 300.
     """
     min_epochs = math.ceil(MIN_STEPS / epoch_steps)
@@ -67,10 +67,10 @@ def default_epochs(epoch_steps: int) -> int:
 
 
 def small_network_epochs(epoch_steps: int) -> int:
-    """Default number of epochs of a small network, given ``epoch_steps`` steps per epoch.
+    """Compute a small network's default epoch count, given ``epoch_steps`` steps per epoch.
 
-    The number is 20, or more if 20 epochs have fewer than 300 steps in all. If 20 epochs have more
-    than 2,000 steps in all, the number is reduced, but not below 10.
+    The count is 20, or more if 20 epochs have fewer than 300 steps in all. If 20 epochs have more
+    than 2,000 steps in all, the count is reduced, but not below 10.
     """
     min_epochs = max(20, math.ceil(300 / epoch_steps))
     max_epochs = max(math.ceil(2_000 / epoch_steps), 10)
@@ -78,7 +78,7 @@ def small_network_epochs(epoch_steps: int) -> int:
 
 
 def default_batch_size(n_rows: int) -> int:
-    """Default batch size: a fortieth of the number of rows, clipped to 32 ... 128.
+    """Compute the default batch size: a fortieth of the row count, clipped to 32 ... 128.
 
     With few rows the batches are small, because noisy steps find equally good weights sooner.
     """
@@ -87,7 +87,7 @@ def default_batch_size(n_rows: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of steps and epochs of a training run."""
+    """Step counts and epoch counts for a training run."""
 
     epoch_steps: int  # steps per epoch
     epochs: int
@@ -98,7 +98,7 @@ class Plan:
     def of(
         cls, epoch_steps: int, epochs: int | None, warmup_epochs: float, freeze_epochs: int | None
     ) -> Plan:
-        """The plan for ``epoch_steps`` steps per epoch; other arguments as in ``TrainConfig``."""
+        """Make the plan for ``epoch_steps`` steps per epoch. ``TrainConfig`` explains the rest."""
         epochs = epochs or default_epochs(epoch_steps)
         frozen_epochs = freeze_epochs
         if frozen_epochs is None:
@@ -114,7 +114,7 @@ class Plan:
         )
 
     def rate_factors(self, epoch: int) -> list[float]:
-        """Factors of the learning rate in the steps of an epoch."""
+        """Compute the factor on the learning rate for each step in an epoch."""
         first_step = epoch * self.epoch_steps
         total_steps = self.epochs * self.epoch_steps
         rate_factors = []
@@ -125,13 +125,13 @@ class Plan:
 
 
 Loss = Callable[[Batch, Tensor], Tensor]
-"""Function from a batch and the failure logits (B,) to the mean loss of the batch."""
+"""Function from a batch and the failure logits (B,) to the batch's mean loss."""
 
 
 def with_zero_shot_answers(rows: Rows, device: torch.device, world: World) -> Rows:
     """Return the rows with zero-shot answers, so that a fit computes every answer only once.
 
-    The processes of ``world`` share the computation. Rows with pools of captions are returned
+    The processes in ``world`` share the computation. Rows with caption pools are returned
     unchanged, because every epoch draws new pools, with new answers.
     """
     if rows.source.pool_size is not None or rows.answers is not None:
@@ -144,10 +144,10 @@ def with_zero_shot_answers(rows: Rows, device: torch.device, world: World) -> Ro
         answers_of_batch = [world.gather(tensor).cpu() for tensor in zero_shot]
         answers_of_batches.append(answers_of_batch)
     fields = []
-    # ``zip`` turns the fields of each batch into the blocks of each field of ``ZeroShot``
+    # ``zip`` turns each batch's fields into blocks for each field of ``ZeroShot``
     for blocks_of_field in zip(*answers_of_batches, strict=True):
         field_of_rows = torch.cat(blocks_of_field)
-        # an entry for every row of the source; entries outside ``rows`` are unused
+        # an entry for every row in the source. Entries outside ``rows`` are unused
         field_of_source = field_of_rows.new_zeros(len(rows.source))
         filled_field = field_of_source.index_put((rows.index,), field_of_rows)
         fields.append(filled_field)
@@ -157,7 +157,7 @@ def with_zero_shot_answers(rows: Rows, device: torch.device, world: World) -> Ro
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of the training of a head: parameters of ``HeadPredictor``, and the device."""
+    """Settings for training a head: parameters of ``HeadPredictor``, and the device."""
 
     epochs: int | None
     batch_size: int | None
@@ -173,12 +173,12 @@ class TrainConfig:
 
 
 def steps_per_epoch(rows: Rows, batch_size: int) -> int:
-    """Number of training steps in a pass over the rows, with one batch per step."""
+    """Count the training steps in a pass over the rows, with one batch per step."""
     n_rows = len(rows.index)
     pool_size = rows.source.pool_size
     if not pool_size:
         return math.ceil(n_rows / batch_size)
-    # a step trains on a full pool; rows that fill no pool are left out in this epoch
+    # a step trains on a full pool. Rows that fill no pool are left out in this epoch
     n_pools = n_rows // pool_size
     if not n_pools:
         raise DataError(f"training needs at least one pool of {pool_size} rows. Got {n_rows} rows.")
@@ -186,7 +186,7 @@ def steps_per_epoch(rows: Rows, batch_size: int) -> int:
 
 
 def require_finite_loss(mean_loss: float, learning_rate: float) -> float:
-    """Return the mean loss of an epoch, or raise an error if the mean loss is not finite."""
+    """Return an epoch's mean loss, or raise an error if the mean loss is not finite."""
     if not math.isfinite(mean_loss):
         raise DataError(
             f"training diverged: the mean loss of an epoch is {mean_loss}. "
@@ -196,7 +196,7 @@ def require_finite_loss(mean_loss: float, learning_rate: float) -> float:
 
 
 def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> float:
-    """Standard error of an AUROC ``value``.
+    """Compute the standard error of an AUROC ``value``.
 
     Source: Hanley and McNeil, Radiology 1982. The formulas for q1 and q2 assume exponentially
     distributed scores.
@@ -210,10 +210,10 @@ def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> flo
 
 
 class HeadTrainer:
-    """Training of a head, by this process alone or by several processes together.
+    """Trains a head, by this process alone or by several processes together.
 
     The head is changed in place. With several processes, each process computes a part of the rows
-    of every step, and all processes get the same weights.
+    in every step, and all processes get the same weights.
     """
 
     def __init__(
@@ -240,8 +240,8 @@ class HeadTrainer:
         self.order_generator = torch.Generator().manual_seed(config.seed)
         perceptron_parameters = [*head.first.values(), head.first_bias, *head.rest.parameters()]
         # A frozen attention has no gradients, so SGD does not change the attention, not even by
-        # weight decay. The attention has a separate group, because the fused kernel of SGD starts
-        # the momenta of all parameters of a group in the same step.
+        # weight decay. The attention has a separate group, because the fused SGD kernel starts
+        # the momenta of all parameters in a group in the same step.
         self.optimizer = torch.optim.SGD(
             [{"params": perceptron_parameters}, {"params": self.attention_parameters}],
             lr=config.learning_rate,
@@ -251,7 +251,7 @@ class HeadTrainer:
         )
 
     def run(self, train: Rows, validation: Rows | None) -> History:
-        """Train the head, and load the weights of the epoch chosen by validation.
+        """Train the head, and load the weights from the epoch chosen by validation.
 
         The chosen epoch is the latest epoch with a validation AUROC at most one standard error
         below the best AUROC up to then. A few hundred validation rows cannot distinguish such
@@ -285,7 +285,7 @@ class HeadTrainer:
             parameter.requires_grad_(True)
 
     def _is_over(self, plan: Plan, position: Position) -> bool:
-        """Whether all epochs are done, or ``patience`` epochs were done since the chosen epoch."""
+        """Return whether all epochs, or ``patience`` epochs since the chosen epoch, are done."""
         if position.epoch >= plan.epochs:
             return True
         if self.config.patience is None:
@@ -300,7 +300,7 @@ class HeadTrainer:
         if checkpoint is None:
             return Position()
         attention_was_trained = checkpoint.n_epochs() > plan.frozen_epochs
-        if attention_was_trained:  # the checkpoint then has momenta of the attention
+        if attention_was_trained:  # the checkpoint then has momenta for the attention
             self.unfreeze_attention()
         return unpack_checkpoint(
             checkpoint, self.head, self.optimizer, self.order_generator, self.stateful_parts
@@ -319,7 +319,7 @@ class HeadTrainer:
     def _train_epoch(
         self, train: Rows, batch_size: int, rate_factors: Sequence[float], task: Task
     ) -> float:
-        """Train for an epoch, with these factors of the learning rate; returns the mean loss.
+        """Train for an epoch, with these factors on the learning rate. Return the mean loss.
 
         For several processes, every epoch wraps the network anew, for two reasons. First, the
         wrapper must know the trained parameters, and the attention is thawed between two epochs.
@@ -337,7 +337,7 @@ class HeadTrainer:
         return float(loss_sum) / len(rate_factors)
 
     def step(self, batch: Batch, learning_rate: float) -> Tensor:
-        """Do a step on a batch, at this learning rate; returns the mean loss of the batch."""
+        """Do a step on a batch, at this learning rate. Return the batch's mean loss."""
         config = self.config
         rows_of_process = self.world.process_slice(len(batch.index))
         process_batch = batch.rows(rows_of_process).to(config.device)
@@ -364,7 +364,7 @@ class HeadTrainer:
         return mean_of_batch
 
     def _end_epoch(self, validation: Rows | None, loss: float, position: Position) -> None:
-        """Record the loss and the AUROC of an epoch, and store the weights of a chosen epoch."""
+        """Record an epoch's loss and AUROC, and store a chosen epoch's weights."""
         history = position.history
         finite_loss = require_finite_loss(loss, self.config.learning_rate)
         history.loss.append(finite_loss)
@@ -375,7 +375,7 @@ class HeadTrainer:
         position.epoch += 1
 
     def _is_chosen(self, validation: Rows | None, history: History) -> bool:
-        """Whether this epoch is chosen; the validation AUROC is added to the history."""
+        """Return whether this epoch is chosen, and add the validation AUROC to the history."""
         if validation is None:
             return True
         logit, failure = self._validate(validation)
@@ -389,9 +389,9 @@ class HeadTrainer:
 
     @torch.no_grad()
     def _validate(self, validation: Rows) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Failure logits (N,) and failures (N,) of the validation rows, in any order.
+        """Compute failure logits (N,) and failures (N,) for the validation rows, in any order.
 
-        Each process scores a part of the rows, and gets the results of all processes.
+        Each process scores a part of the rows, and gets the results from all processes.
         """
         self.head.eval()
         logits = []
@@ -430,12 +430,12 @@ def require_rows_for_processes(n_rows: int, world: World) -> None:
 
 
 ADAMW_BETAS = (0.8, 0.95)
-"""Betas of AdamW, as in Pretrained Visual Uncertainties."""
+"""AdamW's betas, as in Pretrained Visual Uncertainties."""
 
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """Settings of the training of a network by ``train_adamw``."""
+    """Settings for training a network by ``train_adamw``."""
 
     epochs: int | None
     batch_size: int | None
@@ -452,18 +452,17 @@ def train_adamw(
     config: AdamWConfig,
     epochs_of_steps: Callable[[int], int] = default_epochs,
 ) -> list[float]:
-    """Train a network in place by AdamW; returns the mean loss of every epoch.
+    """Train a network in place by AdamW. Return every epoch's mean loss.
 
-    The loss is a function of a batch and the output of the network for this batch. If ``config``
-    has no number of epochs, ``epochs_of_steps`` computes the number from the number of steps per
+    The loss is a function of a batch and the network's output for this batch. If ``config``
+    has no epoch count, ``epochs_of_steps`` computes the epoch count from the number of steps per
     epoch.
     """
     batch_size = config.batch_size or default_batch_size(len(rows.index))
     epoch_steps = steps_per_epoch(rows, batch_size)
     epochs = config.epochs or epochs_of_steps(epoch_steps)
     total_steps = epochs * epoch_steps
-    generator = torch.Generator()
-    generator.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
     optimizer = _adamw_optimizer(network, config)
 
     def rate_factor(step: int) -> float:
@@ -484,7 +483,7 @@ def train_adamw(
 
 
 def _adamw_optimizer(network: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """AdamW for all parameters of a network. Moves the network to ``config.device``."""
+    """Make AdamW for all parameters of a network. Moves the network to ``config.device``."""
     network.to(config.device)
     parameters = network.parameters()
     return torch.optim.AdamW(
@@ -499,7 +498,7 @@ def _adamw_optimizer(network: nn.Module, config: AdamWConfig) -> torch.optim.Ada
 def _adamw_step(
     network: nn.Module, loss: Loss, batch: Batch, optimizer: torch.optim.AdamW
 ) -> Tensor:
-    """Do a step; returns the mean loss of the batch before the step."""
+    """Do a step. Return the batch's mean loss before the step."""
     mean_loss = loss(batch, network(batch))
     optimizer.zero_grad(set_to_none=True)
     mean_loss.backward()

@@ -1,4 +1,4 @@
-"""The model card of a saved predictor, made from the predictor's description and attributes."""
+"""The model card for a saved predictor, made from the predictor's description and attributes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ TAGS = (
     "vision-language-model",
 )
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
-"""Name of a repository on the model hub: ORG/NAME."""
+"""Repository name on the model hub: ORG/NAME."""
 MADE_WITH = "Made with vilu "
-"""Text before the version of vilu in a card."""
+"""Text before vilu's version in a card."""
 MAX_VALUE_LENGTH = 500
-"""Maximum number of characters of a value in a card."""
+"""Largest number of characters in a card's value."""
 
 SPACE_FACTS = {
     "backbone": "backbone",
@@ -36,7 +36,7 @@ SPACE_FACTS = {
     "logit_scale": "logit scale",
     "logit_bias": "logit bias",
 }
-"""Maps a key of the embedding space to the text before the value in the card."""
+"""Maps an embedding space key to the text before the value in the card."""
 FIT_FACTS = {
     "n_train": "training rows",
     "n_failures": "failures among them",
@@ -47,17 +47,17 @@ FIT_FACTS = {
     # the note ``classes`` has a hash of the names, and ``n_candidates`` has the number of classes
     "classes": "hash of the class names, in their order",
 }
-"""Maps a key of the notes on the fit to the text before the value in the card."""
+"""Maps a key in the fit's notes to the text before the value in the card."""
 TABLE_FIT_FACTS = {
     "n_train": "training rows",
     "n_failures": "failures among them",
-    "columns": "columns of numbers",  # the note has the names of the columns
+    "columns": "columns of numbers",  # the note has the column names
     "n_features": "features",
     "signs": "signs (1: a higher number means more likely right)",
     "shares": "share of each column in the score",
     "chosen": "chosen by cross-validation",
 }
-"""Maps a key of the notes on the fit to a table to the text before the value in the card."""
+"""Maps a key in the notes on a table fit to the text before the value in the card."""
 TABLE_USAGE_LINES = [
     "```bash",
     "pip install 'vilu[hub]'",
@@ -83,7 +83,7 @@ GUARANTEE_FACTS = {
 
 
 class DescribedPredictor(Protocol):
-    """A fitted predictor: the attributes described in the card (see ``FailurePredictor``)."""
+    """A fitted predictor with the attributes that a card describes (see ``FailurePredictor``)."""
 
     summary: ClassVar[str]
     reference: ClassVar[str]
@@ -102,7 +102,7 @@ def model_card(
     predictor: DescribedPredictor,
     risk: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card of a predictor as Markdown, with a header in YAML.
+    """Return a predictor's card as Markdown, with a header in YAML.
 
     ``description`` is the content of ``predictor.json``. ``risk`` is the content of ``risk.json``,
     or None without a calibration. The header is valid YAML, whatever characters the names contain.
@@ -115,7 +115,7 @@ def model_card(
 def _card_of_image_predictor(
     description: Mapping[str, Any], predictor: DescribedPredictor, risk: Mapping[str, Any] | None
 ) -> str:
-    """The card of a predictor for images."""
+    """Return the card for an image predictor."""
     space = description["space"] or {}  # None if the method was not fitted
     notes = description["notes"]
     name = description["method"]
@@ -142,7 +142,7 @@ def _card_of_image_predictor(
 def _card_of_table_predictor(
     description: Mapping[str, Any], predictor: DescribedPredictor, risk: Mapping[str, Any] | None
 ) -> str:
-    """The card of a predictor for tables of answers."""
+    """Return the card for a predictor that scores tables of answers."""
     notes = description["notes"]
     name = description["method"]
     fit_facts = fact_lines(notes, TABLE_FIT_FACTS) or ["- nothing is learned"]
@@ -164,14 +164,14 @@ def _card_of_table_predictor(
 
 
 def method_paragraph(name: str, predictor: DescribedPredictor) -> str:
-    """The name, the summary and the reference of the method."""
+    """Return the method's name, summary and reference."""
     summary = escaped_text(predictor.summary)
     reference = escaped_text(predictor.reference)
     return f"**Method.** {code_span(name)}: {summary}. Reference: {reference}."
 
 
 def parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
-    """A line for every parameter except the seed, which is in the section of the fit."""
+    """Return a line for every parameter except the seed, which is in the section on the fit."""
     lines = []
     for name, value in parameters.items():
         if name != "seed":
@@ -181,7 +181,7 @@ def parameter_lines(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def yaml_header(backbone: str | None, method: str) -> str:
-    """The header of a card in YAML. The values are JSON in ASCII, and therefore valid YAML."""
+    """Return a card's YAML header. The values are JSON in ASCII, and therefore valid YAML."""
     fields = {
         "library_name": "vilu",
         "license": "unknown",
@@ -193,7 +193,7 @@ def yaml_header(backbone: str | None, method: str) -> str:
 
 
 def hub_id(backbone: str | None) -> str | None:
-    """ORG/NAME of a backbone on the model hub; None if the name is not known."""
+    """Return a backbone's ORG/NAME on the model hub, or None if the name is not known."""
     spec = backbone or ""
     # a named backbone has two repositories: for OpenCLIP, and for transformers (@hf)
     models = named_backbones()
@@ -211,7 +211,7 @@ def hub_id(backbone: str | None) -> str | None:
 
 
 def fit_lines(notes: Mapping[str, Any], predictor: DescribedPredictor) -> list[str]:
-    """Lines on the rows, the failures and the candidates of the fit."""
+    """Return lines on the rows, the failures and the candidates that the fit used."""
     if not predictor.needs_fit:
         return ["- nothing is learned from labels", *fact_lines(notes, FIT_FACTS)]
     lines = fact_lines(notes, FIT_FACTS)
@@ -224,7 +224,7 @@ def fit_lines(notes: Mapping[str, Any], predictor: DescribedPredictor) -> list[s
 
 
 def guarantee_lines(risk: Mapping[str, Any] | None) -> list[str]:
-    """Lines on the guarantee of a calibration; ``risk`` is None if there is no calibration."""
+    """Return lines on a calibration's guarantee. Without a calibration, ``risk`` is None."""
     if risk is None:
         return [
             "- none: `vilu calibrate` was not run on this predictor, so no threshold comes with it"
@@ -240,7 +240,7 @@ def guarantee_lines(risk: Mapping[str, Any] | None) -> list[str]:
 def usage_lines(
     space: Mapping[str, Any], notes: Mapping[str, Any], predictor: DescribedPredictor
 ) -> list[str]:
-    """Lines with the commands to download the predictor, and to score images."""
+    """Return lines with the commands to download the predictor, and to score images."""
     backbone = space.get("backbone") or "BACKBONE"
     printable_backbone = escape_unprintable(backbone)
     options = ["--backbone", shlex.quote(printable_backbone)]
@@ -269,7 +269,7 @@ def usage_lines(
 def limit_lines(
     notes: Mapping[str, Any], predictor: DescribedPredictor, risk: Mapping[str, Any] | None
 ) -> list[str]:
-    """Sentences on the limits of the predictor."""
+    """Return sentences on the predictor's limits."""
     sentences = [
         "It says nothing about other backbones, weights, preprocessing or logit scales; "
         "vilu refuses them."
@@ -304,12 +304,12 @@ def limit_lines(
 
 
 def section(title: str, lines: Iterable[str]) -> str:
-    """A heading, with the ``lines`` of the section."""
+    """Return a heading, with the section's ``lines``."""
     return f"## {title}\n\n" + "\n".join(lines)
 
 
 def fact_lines(values: Mapping[str, Any], texts: Mapping[str, str]) -> list[str]:
-    """A line "- TEXT: VALUE" for every key of ``texts`` with a value in ``values``."""
+    """Return a line "- TEXT: VALUE" for every key in ``texts`` with a value in ``values``."""
     lines = []
     for key, text in texts.items():
         value = values.get(key)
@@ -320,13 +320,13 @@ def fact_lines(values: Mapping[str, Any], texts: Mapping[str, str]) -> list[str]
 
 
 def without_version_of_vilu(card: bytes) -> bytes:
-    """The card without the version of vilu, for a comparison of cards of the same predictor."""
+    """Remove vilu's version from a card, to compare two cards for the same predictor."""
     version_pattern = MADE_WITH.encode() + rb"`[^`\n]*`"
     return re.sub(version_pattern, b"", card, count=1)
 
 
 def code_span(value: object) -> str:
-    """A Markdown code span on a single line, with a text, or with another value as JSON."""
+    """Return a text as a Markdown code span on a single line. Other values become JSON first."""
     if not isinstance(value, str):
         value = json.dumps(value)
     text = escape_unprintable(value)
@@ -337,11 +337,11 @@ def code_span(value: object) -> str:
     fence = "`" * (longest_run + 1)
     is_blank = not text.strip()
     if is_blank or text[0] in "` " or text[-1] in "` ":
-        # the two spaces separate the text from the fence; Markdown does not show them
+        # the two spaces separate the text from the fence, and Markdown does not show the spaces
         return f"{fence} {text} {fence}"
     return f"{fence}{text}{fence}"
 
 
 def escaped_text(text: str) -> str:
-    """Text with escapes for all characters with a meaning in Markdown."""
+    """Escape all characters in ``text`` that have a meaning in Markdown."""
     return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)

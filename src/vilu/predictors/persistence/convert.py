@@ -1,4 +1,4 @@
-"""Conversion of released checkpoints of ViLU, without executing code in the files."""
+"""Conversion of released ViLU checkpoints, without executing code in the files."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from vilu.validation import checked
 def convert_official(
     path: str | Path, logit_scale: float = 100.0, *, embed_dim: int | None = None
 ) -> HeadPredictor:
-    """Make a ``ViLU`` or ``LVU`` with the weights of a released checkpoint.
+    """Make a ``ViLU`` or ``LVU`` with the weights from a released checkpoint.
 
-    A released head returns a logit of confidence. A head of vilu returns a logit of failure, the
-    negative of the logit of confidence. So the sign of the last layer is changed.
+    A released head returns a confidence logit. A head in vilu returns a failure logit, the
+    negative confidence logit. So the last layer's sign is changed.
 
-    A projection of the attention starts as the identity. If a projection is a multiple of the
+    An attention projection starts as the identity. If a projection is a multiple of the
     identity, the projection was frozen in training. The released code then skips the projection,
-    but weight decay shrinks the matrix. The head of vilu always applies its projections, so such a
+    but weight decay shrinks the matrix. The head in vilu always applies its projections, so such a
     matrix is replaced by the identity.
 
-    The file is a pickle. The restricted unpickler of torch reads the file, and creates only tensors
+    The file is a pickle. torch's restricted unpickler reads the file, and creates only tensors
     and numpy scalars. The released files have numpy scalars, so numpy scalars are allowed by name.
 
     Args:
         path: A checkpoint with the key ``state_dict``, or a bare state dict.
-        logit_scale: Logit scale of the VLM, which is not in the checkpoints (100 for the CLIP
-            models of OpenAI).
+        logit_scale: The VLM's logit scale, which is not in the checkpoints (100 for OpenAI's
+            CLIP models).
         embed_dim: Embedding width D. Needed only for a head without attention, with the image and
             the predicted caption as inputs.
 
     Raises:
-        DataError: If the file contains any other object, or the weights do not fit any known head.
+        DataError: If the unpickler refuses the file, or if the weights fit no known head.
 
     Examples:
         >>> import tempfile, pathlib, torch, vilu
@@ -81,13 +81,13 @@ DAMAGE_ERRORS = (
     MemoryError,
     pickle.UnpicklingError,
 )
-"""Errors of torch for damaged files and for tensors of unexpected shapes."""
+"""Errors that torch raises for damaged files and for tensors with unexpected shapes."""
 
 
 def _make_predictor(
     weights: dict[str, Tensor], path: str | Path, logit_scale: float, embed_dim: int | None
 ) -> HeadPredictor:
-    """Make the predictor with the ``weights`` of the checkpoint at ``path``."""
+    """Make the predictor with the ``weights`` from the checkpoint at ``path``."""
     layers = _layer_names(weights, path)
     text_projection = weights.get("in_proj_t.weight")  # only in heads with attention
     width = weights["mlp.0.weight"].shape[1]
@@ -120,7 +120,7 @@ def _make_predictor(
 
 
 def _layer_names(weights: dict[str, Tensor], path: str | Path) -> list[str]:
-    """Names of the layers of the perceptron, from the first to the last."""
+    """Return the perceptron's layer names, from the first layer to the last."""
     layers = []
     for name in weights:
         if re.fullmatch(r"mlp\.\d+\.weight", name):
@@ -136,12 +136,12 @@ def _layer_names(weights: dict[str, Tensor], path: str | Path) -> list[str]:
 def weights_of_head(
     weights: dict[str, Tensor], layers: list[str], inputs: list[str]
 ) -> dict[str, Tensor]:
-    """The weights by the names of a ``FailureHead``, with the sign of the last layer changed.
+    """Rename the weights for a ``FailureHead``, and change the last layer's sign.
 
-    In a ``FailureHead``, the first layer has a separate weight matrix for each of the inputs.
+    In a ``FailureHead``, the first layer has a separate weight matrix for each input.
     """
     signs = [1] * len(layers)
-    signs[-1] = -1  # the sign of the last layer is changed
+    signs[-1] = -1  # the last layer's sign is changed
     first_layer, *later_layers = layers
     first_sign, *later_signs = signs
     joint_matrix = weights[f"{first_layer}.weight"].float()
@@ -177,9 +177,9 @@ def identity_if_frozen(projection: Tensor) -> Tensor:
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's state dict, by name."""
-    # The first entry of ``__reduce__`` is the function called by a pickle to create a numpy scalar.
-    # The name of the function in the file depends on the version of numpy that wrote the file.
+    """Read the tensors in a checkpoint's state dict, by name."""
+    # The first entry in ``__reduce__`` is the function called by a pickle to create a numpy scalar.
+    # The function's name in the file depends on the numpy version that wrote the file.
     reduced_scalar = np.float64(0).__reduce__()
     make_scalar = cast("Callable[..., Any]", reduced_scalar[0])
     number_types = [type(np.dtype(code)) for code in ("f8", "f4", "i8")]

@@ -1,4 +1,4 @@
-"""The description of a saved predictor (``predictor.json``), and saving of predictors."""
+"""The description of a saved predictor (``predictor.json``), and how predictors are saved."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ SKETCH_TENSOR_NAMES: dict[IdentityKind, str] = {
     "rows": "seen.rows",
     "names": "seen",
 }
-"""Maps a kind of identity to the name of the tensor with the hashes of the fitted rows."""
+"""Maps an identity kind to the name of the tensor with the fitted rows' hashes."""
 FINGERPRINT_KEY = "fingerprint"
 """Key of the digest of ``predictor.json`` in the file.
 
-In the result of ``read_description`` this key has the fingerprint of the predictor instead.
+In the result of ``read_description`` this key has the predictor's fingerprint instead.
 """
 REFIT_ADVICE = "Run `vilu fit` again"
 RECALIBRATE_ADVICE = "Run `vilu calibrate` again"
@@ -69,10 +69,10 @@ logger = logging.getLogger(__name__)
 
 
 class SavableSample(Protocol):
-    """A sample of the images of a fit: see ``FitSample``."""
+    """A sample of a fit's images (see ``FitSample``)."""
 
     def save(self, folder: Path, weights_sha256: str) -> None:
-        """Write the sample to a folder, with the hash of the weights of the fit."""
+        """Write the sample to a folder, with the hash of the fit's weights."""
 
 
 class SavablePredictor(Parametrised, DescribedPredictor, Protocol):
@@ -86,13 +86,13 @@ class SavablePredictor(Parametrised, DescribedPredictor, Protocol):
 
     @property
     def sample_(self) -> SavableSample | None:
-        """A sample of the images of the fit; None without a sample."""
+        """A sample of the fit's images, or None without a sample."""
 
     def state(self) -> dict[str, Tensor]:
-        """Everything learned by the fit."""
+        """Return everything learned by the fit."""
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
-        """Store learned tensors; refuses tensors with wrong names, types or shapes."""
+        """Store learned tensors. Refuse tensors with wrong names, types or shapes."""
 
 
 def save(predictor: SavablePredictor, folder: str | Path) -> str:
@@ -108,7 +108,7 @@ def save(predictor: SavablePredictor, folder: str | Path) -> str:
     Raises:
         UsageError: If parameters were changed after the fit, and the file could not be loaded.
     """
-    # a new predictor with the same parameters refuses tensors of the wrong names, types or shapes
+    # a new predictor with the same parameters refuses tensors with wrong names, types or shapes
     unfitted_predictor = dataclasses.replace(predictor)
     try:
         unfitted_predictor.take(predictor.state(), predictor.space_)
@@ -138,7 +138,7 @@ def save(predictor: SavablePredictor, folder: str | Path) -> str:
 
 
 def _has_same_fit(path: Path, description: dict[str, Any]) -> bool:
-    """Whether the folder has a predictor with this description, whatever the calibration."""
+    """Return whether the folder has a predictor with this fit, whatever the calibration."""
     # JSON has no tuples, so the description in the folder has lists instead. The new description is
     # converted in the same way, to compare both descriptions.
     document = plain_json(description)
@@ -148,7 +148,7 @@ def _has_same_fit(path: Path, description: dict[str, Any]) -> bool:
 
 
 def _write_sample(path: Path, sample: SavableSample | None, weights_sha256: str) -> None:
-    """Write the sample of this fit. Without a sample, remove the sample of an earlier fit."""
+    """Write this fit's sample. Without a sample, remove an earlier fit's sample."""
     if sample is not None:
         sample.save(path, weights_sha256)
         return
@@ -159,8 +159,8 @@ def _write_sample(path: Path, sample: SavableSample | None, weights_sha256: str)
 def refuse_foreign_files(folder: str | Path, *, is_same_fit: bool = False) -> None:
     """Refuse a folder with files that do not belong to a predictor.
 
-    If the folder already has the same fit, files of users are allowed, too, unless the name of such
-    a file is a file name of a predictor.
+    If the folder already has the same fit, user files are allowed, too, unless a user file has a
+    name that a predictor file can have.
     """
     names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, LIKELY, VOCABULARY, SAMPLE}
 
@@ -189,12 +189,12 @@ def _drop_calibration(path: Path) -> None:
 
 
 def _without_calibration(description: dict[str, Any]) -> dict[str, Any]:
-    """The description without the calibrator, the fingerprint and the version of vilu."""
+    """Remove the calibrator, the fingerprint and vilu's version from a description."""
     return without_version(description, "calibrator", FINGERPRINT_KEY)
 
 
 def read_fit_description(path: Path) -> dict[str, Any] | None:
-    """``predictor.json`` without the calibration; None if the file is damaged or missing."""
+    """Read ``predictor.json`` without the calibration. If the file is damaged or missing: None."""
     if not path.is_file():
         return None
     try:
@@ -207,7 +207,7 @@ def read_fit_description(path: Path) -> dict[str, Any] | None:
 
 
 def is_predictor_file(path: Path) -> bool:
-    """Whether a file belongs to a saved predictor.
+    """Return whether a file belongs to a saved predictor.
 
     A file belongs to a predictor if both the name and the content are right. A damaged file with a
     right name belongs to a predictor if the description or the weights in the same folder belong to
@@ -227,7 +227,7 @@ def is_predictor_file(path: Path) -> bool:
 
 
 def _has_predictor_content(path: Path) -> bool:
-    """Whether a file has the content expected in a saved predictor for a file of this name."""
+    """Return whether a file has the content that a predictor file with this name must have."""
     try:
         with convert_os_errors(f"cannot read {path}"), path.open("rb") as handle:
             if path.name in {VOCABULARY, WEIGHTS, SAMPLE}:
@@ -257,7 +257,7 @@ def _has_predictor_content(path: Path) -> bool:
 
 
 def _has_predictor_header(name: str, header: dict[str, Any]) -> bool:
-    """Whether a file of tensors belongs to a saved predictor, by its name and header."""
+    """Return whether a tensor file belongs to a saved predictor, by its name and header."""
     metadata_keys = {VOCABULARY: VOCABULARY_KEY, SAMPLE: SAMPLE_KEY}
     if name in metadata_keys:
         file_metadata = dict(header.get("__metadata__") or {})  # empty without metadata
@@ -270,7 +270,7 @@ def _has_predictor_header(name: str, header: dict[str, Any]) -> bool:
 
 
 def describe(predictor: SavablePredictor) -> dict[str, Any]:
-    """The description of a predictor as plain JSON: everything except the tensors."""
+    """Describe a predictor as plain JSON: everything except the tensors."""
     parameter_values = {}
     for name in parameters(predictor):
         if name not in UNSAVED_PARAMETERS:
@@ -299,14 +299,14 @@ def describe(predictor: SavablePredictor) -> dict[str, Any]:
 
 
 def sketch_tensors(predictor: SavablePredictor) -> dict[str, Tensor]:
-    """The tensors with hashes of the rows of the fit, by name in the file."""
+    """Return the tensors with the fitted rows' hashes, by name in the file."""
     return {SKETCH_TENSOR_NAMES[kind]: sketch.hashes for kind, sketch in predictor.seen_.items()}
 
 
 def pop_sketches(tensors: dict[str, Tensor], description: dict[str, Any], path: Path) -> Sketches:
-    """Make the sketches of the rows of the fit, and remove the hashes of rows from ``tensors``.
+    """Make the fitted rows' sketches, and remove the row hashes from ``tensors``.
 
-    ``description`` is the content of the file at ``path``, with the number of rows of the fit.
+    ``description`` is the content of the file at ``path``, with the fit's row count.
     """
     n_seen = description["n_seen"]
     sketches = {}
@@ -322,7 +322,7 @@ def pop_sketches(tensors: dict[str, Tensor], description: dict[str, Any], path: 
 
 
 def fit_fingerprint(folder: str | Path) -> str:
-    """Hash of a saved predictor: of everything except the version of vilu."""
+    """Read the hash of everything in a saved predictor, except vilu's version."""
     path = Path(folder)
     description = read_description(path / PREDICTOR)
     return str(description[FINGERPRINT_KEY])
@@ -334,13 +334,13 @@ def write_card(
     predictor: SavablePredictor,
     risk: dict[str, Any] | None,
 ) -> None:
-    """Write the card; ``risk`` is the content of ``risk.json``, or None without a calibration."""
+    """Write the card. ``risk`` is the content of ``risk.json``, or None without a calibration."""
     card = model_card(description, predictor, risk)
     write_text(path / CARD, card)
 
 
 class _Notes(BaseModel):
-    """The notes of a fit for use in computations; all other notes are for people."""
+    """Those notes of a fit that are used in computations. All other notes are for people."""
 
     n_train: int | None = Field(default=None, ge=0)
     n_failures: int | None = Field(default=None, ge=0)
@@ -348,14 +348,14 @@ class _Notes(BaseModel):
 
 
 class _Home(BaseModel):
-    """The origin of the class of a method outside vilu."""
+    """The origin of a method's class outside vilu."""
 
     distribution: str | None = None
     module: str
 
 
 class _Description(BaseModel):
-    """Keys and types of ``predictor.json``; other keys are allowed."""
+    """Keys and types in ``predictor.json``. Other keys are allowed."""
 
     model_config = ConfigDict(strict=True)
 
@@ -372,10 +372,10 @@ class _Description(BaseModel):
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """Read ``predictor.json`` and check the digest, the schema and the types of the values.
+    """Read ``predictor.json`` and check the digest, the schema and the value types.
 
-    In the result, the value of the digest's key is replaced by the fingerprint. The fingerprint is
-    a digest that does not depend on the version of vilu.
+    In the result, the value at the digest's key is replaced by the fingerprint. The fingerprint is
+    a digest that does not depend on vilu's version.
     """
     if not path.is_file():
         raise DataError(f"no predictor here: {path} does not exist. Make one with `vilu fit`.")
@@ -389,7 +389,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def home_of(cls: type) -> dict[str, Any]:
-    """The package and module of a class, for the description; empty for a class of vilu."""
+    """Return a class's package and module, for the description. For a vilu class: empty."""
     package = cls.__module__.partition(".")[0]
     if package == __name__.partition(".")[0]:
         return {}

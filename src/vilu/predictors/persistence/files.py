@@ -1,4 +1,4 @@
-"""Names of the files of a saved predictor, and models with such files."""
+"""File names in a saved predictor's folder, and models with such files."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar, Final
 
-# Files of every saved predictor.
+# Files that every saved predictor has.
 PREDICTOR: Final = "predictor.json"
 WEIGHTS: Final = "weights.safetensors"
 CARD: Final = "README.md"
 
-# Optional files. Some files have metadata. The metadata's key follows the name of the file.
+# Optional files. Some files have metadata. The metadata's key follows the file name.
 
 SAMPLE: Final = "sample.safetensors"
 SAMPLE_KEY: Final = "vilu.sample"
-"""Key of the metadata of the file above, a sample of the images of the fit (``FitSample``)."""
+"""Metadata key in the file above, a sample of the fit's images (``FitSample``)."""
 
 RISK: Final = "risk.json"
-"""The file with the guarantee of a calibration."""
+"""The file with a calibration's guarantee."""
 ROWS: Final = "calibration.parquet"
-"""The file with the rows of the calibration."""
+"""The file with the calibration rows."""
 LOOKS: Final = "looks.json"
 """The file with the targets of all calibrations on these rows (``vilu.calibration.looks``)."""
 
 LIKELY: Final = "likely.json"
-"""The file with the estimate of the likely right answers (``vilu.calibration.likely``)."""
+"""The file with the estimate for the likely right answers (``vilu.calibration.likely``)."""
 
 VOCABULARY: Final = "vocabulary.safetensors"
 VOCABULARY_KEY: Final = "vilu.vocabulary"
-"""Key of the metadata of the file above, the candidate classes (``Vocabulary``)."""
+"""Metadata key in the file above, the candidate classes (``Vocabulary``)."""
 
 
 class SavedModel(ABC):
-    """A model accepted in place of the path of a saved folder.
+    """A model accepted in place of a path to a saved folder.
 
     ``vilu.Selective`` is derived from this class. Modules imported by ``vilu.Selective`` use this
     class, because these modules cannot import ``vilu.Selective`` itself.
@@ -46,11 +46,11 @@ class SavedModel(ABC):
     @property
     @abstractmethod
     def folder(self) -> Path:
-        """Folder with the files of the model. The folder is removed together with the object."""
+        """Folder with the model's files. The folder is removed together with the object."""
 
 
 def folder_of(model: str | os.PathLike[str] | SavedModel) -> Path:
-    """The folder of a model, given as a path or as an object."""
+    """Return a model's folder. The model is given as a path or as an object."""
     if isinstance(model, SavedModel):
         return model.folder
     return Path(model)

@@ -1,4 +1,4 @@
-"""A sample of the images of a fit, saved with the predictor.
+"""A sample of a fit's images, saved with the predictor.
 
 Other rows are compared with the sample, to detect near copies of fitted images.
 """
@@ -25,33 +25,33 @@ from vilu.errors import DataError
 from vilu.predictors.persistence.files import SAMPLE, SAMPLE_KEY
 
 MAX_SAMPLE_BYTES: Final = 2_000_000
-"""Maximum size in bytes of the vectors of a sample, for example 1,953 rows of width 512."""
+"""Maximum bytes in a sample's vectors, for example for 1,953 rows of width 512."""
 
 MAX_FILE_BYTES: Final = MAX_SAMPLE_BYTES + 2**16
-"""Maximum size in bytes of the file of a sample, with its metadata."""
+"""Maximum bytes in a sample's file, with its metadata."""
 
 SAMPLE_STREAM: Final = 0x5A
-"""First part of the seed of the sample. The second part is the seed of the fit.
+"""First part of the sample's seed. The second part is the fit's seed.
 
-So the random numbers of the sample differ from all other random numbers of the fit.
+So the sample's random numbers differ from all other random numbers in the fit.
 """
 
 BLOCK_ROWS: Final = 4096
-"""Number of rows compared with the sample at the same time, to limit the memory."""
+"""How many rows are compared with the sample at the same time, to limit the memory."""
 
 
 @dataclass(frozen=True)
 class FitSample:
-    """Unit image vectors of S random rows of a fit, and the number of rows of the fit."""
+    """Unit image vectors for S random rows of a fit, and the fit's row count."""
 
     image: Tensor  # (S, D) float16
-    n_rows: int  # number of rows from which the S rows were drawn
+    n_rows: int  # how many rows the S rows were drawn from
 
     @classmethod
     def draw(cls, sources: Sequence[EmbeddingSource], seed: int) -> FitSample | None:
         """Draw from the usable rows of all sources together, with equal probabilities.
 
-        The result is None if the rows have no vectors.
+        If the rows have no vectors, the result is None.
         """
         if not sources[0].has_vectors:
             return None
@@ -78,11 +78,11 @@ class FitSample:
 
     @property
     def share(self) -> float:
-        """Share of the rows of the fit in the sample."""
+        """Share of the fitted rows in the sample."""
         return len(self.image) / self.n_rows
 
     def nearest_cosines(self, source: EmbeddingSource, rows: Tensor) -> Tensor:
-        """(M,) largest cosine of each of the ``rows`` with a row of the sample."""
+        """Compute the largest cosine (M,) between each of the ``rows`` and the sample's rows."""
         sample = self.image.float().T
         blocks = []
         for block in rows.split(BLOCK_ROWS):
@@ -92,20 +92,20 @@ class FitSample:
         return torch.cat(blocks)
 
     def nearest_cosines_within(self) -> Tensor:
-        """(S,) largest cosine of each row of the sample with another row of the sample."""
+        """Compute the largest cosine (S,) between each sample row and the other sample rows."""
         image = self.image.float()
         blocks = []
         for start in range(0, len(image), BLOCK_ROWS):
             cosine = image[start : start + BLOCK_ROWS] @ image.T
             row_in_block = torch.arange(len(cosine))
-            # the cosine of a row with itself does not count
+            # a row's cosine with itself does not count
             cosine[row_in_block, start + row_in_block] = -torch.inf
             largest_cosines = cosine.amax(dim=1)
             blocks.append(largest_cosines)
         return torch.cat(blocks)
 
     def save(self, folder: Path, weights_sha256: str) -> None:
-        """Write the sample to a file, with a digest and the hash of the weights of the fit."""
+        """Write the sample to a file, with a digest and the hash of the fit's weights."""
         facts = {
             "n_rows": self.n_rows,
             "weights_sha256": weights_sha256,
@@ -119,7 +119,7 @@ class FitSample:
 
     @classmethod
     def load(cls, folder: Path, weights_sha256: str) -> FitSample | None:
-        """Load the sample from a folder; None if there is no sample.
+        """Load the sample from a folder. If there is no sample, return None.
 
         Raises:
             DataError: If the sample is damaged, or if the sample belongs to other weights. The
@@ -128,9 +128,7 @@ class FitSample:
         path = folder / SAMPLE
         if not path.exists():
             return None
-        remedy = (
-            "Run `vilu fit` again, or remove the file. Without the file, copies are not detected"
-        )
+        remedy = "Run `vilu fit` again, or remove the file. Without it, copies are not detected"
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise DataError(
@@ -151,7 +149,7 @@ class FitSample:
 
     @classmethod
     def _from_content(cls, facts: dict[str, Any], image: Tensor) -> FitSample:
-        """Make a sample of ``image`` vectors; a ValueError if ``facts`` do not match ``image``."""
+        """Make a sample of ``image`` vectors. Raise ValueError if ``facts`` do not match."""
         saved_digest = facts.pop("digest", None)
         if saved_digest != digest(facts) or facts["image_sha256"] != tensor_hash(image):
             raise ValueError("its content is not what its digest says")

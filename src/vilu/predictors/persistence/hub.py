@@ -1,4 +1,4 @@
-"""Copying of predictors to and from a model hub, or a folder in place of a hub."""
+"""How predictors are copied to and from a model hub, or a folder in place of a hub."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ MAX_FILE_SIZES = {
     VOCABULARY: 2**30,
     SAMPLE: MAX_FILE_BYTES,
 }
-"""Maps the name of a file of a predictor to its maximum size in bytes. Only these files are copied.
+"""Maps the name of a predictor file to the file's maximum size in bytes.
 
-``2**30`` is one GiB. None of these files is a pickle or code.
+Only these files are copied. None of these files is a pickle or code. ``2**30`` is one GiB.
 """
 
 
@@ -90,9 +90,9 @@ def temporary_folder_beside(target: Path) -> Iterator[Path]:
     folder = make_folder(temporary_path)
     try:
         yield folder
+        parent = target.parent.absolute()
         # ``temporary_paths`` returns the same dictionary at every call. ``pop`` removes the folders
         # from the dictionary, so that no later call finds these folders.
-        parent = target.parent.absolute()
         paths_of_name = temporary_paths(parent)
         temporary_folders = paths_of_name.pop(target.name, [])
         for temporary in temporary_folders:
@@ -109,10 +109,10 @@ def copy_predictor_files(
     cache: Path | None = None,
     excluded_names: frozenset[str] = frozenset(),
 ) -> str:
-    """Copy the files of a predictor into an empty folder, and check the copy by loading it.
+    """Copy a predictor's files into an empty folder, and check the copy by loading it.
 
-    Returns the fingerprint of the predictor. Files named in ``excluded_names`` are not copied.
-    Symbolic links are refused, unless the links lead to files in the ``cache`` of the hub.
+    Returns the predictor's fingerprint. Files named in ``excluded_names`` are not copied.
+    Symbolic links are refused, unless the links lead to files in the hub's ``cache``.
     """
     if not source.exists():
         raise UsageError(f"{source} does not exist.")
@@ -145,16 +145,16 @@ def copy_predictor_files(
 class _OpenFolder(NamedTuple):
     """A folder kept open while its files are copied.
 
-    The files are opened relative to the descriptor of the folder, not by their paths. So if another
-    process puts another folder at this path during the copy, the copied files are still from this
-    folder.
+    The files are opened relative to the folder's descriptor, not by their paths. So if another
+    process puts another folder at this path during the copy, the copied files are still from the
+    opened folder.
     """
 
     path: Path
     descriptor: int | None  # None on Windows, where files cannot be opened relative to a folder
 
     def path_of(self, name: str) -> str:
-        """Path of a file of the folder, for functions of ``os`` with ``dir_fd=self.descriptor``."""
+        """Return a file's path, for ``os`` functions with ``dir_fd=self.descriptor``."""
         if self.descriptor is None:
             return str(self.path / name)
         return name
@@ -173,7 +173,7 @@ def _open_folder(folder: Path) -> Iterator[_OpenFolder]:
         os.close(descriptor)
 
 
-# Flags of ``os.open``. ``os.open`` then does not follow a link, does not wait for a pipe, and does
+# Flags for ``os.open``. ``os.open`` then does not follow a link, does not wait for a pipe, and does
 # not convert line ends. A flag missing on the system is 0.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
@@ -182,7 +182,7 @@ _FLAGS = os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _BINARY
 
 
 def _open_file(folder: _OpenFolder, name: str, cache: Path | None) -> int | None:
-    """Open a file of a folder; returns the descriptor, or None if the file does not exist.
+    """Open a file in a folder. Return the descriptor, or None if the file does not exist.
 
     Raises:
         UsageError: If the file is a symbolic link, unless the link leads to a file in the
@@ -208,7 +208,7 @@ def _open_file(folder: _OpenFolder, name: str, cache: Path | None) -> int | None
 
 
 def _target_in_cache(link: Path, cache: Path | None) -> str:
-    """Target of a symbolic link; a UsageError if the target is outside the cache of the hub."""
+    """Resolve a symbolic link. Refuse a target outside the hub's cache."""
     if cache is None:
         raise UsageError(
             f"{link} is a symbolic link, so it could be anything on this machine. Copy the file."
@@ -225,7 +225,7 @@ def _target_in_cache(link: Path, cache: Path | None) -> str:
 
 
 def require_max_size(name: str, size: int, limit: int) -> None:
-    """Refuse a file of the given ``name`` with more bytes than the ``limit``."""
+    """Refuse a file with the given ``name`` if the file has more bytes than the ``limit``."""
     if size > limit:
         raise DataError(
             f"{name} has {size:,} bytes; this file of a predictor has at most {limit:,}."
@@ -233,9 +233,9 @@ def require_max_size(name: str, size: int, limit: int) -> None:
 
 
 def check_copy(folder: Path, original_folder: Path) -> str:
-    """Check a copied predictor by loading all its files; returns the fingerprint.
+    """Check a copied predictor by loading all its files. Return the fingerprint.
 
-    ``folder`` is the copy. Error messages name the folder of the original instead.
+    ``folder`` is the copy. Error messages name the original folder instead.
     """
     try:
         load_predictor(folder)
@@ -245,7 +245,7 @@ def check_copy(folder: Path, original_folder: Path) -> str:
             Vocabulary.load(folder)
         for document in (LOOKS, LIKELY):
             if (folder / document).is_file():
-                # reading checks the digest of the file
+                # reading checks the file's digest
                 read_json(folder / document, RECALIBRATE_ADVICE)
         return str(read_description(folder / PREDICTOR)[FINGERPRINT_KEY])
     except ViLUError as error:
@@ -254,7 +254,7 @@ def check_copy(folder: Path, original_folder: Path) -> str:
 
 
 def _check_calibration(folder: Path) -> None:
-    """Refuse a calibration of another predictor, or without calibration rows."""
+    """Refuse a calibration made for another predictor, or without calibration rows."""
     risk = read_json(folder / RISK, RECALIBRATE_ADVICE)
     if risk.get("predictor") != fit_fingerprint(folder):
         raise ProvenanceError(
@@ -269,7 +269,7 @@ def _check_calibration(folder: Path) -> None:
 
 
 def _comparable_content(path: Path) -> object:
-    """Content of a file without the version of vilu; None if the file does not exist.
+    """Read a file's content without vilu's version. If the file does not exist, return None.
 
     Serves to compare two copies of a file.
     """
@@ -291,7 +291,7 @@ def _comparable_content(path: Path) -> object:
 
 
 def _have_same_files(first: Path, second: Path) -> bool:
-    """Whether two folders have the same files of a predictor, with the same content."""
+    """Return whether two folders have the same predictor files, with the same content."""
     for name in MAX_FILE_SIZES:
         if _comparable_content(first / name) != _comparable_content(second / name):
             return False
@@ -329,10 +329,10 @@ ERROR_REASONS = {
     ),
     "HFValidationError": "that is no name of a repository",
 }
-"""Maps the class name of an error of huggingface_hub to the reason in a message."""
+"""Maps the class name of a huggingface_hub error to the reason in a message."""
 
 FOLDER_PREFIX = re.compile(r"(\.{1,2}|~)([/\\]|$)|[/\\]|[A-Za-z]:[/\\]")
-"""Beginning of a path to a folder: /, ./, ../, ~/ or a drive."""
+"""How a path to a folder begins: /, ./, ../, ~/ or a drive."""
 
 
 def push(
@@ -344,21 +344,21 @@ def push(
     overwrite: bool = False,
     with_sample: bool = False,
 ) -> str:
-    """Copy a saved predictor to a repository of the model hub, or to a folder; returns the address.
+    """Copy a saved predictor to a model hub repository, or to a folder. Return the address.
 
-    Only the files of a predictor are copied, without changes. Files of an earlier push are removed
-    if the predictor does not have these files. Symbolic links are refused.
+    Only predictor files are copied, without changes. If the predictor lacks files from an earlier
+    push, these files are removed. Symbolic links are refused.
 
     Args:
         folder: A saved predictor, or a ``vilu.Selective``. The predictor is loaded once before the
             copy.
-        repository: ORG/NAME, created if missing; or a folder, as ./DIR, /DIR or file:///DIR.
-        private: Whether only the owner can see a newly created repository. None: the settings of
-            the owner decide.
-        revision: Branch of the repository; None: main.
+        repository: ORG/NAME, created if missing. Or a folder, as ./DIR, /DIR or file:///DIR.
+        private: Whether only the owner can see a newly created repository. If None, the owner's
+            settings decide.
+        revision: The repository's branch. If None, main.
         overwrite: Replace another predictor in a folder. On the hub, a predictor is always
             replaced, but earlier revisions stay available.
-        with_sample: Also copy the sample of the images of the fit. Without the sample, near copies
+        with_sample: Also copy the sample of the fit's images. Without the sample, near copies
             of fitted images among calibration rows cannot be detected.
     """
     target_folder = local_folder(repository, revision)
@@ -378,16 +378,16 @@ def push(
 def pull(
     repository: str, folder: str | Path, *, revision: str | None = None, overwrite: bool = False
 ) -> Path:
-    """Copy a predictor from a repository of the model hub, or from a folder; returns ``folder``.
+    """Copy a predictor from a model hub repository, or from a folder. Return ``folder``.
 
-    Only the files of a predictor are copied. The files are first copied to a temporary folder and
+    Only predictor files are copied. The files are first copied to a temporary folder and
     loaded there. Then the temporary folder replaces ``folder``. Symbolic links are refused, except
-    for links in the cache of the hub.
+    for links in the hub's cache.
 
     Args:
         repository: ORG/NAME, or a folder, as for ``push``.
         folder: Folder to write.
-        revision: Branch, tag or commit of the repository; None: main.
+        revision: The repository's branch, tag or commit. If None, main.
         overwrite: Replace another predictor in ``folder``.
     """
     claim_folder(folder, "predictor", is_predictor_file, overwrite=True)
@@ -402,9 +402,9 @@ def pull(
 
 
 def local_folder(repository: str, revision: str | None) -> Path | None:
-    """The folder at the path ``repository``; None if ``repository`` is ORG/NAME on the hub.
+    """Return the folder at the path ``repository``. If that is ORG/NAME on the hub, return None.
 
-    A ``revision`` of a folder is refused, because folders have no revisions.
+    A ``revision`` for a folder is refused, because folders have no revisions.
     """
     if repository.startswith("file://"):
         url = urlsplit(repository)
@@ -437,7 +437,7 @@ def _copy_to_folder(
     excluded_names: frozenset[str] = frozenset(),
 ) -> Path:
     """Copy a predictor to the folder ``target``, unless the same predictor is there."""
-    # files of users are refused before anything is copied
+    # user files are refused before anything is copied
     claim_folder(target, "predictor", is_predictor_file, overwrite=True)
     resolved_target = target.resolve()
     with temporary_folder_beside(resolved_target) as staged_folder:
@@ -456,7 +456,7 @@ def _copy_to_folder(
 def _upload(
     staged_folder: Path, repository: str, private: bool | None, revision: str | None
 ) -> str:
-    """Upload a folder to a repository of the hub; returns the address of the commit."""
+    """Upload a folder to a hub repository. Return the commit's address."""
     hub = _reachable_hub(repository, "pushed to")
     if hub.get_token() is None:
         raise UsageError(
@@ -480,7 +480,7 @@ def _upload(
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    """Download a revision to the cache of the hub; returns the folder in the cache.
+    """Download a revision to the hub's cache. Return the folder in the cache.
 
     With HF_HUB_OFFLINE set, the revision must already be in the cache.
     """
@@ -499,7 +499,7 @@ def _download(repository: str, revision: str | None) -> Path:
                 missing_names = " and no ".join(missing_files)
                 raise DataError(f"{repository} holds no predictor: it has no {missing_names}.")
             for name, limit in MAX_FILE_SIZES.items():
-                # 0 if the repository does not have the file, or does not know the size of the file
+                # 0 if the repository does not have the file, or does not know the file's size
                 size = sizes.get(name) or 0
                 require_max_size(f"{name} of {repository}", size, limit)
         snapshot = hub.snapshot_download(
@@ -509,7 +509,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
 
 def _reachable_hub(repository: str, action: Literal["pushed to", "pulled from"]) -> ModuleType:
-    """The library of the hub; a MissingModelError if the hub cannot be reached.
+    """Import the hub's library. If the hub cannot be reached, raise MissingModelError.
 
     The message begins with "ORG/NAME cannot be pushed to:" or "ORG/NAME cannot be pulled from:".
     """
@@ -531,12 +531,11 @@ def _reachable_hub(repository: str, action: Literal["pushed to", "pulled from"])
 
 @contextmanager
 def _translated_errors(repository: str, revision: str | None) -> Iterator[None]:
-    """Turn errors of the library of the hub, raised in the block, into errors of vilu."""
+    """Turn errors from the hub's library, raised in the block, into vilu errors."""
     from huggingface_hub import errors
 
-    # The HTTP client depends on the version of the library. The HTTP error of the library is
-    # derived from the base error of the client. The client raises the base error if a connection
-    # fails.
+    # The HTTP client depends on the library's version. The library's HTTP error is derived from
+    # the client's base error. If a connection fails, the client raises the base error.
     client_errors = [
         base for base in errors.HfHubHTTPError.__bases__ if issubclass(base, Exception)
     ]
@@ -549,7 +548,7 @@ def _translated_errors(repository: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except expected_errors as error:
-        # Errors of the hub are OSErrors, too. Only errors of the file system have a number.
+        # Errors from the hub are OSErrors, too. Only file system errors have a number.
         if isinstance(error, OSError) and error.errno is not None:
             raise StorageError(f"the cache of the hub cannot be used: {error}.") from error
         response = getattr(error, "response", None)
@@ -570,7 +569,7 @@ def _translated_errors(repository: str, revision: str | None) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str | None:
-    """The reason in ``ERROR_REASONS`` for the class of an error, or for the nearest base class."""
+    """Return the reason in ``ERROR_REASONS`` for an error's class, or the nearest base class."""
     for cls in type(error).__mro__:
         if cls.__name__ in ERROR_REASONS:
             return ERROR_REASONS[cls.__name__]

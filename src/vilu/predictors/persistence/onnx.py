@@ -1,4 +1,4 @@
-"""Export of a predictor as an ONNX file."""
+"""How a predictor is exported as an ONNX file."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class GraphBatch(Batch):
         return first_of_group[group_of_text]
 
     def alike(self, answer: Tensor) -> Tensor:
-        """Mask (N, K): whether each candidate is the ``answer`` (N,) of a row.
+        """Return a mask (N, K): whether each candidate is a row's ``answer`` (N,).
 
         In a graph all candidates are different answers, so the indices are compared.
         """
@@ -81,14 +81,14 @@ class GraphBatch(Batch):
 class Float32Batch(GraphBatch):
     """A ``GraphBatch`` with logits computed in float32, as in predictors.
 
-    Serves to measure the rounding of scores.
+    Serves to measure how far rounding changes scores.
     """
 
     logits = Batch.logits
 
 
 def row_numbers(rows: Tensor) -> Tensor:
-    """Indices 0 ... N - 1 of the N rows, for any N in an exported graph."""
+    """Return the N rows' indices 0 ... N - 1, for any N in an exported graph."""
     return torch.arange(rows.shape[0], device=rows.device)
 
 
@@ -96,7 +96,7 @@ class ScoreGraph(nn.Module):
     """Module that computes uncertainties and answers from images, texts and columns.
 
     Attributes:
-        batch_class: Class of the batches to score.
+        batch_class: Class for the batches to score.
     """
 
     batch_class: type[GraphBatch] = GraphBatch
@@ -113,7 +113,7 @@ class ScoreGraph(nn.Module):
         features: Tensor | None = None,
         negatives: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Uncertainties (N,) float64 and the judged answers (N,) int64."""
+        """Compute uncertainties (N,) float64 and the judged answers (N,) int64."""
         rows = row_numbers(image)
         columns = {FEATURES: features, NEGATIVES: negatives}
         target = torch.full_like(rows, UNKNOWN)
@@ -132,18 +132,18 @@ class ScoreGraph(nn.Module):
         return uncertainty, judged_batch.prediction
 
     def judged(self, batch: GraphBatch) -> Batch:
-        """The batch with the judged answers, here the zero-shot answers."""
+        """Return the batch with the judged answers, here the zero-shot answers."""
         return batch
 
 
 class AdaptedGraph(ScoreGraph):
-    """A ``ScoreGraph`` of adapted answers. Its ``score`` has a method ``log_posterior``.
+    """A ``ScoreGraph`` for adapted answers. Its ``score`` has a method ``log_posterior``.
 
     The score computes the posterior once more. onnxruntime merges equal parts of a graph.
     """
 
     def judged(self, batch: GraphBatch) -> Batch:
-        """The batch with the likeliest candidates as answers."""
+        """Return the batch with the likeliest candidates as answers."""
         score: Any = self.score
         log_posterior: Tensor = score.log_posterior(batch)
         answer = log_posterior.argmax(dim=1)
@@ -151,7 +151,7 @@ class AdaptedGraph(ScoreGraph):
 
 
 def score_graph(predictor: FailurePredictor) -> ScoreGraph:
-    """The score of a predictor as a module of images (N, D) and texts (K, D), for any N and K.
+    """Make a predictor's score a module of images (N, D) and texts (K, D), for any N and K.
 
     Raises:
         NotExportable: If the method has no graph, was fitted on given logits, or judges given
@@ -161,21 +161,18 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
     predictor.require_fitted()
     space = predictor.fitted_space
     if predictor.answer == "adapted":
-        adapted_score = predictor.graph()
-        adapted_graph = AdaptedGraph(adapted_score, space)
-        return adapted_graph.eval()
+        graph: ScoreGraph = AdaptedGraph(predictor.graph(), space)
+        return graph.eval()
     constant = predictor.constant_
     if constant is None:
-        score = predictor.graph()
-        graph = ScoreGraph(score, space)
+        graph = ScoreGraph(predictor.graph(), space)
         return graph.eval()
 
     def constant_score(batch: Batch) -> Tensor:
         return torch.full_like(batch.image[:, 0], constant, dtype=torch.float64)
 
-    score_of_constant = Graph(constant_score)
-    graph_of_constant = ScoreGraph(score_of_constant, space)
-    return graph_of_constant.eval()
+    graph = ScoreGraph(Graph(constant_score), space)
+    return graph.eval()
 
 
 def _require_exportable(predictor: FailurePredictor) -> None:
@@ -203,13 +200,13 @@ MAX_DIFFERENCE = 1e-5
 """This difference between uncertainties by ONNX and by torch is always allowed."""
 
 MAX_ROUNDINGS = 4
-"""A difference of up to this many times the rounding of the score is allowed as well.
+"""A difference up to this many times the score's rounding is allowed, too.
 
-The rounding is the difference between the scores by torch in float32 and in float64.
+The rounding is the difference between the torch scores in float32 and in float64.
 """
 
 MIN_COSINE_GAP = 1e-4
-"""Minimum relative gap between the two largest cosines of a row with a clear zero-shot answer.
+"""If the two largest cosines have at least this relative gap, a zero-shot answer is clear.
 
 The gap is divided by the largest cosine. With a smaller gap, rounding may change the
 zero-shot answer.
@@ -219,44 +216,44 @@ MIN_POSTERIOR_GAP = 1e-2
 """An adapted answer is clear if the two largest log probabilities differ by more than this."""
 
 TRIAL_SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
-"""Numbers of images and of candidates in the tests of an export."""
+"""Image count and candidate count for each test of an export."""
 
 N_TRIAL_WORDS = 40
-"""Number of everyday words in the tests of an export."""
+"""How many everyday words the tests of an export use."""
 
 MAX_ONNX_BYTES = 2**31 - 1  # a protocol buffer holds no more
 
 
 GraphInputs = dict[str, Tensor]
-"""Inputs of a graph by name, in the order of the graph.
+"""Graph inputs by name, in the graph's order.
 
 The inputs are ``image`` (N, D) and ``text`` (K, D). If used by the score, ``features`` (N, F) and
 ``negatives`` (M, D) follow.
 """
 
 OUTPUT_NAMES = ("uncertainty", "prediction")
-"""Names of the outputs of a graph."""
+"""Names of a graph's outputs."""
 
 
 def export_onnx(folder: str | Path | SavedModel, path: str | Path) -> float:
-    """Write the score of a saved predictor as an ONNX file.
+    """Write a saved predictor's score as an ONNX file.
 
     Returns the largest difference between uncertainties by the file and by the predictor.
 
-    The inputs of the graph are
+    The graph's inputs are
 
-    - ``image`` (N, D) and ``text`` (K, D), float32 rows of unit norm,
+    - ``image`` (N, D) and ``text`` (K, D), float32 rows with unit norm,
     - ``features`` (N, F), if the predictor was fitted on features,
-    - ``negatives`` (M, D), the column of everyday words, if the predictor uses this column.
+    - ``negatives`` (M, D), the column with everyday words, if the predictor uses this column.
 
     Any N >= 1, K >= 2 and M >= 2 are allowed. All texts must be different, because equal texts
     would be a single candidate in ``vilu.Embeddings``. The outputs are ``uncertainty`` (N,) float64
-    and ``prediction`` (N,) int64, the judged answers. Logit scale and bias are constants of the
+    and ``prediction`` (N,) int64, the judged answers. Logit scale and bias are constants in the
     graph.
 
     Before the file is written, onnxruntime runs the graph on random rows. All answers must equal
-    the answers of the predictor. All uncertainties may differ by the larger of ``MAX_DIFFERENCE``
-    and ``MAX_ROUNDINGS`` times the rounding of the score in float32. The rounding is large for a
+    the predictor's answers. All uncertainties may differ by the larger of ``MAX_DIFFERENCE``
+    and ``MAX_ROUNDINGS`` times the score's rounding in float32. The rounding is large for a
     predictor with a large logit scale or with a memory (``vilu.predictors.nn.experts.Memory``).
 
     Args:
@@ -280,7 +277,7 @@ def export_onnx(folder: str | Path | SavedModel, path: str | Path) -> float:
 
 
 def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
-    """The bytes of an ONNX file for the score of a predictor, with metadata on the predictor.
+    """Return an ONNX file's bytes for a predictor's score, with metadata on the predictor.
 
     The file is not compared with the predictor here.
     """
@@ -294,9 +291,9 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
 def write_graph(
     graph: nn.Module, example: GraphInputs, outputs: Sequence[str], facts: dict[str, str]
 ) -> bytes:
-    """The bytes of an ONNX file of a module, with the ``facts`` as metadata.
+    """Return a module's ONNX file as bytes, with the ``facts`` as metadata.
 
-    The file accepts any number of rows of an input: K texts, M everyday words, and N rows of all
+    The file accepts any row count for an input: K texts, M everyday words, and N rows in all
     remaining inputs.
     """
     n_rows = torch.export.Dim("N")
@@ -330,7 +327,7 @@ def write_graph(
 
 
 def _names_of_fixed_inputs(program: torch.onnx.ONNXProgram) -> list[str]:
-    """Names of the inputs of a graph that accept only one number of rows."""
+    """Return the names of a graph's inputs that accept only one row count."""
     fixed_inputs = []
     for graph_input in program.model.graph.inputs:
         shape = graph_input.shape
@@ -340,7 +337,7 @@ def _names_of_fixed_inputs(program: torch.onnx.ONNXProgram) -> list[str]:
 
 
 def predictor_metadata(predictor: FailurePredictor, fingerprint: str) -> dict[str, str]:
-    """Metadata of an ONNX file for images or for tables: facts on the predictor, as strings."""
+    """Return an ONNX file's metadata for images or for tables: facts on the predictor."""
     return {
         "vilu.version": version("vilu"),
         "vilu.method": predictor.name,
@@ -353,7 +350,7 @@ def predictor_metadata(predictor: FailurePredictor, fingerprint: str) -> dict[st
 def file_metadata(
     predictor: FailurePredictor, space: EmbeddingSpace, fingerprint: str
 ) -> dict[str, str]:
-    """Metadata of an ONNX file for images: facts on the predictor and its embedding space."""
+    """Return an ONNX file's metadata for images: facts on the predictor and embedding space."""
     return {
         **predictor_metadata(predictor, fingerprint),
         "vilu.embeddings.space": space.fingerprint,
@@ -365,7 +362,7 @@ def file_metadata(
 
 
 def onnx_function(content: bytes) -> Callable[[GraphInputs], Any]:
-    """Return a function that runs an ONNX file by onnxruntime: from inputs to a list of outputs."""
+    """Return a function that runs an ONNX file by onnxruntime, from inputs to a list of outputs."""
     onnxruntime = import_extra("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
@@ -373,7 +370,7 @@ def onnx_function(content: bytes) -> Callable[[GraphInputs], Any]:
 
     def run(inputs: GraphInputs) -> list[NDArray[Any]]:
         arrays = {name: rows.numpy() for name, rows in inputs.items()}
-        all_outputs = None  # no names of outputs: onnxruntime returns all outputs
+        all_outputs = None  # no output names: onnxruntime returns all outputs
         outputs = session.run(all_outputs, arrays)
         return cast("list[NDArray[Any]]", outputs)
 
@@ -383,9 +380,9 @@ def onnx_function(content: bytes) -> Callable[[GraphInputs], Any]:
 def largest_difference(
     predictor: FailurePredictor, results: Iterable[tuple[GraphInputs, NDArray[Any], NDArray[Any]]]
 ) -> float:
-    """The largest difference between uncertainties by an ONNX file and by the predictor.
+    """Return the largest difference between uncertainties by an ONNX file and by the predictor.
 
-    ``results`` are inputs, uncertainties (N,) and answers (N,) of the file. Rows without a clear
+    ``results`` are the file's inputs, uncertainties (N,) and answers (N,). Rows without a clear
     answer (``reference_scores``) are left out.
 
     Raises:
@@ -421,9 +418,9 @@ def largest_difference(
 
 
 def largest_absolute(differences: NDArray[np.float64], is_counted: NDArray[np.bool_]) -> float:
-    """The largest absolute value of ``differences`` (N,) in the rows of the mask ``is_counted``.
+    """Return the largest absolute value in ``differences`` (N,), for rows with ``is_counted``.
 
-    The result is NaN if one of these values is NaN.
+    If one of these values is NaN, the result is NaN.
     """
     absolute_differences = np.abs(differences)
     return float(absolute_differences[is_counted].max(initial=0.0))
@@ -432,7 +429,7 @@ def largest_absolute(differences: NDArray[np.float64], is_counted: NDArray[np.bo
 def reference_scores(
     predictor: FailurePredictor, inputs: GraphInputs
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Uncertainties (N,) and answers (N,) of the predictor, and a mask (N,) of clear answers.
+    """Return the predictor's uncertainties (N,), answers (N,) and a mask (N,) of clear answers.
 
     An answer is clear if rounding cannot change the answer (``MIN_COSINE_GAP``,
     ``MIN_POSTERIOR_GAP``).
@@ -463,16 +460,15 @@ def reference_scores(
 def trial_inputs(
     predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]
 ) -> Iterator[GraphInputs]:
-    """Yield random inputs of unit norm, one for each of the ``sizes`` (images, candidates).
+    """Yield random inputs with unit norm, one for each of the ``sizes`` (images, candidates).
 
     Some graphs treat the texts of their ``classes`` differently from other texts. For such graphs
-    there are also inputs with the texts of the classes: in the original order, shuffled, only two
-    of the texts, and together with other texts.
+    there are also inputs with the class texts: in the original order, shuffled, only two
+    class texts, and together with other texts.
     """
     space = predictor.fitted_space
     score = score_graph(predictor).score
-    generator = torch.Generator()
-    generator.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     no_classes = torch.empty(0, 0, dtype=torch.float32)
     stored_classes: Tensor = getattr(score, "classes", no_classes)
     classes = stored_classes.cpu()
@@ -495,9 +491,9 @@ def trial_inputs(
 def random_inputs(
     column_widths: dict[str, int], n_images: int, text: Tensor, generator: torch.Generator
 ) -> GraphInputs:
-    """Random images for the candidates ``text``, and random columns by name.
+    """Draw random images for the candidates ``text``, and random columns by name.
 
-    Every second image is near a candidate. ``column_widths`` maps the name of a column to the
+    Every second image is near a candidate. ``column_widths`` maps a column's name to the
     width.
     """
     image = random_rows(n_images, text.shape[1], generator)
@@ -514,6 +510,6 @@ def random_inputs(
 
 
 def random_rows(n: int, dim: int, generator: torch.Generator) -> Tensor:
-    """(n, dim) float32 random rows of unit norm."""
+    """Draw (n, dim) float32 random rows with unit norm."""
     rows = torch.randn(n, dim, generator=generator, dtype=torch.float32)
     return functional.normalize(rows, dim=1)

@@ -1,4 +1,4 @@
-"""Checks of the names, types and sizes of the tensors saved by a method."""
+"""Checks for the names, types and sizes of a method's saved tensors."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from vilu.errors import DataError
 from vilu.predictors.nn.head import load_weights
 
 MAX_SHOWN_NAMES = 8
-"""Number of names of tensors listed in a message."""
+"""How many tensor names a message lists."""
 
 
 class StateLayout(NamedTuple):
-    """The saved tensors of a method: tensors of the method itself, and weights of a network."""
+    """A method's saved tensors: the method's own tensors, and a network's weights."""
 
     method_name: str
-    names: tuple[str, ...]  # names of the method's own tensors; all further tensors are weights
+    names: tuple[str, ...]  # names of the method's own tensors. All further tensors are weights
     forms: str  # types and sizes of the method's own tensors, see ``require_forms``
-    # function that makes the network for the tensors and the space; None without a network
+    # function that makes the network for the tensors and the space, or None without a network
     make_network: Callable[[dict[str, Tensor], EmbeddingSpace], nn.Module | None] | None
 
     def read(
@@ -32,7 +32,7 @@ class StateLayout(NamedTuple):
         """Split saved tensors into the method's own tensors and a network with the saved weights.
 
         Raises:
-            DataError: If tensors are missing, superfluous, or of the wrong types or shapes.
+            DataError: If tensors are missing or superfluous, or have wrong types or shapes.
         """
         if tensors and space is None:
             raise DataError("the saved predictor has weights but no embedding space.")
@@ -58,7 +58,7 @@ class StateLayout(NamedTuple):
         return method_tensors, network
 
     def _wrong_names_message(self, tensors: Mapping[str, Tensor]) -> str:
-        """Message for tensors with other names than the tensors of the method."""
+        """Return the message for tensors whose names are not the method's tensor names."""
         expectation = f"{self.method_name} has no weights"
         if self.names:
             expectation = f"a {self.method_name} holds {', '.join(self.names)}"
@@ -69,17 +69,17 @@ FORM_PATTERN = re.compile(r"(\S+):([fdi?])(\w*)<?(\w?)")
 """Form of a tensor: name, type, a letter for each size, and the size that bounds the values."""
 
 TYPE_OF_LETTER = {"f": torch.float32, "d": torch.float64, "i": torch.int64, "?": torch.bool}
-"""Types of tensors by letter in a form."""
+"""Tensor types by letter in a form."""
 
 
 def require_forms(method_name: str, tensors: dict[str, Tensor], forms: str, width: int) -> None:
-    """Refuse tensors with other types or sizes than in ``forms``.
+    """Refuse tensors whose types or sizes differ from ``forms``.
 
-    An example of ``forms`` is "bank:fND classes:fKD labels:iN<K": a float32 bank (N, D), float32
+    An example for ``forms`` is "bank:fND classes:fKD labels:iN<K": a float32 bank (N, D), float32
     classes (K, D), and int64 labels (N,). Every form has a name, a type (a key of
     ``TYPE_OF_LETTER``), and a letter for every size:
 
-    - The same letter stands for the same size in all forms. D is the ``width`` of the embeddings.
+    - The same letter stands for the same size in all forms. D is the embedding ``width``.
     - A size with a small letter may be 0. If one such size is 0, all such sizes must be 0.
     - "<K" means that all values are from 0 to K - 1.
     """
@@ -110,16 +110,16 @@ def require_forms(method_name: str, tensors: dict[str, Tensor], forms: str, widt
 
 
 class _Form(NamedTuple):
-    """Form of a single tensor, as parsed by ``FORM_PATTERN``."""
+    """Form for a single tensor, as parsed by ``FORM_PATTERN``."""
 
     name: str
     type_letter: str
     size_letters: str  # a letter for each size
-    bound: str  # letter of the size above all values; empty without a bound
+    bound: str  # letter for the size above all values, empty without a bound
 
 
 def _has_small_sizes_of_zero(tensors: Mapping[str, Tensor], forms: Sequence[_Form]) -> bool:
-    """Whether the first tensor with only small letters in its form has a size of 0."""
+    """Return whether the first tensor with only small letters in its form has a size of 0."""
     for name, _, size_letters, _ in forms:
         if size_letters.islower():
             return 0 in tensors[name].shape
@@ -129,10 +129,10 @@ def _has_small_sizes_of_zero(tensors: Mapping[str, Tensor], forms: Sequence[_For
 def _expected_shape(
     size_letters: str, shape: tuple[int, ...], sizes: dict[str, int], *, small_sizes_are_zero: bool
 ) -> tuple[int, ...]:
-    """The expected shape of a tensor of this ``shape``, from the letters of the sizes.
+    """Compute the shape that a tensor of this ``shape`` must have, from the size letters.
 
     If ``small_sizes_are_zero``, all sizes with small letters must be 0. A letter missing in
-    ``sizes`` is added with the size of the tensor, or with 1 if this size is 0.
+    ``sizes`` is added with the tensor's size, or with 1 if this size is 0.
     """
     expected_shape = []
     for dimension, letter in enumerate(size_letters):
@@ -142,7 +142,7 @@ def _expected_shape(
         actual_size = 0  # for a dimension missing in the tensor
         if dimension < len(shape):
             actual_size = shape[dimension]
-        # the known size of the letter, or else the size of this tensor
+        # the letter's known size, or else this tensor's size
         expected_size = sizes.setdefault(letter.upper(), max(actual_size, 1))
         expected_shape.append(expected_size)
     return tuple(expected_shape)

@@ -1,4 +1,4 @@
-"""Loading of saved predictors.
+"""How saved predictors are loaded.
 
 A saved predictor is a folder with ``weights.safetensors`` and ``predictor.json``. Loading executes
 no code from these files.
@@ -48,7 +48,7 @@ def load_predictor(folder: str | Path) -> FailurePredictor:
 
     Raises:
         DataError: If the folder holds no predictor, or a damaged predictor.
-        ProvenanceError: If the predictor has the schema of another version of vilu.
+        ProvenanceError: If the predictor has the schema of another vilu version.
 
     Examples:
         >>> import tempfile, numpy as np, vilu
@@ -82,11 +82,11 @@ def load_predictor(folder: str | Path) -> FailurePredictor:
 
 
 def load_uncalibrated(folder: str | Path) -> FailurePredictor:
-    """Load a predictor without the probabilities of an earlier calibration.
+    """Load a predictor without an earlier calibration's probabilities.
 
     Raises:
         DataError: If the folder holds no predictor, or a damaged predictor.
-        ProvenanceError: If the predictor has the schema of another version of vilu.
+        ProvenanceError: If the predictor has the schema of another vilu version.
     """
     predictor = load_predictor(folder)
     predictor.calibrator_ = None
@@ -94,7 +94,7 @@ def load_uncalibrated(folder: str | Path) -> FailurePredictor:
 
 
 def _read_weights(path: Path, expected_sha256: str) -> bytes:
-    """The bytes of the file of weights at ``path``, after a check of their hash."""
+    """Read the bytes of the weights file at ``path``, and check their hash."""
     if not path.is_file():
         raise DataError(f"the predictor is not complete: {path} does not exist. {REFIT_ADVICE}.")
     with convert_os_errors(f"cannot read {path}"):
@@ -114,7 +114,7 @@ LOADING_ERRORS = (
     TypeError,
     ValueError,
 )
-"""Possible errors of a method if saved tensors or parameters do not fit the method."""
+"""Errors that a method may raise if saved tensors or parameters do not fit the method."""
 
 
 def _assemble(
@@ -139,7 +139,7 @@ def _assemble(
 
 
 def fit_inputs_digest(predictor: FailurePredictor, files: Sequence[Path], **flags: object) -> str:
-    """Digest of all inputs of a fit.
+    """Compute a digest from all inputs of a fit.
 
     The inputs are the method, its parameters, the ``files`` read by the fit, and further ``flags``.
     """
@@ -150,10 +150,10 @@ def fit_inputs_digest(predictor: FailurePredictor, files: Sequence[Path], **flag
 
 
 def claim_output_folder(folder: Path, fit_digest: str, *, overwrite: bool) -> bool:
-    """Check an output folder; true if it has an intact predictor of the same ``fit_digest``.
+    """Check an output folder. Return whether an intact predictor with ``fit_digest`` is there.
 
-    If that predictor is damaged, the result is false, with a warning. A folder with a predictor of
-    different inputs is refused, unless ``overwrite``.
+    If that predictor is damaged, a warning is logged and the result is False. With ``overwrite``,
+    the result is False, too. Otherwise a predictor from different inputs is refused.
     """
     notes: object = None
     saved_description = description.read_fit_description(folder / PREDICTOR)
@@ -180,7 +180,7 @@ def claim_output_folder(folder: Path, fit_digest: str, *, overwrite: bool) -> bo
 
 
 def saved_method_class(saved_description: dict[str, Any], path: Path) -> type[FailurePredictor]:
-    """The class of a saved predictor, from the description read from ``path``.
+    """Return the saved predictor's class, from the description read from ``path``.
 
     Raises:
         DataError: If the class is not installed. The message names the package to install, or the
@@ -188,11 +188,11 @@ def saved_method_class(saved_description: dict[str, Any], path: Path) -> type[Fa
         MissingModelError: If the class belongs to vilu-bench, and vilu-bench is not installed.
     """
     name = saved_description["method"]
-    home = saved_description.get("home")  # package and module of a method outside vilu, else None
+    home = saved_description.get("home")  # package and module if the method is outside vilu
     if name in method_names():
         return find_method(name)
-    # This refuses names of vilu-bench, and does nothing for other names.
     if not isinstance(home, dict) or str(home.get("module")).startswith("vilu_bench."):
+        # ``refuse_name_of_bench`` does nothing for names outside vilu-bench.
         refuse_name_of_bench(PREDICTORS.group, name)
     if not isinstance(home, dict):
         known_names = ", ".join(method_names())
@@ -205,7 +205,7 @@ def saved_method_class(saved_description: dict[str, Any], path: Path) -> type[Fa
 
 
 def write_card(folder: str | Path) -> None:
-    """Write the card of a saved predictor again, with the guarantee if there is a ``risk.json``."""
+    """Write a saved predictor's card again, with the guarantee if there is a ``risk.json``."""
     path = Path(folder)
     risk = None
     if (path / RISK).exists():

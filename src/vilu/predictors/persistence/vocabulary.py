@@ -1,7 +1,7 @@
-"""The candidate classes of a predictor, saved beside the predictor.
+"""A predictor's candidate classes, saved beside the predictor.
 
 To classify and score a new image, a user needs these classes, the predictor, and the
-vision-language model of the predictor.
+predictor's vision-language model.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Vocabulary:
     """K classes with text embeddings, and the data needed to embed new images in the same way.
 
     Attributes:
-        names: K names of the classes; None if the classes have no names.
-        text: (K, D) float32 unit-norm text embeddings of the classes.
-        space: Space of the embeddings.
-        dtype: Number format of the stored image embeddings. New embeddings are rounded to this
+        names: K class names, or None if the classes have no names.
+        text: (K, D) float32 unit-norm text embeddings for the classes.
+        space: The embedding space.
+        dtype: Number format for the stored image embeddings. New embeddings are rounded to this
             format.
         columns: Columns with rows that do not belong to images, such as everyday words, by name
             (``vilu.embeddings.columns``).
@@ -53,9 +53,9 @@ class Vocabulary:
 
     @classmethod
     def of(cls, source: EmbeddingSource, dtype: str | None = None) -> Vocabulary:
-        """The vocabulary of a source with the same candidates for all rows.
+        """Make the vocabulary from a source with the same candidates for all rows.
 
-        By default ``dtype`` is the number format of the store, or float32 for arrays in memory.
+        By default ``dtype`` is the store's number format, or float32 for arrays in memory.
         """
         dtype = dtype or source.stored_dtype or "float32"
         no_rows = torch.empty(0, dtype=torch.int64)
@@ -70,12 +70,12 @@ class Vocabulary:
         columns: Mapping[str, Tensor] | None = None,
         ids: Sequence[str] | None = None,
     ) -> NewImages:
-        """New image embeddings (N, D) with the classes, rounded like the stored embeddings.
+        """Combine new image embeddings (N, D) with the classes, rounded like the stored embeddings.
 
         Args:
             image: (N, D) embeddings.
             columns: Columns with a row for each image (``vilu.embeddings.columns``).
-            ids: N identifiers; by default the row numbers.
+            ids: N identifiers. By default, the row numbers.
         """
         new_rows = image_matrix(image, self.space)
         return NewImages(
@@ -139,7 +139,7 @@ class Vocabulary:
 
     @classmethod
     def _from_content(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Vocabulary:
-        """Make a vocabulary; a DataError if the header does not describe the tensors."""
+        """Make a vocabulary. Raise DataError if the header does not describe the tensors."""
         saved_digest = header.pop("digest", None)
         if saved_digest != digest(header) or _tensor_hashes(tensors) != header["tensors"]:
             raise DataError("its content is not what its digest says")
@@ -153,5 +153,5 @@ class Vocabulary:
 
 
 def _tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Hashes of tensors, by name."""
+    """Hash each tensor, by name."""
     return {name: tensor_hash(tensor) for name, tensor in sorted(tensors.items())}

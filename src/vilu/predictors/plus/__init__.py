@@ -1,1 +1,1 @@
-"""ViLU+ and ViLU-zero, and their detection of images of none of the classes."""
+"""ViLU+ and ViLU-zero, and how both detect images that show none of the classes."""

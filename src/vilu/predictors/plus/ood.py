@@ -1,4 +1,4 @@
-"""Images of none of the classes: everyday words as further candidates, and the outcome "outside".
+"""Images that show none of the classes: everyday words as candidates, and the outcome "outside".
 
 Shapes: B images, K classes, M everyday words, D embedding width.
 
@@ -6,7 +6,7 @@ The margin of an image x is
 
     m(x) = log sum_w exp l_w(x) - log sum_c exp l_c(x),
 
-with logits l_w of the words and l_c of the classes. The margin is the log-odds of words against
+with word logits l_w and class logits l_c. The margin is the log-odds of words against
 classes under the zero-shot softmax over words and classes.
 """
 
@@ -30,15 +30,15 @@ from vilu.embeddings.source import Batch
 from vilu.predictors.contract.predictor import FailurePredictor
 
 NEGATIVES = "negatives"
-"""Name of the column of everyday words. No word of the column means a class.
+"""Name of the column with everyday words. No word in the column means a class.
 
-The words represent images of none of the classes.
+The words represent images that show none of the classes.
 """
 
 
-# All batches of a source have the same texts and words, so the far words are computed for the first
-# batch only. The cache maps text, words and settings to the far words, as long as both tensors
-# exist.
+# All batches from a source have the same texts and words, so the far words are computed for the
+# first batch only. The cache maps text, words and settings to the far words, as long as both
+# tensors exist.
 _FAR_WORDS_CACHE: MutableMapping[Tensor, MutableMapping[Tensor, dict[object, Tensor]]] = (
     WeakTensorKeyDictionary()
 )
@@ -47,9 +47,9 @@ _FAR_WORDS_CACHE: MutableMapping[Tensor, MutableMapping[Tensor, dict[object, Ten
 def far_word_indices(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
     """Return the ascending indices (M',) of the words (M, D) far from the classes (K, D).
 
-    The nearness of a word is the 1 - ``nearest`` quantile of the K cosines of the word with the
+    A word's nearness is the 1 - ``nearest`` quantile of the word's K cosines with the
     classes. The ``share`` of the words with the least nearness is returned, at least 1 word. Among
-    words of equal nearness the lower index comes first.
+    equally near words, the lower index comes first.
     """
     empty_cache = WeakTensorKeyDictionary()
     cache_of_text = _FAR_WORDS_CACHE.setdefault(text, empty_cache)
@@ -61,24 +61,24 @@ def far_word_indices(words: Tensor, text: Tensor, share: float, nearest: float =
 
 
 def _find_far_word_indices(words: Tensor, text: Tensor, share: float, nearest: float) -> Tensor:
-    """As ``far_word_indices``, without the cache."""
-    # Words near a class are left out. Such a word would take softmax mass from images of the class,
+    """Find the far words as in ``far_word_indices``, without the cache."""
+    # Words near a class are left out. Such a word would take softmax mass from that class's images,
     # and these images are inside.
     cosine = words @ text.T
-    # the rank of the quantile among the K descending cosines of a word
+    # the quantile's rank among a word's K descending cosines
     rank = max(math.ceil(nearest * cosine.shape[1]), 1)
     descending_cosines = cosine.topk(rank, dim=1).values
-    cosine_of_rank = descending_cosines[:, -1]
+    nearness = descending_cosines[:, -1]  # the cosine with this rank, for every word
     n_far = max(round(share * len(words)), 1)
-    farthest = cosine_of_rank.argsort(stable=True)[:n_far]
-    return farthest.sort().values
+    farthest_words = nearness.argsort(stable=True)[:n_far]
+    return farthest_words.sort().values
 
 
 def log_word_mass(batch: Batch, word_index: Tensor) -> Tensor:
-    """Log of the summed exponentials of the logits of words, (B,) float64: log sum_w exp l_w.
+    """Compute log sum_w exp l_w (B,) float64 over the words w with these indices.
 
-    l_w is the logit of the word w. The sum is over the words with these indices. l_w has no bias:
-    words and classes have the same bias, so callers compare both without the bias.
+    l_w is the word's logit, without the bias. Words and classes have the same bias, so callers
+    compare both without the bias.
     """
     words = batch.columns[NEGATIVES][word_index]
     with torch.autocast(batch.image.device.type, enabled=False):
@@ -87,13 +87,13 @@ def log_word_mass(batch: Batch, word_index: Tensor) -> Tensor:
 
 
 def log_class_mass(batch: Batch) -> Tensor:
-    """(B,) float64 log sum_c exp l_c over the classes c, without the logit bias."""
+    """Compute log sum_c exp l_c (B,) float64 over the classes c, without the logit bias."""
     logits = float64(batch.logits - batch.logit_bias)
     return logits.logsumexp(dim=1)
 
 
 def word_margins(batch: Batch, word_index: Tensor) -> Tensor:
-    """(B,) float64 margins m(x), over the words with these indices."""
+    """Compute the margins m(x) (B,) float64, over the words with these indices."""
     return log_word_mass(batch, word_index) - log_class_mass(batch)
 
 
@@ -104,29 +104,29 @@ class NegLabel(FailurePredictor):
     u = 1 - (softmax mass on all classes, or on the answer alone). The softmax is over the classes c
     and the everyday words w.
 
-    of="classes" detects images of none of the classes:
+    of="classes" detects images that show none of the classes:
 
         u = sum_w exp l_w / (sum_c exp l_c + sum_w exp l_w)
 
-    of="answer" also detects wrong answers among the classes. A word near the class of the answer
+    of="answer" also detects wrong answers among the classes. A word near the answer's class
     then counts as another answer:
 
         u = 1 - exp l_t̂ / (sum_c exp l_c + sum_w exp l_w)
 
-    The words are the column ``negatives``. Words near a class are left out: the nearness of a word
-    is the 1 - ``nearest`` quantile of the cosines of the word with the classes. The ``share`` of
+    The words are the column ``negatives``. Words near a class are left out. A word's nearness
+    is the 1 - ``nearest`` quantile of the word's cosines with the classes. The ``share`` of
     the words with the least nearness is kept.
 
     Args:
-        of: "classes" or "answer". The softmax mass of all classes, or of the answer alone, lowers
+        of: "classes" or "answer". The softmax mass on all classes, or on the answer alone, lowers
             the uncertainty.
         share: Share of the words to keep.
         nearest: This share of the classes may be near a word before the word is left out.
 
     Source: NegLabel, Jiang et al., ICLR 2024 (temperature 0.01, CLIP's own; ``nearest`` 5 %,
-    ``share`` 15 %). In the paper the words are the nouns and adjectives of WordNet, in another
-    prompt than the classes, and the score is averaged over groups of words. Here all words are in a
-    single group of about two thousand, in the prompts of the classes. A larger share of the words
+    ``share`` 15 %). In the paper the words are the nouns and adjectives in WordNet, in a
+    prompt that differs from the class prompts. The score is averaged over word groups. Here all
+    words are in a single group with about two thousand words, in the class prompts. A larger share
     is kept, because there are fewer words.
 
     Examples:
@@ -153,7 +153,7 @@ class NegLabel(FailurePredictor):
 
     @property
     def label(self) -> str:
-        """The name, with "(answer)" where the mass of the answer alone is counted."""
+        """The name, with "(answer)" where only the mass on the answer is counted."""
         if self.of == "classes":
             return self.name
         return f"{self.name} (answer)"
@@ -174,30 +174,30 @@ class NegLabel(FailurePredictor):
         return torch.sigmoid(log_all_others - log_answer)
 
 
-# Constants of the outcome "outside", sorted by step: the choice of words, the regression of the
+# Constants for the outcome "outside", sorted by step: the choice of words, the regression of the
 # margin, the mixture, the fit from examples, and the optimisers.
 
 WORD_SHARE = 0.25
 """The outcome "outside" uses this share of the words: the words farthest from the classes."""
 
 MIN_DIRECTION_ROWS = 100
-"""A direction and a share of images outside are estimated if there are at least this many rows."""
+"""A direction and a share of images outside are estimated only from at least this many rows."""
 
 DIRECTION_VARIANCE = 0.1
-"""Prior variance of the weights in the regression of the margin on the image."""
+"""The weights' prior variance in the regression of the margin on the image."""
 PREDICTION_SHARE = 2 / 3
-"""Weight of the predicted margin in the average with the actual margin."""
+"""The predicted margin's weight in the average with the actual margin."""
 
 CLASS_PRIOR_ROWS = 5.0
-"""Weight, in rows, of the mean over all classes in the estimated mean of a class."""
+"""Weight, in rows, of the mean over all classes when a class's mean is estimated."""
 OUTSIDE_PRIOR = 0.05
-"""Weight, as a share of the N rows, of the expected mean outside in the estimated mean outside."""
+"""Weight, as a share of the N rows, of the expected mean when the mean outside is estimated."""
 MIN_OUTSIDE_SHARE = 0.02
 """The predicted margin is used if the estimated share of images outside is at least this."""
 MIN_SEPARATION = 2.0
 """The words are used if the means inside and outside are this many standard deviations apart."""
 MAX_SEPARATION = 10.0
-"""Maximum distance of the means, in standard deviations.
+"""Largest distance between the means, in standard deviations.
 
 Without this limit, a few equal rows would have a larger distance.
 """
@@ -207,36 +207,36 @@ LOG_ODDS_DISCOUNT = 1.0
 """This number is subtracted from log-odds estimated without examples outside."""
 
 LABEL_VARIANCE = 100.0
-"""Prior variance of the weights of the image, where there are examples of images outside."""
+"""Prior variance of the image weights, where there are examples of images outside."""
 MARGIN_VARIANCE = 10.0
-"""Prior variance of the weight of the margin, where there are examples of images outside."""
+"""Prior variance of the margin weight, where there are examples of images outside."""
 
-MAX_EM_PASSES = 500  # maximum number of passes of EM
+MAX_EM_PASSES = 500  # largest number of EM passes
 EM_TOLERANCE = 1e-9  # EM ends if the mean and the share outside change by less in sum
-MAX_LBFGS_STEPS = 200  # maximum number of steps of L-BFGS
+MAX_LBFGS_STEPS = 200  # largest number of L-BFGS steps
 
 
 def outside_word_indices(batch: Batch) -> Tensor:
-    """Indices (M',) of the words used by the outcome "outside"."""
+    """Return the indices (M',) of the words used by the outcome "outside"."""
     return far_word_indices(batch.columns[NEGATIVES], batch.text, WORD_SHARE)
 
 
 @dataclass(frozen=True, eq=False)
 class Outside:
-    """The outcome "none of the classes": log-odds of "outside" for an image x.
+    """The outcome "none of the classes": log-odds that an image x is outside.
 
         log-odds = slope_a (w . x + b + g m(x)) + offset_a
 
-    a is the index of the zero-shot answer among the classes of the fit. An answer that is no class
-    of the fit uses the last entry of ``slope`` and ``offset``. If g is zero, the words have no
+    a is the zero-shot answer's index among the fitted classes. An answer that is no fitted class
+    uses the last entry in ``slope`` and ``offset``. If g is zero, the words have no
     effect. If ``slope`` is empty, nothing was learned and P(outside) is zero.
     """
 
     weight: Tensor  # (D,) w; (0,) where nothing was learned
     bias: Tensor  # () b
-    word_weight: Tensor  # () g, the weight of the margin m
-    slope: Tensor  # (1,) for all answers, or (K + 1,); (0,) where nothing was learned
-    offset: Tensor  # of the shape of ``slope``
+    word_weight: Tensor  # () g, the weight on the margin m
+    slope: Tensor  # (1,) for all answers, or (K + 1,). If nothing was learned: (0,)
+    offset: Tensor  # with the same shape as ``slope``
     notes: Mapping[str, Any] = field(default_factory=dict)  # plain JSON, for people to read
 
     # the saved tensors, each as "name:form"; ``require_forms`` describes forms
@@ -247,7 +247,7 @@ class Outside:
 
     @classmethod
     def not_learned(cls, **notes: Any) -> Self:  # noqa: ANN401 - plain JSON
-        """The outcome where nothing was learned: P(outside) is zero."""
+        """Make the outcome where nothing was learned: P(outside) is zero."""
         # Five tensors with separate memory: safetensors refuses to save tensors with shared memory.
         return cls(
             weight=torch.zeros(0, dtype=torch.float64),
@@ -260,19 +260,19 @@ class Outside:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The outcome with these saved tensors; ``not_learned()`` if a tensor is missing."""
+        """Make the outcome from saved tensors. If a tensor is missing, use ``not_learned()``."""
         if not tensors.keys() >= set(cls.names):
             return cls.not_learned()
         weight, bias, word_weight, slope, offset = (tensors[name] for name in cls.names)
         return cls(weight, bias, word_weight, slope, offset)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors to save, by name."""
+        """Return the tensors to save, by name."""
         tensors = (self.weight, self.bias, self.word_weight, self.slope, self.offset)
         return dict(zip(self.names, tensors, strict=True))
 
     def __bool__(self) -> bool:
-        """Whether the outcome was learned."""
+        """Return whether the outcome was learned."""
         return len(self.slope) > 0
 
     @property
@@ -283,11 +283,11 @@ class Outside:
         return (NEGATIVES,)
 
     def log_odds(self, batch: Batch, classes: Tensor | None = None) -> Tensor:
-        """(B,) float64 log(P(outside) / P(inside)); minus infinity where nothing was learned.
+        """Compute log(P(outside) / P(inside)) (B,) float64. If not learned: minus infinity.
 
         Args:
             batch: Rows with the columns ``columns``.
-            classes: (K,) index of every candidate among the classes of the fit, or -1 for other
+            classes: (K,) every candidate's index among the fitted classes, or -1 for other
                 candidates. None means -1 for all candidates.
         """
         image = float64(batch.image)
@@ -303,9 +303,9 @@ class Outside:
             margins = word_margins(batch, word_index)
             evidence = evidence + word_weight * margins.to(image.device)
         if classes is None or len(slope) == 1:
-            # the last entry is for all answers, or for answers that are no class of the fit
+            # the last entry is for all answers, or for answers that are no fitted class
             return slope[-1] * evidence + offset[-1]
-        # an answer that is no class of the fit has the index -1, and so reads the last entry
+        # an answer that is no fitted class has the index -1, and so reads the last entry
         answer = classes.to(image.device)[batch.prediction.to(image.device)]
         return slope[answer] * evidence + offset[answer]
 
@@ -328,7 +328,7 @@ class OutsideGraph(nn.Module):
         self.offset = nn.Buffer(outcome.offset)
 
     def forward(self, batch: Batch, classes: Tensor | None) -> Tensor:
-        """(B,) float64 log-odds; ``classes`` is as in ``Outside.log_odds``."""
+        """Compute the log-odds (B,) float64, with ``classes`` as in ``Outside.log_odds``."""
         evidence = float64(batch.image) @ self.weight + self.bias
         if self.looks_at_words:
             evidence = evidence + self.word_weight * self.word_margins(batch)
@@ -341,7 +341,7 @@ class OutsideGraph(nn.Module):
         return self.slope[index] * evidence + self.offset[index]
 
     def word_margins(self, batch: Batch) -> Tensor:
-        """(B,) float64 margins m(x), equal to the results of the function ``word_margins``."""
+        """Compute the margins m(x) (B,) float64, equal to the function ``word_margins``."""
         words = batch.columns[NEGATIVES]
         nearness = (words @ batch.text.T).amax(dim=1)
         # The sort need not be stable. In practice only equal words have equal nearness, and the
@@ -350,11 +350,11 @@ class OutsideGraph(nn.Module):
         positions = torch.arange(words.shape[0], device=words.device)
         unranked = torch.empty_like(order)
         rank = unranked.scatter(0, order, positions)  # 0 for the farthest word
-        # counted by a sum, since the size of a tensor would be a constant in the graph
+        # counted by a sum, since a tensor's size would be a constant in the graph
         one_per_word = torch.ones_like(nearness, dtype=torch.float64)
         n_words = one_per_word.sum()
-        rounded_share = (WORD_SHARE * n_words).round()
-        n_far = rounded_share.clamp_min(1)
+        rounded_number = (WORD_SHARE * n_words).round()
+        n_far = rounded_number.clamp_min(1)
         word_logits = float64(replace(batch, text=words, logit_bias=0.0).logits)
         far_logits = word_logits.masked_fill(rank >= n_far, -torch.inf)
         class_logits = float64(batch.logits - batch.logit_bias)
@@ -364,22 +364,22 @@ class OutsideGraph(nn.Module):
 class SeesOutside(ABC):
     """A method with the outcome "outside" in addition to its candidates.
 
-    u = 1 - (1 - P(outside)) q_t̂, with the probability q_t̂ of the zero-shot answer.
+    u = 1 - (1 - P(outside)) q_t̂, where q_t̂ is the probability of the zero-shot answer.
     """
 
     learned_: dict[str, Tensor]
 
     @property
     def outcome(self) -> Outside:
-        """The learned outcome "outside": images of none of the classes."""
+        """The learned outcome "outside": the image shows none of the classes."""
         return Outside.from_tensors(self.learned_)
 
     @abstractmethod
     def outside_log_odds(self, batch: Batch) -> Tensor:
-        """(B,) float64 log-odds that the image is of none of the classes."""
+        """Compute the log-odds (B,) float64 that the image shows none of the classes."""
 
     def outside_probability(self, batch: Batch) -> Tensor | None:
-        """(B,) float64 P(the image is of none of the classes); None if "outside" was not learned.
+        """Compute P(no class is shown) (B,) float64, or None if "outside" was not learned.
 
         Examples:
             >>> import numpy as np, vilu
@@ -420,9 +420,9 @@ def learn_outside(train: Rows) -> Outside:
 
 
 class Margins(NamedTuple):
-    """Margins and zero-shot answers of N rows, and the moments of the images z.
+    """Margins and zero-shot answers for N rows, and the moments of the images z.
 
-    The ridge regression of the margin on the image needs only these moments.
+    The ridge regression from the image to the margin needs only these moments.
     """
 
     margin: Tensor  # (N,)
@@ -436,7 +436,7 @@ class Margins(NamedTuple):
         """Compute margins, answers and moments in a single pass over the rows, block by block."""
         dim = rows.source.space.embed_dim
         n = len(rows.index)
-        # sums over the rows of z, z z^T, and z times the margin
+        # over the rows: sums of z, z z^T, and z times the margin
         sum_of_images = torch.zeros(dim, dtype=torch.float64)
         gram = torch.zeros(dim, dim, dtype=torch.float64)
         cross = torch.zeros(dim, dtype=torch.float64)
@@ -463,30 +463,29 @@ class Margins(NamedTuple):
         )
 
     def regress_on_image(self) -> tuple[Tensor, Tensor]:
-        """Weights (D,) and intercept () of the ridge regression of the margin on the image.
+        """Fit a ridge regression from the image to the margin: weights (D,) and intercept ().
 
-        The centred images are divided by the root mean square of the norms of the centred images.
-        The margins are divided by the standard deviation of the margins. The prior variance of the
-        weights is ``DIRECTION_VARIANCE``; the noise variance is 1. The prior shrinks predictions
+        The centred images are divided by their root mean square norm.
+        The margins are divided by their standard deviation. The weights have the prior variance
+        ``DIRECTION_VARIANCE``, and the noise has the variance 1. The prior shrinks predictions
         towards the mean margin.
         """
-        # The margin of an image is noisy, because few words fit a given image. The regression of
-        # the margin on the image finds the common properties of images with a large margin. Without
-        # the prior, D weights would fit the noise of N margins.
-        mean_variance = self.gram.trace() / len(self.margin)
-        mean_square = mean_variance.clamp_min(1e-12)
+        # An image's margin is noisy, because few words fit a given image. The regression from
+        # the image to the margin finds what images with a large margin have in common. Without
+        # the prior, D weights would fit the noise in N margins.
+        mean_square = (self.gram.trace() / len(self.margin)).clamp_min(1e-12)
         ridge = mean_square / DIRECTION_VARIANCE * torch.eye(len(self.gram), dtype=torch.float64)
         weight = torch.linalg.solve(self.gram + ridge, self.cross)
         return weight, self.margin.mean() - weight @ self.mean
 
 
 class Mixture(NamedTuple):
-    """Two Gaussians with the same variance: values of images inside, and of images outside.
+    """Two Gaussians with the same variance: values for images inside, and for images outside.
 
-    The mean of an image inside depends on the zero-shot answer. All images outside share a mean.
+    The mean for an image inside depends on the zero-shot answer. All images outside share a mean.
     """
 
-    inside_means: Tensor  # (K + 1,) by the answer of the image; the last: other candidates
+    inside_means: Tensor  # (K + 1,) by the image's answer, and last for other candidates
     outside_mean: float
     variance: float  # of both Gaussians
     outside_share: float  # share of images outside
@@ -497,7 +496,7 @@ class Mixture(NamedTuple):
         return (self.outside_mean - float(self.inside_means[-1])) / math.sqrt(self.variance)
 
     def log_odds(self) -> tuple[Tensor, Tensor]:
-        """Slopes (K + 1,) and offsets (K + 1,): log-odds of outside = slope * value + offset."""
+        """Return slopes (K + 1,) and offsets (K + 1,): log-odds = slope * value + offset."""
         # Bayes' rule. With the same variance for both Gaussians the squares of the value cancel, so
         # the log-odds are linear in the value. With two variances, the wider Gaussian would be
         # likelier at both ends, also for values far inside.
@@ -509,15 +508,15 @@ class Mixture(NamedTuple):
 def fit_mixture(
     value: Tensor, answer: Tensor, n_classes: int, sum_of_means: float, *, all_known_inside: bool
 ) -> Mixture:
-    """Fit the mixture with the largest posterior to values (N,) of images with answers (N,), by EM.
+    """Fit the mixture with the largest posterior to values (N,) and answers (N,) by EM.
 
     The lower quartile of the values is taken as the initial mean inside, since images outside have
     larger values. The priors are:
 
-    - The mean inside of a class is averaged with the mean over all classes. The mean over all
-      classes has the weight of ``CLASS_PRIOR_ROWS`` rows.
+    - The mean inside for a class is averaged with the mean over all classes. The mean over all
+      classes weighs as much as ``CLASS_PRIOR_ROWS`` rows.
     - The mean outside is averaged with an expected value, ``sum_of_means`` minus the lower
-      quartile. The expected value has the weight of ``OUTSIDE_PRIOR`` N rows. If all rows are
+      quartile. The expected value weighs as much as ``OUTSIDE_PRIOR`` N rows. If all rows are
       inside, the mean outside therefore stays near the expected value, and the share stays small.
 
     With ``all_known_inside`` no row is outside, so a single step gives the means inside and the
@@ -527,7 +526,7 @@ def fit_mixture(
     Args:
         value: (N,) values, for example margins.
         answer: (N,) zero-shot answers.
-        n_classes: Number K of classes.
+        n_classes: Class count K.
         sum_of_means: Expected sum of the mean inside and the mean outside.
         all_known_inside: Whether all images are known to be inside.
     """
@@ -539,7 +538,7 @@ def fit_mixture(
     # The likelihood grows without bound if a Gaussian narrows around equal values. The standard
     # deviation is therefore at least |expected_outside - lower_quartile| / MAX_SEPARATION.
     min_deviation = max(abs(sum_of_means - 2 * lower_quartile) / MAX_SEPARATION, 1e-6)
-    # the 5 % and 25 % quantiles of a normal distribution are 1.645 - 0.674 = 0.97 standard
+    # in a normal distribution, the 5 % and 25 % quantiles are 1.645 - 0.674 = 0.97 standard
     # deviations apart
     deviation = max((lower_quartile - low_quantile) / 0.97, min_deviation)
     mixture = Mixture(
@@ -581,11 +580,11 @@ def _maximisation_step(
     expected_outside: float,
     min_deviation: float,
 ) -> Mixture:
-    """The mixture for values (N,) of images, given P(outside) of every image as ``p_outside`` (N,).
+    """Fit the mixture to values (N,), given P(outside) for every image as ``p_outside`` (N,).
 
-    This is the second step of a pass of EM. ``answer`` (N,) are the zero-shot answers.
-    ``expected_outside`` is the expected mean outside, and ``min_deviation`` is the minimum standard
-    deviation.
+    This is the second step in an EM pass. ``answer`` (N,) are the zero-shot answers.
+    ``expected_outside`` is the expected mean outside, and ``min_deviation`` is the smallest
+    allowed standard deviation.
     """
     n = len(value)
     p_inside = 1 - p_outside
@@ -619,10 +618,10 @@ def learn_from_words(rows: Rows, *, all_known_inside: bool) -> Outside:
     """Learn the outcome "outside" from everyday words, without examples of images outside.
 
     An image outside relates to the M words as an image inside relates to the K classes. The
-    expected margin of an image outside is therefore log(M / K) minus the margin of an image inside.
+    expected margin outside is therefore log(M / K) minus the margin inside.
 
     Unless the rows are ``all_known_inside``, the rows are a mixture of images inside and outside.
-    If enough rows are outside, the value of a row is an average of two numbers: the margin, and the
+    If enough rows are outside, a row's value is an average of two numbers: the margin, and the
     margin predicted from the image by a ridge regression (``Margins.regress_on_image``). Otherwise
     the value is the margin alone.
     """
@@ -631,8 +630,8 @@ def learn_from_words(rows: Rows, *, all_known_inside: bool) -> Outside:
     # all rows have the same words, so the words are read for no row
     all_words = rows.source.column(NEGATIVES, rows.index[:0])
     n_words = max(round(WORD_SHARE * len(all_words)), 1)
-    sum_of_means = math.log(n_words / n_classes)  # of the margins inside and outside
-    # with these weights, the value of a row is the margin alone
+    sum_of_means = math.log(n_words / n_classes)  # for the margins inside and outside
+    # with these weights, a row's value is the margin alone
     weight = torch.zeros_like(margins.mean)
     bias = torch.zeros((), dtype=torch.float64)
     word_weight = torch.ones((), dtype=torch.float64)
@@ -648,7 +647,7 @@ def learn_from_words(rows: Rows, *, all_known_inside: bool) -> Outside:
             value, margins.answer, n_classes, sum_of_means, all_known_inside=False
         )
         # The regression predicts the margin. If hardly any image is outside, the margin depends on
-        # other properties of the images. Then the value is the margin alone.
+        # other image properties. Then the value is the margin alone.
         if mixture_of_averages.outside_share >= MIN_OUTSIDE_SHARE:
             mixture = mixture_of_averages
             weight = direction
@@ -674,7 +673,7 @@ def learn_from_words(rows: Rows, *, all_known_inside: bool) -> Outside:
 
 
 def _predict_from_image(rows: Rows, direction: Tensor, intercept: Tensor) -> Tensor:
-    """(N,) float64 predictions of a linear regression on the image, read block by block."""
+    """Predict (N,) float64 values by a linear regression on the image, read block by block."""
     predictions = []
     for batch in rows.batches(SCORING_BATCH):
         prediction = float64(batch.image) @ direction + intercept
@@ -683,14 +682,14 @@ def _predict_from_image(rows: Rows, direction: Tensor, intercept: Tensor) -> Ten
 
 
 class Regressors(NamedTuple):
-    """Regressors of "outside": the images of N rows and, where there are words, the margins."""
+    """Regressors for "outside": the images in N rows and, where there are words, the margins."""
 
     rows: Rows
-    margins: Tensor | None  # (N,); None without the column of words
+    margins: Tensor | None  # (N,), or None without the word column
 
     @classmethod
     def of(cls, rows: Rows) -> Regressors:
-        """The regressors of some rows. The margins are computed here, once for all passes."""
+        """Make the regressors for some rows. The margins are computed here, once for all passes."""
         rows_of_images = replace(rows, columns=())
         if NEGATIVES not in rows.columns:
             return cls(rows_of_images, None)
@@ -717,7 +716,7 @@ class Regressors(NamedTuple):
 
 
 def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
-    """Fit an L2-regularised logistic regression of "outside" on the image.
+    """Fit an L2-regularised logistic regression that predicts "outside" from the image.
 
     Where there are words, the margin is a further regressor. ``outside_rows`` are the indices of
     the examples of images outside.
@@ -762,13 +761,13 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
         return total_loss
 
     optimizer.step(objective)
-    # the weights of inputs that are centred but not scaled
+    # the weights for inputs that are centred but not scaled
     direction = weights.detach()[:-1] / scale
     centred_intercept = weights.detach()[-1]
     slope = torch.ones(1, dtype=torch.float64)
     offset = torch.zeros(1, dtype=torch.float64)
     word_weight = torch.zeros((), dtype=torch.float64)  # without words, the margin is not used
-    if len(direction) > dim:  # the weights of the image come first, then the weight of the margin
+    if len(direction) > dim:  # the image weights come first, then the margin weight
         word_weight = direction[dim].clone()
     bias = centred_intercept - direction @ centre
     notes = {"n_outside": len(outside_rows)}
@@ -776,14 +775,14 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
 
 
 def _standardisation(sets: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:
-    """Number of rows of all sets, and means (W,) and scales (W,) of the W regressors.
+    """Return the row count over all sets, and the W regressors' means (W,) and scales (W,).
 
     All D image regressors have the same scale, the root mean square norm of the centred images. The
-    scale of the margin is the standard deviation of the margins.
+    margin's scale is the standard deviation of the margins.
     """
     n_rows = 0
     # The sums over all rows have the shape (W,) from the first block on. The zeros () add to a
-    # block of any width.
+    # block with any width.
     sum_of_inputs = torch.zeros((), dtype=torch.float64)
     sum_of_squares = torch.zeros((), dtype=torch.float64)
     for regressors in sets:

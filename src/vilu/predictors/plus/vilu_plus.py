@@ -56,14 +56,14 @@ from vilu.predictors.vilu.head import Count, NonNegative, Positive
 POOL_SD = 0.2
 """Prior standard deviation of the pool weights.
 
-The prior mean is 1 for the first expert, the attention, and 0 for further experts.
+The first expert, the attention, has the prior mean 1, and further experts have the prior mean 0.
 """
 
 
 def fit_pool_weights(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Weights w (M,) >= 0 with the largest posterior, for a log-linear pool of M experts.
+    """Find the weights w (M,) >= 0 with the largest posterior, for a log-linear pool of M experts.
 
-    The prior of w is N((1, 0, ...), ``POOL_SD``^2). The problem is convex.
+    The prior on w is N((1, 0, ...), ``POOL_SD``^2). The problem is convex.
 
     Args:
         log_p: (N, M, K) log probabilities of the K candidates by every expert.
@@ -75,10 +75,10 @@ def fit_pool_weights(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> N
     prior = np.eye(log_p.shape[1])[0]  # (1, 0, ...)
 
     def objective(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        # minus the log posterior of the weights, and the gradient (M,)
+        # minus the log posterior for the weights, and the gradient (M,)
         pooled_log_p = np.einsum("m,nmk->nk", weights, log_p)
         log_q = pooled_log_p - np.logaddexp.reduce(pooled_log_p, axis=1, keepdims=True)
-        # sums of log p_m over the rows: expected under q, and observed at the true candidates
+        # over the rows, sums of log p_m: expected under q, and observed at the true candidates
         expected_log_p = np.einsum("nk,nmk->m", np.exp(log_q), log_p)
         observed_log_p = log_p[rows, :, target].sum(axis=0)
         distance = weights - prior
@@ -93,24 +93,24 @@ def fit_pool_weights(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> N
 
 
 MAX_MEMORY_ROWS = 4_096
-"""The memory is an expert of the pool if there are at most this many training rows.
+"""If there are at most this many training rows, the memory is an expert in the pool.
 
 With more rows the network learns enough without the memory (docs/methods/vilu_plus.md).
 """
 
 MIN_LABELS_PER_CLASS = 10
-"""There are experts beside the attention if the classes have at least this many labels on average.
+"""If the classes have this many labels on average, there are experts beside the attention.
 
 With fewer labels, folds lack classes, and the experts overfit.
 """
 
 ENOUGH_HELD_OUT_ROWS = 250
-"""This number of held-out rows suffices to fit the three weights of the pool.
+"""This many held-out rows suffice to fit the pool's three weights.
 
-Folds are fitted until this number of rows was held out.
+Folds are fitted until this many rows were held out.
 """
 
-# names of saved tensors; ``module`` reads the kinds and sizes of the experts from these tensors
+# names of saved tensors. ``module`` reads the experts' kinds and sizes from these tensors
 POOL_TENSOR = "pool"
 CLASSES_TENSOR = "attention.classes"
 FEATURE_MEAN_TENSOR = "attention.inputs.features.mean"
@@ -122,9 +122,9 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 @dataclasses.dataclass
 class ViLUPlus(SeesOutside, FailurePredictor):
-    """P(failure) of the zero-shot answer under a pool of experts, learned from class labels.
+    """P(failure) for the zero-shot answer under a pool of experts, learned from class labels.
 
-    u = 1 - q_t̂, where q is the log-linear pool of the posteriors p_m of M experts:
+    u = 1 - q_t̂, where q is the log-linear pool of the posteriors p_m from M experts:
 
         log q_j = sum_m w_m log p_mj - const
 
@@ -135,17 +135,17 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     2. A small network on the image (``Adapter``).
     3. An attention over the labelled training images (``Memory``), if there are at most 4,096.
 
-    The experts learn from class labels, so no failures are needed. The weights w are fitted on
-    other rows than the experts (cross-fitting, or ``validation``). Therefore q is a calibrated
-    probability. The prior mean of w is the attention alone.
+    The experts learn from class labels, so no failures are needed. The weights w and the experts
+    are fitted on different rows (cross-fitting, or ``validation``). Therefore q is a calibrated
+    probability. The prior mean of w gives weight to the attention alone.
 
     The attention is the only expert in three cases: if there are fewer than ten labels per class on
     average, if the data are image-caption pairs, and if a candidate to be scored is no training
     class. The fewer labels there are, the closer the attention stays to the zero-shot posterior.
-    With rows without labels, the attention stays close to the posterior of ``ViLUZero`` instead.
+    With rows without labels, the attention stays close to the posterior from ``ViLUZero`` instead.
 
-    With examples of images of none of the classes, or with everyday words (the column "negatives"),
-    there is a further outcome, "outside" (``vilu.predictors.plus.ood``). Then
+    With examples of images that show none of the classes, or with everyday words (the column
+    "negatives"), there is a further outcome, "outside" (``vilu.predictors.plus.ood``). Then
 
         u = 1 - (1 - P(outside)) q_t̂
 
@@ -154,22 +154,21 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     Args:
         features: Whether to use the column "features" as an input beside the embedding, if the data
-            have this column. The column holds the output of the image encoder before the
-            projection, or the output of a second encoder. The ``label`` says whether the column is
-            used.
-        variance: Prior variance of the attention's addition to the logits, in units of the variance
+            have this column. The column holds the image encoder's output before the projection, or
+            a second encoder's output. The ``label`` says whether the column is used.
+        variance: Prior variance for what the attention adds to the logits. The unit is the variance
             of the tempered zero-shot logits.
         sharing: Share rho of this variance common to all classes. Only the common part changes the
-            logits of unseen candidates.
-        width: Hidden width of the network.
-        dropout: Dropout probability of the network.
-        epochs: Number of passes over the rows in training the network; None: 20, or as many as
-            make 300 steps.
-        batch_size: Batch size of the network; None: a twentieth of the rows, between 64 and 256.
-        learning_rate: Initial learning rate of the network (AdamW, cosine schedule).
-        weight_decay: Weight decay of the network.
+            logits for unseen candidates.
+        width: The network's hidden width.
+        dropout: The network's dropout probability.
+        epochs: How many passes over the rows train the network. If None, 20, or as many as make
+            300 steps.
+        batch_size: The network's batch size. If None, a twentieth of the rows, between 64 and 256.
+        learning_rate: The network's initial learning rate (AdamW, cosine schedule).
+        weight_decay: The network's weight decay.
 
-    Source: this project; the ablation is in docs/methods/vilu_plus.md.
+    Source: this project. The ablation is in docs/methods/vilu_plus.md.
 
     Examples:
         >>> import numpy as np, vilu
@@ -227,7 +226,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return f"{self.name} ({', '.join(additions)})"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """The columns of features and of words that are in the data and used by the fit.
+        """Return the columns with features and words that are in the data and used by the fit.
 
         The fit uses features if ``features`` is true, and words except for image-caption pairs.
         """
@@ -240,7 +239,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """The columns of features and of words used in the fit."""
+        """The columns with features and words used in the fit."""
         if self.network_ is not None and self.experts.attention.inputs.has_features:
             return (FEATURES, *self.outcome.columns)
         return self.outcome.columns
@@ -254,20 +253,20 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         weights = torch.ones(1, dtype=torch.float64)
         companion_kinds = self._companion_kinds(train)
         if companion_kinds and validation is not None:
-            training_classes = class_texts(train)
-            require_known_classes(validation, training_classes)
+            class_text = class_texts(train)
+            require_known_classes(validation, class_text)
         learned_classes = self._learn_classes(train)
         start_logits = None
         if learned_classes is not None:
             logit_scale = train.source.space.logit_scale
-            text = class_texts(train)
-            start_logits = learned_classes.start_logits(text, logit_scale)
+            class_text = class_texts(train)
+            start_logits = learned_classes.start_logits(class_text, logit_scale)
         experts = None
-        rows_of_experts = None  # the rows of the fit of ``experts``
+        rows_of_experts = None  # the rows that fitted ``experts``
         held_out_answers = None
         if companion_kinds:
             # The pool and the experts are fitted on different rows. On the same rows the memory
-            # would get all the weight, since the memory contains the labels of the rows.
+            # would get all the weight, since the memory contains those rows' labels.
             folds = cross_fit_splits(train, failure, validation, self.seed)
             _, first_held_out = folds[0]  # all folds hold out about the same number of rows
             n_folds = math.ceil(ENOUGH_HELD_OUT_ROWS / len(first_held_out.index))
@@ -297,7 +296,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return Learnt(tensors, {**notes, **outside.notes}, held_out_answers)
 
     def _learn_classes(self, train: Rows) -> LearnedClasses | None:
-        """Learn about the classes from rows without labels; None if there are no such rows."""
+        """Learn about the classes from rows without labels. If there are none, return None."""
         source = train.unlabelled
         if source is None:
             return None
@@ -305,7 +304,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return learn_classes(rows, ViLUZero.share, self.seed, self.device_)
 
     def _companion_kinds(self, train: Rows) -> tuple[str, ...]:
-        """The kinds of experts beside the attention, by the size of the training set."""
+        """Return the kinds of experts beside the attention, by the training set's size."""
         n_rows = len(train.index)
         has_few_labels = n_rows < MIN_LABELS_PER_CLASS * train.source.n_candidates
         if train.source.pool_size is not None or has_few_labels:
@@ -322,15 +321,15 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         start: StartLogits | None,
         similar_experts: Experts | None,
     ) -> Experts:
-        """Fit the experts of the pool: the attention, and an expert of each kind.
+        """Fit the pool's experts: the attention, and an expert for each kind.
 
         Args:
             rows: The rows to fit on.
             companion_kinds: Kinds of the experts beside the attention: "adapter", "memory".
-            weights: Weights of the experts in the pool.
+            weights: The experts' weights in the pool.
             start: Logits estimated from images without labels.
             similar_experts: Experts already fitted to most of these rows. The fit starts from the
-                weights of this attention, and so needs fewer steps.
+                weights in their attention, and so needs fewer steps.
         """
         n_classes = rows.source.n_candidates
         if rows.source.pool_size:  # image-caption pairs have no classes
@@ -387,24 +386,24 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return torch.sigmoid(log_odds)
 
     def outside_log_odds(self, batch: Batch) -> Tensor:
-        """(B,) float64 log-odds of the outcome "outside": an image of none of the classes."""
+        """Compute the log-odds (B,) float64 that the image shows none of the classes."""
         class_match = self.experts.attention.match_classes(batch.text)
         # -1: no training class
         classes = torch.where(class_match.is_class, class_match.nearest_class, -1)
         return self.outcome.log_odds(batch, classes)
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """(B, K) float64 log probabilities of the candidates under the pool of experts."""
+        """Compute the candidates' log probabilities (B, K) float64 under the pool of experts."""
         experts = self.experts.to(batch.image.device)
         logits = float64(experts(batch))
         return logits.log_softmax(dim=-1)
 
     def graph(self) -> nn.Module:
-        """The experts, the pool, and the outcome "outside" if learned."""
+        """Return a module with the experts, the pool, and the outcome "outside" if learned."""
         return PlusGraph(self.experts, self.outcome)
 
     def coalitions(self) -> Coalitions:
-        """Coalitions of the parts of the pooled logits."""
+        """Return coalitions between the parts of the pooled logits."""
 
         def parts(batch: Batch) -> PooledLogits:
             experts = self.experts.to(batch.image.device)
@@ -414,7 +413,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return PoolCoalitions(parts, outside)
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> Experts:
-        """New experts with the sizes of the saved ``tensors``."""
+        """Make new experts with the sizes in the saved ``tensors``."""
         missing_names = {CLASSES_TENSOR, FEATURE_MEAN_TENSOR, POOL_TENSOR} - tensors.keys()
         if missing_names:
             saved_names = ", ".join(sorted(tensors)[:8])
@@ -441,8 +440,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 class PlusGraph(nn.Module):
     """The score of ``ViLUPlus`` as a graph for export. The graph cannot branch on values.
 
-    All experts are computed. If some candidate is no training class, the weights of all experts but
-    the attention are zero.
+    All experts are computed. If some candidate is no training class, all experts but the attention
+    have the weight zero.
     """
 
     def __init__(self, experts: Experts, outcome: Outside) -> None:
@@ -454,12 +453,12 @@ class PlusGraph(nn.Module):
         n_features = len(attention.inputs.features.mean)  # the mean has a number for each feature
         self.widths = {FEATURES: n_features}
         self.expert_weights = nn.Buffer(experts.weights)
-        # weights (1, 0, ...) of the attention alone
+        # weights (1, 0, ...), where only the attention counts
         attention_only = torch.eye(len(experts.weights), dtype=experts.weights.dtype)[0]
         self.attention_only = nn.Buffer(attention_only)
 
     def forward(self, batch: Batch) -> Tensor:
-        """(N,) float64 uncertainties of the judged answers."""
+        """Compute the judged answers' uncertainties (N,) float64."""
         log_odds = failure_log_odds(self.log_posterior(batch), batch)
         if self.outside is not None:
             class_match = self.match_classes(batch)
@@ -472,7 +471,7 @@ class PlusGraph(nn.Module):
         return torch.sigmoid(log_odds)
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """(N, K) float64 log probabilities of the candidates, up to a constant of every row."""
+        """Compute the candidates' log probabilities (N, K) float64, up to a constant per row."""
         class_match = self.match_classes(batch)
         logits = self.experts.all_expert_logits(batch, class_match)
         weights: Tensor = self.attention_only
@@ -483,7 +482,7 @@ class PlusGraph(nn.Module):
         return pooled_logits(log_p, weights)
 
     def match_classes(self, batch: Batch) -> ClassMatch | None:
-        """The candidates compared with the training classes; None without training classes."""
+        """Compare the candidates with the training classes. Without such classes, return None."""
         attention = self.experts.attention
         if not len(attention.classes):
             return None
@@ -495,7 +494,7 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
 
     Only the attention can score such a candidate, so the pool cannot be fitted on these rows.
     """
-    n_unknown = validation.n_candidates  # of image-caption pairs: captions are no training classes
+    n_unknown = validation.n_candidates  # for image-caption pairs: captions are no training classes
     if not validation.pool_size:
         no_rows = torch.arange(0)
         text = validation.candidates(no_rows).text
@@ -511,15 +510,15 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
 
 
 class ExpertPosteriors(NamedTuple):
-    """Posteriors of B rows by each of M experts, with the truth and the zero-shot answers."""
+    """Posteriors for B rows by each of M experts, with the truth and the zero-shot answers."""
 
-    log_p: Tensor  # (B, M, K) float64 log probabilities of the K candidates
+    log_p: Tensor  # (B, M, K) float64 log probabilities for the K candidates
     target: Tensor  # (B,) true candidates
     answer: Tensor  # (B,) zero-shot answers
 
 
 def expert_posteriors(experts: Experts, rows: Rows, device: torch.device) -> list[ExpertPosteriors]:
-    """The posteriors of all rows by the experts, batch by batch, on the CPU."""
+    """Compute the experts' posteriors for all rows, batch by batch, on the CPU."""
     posteriors_of_batches = []
     with torch.no_grad():
         for batch in rows.batches(SCORING_BATCH):
@@ -535,16 +534,15 @@ def expert_posteriors(experts: Experts, rows: Rows, device: torch.device) -> lis
 def _fit_pool(
     posteriors_of_batches: list[ExpertPosteriors], folds: list[tuple[Rows, Rows]]
 ) -> tuple[Tensor, HeldOutAnswers | None]:
-    """The weights of the experts, and the answers of the pool for the held-out rows.
+    """Fit the experts' weights, and compute the pool's answers for the held-out rows.
 
-    The answers are None if the rows to fit on lack a class in some fold.
+    If the rows to fit on lack a class in some fold, the answers are None.
     """
     log_p = torch.cat([batch.log_p for batch in posteriors_of_batches])
     target = torch.cat([batch.target for batch in posteriors_of_batches])
     answer = torch.cat([batch.answer for batch in posteriors_of_batches])
-    expert_log_p = log_p.numpy()
     label = target.numpy()
-    pool_weights = fit_pool_weights(expert_log_p, label)
+    pool_weights = fit_pool_weights(log_p.numpy(), label)
     weights = torch.from_numpy(pool_weights)
     if not folds_have_every_class(folds):
         return weights, None
@@ -554,7 +552,7 @@ def _fit_pool(
 
 
 def _fit_inputs(rows: Rows) -> ImageInputs:
-    """The inputs of the experts, fitted to the images and, if there are features, to these."""
+    """Make the experts' inputs, fitted to the images and, if there are features, to these."""
     feature_dim = 0
     if FEATURES in rows.columns:
         feature_dim = rows.source.column(FEATURES, rows.index[:1]).shape[1]

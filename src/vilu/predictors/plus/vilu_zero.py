@@ -1,9 +1,9 @@
-"""The method ``vilu_zero``: improve the zero-shot posterior by unlabelled images of the deployment.
+"""The method ``vilu_zero``: improve the zero-shot posterior by unlabelled deployment images.
 
-Two things are learned from these images: which classes occur, and an image prototype of each class.
+Two things are learned from these images: which classes occur, and an image prototype per class.
 
-Shapes: N rows to learn from, B rows to score, K classes, D embedding width. The count of a class is
-the sum over rows of the posterior probability of the class.
+Shapes: N rows to learn from, B rows to score, K classes, D embedding width. A class's count is
+the sum over rows of the posterior probability of this class.
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ from vilu.predictors.nn.pooled import PooledLogits
 from vilu.predictors.plus.ood import NEGATIVES, Outside, SeesOutside, learn_from_words
 
 MAX_EM_ROWS = 20_000
-"""Maximum number of rows for the estimate of the class counts. The rows are drawn at random."""
+"""Most rows used to estimate the class counts. The rows are drawn at random."""
 N_EM_PASSES = 50
-"""Number of passes of EM over these rows."""
+"""How many EM passes go over these rows."""
 PSEUDO_COUNT = 0.5
-"""EM counts this number of rows of every class in addition to the rows of the data.
+"""EM counts this many rows for every class in addition to the data's rows.
 
 The zero-shot model confuses many rare classes with frequent classes. Without these rows, EM gives
 such rare classes a count of zero.
 """
 N_ROUNDS = 2
-"""Number of passes to learn prototypes.
+"""How many passes learn prototypes.
 
 The first pass uses the zero-shot posterior, and the second the pooled posterior.
 """
 RIDGE = 0.7
-"""Weight of the spherical part in the regularised covariance within classes."""
+"""Weight on the spherical part in the regularised covariance within classes."""
 NEGLIGIBLE_VARIANCE = 1e-12
 """All images count as equal if the variance is at most this."""
 ABSENT_MEAN_COUNT = 0.5
-"""Assumed mean count, in rows, of an absent class."""
+"""Assumed mean count, in rows, for an absent class."""
 PRIOR_OCCURRING_CLASSES = 5.0
-"""As a prior, this number of further classes is taken to occur.
+"""As a prior, this many further classes are taken to occur.
 
 Without this prior, a few classes with a count of zero would make most classes count as absent.
 """
 MISCOUNTED_SHARE = 0.1
 """Assumed share of occurring classes with a count near zero: the rows count for wrong classes."""
 MAX_ANCHOR_ROWS = 100.0
-"""Maximum weight, in rows, of the anchor of a class mean."""
+"""Largest weight, in rows, for a class mean's anchor."""
 FULL_WEIGHT_VARIANCE = 0.2
 """The prototypes get full weight if the variance between class means is at least this.
 
@@ -76,9 +76,9 @@ FULL_PLACEMENT = 0.7
 MIN_ROWS_PER_CLASS = 2.0
 """The prototypes get no weight if an occurring class has at most this many rows on average."""
 OCCURRENCE_STRENGTHS = (0.0, 0.25, 0.5, 1.0)
-"""Candidate values of lambda, the factor of the log occurrence probabilities."""
+"""Candidate values for lambda, the factor on the log occurrence probabilities."""
 PROTOTYPE_SCALES = (0.0, *(0.01 * 1.3**i for i in range(24)))
-"""Candidate values of tau, the factor of the discriminants of the prototypes."""
+"""Candidate values for tau, the factor on the prototypes' discriminants."""
 
 
 @dataclasses.dataclass
@@ -89,16 +89,16 @@ class ViLUZero(SeesOutside, ClosedSet):
 
         u = 1 - (1 - P_outside) q
 
-    where q is the probability of the zero-shot answer under softmax(l'). The pooled logits l' of an
+    where q is the zero-shot answer's probability under softmax(l'). The pooled logits l' for an
     image z are computed from the zero-shot logits l:
 
         l'_c = (1 - s) l_c + s tau g_c(z) + o_c
 
     The terms o, g, tau and s are described below in this order.
 
-    *Which classes occur* (o, (K,), at most 0). EM finds the class frequencies pi with the largest
-    likelihood of the rows, with the posterior p(c | z)   pi_c exp(l_c). Half a row of every class
-    is counted beforehand. The counts n_c are the sums of the posteriors. The counts are modelled as
+    *Which classes occur* (o, (K,), at most 0). EM finds the class frequencies pi that make the rows
+    likeliest. The posterior p(c | z) is in proportion to pi_c exp(l_c). Half a row is counted for
+    every class beforehand. The counts n_c are sums of the posteriors. The counts are modelled as
     a mixture of two exponential distributions. A share rho of the classes is absent, with a mean
     count of 1/2. The classes that occur have a mean count of N / (K (1 - rho)). The offset is then
     o_c = lambda log P(c occurs | n_c). lambda in [0, 1] is chosen by cross-validation between two
@@ -107,31 +107,32 @@ class ViLUZero(SeesOutside, ClosedSet):
         log [sum_c exp(l_c + o_c) / sum_c exp(o_c)]
 
     *Prototypes* (g, linear in z). g are the discriminants of Gaussians, one per class, with a
-    common covariance. The posteriors of the rows are soft memberships in the classes. The prior
-    mean of a class is m + a (t_c - t), with the mean image m and the mean text t. The estimated
-    mean is between the prior mean and the mean of the members. The mean of the members has the
+    common covariance. The rows' posteriors are soft memberships in the classes. A class has the
+    prior mean m + a (t_c - t), with the mean image m and the mean text t. The estimated
+    mean is between the prior mean and the members' mean. The members' mean has the
     weight n_c / (n_c + kappa). kappa, a and the covariance are estimated from the rows.
 
-    tau minimises a cross-entropy between two halves of the rows: the prototypes of a half predict
-    the posterior of the other half. If the prototypes do not predict this posterior, tau is 0.
+    tau minimises a cross-entropy between two halves of the rows: the prototypes from one half
+    predict the posterior in the other half. If the prototypes do not predict this posterior, tau
+    is 0.
 
-    The weight s of the prototypes is ``share`` times three factors in [0, 1]. The first factor is
+    The prototypes' weight s is ``share`` times three factors in [0, 1]. The first factor is
     1 - 2 K' / N, with K' = K (1 - rho) occurring classes. Up to two rows per occurring class this
-    factor is 0, because prototypes of so few rows do harm. The second factor is the square of r,
-    where r is the variance between the means of the classes divided by ``FULL_WEIGHT_VARIANCE``,
-    and at most 1. The third factor measures whether the mean of a class lies at the class, by the
+    factor is 0, because prototypes from so few rows do harm. The second factor is the square of r.
+    Here r is the variance between the class means divided by ``FULL_WEIGHT_VARIANCE``,
+    and at most 1. The third factor measures whether a class mean lies at the class, by the
     members or by the texts (``placement``).
 
-    *Images of none of the classes* (P_outside). Where the data have the column ``negatives`` of
-    everyday words, P_outside comes from a mixture of images inside and outside
+    *Images that show none of the classes* (P_outside). Where the data have the column ``negatives``
+    with everyday words, P_outside comes from a mixture of images inside and outside
     (``vilu.predictors.plus.ood``). Without this column P_outside is 0.
 
-    The fit needs no labels (``needs_labels`` is false) and ignores labels. Only candidates of the
-    fit can be scored.
+    The fit needs no labels (``needs_labels`` is false) and ignores labels. Only candidates known
+    from the fit can be scored.
 
     Args:
-        share: Largest weight of the prototypes in the pool.
-        max_bank: Maximum number of images to learn from; a larger set is sampled with ``seed``.
+        share: The prototypes' largest weight in the pool.
+        max_bank: Most images to learn from. A larger set is sampled with ``seed``.
 
     Source: this project. EM for class frequencies: Saerens et al., Neural Computation 2002. Soft
     memberships and text anchors: transductive CLIP (Martin et al., 2024; Zanella et al., 2024),
@@ -177,14 +178,14 @@ class ViLUZero(SeesOutside, ClosedSet):
         return self.name
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """The column of the words, if the data have this column."""
+        """Return the word column, if the data have this column."""
         if NEGATIVES in train.columns:
             return self.optional_columns
         return ()
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """The column of the words, if the outcome "outside" was learned from words."""
+        """The word column, if the outcome "outside" was learned from words."""
         return self.outcome.columns
 
     def _learn(
@@ -209,7 +210,7 @@ class ViLUZero(SeesOutside, ClosedSet):
         return Learnt(tensors, {**learned_classes.notes, **outside.notes})
 
     def pooled_parts(self, batch: Batch) -> PooledLogits:
-        """The three parts of the pooled logits l' of a batch."""
+        """Compute the three parts of a batch's pooled logits l'."""
         image = normalize(batch.image, dim=1)
         image = float64(image)
         class_of_candidate = self.classes_of(batch.text)
@@ -232,21 +233,21 @@ class ViLUZero(SeesOutside, ClosedSet):
         return torch.sigmoid(log_odds)
 
     def outside_log_odds(self, batch: Batch) -> Tensor:
-        """(B,) float64 log-odds of the outcome "outside": an image of none of the classes."""
+        """Compute the log-odds (B,) float64 that the image shows none of the classes."""
         class_of_candidate = self.classes_of(batch.text)
         return self.outcome.log_odds(batch, class_of_candidate)
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """(B, K) float64 log probabilities of the candidates under the pooled logits."""
+        """Compute the candidates' log probabilities (B, K) float64 under the pooled logits."""
         return self.pooled_parts(batch).logits.log_softmax(dim=-1)
 
     def coalitions(self) -> Coalitions:
-        """Coalitions of the parts of the pooled logits."""
+        """Return coalitions between the parts of the pooled logits."""
         return PoolCoalitions(self.pooled_parts, self.outside_log_odds if self.outcome else None)
 
 
 class LearnedClasses(NamedTuple):
-    """Terms of the pooled logits l' for K classes, learned from rows without labels.
+    """Terms in the pooled logits l' for K classes, learned from rows without labels.
 
     The zero-shot logits l are pooled with prototypes:
 
@@ -259,11 +260,11 @@ class LearnedClasses(NamedTuple):
     centre: Tensor  # (D,)
     weight: Tensor  # (K, D)
     bias: Tensor  # (K,)
-    log_occurrence: Tensor  # (K,), o of ``ViLUZero``
+    log_occurrence: Tensor  # (K,), o in ``ViLUZero``
     notes: dict[str, Any]
 
     def start_logits(self, text: Tensor, logit_scale: float) -> StartLogits:
-        """The same pooled logits, written as l_c plus a residual, for texts (K, D) of the classes.
+        """Rewrite the pooled logits as l_c plus a residual, for class texts (K, D).
 
         The residual contains the term -share l_c. This term is linear in the image.
         """
@@ -278,9 +279,9 @@ class LearnedClasses(NamedTuple):
 
 
 def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device) -> LearnedClasses:
-    """Learn which classes occur among the rows, and a prototype of each class.
+    """Learn which classes occur among the rows, and a prototype for each class.
 
-    ``max_share`` is the largest weight of the prototypes in the pool.
+    ``max_share`` is the prototypes' largest weight in the pool.
     """
     text = class_texts(rows)
     share = 0.0
@@ -288,7 +289,7 @@ def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device)
     prototypes = Classifier.zero(text)
     log_occurrence = torch.zeros(len(text), dtype=torch.float64)
     notes: dict[str, Any] = {}
-    # Each half of the rows checks the estimates of the other half. Fewer rows do not suffice for
+    # Each half of the rows checks the estimates from the other half. Fewer rows do not suffice for
     # two halves. Nothing is learned then, and the pooled logits are the zero-shot logits.
     n_rows = len(rows.index)
     if n_rows >= MIN_RELIABLE_ROWS:
@@ -319,19 +320,19 @@ def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device)
 
 
 class SoftMembers(NamedTuple):
-    """Sums over rows as soft members of the K classes, with posteriors p and images x.
+    """Sums over rows as soft members in the K classes, with posteriors p and images x.
 
     If the sums are over two halves of the rows, each tensor has a first dimension of size 2.
     """
 
-    counts: Tensor  # (K,) sums of p: the counts of the classes
+    counts: Tensor  # (K,) sums of p: the class counts
     squares: Tensor  # (K,) sums of p^2
     image_sums: Tensor  # (K, D) sums of p x
     image_products: Tensor  # (D, D) sum of x x^T
 
     @classmethod
     def empty(cls, n_classes: int, dim: int) -> SoftMembers:
-        """The sums over two empty halves."""
+        """Return the sums over two empty halves."""
         return cls(
             counts=torch.zeros(2, n_classes, dtype=torch.float64),
             squares=torch.zeros(2, n_classes, dtype=torch.float64),
@@ -348,27 +349,27 @@ class SoftMembers(NamedTuple):
         self.image_products[half] += (image.T @ image).cpu()
 
     def of_half(self, half: int) -> SoftMembers:
-        """The sums over one half of the rows."""
+        """Return the sums over one half of the rows."""
         return SoftMembers(*(both_halves[half] for both_halves in self))
 
     def of_both_halves(self) -> SoftMembers:
-        """The sums over all rows."""
+        """Return the sums over all rows."""
         return SoftMembers(*(both_halves.sum(0) for both_halves in self))
 
 
 class Classifier(NamedTuple):
-    """Discriminants g = (z - centre) weight^T + bias of images z, and estimates of the fit."""
+    """Discriminants g = (z - centre) weight^T + bias for images z, and the fit's estimates."""
 
     centre: Tensor  # (D,)
     weight: Tensor  # (K, D)
     bias: Tensor  # (K,)
-    slope: float = 0.0  # a of ``fit_classifier``
-    anchor: float = 0.0  # kappa of ``fit_classifier``, in rows
+    slope: float = 0.0  # a in ``fit_classifier``
+    anchor: float = 0.0  # kappa in ``fit_classifier``, in rows
     separation: float = 0.0  # variance between class means, divided by the variance within classes
 
     @classmethod
     def zero(cls, text: Tensor) -> Classifier:
-        """The classifier with all discriminants 0, for classes with texts (K, D)."""
+        """Return the classifier with all discriminants 0, for classes with texts (K, D)."""
         n_classes, dim = text.shape
         return cls(
             centre=torch.zeros(dim, dtype=torch.float64),
@@ -377,7 +378,7 @@ class Classifier(NamedTuple):
         )
 
     def discriminants(self, image: Tensor) -> Tensor:
-        """(b, K) float32 discriminants of images (b, D)."""
+        """Compute the discriminants (b, K) float32 for images (b, D)."""
         centred = image - self.centre.to(image)
         return centred @ self.weight.to(image).T + self.bias.to(image)
 
@@ -385,18 +386,18 @@ class Classifier(NamedTuple):
 def fit_classifier(member_sums: SoftMembers, text: Tensor) -> Classifier:
     """Fit Gaussians with a common covariance W and means anchored at texts (K, D).
 
-    The mean m_c of the n_c soft members of class c is modelled as
+    The mean m_c over the n_c soft members in class c is modelled as
 
-        m_c = m + a (t_c - t) + e_c, with covariance (1 / n_c + 1 / kappa) W of the error e_c
+        m_c = m + a (t_c - t) + e_c, where the error e_c has the covariance (1 / n_c + 1 / kappa) W
 
-    m is the mean image, t the mean text weighted by n_c. All distances are in the metric of W.
+    m is the mean image, t the mean text weighted by n_c. All distances use the metric W.
 
-    1. W is the covariance within classes, divided by N minus the degrees of freedom of the means,
+    1. W is the covariance within classes, divided by N minus the means' degrees of freedom,
        sum_c sum_i p_ic^2 / n_c.
-    2. a is the slope of the weighted least-squares regression, at least 0.
-    3. 1 / kappa is estimated from the mean square of the residuals; kappa is at most
+    2. a is the slope in the weighted least-squares regression, at least 0.
+    3. 1 / kappa is estimated from the mean square of the residuals. kappa is at most
        ``MAX_ANCHOR_ROWS``.
-    4. ``separation`` is the variance between the means of the classes: the mean square of m_c - m,
+    4. ``separation`` is the variance between the class means: the mean square of m_c - m,
        minus the sampling noise.
     """
     count = member_sums.counts.clamp(min=1e-9)  # a divisor, so never 0
@@ -405,7 +406,7 @@ def fit_classifier(member_sums: SoftMembers, text: Tensor) -> Classifier:
     centred_means = member_sums.image_sums / count[:, None] - mean
     scatter = member_sums.image_products - n * torch.outer(mean, mean)
     scatter_within = scatter - (centred_means.T * member_sums.counts) @ centred_means
-    # division by N would treat the means as known, and underestimate the variance of small classes
+    # division by N would treat the means as known, and underestimate variance in small classes
     degrees_of_means = float((member_sums.squares / count).sum())
     covariance = scatter_within / max(n - degrees_of_means, 1.0)
     dim = len(covariance)
@@ -416,19 +417,19 @@ def fit_classifier(member_sums: SoftMembers, text: Tensor) -> Classifier:
     # covariance is therefore mixed with a spherical covariance.
     identity = torch.eye(dim, dtype=torch.float64)
     precision = torch.linalg.inv((1 - RIDGE) * covariance + RIDGE * variance * identity)
-    # the slope of weighted least squares: products of means and texts, over products of texts
+    # weighted least-squares slope: products between means and texts, over products between texts
     centred_texts = text - (member_sums.counts @ text) / n
     weighted_texts = member_sums.counts[:, None] * (centred_texts @ precision)
     means_on_texts = (weighted_texts * centred_means).sum()
     texts_on_texts = (weighted_texts * centred_texts).sum().clamp(min=1e-12)
     slope = float((means_on_texts / texts_on_texts).clamp(min=0))
-    # mean square of an image within a class, in the metric of W
+    # an image's mean square within a class, in the metric W
     mean_square_within = float((precision * covariance).sum())
 
     def variance_without_noise(vectors: Tensor) -> float:
-        """Variance of vectors (K, D), one per class, in units of W and without sampling noise.
+        """Compute the variance over vectors (K, D), one per class, without sampling noise.
 
-        The variance is the mean square, weighted by the counts, minus the noise K / N of K means.
+        The unit is W. The noise K / N of K means is subtracted from the weighted mean square.
         """
         squares = ((vectors @ precision) * vectors).sum(1)
         mean_square = float((member_sums.counts * squares).sum()) / (mean_square_within * n)
@@ -436,7 +437,7 @@ def fit_classifier(member_sums: SoftMembers, text: Tensor) -> Classifier:
 
     residual_variance = variance_without_noise(centred_means - slope * centred_texts)
     anchor = 1 / max(residual_variance, 1 / MAX_ANCHOR_ROWS)
-    # weighted means of the means of the members (weight n_c) and the prior means (weight kappa)
+    # weighted means over the members' means (weight n_c) and the prior means (weight kappa)
     weighted_sums = member_sums.counts[:, None] * centred_means + anchor * slope * centred_texts
     means = weighted_sums / (member_sums.counts + anchor)[:, None]
     weight = means @ precision
@@ -448,14 +449,13 @@ def fit_classifier(member_sums: SoftMembers, text: Tensor) -> Classifier:
 class UnlabelledHalves:
     """Unlabelled rows in two random halves, read block by block.
 
-    Estimates from a half are evaluated on the other half.
+    Estimates from one half are evaluated on the other half.
     """
 
     def __init__(self, rows: Rows, seed: int, device: torch.device) -> None:
-        generator = torch.Generator()
-        generator.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(rows.index), generator=generator)
-        # positions (N / 2,) of the rows of each half: every second row of the shuffled rows
+        # for each half, the row positions (N / 2,): every second row among the shuffled rows
         self.halves = [order[half::2].sort().values for half in (0, 1)]
         self.rows = rows
         self.device = device
@@ -472,29 +472,29 @@ class UnlabelledHalves:
             device_batch = batch.to(self.device)
             yield normalize(device_batch.image, dim=1), device_batch.logits
 
-    def _beside_logits(self, offset: Tensor) -> Tensor:
-        """Float64 offsets (K,) with the dtype and the device of the logits of the blocks."""
+    def _float32_on_device(self, offset: Tensor) -> Tensor:
+        """Return offsets (K,) cast to float32, on the device of the blocks."""
         return offset.float().to(self.device)
 
     def counts(self, halves: tuple[int, ...]) -> Tensor:
-        """(K,) float64 class counts of the rows of some halves, by EM from equal counts.
+        """Estimate class counts (K,) float64 over the rows in some halves, by EM from equal counts.
 
         The counts are sums of posteriors. The prior is in proportion to count + ``PSEUDO_COUNT``.
-        At most ``MAX_EM_ROWS`` / 2 rows of each half are read.
+        At most ``MAX_EM_ROWS`` / 2 rows in each half are read.
         """
-        # EM of Saerens et al., Neural Computation 2002, with a Dirichlet prior of the frequencies:
+        # EM by Saerens et al., Neural Computation 2002, with a Dirichlet prior on the frequencies:
         # EM ends at the frequencies pi that maximise
         #     sum log sum_c pi_c exp(l_c) + PSEUDO_COUNT sum_c log pi_c.
-        # A pass computes the posterior of every row with the counts as prior. The sums of the
-        # posteriors are the new counts.
-        max_rows = MAX_EM_ROWS // 2  # of each half
+        # A pass computes every row's posterior with the counts as prior. The new counts are the
+        # sums of the posteriors.
+        max_rows = MAX_EM_ROWS // 2  # in each half
         n = 0
         for half in halves:
             n += min(len(self.halves[half]), max_rows)
         count = torch.full((len(self.text),), n / len(self.text), dtype=torch.float64)
         for _ in range(N_EM_PASSES):
             log_count = (count + PSEUDO_COUNT).log()
-            prior = self._beside_logits(log_count)
+            prior = self._float32_on_device(log_count)
             count = torch.zeros_like(count)
             for half in halves:
                 for _, logits in self.blocks(half, max_rows):
@@ -504,14 +504,14 @@ class UnlabelledHalves:
         return count
 
     def estimate_occurrence(self) -> tuple[Tensor, float]:
-        """The offsets o (K,) of ``ViLUZero``, at most 0, and the share of absent classes."""
+        """Estimate the offsets o (K,) in ``ViLUZero``, at most 0, and the absent classes' share."""
         counts = self.counts(halves=(0, 1))
         log_presence, absent_share = fit_presence(counts)
         all_occur = not bool(log_presence.any())  # every log P(c occurs) is 0
         if all_occur:
             return log_presence, 0.0
-        # The evidence of a half is computed with the counts of the other half. With counts of the
-        # same half, the full strength would always have the most evidence.
+        # The evidence in one half is computed with the counts from the other half. With counts from
+        # the same half, the full strength would always have the most evidence.
         evidence = torch.zeros(len(OCCURRENCE_STRENGTHS), dtype=torch.float64)
         for half in (0, 1):
             counts_of_other = self.counts(halves=(1 - half,))
@@ -523,7 +523,7 @@ class UnlabelledHalves:
         return strength * log_presence, absent_share
 
     def _evidence(self, half: int, log_presence: Tensor) -> Tensor:
-        """(S,) log-evidence of a half of the rows under each of the S strengths s.
+        """Compute the log-evidence (S,) in one half of the rows under each of the S strengths s.
 
         With the log occurrence probabilities o (K,) the evidence is the sum over rows of
 
@@ -538,8 +538,8 @@ class UnlabelledHalves:
         total = torch.zeros(len(offsets), dtype=torch.float64)
         for _, logits in self.blocks(half, MAX_EM_ROWS // 2):
             for index, offset in enumerate(offsets):
-                offset_of_block = self._beside_logits(offset)
-                log_likelihood = (logits + offset_of_block).logsumexp(1)
+                device_offset = self._float32_on_device(offset)
+                log_likelihood = (logits + device_offset).logsumexp(1)
                 evidence = log_likelihood.double().sum()
                 total[index] += evidence.cpu()
         return total
@@ -547,22 +547,22 @@ class UnlabelledHalves:
     def prototypes(
         self, log_occurrence: Tensor, max_share: float, purity: float
     ) -> tuple[float, float, Classifier]:
-        """The weight of the prototypes (at most ``max_share``), tau, and the prototypes."""
+        """Learn the prototypes, their weight (at most ``max_share``) and tau."""
         text = float64(self.text).cpu()
         share = 0.0
         prototype_scale = 0.0
         no_prototypes = Classifier.zero(text)
-        # each half is scored with the prototypes of the other half
+        # each half is scored with the prototypes from the other half
         other_half_prototypes = [no_prototypes, no_prototypes]
         prototypes = no_prototypes
         for _ in range(N_ROUNDS):
             member_sums = self._member_sums(
                 log_occurrence, other_half_prototypes, prototype_scale, share
             )
-            first_half = member_sums.of_half(0)
-            first_prototypes = fit_classifier(first_half, text)
-            second_half = member_sums.of_half(1)
-            second_prototypes = fit_classifier(second_half, text)
+            sums_of_first_half = member_sums.of_half(0)
+            first_prototypes = fit_classifier(sums_of_first_half, text)
+            sums_of_second_half = member_sums.of_half(1)
+            second_prototypes = fit_classifier(sums_of_second_half, text)
             other_half_prototypes = [second_prototypes, first_prototypes]
             prototypes = fit_classifier(member_sums.of_both_halves(), text)
             prototype_scale = self._best_prototype_scale(log_occurrence, other_half_prototypes)
@@ -574,13 +574,13 @@ class UnlabelledHalves:
         return share, prototype_scale, prototypes
 
     def purity(self, log_occurrence: Tensor) -> float:
-        """The expected share of right rows among the soft members of a class, sum p^2 / N.
+        """Compute the expected share of right rows among a class's soft members, sum p^2 / N.
 
-        p are the posteriors softmax(l + o). At most ``MAX_EM_ROWS`` / 2 rows of each half are read.
+        p are the posteriors softmax(l + o). At most ``MAX_EM_ROWS`` / 2 rows in each half are read.
         """
-        # A row counts as a member of class c with weight p_c. If posteriors are calibrated, the row
+        # A row counts as a member in class c with weight p_c. If posteriors are calibrated, the row
         # belongs to class c with probability p_c.
-        offset = self._beside_logits(log_occurrence)
+        offset = self._float32_on_device(log_occurrence)
         squares = 0.0
         n = 0
         for half in (0, 1):
@@ -597,17 +597,17 @@ class UnlabelledHalves:
         prototype_scale: float,
         share: float,
     ) -> SoftMembers:
-        """Sums over the soft members of both halves.
+        """Compute sums over the soft members in both halves.
 
-        The posterior of a row is pooled with the prototypes of the other half, with weight
-        ``share`` and scale ``prototype_scale``. ``log_occurrence`` (K,) is o of ``ViLUZero``.
+        A row's posterior is pooled with the prototypes from the other half, with weight
+        ``share`` and scale ``prototype_scale``. ``log_occurrence`` (K,) is o in ``ViLUZero``.
         """
         n_classes, dim = self.text.shape
         member_sums = SoftMembers.empty(n_classes, dim)
         for half in (0, 1):
             for image, logits in self.blocks(half):
-                pooled_logits = logits + self._beside_logits(log_occurrence)
-                # prototypes of the same half would only confirm the memberships of this half
+                pooled_logits = logits + self._float32_on_device(log_occurrence)
+                # prototypes from the same half would only confirm the memberships in this half
                 if prototype_scale:
                     discriminants = other_half_prototypes[half].discriminants(image)
                     prototype_logits = prototype_scale * discriminants
@@ -618,25 +618,26 @@ class UnlabelledHalves:
     def _best_prototype_scale(
         self, log_occurrence: Tensor, other_half_prototypes: list[Classifier]
     ) -> float:
-        """The tau with the least mean cross-entropy between softmax(tau g + o) and softmax(l + o).
+        """Find the tau whose prototypes predict the posteriors best.
 
-        g are the discriminants of a row by the prototypes of the other half of the rows.
+        The mean cross-entropy between softmax(tau g + o) and softmax(l + o) is least at this tau.
+        g are a row's discriminants by the prototypes from the other half.
         """
         losses = torch.zeros(len(PROTOTYPE_SCALES), dtype=torch.float64)
-        offset = self._beside_logits(log_occurrence)
+        offset = self._float32_on_device(log_occurrence)
         for half in (0, 1):
             for image, logits in self.blocks(half, MAX_EM_ROWS // 2):
                 posterior = (logits + offset).softmax(1)
                 g = other_half_prototypes[half].discriminants(image)
                 for index, prototype_scale in enumerate(PROTOTYPE_SCALES):
                     log_predicted = (prototype_scale * g + offset).log_softmax(1)
-                    log_likelihood = (posterior * log_predicted).sum(1).double()
-                    losses[index] -= log_likelihood.sum().cpu()
+                    minus_cross_entropy = (posterior * log_predicted).sum(1).double()
+                    losses[index] -= minus_cross_entropy.sum().cpu()
         return PROTOTYPE_SCALES[int(losses.argmin())]
 
 
 def row_count_factor(n_rows: int, n_classes: float) -> float:
-    """Factor in [0, 1] of the weight of the prototypes, for ``n_classes`` occurring classes.
+    """Compute a factor in [0, 1] for the prototypes' weight, for ``n_classes`` occurring classes.
 
     The factor is 1 - ``MIN_ROWS_PER_CLASS`` n_classes / n_rows, and at least 0.
     """
@@ -644,26 +645,26 @@ def row_count_factor(n_rows: int, n_classes: float) -> float:
 
 
 def placement(purity: float, slope: float) -> float:
-    """Factor in [0, 1] of the weight of the prototypes, by the placement of the class means.
+    """Compute a factor in [0, 1] for the prototypes' weight, by where the class means lie.
 
-    The factor is large if the mean of a class lies at the class. The larger of ``purity`` and
-    ``slope`` decides: the factor is 0 up to ``MIN_PLACEMENT``, and rises from there to 1 at
+    If a class mean lies at the class, the factor is large. The larger of ``purity`` and
+    ``slope`` decides. The factor is 0 up to ``MIN_PLACEMENT``, and rises from there to 1 at
     ``FULL_PLACEMENT``.
     """
-    # Purity: suppose the zero-shot model confuses classes A and B. A share pi of the soft members
-    # of A belongs to A, and 1 - pi belongs to B, and the same for B. The means of the members then
+    # Purity: suppose the zero-shot model confuses classes A and B. A share pi of A's soft members
+    # belongs to A, and 1 - pi belongs to B, and the same for B. The members' means then
     # differ by (2 pi - 1) times the true difference. At pi = 1/2 the means are equal, and
     # prototypes would only repeat the confusion with more certainty.
-    # Slope: the prior mean of a class is m + a (t_c - t). If the slope a is above 1/2, the texts
+    # Slope: a class has the prior mean m + a (t_c - t). If the slope a is above 1/2, the texts
     # (shifted to the mean image) are nearer to the class means than the mean image is. Then the
-    # texts keep the means of confused classes apart.
+    # texts keep confused classes' means apart.
     evidence = max(purity, slope)
     factor = (evidence - MIN_PLACEMENT) / (FULL_PLACEMENT - MIN_PLACEMENT)
     return min(max(factor, 0.0), 1.0)
 
 
 def fit_presence(count: Tensor) -> tuple[Tensor, float]:
-    """(K,) log P(c occurs | n_c) for class counts n_c (K,), and the share rho of absent classes.
+    """Estimate log P(c occurs | n_c) (K,) from class counts n_c (K,), and the absent share rho.
 
     The density of a count n_c is
 
@@ -679,7 +680,7 @@ def fit_presence(count: Tensor) -> tuple[Tensor, float]:
     absent_share = 0.5
     p_absent = torch.zeros_like(count)
     absent_density = torch.exp(-count / ABSENT_MEAN_COUNT) / ABSENT_MEAN_COUNT  # f(s)
-    for _ in range(200):  # passes of EM
+    for _ in range(200):  # EM passes
         mean = n / (k * (1 - absent_share))
         if mean <= ABSENT_MEAN_COUNT:
             return torch.zeros_like(count), 0.0

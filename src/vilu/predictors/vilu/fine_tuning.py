@@ -1,6 +1,6 @@
-"""Fine-tuning: training that begins with the weights of another fit.
+"""Fine-tuning: training that begins with the weights of an earlier fit.
 
-Fine-tuning is useful if a head was fitted on one data set, and another data set has only a few
+Fine-tuning is useful if a head was fitted on one data set, and a second data set has only a few
 labels.
 """
 
@@ -15,14 +15,15 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.vilu.head import HeadPredictor
 
 FINE_TUNING = {"epochs": None, "learning_rate": 1e-3, "freeze_epochs": 0}
-"""Default parameters of a fine-tuning. All other parameters are taken from the first fit.
+"""Default parameters in fine-tuning. All parameters not named here are taken from the first fit.
 
 - The learning rate is 1/30 of the rate for a new head, because the weights need only a correction.
-  On synthetic data with five labels per class, 0.001 was the best of 0.03, 0.01, 0.003 and 0.001.
+  On synthetic data with five labels per class, 0.001 was the best among 0.03, 0.01, 0.003 and
+  0.001.
 - The attention is trained from the first step, because the first fit has already trained the
   attention.
-- The number of epochs is the default for the number of rows, not the number of the first fit. With
-  a few labels the number is 300.
+- The epoch count is the default for the row count, not the epoch count of the first fit. With a few
+  labels the epoch count is 300.
 """
 
 
@@ -36,12 +37,12 @@ def start_from_fitted(
     Args:
         cls: Class of a method with a failure head.
         fitted_predictor: A fitted predictor of this class.
-        values: Parameters by name, also as strings (``--set key=value``). All other parameters are
-            taken from ``FINE_TUNING``, or else from ``fitted_predictor``.
+        values: Parameters by name, also as strings (``--set key=value``). Parameters not in
+            ``values`` are taken from ``FINE_TUNING``, or else from ``fitted_predictor``.
 
     Raises:
         UsageError: If the method ``cls`` has no failure head.
-        ProvenanceError: If ``fitted_predictor`` is of another class, or its weights do not fit
+        ProvenanceError: If ``fitted_predictor`` has a different class, or weights that do not fit
             ``values``.
         DataError: If ``fitted_predictor`` is a constant.
     """

@@ -1,4 +1,4 @@
-"""The common part of predictors that train a ``FailureHead``."""
+"""The base class for predictors that train a ``FailureHead``."""
 
 from __future__ import annotations
 
@@ -40,34 +40,34 @@ Widths = Annotated[tuple[Count, ...], Field(max_length=100)]
 
 @dataclasses.dataclass
 class HeadPredictor(FailurePredictor):
-    """A predictor with uncertainty sigmoid(g). g is the output of a trained ``FailureHead``.
+    """A predictor with uncertainty sigmoid(g). A trained ``FailureHead`` computes g.
 
     - Several processes can share the training (``vilu.predictors.nn.processes``). The learning rate
-      does not depend on the number of processes.
+      does not depend on the process count.
     - Training can write checkpoints (``vilu.predictors.nn.checkpoint``).
     - Training can begin with fitted weights (``vilu.predictors.vilu.fine_tuning``).
 
     Args:
         validation_fraction: If ``fit`` gets no validation set, this share of the training rows is
             held out to choose the best epoch.
-        hidden: Widths of the hidden layers of the MLP. The MLP has ``len(hidden) + 1`` layers.
+        hidden: Hidden layer widths in the MLP. The MLP has ``len(hidden) + 1`` layers.
         epochs: Number of passes over the training rows. None: 35, changed so that there are at
             least 1,400 and at most 6,000 steps, and then clipped to 10 ... 300.
         batch_size: Rows per step. None: a fortieth of the training rows, clipped to 32 ... 128.
-        learning_rate: Largest learning rate, at the end of a linear warm-up. A cosine decay to zero
+        learning_rate: Largest learning rate, reached after a linear warm-up. A cosine decay to zero
             follows.
-        momentum: Momentum of SGD.
-        weight_decay: Weight decay of SGD.
+        momentum: SGD momentum.
+        weight_decay: SGD weight decay.
         warmup_epochs: Length of the warm-up in epochs. The warm-up takes at most a tenth of all
             steps.
         freeze_epochs: Number of epochs before the attention is trained. None: as many as 1,000
             steps (the released code), and at least one (the paper), but at most half of all epochs.
         patience: Stop after this number of epochs without a validation AUROC near the best AUROC.
             None: never stop early.
-        weighting: Mode of the weight of failures in the loss
+        weighting: How failures are weighted in the loss
             (see ``vilu.predictors.nn.losses.FailureWeight``).
-        static_weight: Weight of failures if ``weighting`` is "static".
-        precision: Precision of the matrix products of the MLP in training.
+        static_weight: Failure weight if ``weighting`` is "static".
+        precision: Precision of the MLP's matrix products in training.
     """
 
     is_probability: ClassVar[bool] = True
@@ -97,10 +97,10 @@ class HeadPredictor(FailurePredictor):
     @property
     @abstractmethod
     def loss(self) -> str:
-        """Name of the loss, a key of ``LOSSES``."""
+        """The loss name, a key of ``LOSSES``."""
 
     def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
-        """Fit the predictor. The embedding space of an earlier fit must match."""
+        """Fit the predictor. If ``start_`` is set, refuse rows from a different embedding space."""
         start = self.start_
         space = train.source.space
         if start is not None and start.space_ is not None:
@@ -140,7 +140,7 @@ class HeadPredictor(FailurePredictor):
         return Learnt(weights, notes)
 
     def _initial_head(self, space: EmbeddingSpace) -> FailureHead:
-        """The head before training, with new weights from the seed or with fitted weights."""
+        """Make the head before training, with new weights from the seed or with fitted weights."""
         network = self.module({}, space)
         head = cast("FailureHead", network)
         if self.start_ is not None:
@@ -151,7 +151,7 @@ class HeadPredictor(FailurePredictor):
     def _run_inputs(
         self, head: FailureHead, train: Rows, validation: Rows | None
     ) -> dict[str, object]:
-        """Settings and data that must be unchanged when training resumes from a checkpoint."""
+        """Describe settings and data that must not change if training resumes from a checkpoint."""
         run_inputs: dict[str, object] = {"method": self.name}
         for name in parameters(self):
             if name != "device":
@@ -169,7 +169,7 @@ class HeadPredictor(FailurePredictor):
         return run_inputs
 
     def _start_notes(self) -> dict[str, object]:
-        """Notes on the earlier fit with the starting weights; empty without such a fit."""
+        """Make notes on the earlier fit with the starting weights. Empty without such a fit."""
         if self.start_ is None:
             return {}
         weights = self.start_.state()
@@ -192,17 +192,17 @@ class HeadPredictor(FailurePredictor):
 
     @torch_defaults()
     def _log_odds_bias(self) -> float:
-        """The excess of the log-odds of a trained head over the log-odds of failure.
+        """Compute how far a trained head's log-odds exceed the log-odds of failure.
 
-        The excess is log w for the weight w of failures in the loss. If p is the probability of
-        failure, the weighted BCE is least at the odds w p / (1 - p). w is computed from the error
-        rate of the training set. The order of rows does not depend on w.
+        The excess is log w if failures have the weight w in the loss. If p is the probability of
+        failure, the weighted BCE is least at the odds w p / (1 - p). w is computed from the
+        training error rate. The row order does not depend on w.
         """
         if self.loss != "bce" or self.constant_ is not None:
             return 0.0
         n_rows = self.notes_.get("n_train")
         n_failures = self.notes_.get("n_failures")
-        # the notes of a converted checkpoint have no counts of training rows
+        # a converted checkpoint's notes do not count the training rows
         if not n_rows or n_failures is None:
             return 0.0
         error_rate = torch.tensor(n_failures / n_rows, dtype=torch.float32)
@@ -214,14 +214,14 @@ class HeadPredictor(FailurePredictor):
 
 
 class HeadGraph(nn.Module):
-    """Mean of sigmoid(g) over the heads of a predictor, as a module for export."""
+    """Mean sigmoid(g) over a predictor's heads, as a module for export."""
 
     def __init__(self, heads: list[FailureHead]) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Uncertainties (N,) float64 of a batch."""
+        """Compute the uncertainties (N,) float64 of a batch."""
         probabilities = []
         for module in self.heads:
             head = cast("FailureHead", module)
@@ -234,7 +234,7 @@ class HeadGraph(nn.Module):
 
 
 def head_graph(predictor: HeadPredictor) -> nn.Module:
-    """The graph of a predictor that averages the probabilities of its heads.
+    """Make the graph of a predictor that averages probabilities over heads.
 
     A class of such predictors sets ``graph`` to this function.
     """
@@ -242,7 +242,7 @@ def head_graph(predictor: HeadPredictor) -> nn.Module:
 
 
 def head_coalitions(predictor: HeadPredictor) -> Coalitions:
-    """The coalitions of the inputs of a predictor with a single head.
+    """Make coalitions of head inputs, for a predictor with a single head.
 
     A class of such predictors sets ``coalitions`` to this function.
     """

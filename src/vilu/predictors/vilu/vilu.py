@@ -18,15 +18,14 @@ from vilu.predictors.vilu.head import HeadPredictor, head_coalitions, head_graph
 class LVU(HeadPredictor):
     """Learned visual uncertainty: ViLU's MLP with only the image embedding, u = sigmoid(g).
 
-    g is the output of the MLP, and p_y is the zero-shot probability of the true class. There are
-    three losses:
+    g is the MLP output, and p_y is the zero-shot probability of the true class. There are three
+    losses:
 
     - "mse": squared error between sigmoid(g) and 1 - p_y, as in the released code. For an image
       outside all classes the target is 1.
-    - "loss": squared error between softplus(g) and -log p_y, the loss of the VLM, as in the
-      supplement. The error is divided by the mean square of -log p_y in the batch, if the mean
-      square exceeds 1. Without this division a training step would grow with the logit scale of the
-      VLM.
+    - "loss": squared error between softplus(g) and -log p_y, the VLM's loss, as in the supplement.
+      If the mean square of -log p_y in the batch exceeds 1, the error is divided by the mean
+      square. Without this division a training step would grow with the VLM's logit scale.
     - "bce": the loss of ViLU. The released checkpoints seem to be trained with this loss.
 
     softplus(g) = -log p_y is equivalent to sigmoid(g) = 1 - p_y. So with "mse" and with "loss",
@@ -41,7 +40,7 @@ class LVU(HeadPredictor):
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> target = np.repeat([0, 1], [70, 30])  # class 0 ends at 63 degrees, answers 0 at 45
         >>> train = vilu.Embeddings(image, text, target=target)
         >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
         >>> method = vilu.LVU(loss="bce", epochs=10)
@@ -62,7 +61,7 @@ class LVU(HeadPredictor):
     def needs(self) -> Needs:
         """The requirement for a training row. The loss "loss" requires a known class.
 
-        The loss -log p_y is infinite for images outside all classes, so these images are left out.
+        For images outside all classes -log p_y is infinite, so these images are left out.
         """
         if self.loss == "loss":
             return "class"
@@ -76,9 +75,8 @@ class LVU(HeadPredictor):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> FailureHead:
-        """A new head with initial weights drawn with the seed."""
-        generator = torch.Generator()
-        generator.manual_seed(self.seed)
+        """Make a head with initial weights drawn with the seed."""
+        generator = torch.Generator().manual_seed(self.seed)
         return FailureHead(
             space.embed_dim,
             self.hidden,
@@ -94,22 +92,22 @@ class ViLU(HeadPredictor):
 
         u = sigmoid(g(z_v, sum_j alpha_j W z_tj, z_t̂))
 
-    z_v is the embedding of the image. z_tj is the embedding of candidate j, with the attention
-    weight alpha_j. z_t̂ is the embedding of the predicted caption. g is an MLP with ReLU and layers
-    of 512, 256, 128 and 1 units. The loss is the BCE on the failure of the answer. In a batch with
-    N_s successes and N_f failures, failures have the weight log(1 + N_s / N_f).
+    z_v is the image embedding. z_tj is the embedding of candidate j, with the attention weight
+    alpha_j. z_t̂ is the embedding of the predicted caption. g is an MLP with ReLU and layers with
+    512, 256, 128 and 1 units. The loss is the BCE with the answer's failure as target. In a batch
+    with N_s successes and N_f failures, failures have the weight log(1 + N_s / N_f).
 
     Args:
         attention: Form of the cross-attention.
 
-            - "official": as in the released code, with the same matrix W for keys and values, and
-              with the logit scale of the VLM. W starts as the identity.
+            - "official": as in the released code, with one matrix W for keys and values, and with
+              the VLM's logit scale. W starts as the identity.
             - "paper": as in the paper, with W_Q, W_K, W_V and the scale 1/sqrt(d).
             - None: no attention.
-        predicted_caption: Whether the text embedding of the answer is an input.
-        mcm_input: Whether the zero-shot probability of the answer is an input, as in the transfer
-            experiments of the paper (supplement, B.2).
-        loss: "bce"; or "mse", an ablation of the paper. With "mse", sigmoid(g) is fitted to 1 minus
+        predicted_caption: Whether the answer's text embedding is an input.
+        mcm_input: Whether the answer's zero-shot probability is an input, as in the paper's
+            transfer experiments (supplement, B.2).
+        loss: "bce", or "mse", an ablation in the paper. With "mse", sigmoid(g) is fitted to 1 minus
             the zero-shot probability of the true class, as in ``LVU``.
 
     Source: ViLU, ICCV 2025. There are differences from the released code:
@@ -125,7 +123,7 @@ class ViLU(HeadPredictor):
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> target = np.repeat([0, 1], [70, 30])  # class 0 ends at 63 degrees, answers 0 at 45
         >>> train = vilu.Embeddings(image, text, target=target)
         >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
         >>> method = vilu.ViLU(epochs=10)
@@ -153,13 +151,12 @@ class ViLU(HeadPredictor):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """A new head with initial weights drawn with the seed."""
+        """Make a head with initial weights drawn with the seed."""
         return self._head(space)
 
     def _head(self, space: EmbeddingSpace, dropout: Dropout | None = None) -> FailureHead:
-        """A new head with the parameters of this predictor, and with ``dropout`` if given."""
-        generator = torch.Generator()
-        generator.manual_seed(self.seed)
+        """Make a head with this predictor's parameters, and with ``dropout`` if given."""
+        generator = torch.Generator().manual_seed(self.seed)
         return FailureHead(
             space.embed_dim,
             self.hidden,

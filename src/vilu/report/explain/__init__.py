@@ -1,1 +1,1 @@
-"""Explanations of suspicious answers, and groupings of the failures of a data set."""
+"""Explanations for suspicious answers, and groupings of a data set's failures."""

@@ -1,4 +1,4 @@
-"""Shares of groups of inputs in a score, as Shapley values."""
+"""Each input group's share in a score, as Shapley values."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from vilu.report.explain.rows import draw_rows, scored_rows
 
 
 def shapley(values: Tensor) -> Tensor:
-    """(G, B) Shapley values of the players (Shapley 1953).
+    """Return the players' Shapley values (G, B) (Shapley 1953).
 
-    The Shapley value of a player is the mean increase of v when the player joins a coalition:
+    The Shapley value of a player is the mean increase in v when the player joins a coalition:
 
         phi_g = sum_S |S|! (G - |S| - 1)! / G! [v(S + g) - v(S)]
 
-    The sum is over the coalitions S without player g. The values phi_g of all players add up to
+    The sum is over the coalitions S without player g. The values phi_g add up to
     v(all) - v(nobody). A player that never changes v gets zero. Two interchangeable players get
     equal values.
 
     Args:
-        values: (2^G, B) float64 value v(S) of every coalition S. The index of S in the first
+        values: (2^G, B) float64 value v(S) for every coalition S. The index of S in the first
             dimension has bit g set if player g is a member of S.
 
     Examples:
@@ -37,7 +37,7 @@ def shapley(values: Tensor) -> Tensor:
         >>> shapley(values).squeeze(1).tolist()  # (1 - 0 + 6 - 3) / 2 and (3 - 0 + 6 - 1) / 2
         [2.0, 4.0]
     """
-    n_players = len(values).bit_length() - 1  # log2 of the number of coalitions
+    n_players = len(values).bit_length() - 1  # log2 of the coalition count
     if len(values) != 1 << n_players:
         raise ValueError(f"the number of coalitions must be a power of two, not {len(values)}")
     shapley_values = torch.zeros(n_players, *values.shape[1:], dtype=values.dtype)
@@ -60,22 +60,22 @@ class Attribution:
     The sum of the parts is ``score - baseline``.
     """
 
-    score: float  # score of the row
-    baseline: float  # mean score of the background rows
-    parts: dict[str, float]  # Shapley value of every group of inputs
+    score: float  # the row's score
+    baseline: float  # mean score over the background rows
+    parts: dict[str, float]  # Shapley value of every input group
 
 
 def coalitions_of(predictor: FailurePredictor) -> Coalitions:
-    """The coalitions that the class of the predictor defines.
+    """Return the coalitions that the predictor's class defines.
 
-    A class without coalitions uses the coalitions of ``FailurePredictor``. These fit every method.
+    If the class has no coalitions, use those of ``FailurePredictor``. These fit every method.
     """
     if predictor.constant_ is not None:
         raise NoAttribution(
             f"this {predictor.name} gives a constant score, because its fit had nothing to learn"
         )
-    # Coalitions of a parent class are not used, because the class and the parent may compute scores
-    # in different ways.
+    # Coalitions from a parent class are not used, because the class and the parent may compute
+    # scores in different ways.
     defines_its_own = "coalitions" in vars(type(predictor))
     if defines_its_own:
         return predictor.coalitions()
@@ -87,9 +87,9 @@ class Attributor:
 
     Args:
         predictor: The predictor.
-        background: Source of the background rows.
+        background: Source from which background rows are drawn.
         n_rows: Number of background rows to draw.
-        seed: Seed of the draw.
+        seed: Seed for the draw.
         rows_to_leave_out: Positions of rows to leave out of the draw.
 
     Raises:
@@ -112,7 +112,7 @@ class Attributor:
         self.coalitions.set_background(list(scored_batches))
 
     def attribute(self, scored: ScoredBatch) -> list[Attribution]:
-        """Return one attribution per row of a batch."""
+        """Return one attribution for each row in a batch."""
         values = self.coalitions.values(*scored)
         # the first coalition has no player, and the last coalition has all players
         score_of_nobody = values[0].tolist()

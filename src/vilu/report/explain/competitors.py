@@ -1,4 +1,4 @@
-"""Competitors of a row's answer, and the labelled training images nearest to a row."""
+"""The competitors of an answer, and the labelled training images nearest to a row."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from vilu.report.explain.rows import CandidateNames, true_classes, unscored_rows
 
 
 class Weights(NamedTuple):
-    """A way to weight the candidates of rows. The sum of the weights of a row is 1."""
+    """A way to weight a row's candidates. The weights in a row add up to 1."""
 
-    meaning: str  # short description of the weights
-    compute: Callable[[Batch], Tensor]  # returns the weights (B, K) of the candidates of a batch
+    meaning: str  # short description
+    compute: Callable[[Batch], Tensor]  # returns the weights (B, K) of the candidates in a batch
 
 
 def weights_of(predictor: FailurePredictor) -> Weights:
-    """Choose the weights for comparing the candidates of a method.
+    """Choose the weights for comparing a method's candidates.
 
     - A method with a trained attention: alpha_j = softmax_j(scale (W_Q z_v) . (W_K z_tj)),
       averaged over the members of an ensemble.
-    - ``vilu_plus``: the posterior q of the pooled experts.
-    - Any further method with adapted answers: the posterior q of the method.
+    - ``vilu_plus``: the posterior q from the pooled experts.
+    - Any further method with adapted answers: the method's posterior q.
     - All remaining methods: the zero-shot posterior p.
     """
     attentions = _attentions(predictor)
@@ -59,31 +59,31 @@ def weights_of(predictor: FailurePredictor) -> Weights:
 
 
 def _attentions(predictor: FailurePredictor) -> list[CrossAttention]:
-    """The trained attentions of a method's heads; empty if the method has no attention."""
+    """Return the trained attentions in a method's heads. Empty if there is no attention."""
     if not isinstance(predictor, HeadPredictor) or predictor.constant_ is not None:
         return []
     return [head.attention for head in predictor.heads if head.attention is not None]
 
 
 def _zero_shot_posterior(batch: Batch) -> Tensor:
-    """(B, K) posterior of the zero-shot model."""
+    """Return the zero-shot model's posterior (B, K)."""
     return log_posterior(batch).exp()
 
 
 def _own_posterior(predictor: FailurePredictor, batch: Batch) -> Tensor:
-    """(B, K) posterior of ``predictor``, for methods with adapted answers."""
+    """Return the posterior (B, K) of ``predictor``, for methods with adapted answers."""
     return predictor.log_posterior(batch).exp()
 
 
 def _pooled_posterior(predictor: ViLUPlus, batch: Batch) -> Tensor:
-    """(B, K) posterior of the pooled experts."""
+    """Return the posterior (B, K) from the pooled experts."""
     experts = predictor.experts.to(batch.image.device)
     pooled = experts.pooled_parts(batch)
     return pooled.logits.softmax(dim=1)
 
 
 def _attention_weights(attentions: list[CrossAttention], batch: Batch) -> Tensor:
-    """(B, K) weights of the attentions, averaged over the attentions."""
+    """Return the attention weights (B, K), averaged over the attentions."""
     total = torch.zeros(
         len(batch.image), len(batch.text), device=batch.image.device, dtype=torch.float32
     )
@@ -97,7 +97,7 @@ def _attention_weights(attentions: list[CrossAttention], batch: Batch) -> Tensor
 
 
 def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> NDArray[np.int64]:
-    """(N,) candidate with the largest weight among all candidates except the judged answer.
+    """Return the candidate (N,) with the largest weight among all candidates but the judged answer.
 
     Rows without a score have the value -1.
     """
@@ -112,12 +112,12 @@ def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> 
         # The batches of ``predictor.scored`` have the answers that ``vilu.score`` judges.
         for batch, _ in predictor.scored(data):
             weight = weights.compute(batch)
-            # A candidate with the same text as the answer is no competitor of the answer.
-            # Candidates of equal texts have the same value of ``first_equal_index``.
+            # A candidate with the answer's text is no competitor of the answer. Candidates with
+            # equal texts have equal values of ``first_equal_index``.
             group = batch.first_equal_index
             group_of_answer = group[batch.prediction].unsqueeze(1)
             has_text_of_answer = group == group_of_answer
-            # weights are at least 0, so a candidate of weight -1 never has the largest weight
+            # weights are at least 0, so a candidate with weight -1 never has the largest weight
             weight_of_others = weight.masked_fill(has_text_of_answer.to(weight.device), -1.0)
             best_candidate = weight_of_others.argmax(dim=1)
             rows = batch.index.numpy(force=True)
@@ -129,16 +129,16 @@ def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> 
 class Neighbour:
     """A labelled training row near an explained row."""
 
-    key: str  # identifier of the training row
-    cosine: float  # cosine similarity of the training image and the explained image
-    answer: str  # name of the zero-shot answer to the training row
+    key: str  # identifier
+    cosine: float  # cosine similarity between the training image and the explained image
+    answer: str  # name of the zero-shot answer
     truth: str  # name of the right answer, or "none of the classes"
 
 
 class RowsToSkip(NamedTuple):
     """The explained rows, which the search must skip if they are training rows, too."""
 
-    kind: IdentityKind  # kind of identity of a row, such as the picture
+    kind: IdentityKind  # kind of identity, such as the picture
     hashes: NDArray[np.uint64]  # (B,) identity of each explained row
 
 
@@ -146,7 +146,7 @@ class NearRow(NamedTuple):
     """A training row near an explained row."""
 
     row: int  # position of the training row
-    cosine: float  # cosine similarity of the two images
+    cosine: float  # cosine similarity between the two images
 
 
 class AnswerAndTruth(NamedTuple):
@@ -168,7 +168,7 @@ class TrainingRows:
     def find_neighbours(
         self, image: Tensor, to_skip: RowsToSkip | None, n: int
     ) -> list[tuple[list[Neighbour], list[Neighbour]]]:
-        """Find the ``n`` nearest failures and the ``n`` nearest successes of every image (B, D).
+        """Find the ``n`` nearest failures and the ``n`` nearest successes for every image (B, D).
 
         Training rows that are the explained image itself are left out. ``to_skip`` identifies these
         rows.
@@ -190,7 +190,7 @@ class TrainingRows:
     def _with_names(
         self, near_rows: list[NearRow], names_of_row: dict[int, AnswerAndTruth]
     ) -> list[Neighbour]:
-        """Make neighbours of near rows: add the keys, and the names of answer and truth."""
+        """Make neighbours from near rows: add the keys, and the names of answer and truth."""
         neighbours = []
         for near_row in near_rows:
             names = names_of_row[near_row.row]
@@ -206,8 +206,8 @@ class TrainingRows:
     def _search(
         self, image: Tensor, to_skip: RowsToSkip | None, rows: Tensor, n: int
     ) -> list[list[NearRow]]:
-        """The ``n`` nearest of ``rows`` to each image, without rows that are the image itself."""
-        # Some of the nearest rows may be the image itself and are left out. So more than n rows are
+        """Return the ``n`` nearest of ``rows`` to each image, without rows of the image itself."""
+        # Some nearest rows may be the image itself and are left out. So more than n rows are
         # searched for, until every image has n neighbours or all rows have been found.
         n_spare = 1
         while True:
@@ -221,7 +221,7 @@ class TrainingRows:
     def _near_other_rows(
         self, image: Tensor, to_skip: RowsToSkip | None, rows: Tensor, k: int
     ) -> list[list[NearRow]]:
-        """The ``k`` nearest of ``rows`` to each image, then without rows of the image itself."""
+        """Find the ``k`` nearest of ``rows`` to each image, then drop rows of the image itself."""
         train_rows = Rows(self.train, rows)
         cosine, index = nearest_rows(image, train_rows, k)  # (B, k) each
         row = rows[index]  # (B, k) positions in ``train``
@@ -241,7 +241,7 @@ class TrainingRows:
         return near_rows
 
     def _answers_and_truths(self, rows: set[int]) -> dict[int, AnswerAndTruth]:
-        """Map each training row to the names of the answer and of the truth."""
+        """Map each training row to the names of the answer and the truth."""
         names = CandidateNames(self.train)
         answers = {}
         sorted_rows = torch.tensor(sorted(rows), dtype=torch.int64)
@@ -256,10 +256,10 @@ class TrainingRows:
 
 
 def nearest_rows(image: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-    """Find the k nearest rows of every image (B, D), the nearest first.
+    """Find the k nearest rows for every image (B, D), the nearest first.
 
-    The search is exact, with a single block of rows in memory. Equally similar rows are in the
-    order of ``rows``. If there are fewer than k rows, all rows are returned.
+    The search is exact, with a single block of rows in memory. Equally similar rows keep their
+    order in ``rows``. If there are fewer than k rows, all rows are returned.
 
     Returns:
         Cosines (B, k) float32 in descending order, and indices (B, k) int64 into ``rows``.
@@ -271,7 +271,7 @@ def nearest_rows(image: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
         block_cosine, index_in_block = nearest_in_bank(query, block, k)
         cosine = torch.cat([best_cosine, block_cosine], dim=1)
         index = torch.cat([best_index, index_in_block + row_slice.start], dim=1)
-        # a stable sort keeps tied rows of earlier blocks before tied rows of this block
+        # a stable sort keeps tied rows from earlier blocks before tied rows from this block
         sorted_cosine, order = cosine.sort(dim=1, descending=True, stable=True)
         best_cosine = sorted_cosine[:, :k]
         best_index = index.gather(1, order)[:, :k]

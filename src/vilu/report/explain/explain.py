@@ -1,4 +1,4 @@
-"""Explanations of why answers are suspicious, as objects and as text."""
+"""Explanations for suspicious answers, as objects and as text."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from vilu.report.explain.rows import CandidateNames, find_rows, scored_rows, tru
 from vilu.text import align_columns, hidden_rows_line, to_terminal_text
 from vilu.validation import checked
 
-MAX_ROWS_SHOWN = 15  # maximum number of rows of a printed table; further rows are only counted
+MAX_ROWS_SHOWN = 15  # maximum number of rows in a printed table. Further rows are only counted
 
 
 def require_json(path: str | Path) -> None:
-    """Raise UsageError if the suffix of a file is not ``.json``."""
+    """Raise UsageError if a file's suffix is not ``.json``."""
     if Path(path).suffix.lower() != ".json":
         raise UsageError(
             f"explanations are nested, so they go to a .json file. Got {Path(path).name!r} instead."
@@ -53,7 +53,7 @@ class Findings:
     def save(self, path: str | Path) -> None:
         """Write a ``.json`` file atomically.
 
-        An existing explanation at this path is replaced. A file of any other kind is not replaced.
+        An existing explanation at this path is replaced. Any other kind of file is not replaced.
 
         Raises:
             UsageError: If the suffix is not ``.json``, or if an existing file at the path is no
@@ -78,10 +78,10 @@ def first_table_lines(
 
 @dataclass(frozen=True)
 class Competitor:
-    """One of the candidates with the largest weights; the answer can be among these candidates."""
+    """One of the candidates with the largest weights, possibly the answer itself."""
 
-    name: str  # name of the class, or for a caption the key of the image-caption pair
-    weight: float  # weight that the method gives the candidate; see ``Explanations.weights``
+    name: str  # class name, or for a caption the key of the image-caption pair
+    weight: float  # weight that the method gives the candidate. See ``Explanations.weights``
     posterior: float  # zero-shot probability of the candidate
 
 
@@ -89,39 +89,39 @@ class Competitor:
 class Explanation:
     """Why an answer is suspicious, or why it is not."""
 
-    row: int  # position of the row in the data
-    key: str  # identifier of the row
+    row: int  # position in the data
+    key: str  # identifier
     answer: str  # name of the judged answer
     posterior: float  # zero-shot probability of the answer
-    uncertainty: float  # uncertainty of the method, higher = more likely wrong
-    # name of the right answer, or "none of the classes"; None if unknown
+    uncertainty: float  # the method's uncertainty, higher = more likely wrong
+    # name of the right answer, or "none of the classes". None if unknown.
     truth: str | None
-    wrong: bool | None  # whether the answer is wrong; None if unknown
-    competitors: tuple[Competitor, ...]  # candidates of largest weight, the largest first
-    # nearest training rows with a wrong answer; None if no training rows were given
+    wrong: bool | None  # whether the answer is wrong. None if unknown
+    competitors: tuple[Competitor, ...]  # candidates with the largest weights, in descending order
+    # nearest training rows with a wrong answer. None if no training rows were given.
     failures: tuple[Neighbour, ...] | None
-    # nearest training rows with a right answer; None if no training rows were given
+    # nearest training rows with a right answer. None if no training rows were given.
     successes: tuple[Neighbour, ...] | None
-    attribution: Attribution | None  # shares of the inputs in the score; None if not available
-    zero_shot: str | None = None  # name of the zero-shot answer if different from ``answer``
+    attribution: Attribution | None  # input shares in the score. None if not available
+    zero_shot: str | None = None  # zero-shot answer if different from ``answer``
 
 
 @dataclass(frozen=True)
 class Explanations(Findings):
-    """Explanations of rows, with the meaning of the numbers."""
+    """Explanations for rows, with the meaning of the numbers."""
 
     kind: ClassVar[str] = "explanations"
 
-    # in the order of the chosen rows; if no rows were chosen, the most uncertain row comes first
+    # in the order of the chosen rows. If no rows were chosen, the most uncertain row comes first.
     rows: tuple[Explanation, ...]
-    method: str  # label of the predictor
-    is_probability: bool  # whether the uncertainty is a probability of failure
-    weights: str  # meaning of the weights of the competitors
-    unit: str | None  # quantity split by the attribution; None if there is no attribution
+    method: str  # the predictor's label
+    is_probability: bool  # whether the uncertainty is a failure probability
+    weights: str  # meaning of the competitors' weights
+    unit: str | None  # quantity split by the attribution. None if there is no attribution
     attribution: str  # definition of the attribution, or the reason why there is none
     neighbours: str  # which rows were searched for neighbours, or why no rows were searched
-    n_seen: int  # number of explained rows that are known to be rows of the fit
-    answer: str = "zero_shot"  # kind of the judged answers, as in ``vilu.Outcomes``
+    n_seen: int  # number of explained rows that are known to be fit rows
+    answer: str = "zero_shot"  # kind of judged answers, as in ``vilu.Outcomes``
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -164,7 +164,7 @@ def _row_text(row: Explanation, unit: str | None) -> str:
 
 
 def _answer_line(row: Explanation) -> str:
-    """Text of the answer, the uncertainty of the answer, and the truth if known."""
+    """Format the answer, the answer's uncertainty, and the truth if known."""
     answer = f"{to_terminal_text(row.answer)} ({row.posterior:.1%})"
     if row.zero_shot is not None:
         answer += f"; zero-shot: {to_terminal_text(row.zero_shot)}"
@@ -178,14 +178,14 @@ def _answer_line(row: Explanation) -> str:
 
 
 def _attribution_line(attribution: Attribution, unit: str | None) -> str:
-    """The score as a sum of the mean background score and the part of every group of inputs."""
+    """Format the score as a sum: the mean background score, and a part for every input group."""
     parts = [f" {value:+.2f} {name}" for name, value in attribution.parts.items()]
     score_and_mean = f"{attribution.score:.2f} = {attribution.baseline:.2f} mean"
     return f"  {unit}  {score_and_mean}{''.join(parts)}"
 
 
 def _neighbour_lines(kind: str, neighbours: Sequence[Neighbour] | None) -> list[str]:
-    """Make a heading and a line per neighbour; no lines if no training rows were given."""
+    """Make a heading and a line per neighbour. No lines if no training rows were given."""
     if neighbours is None:
         return []
     heading = f"  {'nearest' if neighbours else 'no'} training {kind}"
@@ -193,7 +193,7 @@ def _neighbour_lines(kind: str, neighbours: Sequence[Neighbour] | None) -> list[
 
 
 def _neighbour_text(row: Neighbour) -> str:
-    """Format the line of a neighbour. The line has the truth only if the answer is wrong."""
+    """Format a neighbour's line. The line has the truth only if the answer is wrong."""
     text = f"    {row.cosine:.3f}  {to_terminal_text(row.key)}"
     text += f"  answered {to_terminal_text(row.answer)}"
     if row.answer != row.truth:
@@ -207,7 +207,7 @@ class Depth(NamedTuple):
     candidates: int = 5  # number of competitors
     neighbours: int = 3  # number of nearest training failures, and as many nearest successes
     background: int = 128  # number of rows that an attribution compares with
-    seed: int = 0  # seed of the draw of background rows
+    seed: int = 0  # seed for drawing background rows
 
 
 DEFAULT_DEPTH = Depth()
@@ -226,16 +226,16 @@ def explain(
 ) -> Explanations:
     """Explain why some answers are suspicious.
 
-    An explanation has three parts: the competitors of the answer, the nearest training rows, and
-    the share of every group of inputs in the score.
+    An explanation has three parts: the answer's competitors, the nearest training rows, and every
+    input group's share in the score.
 
     Args:
         predictor: A predictor after ``fit``, or a predictor that needs no ``fit``.
-        data: The source of the rows.
+        data: Source that has the rows.
         train: Labelled training rows, for the neighbours. If ``data`` has fewer than
             ``depth.background`` rows apart from the explained rows, the background rows of the
             attribution are drawn from ``train``, although the predictor was fitted on ``train``.
-        rows: Row numbers or keys; None for the ``n`` most uncertain rows.
+        rows: Row numbers or keys. None for the ``n`` most uncertain rows.
         n: Number of rows to explain if ``rows`` is None.
         depth: Numbers of competitors, neighbours and background rows.
 
@@ -303,7 +303,7 @@ def _make_attributor(
     chosen_rows: Tensor,
     depth: Depth,
 ) -> tuple[Attributor | None, str]:
-    """Make the attributor and a text on it; or None and the reason why there is no attributor."""
+    """Return the attributor with a text on it, or None with the reason for its absence."""
     source = data
     rows_to_leave_out = chosen_rows
     kind_of_rows = "other"
@@ -327,7 +327,7 @@ def _make_attributor(
 
 
 def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -> Tensor:
-    """Positions of the ``n`` rows of largest uncertainty, in descending order of uncertainty.
+    """Return the positions of the ``n`` rows with the largest uncertainties, in descending order.
 
     If rows have equal uncertainty, the lowest position comes first. Rows without a score are left
     out, so there may be fewer than ``n`` positions.
@@ -342,7 +342,7 @@ def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -
 
 
 class _ExplainedRow(NamedTuple):
-    """An explanation without neighbours, and the image for the search of neighbours."""
+    """An explanation without neighbours, and the image for finding the neighbours."""
 
     explanation: Explanation
     image: Tensor  # (D,) embedding
@@ -376,11 +376,11 @@ def _explain_batch(
     depth: Depth,
     attributor: Attributor | None,
 ) -> Iterator[Explanation]:
-    """Yield the explanations of a batch's rows, in order."""
+    """Yield the explanations for a batch's rows, in order."""
     batch, scores = scored_batch
     posterior = log_posterior(batch).exp().cpu()
     n_competitors = min(depth.candidates, len(batch.text))
-    # (B, L) each: the candidates of largest weight, and the weights of these candidates
+    # (B, L) each: the candidates with the largest weights, and these weights
     top_weights, top_candidates = k_largest(weights.compute(batch).cpu(), n_competitors)
     truth = true_classes(batch).tolist()
     zero_shot = batch.zero_shot.prediction.tolist()
@@ -411,12 +411,12 @@ def _explain_batch(
 def _competitors(
     row: int, names: CandidateNames, top_candidates: Tensor, top_weights: Tensor, posterior: Tensor
 ) -> tuple[Competitor, ...]:
-    """The candidates of largest weight of a row, with names.
+    """Return the names, weights and posteriors of a row's candidates with the largest weights.
 
     Args:
-        row: Position of the row.
-        names: Names of the candidates.
-        top_candidates: (L,) candidates of largest weight, the largest first.
+        row: The row's position.
+        names: Candidate names.
+        top_candidates: (L,) candidates with the largest weights, in descending order.
         top_weights: (L,) weights of these candidates.
         posterior: (K,) zero-shot probabilities of all candidates.
     """
@@ -436,7 +436,7 @@ def _with_neighbours(
 ) -> list[Explanation]:
     """Add the nearest training rows to the explanations.
 
-    One pass over the training rows finds the neighbours of all explained rows.
+    A single pass over the training rows finds all neighbours.
     """
     explanations = [explanation for explanation, _ in explained_rows]
     if train is None or not explained_rows:
@@ -462,12 +462,12 @@ def _with_neighbours(
 
 def _count_fitted_rows(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> int:
     """Count the rows that were used to fit the predictor, and warn if there are any."""
-    explained_rows = rows.numpy()
-    overlap = predictor.seen(data, explained_rows)
+    row_numbers = rows.numpy()
+    overlap = predictor.seen(data, row_numbers)
     if len(overlap):
-        fitted_rows = overlap.in_words("explained rows")
+        overlap_in_words = overlap.in_words("explained rows")
         warn_caller(
-            f"{fitted_rows} were used to fit this {predictor.name}: "
+            f"{overlap_in_words} were used to fit this {predictor.name}: "
             "the scores of these rows say little about new images.",
         )
     return len(overlap)

@@ -1,4 +1,4 @@
-"""The largest gain of accuracy from a better text embedding of a class."""
+"""The largest accuracy gain from a better text embedding for a class."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from vilu.report.explain.rows import BATCH_ROWS, class_name
 from vilu.validation import checked, require_at_least
 
 STEP_SIZES = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Step sizes m to try: how far a text is moved towards the images of the class."""
+"""Step sizes m to try: how far a text is moved towards the class's images."""
 SHARES_OF_MEAN = (0.0, 0.1)
-"""Shares kappa to try: how much of the mean of all images is added to a text."""
+"""Shares kappa to try: how much of the mean over all images is added to a text."""
 MIXES = tuple(itertools.product(STEP_SIZES, SHARES_OF_MEAN))
 """All pairs (m, kappa) to try."""
 
-FOLDS = 5  # default number of folds
+FOLDS = 5  # default fold count
 MIN_FOLDS = 3  # a fold to measure on, a fold to choose the mix on, a fold to fit the means on
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
@@ -38,14 +38,14 @@ NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribu
 class PromptGain:
     """The gain of a better text for one class, with unchanged texts for all other classes."""
 
-    name: str  # name of the class
-    n: int  # labelled rows of the class
-    failures: int  # rows of the class whose current answer is wrong
-    saved: int  # rows of any class whose answer becomes right
-    lost: int  # rows of any class whose answer becomes wrong
-    gain: float  # change of the accuracy: (saved - lost) / number of all labelled rows
-    low: float  # lower end of the 95 % interval of the gain
-    high: float  # upper end of the 95 % interval of the gain
+    name: str  # class name
+    n: int  # labelled rows in the class
+    failures: int  # rows in the class whose current answer is wrong
+    saved: int  # rows in any class whose answer becomes right
+    lost: int  # rows in any class whose answer becomes wrong
+    gain: float  # change in accuracy: (saved - lost) / number of all labelled rows
+    low: float  # lower end of the gain's 95 % interval
+    high: float  # upper end of the gain's 95 % interval
 
     def cells(self) -> tuple[str, ...]:
         """Return the cells of this class's row in the printed table."""
@@ -62,14 +62,14 @@ class PromptGain:
 
 @dataclass(frozen=True)
 class PromptGains(Findings):
-    """The gains of a better text for all classes, the largest gain first."""
+    """The gains from a better text for all classes, the largest gain first."""
 
     kind: ClassVar[str] = "prompt_gains"
 
     rows: tuple[PromptGain, ...]  # a row per class
     n: int  # N, the number of labelled rows
     accuracy: float  # zero-shot accuracy on the labelled rows with the current texts
-    folds: int  # number of folds of the cross-validation
+    folds: int  # number of cross-validation folds
 
     def __str__(self) -> str:
         head = (
@@ -93,29 +93,29 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
 
         t_c + m (delta_c + kappa mu),    delta_c = mu_c - mu,
 
-    where mu_c is the mean embedding of the class's labelled images and mu is the mean of all mu_c.
-    The function then counts the rows whose answer becomes right, and the rows whose answer becomes
-    wrong.
+    where mu_c is the mean embedding over the class's labelled images and mu is the mean over all
+    mu_c. The function then counts the rows whose answer becomes right, and the rows whose answer
+    becomes wrong.
 
     With kappa = 1 the text would move towards mu_c. However, mu is common to all images and absent
-    from all texts: a text with much of mu attracts images of every class. Therefore kappa
-    is 0 or 0.1. The step m is 0.5, 1, 2, 4 or 8. If no (m, kappa) gains anything, the text of the
-    class is not changed.
+    from all texts. So a text with much of mu attracts images from every class. Therefore kappa is 0
+    or 0.1. The step m is 0.5, 1, 2, 4 or 8. If no (m, kappa) gains anything, the class's text is
+    not changed.
 
-    No text is measured on the rows from which it was made, nor on further rows of the same
+    No text is measured on the rows from which it was made, nor on further rows with the same
     pictures:
 
-    1. The result on fold f is measured with the means of all folds except f.
+    1. The result on fold f is measured with the means over all folds except f.
     2. The (m, kappa) for fold f is the pair with the largest gain on all folds except f. To choose
-       the pair, each of these folds g is measured with the means of all folds except f and g.
+       the pair, each such fold g is measured with the means over all folds except f and g.
 
     The interval is Agresti and Min's for a difference of paired proportions (Statistics in Medicine
     2005), with half a row added to each cell. The interval accounts for the sampling of the
-    measured rows, but not for the means: a different sample of rows would give different means.
+    measured rows, but not for the means: a different row sample would give different means.
 
-    In practice the gain is an upper limit of the gain from work on prompts, and is no guarantee.
+    In practice the gain is an upper limit to what work on prompts gains, and is no guarantee.
     The new texts are made from images, and perhaps no wording has such an embedding. But a small
-    gain shows that the text of the class is not the cause of the failures of the class.
+    gain shows that the class's text does not cause the class's failures.
 
     Raises:
         UsageError: If the data are image-caption pairs, or ``folds`` is less than 3.
@@ -155,9 +155,9 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
 
 
 def _assign_folds(data: EmbeddingSource, rows: Tensor, folds: int, seed: int) -> Tensor:
-    """(len(data),) number of the fold of each of ``rows``; a picture has all rows in one fold.
+    """Return the fold number (len(data),) for ``rows``. A picture has all rows in one fold.
 
-    For all remaining rows of ``data`` the number has no meaning.
+    For all remaining rows in ``data`` the number has no meaning.
     """
     labelled_rows = Rows(data, rows)
     first_row_of_picture, picture_of_row = labelled_rows.pictures()
@@ -172,7 +172,7 @@ def _assign_folds(data: EmbeddingSource, rows: Tensor, folds: int, seed: int) ->
 
 
 def _labelled_rows(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Labelled usable rows (N,), and per class the number of rows (K,) and of failures (K,)."""
+    """Return the labelled usable rows (N,), and row and failure counts (K,) per class."""
     if data.pool_size is not None:
         raise UsageError("captions have no classes whose texts could be improved. Give class data.")
     require_at_least("folds", folds, MIN_FOLDS)
@@ -194,22 +194,22 @@ def _labelled_rows(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, T
 
 
 class _ClassMeans:
-    """Sums of images over each fold and class, for class means over some of the folds.
+    """Sums over the images in each fold and class, for class means over some of the folds.
 
     Args:
-        data: The source of the rows.
+        data: Source with the rows.
         rows: Positions of the labelled rows.
-        fold: (len(data),) number of the fold of each of these rows.
+        fold: (len(data),) fold number of each labelled row.
         folds: Number of folds.
 
     Attributes:
-        image_sum: (folds, K, D) float64 sum of the unit-norm images of each fold and class.
+        image_sum: (folds, K, D) float64 sum of the unit-norm images in each fold and class.
         n_images: (folds, K) float64 number of images in each sum.
     """
 
     def __init__(self, data: EmbeddingSource, rows: Tensor, fold: Tensor, folds: int) -> None:
         k = data.n_candidates
-        n_cells = folds * k  # a cell is a pair of a fold and a class
+        n_cells = folds * k  # a cell is a pair: a fold and a class
         image_sum = torch.zeros(n_cells, data.space.embed_dim, dtype=torch.float64)
         n_images = torch.zeros(n_cells, dtype=torch.float64)
         for batch in data.batches(BATCH_ROWS, rows=rows):
@@ -220,7 +220,7 @@ class _ClassMeans:
         self.n_images = n_images.view(folds, k)
 
     def better_texts(self, text: Tensor, left_out: set[int]) -> Tensor:
-        """(mixes, K, D) float32 unit-norm texts from the images of the folds not in ``left_out``.
+        """Make texts (mixes, K, D), float32 and unit-norm, from the folds not in ``left_out``.
 
         A class without images in these folds keeps the current text.
         """
@@ -241,20 +241,20 @@ class _ClassMeans:
 class Rivals(NamedTuple):
     """For each row and class, the strongest other class.
 
-    A class with a new text becomes the answer of a row if the new logit beats the rival. For most
-    classes the rival is the current answer of the row. For the current answer itself, the rival is
-    the runner-up.
+    A class with a new text becomes a row's answer if the new logit beats the rival. For most
+    classes the rival is the row's current answer. For the current answer itself, the rival is the
+    runner-up.
     """
 
     class_index: Tensor  # (B, K) int64 class index of the rival
-    logit: Tensor  # (B, K) logit of the rival
+    logit: Tensor  # (B, K) the rival's logit
     answer_is_right: Tensor  # (B, 1) bool: whether the current answer is correct
 
     @classmethod
     def of(cls, batch: Batch) -> Rivals:
-        """Find the rival of every class for each row of a batch of labelled class data."""
-        # Classes with equal texts all get the logit of the first of these classes. Otherwise a
-        # matrix product may round the equal logits differently and break the tie.
+        """Find every class's rival, for each row in a batch of labelled class data."""
+        # Classes with equal texts all get the logit of the first equal class. Otherwise a matrix
+        # product may round the equal logits differently and break the tie.
         logits = batch.logits[:, batch.first_equal_index]
         two_largest, two_classes = k_largest(logits, 2)
         logit_of_answer, logit_of_runner_up = two_largest.split(1, dim=1)  # (B, 1) each
@@ -269,15 +269,15 @@ class Rivals(NamedTuple):
         """Count the rows whose answer becomes right or wrong if one class gets its new text.
 
         Args:
-            batch: The batch of these rivals.
-            new_texts: (K, D) the new text of every class.
+            batch: The batch that these rivals belong to.
+            new_texts: (K, D) new text for every class.
 
         Returns:
             (2, K) for each class the number of saved rows, and the number of lost rows.
         """
         classes = torch.arange(len(new_texts))
         logits = (batch.image @ new_texts.T) * batch.logit_scale + batch.logit_bias
-        # of equal logits, the class of the lowest index is the answer
+        # among equal logits, the class with the lowest index is the answer
         wins_tie = (logits == self.logit) & (classes < self.class_index)
         wins = (logits > self.logit) | wins_tie
         new_answer = torch.where(wins, classes, self.class_index)
@@ -290,12 +290,12 @@ class Rivals(NamedTuple):
 def _count_changes(
     data: EmbeddingSource, rows: Tensor, texts_without_fold: Sequence[Tensor], task: Task
 ) -> Tensor:
-    """Count the saved and the lost rows for each of the new texts.
+    """Count the rows that each new text saves and loses.
 
     Args:
-        data: The source of the rows.
+        data: Source with the rows.
         rows: Positions of the rows to count, all in the same fold.
-        texts_without_fold: For each fold g, new texts (mixes, K, D) made without the images of
+        texts_without_fold: For each fold g, new texts (mixes, K, D) made without the images in
             fold g.
         task: Progress of the whole run.
 
@@ -315,15 +315,15 @@ def _count_changes(
 
 
 def _changes_at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of rows saved (K,) and rows lost (K,), with the best mix for each fold and class.
+    """Count the rows saved (K,) and the rows lost (K,), with the best mix per fold and class.
 
-    A mix is a pair (m, kappa). For fold g, the best mix of a class is the mix with the largest gain
+    A mix is a pair (m, kappa). For fold g, a class's best mix is the mix with the largest gain
     (saved minus lost rows) on all folds except g. If this gain is not above 0, the class keeps the
     current text in fold g, so no row is saved or lost.
 
     Args:
-        changes: (folds, folds, mixes, 2, K) numbers of saved rows and of lost rows. Entry
-            [f, g] counts the rows of fold f with texts made without the folds f and g.
+        changes: (folds, folds, mixes, 2, K) counts of saved and lost rows. Entry [f, g] counts the
+            rows in fold f with texts made without the folds f and g.
     """
     own_changes = changes.diagonal().movedim(-1, 0)  # (folds, mixes, 2, K), the entries with f = g
     # entry g is the sum over all folds f except g
@@ -341,14 +341,14 @@ def _changes_at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
 def _gains_in_order(
     data: EmbeddingSource, n: Tensor, failures: Tensor, saved: Tensor, lost: Tensor
 ) -> Iterator[PromptGain]:
-    """Yield the gains of all classes, the largest gain first.
+    """Yield the gains for all classes, the largest gain first.
 
     Args:
-        data: The source of the rows, with the names of the classes.
-        n: (K,) number of labelled rows of each class.
+        data: Source with the rows and the class names.
+        n: (K,) number of labelled rows in each class.
         failures: (K,) number of these rows whose current answer is wrong.
-        saved: (K,) number of rows whose answer becomes right with the better text of a class.
-        lost: (K,) number of rows whose answer becomes wrong with the better text of a class.
+        saved: (K,) number of rows whose answer the class's better text makes right.
+        lost: (K,) number of rows whose answer the class's better text makes wrong.
     """
     n_rows = int(n.sum())
     order = (saved - lost).argsort(descending=True, stable=True)
@@ -370,10 +370,10 @@ def _gains_in_order(
 
 
 def paired_interval(saved: int, lost: int, n: int) -> tuple[float, float]:
-    """95 % interval of (saved - lost) / n by Agresti and Min.
+    """Compute Agresti and Min's 95 % interval of (saved - lost) / n.
 
-    Half a row is added to each of the four cells of the paired table: right before and after, wrong
-    before and after, saved, and lost.
+    Half a row is added to each cell in the paired table. The four cells are: right before and
+    after, wrong before and after, saved, and lost.
     """
     saved_plus_half = saved + 0.5
     lost_plus_half = lost + 0.5

@@ -1,4 +1,4 @@
-"""Failures of a data set, grouped by the wrong answer and the true class."""
+"""A data set's failures, grouped by the wrong answer and the true class."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from vilu.validation import checked, require_between
 class Confusion:
     """The failures with the same wrong answer and the same true class.
 
-    Without labels, the strongest competitor of the answer takes the place of the true class, and a
-    row counts as a fraction of a failure: the probability of failure of the row.
+    Without labels, the answer's strongest competitor takes the place of the true class. A row then
+    counts as a fraction of a failure: the row's failure probability.
     """
 
     answer: str  # name of the answered class
     instead: str  # name of the true class, or "none of the classes"
-    failures: float  # number of failures; without labels the sum of the failure probabilities
-    share: float  # ``failures`` divided by the failures of all confusions
-    # mean uncertainty of the failures; without labels, the weights are the failure probabilities
+    failures: float  # failure count. Without labels the sum of the failure probabilities
+    share: float  # ``failures`` divided by the failures in all confusions
+    # mean uncertainty of the failures. Without labels, the weights are the failure probabilities.
     uncertainty: float
-    # number of failures among the accepted answers; expected number for ties at the threshold
+    # failure count among the accepted answers. For ties at the threshold, an expected count.
     accepted: float
     # share of the selective risk: ``accepted`` divided by the number of all accepted answers
     risk: float
@@ -57,16 +57,16 @@ class RiskMap(Findings):
     kind: ClassVar[str] = "risk_map"
 
     rows: tuple[Confusion, ...]  # by descending ``risk``, then by descending ``failures``
-    coverage: float  # share of accepted answers; the least uncertain answers are accepted
+    coverage: float  # share of accepted answers, which are the least uncertain answers
     threshold: float  # largest uncertainty of an accepted answer
     n: int  # number of counted rows
-    failures: float  # failures of all counted rows; without labels the sum of the probabilities
+    failures: float  # failures in all counted rows. Without labels the sum of the probabilities
     risk: float  # selective risk at this coverage, equal to the sum of ``risk`` over ``rows``
     # True: the failures were counted. False: failures are expected numbers, sums of probabilities.
     labelled: bool
     # rows without a score or answer and, if any row has a label, rows without a label
     n_left_out: int
-    answer: str = "zero_shot"  # kind of the judged answers, as in ``vilu.Outcomes``
+    answer: str = "zero_shot"  # kind of judged answers, as in ``vilu.Outcomes``
 
     def __str__(self) -> str:
         if self.labelled:
@@ -99,28 +99,28 @@ class RiskMap(Findings):
 def risk_map(
     outcomes: Outcomes, competitor: ArrayLike | None = None, *, coverage: float = 0.8
 ) -> RiskMap:
-    """Find the confusions that add most to the risk of the accepted answers.
+    """Find the confusions that add most to the risk among the accepted answers.
 
-    The ceil(coverage N) answers of least uncertainty are accepted, as in
+    The ceil(coverage N) least uncertain answers are accepted, as in
     ``vilu.metrics.risk_at_coverage``. The confusion of answer j with truth k adds
 
         sum_i w_i a_i / sum_i a_i
 
     to the selective risk. The first sum is over the rows i with answer j and truth k, the second
     sum is over all rows. The weight w_i is 1 for a failure and 0 for a success. The acceptance a_i
-    is 1 for an accepted row and 0 for any other row. If the uncertainty of a row equals the
-    threshold, a_i is between 0 and 1, so that sum_i a_i = ceil(coverage N).
+    is 1 for an accepted row and 0 for a rejected row. If a row's uncertainty equals the threshold,
+    a_i is between 0 and 1, such that sum_i a_i = ceil(coverage N).
 
-    If no row has a label, w_i is the probability of failure, and ``competitor`` replaces the truth.
+    If no row has a label, w_i is the failure probability, and ``competitor`` replaces the truth.
 
     Args:
         outcomes: As from ``vilu.score``, with predictions and shared candidates.
-        competitor: (N,) strongest candidate other than the answer. Needed only without labels; see
+        competitor: (N,) strongest candidate except the answer. Needed only without labels. See
             ``vilu.report.explain.competitors.strongest_competitor``.
         coverage: Share of answers to accept.
 
     Raises:
-        UsageError: If the outcomes are of captions, because captions have no classes. If
+        UsageError: If the outcomes are from captions, because captions have no classes. If
             ``coverage`` is not in (0, 1]. If there are no labels and either the uncertainty is no
             probability or ``competitor`` is None.
         DataError: If no row has a score and an answer.
@@ -178,7 +178,7 @@ def risk_map(
 
 
 def _judged_answers(outcomes: Outcomes) -> Ints:
-    """(N,) the judged answers."""
+    """Return the judged answers (N,)."""
     if outcomes.prediction is None:
         raise DataError(
             "a risk map needs the answers, and these outcomes have none. "
@@ -188,12 +188,12 @@ def _judged_answers(outcomes: Outcomes) -> Ints:
 
 
 def _costliest_first(confusion: Confusion) -> tuple[float, float, str, str]:
-    """Sort key: descending risk, then descending failures, then the names in ascending order."""
+    """Return a sort key: descending risk, then descending failures, then ascending names."""
     return -confusion.risk, -confusion.failures, confusion.answer, confusion.instead
 
 
 def _require_probability(outcomes: Outcomes) -> Floats:
-    """(N,) calibrated probability of failure, or else the uncertainty if this is a probability."""
+    """Return calibrated failure probabilities (N,), or uncertainties that are probabilities."""
     probabilities = failure_probability_of(outcomes)
     if probabilities is None:
         raise UsageError(
@@ -207,7 +207,7 @@ def _require_probability(outcomes: Outcomes) -> Floats:
 def _true_or_competing_class(
     outcomes: Outcomes, competitor: ArrayLike | None, *, labelled: bool
 ) -> Ints:
-    """(N,) true class of each row, or without labels the strongest competitor of the answer."""
+    """Return the true class (N,), or without labels the answer's strongest competitor."""
     if labelled:
         if outcomes.target is None:
             raise DataError(
@@ -230,14 +230,14 @@ def _true_or_competing_class(
 
 
 def acceptance(uncertainty: Floats, coverage: float) -> tuple[Floats, float]:
-    """Acceptance (N,) of each row between 0 and 1, and the threshold.
+    """Compute each row's acceptance (N,) between 0 and 1, and the threshold.
 
     Rows below the threshold have acceptance 1, and rows above the threshold have acceptance 0. Rows
     at the threshold have equal acceptances, such that all acceptances sum up to ceil(coverage N).
     """
     # Round before taking the ceiling, because 0.07 · 100 is a little more than 7 in floating point.
-    covered_rows = np.round(len(uncertainty) * coverage, 9)
-    n_accepted = int(np.ceil(covered_rows))
+    n_covered = np.round(len(uncertainty) * coverage, 9)
+    n_accepted = int(np.ceil(n_covered))
     last_accepted = n_accepted - 1  # index in ascending order of uncertainty
     threshold = float(np.partition(uncertainty, last_accepted)[last_accepted])
     accepted = (uncertainty < threshold).astype(np.float64)
@@ -259,11 +259,11 @@ def _confusions(
 
     Args:
         answer_of_row: (N,) answered class.
-        right_class_of_row: (N,) true class; without labels the strongest competitor.
+        right_class_of_row: (N,) true class. Without labels the strongest competitor.
         uncertainty: (N,) uncertainty.
-        weight: (N,) 1 for a failure, 0 for a success; without labels the probability of failure.
+        weight: (N,) 1 for a failure, 0 for a success. Without labels the failure probability.
         accepted: (N,) acceptance of each row, from ``acceptance``.
-        names: Names of the classes; None for classes without names.
+        names: Class names. None for classes without names.
     """
     pairs = np.stack([answer_of_row, right_class_of_row], axis=1)
     distinct_pairs, inverse = np.unique(pairs, axis=0, return_inverse=True)

@@ -1,7 +1,7 @@
-"""Chosen rows of a source with their candidates, and the names of candidates.
+"""Chosen rows of a source with their candidates, and candidate names.
 
-The candidates of a caption row are the captions of the whole pool. So a caption row is read
-together with the rows of the pool.
+A caption row's candidates are the captions in the whole pool. So a caption row is read together
+with the pool's rows.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ def scored_rows(
     rows: Tensor,
     block_size: int = SCORING_BATCH,
 ) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
-    """Yield batches of the wanted rows, together with the uncertainties (B,) float64 of the rows.
+    """Yield batches of the wanted rows, together with the uncertainties (B,) float64.
 
-    The rows come in the order of the source, or in the order of the pools.
+    The rows come in the source's order, or in the order of the pools.
 
     ``vilu.score`` scores rows in blocks. Here, a block that contains a wanted row is scored as a
-    whole, because the rounding of a matrix product depends on the number of rows in the product. So
+    whole, because a matrix product's rounding depends on the number of rows in the product. So
     answers and uncertainties equal the results of ``vilu.score`` in every digit.
 
     Args:
         predictor: A predictor after ``fit``, or a predictor that needs no ``fit``.
-        data: The source of the rows.
+        data: Source with the rows.
         rows: Positions of the wanted rows.
-        block_size: Number of rows of a block. With 1, only the wanted rows are scored. This is
+        block_size: Number of rows in a block. With 1, only the wanted rows are scored. This is
             enough if the uncertainties are not used.
     """
     rows_to_score = rows_of_whole_blocks(data, rows, block_size)
@@ -68,18 +68,18 @@ def unscored_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
 
 
 def select_rows(batch: Batch, indices: Tensor) -> Batch:
-    """Select the rows of a batch at these indices, with all candidates of the batch.
+    """Select a batch's rows at these indices, with all candidates in the batch.
 
-    The rows keep the zero-shot answers of the whole batch.
+    The rows keep the zero-shot answers from the whole batch.
     """
-    _ = batch.zero_shot  # compute and cache the answers; ``batch.rows`` then copies the answers
+    _ = batch.zero_shot  # compute and cache the answers. ``batch.rows`` then copies the answers
     return batch.rows(indices)
 
 
 def rows_of_whole_blocks(data: EmbeddingSource, rows: Tensor, block_size: int) -> Tensor:
-    """All usable rows of the blocks that contain one of ``rows``, in the order of the source.
+    """Return all usable rows of the blocks that contain one of ``rows``, in the source's order.
 
-    A block is a pool of image-caption pairs, or ``block_size`` usable rows of class data.
+    A block is a pool of image-caption pairs, or ``block_size`` usable rows from class data.
     """
     block_of_row = torch.arange(len(data.usable_rows)) // (data.pool_size or block_size)
     wanted_blocks = block_of_row[torch.isin(data.usable_rows, rows)]
@@ -87,13 +87,13 @@ def rows_of_whole_blocks(data: EmbeddingSource, rows: Tensor, block_size: int) -
 
 
 def _rows_of_pool(data: EmbeddingSource, number: int) -> Tensor:
-    """Positions of the rows of pool ``number``."""
+    """Return the row positions in pool ``number``."""
     size = data.pool_size or 0
     return data.usable_rows[number * size : (number + 1) * size]
 
 
 def draw_rows(data: EmbeddingSource, n_rows: int, seed: int, rows_to_leave_out: Tensor) -> Tensor:
-    """Draw at most ``n_rows`` usable rows without repetition, in the order of the source.
+    """Draw at most ``n_rows`` usable rows without repetition, in the source's order.
 
     Image-caption pairs are drawn from at most ``MAX_POOLS`` pools.
     """
@@ -116,7 +116,7 @@ def draw_rows(data: EmbeddingSource, n_rows: int, seed: int, rows_to_leave_out: 
 
 
 def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
-    """(M,) positions of the rows named in ``wanted`` by number or key, in order, without repeats.
+    """Find the positions (M,) for the numbers or keys in ``wanted``, in order, without repeats.
 
     Raises:
         DataError: If a row does not exist or has no score.
@@ -146,7 +146,7 @@ def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
 
 
 def _rows_by_key(data: EmbeddingSource, keys: set[str]) -> dict[str, list[int]]:
-    """Map each of the keys to the positions of the rows with this key."""
+    """Map each key to the positions of the rows with this key."""
     rows_by_key: dict[str, list[int]] = {}
     if not keys:
         return rows_by_key  # early, because reading the identifiers of a store takes long
@@ -157,14 +157,14 @@ def _rows_by_key(data: EmbeddingSource, keys: set[str]) -> dict[str, list[int]]:
 
 
 def why_unusable(status: int) -> str:
-    """The reason why a row of this status is not scored."""
+    """Return the reason why a row with this status is not scored."""
     if status == SHORT_POOL:
         return "its pool is not full"
     return f"its embedding is of status {STATUS_NAMES[status]!r}"
 
 
 def class_name(names: Sequence[str] | None, candidate: int) -> str:
-    """The name of a class, or the number of the class if the classes have no names.
+    """Return a class's name, or the class number if the classes have no names.
 
     ``candidate`` may also be ``OUTSIDE`` or ``UNKNOWN``. These values are no classes.
     """
@@ -176,29 +176,29 @@ def class_name(names: Sequence[str] | None, candidate: int) -> str:
 
 
 def true_classes(batch: Batch) -> Tensor:
-    """(B,) int64 targets, with ``OUTSIDE`` where the picture shows none of the classes."""
+    """Return int64 targets (B,), with ``OUTSIDE`` where the picture shows none of the classes."""
     if batch.outside is None:
         return batch.target
     return batch.target.masked_fill(batch.outside, OUTSIDE)
 
 
 class CandidateNames:
-    """Names of candidates: the class name, or for a caption the key of the image-caption pair."""
+    """Candidate names: the class name, or for a caption the key of the image-caption pair."""
 
     def __init__(self, data: EmbeddingSource) -> None:
         self.data = data
-        self._pool: frozenset[int] = frozenset()  # rows of the pool that was read last
-        # for each candidate of this pool, the row that the candidate belongs to
+        self._pool: frozenset[int] = frozenset()  # rows in the pool that was read last
+        # for each candidate in this pool, the row that the candidate belongs to
         self._row_of_candidate = torch.empty(0, dtype=torch.int64)
 
     def name_of(self, row: int, candidate: int) -> str:
-        """Name of a candidate of a row; ``candidate`` may be any value of ``true_classes``."""
+        """Name a row's candidate. ``candidate`` may be any value from ``true_classes``."""
         if self.data.pool_size is None or candidate < 0:
             return class_name(self.data.class_names, candidate)
         return self.data.ids[int(self._rows_of_candidates(row)[candidate])]
 
     def _rows_of_candidates(self, row: int) -> Tensor:
-        """For each candidate of ``row``, the row it belongs to; the last pool is cached."""
+        """Find the rows that the candidates of ``row`` belong to. The last pool is cached."""
         if row not in self._pool:
             index_in_usable = int((self.data.usable_rows == row).nonzero())
             pool = _rows_of_pool(self.data, index_in_usable // (self.data.pool_size or 1))

@@ -55,8 +55,8 @@ Joiners are not in this set, because some scripts and emoji need joiners.
 HARMFUL_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Unicode categories of characters that a page escapes: controls, surrogates and line breaks."""
 
-MAX_NAME_CHARACTERS = 60  # maximum number of characters of a name in the page
-MAX_TOOLTIP_CHARACTERS = 300  # maximum number of characters of a name in a tooltip
+MAX_NAME_CHARACTERS = 60  # maximum number of characters for a name in the page
+MAX_TOOLTIP_CHARACTERS = 300  # maximum number of characters for a name in a tooltip
 MISSING_VALUE_TEXT = "–"  # shown for a missing value
 THRESHOLD_TABLE = "What a threshold would do, and probabilities"
 METRICS_OF_TABLES = {
@@ -72,13 +72,13 @@ METRICS_OF_TABLES = {
         "ece", "ece_mass", "brier", "log_loss",
     ),
 }  # fmt: skip
-"""Maps the caption of a table to the metrics in the table. Every table fits on a sheet of paper.
+"""Maps a table's caption to the metrics in the table. Every table fits on a sheet of paper.
 
-Metrics without a value are left out. Metrics of add-on packages are shown in ``THRESHOLD_TABLE``.
+Metrics without a value are left out. Metrics from add-on packages are in ``THRESHOLD_TABLE``.
 """
 
 MAX_RISK = 0.05  # target for the error rate, if no rule was calibrated
-MAX_POINTS = 500  # maximum number of operating points in a page, for any number of rows
+MAX_POINTS = 500  # maximum number of operating points in a page, for any row count
 MAX_COMPETITORS = 3  # maximum number of likeliest classes on a card, including the answer
 
 
@@ -98,25 +98,25 @@ def report_page(
     """Make an HTML page on one or several methods for the same rows.
 
     The page shows how often the model is wrong, and how well the methods predict this. The page has
-    curves with a movable operating point, tables of metrics and of classes, and a gallery of
-    answers. The page loads nothing, and works offline and in print. Equal input gives equal bytes.
+    curves with a movable operating point, tables of metrics and classes, and an answer gallery. The
+    page loads nothing, and works offline and in print. Equal input gives equal bytes.
 
     Args:
-        outcomes: Scores of every method on the same rows. Every method has a distinct name, and
+        outcomes: Scores from every method on the same rows. Every method has a distinct name, and
             some rows have a known failure.
-        main: Name of the main method of the page. The default is the calibrated method, or else
-            ViLU+, ViLU, or the first method.
+        main: Name of the page's main method. The default is the calibrated method, or else ViLU+,
+            ViLU, or the first method.
         calibrated: The rule for accepting answers (``vilu.report.page.choice.read_calibrated``).
         max_risk: Largest error rate among the accepted answers. Only used without a rule, to choose
             a threshold on these rows. Such a threshold guarantees nothing.
-        images: Data set for thumbnails. The record keys are the ids of the outcomes.
-        embeddings: The scored embeddings, for the likeliest classes of an answer.
-        title: Title of the page.
+        images: Data set for thumbnails. The record keys are the outcome ids.
+        embeddings: The scored embeddings, for an answer's likeliest classes.
+        title: The page title.
         table: The metrics of these outcomes from ``vilu.evaluate``. By default the function
             computes the metrics.
 
     Raises:
-        UsageError: If the name of a method or another argument is invalid.
+        UsageError: If a method's name or another argument is invalid.
         DataError: If no row can be evaluated, or if the images are not the scored images.
         ProvenanceError: If the outcomes, the rule or the embeddings do not belong together.
         MissingModelError: If the extra ``report`` is not installed.
@@ -176,7 +176,7 @@ def report_page(
 
 
 def _curves(methods: Sequence[Outcomes], operating_point: OperatingPoint) -> list[Chart]:
-    """The risk-coverage chart and, if there are right and wrong answers, the ROC chart."""
+    """Make the risk-coverage chart and, if there are right and wrong answers, the ROC chart."""
     curves = [charts.risk_coverage(methods, operating_point)]
     roc = charts.roc(methods, operating_point)
     if roc is not None:
@@ -196,7 +196,7 @@ def _histograms(methods: Sequence[Outcomes], points: SliderPoints) -> list[Chart
 
 
 def render_page(template: Template, *, script: str = "", **values: object) -> str:
-    """Render a page with one style and one script. Its security policy forbids any other."""
+    """Render a page with one style and one script. The security policy forbids all others."""
     style = read_asset("page.css")
     style_hash = csp_hash(style)
     script_hash = csp_hash(script)
@@ -213,7 +213,7 @@ def render_page(template: Template, *, script: str = "", **values: object) -> st
 
 @cache
 def find_template(name: str) -> Template:
-    """Load a template and filters; MissingModelError without the extra ``report``."""
+    """Load a template and filters. Raise MissingModelError without the extra ``report``."""
     jinja2 = import_extra("jinja2", "report")
     loader = jinja2.PackageLoader("vilu.report.page")
     environment = jinja2.Environment(
@@ -238,7 +238,7 @@ def read_asset(name: str) -> str:
 
 
 def _default_title(outcomes: Outcomes) -> str:
-    """Default title of a page."""
+    """Return the default page title."""
     names = [name for name in (outcomes.dataset, outcomes.split) if name]
     if not names:
         return "Which answers to trust"
@@ -248,7 +248,7 @@ def _default_title(outcomes: Outcomes) -> str:
 def _page_numbers(
     outcomes: Outcomes, operating_point: OperatingPoint, max_risk: float
 ) -> dict[str, Any]:
-    """The numbers in the text of the page."""
+    """Collect the numbers in the page text."""
     is_evaluable = outcomes.evaluable
     failure = outcomes.failure[is_evaluable]
     accepted = operating_point.accepted[is_evaluable]
@@ -278,7 +278,7 @@ def _page_numbers(
 
 
 def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, Any]]:
-    """Make tables of metrics, with one row of cells per method."""
+    """Make the metric tables, with one row of cells per method."""
     cells = {(row.method, row.metric): row for row in table}
     present_names = dict.fromkeys(row.metric for row in table)
     listed_names = set(chain.from_iterable(METRICS_OF_TABLES.values()))
@@ -313,7 +313,7 @@ def _gallery(
     images: ImageDataset | None,
     embeddings: EmbeddingSource | None,
 ) -> dict[str, list[Card]]:
-    """The cards of every section of the gallery."""
+    """Make the cards for every gallery section."""
     picked_rows = pick_rows(outcomes, operating_point)
     sections = {name: rows.tolist() for name, rows in picked_rows.items()}
     rows_of_sections = chain.from_iterable(sections.values())
@@ -334,13 +334,13 @@ def _gallery(
 def likeliest_classes(
     outcomes: Outcomes, rows: Iterable[int], source: EmbeddingSource
 ) -> dict[int, list[tuple[str, float]]]:
-    """The likeliest classes of some rows, with zero-shot probabilities.
+    """Return the likeliest classes for some rows, with zero-shot probabilities.
 
     Rows missing in the source are left out.
 
     Raises:
         UsageError: If the outcomes or the source have no class names.
-        ProvenanceError: If the classes or the answers of the source and the outcomes differ.
+        ProvenanceError: If the source and the outcomes have different classes or answers.
     """
     names = outcomes.class_names
     ids = outcomes.ids
@@ -375,7 +375,7 @@ def likeliest_classes(
 def _map_positions_to_rows(
     ids: Sequence[str], rows: Iterable[int], source: EmbeddingSource
 ) -> dict[int, int]:
-    """Map positions in the source to the ``rows`` with the same ids; leave missing rows out."""
+    """Map positions in the source to the ``rows`` with the same ids. Leave missing rows out."""
     position_of_key = {key: position for position, key in enumerate(source.ids)}
     row_of_position = {}
     for row in map(int, rows):
@@ -387,13 +387,13 @@ def _map_positions_to_rows(
 
 @dataclass(frozen=True, eq=False)
 class SliderPoints:
-    """The P thresholds that the slider of the page can select."""
+    """The P thresholds that the page's slider can select."""
 
     threshold: Floats  # (P,) ascending, the first is -inf
     n_accepted: Ints  # (P,) number of accepted rows at each threshold
     n_wrong: Ints  # (P,) number of wrong rows among the accepted rows
-    # index of the chosen threshold; if the rule is not a single threshold, index of the threshold
-    # with about the same number of accepted rows
+    # index of the chosen threshold. If the rule is not a single threshold, index of the threshold
+    # with about the same number of accepted rows.
     start_index: int
 
 
@@ -418,7 +418,7 @@ def slider_points(
     scores, wrong = check_scores_and_failures(uncertainty, failure)
     order = np.argsort(scores, kind="stable")
     ascending_scores = scores[order]
-    # entry i is the number of wrong answers among the i least uncertain rows
+    # entry i counts the wrong answers among the i least uncertain rows
     n_wrong_of_first = np.concatenate([[0], np.cumsum(wrong[order])])
     thresholds = np.unique(ascending_scores)
     max_thresholds = limit - 2  # -inf and the chosen threshold are added below
@@ -442,10 +442,10 @@ def slider_points(
 def _script_data(
     outcomes: Outcomes, operating_point: OperatingPoint, points: SliderPoints
 ) -> dict[str, Any]:
-    """The data of the slider, for JSON. The first threshold, -inf, becomes null."""
+    """Return the slider's data, for JSON. The first threshold, -inf, becomes null."""
     failure = outcomes.failure[outcomes.evaluable]
     accepts_nothing = not operating_point.accepted.any()
-    # whether the threshold at the start of the slider accepts exactly the chosen rows
+    # whether the slider's first threshold accepts exactly the chosen rows
     exact = operating_point.threshold is not None or accepts_nothing
     return {
         "threshold": [None, *points.threshold[1:].tolist()],
@@ -459,7 +459,7 @@ def _script_data(
 
 
 def _provenance(outcomes: Outcomes) -> dict[str, Any]:
-    """The name of a method, the origin of the scores, and a fingerprint of the numbers."""
+    """Return a method's name, the scores' origin, and a fingerprint of the numbers."""
     content = outcomes.uncertainty.tobytes() + outcomes.failure.tobytes()
     fingerprint = bytes_hash(content)
     origin = {
@@ -476,7 +476,7 @@ def _provenance(outcomes: Outcomes) -> dict[str, Any]:
 
 
 def escape_harmful(text: str) -> str:
-    r"""Escape the control characters and the direction marks of a text, as in ``\u202e``."""
+    r"""Escape a text's control characters and direction marks, as in ``\u202e``."""
     safe = ""
     # No more characters are ever shown. The extra character tells ``shorten_name`` to cut the text.
     for character in text[: MAX_TOOLTIP_CHARACTERS + 1]:
@@ -501,7 +501,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def format_score(value: float) -> str:
-    """Format an uncertainty; a value slightly less than 1 is not rounded to 1."""
+    """Format an uncertainty. A value slightly less than 1 is not rounded to 1."""
     if 0.99995 <= value < 1:  # four digits would show 1
         return "> 0.9999"
     is_readable = value == 0 or 1e-3 <= abs(value) < 1e6
@@ -509,7 +509,7 @@ def format_score(value: float) -> str:
 
 
 def flat_items(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the names and values of a JSON object; names of nested objects are joined by dots."""
+    """Yield a JSON object's names and values. Names of nested objects are joined by dots."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from flat_items(value, f"{prefix}{name}.")

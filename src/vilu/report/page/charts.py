@@ -18,7 +18,7 @@ from vilu.report.figures import evaluable_scores, failure_probability_of
 from vilu.report.page.choice import OperatingPoint
 from vilu.report.style import line_styles_of
 
-# edges of the plotting area between the axes, in the units of the SVG
+# edges of the plotting area between the axes, in SVG units
 LEFT = 46.0
 RIGHT = 388.0
 TOP = 30.0
@@ -27,12 +27,12 @@ BOTTOM = 250.0
 
 @dataclass(frozen=True)
 class Axis:
-    """The horizontal or the vertical axis of a chart."""
+    """A chart's horizontal or vertical axis."""
 
     label: str
     name: str  # short name, shown next to the value that the reader points at
-    low: float  # value at the beginning of the axis
-    high: float  # value at the end of the axis
+    low: float  # value at the axis start
+    high: float  # value at the axis end
     percent: bool = True  # whether values are shown in percent
 
     @property
@@ -52,46 +52,46 @@ class Line:
     label: str
     x: Floats  # (P,)
     y: Floats  # (P,)
-    style_index: int  # number of the colour and dashes; a method has the same number in every chart
+    style_index: int  # number for colour and dashes. A method has the same number in every chart
     is_filled: bool = False  # whether the area below the line is filled
-    low: Floats | None = None  # (P,) lower ends of the intervals of y
-    high: Floats | None = None  # (P,) upper ends of the intervals of y
+    low: Floats | None = None  # (P,) lower ends of the y intervals
+    high: Floats | None = None  # (P,) upper ends of the y intervals
 
 
 @dataclass(frozen=True, eq=False)
 class Chart:
-    """A chart of lines between two axes."""
+    """A line chart with two axes."""
 
-    key: str  # identifier of the chart in the page
+    key: str  # identifier within the page
     title: str
     explanation: str
     x: Axis
     y: Axis
     lines: tuple[Line, ...]  # the last line is drawn on top
-    # (x, y) of the operating point, or (x, None) for a vertical line; None: nothing is marked
+    # (x, y) of the operating point, or (x, None) for a vertical line. None: nothing is marked.
     marker: tuple[float, float | None] | None = None
     # ends (x0, y0, x1, y1) of a reference line, and the text beside the line
     guide: tuple[tuple[float, float, float, float], str] | None = None
 
     def px(self, value: float) -> str:
-        """Horizontal coordinate of a value in the SVG."""
+        """Convert a value to a horizontal coordinate in the SVG."""
         range_of_values = self.x.high - self.x.low
         return _coordinate(LEFT + (RIGHT - LEFT) * (value - self.x.low) / range_of_values)
 
     def py(self, value: float) -> str:
-        """Vertical coordinate of a value in the SVG."""
+        """Convert a value to a vertical coordinate in the SVG."""
         range_of_values = self.y.high - self.y.low
         return _coordinate(BOTTOM - (BOTTOM - TOP) * (value - self.y.low) / range_of_values)
 
     def points(self, line: Line) -> str:
-        """The points of a line, for ``<polyline points>``."""
+        """Format a line's points, for ``<polyline points>``."""
         points = []
         for x, y in zip(line.x.tolist(), line.y.tolist(), strict=True):
             points.append(f"{self.px(x)},{self.py(y)}")
         return " ".join(points)
 
     def area(self, line: Line) -> str:
-        """The corners of the area between a line and the horizontal axis, for ``<polygon>``."""
+        """Format the corners of the area below a line, down to the axis, for ``<polygon>``."""
         below_first_point = f"{self.px(line.x[0])},{_coordinate(BOTTOM)}"
         below_last_point = f"{self.px(line.x[-1])},{_coordinate(BOTTOM)}"
         return f"{below_first_point} {self.points(line)} {below_last_point}"
@@ -107,7 +107,7 @@ def _coordinate(value: float) -> str:
 
 
 def round_ticks(low: float, high: float, n_wanted: int = 5) -> list[float]:
-    """About ``n_wanted`` multiples of a round step in [low, high].
+    """Return about ``n_wanted`` multiples of a round step in [low, high].
 
     A round step is 1, 2 or 5 times a power of ten.
     """
@@ -115,14 +115,14 @@ def round_ticks(low: float, high: float, n_wanted: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10(exact_step))
     round_steps = [factor * power for factor in (1, 2, 5, 10)]
     step = next(step for step in round_steps if step >= 0.75 * exact_step)
-    # the tolerance keeps ticks at the ends of the range in spite of rounding
+    # the tolerance keeps ticks at both range ends in spite of rounding
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
 def thin_points(x: ArrayLike, y: ArrayLike, max_points: int) -> tuple[Floats, Floats]:
-    """Keep at most ``max_points`` points of a line: both ends, and points evenly along the line."""
+    """Keep at most ``max_points`` points: both ends, and points evenly along the line."""
     xs = np.asarray(x, dtype=np.float64)
     ys = np.asarray(y, dtype=np.float64)
     if len(xs) <= max_points:
@@ -133,14 +133,14 @@ def thin_points(x: ArrayLike, y: ArrayLike, max_points: int) -> tuple[Floats, Fl
     length_up_to_next = np.cumsum(segment_lengths)
     length_up_to_point = np.concatenate([[0.0], length_up_to_next])
     even_lengths = np.linspace(0, length_up_to_point[-1], max_points)
-    even_indices = np.searchsorted(length_up_to_point, even_lengths)
-    indices = np.unique(even_indices)
+    indices_at_lengths = np.searchsorted(length_up_to_point, even_lengths)
+    indices = np.unique(indices_at_lengths)
     inner_indices = indices[1:-1]
     with_ends = np.union1d(inner_indices, [0, len(xs) - 1])
     return xs[with_ends], ys[with_ends]
 
 
-MAX_CLASSES = 100  # maximum number of rows in the table of classes
+MAX_CLASSES = 100  # maximum number of rows in the class table
 ERROR_PER_SIDE = 0.025  # error probability on each side of a 95 % interval
 
 
@@ -150,12 +150,12 @@ class Rate:
 
     k: int
     n: int
-    # number of rows that count as one independent row; 1 if all rows are independent
+    # number of rows that count as one independent row. 1 if all rows are independent.
     design_effect: float = 1.0
 
     @property
     def value(self) -> float | None:
-        """The share k / n; None if n is 0."""
+        """The share k / n. None if n is 0."""
         return self.k / self.n if self.n else None
 
     @property
@@ -171,22 +171,22 @@ class Rate:
         return upper_bound(*counts, ERROR_PER_SIDE)
 
     def _independent_counts(self) -> tuple[float, float]:
-        """The numbers k and n, as effective numbers of independent rows."""
+        """Convert k and n to effective numbers of independent rows."""
         return self.k / self.design_effect, self.n / self.design_effect
 
 
 @dataclass(frozen=True)
 class ClassRow:
-    """A row of the table of classes: the images that the model answered with one class."""
+    """A row in the class table: the images that the model answered with one class."""
 
     name: str  # name of the answered class
-    failures: Rate  # wrong answers among all answers of this class
-    accepted: Rate  # accepted answers among all answers of this class
-    accepted_failures: Rate  # wrong answers among the accepted answers of this class
+    failures: Rate  # wrong answers among all answers with this class
+    accepted: Rate  # accepted answers among all answers with this class
+    accepted_failures: Rate  # wrong answers among the accepted answers with this class
 
 
 def class_rows(outcomes: Outcomes, operating_point: OperatingPoint) -> tuple[list[ClassRow], int]:
-    """The table of the answered classes, and the number of classes left out of the table.
+    """Make the table of answered classes, and count the classes left out of the table.
 
     The class with most wrong answers comes first. As in every metric, rows without a known failure
     or without an uncertainty are not counted. The table is empty if there are no class names.
@@ -199,7 +199,7 @@ def class_rows(outcomes: Outcomes, operating_point: OperatingPoint) -> tuple[lis
     is_wrong = outcomes.failure == 1
 
     def count_per_class(mask: NDArray[np.bool_]) -> list[int]:
-        """For each class, the number of counted rows in the mask with this class as the answer."""
+        """Count, for each class, the counted rows in the mask with this class as the answer."""
         counts: list[int] = np.bincount(answer[is_counted & mask], minlength=len(names)).tolist()
         return counts
 
@@ -210,7 +210,7 @@ def class_rows(outcomes: Outcomes, operating_point: OperatingPoint) -> tuple[lis
     design_effect = outcomes.tally().scores.design_effect
 
     def wrong_then_all(c: int) -> tuple[int, int]:
-        """The number of wrong answers of a class, then the number of all answers of the class."""
+        """Return how many answers with this class are wrong, then how many there are."""
         return n_wrong[c], n[c]
 
     answered_classes = sorted(np.flatnonzero(n).tolist(), key=wrong_then_all, reverse=True)
@@ -228,7 +228,7 @@ def class_rows(outcomes: Outcomes, operating_point: OperatingPoint) -> tuple[lis
 HISTOGRAM_BINS = 30
 RELIABILITY_BINS = 15
 MAX_POINTS_PER_CHART = 2000  # maximum number of points of all lines in a chart
-# values of ``Line.style_index`` for kinds of answers; methods have the values 0, 1, 2, ...
+# ``Line.style_index`` values for kinds of answers. Methods have the values 0, 1, 2, ...
 RIGHT_STYLE = -1
 WRONG_STYLE = -2
 OUTSIDE_STYLE = -3
@@ -236,7 +236,7 @@ DASHES = {"-": "", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"}
 
 
 def svg_line_styles(methods: Sequence[str]) -> list[dict[str, str]]:
-    """Colour and SVG dash pattern of each method, in the given order."""
+    """Return each method's colour and SVG dash pattern, in the given order."""
     styles = line_styles_of(methods)
     return [
         {"colour": styles[method].colour, "dash": _svg_dash(styles[method].dash)}
@@ -245,7 +245,7 @@ def svg_line_styles(methods: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _svg_dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset, lengths)
-    """Convert a line style of matplotlib to the dash pattern of an SVG."""
+    """Convert a matplotlib line style to an SVG dash pattern."""
     if isinstance(style, str):
         return DASHES[style]
     _, lengths = style
@@ -253,7 +253,7 @@ def _svg_dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (off
 
 
 def risk_coverage(methods: Sequence[Outcomes], operating_point: OperatingPoint) -> Chart:
-    """Chart of the selective risk against the coverage; the first method is the main method."""
+    """Chart the selective risk against the coverage. The first method is the main method."""
     main, *_ = methods
     curves = [
         risk_coverage_curve(*evaluable_scores(method_outcomes)) for method_outcomes in methods
@@ -285,13 +285,13 @@ def risk_coverage(methods: Sequence[Outcomes], operating_point: OperatingPoint) 
 
 
 def _largest_risk(coverage: Floats, risk: Floats) -> float:
-    """The largest risk of a curve, except for the noisy part at coverages below 5 %."""
+    """Return a curve's largest risk, except for the noisy part at coverages below 5 %."""
     is_steady = coverage >= 0.05
     return float(risk[is_steady].max())
 
 
 def roc(methods: Sequence[Outcomes], operating_point: OperatingPoint) -> Chart | None:
-    """Chart of the share of right answers accepted against the share of wrong answers accepted.
+    """Chart the share of right answers accepted against the share of wrong answers accepted.
 
     None if all answers are right, or all are wrong.
     """
@@ -323,15 +323,15 @@ def roc(methods: Sequence[Outcomes], operating_point: OperatingPoint) -> Chart |
 
 
 def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart:
-    """Chart of the uncertainty, with separate histograms for right and for wrong answers.
+    """Chart the uncertainty, with separate histograms for right and for wrong answers.
 
-    Answers to pictures of none of the classes have a third histogram. The bars of each histogram
+    Answers to pictures of none of the classes have a third histogram. The bars in each histogram
     add up to 100 %.
 
     Args:
         outcomes: The outcomes of a method.
-        threshold: Where to draw a vertical line; None for no line.
-        number: Number of the method; 0 is the main method.
+        threshold: Where to draw a vertical line. None for no line.
+        number: The method's number. 0 is the main method.
     """
     uncertainty, _ = evaluable_scores(outcomes)
     low, high = _uncertainty_range(outcomes)
@@ -372,7 +372,7 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
 
 
 def _uncertainty_range(outcomes: Outcomes) -> tuple[float, float]:
-    """The two ends of the axis of uncertainties. The ends always differ."""
+    """Return the two ends of the uncertainty axis. The ends always differ."""
     if outcomes.is_probability:
         return 0.0, 1.0
     uncertainty, _ = evaluable_scores(outcomes)
@@ -384,7 +384,7 @@ def _uncertainty_range(outcomes: Outcomes) -> tuple[float, float]:
 
 
 def _styles_of_answers(outcomes: Outcomes) -> Ints:
-    """(M,) value of ``Line.style_index`` for each row with an uncertainty and a known failure."""
+    """Return ``style_index`` values (M,), for rows with an uncertainty and a known failure."""
     _, failure = evaluable_scores(outcomes)
     is_outside = outcomes.outside[outcomes.evaluable]
     style_within_classes = np.where(failure, WRONG_STYLE, RIGHT_STYLE)
@@ -392,7 +392,7 @@ def _styles_of_answers(outcomes: Outcomes) -> Ints:
 
 
 def reliability(methods: Sequence[Outcomes]) -> Chart | None:
-    """Chart of the failure rate against the mean failure probability, in bins of equal width.
+    """Chart the failure rate against the mean failure probability, in bins of equal width.
 
     Only methods with probabilities have a line. The result is None if the main method (the first
     method) has no probabilities.
@@ -423,9 +423,9 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
 
 
 def _reliability_line(outcomes: Outcomes, stated_probability: Floats, style_index: int) -> Line:
-    """Line through the bins of the ECE with at least one row. A bin includes the upper end.
+    """Make a line through the ECE bins with at least one row. A bin includes the upper end.
 
-    The line of the main method (``style_index`` 0) has an interval at each bin.
+    The main method's line (``style_index`` 0) has an interval at each bin.
     """
     rows = outcomes.evaluable
     counts = tie_counts(stated_probability[rows], outcomes.failure[rows])
@@ -455,7 +455,7 @@ def _reliability_line(outcomes: Outcomes, stated_probability: Floats, style_inde
 def _thin_lines(
     methods: Sequence[Outcomes], curves: Sequence[tuple[Floats, Floats]]
 ) -> tuple[Line, ...]:
-    """One line per method, with few points. The last line is of the main method, drawn on top."""
+    """Make one line per method, with few points. The main method's line is last, drawn on top."""
     max_points = int(np.clip(MAX_POINTS_PER_CHART // len(methods), 40, 250))  # points per line
     lines = []
     for style_index, (method_outcomes, curve) in enumerate(zip(methods, curves, strict=True)):
@@ -469,7 +469,7 @@ ROUND_AXIS_ENDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 
 
 def _round_axis_end(value: float) -> float:
-    """The smallest of ``ROUND_AXIS_ENDS`` that is at least ``value``, or else 1."""
+    """Return the smallest of ``ROUND_AXIS_ENDS`` that is at least ``value``, or else 1."""
     for end in ROUND_AXIS_ENDS:
         if value <= end:
             return end

@@ -1,4 +1,4 @@
-"""The choice of a threshold, and the scores of the page."""
+"""How a threshold is chosen, and the scores for the page."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from vilu.validation import require_between
 
 @dataclass(frozen=True)
 class CalibratedRule:
-    """The rule of a calibration, written by ``vilu calibrate`` into the folder of a predictor."""
+    """A calibration's rule. ``vilu calibrate`` writes the rule into a predictor's folder."""
 
     rule: Rule  # decides for each answer: accept or review
-    # name of the calibrated predictor; None if unknown
+    # name of the calibrated predictor. None if unknown.
     method: str | None = None
-    # fingerprint of the calibration; None if unknown. Scores with decisions of this calibration
+    # fingerprint of the calibration. None if unknown. Scores with decisions of this calibration
     # have the fingerprint in the provenance, under the key "risk".
     fingerprint: str | None = None
     # recorded facts about the calibration: fingerprints, data set, version
@@ -42,16 +42,16 @@ class CalibratedRule:
 
 @dataclass(frozen=True, eq=False)
 class OperatingPoint:
-    """The operating point of a page."""
+    """A page's operating point."""
 
     accepted: NDArray[np.bool_] = field(repr=False)  # (N,) whether each row is accepted
-    # rows with at most this uncertainty are accepted; None if the rule is not a single threshold,
-    # or if nothing is accepted
+    # rows with at most this uncertainty are accepted. None if the rule is not a single threshold,
+    # or if nothing is accepted.
     threshold: float | None
-    max_risk: float | None  # target for the error rate; None if the target was another quantity
-    # sentence about the guarantee for later answers; None if there is no guarantee
+    max_risk: float | None  # target for the error rate. None if the target was another quantity
+    # sentence about the guarantee for later answers. None if there is no guarantee.
     guarantee: str | None = None
-    # maps a group of rows to the threshold of the group; empty for a rule without thresholds
+    # maps a row group to the group's threshold. Empty for a rule without thresholds.
     thresholds: Mapping[str, Threshold] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # recorded facts about the calibration
 
@@ -76,9 +76,9 @@ def choose_by_hindsight(outcomes: Outcomes, max_risk: float) -> OperatingPoint:
 
 
 def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> OperatingPoint:
-    """Choose the rows accepted by a calibrated rule.
+    """Choose the rows that a calibrated rule accepts.
 
-    The outcomes and the rule must be of the same method.
+    The outcomes and the rule must belong to the same method.
     """
     _require_equal(
         calibrated.method,
@@ -100,8 +100,8 @@ def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> OperatingP
     accepted = rule.accept(outcomes.uncertainty, groups, outcomes.cluster)
     first_line, *_ = str(rule).splitlines()
     if rule.needs_batch:
-        # Conformal selection has no fixed threshold. In a single batch the accepted rows are the
-        # same as for a threshold at the largest accepted uncertainty.
+        # Conformal selection has no fixed threshold. In a single batch, a threshold at the
+        # largest accepted uncertainty would accept the same rows.
         threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
         return OperatingPoint(
             accepted,
@@ -125,8 +125,8 @@ def _require_equal(rule_value: object, scores_value: object, message: str) -> No
     """Raise ProvenanceError if a fact about the rule is not the fact about the scores.
 
     Args:
-        rule_value: The fact about the rule, such as the name of the method; None if unknown.
-        scores_value: The same fact about the scores; None if unknown.
+        rule_value: The fact about the rule, such as the method's name. None if unknown.
+        scores_value: The same fact about the scores. None if unknown.
         message: Message for different values, with a pair of braces for each of the two values.
     """
     if rule_value is None or scores_value is None:
@@ -140,7 +140,7 @@ def _require_equal(rule_value: object, scores_value: object, message: str) -> No
 
 
 def read_calibrated(folder: str | Path) -> CalibratedRule:
-    """Read the rule written by ``vilu calibrate`` into the folder of a predictor."""
+    """Read the rule that ``vilu calibrate`` wrote into a predictor's folder."""
     calibration = Calibration.load(folder)
     if calibration.rule is None:
         raise DataError(
@@ -152,15 +152,15 @@ def read_calibrated(folder: str | Path) -> CalibratedRule:
 
 
 PREFERRED_METHODS = ("vilu_plus", "vilu")
-"""Prefixes of the names of methods that are preferred as the main method of a page."""
+"""Prefixes of method names. Such a method is preferred as a page's main method."""
 
 
 def read_scores(path: str | Path) -> list[Outcomes]:
-    """Read the scores of one method or several methods.
+    """Read the scores from one method or several methods.
 
-    The path is a folder of ``*.parquet`` files (one file per method), a single file, or a folder of
-    scores in parts. A method without a name gets the name of the file. If several files have the
-    same method, the names of the files are appended.
+    The path is a folder with ``*.parquet`` files (one file per method), a single file, or a folder
+    with scores in parts. A method without a name gets the file name. If several files have the same
+    method, the file names are appended.
     """
     root = Path(path)
     if (root / PREDICTOR).is_file():
@@ -183,10 +183,10 @@ def read_scores(path: str | Path) -> list[Outcomes]:
 
 
 def _with_distinct_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
-    """Give the methods of files distinct names.
+    """Give the methods in files distinct names.
 
-    A method without a name gets the name of the file. If several files have the same method, the
-    name of the file is appended to the name of the method.
+    A method without a name gets the file name. If several files have the same method, the file name
+    is appended to the method's name.
     """
     counts = Counter(outcomes.method for _, outcomes in files)
     named_outcomes = []
@@ -202,7 +202,7 @@ def _with_distinct_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcome
 
 
 def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
-    """Choose the main method of a page.
+    """Choose a page's main method.
 
     The main method is ``main``. If ``main`` is None, the main method is the first method with one
     of ``PREFERRED_METHODS`` at the beginning of the name, or else the first method.
@@ -218,9 +218,9 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
     if main is not None:
         if main not in names:
             hint = did_you_mean(main, names)
-            joined_names = ", ".join(names)
+            listed_names = ", ".join(names)
             raise UsageError(
-                f"no method here is called {main!r}.{hint} There are: {joined_names:.500}."
+                f"no method here is called {main!r}.{hint} There are: {listed_names:.500}."
             )
         return outcomes[names.index(main)]
     for prefix in PREFERRED_METHODS:
@@ -231,7 +231,7 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
 
 
 def _require_distinct(names: Sequence[str]) -> None:
-    """Refuse methods without a name, and methods of the same name."""
+    """Refuse methods without a name, and methods with the same name."""
     counts = Counter(names)
     for name, count in counts.items():
         if count > 1 or name == "":

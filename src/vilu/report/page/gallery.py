@@ -1,4 +1,4 @@
-"""The gallery of the page: the choice of rows, thumbnails and cards."""
+"""The page's gallery: the chosen rows, thumbnails and cards."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from vilu.progress import track
 from vilu.report.page.choice import OperatingPoint
 
 MAX_CARDS_PER_SECTION = 24  # maximum number of cards in a section
-THUMBNAIL_SIDE = 128  # longest side of a thumbnail in pixels
-THUMBNAIL_QUALITY = 70  # WebP quality of a thumbnail, from 0 to 100
+THUMBNAIL_SIDE = 128  # a thumbnail's longest side in pixels
+THUMBNAIL_QUALITY = 70  # a thumbnail's WebP quality, from 0 to 100
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Card:
-    """One answer of the model in the gallery; unknown values are None."""
+    """The model's answer to one picture in the gallery. Unknown values are None."""
 
-    key: str  # identifier of the row
+    key: str  # row identifier
     answer: str | None  # name of the judged class
     true_class: str | None  # name of the true class, or "none of the classes"
     is_wrong: bool | None  # whether the answer is wrong
@@ -51,9 +51,9 @@ class Card:
 def pick_rows(outcomes: Outcomes, operating_point: OperatingPoint) -> dict[str, Ints]:
     """Pick rows for each section, at most ``MAX_CARDS_PER_SECTION``. All have an uncertainty.
 
-    - "suspicious": the answers of largest uncertainty.
-    - "confident": the wrong answers of smallest uncertainty.
-    - "nearest": the answers of smallest uncertainty that are not accepted.
+    - "suspicious": the answers with the largest uncertainty.
+    - "confident": the wrong answers with the smallest uncertainty.
+    - "nearest": the answers with the smallest uncertainty that are not accepted.
     """
     has_score = np.isfinite(outcomes.uncertainty)
     n_scored = np.count_nonzero(has_score)
@@ -76,7 +76,7 @@ def make_card(
     picture: Thumbnail | None,
     competitors: Sequence[tuple[str, float]],
 ) -> Card:
-    """Make the card of a row."""
+    """Make a row's card."""
     true_class = _class_name(outcomes, outcomes.target, row)
     if outcomes.outside[row]:
         true_class = NONE_OF_CLASSES
@@ -97,7 +97,7 @@ def make_card(
 
 
 def _class_name(outcomes: Outcomes, codes: Ints | None, row: int) -> str | None:
-    """Name of the class of a row in ``codes`` (class indices of all rows); None if unknown."""
+    """Name a row's class in ``codes`` (class indices of all rows). None if unknown."""
     if codes is None or outcomes.class_names is None:
         return None
     if codes[row] == UNKNOWN:
@@ -108,7 +108,7 @@ def _class_name(outcomes: Outcomes, codes: Ints | None, row: int) -> str | None:
 def thumbnails(
     outcomes: Outcomes, rows: Iterable[int], images: ImageDataset
 ) -> dict[int, Thumbnail]:
-    """Make a thumbnail for each row; the id of a row is the key of an image in the data set."""
+    """Make a thumbnail for each row. The row's id is the key of an image in the data set."""
     if outcomes.ids is None:
         raise DataError(
             "these scores do not say which images they are about (they have no keys). "
@@ -123,7 +123,7 @@ def thumbnails(
 
 
 def find_pictures(images: ImageDataset, wanted_keys: Collection[str]) -> Iterator[ImageRecord]:
-    """Yield the images of a data set with these keys, each once; DataError if all are missing."""
+    """Yield a data set's images with these keys, each once. DataError if all are missing."""
     missing_keys = {*wanted_keys}
     with track("looking for pictures", len(missing_keys), "images") as task:
         for record in images.records(0, len(images)):
@@ -141,7 +141,7 @@ def find_pictures(images: ImageDataset, wanted_keys: Collection[str]) -> Iterato
 
 
 def thumbnail(record: ImageRecord) -> Thumbnail:
-    """Make a thumbnail; ``read_image`` refuses hostile files."""
+    """Make a thumbnail. ``read_image`` refuses hostile files."""
     try:
         image = read_image(record).image
     except BadImage as error:

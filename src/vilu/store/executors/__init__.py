@@ -1,4 +1,4 @@
-"""Executors: do the parts of a job in local processes, on a cluster, or by rank."""
+"""Executors: do a job's parts in local processes, on a cluster, or by rank."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def make_executor(name: str, processes: int | None = None) -> Executor:
     Args:
         name: "local" (processes on this machine), "ray", "spark", or "rank" (this process is one of
             several processes started by torchrun or Slurm).
-        processes: Number of workers. The default is the number of cores of this machine, or on a
-            Ray cluster the number of workers that fit. For "rank", ``processes`` must be None.
+        processes: Number of workers. The default is this machine's core count, or on a Ray cluster
+            the number of workers that fit. For "rank", ``processes`` must be None.
     """
     require_one_of("executor", name, EXECUTORS)
     if name in {"ray", "spark"}:

@@ -32,7 +32,7 @@ from vilu.store.manifest import Receipt
 from vilu.store.mapped import n_cores
 
 SHARED_MEMORY_BYTES = 2**28
-"""Size of the shared memory of a Ray started by vilu.
+"""Size of the shared memory in a Ray started by vilu.
 
 The shared memory holds only part numbers, receipts and the job. Ray writes to disk if the shared
 memory is full.
@@ -40,16 +40,15 @@ memory is full.
 
 
 class RayExecutor:
-    """An executor that does parts in actors (worker processes) of Ray Data.
+    """An executor that does parts in Ray Data's actors (worker processes).
 
     Each actor keeps the job and loads the model once. If Ray is running in this process or at
     ``RAY_ADDRESS``, this Ray is used and left running. Otherwise, Ray is started on this machine
     and shut down at the end. If an actor dies, Ray restarts the actor, and the actor does the part
     again. A part may be done twice. Such a part is still stored once, because the files have fixed
-    names. Deaths of actors are not counted here, because the job gives up a part that keeps
-    crashing.
+    names. Dead actors are not counted here, because the job gives up a part that keeps crashing.
 
-    ``processes`` is the number of actors. By default, a Ray started here has one actor per core of
+    ``processes`` is the number of actors. By default, a Ray started here has one actor per core on
     this machine. By default, an already running Ray has one actor per GPU, or one actor per core if
     there is no GPU.
     """
@@ -71,7 +70,7 @@ class RayExecutor:
             closing(self._outcome_rows(job, parts, actor_plan)) as rows,
         ):
             while True:
-                # not around the yield, because messages of the caller must be shown
+                # not around the yield, because the caller's messages must be shown
                 with suppress_messages():
                     row = next(rows, None)
                 if row is None:
@@ -81,10 +80,10 @@ class RayExecutor:
     def _outcome_rows(
         self, job: EmbedJob, parts: Sequence[int], actor_plan: _ActorPlan
     ) -> Generator[dict[str, Any], None, None]:
-        """Yield a row with the outcome of each part, in the order of the rows from Ray.
+        """Yield a row with each part's outcome, in the order of the rows from Ray.
 
-        Closing this generator ends the threads of Ray Data. These threads must end before Ray is
-        shut down.
+        Closing this generator ends Ray Data's threads. These threads must end before Ray is shut
+        down.
         """
         part_rows = [{"part": part} for part in parts]
         dataset = self._data.from_items(part_rows, override_num_blocks=len(part_rows))
@@ -105,30 +104,31 @@ class RayExecutor:
 
     @contextmanager
     def _running_ray(self) -> Iterator[_ActorPlan]:
-        """Yield the plan of the actors. If Ray is not running yet, start Ray for the block."""
+        """Yield the plan for the actors. If Ray is not running yet, start Ray for the block."""
         if self._ray.is_initialized():
             yield self._plan_for_running_ray()
             return
-        address = os.environ.get("RAY_ADDRESS")
         processes = self.processes or n_cores()
         n_cpus = max(processes, n_cores())
-        start_ray(
+        has_joined_cluster = start_ray(
             num_cpus=n_cpus,
             include_dashboard=False,
             object_store_memory=SHARED_MEMORY_BYTES,
         )
         try:
-            if address:
+            if has_joined_cluster:
                 yield self._plan_for_running_ray()
             else:
-                threads = threads_per_process(processes)
-                gpus = self._gpus_per_actor(processes)
-                yield _ActorPlan(n_actors=processes, threads_per_actor=threads, gpus_per_actor=gpus)
+                yield _ActorPlan(
+                    n_actors=processes,
+                    threads_per_actor=threads_per_process(processes),
+                    gpus_per_actor=self._gpus_per_actor(processes),
+                )
         finally:
             self._ray.shutdown()
 
     def _plan_for_running_ray(self) -> _ActorPlan:
-        """Return the plan of the actors in a running Ray: as many as fit, with equal shares.
+        """Return the plan for the actors in a running Ray: as many as fit, with equal shares.
 
         If some machines have GPUs, actors run only on these machines.
         """
@@ -142,12 +142,12 @@ class RayExecutor:
         actors_per_machine = math.ceil(n_actors / max(1, len(used_machines)))
         # an actor must fit on any machine, so the machine with the fewest cores decides
         fewest_cores = int(min((machine.get("CPU", 1) for machine in used_machines), default=1))
-        threads = max(1, fewest_cores // actors_per_machine)
-        gpus = self._gpus_per_actor(n_actors)
-        return _ActorPlan(n_actors=n_actors, threads_per_actor=threads, gpus_per_actor=gpus)
+        threads_per_actor = max(1, fewest_cores // actors_per_machine)
+        gpus_per_actor = self._gpus_per_actor(n_actors)
+        return _ActorPlan(n_actors, threads_per_actor, gpus_per_actor)
 
     def _gpus_per_actor(self, n_actors: int) -> float | None:
-        """Return the number of GPUs per actor: 1, or 1/n if n actors share a GPU; None: no GPUs."""
+        """Return GPUs per actor: 1, or 1/n if n actors share a GPU, or None without GPUs."""
         resources = self._ray.cluster_resources()
         n_gpus = int(resources.get("GPU", 0))
         if n_gpus == 0:
@@ -156,7 +156,7 @@ class RayExecutor:
 
     @contextmanager
     def _ray_data_settings(self) -> Iterator[None]:
-        """Change settings of Ray Data in the block."""
+        """Change Ray Data's settings in the block."""
         with suppress_messages():
             context = self._data.DataContext.get_current()
         settings = {
@@ -166,7 +166,7 @@ class RayExecutor:
             # several deaths are allowed, because actors may die while a machine starts
             "max_consecutive_actor_init_deaths": 5,
         }
-        # a version of Ray may lack some of these settings
+        # a Ray version may lack some of these settings
         existing_settings = {
             name: value for name, value in settings.items() if hasattr(context, name)
         }
@@ -176,7 +176,7 @@ class RayExecutor:
 
 @contextmanager
 def _log_only_errors(library: str) -> Iterator[None]:
-    """In the block, drop log lines of a library below ERROR, also from threads of the library."""
+    """Drop a library's log lines below ERROR in the block, also from the library's threads."""
     logger = logging.getLogger(library)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -188,15 +188,15 @@ def _log_only_errors(library: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _ActorPlan:
-    """Number of actors, and number of threads and GPUs per actor."""
+    """Number of actors, and threads and GPUs per actor."""
 
     n_actors: int
     threads_per_actor: int
-    gpus_per_actor: float | None  # 1/n if n actors share a GPU; None if there are no GPUs
+    gpus_per_actor: float | None  # 1/n if n actors share a GPU, None if there are no GPUs
 
 
 class _Actor:
-    """An object in a worker process of Ray that does parts."""
+    """An object that does parts in a Ray worker process."""
 
     def __init__(self, payload: bytes) -> None:
         self._worker = Worker(payload)
@@ -208,23 +208,23 @@ class _Actor:
         return {"outcome": np.array([outcome], dtype=object)}
 
 
-# Spark ends the run after this number of failures of one task, if vilu started Spark. The number is
-# larger than the ``MAX_ATTEMPTS`` of a job, so that the job gives up a crashing part first.
+# If vilu started Spark, Spark ends the run after this number of failures in one task. The number is
+# larger than a job's ``MAX_ATTEMPTS``, so that the job gives up a crashing part first.
 MAX_FAILURES = 6
-# environment variable of ``spark-submit``; if the variable is set, Spark has settings already
+# Environment variable from ``spark-submit``. If the variable is set, Spark has settings already.
 SPARK_SUBMIT_VARIABLE = "PYSPARK_GATEWAY_PORT"
 POLL_SECONDS = 0.05  # time between checks for new receipts
-_worker_of_job: dict[str, Worker] = {}  # hash of a job -> the only worker of this Python process
+_worker_of_job: dict[str, Worker] = {}  # job hash -> the only worker in this Python process
 
 
 class SparkExecutor:
-    """An executor that does each part in a task of Spark.
+    """An executor that does each part in a Spark task.
 
     Each Python worker process keeps the job and loads the model once. An active ``SparkContext``,
-    or the context of ``spark-submit``, is used and left running. Otherwise, Spark is started on
+    or the context from ``spark-submit``, is used and left running. Otherwise, Spark is started on
     this machine and stopped at the end. Spark may do a part twice (retry, speculation). The part is
     still stored once, because the files have fixed names. Receipts are sent through an accumulator.
-    Spark updates the accumulator once per part, when the task of the part has succeeded.
+    Spark updates the accumulator once per part, when the part's task has succeeded.
     """
 
     name = "spark"
@@ -249,8 +249,8 @@ class SparkExecutor:
             spark_job = _SparkJob(self._spark, context, tasks)
             try:
                 n_taken_outcomes = 0
-                # The last receipts may arrive just before the job ends. So after the end of the
-                # job, the loop goes on until all receipts are taken.
+                # The last receipts may arrive just before the job ends. So after the job's end, the
+                # loop goes on until all receipts are taken.
                 while spark_job.is_running_after_poll() or n_taken_outcomes < len(outcomes.value):
                     new_outcomes = outcomes.value[n_taken_outcomes:]
                     for outcome in new_outcomes:
@@ -327,14 +327,14 @@ class _SparkJob:
         try:
             self._context.setJobGroup(self._job_group, "vilu")
             self._tasks.collect()
-        # Any exception is caught, because the job runs the model and the reader of the user. An
-        # uncaught exception of this thread would only be printed. check() raises the exception in
-        # the main thread.
+        # Any exception is caught, because the job runs the user's model and reader. An uncaught
+        # exception in this thread would only be printed. check() raises the exception in the main
+        # thread.
         except Exception as error:  # noqa: BLE001
             self._error = error
 
     def is_running_after_poll(self) -> bool:
-        """Wait for ``POLL_SECONDS`` or until the end; return whether the job is still running."""
+        """Wait for ``POLL_SECONDS`` or until the end. Return whether the job is still running."""
         self._thread.join(POLL_SECONDS)
         return bool(self._thread.is_alive())
 
@@ -357,22 +357,22 @@ class _SparkJob:
 
 
 class _OutcomeLists:
-    """Rule for joining lists of outcomes (an ``AccumulatorParam`` of PySpark)."""
+    """Rule for joining outcome lists (an ``AccumulatorParam`` for PySpark)."""
 
     def zero(self, _: list[bytes]) -> list[bytes]:
-        """Return the start value of each task: an empty list."""
+        """Return the start value for each task: an empty list."""
         return []
 
     def addInPlace(  # noqa: N802 - PySpark's name
         self, outcomes: list[bytes], new_outcomes: list[bytes]
     ) -> list[bytes]:
-        """Append the outcomes of another task, and return the whole list."""
+        """Append the outcomes in ``new_outcomes``, and return the whole list."""
         outcomes += new_outcomes
         return outcomes
 
 
 def _spark_error_line(error: Exception) -> str:
-    """Return the line with the name of the error, from a message with a Java stack trace."""
+    """Return the line with the error name, from a message with a Java stack trace."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -388,12 +388,12 @@ def _run_task(
     outcomes: Any,  # noqa: ANN401 - PySpark's
     part_number: int,
 ) -> None:
-    """Do a part in a Python worker of Spark.
+    """Do a part in a Spark Python worker.
 
     Args:
         broadcast: Broadcast variable with the packed job.
         job_hash: Hash of the packed job.
-        outcomes: Accumulator for the outcome of the part.
+        outcomes: Accumulator for the part's outcome.
         part_number: Number of the part.
     """
     from pyspark import TaskContext

@@ -28,11 +28,11 @@ from vilu.validation import require_at_least
 
 
 class Worker:
-    """The object in a worker process that does parts of a job.
+    """The object in a worker process that does a job's parts.
 
     The job is unpickled when the first part arrives, and the model is loaded once. The process does
-    nothing but this job. So the worker also loads plugins, and sets the number of threads and the
-    use of memory for the whole process.
+    nothing but this job. So the worker also loads plugins, and sets the thread count and the memory
+    use for the whole process.
     """
 
     def __init__(self, payload: bytes) -> None:
@@ -42,7 +42,7 @@ class Worker:
     def do_part(self, part_number: int) -> bytes:
         """Do the part with the number ``part_number``, and return the pickled outcome.
 
-        The outcome is the receipt of the part, or the exception raised during the work.
+        The outcome is the part's receipt, or the exception raised during the work.
         """
         try:
             if self._job is None:
@@ -56,7 +56,7 @@ class Worker:
             return _pack_error(error)
 
     def _unpack_job(self) -> EmbedJob:
-        """Unpickle the job, and set up the process: plugins, number of threads, use of memory."""
+        """Unpickle the job, and set up the process: plugins, thread count, memory use."""
         packed_job: PackedJob = pickle.loads(self._payload)  # noqa: S301 - from our own driver
         for module in packed_job.plugins:
             load_plugin(module)
@@ -68,15 +68,15 @@ class Worker:
 
 @dataclass(frozen=True)
 class PackedJob:
-    """Message of the driver to a worker: plugins to load, number of threads, and the job."""
+    """Message from the driver to a worker: plugins to load, thread count, and the job."""
 
-    plugins: Sequence[str]  # names of modules
+    plugins: Sequence[str]  # module names
     threads: int  # number of threads for tensors
     job: EmbedJob
 
 
 def unpack_receipt(packed_outcome: bytes) -> Receipt:
-    """Return the receipt in an outcome of ``Worker.do_part``, or raise the exception."""
+    """Return the receipt in an outcome from ``Worker.do_part``, or raise the exception."""
     outcome = pickle.loads(packed_outcome)  # noqa: S301 - from our own worker
     if isinstance(outcome, Exception):
         raise outcome
@@ -86,14 +86,13 @@ def unpack_receipt(packed_outcome: bytes) -> Receipt:
 
 
 def pack_job(job: EmbedJob, threads: int) -> bytes:
-    """Return the pickled ``PackedJob`` of a job, for workers with ``threads`` threads for tensors.
+    """Return a job's pickled ``PackedJob``, for workers with ``threads`` threads for tensors.
 
     Unless ``job.workers`` is set, a worker also has ``threads`` threads for decoding.
     """
     job_of_worker = replace(job, workers=job.workers or threads)
     try:
-        modules = plugins()
-        packed_job = PackedJob(plugins=modules, threads=threads, job=job_of_worker)
+        packed_job = PackedJob(plugins=plugins(), threads=threads, job=job_of_worker)
         return pickle.dumps(packed_job)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise UsageError(
@@ -116,7 +115,7 @@ def _pack_error(error: Exception) -> bytes:
         # The bytes are unpickled as a test. The test fails for a class whose __init__ takes more
         # than a message.
         pickle.loads(packed_error)  # noqa: S301 - our own bytes
-    # Pickling and unpickling run methods of a foreign class. These methods may raise any exception.
+    # Pickling and unpickling run a foreign class's methods. These methods may raise any exception.
     # Then the driver gets the original exception as text.
     except Exception:  # noqa: BLE001
         text = "".join(traceback.format_exception(error))
@@ -125,28 +124,28 @@ def _pack_error(error: Exception) -> bytes:
 
 
 def check_processes(processes: int | None) -> int | None:
-    """Check and return the number of processes. None means the default of the executor."""
+    """Check and return the number of processes. None means the executor's default."""
     if processes is not None:
         require_at_least("processes", processes, 1)
     return processes
 
 
 def threads_per_process(processes: int) -> int:
-    """Return the number of threads of each process: an equal share of the cores, at least 1."""
+    """Return the number of threads per process: an equal share of the cores, at least 1."""
     return max(1, n_cores() // processes)
 
 
 def take_gpu(gpu_number: int) -> None:
-    """If there are n GPUs, make GPU number ``gpu_number`` modulo n the device "cuda"."""
+    """Make GPU number ``gpu_number`` modulo n the device "cuda", if there are n GPUs."""
     if torch.cuda.is_available():
         n_gpus = torch.cuda.device_count()
         torch.cuda.set_device(gpu_number % n_gpus)
 
 
-# The run ends after this number of deaths of workers in the same part. A job gives up a part after
+# The run ends after this number of worker deaths in a single part. A job gives up a part after
 # fewer deaths (MAX_ATTEMPTS).
 MAX_DEATHS = 5
-READY_MESSAGE = b""  # message of a worker that has started and waits for the job
+READY_MESSAGE = b""  # message from a worker that has started and waits for the job
 GRACE_SECONDS = 5.0  # time for a worker to end, before the worker is killed
 # advice if workers die before their first part
 MAIN_GUARD_HINT = (
@@ -165,9 +164,9 @@ class LocalExecutor:
 
     The driver (this process) has a pipe to each worker process. Through the pipe, the driver sends
     the job and then part numbers, and the worker sends receipts. Workers are started with "spawn"
-    and not by a fork. A forked process would lack the threads of the driver, but have copies of
-    possibly held locks. Workers share no lock. So if a worker is killed, only the unfinished part
-    is lost, and another worker does this part again. When the driver dies, all workers end at once.
+    and not by a fork. A forked process would lack the driver's threads, but have copies of possibly
+    held locks. Workers share no lock. So if a worker is killed, only the unfinished part is lost,
+    and another worker does this part again. When the driver dies, all workers end at once.
     """
 
     name = "local"
@@ -186,15 +185,15 @@ class LocalExecutor:
 
 
 class _WorkerProcess:
-    """A worker process from the view of the driver: the pipe, and the current part.
+    """A worker process as the driver sees the process: the pipe, and the current part.
 
-    ``number`` is the number of the worker among all workers of a run.
+    ``number`` is the worker's number among all workers in a run.
     """
 
     def __init__(self, number: int) -> None:
         context = get_context("spawn")
         self.number = number
-        self.part_number: int | None = None  # the current part; None if the process is idle
+        self.part_number: int | None = None  # the current part, None if the process is idle
         self.has_job = False  # whether the process has started and got the job
         self.pipe, worker_end = context.Pipe()
         self.process: SpawnProcess = context.Process(
@@ -203,8 +202,8 @@ class _WorkerProcess:
         try:
             self.process.start()
         finally:
-            # The pipe signals the death of the worker only when all copies of the worker's end of
-            # the pipe are closed. So the driver closes this copy.
+            # The pipe signals the worker's death only when all copies of the worker's pipe end are
+            # closed. So the driver closes this copy.
             worker_end.close()
 
     def end(self) -> int | None:
@@ -221,7 +220,7 @@ class _WorkerProcess:
 
 
 class _WorkerPool:
-    """The workers of a ``run``, with the parts that wait for a worker."""
+    """The workers in a ``run``, with the parts that wait for a worker."""
 
     def __init__(
         self, job: EmbedJob, parts: Sequence[int], processes: int, max_deaths: int
@@ -232,8 +231,8 @@ class _WorkerPool:
         self.waiting_part_numbers = deque(parts)
         self.max_workers = min(processes, len(parts))
         self.workers: dict[object, _WorkerProcess] = {}  # pipe -> the worker at the far end
-        # part number -> number of workers that died in the part; None -> deaths before the first
-        # part
+        # part number -> number of workers that died in the part. None -> deaths before the first
+        # part.
         self.n_deaths_in_part: Counter[int | None] = Counter()
 
     def receipts(self) -> Iterator[Receipt]:
@@ -274,7 +273,7 @@ class _WorkerPool:
         n_wanted = min(self.max_workers, n_parts_left)
         n_missing = max(0, n_wanted - len(self.workers))
         used_numbers = {worker.number for worker in self.workers.values()}
-        # a new worker gets the number and so also the GPU of a dead worker (``take_gpu``)
+        # a new worker gets a dead worker's number, and so also the worker's GPU (``take_gpu``)
         free_numbers = sorted(set(range(self.max_workers)) - used_numbers)
         for number in free_numbers[:n_missing]:
             worker = _WorkerProcess(number)
@@ -296,7 +295,7 @@ class _WorkerPool:
                 self._remove_dead_worker(worker)
 
     def _receive(self, worker: _WorkerProcess) -> bytes | None:
-        """Return the outcome from a worker; None if the worker has just started, or has died."""
+        """Return a worker's outcome, or None if the worker has just started or has died."""
         try:
             message = worker.pipe.recv_bytes()
             if message == READY_MESSAGE:
@@ -311,7 +310,7 @@ class _WorkerPool:
         return message
 
     def _remove_dead_worker(self, worker: _WorkerProcess) -> None:
-        """Remove a dead worker, and put the part of the worker back into the queue.
+        """Remove a dead worker, and put the worker's part back into the queue.
 
         Raises:
             StorageError: If ``max_deaths`` workers have died in this part, or before the first
@@ -340,7 +339,7 @@ class _WorkerPool:
 
 def _describe_exit_code(exit_code: int | None) -> str:
     """Return "exit code N", or the name of the signal that ended the process."""
-    # if a signal ended the process, the exit code is minus the number of the signal
+    # if a signal ended the process, the exit code is minus the signal number
     if exit_code is not None and exit_code < 0:
         return f"signal {signal.Signals(-exit_code).name}"
     return f"exit code {exit_code}"
@@ -349,9 +348,9 @@ def _describe_exit_code(exit_code: int | None) -> str:
 def _run_worker(pipe: Connection, worker_number: int) -> None:
     """Run a worker: receive part numbers and send outcomes until the driver closes the pipe.
 
-    ``worker_number`` is the number of the worker.
+    ``worker_number`` is the worker's number.
     """
-    # Ctrl-C reaches all processes of the terminal. A worker ignores Ctrl-C, because the driver ends
+    # Ctrl-C reaches all processes in the terminal. A worker ignores Ctrl-C, because the driver ends
     # the worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # sys.exit runs the ``finally`` blocks, and these blocks remove temporary files
@@ -370,7 +369,7 @@ def _run_worker(pipe: Connection, worker_number: int) -> None:
 
 
 def end_with_driver() -> None:
-    """Wait for the end of the driver, then end this process at once.
+    """Wait until the driver has ended, then end this process at once.
 
     Files are written atomically, so no file is left half-written.
     """
@@ -380,10 +379,10 @@ def end_with_driver() -> None:
         os._exit(1)
 
 
-# names of the environment variables for the rank and the number of ranks
+# environment variables for the rank and the number of ranks
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS")
-# environment variables of a Slurm job array: index of this job, number of jobs, smallest index
+# environment variables in a Slurm job array: this job's index, number of jobs, smallest index
 ARRAY_VARIABLES = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN")
 
 
@@ -406,8 +405,8 @@ class Rank:
         """Return the rank according to the environment variables.
 
         ``RANK`` and ``WORLD_SIZE`` (torchrun) have precedence. In Slurm, the rank is
-        ``array_index * SLURM_NTASKS + SLURM_PROCID``. Here ``array_index`` is the index of the job
-        in the job array (0 without an array).
+        ``array_index * SLURM_NTASKS + SLURM_PROCID``. Here ``array_index`` is the job's index in
+        the job array (0 without an array).
         """
         rank_of_torchrun = _read_rank(environment, *TORCHRUN_VARIABLES)
         rank_in_job = _read_rank(environment, *SLURM_VARIABLES)
@@ -434,7 +433,7 @@ class Rank:
 class RankExecutor:
     """An executor that does the parts with ``number % world == rank`` in this process.
 
-    The number is the number of the part in the run, not the index among the missing parts.
+    ``number`` is the part's number in the run, not the index among the missing parts.
     Processes may begin at different times, with different parts missing. Still no part is left out.
     """
 
@@ -444,7 +443,7 @@ class RankExecutor:
         own_rank = Rank.from_environment(environment)
         self.rank = own_rank.rank
         self.world = own_rank.world
-        # variables with the number of this process on the machine: of torchrun, or else of Slurm
+        # variables with this process's number on the machine: from torchrun, or else from Slurm
         for name in ("LOCAL_RANK", "SLURM_LOCALID"):
             if name in environment:
                 gpu_number = _parse_number(name, environment[name])
@@ -452,14 +451,14 @@ class RankExecutor:
                 break
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
-        """Yield the receipts of the parts of this rank."""
+        """Yield the receipts for this rank's parts."""
         for part in parts:
             if part % self.world == self.rank:
                 yield job.process(part)
 
 
 def _read_rank(environment: Mapping[str, str], rank_name: str, world_name: str) -> Rank | None:
-    """Return the rank according to two environment variables; None if both are unset."""
+    """Return the rank according to two environment variables, or None if both are unset."""
     set_names = [name for name in (rank_name, world_name) if name in environment]
     if not set_names:
         return None
@@ -473,7 +472,7 @@ def _read_rank(environment: Mapping[str, str], rank_name: str, world_name: str) 
 
 
 def _read_array_rank(environment: Mapping[str, str]) -> Rank | None:
-    """Return the index of this job in the Slurm job array as a rank; None without an array."""
+    """Return this job's index in the Slurm job array as a rank, or None without an array."""
     missing_names = sorted(set(ARRAY_VARIABLES) - environment.keys())
     if len(missing_names) == len(ARRAY_VARIABLES):
         return None

@@ -1,4 +1,4 @@
-"""Tables of answers from other programs: language models, detectors, Tesseract, logits."""
+"""Answer tables from other programs: language models, detectors, Tesseract, logits."""
 
 from vilu.tables.sources.boxes import Box
 from vilu.tables.sources.completions import completion_answers

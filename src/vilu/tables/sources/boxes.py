@@ -1,4 +1,4 @@
-"""Boxes in a picture, and the overlap of two boxes."""
+"""Boxes in a picture, and the overlap between two boxes."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from vilu.errors import DataError
 from vilu.metrics.counts import Floats
 
 LARGEST_EDGE = 1e9
-"""Largest number of pixels of an edge, to keep every area in the range of a float."""
+"""Largest edge coordinate in pixels, to keep every area in the range of a float."""
 
 Box = tuple[float, float, float, float]
 """Left edge, top edge, width and height in pixels."""
 
 
 def as_boxes(boxes: Sequence[Sequence[float]]) -> Floats:
-    """Boxes (N, 4) in float64; (0, 4) without boxes."""
+    """Convert boxes to (N, 4) float64. (0, 4) without boxes."""
     return np.asarray(boxes, dtype=np.float64).reshape(len(boxes), 4)
 
 
 def areas(boxes: Floats) -> Floats:
-    """Areas (N,) of boxes (N, 4)."""
+    """Compute the areas (N,) of boxes (N, 4)."""
     area: Floats = boxes[:, 2] * boxes[:, 3]
     return area
 
 
 def overlaps(first: Floats, second: Floats, is_crowd: NDArray[np.bool_] | None = None) -> Floats:
-    """Overlap of each of N boxes with each of M boxes: (N, M) numbers from 0 to 1.
+    """Compute the overlap between every two of N and M boxes: (N, M) numbers from 0 to 1.
 
     The overlap is intersection over union. ``is_crowd`` (M,) marks crowds in ``second``. The
     overlap with a crowd is the share of the first box inside the crowd.
@@ -40,7 +40,7 @@ def overlaps(first: Floats, second: Floats, is_crowd: NDArray[np.bool_] | None =
         >>> overlaps(np.array([[0, 0, 2, 2.0]]), np.array([[0, 0, 2, 1.0], [5, 5, 1, 1]])).tolist()
         [[0.5, 0.0]]
     """
-    # the right and the bottom edges of the boxes
+    # the right and bottom edges
     first_end = first[:, :2] + first[:, 2:]
     second_end = second[:, :2] + second[:, 2:]
     start = np.maximum(first[:, None, :2], second[None, :, :2])

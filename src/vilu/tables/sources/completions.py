@@ -1,4 +1,4 @@
-"""Answers of language models, from completions in OpenAI's format with log-probabilities.
+"""Language models' answers, from completions in OpenAI's format with log-probabilities.
 
 vLLM and other servers write this format. A batch run puts each completion into a line with a
 ``custom_id``. Both kinds of lines are read, with chat completions or with plain completions.
@@ -33,10 +33,10 @@ NUMBER_COLUMNS = (
     N_SAMPLES,
     "cut_off",
 )
-"""Names of the columns of numbers."""
+"""Names of the number columns."""
 
 Row = dict[str, float | str]
-"""The cells of a row: "answer", and the numbers of ``NUMBER_COLUMNS``."""
+"""The cells in a row: "answer", and the numbers of ``NUMBER_COLUMNS``."""
 
 LogProbability = Annotated[float, Field(le=0)]
 
@@ -48,16 +48,16 @@ class CompletionPart(BaseModel):
 
 
 class Token(CompletionPart):
-    """A token of a chat completion."""
+    """A token in a chat completion."""
 
     logprob: LogProbability
 
 
 class LogProbabilities(CompletionPart):
-    """Log-probabilities of the tokens of an answer."""
+    """Log-probabilities for an answer's tokens."""
 
-    content: list[Token] | None = None  # of a chat completion
-    token_logprobs: list[LogProbability | None] | None = None  # of a plain completion
+    content: list[Token] | None = None  # in a chat completion
+    token_logprobs: list[LogProbability | None] | None = None  # in a plain completion
 
 
 class Message(CompletionPart):
@@ -67,7 +67,7 @@ class Message(CompletionPart):
 
 
 class CompletionChoice(CompletionPart):
-    """A sample of a completion. A completion may have several samples."""
+    """A sample in a completion. A completion may have several samples."""
 
     message: Message | None = None
     text: str | None = None
@@ -83,7 +83,7 @@ class Completion(CompletionPart):
 
 
 class BatchLine(CompletionPart):
-    """A line of a batch: a request, and a response or an error."""
+    """A line in a batch: a request, and a response or an error."""
 
     custom_id: str
     response: dict[str, Any] | None = None
@@ -92,42 +92,42 @@ class BatchLine(CompletionPart):
 
 @dataclass(frozen=True)
 class CompletionSample:
-    """An answer with the log-probabilities of the tokens."""
+    """An answer with its token log-probabilities."""
 
     answer: str
     logprobs: list[float]
-    is_cut_off: bool  # whether the answer ended at the maximum number of tokens
+    is_cut_off: bool  # whether the answer ended at the token limit
 
     def mean(self) -> float:
-        """Mean log-probability of the tokens."""
+        """Compute the mean log-probability of the tokens."""
         return sum(self.logprobs) / len(self.logprobs)
 
 
 def completion_answers(
     path: str | os.PathLike[str], truth: Mapping[str, str] | None = None
 ) -> Converted:
-    """Read a JSONL file of completions with ``logprobs`` as a table of answers.
+    """Read a JSONL file of completions with ``logprobs`` as an answer table.
 
-    A line holds a response, or a line of a batch (``custom_id``, ``response``). The answer is the
-    most frequent text of the n samples. Texts are equal if they differ only in case and white
-    space. If several texts are equally frequent, the text of the best sample is taken. The best
+    A line holds a response, or a batch line (``custom_id``, ``response``). The answer is the
+    most frequent text among the n samples. Texts are equal if they differ only in case and white
+    space. If several texts are equally frequent, the best sample's text is taken. The best
     sample has the largest mean log-probability. The numbers describe the best sample with the
     answer:
 
     - ``score_mean_logprob``, ``score_least_logprob``, ``score_first_logprob``: mean, least and
       first log-probability of the tokens.
-    - ``score_agreement``: share of the samples with the answer; only if lines have several samples.
-    - ``n_tokens``: number of tokens.
-    - ``cut_off``: 1 if the answer ended at the limit on tokens, else 0.
+    - ``score_agreement``: share of samples with the answer, only if lines have several samples.
+    - ``n_tokens``: token count.
+    - ``cut_off``: 1 if the answer ended at the token limit, else 0.
 
     Args:
         path: The file, with one completion per line. Empty lines are skipped.
-        truth: Maps the id of a row to the right answer. In all other rows, the column ``correct``
-            is empty. The id of a line is ``custom_id``, else ``id``, else the number of the line.
+        truth: Row id -> right answer. In rows without an entry, the column ``correct`` is empty.
+            The id of a line is ``custom_id``, else ``id``, else the line number.
 
     Raises:
         DataError: If a line is no whole completion with log-probabilities, if an id occurs twice,
-            or if ``truth`` does not contain any of the ids. The message names the line.
+            or if ``truth`` contains none of the ids. The message names the line.
         StorageError: If the file cannot be read.
 
     Examples:
@@ -146,7 +146,7 @@ def completion_answers(
 
 
 def _table_columns(rows: Mapping[str, Row], truth: Mapping[str, str] | None) -> Columns:
-    """The columns of the table; ``rows`` maps the id of a row to cells."""
+    """Make the table's columns. ``rows`` maps row ids to cells."""
     ids = list(rows)
     answers = [str(row["answer"]) for row in rows.values()]
     columns: Columns = {"id": ids, "answer": answers, "correct": correct_cells(ids, answers, truth)}
@@ -159,7 +159,7 @@ def _table_columns(rows: Mapping[str, Row], truth: Mapping[str, str] | None) -> 
 
 
 def _read_rows(path: Path) -> dict[str, Row]:
-    """Id of a row -> cells."""
+    """Return row id -> cells."""
     rows: dict[str, Row] = {}
     line_of_id: dict[str, int] = {}
     for number, content in _lines(path):
@@ -180,7 +180,7 @@ def _read_rows(path: Path) -> dict[str, Row]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the nonempty lines of a file, with line numbers from 1."""
+    """Yield the nonempty lines in a file, with line numbers from 1."""
     with convert_os_errors(f"cannot read {path}"), path.open("rb") as file:
         for number, line in enumerate(_bounded_lines(file, path), start=1):
             if line.strip():
@@ -188,7 +188,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _bounded_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Yield lines; DataError at a line too long for a completion."""
+    """Yield lines. Raises DataError at a line too long for a completion."""
     number = 1
     line = file.readline(MAX_LINE_BYTES + 1)
     while line:
@@ -203,7 +203,7 @@ def _bounded_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def _parse_line(content: bytes, number: int, location: str) -> tuple[str, Completion]:
-    """The id and the completion on a line. Without an id, ``number`` is the id."""
+    """Parse the id and the completion on a line. Without an id, ``number`` is the id."""
     try:
         record = parse_json(content)
     except (ValueError, RecursionError) as error:
@@ -227,7 +227,7 @@ def _parse_line(content: bytes, number: int, location: str) -> tuple[str, Comple
 
 
 def _completion_of_batch(request: BatchLine, location: str) -> dict[str, Any]:
-    """The completion in a line of a batch; DataError if the request failed."""
+    """Return the completion in a batch line. Raises DataError if the request failed."""
     body = (request.response or {}).get("body")
     if request.error is None and isinstance(body, dict):
         return body
@@ -239,7 +239,7 @@ def _completion_of_batch(request: BatchLine, location: str) -> dict[str, Any]:
 
 
 def _parse_sample(choice: CompletionChoice, location: str) -> CompletionSample:
-    """The answer of a choice; DataError without an answer or without log-probabilities."""
+    """Parse a choice's answer. Raises DataError without an answer or without log-probabilities."""
     answer = choice.text
     if choice.message is not None:
         answer = choice.message.content
@@ -254,7 +254,7 @@ def _parse_sample(choice: CompletionChoice, location: str) -> CompletionSample:
 
 
 def _token_logprobs(choice: CompletionChoice, location: str) -> list[float]:
-    """Log-probabilities of all tokens of a choice."""
+    """Return the log-probabilities of all tokens in a choice."""
     logprobs_field = choice.logprobs or LogProbabilities()
     if logprobs_field.content is not None:
         logprobs = [token.logprob for token in logprobs_field.content]
@@ -276,14 +276,14 @@ def _token_logprobs(choice: CompletionChoice, location: str) -> list[float]:
 
 
 def _row_of_samples(samples: list[CompletionSample]) -> Row:
-    """Combine the samples of a request into one row.
+    """Combine a request's samples into one row.
 
     The row has the most frequent answer, and the numbers of the best sample with this answer.
     """
     comparable_texts = [comparable_text(sample.answer) for sample in samples]
     votes = Counter(comparable_texts)
     most_votes = max(votes.values())
-    # samples with a most frequent answer; several answers may be equally frequent
+    # samples with a most frequent answer: several answers may be equally frequent
     samples_with_most_votes = [
         sample for sample in samples if votes[comparable_text(sample.answer)] == most_votes
     ]

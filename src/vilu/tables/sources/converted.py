@@ -1,4 +1,4 @@
-"""The result of a converter: a table of answers, and the number of missing words or objects."""
+"""The result of a converter: an answer table, and the number of missing words or objects."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from vilu.errors import DataError
 from vilu.text import plural
 
 Columns = dict[str, list[Any]]
-"""Name -> cells of a column. All columns have the same length. None is an empty cell."""
+"""Column name -> cells. All columns have the same length. None is an empty cell."""
 
 TABLE_KIND: Final = "answers"
-"""Kind of a table of answers in the metadata of a Parquet file."""
+"""The kind in the metadata of a Parquet file with answers."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A table of answers, made from files of another program.
+    """A table of answers, made from another program's files.
 
     Attributes:
-        columns: Name -> cells of a column. ``vilu.open_table`` accepts these columns.
-        n_wanted: Number of words or objects known to exist; 0 if nothing is known.
-        n_missed: Number of these words or objects without a row. A guarantee is about rows, so
-            these words or objects are not covered.
+        columns: Column name -> cells. ``vilu.open_table`` accepts these columns.
+        n_wanted: Number of words or objects known to exist, or 0 if nothing is known.
+        n_missed: How many known words or objects have no row. A guarantee is about rows, so
+            it does not cover these words or objects.
 
     Examples:
         >>> from vilu.tables.sources import Converted
@@ -45,7 +45,7 @@ class Converted:
 
     @property
     def missed_share(self) -> float | None:
-        """Share ``n_missed`` / ``n_wanted``; None if ``n_wanted`` is 0."""
+        """Share ``n_missed`` / ``n_wanted``, or None if ``n_wanted`` is 0."""
         if self.n_wanted == 0:
             return None
         return self.n_missed / self.n_wanted
@@ -56,22 +56,22 @@ class Converted:
         return len(self) - self.columns["correct"].count(None)
 
     def write(self, path: Path, inputs: str | None = None) -> None:
-        """Write the columns as .csv or .parquet; the suffix of the path decides.
+        """Write the columns as .csv or .parquet. The path's suffix decides.
 
-        ``inputs`` is a digest of the source files of the table. The digest is written into the
-        metadata of a Parquet file.
+        ``inputs`` is a digest of the table's source files. The digest is written into the metadata
+        of a Parquet file.
         """
         import pyarrow as pa
 
         arrays = {name: pa.array(values) for name, values in self.columns.items()}
-        # without any known right or wrong answer, Arrow cannot infer the type of the column
+        # without any known right or wrong answer, Arrow cannot infer the column's type
         arrays["correct"] = pa.array(self.columns["correct"], pa.int64())
         metadata = {"kind": TABLE_KIND, **inputs_entry(inputs)}
         write_table(path, arrays, metadata)
 
 
 def comparable_text(text: str) -> str:
-    """The form of a text for comparisons of answers: without case and extra white space."""
+    """Normalise a text for comparisons between answers: no case, no extra white space."""
     words = text.split()
     return " ".join(words).casefold()
 
@@ -79,7 +79,7 @@ def comparable_text(text: str) -> str:
 def correct_cells(
     ids: Sequence[str], answers: Sequence[str], truth: Mapping[str, str] | None
 ) -> list[int | None]:
-    """Cells of the column ``correct``: 1 (right), 0 (wrong), or None for a row without a truth.
+    """Return the cells for the column ``correct``: 1 (right), 0 (wrong), or None without a truth.
 
     Raises:
         DataError: If there are rows and a ``truth``, but no common id.

@@ -1,4 +1,4 @@
-"""Answers of object detectors, from results and annotations in COCO format."""
+"""Object detectors' answers, from results and annotations in COCO format."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from vilu.tables.sources.converted import Columns, Converted
 from vilu.validation import checked, require_between
 
 MAX_FILE_BYTES = 2**30
-"""Maximum size of a file."""
+"""Maximum file size in bytes."""
 
 MAX_BOXES_TO_MATCH = 2_000
-"""Maximum number of boxes of a category in an image. All pairs of these boxes are compared."""
+"""Maximum box count for a category in an image. All pairs of these boxes are compared."""
 
 Edge = Annotated[float, Field(ge=-LARGEST_EDGE, le=LARGEST_EDGE)]
 ImageId = int | str
@@ -33,13 +33,13 @@ MatchKey = tuple[ImageId, int]
 
 
 class CocoEntry(BaseModel):
-    """An entry of a file. Types are strict, and unneeded fields are ignored."""
+    """An entry in a file. Types are strict, and unneeded fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class CocoBox(CocoEntry):
-    """A box of a category in an image."""
+    """A box in an image, with a category."""
 
     image_id: ImageId
     category_id: int
@@ -55,12 +55,12 @@ class CocoBox(CocoEntry):
 
     @property
     def match_key(self) -> MatchKey:
-        """The image and the category of the box, for matching."""
+        """The image and category of the box, for matching."""
         return self.image_id, self.category_id
 
 
 class Detection(CocoBox):
-    """A result of a detector."""
+    """A detector's result."""
 
     score: float
 
@@ -86,7 +86,7 @@ class Category(CocoEntry):
 
 
 class Annotations(CocoEntry):
-    """The file of annotations."""
+    """The annotation file."""
 
     images: list[Image]
     annotations: list[Annotation]
@@ -98,7 +98,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Objects:
-    """The annotated objects of one category in one image.
+    """One category's annotated objects in one image.
 
     Attributes:
         boxes: (M, 4) left edge, top edge, width and height.
@@ -125,27 +125,27 @@ def detection_answers(
     scores. A detection takes the free object with the largest overlap. The detection is right
     (``correct`` is 1) if the overlap, intersection over union, is at least ``min_iou``. ``correct``
     is empty if the detection can only take an object with ``ignore`` or ``iscrowd``. The overlap
-    with a crowd is the share of the detection inside the crowd. pycocotools matches in the same
-    way, with two differences: pycocotools does not read ``ignore``, and leaves out all but the 100
-    best detections of an image and category.
+    with a crowd is the detection's share inside the crowd. pycocotools matches in the same
+    way, with two differences: pycocotools does not read ``ignore``, and keeps only the 100 best
+    detections per image and category.
 
-    The columns are ``id`` (number of the detection in ``results``, from 0), ``answer`` (name of the
-    category), ``correct``, ``score_confidence``, ``area`` and ``flatness`` (width / (width +
-    height)) of the box, ``n_detections`` in the image, ``largest_overlap`` with another detection
-    of the same category in the image, ``group`` (the category) and ``cluster`` (the image).
+    The columns are ``id`` (the detection's number in ``results``, from 0), ``answer`` (category
+    name), ``correct``, ``score_confidence``, the box's ``area`` and ``flatness`` (width / (width +
+    height)), ``n_detections`` in the image, ``largest_overlap`` with another detection
+    in the same image and category, ``group`` (the category) and ``cluster`` (the image).
 
     Args:
         results: JSON list of detections with ``image_id``, ``category_id``, ``bbox`` and ``score``.
         annotations: JSON object with ``images``, ``annotations`` and ``categories``.
-        min_iou: Least overlap of a right detection.
+        min_iou: Least overlap for a right detection.
 
     Returns:
-        The table. ``n_wanted`` is the number of objects that are no crowds and are not ignored.
-        ``n_missed`` is the number of these objects not taken by any detection.
+        The table. ``n_wanted`` counts the objects that are no crowds and are not ignored.
+        ``n_missed`` counts the objects among these that no detection took.
 
     Raises:
-        DataError: If a file is no JSON of this format, if there are no detections, or if the image
-            or category of a detection is missing in the annotations.
+        DataError: If a file is no JSON in this format, or if there are no detections. Also if a
+            detection's image or category is missing in the annotations.
         UsageError: If ``min_iou`` is not in (0, 1].
         StorageError: If a file cannot be read.
 
@@ -192,13 +192,13 @@ def detection_answers(
 def match_detections(
     boxes: Floats, scores: Floats, objects: Objects, min_iou: float
 ) -> list[int | None]:
-    """Whether each of N detections is right: 1, 0, or None for a detection of an ignored object.
+    """Return whether each of N detections is right: 1, 0, or None for an ignored object.
 
-    Detections and objects are of one category in one image. Detections take objects greedily, in
+    All detections and objects have one category and one image. Detections take objects greedily, in
     the order of falling scores. ``boxes`` (N, 4) and ``scores`` (N,) belong to the detections.
     """
     overlap = overlaps(boxes, objects.boxes, objects.is_crowd)
-    # As in pycocotools: with min_iou = 1, an overlap of 1 after rounding down has to be enough.
+    # As in pycocotools: if min_iou is 1, an overlap of 1 after rounding down has to be enough.
     overlaps_enough = overlap >= min(min_iou, 1 - 1e-10)
     is_free = np.ones(len(objects.boxes), dtype=bool)
     correct: list[int | None] = [0] * len(boxes)
@@ -217,14 +217,14 @@ def match_detections(
 
 
 def _last_argmax(numbers: Floats, mask: NDArray[np.bool_]) -> int:
-    """Index of the largest number in a mask; the last index of equal numbers, as in pycocotools."""
+    """Return the index of the largest number in a mask, or the last such index, as pycocotools."""
     largest = numbers[mask].max()
     indices_of_largest = np.flatnonzero(mask & (numbers == largest))
     return int(indices_of_largest[-1])
 
 
 def _overlap_with_others(boxes: Floats) -> Floats:
-    """The largest overlap (N,) of each detection with another detection; 0 without another."""
+    """Return each detection's largest overlap (N,) with another detection, 0 without another."""
     overlap = overlaps(boxes, boxes)
     np.fill_diagonal(overlap, 0)
     largest: Floats = overlap.max(axis=1)
@@ -232,7 +232,7 @@ def _overlap_with_others(boxes: Floats) -> Floats:
 
 
 def _read_coco(path: Path, adapter: TypeAdapter[T]) -> T:
-    """The content of a JSON file, after ``adapter`` has checked it."""
+    """Read a JSON file, and check the content with ``adapter``."""
     content = read_bounded(path, "Give a JSON file in COCO's format", DataError, MAX_FILE_BYTES)
     try:
         return adapter.validate_json(content)
@@ -247,9 +247,9 @@ def _require_known_ids(
     images: Collection[ImageId],
     results: str | os.PathLike[str],
 ) -> None:
-    """Raise DataError unless all detections are of images and categories of the annotations.
+    """Raise DataError unless all detections have annotated images and categories.
 
-    ``names`` maps the category ids of the annotations to names. ``images`` are the image ids.
+    ``names`` maps the annotated category ids to names. ``images`` are the image ids.
     """
     if not detections:
         raise DataError(f"{results} must have at least one detection. It has none.")
@@ -271,7 +271,7 @@ def _require_known_ids(
 def _indices_by_match_key(
     entries: Sequence[CocoBox], path: str | os.PathLike[str]
 ) -> dict[MatchKey, list[int]]:
-    """Image and category -> indices in ``entries``. ``path`` is the file, for the message."""
+    """Return (image, category) -> indices in ``entries``. ``path`` is for the message."""
     indices: dict[MatchKey, list[int]] = defaultdict(list)
     for index, entry in enumerate(entries):
         indices[entry.match_key].append(index)
@@ -286,7 +286,7 @@ def _indices_by_match_key(
 
 
 def _make_objects(annotations: Sequence[Annotation]) -> Objects:
-    """The objects of one category in one image."""
+    """Make the objects for one category in one image."""
     is_crowd = np.array([bool(annotation.iscrowd) for annotation in annotations], dtype=bool)
     is_ignored = np.array([bool(annotation.ignore) for annotation in annotations], dtype=bool)
     boxes = as_boxes([annotation.bbox for annotation in annotations])
@@ -297,7 +297,7 @@ NO_OBJECTS = _make_objects([])
 
 
 def _columns(detections: Sequence[Detection], names: Mapping[int, str]) -> Columns:
-    """The columns of the table. ``correct`` and ``largest_overlap`` are filled later.
+    """Make the table's columns. ``correct`` and ``largest_overlap`` are filled later.
 
     ``names`` maps category ids to names.
     """

@@ -26,20 +26,20 @@ def logit_answers(
     class_names: Sequence[str] | None = None,
     ids: Sequence[str] | None = None,
 ) -> Converted:
-    """Make a table of the answers of a classifier from logits (N, K), one row per picture or text.
+    """Make a table of a classifier's answers from logits (N, K), one row per picture or text.
 
-    The answer is the class with the largest logit; the first class of equal logits. With p =
-    softmax of the logits, the columns are ``id``, ``answer``, ``correct``, ``score_softmax``
-    (largest p), ``score_margin`` (largest p minus the second largest), ``uncertainty_entropy``
-    (entropy of p in nats) and ``score_logit`` (the largest logit).
+    The answer is the class with the largest logit. If several logits are largest, the answer is the
+    first class of these. With p = softmax(logits), the columns are ``id``, ``answer``, ``correct``,
+    ``score_softmax`` (largest p), ``score_margin`` (largest p minus the second largest),
+    ``uncertainty_entropy`` (entropy of p in nats) and ``score_logit`` (the largest logit).
 
     Args:
         logits: (N, K) finite numbers, K at least 2. Logarithms of probabilities are logits, too.
-        target: (N,) number of the true class of each row, from 0, or the name of this class. -1 or
-            "" if the true class is not known. -2 (``vilu.OUTSIDE``) for a row of none of the
-            classes; then every answer is wrong.
-        class_names: K names of the classes. [0 to K - 1]
-        ids: N identifiers of the rows. [0 to N - 1]
+        target: (N,) each row's true class, as a number from 0 or as a name. -1 or "" if the true
+            class is not known. -2 (``vilu.OUTSIDE``) if the row belongs to no class. Then every
+            answer is wrong.
+        class_names: K class names. [0 to K - 1]
+        ids: N row identifiers. [0 to N - 1]
 
     Raises:
         DataError: If an argument has another shape, a logit is not finite, or a target is no class.
@@ -80,7 +80,7 @@ def logit_answers(
 
 
 def _score_columns(logits: Floats) -> dict[str, Floats]:
-    """Name -> column (B,) of numbers, for rows of logits (B, K)."""
+    """Compute the number columns (B,) by name, for logits (B, K)."""
     log_p = log_softmax(logits, axis=1)
     p = np.exp(log_p)
     two_largest = np.partition(p, -2, axis=1)[:, -2:]  # (B, 2), ascending
@@ -93,9 +93,9 @@ def _score_columns(logits: Floats) -> dict[str, Floats]:
 
 
 def _texts_or_numbers(texts: Sequence[str] | None, n: int, name: str) -> list[str]:
-    """``n`` texts: ``texts``, or the numbers 0 ... n - 1 if ``texts`` is None.
+    """Return ``n`` texts: ``texts``, or the numbers 0 ... n - 1 if ``texts`` is None.
 
-    DataError if there are not ``n`` texts. ``name`` is the name of the argument in the message.
+    Raises DataError if there are not ``n`` texts. ``name`` is the argument's name in the message.
     """
     if texts is None:
         return [str(number) for number in range(n)]
@@ -105,9 +105,9 @@ def _texts_or_numbers(texts: Sequence[str] | None, n: int, name: str) -> list[st
 
 
 def _class_numbers(target: ArrayLike, names: Sequence[str]) -> Ints:
-    """Number of the true class of each row.
+    """Return the number of each row's true class.
 
-    Texts in ``target`` are names of classes. If some texts are no names, but all texts are whole
+    Texts in ``target`` are class names. If some texts are no names, but all texts are whole
     numbers, the texts are read as numbers.
     """
     labels = np.asarray(target)
@@ -129,7 +129,7 @@ def _class_numbers(target: ArrayLike, names: Sequence[str]) -> Ints:
 
 
 def _correct_cells(answer: Ints, labels: Ints, n_classes: int) -> list[int | None]:
-    """Whether each answer is right: 1, 0, or None where the true class is not known."""
+    """Return whether each answer is right: 1, 0, or None where the true class is not known."""
     if labels.shape != answer.shape or labels.dtype.kind not in "iu":
         raise DataError(
             f"target must have one whole number per row ({len(answer)}). Got {labels.dtype} of "
@@ -151,7 +151,7 @@ def _correct_cells(answer: Ints, labels: Ints, n_classes: int) -> list[int | Non
 def _require_finite(logits: Floats, start: int) -> None:
     """Raise DataError at a row with NaN or infinity.
 
-    ``start`` is the number of the first row of ``logits`` in the whole array.
+    ``start`` is the position of the first row in the whole array.
     """
     is_finite = np.isfinite(logits).all(axis=1)
     if not is_finite.all():

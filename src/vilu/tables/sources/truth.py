@@ -13,7 +13,7 @@ from vilu.tables.sources.words import BOX_COLUMNS, Word, parse_number
 
 
 def read_truth(path: Path) -> dict[str, str]:
-    """Read a CSV file with the columns ``id`` and ``truth``: the right answer of each row.
+    """Read each row's right answer from a CSV file with the columns ``id`` and ``truth``.
 
     A row with an empty ``truth`` is left out, because the answer is not known.
     """
@@ -31,7 +31,7 @@ def read_truth(path: Path) -> dict[str, str]:
 def read_words(path: Path) -> dict[str, list[Word]]:
     """Read a CSV file with the columns page, text, left, top, width, height: one word per row.
 
-    Returns page -> words.
+    Returns page name -> words.
     """
     pages: dict[str, list[Word]] = {}
     for row in _read_rows(path, ("page", "text", *BOX_COLUMNS)):
@@ -44,7 +44,7 @@ def read_words(path: Path) -> dict[str, list[Word]]:
 
 
 def read_dictionary(path: Path) -> frozenset[str]:
-    """Read a text file with a word per line; the words are returned in small letters."""
+    """Read a text file with a word per line. The words are returned in small letters."""
     try:
         with convert_os_errors(f"cannot read {path}"):
             lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -56,7 +56,7 @@ def read_dictionary(path: Path) -> frozenset[str]:
 
 
 def _read_rows(path: Path, columns: Sequence[str]) -> list[CsvRow]:
-    """The rows of a CSV file; DataError if a column is missing or there are no rows."""
+    """Read the rows in a CSV file. Raises DataError if a column is missing or there are no rows."""
     names, rows = csv_rows(path)
     missing_columns = [column for column in columns if column not in names]
     if missing_columns:

@@ -19,7 +19,7 @@ from vilu.tables.sources.converted import Columns, Converted
 from vilu.text import plural
 
 WORD_LEVEL: Final = 5
-"""The ``level`` of rows with words. Rows of lower levels are pages, blocks, text lines, ..."""
+"""The ``level`` of word rows. Rows of lower levels are pages, blocks, text lines, ..."""
 
 MIN_OVERLAP = 0.1
 """A recognised word and a true word match only if the IoU of the boxes is at least this number.
@@ -38,10 +38,10 @@ LINE_COLUMNS = ("page_num", "block_num", "par_num", "line_num")
 """Columns that together identify the text line of a word."""
 
 BOX_COLUMNS = ("left", "top", "width", "height")
-"""Columns of the box of a word, in pixels."""
+"""Columns with a word's box, in pixels."""
 
 REQUIRED_COLUMNS = ("level", *LINE_COLUMNS, *BOX_COLUMNS, "conf", "text")
-"""Required columns of a TSV file."""
+"""Columns that every TSV file must have."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RecognisedWord(Word):
 
 
 Pages = dict[str, list[RecognisedWord]]
-"""Name of a page -> words, in the order of reading."""
+"""Page name -> words, in reading order."""
 
 
 def word_answers(
@@ -80,25 +80,25 @@ def word_answers(
     truth: Mapping[str, Sequence[Word]] | None = None,
     dictionary: Collection[str] = (),
 ) -> Converted:
-    r"""Read TSV files of Tesseract (``tesseract PAGE OUTPUT tsv``) as a table, one row per word.
+    r"""Read Tesseract's TSV files (``tesseract PAGE OUTPUT tsv``) as a table, one row per word.
 
     A recognised word is right if it equals the true word, letter by letter. Recognised words are
     matched with true words by their boxes. The pair with the largest overlap (intersection over
     union) is matched first, then the next pair. Words with an overlap below 0.1 are not matched. A
     recognised word without a match is wrong.
 
-    The columns are ``id`` (page and number of the word), ``answer`` (the word), ``correct``,
-    ``score_confidence`` (from 0 to 100), ``doubt`` of the word, ``doubt_before`` and
-    ``doubt_after`` of the neighbours in the line, ``doubt_line``, ``doubt_page``, ``n_characters``,
-    ``share_of_digits``, ``capital`` (1 if the first letter is a capital), ``n_marks`` (characters
-    except letters and digits), ``height`` and ``character_width`` of the box in pixels, ``n_words``
-    of the page, ``in_dictionary`` (with ``dictionary``), and ``cluster`` (the page). A doubt is
+    The columns are ``id`` (page and word number), ``answer`` (the word), ``correct``,
+    ``score_confidence`` (from 0 to 100), ``doubt`` (of the word), ``doubt_before`` and
+    ``doubt_after`` (of the line neighbours), ``doubt_line``, ``doubt_page``, ``n_characters``,
+    ``share_of_digits``, ``capital`` (1 for a leading capital), ``n_marks`` (characters except
+    letters and digits), ``height`` and ``character_width`` (of the box, in pixels), ``n_words`` (on
+    the page), ``in_dictionary`` (with ``dictionary``), and ``cluster`` (the page). A doubt is
     ln(1 - confidence / 100). The logarithm spreads out the many confidences close to 100.
 
     Args:
-        files: One TSV file per picture. The name of a page is the name of the file without the
+        files: One TSV file per picture. The name of a page is the file name without its
             suffix. If a file has several pages, the second page is called ``NAME#2``.
-        truth: Name of a page -> true words. ``correct`` is empty on other pages.
+        truth: Page name -> true words. ``correct`` is empty on other pages.
         dictionary: Words in small letters. Words are looked up without punctuation at the ends.
 
     Returns:
@@ -106,8 +106,8 @@ def word_answers(
         ``n_missed`` is the number of these true words without a match.
 
     Raises:
-        DataError: If a file is no TSV of Tesseract, if two pages have the same name, if no word was
-            read, or if ``truth`` does not contain any of the pages.
+        DataError: If a file is no TSV by Tesseract, if two pages have the same name, if no word was
+            read, or if ``truth`` does not contain any page.
         StorageError: If a file cannot be read.
 
     Examples:
@@ -156,7 +156,7 @@ def _require_common_page(truth: Mapping[str, object], pages: Pages) -> None:
 
 
 def _all_pages(files: Sequence[str | os.PathLike[str]]) -> Pages:
-    """The words of each page of all files; DataError if there are no words."""
+    """Read the words on each page of all files. Raises DataError if there are no words."""
     pages: Pages = {}
     for file in files:
         pages_of_file = _read_pages(Path(file))
@@ -174,8 +174,7 @@ def match_words(
 ) -> tuple[list[int | None], int]:
     """Match words by their boxes.
 
-    Returns whether each recognised word is right (1 or 0), and the number of true words without a
-    match.
+    Returns whether each recognised word is right (1 or 0), and how many true words have no match.
     """
     recognised_boxes = as_boxes([word.box for word in recognised_words])
     true_boxes = as_boxes([word.box for word in true_words])
@@ -194,7 +193,7 @@ def match_words(
 
 
 def _read_pages(file: Path) -> Pages:
-    """The words of each page of a TSV file."""
+    """Read the words on each page of a TSV file."""
     pages: Pages = {}
     for number, cells in _read_rows(file):
         location = f"{file} line {number}"
@@ -214,9 +213,9 @@ def _read_pages(file: Path) -> Pages:
 
 
 def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the rows of a TSV file: the number of the line, and column -> cell."""
+    """Yield the rows of a TSV file: the line number, and column -> cell."""
     with convert_os_errors(f"cannot read {file}"), file.open(encoding="utf-8", newline="") as lines:
-        # a quote is an ordinary character of the text, and does not begin a quoted cell
+        # a quote is an ordinary character in the text, and does not begin a quoted cell
         table = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
             missing_columns = [
@@ -239,7 +238,7 @@ def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _row_numbers(cells: Mapping[str, str], location: str) -> dict[str, float]:
-    """Column -> number in a row; ``location`` names the row in errors."""
+    """Return column -> number for a row. ``location`` names the row in errors."""
     numbers = {}
     for name in REQUIRED_COLUMNS:
         if name != "text":
@@ -249,7 +248,7 @@ def _row_numbers(cells: Mapping[str, str], location: str) -> dict[str, float]:
 
 
 def parse_number(cell: str, column: str, location: str) -> float:
-    """The finite number in a cell; DataError if the cell is no finite number.
+    """Parse the finite number in a cell. Raises DataError if the cell is no finite number.
 
     ``column`` and ``location`` name the column and the row in the message.
     """
@@ -268,7 +267,7 @@ def _page_columns(
     correct: list[int | None],
     dictionary: Collection[str],
 ) -> Columns:
-    """The columns of the words of a page.
+    """Make the table columns for the words on a page.
 
     ``correct`` is 1 or 0 for every word, and None on a page without true words. ``dictionary`` has
     words in small letters.
@@ -297,21 +296,21 @@ def _page_columns(
 
 
 def _count_characters(is_of_kind: Callable[[str], bool], text: str) -> int:
-    """Number of the characters of a kind in a text."""
+    """Count the characters of a kind in a text."""
     return sum(is_of_kind(character) for character in text)
 
 
 def _doubt_columns(words: Sequence[RecognisedWord]) -> Columns:
-    """The columns of doubts: of each word, of the two neighbours, of the line and of the page.
+    """Make the doubt columns: of each word, the two neighbours, the line and the page.
 
-    If a word has no neighbour on one side of the line, the doubt of the word is used instead. The
-    doubt of a line or a page is the mean of the doubts of its words.
+    If a word has no neighbour on one side in the line, the word's doubt is used instead. The doubt
+    of a line or a page is the mean doubt over its words.
     """
     doubts: Columns = {"doubt": [], "doubt_before": [], "doubt_after": [], "doubt_line": []}
     for _, words_of_line in groupby(words, key=lambda word: word.line_key):
         doubts_of_line = [_doubt(word.confidence) for word in words_of_line]
         doubts["doubt"] += doubts_of_line
-        # the doubts of the line, shifted by one word in both directions
+        # the doubts in the line, shifted by one word in both directions
         doubts["doubt_before"] += [doubts_of_line[0], *doubts_of_line[:-1]]
         doubts["doubt_after"] += [*doubts_of_line[1:], doubts_of_line[-1]]
         doubts["doubt_line"] += [fmean(doubts_of_line)] * len(doubts_of_line)
@@ -320,6 +319,6 @@ def _doubt_columns(words: Sequence[RecognisedWord]) -> Columns:
 
 
 def _doubt(confidence: float) -> float:
-    """ln(1 - confidence / 100), after the confidence was clipped to the range from 0 to 99.9."""
+    """Compute ln(1 - confidence / 100), with the confidence clipped to the range 0 to 99.9."""
     share = min(max(confidence / 100, 0.0), MAX_CONFIDENCE)
     return math.log1p(-share)
