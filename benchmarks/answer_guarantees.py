@@ -3,26 +3,26 @@
     python -m benchmarks.answer_guarantees [--calibrations 10000]
     python -m benchmarks.answer_guarantees --arrays ARRAYS [--divisions 2] [--calibrations 200]
 
-The scored rows of a predictor are a population, so the risk of every threshold is known. 500
-calibration rows are drawn from the population with replacement, and a rule is made at a risk of 5 %
-with a confidence of 95 % (``ltt``). A rule is *broken* if more than 5 % of the accepted answers in
-the population are wrong. At most 5 % of the rules may be broken. The output has the share of broken
-rules, a one-sided 95 % bound of this share (Clopper and Pearson), and the mean coverage.
+A predictor's scored rows are a population, so the risk is known at every threshold. 500 calibration
+rows are drawn from the population with replacement, and a rule is made at a 5 % risk with 95 %
+confidence (``ltt``). A rule is *broken* if more than 5 % of the accepted answers in the population
+are wrong. At most 5 % of the rules may be broken. The output has the share of broken rules, a
+one-sided 95 % bound on this share (Clopper and Pearson), and the mean coverage.
 
 Without ``--arrays`` the data are simulated: 20 Gaussian classes, noisy class means as texts, and a
-population of 25,000 rows. With ``--arrays`` a seed divides every set into halves. Methods are
-fitted on 16 labels per class of the first half, and the second half is the population. For given
-answers the labels are divided: the probe is fitted on one half of the labels, and ViLU+ on the
-second half.
+population with 25,000 rows. With ``--arrays`` a seed divides every set into halves. Methods are
+fitted on 16 labels per class from the first half, and the second half is the population. For given
+answers the labels are divided: the probe is fitted on one half, and ViLU+ on the second half.
 
 Three kinds of answers are judged:
 
-- ``adapted, vilu_plus`` and ``adapted, linear_probe``: the method's own answers;
-- ``given``: answers of a linear probe fitted on other rows, judged by ViLU+.
+- ``adapted, vilu_plus`` and ``adapted, linear_probe``: the method's own answers.
+- ``given``: a linear probe's answers, judged by ViLU+. The probe and ViLU+ are fitted on separate
+  rows.
 
 Each population is measured twice: without out-of-distribution rows, and with out-of-distribution
-rows as 20 % of all rows. These rows are images of the classes of another world or set. The label of
-these rows is ``(outside)``, so every answer is wrong.
+rows as 20 % of all rows. These rows are images from a second world or set, outside the classes. The
+label there is ``(outside)``, so every answer is wrong.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ N_FIT = 1_000
 N_POPULATION = 20_000
 IMAGE_NOISE = 0.28
 TEXT_NOISE = 0.1
-"""Standard deviation of every coordinate; class means have unit norm."""
+"""Standard deviation of every coordinate. Class means have unit norm."""
 
 
 class World:
-    """Gaussian classes of images, with a noisy text for each."""
+    """Gaussian image classes, with a noisy text for each."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -74,7 +74,7 @@ class World:
         self.text = self._unit(self.mean + TEXT_NOISE * noise)
 
     def draw(self, n: int) -> tuple[Floats, Ints]:
-        """Images (n, D) and the classes (n,) of the images."""
+        """Draw images (n, D), and return the images with the classes (n,)."""
         target = self.rng.integers(K, size=n)
         noise = IMAGE_NOISE * self.rng.normal(size=(n, DIM))
         return self._unit(self.mean[target] + noise), target
@@ -90,13 +90,13 @@ class Problem(NamedTuple):
 
     text: Floats
     fit: tuple[Floats, Ints]  # rows for the fit of methods that judge their own answers
-    fit_of_judge: tuple[Floats, Ints]  # rows for the fit of the judge of given answers
-    answer_fit_rows: tuple[Floats, Ints]  # rows for the fit of the model with the given answers
+    fit_of_judge: tuple[Floats, Ints]  # rows to fit the method that judges given answers
+    answer_fit_rows: tuple[Floats, Ints]  # rows to fit the model that answers
     population: tuple[Floats, Ints]
-    outside: Floats  # images of none of the classes, a fifth of all rows of the population
+    outside: Floats  # images outside the classes, a fifth of all rows in the population
 
     def data(self, rows: tuple[Floats, Ints], answer: Ints | None = None) -> vilu.Embeddings:
-        """The labelled rows as a source, with the given answers if there are any."""
+        """Return the labelled rows as a source, with the given answers if there are any."""
         image, target = rows
         columns = {}
         if answer is not None:
@@ -105,18 +105,18 @@ class Problem(NamedTuple):
 
     @property
     def everything(self) -> tuple[Floats, Ints]:
-        """The rows of the population, followed by the images of none of the classes."""
+        """The population's rows, then the images outside the classes."""
         image, target = self.population
         of_no_class = np.full(len(self.outside), vilu.OUTSIDE)
         return np.concatenate([image, self.outside]), np.concatenate([target, of_no_class])
 
 
 def simulated_problem(seed: int = 0) -> Problem:
-    """A simulated problem; a second world provides the images of none of the classes."""
+    """Simulate a problem. A second world provides the images outside the classes."""
     world = World(seed)
     second_world = World(seed + 1)
-    n = n_outside(N_POPULATION)
-    outside, _ = second_world.draw(n)
+    n_images = n_outside(N_POPULATION)
+    outside, _ = second_world.draw(n_images)
     fit = world.draw(N_FIT)
     answer_fit_rows = world.draw(N_FIT)
     population = world.draw(N_POPULATION)
@@ -124,12 +124,12 @@ def simulated_problem(seed: int = 0) -> Problem:
 
 
 def n_outside(n: int) -> int:
-    """Number of rows to add to n rows; the added rows are then ``OUTSIDE_SHARE`` of all rows."""
+    """Return how many rows to add to n rows: the added rows are then ``OUTSIDE_SHARE`` of all."""
     return round(n * OUTSIDE_SHARE / (1 - OUTSIDE_SHARE))
 
 
 def real_problem(name: str, sets: dict[str, Arrays], division: int) -> Problem:
-    """The problem of a set; the next set provides the images of none of the classes."""
+    """Make a set's problem. The next set provides the images outside the classes."""
     arrays = sets[name]
     cell = Cell(name, LABELS, division)
     rows = Division.of(arrays.target, cell)
@@ -156,14 +156,14 @@ def real_problem(name: str, sets: dict[str, Arrays], division: int) -> Problem:
 
 
 def answers_of(predictor: FailurePredictor, data: vilu.Embeddings) -> Ints:
-    """(N,) the most likely candidate of each row, by the posterior of the predictor."""
+    """Return each row's most likely candidate (N,), by the predictor's posterior."""
     parts = [predictor.log_posterior(batch).argmax(dim=1) for batch in data.batches(BATCH)]
     answers = torch.cat(parts)
     return answers.numpy()
 
 
 def judged_kinds(problem: Problem, seed: int) -> Iterator[tuple[str, JudgedAnswers]]:
-    """Yield each kind of answers, for the population and the images of none of the classes."""
+    """Yield each kind of answers, for the population and the images outside the classes."""
     everything = problem.data(problem.everything)
     own = {
         "adapted, vilu_plus": vilu.ViLUPlus(seed=seed, answer="adapted"),
@@ -192,7 +192,7 @@ def _judged(predictor: FailurePredictor, data: vilu.Embeddings) -> JudgedAnswers
 
 
 class BrokenRules(NamedTuple):
-    """Numbers of rules and of broken rules, and the coverage of the rules."""
+    """How many rules there are, how many are broken, and the mean coverage."""
 
     n: int
     n_broken: int
@@ -234,14 +234,14 @@ def calibrate_often(population: JudgedAnswers, n_rules: int, seed: int) -> Broke
 
 
 def both_populations(problem: Problem, judged: JudgedAnswers) -> dict[str, JudgedAnswers]:
-    """The population alone, and the population with the images of none of the classes."""
+    """Return the population alone, and the population with the images outside the classes."""
     n = len(problem.population[1])
     within = JudgedAnswers(judged.uncertainty[:n], judged.failure[:n])
     return {"0 %": within, "20 %": judged}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a line of JSON for every kind of answers, share of outside rows, set and division."""
+    """Print a JSON line for every answer kind, outside share, set and division."""
     parser = argparse.ArgumentParser(description="Guarantees of adapted and given answers.")
     parser.add_argument("--arrays", type=Path, help="folder of .npz files; without: simulated")
     parser.add_argument("--divisions", type=int, default=2)

@@ -1,14 +1,14 @@
-"""Tables of the gain of a method's own answers over zero-shot answers and over simple mixes.
+"""Tables that compare a method's own answers with zero-shot answers and with simple mixes.
 
     python -m benchmarks.answer_tables CELLS.jsonl [--resamples 1000]
 
 ``benchmarks.answers`` writes CELLS.jsonl. Divisions with a missing cell are left out. Values are
-means over divisions, then over sets. Intervals are 95 % percentile intervals of 1,000 resamples. A
-resample draws from the rows of a whole set. All divisions, methods and numbers of labels of the set
-share the resample. Methods are not fitted again. So differences are paired.
+means over divisions, then over sets. Intervals are 95 % percentile intervals from 1,000 resamples.
+A resample draws from all rows of a set. The set's divisions, methods and label counts share the
+resample, so differences are paired. Methods are not fitted again.
 
-The *best mix* of a set and a number of labels is ``mix`` or ``pool``: the mix with more coverage at
-5 % on the test rows. So hindsight favours the mixes.
+The *best mix* for a set and a label count is ``mix`` or ``pool``: the mix with more coverage at a
+5 % risk on the test rows. So hindsight favours the mixes.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ TITLES = {
 }
 """Titles of the sets.
 
-† marks sets used during the development of the predictors. ‡ marks sets used only in the end, with
-one choice afterwards (docs/readings.md).
+† marks sets used while the predictors were developed. ‡ marks sets used only in the end, with one
+choice afterwards (docs/readings.md).
 """
 
 MARK = "†"
-MODEL = "_b32"  # suffix of the files' names
-NOT_COMPARED = "nothing was compared"  # text in the reason of a choice
+MODEL = "_b32"  # suffix in the file names
+NOT_COMPARED = "nothing was compared"  # text in a choice's reason
 
 APART = "imagenet1k"
-"""A set of training images; the tables have means with and without this set."""
+"""A set with training images. The tables have means with and without this set."""
 
 Measure = float | str
 """A risk, for the coverage at this risk, or "accuracy"."""
@@ -79,15 +79,15 @@ class Certified(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The results of a method on a set with a number of labels, over the divisions."""
+    """A method's results on a set with a label count, over the divisions."""
 
     values: dict[Measure, Quantity]
     certified: tuple[Certified, ...]  # an entry for each risk
-    seconds: float  # median time of a fit
+    seconds: float  # median time for a fit
 
 
 def measured(cell: dict[str, Any], method: str, weights: Ints) -> dict[Measure, Quantity]:
-    """Accuracy and coverages of a method in a cell; ``weights`` (R, N) of resampled rows."""
+    """Return a method's accuracy and coverages in a cell, resampled by row ``weights`` (R, N)."""
     rank = np.array(cell["methods"][method]["rank"])
     failure = np.array(list(cell["methods"][method]["failure"]), dtype=np.int64)
     order = rank.argsort(kind="stable")
@@ -106,7 +106,7 @@ def measured(cell: dict[str, Any], method: str, weights: Ints) -> dict[Measure, 
 
 
 def reading(cells: Sequence[dict[str, Any]], method: str, weights: Ints) -> Reading:
-    """The results of a method, as means over the divisions of a set."""
+    """Return a method's results, as means over the divisions of a set."""
     of_division = [measured(cell, method, weights) for cell in cells]
     values = {}
     for measure in MEASURES:
@@ -123,14 +123,14 @@ def reading(cells: Sequence[dict[str, Any]], method: str, weights: Ints) -> Read
 
 
 Readings = dict[tuple[str, int, str], Reading]
-"""Maps a set, a number of labels and a method to the results."""
+"""Maps a set, a label count and a method to the results."""
 
 
 class Cells(NamedTuple):
     """The cells of a file."""
 
-    by_key: dict[tuple[str, int, int], dict[str, Any]]  # set, number of labels, division
-    names: list[str]  # names of the sets
+    by_key: dict[tuple[str, int, int], dict[str, Any]]  # set, label count, division
+    names: list[str]  # set names
     divisions: list[int]  # the divisions without a missing cell
 
     @classmethod
@@ -151,12 +151,12 @@ class Cells(NamedTuple):
         return cls(by_key, names, divisions)
 
     def of(self, name: str, n_labels: int) -> list[dict[str, Any]]:
-        """The cells of a set and a number of labels."""
+        """Return the cells for a set and a label count."""
         return [self.by_key[name, n_labels, division] for division in self.divisions]
 
 
 def read(cells: Cells, resamples: int) -> Readings:
-    """The results of all methods on all sets."""
+    """Compute the results for all methods on all sets."""
     readings: Readings = {}
     for number, name in enumerate(cells.names):
         n = cells.of(name, LABELS[0])[0]["n"]
@@ -176,7 +176,7 @@ def read(cells: Cells, resamples: int) -> Readings:
 def difference(
     readings: Readings, names: Sequence[str], n_labels: int, pair: tuple[str, str]
 ) -> Quantity:
-    """Difference of two methods in coverage at 5 %, averaged over sets."""
+    """Average over sets how far the first method's coverage at 5 % exceeds the second's."""
     differences = []
     for name in names:
         first, second = (readings[name, n_labels, method].values[RISKS[0]] for method in pair)
@@ -185,14 +185,14 @@ def difference(
 
 
 def in_points(quantity: Quantity, sign: str = "") -> str:
-    """A quantity and the interval, in percent."""
+    """Format a quantity and the interval, in percent."""
     ends = quantity.interval(0.95)
     shown = [format(100 * number, f"{sign}.1f") for number in ends]
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
 def means_table(readings: Readings, names: Sequence[str]) -> list[str]:
-    """Means of every method over sets, by number of labels."""
+    """Return table lines with every method's means over sets, by label count."""
     lines = [
         "| labels a class | answers | accuracy | coverage at 5 % | at 10 % | at 20 % "
         "| certified at 5 % | at 10 % | at 20 % | seen above | fit, s |",
@@ -224,7 +224,7 @@ def means_table(readings: Readings, names: Sequence[str]) -> list[str]:
 
 
 def short_table(readings: Readings, names: Sequence[str]) -> list[str]:
-    """Accuracy and coverage at 5 % of every method, a column for every number of labels."""
+    """Return table lines with every method's accuracy and coverage at 5 %, by label count."""
     columns = []
     for n_labels in LABELS:
         label = title_of(n_labels)
@@ -246,7 +246,7 @@ def short_table(readings: Readings, names: Sequence[str]) -> list[str]:
 
 
 def differences_table(readings: Readings, names: Sequence[str], pair: tuple[str, str]) -> list[str]:
-    """Differences in coverage at 5 %: every set, then means, by number of labels."""
+    """Return table lines with coverage differences at 5 %: every set, then means."""
     without = [name for name in names if name != APART]
     not_in_view = [name for name in names if MARK not in TITLES[name]]
     groups = [([name], TITLES[name]) for name in names]
@@ -270,14 +270,14 @@ def differences_table(readings: Readings, names: Sequence[str], pair: tuple[str,
 
 
 def title_of(n_labels: int) -> str:
-    """Heading of the column of a number of labels."""
+    """Return the column heading for a label count."""
     if n_labels == 0:
         return "all labels"
     return f"{n_labels} a class"
 
 
 def kept_table(readings: Readings, names: Sequence[str]) -> list[str]:
-    """Share of the mean gain of adapted answers left with chosen answers."""
+    """Return table lines with the share of the mean adapted gain that chosen answers keep."""
     lines = ["| labels a class | chosen keeps of the gain | with images |", "|---|---|---|"]
     for n_labels in LABELS:
         row = [str(n_labels or "all")]
@@ -298,7 +298,7 @@ def kept_table(readings: Readings, names: Sequence[str]) -> list[str]:
 
 
 def notes_table(cells: Cells) -> list[str]:
-    """Numbers of cells with compared answers, with chosen answers, and with cross-fitted mixes."""
+    """Return table lines that count cells: compared, zero-shot chosen, and mixes cross-fitted."""
     lines = [
         "| labels | cells | compared | zero-shot chosen | with images | mixes cross-fitted |",
         "|---|---|---|---|---|---|",

@@ -3,25 +3,24 @@
     python -m benchmarks.answers ARRAYS CELLS.jsonl [--divisions 5] [--labels 1 5 16 0]
     python -m benchmarks.answer_tables CELLS.jsonl
 
-ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale of
-100). A seed divides each set into halves. Methods are fitted on labels of the first half, with a
-given number of labels per class (0: all labels). They are tested on the second half:
+ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale is
+100). A seed divides each set into halves. Methods are fitted on labels from the first half, with a
+given number of labels per class (0: all labels). The tests are on the second half:
 
-- ``mcm``: zero-shot answers, no fit;
-- ``zero_shot``, ``adapted``: a single fit of ViLU+, which judges zero-shot answers, or adapted
-  answers;
-- ``chosen``: ``zero_shot`` or ``adapted``, chosen by ``choose_answer`` at a risk of 5 %;
+- ``mcm``: zero-shot answers, no fit.
+- ``zero_shot``, ``adapted``: a single ViLU+ fit, which judges zero-shot answers, or adapted
+  answers.
+- ``chosen``: ``zero_shot`` or ``adapted``, chosen by ``choose_answer`` at a 5 % risk.
 - ``adapted_images``, ``chosen_images``: like ``adapted`` and ``chosen``, but the fit also gets the
-  images of the first half, without labels;
-- ``probe``: the answers of the linear probe, judged by the probe;
+  images of the first half, without labels.
+- ``probe``: the linear probe's answers, judged by the probe.
 - ``mix``, ``pool``: logits and linear probe together, see ``benchmarks.mixes``.
 
-A *cell* is a set, a number of labels and a division. Every cell is a line of CELLS.jsonl. The line
-has, for every method, the rank of the uncertainty and the failure of each row of the second half,
-and the results of certified rules. For a rule, the labels are divided into halves, stratified by
-class. The first half of the labels fits the method, the second half calibrates the rule (``ltt``,
-95 %), and the rule is tested on the second half of the set. A fit gets no images of calibration
-rows.
+A *cell* is a set, a label count and a division. Every cell is a line of CELLS.jsonl. For every
+method, the line has the uncertainty rank and the failure of each row in the second half, and the
+certified rules' results. For a rule, the labels are divided into halves, stratified by class.
+The first label half fits the method, and the second label half calibrates the rule (``ltt``, 95 %).
+The rule is tested on the second half of the set. A fit gets no images of calibration rows.
 
 Cells already in the file are left out. All sets are measured for a division before the next
 division begins.
@@ -57,7 +56,7 @@ LEFT_OUT = "words"  # this set is left out, because the candidates are words, no
 
 
 class Cell(NamedTuple):
-    """A set, a number of labels a class (0: all), and the seed of a division."""
+    """A set, the labels per class (0: all), and the seed of a division."""
 
     name: str
     n_labels: int
@@ -66,7 +65,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Arrays:
-    """Embeddings and targets of a set."""
+    """A set's embeddings and targets."""
 
     image: Floats
     text: Floats
@@ -74,7 +73,7 @@ class Arrays:
 
     @classmethod
     def load(cls, path: Path) -> Arrays:
-        """Read a file; candidates with equal texts become one candidate."""
+        """Read a file. Candidates with equal texts become one candidate."""
         with np.load(path) as arrays:
             image = arrays["image"].astype(np.float32)
             text = arrays["text"].astype(np.float32)
@@ -85,16 +84,16 @@ class Arrays:
         return cls(image, text[kept], candidate[target])
 
     def labelled(self, rows: Ints) -> vilu.Embeddings:
-        """These rows with labels."""
+        """Return the embeddings at ``rows``, with labels."""
         return vilu.Embeddings(self.image[rows], self.text, target=self.target[rows])
 
     def images(self, rows: Ints) -> vilu.Embeddings:
-        """These rows without labels."""
+        """Return the embeddings at ``rows``, without labels."""
         return vilu.Embeddings(self.image[rows], self.text)
 
 
 def draw_per_class(target: Ints, rows: Ints, n: int, rng: np.random.Generator) -> Ints:
-    """At most ``n`` random rows of every class from ``rows``; if n is 0, all of ``rows``."""
+    """Draw at most ``n`` random rows per class from ``rows``. If n is 0, return all ``rows``."""
     if n == 0:
         return np.sort(rows)
     drawn_rows = []
@@ -114,17 +113,17 @@ def split_in_halves(target: Ints, rows: Ints, rng: np.random.Generator) -> tuple
 
 
 class FitAnswers(NamedTuple):
-    """The answers of every method for some rows, with times and notes of the fits."""
+    """Every method's answers for some rows, with times and notes of the fits."""
 
     judged: dict[str, JudgedAnswers]
-    seconds: dict[str, float]  # times of the fits; for chosen answers, the choice is included
+    seconds: dict[str, float]  # each method's fit time. For chosen answers, the choice is included.
     notes: dict[str, Any]
 
 
 def measure(
     arrays: Arrays, fit_rows: Ints, unlabelled_rows: Ints, new_rows: Ints, seed: int
 ) -> FitAnswers:
-    """Fit all methods, and judge ``new_rows``; ``unlabelled_rows`` have no labels in the fit."""
+    """Fit all methods, and judge ``new_rows``. ``unlabelled_rows`` have no labels in the fit."""
     train = arrays.labelled(fit_rows)
     images = arrays.images(unlabelled_rows)
     new_data = arrays.labelled(new_rows)
@@ -158,7 +157,7 @@ def measure(
 
 
 def outcomes_of(predictor: FailurePredictor, new: vilu.Embeddings) -> JudgedAnswers:
-    """Uncertainties and failures of all rows."""
+    """Score all rows, and return uncertainties and failures."""
     outcomes = vilu.score(predictor, new)
     return JudgedAnswers(outcomes.uncertainty, outcomes.failure)
 
@@ -166,7 +165,7 @@ def outcomes_of(predictor: FailurePredictor, new: vilu.Embeddings) -> JudgedAnsw
 def certified_rules(
     calibration: JudgedAnswers, new: JudgedAnswers
 ) -> list[dict[str, float | None]]:
-    """For each risk, coverage and risk of a rule on new rows; risk None if no row is accepted."""
+    """Certify a rule per risk. Return coverage and risk on new rows (None if none is accepted)."""
     rules = []
     for max_risk in RISKS:
         outcomes = Outcomes(*calibration)
@@ -181,17 +180,17 @@ def certified_rules(
 
 
 class Division(NamedTuple):
-    """The rows of a cell: both halves of the set, and the labelled rows of the first half."""
+    """The rows of a cell: both halves of the set, and the labelled rows in the first half."""
 
     first: Ints
     second: Ints
     labelled: Ints
-    fit_half: Ints  # the half of the labelled rows for the fits
+    fit_half: Ints  # half of the labelled rows, for the fits
     calibration_half: Ints
 
     @classmethod
     def of(cls, target: Ints, cell: Cell) -> Division:
-        """Draw the rows with the seed of the division; more labels include the fewer labels."""
+        """Draw the rows with the division's seed. More labels include the fewer labels."""
         rng = np.random.default_rng(cell.division)
         order = rng.permutation(len(target))
         middle = len(order) // 2
@@ -205,7 +204,7 @@ class Division(NamedTuple):
 
 
 def results_of(arrays: Arrays, rows: Division, seed: int) -> dict[str, Any]:
-    """The content of the line of a cell."""
+    """Compute a cell's results for the line in the file."""
     fit_on_all = measure(arrays, rows.labelled, rows.first, rows.second, seed)
     unlabelled_rows = np.setdiff1d(rows.first, rows.calibration_half)
     rows_to_judge = np.concatenate([rows.calibration_half, rows.second])
@@ -235,7 +234,7 @@ def results_of(arrays: Arrays, rows: Division, seed: int) -> dict[str, Any]:
 
 
 def cells_in(path: Path) -> set[Cell]:
-    """The cells of a file."""
+    """Read the cells of a file."""
     if not path.exists():
         return set()
     cells = set()
@@ -277,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         start = time.perf_counter()
         arrays = sets[cell.name]
         rows = Division.of(arrays.target, cell)
-        # If no class has more labels, two numbers of labels give the same rows.
+        # If no class has more labels, two label counts give the same rows.
         key = (cell.name, cell.division, rows.labelled.tobytes())
         if key not in measured:
             measured[key] = results_of(arrays, rows, cell.division)

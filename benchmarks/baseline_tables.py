@@ -2,15 +2,15 @@
 
     python -m benchmarks.baseline_tables CELLS.jsonl [--without imagenet cars] [--divisions 1]
 
-The first table has AUROC of failures and FPR95 in percent, averaged over divisions and then over
-sets. A column is a number of labels. A method has an entry in a column if every set of the table
-has a cell of the method there. Brackets are 95 % bootstrap intervals over the test rows: resample
-number i of a mean is the mean of resample number i of all cells.
+The first table has AUROC for failures and FPR95 in percent, averaged over divisions and then over
+sets. A column is a label count. A method has an entry in a column if every set in the table has a
+cell of the method there. Brackets are 95 % bootstrap intervals over the test rows: resample number
+i of a mean is the mean of resample number i over all cells.
 
-The second table has the difference of ViLU+ from every other method, paired on the same rows. The
-third table has the difference from the best baseline of every column. The interval there is over
-sets, divisions and rows: a resample draws sets with replacement, for each set divisions with
-replacement, and one resample of the rows.
+The second table has the difference between ViLU+ and every other method, paired on the same rows.
+The third table has the difference from the best baseline in every column. The interval there is
+over sets, divisions and rows: a resample draws sets with replacement, for each set divisions with
+replacement, and one row resample.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ BASELINES = (
     "tip_adapter",
 )
 DEVELOPMENT_SETS = ("pets among 123", "caltech66", "food9", "dtd")
-"""Sets used during the development of ``vilu_plus``."""
+"""Sets used while ``vilu_plus`` was developed."""
 PROTOTYPES = ("ucf101", "dtd", "oxford pets")
-"""Sets with means of images as texts."""
+"""Sets whose texts are mean images."""
 N_RESAMPLES = 2_000
 TITLES_OF_SEEING = {
     "otter_sees": "otter, seeing the rows that are read",
@@ -48,7 +48,7 @@ TITLES_OF_SEEING = {
 
 
 class Column(NamedTuple):
-    """The cells of a method at a number of labels."""
+    """The cells of a method at a label count."""
 
     method: str
     n_labels: int
@@ -61,7 +61,7 @@ class Cells(NamedTuple):
 
     @classmethod
     def read(cls, file: Path, n_divisions: int) -> Cells:
-        """Read the cells of the first ``n_divisions`` divisions from a file."""
+        """Read the cells in the first ``n_divisions`` divisions from a file."""
         lines: dict[Column, dict[tuple[str, int], Line]] = {}
         content = file.read_text()
         for text in content.splitlines():
@@ -74,14 +74,14 @@ class Cells(NamedTuple):
         return cls(lines)
 
     def common(self, names: Sequence[str]) -> list[tuple[str, int]]:
-        """The sets and divisions for which every column of ``columns`` has a cell."""
+        """Return the sets and divisions with a cell in every column of ``columns``."""
         keys = set(next(iter(self.lines.values())))
         for column in self.columns(names):
             keys &= set(self.lines[column])
         return sorted(key for key in keys if key[0] in names)
 
     def columns(self, names: Sequence[str]) -> list[Column]:
-        """The columns with a cell of every set."""
+        """Return the columns with a cell for every set."""
         complete = []
         for column, lines in self.lines.items():
             measured_sets = {name for name, _ in lines}
@@ -91,7 +91,7 @@ class Cells(NamedTuple):
 
 
 def mean_over_sets(values: dict[tuple[str, int], Floats], names: Sequence[str]) -> Floats:
-    """The mean over sets of the mean over divisions."""
+    """Average over each set's divisions, then over sets."""
     means_of_sets = []
     for name in names:
         values_of_divisions = [value for (of_set, _), value in values.items() if of_set == name]
@@ -102,14 +102,14 @@ def mean_over_sets(values: dict[tuple[str, int], Floats], names: Sequence[str]) 
 
 
 def interval_text(resamples: Floats) -> str:
-    """The 95 % interval of resampled means, in percent."""
+    """Format the 95 % interval of resampled means, in percent."""
     ends = 100 * np.nanpercentile(resamples, [2.5, 97.5])
     low, high = np.round(ends, 1) + 0.0  # no -0.0
     return f"[{low:.1f}, {high:.1f}]"
 
 
 def entry_text(cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> str:
-    """AUROC with an interval, and FPR95."""
+    """Format AUROC with an interval, and FPR95."""
     names = sorted({name for name, _ in keys})
     lines = {key: cells.lines[column][key] for key in keys}
     areas = {key: np.array(line["auroc"]) for key, line in lines.items()}
@@ -125,11 +125,11 @@ class Gains(NamedTuple):
     """How far ViLU+ is above a method, by set and division."""
 
     measured: dict[tuple[str, int], Floats]  # () difference on the test rows
-    resampled: dict[tuple[str, int], Floats]  # (B,) differences on resamples of these rows
+    resampled: dict[tuple[str, int], Floats]  # (B,) differences on resamples of the test rows
 
     @classmethod
     def over(cls, cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> Gains:
-        """The gains over the method of a column, on the same rows."""
+        """Compute the gains over a column's method, on the same rows."""
         ours = cells.lines[Column(OURS, column.n_labels)]
         others = cells.lines[column]
         measured = {}
@@ -150,7 +150,7 @@ class Gains(NamedTuple):
         return 100 * float(mean_over_sets(self.measured, self.names))
 
     def over_sets(self) -> Floats:
-        """Means on resamples of sets, divisions and rows."""
+        """Compute means on resamples of sets, divisions and rows."""
         rng = np.random.default_rng(0)
         names = self.names
         gains_of_set = {
@@ -171,7 +171,7 @@ class Gains(NamedTuple):
 
 
 def gain_text(cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> str:
-    """How far ViLU+ is above a method on the same rows, with the interval over rows."""
+    """Format how far ViLU+ is above a method on the same rows, with the interval over rows."""
     gains = Gains.over(cells, column, keys)
     resamples = mean_over_sets(gains.resampled, gains.names)
     interval = interval_text(resamples)
@@ -179,7 +179,7 @@ def gain_text(cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> 
 
 
 def gain_over_best_text(cells: Cells, n_labels: int, keys: Sequence[tuple[str, int]]) -> str:
-    """How far ViLU+ is above the best baseline, with the interval over sets, divisions and rows."""
+    """Format how far ViLU+ is above the best baseline: interval over sets, divisions and rows."""
     gains_over = {}
     for method in BASELINES:
         column = Column(method, n_labels)
@@ -191,7 +191,7 @@ def gain_over_best_text(cells: Cells, n_labels: int, keys: Sequence[tuple[str, i
 
 
 def heading_text(n_labels: int) -> str:
-    """Text for a number of labels."""
+    """Return the text for a label count."""
     return {WITHOUT_LABELS: "no label", 0: "all labels"}.get(n_labels, f"{n_labels} a class")
 
 
@@ -240,7 +240,7 @@ def print_tables(cells: Cells, names: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Print the tables of all sets in the file, then the tables without some of the sets."""
+    """Print the tables for all sets in the file, then the tables without some sets."""
     summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("cells", type=Path)

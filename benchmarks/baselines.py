@@ -3,15 +3,15 @@
     python -m benchmarks.baselines ARRAYS CELLS.jsonl [--sets cars ...] [--methods tip_adapter ...]
     python -m benchmarks.baseline_tables CELLS.jsonl
 
-ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale of
+ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale is
 100). A seed divides each set into halves. Methods are fitted on the first half, with a given number
-of labels per class (0: all, -1: none), and tested on the second half. A *cell* is a set, a number
-of labels, a division and a method. Every cell is a line of CELLS.jsonl: AUROC and FPR95 of the
-failures of zero-shot answers, and AUROCs of bootstrap resamples. All methods have the same
-resamples of rows.
+of labels per class (0: all, -1: none), and tested on the second half. A *cell* is a set, a label
+count, a division and a method. Every cell is a line of CELLS.jsonl, with AUROC and FPR95 for
+failures of zero-shot answers, and AUROCs on bootstrap resamples. All methods have the same row
+resamples.
 
 ``otter_sees`` and ``stata_sees`` also get the test images, without labels. All other methods get
-images of the first half alone. ``vilu_plus_images`` gets all images of the first half.
+images from the first half alone. ``vilu_plus_images`` gets all images of the first half.
 
 Cells already in the file are left out. All sets are measured for a division before the next
 division begins.
@@ -54,7 +54,7 @@ LABELS = (WITHOUT_LABELS, 1, 5, 16, 0)
 
 
 class Cell(NamedTuple):
-    """A set, a number of labels per class (-1: none, 0: all), a division and a method."""
+    """A set, the labels per class (-1: none, 0: all), a division and a method."""
 
     name: str
     n_labels: int
@@ -63,7 +63,7 @@ class Cell(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """The rows of a set, divided for fits and tests."""
+    """A set's rows, divided for fits and tests."""
 
     arrays: Arrays
     labelled: Ints  # rows with a label
@@ -71,13 +71,13 @@ class Halves(NamedTuple):
     test_rows: Ints
 
     def without_fit(self) -> Floats:
-        """Uncertainties by MCM."""
+        """Compute uncertainties by MCM."""
         predictor = vilu.MCM()
         test = self.arrays.labelled(self.test_rows)
         return predictor.predict_uncertainty(test)
 
     def with_labels(self, name: str) -> Floats:
-        """Uncertainties by a method fitted on the labelled rows."""
+        """Compute uncertainties by a method fitted on the labelled rows."""
         train = self.arrays.labelled(self.labelled)
         predictor = vilu.PREDICTORS[name]()
         predictor.fit(train)
@@ -85,7 +85,7 @@ class Halves(NamedTuple):
         return predictor.predict_uncertainty(test)
 
     def with_images(self) -> Floats:
-        """Uncertainties by ViLU+, fitted on the labelled rows and all images of the first half."""
+        """Compute uncertainties by ViLU+, fitted on labelled rows and all first-half images."""
         images = self.arrays.images(self.fit_rows)
         train = self.arrays.labelled(self.labelled)
         predictor = vilu.ViLUPlus()
@@ -94,7 +94,7 @@ class Halves(NamedTuple):
         return predictor.predict_uncertainty(test)
 
     def without_labels(self, name: str) -> Floats:
-        """Uncertainties by a method fitted on the images of the first half."""
+        """Compute uncertainties by a method fitted on the images of the first half."""
         images = self.arrays.images(self.fit_rows)
         predictor = vilu.PREDICTORS[name]()
         predictor.fit(images)
@@ -102,14 +102,14 @@ class Halves(NamedTuple):
         return predictor.predict_uncertainty(test)
 
     def otter_sees(self) -> Floats:
-        """Uncertainties by OTTER, fitted on the test images."""
+        """Compute uncertainties by OTTER, fitted on the test images."""
         data = self.arrays.images(self.test_rows)
         predictor = vilu.PREDICTORS["otter"]()
         predictor.fit(data)
         return predictor.predict_uncertainty(data)
 
     def stata_sees(self) -> Floats:
-        """Uncertainties by StatA's own posterior of the test images, neighbour terms included."""
+        """Compute uncertainties by StatA's own posterior on test images, with neighbour terms."""
         data = self.arrays.images(self.test_rows)
         rows = torch.arange(len(data))
         (batch,) = data.batches(len(data))
@@ -149,7 +149,7 @@ LABELLED: dict[str, Callable[[Halves], Floats]] = {
 
 
 def cells_in_order(names: Sequence[str], methods: Sequence[str], divisions: int) -> Iterator[Cell]:
-    """Yield the cells in the order of measurement."""
+    """Yield the cells in the order in which they are measured."""
     for division in range(divisions):
         for name in names:
             for n_labels in LABELS:
@@ -162,7 +162,7 @@ def cells_in_order(names: Sequence[str], methods: Sequence[str], divisions: int)
 
 
 def measure(folder: Path, cell: Cell) -> dict[str, Any]:
-    """Fit the method of a cell, and measure it on the test rows."""
+    """Fit the method of a cell, and measure the method on the test rows."""
     division = Division(cell.name, 0, cell.n_labels, cell.division)
     rows = rows_of(folder, division)
     if rows is None:
@@ -191,7 +191,7 @@ def measure(folder: Path, cell: Cell) -> dict[str, Any]:
 
 
 def known_cells(file: Path) -> set[Cell]:
-    """The cells of a file; none if the file does not exist."""
+    """Read a file's cells. If the file does not exist, there are none."""
     if not file.is_file():
         return set()
     text = file.read_text()

@@ -1,6 +1,6 @@
-"""AUROC of ViLU trained in bfloat16 and in float32, on the photos of the demo.
+"""AUROC of ViLU trained in bfloat16 and in float32, on the demo photos.
 
-Each precision has three seeds and batches of 1,024 rows. ``vilu demo`` has made the embeddings.
+Each precision has three seeds and batches with 1,024 rows. ``vilu demo`` has made the embeddings.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Times a command while another program computes: ``python -m benchmarks.busy``.
 
-The command is a fit of ``vilu_plus`` (3,000 rows, 200 classes). The command runs alone, and beside
-a program of another session. This program uses all cores except the last, so at least two cores are
-needed. Both cases are timed with two settings, in turn: the default wait of torch's OpenMP
-(libgomp), and the wait set by vilu (``GOMP_SPINCOUNT=3000``). A fit of more than ``MAX_SECONDS``
-seconds is ended.
+The command fits ``vilu_plus`` (3,000 rows, 200 classes). The command runs alone, and beside a
+program in another session. This program uses all cores except the last, so at least two cores are
+needed. Both cases are timed with two settings, in turn: the default wait in torch's OpenMP
+(libgomp), and the wait set by vilu (``GOMP_SPINCOUNT=3000``). A fit that takes more than
+``MAX_SECONDS`` seconds is ended.
 """
 
 from __future__ import annotations

@@ -2,18 +2,18 @@
 
     python -m benchmarks.clip_cache FOLDER --classes names.txt -o STORES/proto_dtd
 
-Methods like Tip-Adapter store the embeddings of a data set as tensors of unit norm, and
-repositories publish these files:
+Methods like Tip-Adapter store a data set's embeddings as tensors with unit norm, and repositories
+publish these files:
 
-- ``test_f.pt``, ``val_f.pt``: (N, D) images, and ``test_l.pt``, ``val_l.pt``: (N,) classes of the
-  images;
-- ``keys_16shots.pt``: (D, S) labelled training images, and ``values_16shots.pt``: (S, K) classes of
+- ``test_f.pt``, ``val_f.pt``: (N, D) images. ``test_l.pt``, ``val_l.pt``: (N,) classes of the
+  images.
+- ``keys_16shots.pt``: (D, S) labelled training images. ``values_16shots.pt``: (S, K) classes of
   these images, one-hot.
 
-The rows of the store are the images of ``--splits``, split by split. The texts come from
-``--texts``. Without ``--texts``, the text of a class is the mean of the labelled training images of
-the class. Then there is no gap between the modalities, and failures are the failures of a few-shot
-classifier. Only tensors are read from the files, and no code in the files is run.
+The store's rows are the images of ``--splits``, split by split. The texts come from ``--texts``.
+Without ``--texts``, a class's text is the mean of the labelled training images in the class. Then
+there is no gap between the modalities, and failures are the failures of a few-shot classifier. Only
+tensors are read from the files, and no code in the files is run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vilu.errors import DataError
 
 
 def tensor(path: Path) -> Tensor:
-    """The tensor of a ``.pt`` or ``.npy`` file."""
+    """Read the tensor in a ``.pt`` or ``.npy`` file."""
     if path.suffix == ".npy":
         array = np.load(path, allow_pickle=False)
         return torch.from_numpy(array)
@@ -43,7 +43,7 @@ def tensor(path: Path) -> Tensor:
 
 
 def class_means(folder: Path, shots: int) -> Tensor:
-    """(K, D) mean of each class's labelled training images, scaled to unit norm."""
+    """Average each class's labelled training images, and scale the means (K, D) to unit norm."""
     keys, values = (
         tensor(folder / f"{name}_{shots}shots.pt").float() for name in ("keys", "values")
     )
@@ -56,7 +56,7 @@ def class_means(folder: Path, shots: int) -> Tensor:
 
 
 def text_matrix(path: Path, width: int) -> Tensor:
-    """(K, D) texts from a file with texts (K, D) or (D, K)."""
+    """Return the texts (K, D) from a file with texts (K, D) or (D, K)."""
     texts = tensor(path)
     if (
         texts.ndim != 2 or list(texts.shape).count(width) != 1

@@ -3,20 +3,20 @@
     python -m benchmarks.closed_folder [--folders 1000] [--risks 0.05 0.2]
 
 The folders are simulated, so the true answers are known. Two predictors are fitted, the second on
-more photos than the first. Photos to fit on are picked as ``vilu triage`` picks them: by k-means on
-the embeddings, weighted by the uncertainty. The population of a predictor is all photos outside the
-fit of the predictor. These photos are labelled in a random order, fixed before. Whenever a further
+more photos than the first. Photos to fit on are picked as in ``vilu triage``: by k-means on the
+embeddings, weighted by the uncertainty. A predictor's population is all photos outside the
+predictor's fit. These photos are labelled in a random order, fixed before. Whenever a further
 eighth of the folder has a label, the tests look (``vilu.calibration.closed_set``).
 
 A folder is *broken* if, at any look, a certified threshold accepts photos without a label, and the
 share of wrong answers among these photos is above the largest risk. At most 5 % of the folders may
-be broken. The output has the share of broken folders, and a one-sided 95 % bound of this share
-(Clopper and Pearson). It also has the largest share of a folder accepted without a label at a look,
-as a mean over the folders. Three tests are compared:
+be broken. The output has the share of broken folders, and a one-sided 95 % bound on this share
+(Clopper and Pearson). The output also has the largest share of a folder accepted at a look without
+a label, as a mean over the folders. Three tests are compared:
 
-- ``bets``: ``ClosedSetTests``, valid at any time and at all thresholds;
-- ``one look``: the exact test of the limit, made once: at the first look at the first predictor;
-- ``every look``: the same exact test, repeated at every look; this is not valid.
+- ``bets``: ``ClosedSetTests``, valid at any time and at all thresholds.
+- ``one look``: the exact test at the limit, made once: at the first look at the first predictor.
+- ``every look``: the same exact test, repeated at every look. This is not valid.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ RISKS = (0.05, 0.2)
 TESTS = ("bets", "one look", "every look")
 DIM = 3
 LIMIT = 0.6
-"""Share of the population up to the limit of the draws."""
+"""Share of the population up to the limit for draws."""
 
 SHARE_PICKED = 0.1
-"""Share of the folder picked for the fit of each predictor."""
+"""Share of the folder picked to fit each predictor."""
 
 MAX_PICKED = 40
-"""Largest number of photos picked for the fit of each predictor."""
+"""Largest number of photos picked to fit each predictor."""
 
 LOOKS = 3
-"""Number of looks for each predictor; an eighth of the folder is labelled before each look."""
+"""Looks for each predictor. Before each look, an eighth of the folder is labelled."""
 
 KERNEL_WIDTH = 0.3
 """In the predictor, a label at this distance has exp(-1/2) of the weight at distance 0."""
@@ -61,22 +61,22 @@ Rate = Callable[[Floats, float], Floats]
 
 
 def learnable(image: Floats, risk: float) -> Floats:
-    """Most wrong answers are on one side of the embeddings, so a predictor can learn this side."""
+    """Put most wrong answers on one side of the embeddings, so a predictor can learn this side."""
     return np.where(image[:, 0] > 0.4, 6.2 * risk, 0.2 * risk)
 
 
 def just_above(image: Floats, risk: float) -> Floats:
-    """Everywhere the error rate is a little above the largest risk."""
+    """Set the error rate a little above the largest risk everywhere."""
     return np.full(len(image), 1.02 * risk)
 
 
 def confident_mistakes(image: Floats, risk: float) -> Floats:
-    """Some answers are wrong where the first uncertainty says nothing."""
+    """Make some answers wrong where the first uncertainty says nothing."""
     return np.where(image[:, 1] > 0.85, 0.9 + 0.3 * risk, 0.3 * risk)
 
 
 def where_picked(image: Floats, risk: float) -> Floats:
-    """Many answers are wrong where photos are picked for a fit, and fewer elsewhere."""
+    """Make many answers wrong where photos are picked for a fit, and fewer elsewhere."""
     return np.where(image[:, 0] > 0.8, 0.8 + 0.8 * risk, 0.8 * risk)
 
 
@@ -90,7 +90,7 @@ WORLDS: dict[str, Rate] = {
 
 
 class Folder:
-    """Photos of a world with true answers, and the random order of the labels."""
+    """A world's photos with true answers, and the random order of the labels."""
 
     def __init__(self, world: str, n_photos: int, seed: int, max_risk: float) -> None:
         rng = np.random.default_rng([seed, n_photos])
@@ -107,7 +107,7 @@ class Folder:
         self.seed = seed
 
     def uncertainty(self, picked: Ints) -> Floats:
-        """(N,) smoothed share of wrong answers among the picked photos (M,) near each photo."""
+        """Return the smoothed wrong share (N,) among the picked photos (M,) near each photo."""
         distance = np.linalg.norm(self.image[:, None] - self.image[picked], axis=2)
         weight = np.exp(-0.5 * (distance / KERNEL_WIDTH) ** 2)
         prior = 0.1 + 0.01 * self.first_uncertainty  # the value where no picked photo is near
@@ -116,20 +116,20 @@ class Folder:
 
 
 class LookResults(NamedTuple):
-    """The results of a test at all looks at a folder."""
+    """A test's results at all looks at a folder."""
 
     broken: bool = False
     accepted: float = 0.0  # largest share of the folder accepted at a look without a label
 
     def with_look(self, folder: Folder, is_left: NDArray[np.bool_]) -> LookResults:
-        """The results after a further look: the unlabelled photos ``is_left`` (N,) are accepted."""
+        """Return the results after a look that accepts the unlabelled photos ``is_left`` (N,)."""
         is_false = bool(folder.wrong[is_left].sum() > folder.max_risk * is_left.sum())
         accepted = max(self.accepted, float(is_left.mean()))
         return LookResults(self.broken or is_false, accepted)
 
 
 def look_results(folder: Folder) -> dict[str, LookResults]:
-    """Fit both predictors, draw labels, and look by every test after every draw."""
+    """Fit both predictors, draw labels, and look with every test after every draw."""
     n = len(folder.wrong)
     source = vilu.Embeddings(folder.image, np.eye(DIM))
     is_picked = np.zeros(n, np.bool_)
@@ -137,9 +137,8 @@ def look_results(folder: Folder) -> dict[str, LookResults]:
     results = dict.fromkeys(TESTS, LookResults())
     n_picks = min(max(int(SHARE_PICKED * n), 5), MAX_PICKED)
     for attempt in (1, 2):
-        # Photos already drawn may be picked, too. Otherwise only photos without a label would be
-        # taken out of the population, and the rest of these photos would differ from the drawn
-        # photos.
+        # Photos already drawn may be picked, too. Otherwise only photos without a label would leave
+        # the population, and the photos left without a label would differ from the drawn photos.
         rows = np.flatnonzero(~is_picked)
         picks = choose_rows_to_fit(source, rows, uncertainty, n_picks, folder.seed)
         is_picked[picks] = True
@@ -162,11 +161,11 @@ def look_results(folder: Folder) -> dict[str, LookResults]:
 
 
 def exact_tail(wrong: int, drawn: int, n_photos: int, total: int) -> float:
-    """P-value of "``total`` or more of the photos are answered wrongly", for a single look.
+    """Compute the p-value of "``total`` or more photos are answered wrongly", for a single look.
 
-    The p-value is the probability of at most ``wrong`` wrong answers among the drawn photos if
-    ``total`` of all photos are wrong (hypergeometric). With more wrong photos this probability is
-    smaller, so the p-value is valid for all larger numbers, too.
+    The p-value is the probability that at most ``wrong`` drawn answers are wrong if ``total`` of
+    all photos are wrong (hypergeometric). With more wrong photos this probability is smaller, so
+    the p-value is valid for all larger numbers, too.
 
     Examples:
         >>> from benchmarks.closed_folder import exact_tail
@@ -182,7 +181,7 @@ def exact_tail(wrong: int, drawn: int, n_photos: int, total: int) -> float:
 
 
 def is_shown_exactly(folder: Folder, drawn: NDArray[np.bool_], is_left: NDArray[np.bool_]) -> bool:
-    """Whether the exact test, made once, shows the guarantee about the photos ``is_left``."""
+    """Return whether the exact test, made once, shows the guarantee for the photos ``is_left``."""
     n_wrong = int(folder.wrong[drawn].sum())
     n_drawn = int(drawn.sum())
     n_left = int(is_left.sum())
@@ -193,7 +192,7 @@ def is_shown_exactly(folder: Folder, drawn: NDArray[np.bool_], is_left: NDArray[
 
 
 def tests_of(folder: Folder, population: Floats, attempt: int) -> ClosedSetTests:
-    """The tests of a predictor on the uncertainties (M,) of a population."""
+    """Make a predictor's tests on the uncertainties (M,) of a population."""
     limit = float(np.quantile(population, LIMIT, method="higher"))
     grid = threshold_grid(population, limit)
     no_scores = np.zeros(0)
@@ -204,7 +203,7 @@ def tests_of(folder: Folder, population: Floats, attempt: int) -> ClosedSetTests
 
 
 class BrokenFolders(NamedTuple):
-    """Number of broken folders, and the accepted share."""
+    """How many folders are broken, and the accepted share."""
 
     n: int
     n_broken: int
@@ -232,7 +231,7 @@ def measure(world: str, n_photos: int, max_risk: float, n_folders: int) -> dict[
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a line of JSON for every world, size, risk and test, and then a table."""
+    """Print a JSON line for every world, size, risk and test, and then a table."""
     parser = argparse.ArgumentParser(description="Guarantees about photos without a label.")
     parser.add_argument(
         "--folders", type=int, default=1_000, help="number of folders for every line"

@@ -1,16 +1,16 @@
 """Do guarantees hold on rows that come in clusters? ``python -m benchmarks.clusters``.
 
-The worlds are simulated. The rows of a cluster have similar uncertainties. A row of uncertainty u
+The worlds are simulated. The rows in a cluster have similar uncertainties. A row with uncertainty u
 is wrong with probability P(u). With probability sqrt(rho) a draw for the whole cluster decides
-whether the row is wrong, else a separate draw for the row. So the failures of two rows of a cluster
+whether the row is wrong, else a separate draw for the row. So the failures of two rows in a cluster
 with equal u have the correlation rho. In the world "rising", P(u) is 0.7 u^6, and 10 % of all
-answers are wrong. In "waves", the error rate of the accepted rows crosses 5 % three times as the
+answers are wrong. In "waves", the accepted rows' error rate crosses 5 % three times as the
 threshold rises. In "flat", 5.1 % of the answers are wrong at every u, so every rule that accepts
 rows is broken.
 
-Every line summarises 500 calibrations at a risk of 5 % and a confidence of 95 %. A rule is "broken"
-if the true error rate of the accepted rows is above 5 %. "rows" is ``vilu.certify``, with rows as
-independent draws; "majority" and "ratio" are ``vilu.certify_clusters``. Intervals are exact 95 %
+Every line summarises 500 calibrations at a 5 % risk and 95 % confidence. A rule is "broken" if the
+true error rate among accepted rows is above 5 %. "rows" is ``vilu.certify``, with rows as
+independent draws. "majority" and "ratio" are ``vilu.certify_clusters``. Intervals are exact 95 %
 intervals.
 """
 
@@ -34,10 +34,10 @@ DRAWS = 500
 CORRELATIONS = (0.0, 0.1, 0.3, 0.6)
 
 ALIKE = 0.8
-"""Correlation of the uncertainties in a cluster, before the transformation to uniform numbers."""
+"""Correlation between uncertainties in a cluster, before they become uniform numbers."""
 
 TRUTH_CLUSTERS = 40_000
-"""Number of clusters for the true error rate of majority answers."""
+"""Number of clusters that give the true error rate for majority answers."""
 
 WAVES = ((0.3, 0.02), (0.5, 0.15), (0.8, 0.0), (1.0, 0.5))
 """The steps of P(u) in the world "waves": the end of each step, and P(u) on the step."""
@@ -48,7 +48,7 @@ FLAT = 0.051
 
 @dataclass(frozen=True)
 class World:
-    """Clusters of ``fewest`` to ``most`` rows, where all sizes are equally likely."""
+    """Clusters with ``fewest`` to ``most`` rows, where all sizes are equally likely."""
 
     name: str
     n_clusters: int
@@ -56,7 +56,7 @@ class World:
     most: int
 
     def wrong_probability(self, uncertainty: Floats) -> Floats:
-        """P(u) of uncertainties (N,)."""
+        """Compute P(u) for uncertainties (N,)."""
         if self.name == "rising":
             probability: Floats = 0.7 * uncertainty**6
             return probability
@@ -67,7 +67,7 @@ class World:
         return steps
 
     def risk(self, threshold: float) -> float:
-        """True error rate of the rows with an uncertainty of at most ``threshold``."""
+        """Compute the true error rate for rows with an uncertainty of at most ``threshold``."""
         grid = np.linspace(0, threshold, 20_001)
         middle = (grid[1:] + grid[:-1]) / 2  # every uncertainty in [0, 1] is equally likely
         probability = self.wrong_probability(middle)
@@ -76,7 +76,7 @@ class World:
     def draw(
         self, random: np.random.Generator, rho: float, n_clusters: int
     ) -> tuple[Floats, Ints, Ints]:
-        """Uncertainty (N,), failure (N,) and index (N,) of the cluster of every row."""
+        """Draw rows. Return uncertainty (N,), failure (N,) and cluster index (N,)."""
         size = random.integers(self.fewest, self.most + 1, size=n_clusters)
         index = np.arange(n_clusters)
         cluster = np.repeat(index, size)
@@ -118,14 +118,14 @@ class MajorityRisk:
         self.n_wrong = np.cumsum(clusters.failure[order])
 
     def __call__(self, threshold: float) -> float:
-        """Error rate of the clusters with a score of at most ``threshold``."""
+        """Return the error rate among clusters with a score of at most ``threshold``."""
         n_accepted = int(np.searchsorted(self.uncertainty, threshold, side="right"))
         return float(self.n_wrong[n_accepted - 1] / n_accepted)
 
 
 @dataclass
 class Tally:
-    """Results of the calibrations of a kind."""
+    """Results for a kind of calibration."""
 
     broken: int = 0
     nothing: int = 0
@@ -138,7 +138,7 @@ class Tally:
         self.broken += rule.feasible and true_risk > MAX_RISK
 
     def in_words(self, draws: int) -> str:
-        """Text with shares of the calibrations, and the mean accepted share."""
+        """Format the shares of the calibrations, and the mean accepted share."""
         low = lower_bound(self.broken, draws, 0.025)
         high = upper_bound(self.broken, draws, 0.025)
         return (
@@ -148,7 +148,7 @@ class Tally:
 
 
 WAYS = ("rows", "majority", "ratio")
-"""Kinds of calibration, by the unit of a draw or the bounded risk."""
+"""Kinds of calibration, named for the unit that is drawn or the risk that is bounded."""
 
 
 class Simulation:

@@ -1,8 +1,8 @@
-"""Compares training on large pools of captions with the dense computation.
+"""Compares training on large caption pools with the dense computation.
 
-Memory, time and agreement are measured (D = 512, float32; Linux only). "Dense" is the head as in
-the paper: a matrix of similarities for the answers, a matrix for softmax(s q k.T), the
-concatenation, and a linear layer. "Ours" never has a matrix of pool x pool in memory.
+Memory, time and agreement are measured (D = 512, float32, Linux only). "Dense" is the head as in
+the paper: a similarity matrix for the answers, a matrix for softmax(s q k.T), the concatenation,
+and a linear layer. "Ours" never has a pool x pool matrix in memory.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from vilu.predictors.nn.train import HeadTrainer, TrainConfig
 
 D, SCALE, REPEATS = 512, 100.0, 5
 MEMORY_POOL, LABEL_POOL, TIME_POOL = 32_768, 8_192, 4_096
-"""Sizes of the pools to measure memory, to compare labels, and to compare times."""
+"""Pool sizes to measure memory, to compare labels, and to compare times."""
 
 LIMIT_MB, TOLERANCE = 1_536, 1e-5
 
 
 def random_pairs(n: int) -> PairEmbeddings:
-    """A pool of random captions and images, made in blocks, so that memory has no peak before."""
+    """Make a pool of random captions and images in blocks, so that memory has no peak before."""
     rng = np.random.default_rng(0)
     image, text = np.empty((n, D), np.float32), np.empty((n, D), np.float32)
     for start in range(0, n, 1024):
@@ -49,19 +49,19 @@ def random_pairs(n: int) -> PairEmbeddings:
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows of unit norm."""
+    """Scale rows to unit norm."""
     normed: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return normed
 
 
 def config(pool: int, device: str) -> TrainConfig:
-    """Settings: a pool per step, and a learning rate so small that steps change little."""
+    """Return settings: a pool per step, and a learning rate so small that steps change little."""
     torch_device = torch.device(device)
     return TrainConfig(1, pool, 1e-3, 0.9, 5e-4, 1, 0, None, "fp32", 0, torch_device)
 
 
 def tiled_step(data: PairEmbeddings, device: str = "cpu") -> Callable[[], float]:
-    """A function that makes a training step of the library and returns the loss.
+    """Return a function that makes a training step of the library and returns the loss.
 
     The step has batch, answers, head, weighted BCE, backward pass and SGD.
     """
@@ -95,7 +95,7 @@ class Dense(nn.Module):
         self.rest = head.rest
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) failure logits, and (B,) zero-shot answers."""
+        """Return failure logits (B,), and zero-shot answers (B,)."""
         with torch.no_grad():
             answer = (self.scale * image @ text.T).softmax(dim=1).argmax(dim=1)
         key = text @ self.key.T
@@ -105,7 +105,7 @@ class Dense(nn.Module):
 
 
 def dense_step(data: PairEmbeddings) -> Callable[[], float]:
-    """A function that makes a training step of the dense head and returns the loss."""
+    """Return a function that makes a training step of the dense head and returns the loss."""
     head, weight, target = Dense(SCALE), FailureWeight("batch", 0.5), torch.arange(len(data))
     parameters = head.parameters()
     optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
@@ -124,11 +124,11 @@ def dense_step(data: PairEmbeddings) -> Callable[[], float]:
 
 
 def child(step_name: str) -> None:
-    """Run a step; print seconds, peak memory above the data, and seconds of the products.
+    """Run a step. Print seconds, peak memory above the data, and seconds of the products.
 
-    A step has six products of pool x D x pool, here in tiles: similarities for the answers, for the
-    attention and for the gradient of the attention; averages of texts; gradients of weights and of
-    queries.
+    A step has six products, pool x D x pool, here in tiles. Three are similarities: for the
+    answers, for the attention, and for the attention's gradient. The rest are averages of texts,
+    gradients of weights, and gradients of queries.
     """
     import vilu
 
@@ -159,7 +159,7 @@ def child(step_name: str) -> None:
 
 
 def memory() -> dict[str, float]:
-    """Peak memory above the data; each step runs in a separate process."""
+    """Measure peak memory above the data. Each step runs in a separate process."""
     figures = {}
     for step_name, name in (
         ("step", "training step"),
@@ -188,7 +188,7 @@ def memory() -> dict[str, float]:
 
 
 def times() -> dict[str, float]:
-    """Seconds of a training step, dense and ours in turn; the first pair warms up."""
+    """Time a training step in seconds, dense and ours in turn. The first pair warms up."""
     data = random_pairs(TIME_POOL)
     steps = {"dense": dense_step(data), "ours": tiled_step(data)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -213,7 +213,7 @@ def times() -> dict[str, float]:
 
 
 def agreement() -> dict[str, float]:
-    """Number of labels that differ from dense labels; errors of the attention and the gradient."""
+    """Count labels that differ from dense labels. Measure attention and gradient errors."""
     data = random_pairs(LABEL_POOL)
     (batch,) = data.steps(LABEL_POOL)
     answer = (SCALE * data.image @ data.text.T).argmax(dim=1)
@@ -245,7 +245,7 @@ def agreement() -> dict[str, float]:
 
 
 def plain_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """The attention by the formula, without tiles."""
+    """Compute the attention by the formula, without tiles."""
     return functional.softmax(scale * query @ keys.T, dim=1) @ values
 
 

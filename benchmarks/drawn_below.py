@@ -4,28 +4,28 @@
     python -m benchmarks.drawn_below measure build/chains [--draws 4]
 
 ``simulate``: Each row of a world has a rank, uniform in [0, 1). A world has a claimed and a true
-error rate at every rank. The limit is chosen from 500 rows of the fit side. The calibration side
-has 2,000 rows. 300 rows of this side up to the limit are drawn, and the answers are wrong with the
-true error rate. A draw is *broken* if the true risk of the certified threshold is above 5 %. At
-most 5 % of the draws may be broken. The output has the share of broken draws, a one-sided 95 %
-bound of this share (Clopper and Pearson), and the mean share of accepted answers. The worlds:
+error rate at every rank. 500 rows from the fit side choose the limit. The calibration side has
+2,000 rows. 300 rows are drawn from this side up to the limit, and the answers are wrong with the
+true error rate. A draw is *broken* if the certified threshold's true risk is above 5 %. At most 5 %
+of the draws may be broken. The output has the share of broken draws, a one-sided 95 % bound on this
+share (Clopper and Pearson), and the mean share of accepted answers. The worlds:
 
-- ``flat``: every answer is wrong with probability 5.01 %, so every certificate is broken;
-- ``honest``: the claimed error rate is the true error rate, and rises to 50 %;
-- ``too sure``: the true error rate is twice the claimed error rate;
-- ``trusted``: 6 % of the most trusted tenth are wrong, then 1 %, then more and more;
-- ``few``: ``honest``, but the limit is chosen from 40 rows, and the calibration side has 400 rows;
-- ``tied``: ``too sure`` with scores of ten values;
+- ``flat``: every answer is wrong with probability 5.01 %, so every certificate is broken.
+- ``honest``: the claimed error rate is the true error rate, and rises to 50 %.
+- ``too sure``: the true error rate is twice the claimed error rate.
+- ``trusted``: 6 % of the most trusted tenth are wrong, then 1 %, then more and more.
+- ``few``: ``honest``, but the limit is chosen from 40 rows, and the calibration side has 400 rows.
+- ``tied``: ``too sure`` with scores that have ten values.
 - ``same rows``: ``too sure``, but the limit is chosen from the calibration side, like the drawn
   rows. No command does this. The result shows why the fit side must choose the limit.
 
-``measure``: The scores are from ``vilu_plus`` for adapted answers, after a fit on 200 labels of the
-fit side. ``python -m benchmarks.procedures chains`` has written the scores, in a file for every set
-and seed. 300 labels of the calibration side are tested at a risk of 5 % and a confidence of 95 %:
+``measure``: The scores are from ``vilu_plus`` for adapted answers, after a fit on 200 labels from
+the fit side. ``python -m benchmarks.procedures chains`` has written the scores, in a file for every
+set and seed. 300 labels from the calibration side are tested at a 5 % risk and 95 % confidence:
 once the labels are drawn up to the limit, and once uniformly among all rows. Coverage and risk are
-measured on the whole calibration side. All rows of the fit side choose the limit, because the files
-do not name the rows of the fit; ``vilu next`` leaves out the rows of the fit. The output has means
-over fits and draws. For the interval of the difference (t, 95 %), the mean of a fit is one number.
+measured on the whole calibration side. All rows on the fit side choose the limit, because the files
+do not name the rows used in the fit. ``vilu next`` leaves out the rows used in the fit. The output
+has means over fits and draws. For the difference's interval (t, 95 %), a fit's mean is one number.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ N_LABELS: Final = 300
 N_TO_FIT: Final = 200
 
 RANKS: Final = (np.arange(100_000) + 0.5) / 100_000
-"""Ranks for computing the true risk of a threshold."""
+"""Ranks at which the true risk is computed."""
 
 
 # Simulation.
@@ -60,7 +60,7 @@ RANKS: Final = (np.arange(100_000) + 0.5) / 100_000
 
 @dataclass(frozen=True)
 class World:
-    """Claimed (ascending) and true error rates (M,) at all ranks, and the numbers of rows."""
+    """Claimed (ascending) and true error rates (M,) at all ranks, and the row counts."""
 
     claimed_rate: Floats
     true_rate: Floats
@@ -74,19 +74,19 @@ class World:
         return np.cumsum(self.true_rate)
 
     def risk(self, n_accepted: int) -> float:
-        """True risk if the ``n_accepted`` most trusted ranks are accepted."""
+        """Compute the true risk if the ``n_accepted`` most trusted ranks are accepted."""
         return float(self._errors[n_accepted - 1]) / n_accepted
 
 
 def _worlds() -> dict[str, World]:
-    """The simulated worlds, by name."""
+    """Make the simulated worlds, by name."""
     rising = 0.5 * RANKS**3
     doubled = np.minimum(2 * rising, 1)
     trusted = np.where(RANKS < 0.1, 0.06, 0.01 + rising)
     ten_values = np.ceil(10 * RANKS) / 10
-    constant = np.full(len(RANKS), 0.0501)
+    constant_rate = np.full(len(RANKS), 0.0501)
     return {
-        "flat": World(claimed_rate=0.04 * RANKS, true_rate=constant),
+        "flat": World(claimed_rate=0.04 * RANKS, true_rate=constant_rate),
         "honest": World(claimed_rate=rising, true_rate=rising),
         "too sure": World(claimed_rate=rising, true_rate=doubled),
         "trusted": World(claimed_rate=rising, true_rate=trusted),
@@ -100,7 +100,7 @@ WORLDS: Final = _worlds()
 
 
 def simulate_draw(world: World, rng: np.random.Generator) -> tuple[float, float]:
-    """Share and true risk of the answers accepted after a draw; (0, 0) without a threshold."""
+    """Draw once. Return the share and true risk of accepted answers, (0, 0) if none are."""
     rank = rng.integers(len(RANKS), size=world.n_calibration)
     uncertainty = world.claimed_rate[rank]
     scores_to_choose = world.claimed_rate[rng.integers(len(RANKS), size=world.n_fit)]
@@ -119,7 +119,7 @@ def simulate_draw(world: World, rng: np.random.Generator) -> tuple[float, float]
 
 
 def certified_threshold(uncertainty: Floats, failure: Ints) -> float:
-    """The threshold certified by the drawn labels; -inf if there is none."""
+    """Return the threshold certified by the drawn labels, -inf if there is none."""
     if not len(uncertainty):
         return -math.inf
     counts = tie_counts(uncertainty, failure)
@@ -153,14 +153,14 @@ def simulate(names: Iterable[str], n_draws: int) -> None:
 
 @dataclass(frozen=True)
 class DrawResult:
-    """Results of the certified threshold of a draw, on the whole calibration side."""
+    """Results of a draw's certified threshold, on the whole calibration side."""
 
     coverage: float
     risk: float
 
 
 def test_rows(uncertainty: Floats, failure: Ints, rows: Ints) -> DrawResult:
-    """Test the labels of ``rows`` (M,), drawn from all rows (N,) of the calibration side."""
+    """Test the labels of ``rows`` (M,), drawn from all rows (N,) on the calibration side."""
     is_accepted = uncertainty <= certified_threshold(uncertainty[rows], failure[rows])
     if not is_accepted.any():
         return DrawResult(coverage=0.0, risk=0.0)
@@ -171,7 +171,7 @@ def test_rows(uncertainty: Floats, failure: Ints, rows: Ints) -> DrawResult:
 
 @dataclass(frozen=True)
 class Fit:
-    """The tests of a fit: for every draw with labels up to the limit, and with uniform labels."""
+    """A fit's tests: for every draw with labels up to the limit, and with uniform labels."""
 
     hindsight: float
     drawn: list[DrawResult]
@@ -203,17 +203,17 @@ class Fit:
 
 
 def mean_coverage(tests: Iterable[DrawResult]) -> float:
-    """Mean coverage of tests."""
+    """Average the coverage over tests."""
     return float(np.mean([test.coverage for test in tests]))
 
 
 def n_broken(fits: Iterable[Fit], kind: Literal["drawn", "uniform"]) -> int:
-    """Number of tests with a risk of the accepted answers above 5 %."""
+    """Count tests with a risk above 5 % among the accepted answers."""
     return sum(test.risk > MAX_RISK for fit in fits for test in getattr(fit, kind))
 
 
 def measure(folder: Path, n_draws: int) -> None:
-    """Print a line for every set of a folder of fits."""
+    """Print a line for every set in a folder of fits."""
     by_set: dict[str, list[Fit]] = {}
     for path in sorted(folder.glob("*.npz")):
         name, _, _ = path.stem.rpartition("_")
@@ -235,7 +235,7 @@ def measure(folder: Path, n_draws: int) -> None:
 
 
 def half_width(values: Floats) -> float:
-    """Half the width of the 95 % interval (t) of a mean."""
+    """Return half the width of a mean's 95 % interval (t)."""
     n = len(values)
     if n < 2:
         return math.nan

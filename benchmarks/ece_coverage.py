@@ -3,9 +3,9 @@
     python -m benchmarks.ece_coverage [--streams 500] [--percentile]
 
 The failure rate of each predictor is known at every stated probability. Some predictors are
-calibrated, with a true error of 0; some are not. Test sets have four sizes, and bins are of both
-kinds. For each case a line has the truth, the mean of the estimate, how often the interval is above
-and below the truth, and the mean width of the interval. With ``--percentile``, the intervals are
+calibrated, with a true error of 0. Some are not. Test sets have four sizes, and bins are
+of both kinds. For each case a line has the truth, the mean estimate, how often the interval is
+above and below the truth, and the interval's mean width. With ``--percentile``, the intervals are
 percentiles of resampled rows, for comparison.
 """
 
@@ -65,7 +65,7 @@ class Plain:
         self.binning = binning
 
     def __call__(self, counts: TieCounts) -> Floats:
-        """The error for each sample of ``counts``."""
+        """Compute the error for each sample in ``counts``."""
         return ece_kernel(counts, binning=self.binning)
 
 
@@ -88,7 +88,7 @@ class Coverage:
 
 
 def truth_of(world: World, binning: Binning, seed: int = 0) -> float:
-    """The error on a million rows, with the failure rates in place of failures."""
+    """Compute the error on a million rows, with the failure rates in place of failures."""
     rng = np.random.default_rng(seed)
     drawn = world.draw(rng, MANY)
     p = np.sort(drawn)
@@ -113,7 +113,7 @@ def coverage_of(
     draws: int = 500,
     percentile: bool = False,
 ) -> Coverage:
-    """Evaluate the intervals of ``streams`` test sets of n rows."""
+    """Evaluate the intervals of ``streams`` test sets with n rows."""
     truth, rng = truth_of(world, binning), np.random.default_rng([n, streams])
     kernel = BinnedError(binning=binning)
     plain = Plain(binning)

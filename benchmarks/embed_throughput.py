@@ -1,4 +1,4 @@
-"""The time of ``embed``, compared with the time of the model alone.
+"""The time of ``embed``, compared with the time for the model alone.
 
 A forward pass alone is compared with ``embed``, from JPEG bytes to a sealed store. Both get the
 same pictures in the same batches, in turn, so other work on the machine slows down both.
@@ -46,14 +46,14 @@ class Pictures:
         return len(self.blobs)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """The images at positions start ... stop - 1."""
+        """Yield the images at positions start ... stop - 1."""
         for i in range(start, stop):
             read = partial(bytes, self.blobs[i])
             yield ImageRecord(str(i), None, read)
 
 
 def synthetic(n: int, width: int, height: int) -> list[bytes]:
-    """JPEGs of smooth colours with some noise, compressed about as much as photos."""
+    """Make JPEGs with smooth colours and some noise, compressed about as much as photos."""
     generator = np.random.default_rng(0)
     blobs = []
     for _ in range(n):
@@ -127,7 +127,7 @@ def compare(backbone: Backbone, pictures: Pictures, repeats: int) -> dict[str, f
 
 
 def main(images: int = 512, repeats: int = 5) -> dict[str, float]:
-    """Print a table of both cases and return the ratios."""
+    """Print a table for both cases and return the ratios."""
     keep_freed_memory()  # for both sides of the comparison
     small_blobs = synthetic(images, 32, 32)
     cases = [

@@ -2,11 +2,11 @@
 
     python -m benchmarks.encode_rates [NAME ...]
 
-Weights are random and have the real size, so nothing is downloaded; the time of a tower does not
-depend on the weights. Only the towers run, on prepared pixels and tokens. Image towers run in
-float32 and in bfloat16, text towers in float32. All towers take turns, pass by pass, on one thread.
-The result of a tower is the processor time of the fastest pass, because other work on the machine
-can only slow down a pass.
+Weights are random and have the real size, so nothing is downloaded. The weights do not change a
+tower's time. Only the towers run, on prepared pixels and tokens. Image towers run in float32 and in
+bfloat16, text towers in float32. All towers take turns, pass by pass, on one thread. A tower's
+result is the processor time of the fastest pass, because other work on the machine can only slow
+down a pass.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COMPACT_SIZES = {"compact:128": 128, "compact:224": 224}
 
 @dataclass(frozen=True)
 class Towers:
-    """The two towers of a model, each with a prepared batch.
+    """The two towers in a model, each with a prepared batch.
 
     Attributes:
         name: Name of the model.
@@ -42,8 +42,8 @@ class Towers:
         run_images: Encodes ``IMAGES`` images in float32.
         run_images_bf16: Encodes these images in bfloat16.
         run_texts: Encodes ``TEXTS`` texts.
-        parameters: Number of weights of both towers, in millions; "-" for the compact model, since
-            these weights are not accessible.
+        parameters: Weights in both towers, in millions. "-" for the compact model, since these
+            weights are not accessible.
     """
 
     name: str
@@ -60,7 +60,7 @@ def noise_images(size: int) -> Tensor:
 
 
 def named_towers(name: str) -> Towers:
-    """A named backbone with random weights, as open_clip builds it."""
+    """Build a named backbone with random weights, as open_clip does."""
     entry = named_backbones()[name]
     open_clip = import_extra("open_clip", "clip")
     model_name, _, tag = entry.open_clip.partition("/")
@@ -92,7 +92,7 @@ def named_towers(name: str) -> Towers:
 
 
 def compact_towers(name: str) -> Towers:
-    """The compact model with the real weights; the texts are prompts."""
+    """Load the compact model with the real weights. The texts are prompts."""
     size = COMPACT_SIZES[name]
     backbone = load_backbone(name, device="cpu")
     rounded = load_backbone(name, device="cpu", precision="bf16")
@@ -108,12 +108,12 @@ def compact_towers(name: str) -> Towers:
 
 
 def gflop(run: Callable[[], object], number: int) -> float:
-    """10^9 floating point operations per item; a multiplication and an addition are two."""
-    run()  # not counted: work done only in the first run; memory is warm then
+    """Count floating point operations per item, in 10^9. A multiply and an add are two."""
+    run()  # not counted: work done only in the first run. Memory is warm then.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(
         value=False
-    )  # the single big operation of the fast path would not be counted
+    )  # the fast path's single big operation would not be counted
     try:
         with FlopCounterMode(display=False) as counter:
             run()
@@ -135,7 +135,7 @@ def processor_seconds(run: Callable[[], object]) -> float:
 
 
 def main(*names: str, repeats: int = 6) -> dict[str, float]:
-    """Print a table of the named models, by default of all; return images per second of a core."""
+    """Print a table for named models (default: all). Return images per second on a core."""
     keep_freed_memory()
     torch.set_num_threads(1)
     chosen = names or (*named_backbones(), *COMPACT_SIZES)

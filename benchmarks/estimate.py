@@ -2,22 +2,22 @@
 
 A simulated world has 3,000 rows. 100 rows (or ``--labels``) are drawn at random and labelled. A row
 is wrong with probability p, and f is a prediction of p. "Held" is the share of 1,000 draws with an
-interval that contains the error rate of the 3,000 rows; the nominal confidence is 95 %. "Width" is
-the mean width of the interval, divided by the mean width of the exact interval of the labels alone
-(Clopper-Pearson). ``plain normal`` is the usual normal interval of the labels alone.
+interval that contains the world's error rate. The nominal confidence is 95 %. "Width" is
+the mean interval width, divided by the mean width of the exact interval (Clopper-Pearson) from the
+labels alone. ``plain normal`` is the usual normal interval from the labels alone.
 
-- calibrated: f = p; three quarters of the rows are almost surely right, a quarter almost surely
+- calibrated: f = p. Three quarters of the rows are almost surely right, a quarter almost surely
   wrong.
 - blind: 5 % of the rows are wrong, and f is not informative.
-- rare: 3 % of the rows are wrong, and f predicts two thirds of the wrong rows.
-- too sure: for 4 % of the rows f = 99.9 %, and 80 % of these rows are wrong.
-- misled: for 5 % of the rows f = 95 %, and 10 % of these rows are wrong. For the rest f = 0, and
-  3 % of the rest are wrong.
+- rare: 3 % of the rows are wrong, and f predicts two wrong rows in three.
+- too sure: for 4 % of the rows f = 99.9 %, and 80 % are wrong there.
+- misled: for 5 % of the rows f = 95 %, and 10 % are wrong there. For the rest f = 0, and 3 % are
+  wrong.
 - smooth: f = p = u^3 with u uniform.
 
 In a set (arrays ``image``, ``text``, ``target``), ``vilu_plus`` is fitted on a random half. 100
-rows of the second half are labelled, 20 times at random. The error rate of the zero-shot answers is
-estimated.
+rows from the second half are labelled, 20 times at random. The error rate among zero-shot answers
+is estimated.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ ROWS, LABELS, DRAWS, SEEDS = 3_000, 100, 1_000, 20
 
 
 def calibrated(u: Floats) -> tuple[Floats, Floats]:
-    """Probabilities of wrong rows, and predictions of these, from uniform numbers (N,)."""
+    """Return the probability that a row is wrong, and the prediction, from uniform numbers (N,)."""
     p = np.where(u < 0.75, 0.02, 0.9)
     return p, p
 
 
 def blind(u: Floats) -> tuple[Floats, Floats]:
-    """As ``calibrated``."""
+    """Return probabilities and predictions, like ``calibrated``."""
     return np.full(len(u), 0.05), u
 
 
 def rare(u: Floats) -> tuple[Floats, Floats]:
-    """As ``calibrated``."""
+    """Return probabilities and predictions, like ``calibrated``."""
     p = np.where(u < 0.02, 0.95, 0.01)
     return p, p
 
 
 def too_sure(u: Floats) -> tuple[Floats, Floats]:
-    """As ``calibrated``."""
+    """Return probabilities and predictions, like ``calibrated``."""
     return np.where(u < 0.04, 0.8, 0.005), np.where(u < 0.04, 0.999, 0.005)
 
 
 def misled(u: Floats) -> tuple[Floats, Floats]:
-    """As ``calibrated``."""
+    """Return probabilities and predictions, like ``calibrated``."""
     return np.where(u < 0.05, 0.1, 0.03), np.where(u < 0.05, 0.95, 0.0)
 
 
 def smooth(u: Floats) -> tuple[Floats, Floats]:
-    """As ``calibrated``."""
+    """Return probabilities and predictions, like ``calibrated``."""
     return u**3, u**3
 
 
@@ -95,7 +95,7 @@ class IntervalCoverage:
         self.width += high - low
 
     def in_words(self, plain: IntervalCoverage) -> str:
-        """Text with the share of draws, the exact 95 % interval of this share, and the width."""
+        """Format the share of draws, the share's exact 95 % interval, and the width."""
         low = lower_bound(self.n_held, self.n, 0.025)
         high = upper_bound(self.n_held, self.n, 0.025)
         held = f"held {self.n_held / self.n:.1%} ({low:.1%} to {high:.1%})"
@@ -105,7 +105,7 @@ class IntervalCoverage:
 def estimate_often(
     probability: Floats, failure: Ints, draws: int, labels: int, random: np.random.Generator
 ) -> dict[str, IntervalCoverage]:
-    """Estimate the error rate of rows ``draws`` times, each time from ``labels`` random labels."""
+    """Estimate the rows' error rate ``draws`` times, each time from ``labels`` random labels."""
     held = {name: IntervalCoverage() for name in ("predictions", "plain exact", "plain normal")}
     for _ in range(draws):
         add_estimate(held, probability, failure, labels, random)
@@ -134,7 +134,7 @@ def add_estimate(
 
 
 def world_lines(names: list[str], seed: int, draws: int, labels: int) -> Iterator[str]:
-    """Lines for every world; every draw has new rows."""
+    """Yield lines for every world. Every draw has new rows."""
     for name in names:
         world = WORLDS[name]
         random = np.random.default_rng(seed)
@@ -151,7 +151,7 @@ def world_lines(names: list[str], seed: int, draws: int, labels: int) -> Iterato
 
 
 def set_line(path: Path, seed: int, seeds: int, labels: int) -> str:
-    """A line for a set of real embeddings."""
+    """Return a line for a set with real embeddings."""
     arrays = np.load(path, allow_pickle=False)
     image = arrays["image"].astype(np.float32)
     rng = np.random.default_rng(seed)

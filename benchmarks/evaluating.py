@@ -1,9 +1,9 @@
 """Times metrics and intervals of many rows, and compares our metrics with other libraries.
 
-The intervals of all default metrics are timed: for 100,000 rows from 1,000 resamples, and for ten
+The intervals for all default metrics are timed: for 100,000 rows from 1,000 resamples, and for ten
 million rows from a histogram. The libraries are scikit-learn and, if installed, torch-uncertainty
-(no dependency of this project). All libraries get the same million rows, in turn. The result of a
-library is the shortest time.
+(not a dependency here). All libraries get the same million rows, in turn. A library's result is the
+shortest time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vilu.outcomes.outcomes import Tally
 
 
 def rows(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of n rows, all different, and failures."""
+    """Make n rows. Return the probabilities, all different, and the failures."""
     rng = np.random.default_rng(0)
     failure = rng.random(n) < 0.3
     return 1 / (1 + np.exp(1 - 1.5 * failure - rng.normal(size=n))), failure.astype(np.int64)
@@ -37,7 +37,7 @@ class HistogramOutcomes:
     part: int = 2**20
 
     def tally(self) -> Tally:
-        """The histogram of all rows."""
+        """Make the histogram of all rows."""
         starts = range(0, len(self.failure), self.part)
         parts = (slice(start, start + self.part) for start in starts)
         histograms = (Histogram.of(self.uncertainty[part], self.failure[part]) for part in parts)
@@ -47,7 +47,7 @@ class HistogramOutcomes:
 
 
 def seconds(run: Callable[[], object], repeats: int = 1) -> float:
-    """The shortest time of several runs."""
+    """Return the shortest time among several runs."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -60,7 +60,7 @@ def seconds(run: Callable[[], object], repeats: int = 1) -> float:
 def other_libraries(
     uncertainty: np.ndarray, failure: np.ndarray
 ) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """Maps the name of a metric to the functions of vilu and of the other library."""
+    """Map a metric name to two functions, from vilu and from the other library."""
     from sklearn import metrics as theirs
 
     ours = vilu.metrics
@@ -78,7 +78,7 @@ def other_libraries(
         import torch
         from torch_uncertainty import metrics as uncertain  # type: ignore[import-not-found, unused-ignore]
 
-        # Class 0 is the answer of every row. The probability of class 0 is high if the uncertainty
+        # Class 0 is the answer for every row. The probability of class 0 is high if the uncertainty
         # is low. Class 0 is right if there is no failure.
         doubt = torch.from_numpy(uncertainty / 2)
         probability, right = torch.stack([1 - doubt, doubt], dim=1), torch.from_numpy(failure)
@@ -97,7 +97,7 @@ def other_libraries(
 
 
 def main() -> dict[str, float]:
-    """Print and return seconds, and the times of other libraries divided by ours."""
+    """Print and return seconds, and the other libraries' times divided by ours."""
     warnings.simplefilter("ignore")
     figures: dict[str, float] = {}
     uncertainty, failure = rows(10**5)

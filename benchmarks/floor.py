@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 Shape = tuple[int, int, int]
-"""(rows, inner, columns) of a product."""
+"""A product as (rows, inner, columns)."""
 
 
 def products(
     shapes: list[Shape], times: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Callable[[], None]:
-    """A function that computes all products ``times`` times, into memory allocated before."""
+    """Return a function that computes all products ``times`` times, into preallocated memory."""
     options: dict[str, Any] = {"device": device, "dtype": dtype}
     operands = [
         (torch.randn(m, k, **options), torch.randn(k, n, **options), torch.empty(m, n, **options))
@@ -31,7 +31,7 @@ def products(
 
 
 def per_step(run: Callable[[], None], steps: int) -> float:
-    """Seconds per step of a call."""
+    """Time a call, and return the seconds per step."""
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) / steps

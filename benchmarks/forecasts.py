@@ -1,12 +1,12 @@
-"""Compares forecasts of a triage with outcomes: ``python -m benchmarks.forecasts CHAINS``.
+"""Compares a triage's forecasts with outcomes: ``python -m benchmarks.forecasts CHAINS``.
 
 CHAINS is a folder written by ``python -m benchmarks.procedures chains``. The default procedure is
-replayed on every chain, in many random orders of the photos. So a set and a number of labels have a
-distribution of outcomes, over fits and orders. The tables show
+replayed on every chain, in many random photo orders. So a set and a label count have a distribution
+of outcomes, over fits and orders. The tables show
 
-1. how wide the middle 80 % of the outcomes of a set are: a narrower forecast of a set cannot hold
-   in 80 % of the cases;
-2. how often two forecasts held, and the width of the forecasts: the forecast before any label, and
+1. how wide the middle 80 % of a set's outcomes are. A narrower forecast for the set cannot hold in
+   80 % of the cases.
+2. how often two forecasts held, and how wide the forecasts were: the forecast before any label, and
    the forecast after the first 50 labels.
 """
 
@@ -28,7 +28,7 @@ from vilu.triage.forecast import LABEL_BUDGETS, Forecast
 from vilu.triage.guarantee import PhotoSplit
 
 MIDDLE_QUANTILES: Final = (0.1, 0.9)
-"""The quantiles at the ends of the middle 80 % of the outcomes."""
+"""The quantiles at the ends of the middle 80 %."""
 
 TOLERANCE: Final = 0.02
 """A forecast holds if the outcome is at most this far outside: readers see whole percents."""
@@ -38,11 +38,11 @@ STAGES: Final = {"without a label": 0, "after 50 labels": 1}
 
 
 class JudgedForecast(NamedTuple):
-    """A forecast for a chain and a number of labels.
+    """A forecast for a chain and a label count.
 
     Attributes:
         width: Upper end minus lower end.
-        share_held: Share of the outcomes within the forecast.
+        share_held: Share of outcomes within the forecast.
     """
 
     width: float
@@ -50,7 +50,7 @@ class JudgedForecast(NamedTuple):
 
 
 def outcomes_of(chain: Chain, n_orders: int) -> dict[int, Floats]:
-    """For each number of labels, the reached coverages (n_orders,)."""
+    """Replay a chain, and return the coverages (n_orders,) reached at each label count."""
     coverages_of_budget = defaultdict(list)
     for number in range(n_orders):
         shuffled_chain = chain.in_another_order(number)
@@ -63,7 +63,7 @@ def outcomes_of(chain: Chain, n_orders: int) -> dict[int, Floats]:
 
 
 def forecast_of(path: Path, chain: Chain, stage: int) -> Forecast:
-    """The forecast of a triage from a given fit of a chain."""
+    """Make a triage's forecast from a given fit in a chain."""
     with np.load(path) as arrays:
         n_photos = len(arrays["cal"])
     n_fit = int(chain.n_fit[stage])
@@ -82,7 +82,7 @@ def forecast_of(path: Path, chain: Chain, stage: int) -> Forecast:
 
 
 def judge_forecast(forecast: Forecast, outcomes: dict[int, Floats]) -> dict[int, JudgedForecast]:
-    """For each number of labels, the width of the forecast, and how often the forecast held."""
+    """Return, for each label count, the forecast's width, and how often the forecast held."""
     judged_forecasts = {}
     for expected in forecast.expected:
         if expected.n_labels not in outcomes:

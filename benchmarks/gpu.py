@@ -26,7 +26,7 @@ REPEATS = 5
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """The shortest time of several runs; a run ends when the device has finished."""
+    """Return the shortest time among several runs. A run ends when the device has finished."""
     times = []
     for _ in range(REPEATS + 1):
         wait_for_device(device)
@@ -59,7 +59,7 @@ def report_rate(title: str, seconds: float, floor: float, device: str) -> float:
 
 
 def head_steps(device: str) -> dict[str, float]:
-    """Training steps of the head in float32, in TF32 and in bfloat16."""
+    """Time training steps of the head in float32, in TF32 and in bfloat16."""
     figures: dict[str, float] = {}
     data, k = head_training.embeddings(10), 10
     for b in (128, 1_024, 8_192):
@@ -84,7 +84,7 @@ def head_steps(device: str) -> dict[str, float]:
 
 
 def plus_scores(device: str, n: int, k: int) -> dict[str, float]:
-    """Time scores and a fit of ``vilu_plus``; scores from logits alone stay on the processor."""
+    """Time scores and a ``vilu_plus`` fit. Scores from logits alone stay on the processor."""
     test, train = plus_speed.data(k, n, 2), plus_speed.data(k, n // 4, 1)
     start = time.perf_counter()
     predictor = build_predictor(vilu.PREDICTORS["vilu_plus"], {"device": device})
@@ -101,7 +101,7 @@ def plus_scores(device: str, n: int, k: int) -> dict[str, float]:
 
 
 class Downloads(TorchDispatchMode):
-    """Measures the largest copy from the accelerator to the processor, as a number of values."""
+    """Measures the largest copy from the accelerator to the processor, in values."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -114,7 +114,7 @@ class Downloads(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        """Run the operation; if the operation is a copy, also measure the size."""
+        """Run the operation. If the operation is a copy, also measure the size."""
         target = str((kwargs or {}).get("device"))
         is_copy = func is torch.ops.aten._to_copy.default
         if is_copy and args[0].is_cuda and target.startswith("cpu"):
@@ -123,7 +123,7 @@ class Downloads(TorchDispatchMode):
 
 
 def bare_tensors(device: str, n: int, k: int) -> dict[str, float]:
-    """Time scores of tensors on a device, and check that embeddings and scores stay there."""
+    """Time scores for tensors on a device, and check that embeddings and scores stay there."""
     test = plus_speed.data(k, n, 2)
     image = test.image.to(device)
     text = test.text.to(device)
@@ -143,7 +143,7 @@ def bare_tensors(device: str, n: int, k: int) -> dict[str, float]:
 
 
 def pool_step(device: str, n: int) -> dict[str, float]:
-    """Time a step on a pool of captions, compared with the six products of pool x pool."""
+    """Time a step on a caption pool, compared with the six pool x pool products."""
     step = contrast.tiled_step(contrast.random_pairs(n), device)
     floor = seconds(products([(n, contrast.D, n)] * 6, 1, device), device)
     step_seconds = seconds(step, device)
@@ -151,7 +151,7 @@ def pool_step(device: str, n: int) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> dict[str, float]:
-    """Print tables; return the times of plain products divided by our times."""
+    """Print tables, and return the times of plain products divided by our times."""
     warnings.simplefilter("ignore")
     device = next((a for a in arguments if not a.startswith("-")), "cuda")
     small = "--small" in arguments

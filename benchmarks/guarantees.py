@@ -5,9 +5,9 @@
 Each file comes from `vilu score`, with labels. The predictor was fitted on other rows. The rows are
 split 200 times at random into calibration and test rows. A guarantee is about the risk of all
 answers up to the threshold. No file has all answers, so the whole file is taken instead: a
-guarantee is "broken" if the risk of the file at the threshold is above the target. "Seen above" is
-how often a user would see a risk above the target on the test rows alone. The error rate of the
-test rows has noise, too.
+guarantee is "broken" if the file's risk at the threshold is above the target. "Seen above" is how
+often a user would see a risk above the target on the test rows alone. The error rate on the test
+rows has noise, too.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ SPLITS = 200
 
 
 def accepted_by(method: str, max_risk: float) -> Callable[[Outcomes, Floats], NDArray[np.bool_]]:
-    """Function that calibrates on outcomes, and returns a mask of the accepted uncertainties."""
+    """Return a function that calibrates on outcomes, and returns a mask of accepted rows."""
     return lambda rows, u: vilu.certify(rows, max_risk=max_risk, method=method).accept(u)  # type: ignore[arg-type]
 
 
 def replay(
     u: Floats, failure: Ints, method: str, max_risk: float, n_calibration: int
 ) -> dict[str, float]:
-    """Means over the splits."""
+    """Calibrate and test on every split, and return the means over the splits."""
     rule, rng = accepted_by(method, max_risk), np.random.default_rng(0)
     coverage, broken, above, shares = [], [], [], []
     for _ in range(SPLITS):
@@ -89,9 +89,8 @@ def main() -> None:
         for n_calibration in options.calibration or [len(u) // 2]:
             for method in ("ltt", "crc", "selection"):
                 found = replay(u, failure, method, options.max_risk, n_calibration)
-                shares = [f"{name} {value:.1%}" for name, value in found.items()]
-                words = ", ".join(shares)
-                print(f"  {n_calibration} calibration rows, {method}: {words}")
+                figure_texts = [f"{name} {value:.1%}" for name, value in found.items()]
+                print(f"  {n_calibration} calibration rows, {method}: {', '.join(figure_texts)}")
 
 
 if __name__ == "__main__":

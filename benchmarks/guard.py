@@ -2,7 +2,7 @@
 
 Both get the same photos in the same batches. ``Guard`` decodes, embeds, scores and decides. The
 bare pass runs the image tower on decoded pixels. Both take turns, five times. The output has the
-ratio of images per second, as median and range.
+ratio of both rates (images per second), as median and range.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Compares training of the ViLU head on cached embeddings with plain matrix products.
+"""Compares training the ViLU head on cached embeddings with plain matrix products.
 
-D = 512, the published MLP, K = 10 and 1,000. "Executed" are the products of a step, forward and
+D = 512, the published MLP, K = 10 and 1,000. "Executed" are a step's products, forward and
 backward, into memory allocated before. A rate of 1 means that training takes as long as these
-products. "Plain" is the head of the paper, written in torch, on embeddings in memory, with the same
-optimiser. All are timed in turn, in the same run.
+products. "Plain" is the paper's head, written in torch, on embeddings in memory, with the same
+optimiser as our training. All are timed in turn, in the same run.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ D, N, REPEATS = 512, 8_192, 5
 
 
 def mlp_tail(b: int) -> list[Shape]:
-    """Products after the first layer: forward, gradient of the input, gradient of the weight."""
+    """List products after the first layer: forward, input gradient, and weight gradient."""
     widths = [*HIDDEN_WIDTHS, 1]
     pairs = list(itertools.pairwise(widths))
     return [shape for i, o in pairs for shape in ((b, i, o), (b, o, i), (o, b, i))]
 
 
 def executed_products(b: int, k: int) -> list[Shape]:
-    """(rows, inner, columns) of every product of a training step, gradients included."""
+    """List every product in a training step as (rows, inner, columns), gradients included."""
     h = HIDDEN_WIDTHS[0]
     row_projection, weight_gradient = (b, D, D), (D, b, D)
     attention = [(b, D, k), (b, k, D)]
     attention_gradient = [(b, D, k), (b, D, k), (b, k, D), (k, b, D), (k, b, D)]
-    if k > b:  # the query times two matrices, the average times a matrix; then three gradients
+    if k > b:  # the query times two matrices, the average times a matrix, then three gradients
         projections = [row_projection] * 3
         changes = [row_projection] * 2 + [weight_gradient] * 3
     else:
@@ -59,7 +59,7 @@ def executed_products(b: int, k: int) -> list[Shape]:
 
 
 def embeddings(k: int) -> Embeddings:
-    """Random unit rows."""
+    """Make embeddings from random unit rows."""
     rng = np.random.default_rng(0)
     image, text = (
         rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -70,7 +70,7 @@ def embeddings(k: int) -> Embeddings:
 
 
 def vilu_epoch(data: Embeddings, b: int, precision: str, device: str = "cpu") -> Callable[[], None]:
-    """A function that runs an epoch of the library's training loop."""
+    """Return a function that runs an epoch of the library's training loop."""
     config = TrainConfig(1, b, 1e-3, 0.9, 5e-4, 1, 0, None, precision, 0, torch.device(device))
     torch.manual_seed(0)
     head = FailureHead(D)
@@ -92,7 +92,7 @@ def vilu_epoch(data: Embeddings, b: int, precision: str, device: str = "cpu") ->
 
 
 def plain_epoch(data: Embeddings, b: int) -> Callable[[], None]:
-    """A function that runs an epoch of the head as in the paper."""
+    """Return a function that runs an epoch of the head as in the paper."""
     head, weight = Dense(data.space.logit_scale), FailureWeight("batch", 0.9)
     parameters = head.parameters()
     optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
@@ -111,7 +111,7 @@ def plain_epoch(data: Embeddings, b: int) -> Callable[[], None]:
 
 
 def measure(b: int, k: int) -> dict[str, float]:
-    """Medians over interleaved repeats, in seconds per step."""
+    """Return medians over interleaved repeats, in seconds per step."""
     steps, data = N // b, embeddings(k)
     executed = executed_products(b, k)
     runs: dict[str, Callable[[], None]] = {
@@ -130,7 +130,7 @@ def measure(b: int, k: int) -> dict[str, float]:
 
 
 def main() -> dict[str, float]:
-    """Print a table, return the ratios."""
+    """Print a table, and return the ratios."""
     ratios: dict[str, float] = {}
     print(f"head training, D={D}, {torch.get_num_threads()} threads, medians of {REPEATS}")
     for k, b in itertools.product((10, 1_000), (128, 1_024)):

@@ -2,32 +2,33 @@
 
     python -m benchmarks.labels STORE... [--seeds 20] [--out build/labels.csv]
 
-The labels of a store are hidden until the triage asks for the labels. Coverage is the accepted
-share of all rows at a certified risk of 5 % (confidence 95 %). The arms:
+The store's labels are hidden until the triage asks for the labels. Coverage is the accepted
+share of all rows at a certified 5 % risk (95 % confidence). The arms:
 
 - ``next``: ``vilu triage`` asks for labels, round after round, and looks at the guarantee in every
-  round;
-- ``random``: the same command and guarantee, but the photos of every round are picked at random;
+  round.
+- ``random``: the command and the guarantee of ``next``, but every round's photos are picked at
+  random.
 - ``random, one look``: as many labels, picked at random. ``vilu_plus`` is fitted on half of the
-  labels. The second half is evidence of the same kind, with the whole level. Every number of labels
-  begins anew, as if nobody had looked before;
+  labels. The second half is evidence as in ``random``, with the whole level. Every label count
+  begins anew, as if nobody had looked before.
 - ``uncertain, one look``: half of the labels is random, for the guarantee. The labels to fit on are
   again divided. The first half is random, and a predictor is fitted on this half. The second half
-  has the least trusted rows of this predictor;
+  has the rows that this predictor trusts least.
 - ``random, exact``: like ``random, one look``, with the exact test of ``vilu calibrate``.
 
 With ``--divided`` the arms are ways to divide random labels, with a single look:
 
-- ``half``: fitted on the first half, tested exactly on the second half;
-- ``folds``: K predictors, each fitted without a fold and tested on this fold with 1/K of the level;
-  a hash picks the predictor of a photo;
-- ``progressive``: fitted on the first half, and again after each of four blocks of the second half.
-  Before a block is read, the present predictor must choose the accepted answers of the block: the
-  answers with a mean probability of failure of at most a share of the risk. The guarantee is about
+- ``half``: fitted on the first half, tested exactly on the second half.
+- ``folds``: K predictors, each fitted without a fold and tested on this fold with 1/K of the level.
+  A hash picks the predictor for a photo.
+- ``progressive``: fitted on the first half, and again after each of four blocks in the second half.
+  Before a block is read, the present predictor must choose the block's accepted answers. These are
+  the answers whose mean failure probability is at most a share of the risk. The guarantee is about
   the mixture of the four predictors (docs/triage.md).
 
-The file has a line per store, arm, seed and number of labels: coverage, and the error rate of the
-accepted rows. ``--show`` prints tables of these lines.
+The file has a line per store, arm, seed and label count: coverage, and the error rate among
+accepted rows. ``--show`` prints these lines as tables.
 """
 
 from __future__ import annotations
@@ -64,13 +65,13 @@ from vilu.triage.state import TriageSettings, TriageState
 SIZES = (200, 300, 400, 600, 800, 1_200, 1_600, 2_000)
 DIVIDED_SIZES = (400, 800, 2_000)
 LABELS_PER_ROUND, LABELS_PER_LATER_ROUND, LABELS_BEFORE_LATER_ROUNDS = 50, 100, 400
-"""Labels of a round, labels of a later round, and the number of labels where later rounds begin."""
+"""Labels in a round, labels in a later round, and the label count where later rounds begin."""
 MAX_RISK, DELTA = 0.05, 0.05
 COLUMNS = ("store", "arm", "seed", "labels", "coverage", "risk")
 
 
 def failures(source: EmbeddingSource) -> Ints:
-    """(N,) whether the zero-shot answer is wrong."""
+    """Return for each row whether the zero-shot answer is wrong (N,)."""
     failure = np.zeros(len(source), dtype=np.int64)
     for batch in source.batches(4096):
         failure[batch.index.numpy()] = batch.failure.numpy()
@@ -78,7 +79,7 @@ def failures(source: EmbeddingSource) -> Ints:
 
 
 def fitted_scores(source: EmbeddingSource, rows: Ints, seed: int) -> Floats:
-    """(N,) uncertainty of all rows by a predictor fitted on ``rows``."""
+    """Fit a predictor on ``rows``, and return all rows' uncertainty (N,)."""
     labelled = source.take(rows)
     predictor = ViLUPlus(seed=seed)
     predictor.fit(labelled)
@@ -149,7 +150,7 @@ def divided_arms(
 
 
 def mixture_coverage_and_risk(accepted: list[Any], wrong: Ints, weight: Any) -> tuple[float, float]:  # noqa: ANN401
-    """Coverage and error rate of a mixture of rules with the probabilities ``weight``."""
+    """Return a mixture's coverage and error rate: rules with the probabilities ``weight``."""
     coverages = [is_accepted.mean() for is_accepted in accepted]
     risks = [(is_accepted & (wrong == 1)).mean() for is_accepted in accepted]
     coverage = np.average(coverages, weights=weight)
@@ -158,7 +159,7 @@ def mixture_coverage_and_risk(accepted: list[Any], wrong: Ints, weight: Any) -> 
 
 
 def certified_threshold(u: Floats, wrong: Ints, rows: Ints) -> float:
-    """The threshold certified by the labels of ``rows``, with the whole level."""
+    """Return the threshold certified by the labels of ``rows``, with the whole level."""
     median = float(np.median(u))
     grid = threshold_grid(u, median)
     level = level_of(1, DELTA)
@@ -168,16 +169,16 @@ def certified_threshold(u: Floats, wrong: Ints, rows: Ints) -> float:
 
 
 def coverage_and_risk(accepted: Any, wrong: Ints) -> tuple[float, float]:  # noqa: ANN401 - a mask
-    """Share of accepted rows, and the error rate of these rows."""
+    """Return the share of accepted rows, and the error rate among these rows."""
     return float(accepted.mean()), float(wrong[accepted].mean()) if accepted.any() else 0.0
 
 
 def triage_rounds(
     store: EmbeddingStore, wrong: Ints, seed: int, max_labels: int, *, at_random: bool
 ) -> Iterator[tuple[int, float, float]]:
-    """Yield the number of labels, coverage and error rate after every round of a triage.
+    """Yield the label count, coverage and error rate after every round of a triage.
 
-    With ``at_random``, the same number of labels is picked at random.
+    With ``at_random``, as many labels are picked at random.
     """
     photos = Photos([(store, np.arange(len(store)))], {})
     names = list(store.class_names or ())
@@ -217,7 +218,7 @@ def triage_rounds(
 
 
 def result_lines(path: Path, seeds: int, *, divisions: bool) -> Iterator[dict[str, object]]:
-    """Yield the lines of a store."""
+    """Yield the result lines of a store."""
     store = EmbeddingStore(path)
     if int((store.target < 0).sum()):
         sys.exit(f"{path} must have a label for every row.")
@@ -245,7 +246,7 @@ def result_lines(path: Path, seeds: int, *, divisions: bool) -> Iterator[dict[st
 
 
 def result_tables(path: Path) -> Iterator[str]:
-    """Tables of results: mean coverage with a 95 % interval (t), and labels until half-way.
+    """Yield result tables: mean coverage with a 95 % interval (t), and labels until half-way.
 
     Below every row of ``next`` is the difference from ``random``, paired by seed.
     """
@@ -287,14 +288,14 @@ def result_tables(path: Path) -> Iterator[str]:
 
 
 def coverage_reached(curve: Sequence[tuple[int, float]], n: int) -> float:
-    """Coverage reached with at most ``n`` labels."""
+    """Return the coverage reached with at most ``n`` labels."""
     return max([(labels, coverage) for labels, coverage in curve if labels <= n], default=(0, 0.0))[
         1
     ]
 
 
 def interval(found: Floats) -> tuple[Floats, Floats]:
-    """Mean (N,) of ``found`` (S, N) over seeds, and half the width of the 95 % interval."""
+    """Return the mean (N,) of ``found`` (S, N) over seeds, and the 95 % interval's half width."""
     n = len(found)
     half = (
         stats.t.ppf(0.975, n - 1) * found.std(axis=0, ddof=1) / np.sqrt(n)
@@ -305,7 +306,7 @@ def interval(found: Floats) -> tuple[Floats, Floats]:
 
 
 def labels_to_reach(curves: dict[str, list[tuple[int, float]]], coverage: float) -> float:
-    """Number of labels for a mean coverage over seeds; infinite if this coverage is not reached."""
+    """Return the label count where the mean over seeds reaches ``coverage``, or infinity."""
     sizes = sorted({n for curve in curves.values() for n, _ in curve})
     return next(
         (
@@ -323,7 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("stores", type=Path, nargs="*")
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--out", type=Path, default="build/labels.csv")
+    parser.add_argument("--out", type=Path, default=Path("build/labels.csv"))
     parser.add_argument(
         "--show", action="store_true", help="Print the tables of --out, and run nothing."
     )

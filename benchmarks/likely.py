@@ -3,15 +3,16 @@
     python -m benchmarks.likely ARRAYS CELLS [--seeds 20] [--labels 100 200 400] [--asked]
     python -m benchmarks.likely_tables CELLS
 
-ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale of
-100). A *cell* is a set, a number of labels and a seed. The seed draws the rows with a label. With
-``--asked`` the seed draws half of the rows, and ``vilu triage`` asks for the labels of some of
-these rows, in rounds of 50. ``vilu_plus`` is fitted on the labels as in ``vilu triage``, and judges
-all rows without a label.
+ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale is
+100). A *cell* is a set, a label count and a seed. The seed draws the rows with a label. With
+``--asked`` the seed draws half of the rows, and ``vilu triage`` asks for labels of some drawn rows,
+in rounds of 50. ``vilu_plus`` is fitted on the labels as in ``vilu triage``, and judges all rows
+without a label.
 
-A cell is one file in the folder CELLS: the uncertainties and failures of cross-fitted labels and of
-the rows without a label. ``choose_answer`` chooses the kind of answers, at a risk of 5 %. Cells
-with an existing file are left out. All sets are measured for a seed before the next seed begins.
+A cell is a file in the folder CELLS. The file has the uncertainties and failures for
+cross-fitted labels and for the rows without a label. ``choose_answer`` chooses the kind of answers,
+at a 5 % risk. Cells with an existing file are left out. All sets are measured for a seed before the
+next seed begins.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ ROUND = 50
 
 
 class Cell(NamedTuple):
-    """A set, a number of labels, and the seed for drawing the rows with a label."""
+    """A set, a label count, and the seed that draws the rows with a label."""
 
     name: str
     n_labels: int
     seed: int
 
     def file(self, folder: Path) -> Path:
-        """The file of the cell."""
+        """Return the path of the cell's file."""
         return folder / f"{self.name}-{self.n_labels}-{self.seed}.npz"
 
 
@@ -60,7 +61,7 @@ class JudgedCell(NamedTuple):
     unlabelled: JudgedAnswers
 
     def save(self, path: Path) -> None:
-        """Write the file of a cell; an incomplete file never has this name."""
+        """Write a cell's file. An incomplete file never has this name."""
         unfinished = path.with_suffix(".tmp.npz")
         np.savez_compressed(
             unfinished,
@@ -73,7 +74,7 @@ class JudgedCell(NamedTuple):
 
     @classmethod
     def load(cls, path: Path) -> JudgedCell:
-        """Read the file of a cell."""
+        """Read a cell's file."""
         with np.load(path, allow_pickle=False) as arrays:
             held_out = JudgedAnswers(arrays["held_out_uncertainty"], arrays["held_out_failure"])
             others = JudgedAnswers(arrays["uncertainty"], arrays["failure"])
@@ -81,12 +82,12 @@ class JudgedCell(NamedTuple):
 
 
 def random_rows(arrays: Arrays, cell: Cell) -> Ints:
-    """Rows with a label, drawn by the seed."""
+    """Draw the rows with a label by the seed."""
     return shuffled(arrays, cell)[: cell.n_labels]
 
 
 def asked_rows(arrays: Arrays, cell: Cell) -> Ints:
-    """Rows for which ``vilu triage`` would ask for a label, in one half of the rows."""
+    """Return the rows whose label ``vilu triage`` would ask for, in one half of the rows."""
     order = shuffled(arrays, cell)
     fit_side = np.sort(order[: len(order) // 2])
     all_rows = np.arange(len(order))
@@ -108,13 +109,13 @@ def asked_rows(arrays: Arrays, cell: Cell) -> Ints:
 
 
 def shuffled(arrays: Arrays, cell: Cell) -> Ints:
-    """All rows in the random order of a cell."""
+    """Return all rows in a cell's random order."""
     rng = np.random.default_rng([cell.seed, cell.n_labels])
     return rng.permutation(len(arrays.target))
 
 
 def measure(arrays: Arrays, cell: Cell, chosen: Ints) -> JudgedCell:
-    """Fit on the labels of the chosen rows, and judge all rows without a label."""
+    """Fit on the chosen rows' labels, and judge all rows without a label."""
     all_rows = np.arange(len(arrays.target))
     rest = np.setdiff1d(all_rows, chosen)
     labelled = arrays.labelled(chosen)

@@ -2,9 +2,9 @@
 
 The first table is about the sets used to choose the widening. Every widening has the mean share of
 wrong answers among the likely answers, in the set where this share is largest. The second table has
-a row for every set and number of labels, with the widening in use. Shares are means over seeds with
-a 95 % interval (t). A seed without an estimate has neither a coverage nor a share of wrong answers.
-A seed without a likely answer has no share of wrong answers.
+a row for every set and label count, with the widening in use. Shares are means over seeds with a
+95 % interval (t). A seed without an estimate has neither a coverage nor a wrong share. A seed
+without a likely answer has no wrong share.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from vilu.metrics.selective import coverage_at_risk
 WIDENINGS = (1.0, 1.1, 1.25, 1.5, 2.0)
 
 Group = tuple[str, int]
-"""A set, and a number of labels."""
+"""A set, and a label count."""
 
 
 class MarkedAnswers(NamedTuple):
-    """The answers of a cell marked as likely right by an estimate."""
+    """A cell's answers that an estimate marks as likely right."""
 
     coverage: float  # share of likely right answers among the rows without a label
-    wrong: float  # share of wrong answers among these; NaN if there are none
+    wrong: float  # wrong share among the likely right answers. NaN if there are none.
     hindsight: float  # largest possible coverage at the risk, known from all labels
 
 
 def mark_likely(cell: JudgedCell, widening: float) -> MarkedAnswers | None:
-    """The answers marked as likely right by the estimate; None if there is no estimate."""
+    """Mark the answers that are likely right by the estimate. Without an estimate, return None."""
     uncertainty, failure = cell.unlabelled
     likely_right = LikelyRight.estimate(cell.held_out, uncertainty, MAX_RISK)
     if likely_right.probability is None:
@@ -52,7 +52,7 @@ def mark_likely(cell: JudgedCell, widening: float) -> MarkedAnswers | None:
 
 
 def read_cells(folder: Path) -> dict[Group, list[JudgedCell]]:
-    """The cells of every set and number of labels."""
+    """Read the cells for every set and label count."""
     cells = defaultdict(list)
     for path in sorted(folder.glob("*.npz")):
         name, n_labels, _ = path.stem.rsplit("-", 2)
@@ -62,7 +62,7 @@ def read_cells(folder: Path) -> dict[Group, list[JudgedCell]]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean of the values except NaN, and half the width of the 95 % interval (t)."""
+    """Return the mean of the values except NaN, and half the width of the 95 % interval (t)."""
     known_values = [value for value in values if not np.isnan(value)]
     known = np.array(known_values)
     if not len(known):
@@ -74,7 +74,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def choice_rows(cells: dict[Group, list[JudgedCell]]) -> Iterator[str]:
-    """A row for every widening: the largest mean share of wrong answers on the choosing sets."""
+    """Yield a row per widening: the largest mean share of wrong answers on the choosing sets."""
     for widening in WIDENINGS:
         means = {}
         for group, of_group in cells.items():
@@ -89,7 +89,7 @@ def choice_rows(cells: dict[Group, list[JudgedCell]]) -> Iterator[str]:
 
 
 def result_rows(cells: dict[Group, list[JudgedCell]]) -> Iterator[str]:
-    """A row for every set and number of labels, at the widening in use."""
+    """Yield a row for every set and label count, at the widening in use."""
     order = (*CHOOSING_SETS, *TEST_SETS)
     for group in sorted(cells, key=lambda group: (order.index(group[0]), group[1])):
         name, n_labels = group

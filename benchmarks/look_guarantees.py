@@ -2,21 +2,21 @@
 
     python -m benchmarks.look_guarantees [--runs 10000] [--photos 2000] [--worlds all ...]
 
-A run is a folder of 2,000 calibration photos (``--photos``) in a random order. The labels arrive in
-twelve rounds of 50. As in a triage, the test of a predictor is planned from the scores alone. The
+A run is a folder with 2,000 calibration photos (``--photos``) in a random order. The labels arrive
+in twelve rounds of 50. As in a triage, a predictor's test is planned from the scores alone. The
 predictor is tested after every round, on the labels of all photos before the first photo without a
-label. The turn of the next predictor comes one round after a certificate, or after six rounds
-without a certificate. So the time of the turn depends on the labels, as in a triage.
+label. The next predictor's turn comes one round after a certificate, or after six rounds without a
+certificate. So the time of the turn depends on the labels, as in a triage.
 
 A run is *broken* if at any time a certified threshold has a risk above 5 % in the world. At most 5
-% of the runs may be broken. The output has the share of broken runs, a one-sided 95 % bound of this
+% of the runs may be broken. The output has the share of broken runs, a one-sided 95 % bound on this
 share (Clopper and Pearson), and the mean number of certified limits. The worlds:
 
-- ``all``: 5.1 % of the answers of every predictor are wrong, at every uncertainty;
-- ``beyond``: 1 % of the answers are wrong in the more trusted half of the photos, and 40 % in the
-  less trusted half. So the risk is above 5 % if more than 56 % of the photos are accepted;
-- ``later``: 1 % of the first predictor's answers are wrong, and 5.1 % of all later predictors';
-- ``trusted``: 6 % of the answers are wrong in the most trusted tenth of the photos, 1 % elsewhere.
+- ``all``: 5.1 % of every predictor's answers are wrong, at every uncertainty.
+- ``beyond``: in the more trusted half, 1 % of the answers are wrong, and in the less trusted half,
+  40 %. So the risk is above 5 % if more than 56 % of the photos are accepted.
+- ``later``: the first predictor has 1 % wrong answers, and all later predictors have 5.1 %.
+- ``trusted``: in the most trusted tenth, 6 % of the answers are wrong, and elsewhere 1 %.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DELTA: Final = 0.05
 N_ROUNDS: Final = 12
 ROUND: Final = 50
 PATIENCE: Final = 6
-"""Number of rounds without a certificate until the turn of the next predictor."""
+"""Rounds without a certificate until the next predictor's turn."""
 
 N_PREDICTORS: Final = 4
 CLAIMED: Final = 0.04
@@ -49,7 +49,7 @@ CLAIMED: Final = 0.04
 
 
 def error_rates(world: str, number: int, quantile: Floats) -> Floats:
-    """(N,) probability of a wrong answer for photos at these quantiles (N,) of the uncertainty."""
+    """Return the probability (N,) of a wrong answer at these uncertainty quantiles (N,)."""
     if world == "all":
         return np.full(len(quantile), 0.051)
     if world == "beyond":
@@ -62,7 +62,7 @@ def error_rates(world: str, number: int, quantile: Floats) -> Floats:
 
 
 class Predictor:
-    """Scores and failures of all photos, and the risk of every threshold in the world."""
+    """Scores and failures of all photos, and every threshold's risk in the world."""
 
     def __init__(self, world: str, number: int, luck: Floats, rng: np.random.Generator) -> None:
         n_photos = len(luck)
@@ -71,13 +71,13 @@ class Predictor:
         rank = rng.permutation(n_photos)
         self.sorted_uncertainty = CLAIMED * quantile
         uncertainty = self.sorted_uncertainty[rank]
-        # ``luck`` is the same for all predictors, so the same photos are hard for all predictors
+        # all predictors have the same ``luck``, so photos hard for one predictor are hard for all
         failure = (luck < rates[rank]).astype(np.int64)
         self.outcomes = Outcomes(uncertainty, failure, is_probability=True)
         self.mean_rates = np.cumsum(rates) / np.arange(1, n_photos + 1)
 
     def risk(self, threshold: float) -> float:
-        """Risk of a threshold in the world."""
+        """Return a threshold's risk in the world."""
         n_accepted = int((threshold >= self.sorted_uncertainty).sum())
         return float(self.mean_rates[n_accepted - 1])
 
@@ -85,7 +85,7 @@ class Predictor:
 def tested(
     state: TriageState, trial: Trial, outcomes: Outcomes, split: PhotoSplit
 ) -> GuaranteeProgress:
-    """The test of a trial, without an estimate of the number of labels still needed."""
+    """Test a trial, without an estimate of how many labels are still needed."""
     rows = split.counted_rows(outcomes.uncertainty, trial.limit)
     level = trial.level or level_of(state.n_tested + 1, DELTA)
     grid = np.array(trial.grid)
@@ -99,7 +99,7 @@ def tested(
 
 
 def plan(state: TriageState, outcomes: Outcomes, n_answered: int) -> Trial:
-    """The plan of a predictor, from the scores alone."""
+    """Plan a predictor's test from the scores alone."""
     level = level_of(state.n_tested + 1, DELTA)
     return Trial.plan(
         n_fit=0,
@@ -111,7 +111,7 @@ def plan(state: TriageState, outcomes: Outcomes, n_answered: int) -> Trial:
 
 
 def run(world: str, n_photos: int, rng: np.random.Generator) -> tuple[bool, int]:
-    """Whether a run is broken, and the number of certified limits."""
+    """Simulate a run. Return whether the run is broken, and the number of certified limits."""
     none = np.zeros(n_photos, np.bool_)
     luck = rng.random(n_photos)
     predictors = [Predictor(world, number, luck, rng) for number in range(N_PREDICTORS)]

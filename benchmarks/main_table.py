@@ -1,13 +1,13 @@
-"""Time to compute ViLU's rows of the main table of 13 sets, with cached embeddings.
+"""Time to compute ViLU's rows in the main table with 13 sets, with cached embeddings.
 
-The alternative is to encode every image in every epoch. Two rates are measured: training rows per
-second of the library's loop on random embeddings (D = 512, batches of 1,024), for several numbers
-of classes, and images per second of the backbone (CLIP ViT-B/32, random weights of the real size).
-The time of a set is the number of rows times 300 epochs, divided by the rate for the number of
-classes. The time of the table is the sum over the 13 sets. The time of the alternative is too
-small, because decoding and the backward pass through the head are left out.
+The alternative is to encode every image in every epoch. Two rates are measured. One is training
+rows per second in the library's loop on random embeddings (D = 512, batches of 1,024), for several
+class counts. The second is images per second in the backbone (CLIP ViT-B/32, random weights with
+the real size). The time for a set is the row count times 300 epochs, divided by the rate for the
+set's class count. The time for the table is the sum over the 13 sets. The time for the alternative
+is too small, because decoding and the backward pass through the head are left out.
 
-The time on a GPU is not measured, but guessed from the same floating point operations and an
+The time on a GPU is not measured, but guessed from the count of floating point operations and an
 assumed rate.
 """
 
@@ -32,7 +32,7 @@ from vilu.predictors.nn.train import HeadTrainer, TrainConfig
 D, BATCH, EPOCHS, REPEATS = 512, 1024, 300, 3
 BACKBONE = "clip-vit-b32"
 CLASSES = (10, 100, 400, 1000)
-"""Measured numbers of classes. A set has the rate of the next larger number."""
+"""Measured class counts. A set has the rate for the next larger count."""
 
 GPU_TFLOPS = 6.0
 """Assumed rate: a third of an A100's 19.5 TFLOP/s in float32, as small products are slower."""
@@ -46,7 +46,7 @@ SETS = [entry for entry in KNOWN.values() if not entry.captioned and "train" in 
 
 
 def training(classes: int) -> tuple[float, float]:
-    """Training rows per second of the real loop, and floating point operations per row."""
+    """Measure training rows per second in the real loop, and count operations per row."""
     rng, n = np.random.default_rng(0), 8 * BATCH
     image, text = (rng.normal(size=(rows, D)) for rows in (n, classes))
     unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (image, text)]
@@ -75,7 +75,7 @@ def training(classes: int) -> tuple[float, float]:
 
 
 def encoding() -> float:
-    """Images per second of the backbone's image tower."""
+    """Measure images per second in the backbone's image tower."""
     with torch.inference_mode():
         tower = named_towers(BACKBONE)
         tower.run_images()
@@ -83,7 +83,7 @@ def encoding() -> float:
 
 
 def main() -> dict[str, float]:
-    """Print the time of the table; return the hours, and the ratio to the alternative."""
+    """Print the time for the table. Return the hours, and the ratio to the alternative."""
     images = encoding()
     rates = {classes: training(classes) for classes in CLASSES}
     passes = {

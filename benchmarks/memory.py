@@ -12,21 +12,21 @@ N, K, D = 50_000, 1_000, 512
 
 
 def peak_mb() -> float:
-    """Largest resident size in MB since the last reset."""
+    """Return the largest resident size in MB since the last reset."""
     status = Path("/proc/self/status").read_text()
     line = next(text for text in status.splitlines() if text.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 
 def child() -> None:
-    """Make the data, fit and score; print the resident size before, and the peaks."""
+    """Make the data, fit and score. Print the resident size before, and the peaks."""
     import vilu
 
     rng = np.random.default_rng(0)
     text = rng.standard_normal((K, D), dtype=np.float32)
     target = rng.integers(K, size=N)
     image = rng.standard_normal((N, D), dtype=np.float32)
-    for start in range(0, N, 1000):  # in blocks, so the data are made without a peak of memory
+    for start in range(0, N, 1000):  # in blocks, so memory has no peak while the data are made
         block = slice(start, start + 1000)
         image[block] += (
             1.5 * text[target[block]] * rng.random((len(target[block]), 1), dtype=np.float32)

@@ -3,12 +3,12 @@
 - ``mix``: q = (1 - w) p_zero_shot + w p_probe. w is the best of 21 weights from 0 to 1.
 - ``pool``: log q = a log p_zero_shot + w log p_probe - const, with a, w >= 0.
 
-The weights have the largest likelihood on labelled rows outside the fit of the probe. For this
-purpose rows are held out in five folds, stratified by class. The only labelled row of a class is
-never held out. If no row can be held out, w = 1/2 in the mix, and a = w = 1/2 in the pool. The pool
-is then the geometric mean of both posteriors.
+The weights have the largest likelihood on labelled rows outside the probe's fit. For this purpose
+rows are held out in five folds, stratified by class. If a class has a single labelled row, this row
+is never held out. If no row can be held out, w = 1/2 in the mix, and a = w = 1/2 in the pool. The
+pool is then the geometric mean of both posteriors.
 
-The answer a is the likeliest candidate of q, and the uncertainty is 1 - q_a.
+The answer a is the likeliest candidate under q, and the uncertainty is 1 - q_a.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ BATCH = 4_096
 
 
 class Experts(NamedTuple):
-    """Log probabilities (N, K) of the candidates by the logits and by the linear probe."""
+    """The candidates' log probabilities (N, K) by the logits and by the linear probe."""
 
     zero_shot: Floats
     probe: Floats
 
     def mixed(self, weight: float) -> Floats:
-        """(N, K) probabilities of the mix."""
+        """Compute the mix's probabilities (N, K)."""
         return (1 - weight) * np.exp(self.zero_shot) + weight * np.exp(self.probe)
 
     def pooled(self, weights: Floats) -> Floats:
-        """(N, K) log probabilities of the pool."""
+        """Compute the pool's log probabilities (N, K)."""
         log_q = weights[0] * self.zero_shot + weights[1] * self.floored_probe
         normed: Floats = log_q - np.logaddexp.reduce(log_q, axis=1, keepdims=True)
         return normed
@@ -51,7 +51,7 @@ class Experts(NamedTuple):
 
     @property
     def floored_probe(self) -> Floats:
-        """Log probabilities of the probe, clipped to finite numbers."""
+        """The probe's log probabilities, clipped to finite numbers."""
         return np.maximum(self.probe, np.log(MIN_PROBABILITY))
 
 
@@ -59,12 +59,12 @@ class Weights(NamedTuple):
     """The fitted weights of both mixes."""
 
     mix: float
-    pool: Floats  # (2,) weight of the logits, weight of the probe
+    pool: Floats  # (2,) weights for the logits and the probe
     cross_fitted: bool
 
 
 def experts(probe: FailurePredictor, data: EmbeddingSource) -> Experts:
-    """Log probabilities by the logits and by the probe for every row."""
+    """Compute log probabilities by the logits and by the probe for every row."""
     by_logits = []
     by_probe = []
     for batch in data.batches(BATCH):
@@ -76,7 +76,7 @@ def experts(probe: FailurePredictor, data: EmbeddingSource) -> Experts:
 
 
 def fit_weights(train: vilu.Embeddings, target: Ints, seed: int) -> Weights:
-    """The weights with the largest likelihood on held-out rows."""
+    """Find the weights with the largest likelihood on held-out rows."""
     is_only_label = np.bincount(target)[target] == 1
     if is_only_label.all():
         equal_pool = np.array([0.5, 0.5])
@@ -89,11 +89,10 @@ def fit_weights(train: vilu.Embeddings, target: Ints, seed: int) -> Weights:
         if not is_held_out.any():
             continue
         held_out = np.flatnonzero(is_held_out)
-        labelled = train.take(np.flatnonzero(~is_held_out))
+        data_to_fit = train.take(np.flatnonzero(~is_held_out))
         probe = linear_probe()
-        probe.fit(labelled)
-        unlabelled = train.take(held_out)
-        part = experts(probe, unlabelled)
+        probe.fit(data_to_fit)
+        part = experts(probe, train.take(held_out))
         parts.append(part)
         targets.append(target[held_out])
     held_out_experts = Experts(
@@ -107,12 +106,12 @@ def fit_weights(train: vilu.Embeddings, target: Ints, seed: int) -> Weights:
 
 
 def linear_probe() -> FailurePredictor:
-    """The linear probe as the judge of its own answers."""
+    """Make the linear probe as the judge of the probe's own answers."""
     return vilu.PREDICTORS["linear_probe"](answer="adapted")
 
 
 def judged_by_mixes(both: Experts, weights: Weights, target: Ints) -> dict[str, JudgedAnswers]:
-    """The answers of both mixes."""
+    """Judge the answers of both mixes."""
     return {
         "mix": _judged(both.mixed(weights.mix), target),
         "pool": _judged(np.exp(both.pooled(weights.pool)), target),
@@ -122,7 +121,7 @@ def judged_by_mixes(both: Experts, weights: Weights, target: Ints) -> dict[str, 
 def _judged(q: Floats, target: Ints) -> JudgedAnswers:
     answer = q.argmax(axis=1)
     rows = np.arange(len(q))
-    # The sum of all other probabilities, since 1 - q_a would be 0 for many confident rows.
+    # The sum of all other candidates' probabilities, since 1 - q_a would be 0 for confident rows.
     rest = q.copy()
     rest[rows, answer] = 0.0
     uncertainty = rest.sum(axis=1)

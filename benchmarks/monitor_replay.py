@@ -6,10 +6,10 @@ CLEAN and SHIFTED are stores of class data. A SHIFTED store has some of CLEAN's 
 (``vilu_bench.known_datasets.shift``) and with the same keys. The predictors were fitted on other
 images.
 
-A replay draws 3,000 calibration rows of CLEAN at random, and 1,500 rows of CLEAN to arrive first.
-Then 1,500 rows of CLEAN, or of a SHIFTED store, arrive. No image occurs both clean and shifted.
-Every tenth row is audited. The delay of an alarm is counted from the first shifted row. An alarm
-before this row is a false alarm.
+A replay draws 3,000 calibration rows from CLEAN at random, and 1,500 rows from CLEAN to arrive
+first. Then 1,500 rows from CLEAN, or from a SHIFTED store, arrive. No image occurs both clean and
+shifted. Every tenth row is audited. An alarm's delay is counted from the first shifted row. An
+alarm before this row is a false alarm.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LIMIT, AUDITED, MAX_RISK = 500, 0.1, 0.2
 def part(
     outcomes: vilu.Outcomes, rows: Ints, audited: NDArray[np.bool_] | None = None
 ) -> vilu.Outcomes:
-    """The outcomes of some rows; only audited rows have failures."""
+    """Return the outcomes at ``rows``. With ``audited``, only audited rows have failures."""
     failure = outcomes.failure[rows]
     if outcomes.prediction is None:
         raise ValueError("scores of class stores say what was answered")
@@ -51,7 +51,7 @@ def replay(
     shifted: Sequence[vilu.Outcomes],
     seed: int,
 ) -> list[dict[str, int | None]]:
-    """Rows of the alarms of every test and of any test, counted from the change.
+    """Return the rows of each test's alarm and of the first alarm, counted from the change.
 
     The first dict is for CLEAN alone, and the next dicts are for the SHIFTED stores.
     """
@@ -79,7 +79,7 @@ def replay(
 
 
 def report(name: str, alarms: list[dict[str, int | None]]) -> dict[str, float]:
-    """Print and return the results of the replays of a shift."""
+    """Print and return the results from a shift's replays."""
     n = len(alarms)
     ever = {test: sum(one[test] is not None for one in alarms) / n for test in alarms[0]}
     delays = np.array([np.inf if (row := one["any"]) is None else row for one in alarms])

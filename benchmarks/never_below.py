@@ -3,18 +3,18 @@
     python -m benchmarks.never_below ARRAYS CELLS.jsonl [--sets cars "cars 25 %" ...] [--plus]
     python -m benchmarks.never_below_tables CELLS.jsonl [--before OLD.jsonl]
 
-ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale of
-100). A seed divides each set into two parts. Methods are fitted on images of the first part,
-without labels, and tested on the second part. A *cell* is a set, a number of images to fit on, a
-number of labels per class and a division. The images to fit on are drawn at random, the same number
-for each occurring class (0: all images of the part).
+ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale is
+100). A seed divides each set into two parts. Methods are fitted on images from the first part,
+without labels, and tested on the second part. A *cell* is a set, an image count to fit on, a label
+count per class and a division. The images to fit on are drawn at random, as many for each occurring
+class (0: all images of the part).
 
-Without labels, the methods of a cell are ``mcm`` and ``vilu_zero``. With ``--plus`` they are
+Without labels, a cell's methods are ``mcm`` and ``vilu_zero``. With ``--plus`` the methods are
 ``vilu_zero``, ``vilu_plus`` fitted on the labels (0 per class: all) alone, and ``vilu_plus`` fitted
-on the labels and all images of the cell.
+on the labels and all images in the cell.
 
-Every cell is a line of CELLS.jsonl. For each method, the line has the AUROC and FPR95 of failures
-of zero-shot answers, the accuracy of the method's own answers, and AUROCs of bootstrap resamples of
+Every cell is a line of CELLS.jsonl. For each method, the line has AUROC and FPR95 for failures of
+zero-shot answers, the accuracy of the method's own answers, and AUROCs on bootstrap resamples of
 the test rows. All methods have the same resamples. Cells already in the file are left out. All sets
 are measured for a division before the next division begins.
 """
@@ -40,7 +40,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 
 N_RESAMPLES = 200
 SIZES = (3, 5, 8, 0)
-"""Numbers of images to fit on for each occurring class; 0: all images of the part."""
+"""Images to fit on for each occurring class (0: all images of the part)."""
 LABELS = (1, 5, 16, 0)
 WITHOUT_LABELS = -1
 BATCH = 4_096
@@ -48,11 +48,11 @@ BATCH = 4_096
 
 @dataclass(frozen=True)
 class SetPart:
-    """A set: some rows and candidates of a file."""
+    """A set: some rows and candidates from a file."""
 
     file: str
-    share_to_fit: float = 0.5  # share of the rows for fits
-    share_of_classes: float = 1.0  # share of the classes with used rows, drawn by the division
+    share_to_fit: float = 0.5  # share of rows for fits
+    share_of_classes: float = 1.0  # share of classes with used rows, drawn by the division
     has_only_occurring_classes: bool = (
         False  # whether only the classes with rows in the file are candidates
     )
@@ -70,7 +70,7 @@ CHOOSING_SETS = {
     "food9": SetPart("food9"),
     "dtd": SetPart("proto_dtd"),
 }
-"""Sets used to choose settings of the method."""
+"""Sets used to choose the method's settings."""
 CONFIRMING_SETS = {
     "ucf101": SetPart("proto_ucf101"),
     "oxford pets": SetPart("proto_oxfordpets"),
@@ -99,7 +99,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(folder: Path, cell: Cell) -> Rows | None:
-    """The rows of a cell; None if the set has fewer images than the cell needs."""
+    """Return a cell's rows, or None if the set has fewer images than the cell needs."""
     source = SETS[cell.name]
     arrays = Arrays.load(folder / f"{source.file}_b32.npz")
     occurring_classes = np.unique(arrays.target)
@@ -126,22 +126,25 @@ def rows_of(folder: Path, cell: Cell) -> Rows | None:
 
 
 def measure(rows: Rows, cell: Cell) -> dict[str, Any]:
-    """Fit the methods of a cell, and measure them on the test rows."""
+    """Fit a cell's methods, and measure the methods on the test rows."""
     data = rows.arrays.labelled(rows.test_rows)
     mcm = vilu.MCM()
     failure = vilu.score(mcm, data).failure
     methods: dict[str, FailurePredictor] = {"mcm": mcm}
     images = rows.arrays.images(rows.fit_rows)
-    methods["vilu_zero"] = vilu.PREDICTORS["vilu_zero"]()
-    methods["vilu_zero"].fit(images)
+    zero = vilu.PREDICTORS["vilu_zero"]()
+    zero.fit(images)
+    methods["vilu_zero"] = zero
     if cell.n_labels != WITHOUT_LABELS:
         rng = np.random.default_rng([cell.division, cell.n_labels])
         labelled_rows = draw_per_class(rows.arrays.target, rows.fit_rows, cell.n_labels, rng)
         train = rows.arrays.labelled(labelled_rows)
-        methods["vilu_plus"] = vilu.ViLUPlus()
-        methods["vilu_plus"].fit(train)
-        methods["vilu_plus_images"] = vilu.ViLUPlus()
-        methods["vilu_plus_images"].fit(train, unlabelled=images)
+        plus = vilu.ViLUPlus()
+        plus.fit(train)
+        methods["vilu_plus"] = plus
+        plus_images = vilu.ViLUPlus()
+        plus_images.fit(train, unlabelled=images)
+        methods["vilu_plus_images"] = plus_images
     uncertainties = {name: method.predict_uncertainty(data) for name, method in methods.items()}
     target = rows.arrays.target[rows.test_rows]
     return {
@@ -158,7 +161,7 @@ def measure(rows: Rows, cell: Cell) -> dict[str, Any]:
 
 
 def accuracy(method: FailurePredictor, data: vilu.Embeddings, target: Ints) -> float:
-    """Accuracy of the answers of the method's own posterior; for MCM, of the zero-shot answers."""
+    """Return the accuracy of the method's own answers, or for MCM, of the zero-shot answers."""
     n_right = 0
     for batch in data.batches(BATCH):
         log_scores = batch.logits
@@ -173,7 +176,7 @@ def accuracy(method: FailurePredictor, data: vilu.Embeddings, target: Ints) -> f
 def resampled_aurocs(
     uncertainties: dict[str, Floats], failure: Ints, division: int
 ) -> dict[str, list[float]]:
-    """AUROCs of bootstrap resamples of the rows, the same rows for all methods."""
+    """Compute AUROCs on bootstrap resamples, with the same rows for all methods."""
     rng = np.random.default_rng([division, 2])
     values: dict[str, list[float]] = {name: [] for name in uncertainties}
     for _ in range(N_RESAMPLES):
@@ -185,7 +188,7 @@ def resampled_aurocs(
 
 
 def cells_in_order(names: Sequence[str], divisions: int, *, has_labels: bool) -> Iterator[Cell]:
-    """Yield the cells in the order of measurement.
+    """Yield the cells in the order in which they are measured.
 
     With ``has_labels``, cells have labels and all images. With one label per class there are also
     cells with fewer images.
@@ -204,7 +207,7 @@ def cells_in_order(names: Sequence[str], divisions: int, *, has_labels: bool) ->
 
 
 def known_cells(file: Path) -> set[Cell]:
-    """The cells of a file; none if the file does not exist."""
+    """Read a file's cells. If the file does not exist, there are none."""
     if not file.is_file():
         return set()
     text = file.read_text()

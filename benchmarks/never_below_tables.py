@@ -2,9 +2,9 @@
 
     python -m benchmarks.never_below_tables CELLS.jsonl [--before OLD.jsonl]
 
-Numbers are means over divisions, in percent. Brackets are 95 % bootstrap intervals of a paired
-difference over the test rows: resample number i of a mean is the mean of resample number i of all
-divisions. OLD.jsonl has cells of an earlier version of the method on the same rows.
+Numbers are means over divisions, in percent. Brackets are 95 % bootstrap intervals for a paired
+difference over the test rows: resample number i of a mean is the mean of resample number i over all
+divisions. OLD.jsonl has cells from an earlier version of the method on the same rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Group(NamedTuple):
 
 
 def read_groups(file: Path) -> dict[Group, list[Line]]:
-    """The cells of a file by group, in the order of the sets."""
+    """Read a file's cells by group, in the order of the sets."""
     groups: dict[Group, list[Line]] = {}
     content = file.read_text()
     for text in content.splitlines():
@@ -43,7 +43,7 @@ def read_groups(file: Path) -> dict[Group, list[Line]]:
 
 
 def sort_key(group: Group) -> tuple[int, int, int]:
-    """Sort key of a group in a table: set, then images, then labels, where "all" comes last."""
+    """Return a group's sort key: set, then images, then labels, where "all" comes last."""
     set_order = list(SETS)
     label_order = [WITHOUT_LABELS, *LABELS]
     return (
@@ -54,12 +54,12 @@ def sort_key(group: Group) -> tuple[int, int, int]:
 
 
 def mean(lines: Sequence[Line], metric: str, method: str) -> float:
-    """The mean of a metric over divisions, in percent."""
+    """Average a metric over divisions, in percent."""
     return 100 * float(np.mean([line[metric][method] for line in lines]))
 
 
 def interval(lines: Sequence[Line], method: str, baseline: str) -> str:
-    """The 95 % interval of the difference of two methods' AUROC, in points."""
+    """Format the 95 % interval for the difference between two methods' AUROC, in points."""
     differences: list[Floats] = []
     for line in lines:
         resampled = line["resampled"]
@@ -72,12 +72,12 @@ def interval(lines: Sequence[Line], method: str, baseline: str) -> str:
 
 
 def size_text(size: int) -> str:
-    """Text for a number of images per class."""
+    """Return the text for an image count per class."""
     return str(size) if size else "all"
 
 
 def counts_text(lines: Sequence[Line]) -> str:
-    """Text with the numbers of images to fit on, candidates, test rows and wrong answers."""
+    """Format the counts of images to fit on, candidates, test rows and wrong answers."""
     first = lines[0]
     n_wrong = np.mean([line["n_wrong"] for line in lines])
     return f"{first['n_fitted']:,} / {first['n_candidates']} | {first['n_read']:,} / {n_wrong:.0f}"
@@ -139,7 +139,7 @@ def table_with_labels(cells: dict[Group, list[Line]], before: dict[Group, list[L
 
 
 def main() -> None:
-    """Print the tables with cells, and the number of divisions."""
+    """Print the tables that have cells, and how many divisions there are."""
     summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("cells", type=Path)

@@ -5,12 +5,12 @@ Pages with known words are rendered (``benchmarks.ocr_pages``) and read with Tes
 a stopped run can be continued.
 
 Pages are divided at random into thirds: to fit, to calibrate, to test. Two scores are compared: the
-confidence of the word alone, and ``answer_probe`` on all columns of numbers. Each score is
-calibrated by row (every word is an independent draw) and by page (every page is an independent
-draw). ``splits.jsonl`` has a line per division. The tables have means over the divisions, and the
-range of the middle 95 % of the divisions. The confidence needs no fit, so by page the confidence is
-also calibrated on two thirds. Finally, 200 draws show how often a guarantee by row is broken. Such
-a guarantee can be broken, because words of a page are wrong together.
+word's confidence alone, and ``answer_probe`` on all number columns. Each score is calibrated by row
+(every word is an independent draw) and by page (every page is an independent draw).
+``splits.jsonl`` has a line per division. The tables have means over the divisions, and the range of
+the middle 95 %. The confidence needs no fit, so by page the confidence is also
+calibrated on two thirds. Finally, 200 draws show how often a guarantee by row is broken. Such a
+guarantee can be broken, because words on a page are wrong together.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ N_PAGES = 1_200
 N_SPLITS = 20
 MAX_RISKS = (0.01, 0.02, 0.05)
 MAX_PAGE_WORDS = MOST_WORDS
-"""The guarantee by page is for pages of at most this many words; a few pages are read as more."""
+"""The guarantee by page is for pages with at most this many words. A few pages are read as more."""
 
 CONFIDENCE, PROBE = "confidence", "answer_probe"
 NAMES = (CONFIDENCE, PROBE)
@@ -54,7 +54,7 @@ Result = dict[str, Any]
 
 
 def dictionary() -> frozenset[str]:
-    """Words of NumPy's documentation: a different text from the text of the pages."""
+    """Collect the words in NumPy's documentation. The text on the pages is a different one."""
     words: set[str] = set()
     for module in (np, np.fft, np.linalg, np.random):
         for name in dir(module):
@@ -103,7 +103,7 @@ def split_in_thirds(table: vilu.AnswerTable, seed: int) -> list[vilu.AnswerTable
 
 
 def _shuffled_pages(table: vilu.AnswerTable, seed: int) -> NDArray[np.str_]:
-    """Names of all pages in a random order."""
+    """Return the names of all pages in a random order."""
     page_of_row = np.array(table.cluster)
     pages = np.unique(page_of_row)
     rng = np.random.default_rng(seed)
@@ -111,7 +111,7 @@ def _shuffled_pages(table: vilu.AnswerTable, seed: int) -> NDArray[np.str_]:
 
 
 def split_result(table: vilu.AnswerTable, seed: int) -> Result:
-    """The results of a division into thirds."""
+    """Compute the results for a division into thirds."""
     fit, calibration, test = split_in_thirds(table, seed)
     methods = {
         CONFIDENCE: AnswerScore(column="score_confidence"),
@@ -145,7 +145,7 @@ def split_result(table: vilu.AnswerTable, seed: int) -> Result:
 
 
 def best_coverage(outcomes: vilu.Outcomes, risk: float) -> float:
-    """Largest coverage at which the error rate is at most ``risk``, known from all labels."""
+    """Return the largest coverage with an error rate of at most ``risk``, known from all labels."""
     order = np.argsort(outcomes.uncertainty, kind="stable")
     uncertainty = outcomes.uncertainty[order]
     n_accepted = np.arange(1, len(order) + 1)
@@ -156,12 +156,12 @@ def best_coverage(outcomes: vilu.Outcomes, risk: float) -> float:
 
 
 def risk_of(wrong: Mask, accepted: Mask) -> float:
-    """Share of wrong words among the accepted words; 0 if no word is accepted."""
+    """Return the share of wrong words among the accepted words, 0 if no word is accepted."""
     return float(wrong[accepted].mean()) if accepted.any() else 0.0
 
 
 def page_correlation(table: vilu.AnswerTable, wrong: Mask, chosen: Mask) -> float:
-    """Correlation between the errors of two words of a page, among the ``chosen`` words."""
+    """Estimate the correlation between the errors of two words on a page, among ``chosen``."""
     page_of_row = np.array(table.cluster)
     _, page = np.unique(page_of_row[chosen], return_inverse=True)
     if not chosen.any():
@@ -171,7 +171,7 @@ def page_correlation(table: vilu.AnswerTable, wrong: Mask, chosen: Mask) -> floa
 
 
 def split_results(table: vilu.AnswerTable, file: Path, n_splits: int) -> list[Result]:
-    """The results of all divisions; results in the file are not computed again."""
+    """Compute the results for all divisions. Results in the file are not computed again."""
     results: list[Result] = []
     if file.is_file():
         text = file.read_text()
@@ -187,7 +187,7 @@ def split_results(table: vilu.AnswerTable, file: Path, n_splits: int) -> list[Re
 
 
 def percent_range(values: Floats) -> str:
-    """Text with the mean over divisions, and the range of 95 % of the divisions, in percent."""
+    """Format the mean over divisions, and the range of the middle 95 %, in percent."""
     if not values.any():
         return "0"
     low, high = np.quantile(values, [0.025, 0.975])
@@ -195,7 +195,7 @@ def percent_range(values: Floats) -> str:
 
 
 def tables(results: list[Result]) -> Iterator[str]:
-    """The lines of the tables."""
+    """Yield the lines of the tables."""
     ways = "accepted by row | wrong of these | accepted by page | wrong of these"
     yield f"| at most wrong | score | {ways} |"
     yield "|---|---|---|---|---|---|"
@@ -223,14 +223,14 @@ def tables(results: list[Result]) -> Iterator[str]:
 
 
 def mean_of(results: list[Result], key: str) -> float:
-    """Mean over the divisions with a defined number."""
+    """Average over the divisions with a defined number."""
     return float(np.nanmean([result[key] for result in results]))
 
 
 def broken_lines(table: vilu.AnswerTable, n_draws: int) -> Iterator[str]:
-    """How often a guarantee by row is broken, calibrated on a third of the pages.
+    """Yield how often a guarantee by row is broken, calibrated on a third of the pages.
 
-    The test is on all other pages.
+    The test is on the other two thirds.
     """
     confidence = AnswerScore(column="score_confidence")
     outcomes = vilu.score(confidence, table)
@@ -257,7 +257,7 @@ def broken_lines(table: vilu.AnswerTable, n_draws: int) -> Iterator[str]:
 
 
 def by_page_of_two_thirds(table: vilu.AnswerTable, n_splits: int) -> Iterator[str]:
-    """The confidence by page, calibrated on two thirds of the pages, since no fit is needed."""
+    """Yield results for the confidence by page, calibrated on two thirds (no fit is needed)."""
     outcomes = vilu.score(AnswerScore(column="score_confidence"), table)
     page_of_row = np.array(table.cluster)
     for risk in MAX_RISKS:
@@ -289,7 +289,7 @@ def by_page_of_two_thirds(table: vilu.AnswerTable, n_splits: int) -> Iterator[st
 
 
 def gain_of_probe(results: list[Result], key: str, index: int) -> Floats:
-    """Coverage with the probe minus coverage with the confidence, in each division."""
+    """Return coverage with the probe minus coverage with the confidence, in each division."""
     probe = np.array([result[f"{PROBE} {key}"] for result in results], dtype=np.float64)
     confidence = np.array([result[f"{CONFIDENCE} {key}"] for result in results], dtype=np.float64)
     difference: Floats = probe[:, index] - confidence[:, index]
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=N_SPLITS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    # the warning is about words of a page that are wrong together; this benchmark measures such
+    # the warning is about words on a page that are wrong together, and this benchmark measures such
     # words
     warnings.simplefilter("ignore", UserWarning)
     words = read_pages(options.folder / "pages", options.pages, options.seed)

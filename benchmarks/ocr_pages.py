@@ -1,8 +1,8 @@
 """Renders pages with known words, as hard to read as scans and photos.
 
 The text is English prose shipped with Python (``pydoc_data``). A page has 10 to 30 consecutive
-words of the text, and no part of the text is used twice. Font, size, contrast, blur, noise,
-rotation and the quality of JPEG are drawn at random for each page, so the words of a page are wrong
+words from the text, and no part of the text is used twice. Font, size, contrast, blur, noise,
+rotation and JPEG quality are drawn at random for each page, so the words on a page are wrong
 together.
 """
 
@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from vilu.tables.sources import Word
 
 PLAIN_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*[.,;:]?")
-"""Matches words of letters and digits. No quotes, because OCR confuses the forms of quotes."""
+"""Matches words with letters and digits. No quotes, because OCR confuses the forms of quotes."""
 
 FEWEST_WORDS, MOST_WORDS = 10, 30
 MARGIN = 40
@@ -37,16 +37,16 @@ FONTS = (
 
 @dataclass(frozen=True)
 class PageStyle:
-    """Look of a page, drawn at random."""
+    """A page's look, drawn at random."""
 
     font: str
-    size: int  # size of the font, in pixels
-    ink: int  # grey level of the ink; 0 is black
-    paper: int  # grey level of the paper; 255 is white
+    size: int  # font size, in pixels
+    ink: int  # grey level of the ink (0 is black)
+    paper: int  # grey level of the paper (255 is white)
     blur: float  # radius in pixels
     noise: float  # standard deviation in grey levels
     angle: float  # rotation in degrees
-    quality: int  # quality of JPEG
+    quality: int  # JPEG quality
 
     @classmethod
     def draw(cls, random: np.random.Generator) -> PageStyle:
@@ -67,7 +67,7 @@ class PageStyle:
 
 
 def words_of_pages(n_pages: int, seed: int) -> list[list[str]]:
-    """The words of ``n_pages`` pages; no part of the text is on two pages."""
+    """Return the words on ``n_pages`` pages. No part of the text is on two pages."""
     text = " ".join(topics.values())
     words = [word for word in text.split() if PLAIN_WORD.fullmatch(word)]
     random = np.random.default_rng(seed)
@@ -83,11 +83,11 @@ def words_of_pages(n_pages: int, seed: int) -> list[list[str]]:
 
 
 class Page:
-    """Words in lines on a page, as in the picture of a camera or a scanner.
+    """Words in lines on a page, as in a picture from a camera or a scanner.
 
     Args:
         words: The words in order.
-        seed: Seed of the look and the noise of the page.
+        seed: Seed of the page's look and noise.
     """
 
     def __init__(self, words: list[str], seed: tuple[int, int]) -> None:
@@ -105,7 +105,7 @@ class Page:
         return tuple(_rotated(word, self.size, self.style.angle) for word in self.upright)
 
     def picture(self) -> Image.Image:
-        """The grey picture of the page."""
+        """Draw the page as a grey picture."""
         image = Image.new("L", self.size, self.style.paper)
         canvas = ImageDraw.Draw(image)
         for word in self.upright:
@@ -139,7 +139,7 @@ def _lines(words: list[str], font: ImageFont.FreeTypeFont) -> list[Word]:
 
 
 def _rotated(word: Word, size: tuple[int, int], angle: float) -> Word:
-    """The upright box around a word after a rotation of the page around the middle."""
+    """Return the upright box around a word after a rotation of the page around the middle."""
     left, top, width, height = word.box
     right = left + width
     bottom = top + height
@@ -154,7 +154,7 @@ def _rotated(word: Word, size: tuple[int, int], angle: float) -> Word:
 
 
 def _degrade(image: Image.Image, style: PageStyle, random: np.random.Generator) -> Image.Image:
-    """The image after blur, then noise of a sensor, then JPEG."""
+    """Add blur, then sensor noise, then JPEG to the image."""
     gaussian = ImageFilter.GaussianBlur(style.blur)
     blurred = image.filter(gaussian)
     grey = np.asarray(blurred, dtype=np.float64)

@@ -1,10 +1,10 @@
-"""Compares scores and fits (50,000 rows) of ``vilu_plus`` with the matrix products needed.
+"""Compares ``vilu_plus`` scores and fits (50,000 rows) with the matrix products needed.
 
-Scores are computed with one thread, fits with all threads. Every figure is a ratio of times taken
-in turn in the same run. For scores, a time is the shortest of several. A score needs these
+Scores are computed with one thread, fits with all threads. Every figure is a ratio between times
+taken in turn in the same run. For scores, a time is the shortest among several. A score needs these
 products: the zero-shot product (D x K), a product for all terms linear in the image ((D + 1) x K),
-two products for the network (D x H, H x K), and with a memory of M rows two more products in
-float64 (D x M, M x K).
+and two products for the network (D x H, H x K). With a memory of M rows, a score needs two more
+products in float64 (D x M, M x K).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLASSES = 1_000
 
 
 def data(k: int, n: int, seed: int, spread: float = 0.4) -> Embeddings:
-    """Images as class text plus an offset of the class plus noise of the image."""
+    """Make images as class text plus the class's offset plus the image's noise."""
     shared, rng = np.random.default_rng(0), np.random.default_rng(seed)
     text, common = shared.normal(size=(2, k, D)) / np.sqrt(D)
     target = rng.integers(k, size=n)
@@ -45,7 +45,7 @@ def data(k: int, n: int, seed: int, spread: float = 0.4) -> Embeddings:
 
 
 def least(work: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The shortest time of each function in seconds; the functions take turns."""
+    """Return the shortest time for each function in seconds. The functions take turns."""
     seconds = dict.fromkeys(work, np.inf)
     for _ in range(REPEATS):
         for name, run in work.items():
@@ -56,7 +56,7 @@ def least(work: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def products(test: Embeddings) -> None:
-    """Compute the products of a score without a memory."""
+    """Compute the products for a score without a memory."""
     keys, first, last = (
         torch.randn(len(test.text), D),
         torch.randn(HIDDEN, D),
@@ -67,7 +67,7 @@ def products(test: Embeddings) -> None:
 
 
 def memory(test: Embeddings) -> None:
-    """Compute the float64 arithmetic of a score with a memory."""
+    """Compute the float64 arithmetic for a score with a memory."""
     bank, values = torch.randn(MEMORY, D).double(), torch.randn(MEMORY, len(test.text)).double()
     for block in test.image.double().split(256):
         _ = (block @ bank.T).exp_() @ values
@@ -80,7 +80,7 @@ def softmax(test: Embeddings) -> None:
 
 
 def scores() -> dict[str, float]:
-    """Rates of scores divided by the rates of the products alone.
+    """Return score rates divided by the rates of the products alone.
 
     K = 10 has a memory, K = 1,000 has none.
     """
@@ -93,10 +93,7 @@ def scores() -> dict[str, float]:
         test = data(k, 8_192, 2)
         work: dict[str, Callable[..., object]]
         work = {"ours": predictor.predict_uncertainty, "floor": floor, "softmax": softmax}
-        runs: dict[str, Callable[[], object]] = {}
-        for name, run in work.items():
-            runs[name] = partial(run, test)
-        seconds = least(runs)
+        seconds = least({name: partial(run, test) for name, run in work.items()})
         share = figures[f"score_vilu_plus_k{k}"] = seconds["floor"] / seconds["ours"]
         print(
             f"  scores, K = {k:,}: {8_192 / seconds['ours']:,.0f} rows/s, "
@@ -107,7 +104,7 @@ def scores() -> dict[str, float]:
 
 
 def fits() -> dict[str, float]:
-    """Times of fits, of ``vilu_plus`` and of the linear probe, as numbers of N x D x K products."""
+    """Return the times of ``vilu_plus`` and linear probe fits, in N x D x K products."""
     threads = torch.get_num_threads()
     image, text = torch.randn(8_192, D), torch.randn(CLASSES, D)
     product = least({"one": lambda: image @ text.T})["one"] / len(image)

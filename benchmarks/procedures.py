@@ -8,12 +8,12 @@ to a file for every set and seed. Existing files are not changed. ``replay`` rep
 on every chain (``benchmarks.replays``), and prints
 
 1. the accepted share of the photos without a label at a guaranteed risk of 5 % (confidence 95 %),
-   as a mean over sets, and the difference from ``before`` with a 95 % interval (t);
-2. the same over the sets of docs/triage.md, and the number of labels until a procedure is half-way:
-   at half of the final coverage of random labels;
-3. the same shares of every set at 400 labels, as means over seeds.
+   as a mean over sets, and the difference from ``before`` with a 95 % interval (t).
+2. the same over the sets in docs/triage.md, and the label count until a procedure is half-way, at
+   half of the final coverage that random labels reach.
+3. the same shares for every set at 400 labels, as means over seeds.
 
-The labels of both sides are counted. Only photos of the calibration side are used. On the fit side
+The labels on both sides are counted. Only photos on the calibration side are used. On the fit side
 photos are picked, so the photos without a label are not a random sample.
 """
 
@@ -59,13 +59,13 @@ from vilu.triage.run import CANDIDATE_COVERAGE_FACTOR
 
 LABEL_COUNTS: Final = (100, 150, 200, 300, 400, 600, 800)
 LABELS_OF_SET_TABLE: Final = 400
-"""Number of labels for the table of single sets."""
+"""Label count for the table of single sets."""
 
 LABELS_PER_FIT: Final = 50
-"""Number of labels from one fit of a chain to the next."""
+"""Labels from one fit in a chain to the next."""
 
 MAX_FIT_LABELS: Final = 500
-"""Number of labels of the last fit of a chain."""
+"""Labels in a chain's last fit."""
 
 HALF_OF_RANDOM: Final = {
     "caltech66": 0.62,
@@ -76,14 +76,14 @@ HALF_OF_RANDOM: Final = {
     "proto_oxfordpets": 0.51,
     "proto_ucf101": 0.31,
 }
-"""Maps a set to half of the final coverage of random labels (docs/triage.md)."""
+"""Maps a set to half of the final coverage that random labels reach (docs/triage.md)."""
 
 LABELS_IF_NEVER: Final = 1_600
-"""Assumed number of labels for a set where a procedure does not get half-way."""
+"""Assumed label count for a set where a procedure does not get half-way."""
 
 
 def harmonic_level(attempt: int, delta: float) -> float:
-    """Level of predictor number k in the procedure ``before``: delta / (k (k + 1))."""
+    """Return predictor number k's level in the procedure ``before``: delta / (k (k + 1))."""
     return delta / (attempt * (attempt + 1))
 
 
@@ -129,13 +129,13 @@ An exact test certifies with about as many labels as bets with three times the l
 
 
 def planned_looks(growth: float, first_share: float, decay: float, n_looks: int) -> Procedure:
-    """The default procedure with planned looks in place of bets."""
+    """Make the default procedure with planned looks in place of bets."""
     test = PlannedLooks(SEQUENCE_STARTS, 0.0, growth, first_share, decay, n_looks)
     return replace(DEFAULT_PROCEDURE, test=test, planned_share=EXACT_SHARE)
 
 
 def weighted_draws(floor: float) -> Procedure:
-    """The default procedure with draws by predicted risk, and weighted bets."""
+    """Make the default procedure with draws by predicted risk, and weighted bets."""
     weighted_bets = WeightedBets(SEQUENCE_STARTS, 0.0, floor)
     return replace(DEFAULT_PROCEDURE, test=weighted_bets)
 
@@ -169,7 +169,7 @@ ONE_LOOK_NAME: Final = "one exact look"
 
 
 def write_chain(store: EmbeddingStore, seed: int, path: Path) -> None:
-    """Fit on more and more labels of a store, and write the scores of all rows by every fit."""
+    """Fit on more and more labels from a store, and write every fit's scores for all rows."""
     photos = Photos([(store, np.arange(len(store)))], {})
     names = list(store.class_names or ())
     class_of = dict(zip(photos.ids, [names[k] for k in store.target.tolist()], strict=True))
@@ -206,7 +206,7 @@ def write_chain(store: EmbeddingStore, seed: int, path: Path) -> None:
 def judge_photos(
     predictor: FailurePredictor, photos: Photos, store: EmbeddingStore, answer: AnswerKind
 ) -> tuple[Floats, Ints]:
-    """Uncertainty (N,) of a kind of answers to all photos, and whether the answers are wrong."""
+    """Return the uncertainty (N,) of a kind of answers to all photos, and which are wrong (N,)."""
     judge = predictor.judging(answer)
     outcomes = score(judge, photos)
     is_wrong = np.asarray(outcomes.prediction) != store.target.numpy()
@@ -214,7 +214,7 @@ def judge_photos(
 
 
 def write_chains(paths: Iterable[Path], out: Path, n_seeds: int) -> None:
-    """Write the missing chains, seed by seed; for each seed the chains of all sets."""
+    """Write the missing chains, seed by seed. For each seed, write the chains of all sets."""
     warnings.simplefilter("ignore")
     logging.getLogger("vilu").setLevel(logging.ERROR)
     out.mkdir(parents=True, exist_ok=True)
@@ -235,11 +235,11 @@ def write_chains(paths: Iterable[Path], out: Path, n_seeds: int) -> None:
 
 Curve = list[Reached]
 Curves = dict[str, list[Curve]]
-"""Maps the name of a set to the curves of the set, one for each seed."""
+"""Maps a set's name to the set's curves, one for each seed."""
 
 
 def curves_of(chains: Iterable[Chain], replay_chain: Callable[[Chain], Curve]) -> Curves:
-    """The curves of the chains; ``replay_chain`` returns the curve of a chain."""
+    """Return the curves by set. ``replay_chain`` returns a chain's curve."""
     curves: Curves = {}
     for chain in chains:
         curves.setdefault(chain.name, []).append(replay_chain(chain))
@@ -247,12 +247,12 @@ def curves_of(chains: Iterable[Chain], replay_chain: Callable[[Chain], Curve]) -
 
 
 def replay_function(procedure: Procedure) -> Callable[[Chain], Curve]:
-    """Function that replays a procedure on a chain, and returns the rounds."""
+    """Return a function that replays a procedure on a chain, and returns the rounds."""
     return lambda chain: list(Replay(chain, procedure).rounds())
 
 
 def exact_look_curve(chain: Chain) -> Curve:
-    """An exact look at every number of labels, each as if there were no other look."""
+    """Make an exact look at every label count, each as if there were no other look."""
     curve = []
     for n_labels in LABEL_COUNTS:
         coverage = exact_look(chain, n_labels, ONE_LOOK, EXACT_SHARE)
@@ -262,19 +262,19 @@ def exact_look_curve(chain: Chain) -> Curve:
 
 
 def coverage_at(curve: Curve, n_labels: int) -> float:
-    """Coverage reached with at most ``n_labels`` labels."""
+    """Return the coverage reached with at most ``n_labels`` labels."""
     reached = [point.coverage for point in curve if point.n_labels <= n_labels]
     return reached[-1] if reached else 0.0
 
 
 def mean_coverage(curves: Sequence[Curve], n_labels: int) -> float:
-    """Mean over seeds of the coverage reached with at most ``n_labels`` labels."""
+    """Average over seeds the coverage reached with at most ``n_labels`` labels."""
     coverages = [coverage_at(curve, n_labels) for curve in curves]
     return float(np.mean(coverages))
 
 
 def labels_to_half(curves: Sequence[Curve], half: float) -> int:
-    """Smallest number of labels with a mean over seeds of ``half``, or ``LABELS_IF_NEVER``."""
+    """Return the first label count whose mean coverage reaches ``half``, or ``LABELS_IF_NEVER``."""
     numbers = {point.n_labels for curve in curves for point in curve}
     for n_labels in sorted(numbers):
         if mean_coverage(curves, n_labels) >= half:
@@ -283,7 +283,7 @@ def labels_to_half(curves: Sequence[Curve], half: float) -> int:
 
 
 def half_width(differences: Floats) -> float:
-    """Half the width of the 95 % interval (t) of a mean; NaN for a single number."""
+    """Return half the width of a mean's 95 % interval (t), NaN for a single number."""
     n = len(differences)
     if n < 2:
         return math.nan
@@ -291,7 +291,7 @@ def half_width(differences: Floats) -> float:
 
 
 def share_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
-    """Mean coverage over sets at every number of labels, and the difference from ``before``."""
+    """Yield mean coverage over sets at every label count, and the difference from ``before``."""
     yield "| procedure | " + " | ".join(f"{n}" for n in LABEL_COUNTS) + " |"
     yield "|---" * (len(LABEL_COUNTS) + 1) + "|"
     before = all_curves["before"]
@@ -310,7 +310,7 @@ def share_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterat
 
 
 def half_way_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
-    """Number of labels until half-way on every set, and the mean ratio to ``before``."""
+    """Yield the label count until half-way on every set, and the mean ratio to ``before``."""
     yield "| procedure | " + " | ".join(sets) + " | mean ratio |"
     yield "|---" * (len(sets) + 2) + "|"
     before = [labels_to_half(all_curves["before"][key], HALF_OF_RANDOM[key]) for key in sets]
@@ -323,7 +323,7 @@ def half_way_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Ite
 
 
 def set_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
-    """Coverage of every set at ``LABELS_OF_SET_TABLE`` labels, and the gain over ``before``."""
+    """Yield every set's coverage at ``LABELS_OF_SET_TABLE`` labels, and the gain on ``before``."""
     before = all_curves["before"]
     yield "| procedure | " + " | ".join(f"{key} ({len(before[key])})" for key in sets) + " |"
     yield "|---" * (len(sets) + 1) + "|"
@@ -342,7 +342,7 @@ def set_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator
 
 
 def largest_risk(curves: Curves) -> float:
-    """Largest error rate of the accepted photos, over all rounds of all chains."""
+    """Return the largest error rate among accepted photos, over all rounds in all chains."""
     risks = []
     for of_set in curves.values():
         for curve in of_set:
@@ -351,10 +351,10 @@ def largest_risk(curves: Curves) -> float:
 
 
 def replay(folder: Path, names: Sequence[str], n_orders: int) -> None:
-    """Replay the procedures on all chains of a folder, and print the tables.
+    """Replay the procedures on all chains in a folder, and print the tables.
 
-    Every chain is replayed in ``n_orders`` random orders of the photos. The orders of a chain share
-    the same fits, so with several orders there are no intervals over seeds.
+    Every chain is replayed in ``n_orders`` random photo orders. All orders of a chain have the same
+    fits, so with several orders there are no intervals over seeds.
     """
     chains = []
     for path in sorted(folder.glob("*.npz")):
@@ -389,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     chains = commands.add_parser("chains", help="Fit once for every set, seed and labels.")
     chains.add_argument("stores", type=Path, nargs="+")
-    chains.add_argument("--out", type=Path, default="build/chains")
+    chains.add_argument("--out", type=Path, default=Path("build/chains"))
     chains.add_argument("--seeds", type=int, default=5)
     replays = commands.add_parser("replay", help="Compare procedures on the chains of a folder.")
     replays.add_argument("folder", type=Path)

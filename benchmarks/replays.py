@@ -1,11 +1,11 @@
-"""Replay of a triage on stored scores, label by label, with a procedure of ``procedures``.
+"""Replay a triage on stored scores, label by label, with a procedure from ``procedures``.
 
-A *chain* has, for a set and a seed, the scores of predictors fitted on more and more labels. So a
-replay of a procedure takes a moment, while a triage would fit every predictor again. A replay takes
+A *chain* has, for a set and a seed, the scores by predictors fitted on more and more labels. So a
+procedure's replay takes a moment, while a triage would fit every predictor again. A replay takes
 the steps of ``vilu.triage.run.advance``, and every requested label arrives before the next step. A
-replay differs from a triage in two points. First, if no number of labels can certify anything, a
-triage stops and a replay continues to draw. Second, a replay always judges adapted answers, without
-a choice between adapted and zero-shot answers.
+replay differs from a triage in two points. First, if no label count can certify anything, a triage
+stops and a replay continues to draw. Second, a replay always judges adapted answers, without a
+choice between adapted and zero-shot answers.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ DELTA: Final = 0.05
 LABELS_PER_ROUND: Final = 50
 LABELS_PER_LATER_ROUND: Final = 100
 LABELS_BEFORE_LATER_ROUNDS: Final = 400
-"""Labels of a round, labels of a later round, and the number of labels where later rounds begin."""
+"""Labels in a round, labels in a later round, and the label count where later rounds begin."""
 
 MAX_LABELS: Final = 800
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Scores of a set's calibration photos by predictors fitted on more and more labels.
+    """Scores for a set's calibration photos by predictors fitted on more and more labels.
 
     The photos are in random order.
 
     Attributes:
         name: Name of the set.
-        seed: Seed of the sides, of the order and of the fits.
+        seed: Seed for the sides, the order and the fits.
         n_classes: Number of classes.
-        uncertainty: (F, M) uncertainties of the M photos by each of the F predictors.
+        uncertainty: (F, M) uncertainties of M photos by F predictors.
         failure: (F, M) whether the judged answer is wrong.
-        n_fit: (F,) number of labels in the fit of each predictor, ascending; 0: zero-shot.
+        n_fit: (F,) labels in each predictor's fit, ascending. 0 is zero-shot.
         luck: (M,) uniform numbers for weighted draws.
     """
 
@@ -88,7 +88,7 @@ class Chain:
             )
 
     def in_another_order(self, number: int) -> Chain:
-        """The chain with the photos in another random order; number 0 is the present order."""
+        """Return the chain with the photos in a random order. Number 0 is the present order."""
         if number == 0:
             return self
         rng = np.random.default_rng([self.seed, number])
@@ -97,15 +97,15 @@ class Chain:
         return replace(self, uncertainty=uncertainty, failure=self.failure[:, order])
 
     def fit_of(self, n_labels: int) -> int:
-        """Index of the predictor fitted on the most labels up to ``n_labels``."""
+        """Return the index of the predictor fitted on the most labels up to ``n_labels``."""
         return int(np.searchsorted(self.n_fit, n_labels, side="right")) - 1
 
 
 class LabelChoice(NamedTuple):
     """Two functions that choose the labels for a test.
 
-    Both functions get a mask (M,) of the drawn photos, a mask (M,) of the photos with a label, and
-    the end of the draws so far.
+    Both functions get a mask (M,) for drawn photos, a mask (M,) for photos with a label, and the
+    end of the draws so far.
 
     Attributes:
         rows_for_test: Function that returns the rows with used labels.
@@ -117,24 +117,24 @@ class LabelChoice(NamedTuple):
 
 
 def rows_before_first_open(is_drawn: Mask, is_labelled: Mask, end: int) -> Ints:  # noqa: ARG001 - see LabelChoice
-    """All drawn rows before the first drawn row without a label."""
+    """Return all drawn rows before the first drawn row without a label."""
     open_rows = np.flatnonzero(is_drawn & ~is_labelled)
     first_open = int(open_rows[0]) if len(open_rows) else len(is_drawn)
     return np.flatnonzero(is_drawn[:first_open])
 
 
 def no_missing_rows(is_drawn: Mask, is_labelled: Mask, end: int) -> Ints:  # noqa: ARG001 - see LabelChoice
-    """No row, because in a replay every requested label has arrived."""
+    """Return no row, because in a replay every requested label has arrived."""
     return np.zeros(0, np.int64)
 
 
 def open_rows_before_end(is_drawn: Mask, is_labelled: Mask, end: int) -> Ints:
-    """Drawn rows without a label before the end of the draws so far."""
+    """Return drawn rows without a label before the end of the draws so far."""
     return np.flatnonzero(is_drawn[:end] & ~is_labelled[:end])
 
 
 def complete_rows_before_end(is_drawn: Mask, is_labelled: Mask, end: int) -> Ints:
-    """All drawn rows before the end of the draws; no row while a label of these rows is missing."""
+    """Return all drawn rows before ``end``, or no row if one of these rows has no label."""
     if len(open_rows_before_end(is_drawn, is_labelled, end)):
         return np.zeros(0, np.int64)
     return np.flatnonzero(is_drawn[:end])
@@ -148,10 +148,10 @@ class TestResult(NamedTuple):
     """The labels used by a test, and the certified threshold.
 
     Attributes:
-        looks: Thresholds, risk, level and limit of the test.
+        looks: Thresholds, risk, level and limit for the test.
         uncertainty: (N,) uncertainties of the counted photos.
         failure: (N,) whether the answers to the counted photos are wrong.
-        certified_index: Index of the laxest certified threshold; None if no threshold is certified.
+        certified_index: Index of the laxest certified threshold, None if none is certified.
     """
 
     looks: ThresholdTests
@@ -161,7 +161,7 @@ class TestResult(NamedTuple):
 
 
 def raise_limit_if_certified(trial: Trial, scores: Floats, test_result: TestResult) -> Trial:
-    """The trial, with a higher limit if all thresholds up to the limit are certified."""
+    """Return the trial, with a higher limit if all thresholds up to the limit are certified."""
     if test_result.certified_index != test_result.looks.last_tested_index:
         return trial
     return trial.with_raised_limit(THRESHOLDS_PER_STEP, scores)
@@ -171,17 +171,17 @@ MAX_LIMIT_FACTOR: Final = 1.5
 """A limit that follows the labels includes at most this multiple of the photos before."""
 
 PRIOR_WRONG: Final = 0.5
-"""This number is added to the seen and the expected number of wrong answers before the division."""
+"""This number is added to both counts of wrong answers, seen and expected, before the division."""
 
 MIN_LIMIT_INDEX: Final = 7
 """A limit that follows the labels is at least the threshold with this index."""
 
 
 def follow_labels(trial: Trial, scores: Floats, test_result: TestResult) -> Trial:
-    """The trial with a new limit.
+    """Return the trial with a new limit.
 
-    For the new limit, predicted risks are multiplied by the number of wrong answers over the
-    expected number.
+    For the new limit, predicted risks are multiplied by the count of wrong answers over the
+    expected count.
     """
     ratio = (test_result.failure.sum() + PRIOR_WRONG) / (
         test_result.uncertainty.sum() + PRIOR_WRONG
@@ -205,18 +205,18 @@ class Procedure:
     """A test, and the rules for requesting labels.
 
     Attributes:
-        test: The test of a predictor's thresholds.
-        level_of: Function of k and the level of all predictors. The result is the level of
+        test: The test for a predictor's thresholds.
+        level_of: Function of k and the level for all predictors. The result is the level for
             predictor number k (from 1).
-        planned_share: The limit is planned for this multiple of the level of ``Trial.plan``.
+        planned_share: The limit is planned for this multiple of the level in ``Trial.plan``.
         label_choice: Chooses the labels for a test.
         move_limit: Function that moves the limit after a test.
         most_to_fit: Calibration labels are drawn only after there are enough labels to fit on: one
             per class, but at least 50, and at most this number.
         share_worth_a_draw: With fewer than ``enough_to_fit`` labels to fit on, calibration labels
             are drawn only if the limit includes at least this share of the photos.
-        enough_to_fit: From this number of labels to fit on, ``share_worth_a_draw`` is ignored.
-        candidate_part: Share of the labels for the calibration side while a candidate is tested.
+        enough_to_fit: From this count of labels to fit on, ``share_worth_a_draw`` is ignored.
+        candidate_part: Share of labels for the calibration side while a candidate is tested.
         worth_more: A candidate's limit must include this multiple of the photos accepted now.
         grown_before_a_look: An untested predictor is replaced by a new fit if the labels have grown
             by this factor.
@@ -237,7 +237,7 @@ class Procedure:
 
 @dataclass
 class Trialled:
-    """A predictor with a trial: the index of the fit in the chain, and the plan of the test."""
+    """A predictor with a trial: the index of the fit in the chain, and the test plan."""
 
     fit: int
     trial: Trial
@@ -250,12 +250,12 @@ class Trialled:
 
 
 class Reached(NamedTuple):
-    """The coverage and the risk reached with a number of labels.
+    """The coverage and the risk reached at a label count.
 
     Attributes:
-        n_labels: Number of labels of both sides.
+        n_labels: Labels on both sides.
         coverage: Accepted share of the calibration photos without a label.
-        risk: Error rate of all accepted calibration photos.
+        risk: Error rate among all accepted calibration photos.
     """
 
     n_labels: int
@@ -265,7 +265,7 @@ class Reached(NamedTuple):
 
 @dataclass
 class Replay:
-    """A triage of the photos of a chain by a procedure."""
+    """A triage of a chain's photos by a procedure."""
 
     chain: Chain
     procedure: Procedure
@@ -276,7 +276,7 @@ class Replay:
     n_fit_of_last_candidate: int = 0
     present: Trialled | None = None
     candidate: Trialled | None = None
-    threshold: float | None = None  # the guaranteed threshold of the present predictor
+    threshold: float | None = None  # the present predictor's guaranteed threshold
     is_labelled: Mask = field(init=False)
 
     def __post_init__(self) -> None:
@@ -303,16 +303,16 @@ class Replay:
 
     @property
     def n_labels(self) -> int:
-        """Number of labels of both sides."""
+        """Labels on both sides."""
         return self.n_fit + int(self.is_labelled.sum())
 
     @property
     def under_test(self) -> Trialled | None:
-        """The candidate; if there is no candidate, the present predictor."""
+        """The candidate. If there is no candidate, the present predictor."""
         return self.present if self.candidate is None else self.candidate
 
     def reached(self) -> Reached:
-        """The coverage and the risk of the guarantee after the labels so far."""
+        """Return the guarantee's coverage and risk after the labels so far."""
         if self.present is None or self.threshold is None or self.is_labelled.all():
             return Reached(self.n_labels, 0.0, 0.0)
         is_accepted = self.chain.uncertainty[self.present.fit] <= self.threshold
@@ -321,7 +321,7 @@ class Replay:
         return Reached(self.n_labels, float(coverage), float(risk))
 
     def share_accepted(self) -> float:
-        """Share of all calibration photos accepted under the guarantee."""
+        """Return the share of all calibration photos accepted under the guarantee."""
         if self.present is None or self.threshold is None:
             return 0.0
         return float((self.chain.uncertainty[self.present.fit] <= self.threshold).mean())
@@ -329,7 +329,7 @@ class Replay:
     # The first step: which predictor is tested.
 
     def choose_predictor(self) -> None:
-        """Take the newest predictor of the chain if there are enough new labels."""
+        """Take the newest predictor in the chain if there are enough new labels."""
         fit = self.chain.fit_of(self.n_fit)
         needs_labels = fit > 0
         if not needs_labels or self.n_fit < self.n_labels_for_a_new_fit():
@@ -350,7 +350,7 @@ class Replay:
             self.candidate = Trialled(fit, trial)
 
     def n_labels_for_a_new_fit(self) -> float:
-        """From this number of labels to fit on, a new predictor is taken."""
+        """Return from how many labels to fit on a new predictor is taken."""
         under_test = self.under_test
         if under_test is None:
             return 0
@@ -363,7 +363,7 @@ class Replay:
         return self.procedure.grown_before_a_look * under_test.trial.n_fit
 
     def plan(self, fit: int, *, least_share: float) -> Trial:
-        """The plan of a predictor's test, from the scores alone."""
+        """Plan a predictor's test, from the scores alone."""
         n_answered = int(self.is_labelled.sum())
         delta = self.procedure.planned_share * self.next_level()
         return Trial.plan(
@@ -376,13 +376,13 @@ class Replay:
         )
 
     def next_level(self) -> float:
-        """Level of the next predictor: the level by number, plus the level passed on."""
+        """Return the next predictor's level: the level by number, plus the level passed on."""
         return self.procedure.level_of(self.n_tested + 1, DELTA) + self.handed_on
 
     # The second step: the labels certify a threshold.
 
     def is_drawn(self, under_test: Trialled) -> Mask:
-        """(M,) mask of the photos in the draw for a predictor, with or without a label."""
+        """Return a mask (M,) of the photos in a predictor's draw, with or without a label."""
         trial = under_test.trial
         uncertainty = self.chain.uncertainty[under_test.fit]
         planned_limit = trial.grid[N_THRESHOLDS_UP_TO_LIMIT - 1]
@@ -391,7 +391,7 @@ class Replay:
         return is_drawn
 
     def run_test(self) -> TestResult | None:
-        """Test the thresholds of the tested predictor; None if there is no predictor."""
+        """Test the thresholds of the predictor under test. Return None if there is no predictor."""
         under_test = self.under_test
         if under_test is None:
             return None
@@ -422,7 +422,7 @@ class Replay:
     # The third step: keep a certified threshold that accepts more than before.
 
     def keep_threshold(self, test_result: TestResult) -> None:
-        """Keep a laxer threshold; a candidate that accepts more becomes the present predictor."""
+        """Keep a laxer threshold. A candidate that accepts more becomes the present predictor."""
         if test_result.certified_index is None:
             return
         threshold = float(test_result.looks.grid[test_result.certified_index])
@@ -440,7 +440,7 @@ class Replay:
     # The last step: ask for labels.
 
     def ask_for_labels(self, n: int, test_result: TestResult | None) -> None:
-        """Label ``n`` further photos, of the calibration side and of the fit side."""
+        """Label ``n`` further photos, on the calibration side and on the fit side."""
         drawn: Ints = np.zeros(0, np.int64)
         waits_for_missing = False
         under_test = self.under_test
@@ -471,7 +471,7 @@ class Replay:
         return rows
 
     def n_to_draw(self, trial: Trial, n: int) -> int:
-        """The number of calibration labels among the next ``n`` labels."""
+        """Return how many of the next ``n`` labels are calibration labels."""
         if self.candidate is not None:
             return int(n * self.procedure.candidate_part)
         if self.threshold is not None:
@@ -479,7 +479,7 @@ class Replay:
         return n if self.is_ready_to_draw(trial) else 0
 
     def is_ready_to_draw(self, trial: Trial) -> bool:
-        """Whether calibration labels are drawn for a predictor without a guarantee."""
+        """Return whether calibration labels are drawn for a predictor without a guarantee."""
         if self.n_fit == self.chain.n_fit[-1]:
             return True
         n_wanted = min(
@@ -491,9 +491,9 @@ class Replay:
 
 
 def exact_look(chain: Chain, n_labels: int, test: ExactLook, planned_share: float) -> float:
-    """Coverage of an exact look: half of the labels to fit on, half drawn up to the limit.
+    """Return an exact look's coverage: half the labels to fit on, half drawn up to the limit.
 
-    The limit is planned for the multiple ``planned_share`` of the level.
+    The limit is planned for the level times ``planned_share``.
     """
     n_fit = n_labels // 2
     fit = chain.fit_of(n_fit)

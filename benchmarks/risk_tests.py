@@ -1,9 +1,9 @@
 """Tests of "the error rate at a threshold is above max_risk", to compare in ``procedures``.
 
-Each test gets the labels in the order of the draws, and returns the laxest certified threshold.
-Thresholds are tested as in ``vilu.calibration.anytime.ThresholdTests``: from strict to lax, in
-sequences from ``starts``, each sequence with a share of the level. A certified limit passes the
-share ``handed_on`` of the level to the next predictor.
+Each test gets the labels in draw order, and returns the laxest certified threshold. Thresholds are
+tested as in ``vilu.calibration.anytime.ThresholdTests``: from strict to lax, in sequences from
+``starts``, each sequence with a share of the level. A certified limit passes the share
+``handed_on`` of the level to the next predictor.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROUNDING: Final = 1 + 1e-9
 def index_of_laxest_certified_threshold(
     looks: ThresholdTests, starts: Starts, handed_on: float, rejects: Callable[[int, float], bool]
 ) -> int | None:
-    """Index of the laxest threshold reached by sequences from ``starts``; None if there is none.
+    """Return the index of the laxest threshold that sequences from ``starts`` reach, or None.
 
     ``rejects(index, level)`` is true if the labels reject, at this level, the hypothesis "the error
     rate at this threshold is above the risk".
@@ -57,7 +57,7 @@ def index_of_laxest_certified_threshold(
 
 @dataclass(frozen=True)
 class RiskTest(ABC):
-    """A test of a grid of thresholds, and the probability of drawing each photo."""
+    """A test for a threshold grid, and the probability that each photo is drawn."""
 
     starts: Starts
     handed_on: float
@@ -66,10 +66,10 @@ class RiskTest(ABC):
     def certified_index(
         self, looks: ThresholdTests, uncertainty: Floats, failure: Ints
     ) -> int | None:
-        """Index of the laxest threshold certified by the labels (N,), in the order of the draws."""
+        """Return the index of the laxest threshold certified by the labels (N,), in draw order."""
 
     def draw_probability(self, uncertainty: Floats, planned_limit: float) -> Floats:  # noqa: ARG002 - a test may weight its draws
-        """Probability (N,) of drawing photos up to the limit: 1, unless weighted."""
+        """Return the probability (N,) that photos up to the limit are drawn: 1, unless weighted."""
         return np.ones(len(uncertainty))
 
 
@@ -80,7 +80,7 @@ class Bets(RiskTest):
     def certified_index(
         self, looks: ThresholdTests, uncertainty: Floats, failure: Ints
     ) -> int | None:
-        """Like ``ThresholdTests.index_of_laxest_certified_threshold``, with the starts given."""
+        """Test like ``ThresholdTests.index_of_laxest_certified_threshold``, with given starts."""
         wrong, accepted = looks.count_wrong_and_accepted(uncertainty, failure)
         evidence = log_evidence(wrong, accepted, looks.max_risk)
 
@@ -92,14 +92,14 @@ class Bets(RiskTest):
 
 @dataclass(frozen=True)
 class PlannedLooks(RiskTest):
-    """Exact binomial tests at a few numbers of labels, with a shared level (group-sequential).
+    """Exact binomial tests at a few label counts, with a shared level (group-sequential).
 
-    Look number j (from 0) comes after n_j labels of photos up to the planned limit. All n_j, and
+    Look number j (from 0) comes after n_j labels for photos up to the planned limit. All n_j, and
     the level spent until each look, are known before a label is read:
 
-    - n_0 is the smallest number of right answers for the first look to certify the limit;
-    - n_j is ``growth`` times n_(j-1);
-    - until look j the share 1 - (1 - ``first_share``) ``decay``^j of the level is spent, and until
+    - n_0 is the smallest count of right answers with which the first look certifies the limit.
+    - n_j is ``growth`` times n_(j-1).
+    - Until look j the share 1 - (1 - ``first_share``) ``decay``^j of the level is spent, and until
       the last look the whole level.
 
     At a stricter threshold the same looks have fewer labels: the labels of the accepted photos.
@@ -111,7 +111,7 @@ class PlannedLooks(RiskTest):
     n_looks: int
 
     def numbers(self, looks: ThresholdTests) -> list[int]:
-        """The numbers of labels n_j before the looks."""
+        """Return the label counts n_j before the looks."""
         share_of_limit = dict(self.starts)[N_THRESHOLDS_UP_TO_LIMIT]
         first_level = looks.delta * share_of_limit * self.first_share
         first = math.ceil(math.log(first_level) / math.log1p(-looks.max_risk))
@@ -122,7 +122,7 @@ class PlannedLooks(RiskTest):
         return numbers
 
     def spent(self) -> Floats:
-        """Share (J,) of the level spent until every look."""
+        """Return the share (J,) of the level spent until every look."""
         left: Floats = (1 - self.first_share) * self.decay ** np.arange(self.n_looks, dtype=float)
         left[-1] = 0.0
         return 1 - left
@@ -130,8 +130,8 @@ class PlannedLooks(RiskTest):
     def certified_index(
         self, looks: ThresholdTests, uncertainty: Floats, failure: Ints
     ) -> int | None:
-        """Index of the laxest threshold certified by any look so far."""
-        # A look ends at a fixed position in the order of the labels, for every present limit.
+        """Return the index of the laxest threshold certified by any look so far."""
+        # A look ends at a fixed position in the label order, for every present limit.
         is_below_planned = uncertainty <= looks.grid[N_THRESHOLDS_UP_TO_LIMIT - 1]
         n_below = np.cumsum(is_below_planned)
         planned_numbers = self.numbers(looks)
@@ -157,14 +157,14 @@ class PlannedLooks(RiskTest):
 def boundaries(
     n_accepted: tuple[int, ...], levels: tuple[float, ...], max_risk: float
 ) -> tuple[int, ...]:
-    """For each look, the largest number of wrong answers for a certificate; -1: no certificate.
+    """Return the most wrong answers with which each look certifies, -1 if a look never certifies.
 
     If every answer is wrong with probability ``max_risk``, look j or an earlier look certifies with
     probability at most ``levels[j]``. If answers are wrong more often, looks certify less often,
     because a further wrong answer never helps to certify.
 
     Args:
-        n_accepted: Number of labels at each look, ascending.
+        n_accepted: Labels at each look, ascending.
         levels: Level spent until each look, ascending.
         max_risk: Largest allowed error rate.
     """
@@ -188,7 +188,7 @@ def boundaries(
 
 @functools.lru_cache(maxsize=10_000)
 def wrong_among(n: int, rate: float) -> Floats:
-    """Probabilities (n + 1,) of 0 to n wrong answers among n."""
+    """Return the probabilities (n + 1,) of 0 to n wrong answers among n."""
     n_wrong = np.arange(n + 1)
     probabilities: Floats = stats.binom.pmf(n_wrong, n, rate)
     return probabilities
@@ -198,9 +198,9 @@ def wrong_among(n: int, rate: float) -> Floats:
 class WeightedBets(RiskTest):
     """Draws with a probability rising with predicted risk, and bets on weighted failures.
 
-    A photo of uncertainty u is drawn with probability q = √(u / planned limit), at least ``floor``
-    and at most 1. A drawn photo has the weight w = 1 / q. A bet b in (0, 1] multiplies the wealth
-    by
+    A photo with uncertainty u is drawn with probability q = √(u / planned limit), at least
+    ``floor`` and at most 1. A drawn photo has the weight w = 1 / q. A bet b in (0, 1] multiplies
+    the wealth by
 
         1 - λ w (wrong - r),    λ = b / ((1 - r) max w),    max w = 1 / floor,
 
@@ -213,14 +213,14 @@ class WeightedBets(RiskTest):
     floor: float
 
     def draw_probability(self, uncertainty: Floats, planned_limit: float) -> Floats:
-        """Probability (N,) of drawing photos up to the limit."""
+        """Return the probability (N,) that photos up to the limit are drawn."""
         relative_risk = np.maximum(uncertainty, 0) / max(planned_limit, 1e-12)
         root_of_risk = np.sqrt(relative_risk)
         probability: Floats = np.clip(root_of_risk, self.floor, 1.0)
         return probability
 
     def log_factors(self, probability: Floats, failure: Ints, max_risk: float) -> Floats:
-        """Logarithms (N, B) of the factors of each drawn photo for the wealth of each bet."""
+        """Return log factors (N, B), by which each drawn photo multiplies each bet's wealth."""
         bet, _ = np.array(BETS_WITH_SHARES).T
         excess = (failure - max_risk) / (1 - max_risk)
         share_of_largest_weight = self.floor / probability
@@ -231,7 +231,7 @@ class WeightedBets(RiskTest):
     def certified_index(
         self, looks: ThresholdTests, uncertainty: Floats, failure: Ints
     ) -> int | None:
-        """Index of the laxest threshold certified by the weighted labels (N,)."""
+        """Return the index of the laxest threshold certified by the weighted labels (N,)."""
         _, share = np.array(BETS_WITH_SHARES).T
         probability = self.draw_probability(uncertainty, looks.grid[N_THRESHOLDS_UP_TO_LIMIT - 1])
         factors = self.log_factors(probability, failure, looks.max_risk)
@@ -252,7 +252,7 @@ class ExactLook(RiskTest):
     def certified_index(
         self, looks: ThresholdTests, uncertainty: Floats, failure: Ints
     ) -> int | None:
-        """Index of the laxest threshold certified by the labels (N,) at a single look."""
+        """Return the index of the laxest threshold certified by the labels (N,) at one look."""
         wrong, accepted = looks.count_wrong_and_accepted(uncertainty, failure)
         tail = stats.binom.cdf(wrong, accepted, looks.max_risk)
 

@@ -6,14 +6,15 @@ The server runs on a core of this machine, and the clients run on a second core.
 printed after every step:
 
 - ``turn``: images/s of both. First ``Guard`` alone answers all images, on the server's core. Then
-  32 clients ask for ``seconds / turns``; each client sends an image as soon as the last image is
-  answered. On a machine with other work, many short turns are fairer than one long turn;
-- ``steady``: all turns together: the ratio of both rates with a lower bound, latencies compared
-  with the time of a full batch, resident memory every 10 s, lost and wrong answers;
+  32 clients ask for ``seconds / turns``. Each client sends an image as soon as the last image is
+  answered. On a machine with other work, many short turns are fairer than one long turn.
+- ``steady``: all turns together. The line has the ratio between both rates with a lower bound,
+  latencies compared with the time for a full batch, resident memory every 10 s, and lost and wrong
+  answers.
 - ``overload``: ten times as many images per second are sent as the service can answer. The line has
-  the number of 429 responses, latencies of the answered requests, and the seconds until a single
-  request is as quick again as before;
-- ``stop``: SIGTERM under load. The line has the number of complete requests without an answer.
+  the number of 429 responses, latencies for answered requests, and the seconds until a single
+  request is as quick again as before.
+- ``stop``: SIGTERM under load. The line counts complete requests without an answer.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 CLIENTS: Final = 32
 SECONDS_BETWEEN_READINGS: Final = 10
-"""Seconds between two readings of the memory of the service."""
+"""Seconds between two readings of the service's memory."""
 OVERLOAD_FACTOR: Final = 10
 """The step ``overload`` sends this multiple of the images that the service can answer."""
 
@@ -52,13 +53,13 @@ SERVER_CORE: Final = 0
 CLIENT_CORE: Final = 1
 
 MAX_ROUNDING: Final = 2e-3
-"""Largest difference of probabilities that comes from rounding in batches of other sizes."""
+"""Largest difference between probabilities from rounding when batch sizes differ."""
 
 READINESS_REQUEST: Final = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def requests_of(images: Sequence[bytes]) -> list[bytes]:
-    """The bytes of complete requests, a request for each image."""
+    """Build the bytes of complete requests, a request for each image."""
     requests = []
     for content in images:
         body = (
@@ -84,7 +85,7 @@ class Client:
         self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, request: bytes) -> tuple[int, bytes]:
-        """Status and body; status 0 if nobody listens, -1 if the connection ended too early."""
+        """Return status (0: nobody listens, -1: the connection ended too early) and body."""
         if self.streams is None:
             try:
                 self.streams = await asyncio.open_connection("127.0.0.1", self.port)
@@ -113,10 +114,10 @@ class Client:
 
 
 class LoadResult:
-    """Counts and latencies of the requests of some clients.
+    """Counts and latencies for some clients' requests.
 
     Args:
-        expected: The answers of ``Guard`` about the images.
+        expected: ``Guard``'s answers about the images.
     """
 
     def __init__(self, expected: Sequence[Answer]) -> None:
@@ -138,7 +139,7 @@ class LoadResult:
         self.wrong += not is_same(answer, self.expected[place])
 
     def summary(self) -> dict[str, Any]:
-        """Counts and latencies."""
+        """Return counts and latencies."""
         seconds = np.array(self.seconds or [np.nan])
         p50, p99 = np.quantile(seconds, [0.5, 0.99])
         return {
@@ -150,7 +151,7 @@ class LoadResult:
 
 
 def is_same(answer: dict[str, Any], expected: Answer) -> bool:
-    """Whether an answer equals ``Guard``'s answer, up to rounding in batches of other sizes."""
+    """Return whether an answer equals ``Guard``'s, up to rounding when batch sizes differ."""
     probability = answer["failure_probability"]
     if probability is None or expected.failure_probability is None:
         return bool(answer["label"] == expected.label)
@@ -164,7 +165,7 @@ def is_same(answer: dict[str, Any], expected: Answer) -> bool:
 async def ask_steadily(
     port: int, requests: Sequence[bytes], places: Iterator[int], load: LoadResult, seconds: float
 ) -> None:
-    """Let all clients ask; each client asks again after every answer."""
+    """Let all clients ask. Each client asks again after every answer."""
     end = time.perf_counter() + seconds
 
     async def ask_again_and_again() -> None:
@@ -186,7 +187,7 @@ async def ask_and_watch(
     seconds: float,
     process: psutil.Process,
 ) -> list[float]:
-    """Like ``ask_steadily``; returns readings of the resident MB of the process."""
+    """Ask like ``ask_steadily``, and return readings of the process's resident MB."""
     sizes: list[float] = []
 
     async def watch() -> None:
@@ -204,7 +205,7 @@ async def ask_and_watch(
 async def overload(
     port: int, requests: Sequence[bytes], load: LoadResult, rate: float, seconds: float
 ) -> dict[str, Any]:
-    """Send images at ten times the rate over new connections; then single images until quick."""
+    """Send images at ten times the rate over new connections, then single images until quick."""
 
     async def ask_once(place: int) -> None:
         client = Client(port)
@@ -236,7 +237,7 @@ async def overload(
 async def stop(
     port: int, requests: Sequence[bytes], load: LoadResult, server: subprocess.Popen[str]
 ) -> dict[str, Any]:
-    """Send SIGTERM while all clients ask; the clients ask until nobody listens (status 0).
+    """Send SIGTERM while all clients ask. The clients ask until nobody listens (status 0).
 
     Status -1 is a connection closed before an answer.
     """
@@ -265,7 +266,7 @@ def show(step: str, facts: dict[str, Any]) -> None:
 
 
 def guard_rate(guard: Guard, images: Sequence[bytes]) -> float:
-    """Images/s of ``Guard`` alone, on the core of the server."""
+    """Measure the images/s of ``Guard`` alone, on the server's core."""
     os.sched_setaffinity(0, {SERVER_CORE})
     began = time.perf_counter()
     guard(images)
@@ -275,7 +276,7 @@ def guard_rate(guard: Guard, images: Sequence[bytes]) -> float:
 
 
 def lower_bound(ratios: Sequence[float]) -> float | None:
-    """One-sided 95 % bound of the mean ratio, by Student's t over the turns; None for one turn."""
+    """Return the mean ratio's one-sided 95 % bound (Student's t over turns), None for one turn."""
     n = len(ratios)
     if n == 1:
         return None
@@ -286,7 +287,7 @@ def lower_bound(ratios: Sequence[float]) -> float | None:
 def steady(
     guard: Guard, images: Sequence[bytes], port: int, server: int, options: argparse.Namespace
 ) -> tuple[LoadResult, float]:
-    """Run all turns; return the load of the clients, and the median of ``Guard``'s rates."""
+    """Run all turns. Return the clients' load, and the median of ``Guard``'s rates."""
     requests = requests_of(images)
     places = cycle(range(len(requests)))
     load = LoadResult(guard(images))
@@ -331,7 +332,7 @@ def main() -> None:
     images = [path.read_bytes() for path in paths]
     requests = requests_of(images)
     os.sched_setaffinity(0, {SERVER_CORE})
-    vilu.tune_process()  # as in the command of the service
+    vilu.tune_process()  # as in the service's command
     from vilu.guard.guard import Guard
 
     guard = Guard(options.predictor, workers=1)

@@ -1,4 +1,4 @@
-"""Growth of the memory of ``vilu serve`` under requests, in bytes per row.
+"""Memory growth of ``vilu serve`` under requests, in bytes per row.
 
     python -m benchmarks.serve_memory PREDICTOR [--requests 200000] [--warm 20000] [--rows 1]
 
@@ -17,12 +17,12 @@ Every reading has two numbers:
   (libraries), so this number changes without any request.
 - "own": the pages without a file (``Anonymous`` in smaps_rollup). Growth is seen here.
 
-The slope is the slope of the least-squares line through all readings. The upper bound of the slope
-is one-sided, of 95 %, by Student's t. Two readings of a heap differ by megabytes in both
-directions, so the mean growth of the parts would have a bound three times as wide, because only the
-first and the last reading count. The correlation of neighbouring residuals is printed, too: the
-bound is too low with a positive correlation, and too high with a negative correlation. A line is
-printed after every part, so a run ended early is of use. Needs Linux.
+The slope is that of the least-squares line through all readings. The slope's upper bound is a
+one-sided 95 % bound by Student's t. Two heap readings differ by megabytes in both directions. So
+the mean growth over the parts would have a bound three times as wide, because only the first and
+the last reading count. The correlation between neighbouring residuals is printed, too: the bound is
+too low with a positive correlation, and too high with a negative correlation. A line is printed
+after every part, so a run that ends early is useful. Needs Linux.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ REST_SECONDS = 5
 
 
 def request_of(vectors: np.ndarray) -> bytes:
-    """The bytes of a complete request with vectors (B, D)."""
+    """Build the bytes of a complete request with vectors (B, D)."""
     rows = np.round(vectors, 5).tolist()
     text = json.dumps({"embeddings": rows})
     body = text.encode()
@@ -62,7 +62,7 @@ def request_of(vectors: np.ndarray) -> bytes:
 
 
 async def send(port: int, n_requests: int, n_rows: int, width: int, seed: int) -> None:
-    """Send requests over one connection; a refused request is sent again after a moment."""
+    """Send requests over one connection. A refused request is sent again after a moment."""
     client = Client(port)
     generator = np.random.default_rng(seed)
     n_answered = 0
@@ -91,7 +91,7 @@ async def send_all(port: int, options: argparse.Namespace, n_requests: int, seed
 
 
 def memory_of(process: int) -> dict[str, int]:
-    """Resident memory of a process, and the memory of pages without a file, in bytes."""
+    """Read a process's resident memory, and the memory in pages without a file, in bytes."""
     sizes = {}
     text = Path(f"/proc/{process}/smaps_rollup").read_text()
     for line in text.splitlines()[1:]:
@@ -101,7 +101,7 @@ def memory_of(process: int) -> dict[str, int]:
 
 
 def settled_memory_of(process: int) -> dict[str, int]:
-    """The memory of a service at rest, after the return of freed memory."""
+    """Read a service's memory at rest, after freed memory is returned."""
     time.sleep(REST_SECONDS)
     os.kill(process, signal.SIGUSR1)
     time.sleep(1)
@@ -109,7 +109,7 @@ def settled_memory_of(process: int) -> dict[str, int]:
 
 
 def slope_of(sizes: Sequence[int], n_rows: int) -> dict[str, float]:
-    """Growth per row in bytes, and the upper bound; ``n_rows`` came between two sizes.
+    """Compute growth per row in bytes, and the upper bound. ``n_rows`` came between two sizes.
 
     The dictionary has the bound only from three sizes on, and the correlation from four.
     """
@@ -141,7 +141,7 @@ class Readings:
         self.sizes["at rest"].append(settled_memory)
 
     def facts(self, n_rows: int) -> dict[str, Any]:
-        """First size, last size and slope of every reading; a part has ``n_rows`` rows."""
+        """Return first size, last size and slope for every reading. A part has ``n_rows`` rows."""
         facts: dict[str, Any] = {}
         for reading, sizes in self.sizes.items():
             for kind in sizes[0]:

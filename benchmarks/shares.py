@@ -1,22 +1,22 @@
-"""Whether guarantees hold if some pictures are of none of the classes.
+"""Whether guarantees hold if some pictures are outside the classes.
 
     python -m benchmarks.shares [ARRAYS]
 
-A calibration has 2,000 rows, at a risk of 5 % and a confidence of 95 %. The rows are drawn from
-worlds with a known risk: simulated worlds, and with ARRAYS (a folder of .npz files with image,
-text, target) pots of real scores. Rows are drawn from a pot with replacement. For each world and
-share of out-of-distribution rows, a line has the coverage of the best threshold. Then the line has
-the mean coverage, divided by this coverage, and how often the guarantee is broken, for three kinds
-of calibration rows:
+A calibration has 2,000 rows, at a 5 % risk and 95 % confidence. The rows are drawn from worlds with
+a known risk: simulated worlds, and with ARRAYS (a folder of .npz files with image, text, target)
+pots of real scores. Rows are drawn from a pot with replacement. For each world and
+out-of-distribution share, a line has the best threshold's coverage. Then the line has the mean
+coverage, divided by the best threshold's coverage, and how often the guarantee is broken. These two
+numbers are given for three kinds of calibration rows:
 
 - calibration rows with this share (plain ``ltt``),
-- calibration rows with a fifth of out-of-distribution rows, and the share is stated
+- calibration rows, a fifth of them out of distribution, and the share is stated
   (``--outside-share``),
 - calibration rows without any out-of-distribution row, as a warning.
 
 In a further world, "edge", the error rate is just above 5 % everywhere, so every certificate is a
 broken guarantee. With ``--compare ltt bonferroni_holm ...`` the worlds have no out-of-distribution
-rows, and one world has confident mistakes; our procedures are compared with the procedures of MAPIE
+rows, and one world has confident mistakes. Then our procedures are compared with MAPIE's procedures
 (``pip install mapie``).
 """
 
@@ -43,7 +43,7 @@ SHARES = (0.0, 0.1, 0.3, 0.5)
 
 @dataclass
 class Population:
-    """A large pot of rows within the classes, and a large pot of out-of-distribution rows."""
+    """A large pot with rows inside the classes, and a large pot with out-of-distribution rows."""
 
     u: Floats
     wrong: Ints
@@ -56,11 +56,11 @@ class Population:
             self.wrong[order],
             np.sort(self.ood_scores),
         )
-        n_wrong = np.cumsum(self.wrong)
-        self.wrong_below = np.concatenate([[0], n_wrong])
+        n_wrong_up_to_row = np.cumsum(self.wrong)
+        self.wrong_below = np.concatenate([[0], n_wrong_up_to_row])
 
     def rates(self, t: Floats, share: float) -> tuple[Floats, Floats]:
-        """For each threshold, the shares of accepted rows, and of accepted and wrong rows."""
+        """Return each threshold's share of accepted rows, and share of accepted wrong rows."""
         below = np.searchsorted(self.u, t, side="right")
         foreign = (
             share * np.searchsorted(self.ood_scores, t, side="right") / max(len(self.ood_scores), 1)
@@ -69,20 +69,20 @@ class Population:
         return foreign + inside * below, foreign + inside * self.wrong_below[below]
 
     def best(self, share: float) -> float:
-        """Coverage of the laxest threshold with a small enough risk."""
+        """Return the coverage at the laxest threshold with a small enough risk."""
         thresholds = np.unique(np.r_[self.u, self.ood_scores])
         accepted, wrong = self.rates(thresholds, share)
         return float(accepted[wrong <= RISK * accepted].max(initial=0.0))
 
     def of(self, rule: Rule, share: float) -> tuple[float, float]:
-        """Coverage and risk of a rule."""
+        """Return a rule's coverage and risk."""
         interval = np.array(rule.thresholds[""].interval)
         accepted, wrong = self.rates(interval, share)
         coverage = float(accepted[1] - accepted[0])
         return coverage, float(wrong[1] - wrong[0]) / coverage if coverage else 0.0
 
     def draw(self, rng: np.random.Generator, share: float) -> Outcomes:
-        """Draw calibration rows with replacement; how many are out of distribution is random."""
+        """Draw calibration rows with replacement. Out-of-distribution rows have a random count."""
         n = int(rng.binomial(N_CALIBRATION, share))
         rows = rng.integers(len(self.u), size=N_CALIBRATION - n)
         u = np.r_[self.u[rows], rng.choice(self.ood_scores, n)]
@@ -92,7 +92,7 @@ class Population:
 
 
 def simulated_populations(rng: np.random.Generator, n: int = 400_000) -> dict[str, Population]:
-    """Pots of predictors that do and do not recognise out-of-distribution rows, and edge."""
+    """Make pots by predictors that do and do not recognise out-of-distribution rows, and edge."""
     u = rng.beta(0.5, 2, n)
     is_wrong = rng.random(n) < 0.9 * u**2
     f = is_wrong.astype(int)
@@ -105,7 +105,7 @@ def simulated_populations(rng: np.random.Generator, n: int = 400_000) -> dict[st
 
 
 def edge_population(share: float, n: int = 400_000) -> Population:
-    """Scores without information; up to every threshold the error rate is 5.01 % or barely more."""
+    """Make uninformative scores. The error rate up to every threshold is 5.01 % or barely more."""
     rate = (0.0501 - share) / (1 - share)
     wrong = np.zeros(n, int)
     n_wrong = int(np.ceil(n * rate))
@@ -118,7 +118,7 @@ def edge_population(share: float, n: int = 400_000) -> Population:
 
 
 def real_population(folder: Path, inside: str, outside: str, *, joint: bool) -> Population:
-    """Scores of CLIP: one minus the largest probability of a class.
+    """Make a pot of CLIP scores: one minus the largest class probability.
 
     With ``joint``, everyday words are candidates, too.
     """
@@ -144,7 +144,7 @@ def real_population(folder: Path, inside: str, outside: str, *, joint: bool) -> 
 def replay(
     pot: Population, share: float, drawn: float, stated: float | None, draws: int, seed: int
 ) -> tuple[float, float]:
-    """Mean coverage, and share of broken guarantees."""
+    """Return the mean coverage, and the share of broken guarantees."""
     rng, coverage, broken = np.random.default_rng([seed, int(100 * share)]), 0.0, 0
     for _ in range(draws):
         calibration = pot.draw(rng, drawn)
@@ -155,7 +155,7 @@ def replay(
 
 
 def line(name: str, pot: Population, share: float, draws: int, seed: int) -> str:
-    """The line of a world and a share, with the 95 % bounds of the broken guarantees."""
+    """Format the line for a world and a share, with 95 % bounds on the broken guarantees."""
     best = pot.best(share)
     cells = [f"{name} | {share:.0%} | {best:.1%}"]
     ways = (
@@ -172,7 +172,7 @@ def line(name: str, pot: Population, share: float, draws: int, seed: int) -> str
 
 
 def confident_mistakes_rate(u: Floats) -> Floats:
-    """Error rates: 50 % in the most trusted 4 % of the rows, 1 % in the next 60 %, then 50 %."""
+    """Return error rates: 50 % in the most trusted 4 % of rows, 1 % in the next 60 %, then 50 %."""
     rate_of_others = np.where(u < 0.64, 0.01, 0.5)
     return np.where(u < 0.04, 0.5, rate_of_others)
 
@@ -182,11 +182,11 @@ RATES: dict[str, Rate] = {
     "confident mistakes": confident_mistakes_rate,
     "at the edge": lambda u: np.full_like(u, 0.0501),
 }
-"""Error rates by quantile of the uncertainty: worlds of ``benchmarks.thresholds`` and two more."""
+"""Error rates by uncertainty quantile: worlds in ``benchmarks.thresholds`` and two more."""
 
 
 def certified_interval(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
-    """The interval certified by a procedure, ours or from MAPIE, at 5 % and delta 0.1."""
+    """Return the interval certified by a procedure, ours or MAPIE's, at 5 % and delta 0.1."""
     if method in PROCEDURES:
         counts = tie_counts(u, f)
         threshold = PROCEDURES[method](counts, RISK, 0.1)
@@ -205,7 +205,7 @@ def certified_interval(method: str, u: Floats, f: Ints) -> tuple[float, float] |
         fwer_method=method,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MAPIE warns of fixed sequences, and of missing thresholds
+        warnings.simplefilter("ignore")  # MAPIE warns about fixed sequences and missing thresholds
         controller.calibrate(1 - u, 1 - f)
     valid = np.asarray(controller.valid_predict_params)
     return (0.0, float(1 - valid.min())) if len(valid) else None

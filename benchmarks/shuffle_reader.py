@@ -1,7 +1,7 @@
-"""Rows per second in shuffled order, in training and in a reader of a file per pair.
+"""Rows per second in shuffled order, in training and in a reader with a file per pair.
 
 1.2 million float16 pairs with D = 512 are in 12 shards (2.4 GB, in the page cache). The readers
-have different numbers of threads.
+have different thread counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FILES = 20_000
 
 
 def write_shards(root: Path, rng: np.random.Generator) -> None:
-    """Write pairs in LAION's layout; rows differ between shards, because columns are rotated."""
+    """Write pairs in LAION's layout. Rows differ between shards, because columns are rotated."""
     for folder in ("img_emb", "text_emb"):
         (root / folder).mkdir()
         rows = rng.standard_normal((SHARD_ROWS, D), dtype=np.float32)
@@ -39,7 +39,7 @@ def write_files(root: Path, rng: np.random.Generator) -> None:
 
 
 def shard_pass(root: Path) -> tuple[float, float]:
-    """Rows per second of a shuffled pass through ``steps``; seconds to check all rows before."""
+    """Measure rows per second in a shuffled pass through ``steps``, and seconds for checks."""
     from vilu.store.laion import LaionPairs
 
     source = LaionPairs(root, logit_scale=100.0)
@@ -59,7 +59,7 @@ def shard_pass(root: Path) -> tuple[float, float]:
 
 
 def file_pass(root: Path) -> float:
-    """Rows per second of a shuffled reader of a file per pair, with the same batches."""
+    """Measure rows per second in a shuffled reader with a file per pair, in the same batches."""
 
     def load(number: int) -> NDArray[np.float16]:
         pair: NDArray[np.float16] = np.load(root / f"{number}.npy")
@@ -80,7 +80,7 @@ def file_pass(root: Path) -> float:
 
 
 def main() -> dict[str, float]:
-    """Print and return the medians of three passes."""
+    """Print and return the medians over three passes."""
     torch.set_num_threads(2)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,16 +1,16 @@
 """A plan for a large extraction, replayed event by event: time, lost work and cost.
 
 ``python -m benchmarks.simulate_scale --parts 4146 --workers 8 --seconds 114 --price 1.99`` prints
-medians with 90 % intervals over seeds. With ``--receipts STORE`` the times of parts are drawn from
-the receipts of a real store. If ``--seconds`` is given too, the times are scaled to this mean.
+medians with 90 % intervals over seeds. With ``--receipts STORE`` the part times are drawn from the
+receipts of a real store. If ``--seconds`` is given too, the times are scaled to this mean.
 
-The model: a free worker takes the next part. The life of a worker is exponential; deaths and
-preemptions each have a mean time between failures. When a worker ends, the present work is lost,
-the part goes to the front of the queue, and the worker is back after a restart. A poison part kills
-the worker at a uniform time within the part. A part is set aside at once after the deaths of
-``ATTEMPTS`` workers. Preemptions do not count as deaths: a preemption is announced, and the worker
-removes the mark from the part before the end. The time of a slow part (straggler) is multiplied by
-a factor. A finished part is never lost.
+The model: a free worker takes the next part. A worker's life is exponential. Deaths and preemptions
+each have a mean time between failures. When a worker ends, the present work is lost, the part goes
+to the front of the queue, and the worker is back after a restart. A poison part kills the worker at
+a uniform time within the part. After a part has killed ``ATTEMPTS`` workers, the part is set aside
+at once. Preemptions do not count as deaths: a preemption is announced, and the worker removes the
+mark from the part before the end. A slow part (straggler) takes longer by a factor. A finished part
+is never lost.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from vilu.artifacts.disk import LOG_FILE
 from vilu.artifacts.documents import read_log
 
 ATTEMPTS = 3
-"""A part is set aside after this number of deaths (``vilu.store.job.MAX_ATTEMPTS``)."""
+"""A part is set aside after this many deaths (``vilu.store.job.MAX_ATTEMPTS``)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The work, the workers, and the rates of failures.
+    """The work, the workers, and the failure rates.
 
     Attributes:
         parts: Number of parts.
         workers: Number of processes, each with an accelerator.
-        seconds: Times of parts to draw from.
-        start: Seconds from the start of a worker to the first part (imports, model).
-        death_hours: Mean hours between deaths of a worker.
-        preemption_hours: Mean hours between preemptions of a worker.
+        seconds: Part times to draw from.
+        start: Seconds from a worker's start to the first part (imports, model).
+        death_hours: Mean hours between a worker's deaths.
+        preemption_hours: Mean hours between a worker's preemptions.
         preemption_wait: Seconds until a preempted worker is replaced.
         poison: Share of parts that always kill the worker.
         stragglers: Share of slow parts.
-        straggler_factor: Factor of the time of a slow part.
-        price: Price of one hour of a worker.
+        straggler_factor: A slow part takes this many times as long.
+        price: Price for one hour of a worker.
     """
 
     parts: int
@@ -70,9 +70,9 @@ class Outcome:
     Attributes:
         hours: Hours until the last part is done.
         wasted: Share of the workers' busy time spent on unfinished attempts.
-        deaths: Number of ends of workers, preemptions included.
+        deaths: How often a worker ended, preemptions included.
         set_aside: Number of parts set aside, without rows.
-        cost: Price of all workers from beginning to end; waits for a replacement are not paid.
+        cost: Price for all workers from beginning to end. Waits for a replacement are not paid.
     """
 
     hours: float
@@ -83,7 +83,7 @@ class Outcome:
 
 
 class Replay:
-    """The state of a replay; a worker is represented by the time when the worker is free."""
+    """The state of a replay. A worker is represented by the time when the worker is free."""
 
     def __init__(self, plan: Plan, seed: int) -> None:
         self.plan, self.random = plan, np.random.default_rng(seed)
@@ -153,7 +153,7 @@ class Replay:
 
 
 def seconds_of(store: Path) -> tuple[float, ...]:
-    """Wall times of the parts of a store."""
+    """Read the wall times of a store's parts."""
     found = {
         line["part"]: float(line["seconds"])
         for line in read_log(store)
@@ -167,7 +167,7 @@ def seconds_of(store: Path) -> tuple[float, ...]:
 
 
 def summary(plan: Plan, seeds: int) -> dict[str, tuple[float, float, float]]:
-    """5 %, 50 % and 95 % quantiles of every outcome over seeds."""
+    """Compute the 5 %, 50 % and 95 % quantiles of every outcome over seeds."""
     outcomes = [Replay(plan, seed).run() for seed in range(seeds)]
     names = ("hours", "wasted", "deaths", "set_aside", "cost")
     quantiles = {
@@ -181,7 +181,7 @@ def summary(plan: Plan, seeds: int) -> dict[str, tuple[float, float, float]]:
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Plan, int]:
-    """The plan and the number of seeds from the command line."""
+    """Read the plan and the seed count from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--parts", type=int, required=True)
     parser.add_argument("--workers", type=int, required=True)
@@ -209,7 +209,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, int]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Print the outcome of the plan and return the medians."""
+    """Print the plan's outcome and return the medians."""
     plan, seeds = parse(arguments)
     found = summary(plan, seeds)
     scale = {"wasted": (100.0, "%")}

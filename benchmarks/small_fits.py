@@ -1,7 +1,7 @@
-"""Compares the seconds of small fits with the earlier, longer fits on the same rows.
+"""Compares the seconds for small fits with the earlier, longer fits on the same rows.
 
-There are 1,430 rows and 123 classes, D = 512. Seconds are processor time of a single thread, so
-other programs matter little. "Before" is a fit of 300 epochs with batches of 128 rows: a twentieth
+There are 1,430 rows and 123 classes, D = 512. Seconds are processor time in a single thread, so
+other programs matter little. "Before" is a fit with 300 epochs and batches of 128 rows: a twentieth
 of the epochs is run, and the time is multiplied by twenty. ``vilu_plus`` had more folds before, and
 so has no such number.
 """
@@ -25,7 +25,7 @@ METHODS = ("lvu", "vilu", "mc_dropout", "deep_ensemble", "pvu", "lmn", "probvlm"
 
 
 def rows() -> Embeddings:
-    """Images around the class texts; about a fifth of the answers is wrong."""
+    """Make images around the class texts. About a fifth of the answers is wrong."""
     rng = np.random.default_rng(0)
     text = rng.normal(size=(K, D)) + 2 * rng.normal(size=D)
     target = rng.integers(K, size=N)
@@ -34,7 +34,7 @@ def rows() -> Embeddings:
 
 
 def seconds(name: str, data: Embeddings, **values: int) -> float:
-    """Seconds of processor time for a fit."""
+    """Measure the processor seconds for a fit."""
     predictor = build_predictor(vilu.PREDICTORS[name], {"device": "cpu", **values})
     start = time.process_time()
     predictor.fit(data)
@@ -42,7 +42,7 @@ def seconds(name: str, data: Embeddings, **values: int) -> float:
 
 
 def main() -> dict[str, float]:
-    """Print a table; return the seconds, and the ratios to before for methods with epochs."""
+    """Print a table. Return the seconds, and the ratios to before for methods with epochs."""
     warnings.simplefilter("ignore")  # on unit norm, and on probabilities of degenerate rows
     torch.set_num_threads(1)
     data = rows()

@@ -1,10 +1,9 @@
-"""Scores and evaluates 10 million image-caption pairs on disk, part by part; measures memory.
+"""Scores and evaluates 10 million image-caption pairs on disk, part by part, and measures memory.
 
-D = 64; Linux only. The pairs are in LAION's layout in float16 (2.6 GB in a temporary folder). There
-are two peaks of memory: the peak of anonymous memory (allocated by the program), and the peak of
-all resident pages. Resident pages include pages of mapped files; the system can remove such pages.
-Both are measured above the memory of the process after a first small run, with libraries and
-predictor loaded.
+D = 64, Linux only. The pairs are in LAION's layout in float16 (2.6 GB in a temporary folder). There
+are two memory peaks: the peak of anonymous memory (allocated by the program), and the peak of all
+resident pages. Resident pages include pages of mapped files, which the system can remove. Both
+peaks are measured above the memory after a first small run, with libraries and predictor loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ METRICS = ("auroc", "fpr95")
 
 
 def make(root: Path, n: int, seed: int) -> None:
-    """Write pairs, half of them blurred; the last coordinate marks an image as blurred."""
+    """Write pairs, half of them blurred. The last coordinate marks an image as blurred."""
     rng = np.random.default_rng(seed)
     for name in ("img_emb", "text_emb"):
         (root / name).mkdir(parents=True)
@@ -53,7 +52,7 @@ def make(root: Path, n: int, seed: int) -> None:
 
 
 def status_mb(name: str) -> float:
-    """The value in MB of a line of /proc/self/status."""
+    """Read a line of /proc/self/status, and return the value in MB."""
     status = Path("/proc/self/status").read_text()
     line = next(text for text in status.splitlines() if text.startswith(name))
     return int(line.split()[1]) / 1024
@@ -73,7 +72,7 @@ class AnonymousPeak(threading.Thread):
 
 
 def child(data: str, small: str, out: str, method: str) -> None:
-    """Fit on a few rows, then score and evaluate all rows; print memory and figures as JSON."""
+    """Fit on a few rows, then score and evaluate all rows. Print memory and figures as JSON."""
     import vilu
     from vilu.embeddings.pairs import Pools
     from vilu.scoring.score import score_parts
@@ -117,7 +116,7 @@ def child(data: str, small: str, out: str, method: str) -> None:
 
 
 def errors(out: Path) -> dict[str, float]:
-    """Differences between metrics from the histogram and metrics from all rows at once."""
+    """Compare metrics from the histogram with metrics from all rows at once."""
     from vilu.artifacts.tables import read_table
     from vilu.metrics import METRICS as KNOWN
     from vilu.metrics.counts import tie_counts
@@ -151,7 +150,7 @@ def main(n: int = N) -> dict[str, float]:
             limit_to_one_thread = {
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
-            }  # the products of a pool are too small for several threads
+            }  # a pool's products are too small for several threads
             command = [sys.executable, "-c", code]
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, text=True, check=True, env=limit_to_one_thread

@@ -1,16 +1,16 @@
-"""Whether the guarantee for tables of answers holds, in worlds with a known risk.
+"""Whether the guarantee for answer tables holds, in worlds with a known risk.
 
     python -m benchmarks.table_guarantees [--fits 20] [--calibrations 25] [--seed 0]
 
-A world has 50,000 answers. A method is fitted on 300 answers, and then calibrated many times, each
-time on 500 random other answers at a risk of 5 %. A calibration is *broken* if more than 5 % of the
-accepted answers in the world are wrong. At most 5 % of the calibrations may be broken. The output
-has the share of broken calibrations with an exact 95 % interval (Clopper and Pearson, 2.5 % on each
-side), and the mean share of accepted answers. The worlds:
+A world has 50,000 answers. A method is fitted on 300 answers, and then calibrated many times. Each
+calibration draws 500 random answers outside the fit, at a 5 % risk. A calibration is *broken* if
+more than 5 % of the accepted answers in the world are wrong. At most 5 % of the calibrations may be
+broken. The output has the share of broken calibrations with an exact 95 % interval (Clopper and
+Pearson, 2.5 % on each side), and the mean share of accepted answers. The worlds:
 
-- ``useful``: three columns are a hidden certainty with noise; 18 % of the answers are wrong;
-- ``coarse``: like ``useful``, but columns are rounded to steps of 0.5, so many scores are equal;
-- ``flat``: 5.1 % of the answers are wrong, for all values of the columns.
+- ``useful``: three columns are a hidden certainty with noise, and 18 % of the answers are wrong.
+- ``coarse``: like ``useful``, but columns are rounded to steps of 0.5, so many scores are equal.
+- ``flat``: 5.1 % of the answers are wrong, for all column values.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WORLDS: Final = ("useful", "coarse", "flat")
 
 
 def world_of(name: str, rng: np.random.Generator) -> vilu.AnswerTable:
-    """All answers of a world, as a table."""
+    """Make all answers in a world, as a table."""
     hidden = rng.normal(size=N_ANSWERS)
     score_a = hidden + rng.normal(size=N_ANSWERS)
     log_of_b = -hidden + rng.normal(size=N_ANSWERS)
@@ -55,7 +55,7 @@ def world_of(name: str, rng: np.random.Generator) -> vilu.AnswerTable:
 def broken_and_accepted(
     uncertainty: Floats, failure: Ints, rng: np.random.Generator
 ) -> tuple[bool, float]:
-    """Whether a calibration is broken, and the share of accepted answers."""
+    """Return whether a calibration is broken, and the share of accepted answers."""
     rows = rng.choice(len(uncertainty), N_CALIBRATION, replace=False)
     calibration = Outcomes(uncertainty[rows], failure[rows])
     rule = vilu.certify(calibration, max_risk=MAX_RISK)

@@ -1,10 +1,10 @@
 """At which thresholds fixed-sequence testing should start: ``python -m benchmarks.thresholds``.
 
-The output has the mean coverage of the certified threshold over 150 calibrations of seven simulated
-predictors, for several lists of starts. A start is a share of the calibration rows, with a share of
-delta. The same list must suit all predictors: some have wrong answers among the most trusted
+The output has the certified threshold's mean coverage over 150 calibrations for seven simulated
+predictors, with several lists of starts. A start is a share of the calibration rows, with a share
+of delta. The same list must suit all predictors: some have wrong answers among the most trusted
 answers, some reach the target at a small coverage only, and some at full coverage. vilu uses
-``START_SHARES`` and ``LARGEST_SHARE_AT_ALL_ROWS`` of ``vilu.calibration.thresholds``.
+``START_SHARES`` and ``LARGEST_SHARE_AT_ALL_ROWS`` from ``vilu.calibration.thresholds``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PREDICTORS: dict[str, Rate] = {
     "flat": lambda u: np.full_like(u, 0.03),
     "tied": lambda u: 0.01 + 0.9 * (np.floor(10 * u) / 10) ** 1.3,
 }
-"""Function from the quantile u of the uncertainty to the failure rate."""
+"""Function from the uncertainty quantile u to the failure rate."""
 
 SEQUENCE_SETTINGS = {
     "where possible": (((0.0, 1.0),), 0.0),
@@ -44,7 +44,7 @@ SEQUENCE_SETTINGS = {
 
 
 def mean_coverage(rate: Rate, *, tied: bool, n: int, max_risk: float) -> float:
-    """Mean coverage of the thresholds of many calibrations."""
+    """Return the thresholds' mean coverage over many calibrations."""
     rng, coverages = np.random.default_rng(0), []
     for _ in range(DRAWS):
         u = rng.random(n)

@@ -1,11 +1,11 @@
 """Do guarantees hold if pictures have copies? ``python -m benchmarks.units [SET.npz ...]``.
 
-First, copies within the calibration rows: 40 rows, each ten times, are evidence of 40 rows only.
+First, copies within the calibration rows: 40 rows, each ten times, are evidence for 40 rows only.
 400 rows are drawn from a simulated world, without copies or with copies. The copies are equal or
-have noise. There are 200 draws of each kind. Second, copies of fitted rows: a predictor is fitted
+have noise. There are 200 draws for each kind. Second, copies of fitted rows: a predictor is fitted
 on 300 rows and calibrated on near copies of the same rows. "Counted as files" is a calibration from
-scores alone. A rule is "broken" if the error rate of the accepted answers among 40,000 other rows
-is above 5 %. Intervals are exact 95 % intervals.
+scores alone. A rule is "broken" if the error rate among the accepted answers in 40,000 separate
+rows is above 5 %. Intervals are exact 95 % intervals.
 
 Sets (arrays ``image``, ``text``, ``target``) are halved twenty times at random. No half should be
 refused, and the accepted share should hardly change.
@@ -38,7 +38,7 @@ N_POPULATION = 40_000
 MAX_RISK = 0.05
 DRAWS, HALVES = 200, 20
 NOISE = 0.006
-"""Noise in each of 128 coordinates; the cosine of two copies is then 0.995.
+"""Noise in each of 128 coordinates. The cosine between two copies is then 0.995.
 
 In 512 coordinates a noise of 0.003 has this effect.
 """
@@ -47,13 +47,13 @@ NOTHING_ACCEPTED, REFUSED = "nothing accepted", "refused"
 
 
 def unit_rows(rows: Floats) -> Floats:
-    """Rows of unit norm."""
+    """Scale rows to unit norm."""
     scaled: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return scaled
 
 
 class World:
-    """Images of ten classes, some blurred; doubtful answers are then more often wrong."""
+    """Images from ten classes, some blurred, so that doubtful answers are more often wrong."""
 
     def __init__(self, seed: int) -> None:
         self.random = np.random.default_rng(seed)
@@ -61,24 +61,24 @@ class World:
         self.text = unit_rows(text)
 
     def rows(self, n: int) -> tuple[Floats, NDArray[np.int64]]:
-        """Unit images (N, D), and the classes of the images."""
+        """Draw unit images (N, D), and the images' classes."""
         target = self.random.integers(CLASSES, size=n)
         blur = self.random.uniform(0.4, 3.2, size=(n, 1)) / np.sqrt(WIDTH) * 2
         image = self.text[target] + blur * self.random.normal(size=(n, WIDTH))
         return unit_rows(image), target
 
     def near_copies(self, image: Floats, noise: float) -> Floats:
-        """Near copies of images, with noise in every coordinate."""
+        """Make near copies of images, with noise in every coordinate."""
         moved: Floats = image + noise * self.random.normal(size=image.shape)
         return unit_rows(moved)
 
     def embeddings(self, image: Floats, target: NDArray[np.int64]) -> vilu.Embeddings:
-        """The images as a source."""
+        """Return the images as a source."""
         return vilu.Embeddings(image, self.text, target=target, logit_scale=SCALE)
 
 
 def verdict(rule: object, everything: Outcomes) -> str:
-    """Text on a rule: "broken" or "kept", or ``NOTHING_ACCEPTED`` if no row is accepted."""
+    """Judge a rule: "broken" or "kept", or ``NOTHING_ACCEPTED`` if no row is accepted."""
     accepted = rule.accept(everything.uncertainty)  # type: ignore[attr-defined]
     if not accepted.any():
         return NOTHING_ACCEPTED
@@ -89,7 +89,7 @@ def verdict(rule: object, everything: Outcomes) -> str:
 def verdict_without_copies(
     predictor: FailurePredictor, data: vilu.Embeddings, everything: Outcomes
 ) -> str:
-    """The verdict of a calibration from scores alone."""
+    """Judge a calibration from scores alone."""
     rows = vilu.score(predictor, data)
     scores_alone = Outcomes(rows.uncertainty, rows.failure)
     rule = vilu.certify(scores_alone, max_risk=MAX_RISK)
@@ -99,7 +99,7 @@ def verdict_without_copies(
 def verdict_with_copies(
     predictor: FailurePredictor, data: vilu.Embeddings, everything: Outcomes
 ) -> str:
-    """The verdict of vilu's calibration, with recognition of copies."""
+    """Judge vilu's calibration, which recognises copies."""
     with tempfile.TemporaryDirectory() as folder:
         predictor.save(folder)
         try:
@@ -125,7 +125,7 @@ SETTINGS = {
     "60 rows x 5, noise": (60, 5, NOISE),
     "200 rows x 2, noise": (200, 2, NOISE),
 }
-"""Number of rows, number of copies of each row, and noise."""
+"""Row count, how often each row occurs, and noise."""
 
 
 def lines_on_repeated_rows(seed: int, draws: int) -> Iterator[str]:
@@ -176,7 +176,7 @@ def lines_on_fitted_rows(seed: int, draws: int) -> Iterator[str]:
 
 
 def verdict_line(name: str, verdicts: list[str]) -> str:
-    """Text on how often a guarantee was broken, with the interval, and how often none was given."""
+    """Format how often a guarantee was broken, with the interval, and how often none was given."""
     n, broken = len(verdicts), verdicts.count("broken")
     low, high = lower_bound(broken, n, 0.025), upper_bound(broken, n, 0.025)
     return (
@@ -187,7 +187,7 @@ def verdict_line(name: str, verdicts: list[str]) -> str:
 
 
 def halves_line(path: Path, seed: int) -> str:
-    """The line of a set of real images: refused halves, and accepted shares of the second half."""
+    """Return a real set's line: refused halves, and accepted shares of the second half."""
     arrays = np.load(path, allow_pickle=False)
     random = np.random.default_rng(seed)
     image = arrays["image"].astype(np.float32)

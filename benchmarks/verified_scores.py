@@ -1,8 +1,8 @@
-"""The time to compare a store's bytes with its receipts, in ``score`` of 1 GB at K = 1,000.
+"""The time to compare a store's bytes with the receipts, in ``score`` with 1 GB at K = 1,000.
 
-The store has a million float16 rows (D = 512) in parts of 4,096 rows, in the page cache. The store
-is opened and scored with and without the comparison, in turn. A ratio compares two neighbouring
-runs, so other work on the machine affects both.
+The store has a million float16 rows (D = 512) in parts with 4,096 rows, in the page cache. The
+store is opened and scored with and without the comparison, in turn. A ratio compares two
+neighbouring runs, so other work on the machine affects both runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REPEATS = 3
 
 
 def make(root: Path, n: int) -> None:
-    """Make a store as with ``vilu embed``, written by the ledger of the store."""
+    """Make a store as with ``vilu embed``, written by the store's ledger."""
     from vilu.artifacts.hashing import digest
     from vilu.embeddings.space import EmbeddingSpace
     from vilu.store.ledger import content_hash
@@ -77,7 +77,7 @@ def make(root: Path, n: int) -> None:
 
 
 def seconds(root: Path, *, verified: bool) -> tuple[float, float]:
-    """Open and score a store; return seconds of the clock and of the processor."""
+    """Open and score a store. Return seconds by the clock and by the processor."""
     import vilu
     from vilu.store import ledger
 

@@ -1,9 +1,9 @@
-"""Compares scores of the logits with product and softmax alone, on one thread.
+"""Compares scores from the logits with product and softmax alone, on one thread.
 
-Embeddings are normalised and in memory. Both get the same rows in the same run, in turn, and the
-result is the median of the ratios of the turns. "Floor" is the product in blocks of 4,096 rows, and
-a softmax over each block. In confident rows all logits but the largest are far lower. The output
-also has the largest relative error of scores, compared with float64 on the same float32 logits.
+Embeddings are normalised and in memory. Both sides get the same rows in the same run, in turn, and
+the result is the median ratio over the turns. "Floor" is the product in blocks of 4,096 rows, and a
+softmax over each block. In confident rows all logits but the largest are far lower. The output also
+has the scores' largest relative error, compared with float64 on the same float32 logits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ METHODS = (*EXACT, "max_logit", "margin", "prob_margin", "energy", "gen", "kl_un
 
 
 def random_data(k: int, n: int, noise: float) -> Embeddings:
-    """Images near the class texts."""
+    """Make images near the class texts."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(k, D, generator=generator)
     text = torch.nn.functional.normalize(directions, dim=1)
@@ -41,7 +41,7 @@ def random_data(k: int, n: int, noise: float) -> Embeddings:
 
 
 def floor(image: Tensor, text: Tensor, rows: int) -> Callable[[], None]:
-    """A function that computes product and softmax, ``rows`` rows at a time."""
+    """Return a function that computes product and softmax, ``rows`` rows at a time."""
 
     def run() -> None:
         for block in image.split(rows):
@@ -51,7 +51,7 @@ def floor(image: Tensor, text: Tensor, rows: int) -> Callable[[], None]:
 
 
 def exact_scores(name: str, logits: Tensor) -> Tensor:
-    """A score in float64 from float32 logits (B, K), computed without cancellation."""
+    """Compute a score in float64 from float32 logits (B, K), without cancellation."""
     rows = logits.double().sort(dim=1, descending=True).values
     below = (rows - rows[:, :1])[:, 1:]
     e = below.exp()
@@ -65,7 +65,7 @@ def exact_scores(name: str, logits: Tensor) -> Tensor:
 
 
 def rates_of_floor(work: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """For each function, the median of the rate divided by the floor's rate, in turns."""
+    """Return, for each function, the median rate divided by the floor's rate, in turns."""
     ratios: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(TURNS):
         seconds = {}
@@ -79,7 +79,7 @@ def rates_of_floor(work: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def measure(k: int, n: int, kind: str) -> dict[str, float]:
-    """Rates divided by the floor's rate, for K candidates."""
+    """Measure rates divided by the floor's rate, for K candidates."""
     source = random_data(k, n, NOISE[kind])
     work: dict[str, Callable[[], object]] = {
         f"floor of {rows}": floor(source.image, source.text, rows) for rows in (4_096, 256)
@@ -105,7 +105,7 @@ def measure(k: int, n: int, kind: str) -> dict[str, float]:
 
 
 def main() -> dict[str, float]:
-    """Print the tables; return the rates divided by the floor's rate."""
+    """Print the tables. Return the rates divided by the floor's rate."""
     torch.set_num_threads(1)
     figures: dict[str, float] = {}
     for k, n in SHAPES.items():

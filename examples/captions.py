@@ -1,9 +1,9 @@
 """I have images with captions, and some captions belong to other images: which ones?
 
-Shows pairs instead of classes: every image is matched against the captions of its pool. Where the
-model takes another caption than the image's own, and is sure of it, the caption is probably not its
-own. Also shows why numbers of different pool sizes must not be compared. The embeddings are
-simulated, and one caption in ten was swapped with another's.
+The data are pairs, not classes. Every image is matched against the captions of its pool. If the
+model takes another caption than the image's own and is sure of it, the caption is probably swapped.
+The script also shows why results at different pool sizes must not be compared. The embeddings are
+simulated, and one caption in ten was swapped with another one.
 """
 
 from __future__ import annotations
@@ -14,53 +14,69 @@ from numpy.typing import NDArray
 import vilu
 from example_data import simulated
 
-POOL, SCALE = 16, 20.0
+POOL_SIZE = 16
+LOGIT_SCALE = 20.0
 
 
-def pairs(n: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(N, D) images and (N, D) captions, every caption a text of its own."""
+def simulated_pairs(n: int, *, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Simulate images (N, D) and captions (N, D). Every caption is a text of its own."""
     image, text, label = simulated(n, seed=seed, classes=n, width=48, blurred=0.3)
     return image, text[label]
 
 
-def main() -> None:
-    """Find swapped captions."""
-    image, caption = pairs(POOL * 80, seed=3)
-    honest = {
-        size: vilu.score(vilu.MCM(), vilu.PairEmbeddings(image, caption, size, SCALE))
-        for size in (16, 64, 256)
-    }
-    accuracy = {size: 1 - float(outcomes.failure.mean()) for size, outcomes in honest.items()}
-    for size, share in accuracy.items():
+def compare_pool_sizes(image: NDArray[np.float64], caption: NDArray[np.float64]) -> None:
+    """Show that the accuracy falls as the pools grow, although the pairs are the same."""
+    accuracy = {}
+    for pool_size in (16, 64, 256):
+        data = vilu.PairEmbeddings(image, caption, pool_size=pool_size, logit_scale=LOGIT_SCALE)
+        outcomes = vilu.score(vilu.MCM(), data)
+        accuracy[pool_size] = 1 - float(outcomes.failure.mean())
         print(
-            f"in a pool of {size:>3} captions the model finds the right one in {share:.0%} of the "
-            "cases"
+            f"with {pool_size:>3} captions in a pool, {accuracy[pool_size]:.0%} of the answers are "
+            "right"
         )
     assert accuracy[16] > accuracy[64] > accuracy[256]
 
-    # Somebody has mixed up one caption in ten: pairs of neighbours, which are in one pool.
-    random = np.random.default_rng(0)
-    first = random.permutation(len(image) // 2)[: len(image) // 20] * 2
-    order = np.arange(len(image))
-    order[first], order[first + 1] = first + 1, first
-    swapped = order != np.arange(len(image))
 
-    outcomes = vilu.score(
-        vilu.MCM(), vilu.PairEmbeddings(image, caption[order], vilu.Pools(POOL, seed=None), SCALE)
+def swapped_order(n: int) -> NDArray[np.int64]:
+    """Return the order of the captions after one caption in ten was swapped with its neighbour."""
+    random = np.random.default_rng(0)
+    n_swaps = n // 20
+    # A swap exchanges the captions 2k and 2k + 1. Both are in one pool.
+    first = random.permutation(n // 2)[:n_swaps] * 2
+    second = first + 1
+    order = np.arange(n)
+    order[first] = second
+    order[second] = first
+    return order
+
+
+def main() -> None:
+    """Find swapped captions."""
+    image, caption = simulated_pairs(POOL_SIZE * 80, seed=3)
+    compare_pool_sizes(image, caption)
+
+    n_pairs = len(image)
+    order = swapped_order(n_pairs)
+    swapped = order != np.arange(n_pairs)
+
+    pools = vilu.Pools(size=POOL_SIZE, seed=None)  # Without a seed, pools keep the order of rows.
+    data = vilu.PairEmbeddings(image, caption[order], pool_size=pools, logit_scale=LOGIT_SCALE)
+    outcomes = vilu.score(vilu.MCM(), data)
+    contradicted = outcomes.failure == 1  # The answer is not the image's own caption.
+    suspicious = contradicted & (outcomes.uncertainty < 0.05)
+    print(
+        f"the model contradicts {contradicted.sum()} of {n_pairs} captions: "
+        f"{swapped[contradicted].mean():.0%} of these are swapped"
     )
-    contradicted = outcomes.failure == 1  # the model takes another caption than the image's own
-    suspicious = contradicted & (outcomes.uncertainty < 0.05)  # and is sure of it
-    for what, which in (
-        ("contradicted", contradicted),
-        ("contradicted by a model that is sure", suspicious),
-    ):
-        print(
-            f"{which.sum()} of {len(image)} captions are {what}; "
-            f"of these {swapped[which].mean():.0%} are swapped"
-        )
-    print(f"so {swapped[suspicious].sum()} of {swapped.sum()} swapped captions are found")
+    print(
+        f"the model is sure and contradicts {suspicious.sum()} of {n_pairs} captions: "
+        f"{swapped[suspicious].mean():.0%} of these are swapped"
+    )
+    n_found = swapped[suspicious].sum()
+    print(f"so {n_found} of {swapped.sum()} swapped captions are found")
     assert swapped[suspicious].mean() > 0.7 > swapped[contradicted].mean()
-    assert swapped[suspicious].sum() > 0.3 * swapped.sum()
+    assert n_found > 0.3 * swapped.sum()
 
 
 if __name__ == "__main__":

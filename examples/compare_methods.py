@@ -1,8 +1,9 @@
 """Two methods, one data set: is one of them better, or was it luck?
 
-Shows `vilu.evaluate`, numbers with intervals, and `vilu.compare`, the difference of two methods on
-the same answers with its interval, which is narrower than the two intervals let one think. Real
-photos of clothes, named by the small model that comes with vilu.
+`vilu.evaluate` gives the metrics of every method with intervals. `vilu.compare` gives the
+difference of two methods on the same answers, with an interval. This interval is narrower than the
+intervals of the two methods. The photos are real photos of clothes. The small model that comes with
+vilu names them.
 """
 
 from __future__ import annotations
@@ -14,51 +15,73 @@ from matplotlib.figure import Figure
 
 import vilu
 from example_data import SMALL_MODEL, photos_on_disk
+from vilu.outcomes.evaluate import Comparison
+
+
+def embed_photos(folder: Path, *, skip: int, n: int) -> vilu.EmbeddingStore:
+    """Write photos into a folder with one folder per class, and embed them."""
+    photos_on_disk(folder, n, skip=skip, in_class_folders=True)
+    photos = vilu.open_dataset(folder)
+    backbone = vilu.load_backbone(SMALL_MODEL)
+    store_path = folder.with_suffix(".store")
+    vilu.embed(photos, backbone, output=store_path, names=photos.class_names or ())
+    return vilu.EmbeddingStore(store_path)
 
 
 def main() -> Figure:
-    """Embed photos once, then score them by several methods."""
-    with tempfile.TemporaryDirectory() as place:
-        home = Path(place)
-        stores, backbone = {}, vilu.load_backbone(SMALL_MODEL)
-        for split, skip, n in (("train", 0, 90), ("test", 90, 200)):
-            photos_on_disk(home / split, n, skip=skip, in_class_folders=True)
-            photos = vilu.open_dataset(home / split)
-            vilu.embed(photos, backbone, home / f"{split}.store", names=photos.class_names or ())
-            stores[split] = vilu.EmbeddingStore(home / f"{split}.store")
+    """Embed photos once, score them by three methods, and compare the methods."""
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(temporary)
+        train = embed_photos(home / "train", skip=0, n=90)
+        test = embed_photos(home / "test", skip=90, n=200)
 
-        plus = vilu.ViLUPlus(seed=0).fit(stores["train"])
-        methods = (plus, vilu.MCM(), vilu.Margin())
-        learned, mcm, margin = (vilu.score(method, stores["test"]) for method in methods)
+        vilu_plus = vilu.score(vilu.ViLUPlus(seed=0).fit(train), test)
+        mcm = vilu.score(vilu.MCM(), test)
+        margin = vilu.score(vilu.Margin(), test)
 
-    table = vilu.evaluate([learned, mcm, margin], metrics=["auroc", "fpr95"])
+    table = vilu.evaluate([vilu_plus, mcm, margin], metrics=["auroc", "fpr95"])
     print(table)
     print()
-    clear, close = vilu.compare(learned, mcm), vilu.compare(mcm, margin)
-    eighth = range(0, len(mcm), 8)  # rows lie sorted by class, so the first ones would be no sample
-    few = vilu.compare(mcm.take(eighth), margin.take(eighth))
-    for found in (clear, close, few):
-        print(found)
-    print(f"90 labels are worth {100 * clear.difference:.0f} points of AUROC, and that is no luck;")
-    print("whether mcm is better than margin every eighth answer alone does not say.")
 
-    assert clear.ci_low > 0.05  # from 5 points up to more
-    assert few.ci_low < 0 < few.ci_high
-    (row,) = (row for row in table.rows if (row.method, row.metric) == ("mcm", "auroc"))
-    assert row.ci_low is not None
-    assert row.ci_high is not None
-    assert (
-        close.ci_high - close.ci_low < row.ci_high - row.ci_low
-    )  # the same answers are hard for both
+    learned_gain = vilu.compare(vilu_plus, mcm)
+    small_gain = vilu.compare(mcm, margin)
+    # The rows are sorted by class. Every eighth row is a sample of all classes.
+    every_eighth = range(0, len(mcm), 8)
+    few_rows = vilu.compare(mcm.take(every_eighth), margin.take(every_eighth))
+    print(learned_gain)
+    print(small_gain)
+    print(few_rows)
+    points = 100 * learned_gain.difference
+    print(f"with 90 labels, the AUROC is {points:.0f} points higher: this is not luck")
+    print("with every eighth answer only, the difference of mcm and margin may be luck")
 
+    assert learned_gain.ci_low > 0.05
+    assert few_rows.ci_low < 0 < few_rows.ci_high
+    # The same answers are hard for both methods, so the interval of the difference is narrower.
+    assert small_gain.ci_high - small_gain.ci_low < auroc_interval_width(table, method="mcm")
+    return difference_figure({"mcm - margin": small_gain, "vilu_plus - mcm": learned_gain})
+
+
+def auroc_interval_width(table: vilu.ResultTable, *, method: str) -> float:
+    """Return the width of the interval of a method's AUROC."""
+    for row in table.rows:
+        if row.method == method and row.metric == "auroc":
+            assert row.ci_low is not None
+            assert row.ci_high is not None
+            return row.ci_high - row.ci_low
+    raise KeyError(method)
+
+
+def difference_figure(comparisons: dict[str, Comparison]) -> Figure:
+    """Draw the differences of AUROC with their intervals."""
     figure = Figure(figsize=(5, 1.8), layout="constrained")
     axes = figure.add_subplot()
-    for name, found in (("mcm - margin", close), ("vilu_plus - mcm", clear)):
-        ends = 100 * found.ci_low, 100 * found.ci_high
-        axes.plot(ends, [name, name], "-", color="tab:blue")
-        axes.plot(100 * found.difference, name, "o", color="tab:blue")
+    for name, comparison in comparisons.items():
+        interval = [100 * comparison.ci_low, 100 * comparison.ci_high]
+        axes.plot(interval, [name, name], "-", color="tab:blue")
+        axes.plot(100 * comparison.difference, name, "o", color="tab:blue")
     axes.axvline(0, color="black", linestyle="--")
-    axes.set(xlabel="difference of AUROC (points), with its interval", ylim=(-0.5, 1.5))
+    axes.set(xlabel="difference of AUROC with its interval (points)", ylim=(-0.5, 1.5))
     return figure
 
 

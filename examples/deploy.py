@@ -1,7 +1,7 @@
 """I have calibrated a model: how do I save it, and decide with it in another program?
 
-The folder is the one that the commands leave and read. The program that decides gets image
-embeddings alone; the classes and the guarantee come with the model.
+`model.save` writes the same folder that the commands write and read. The second program has image
+embeddings only. The classes and the guarantee are in the folder.
 """
 
 from __future__ import annotations
@@ -15,45 +15,51 @@ import vilu
 from example_data import simulated
 
 
-def trained(folder: Path) -> None:
-    """The first program: fit, calibrate, save."""
+def save_model(folder: Path) -> None:
+    """Fit, calibrate and save a model, as the first program does."""
     image, text, label = simulated(2400, seed=1)
-    names = [f"class {number}" for number in range(len(text))]
+    class_names = [f"class {number}" for number in range(len(text))]
     data = vilu.Embeddings(
-        image=image, text=text, target=label, logit_scale=20.0, class_names=names
+        image=image, text=text, target=label, logit_scale=20.0, class_names=class_names
     )
     parts = data.split(fit=0.4, calibration=0.6, seed=0)
-    model = vilu.Selective(vilu.ViLUPlus(seed=0), answer="adapted").fit(parts.fit)
-    model.calibrate(parts.calibration, max_risk=0.05).save(folder)
+    model = vilu.Selective(vilu.ViLUPlus(seed=0), answer="adapted")
+    model.fit(parts.fit)
+    model.calibrate(parts.calibration, max_risk=0.05)
+    model.save(folder)
 
 
 def main() -> None:
-    """The second program: load, decide, watch."""
+    """Load the model, decide and monitor, as the second program does."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        trained(folder)
-        print("the folder:", ", ".join(sorted(path.name for path in folder.iterdir())))
+        save_model(folder)
+        file_names = sorted(path.name for path in folder.iterdir())
+        print("files in the folder:", ", ".join(file_names))
         model = vilu.load(folder)
-    assert isinstance(model, vilu.Selective)  # as the folder is calibrated
+    assert isinstance(model, vilu.Selective)  # `load` returns a predictor if nothing is calibrated.
     assert model.calibration is not None
     print(model.calibration.guarantee_text)
 
     image, _, label = simulated(3000, seed=2)
-    outcomes = model.predict(image)  # an array, or a tensor, which is scored on its device
+    outcomes = model.predict(image)  # This may be an array, or a tensor on any device.
     assert outcomes.prediction is not None
     assert outcomes.class_names is not None
     assert outcomes.decision is not None
-    accepted = np.array([decision == "accept" for decision in outcomes.decision])
-    wrong = np.not_equal(outcomes.prediction, label)
-    print(f"accepted are {accepted.mean():.0%}, of which {wrong[accepted].mean():.1%} are wrong")
-    first = outcomes.prediction[0]
-    print(f"the first answer: {outcomes.class_names[first]}, {outcomes.decision[0]}")
+    accepted = np.array(outcomes.decision) == "accept"
+    wrong = outcomes.prediction != label
+    risk = wrong[accepted].mean()
+    print(f"{accepted.mean():.0%} of the answers are accepted, and {risk:.1%} of these are wrong")
+    first_answer = outcomes.class_names[outcomes.prediction[0]]
+    print(f"the first answer is {first_answer}, and the decision is {outcomes.decision[0]}")
 
-    monitor = vilu.Monitor.of_folder(model)  # does the guarantee still hold?
-    print("monitor:", monitor.update(outcomes).verdict)
+    # The monitor checks whether new images are still like those of the calibration.
+    monitor = vilu.Monitor.of_folder(model)
+    status = monitor.update(outcomes)
+    print(f"the monitor says: {status.verdict}")
 
     assert accepted.mean() > 0.4
-    assert wrong[accepted].mean() < 0.06
+    assert risk < 0.06
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """My detector draws boxes in COCO's format: which of them are right, so that nobody checks them?
 
-Matches detections with annotated objects as COCO does, and certifies which boxes may be accepted.
-The detector is made up, with declared noise: it misses every sixth object, its boxes are off by up
-to a seventh, and beside every fourth object it sees one that is not there. Put your own two files
-in their place. The guarantee speaks of boxes; objects without one are counted beside it.
+Boxes are matched with annotated objects as COCO does it. The detector is simulated. It misses every
+sixth object. Its boxes are off by up to a seventh of their size. Beside every fourth object it
+draws a box without an object. Put your own two files in place of the simulated ones. The guarantee
+covers boxes. Objects without a box are counted separately.
 """
 
 from __future__ import annotations
@@ -14,62 +14,84 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import vilu
 from vilu.tables.methods import AnswerProbe
 from vilu.tables.sources import detection_answers
 
 N_IMAGES = 900
-BESIDE = np.array([250.0, 0.0, 0.0, 0.0])
+CATEGORIES = [{"id": 1, "name": "car"}, {"id": 2, "name": "bus"}, {"id": 3, "name": "person"}]
 
 
-def made_up(random: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Results and annotations in COCO's format, of up to five objects an image."""
+def detect(box: NDArray[np.float64], random: np.random.Generator) -> list[dict[str, Any]]:
+    """Simulate what the detector draws for an object with this box: none, one or two boxes."""
+    detections = []
+    if random.random() > 1 / 6:
+        clarity = random.random()
+        shift = random.uniform(-0.15, 0.15, size=4) * box[2:].max()
+        moved = box + (1 - clarity) * shift
+        moved[2:] = moved[2:].clip(5)
+        score = 0.3 + 0.5 * clarity + 0.2 * random.random()
+        detections.append({"bbox": moved.tolist(), "score": score})
+    if random.random() < 1 / 4:
+        beside = box + np.array([250.0, 0.0, 0.0, 0.0])
+        score = 0.3 + 0.3 * random.random()
+        detections.append({"bbox": beside.tolist(), "score": score})
+    return detections
+
+
+def write_coco_files(results_file: Path, annotations_file: Path) -> None:
+    """Write simulated results and annotations in COCO's format."""
+    random = np.random.default_rng(0)
     results: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
     for image in range(N_IMAGES):
-        for _ in range(random.integers(1, 6)):
-            box = np.append(random.uniform(0, 400, size=2), random.uniform(30, 200, size=2))
+        n_objects = random.integers(1, 6)
+        for _ in range(n_objects):
+            corner = random.uniform(0, 400, size=2)
+            box = np.append(corner, random.uniform(30, 200, size=2))
             entry = {"image_id": image, "category_id": int(random.integers(1, 4))}
-            objects.append({**entry, "bbox": box.tolist(), "iscrowd": int(random.random() < 0.02)})
-            if random.random() > 1 / 6:
-                clarity = random.random()
-                moved = box + (1 - clarity) * random.uniform(-0.15, 0.15, size=4) * box[2:].max()
-                moved[2:] = moved[2:].clip(5)
-                score = 0.3 + 0.5 * clarity + 0.2 * random.random()
-                results.append({**entry, "bbox": moved.tolist(), "score": score})
-            if random.random() < 1 / 4:
-                score = 0.3 + 0.3 * random.random()
-                results.append({**entry, "bbox": (box + BESIDE).tolist(), "score": score})
-    names = [{"id": 1, "name": "car"}, {"id": 2, "name": "bus"}, {"id": 3, "name": "person"}]
+            is_crowd = int(random.random() < 0.02)
+            objects.append({**entry, "bbox": box.tolist(), "iscrowd": is_crowd})
+            results += [{**entry, **detection} for detection in detect(box, random)]
     images = [{"id": image} for image in range(N_IMAGES)]
-    return results, {"images": images, "annotations": objects, "categories": names}
+    annotations = {"images": images, "annotations": objects, "categories": CATEGORIES}
+    results_file.write_text(json.dumps(results), encoding="utf-8")
+    annotations_file.write_text(json.dumps(annotations), encoding="utf-8")
 
 
 def main() -> None:
-    """From two files to accepted boxes."""
-    contents = made_up(np.random.default_rng(0))
-    with tempfile.TemporaryDirectory() as place:
-        files = [Path(place) / "results.json", Path(place) / "annotations.json"]
-        for file, content in zip(files, contents, strict=True):
-            file.write_text(json.dumps(content), encoding="utf-8")
-        boxes = detection_answers(*files)
+    """Make a table from the two files, and accept boxes."""
+    with tempfile.TemporaryDirectory() as temporary:
+        results_file = Path(temporary) / "results.json"
+        annotations_file = Path(temporary) / "annotations.json"
+        write_coco_files(results_file, annotations_file)
+        boxes = detection_answers(results=results_file, annotations=annotations_file)
     table = vilu.open_table(boxes.columns)
-    print(f"{len(table)} boxes, of which {boxes.n_known} are known as right or wrong (no crowds)")
-    print(f"{boxes.missed_share:.0%} of the objects have no box, and no guarantee speaks of them")
+    print(f"of {len(table)} boxes, {boxes.n_known} are known as right or wrong (not on crowds)")
+    print(f"{boxes.missed_share:.0%} of the objects have no box: the guarantee does not cover them")
 
-    table = table[table.failure >= 0]  # on a crowd a box is neither right nor wrong
+    table = table[table.failure >= 0]  # This leaves out the boxes on crowds.
     image = np.array([int(name) for name in table.cluster or ()])
-    fit, calibration, new = (table[image % 3 == part] for part in range(3))
-    model = vilu.Selective(AnswerProbe()).fit(fit).calibrate(calibration, max_risk=0.05)
-    accepted = np.array(model.predict(new).decision) == "accept"
+    third = image % 3
+    fit, calibration, new = table[third == 0], table[third == 1], table[third == 2]
+    model = vilu.Selective(AnswerProbe())
+    model.fit(fit)
+    model.calibrate(calibration, max_risk=0.05)
+    outcomes = model.predict(new)
+    accepted = np.array(outcomes.decision) == "accept"
     wrong = new.failure == 1
-    print(f"of all boxes {wrong.mean():.0%} are wrong")
-    print(f"accepted are {accepted.mean():.0%}, of which {wrong[accepted].mean():.1%} are wrong")
+    print(f"in the new images, {wrong.mean():.0%} of the boxes are wrong")
+    risk = wrong[accepted].mean()
+    print(
+        f"{accepted.mean():.0%} of the boxes are accepted, "
+        f"and {risk:.1%} of the accepted boxes are wrong"
+    )
 
     assert wrong.mean() > 0.1
     assert accepted.mean() > 0.3
-    assert wrong[accepted].mean() < 0.06
+    assert risk < 0.06
 
 
 if __name__ == "__main__":

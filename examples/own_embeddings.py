@@ -1,59 +1,77 @@
 """I have embeddings in numpy, from any model: which of its answers are wrong?
 
-Shows the whole way with arrays alone: fit on some labelled rows, set a threshold on others, decide
-about new rows without labels. The embeddings are simulated; put your own in place of them.
+Shows the whole way with arrays alone. A predictor is fitted on labelled rows. Other labelled rows
+serve to set a threshold. Then the predictor decides about new rows without labels. The embeddings
+are simulated. Put your own embeddings in their place.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 import vilu
 from example_data import simulated
 
+SCALE = 20.0
+"""The factor of your model from cosines to logits. CLIP has 100."""
+
 
 def main() -> Figure:
-    """Fit, calibrate, score."""
+    """Fit, calibrate, and decide about new rows."""
     image, text, label = simulated(2400, seed=1)
-    train, held_out, new = slice(0, 600), slice(600, 1400), slice(1400, None)
-    scale = 20.0  # what your model multiplies cosines with: 100 for CLIP
 
-    # Three parts, for each label can serve only once: to learn from, to guarantee with, to check.
-    predictor = vilu.ViLUPlus(seed=0).fit(
-        vilu.Embeddings(image[train], text, target=label[train], logit_scale=scale)
+    # Each label can serve only once, either for the fit or for the calibration.
+    fit_data = vilu.Embeddings(image=image[:600], text=text, target=label[:600], logit_scale=SCALE)
+    calibration_data = vilu.Embeddings(
+        image=image[600:1400], text=text, target=label[600:1400], logit_scale=SCALE
     )
-    calibration = vilu.Embeddings(image[held_out], text, target=label[held_out], logit_scale=scale)
-    predictor.calibrate_probability(calibration)
-    rule = vilu.certify(vilu.score(predictor, calibration), max_risk=0.05, confidence=0.95)
+    new_image = image[1400:]
+    new_data = vilu.Embeddings(image=new_image, text=text, logit_scale=SCALE)
+
+    predictor = vilu.ViLUPlus(seed=0)
+    predictor.fit(fit_data)
+    predictor.calibrate_probability(calibration_data)
+    calibration_outcomes = vilu.score(predictor, calibration_data)
+    rule = vilu.certify(calibration_outcomes, max_risk=0.05, confidence=0.95)
     print(rule)
 
-    arriving = vilu.Embeddings(image[new], text, logit_scale=scale)  # nobody knows what they show
-    uncertainty = predictor.predict_uncertainty(arriving)
-    probability = predictor.predict_failure_probability(arriving)
+    uncertainty = predictor.predict_uncertainty(new_data)
+    predicted = predictor.predict_failure_probability(new_data).mean()
     accepted = rule.accept(uncertainty)
 
-    wrong = (image[new] @ text.T).argmax(axis=1) != label[new]  # here we do know
+    # The simulation knows the labels of the new rows, so the decisions can be checked.
+    answer = (new_image @ text.T).argmax(axis=1)
+    wrong = answer != label[1400:]
+    print(f"of {len(wrong)} new answers, {wrong.mean():.0%} are wrong (predicted: {predicted:.0%})")
     print(
-        f"of {len(wrong)} new answers {wrong.mean():.0%} are wrong; "
-        f"predicted were {probability.mean():.0%}"
-    )
-    print(
-        f"accepted are {accepted.mean():.0%}, and of these {wrong[accepted].mean():.1%} are wrong"
+        f"{accepted.mean():.0%} of the new answers are accepted, "
+        f"and {wrong[accepted].mean():.1%} of the accepted answers are wrong"
     )
 
-    assert abs(probability.mean() - wrong.mean()) < 0.05
+    assert abs(predicted - wrong.mean()) < 0.05
     assert accepted.mean() > 0.4
     assert wrong[accepted].mean() < 0.06 < wrong.mean()
     assert np.isfinite(uncertainty).all()
+    assert rule.threshold is not None
+    return histogram(uncertainty, wrong, threshold=rule.threshold)
 
+
+def histogram(
+    uncertainty: NDArray[np.float64], wrong: NDArray[np.bool_], *, threshold: float
+) -> Figure:
+    """Draw the uncertainty of right and of wrong answers."""
     figure = Figure(figsize=(5, 3), layout="constrained")
     axes = figure.add_subplot()
     axes.hist(
-        [uncertainty[~wrong], uncertainty[wrong]], bins=25, stacked=True, label=["right", "wrong"]
+        [uncertainty[~wrong], uncertainty[wrong]],
+        bins=25,
+        stacked=True,
+        label=["right answers", "wrong answers"],
     )
-    axes.axvline(float(rule.threshold or 0), color="black", linestyle="--", label="threshold")
-    axes.set(xlabel="uncertainty", ylabel="answers", yscale="log")
+    axes.axvline(threshold, color="black", linestyle="--", label="threshold")
+    axes.set(xlabel="uncertainty", ylabel="number of answers", yscale="log")
     axes.legend()
     return figure
 

@@ -1,15 +1,14 @@
 """I have an idea for a score of my own: what does it take to try it?
 
-Shows a method of a few lines from outside: registered, it is listed, scored, evaluated, compared,
-calibrated and saved as those of vilu are. The idea: how near does the runner-up come to the answer?
-The embeddings are simulated.
+Shows a method of a few lines. Once it is registered, vilu lists, scores, evaluates, compares,
+calibrates and saves it like its own methods. The idea is to ask how close the runner-up comes to
+the answer. The embeddings are simulated.
 """
 
 from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -23,54 +22,58 @@ from example_data import simulated
 @vilu.register
 @dataclass
 class RunnersUp(vilu.FailurePredictor):
-    """u = the mean probability of the next ``count`` classes over that of the answer."""
+    """u = mean probability of the next ``count`` classes / probability of the answer."""
 
     name: ClassVar[str] = "runners_up"
     summary: ClassVar[str] = "mean probability of the next classes over that of the answer"
     reference: ClassVar[str] = "an example"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
 
-    count: Annotated[int, Field(ge=1)] = 1  # `--set count=2`, and its check, follow from this line
+    # This line also makes the option `--set count=2` and its check.
+    count: Annotated[int, Field(ge=1)] = 1
 
     def _score(self, batch: vilu.Batch) -> Tensor:
-        largest = (
-            batch.logits.softmax(dim=-1)
-            .topk(min(self.count + 1, batch.logits.shape[-1]), dim=-1)
-            .values
-        )
+        """Compute the uncertainty of each row in a batch."""
+        probability = batch.logits.softmax(dim=-1)
+        n_largest = min(self.count + 1, probability.shape[-1])
+        largest = probability.topk(n_largest, dim=-1).values  # The first one is the answer's.
         return largest[:, 1:].mean(dim=-1) / largest[:, 0]
 
 
 def main() -> None:
-    """Score, evaluate, compare, calibrate, save."""
+    """Score, evaluate, compare, calibrate, and save."""
     image, text, label = simulated(2_000, seed=20)
-    held_out, test = (
-        vilu.Embeddings(image[rows], text, target=label[rows], logit_scale=20.0)
-        for rows in (slice(0, 800), slice(800, None))
+    calibration_data = vilu.Embeddings(
+        image=image[:800], text=text, target=label[:800], logit_scale=20.0
     )
+    test_data = vilu.Embeddings(image=image[800:], text=text, target=label[800:], logit_scale=20.0)
     assert "runners_up" in vilu.PREDICTORS
 
-    mine = RunnersUp(count=1)
-    scored = vilu.score(mine, test)
-    print(vilu.evaluate(scored, metrics=["auroc", "fpr95"]))
-    print(vilu.compare(scored, vilu.score(vilu.MaxLogit(), test)))
-    print(vilu.compare(scored, vilu.score(vilu.Margin(), test)))
+    predictor = RunnersUp(count=1)
+    runners_up = vilu.score(predictor, test_data)
+    max_logit = vilu.score(vilu.MaxLogit(), test_data)
+    margin = vilu.score(vilu.Margin(), test_data)
+    print(vilu.evaluate(runners_up, metrics=["auroc", "fpr95"]))
+    print(vilu.compare(runners_up, max_logit, metric="auroc"))
+    against_margin = vilu.compare(runners_up, margin, metric="auroc")
+    print(against_margin)
 
-    mine.calibrate_probability(held_out)
-    stated = float(mine.predict_failure_probability(test).mean())
-    print(f"wrong are {scored.failure.mean():.0%}, calibrated it says {stated:.0%}")
+    predictor.calibrate_probability(calibration_data)
+    probability = predictor.predict_failure_probability(test_data).mean()
+    wrong = runners_up.failure.mean()
+    print(f"{wrong:.0%} of the answers are wrong (predicted after calibration: {probability:.0%})")
+
     with tempfile.TemporaryDirectory() as folder:
-        mine.save(Path(folder) / "mine")
-        loaded = vilu.load(Path(folder) / "mine")
-    same = np.array_equal(loaded.predict_uncertainty(test), scored.uncertainty)
-    print(f"saved and loaded, it gives the same numbers: {'yes' if same else 'no'}")
+        predictor.save(folder)
+        loaded = vilu.load(folder)
+    assert np.array_equal(loaded.predict_uncertainty(test_data), runners_up.uncertainty)
+    print("the saved and loaded predictor gives the same scores")
 
-    assert same
-    assert abs(stated - scored.failure.mean()) < 0.05
-    assert vilu.metrics.auroc(scored.uncertainty, scored.failure) > 0.8
-    # softmax(l)₂ / softmax(l)₁ is exp(l₂ − l₁): with one runner-up the order is that of the margin
-    # of the logits
-    assert abs(vilu.compare(scored, vilu.score(vilu.Margin(), test)).difference) < 1e-6
+    assert abs(probability - wrong) < 0.05
+    assert vilu.metrics.auroc(runners_up.uncertainty, runners_up.failure) > 0.8
+    # softmax(l)₂ / softmax(l)₁ is exp(l₂ − l₁). So with one runner-up the order of the answers is
+    # that of the margin between the logits.
+    assert abs(against_margin.difference) < 1e-6
 
 
 if __name__ == "__main__":

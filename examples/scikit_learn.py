@@ -1,7 +1,8 @@
 """I have a classifier of scikit-learn: which of its answers can I accept?
 
-Wraps it, and certifies on a part of the training rows that at most 5 % of the accepted answers are
-wrong. The rows are simulated; put your own in place of them.
+Wraps the classifier. The wrapper sets a part of the training rows aside. On this part it certifies
+that at most 5 % of the accepted answers are wrong. The rows are simulated. Put your own rows in
+their place.
 """
 
 from __future__ import annotations
@@ -16,25 +17,33 @@ from vilu.sklearn import REVIEW, SelectiveClassifier
 
 
 def main() -> None:
-    """Fit, accept, leave for review."""
-    image, _, label = simulated(6000, seed=1)
-    train, new = slice(0, 3000), slice(3000, None)
+    """Fit, accept answers, and leave the others for review."""
+    features, _, label = simulated(6000, seed=1)
+    new_features = features[3000:]
+    new_label = label[3000:]
 
-    # The classifier splits the rows inside: one part to fit on, the other for the guarantee.
+    # The wrapper splits the rows into a part to fit on, and a part for the guarantee.
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     model = SelectiveClassifier(classifier, max_risk=0.05, random_state=0)
-    model.fit(image[train], label[train])
+    model.fit(features[:3000], label[:3000])
     print(model.rule_)
 
-    wrong = model.predict(image[new]) != label[new]
-    accepted = model.accept(image[new])
-    print(f"of all answers {wrong.mean():.1%} are wrong")
-    print(f"accepted are {accepted.mean():.0%}, of which {wrong[accepted].mean():.1%} are wrong")
-    print(f"score, the accuracy of all rows: {model.score(image[new], label[new]):.3f}")
+    wrong = model.predict(new_features) != new_label
+    accepted = model.accept(new_features)
+    accuracy = model.score(new_features, new_label)
+    print(f"{wrong.mean():.1%} of all answers are wrong")
+    print(
+        f"{accepted.mean():.0%} of the answers are accepted, "
+        f"and {wrong[accepted].mean():.1%} of the accepted answers are wrong"
+    )
+    print(f"model.score gives the accuracy of all answers: {accuracy:.3f}")
 
-    answers = model.predict_or_review(image[new])
-    n_review = sum(answer is REVIEW for answer in answers)
-    print(f"for review: {n_review} of {len(answers)}")
+    answers = model.predict_or_review(new_features)
+    n_review = 0
+    for answer in answers:
+        if answer is REVIEW:
+            n_review += 1
+    print(f"{n_review} of {len(answers)} answers are left for review")
 
     assert wrong.mean() > 0.05
     assert accepted.mean() > 0.4

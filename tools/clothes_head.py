@@ -2,9 +2,9 @@
 
     python tools/clothes_head.py TARGET [--work FOLDER]
 
-TARGET is ORG/NAME of a model hub, or a folder such as ./shelf/clothes. The head is fitted on the
-train split, calibrated on the validation split, and measured on the test split. The card of the
-head has the measured numbers, the licence and a section on the photos. FOLDER keeps the embeddings.
+TARGET is ORG/NAME on a model hub, or a folder such as ./shelf/clothes. The head is fitted on the
+train split, calibrated on the validation split, and measured on the test split. The head's card has
+the measured numbers, the licence and a section on the photos. FOLDER keeps the embeddings.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ that the head has adapted to labels. The test split was looked at while vilu was
 
 
 def make_head(photos: Path, work: Path) -> Path:
-    """Fit, calibrate and measure the head; returns the folder of the head."""
+    """Fit, calibrate and measure the head, and return the head's folder."""
     stores = embed_splits(photos, work)
     head = work / "head"
     model = vilu.ViLUPlus(seed=0, answer="adapted")
@@ -63,7 +63,7 @@ def make_head(photos: Path, work: Path) -> Path:
 
 
 def write_card(card_path: Path, about: str) -> None:
-    """Write the licence and a section on the photos into the card of a predictor."""
+    """Write the licence and a section on the photos into a predictor's card."""
     text = card_path.read_text(encoding="utf-8")
     for old, new in (
         ('license: "unknown"', f"license: {json.dumps(LICENCE)}"),
@@ -79,7 +79,7 @@ def main() -> None:
     """Make and push the head."""
     parser = argparse.ArgumentParser()
     parser.add_argument("target")
-    parser.add_argument("--work", type=Path, default="build/clothes-head")
+    parser.add_argument("--work", type=Path, default=Path("build/clothes-head"))
     options = parser.parse_args()
     package = resources.files("vilu")
     assets = package.joinpath("assets", "clothing.parquet")

@@ -1,15 +1,15 @@
-"""Hooks of MkDocs (mkdocs.yml) that generate the pages of the site without a file in docs/.
+"""Hooks for MkDocs (mkdocs.yml) that generate the site's pages without a file in docs/.
 
 - The navigation comes from docs/index.md: the second-level headings, and the pages listed below
   each heading.
-- Every command has a page with the help of the command line, in the groups of ``vilu --help``.
-- Every task (``TASKS``) has a page of the API. Together these pages have every public name
+- Every command has a page with the command-line help, in the groups of ``vilu --help``.
+- Every task (``TASKS``) has an API page. Together these pages have every public name
   (``vilu.__all__``).
-- Every example has a page with the script, the printed output and the picture. The order is the
-  order of examples/README.md, and the table there becomes cards.
+- Every example has a page with the script, the printed output and the picture. The order is that of
+  examples/README.md, and the table there becomes cards.
 - A file outside docs/ becomes part of the site if a page links to the file (SECURITY.md,
-  deploy/alerts.yml, ...). So the same link serves readers of the repository and of the site.
-- Every link of the built site is checked. A dead link within the site, or a resource loaded from
+  deploy/alerts.yml, ...). So the same link works in the repository and on the site.
+- Every link in the built site is checked. A dead link within the site, or a resource loaded from
   elsewhere, is a warning, and therefore an error with ``--strict``.
 """
 
@@ -40,12 +40,12 @@ DOCS = ROOT / "docs"
 EXAMPLES = ROOT / "examples"
 GALLERY = "examples/README.md"
 OUTSIDE_DOCS = "repository"
-"""Folder of the site for files outside docs/ and examples/."""
+"""The site's folder for files outside docs/ and examples/."""
 LOG = logging.getLogger("mkdocs.plugins.docs_site")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 """The target of a relative link, without the anchor."""
 REFERENCE = "Reference"
-"""Section of the navigation with the pages of Python and of the command line at the end."""
+"""The navigation section with the pages for Python and for the command line at the end."""
 TASKS = {
     "Begin": "Embeddings Selective ViLUPlus load",
     "Data": "EmbeddingStore open_source import_arrays open_dataset load_backbone embed "
@@ -60,7 +60,7 @@ TASKS = {
     "Explain and report": "explain prompt_gains risk_map report_page",
     "Extend": "register convert_official",
 }
-"""Pages of the API: a task of the reader, and the public names for this task."""
+"""API pages: a task that a reader has, and the public names for this task."""
 NO_PAGE = {"__version__", "methods", "metrics"}
 """Public names without an entry on the pages of ``TASKS``. The two modules have separate pages."""
 EXAMPLE = re.compile(r"^\| (?P<question>.*?) \| \[(?P<name>\w+)\.py\].*\n", re.MULTILINE)
@@ -68,7 +68,7 @@ EXAMPLE = re.compile(r"^\| (?P<question>.*?) \| \[(?P<name>\w+)\.py\].*\n", re.M
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """The navigation."""
+    """Build the navigation."""
     navigation: list[Any] = [{"Home": "index.md"}]
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     for title, pages in sections(index):
@@ -122,7 +122,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:  # noqa: ANN401 - what MkDocs adds
-    """Rewrite the links of a page for the site. Links within docs/ do not change."""
+    """Rewrite a page's links for the site. Links within docs/ do not change."""
     source = source_of(page.file.src_uri)
     if page.file.src_uri == GALLERY:
         markdown = gallery_cards(markdown)
@@ -140,7 +140,7 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:  # noqa: AN
 
 
 class Links(HTMLParser):
-    """Anchors, loaded resources and link targets of a built page."""
+    """Anchors, loaded resources and link targets in a built page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Links(HTMLParser):
         self.loaded_resources: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Collect the attributes of an element."""
+        """Collect an element's attributes."""
         for name, value in attrs:
             if name in {"id", "name"} and value:
                 self.anchors.add(value)
@@ -158,7 +158,7 @@ class Links(HTMLParser):
 
 
 def on_post_build(*, config: MkDocsConfig) -> None:
-    """Warn about dead links of the site, and about resources from elsewhere."""
+    """Warn about dead links in the site, and about resources from elsewhere."""
     site, base_url = Path(config.site_dir), "http://here/"
     pages = {path.relative_to(site).as_posix(): Links() for path in sorted(site.rglob("*.html"))}
     for place, page in pages.items():
@@ -182,7 +182,7 @@ def on_post_build(*, config: MkDocsConfig) -> None:
 
 
 def linked_files(page: Path) -> Iterator[Path]:
-    """The files of the repository linked from a page."""
+    """Yield the repository files linked from a page."""
     markdown = page.read_text(encoding="utf-8")
     for target in LINK.findall(markdown):
         normal_path = os.path.normpath(page.parent / target)
@@ -192,7 +192,7 @@ def linked_files(page: Path) -> Iterator[Path]:
 
 
 def uri_of(path: Path) -> str:
-    """Place of a file of the repository in the sources of the site."""
+    """Return the place of a repository file in the site's sources."""
     if path == ROOT / "README.md":
         return "index.md"
     if path.is_relative_to(DOCS):
@@ -207,7 +207,7 @@ def uri_of(path: Path) -> str:
 
 
 def source_of(uri: str) -> Path:
-    """File of the repository for a place in the sources of the site; the inverse of ``uri_of``."""
+    """Return the repository file for a place in the site's sources. Inverse of ``uri_of``."""
     parts = PurePosixPath(uri).parts
     if parts[0] == EXAMPLES.name:
         return ROOT / uri
@@ -215,7 +215,7 @@ def source_of(uri: str) -> Path:
 
 
 def gallery_pages() -> list[str]:
-    """Pages below the page of the examples: the scripts, and further pages linked from there."""
+    """Return pages below the examples page: the scripts, and further pages linked from there."""
     return [
         *example_pages(),
         *(uri_of(path) for path in linked_files(ROOT / GALLERY) if path.suffix == ".md"),
@@ -223,14 +223,14 @@ def gallery_pages() -> list[str]:
 
 
 def example_pages() -> dict[str, str]:
-    """Pages of the examples and of the example data, by place."""
+    """Return the pages for the examples and for the example data, by place."""
     gallery = (ROOT / GALLERY).read_text(encoding="utf-8")
     listed = [row["name"] for row in EXAMPLE.finditer(gallery)]
     return {f"examples/{name}.md": example_page(name) for name in [*listed, "example_data"]}
 
 
 def example_page(name: str) -> str:
-    """Page of an example: the docstring, the picture, the printed output and the script."""
+    """Build an example's page: the docstring, the picture, the printed output and the script."""
     script = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     _, docstring, code = script.split('"""', 2)
     title, _, docstring_body = docstring.partition("\n")
@@ -250,12 +250,12 @@ def example_page(name: str) -> str:
 
 
 def picture_of(name: str) -> str | None:
-    """Picture of an example, relative to the page; None if the example draws nothing."""
+    """Return the path of an example's picture, relative to the page, or None without a picture."""
     return next((f"pictures/{path.name}" for path in EXAMPLES.glob(f"pictures/{name}.*")), None)
 
 
 def gallery_cards(markdown: str) -> str:
-    """The page of the examples with a card in place of every row of the table."""
+    """Return the examples page with a card in place of every table row."""
     card_texts = []
     for row in EXAMPLE.finditer(markdown):
         name, picture_path = row["name"], picture_of(row["name"])
@@ -276,18 +276,18 @@ def gallery_cards(markdown: str) -> str:
 
 
 def command_pages() -> dict[str, str]:
-    """Pages of the commands of the application, by place."""
+    """Return the application's command pages, by place."""
     application = typer.main.get_command(app)
     return {place_of_command(names): text for names, text in command_texts(application, ("vilu",))}
 
 
 def place_of_command(names: tuple[str, ...]) -> str:
-    """Place of the page of a command."""
+    """Return the place of a command's page."""
     return f"commands/{'-'.join(names[1:])}.md"
 
 
 def commands_by_group() -> list[dict[str, list[str]]]:
-    """Places of the pages of commands, in the groups of ``vilu --help``."""
+    """Return command pages by group, as in ``vilu --help``."""
     application: Any = typer.main.get_command(app)
     groups: dict[str, list[str]] = {}
     for names, _ in command_texts(application, ("vilu",)):
@@ -301,7 +301,7 @@ def command_texts(
     names: tuple[str, ...],
     parent_context: Any = None,  # noqa: ANN401
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield the names and the page of a command, or of every command in a group."""
+    """Yield a command's names and page. For a group, yield those for every command inside."""
     context = typer.Context(
         command, info_name=names[-1], parent=parent_context, **command.context_settings
     )
@@ -339,7 +339,7 @@ def escape_markdown(text: str) -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """Pages of the tasks, by place; then metrics, scikit-learn, and methods not in ``vilu``."""
+    """Return task pages by place, then metrics, scikit-learn, and methods not in ``vilu``."""
     listed = [name for names in TASKS.values() for name in names.split()]
     if sorted(listed) != sorted(set(vilu.__all__) - NO_PAGE):
         unmatched_names = sorted(set(listed) ^ (set(vilu.__all__) - NO_PAGE))
@@ -348,8 +348,8 @@ def api_pages() -> dict[str, str]:
         )
     pages = {}
     for task, names in TASKS.items():
-        words = task.lower()
-        place = f"python/{words.replace(' ', '-')}.md"
+        file_name = task.lower().replace(" ", "-")
+        place = f"python/{file_name}.md"
         names_of_task = names.split()
         pages[place] = api_page(task, names_of_task)
     metrics = [f"metrics.{name}" for name in vilu.metrics.__all__]
@@ -359,12 +359,12 @@ def api_pages() -> dict[str, str]:
 
 
 def api_page(title: str, names: list[str]) -> str:
-    """Page of the API with directives for mkdocstrings."""
+    """Build an API page with directives for mkdocstrings."""
     return "\n\n".join([f"# {title}", *(f"::: vilu.{name}" for name in names)]) + "\n"
 
 
 def methods_page() -> str:
-    """Page of the predictors without a public name in ``vilu``."""
+    """Build the page for predictors without a public name in ``vilu``."""
     parts = [
         "# More methods",
         "These have no name in `vilu` but one in `vilu.PREDICTORS` (and `vilu fit --method`).",

@@ -1,19 +1,19 @@
-"""Share of the public functions and classes with an example in the docstring, by room.
+"""Share of public functions and classes with an example in the docstring, by room.
 
     python tools/examples.py [--missing]
 
 The exit code is 1 below ``MIN_PERCENT`` %. --missing lists the functions without an example. Each
 function is counted once:
 
-- the functions and classes of ``vilu.__all__`` and ``vilu.metrics.__all__``, and the methods of
-  ``vilu.PREDICTORS``;
+- the functions and classes in ``vilu.__all__`` and ``vilu.metrics.__all__``, and the methods in
+  ``vilu.PREDICTORS``.
 - the public functions in the bodies of these classes and of their base classes in ``vilu``.
   Attributes, properties and constants are not counted.
 
-A function has an example if the docstring of the function has a line with ``>>>``. Two more cases
-count for a function of a class: a function of the same name has an example in a base class or a
-subclass, or the example of one of these classes calls the function. `make test` runs the examples,
-so here the examples are not checked.
+A function has an example if the function's docstring has a line with ``>>>``. Two more cases count
+for a function in a class. A base class or a subclass has an example in a function with the same
+name, or an example in one of these classes calls the function. `make test` runs the examples, so
+here the examples are not checked.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ import vilu
 
 MIN_PERCENT = 80  # per cent
 EXAMPLE_LINE = re.compile(r"^\s*(?:>>>|\.\.\.) (.*)", re.MULTILINE)
-"""A line of code in an example of a docstring."""
+"""A code line in a docstring example."""
 
 
 def example_code(item: object) -> str:
-    """The lines of code in the examples of the docstring of ``item``."""
+    """Return the code lines in the docstring examples of ``item``."""
     lines = EXAMPLE_LINE.findall(item.__doc__ or "")
     return "\n".join(lines)
 
 
 def own_bases(cls: type) -> Iterator[type]:
-    """The class and the base classes from this package."""
+    """Return the class and the base classes from this package."""
     return (base for base in cls.__mro__ if base.__module__.partition(".")[0] == vilu.__name__)
 
 
 def public_functions(cls: type) -> dict[str, Any]:
-    """The public functions in the body of a class, by name."""
+    """Return the public functions in a class body, by name."""
     bodies = {
         name: getattr(value, "__func__", value)
         for name, value in vars(cls).items()
@@ -55,7 +55,7 @@ def public_functions(cls: type) -> dict[str, Any]:
 
 
 def public_objects() -> list[object]:
-    """Objects with a public name, and the registered methods defined in this package."""
+    """List objects with a public name, and the registered methods defined in this package."""
     named_objects = [
         getattr(module, name) for module in (vilu, vilu.metrics) for name in module.__all__
     ]
@@ -91,7 +91,7 @@ def has_example_by_object(objects: list[object]) -> dict[Any, bool]:
 
 
 def table_row(room: str, has_example: list[bool]) -> str:
-    """A row of the table: the number counted, the number with an example, and the share."""
+    """Format a table row: the number counted, the number with an example, and the share."""
     n = len(has_example)
     n_with_example = sum(has_example)
     return f"{room:<14}{n:>8}{n_with_example:>9}{100 * n_with_example / n:>8.1f}"

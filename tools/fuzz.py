@@ -1,10 +1,10 @@
-"""Fuzz the parsers of bytes from outside, guided by the coverage of our code (atheris).
+"""Fuzz the parsers for bytes from outside, guided by the coverage of our code (atheris).
 
     python tools/fuzz.py [TARGET ...] [--runs 5000] [--seed 1]
 
-Each target of tests/fuzz/targets.py runs in a separate process. The first inputs are the valid
-files of the target. An input that makes the target fail is written to tests/fuzz/corpus/TARGET/,
-and `make test` repeats this input from then on. The exit code is 1 if there is such an input.
+Each target in tests/fuzz/targets.py runs in a separate process. The first inputs are the target's
+valid files. An input that makes the target fail is written to tests/fuzz/corpus/TARGET/, and
+`make test` repeats this input from then on. The exit code is 1 if there is such an input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CORPUS = ROOT / "tests" / "fuzz" / "corpus"
 
 
 def main() -> int:
-    """Fuzz the targets in turn; returns the exit code."""
+    """Fuzz the targets in turn, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("targets", nargs="*")
     parser.add_argument(

@@ -1,11 +1,11 @@
-"""Record the output and the pictures of the examples for the gallery of the site.
+"""Record the output and the pictures of the examples for the site's gallery.
 
     python tools/gallery.py [NAME ...]
 
-Every script of examples/, or every named script, runs in this process. The printed text goes to
+Every script in examples/, or every named script, runs in this process. The printed text goes to
 examples/output/NAME.txt. If ``main`` returns a figure, the figure goes to examples/pictures/.
 ``tests/test_examples.py`` runs the same scripts, and fails where the recorded output is out of
-date. Prints the seconds of processor time, with the commands started by the scripts.
+date. Prints the seconds of processor time, including the commands started by the scripts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "exampl
 
 
 def run_example(name: str) -> tuple[str, Figure | None]:
-    """Run an example; returns the printed text and the figure. examples/ has to be on the path."""
+    """Run an example, and return printed text and figure. examples/ has to be on the path."""
     printed_text = io.StringIO()
     with contextlib.redirect_stdout(printed_text):
         example = importlib.import_module(name)
@@ -38,7 +38,7 @@ def run_example(name: str) -> tuple[str, Figure | None]:
 
 
 def picture_path(name: str, figure: Figure) -> Path:
-    """Path of the file for a figure: drawings as SVG, photos as WebP."""
+    """Return the path of a figure's file: drawings as SVG, photos as WebP."""
     photos = any(axes.images for axes in figure.axes)
     return FOLDER / "pictures" / f"{name}.{'webp' if photos else 'svg'}"
 

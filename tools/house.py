@@ -15,39 +15,38 @@ every statement except imports and documentation:
 - nested: statements with a call inside a call, ``f(g())``, or a call on a call's result,
   ``f().g()``, per 1,000 statements. Calls of built-in functions do not count. scikit-learn, httpx,
   rich, pydantic, fastapi, cleanlab and typer have 32 to 51.
-- wide: lines of more than 100 characters, code or not.
+- wide: lines with more than 100 characters, code or not.
 - vague: variables, parameters and functions with a name in ``VAGUE``, per 1,000 statements. The
   parameter ``other`` of a method with two operands is not counted. Parameters of magic methods are
   not counted.
-- longest: number of lines of the longest function, from ``def`` to the last line. The docstring
+- longest: the line count of the longest function, from ``def`` to the last line. The docstring
   counts. Examples in the docstring and decorators do not count. A nested function also counts
   separately.
-- pronouns, relatives: words of ``PRONOUNS`` and of ``RELATIVES``, per 1,000 words of docstrings and
-  comments. A reader has to find the noun of a pronoun. scikit-learn, httpx, rich and pydantic have
+- pronouns, relatives: words in ``PRONOUNS`` and in ``RELATIVES``, per 1,000 words in docstrings and
+  comments. A reader has to find the noun for a pronoun. scikit-learn, httpx, rich and pydantic have
   5 to 12 pronouns and 6 to 12 relatives.
-- of, semicolons: per 1,000 words of docstrings and comments. "of" stacks nouns, and a semicolon
+- of, semicolons: per 1,000 words in docstrings and comments. "of" stacks nouns, and a semicolon
   hides a second sentence. These four libraries have 11 to 34 times "of", and at most 1 semicolon.
 
 The following bars are for both packages together:
 
 - circles: sets of modules that reach one another by imports. Imports in functions, imports for
-  types and ``import_module("...")`` count, too. An import of ``vilu.a.b`` also runs
+  types and ``import_module("...")`` count, too. If a module imports ``vilu.a.b``, Python also runs
   ``vilu/a/__init__.py``, but this does not count as an import. The facade, ``vilu/__init__.py``, is
-  left out: a circle through the facade needs an import of the facade from inside, and such imports
-  have a separate bar.
-- imports upwards: imports between rooms of vilu against ``MAY_IMPORT``, and imports of vilu_bench
+  left out: a circle through the facade needs a module inside that imports the facade, and such
+  imports have a separate bar.
+- imports upwards: imports between rooms in vilu against ``MAY_IMPORT``, and imports of vilu_bench
   in vilu.
-- chain: the largest number of modules of vilu in a chain of imports. Imports in functions and for
-  types count, too. A reader who follows a command to the last number opens at most this number of
-  files.
-- class names: names of classes, also of nested classes, defined in two or more files.
-- MRO: number of classes from ``vilu`` in the method resolution order of a method in
-  ``vilu.PREDICTORS``, with the class of the method and the mixins.
+- chain: the most vilu modules in an import chain. Imports in functions and for types count, too. A
+  reader who follows a command to the last number opens at most this many files.
+- class names: names of classes, also nested classes, defined in two or more files.
+- MRO: how many classes from ``vilu`` are in the method resolution order of each method in
+  ``vilu.PREDICTORS``. The method's class and the mixins are counted, too.
 - functions: the 95th percentile is the least length that at least 95 % of the functions do not
   exceed.
 
-Totals of files, lines and imports have no bar, because a bar on lines squeezed the code. The totals
-of lines leave out examples in documentation. Lines of code also leave out lines with only a comment
+The totals (files, lines and imports) have no bar, because a bar on lines squeezed the code. The
+line totals leave out examples in documentation. Code lines also leave out lines with only a comment
 or only documentation.
 """
 
@@ -117,7 +116,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "sklearn": BASE | {"metrics", "outcomes", "calibration"},
     "cli": None,
 }
-"""The rooms of vilu from the ground up, with the rooms that each may import; None: all rooms."""
+"""The rooms in vilu from the ground up, with the rooms that each may import (None: all rooms)."""
 
 VAGUE = {
     *("found", "given", "kept", "made", "said", "told"),
@@ -147,7 +146,7 @@ LAYOUT_TOKENS = {
 
 
 class Module(NamedTuple):
-    """A file of source code, read and parsed."""
+    """A source file, read and parsed."""
 
     package: str
     path: str  # below src/
@@ -157,7 +156,7 @@ class Module(NamedTuple):
 
     @property
     def is_package(self) -> bool:
-        """Whether the module is the ``__init__.py`` of a folder."""
+        """Return whether the module is a folder's ``__init__.py``."""
         return self.path.endswith("/__init__.py")
 
     @property
@@ -191,7 +190,7 @@ class Import(NamedTuple):
 
 
 def read_module(file: Path) -> Module:
-    """Read and parse a file of a package."""
+    """Read and parse a file in a package."""
     relative = file.relative_to(SOURCE)
     parts = relative.with_suffix("").parts
     if parts[-1] == "__init__":
@@ -204,31 +203,31 @@ def read_module(file: Path) -> Module:
 
 
 def read_package(package: str) -> list[Module]:
-    """Read every file of a package, except for copies in build/ from a build of a wheel."""
+    """Read every file in a package, except for copies in build/ from a wheel build."""
     folder = SOURCE / package
     files = sorted(folder.rglob("*.py"))
     return [read_module(file) for file in files if file.relative_to(folder).parts[0] != "build"]
 
 
-# Counts for the table of the rooms.
+# Counts for the room table.
 
 
 def is_documentation(node: ast.AST) -> bool:
-    """Whether a node is documentation: a statement of a string alone."""
+    """Return whether a node is documentation: a statement with a string alone."""
     if not isinstance(node, ast.Expr):
         return False
     return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def is_counted(node: ast.AST) -> bool:
-    """Whether a node is a statement, except for imports and documentation."""
+    """Return whether a node is a statement, except for imports and documentation."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         return False
     return isinstance(node, ast.stmt) and not is_documentation(node)
 
 
 def is_pair(node: ast.AST) -> bool:
-    """Whether a node assigns a written-out tuple to a written-out tuple."""
+    """Return whether a node assigns a written-out tuple to a written-out tuple."""
     if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
         return False
     return any(isinstance(target, ast.Tuple) for target in node.targets)
@@ -246,7 +245,7 @@ def is_nested(node: ast.AST) -> bool:
 
 
 def call_depth(node: ast.AST) -> int:
-    """The largest number of calls inside one another; calls of built-in functions do not count."""
+    """Return the most calls inside one another. Calls of built-in functions do not count."""
     depth = 0
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.stmt):
@@ -258,7 +257,7 @@ def call_depth(node: ast.AST) -> int:
 
 
 def parameters(function: FUNCTION | ast.Lambda) -> list[str]:
-    """The names of the parameters of a function."""
+    """Return a function's parameter names."""
     arguments = function.args
     listed = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
     for rest in (arguments.vararg, arguments.kwarg):
@@ -268,7 +267,7 @@ def parameters(function: FUNCTION | ast.Lambda) -> list[str]:
 
 
 def names_bound(node: ast.AST) -> list[str]:
-    """The names of variables, parameters and functions that a node defines."""
+    """Return the variables, parameters and functions that a node defines."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
         return [node.id]
     if isinstance(node, ast.Lambda):
@@ -284,7 +283,7 @@ def names_bound(node: ast.AST) -> list[str]:
 
 
 def measure(modules: list[Module]) -> dict[str, float]:
-    """The measures of a room or of a package, by name."""
+    """Compute the measures for a room or a package, by name."""
     statements = 0
     dense = 0
     pairs = 0
@@ -315,7 +314,7 @@ def measure(modules: list[Module]) -> dict[str, float]:
     }
 
 
-# Words of docstrings and comments.
+# Words in docstrings and comments.
 
 
 def prose_of(module: Module) -> str:
@@ -345,12 +344,12 @@ def prose_shares(modules: list[Module]) -> dict[str, float]:
 
 
 def lines_of(node: ast.stmt) -> range:
-    """The line numbers of a statement."""
+    """Return a statement's line numbers."""
     return range(node.lineno, (node.end_lineno or node.lineno) + 1)
 
 
 def documentation(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
-    """Yield the statements of a string alone, with the text."""
+    """Yield the statements with a string alone, and the text."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             if isinstance(node.value.value, str):
@@ -358,7 +357,7 @@ def documentation(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
 
 
 def example_lines(tree: ast.AST) -> int:
-    """Number of lines used for examples in the documentation of a file."""
+    """Count the lines used for examples in a file's documentation."""
     lines = 0
     for _, text in documentation(tree):
         rest = EXAMPLE.sub("", text)
@@ -370,7 +369,7 @@ def example_lines(tree: ast.AST) -> int:
 
 
 def functions(modules: list[Module]) -> list[tuple[int, str]]:
-    """Length in lines, place and name of each function; shortest first."""
+    """List each function's length in lines, place and name, shortest first."""
     lengths = []
     for module in modules:
         for node in ast.walk(module.tree):
@@ -403,7 +402,7 @@ def imports_of(module: Module) -> Iterator[Import]:
 
 
 def import_graph(modules: list[Module]) -> tuple[dict[str, set[str]], list[str]]:
-    """Map each module to the imported modules; also list the imports of the facade from inside."""
+    """Map each module to the imported modules. Also list imports of the facade from inside."""
     names = {module.name for module in modules}
     graph: dict[str, set[str]] = {}
     from_inside = []
@@ -423,7 +422,7 @@ def import_graph(modules: list[Module]) -> tuple[dict[str, set[str]], list[str]]
 
 
 def reached_from(start: str, graph: dict[str, set[str]]) -> set[str]:
-    """All modules reached by imports from ``start``."""
+    """Return all modules reached by imports from ``start``."""
     reached: set[str] = set()
     modules_to_visit = [start]
     while modules_to_visit:
@@ -434,7 +433,7 @@ def reached_from(start: str, graph: dict[str, set[str]]) -> set[str]:
 
 
 def import_circles(graph: dict[str, set[str]]) -> list[str]:
-    """The sets of modules that all reach one another, as a line of text for each set."""
+    """Return a text line for each set of modules that all reach one another."""
     reached = {start: reached_from(start, graph) for start in graph}
     sets = set()
     for start in graph:
@@ -446,7 +445,7 @@ def import_circles(graph: dict[str, set[str]]) -> list[str]:
 
 
 def longest_chain(graph: dict[str, set[str]]) -> list[str]:
-    """The longest chain of modules, each importing the next. The graph must have no circle."""
+    """Find the longest chain in which each module imports the next. No circle is allowed."""
     chains: dict[str, list[str]] = {}
 
     def chain_from(module: str) -> list[str]:
@@ -463,7 +462,7 @@ def longest_chain(graph: dict[str, set[str]]) -> list[str]:
 
 
 def imports_upwards(modules: list[Module]) -> list[str]:
-    """Imports in vilu against ``MAY_IMPORT``."""
+    """List imports in vilu against ``MAY_IMPORT``."""
     rooms = {module.room for module in modules if module.package == CORE} - {"__init__"}
     upwards = [f"{room} is not on the map" for room in sorted(rooms - MAY_IMPORT.keys())]
     for module in modules:
@@ -487,7 +486,7 @@ def imports_upwards(modules: list[Module]) -> list[str]:
 
 
 def repeated_class_names(modules: list[Module]) -> list[str]:
-    """Class names defined in two or more files, with the places."""
+    """List class names defined in two or more files, with the places."""
     definitions: dict[str, dict[str, int]] = defaultdict(dict)
     for module in modules:
         for node in ast.walk(module.tree):
@@ -503,7 +502,7 @@ def repeated_class_names(modules: list[Module]) -> list[str]:
 
 
 def ancestries() -> list[tuple[int, str]]:
-    """Number and names of our classes in the MRO of each method; fewest first."""
+    """Count and name our classes in each method's MRO, fewest first."""
     sys.path.insert(0, str(SOURCE))
     import vilu
 
@@ -525,7 +524,7 @@ def ancestries() -> list[tuple[int, str]]:
 
 
 def code_lines(module: Module) -> set[int]:
-    """The line numbers of the code of a module."""
+    """Return the line numbers of a module's code."""
     lines = module.text.split("\n")
     numbers: set[int] = set()
     source = io.StringIO(module.text)
@@ -539,7 +538,7 @@ def code_lines(module: Module) -> set[int]:
 
 
 def import_lines(module: Module) -> set[int]:
-    """The line numbers of the import statements of a module."""
+    """Return the line numbers of a module's import statements."""
     numbers: set[int] = set()
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -549,7 +548,7 @@ def import_lines(module: Module) -> set[int]:
 
 
 def size_texts(modules: list[Module]) -> list[str]:
-    """Sizes of a package, in words."""
+    """Describe a package's sizes, in words."""
     lines = sum(module.text.count("\n") - example_lines(module.tree) for module in modules)
     code = sum(len(code_lines(module)) for module in modules)
     imports = sum(len(import_lines(module)) for module in modules)
@@ -564,7 +563,7 @@ def size_texts(modules: list[Module]) -> list[str]:
 
 
 def rooms_and_packages(modules: list[Module]) -> Iterator[tuple[str, list[Module]]]:
-    """Yield the rooms and packages in the order of the table, with the modules."""
+    """Yield the rooms and packages in table order, with the modules."""
     for package in PACKAGES:
         inside = [module for module in modules if module.package == package]
         for room in sorted({module.measured_with for module in inside}):
@@ -573,7 +572,7 @@ def rooms_and_packages(modules: list[Module]) -> Iterator[tuple[str, list[Module
 
 
 def judge_rooms(modules: list[Module]) -> tuple[list[str], list[str]]:
-    """The lines of the table, and the rooms and packages that miss a bar."""
+    """Return the table lines, and the rooms and packages that miss a bar."""
     lines = [f"{'':28}{'statements':>11}" + "".join(f"{name:>10}" for name in ROOM_BARS)]
     missing = []
     rows = dict(rooms_and_packages(modules))
@@ -601,19 +600,19 @@ def judge_rooms(modules: list[Module]) -> tuple[list[str], list[str]]:
 
 
 def format_value(value: float, name: str) -> str:
-    """Format a value with the number of decimals of the column."""
+    """Format a value with the column's number of decimals."""
     decimals = {"dense": 3, "pairs": 1, "vague": 1, "pronouns": 1, "relatives": 1}.get(name, 0)
     return f"{value:,.{decimals}f}"
 
 
 def bars_line(group: str, bars: dict[str, float]) -> str:
-    """A line with the limits of the columns."""
+    """Format a line with the column limits."""
     limits = [f"{limit:>10}" for limit in bars.values()]
     return f"{'at most, ' + group:39}" + "".join(limits)
 
 
 def judge_bars(modules: list[Module]) -> tuple[list[str], list[str]]:
-    """The lines on both packages together, and the missed bars."""
+    """Return the lines on both packages together, and the missed bars."""
     graph, from_inside = import_graph(modules)
     ancestries_by_depth = ancestries()
     lengths = functions(modules)

@@ -3,7 +3,7 @@
     python tools/make_demo_photos.py PATH/TO/clothing.parquet
 
 Input: columns image (bytes), label, key, and the class names in the schema metadata. Output: the
-central square of every photo at 160 pixels a side as WebP, split anew into train, validation and
+central square from every photo at 160 pixels a side as WebP, split anew into train, validation and
 test (60, 10, 30 %), stratified by class. The same input and the same Pillow give the same bytes.
 """
 
@@ -39,7 +39,7 @@ def shrink(data: bytes) -> bytes:
 
 
 def split_of(label: NDArray[np.int32]) -> list[str]:
-    """A split per row, stratified by class."""
+    """Return a split per row, stratified by class."""
     rows = np.arange(len(label))
     rest, test = train_test_split(rows, test_size=0.3, stratify=label, random_state=0)
     _, validation = train_test_split(rest, test_size=1 / 7, stratify=label[rest], random_state=0)

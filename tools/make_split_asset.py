@@ -1,11 +1,11 @@
-"""Makes src/vilu_bench/assets/coop_splits.txt.xz, CoOp's splits of seven data sets.
+"""Makes src/vilu_bench/assets/coop_splits.txt.xz, CoOp's splits for seven data sets.
 
     python tools/make_split_asset.py PATH/TO/splits
 
-Input: the folder of CoOp's split_zhou_*.json, lists of [path, class index, class name]. Output: the
-same facts as text, sorted by class and path (the order of the lists decides nothing here),
-compressed; ``vilu_bench/known_datasets/read.py`` describes the layout. The same input gives the
-same text, and with the same liblzma the same bytes.
+Input: the folder with CoOp's split_zhou_*.json, lists of [path, class index, class name]. Output:
+the same facts as compressed text, sorted by class and path (the order in the lists decides nothing
+here). ``vilu_bench/known_datasets/read.py`` describes the layout. The same input gives the same
+text, and with the same liblzma the same bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TARGET = Path(__file__).parents[1] / "src" / "vilu_bench" / "assets" / "coop_spl
 
 
 def lines_of(name: str, file: Path) -> list[str]:
-    """Lines of a data set: a head, then per class the name, a letter per image, and the paths."""
+    """Return a data set's lines: a head, then per class the name, a letter per image, and paths."""
     images: dict[int, list[tuple[str, str]]] = {}
     names: dict[int, str] = {}
     text = file.read_text(encoding="utf-8")

@@ -4,7 +4,7 @@
     python tools/notebooks.py notebooks/own_classifier.ipynb
 
 A notebook runs in a temporary folder, with examples/ on the import path. Equal runs leave equal
-files: no times, counts of executions or versions of Python are kept.
+files: no times, execution counts or Python versions are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 FOLDER: Final = ROOT / "notebooks"
 
 TIMEOUT: Final = 600
-"""Maximum time of a cell, in seconds."""
+"""Maximum time for a cell, in seconds."""
 
 PATH_CELL: Final = f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r})"
 

@@ -1,13 +1,13 @@
-"""Run the tests as on other processors, with other numbers of threads, and in a random order.
+"""Run the tests as on other processors, with other thread counts, and in a random order.
 
     python tools/processors.py [--only NAME ...] [PYTEST ARGUMENTS]
 
 Without arguments the whole suite runs.
 
 Each library has a separate switch: torch's kernels, MKL and oneDNN below torch, numpy's loops, and
-OpenBLAS below numpy and scipy. A library ignores a switch if the processor lacks the instructions.
-So the libraries are asked for the settings in force. OpenBLAS is an exception, and is only told of
-instructions that the processor has. The table and the whole output of each run are in
+OpenBLAS below numpy and scipy. If the processor lacks the instructions, a library ignores the
+switch. So each library is asked for the settings in force. OpenBLAS is an exception, and is only
+told about instructions that the processor has. The table and each run's whole output are in
 build/processors, written as the runs end.
 """
 
@@ -32,7 +32,7 @@ AVX512_FEATURES = [name for name in CPU_FEATURES if "512" in name or name == "X8
 
 
 def switches(*, torch: str, onednn: str, openblas: str, numpy_without: list[str]) -> dict[str, str]:
-    """Environment variables of a level, except for MKL: MKL has two switches."""
+    """Return a level's environment variables, except for MKL: MKL has two switches."""
     return {
         "ATEN_CPU_CAPABILITY": torch,
         "ONEDNN_MAX_CPU_ISA": onednn,
@@ -62,7 +62,7 @@ RUNS: dict[str, tuple[int, dict[str, str], list[str]]] = {
     "high-4": (4, HIGH_SWITCHES | {"MKL_ENABLE_INSTRUCTIONS": "AVX512"}, []),
     "random": (1, {}, ["-p", "randomly", "-v"]),
 }
-"""Name -> threads, environment, arguments of pytest."""
+"""Maps a run's name to threads, environment and pytest arguments."""
 
 PROBE = """
 import numpy as np, threadpoolctl, torch
@@ -96,13 +96,13 @@ def settings_in_force(environment: dict[str, str]) -> Iterator[str]:
 
 
 def run_tests(name: str, arguments: list[str]) -> tuple[int, str]:
-    """Do a run; returns the exit status, and the row of the table."""
+    """Do a run, and return the exit status and the table row."""
     threads, switches_of_run, extra_arguments = RUNS[name]
     thread_limits = dict.fromkeys(
         ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)
     )
-    # by default MKL uses at most as many threads as cores, so MKL_DYNAMIC is off; threads without a
-    # core must not spin
+    # by default MKL uses at most as many threads as cores, so MKL_DYNAMIC is off. Threads without a
+    # core must not spin.
     environment = (
         os.environ
         | switches_of_run

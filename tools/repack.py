@@ -1,8 +1,8 @@
 """Make a source package the same bytes at every build: `python tools/repack.py dist/NAME.tar.gz`.
 
-The build writes the time and the owner of each file. Here all files get the time SOURCE_DATE_EPOCH
-and no owner, and are sorted. (The wheel is built from the source package, and setuptools sets the
-times in the wheel.)
+The build writes each file's time and owner. Here all files get the time SOURCE_DATE_EPOCH and no
+owner, and are sorted. (The wheel is built from the source package, and setuptools sets the times in
+the wheel.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def repack(package: bytes, epoch: int) -> bytes:
-    """The same package without the differences from build to build."""
+    """Return the same package without the differences from build to build."""
     buffer = io.BytesIO()
     with (
         tarfile.open(fileobj=io.BytesIO(package)) as old_archive,

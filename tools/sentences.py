@@ -1,13 +1,12 @@
-"""Length of the sentences of pages: median, share above 30 words, longest.
+"""Sentence lengths of pages: median, share above 30 words, longest.
 
-    python tools/sentences.py                  # every page; fails for a page outside a limit
+    python tools/sentences.py                  # every page, fails for a page outside a limit
     python tools/sentences.py docs/start.md    # with the too long sentences
 
-A sentence ends with ``.``, ``?`` or ``!``, at the end of a paragraph or of an item of a list. A
-colon or a semicolon does not end it. Code, tables, headings and HTML are left out, and so are bold
-headings of paragraphs (``**Two sides.**``) and items of a list of links
-(``[Title](page.md): what it is``). A code span is one word, and a link counts as the words of the
-link text.
+A sentence ends with ``.``, ``?`` or ``!``, or where a paragraph or a list item ends. A colon or a
+semicolon does not end a sentence. Code, tables, headings and HTML are left out. Bold headings
+before paragraphs (``**Two sides.**``) and items in a link list (``[Title](page.md): what it is``)
+are left out, too. A code span is one word, and a link counts as the words in the link text.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from typing import Final, NamedTuple
 ROOT: Final = Path(__file__).resolve().parents[1]
 
 MEDIAN_LIMITS: Final = (12, 18)
-"""Least and largest median of a page, in words."""
+"""Least and largest median for a page, in words."""
 
 LONG_SENTENCE: Final = 30
 """Words above which a sentence is long."""
 
 MAX_SHARE_OF_LONG: Final = 0.03
-"""Largest share of long sentences of a page."""
+"""Largest share of long sentences in a page."""
 
 MAX_WORDS: Final = 40
 """Maximum length of a sentence, in words."""
@@ -36,7 +35,7 @@ BOLD_HEADING: Final = re.compile(r"^\*\*[^*]+(?:[.?!]\*\*\s*|\*\*$)")
 """Bold words at the beginning of a paragraph, as a heading."""
 
 LISTED_LINK: Final = re.compile(r"\[[^\]]+\]\([^)]+\): (?:[^.]|\.(?=\S))*\.?")
-"""An item of a list of links."""
+"""An item in a link list."""
 
 ABBREVIATIONS: Final = (
     "e.g.",
@@ -60,7 +59,7 @@ class Page(NamedTuple):
 
     @property
     def lengths(self) -> list[int]:
-        """Words of every sentence."""
+        """Word count for every sentence."""
         return [len(sentence.split()) for sentence in self.sentences]
 
     @property
@@ -81,7 +80,7 @@ class Page(NamedTuple):
 
 
 def read_page(path: Path) -> Page:
-    """The sentences of a Markdown page."""
+    """Read the sentences in a Markdown page."""
     sentences = []
     text = path.read_text(encoding="utf-8")
     for paragraph in _paragraphs(text):
@@ -94,7 +93,7 @@ def read_page(path: Path) -> Page:
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Paragraphs and items of lists, each as one line."""
+    """Return paragraphs and list items, each as one line."""
     text = re.sub(r"```.*?```", "\n\n", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     paragraphs = []
@@ -114,7 +113,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Text without marks of Markdown. A code span is one word."""
+    """Return the text without Markdown marks. A code span is one word."""
     text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
     text = re.sub(r"`[^`]*`", "Code", text)  # with a capital, as in a sentence that begins here
@@ -122,7 +121,7 @@ def _plain(text: str) -> str:
 
 
 def _sentences(paragraph: str) -> list[str]:
-    """The sentences of a paragraph. No sentence ends after an abbreviation or in a number."""
+    """Return a paragraph's sentences. None ends after an abbreviation or in a number."""
     for number, abbreviation in enumerate(ABBREVIATIONS):
         paragraph = paragraph.replace(abbreviation, f"\0{number}")
     parts = re.split(r"(?<=[.!?])[)\"”]?\s+(?=[\"“(]?[A-Z0-9\0])", paragraph)

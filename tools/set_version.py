@@ -1,8 +1,8 @@
-"""Set the version in all files, and begin the section of the version in the changelog.
+"""Set the version in all files, and begin the version's section in the changelog.
 
     python tools/set_version.py VERSION [--date YYYY-MM-DD]
 
-Changes both pyproject.toml (and the pin of vilu-bench), the recipe for conda, and CHANGELOG.md: the
+Changes both pyproject.toml (and the pin for vilu-bench), the conda recipe, and CHANGELOG.md: the
 unreleased section gets the version and the date. The changelog page only says what to change first.
 The lists (Added, Changed, Fixed) move to docs/changes-VERSION.md. Commit the result, then tag the
 commit.
@@ -45,12 +45,12 @@ def set_version(root: Path, version: str, date: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file."""
+    """Read a file's text."""
     return path.read_text(encoding="utf-8")
 
 
 def replace_once(path: Path, text: str, pattern: str, replacement: str) -> str:
-    """Replace the single match of a pattern in the text of a file."""
+    """Replace the single match of a pattern in a file's text."""
     new_text, n = re.subn(pattern, replacement, text, flags=re.MULTILINE)
     if n != 1:
         sys.exit(f"{path} has {n} places like {pattern}, expected 1.")
@@ -58,7 +58,7 @@ def replace_once(path: Path, text: str, pattern: str, replacement: str) -> str:
 
 
 def divide_changelog(changelog: str, version: str, date: str) -> tuple[str, str]:
-    """The changelog with the new section, and the lists for a separate page."""
+    """Return the changelog with the new section, and the lists for a separate page."""
     before, _, rest = changelog.partition(UNRELEASED)
     section, following, older = rest.partition("\n## [")
     page, heading, lists = section.partition(LISTS)
@@ -66,7 +66,7 @@ def divide_changelog(changelog: str, version: str, date: str) -> tuple[str, str]
         sys.exit("CHANGELOG.md has no heading '### Added' in its unreleased section.")
     link = f"All changes: [docs/changes-{version}.md](docs/changes-{version}.md).\n"
     new_changelog = f"{before}{UNRELEASED}\n## [{version}] - {date}\n{page}{link}{following}{older}"
-    # links of the lists start at the root, but the page is in a folder below the root
+    # links in the lists start at the root, but the page is in a folder below the root
     moved_lists = re.sub(r"\]\(docs/", "](", lists)
     return (
         new_changelog,

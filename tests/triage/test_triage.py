@@ -202,9 +202,9 @@ def test_labels_of_a_draw_count_if_labels_to_fit_on_come_with_them(
     assert after.guarantee
     assert after.trial is not None
     # If the first predictor accepts all photos, no other one is tested. On some processors its fit
-    # accepts a few less, so that the other one takes its place after the test.
+    # accepts a few less. Then another one is tested, too, and may take its place.
     is_replaced = after.trial.n_fit != before.trial.n_fit
-    assert after.n_tested == 1 + is_replaced
+    assert 1 + is_replaced <= after.n_tested <= 2
 
 
 def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(

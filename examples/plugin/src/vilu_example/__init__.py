@@ -3,7 +3,7 @@
 from pathlib import Path
 
 DATASETS = Path(__file__).with_name("datasets.toml")
-"""Tables of data sets, a table for each; each has an entry point of its name that leads here."""
+"""A file with a table for each data set. Each data set has an entry point that names this file."""
 
 BACKBONES = Path(__file__).with_name("backbones.toml")
-"""The same of backbones."""
+"""A file with a table for each backbone. Each backbone has an entry point that names this file."""

@@ -22,7 +22,13 @@ SIDE = 32  # pixels
 
 
 def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
-    """What ``--backbone colours`` gives; ``argument`` is what follows a colon, here nothing."""
+    """Load the backbone of ``--backbone colours``.
+
+    Args:
+        argument: The text after a colon, as in ``colours:TEXT``. This backbone takes none.
+        device: The device of the model.
+        precision: "fp32" or "bf16".
+    """
     if argument:
         raise UsageError(f"the backbone is called colours. Got colours:{argument} instead.")
     space = EmbeddingSpace(
@@ -38,30 +44,54 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         space,
         device,
         transform=to_pixels,
-        image_tower=lambda pixels: to_vectors(pixels.mean(dim=(2, 3))),
-        text_tower=lambda texts: to_vectors(torch.tensor([mean_colour(text) for text in texts])),
-        truncates=lambda texts: [False] * len(texts),
+        image_tower=image_tower,
+        text_tower=text_tower,
+        truncates=truncates,
     )
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """(3, SIDE, SIDE) pixels from 0 to 1."""
-    small = image.convert("RGB").resize((SIDE, SIDE))
-    flat = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
-    return flat.reshape(SIDE, SIDE, 3).permute(2, 0, 1) / 255
+    """Convert an image to pixels (3, SIDE, SIDE) from 0 to 1."""
+    small_image = image.convert("RGB").resize((SIDE, SIDE))
+    flat_pixels = torch.frombuffer(bytearray(small_image.tobytes()), dtype=torch.uint8)
+    return flat_pixels.reshape(SIDE, SIDE, 3).permute(2, 0, 1) / 255
+
+
+def image_tower(pixels: Tensor) -> Tensor:
+    """Compute the vectors (B, 4) of images from their pixels (B, 3, SIDE, SIDE)."""
+    colour = pixels.mean(dim=(2, 3))
+    return to_vectors(colour)
+
+
+def text_tower(texts: list[str]) -> Tensor:
+    """Compute the vectors (B, 4) of texts."""
+    colours = [mean_colour(text) for text in texts]
+    return to_vectors(torch.tensor(colours))
+
+
+def truncates(texts: list[str]) -> list[bool]:
+    """Say for each text whether its end is cut off. This backbone reads all words."""
+    return [False] * len(texts)
 
 
 def mean_colour(text: str) -> list[float]:
-    """The mean of the colours that a text names; grey where it names none.
+    """Compute the mean of the colours that a text names. Without a colour it is grey.
 
     >>> mean_colour("a red and white fish")
     [1.0, 0.5, 0.5]
     """
-    named = [COLOURS[word] for word in text.lower().split() if word in COLOURS]
-    return torch.tensor(named or [GREY]).mean(dim=0).tolist()
+    words = text.lower().split()
+    colours = [COLOURS[word] for word in words if word in COLOURS]
+    if not colours:
+        colours = [GREY]
+    return torch.tensor(colours).mean(dim=0).tolist()
 
 
 def to_vectors(colour: Tensor) -> Tensor:
-    """(B, 3) colours to (B, 4) vectors, none of which is zero: the last number is always 0.5."""
+    """Convert colours (B, 3) to vectors (B, 4).
+
+    The last number is always 0.5, so no vector is zero.
+    """
     centred = colour - 0.5
-    return torch.cat([centred, torch.full_like(centred[:, :1], 0.5)], dim=1)
+    last_number = torch.full_like(centred[:, :1], 0.5)
+    return torch.cat([centred, last_number], dim=1)

@@ -1,4 +1,4 @@
-"""A metric: how well does the best threshold part right answers from wrong ones?"""
+"""A metric: how well does the best threshold separate right answers from wrong ones?"""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ from vilu.metrics.counts import Floats, TieCounts, ratio
 
 
 def youden_kernel(counts: TieCounts) -> Floats:
-    """Youden's J = max over thresholds of TPR - FPR.
+    """Compute Youden's J = max over thresholds of TPR - FPR.
 
-    The rates are those of accepted right and of accepted wrong answers. Counts are (..., G) for G
-    distinct scores, from the most to the least trusted; the value is (...), undefined where no
-    answer is wrong, or none right.
+    TPR is the share of right answers that a threshold accepts. FPR is the share of wrong answers
+    that it accepts. The counts are (..., G) for G distinct scores, from the most to the least
+    trusted. The result is (...). It is undefined if no answer is wrong, or if none is right.
 
     Source: Youden, "Index for rating diagnostic tests", Cancer, 1950.
 
     Examples:
-        Below 0.5 two of three right answers are accepted, and no wrong one.
+        The best threshold lies between 0.2 and 0.6. It accepts two of three right answers, and no
+        wrong answer.
 
         >>> import numpy as np
-        >>> correct, wrong = np.array([[1, 1, 0, 1]]), np.array([[0, 0, 1, 0]])
-        >>> youden_kernel(TieCounts(np.array([0.1, 0.2, 0.6, 0.9]), correct, wrong)).round(3)
+        >>> value = np.array([0.1, 0.2, 0.6, 0.9])
+        >>> correct = np.array([[1, 1, 0, 1]])
+        >>> wrong = np.array([[0, 0, 1, 0]])
+        >>> counts = TieCounts(value=value, correct=correct, wrong=wrong)
+        >>> youden_kernel(counts).round(3)
         array([0.667])
     """
-    accepted = ratio(counts.accepted_correct, counts.n_correct[..., None])
-    gap: Floats = accepted - ratio(counts.accepted_wrong, counts.n_wrong[..., None])
-    best: Floats = gap.max(axis=-1).clip(min=0)
+    true_positive_rate = ratio(counts.accepted_correct, counts.n_correct[..., None])
+    false_positive_rate = ratio(counts.accepted_wrong, counts.n_wrong[..., None])
+    difference: Floats = true_positive_rate - false_positive_rate
+    # A threshold that accepts nothing has a difference of 0.
+    best: Floats = difference.max(axis=-1).clip(min=0)
     return best
 
 
