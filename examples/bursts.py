@@ -1,9 +1,9 @@
 """Photos come in bursts: what does the guarantee count, photos or bursts?
 
 A camera takes 20 photos of every animal. All photos of a burst look alike, so their answers are
-right or wrong together. ``vilu.certify`` counts photos, and its guarantee is broken too often.
-``vilu.certify_clusters`` counts bursts. The bursts are simulated, so the truth is known. A photo
-with the uncertainty u is wrong with the probability 0.7 u^6.
+right or wrong together. ``vilu.certify`` counts every photo as an independent draw, so its
+guarantee is broken too often. ``vilu.certify_clusters`` counts bursts. The bursts are simulated, so
+the truth is known. A photo with the uncertainty u is wrong with the probability 0.7 u^6.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def labelled_bursts(*, seed: int) -> tuple[vilu.Outcomes, list[str]]:
     burst = np.repeat(np.arange(N_BURSTS), PHOTOS_PER_BURST)
     n_photos = len(burst)
     uncertainty = random.random(N_BURSTS)[burst]
-    # Nine photos in ten draw one number for the whole burst. They are wrong together.
+    # Nine photos in ten share one number, drawn once for their burst, so they are wrong together.
+    # The others have a number of their own.
     follows_burst = random.random(n_photos) < 0.9
     draw_of_burst = random.random(N_BURSTS)[burst]
     draw_of_photo = random.random(n_photos)

@@ -1,9 +1,9 @@
 """I have images with captions, and some captions belong to other images: which ones?
 
 The data are pairs, not classes. Every image is matched against the captions of its pool. If the
-model takes another caption than the image's own and is sure of it, the caption is probably swapped.
-The script also shows why results at different pool sizes must not be compared. The embeddings are
-simulated, and one caption in ten was swapped with another one.
+model takes another caption than the image's own and is sure of it, the image's own caption is
+probably a swapped one. The script also shows why results at different pool sizes must not be
+compared. The embeddings are simulated, and one caption in ten was swapped with another one.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
         f"{swapped[contradicted].mean():.0%} of these are swapped"
     )
     print(
-        f"the model is sure and contradicts {suspicious.sum()} of {n_pairs} captions: "
+        f"the model contradicts {suspicious.sum()} of {n_pairs} captions and is sure: "
         f"{swapped[suspicious].mean():.0%} of these are swapped"
     )
     n_found = swapped[suspicious].sum()

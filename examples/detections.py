@@ -1,7 +1,7 @@
 """My detector draws boxes in COCO's format: which of them are right, so that nobody checks them?
 
-Boxes are matched with annotated objects as COCO does it. The detector is simulated. It misses every
-sixth object. Its boxes are off by up to a seventh of their size. Beside every fourth object it
+Boxes are matched with annotated objects as COCO does. The detector is simulated. It misses every
+sixth object. Its boxes are off by up to 15 % of their longer side. Beside every fourth object it
 draws a box without an object. Put your own two files in place of the simulated ones. The guarantee
 covers boxes. Objects without a box are counted separately.
 """
@@ -69,7 +69,8 @@ def main() -> None:
         write_coco_files(results_file, annotations_file)
         boxes = detection_answers(results=results_file, annotations=annotations_file)
     table = vilu.open_table(boxes.columns)
-    print(f"of {len(table)} boxes, {boxes.n_known} are known as right or wrong (not on crowds)")
+    n_boxes = len(table)
+    print(f"of {n_boxes} boxes, {boxes.n_known} are right or wrong (the others are on crowds)")
     print(f"{boxes.missed_share:.0%} of the objects have no box: the guarantee does not cover them")
 
     table = table[table.failure >= 0]  # This leaves out the boxes on crowds.
@@ -88,7 +89,6 @@ def main() -> None:
         f"{accepted.mean():.0%} of the boxes are accepted, "
         f"and {risk:.1%} of the accepted boxes are wrong"
     )
-
     assert wrong.mean() > 0.1
     assert accepted.mean() > 0.3
     assert risk < 0.06

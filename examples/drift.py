@@ -13,7 +13,7 @@ from example_data import simulated
 
 
 def embeddings(n: int, *, seed: int, blurred: float, labelled: bool = True) -> vilu.Embeddings:
-    """Simulate embeddings of images, with the share of blurred images."""
+    """Simulate embeddings of ``n`` images. The share ``blurred`` of them is blurred."""
     image, text, label = simulated(n, seed=seed, blurred=blurred)
     # Every simulated day has ids of its own, because a monitor counts a repeated row once.
     ids = [f"{seed}/{index}" for index in range(n)]

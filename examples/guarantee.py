@@ -57,7 +57,7 @@ def main() -> Figure:
     assert coverage[100] < coverage[500] < coverage[2_000] < coverage[20_000] < BEST_COVERAGE
     assert coverage[20_000] > 0.45
 
-    # A confidence of 95 % means that at most one calibration in twenty may break its guarantee.
+    # A confidence of 95 % means that, on average, at most one guarantee in twenty is broken.
     is_broken = []
     for seed in range(1_000, 1_300):
         rule = vilu.certify(labelled_answers(1_000, seed=seed), max_risk=0.05)

@@ -1,7 +1,8 @@
 """I cannot review every doubtful image: which few classes may it show?
 
-Every image gets a set of labels, not only one answer. On average, at least 90 % of the sets contain
-the right label. The set of a trusted answer has one label. The set of a doubtful answer has more.
+Every image gets a set of labels, not only one answer. At least 90 % of the sets contain the right
+label, on average over many calibrations. With one calibration it can be a little less. The set of a
+trusted answer has one label. The set of a doubtful answer has more.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ def answer_table(
             "answer": answers,
             "score_probability": largest,
             "score_margin": largest - second_largest,
-            "brightness": images[rows].mean(axis=1),  # The fit finds out what it means.
+            # The fit learns whether a larger number means more or less trust.
+            "brightness": images[rows].mean(axis=1),
             "correct": answers == labels[rows],
         }
     )

@@ -3,7 +3,7 @@
 The pages are rendered, so their words are known. Half of the pages are hard to read. One third of
 the pages is for the fit, one third for the guarantee, one third is new. The guarantee covers words
 that Tesseract read. Missed words are counted separately. Words count as independent.
-benchmarks/ocr.py also counts pages. This needs Tesseract (apt-get install tesseract-ocr).
+benchmarks/ocr.py also counts pages. This script needs Tesseract (apt-get install tesseract-ocr).
 """
 
 from __future__ import annotations

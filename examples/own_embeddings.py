@@ -22,7 +22,7 @@ def main() -> Figure:
     """Fit, calibrate, and decide about new rows."""
     image, text, label = simulated(2400, seed=1)
 
-    # Each label can serve only once, either for the fit or for the calibration.
+    # A label that was used for the fit must not be used for the calibration.
     fit_data = vilu.Embeddings(image=image[:600], text=text, target=label[:600], logit_scale=SCALE)
     calibration_data = vilu.Embeddings(
         image=image[600:1400], text=text, target=label[600:1400], logit_scale=SCALE

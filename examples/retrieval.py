@@ -2,8 +2,8 @@
 
 Shows both directions of search. An image with three captions has three rows, one for each caption.
 For a text, all rows of its image are right. For an image, all of its captions are right. Users see
-the most certain results first, so the share of wrong results among these counts. The embeddings
-are simulated.
+the most certain results first, so the share of wrong results among these matters most. The
+embeddings are simulated.
 """
 
 from __future__ import annotations

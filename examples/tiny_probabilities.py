@@ -1,10 +1,10 @@
 """My model is SigLIP, and all of its probabilities are tiny: how do I get ones that mean something?
 
 SigLIP was trained with a sigmoid. For each class alone, its probability answers "is it this text,
-of all texts there are?". So even right answers get a probability below 1 %. Shows that a threshold
-on this probability makes no sense, and that a comparison of the classes does. From a few hundred
-labels, ViLU+ learns a probability of failure that is true on average. The embeddings are simulated,
-with a scale, a bias and cosines like those of SigLIP.
+of all texts there are?". So even most right answers get a probability below 1 %. Shows that a
+threshold on this probability makes no sense, and that a comparison of the classes does. From 600
+labels to fit and 600 to calibrate, ViLU+ learns a probability of failure that is true on average.
+The embeddings are simulated, with a scale, a bias and cosines like those of SigLIP.
 """
 
 from __future__ import annotations

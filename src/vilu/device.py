@@ -45,7 +45,7 @@ BF16_INSTRUCTIONS: Final = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Return whether a device can multiply bfloat16. If not, torch emulates the products slowly.
+    """Return whether a device has bfloat16 instructions. If not, torch emulates products slowly.
 
     If torch does not know the processor's instructions, the result is False.
     """

@@ -113,7 +113,7 @@ def _cut(line: str, length: int) -> str:
 
 
 def join_distinct(values: Iterable[object]) -> str:
-    """Join the different values with slashes, as first seen, such as "10/20"."""
+    """Join values with slashes, each value once, in the order of appearance, such as "10/20"."""
     return "/".join(dict.fromkeys(map(str, values)))
 
 

@@ -89,7 +89,7 @@ def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str
             task.advance(len(batch))
     sorted_rows = torch.cat(rows)
     text_of_row = torch.tensor(order)
-    row_of_text = text_of_row.argsort()  # text -> row in ``sorted_rows``: the inverse order
+    row_of_text = text_of_row.argsort()  # text -> row in ``sorted_rows``: inverse of ``order``
     return sorted_rows[row_of_text.to(sorted_rows.device)]
 
 
@@ -333,7 +333,7 @@ def _linear_map(projection: Tensor | None) -> Callable[[Tensor], Tensor]:
 
 
 def _normalise(rows: Tensor) -> Tensor:
-    """Normalise rows to unit norm on the CPU.
+    """Normalise rows to unit norm, and copy the result to the CPU.
 
     The function must run outside inference mode. Predictors cannot be trained on tensors made in
     inference mode.

@@ -38,7 +38,7 @@ DETERMINERS = frozenset(
 """Words that may not follow each other, as in "a the"."""
 
 MAX_SHOWN_TEMPLATES = 3
-"""Maximum number of templates in the text by ``describe_prompts``."""
+"""Maximum number of templates in the text that ``describe_prompts`` returns."""
 
 NEAR_DUPLICATE_COSINE = 0.999
 """Above this cosine, the model can hardly tell two candidates apart."""

@@ -256,7 +256,7 @@ class ThresholdTests:
         return self._laxest_index_by_counts(n_wrong, n_accepted)
 
     def can_certify(self, uncertainty: Floats) -> bool:
-        """Return whether labels for these rows (N,) would certify a threshold if all were right.
+        """Return whether these rows (N,) would certify a threshold if all answers were right.
 
         If not, a test can certify nothing yet. Such a test does not count as a look.
         """

@@ -565,7 +565,10 @@ def _read_rows(folder: Path, sha256: str) -> Outcomes:
 
 
 def has_guarantee(rule_or_sets: Rule | LabelSets | None) -> bool:
-    """Return whether a rule or label sets guarantee anything. An empty rule guarantees nothing."""
+    """Return whether a rule or label sets guarantee anything.
+
+    A rule that accepts nothing does not.
+    """
     if rule_or_sets is None:
         return False
     if isinstance(rule_or_sets, LabelSets):

@@ -332,7 +332,7 @@ class ClosedSetTests:
         return self._laxest_index_by_counts(n_wrong, n_drawn)
 
     def can_certify(self, uncertainty: Floats) -> bool:
-        """Return whether labels for these rows (N,) would certify a threshold if all were right."""
+        """Return whether these rows (N,) would certify a threshold if all answers were right."""
         no_failures = np.zeros(len(uncertainty), dtype=np.int64)
         n_wrong, n_drawn = self.count_wrong_and_accepted(uncertainty, no_failures)
         return self._laxest_index_by_counts(n_wrong, n_drawn) is not None

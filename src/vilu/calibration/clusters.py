@@ -6,7 +6,8 @@ independent draws. There are two risks, and a rule's guarantee is about one of t
 1. "majority": the share of accepted clusters with a wrong majority answer. A cluster is a single
    draw, with a score and an answer. The exact binomial test of ``learn_then_test`` applies.
 2. "ratio": the share of wrong rows among the accepted rows. Rows are accepted one by one. A cluster
-   draws a bounded number, and bets test this number's mean (``vilu.calibration.cluster_bets``).
+   is one draw of a bounded number, and bets test the mean of this number
+   (``vilu.calibration.cluster_bets``).
 """
 
 from __future__ import annotations
@@ -354,7 +355,7 @@ def _clusters_set_aside(cluster: Ints, names: list[str]) -> list[int]:
     so the choice is random, and the same at every run.
 
     Args:
-        cluster: Indices (C,) to choose from.
+        cluster: Cluster indices (C,) to choose from.
         names: Names for all clusters, by index.
     """
 

@@ -1,4 +1,4 @@
-"""Estimating how many calibration rows copy fitted rows. Too many near copies are refused."""
+"""Estimate of how many calibration rows are near copies of fitted rows. Too many are refused."""
 
 from __future__ import annotations
 

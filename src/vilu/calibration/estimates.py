@@ -248,8 +248,8 @@ def _calibrate_in_folds(
             labelled_uncertainty[~is_in_fold], labelled_failure[~is_in_fold], is_log_odds=False
         )
         of_labelled[is_in_fold] = calibrator(labelled_uncertainty[is_in_fold])
-        # In the mean of ``of_labelled``, a calibrator's weight is the fold's label share. The
-        # calibrator has the same weight here. So the mean residual has no bias.
+        # In the mean of ``of_labelled``, a calibrator's weight is the share of the labels that are
+        # in the fold. The calibrator has the same weight here. So the mean residual has no bias.
         of_all_rows += calibrator(uncertainty) * is_in_fold.mean()
     return Predictions(of_labelled=of_labelled, of_all_rows=of_all_rows)
 

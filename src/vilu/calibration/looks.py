@@ -39,7 +39,10 @@ class RowsWithTargets(FrozenModel):
     targets: tuple[str, ...]  # target digests, the earliest first
 
     def is_same_set(self, hashes: tuple[int, ...]) -> bool:
-        """Return whether rows with these hashes are the same set (``MIN_JACCARD_SIMILARITY``)."""
+        """Return whether rows with these smallest hashes are the same set.
+
+        The similarity of the two sets must be at least ``MIN_JACCARD_SIMILARITY``.
+        """
         # The 64 smallest hashes of the union are a random sample from it. The share of common
         # hashes in this sample estimates |A and B| / |A or B| (Broder 1997). All saved hashes of
         # both sets together would not be a random sample of the union: the 64 smallest hashes of a
@@ -61,7 +64,7 @@ class LookRecord(Document):
 
 
 def record_target(folder: Path, picture: Ints, target: dict[str, object]) -> int:
-    """Record a new target for rows, and count the tried targets, including the new target.
+    """Record a new target for rows. Return the number of tried targets, including this target.
 
     Args:
         folder: The predictor's folder.

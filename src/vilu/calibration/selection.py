@@ -11,9 +11,9 @@ accepted). The mean is over draws of calibration rows and batch. The decision ab
 all rows in the batch, so a batch must be judged as a whole.
 
 Source: Jin & Candès, Selection by Prediction with Conformal p-values (2023), with the null
-    hypothesis "the answer is wrong" and the paper's clipped score. Bates et al. (2023) have the
-    denominator 1 + #wrong instead of 1 + n. With 1 + #wrong, fewer answers would be accepted, and
-    the bound would be the level times the share of wrong answers.
+hypothesis "the answer is wrong" and the paper's clipped score. Bates et al. (2023) have the
+denominator 1 + #wrong instead of 1 + n. With 1 + #wrong, fewer answers would be accepted, and
+the bound would be the level times the share of wrong answers.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def command_name(command: Callable[..., None]) -> str:
 
 
 def _stop_message(command: Callable[..., None], values: dict[str, Any]) -> str:
-    """Return the message for a stopped command: what exists, and what the same command does."""
+    """Return the message for a stopped command: what exists, and what running it again does."""
     name = command_name(command)
     output: Path | None = values.get("output")
     is_resumed = command.__name__ in RESUMABLE_COMMANDS

@@ -187,13 +187,13 @@ def _count_text(split: Count) -> str:
     The published number is left out if unknown, or equal to the listed number.
     """
     n_published = split.expected
-    n_listed = n_published if split.listed is None else split.listed
+    n_expected = n_published if split.listed is None else split.listed
     count = "?"
     if split.found is not None:
         count = f"{split.found:,}"
-    if n_listed is not None:
-        count = f"{count}/{n_listed:,}"
-    if n_published is None or n_published == n_listed:
+    if n_expected is not None:
+        count = f"{count}/{n_expected:,}"
+    if n_published is None or n_published == n_expected:
         return count
     return f"{count} (published {n_published:,})"
 

@@ -1,4 +1,4 @@
-"""The help for commands: options in groups, and names of values, such as PATH."""
+"""The help for commands: commands and options in groups, and names of values, such as PATH."""
 
 from __future__ import annotations
 

@@ -151,8 +151,8 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     -2 for none of the classes (or names of classes, "" if unknown). Rows are scaled to unit norm.
     Rows that are zero or not finite are unusable. If the share of such rows is more than
     --max-error-rate, the exit code is 3. Nothing is unpickled, and at most one part is in memory.
-    Such stores are compared by width, logit scale and logit bias, because little else is known of
-    the model.
+    Imported stores are compared by width, logit scale and logit bias, because little else is known
+    of the model.
     """
     from vilu.datasets.classes import read_classes
     from vilu.store.importing import import_arrays

@@ -118,8 +118,7 @@ def find_fault(status: os.stat_result | OSError | None, get_path: Callable[[], s
     """Return a file's fault, a key in ``FAULT_MESSAGES``, or ``READABLE`` without a fault.
 
     Args:
-        status: The file's status. If the system call failed, the error. None if the file is
-            missing.
+        status: The file's status, or the error of the system call. None if the file is missing.
         get_path: Function that returns the path. Called only if the status does not show whether
             this process may read the file.
     """

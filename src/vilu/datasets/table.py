@@ -631,7 +631,7 @@ class PathTable(_ImagesOfTable):
         return str(self._paths[position].as_py())
 
     def _location_rule(self, forbidden_positions: NDArray[np.int64]) -> str:
-        """Return a text on where files are allowed, and with a fitting ``--root``.
+        """Return a text that says where files are allowed, and names a fitting ``--root``.
 
         ``forbidden_positions`` are the positions of the files outside the allowed places. The
         proposed ``--root`` holds all these files.

@@ -351,7 +351,7 @@ class TarShards:
         """Return the label in a member: None without a member, -2 outside all classes."""
         if member is None:
             return None
-        n_bytes = min(member.size, MAX_LABEL_BYTES + 1)  # a byte more shows a too long label
+        n_bytes = min(member.size, MAX_LABEL_BYTES + 1)  # one more byte shows that it is too long
         try:
             content = _read_bytes_at(path, member.start, n_bytes)
             text = content.strip()

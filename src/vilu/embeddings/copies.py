@@ -32,9 +32,9 @@ def near_copy_groups(
 
     A row is compared with the first row of every group, in order. The row joins the first group
     whose first row is a near copy. If there is no such group, the row starts a new group. So two
-    rows in a group need not be near copies (``group_leaders``). From an image-caption pair, only
-    the image is compared. The cosines are computed block by block, but all M embeddings are in
-    memory.
+    rows in a group need not be near copies of each other (``group_leaders``). From an image-caption
+    pair, only the image is compared. The cosines are computed block by block, but all M embeddings
+    are in memory.
 
     Args:
         source: Source with the rows.

@@ -49,7 +49,8 @@ class Pools:
         direction: With "image_to_text", an image's caption is searched. With "text_to_image", a
             caption's image is searched.
         hard: If true, the captions in a pool are similar (``hard_pool_order``, applied to blocks of
-            ``MAX_HARD_ROWS`` rows). If false, pools are random, or as ``seed`` says.
+            ``MAX_HARD_ROWS`` rows). If false, pools are random, or in the order of the data if
+            ``seed`` is None.
         near_duplicates: Minimum cosine at which two captions in a pool are the same answer. None:
             only equal captions are the same answer.
         seed: Seed for the random pools in scoring. None: the rows keep the order of the data.

@@ -25,7 +25,7 @@ class Rows:
         source: The source with the rows.
         index: (M,) int64 row indices in the source.
         columns: Names of the columns in the batches.
-        unlabelled: Source with further rows without labels.
+        unlabelled: A further source. Its rows have no labels.
         outside_rows: (E,) int64 indices of rows outside all classes. None: the usable rows that the
             source marks as outside.
         answers: Zero-shot answers to all N rows in the source, if already computed

@@ -269,7 +269,7 @@ def select_rows(rows: Tensor, index: Tensor) -> Tensor:
 
 
 def n_rows_in_cache(n_candidates: int) -> int:
-    """Return how many rows have logits that fit into the cache, but at least 256, at most 32,768.
+    """Return for how many rows the logits fit into the cache: at least 256, at most 32,768.
 
     A matrix product with fewer than 256 rows would be slow.
     """

@@ -113,7 +113,8 @@ def part_of_each_row(
         quantile = (np.arange(len(pictures)) + rng.random()) / len(pictures)
         # A quantile at a border belongs to the part after the border, even if rounding made the
         # quantile a little smaller.
-        part = np.searchsorted(borders - ROUNDING_TOLERANCE, quantile, side="right")
+        tolerant_borders = borders - ROUNDING_TOLERANCE
+        part = np.searchsorted(tolerant_borders, quantile, side="right")
         part_of_picture[pictures] = part
     parts_have_all_rows = sum(shares) >= 1 - ROUNDING_TOLERANCE
     if parts_have_all_rows:

@@ -38,8 +38,8 @@ class TwoModels(RowSubset):
     is usable in both sources.
 
     Args:
-        first: The first model's source, usually for the larger model. This model's failures are
-            to be predicted.
+        first: The first model's source. The first model is usually the larger one, and its
+            failures are to be predicted.
         second: The second model's source.
 
     Attributes:

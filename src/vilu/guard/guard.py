@@ -352,7 +352,7 @@ class Guard:
 
     @property
     def model(self) -> ImageModel:
-        """The model with decoder and encoder. A guard for vectors only raises UsageError."""
+        """The model with decoder and encoder. UsageError if the guard is for vectors only."""
         if self._model is None:
             raise UsageError(
                 f"this guard of {self.folder} was opened with vectors_only, so it has no model "

@@ -43,13 +43,13 @@ from vilu.validation import checked, require_at_least, require_between
 MAX_RESAMPLES = 1_000_000
 """Largest allowed resample count. More resamples would hardly change an interval."""
 MAX_GROUPS = 2**13
-"""Most rows for drawing row by row, and most score groups.
+"""Maximum number of rows for drawing row by row, and of score groups.
 
 If there are more rows, the score counts are drawn. If there are more distinct scores,
 neighbouring scores are grouped.
 """
 MAX_RESAMPLED_CELLS = 2**18
-"""Most entries in a temporary array: 2 MB, about the size of a cache."""
+"""Maximum number of entries in a temporary array: 2 MB, about the size of a cache."""
 
 
 class Interval(NamedTuple):
@@ -150,7 +150,7 @@ class Quantity:
         return Interval(self.value, float(min(low, self.value)), float(max(high, self.value)))
 
     def p_value(self) -> float:
-        """Compute the two-sided p-value for the value zero, as in ``paired_bootstrap``."""
+        """Compute the two-sided p-value of the hypothesis that the value is zero."""
         n_at_most_zero = np.count_nonzero(self.draws <= 0)
         n_at_least_zero = np.count_nonzero(self.draws >= 0)
         smaller_tail = min(n_at_most_zero, n_at_least_zero)
@@ -191,7 +191,7 @@ class SortedScores:
 
     @property
     def cells_per_resample(self) -> int:
-        """Array entries for one resample."""
+        """How many array entries one resample needs."""
         return len(self.group)
 
     def counts(self, *drawn_rows: Ints) -> TieCounts:

@@ -74,7 +74,7 @@ class PictureScores:
 
     @property
     def cells_per_resample(self) -> int:
-        """Array entries for one resample."""
+        """How many array entries one resample needs."""
         return len(self.picture)
 
     def counts(self, *drawn_pictures: Ints) -> TieCounts:

@@ -63,8 +63,8 @@ def evaluate(
     change if every row in a data set is repeated.
 
     Warns:
-        UserWarning: If fewer than 30 answers are wrong, if fewer than 30 are right, if more than 1
-            % of the rows repeat a picture, or if the predictor was fitted on some of the rows.
+        UserWarning: If fewer than 30 answers are wrong, if fewer than 30 are right, if more than
+            1 % of the rows repeat a picture, or if the predictor was fitted on some of the rows.
 
     Raises:
         DataError: If some outcomes have no row to evaluate.
@@ -233,8 +233,8 @@ def compare(
 ) -> Comparison:
     """Compare a metric between two methods on the same rows, by paired bootstrap.
 
-    Rows that one method did not score are left out for both methods. Rows with one picture are
-    resampled together.
+    Rows that one method did not score are left out for both methods. Rows that show the same
+    picture are resampled together.
 
     The two methods may judge different answers for the same rows, for example zero-shot and adapted
     answers. Then only metrics on decisions can be compared: coverage at a risk, risk at a coverage

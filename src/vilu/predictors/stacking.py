@@ -83,7 +83,7 @@ class Stacking(WithSecondModel):
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # class 0 ends at 63 degrees, answers 0 at 45
+        >>> target = np.repeat([0, 1], [70, 30])  # truth 0 up to 63 degrees, answer 0 up to 45
         >>> train = vilu.Embeddings(image, text, target=target)
         >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
         >>> method = vilu.PREDICTORS["stacking"](members=("mcm", "knn_vote"))

@@ -97,8 +97,8 @@ class CalibrationLike(Protocol):
 class DecidingModel(SavedModel):
     """A predictor with the calibration that decides about the answers.
 
-    This class is the base of ``vilu.Selective``. This module cannot import ``vilu.Selective``,
-    because the module of ``vilu.Selective`` imports this module.
+    ``vilu.Selective`` inherits from this class. ``vilu.selective`` imports this module, so this
+    module knows the base class only.
     """
 
     predictor: FailurePredictor
@@ -502,10 +502,10 @@ def score_parts(
     overwrite: bool = False,
     calibration: CalibrationLike | None = None,
 ) -> ScoreFolder:
-    """Score embeddings of any size into a folder.
+    """Score a source with any number of rows, part by part, and write the scores to a folder.
 
-    The values are equal to the values from ``vilu.score`` on the same machine. Each part has three
-    files. Every file is written atomically:
+    The values are equal to the values from ``vilu.score`` on the same machine. Every file is
+    written atomically. Each part has three files:
 
     1. The row outcomes, in Parquet, for ``Outcomes.load``. The column ``row_id`` has each row's
        index in the source.

@@ -118,7 +118,7 @@ class _Gauges(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Yield images in progress, and for every predictor the guarantee, evidence and audit."""
+        """Yield gauges: work in progress, and every predictor's guarantee, evidence and audit."""
         yield GaugeMetricFamily(
             "vilu_images_under_way", "Images that wait for an answer.", self.in_progress.n_images
         )

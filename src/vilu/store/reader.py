@@ -58,7 +58,7 @@ def open_source(
     fold: Fold | None = None,
     logit_scale: float | None = None,
 ) -> EmbeddingSource:
-    """Open a store with classes or captions, or another tool's image-caption pairs.
+    """Open a store with classes or captions, or another tool's embeddings of pairs.
 
     Args:
         path: A folder written by ``vilu embed``, or a folder in a layout of ``LaionPairs``.

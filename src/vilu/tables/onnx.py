@@ -30,7 +30,7 @@ from vilu.tables.methods import WIDTH_KEY, AnswerMethod
 from vilu.tables.table import FEATURES
 
 N_RANDOM_ROWS: Final = 257
-"""How many random rows compare the file with the predictor."""
+"""On how many random rows the file is compared with the predictor."""
 
 
 class TableGraph(nn.Module):

@@ -36,7 +36,7 @@ N_CANDIDATES: Final = 2
 MIN_WIDTH_FOR_COPY_SEARCH: Final = 32
 """Near copies are only searched for if the features have at least this width F.
 
-Short vectors often have nearly the same direction, even for different rows.
+Vectors with few numbers often have nearly the same direction, even for different rows.
 """
 
 Sign = Literal[-1, 0, 1]

@@ -159,9 +159,9 @@ class StoreDraws:
         return [np.array(rows, np.int64) for rows in rows_of_draw.values()]
 
     def _unrequested_rows(self, rows: Ints, limit: float, was_asked: Mask) -> tuple[Ints, int]:
-        """Return the rows up to a limit without a request, and the row count with a request.
+        """Return the rows up to a limit without a request, and how many have a request.
 
-        The rows without a request are in random order.
+        The count is over the rows up to the limit. The rows without a request are in random order.
         """
         below_limit = rows[self.outcomes.uncertainty[rows] <= limit]
         unrequested_rows = below_limit[~was_asked[below_limit]]

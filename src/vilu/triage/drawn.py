@@ -128,9 +128,9 @@ def draw_for_guarantee(
     seed: int,
     overwrite: bool = False,
 ) -> GuaranteeDraw:
-    """Draw ``n`` rows from a store up to a limit. Write a table with these rows, and a record.
+    """Draw ``n`` rows whose score is at most a limit. Write a table with the rows, and a record.
 
-    If there are fewer rows up to the limit, all of these rows are drawn.
+    If fewer than ``n`` rows have such a score, all of them are drawn.
 
     Args:
         folder: The predictor's folder.

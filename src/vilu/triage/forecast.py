@@ -145,7 +145,7 @@ class Forecast(FrozenModel):
             n_photos: Number of all photos.
             n_classes: Number of classes.
             n_fit_labels: How many labels the predictor was fitted on.
-            most_fit_labels: How many labels to fit on are possible.
+            most_fit_labels: Largest possible number of labels to fit on.
             n_labels: Label count so far.
             max_risk: Largest allowed error rate among the accepted answers.
             level: Level for the next test.
@@ -244,7 +244,7 @@ class _Simulation:
         scores: (M,) failure probabilities of the calibration photos, ascending.
         n_classes: Number of classes.
         n_fit_labels: How many labels the predictor was fitted on.
-        most_fit_labels: How many labels to fit on are possible.
+        most_fit_labels: Largest possible number of labels to fit on.
         make_tests: Makes a trial's tests.
     """
 

@@ -138,7 +138,7 @@ class PhotoSplit:
         """
         # The evidence may stop at any row, so it is valid even if people leave a photo unlabelled.
         unanswered_rows = self.unanswered_rows(uncertainty, limit)
-        # position of the first row without a label, or beyond all positions without such a row
+        # position of the first row without a label, or beyond all positions if there is no such row
         end_position = N_POSITIONS
         if len(unanswered_rows):
             end_position = int(self.random_position[unanswered_rows[0]])
@@ -208,9 +208,10 @@ class PhotoSplit:
 
 
 def draw_probability(last_position: int) -> float:
-    """Compute the probability of a draw: the share of positions up to the last drawn position.
+    """Compute the probability that a photo is drawn.
 
-    ``last_position`` is -1 if no photo is drawn.
+    This is the share of positions up to the last drawn position. ``last_position`` is -1 if no
+    photo is drawn.
     """
     return (last_position + 1) / N_POSITIONS
 

@@ -83,7 +83,7 @@ class Entry:
     picture: str = ""
 
     def was_another_picture(self, picture: bytes) -> bool:
-        """Return whether the photo had a picture unlike ``picture`` when it was labelled.
+        """Return whether the photo had a different picture than ``picture`` when it was labelled.
 
         False if the labelled picture is not known.
         """

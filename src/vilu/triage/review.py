@@ -106,8 +106,8 @@ class Review:
 def open_review(source: Path, selection: PhotoSelection = "asked", n: int | None = None) -> Review:
     """Open the photos of a triage, or the rows in a score file, for people to look at.
 
-    Photos with an open request come first, in request order. Then come all photos without a
-    request, the most doubtful photo first. Score rows are ordered by falling uncertainty.
+    Photos with an open request come first, in request order. Then come all photos without an
+    open request, the most doubtful photo first. Score rows are ordered by falling uncertainty.
 
     Args:
         source: A triage folder, or a score file.
@@ -151,7 +151,7 @@ def _review_of_triage(folder: Path, selection: PhotoSelection) -> Review:
 
 
 def _tasks_in_order(folder: Path, selection: PhotoSelection) -> list[ReviewTask]:
-    """Put the tasks in order: first photos with an open request, then photos without a request.
+    """Put the tasks in order: first photos with an open request, then the other photos.
 
     The first group has request order. In the second group the most doubtful photo is first.
     """

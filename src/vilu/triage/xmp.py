@@ -230,7 +230,10 @@ class _Addition:
 
 
 def _new_description(xmp: Xmp) -> _Addition:
-    """Add a new description, with the same ``rdf:about`` as the first description."""
+    """Return the addition of a new description.
+
+    The new description has the same ``rdf:about`` as the first description.
+    """
     # "{" is escaped because "{p}" is replaced by the prefix.
     about = quoteattr(xmp.about or "", {"{": "&#123;"})
     opening = (

@@ -371,8 +371,8 @@ def make_reader(layout: object, where: str) -> Reader:
     if not isinstance(kind, str) or kind not in LAYOUTS:
         kinds = ", ".join(LAYOUTS)
         raise UsageError(
-            f"{where} must say how it is laid out, as layout = {{ kind = ... }}; "
-            f"kinds are {kinds}. Got {layout!r} instead."
+            f"{where} needs a layout, such as layout = {{ kind = ... }}. The kinds are {kinds}. "
+            f"Got {layout!r} instead."
         )
     reader = LAYOUTS[kind]
     if isinstance(reader, type):

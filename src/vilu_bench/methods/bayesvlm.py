@@ -91,8 +91,8 @@ def curvature_factors(
 ) -> CurvatureFactors:
     """Compute a layer's factors if each row is matched with all ``candidates`` (K, D).
 
-    The logits are scale * cosine + bias. With unit vectors u = g / ‖g‖ and c_j, one row has in g
-    the curvature
+    The logits are scale * cosine + bias. With unit vectors u = g / ‖g‖ and c_j, the curvature in
+    g for one row is
 
         scale² J (sum_j a_j c_j c_j^T - m m^T) J,  J = (I - u u^T) / ‖g‖,  m = sum_j b_j c_j.
 
@@ -510,7 +510,7 @@ def run_last_layer(
 
 
 def _largest_distance(g: Tensor, embedding: Tensor) -> float:
-    """Compute the largest distance between normalised outputs P phi (B, D) and the embeddings."""
+    """Compute the largest distance of normalised outputs P phi (B, D) from the rows' embeddings."""
     difference = functional.normalize(g, dim=-1) - embedding
     distance = difference.norm(dim=-1)
     return float(distance.max())

@@ -179,7 +179,7 @@ class LinearProbeCV(ClassRegression):
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # class 0 ends at 63 degrees, answers 0 at 45
+        >>> target = np.repeat([0, 1], [70, 30])  # truth 0 up to 63 degrees, answer 0 up to 45
         >>> train = vilu.Embeddings(image, text, target=target)
         >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
         >>> method = vilu.PREDICTORS["linear_probe_cv"]()
@@ -273,9 +273,10 @@ class ProbeAndZeroShot(ClassRegression):
 
         u = 1 - q_t̂, with log q = a log p_zero_shot + w log p_probe - const
 
-    a and w are not negative, and make the labels of held-out rows most likely (five folds). If no
-    row can be held out, because every class has one label, a = w = 1/2. The probe's probabilities
-    are at least 1e-6, because a class without labels would have 0.
+    t̂ is the answer. Each of five folds is held out once, and a and w are the weights of at least 0
+    that make the held-out labels most likely. If every class has one label, no row can be held out,
+    and a = w = 1/2. The probe's probabilities are at least 1e-6. Otherwise a class without labels
+    would have the probability 0.
 
     Args:
         C: Inverse strength of the probe's L2 penalty, as in scikit-learn.
@@ -289,7 +290,7 @@ class ProbeAndZeroShot(ClassRegression):
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # class 0 ends at 63 degrees, answers 0 at 45
+        >>> target = np.repeat([0, 1], [70, 30])  # truth 0 up to 63 degrees, answer 0 up to 45
         >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
         >>> new = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # 0, 53, 90 degrees
         >>> new = vilu.Embeddings(new, text, logit_scale=10.0)
@@ -405,7 +406,7 @@ class GDAAndZeroShot(AddedToZeroShot):
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # class 0 ends at 63 degrees, answers 0 at 45
+        >>> target = np.repeat([0, 1], [70, 30])  # truth 0 up to 63 degrees, answer 0 up to 45
         >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
         >>> new = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # 0, 53, 90 degrees
         >>> new = vilu.Embeddings(new, text, logit_scale=10.0)
@@ -507,7 +508,7 @@ class TipAdapter(AddedToZeroShot):
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # class 0 ends at 63 degrees, answers 0 at 45
+        >>> target = np.repeat([0, 1], [70, 30])  # truth 0 up to 63 degrees, answer 0 up to 45
         >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
         >>> new = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # 0, 53, 90 degrees
         >>> new = vilu.Embeddings(new, text, logit_scale=10.0)

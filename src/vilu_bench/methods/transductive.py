@@ -68,7 +68,8 @@ class OTTER(AdaptedToImages):
 
     Args:
         passes: Maximum number of passes in Sinkhorn's algorithm.
-        max_bank: Maximum number of images to learn from. ``seed`` draws them from more images.
+        max_bank: Maximum number of images to learn from. If there are more, ``seed`` draws a
+            sample.
 
     Source: Shin et al., "OTTER: Effortless Label Distribution Adaptation of Zero-shot Models",
     NeurIPS 2024. The original solves the transport without an entropy term (``ot.emd``), and so
@@ -158,7 +159,8 @@ class StatA(AdaptedToImages):
         anchor: Weight of the class text in mean and variance, as a number of images.
         neighbours: Number of nearest images to draw a posterior towards.
         passes: Number of updates of the Gaussians.
-        max_bank: Maximum number of images to learn from. ``seed`` draws them from more images.
+        max_bank: Maximum number of images to learn from. If there are more, ``seed`` draws a
+            sample.
 
     Source: Zanella et al., "Realistic Test-Time Adaptation of Vision-Language Models", CVPR 2025,
     and the released code (MaxZanella/StatA) with the same defaults. One difference: the code

@@ -26,8 +26,8 @@ class TrustVLM(ClosedSet):
 
     u = (1 - p_max) + weight * (1 - cos(f, P_t̂))
 
-    f are the image's features from a second encoder, in the column ``features``. With the VLM's own
-    features in this column, the method would not be TrustVLM. The prototype P_c is the mean feature
+    t̂ is the answer. f are the image's features in the column ``features``. They must be from a
+    second encoder, and not from the VLM. The prototype P_c is the mean feature
     over up to ``shots`` training images in class c, drawn with ``seed``. A class without
     training images has the prototype 0, and the cosine with this prototype is 0.
 

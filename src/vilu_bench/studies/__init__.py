@@ -1,1 +1,1 @@
-"""Every method on several data sets, over seeds, label budgets and transfer, with resume."""
+"""Every method on several data sets, over seeds, label budgets and transfer. Runs can resume."""

@@ -123,7 +123,7 @@ class TransferSetting(OtherSourceSetting):
 
 
 class AdaptSetting(OtherSourceSetting):
-    """Setting with a fit on another data set, then a fit on the tested set's ``budget``."""
+    """Setting with a fit on another data set, then a fit on ``budget`` of the tested data set."""
 
     kind: Literal["adapt"]
 

@@ -116,7 +116,7 @@ def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
 
 
 def _first_resamples(run: Path, result: CellResult) -> Floats:
-    """Load a cell's bootstrap values (M, B), or return (0, 0) values if the cell was refused."""
+    """Load a cell's bootstrap values (M, B). If the cell was refused, the shape is (0, 0)."""
     if BOOTSTRAP not in result.files:
         return np.empty((0, 0))
     return load_bootstrap(run, result.cell)[:, :RESAMPLES]

@@ -80,11 +80,15 @@ def make_stores(
     made by the model in this folder.
     """
     folders = find_stores(config, parts, data_folder, output)
-    load_model = functools.cache(functools.partial(load_backbone, models=models))
+
+    @functools.cache
+    def load_model(name: str) -> Backbone:
+        return load_backbone(name, models=models)
+
     for (name, role), folder in folders.items():
         entry = config.data[name]
         if entry.stores is not None:
-            continue
+            continue  # the study uses stores that the user made
         if not is_complete(folder):
             backbone = load_model(entry.backbone)
             _embed(entry, role, data_folder, folder, backbone)

@@ -75,7 +75,9 @@ def truncates(texts: list[str]) -> list[bool]:
 
 
 def mean_colour(text: str) -> list[float]:
-    """Compute the mean of the colours that a text names. Without a colour it is grey.
+    """Compute the mean of the colours that a text names.
+
+    If the text names no colour, the result is grey.
 
     >>> mean_colour("a red and white fish")
     [1.0, 0.5, 0.5]

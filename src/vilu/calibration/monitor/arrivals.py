@@ -107,8 +107,8 @@ class SeenRows:
     ) -> tuple[Ints, NDArray[np.bool_]]:
         """Return the result of ``find_new``, for rows without identifiers.
 
-        All rows in the batch are new, or no row. ``identifying_numbers`` (N, M) identify each row
-        by M numbers.
+        Either all rows in the batch are new, or none is. ``identifying_numbers`` (N, M) identify
+        each row by M numbers.
         """
         n = len(outcomes)
         if len(np.unique(outcomes.uncertainty)) < MIN_DISTINCT_SCORES:
@@ -233,7 +233,7 @@ def admit_rows(outcomes: Outcomes, calibration: Outcomes, calibration_hash: str 
 def _require_same_predictor(
     outcomes: Outcomes, calibration: Outcomes, calibration_hash: str | None
 ) -> None:
-    """Refuse scores by another predictor, calibration or candidate list (``admit_rows``)."""
+    """Refuse scores by another predictor or calibration, or with another candidate list."""
     for name in ("method", "class_names"):
         expected = getattr(calibration, name)
         actual = getattr(outcomes, name)

@@ -84,11 +84,12 @@ def histogram_log_densities(p: Floats, counts: Floats, weight: float) -> tuple[F
     counts_after = _counts_after_rows(counts, cell)
     # The density for a row depends only on earlier rows. A density that also depends on the row's
     # own p-value would win even when nothing changes.
-    counts_before = np.concatenate([counts[None], counts_after[:-1]])  # (B, m) each row's N_t
+    # (B, m) N_t: the counts before a row are the counts after the previous row
+    counts_before = np.concatenate([counts[None], counts_after[:-1]])
     prior_and_count = weight / m + counts_before[row, cell]
     total_weight = weight + counts_before.sum(axis=1)
     density = m * prior_and_count / total_weight
-    # A view of the last row would keep the counts after all rows in memory.
+    # A copy, because a view of the last row would keep the whole array in memory.
     return np.log(density), counts_after[-1].copy()
 
 

@@ -305,7 +305,7 @@ class Monitor:
             >>> ids = [f"{i}.jpg" for i in range(200)]
             >>> monitor.update(vilu.Outcomes(uncertainty, unknown, ids=ids)).verdict
             'holds'
-            >>> failure = rng.random(200) < 0.2  # 20 % are wrong, and 5 % are guaranteed
+            >>> failure = rng.random(200) < 0.2  # 20 % are wrong; at most 5 % were guaranteed
             >>> monitor.audit(vilu.Outcomes(uncertainty, failure, ids=ids)).verdict
             'broken'
         """

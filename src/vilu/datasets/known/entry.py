@@ -182,7 +182,7 @@ class Place:
     """Where a data set is on a disk."""
 
     entry: KnownDataset  # the data set
-    folder: Path  # the data set's folder, below which paths are keys
+    folder: Path  # the data set's folder. Keys are paths below this folder.
     # further folders that may have split lists: all folders above ``folder``, up to and including
     # the folder given by the user
     outer_folders: tuple[Path, ...]

@@ -96,7 +96,7 @@ Ridge = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ABSENT_GROUP = 0
 """Covariance index for classes without images. The covariance is over all images."""
 POOLED_GROUP = 1
-"""Covariance index for classes with one image. The covariance is the mean within classes.
+"""Index of the mean covariance within classes, for classes with one image.
 
 Every class with two or more images has a separate covariance, with a higher index.
 """

@@ -81,10 +81,10 @@ def _methods_on_vectors() -> str:
 def require_same_logits(
     method_name: str, fit_notes: Mapping[str, Any], data: EmbeddingSource
 ) -> None:
-    """Refuse data if only the fit or only the data have given logits, or if the classes differ.
+    """Refuse data if only the fit or only the data have given logits.
 
-    A candidate without an embedding is identified only by position. If logits were given, the
-    classes must therefore be the fitted classes, in the order of the fit.
+    Refuse them also if both have given logits for different classes. A candidate without an
+    embedding is identified only by position, so the classes must be in the order of the fit.
 
     Args:
         method_name: Name of the fitted method.

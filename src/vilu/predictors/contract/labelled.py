@@ -104,8 +104,10 @@ def trainable_rows(
         return rows, failure
     is_ood = source.outside[rows]
     n_ood = int(is_ood.sum())
-    has_failure = failure != UNKNOWN
-    has_class = has_failure & ~is_ood
+    is_failure_known = failure != UNKNOWN
+    has_class = (
+        is_failure_known & ~is_ood
+    )  # the failure is known only if the class is, or is outside
     if n_ood and not has_class.any():
         raise DataError(
             f"all {n_ood} labelled {role} rows are of none of the classes, so nothing "
@@ -115,7 +117,7 @@ def trainable_rows(
         is_trainable = has_class
         n_ood_left_out = n_ood
     else:
-        is_trainable = has_failure
+        is_trainable = is_failure_known
         n_ood_left_out = 0
     if not is_trainable.any():
         raise DataError(f"none of the {len(source)} {role} rows has a label.")
@@ -379,8 +381,8 @@ def caption_groups(
 ) -> Tensor:
     """Return group numbers (M,) int64, equal for rows with equal captions, compared as float16.
 
-    If a caption equals a class text, the row is a group alone. If all rows with such a caption were
-    held out together, the class could not be learned.
+    If a caption equals a class text, the row forms a group by itself. If all rows with such a
+    caption were held out together, the class could not be learned.
 
     A caption has D 16-bit numbers x. The group number is a hash with fixed random odd factors a:
 
@@ -401,7 +403,7 @@ def caption_groups(
     unsigned_hashes = np.concatenate(hashes)
     groups = torch.from_numpy(unsigned_hashes.view(np.int64))
     has_own_group = source.of_classes(rows)
-    # if a row is a group alone, the row index is the group number
+    # if a row forms a group by itself, the row index is the group number
     return torch.where(has_own_group, rows, groups)
 
 
@@ -436,9 +438,9 @@ def log_odds_with_outside(log_odds: Tensor, outside_log_odds: Tensor) -> Tensor:
         outside_log_odds: (B,) log(P(outside) / P(inside)).
     """
     log_one = torch.zeros_like(log_odds)
-    minus_log_q = torch.logaddexp(log_odds, log_one)  # 1 / q = 1 + (1 - q) / q
-    outside_term = outside_log_odds.to(log_odds.device) + minus_log_q
-    return torch.logaddexp(log_odds, outside_term)
+    log_inverse_q = torch.logaddexp(log_odds, log_one)  # log(1 / q), as 1 / q = (1 - q) / q + 1
+    log_outside_term = outside_log_odds.to(log_odds.device) + log_inverse_q
+    return torch.logaddexp(log_odds, log_outside_term)
 
 
 MAX_FOLDED_ROWS = 5_000  # with more rows, only a single fold is held out

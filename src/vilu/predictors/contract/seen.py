@@ -162,7 +162,7 @@ def _hash_blocks(
 
 
 def _has_identity(source: EmbeddingSource, kind: IdentityKind) -> NDArray[np.bool_]:
-    """Return a mask (N,): true if the identity tells the row from all different rows.
+    """Return a mask (N,): false if the identity cannot tell the row from other rows.
 
     All rows without a usable embedding have the same embedding. So if ``kind`` is "embeddings", all
     these rows have the same identity.

@@ -38,13 +38,13 @@ DEFAULT_MISSED_SHARE = 0.1
 """If no class has two labels, this share of images is assumed to show classes without labels."""
 
 MAX_LBFGS_STEPS = 150
-"""Most L-BFGS steps."""
+"""Maximum number of L-BFGS steps."""
 
 STREAMED_ROWS = 1_024
 """Rows in a streamed block, so few that the block's logits stay in the cache."""
 
 MAX_SAMPLE_ROWS = 4_096
-"""Most ``sample_rows``, from which statistics over all rows are estimated."""
+"""Maximum number of ``sample_rows``, from which statistics over all rows are estimated."""
 
 MIN_LOSS_CHANGE = 1e-9
 """The solver stops when a step changes the mean loss by less than this limit."""
@@ -458,7 +458,7 @@ class Block(NamedTuple):
         return -self.batch.log_likelihood(logits)
 
     def slopes(self, logits: Tensor) -> Tensor:
-        """Compute the derivatives (B, K) of ``losses`` in the logits, free to be overwritten.
+        """Compute the derivatives (B, K) of ``losses``. The function overwrites ``logits``.
 
         A derivative is the softmax over all candidates, minus the softmax over the right
         candidates.
@@ -597,7 +597,7 @@ class Problem:
         return Solution(shared_weights, class_weights)
 
     def _min_loss_change(self) -> float:
-        """Return the limit: a step that changes the mean loss by less stops the solver."""
+        """Return the limit. The solver stops when a step changes the mean loss by less."""
         if self.whole_block is None:
             return MIN_STREAMED_LOSS_CHANGE
         return MIN_LOSS_CHANGE
@@ -776,8 +776,8 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
 
     Let f of the n labels be the only label in their class. Let s be the share of all images that
     show classes without labels. The formula of Good and Turing estimates s = f / n. Here s is at
-    least 1 / n. This share is divided equally among the K - m classes without labels. The share
-    1 - s is divided equally among the m classes with labels. So the relative frequency is
+    least 1 / n. This share is divided equally among the K - m classes without labels, and 1 - s
+    among the m classes with labels. So the relative frequency of a class without labels is
 
         s m / ((1 - s) (K - m))
 

@@ -38,7 +38,7 @@ The value matters little, because the pool also gives the memory a weight.
 """
 
 MIN_BLOCK_ROWS = 256
-"""Fewest images in a product of ``Memory``. Products with fewer rows are slow."""
+"""Minimum number of images in a product of ``Memory``. Products with fewer rows are slow."""
 
 
 class Adapter(nn.Module):

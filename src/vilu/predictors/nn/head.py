@@ -199,8 +199,8 @@ class FailureHead(nn.Module):
         generator: Generator for the initial weights. If None, torch's global generator.
 
     The parts are ordered as in the released code, not as in the paper, to allow the use of
-    released weights. The released head returns a confidence logit. This head returns the
-    negative confidence logit.
+    released weights. The released head returns a confidence logit. This head returns minus
+    the confidence logit.
 
     Source: ViLU (ICCV 2025), Sec. 4 and supplement A.2, B.1, B.2.
     """
@@ -328,8 +328,10 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], method_name: str)
     expected_forms = _shapes_and_types(network.state_dict())
     actual_forms = _shapes_and_types(state)
     if actual_forms != expected_forms:
-        # pairs (name, sizes and type) found only in the network or only in the state
-        differing_forms = sorted({*actual_forms.items()} ^ {*expected_forms.items()}, key=str)
+        # A tensor's name, sizes and type are compared. ^ keeps what only one side has.
+        actual = set(actual_forms.items())
+        expected = set(expected_forms.items())
+        differing_forms = sorted(actual ^ expected, key=str)
         raise DataError(
             f"the weights do not fit a {method_name} with these parameters; "
             f"they differ in {differing_forms[:4]}."
@@ -348,7 +350,7 @@ def _shapes_and_types(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int | to
 
 
 class Graph(nn.Module):
-    """A batch's score function as a module that can be exported.
+    """A function from a batch to scores, as a module that can be exported.
 
     The ``network`` used by the function is a submodule, so its weights are part of the graph.
     """

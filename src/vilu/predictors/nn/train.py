@@ -36,9 +36,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_EPOCHS = 35
 """Default epoch count, if this gives ``MIN_STEPS`` to ``MAX_STEPS`` steps in all."""
 MIN_STEPS = 1_400
-"""Fewest steps in a training run with the default epoch count."""
+"""Minimum number of steps in a training run with the default epoch count."""
 MAX_STEPS = 6_000
-"""Most steps in a training run with the default epoch count."""
+"""Maximum number of steps in a training run with the default epoch count."""
 FREEZE_STEPS = 1_000
 """Default number of steps before a head's attention is trained."""
 

@@ -29,8 +29,8 @@ def convert_official(
 ) -> HeadPredictor:
     """Make a ``ViLU`` or ``LVU`` with the weights from a released checkpoint.
 
-    A released head returns a confidence logit. A head in vilu returns a failure logit, the
-    negative confidence logit. So the last layer's sign is changed.
+    A released head returns a confidence logit. A head in vilu returns a failure logit, which is
+    minus the confidence logit. So the last layer's sign is changed.
 
     An attention projection starts as the identity. If a projection is a multiple of the
     identity, the projection was frozen in training. The released code then skips the projection,

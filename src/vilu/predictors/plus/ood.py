@@ -485,7 +485,8 @@ class Mixture(NamedTuple):
     The mean for an image inside depends on the zero-shot answer. All images outside share a mean.
     """
 
-    inside_means: Tensor  # (K + 1,) by the image's answer, and last for other candidates
+    # (K + 1,) by the image's answer, where the last entry is for other candidates
+    inside_means: Tensor
     outside_mean: float
     variance: float  # of both Gaussians
     outside_share: float  # share of images outside

@@ -99,7 +99,7 @@ With more rows the network learns enough without the memory (docs/methods/vilu_p
 """
 
 MIN_LABELS_PER_CLASS = 10
-"""If the classes have this many labels on average, there are experts beside the attention.
+"""With at least this many labels per class on average, there are experts beside the attention.
 
 With fewer labels, folds lack classes, and the experts overfit.
 """
@@ -403,7 +403,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return PlusGraph(self.experts, self.outcome)
 
     def coalitions(self) -> Coalitions:
-        """Return coalitions between the parts of the pooled logits."""
+        """Return the coalitions of the parts of the pooled logits."""
 
         def parts(batch: Batch) -> PooledLogits:
             experts = self.experts.to(batch.image.device)

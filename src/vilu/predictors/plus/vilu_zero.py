@@ -35,7 +35,7 @@ from vilu.predictors.nn.pooled import PooledLogits
 from vilu.predictors.plus.ood import NEGATIVES, Outside, SeesOutside, learn_from_words
 
 MAX_EM_ROWS = 20_000
-"""Most rows used to estimate the class counts. The rows are drawn at random."""
+"""Maximum number of rows used to estimate the class counts. The rows are drawn at random."""
 N_EM_PASSES = 50
 """How many EM passes go over these rows."""
 PSEUDO_COUNT = 0.5
@@ -132,7 +132,8 @@ class ViLUZero(SeesOutside, ClosedSet):
 
     Args:
         share: The prototypes' largest weight in the pool.
-        max_bank: Most images to learn from. A larger set is sampled with ``seed``.
+        max_bank: Maximum number of images to learn from. If there are more, ``seed`` draws a
+            sample.
 
     Source: this project. EM for class frequencies: Saerens et al., Neural Computation 2002. Soft
     memberships and text anchors: transductive CLIP (Martin et al., 2024; Zanella et al., 2024),
@@ -242,7 +243,7 @@ class ViLUZero(SeesOutside, ClosedSet):
         return self.pooled_parts(batch).logits.log_softmax(dim=-1)
 
     def coalitions(self) -> Coalitions:
-        """Return coalitions between the parts of the pooled logits."""
+        """Return the coalitions of the parts of the pooled logits."""
         return PoolCoalitions(self.pooled_parts, self.outside_log_odds if self.outcome else None)
 
 

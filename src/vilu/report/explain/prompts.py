@@ -155,7 +155,7 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
 
 
 def _assign_folds(data: EmbeddingSource, rows: Tensor, folds: int, seed: int) -> Tensor:
-    """Return the fold number (len(data),) for ``rows``. A picture has all rows in one fold.
+    """Return the fold number (len(data),) of each of ``rows``. A picture has all rows in one fold.
 
     For all remaining rows in ``data`` the number has no meaning.
     """

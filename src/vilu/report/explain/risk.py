@@ -193,7 +193,10 @@ def _costliest_first(confusion: Confusion) -> tuple[float, float, str, str]:
 
 
 def _require_probability(outcomes: Outcomes) -> Floats:
-    """Return calibrated failure probabilities (N,), or uncertainties that are probabilities."""
+    """Return calibrated failure probabilities (N,), or else uncertainties that are probabilities.
+
+    UsageError if the outcomes have neither.
+    """
     probabilities = failure_probability_of(outcomes)
     if probabilities is None:
         raise UsageError(

@@ -445,7 +445,7 @@ def _script_data(
     """Return the slider's data, for JSON. The first threshold, -inf, becomes null."""
     failure = outcomes.failure[outcomes.evaluable]
     accepts_nothing = not operating_point.accepted.any()
-    # whether the slider's first threshold accepts exactly the chosen rows
+    # whether the threshold at the slider's start position accepts exactly the chosen rows
     exact = operating_point.threshold is not None or accepts_nothing
     return {
         "threshold": [None, *points.threshold[1:].tolist()],

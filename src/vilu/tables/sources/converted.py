@@ -52,7 +52,7 @@ class Converted:
 
     @property
     def n_known(self) -> int:
-        """Number of rows with a known right or wrong answer."""
+        """Number of rows of which it is known whether the answer is right."""
         return len(self) - self.columns["correct"].count(None)
 
     def write(self, path: Path, inputs: str | None = None) -> None:

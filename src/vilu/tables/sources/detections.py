@@ -192,7 +192,7 @@ def detection_answers(
 def match_detections(
     boxes: Floats, scores: Floats, objects: Objects, min_iou: float
 ) -> list[int | None]:
-    """Return whether each of N detections is right: 1, 0, or None for an ignored object.
+    """Return whether each of N detections is right: 1, 0, or None if it took an ignored object.
 
     All detections and objects have one category and one image. Detections take objects greedily, in
     the order of falling scores. ``boxes`` (N, 4) and ``scores`` (N,) belong to the detections.
@@ -217,7 +217,10 @@ def match_detections(
 
 
 def _last_argmax(numbers: Floats, mask: NDArray[np.bool_]) -> int:
-    """Return the index of the largest number in a mask, or the last such index, as pycocotools."""
+    """Return the index of the largest number in a mask, the last one if several are equal.
+
+    As in pycocotools.
+    """
     largest = numbers[mask].max()
     indices_of_largest = np.flatnonzero(mask & (numbers == largest))
     return int(indices_of_largest[-1])
