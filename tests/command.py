@@ -1,4 +1,4 @@
-"""The command line of ``vilu``, in this process or in one of its own."""
+"""Run the command line of ``vilu`` in this process or in a new one."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from vilu.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONPATH = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-"""For processes that need the fakes, and this source whatever is installed."""
+"""The path for a process that needs the fakes, and this source whatever is installed."""
 
 made_once = functools.cache(
     typer.main.get_command
-)  # of 27 functions in 60 ms, which a process does once
+)  # typer builds this from 27 functions in 60 ms, so do it once
 
 
 def run(*args: object, code: int = 0, cwd: Path | None = None) -> CompletedProcess[str]:
-    """The command in this process, which must end with this exit code."""
+    """Run the command in this process, and require this exit code."""
     done = command_line(*args, cwd=cwd)
     assert done.returncode == code, done.stderr
     return done
 
 
 def command_line(*args: object, cwd: Path | None = None) -> CompletedProcess[str]:
-    """The command in this process: importing torch takes longer than most commands.
+    """Run the command in this process, because importing torch takes longer than most commands.
 
-    An exception that the command line does not turn into a message passes through.
+    If the command line does not turn an exception into a message, the exception passes through.
     """
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
@@ -49,7 +49,7 @@ def command_line(*args: object, cwd: Path | None = None) -> CompletedProcess[str
         stack.callback(logger.setLevel, logger.level)
         stack.callback(logger.handlers.__setitem__, slice(None), logger.handlers[:])
         stack.enter_context(warnings.catch_warnings())
-        warnings.resetwarnings()  # pytest makes errors of them
+        warnings.resetwarnings()  # pytest makes errors from warnings
         stack.enter_context(patch.object(typer.main, "get_command", made_once))
         stack.enter_context(patch.object(sys, "argv", ["vilu", *map(str, args)]))
         stack.enter_context(contextlib.chdir(cwd or Path.cwd()))
@@ -65,14 +65,14 @@ def command_line(*args: object, cwd: Path | None = None) -> CompletedProcess[str
 
 
 def command(*args: object) -> list[str]:
-    """What starts the command in a process of its own."""
+    """Return the words that start the command in a new process."""
     return [sys.executable, "-m", "vilu.cli", *map(str, args)]
 
 
 def run_process(
     *args: object, code: int = 0, cwd: Path | None = None, **env: str
 ) -> CompletedProcess[str]:
-    """The command in a process of its own, with more environment variables."""
+    """Run the command in a new process with more environment variables."""
     env, words = {**os.environ, **env}, command(*args)
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd, env=env)
     assert done.returncode == code, done.stderr

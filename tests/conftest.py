@@ -1,6 +1,4 @@
-"""Data that many tests share:
-small, seeded, with failures that can be predicted by construction.
-"""
+"""Provide data for many tests: small, seeded, and with failures that can be predicted."""
 
 from __future__ import annotations
 
@@ -26,8 +24,8 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import OUTSIDE
 from vilu.metrics.histogram import Histogram
 
-# The same examples on every machine, and no limit of time, which is one of the machine; `make
-# test-fuzz` draws others.
+# The examples are the same on every machine. There is no time limit, because it would depend on
+# the machine. `make test-fuzz` draws other examples.
 settings.register_profile("ci", max_examples=50, derandomize=True, database=None, deadline=None)
 settings.register_profile("fuzz", max_examples=1_000, database=None, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -45,9 +43,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def refuse_network() -> None:
-    """From here on this process talks to this machine alone, whoever asks:
-    an attempt is an error.
-    """
+    """Make every attempt to reach another machine an error in this process from here on."""
     own = {
         address.address.split("%")[0] for link in psutil.net_if_addrs().values() for address in link
     }
@@ -67,7 +63,7 @@ def refuse_network() -> None:
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if event == "socket.connect":
             connection, address = arguments
-            # a datagram's connection sends nothing: with one, programs learn their own address
+            # A datagram connection sends nothing. Programs learn their own address from one.
             sends = isinstance(connection, socket.socket) and connection.type == socket.SOCK_STREAM
             host = address[0] if isinstance(address, tuple) and sends else None
         elif event == "socket.getaddrinfo":
@@ -85,7 +81,7 @@ refuse_network()
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a window; what it needs for itself from the network is left out."""
+    """Return Chromium without a window, and with its own network features off."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -97,8 +93,9 @@ def browser() -> Iterator[Any]:
 
 
 def few(values: Iterable[object], n: int) -> list[object]:
-    """Parameters of which the first ``n`` are in every run of the tests,
-    and the others in `make test-slow`.
+    """Return parameters whose first ``n`` are in every test run.
+
+    The others run in `make test-slow`.
     """
     return [
         value if i < n else pytest.param(value, marks=pytest.mark.slow)
@@ -115,8 +112,9 @@ def toy_embeddings(
     ids_from: int | None = 0,
     scale: float = 20.0,
 ) -> Embeddings:
-    """Images of K classes, half of them blurred;
-    a blurred image says so in its last coordinate and is often missed.
+    """Return images from K classes, half of them blurred.
+
+    A blurred image says so in its last coordinate and is often missed.
     """
     rng = np.random.default_rng(seed)
     text = np.random.default_rng(99).normal(size=(k, d))
@@ -145,8 +143,10 @@ def toy_embeddings(
 def toy_columns(
     image: np.ndarray, text: np.ndarray, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Every column:
-    features whose projection is the embedding, noisy views, prompts around texts, random words.
+    """Return every column.
+
+    The columns include features whose projection is the embedding, noisy views, prompts around the
+    texts, and random words.
     """
     d = image.shape[1]
     projection = np.random.default_rng(98).normal(size=(d, d)) / np.sqrt(d) + np.eye(d)
@@ -154,7 +154,7 @@ def toy_columns(
     negatives = np.random.default_rng(96).normal(size=(40, d))
     small = np.random.default_rng(95).normal(size=(d, d // 2)) / np.sqrt(
         d
-    )  # what a second model sees of it
+    )  # the second model sees this part
     prompts = text[:, None] + np.random.default_rng(97).normal(size=(len(text), 3, d)) * 0.05
     return {
         "features": np.linalg.solve(projection, image.T).T,
@@ -170,14 +170,12 @@ def toy_columns(
 
 
 def without_words(data: EmbeddingSource) -> EmbeddingSource:
-    """The same rows without the column of everyday words,
-    so that no method has the outcome "outside".
-    """
+    """Return the same rows without everyday words, so that no method has the outcome "outside"."""
     return data.take(torch.arange(len(data)), columns=data.columns - {"negatives"})
 
 
 def variant(source: Embeddings, **changes: object) -> Embeddings:
-    """The same rows and columns with other arguments of ``Embeddings``."""
+    """Return the same rows and columns with other arguments for ``Embeddings``."""
     columns = {name: source.column(name, torch.arange(len(source))) for name in source.columns}
     target = source.target.masked_fill(source.outside, OUTSIDE)
     same = {"image": source.image, "text": source.text, "target": target, "space": source.space}
@@ -185,7 +183,7 @@ def variant(source: Embeddings, **changes: object) -> Embeddings:
 
 
 def in_memory(source: EmbeddingSource, rows: torch.Tensor) -> Embeddings:
-    """A copy of some rows of a source with shared candidates."""
+    """Return a copy of some rows from a source with shared candidates."""
     ids = None if isinstance(source.ids, RowNumbers) else [source.ids[row] for row in rows.tolist()]
     columns = {name: source.column(name, rows) for name in source.columns}
     same = {
@@ -200,7 +198,7 @@ def in_memory(source: EmbeddingSource, rows: torch.Tensor) -> Embeddings:
 
 
 def toy_pairs(n: int = 256, pool: int = 32, d: int = 16, *, seed: int = 0):
-    """Image-caption pairs of the same kind."""
+    """Return image-caption pairs, blurred as in `toy_embeddings`."""
     rng = np.random.default_rng(seed)
     text = rng.normal(size=(n, d))
     text[:, -1] = 0
@@ -214,15 +212,16 @@ def toy_pairs(n: int = 256, pool: int = 32, d: int = 16, *, seed: int = 0):
 
 
 def same_histogram(one: Histogram, other: Histogram) -> bool:
-    """Whether two histograms hold the same, to the last bit."""
+    """Return whether two histograms hold the same, to the last bit."""
     mine, theirs = ((h.level, h.low, h.high) for h in (one, other))
     columns = ((one.bins, other.bins), (one.correct, other.correct), (one.wrong, other.wrong))
     return mine == theirs and all(np.array_equal(a, b) for a, b in columns)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first,
-    so that none of them is left for the end when several processes share the files.
+    """Put files with slow tests first.
+
+    If several processes share the files, no slow file is then left for the end.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
@@ -235,7 +234,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def quiet_logger() -> Iterator[None]:
-    """A command that runs in this process leaves the logger as it was."""
+    """Restore the logger after a command that runs in this process."""
     logger = logging.getLogger("vilu")
     handlers, level = logger.handlers[:], logger.level
     yield
@@ -255,7 +254,7 @@ def test() -> Embeddings:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data beside the checkout."""
+    """Return the folder with real data beside the checkout."""
     if not SHARED.is_dir():
         pytest.skip("the shared data folder is not beside this checkout")
     return SHARED

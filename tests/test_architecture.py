@@ -1,4 +1,4 @@
-"""The map in docs/architecture.md, held to the code."""
+"""Compare docs/architecture.md with the code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEAVY = {
     "pyarrow",
 }
 LONGEST_NAME = 70
-"""Characters in the name of a test, which says the behaviour and leaves the details to the test."""
+"""The longest test name in characters. A name says the behaviour, and the test has the details."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 HOUSE = runpy.run_path(str(ROOT / "tools" / "house.py"))
 example_lines = HOUSE["example_lines"]
@@ -42,7 +42,7 @@ def room_of(path: Path) -> str:
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """Modules named in import statements, wherever they stand."""
+    """Return the modules in import statements at any depth."""
     modules: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -99,12 +99,13 @@ def test_what_the_table_of_the_rooms_counts() -> None:
         "    def __exit__(self, *given: object) -> None: ...\n" + "#" * 101 + "\n"
     )
     module = HOUSE["Module"]("vilu", "vilu/x/y.py", "vilu.x.y", text, ast.parse(text))
-    statements = 12  # five assignments, three functions, a class, a return, and two bodies of "..."
+    # five assignments, three functions, a class, a return, and two bodies with "..."
+    statements = 12
     assert HOUSE["measure"]([module]) == {
         "statements": statements,
         "dense": 4 / statements,  # a comprehension, an "and", an "if else", a lambda
         "pairs": 1000 / statements,
-        "nested": 2000 / statements,  # deep and chain; in flat the inner calls are of built-ins
+        "nested": 2000 / statements,  # deep and chain, while the inner calls in flat are built-ins
         "wide": 1,
         "vague": 4000 / statements,  # found, one, given, some
         "longest": 3,
@@ -121,7 +122,7 @@ ROW_OF_THE_BENCH = re.compile(r"^\| `(\w+)/` \| [^|]* \|$", re.MULTILINE)
 
 
 def missing(room: Path, text: str) -> list[str]:
-    """Modules and folders that a text names in backticks, and that are not in the room."""
+    """Return the modules and folders that a text has in backticks and the room lacks."""
     names = re.findall(r"`([a-z][\w/]*)`", text)
     return [name for name in names if not (room / name).exists() and not is_module(room / name)]
 
@@ -142,7 +143,8 @@ def test_the_map_names_every_room_and_files_that_there_are() -> None:
 
 def test_the_map_names_the_rooms_and_files_of_the_bench() -> None:
     bench = ROOT / "src" / "vilu_bench"
-    # an installation leaves vilu_bench.egg-info there, and a wheel that is built in place build/
+    # An installation leaves vilu_bench.egg-info there, and a wheel that is built in place leaves
+    # build/.
     folders = {path.name for path in bench.iterdir() if path.is_dir() and path.name.isidentifier()}
     rooms = set(ROW_OF_THE_BENCH.findall(MAP))
     assert rooms == folders - {"assets", "__pycache__", "build"}

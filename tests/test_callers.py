@@ -1,4 +1,4 @@
-"""Warnings point at the line of whoever called, however deep they are raised."""
+"""Test that a warning points at the caller's line, however deep it is raised."""
 
 from __future__ import annotations
 

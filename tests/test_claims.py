@@ -1,4 +1,4 @@
-"""Every measured number of README and of the first pages has its source, in claims.toml."""
+"""Test that every measured number in README and the first pages has a source in claims.toml."""
 
 from __future__ import annotations
 
@@ -27,20 +27,23 @@ PAGES: Final = (
 MEASURED: Final = re.compile(
     r"(?<![\w.,])(?:\d[\d,]*\.\d+|\d[\d,]*(?= ?%)|\d{1,3}(?:,\d{3})+|\d{4,})(?![\w.]*\d)"
 )
-"""A number with decimals, in percent, or of four digits and more."""
+"""A number with decimals, in percent, or with four or more digits."""
 CHOSEN: Final = frozenset({1, 2, 5, 10, 20, 60, 90, 95, 100})
 """Percentages that a reader asks for, as in "5 % at 95 % confidence"."""
 LEFT_OUT: Final = re.compile(r"\[arXiv[^\]]*\]\([^)]*\)|\]\([^)]*\)|`[^`]*`")
-"""Targets of links, code, and the number of the paper."""
+"""Link targets, code, and the paper's number."""
 MEASURED_ONCE: Final = re.compile(r"once at [0-9a-f]{7,}")
 OF_OTHER_SOURCES: Final = ("docs/datasets.md", "docs/reliability.md")
-"""Published facts; and promises, each with its file of tests (tests/test_docs.py)."""
+"""A page with published facts, and a page with promises.
+
+Each promise has its test file (tests/test_docs.py).
+"""
 MADE_BY: Final = re.compile(
     r"python -m\s+benchmarks|vilu\s+(?:benchmark|render)|make bench|[Mm]easured\s+once at commit"
 )
-"""What says how numbers can be made again, or at which commit they were made."""
+"""A text that says how to make numbers again, or at which commit they were made."""
 INTERVALS: Final = re.compile(r"^\|.*\d\.\d.*\|$", re.MULTILINE)
-"""A row of a table with a decimal number."""
+"""A table row with a decimal number."""
 OPERATORS: Final[dict[type, Callable[[Any, Any], Any]]] = {
     ast.Sub: operator.sub,
     ast.Add: operator.add,
@@ -53,18 +56,18 @@ def text_of(name: str) -> str:
 
 
 def numbers_in(text: str) -> list[float]:
-    """Measured numbers of a text."""
+    """Return the measured numbers in a text."""
     return [float(number.replace(",", "")) for number in MEASURED.findall(text)]
 
 
 def all_numbers_in(text: str) -> set[float]:
-    """All numbers of a text, also small whole ones and those of code."""
+    """Return all numbers in a text, also small whole ones and those in code."""
     numbers = re.findall(r"\d[\d,_]*(?:\.\d+)?", text)
     return {float(number.replace(",", "").replace("_", "")) for number in numbers}
 
 
 def calculated(formula: str) -> float:
-    """The value of a formula of numbers."""
+    """Return the value of a formula with numbers."""
 
     def value(node: ast.expr) -> Any:
         if isinstance(node, ast.BinOp):
@@ -76,7 +79,7 @@ def calculated(formula: str) -> float:
 
 
 def statements(page: str) -> list[str]:
-    """Sentences and rows of tables, without code, headings and the output that is quoted."""
+    """Return sentences and table rows, without code, headings and quoted output."""
     text = re.sub(r"^```.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
     if page == "docs/demo.md":
         text = text.replace(quoted_of_the_demo(text), "")
@@ -91,12 +94,12 @@ def statements(page: str) -> list[str]:
 
 
 def quoted_of_the_demo(text: str) -> str:
-    """What docs/demo.md shows of the run; a slow test compares it with a run."""
+    """Return the output that docs/demo.md quotes. A slow test compares it with a run."""
     return text[text.index("> The compact model") : text.index("A small model fails")]
 
 
 def plain(text: str) -> str:
-    """Text as ``statements`` gives it."""
+    """Return the text in the form that ``statements`` gives."""
     return " ".join(LEFT_OUT.sub(" ", text).split())
 
 
@@ -136,7 +139,7 @@ def test_a_claim_stands_on_its_page_and_its_numbers_in_its_source(claim: dict[st
 
 
 def test_tables_of_measurements_say_what_made_them() -> None:
-    """In their section, in one above it, or in the first lines of their page."""
+    """The command or commit is in the table's section, in one above it, or at the page's top."""
     without = []
     for page in sorted((ROOT / "docs").rglob("*.md")):
         name = page.relative_to(ROOT).as_posix()

@@ -1,4 +1,4 @@
-"""Devices by name, and fits at once in several threads."""
+"""Test devices by name, and fits that run at once in several threads."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from vilu.predictors.nn.head import FailureHead
 
 @pytest.mark.parametrize(("method", "times"), [("lvu", 16), ("pvu", 8), ("vilu_plus", 2)])
 def test_fits_in_threads_are_those_of_the_seed(method: str, times: int) -> None:
-    """torch's own generator is of the whole process:
-    two networks were made of one stream of numbers, half of each.
+    """All threads share torch's own generator.
+
+    Two networks once took their numbers from one stream, half each.
     """
     data = toy_embeddings(n=400, k=3)
 
@@ -36,7 +37,7 @@ def test_fits_in_threads_are_those_of_the_seed(method: str, times: int) -> None:
 
 
 def test_a_method_may_fit_another_one_for_its_network() -> None:
-    """It waited for itself, for ever."""
+    """A fit inside a fit once waited for itself forever."""
     data, found = toy_embeddings(n=400, k=3), list[list[float]]()
 
     class Teacher(vilu.LVU):
@@ -80,7 +81,7 @@ DRAWS: list[Callable[[], Tensor]] = [
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_draws_of_a_block_come_from_its_own_generator(draw: Callable[[], Tensor]) -> None:
-    """The numbers are those of seed 0, and torch's generator is where it was."""
+    """The numbers are those for seed 0, and torch's generator does not move."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
     with SeparateGenerator() as block:
@@ -110,7 +111,7 @@ def test_a_block_leaves_named_generators_and_other_threads_alone() -> None:
 
 
 def test_a_network_of_transformers_leaves_the_global_generator_alone() -> None:
-    """open_clip builds its text towers in this way; torch's functions are replaced meanwhile."""
+    """open_clip builds its text towers in this way. Functions in torch are replaced meanwhile."""
     transformers = pytest.importorskip("transformers")
     config = transformers.RobertaConfig(
         vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2

@@ -1,4 +1,4 @@
-"""What the documents promise is there: links, commands, options, names."""
+"""Test that the links, commands, options and names in the documents exist."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_index_lists_every_page() -> None:
-    """The site's navigation is read from it."""
+    """The site's navigation is read from the index."""
     docs = ROOT / "docs"
     listed = set(re.findall(r"\]\(([^)]+)\)", (docs / "index.md").read_text()))
     assert {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")} - listed == {
@@ -52,7 +52,7 @@ def test_the_readme_shows_commands() -> None:
 
 
 def test_the_page_of_real_clip_begins_with_its_written_part() -> None:
-    """So it does again after `vilu render --first`."""
+    """The page begins in this way also after `vilu render --first`."""
     page = (ROOT / "docs" / "clip.md").read_text(encoding="utf-8")
     first = (ROOT / "docs" / "clip" / "answers.txt").read_text(encoding="utf-8").strip()
     assert page.startswith(f"# Real CLIP\n\n{first}\n\n")
@@ -69,7 +69,7 @@ def test_options_that_are_shown_exist(command: str) -> None:
 
 
 def options(group: object, above: str = "vilu") -> Iterator[tuple[str, str]]:
-    """Every option of every command: a pattern of its names."""
+    """Yield each command's name and a pattern for the names of each option."""
     for name, command in getattr(group, "commands", {}).items():
         yield from options(command, f"{above} {name}")
         for parameter in command.params:
@@ -136,7 +136,7 @@ def test_every_promise_of_reliability_names_a_file_of_tests() -> None:
 
 
 def source_text() -> str:
-    """The code of both packages without the joints of strings over several lines."""
+    """Return the code of both packages, with strings over several lines joined."""
     files = sorted((ROOT / "src").rglob("*.py"))
     text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     return re.sub(r'"\s*\n\s*f?"', "", text)

@@ -1,6 +1,4 @@
-"""Every script of examples/ runs, keeps what it asserts,
-and prints and draws what is kept for the site.
-"""
+"""Test that every script in examples/ runs and gives the output and drawings that are kept."""
 
 from __future__ import annotations
 
@@ -20,7 +18,10 @@ NUMBER = re.compile(r"[+−-]?\d[\d,]*(?:\.\d+)?")
 
 
 def in_words(text: str) -> str:
-    """The text with # for its numbers; how tables are aligned follows from them."""
+    """Return the text with # for its numbers, and without table rules.
+
+    The width of a table rule follows from the numbers.
+    """
     return " ".join(NUMBER.sub("#", text).replace("-", "").split())
 
 
@@ -29,8 +30,10 @@ def numbers(text: str) -> list[float]:
 
 
 def tolerances(text: str) -> list[float]:
-    """What another processor may move:
-    a fifth of a number, three rows or points of a percent, some hundredths.
+    """Return how far another processor may move each number.
+
+    The limit is a fifth of the number. At least 3 is allowed for a number with fewer than two
+    decimals, and 0.05 for any other.
     """
     decimals = [len(found.partition(".")[2]) for found in NUMBER.findall(text)]
     return [
@@ -38,11 +41,11 @@ def tolerances(text: str) -> list[float]:
     ]
 
 
-# a server that is started three times, a triage of 340 photos: tests/service and tests/triage do so
-# anyway, and smaller
+# One script starts a server three times, and one runs a triage with 340 photos. Smaller ones are
+# in tests/service and tests/triage.
 SLOW = {"service", "trust_photos"}
 NEEDS = {"ocr_words": "tesseract"}
-"""Programs that examples need; Debian has them as packages."""
+"""Programs that examples need. Debian has them as packages."""
 EACH = [
     pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in gallery.NAMES
 ]
@@ -55,7 +58,7 @@ def test_runs_and_gives_what_is_kept(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.syspath_prepend(FOLDER)
     known = dict(vilu.PREDICTORS)
     with warnings.catch_warnings():
-        warnings.simplefilter("default")  # pytest makes errors of them
+        warnings.simplefilter("default")  # pytest makes errors from warnings
         try:
             told, figure = gallery.run_example(name)
         finally:
@@ -91,5 +94,5 @@ def test_the_page_has_every_script_and_its_question() -> None:
 
 
 def question_of(name: str) -> str:
-    """The first line of the script, as far as it goes."""
+    """Return the question on the script's first line."""
     return (FOLDER / f"{name}.py").read_text(encoding="utf-8").splitlines()[0].removeprefix('"""')

@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_synced_is_no_failure_but_an_io_error_is(
 
 @pytest.mark.parametrize("name", ["a" * 250, "猫" * 85], ids=["bytes", "characters"])
 def test_the_longest_names_are_written(tmp_path: Path, name: str, dead_pid: int) -> None:
-    """255 bytes may be a name; with what tells a file in the making apart it was too long."""
+    """A name may have 255 bytes. The extra part in a temporary name once made it too long."""
     short = os.fsencode(name)[:220].decode("utf-8", "ignore")
     leftover = make(tmp_path / f".{short}.{host_hash()}.{dead_pid}.0123abcd.tmp")
     write_bytes(tmp_path / name, b"1")
@@ -160,7 +160,7 @@ def test_what_is_not_json_is_refused_before_anything_is_written(
 
 @pytest.fixture
 def dead_pid() -> int:
-    """Of a process that was, and is no more."""
+    """Return the id of a process that has ended."""
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     return process.pid
@@ -176,14 +176,14 @@ def test_leftovers_are_of_the_dead_of_this_machine_or_old(tmp_path: Path, dead_p
     here, elsewhere = host_hash(), f"{int(host_hash(), 16) ^ 1:08x}"
     leftovers = [
         make(tmp_path / f".a.npy.{here}.{dead_pid}.0123abcd.tmp"),
-        make(tmp_path / f".a.npy.{here}.{10**30}.0123abcd.tmp"),  # no such process can be
+        make(tmp_path / f".a.npy.{here}.{10**30}.0123abcd.tmp"),  # no process can have this number
         make(tmp_path / f".a.npy.{elsewhere}.{dead_pid}.0123abcd.tmp", MAX_TEMPORARY_AGE + 60),
         make(
             tmp_path / f".a.npy.{here}.{os.getpid()}.0123abcd.tmp", MAX_TEMPORARY_AGE + 60
-        ),  # the number was given anew
+        ),  # another process got this number later
         make(
             tmp_path / f".a.npy.{dead_pid}.0123abcd.tmp", MAX_TEMPORARY_AGE + 60
-        ),  # without a host, as there once were
+        ),  # without a host, as older code named them
     ]
     others = [
         make(tmp_path / f".a.npy.{here}.{os.getpid()}.0123abcd.tmp1", MAX_TEMPORARY_AGE + 60),
@@ -226,14 +226,15 @@ def test_a_log_is_read_but_for_lines_that_were_cut(tmp_path: Path) -> None:
 
 
 def test_a_process_that_has_ended_unasked_is_dead(tmp_path: Path) -> None:
-    """What a container's first process may never reap: workers whose driver was killed."""
+    """A container's first process may never reap workers whose driver was killed."""
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         leftover = make(tmp_path / f".a.{host_hash()}.{child.pid}.0123abcd.tmp")
         end = time.monotonic() + 10
         while not is_leftover(leftover):
             assert time.monotonic() < end
             time.sleep(0.01)
-        os.kill(child.pid, 0)  # raises if it were gone: nobody has asked yet, so it is a zombie
+        # os.kill raises if the process were gone. Nobody has reaped it yet, so it is a zombie.
+        os.kill(child.pid, 0)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no process of another user to ask for")
@@ -297,8 +298,9 @@ def columns() -> dict[str, pa.Array]:
 
 
 def test_the_digest_of_a_table_is_of_what_it_says() -> None:
-    """However its rows are chunked or sliced, whatever lies under nulls;
-    and of every value, null, name and type.
+    """The digest depends on every value, null, name and type.
+
+    It does not depend on chunks or slices, or on the bytes under nulls.
     """
     whole = pa.table(columns())
     right = table_digest(whole, {"a": 1})
@@ -334,9 +336,9 @@ def test_the_digest_of_a_table_is_of_what_it_says() -> None:
 
 
 def test_a_table_is_damaged_or_what_it_was(tmp_path: Path) -> None:
-    """Every bit of the file flipped: it is refused, or says the same.
+    """If a bit in the file is flipped, the table is refused or reads the same.
 
-    Page checksums alone let footers pass.
+    Page checksums alone let damaged footers pass.
     """
     path = tmp_path / "a.parquet"
     write_table(path, columns(), {"kind": "test", "note": "x" * 20})
@@ -444,8 +446,9 @@ def test_any_change_of_what_a_document_says_is_seen(tmp_path: Path) -> None:
 
 
 def test_a_table_is_one_input_while_it_says_the_same(tmp_path: Path) -> None:
-    """A flip in the copy of the metadata that Arrow keeps changes no number,
-    so no output is of other inputs.
+    """A flip in Arrow's copy of the metadata changes no number, so the input stays the same.
+
+    Otherwise an output would seem to come from other inputs.
     """
     path = tmp_path / "a.parquet"
     write_table(path, columns(), {"kind": "outcomes"})
@@ -464,7 +467,7 @@ def test_a_table_is_one_input_while_it_says_the_same(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_too_many_files_is_refused(tmp_path: Path) -> None:
-    """A disk that was named by mistake: the walk ends early, and says what is wrong."""
+    """A disk may be named by mistake. The walk ends early, and the message says what is wrong."""
     for name in ("a/b", "c"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")

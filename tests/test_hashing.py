@@ -1,4 +1,4 @@
-"""One hash for one content, whatever holds it: another one would break what is saved."""
+"""Test that equal content has one hash in any container. Another hash would break saved files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python of the pages for beginners runs as it stands there, on simulated embeddings."""
+"""Test that the Python on the pages for beginners runs as written, on simulated embeddings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WITH_PYTHON = [
 
 @pytest.fixture
 def names_of_readers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the pages take for given: arrays of a model, and scores of a predictor."""
+    """Return what the pages assume: a model's arrays, and a predictor's scores."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     simulated = importlib.import_module("example_data").simulated
     image, text, labels = simulated(1500, seed=1)

@@ -1,4 +1,4 @@
-"""Lock files: who holds one, what dead processes leave, and what other machines do."""
+"""Test lock files: who holds one, what dead processes leave, and how other machines matter."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_who_comes_second_is_told_of_the_first_whose_death_frees_the_lock(
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
         named = rf"another process \(process {first.pid} of \S+\) is scoring into .*Wait for it"
-        for _ in range(2):  # asking leaves the name where it is
+        for _ in range(2):  # asking leaves the holder's name in place
             with pytest.raises(BusyError, match=named), locked(tmp_path, activity="scoring into"):
                 pytest.fail("two hold the lock")
     finally:
@@ -58,8 +58,9 @@ def test_who_comes_second_is_told_of_the_first_whose_death_frees_the_lock(
 def test_the_lock_of_another_machine_is_worth_a_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It died there, or is at work where the file system gives one lock to two machines;
-    nobody here can tell.
+    """The process may have died there, or it may be at work.
+
+    Some file systems give one lock to two machines, so nobody here can tell.
     """
     (tmp_path / HOLDER).write_text("process 12 of elsewhere")
     with caplog.at_level(logging.WARNING, "vilu"), locked(tmp_path, activity="scoring into"):

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and keep what they printed."""
+"""Test that the notebooks run from top to bottom and print what they keep."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def printed(notebook) -> list[str]:
-    """What every cell of code printed, without digits, which another processor may change."""
+    """Return the output of every code cell without digits, which another processor may change."""
     texts = []
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -1,4 +1,4 @@
-"""vilu leaves the process of a caller alone, and sets it up where it is told to."""
+"""Test that vilu leaves the caller's process alone, and tunes it only on request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import sklearn  # noqa: F401 - sets variables of its own when it is imported
 import torch
-import torch._dynamo  # so does torch's compiler, which torch's optimisers import
+import torch._dynamo  # torch's compiler also sets variables, and torch's optimisers import it
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -33,11 +33,11 @@ from vilu.sklearn import SelectiveClassifier
 from vilu.tables.methods import AnswerProbe
 
 PAUSE = 0.0002
-"""Seconds between two looks of the second thread: less than any fit takes."""
+"""Seconds between two looks by the second thread, which is less than any fit takes."""
 
 
 def state() -> dict[str, object]:
-    """What of the process a caller may rely on."""
+    """Return the process settings that a caller may rely on."""
     numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator is meant
     return {
         "default type": torch.get_default_dtype(),
@@ -51,7 +51,10 @@ def state() -> dict[str, object]:
 
 @contextmanager
 def watched() -> Iterator[set[str]]:
-    """What a second thread, and this one at the end, see changed in the process."""
+    """Yield the names of settings that change.
+
+    A second thread looks again and again, and this thread looks at the end.
+    """
     before = state()
     changed: set[str] = set()
     ended = threading.Event()
@@ -76,7 +79,7 @@ def watched() -> Iterator[set[str]]:
 
 @pytest.fixture
 def callers_own_settings() -> Iterator[None]:
-    """Settings of a caller that differ from torch's defaults."""
+    """Use settings that differ from torch's defaults, as a caller may."""
     threads = torch.get_num_threads()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(2)
@@ -186,7 +189,7 @@ def test_loading_a_plugin_leaves_the_environment_alone(
 
 
 def answer_of(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What a process of its own prints, in an environment that sets nothing of the kind."""
+    """Run a program in a new process whose environment sets no such variable."""
     set_by_user = ("OMP_", "GOMP_", "RAY_", *KEPT_MEMORY_VARIABLES)
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(set_by_user)
@@ -220,7 +223,7 @@ print(json.dumps(sorted(set(os.environ.items()) ^ set(before.items()))))
 def test_in_a_tuned_process_threads_do_not_spin_for_long(
     environment: dict[str, str], spins: str
 ) -> None:
-    """What libgomp has read, as it says itself; whoever sets how threads wait is obeyed."""
+    """libgomp prints what it has read. If the user sets how threads wait, that setting stays."""
     program = "import vilu; vilu.tune_process(); import torch"
     done = answer_of(program, OMP_DISPLAY_ENV="VERBOSE", **environment)
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
@@ -254,7 +257,7 @@ def test_a_ray_of_a_tuned_process_reports_to_nobody() -> None:
 def test_a_ray_of_the_command_line_listens_to_this_machine(
     environment: dict[str, str], expected: str, tmp_path: Path
 ) -> None:
-    """Unless the user names a cluster, or says otherwise."""
+    """If the user names a cluster or sets the variable, vilu leaves it alone."""
     name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
     (tmp_path / "says.py").write_text(f"import os; print(os.environ.get('{name}'))")
     program = (
@@ -285,9 +288,9 @@ print(pages() / (40 * 2**20 // resource.getpagesize()))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed")
 def test_in_a_tuned_process_pages_of_a_large_block_are_made_once() -> None:
-    """Of three blocks of 40 MiB, one after the other. What the user sets stays as it is.
+    """The test makes three blocks with 40 MiB, one after the other.
 
-    glibc never keeps a freed block of more than 32 MiB by itself.
+    By itself, glibc never keeps a freed block over 32 MiB. If the user sets a variable, it stays.
     """
     tuned = PAGES_OF_BLOCKS.format(first="vilu.tune_process()")
     assert float(answer_of(tuned).stdout) < 1
@@ -310,7 +313,7 @@ ctypes.CDLL(None).malloc_stats()  # tells of every heap on stderr
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these heaps")
 def test_with_one_heap_a_thread_has_none_of_its_own() -> None:
-    """Whoever sets how many heaps there are, or where Arrow takes its memory, is obeyed."""
+    """If the user sets the number of heaps or Arrow's memory pool, that setting stays."""
     done = answer_of(HEAPS)
     assert (done.stdout, done.stderr.count("Arena ")) == ("system\n", 1)
     done = answer_of(HEAPS, MALLOC_ARENA_MAX="8", ARROW_DEFAULT_MEMORY_POOL="mimalloc")

@@ -1,4 +1,4 @@
-"""Packages are the same bytes at every build, and their version is told in the changelog."""
+"""Test that a package has the same bytes at every build, and that the changelog has its version."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_both_packages_have_one_version_whose_changes_are_told() -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The files in which a version stands."""
+    """Copy the files that hold a version, and return their folder."""
     for name in VERSIONED:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -116,7 +116,7 @@ def test_the_changelog_of_a_release_is_a_page() -> None:
 
 
 def test_the_recipe_for_conda_needs_what_the_packages_need() -> None:
-    """Its own builder is not here, so that what can be compared is compared."""
+    """The conda builder is not here, so this test compares the requirements."""
     recipe = yaml.safe_load((ROOT / "deploy" / "conda" / "recipe.yaml").read_text())
     assert recipe["context"]["version"] == PROJECT["version"]
     core, bench = recipe["outputs"]
@@ -141,7 +141,7 @@ def test_every_extra_is_tried_alone() -> None:
 
 
 def test_the_second_package_is_whole() -> None:
-    """Its folder is the package itself, so that its parts are written out."""
+    """The package lies directly in its own folder, so its parts must be listed by hand."""
     folder = ROOT / "src" / "vilu_bench"
     folders = {path.parent for path in folder.rglob("__init__.py") if "build" not in path.parts}
     names = {".".join(path.relative_to(folder.parent).parts) for path in folders}

@@ -1,6 +1,4 @@
-"""The site that `make docs` has built, in a real browser:
-at the width of a phone and of a desk, light and dark.
-"""
+"""Test the site from `make docs` in a real browser, in phone and desk width, light and dark."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ PAGES = [
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Files, without a line for each on stderr."""
+    """A file server that does not write a line for each file to stderr."""
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as it is called there
         pass
@@ -73,7 +71,7 @@ def page(browser: Browser, address: str, request: pytest.FixtureRequest) -> Iter
 
 
 def brightness(page: Page, name: str) -> float:
-    """The mean over the pixels of a drawing as the page shows it, from 0 to 1."""
+    """Return the mean over a drawing's pixels as the page shows it, from 0 to 1."""
     shown = page.locator(f"img[src$='{name}']").screenshot()
     return ImageStat.Stat(Image.open(io.BytesIO(shown)).convert("L")).mean[0] / 255
 

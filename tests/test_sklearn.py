@@ -1,4 +1,4 @@
-"""The classifier for scikit-learn: its conventions, and what it accepts."""
+"""Test the scikit-learn classifier: its conventions, and what it accepts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vilu.sklearn import REVIEW, SelectiveClassifier
 
 
 def rows(n: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.str_]]:
-    """Two classes that overlap, so that one answer in six is wrong."""
+    """Return rows from two classes that overlap, so that one answer in six is wrong."""
     rng = np.random.default_rng(seed)
     label = rng.integers(2, size=n)
     return rng.normal(size=(n, 3)) + 2 * label[:, None] * [1, 0, 0], np.array(["no", "yes"])[label]
@@ -74,7 +74,7 @@ def test_nothing_is_accepted_where_nothing_can_be_certified() -> None:
     with pytest.warns(UserWarning, match="nothing is accepted: a risk of 1.00% needs"):
         model.fit(image, label)
     assert not model.accept(image).any()
-    assert set(model.predict(image)) == {"no", "yes"}  # an answer there is
+    assert set(model.predict(image)) == {"no", "yes"}  # the model still answers
     with pytest.warns(UserWarning, match="no row is left for calibration"):
         model.fit(*(part[:2] for part in (np.array([[0.0], [1.0]]), np.array([0, 1]))))
     assert not model.accept([[0.0]]).any()

@@ -1,4 +1,4 @@
-"""What ends up on a user's machine: no pickle in our formats, no network unless asked for."""
+"""Test that no format of ours can hold code, and that the network is used only on request."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ UNPICKLERS = {
     "vilu/backbones/loading.py": {"pickle"},
     "vilu/store/executors/local.py": {"pickle"},
 }
-"""Who may open pickles: the first two with a list of what may be built, the third names torch's
-error for one, and the fourth talks to the worker processes that it has started.
+"""Modules that may use pickle.
+
+The first two have a list of what may be built. The third names torch's error for a pickle. The
+fourth talks to the worker processes that it has started.
 """
 CODE = {
     "pickle",
@@ -47,7 +49,7 @@ def imports(tree: ast.AST) -> set[str]:
 
 
 def calls(tree: ast.AST) -> list[tuple[str, dict[str, object]]]:
-    """Calls of ``module.function`` with their constant arguments by name."""
+    """Return the calls with their constant arguments by name."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -77,11 +79,11 @@ def test_no_format_of_ours_can_hold_code() -> None:
 
 
 def test_the_guard_of_the_tests_sees_the_network() -> None:
-    """It watches every test of these processes;
+    """The guard watches every test in these processes.
 
-    `make test-offline` runs the whole demo where there is no network.
+    `make test-offline` runs the whole demo without a network.
     """
     with pytest.raises(ConnectionRefusedError, match="network"), socket.socket() as connection:
-        connection.connect(("203.0.113.1", 80))  # of the block that is for examples
+        connection.connect(("203.0.113.1", 80))  # an address reserved for examples
     with pytest.raises(ConnectionRefusedError, match="network"):
         socket.getaddrinfo("example.org", 80)

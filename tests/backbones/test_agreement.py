@@ -1,5 +1,6 @@
-"""The same random weights through open_clip and through transformers:
-the same embeddings, from the same pictures.
+"""Test the same random weights in open_clip and in transformers.
+
+The embeddings from the same pictures must be the same.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from vilu.backbones.open_clip import use_tanh_gelu
 from vilu.errors import ProvenanceError
 
 AGREE = 1e-5
-"""Of coordinates of unit vectors,
-which the towers reach by some hundreds of float32 sums in another order.
+"""This is the tolerance for coordinates of unit vectors.
+
+The towers reach these by some hundreds of float32 sums in another order.
 """
 
 KINDS = ("clip", "siglip")
@@ -49,7 +51,7 @@ def pair(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def make_pair(folder: Path, kind: str, *, tanh: bool | None) -> Pair:
-    """The same model by both libraries; ``tanh`` of open_clip's."""
+    """Return the same model from both libraries. ``tanh`` sets the GELU in open_clip."""
     write_tiny(folder / "first", kind, "open_clip", seed=3, tanh=tanh)
     write_tiny(folder / "second", kind, "hf", seed=3)
     first, second = (
@@ -76,7 +78,7 @@ def test_images(pair: Pair, width: int, height: int) -> None:
     for picture in pictures(3, seed=5, width=width, height=height):
         assert (
             first.preprocess(picture) - second.preprocess(picture)
-        ).abs().max() < 1e-6  # of numbers up to 3
+        ).abs().max() < 1e-6  # for numbers up to 3
     rows = embed(first, width, height)
     torch.testing.assert_close(rows, embed(second, width, height), atol=AGREE, rtol=0)
     assert (rows @ rows.T - torch.eye(len(rows))).max() < 0.999  # the pictures are told apart
@@ -86,7 +88,7 @@ def test_texts(pair: Pair, kind: str) -> None:
     first, second = pair
     rows = first.encode_texts(TEXTS)
     torch.testing.assert_close(rows, second.encode_texts(TEXTS), atol=AGREE, rtol=0)
-    different = rows[[0, *range(2, len(TEXTS))]]  # case and spaces are nothing
+    different = rows[[0, *range(2, len(TEXTS))]]  # case and spaces change nothing
     torch.testing.assert_close(rows[0], rows[1], atol=AGREE, rtol=0)
     assert (different @ different.T - torch.eye(len(different))).max() < 0.999
     assert first.truncates(TEXTS) == second.truncates(TEXTS) == [False] * 7 + [True]
@@ -107,9 +109,8 @@ def test_scale_bias_and_sizes(pair: Pair, kind: str) -> None:
 def test_features_and_last_maps(pair: Pair) -> None:
     pixels = torch.stack([pair[0].preprocess(picture) for picture in pictures(8)])
     (_, first), (_, second) = (backbone.encode_images_and_features(pixels) for backbone in pair)
-    torch.testing.assert_close(
-        first, second, atol=1e-4, rtol=0
-    )  # up to 30 long, so some 30 times as far off
+    # Features are up to 30 long, so some 30 times as far off.
+    torch.testing.assert_close(first, second, atol=1e-4, rtol=0)
     first, second = (backbone.encode_text_features(TEXTS) for backbone in pair)
     torch.testing.assert_close(first, second, atol=1e-4, rtol=0)
     if pair[0].projections is not None and pair[1].projections is not None:
@@ -119,8 +120,9 @@ def test_features_and_last_maps(pair: Pair) -> None:
 
 
 def test_padding_is_part_of_siglip(tmp_path: Path) -> None:
-    """The agreement above is no accident of texts that need no padding:
-    with less of it, the embedding is another.
+    """With less padding the embedding must change.
+
+    So the agreement above is no accident with texts that need no padding.
     """
     model = write_tiny(tmp_path / "siglip", "siglip", "hf", seed=3)
     text = "a photo of a dog"
@@ -144,8 +146,9 @@ def test_words_there_is_room_for(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["clip-vit-b32", "siglip-vit-b16"])
 def test_a_named_backbone_is_one_model_by_either_library(name: str, tmp_path: Path) -> None:
-    """Each library with its own configuration:
-    of SigLIP, open_clip's GELU is made the one of training.
+    """Both libraries must give the same embeddings, each with its own configuration.
+
+    For SigLIP, open_clip's GELU is set to the one from training.
     """
     for library in ("open_clip", "hf"):
         write_tiny(tmp_path / library / name, name.partition("-")[0], library, seed=3)
@@ -163,11 +166,12 @@ def test_a_model_without_gelu_is_another_one() -> None:
 
 
 class TestKnownDifferences:
-    """What the libraries do differently with the published models, and how much it is here."""
+    """Pin where the libraries differ on the published models, and by how much."""
 
     def test_gelu_of_siglip(self, tmp_path: Path) -> None:
-        """Unless named:
-        open_clip has the exact GELU, transformers and the training code its tanh approximation.
+        """If the GELU is not named, open_clip uses the exact one.
+
+        transformers and the training code use its tanh approximation.
         """
         first, second = make_pair(tmp_path, "siglip", tanh=None)
         for difference in (
@@ -177,8 +181,8 @@ class TestKnownDifferences:
             assert AGREE < difference.abs().max() < 1e-3
 
     def test_crop_of_clip(self, tmp_path: Path) -> None:
-        """Where the longer side is longer by 3, 7, 11, ... pixels,
-        transformers crops one pixel before open_clip.
+        """If the longer side is longer by 3, 7, 11, ... pixels, transformers crops one pixel before
+        open_clip.
         """
         first, second = make_pair(tmp_path, "clip", tanh=True)
         for longer, moves in ((33, 0), (34, 0), (35, 1), (36, 0), (39, 1)):
@@ -188,8 +192,8 @@ class TestKnownDifferences:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_cleaning_of_texts(self, kind: str, tmp_path: Path) -> None:
-        """open_clip undoes HTML entities and curly quotes first,
-        transformers takes them as they are.
+        """open_clip undoes HTML entities and curly quotes first. transformers takes them as they
+        are.
         """
         first, second = make_pair(tmp_path, kind, tanh=True)
         clean, raw = ["cat & dog", "'dog'"], ["cat &amp; dog", "‘dog’"]

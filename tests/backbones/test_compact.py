@@ -43,7 +43,7 @@ def test_expected_activation_is_the_integral(mean: float, std: float) -> None:
     )
     expected = inside + 6 * density.sf(6)
     got = expected_activation(torch.tensor(mean), torch.tensor(std)).item()
-    # std is float32 on the way in: relative 6e-8 of a result up to 6
+    # The input std is float32, so a result up to 6 has the relative error 6e-8.
     assert got == pytest.approx(expected, abs=1e-6)
 
 
@@ -81,7 +81,7 @@ def test_the_compact_model_does_not_import_torchs_compiler() -> None:
         "print({'timm', 'torchvision', 'torch._dynamo'} & set(sys.modules))"
     )
     model = load_backbone("compact:64", device="cpu")
-    model.encode_images(torch.zeros(1, 3, 64, 64))  # the texts of its classes are in the cache now
+    model.encode_images(torch.zeros(1, 3, 64, 64))  # now the class texts are in the cache
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert done.stdout.decode().strip() == "set()"
 
@@ -112,7 +112,7 @@ def test_head_against_its_formulas() -> None:
     target = text - text.mean(axis=0)
     odds = np.exp(f @ weight.T + bias)
     a = (odds / odds.sum(axis=1, keepdims=True)) @ target
-    # ridge regression as least squares on data with sqrt(ridge) I and zeros below
+    # Ridge regression is least squares on data with sqrt(ridge) I and zeros below.
     stacked = np.vstack(
         [weight - weight.mean(axis=0), np.sqrt(compact.RIDGE_STRENGTH) * np.eye(features)]
     )
@@ -120,9 +120,8 @@ def test_head_against_its_formulas() -> None:
         stacked, np.vstack([target, np.zeros((features, width))]), rcond=None
     )[0]
     expected = np.hstack([x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, r)])
-    np.testing.assert_allclose(
-        image, expected, atol=5e-6
-    )  # some tens of float32 roundings of numbers below 1
+    # Numbers below 1 have some tens of float32 roundings.
+    np.testing.assert_allclose(image, expected, atol=5e-6)
     sentence = torch.tensor(text[:2], dtype=torch.float32)
     t = target[:2] / np.linalg.norm(target[:2], axis=1, keepdims=True)
     np.testing.assert_allclose(
@@ -137,9 +136,8 @@ def picture(width: int, height: int) -> Image.Image:
 def test_pixels_of_the_right_size_are_only_scaled() -> None:
     image = picture(64, 64)
     expected = (np.asarray(image).astype(np.float64) - 127) / 128
-    np.testing.assert_array_equal(
-        to_pixels(image, 64).permute(1, 2, 0).numpy(), expected
-    )  # exact in float32
+    # The scaled pixels are exact in float32.
+    np.testing.assert_array_equal(to_pixels(image, 64).permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize(("width", "height", "left", "top"), [(64, 101, 0, 18), (101, 64, 18, 0)])
@@ -163,9 +161,8 @@ def test_pixels_of_any_mode(mode: str) -> None:
 
 
 def test_a_very_long_picture_costs_no_more_than_a_square() -> None:
-    image = Image.new(
-        "L", (60_000, 20)
-    )  # resized before cropping it would be 224 x 672,000 x 3 bytes
+    # If this image were resized before cropping, it would take 224 x 672,000 x 3 bytes.
+    image = Image.new("L", (60_000, 20))
     assert to_pixels(image, 224).shape == (3, 224, 224)
 
 
@@ -195,7 +192,8 @@ def test_put_together_inside_an_encoder_it_is_the_same_model(
     for _ in ("made", "kept"):
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             again = compact._assemble_model.__wrapped__(files, cpu).head.class_text
-        assert torch.allclose(again, expected, atol=1e-6)  # sums of another number of threads
+        # Another number of threads sums in another order.
+        assert torch.allclose(again, expected, atol=1e-6)
         assert not again.is_inference()
     (kept,) = (tmp_path / "vilu").iterdir()
     content = bytearray(kept.read_bytes())
@@ -218,8 +216,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 def test_class_prompts_are_encoded_once_and_captions_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a tower that counts;
-    what would change the embedding is another entry, and damage is noticed.
+    """Class prompts must be encoded once, and captions must leave no entry.
+
+    The text tower counts its calls. A change that would change the embedding makes another entry,
+    and damage is noticed.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked: list[str] = []
@@ -297,7 +297,7 @@ def test_images_have_unit_norm_and_do_not_depend_on_their_company(
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(5))
     assert torch.equal(rows, model.encode_images(pixels))
     alone = torch.cat([model.encode_images(one[None]) for one in pixels])
-    # convolutions may sum in another order for another batch size: 50 layers of float32
+    # If the batch size differs, convolutions may sum in another order, over 50 float32 layers.
     torch.testing.assert_close(rows, alone, atol=2e-5, rtol=0)
 
 
@@ -305,7 +305,7 @@ def test_features_are_what_the_head_maps(model: DualEncoder, pixels: torch.Tenso
     image, features = model.encode_images_and_features(pixels)
     assert torch.equal(image, model.encode_images(pixels))
     assert features.shape == (5, model.feature_dim) == (5, 1280)
-    assert features.min() >= 0  # the mean over places of ReLU6
+    assert features.min() >= 0  # ReLU6 is averaged over positions
     assert features.max() <= 6
     head = compact._assemble_model(compact._find_files(), torch.device("cpu")).head
     torch.testing.assert_close(
@@ -347,7 +347,7 @@ def test_texts_are_cut_off_after_256_tokens_with_start_and_end(model: DualEncode
     texts = [" ".join(["dog"] * n) for n in (1, 254, 255, 400)]
     assert model.truncates([*texts, ""]) == [False, False, True, True, False]
     rows = model.encode_texts(texts[2:])
-    assert torch.equal(rows[0], rows[1])  # what is cut off has no say
+    assert torch.equal(rows[0], rows[1])  # the part that is cut off changes nothing
 
 
 def test_texts_of_like_meaning_are_near(model: DualEncoder) -> None:
@@ -373,7 +373,7 @@ def test_merged_norms_change_features_by_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
     tower = EfficientNetLite0().eval()
     for module in tower.modules():
-        if isinstance(module, nn.BatchNorm2d):  # as after a training
+        if isinstance(module, nn.BatchNorm2d):  # as training leaves them
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 2, generator=generator)
     images = torch.randn(2, 3, 64, 64, generator=generator)
@@ -384,7 +384,7 @@ def test_merged_norms_change_features_by_rounding() -> None:
     with torch.inference_mode():
         features = tower(images)
     assert expected.std() > 0
-    # fifty layers, each of which rounds by some 1e-7
+    # There are fifty layers, and each rounds by some 1e-7.
     torch.testing.assert_close(
         features, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
     )

@@ -56,7 +56,7 @@ def test_embeddings_are_the_normalised_output_of_tower_and_head() -> None:
     )
     expected /= expected.norm(dim=1, keepdim=True)
     rows = encoder(head=True).encode_images(pixels)
-    # 12 products and a norm in float32: 20 roundings of 6e-8 of numbers below 1
+    # 12 products and a norm in float32 make 20 roundings, each 6e-8, for numbers below 1.
     torch.testing.assert_close(rows.double(), expected, atol=1.2e-6, rtol=0)
 
 
@@ -64,9 +64,11 @@ def test_bf16_rounds_the_tower_and_nothing_else() -> None:
     pixels = torch.rand(64, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     exact, rounded = (encoder(p, head=True).encode_images(pixels) for p in ("fp32", "bf16"))
     assert rounded.dtype == torch.float32
-    # a head in bf16 too would leave only numbers of 8 bits; the float32 normalisation does not
+    # If the head were in bf16 too, only 8-bit numbers would be left. The float32 normalisation
+    # leaves more.
     assert not torch.equal(rounded, rounded.bfloat16().float())
-    # bf16 keeps 8 bits: 2^-9 relative for pixels, weights and the result each, of vectors of norm 1
+    # bf16 keeps 8 bits: a relative 2^-9 each for pixels, weights and the result, in vectors with
+    # norm 1.
     difference = (exact - rounded).abs().max().item()
     assert 0 < difference < 3 * 2**-8
 
@@ -86,7 +88,7 @@ def test_outer_autocast_changes_nothing() -> None:
 def test_embeddings_can_be_trained_on() -> None:
     parameter = torch.ones(WIDTH, requires_grad=True)
     for rows in (encoder().encode_images(torch.rand(2, 3, 2, 2)), encoder().encode_texts(["a"])):
-        (rows @ parameter).sum().backward()  # refused for tensors made in inference mode
+        (rows @ parameter).sum().backward()  # autograd refuses tensors made in inference mode
     assert parameter.grad is not None
     assert parameter.grad.abs().sum() > 0
 
@@ -122,7 +124,7 @@ def test_projections_are_the_last_maps() -> None:
     assert linear.projections is not None
     (
         features.sum() + torch.ones(1, requires_grad=True)
-    ).backward()  # refused for tensors made in inference mode
+    ).backward()  # Autograd refuses tensors made in inference mode.
 
 
 def test_no_text_is_an_empty_matrix() -> None:

@@ -40,9 +40,9 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 def inputs(kind: str) -> dict[str, torch.Tensor]:
-    """What the text towers take, by other tokenizers:
+    """Return the text towers' inputs, made by other tokenizers.
 
-    CLIP's with a mask over its padding, SigLIP's without.
+    CLIP's inputs have a mask over the padding. SigLIP's have none.
     """
     if kind == "siglip":
         return {"input_ids": siglip_ids(CLEAN)}
@@ -63,7 +63,7 @@ def test_embeddings_are_those_of_the_model(kind: str, request: pytest.FixtureReq
     with torch.no_grad():
         image = model.get_image_features(pixel_values=pixels).pooler_output
         text = model.get_text_features(**inputs(kind)).pooler_output
-    # the same arithmetic in the same library: only the batching of the texts differs
+    # Both sides use the same arithmetic in the same library. Only the batching of texts differs.
     torch.testing.assert_close(
         backbone.encode_images(pixels), image / image.norm(dim=1, keepdim=True), atol=1e-6, rtol=0
     )
@@ -123,7 +123,7 @@ def test_texts_are_cut_off_where_start_words_and_end_do_not_fit(
     assert backbone.truncates(texts) == [False, False, True, True]
     assert backbone.truncates([]) == []
     rows = backbone.encode_texts(["a " * n for n in range(ROOM[kind] - 1, ROOM[kind] + 3)])
-    # what is cut off has no say: from as many words on as there is room for, all texts are one
+    # The part that is cut off changes nothing. Once all room is taken, longer texts are the same.
     assert [torch.equal(rows[i], rows[i + 1]) for i in range(3)] == [False, True, True]
 
 
@@ -141,8 +141,10 @@ def test_space(clip: tuple[Path, Any], siglip: tuple[Path, Any]) -> None:
 def test_siglip_reads_its_padding_whatever_its_tokenizer_gives(
     siglip: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    """The tokenizer of transformers gives a mask, unless its settings say otherwise,
-    as those of the hub do.
+    """SigLIP must read its padding even if its tokenizer gives a mask.
+
+    The tokenizer in transformers gives a mask unless its settings say otherwise. The settings on
+    the hub say otherwise.
     """
     folder = shutil.copytree(siglip[0], tmp_path / "masking")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -159,8 +161,8 @@ def test_pixels_follow_the_processor(siglip: tuple[Path, Any]) -> None:
         np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)
     )
     backbone = load_backbone(f"hf:{siglip[0]}", device="cpu")
-    # as Pillow resizes: torchvision, which transformers takes by default, is a grey level off in
-    # places
+    # The expected pixels are resized by Pillow. torchvision, the default in transformers, is a grey
+    # level off in places.
     expected = (
         np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 127.5
         - 1
@@ -173,7 +175,7 @@ def test_pixels_follow_the_processor(siglip: tuple[Path, Any]) -> None:
 
 
 def test_weights_that_do_not_fill_the_model(clip: tuple[Path, Any], tmp_path: Path) -> None:
-    """transformers only warns, and draws the missing ones at random."""
+    """Missing weights must be refused. transformers only warns, and draws them at random."""
     folder = shutil.copytree(clip[0], tmp_path / "holed")
     tensors = load_file(folder / "model.safetensors")
     del tensors["visual_projection.weight"]
@@ -285,5 +287,5 @@ def test_bf16_rounds_the_image_tower_alone(kind: str, request: pytest.FixtureReq
     assert torch.equal(rounded.in_float32().encode_images(pixels), exact.encode_images(pixels))
     assert torch.equal(rounded.encode_texts(["a b"]), exact.encode_texts(["a b"]))
     cosines = (rounded.encode_images(pixels) * exact.encode_images(pixels)).sum(dim=1)
-    # bfloat16 keeps 8 bits, so that a result is off by a few hundredths at most
+    # bfloat16 keeps 8 bits. So a result is off by a few hundredths at most.
     assert 0.995 < float(cosines.min()) < 1 - 1e-7

@@ -44,8 +44,9 @@ def test_missing_extra_says_what_to_install() -> None:
 def test_loading_and_encoding_say_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever takes more than two seconds:
-    what is loaded, how long that took, texts with their rate.
+    """Work that takes more than two seconds must be reported.
+
+    The log says what is loaded and how long that took. A progress task counts the encoded texts.
     """
     monkeypatch.setattr("vilu.backbones.catalog.SLOW_SECONDS", 0.0)
     caplog.set_level(logging.INFO, "vilu")
@@ -97,7 +98,7 @@ def test_tokenizer_without_vocabulary() -> None:
 
 
 def settings_of_output() -> list[object]:
-    """The settings of the process that decide which output is shown."""
+    """Return the process settings that decide which output is shown."""
     return [
         list(logging.getLogger().handlers),
         logging.root.manager.disable,
@@ -112,12 +113,12 @@ def settings_of_output() -> list[object]:
 
 
 def shown_output(caplog: pytest.LogCaptureFixture) -> set[str]:
-    """What this thread is shown of a warning, two log lines, and a bar of each library."""
+    """Return which output this thread sees: a warning, two log lines, and each library's bar."""
     shown = set()
     name = f"thread {threading.get_ident()}"
     try:
         warnings.warn("heard", stacklevel=1)
-    except UserWarning:  # the filters of the tests make warnings errors
+    except UserWarning:  # the tests' filters turn warnings into errors
         shown.add("warning")
     logging.getLogger(name).warning("heard")
     logging.getLogger(name).error("heard")
@@ -145,7 +146,7 @@ def test_quiet_restores_everything() -> None:
 
 
 def test_quiet_silences_its_thread_alone(caplog: pytest.LogCaptureFixture) -> None:
-    """A second thread is shown everything, and may be in a block of its own that ends earlier."""
+    """A second thread must see everything. It may be in its own block, which ends earlier."""
 
     def in_own_block() -> set[str]:
         with suppress_messages():
@@ -169,8 +170,8 @@ def test_quiet_silences_its_thread_alone(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_quiet_leaves_no_handler_on_a_bare_root() -> None:
-    # pytest's own handlers would hide it: logging.info() calls basicConfig() on a root without
-    # handlers
+    # logging.info() calls basicConfig() on a root without handlers. pytest's own handlers would
+    # hide that, so the test needs another process.
     code = """if True:
         import logging, sys
         from concurrent.futures import ThreadPoolExecutor
@@ -236,7 +237,7 @@ def test_cached_model_never_asks_the_network(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_second_thread_stays_online(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one thread loads from the cache, another one may use the network."""
+    """While one thread loads from the cache, another thread may use the network."""
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
 
     def is_offline() -> bool:
@@ -244,14 +245,14 @@ def test_a_second_thread_stays_online(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(second_thread: ThreadPoolExecutor) -> list[bool]:
         seen = [is_offline(), second_thread.submit(is_offline).result()]
-        # a second load, which ends while this one goes on
+        # This second load ends while the first goes on.
         second_thread.submit(load_local, is_offline, "hf:tiny").result()
         return [*seen, is_offline(), second_thread.submit(is_offline).result()]
 
     with ThreadPoolExecutor(1) as second_thread:
         seen = load_cached_first(lambda: load(second_thread), "hf:a/b", "a/b")
         assert seen == [True, False, True, False]
-        monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)  # a caller who is offline stays so
+        monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)  # a caller who is offline stays offline
         seen = load_cached_first(lambda: load(second_thread), "hf:a/b", "a/b")
         assert seen == [True, True, True, True]
     assert hub.HF_HUB_OFFLINE is True
@@ -295,7 +296,7 @@ def test_absent_model_says_how_to_get_it(
 
 @pytest.fixture
 def direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a proxy nor HF_HUB_OFFLINE, whatever the environment says."""
+    """Remove proxies and HF_HUB_OFFLINE, whatever the environment says."""
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)

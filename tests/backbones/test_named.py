@@ -1,4 +1,6 @@
-"""Named backbones: what both libraries know of them, and folders of models in place of the hub."""
+"""Test named backbones: what both libraries know about them, and model folders in place
+of the hub.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ ON_THE_HUB = {
     "siglip-vit-b16": {"vision": (768, 12, 12, 16), "text": (768, 12, 12), "vocabulary": 32000},
     "siglip-vit-l16": {"vision": (1024, 24, 16, 16), "text": (1024, 24, 16), "vocabulary": 32000},
 }
-"""Width, layers, heads and patch size in the config.json of the repositories for transformers."""
+"""These are width, layers, heads and patch size from config.json in the transformers
+repositories.
+"""
 
 
 def test_names() -> None:
@@ -62,7 +66,7 @@ def test_open_clip_has_it_so(name: str) -> None:
 
 
 def hub_config(name: str) -> Any:
-    """The configuration of transformers, as on the hub."""
+    """Return the transformers configuration, as on the hub."""
     model, sizes = BACKBONES[name], ON_THE_HUB[name]
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")
     vision, text = (dict(zip(keys, sizes[tower], strict=False)) for tower in ("vision", "text"))
@@ -79,8 +83,9 @@ def hub_config(name: str) -> Any:
 
 @pytest.mark.parametrize("name", ON_THE_HUB)
 def test_both_libraries_have_the_same_weights(name: str) -> None:
-    """Every tensor of one at full size has its place in the other:
-    on the meta device, which holds no numbers.
+    """Every full-size tensor in open_clip must have its counterpart in transformers.
+
+    The models are on the meta device, which holds no numbers.
     """
     model, config = BACKBONES[name], hub_config(name)
     with torch.device("meta"), suppress_messages():
@@ -99,7 +104,7 @@ def test_both_libraries_have_the_same_weights(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CLIP in the format of open_clip, SigLIP in that of transformers, and one with both."""
+    """Return a folder with CLIP for open_clip, SigLIP for transformers, and one model for both."""
     folder = tmp_path_factory.mktemp("sites") / "models"
     folder.mkdir()
     write_tiny(folder / "clip-vit-b32", "clip", "open_clip")
@@ -111,7 +116,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache of the hub, and a test that fails where the network is asked."""
+    """Provide an empty hub cache, and fail a test that asks the network."""
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(loading, "is_hub_reachable", lambda: pytest.fail("the network was asked"))
 
@@ -223,7 +228,10 @@ def test_names_that_are_none(models: Path, spec: str, message: str) -> None:
 def test_a_configuration_of_another_activation(
     models: Path, tmp_path: Path, content: Any, message: str
 ) -> None:
-    """Without the flag open_clip would compute with GELU, and say nothing."""
+    """A configuration without QuickGELU must be refused.
+
+    Without the flag open_clip would compute with GELU, and say nothing.
+    """
     folder = shutil.copytree(models / "clip-vit-b32", tmp_path / "clip-vit-b32")
     text = content if isinstance(content, str) else json.dumps(content)
     (folder / CONFIG_FILES["open_clip"]).write_text(text, errors="surrogateescape")

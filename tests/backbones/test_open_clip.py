@@ -65,14 +65,13 @@ def test_embeddings_are_those_of_the_model(
             model.encode_image(pixels, normalize=True),
             model.encode_text(tokens, normalize=True),
         )
-    # the same arithmetic in the same library: only the batching of the texts differs
+    # Both sides use the same arithmetic in the same library. Only the batching of texts differs.
     torch.testing.assert_close(backbone.encode_images(pixels), image, atol=1e-6, rtol=0)
     torch.testing.assert_close(backbone.encode_texts(TEXTS), text, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "word"), [("clip", "a"), ("clip", "!"), ("siglip", "a")]
-)  # "!" has the number 0, which is also that of CLIP's padding
+# "!" has the token number 0, as CLIP's padding has.
+@pytest.mark.parametrize(("kind", "word"), [("clip", "a"), ("clip", "!"), ("siglip", "a")])
 def test_texts_are_cut_off_where_start_words_and_end_do_not_fit(
     kind: str, word: str, request: pytest.FixtureRequest
 ) -> None:
@@ -85,7 +84,7 @@ def test_texts_are_cut_off_where_start_words_and_end_do_not_fit(
 
 @pytest.mark.parametrize("kind", ["WordPiece with an end", "text-to-text with its end as padding"])
 def test_tokenizers_of_transformers_in_open_clip(kind: str) -> None:
-    """Which pad with their end, or with a sign of their own."""
+    """Cut-off texts must be found if a tokenizer pads with its end, or with its own sign."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -119,9 +118,8 @@ def test_features_of_clip_lead_to_its_embeddings_by_linear_maps(clip: tuple[Path
         embedding = model.encode_image(pixels, normalize=True)
     image, features = backbone.encode_images_and_features(pixels)
     assert torch.equal(image, backbone.encode_images(pixels))
-    torch.testing.assert_close(
-        features, seen[0][:, 0], atol=1e-5, rtol=0
-    )  # the class token, after its layer norm
+    # These features are the class token after its layer norm.
+    torch.testing.assert_close(features, seen[0][:, 0], atol=1e-5, rtol=0)
     maps = backbone.projections
     assert maps is not None
     assert (backbone.feature_dim, maps[0].shape, maps[1].shape) == (64, (32, 64), (32, 48))
@@ -144,8 +142,10 @@ def test_a_text_tower_of_its_own_has_a_map_too(tmp_path: Path) -> None:
 
 
 def test_a_map_with_a_bias_is_not_linear(siglip: tuple[Path, Any]) -> None:
-    """As SigLIP's text tower has one:
-    then the maps are left in the towers, and the features are what comes out.
+    """If the last map has a bias, it must stay in its tower, and the features are the tower's
+    output.
+
+    SigLIP's text tower has such a bias.
     """
     folder, model = siglip
     backbone = load_backbone(f"open_clip:{folder}", device="cpu")
@@ -184,9 +184,8 @@ def test_space_of_siglip(siglip: tuple[Path, Any], clip: tuple[Path, Any]) -> No
     assert space.logit_scale == pytest.approx(20.0, rel=1e-6)
     assert space.logit_bias == -7.5
     assert space.precision == "bf16"
-    assert (
-        space.tokenizer != load_backbone(f"open_clip:{clip[0]}", device="cpu").space.tokenizer
-    )  # another vocabulary
+    # The two have different vocabularies.
+    assert space.tokenizer != load_backbone(f"open_clip:{clip[0]}", device="cpu").space.tokenizer
 
 
 def test_pixels_follow_the_configuration(
@@ -198,7 +197,7 @@ def test_pixels_follow_the_configuration(
     shortest = np.asarray(picture.resize((32, 48), Image.Resampling.BICUBIC))[8:40] / 255
     expected = (shortest - PIXELS["clip"]["mean"]) / PIXELS["clip"]["std"]
     pixels = load_backbone(f"open_clip:{clip[0]}", device="cpu").preprocess(picture)
-    # float32 of numbers up to 2, after three operations
+    # These are float32 numbers up to 2, after three operations.
     np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-6)
     for interpolation, resampling in (
         ("bicubic", Image.Resampling.BICUBIC),
@@ -248,7 +247,7 @@ def test_damaged_weights(clip: tuple[Path, Any], tmp_path: Path) -> None:
 
 
 class Trap:
-    """Runs a command when it is unpickled."""
+    """Run a command when unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("sprung"),)
@@ -272,7 +271,7 @@ def test_weights_are_not_executed(
 
 @pytest.fixture
 def cache(clip: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the hub that holds the tiny model as org/tiny, and no network."""
+    """Return a hub cache that holds the tiny model as org/tiny, and block the network."""
     revision = "0" * 40
     repository = tmp_path / "models--org--tiny"
     shutil.copytree(clip[0], repository / "snapshots" / revision)
@@ -293,8 +292,9 @@ def test_hub_model_comes_from_the_cache(cache: Path, clip: tuple[Path, Any]) -> 
 def test_tag_brings_preprocessing_and_activation(
     cache: Path, clip: tuple[Path, Any], quick_gelu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """open_clip itself only warns where the weights of a tag want QuickGELU,
-    and computes other embeddings.
+    """A tag must bring its activation.
+
+    If a tag's weights want QuickGELU, open_clip itself only warns, and computes other embeddings.
     """
     tag = {"hf_hub": "org/tiny/", "quick_gelu": quick_gelu, **PIXELS["siglip"]}
     silent = {key: value for key, value in config("clip", cache).items() if key != "quick_gelu"}
@@ -341,14 +341,17 @@ def test_a_model_without_a_repository_is_refused(monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def registered(clip: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The tiny model under the name "tiny" in open_clip's registry; its weights are random."""
+    """Register the tiny model as "tiny" in open_clip.
+
+    Return the model, whose weights are random.
+    """
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config("clip", clip[0]))
     return clip[1]
 
 
 @pytest.mark.parametrize("form", ["training", "weights", "safetensors"])
 def test_a_checkpoint_file_of_ones_own(registered: Any, form: str, tmp_path: Path) -> None:
-    """As open_clip's training saves it, the weights alone, and as safetensors."""
+    """A file may come from open_clip's training, hold the weights alone, or be safetensors."""
     state = registered.state_dict()
     file = tmp_path / "epoch_1.pt"
     if form == "training":
@@ -362,7 +365,7 @@ def test_a_checkpoint_file_of_ones_own(registered: Any, form: str, tmp_path: Pat
     backbone = load_backbone(f"open_clip:tiny/{file}", device="cpu")
     assert backbone.space.backbone == f"open_clip:tiny/{file.name}"
     assert backbone.space.weights == tensors_hash(state)
-    # a saved predictor knows the name alone, and finds the file in a folder of models
+    # A saved predictor knows only the file's name, and finds the file in a models folder.
     again = load_backbone(backbone.space.backbone, device="cpu", models=tmp_path)
     assert again.space == backbone.space
 
@@ -417,5 +420,5 @@ def test_bf16_rounds_the_image_tower_alone(kind: str, request: pytest.FixtureReq
     assert torch.equal(rounded.in_float32().encode_images(pixels), exact.encode_images(pixels))
     assert torch.equal(rounded.encode_texts(["a b"]), exact.encode_texts(["a b"]))
     cosines = (rounded.encode_images(pixels) * exact.encode_images(pixels)).sum(dim=1)
-    # bfloat16 keeps 8 bits, so that a result is off by a few hundredths at most
+    # bfloat16 keeps 8 bits. So a result is off by a few hundredths at most.
     assert 0.995 < float(cosines.min()) < 1 - 1e-7

@@ -1,4 +1,4 @@
-"""Products of image towers by oneDNN."""
+"""Test products in image towers by oneDNN."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROUNDING = 1e-5
-"""Sums of 64 products of numbers near 1, in float32 and in another order: 64 x 2^-24 x 2."""
+"""Sums over 64 products near 1, in float32 and another order, differ by up to 64 x 2^-24 x 2."""
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def limit_to_one_thread() -> Iterator[None]:
 
 
 def operations_of(layer: nn.Module, rows: torch.Tensor) -> set[str]:
-    """Names of the operations of torch that run while a layer is applied to rows."""
+    """Return the names of torch operations that run while ``layer`` is applied to ``rows``."""
     with torch.profiler.profile() as profile, torch.inference_mode():
         layer(rows)
     return {event.key for event in profile.key_averages()}
@@ -79,7 +79,7 @@ def test_convolutions_are_those_of_torch(
             torch.testing.assert_close(outcome.double(), expected, atol=ROUNDING, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # of torch 2.10
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.10 warns so
 def test_small_batches_are_convolved_by_onednn_in_the_mode_alone(
     generator: torch.Generator, limit_to_one_thread: None
 ) -> None:
@@ -91,7 +91,7 @@ def test_small_batches_are_convolved_by_onednn_in_the_mode_alone(
 
 
 def test_attention_of_torch_is_the_same(generator: torch.Generator) -> None:
-    """``nn.MultiheadAttention`` has a fast path of its own, which the mode must not break."""
+    """``nn.MultiheadAttention`` has its own fast path, which the mode must not break."""
     attention = nn.MultiheadAttention(64, 4, batch_first=True).eval()
     rows = torch.randn(2, 9, 64, generator=generator)
     with torch.inference_mode():
@@ -129,7 +129,7 @@ def test_other_threads_are_left_alone(generator: torch.Generator) -> None:
         thread = threading.Thread(target=multiply)
         thread.start()
         thread.join()
-    products[0].sum().backward()  # the product of oneDNN could not be differentiated
+    products[0].sum().backward()  # oneDNN's product could not be differentiated
     assert rows.grad is not None
 
 

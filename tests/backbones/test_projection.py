@@ -1,4 +1,4 @@
-"""The last map of a tower: taken out only where it is linear and really the last."""
+"""Test that a tower's last map is taken out only if it is linear and really the last."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROBE = torch.randn(1, 6, generator=torch.Generator().manual_seed(0))
 
 
 class Tower(nn.Module):
-    """tanh, then the map of ``proj``, then perhaps something more."""
+    """Apply tanh, then the map ``proj``, then perhaps one more function."""
 
     def __init__(self, proj: nn.Module | nn.Parameter, *, more: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Prompts as people read them: shown, and warned of where two articles meet."""
+"""Test prompts as people read them: shown, and with a warning if two articles meet."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def test_prompts_are_shown_and_clumsy_ones_named() -> None:
     text = describe_prompts(["a cat", "a dog"], TEMPLATES["ensemble"])
     assert text.startswith("Prompts: 'a photo of a {}.', 'a picture showing a {}.', ")
     assert "and 4 more." in text
-    # two names in the six templates with an article before the name, and in "this {}"
+    # Both names clash in the six templates with an article before the name, and in "this {}".
     assert "'a photo of a a cat.' has two articles, and so do 13 more" in text

@@ -1,4 +1,4 @@
-"""Models say at which size JPEGs may be decoded, and their spaces say that they are."""
+"""Test that models say at which size JPEGs may be decoded, and that their spaces say so too."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ WIDTH = 6
 
 
 class Hashing:
-    """A backbone whose text embedding is a random vector that depends on the text only."""
+    """Embed each text as a random vector that depends on the text only."""
 
     space = EmbeddingSpace(WIDTH, 1.0)
 
@@ -56,7 +56,8 @@ def test_ensemble_is_the_normalised_mean_of_each_class() -> None:
     text = embed_class_names(Hashing(), ["x", "y"], templates)
     for row, name in zip(text, ["x", "y"], strict=True):
         mean = sum(vector(t.replace("{}", name)).double() for t in templates) / 3
-        # three roundings of 6e-8 per entry, magnified by the norm of the mean (above 0.2 here)
+        # Three roundings (6e-8) per entry are magnified by the mean's norm, which is above 0.2
+        # here.
         torch.testing.assert_close(row.double(), mean / mean.norm(), atol=1e-6, rtol=0)
 
 
@@ -91,7 +92,7 @@ def test_one_name_is_not_a_list_of_letters() -> None:
 
 
 class Sticky(Hashing):
-    """Orthogonal classes, but for the last, whose cosine with the first is 0.9995."""
+    """Return orthogonal classes, except the last. Its cosine with the first is 0.9995."""
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         rows = torch.eye(len(texts), WIDTH + len(texts))
@@ -104,7 +105,7 @@ class Sticky(Hashing):
     "n_between", [1, zeroshot.COSINE_BLOCK_ROWS - 1, zeroshot.COSINE_BLOCK_ROWS]
 )
 def test_near_duplicates_are_named(n_between: int) -> None:
-    """In one block of the comparison, and in two."""
+    """The pair must be found within one block of the comparison, and across two."""
     between = [f"table {number}" for number in range(n_between)]
     with pytest.warns(UserWarning, match=r": 1 pair, .* 'couch' and 'sofa'") as caught:
         embed_class_names(Sticky(), ["couch", *between, "sofa"])

@@ -1,4 +1,4 @@
-"""A study with methods that judge adapted answers, beside those of zero-shot answers."""
+"""Test a study in which some methods judge adapted answers, and others zero-shot answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ RISK = METRICS_ACROSS[0]
 
 
 def study(metrics: tuple[str, ...] = METRICS_ACROSS, **changes: Any) -> Config:
-    """A linear probe, once judging zero-shot answers and once its own."""
+    """Return a study with MCM and a linear probe.
+
+    One probe judges zero-shot answers, one its own.
+    """
     return config(
         seeds=1,
         metrics=metrics,
@@ -64,7 +67,7 @@ def test_every_method_is_judged_by_its_own_answers(data: Path, finished: Path) -
     assert scored.answer == "adapted"
     np.testing.assert_array_equal(scored.failure, expected.failure)
     np.testing.assert_array_equal(scored.uncertainty, expected.uncertainty)
-    # The zero-shot answers of the same fit are wrong in other rows.
+    # With the same fit, zero-shot answers are wrong in other rows.
     of_zero_shot = scores_of(finished, "probe")
     assert of_zero_shot.answer == "zero_shot"
     assert (of_zero_shot.failure != scored.failure).any()
@@ -81,7 +84,7 @@ def test_methods_are_ranked_and_compared_across_their_answers(data: Path, finish
     assert probe is not None
     gap = own.difference_from(probe, RISK)
     assert gap is not None
-    # The paired difference is that of ``vilu.compare``: the same rows are drawn for both.
+    # The paired difference must equal ``vilu.compare``, which draws the same rows for both methods.
     sides = []
     for method in ("own", "probe"):
         scored = scores_of(run, method)

@@ -40,7 +40,7 @@ def bench(folders: dict[Part, Path]) -> StudyData:
 
 
 def runs(method: str) -> list[tuple[str, str, int]]:
-    """Cells of a method that are run, in the standard benchmark."""
+    """Return the cells in the standard benchmark that are run for a method."""
     return [
         (c.data, c.setting, c.seed)
         for c in plan_cells(config())
@@ -50,8 +50,8 @@ def runs(method: str) -> list[tuple[str, str, int]]:
 
 def test_every_combination_is_a_cell_once() -> None:
     cells = plan_cells(config())
-    # 3 methods, 2 seeds: 3 settings on two data sets, and the transfer to the one that is not its
-    # source
+    # There are 3 methods and 2 seeds, and 3 settings on two data sets. The transfer adds the data
+    # set that is not its source.
     assert len(cells) == len(set(cells)) == 3 * 2 * (3 * 2 + 1)
     assert {cell.data for cell in cells if cell.setting == "moved"} == {"two"}
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
@@ -104,7 +104,7 @@ def test_a_fit_is_shared_by_what_is_tested_with_it() -> None:
         tuple((c.data, c.setting, c.seed) for c in group) for group in groups if len(group) > 1
     }
     assert shared == {
-        (("one", "all", 0), ("two", "moved", 0)),  # of knn_distance and of lvu
+        (("one", "all", 0), ("two", "moved", 0)),  # for knn_distance and lvu
         (("one", "all", 1), ("two", "moved", 1)),
     }
     assert {group[0].method for group in groups if len(group) > 1} == {"lvu", "knn_distance"}
@@ -127,8 +127,10 @@ def test_drawn_rows_are_so_many_of_every_class() -> None:
 
 
 def test_drawn_rows_are_a_fair_sample() -> None:
-    """Every row of a class of 10 is drawn in 3 of 10 cases,
-    within five standard errors of 1,000 draws.
+    """Every row must be drawn equally often.
+
+    In a class with 10 rows each row is drawn in 3 of 10 cases, within five standard errors for
+    1,000 draws.
     """
     target = np.repeat([0, 1], [10, 30])
     counts = np.bincount(

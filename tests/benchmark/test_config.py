@@ -31,7 +31,7 @@ def test_settings_become_what_their_kind_says() -> None:
 
 
 def changed(path: str, value: object) -> dict[str, Any]:
-    """The tables with the entry at a dotted path set."""
+    """Return the tables with the entry at a dotted path set."""
     content = tables()
     *steps, last = path.split(".")
     place = content

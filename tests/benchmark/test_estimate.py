@@ -1,5 +1,6 @@
-"""Dry runs: numbers by hand, from stores, listings and the catalogue;
-nothing is embedded or run.
+"""Test dry runs against numbers by hand, from stores, listings and the catalogue.
+
+Nothing is embedded or run.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def test_what_is_not_here_is_in_the_catalogue(tmp_path: Path) -> None:
     assert {part.state for part in plan.parts} == {"no images here"}
     text = describe_plans([plan, plan])
     assert "1,281,167*" in text
-    assert "together: 3 sets of embeddings" in text  # those that both need are counted once
+    assert "together: 3 sets of embeddings" in text  # sets that both studies need count once
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Benchmark files: what is taken from another file, names, shares; and the files that ship."""
+"""Test benchmark files: entries from another file, names, shares, and the files that ship."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def test_two_studies_of_one_name(tmp_path: Path) -> None:
 def test_a_study_that_comes_along_has_a_name() -> None:
     names = study_names()
     assert {"methods", "clip_row", "here/main", "paper/main"} <= set(names)
-    assert not {"here", "paper", "clip"} & set(names)  # what the studies of a group share
-    assert len(names) == len(STUDIES) + 3  # those of no group
+    assert not {"here", "paper", "clip"} & set(names)  # groups are no studies
+    assert len(names) == len(STUDIES) + 3  # three studies have no group
     for name in names:
         (config,) = load_configs([name])
         assert config.name == name.rpartition("/")[2]
@@ -242,7 +242,10 @@ def test_published_numbers() -> None:
     ],
 )
 def test_the_means_of_table_9_are_those_of_its_rows(method: str, setting: str, mean: float) -> None:
-    """To the rounding of the table: half a tenth for the mean, as much for each row."""
+    """The published mean must agree up to the table's rounding.
+
+    The mean is rounded by half a tenth, and so is each row.
+    """
     cells = published_tables()["table9"]
     rows = [
         found[0].value

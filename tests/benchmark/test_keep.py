@@ -1,4 +1,4 @@
-"""Finished studies in one small file, and what is made of it."""
+"""Test finished studies in one small file, and the documents made from that file."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_document_is_made_of_the_file_alone(run: Path, file: Path, tmp_path: P
     ]
     assert len(rows[0]) > 10
     numbers = [[row for row in page if "points" not in row] for page in rows]
-    assert numbers[0] == numbers[1]  # all but intervals and what they decide
+    assert numbers[0] == numbers[1]  # intervals and their decisions may differ
     assert f"{RESAMPLES} resamples" in short.read_text()
 
 
@@ -158,7 +158,7 @@ def test_studies_of_few_and_of_many_resamples_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_changed_bit_is_noticed_or_changes_nothing(file: Path, tmp_path: Path) -> None:
-    """Some bytes of the footer of a Parquet file are never read."""
+    """Some bytes in a Parquet file's footer are never read, so damage there may go unnoticed."""
     restore_run(file, tmp_path / "whole")
     content = file.read_bytes()
     damaged = tmp_path / "damaged.parquet"
@@ -174,11 +174,11 @@ def test_a_changed_bit_is_noticed_or_changes_nothing(file: Path, tmp_path: Path)
             n_noticed += 1
         else:
             assert contents(folder) == contents(tmp_path / "whole"), position
-    assert n_noticed >= 15  # the data and the documents are more than half of the file
+    assert n_noticed >= 15  # data and documents are more than half the file
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a folder, by their paths in it."""
+    """Return a folder's files by their paths in it."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 

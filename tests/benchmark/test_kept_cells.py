@@ -1,4 +1,4 @@
-"""The cells that are kept make the tables of the docs again."""
+"""Test that the kept cells make the tables in the docs again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vilu init`: a benchmark file that runs."""
+"""Test that `vilu init` writes a benchmark file that runs."""
 
 from __future__ import annotations
 

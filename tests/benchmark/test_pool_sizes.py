@@ -1,4 +1,4 @@
-"""The table over pool sizes."""
+"""Test the table over pool sizes."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
-    """A finished benchmark; tests work on copies."""
+    """Return a finished benchmark's folder and report. Tests work on copies."""
     output = tmp_path_factory.mktemp("first")
     return output, benchmark(config(), data, output)
 
@@ -54,7 +54,7 @@ def output(first: tuple[Path, Report], tmp_path: Path) -> Path:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Every file of a benchmark, without what a clock decides."""
+    """Return every file in a benchmark, except files that depend on the clock."""
     files = {}
     for path in sorted(root.rglob("*")):
         if path.is_file() and path.name not in {".lock", "log.jsonl", "times.txt"}:
@@ -67,7 +67,7 @@ def plain(report: Report) -> dict:
 
 
 def ran(root: Path, before: dict[str, int]) -> set[str]:
-    """Cells that were written since."""
+    """Return the cells that were written since ``before``."""
     return {name for name, time in times(root).items() if before.get(name) != time}
 
 
@@ -172,8 +172,9 @@ def test_other_embeddings_run_again(output: Path, data: Path, tmp_path: Path) ->
 
 
 def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own code and what it imports at module level count;
-    comments, docstrings and other methods do not.
+    """If a method's code or a module-level import changes, it must run again.
+
+    Comments, docstrings and other methods do not count.
     """
     predictors = tmp_path / "vilu" / "predictors"
     predictors.mkdir(parents=True)
@@ -209,7 +210,7 @@ def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_code_outside_vilu_is_hashed_by_its_own_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also what it imports from its own package, and wherever the package lies."""
+    """Imports from the method's own package must count too. The folder must not count."""
 
     def digest_with(folder: Path, helper: str) -> str:
         (folder / "strangers").mkdir(parents=True, exist_ok=True)
@@ -294,8 +295,10 @@ def test_refusals_are_results(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_resumed_group_has_what_a_whole_one_has(data: Path, tmp_path: Path) -> None:
-    """Two cells of one fit:
-    when the first is there, the second is made with a fit of its own, warnings and all.
+    """A resumed group must have the same files.
+
+    Two cells share one fit. If the first cell is there, the second is made with its own fit,
+    warnings and all.
     """
     settings = {
         "few": {"kind": "labels", "budget": 5, "data": ["one"]},
@@ -313,8 +316,10 @@ def test_a_resumed_group_has_what_a_whole_one_has(data: Path, tmp_path: Path) ->
 
 
 def test_a_draw_without_successes_is_refused_for_its_seed_alone(data: Path, tmp_path: Path) -> None:
-    """Of 5 rows, one a class, with an accuracy near a fifth:
-    a third of the draws has no right answer.
+    """Only seeds without a right answer may be refused.
+
+    A draw has 5 rows, one per class, and the accuracy is near a fifth. So a third of the draws has
+    no right answer.
     """
     methods = {"lvu": {"params": {"epochs": 1, "hidden": [4]}}}
     settings = {"tiny": {"kind": "labels", "budget": 1, "data": ["one"]}}
@@ -375,8 +380,9 @@ def test_finished_cells_survive_an_interrupt(
 def test_what_changes_meanwhile_is_said(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when somebody edits a method while worker processes start:
-    their cells are of other code than ours.
+    """If somebody edits a method while worker processes start, the change must be reported.
+
+    The workers' cells then come from other code than ours.
     """
     monkeypatch.setattr("vilu_bench.studies.run.run_cells", lambda *_, n_done: None)
     with pytest.raises(
@@ -386,9 +392,8 @@ def test_what_changes_meanwhile_is_said(
 
 
 def test_leftovers_of_a_killed_run_go(output: Path, data: Path) -> None:
-    leftover = (
-        output / f"cells/one/all/mcm/.seed-0.json.{host_hash()}.99999999.deadbeef.tmp"
-    )  # beyond any process
+    # No process has this number.
+    leftover = output / f"cells/one/all/mcm/.seed-0.json.{host_hash()}.99999999.deadbeef.tmp"
     leftover.write_bytes(b"half")
     benchmark(config(), data, output)
     assert not leftover.exists()
@@ -428,7 +433,9 @@ def test_scores_hold_the_rows_of_the_test_set(first: tuple[Path, Report]) -> Non
 def test_what_else_decides_a_fit_is_in_its_fingerprint(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The members of a stacking, the start of an adaptation, the captions of a union."""
+    """A fingerprint must name a stacking's members, an adaptation's start, and a
+    union's captions.
+    """
     stacking = PREDICTORS["stacking"]()
     assert {"vilu.predictors.stacking", "vilu.predictors.zero_shot"} <= set(stacking.modules)
     settings = {
@@ -458,7 +465,7 @@ def test_what_else_decides_a_fit_is_in_its_fingerprint(
 
 
 def imported(folder: Path, n: int, seed: int, n_outside: int) -> None:
-    """A store of toy embeddings, the first of none of the classes."""
+    """Write a store with toy embeddings. The first ``n_outside`` rows show none of the classes."""
     data = toy_embeddings(n=n, seed=seed)
     target = data.target.clone()
     target[:n_outside] = vilu.OUTSIDE
@@ -477,8 +484,9 @@ def imported(folder: Path, n: int, seed: int, n_outside: int) -> None:
 
 
 def test_pictures_of_none_of_the_classes_are_counted(tmp_path: Path) -> None:
-    """Their share is in every result, and their questions are metrics like others;
-    scores say which they are.
+    """Every result must count these pictures, and the metrics on them work like others.
+
+    The scores must say which rows they are.
     """
     data = tmp_path / "stores"
     imported(data / "one-train", 300, 0, 10)

@@ -1,5 +1,6 @@
-"""Settings beyond one data set and its labels:
-captions, shares, validation rows, adapting, unions.
+"""Test settings beyond one data set and its labels.
+
+They use captions, shares, validation rows, adapting and unions.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SMALL = {"epochs": 2, "hidden": [8]}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two stores of classes, one of validation rows, and one of 200 captions."""
+    """Return stores for two data sets with classes, for validation rows, and for 200 captions."""
     root = make_stores(tmp_path_factory.mktemp("stores"))
     make_store(root / "one-validation", 40, 5_000)
     captions = [f"picture number {i}" for i in range(200)]
@@ -79,11 +80,12 @@ def scores(output: Path, data: str, setting: str, method: str, seed: int = 0) ->
 def test_a_share_of_the_rows_is_drawn_at_random_and_nested() -> None:
     target = np.where(np.arange(1000) % 10, np.arange(1000) % 7, -1)
     shares = [set(draw_share(target, share, 3).tolist()) for share in (0.025, 0.1, 0.5)]
+    # There are 900 labelled rows, and 22.5 rounds to even.
     assert [len(rows) for rows in shares] == [
         22,
         90,
         450,
-    ]  # of 900 labelled rows; 22.5 rounds to even
+    ]
     assert shares[0] < shares[1] < shares[2]
     assert all(target[row] >= 0 for row in shares[2])
     assert shares[0] != set(draw_share(target, 0.025, 4).tolist())
@@ -91,8 +93,10 @@ def test_a_share_of_the_rows_is_drawn_at_random_and_nested() -> None:
 
 
 def test_held_out_rows_are_a_matter_of_their_names() -> None:
-    """1,000 names, a quarter held out, within five standard errors;
-    the same ones in any company.
+    """A row's name alone must decide whether the row is held out.
+
+    With 1,000 names a quarter is held out, within five standard errors. The same rows are held out
+    in any order.
     """
     names = [f"row {i}" for i in range(1000)]
     mask = held_out_mask(hash_names(names), 0.25)
@@ -227,9 +231,8 @@ def test_adapting_goes_on_from_another_fit(data: Path, tmp_path: Path) -> None:
     kept = [
         cell for cell in plan_cells(chosen) if cell.method == "mcm" and cell.same_as is not None
     ]
-    assert [cell.setting for cell in kept] == [
-        "few"
-    ]  # nothing is fitted, so one result serves both
+    # Nothing is fitted, so one result serves both settings.
+    assert [cell.setting for cell in kept] == ["few"]
 
 
 @pytest.mark.filterwarnings("ignore:.* training rows are left out")
@@ -354,7 +357,10 @@ ONE_SET = {"stores": {"train": "one-train", "test": "one-train"}, "fit_share": 0
 
 @dataclasses.dataclass
 class Distance(FailurePredictor):
-    """Distance to the mean of rows whose labels it never sees."""
+    """Score the distance to the mean of training rows.
+
+    The method never sees their labels.
+    """
 
     name: ClassVar[str] = "distance_to_mean"
     summary: ClassVar[str] = "distance to the mean of unlabelled rows"
@@ -384,7 +390,8 @@ def test_one_set_is_divided_by_the_seed() -> None:
     assert np.array_equal(np.sort(np.concatenate([fit, others])), np.arange(101))
     assert (len(fit), len(others)) == (30, 71)
     assert not np.array_equal(fit, divide_rows(101, 0.3, 1)[0])
-    # each row is in a half with probability 1/2: over 400 seeds within five standard errors
+    # Each row is in a half with probability 1/2. Over 400 seeds its share is within five standard
+    # errors.
     share = np.mean(
         [np.isin(np.arange(20), divide_rows(20, 0.5, seed)[0]) for seed in range(400)], axis=0
     )
@@ -412,7 +419,7 @@ def test_what_is_fitted_on_is_not_tested_on(data: Path, tmp_path: Path) -> None:
         assert len(set(train.ids) | set(test.ids)) == 70
         names.add(bench.truth(Cell("mcm", "one", "all", seed)).rows_hash)
     assert len(names) == 2
-    # a method without a fit has one result for each division, whatever the labels
+    # If a method has no fit, it has one result for each division, whatever the labels.
     assert [(cell.seed, cell.result_cell.setting) for cell in cells if cell.method == "mcm"] == [
         (0, "all"), (0, "all"), (1, "all"), (1, "all"),
     ]  # fmt: skip
@@ -423,9 +430,13 @@ def test_what_is_fitted_on_is_not_tested_on(data: Path, tmp_path: Path) -> None:
     fit, others = (whole.take(rows) for rows in divide_rows(120, 0.5, 1))
     expected = vilu.PREDICTORS["knn_distance"]().fit(fit).predict_uncertainty(others)
     assert scores(tmp_path, "one", "all", "knn_distance", 1) == pytest.approx(expected, abs=1e-6)
-    assert (
-        "0 different" not in benchmark(chosen, data, tmp_path).text
-    )  # and it is there when asked again
+    # A second run must read the finished cells, and write none of them again.
+    cell_files = list(tmp_path.glob("**/cells/**/*.json"))
+    assert cell_files
+    cells_before = {path: path.stat().st_mtime_ns for path in cell_files}
+    assert benchmark(chosen, data, tmp_path).text == report.text
+    cells_after = {path: path.stat().st_mtime_ns for path in cells_before}
+    assert cells_after == cells_before
 
 
 def test_a_union_of_divided_sets_is_not_fitted_on_what_is_tested_on(data: Path) -> None:
@@ -442,14 +453,16 @@ def test_a_union_of_divided_sets_is_not_fitted_on_what_is_tested_on(data: Path) 
     fits = []
     for seed in (0, 1):
         cells = {name: Cell("lvu", name, "joint", seed) for name in chosen.data}
-        (origin,) = {fit_inputs_of(chosen, cell) for cell in cells.values()}  # one fit for all
+        # There is one fit for all data sets.
+        (origin,) = {fit_inputs_of(chosen, cell) for cell in cells.values()}
         train = bench.train_set(origin, ())
         assert isinstance(train, PseudoCaptions)
+        # The fit rows are 1/2 of the first 120, then 60 * 0.3, then all 80.
         assert [len(source) for source in train.sources] == [
             60,
             18,
             80,
-        ]  # 1/2 of 120, 0.3 of 60, all
+        ]
         fits.append(set(train.ids))
         for name, cell in cells.items():
             assert fits[-1].isdisjoint(f"{name}/{key}" for key in bench.test_set(cell, ()).ids)

@@ -1,5 +1,6 @@
-"""The images behind a benchmark's embeddings:
-fewer of them, and by the model that was asked for.
+"""Test the images behind a benchmark's embeddings.
+
+Fewer images may be embedded, and only by the model that was asked for.
 """
 
 from __future__ import annotations
@@ -102,9 +103,7 @@ def test_everyday_words_are_kept_where_they_are_wanted(
 def test_embeddings_of_other_weights_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Named models may be replaced in their folder;
-    what was embedded with the others is not what is asked for.
-    """
+    """If a named model is replaced in its folder, embeddings from the old model must be refused."""
     write_shard(tmp_path / "data", tar_bytes(*pair("a"), *pair("b")))
     chosen = config(
         data={"one": {"source": "data", "captions": True}}, settings={"all": {"kind": "labels"}}

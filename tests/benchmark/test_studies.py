@@ -1,4 +1,4 @@
-"""From cells to tables, figures, claims and pages; numbers made by hand."""
+"""Test the steps from cells to tables, figures, claims and pages, with numbers made by hand."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ VALUES = {
     ("lvu", "two"): (0.50, 0.90),
     ("vilu", "two"): (0.90, 0.20),
 }
-"""AUROC and FPR95 by method and data set."""
+"""These are AUROC and FPR95 by method and data set."""
 
 
 def made(**changes: Any) -> Config:
@@ -106,7 +106,10 @@ def result(cell: Cell, values: tuple[float, float] | None, accuracy: float = 0.6
 def board(
     chosen: Config | None = None, values: dict[tuple[str, str], tuple[float, float]] = VALUES
 ) -> Board:
-    """Noise of 0.01 that is the same for all methods of a data set: differences are exact."""
+    """Return a board with the same noise (0.01) for all methods on a data set.
+
+    So differences are exact.
+    """
     chosen = chosen or made()
     cells = plan_cells(chosen)
     results = {
@@ -183,9 +186,8 @@ def test_means_alone() -> None:
     assert panel.get_ylabel() == "AUROC (%), higher is better"
     assert of_fpr95.get_ylabel() == "FPR95 (%), lower is better"
     heights = [line.get_ydata().tolist() for line in panel.get_lines()]
-    assert any(
-        height == pytest.approx([65.0, 65.0]) for height in heights
-    )  # MCM, whatever the labels
+    # This is MCM, whatever the labels.
+    assert any(height == pytest.approx([65.0, 65.0]) for height in heights)
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["none", "1"]
     assert shown.body.rows[0] == ("mean", "mcm")
 
@@ -208,8 +210,10 @@ def test_means_that_cannot_be(kind: dict[str, Any], message: str) -> None:
 
 
 def test_what_the_bootstrap_cannot_tell_from_the_best() -> None:
-    """Noise of 0.01 in one of two methods 0.005 apart:
-    the difference is no larger than its deviation.
+    """A method must be tied if the bootstrap cannot tell it from the best.
+
+    Two methods are 0.005 apart, with independent noise of 0.01. The difference is no larger than
+    its deviation.
     """
     chosen = made(
         methods={"mcm": {}, "lvu": {}, "vilu": {}},
@@ -233,7 +237,10 @@ def test_what_the_bootstrap_cannot_tell_from_the_best() -> None:
 
 @pytest.mark.parametrize("order", [("mcm", "vilu", "lvu"), ("lvu", "vilu", "mcm")])
 def test_of_two_equal_bests_the_order_decides_nothing(order: tuple[str, ...]) -> None:
-    """MCM and LVU are best; the bootstrap can tell ViLU from MCM, and not from LVU."""
+    """If two methods are equally best, their order must not matter.
+
+    MCM and LVU are best. The bootstrap can tell ViLU from MCM, but not from LVU.
+    """
     chosen = made(
         methods={name: {} for name in order}, data={"one": {"stores": {"train": "a", "test": "b"}}}
     )
@@ -343,7 +350,7 @@ def test_latex(sheet) -> None:
 
 
 def test_heads_of_latex_span_their_own_columns_alone() -> None:
-    """Both data sets end and begin with "all": two heads, not one."""
+    """Two data sets end and begin with the setting "all". This must give two heads, not one."""
     chosen = made(methods={"mcm": {}, "lvu": {}})
     text = to_latex(
         table_sheet(board(chosen), view(rows=("metric",), columns=("data", "setting", "method")))
@@ -492,8 +499,10 @@ def test_claims_of_depending_on_the_accuracy() -> None:
 
 
 def test_slopes_are_compared_on_the_seeds_that_both_have() -> None:
-    """lvu rises by 0.5 an accuracy of 1 on seed 0, whose rows vilu has, too, and falls on seed 1,
-    which it has not.
+    """Only seeds that both methods have may count.
+
+    On seed 0, whose rows vilu has too, lvu rises by 0.5 per unit accuracy. On seed 1, which vilu
+    lacks, lvu falls.
     """
     accuracy = {
         ("one", 0): 0.3,
@@ -525,7 +534,10 @@ def test_slopes_are_compared_on_the_seeds_that_both_have() -> None:
 
 
 def test_a_claim_says_which_seeds_decide() -> None:
-    """One seed of vilu, two of lvu: both have seed 0."""
+    """The claim must use seed 0, which both methods have.
+
+    vilu has one seed, and lvu has two.
+    """
     chosen = made(
         data={"one": {"stores": {"train": "a", "test": "b"}}},
         methods={"lvu": {}, "vilu": {"seeds": 1}},
@@ -587,7 +599,7 @@ CLAIMS = [
 
 
 def real(**changes: Any) -> Config:
-    """A study that runs on small stores."""
+    """Return a study that runs on small stores."""
     settings = {"few": {"kind": "labels", "budget": 8, "x": 8}, "all": {"kind": "labels", "x": 24}}
     study = {"title": "A small study", "reproduces": "Table 1", "protocol": "Tiny."}
     return config(
@@ -646,7 +658,10 @@ def test_a_study_has_its_files(run: Path) -> None:
 
 
 def test_studies_of_one_output_share_cells(run: Path) -> None:
-    """Both studies have lvu on all labels: its cells are there once, and named by both."""
+    """Both studies have lvu on all labels.
+
+    Its cells must be there once, and both studies must name them.
+    """
     first, second = (
         json.loads((run / f"studies/{name}/study.json").read_text())["fingerprints"]
         for name in ("small", "plain")
@@ -672,9 +687,8 @@ def test_a_moved_run_is_shown_again_without_its_data(run: Path, tmp_path: Path) 
     assert "\none   all      mcm " in (moved / "studies/small/times.txt").read_text()
     (moved / "log.jsonl").unlink()
     (one, _) = load_studies(moved)
-    assert (
-        times_table(one, load_times(moved, one.results)) == ""
-    )  # they are lost with the log, and nothing else
+    # The times are lost with the log, and nothing else.
+    assert times_table(one, load_times(moved, one.results)) == ""
 
 
 def test_a_document_of_all_studies(run: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""Cells that others ran:
-handed in as files, checked row by row, and shown beside those of a study.
+"""Test cells that others ran.
+
+They are handed in as files, checked row by row, and shown beside a study's cells.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def study(methods: dict[str, Any], views: Sequence[dict[str, Any]] = ()) -> Any:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of our methods, of theirs beside one of ours, and of all; and what they hand in."""
+    """Return a folder with three runs and with the files that others hand in.
+
+    The runs hold our methods, their methods beside one of ours, and all methods.
+    """
     root = tmp_path_factory.mktemp("submit")
     stores = root / "stores"
     make_store(stores / "one-train", 120, 0)
@@ -99,9 +103,8 @@ def test_one_file_a_result_with_its_rows_and_what_made_them(home: Path) -> None:
     scores = Outcomes.load(home / FILE)
     cell = Outcomes.load(home / "theirs/cells/one/few/distance/seed-1.parquet")
     assert np.array_equal(scores.uncertainty, cell.uncertainty)
-    assert (
-        "distance" in run("evaluate", home / FILE, "--resamples", 10).stdout
-    )  # they are scores as any
+    # These are scores like any others.
+    assert "distance" in run("evaluate", home / FILE, "--resamples", 10).stdout
     said = Outcomes.load(home / "handed/one/all/margin/seed-0.parquet").provenance[SUBMISSION_KEY]
     assert said["stands_for"] == [["all", 0], ["few", 0], ["all", 1], ["few", 1]]
     assert (said["made_by"], said["result"]["decided_by"]["method"]) == ("", "margin")
@@ -119,9 +122,8 @@ def test_the_tables_are_as_if_they_had_been_run_here(home: Path, ours: Path) -> 
         assert label in told.split()
     whole = (home / "whole/studies/benchmark/tables/all.csv").read_text()
     assert sorted(here.splitlines()) == sorted(whole.splitlines())
-    assert (tables / "mcm.csv").read_bytes() == before[
-        "mcm.csv"
-    ]  # a table of one method has no room for more
+    # A table for one method has no room for more.
+    assert (tables / "mcm.csv").read_bytes() == before["mcm.csv"]
     run("render", ours / "ours")
     assert {path.name: path.read_bytes() for path in tables.iterdir()} == before
 
@@ -153,10 +155,8 @@ def test_views_of_the_run_alone_show_no_guests(
 
 def test_intervals_against_any_method_come_from_the_rows(home: Path, ours: Path) -> None:
     submitted = add_submissions(load_studies(ours / "ours"), ours / "ours", [ours / FILE])
-    boards = [
-        *submitted,
-        *load_studies(home / "whole"),
-    ]  # in the latter it was run beside the other
+    # In the last board both methods ran together.
+    boards = [*submitted, *load_studies(home / "whole")]
     pairs = [
         (board.find("distance", "one", "few"), board.find("knn_distance", "one", "few"))
         for board in boards
@@ -181,18 +181,17 @@ def test_intervals_against_any_method_come_from_the_rows(home: Path, ours: Path)
         differences.append(auroc(u[bad], u[good]) - auroc(v[bad], v[good]))
     low, high = np.quantile(differences, [0.05, 0.95])
     ends = found.interval(0.9)
-    assert (ends.ci_low, ends.ci_high) == pytest.approx(
-        (low, high), abs=0.08 * (high - low)
-    )  # of 1,000 resamples
+    # The board's ends come from 1,000 resamples.
+    assert (ends.ci_low, ends.ci_high) == pytest.approx((low, high), abs=0.08 * (high - low))
 
 
 def auroc(wrong: Any, right: Any) -> float:
-    """Share of pairs in which the wrong answer is the more uncertain one."""
+    """Return the share of pairs in which the wrong answer is more uncertain. A tie counts half."""
     return float((np.sign(wrong[:, None] - right) / 2 + 0.5).mean())
 
 
 def resealed(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
-    """Another content with a digest that is right, as who wants to deceive would write it."""
+    """Write changed content with a correct digest, as a deceiver would."""
     table, metadata = read_table(path, ())
     columns = {
         name: np.array(table[name].to_pylist()) for name in ("row_id", "uncertainty", "failure")
@@ -352,9 +351,8 @@ def test_what_cannot_be_handed_in(ours: Path) -> None:
     (board,) = add_submissions(load_studies(ours / "ours"), ours / "ours", [margin, again])
     assert board.config.submitted_methods == ("margin",)
     other = Outcomes.load(again)
-    replace(other, uncertainty=other.uncertainty * 2).save(
-        again
-    )  # the same order, and so the same metrics
+    # The order is the same, and so are the metrics.
+    replace(other, uncertainty=other.uncertainty * 2).save(again)
     with pytest.raises(DataError, match="there is a 'margin' with other scores"):
         add_submissions(load_studies(ours / "ours"), ours / "ours", [margin, again])
 

@@ -17,7 +17,7 @@ from vilu_bench.studies.ranking import Standing, ranking_text, standings, summar
 from vilu_bench.studies.result import CellResult, Refusal, bootstrap_metrics
 
 ROWS = "00c0ffee" * 4
-"""A name of test rows; its number seeds the resamples."""
+"""This names the test rows, and its number seeds the resamples."""
 
 
 def interval(per_seed: Floats, confidence: float) -> Interval:
@@ -58,9 +58,7 @@ def test_one_seed_gives_the_paired_bootstrap_of_the_metrics_room() -> None:
 
 
 def test_resamples_are_those_of_the_rows_whatever_the_scores() -> None:
-    """Each value is the metric of rows drawn by a generator that knows nothing but the name of the
-    rows.
-    """
+    """Each value must be the metric on rows drawn by a generator that knows only the rows' name."""
     uncertainty, failure = sample(40, 2)
     values = bootstrap_metrics(uncertainty, failure, 25, ROWS)
     rng = np.random.default_rng(int(ROWS, 16))
@@ -74,9 +72,8 @@ def test_resamples_are_those_of_the_rows_whatever_the_scores() -> None:
 def test_many_rows_are_resampled_in_blocks() -> None:
     rng = np.random.default_rng(0)
     uncertainty, failure = rng.normal(size=3000), (rng.random(3000) < 0.5).astype(np.int64)
-    values = bootstrap_metrics(
-        uncertainty, failure, 200, ROWS
-    )  # 2^18 counts are fewer than 200 x 3000
+    # 2^18 counts are fewer than 200 x 3000.
+    values = bootstrap_metrics(uncertainty, failure, 200, ROWS)
     expected = unwrap(bootstrap_interval)(
         "auroc", uncertainty, failure, n_resamples=200, seed=int(ROWS, 16)
     )
@@ -88,7 +85,10 @@ def test_without_failures_nothing_is_defined() -> None:
 
 
 def test_mean_over_seeds_resamples_the_seeds() -> None:
-    """Constants c_s per seed: values are means of S draws, with mean c and variance var(c) / S."""
+    """With a constant c_s per seed, values must be means over S draws.
+
+    Their mean is c, and their variance var(c) / S.
+    """
     constants = np.array([0.5, 0.6, 0.8, 0.9])
     per_seed = np.repeat(constants[:, None], 20_000, axis=1)
     means = mean_draws(per_seed)
@@ -100,8 +100,9 @@ def test_mean_over_seeds_resamples_the_seeds() -> None:
 
 
 def test_seeds_that_share_rows_keep_the_variance_of_the_rows() -> None:
-    """Five runs with the same scores are one run:
-    resampling rows apart for each would make the interval too narrow.
+    """Five runs with the same scores must count as one run.
+
+    If each run resampled its rows apart, the interval would be too narrow.
     """
     uncertainty, failure = sample(150, 3)
     once = bootstrap_metrics(uncertainty, failure, 400, ROWS)[:1]
@@ -180,8 +181,9 @@ METHODS = {"mcm": {}, "lvu": {}, "vilu": {"seeds": 1}, "margin": {}}
 
 @pytest.fixture
 def made() -> tuple:
-    """Four methods on one block with two seeds:
-    mcm runs once, vilu on one seed, margin is refused.
+    """Return four methods on one block with two seeds.
+
+    mcm runs once, vilu runs on one seed, and margin is refused.
     """
     small = config(
         data={"one": {"stores": {"train": "a", "test": "b"}}},
@@ -236,27 +238,27 @@ def test_summary_by_hand(made: tuple) -> None:
     assert lines["mcm"].values["ece"] == 0.1
     assert block.refused == {"margin": "it needs two candidates"}
     assert (block.n, block.n_failures) == ((100,), (40,))
-    # the one seed that vilu was to run, too
+    # The seed is the only one that vilu was to run.
     assert block.contests == {0: {"lvu": 0.8, "vilu": 0.75, "mcm": 0.7}}
     assert [(s.method, s.wins, s.mean_rank, s.contests) for s in summary.standings] == [
         ("lvu", 1.0, 1.0, 1),
         ("vilu", 0.0, 2.0, 1),
         ("mcm", 0.0, 3.0, 1),
     ]
-    # noise is the same for all, as on the same rows: differences are exact, on the seeds that both
-    # have
+    # The noise is the same for all methods, as on the same rows. So differences are exact on the
+    # seeds that both methods have.
     assert [(line.against, pytest.approx(line.gap.difference)) for line in block.lines] == [
         ("vilu", 0.05),
         ("lvu", -0.05),
         ("lvu", -0.15),
     ]
     assert (lines["vilu"].gap.ci_low, lines["vilu"].gap.ci_high) == pytest.approx((-0.05, -0.05))
-    # seeds of lvu less mcm are 0.1 and 0.2: the mean of two draws is 0.1, 0.15 or 0.2
+    # On its two seeds, lvu less mcm is 0.1 and 0.2. So the mean over two draws is 0.1, 0.15 or 0.2.
     assert (lines["mcm"].gap.ci_low, lines["mcm"].gap.ci_high) == pytest.approx(
         (-0.2, -0.1), abs=0.006
     )
     assert lines["mcm"].gap.p_value == pytest.approx(2 / 41)
-    # one row per metric of each run, the shared one once
+    # There is one row per metric and run. The shared run counts once.
     assert len(summary.results) == 3 * 4
 
 

@@ -1,4 +1,4 @@
-"""Arrays as other programs save them, in a file and in a folder."""
+"""Make arrays as other programs save them, in a file and in a folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ NAMES = ("cat", "dog", "cup", "sea")
 
 
 def arrays(n: int = 30, *, seed: int = 0, **changes: Any) -> dict[str, Any]:
-    """Rows near their class's text, some unknown and some of none of the classes;
+    """Return rows near their class's text. Some rows are unknown, and some are out-of-distribution.
 
-    ``None`` leaves an array out.
+    If a change is ``None``, the array is left out.
     """
     generator = np.random.default_rng(seed)
     text = np.linalg.qr(generator.standard_normal((6, 6)))[0][:4]
@@ -34,7 +34,7 @@ def arrays(n: int = 30, *, seed: int = 0, **changes: Any) -> dict[str, Any]:
 
 
 def save(path: Path, values: dict[str, Any], *, packed: bool = False) -> Path:
-    """An ``.npz`` file, or where the path has no suffix a folder of ``.npy`` files."""
+    """Write an ``.npz`` file, or a folder with ``.npy`` files if the path has no suffix."""
     if path.suffix:
         (np.savez_compressed if packed else np.savez)(path, **values)
         return path

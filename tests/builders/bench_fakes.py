@@ -1,4 +1,4 @@
-"""Small stores and configurations for the tests of the benchmark."""
+"""Make small stores and configurations for benchmark tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def make_store(
     words: int = 0,
     labelled: bool = True,
 ) -> Path:
-    """A store of n random pictures; pictures of different numbers differ, and so do their keys."""
+    """Write a store with n random images, and return its folder.
+
+    Images with different numbers differ, and so do their keys.
+    """
     labels = np.random.default_rng(first).integers(k, size=n).tolist()
     images = FakeDataset(
         [picture(first + i) for i in range(n)],
@@ -48,7 +51,9 @@ def make_store(
 
 
 def make_stores(root: Path) -> Path:
-    """``one`` and ``two``: other rows and classes, and ``two`` in another preprocessing."""
+    """Write stores ``one`` and ``two``. They have other rows and classes, and another
+    preprocessing.
+    """
     make_store(root / "one-train", 120, 0)
     make_store(root / "one-test", 60, 1_000)
     make_store(root / "two-train", 80, 2_000, preprocess="9x9", words=1)
@@ -57,7 +62,7 @@ def make_stores(root: Path) -> Path:
 
 
 def tables(**changes: Any) -> dict[str, Any]:
-    """A benchmark as it stands in TOML, on those stores."""
+    """Return a benchmark on those stores, as in TOML."""
     return {
         "seeds": 2,
         "resamples": 40,
@@ -86,7 +91,7 @@ def config(**changes: Any) -> Config:
 
 @dataclass(frozen=True)
 class Report:
-    """What one benchmark found."""
+    """Result from one benchmark."""
 
     text: str
     summary: Summary

@@ -1,4 +1,4 @@
-"""Some of the demo's photos."""
+"""Write a few photos from the demo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 
 
 def write_few_photos(path: Path, few: Mapping[str, int]) -> None:
-    """So many photos of each split of the demo's table, evenly from all of them."""
+    """Write the given number of photos per split from the demo's table, evenly spaced over all
+    photos.
+    """
     whole = pq.read_table(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
     rows: list[int] = []
     for split, n in few.items():

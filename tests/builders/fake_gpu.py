@@ -1,6 +1,7 @@
-"""A device that stands in for a GPU: its tensors have no numbers, and copies to the CPU are noted.
+"""Provide a device that stands in for a GPU.
 
-The device is torch's "meta". Scoring on it proves where tensors go, not what they hold.
+Its tensors have no numbers, and copies to the CPU are noted. The device is torch's "meta". Scoring
+on it shows where tensors go, and not what they hold.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default}
 
 
 class FakeGPU(TorchDispatchMode):
-    """Notes the shape of every tensor that comes to the CPU, and counts single numbers.
+    """Note the shape of every tensor that comes to the CPU, and count single numbers.
 
-    What comes to the CPU is 0 everywhere. As on a GPU, an operation on tensors of both devices is
-    refused.
+    A tensor that comes to the CPU is 0 everywhere. As on a GPU, an operation on tensors from both
+    devices is refused.
     """
 
     def __init__(self) -> None:
@@ -34,13 +35,13 @@ class FakeGPU(TorchDispatchMode):
         self.n_numbers = 0
 
     def __enter__(self) -> FakeGPU:
-        """Begin to note; autocast is for devices with numbers, so it is that of the CPU."""
+        """Begin to note. Autocast needs a device with numbers, so the CPU's autocast is used."""
         self._autocast = torch.autocast
         torch.autocast = _autocast_of_cpu
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
-        """End to note."""
+        """Stop noting."""
         torch.autocast = self._autocast
         super().__exit__(*error)
 
@@ -51,7 +52,7 @@ class FakeGPU(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        """Answer what reads from the device, and pass on everything else."""
+        """Answer operations that read from the device, and pass on all others."""
         named = kwargs or {}
         if func is NUMBER and args[0].is_meta:
             self.n_numbers += 1
@@ -82,5 +83,5 @@ class _autocast_of_cpu(torch.autocast):
 
 
 def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor on the device."""
+    """Return a tensor on the device."""
     return torch.empty(*shape, dtype=dtype, device=DEVICE)

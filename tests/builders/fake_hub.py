@@ -1,5 +1,6 @@
-"""A model hub on this machine that speaks what huggingface_hub asks for:
-repositories, commits, large files.
+"""Provide a model hub on this machine, with the requests that huggingface_hub uses.
+
+It has repositories, commits and large files.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ TOKEN = "hf_test"  # noqa: S105 - of the hub below
 
 
 class Hub:
-    """Commits of repositories in memory.
+    """Keep repositories and their commits in memory.
 
     Attributes:
-        commits: By repository, the commits in their order: (sha, files).
-        branches: By repository and branch, the sha.
-        large: Contents of large files by their SHA-256.
+        commits: For each repository, the commits in order: (sha, files).
+        branches: For each repository and branch, the sha.
+        large: The content of large files, by SHA-256.
         created: Bodies of the requests that made repositories.
-        requests: Paths that were asked for.
+        requests: Requested paths.
     """
 
     def __init__(self) -> None:
@@ -179,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def oid(content: bytes) -> str:
-    """As git names a blob."""
+    """Return the name that git gives a blob."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # noqa: S324
 
 

@@ -1,4 +1,4 @@
-"""Tiny image files, whole and hostile, made on the spot."""
+"""Make tiny image files, whole and hostile."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOSSLESS = {
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
-    """Random pixels in an 8-bit mode."""
+    """Return random pixels in an 8-bit mode."""
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
     return Image.fromarray(noise).convert(mode)
 
@@ -43,14 +43,14 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
-    """A PNG by hand: any size in its header, whatever the rows hold."""
+    """Return a hand-made PNG. The header may state any size, whatever the rows hold."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
 
 def deep_png(values: np.ndarray) -> bytes:
-    """16-bit grey."""
+    """Return a PNG in 16-bit grey."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     return png(values.shape[1], values.shape[0], 16, 0, rows)
 
@@ -60,7 +60,7 @@ def with_png_size(data: bytes, width: int, height: int) -> bytes:
 
 
 def orientation_block(value: int, *, order: str = "<", kind: int = 3, big: bool = False) -> bytes:
-    """A TIFF structure of one entry, the orientation, as EXIF has it."""
+    """Return a TIFF structure with one entry, the orientation, as in EXIF."""
     magic = {"<": b"II", ">": b"MM"}[order]
     code = {1: "B", 3: "H", 4: "I"}[kind]
     if big:
@@ -77,7 +77,7 @@ def orientation_block(value: int, *, order: str = "<", kind: int = 3, big: bool 
 
 
 def gif_frames(n_frames: int) -> bytes:
-    """A GIF of one real frame, then frames without data."""
+    """Return a GIF with one real frame, then frames without data."""
     whole = encode(Image.new("P", (8, 8)), "GIF")
     empty = b"\x2c" + bytes(8) + b"\0" + b"\x02\0"
     return whole.removesuffix(b";") + empty * (n_frames - 1) + b";"
@@ -107,7 +107,7 @@ def write_parquet(
 
 
 def seeds() -> dict[str, bytes]:
-    """One file of each format and pixel layout, to be damaged."""
+    """Return one file per format and pixel layout, to be damaged."""
     exif = b"Exif\0\0" + orientation_block(6)
     other = picture(seed=1)
     return {

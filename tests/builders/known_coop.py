@@ -1,5 +1,6 @@
-"""Tiny trees of the seven data sets whose CoOp lists ship with vilu,
-each with a list of its own.
+"""Make tiny trees for the seven data sets whose CoOp lists ship with vilu.
+
+Each tree has its own list.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def eurosat(home: Path, n: int) -> None:
 
 
 def stanford_cars(home: Path, n: int) -> None:
-    """The class names of the list begin with the year; those of the devkit end with it."""
+    """Write cars. The year comes first in the list's class names, and last in the devkit's."""
     entries, marks = [], {"train": [], "test": []}
     for row in rows(n, CLASSES, THREE):
         part = "test" if row.split == "test" else "train"
@@ -157,7 +158,7 @@ def flowers102(home: Path, n: int) -> None:
 
 
 def caltech101(home: Path, n: int) -> None:
-    """Two folders are there that no list names."""
+    """Write objects. No list names two of the folders."""
     folders = list(CALTECH)
     entries = [
         (row, f"{folders[row.label]}/image_{row.number:04d}.jpg", CALTECH[folders[row.label]])
@@ -183,7 +184,9 @@ def dtd(home: Path, n: int) -> None:
 
 
 def ucf101(home: Path, n: int) -> None:
-    """The list's class names have underscores before capitals, and so have the folders."""
+    """Write actions. The class names in the list have underscores before capitals, as the folders
+    do.
+    """
     names = [
         "".join(f"_{c}" if c.isupper() else c for c in action).removeprefix("_")
         for action in ACTIONS

@@ -1,5 +1,6 @@
-"""What tiny trees of known data sets have in common:
-images that show their class, dealt to classes and splits.
+"""Provide the shared parts of tiny trees for known data sets.
+
+The images show their class, and are dealt to classes and splits.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from tests.builders.image_files import encode
 CLASSES = 12
 THREE = ("train", "test", "train", "test", "validation")
 TWO = ("train", "test")
-"""Splits that the images of a class go to, in turn:
-with four of them, two are for training and two for testing.
+"""Splits for a class's images, in turn.
+
+If a class has four images and ``TWO``, two are for training and two for testing.
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image: its class, its number in the class (from 1) and in all (from 1), and its split."""
+    """One image: class, number in the class (from 1), number overall (from 1), and split."""
 
     label: int
     number: int
@@ -34,7 +36,9 @@ class Row:
 
 
 def picture(label: int, number: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """An image of a class: stripes in its hue, shifted and blurred with noise by its number."""
+    """Return an image with stripes in its class's hue. Its number shifts the stripes and adds
+    noise.
+    """
     rng = np.random.default_rng([label, number])
     width, height = size
     x = np.arange(width)[None, :] + rng.uniform(0, width)
@@ -49,7 +53,9 @@ def picture(label: int, number: int, size: tuple[int, int] = (48, 40)) -> Image.
 
 
 def rows(n: int, n_classes: int, turns: tuple[str, ...]) -> Iterator[Row]:
-    """``n`` images, dealt to the classes in turn, and those of a class to the splits in turn."""
+    """Yield ``n`` images, dealt to the classes in turn. A class's images are dealt to splits in
+    turn.
+    """
     for position in range(n):
         number = position // n_classes
         yield Row(position % n_classes, number + 1, position + 1, turns[number % len(turns)])
@@ -61,7 +67,7 @@ def save(path: Path, row: Row) -> None:
 
 
 def write_list(home: Path, file: str, images: str, entries: list[tuple[Row, str, str]]) -> None:
-    """CoOp's list of these images, and the images."""
+    """Write CoOp's list for these images, and the images."""
     splits: dict[str, list[list[object]]] = {"train": [], "val": [], "test": []}
     for row, path, class_name in entries:
         save(home / images / path, row)

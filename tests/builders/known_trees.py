@@ -1,10 +1,9 @@
-"""Tiny trees in the real layout of every data set of the catalogue,
-with real JPEGs that show their class.
+"""Write tiny trees in the real layout, for every data set in the catalogue.
 
-``make_tree("dtd", root)`` writes what torchvision would have unpacked below ``root``, its
-annotation files included, and for CoOp's seven sets a ``split_zhou_*.json`` of the user that lists
-the tiny tree. The same arguments give the same images and lists. A class is a hue and a number of
-stripes; noise makes some images hard.
+``make_tree("dtd", root)`` writes the files that torchvision would have unpacked below ``root``,
+with annotation files. For CoOp's seven sets it also writes a user's ``split_zhou_*.json``, which
+lists the tiny tree. Equal arguments give equal images and lists. The images are real JPEGs that
+show their class: a class is a hue and a number of stripes. Noise makes some images hard.
 """
 
 from __future__ import annotations
@@ -76,14 +75,13 @@ PLANES += ("Spitfire", "Yak-42")
 
 
 def make_tree(name: str, root: Path, n: int = 64, *, layout: str = "torchvision") -> Path:
-    """Write a tiny data set of about ``n`` images below the folder ``root`` that holds all;
-    returns its own folder.
+    """Write a tiny data set with about ``n`` images, and return its folder.
 
     Args:
-        name: Key of ``KNOWN``.
+        name: Key in ``KNOWN``.
         root: Folder that holds all data sets.
-        n: Images; a few less where classes must have ten.
-        layout: "torchvision", or "coop" where its folders have other names.
+        n: Number of images. A few less if each class must have ten.
+        layout: "torchvision", or "coop" if CoOp has other folder names.
     """
     write, folders = TREES[name]
     home = root / folders[layout == "coop" and len(folders) > 1]
@@ -93,7 +91,7 @@ def make_tree(name: str, root: Path, n: int = 64, *, layout: str = "torchvision"
 
 
 def make_trees(root: Path, n: int = 64, *, layout: str = "torchvision") -> Path:
-    """A tree of every data set below one folder, which is returned."""
+    """Write a tree for every data set below one folder, and return the folder."""
     for name in TREES:
         make_tree(name, root, n, layout=layout)
     return root
@@ -141,7 +139,7 @@ def fgvc_aircraft(home: Path, n: int) -> None:
 
 
 def spread(n_classes: int = CLASSES) -> list[int]:
-    """Labels among the 1,000 that tiny trees use."""
+    """Return the labels that tiny trees use among the 1,000."""
     return [index * 83 for index in range(n_classes)]
 
 
@@ -161,7 +159,7 @@ def imagenet(home: Path, n: int) -> None:
 
 
 def imagenet_v2(home: Path, n: int) -> None:
-    """Ten images of each class, as there are."""
+    """Write ten images per class, as in the real data set."""
     n_classes = max(n // 10, 1)
     for row in rows(10 * n_classes, n_classes, ("test",)):
         save(home / f"{spread(n_classes)[row.label]}/{row.label:02x}f{row.number:038x}.jpeg", row)
@@ -178,7 +176,7 @@ def imagenet_sketch(home: Path, n: int) -> None:
 def cifar(
     files: dict[str, tuple[str, ...]], labels: bytes, meta: str, key: bytes
 ) -> Callable[[Path, int], None]:
-    """Writes CIFAR's pickles as Python 2 wrote them."""
+    """Return a function that writes CIFAR's pickles as Python 2 wrote them."""
     names = [b"thing_%d" % label for label in range(100)] if labels == b"fine_labels" else THINGS
 
     def write(home: Path, n: int) -> None:
@@ -221,7 +219,10 @@ def caption(row: Row) -> str:
 
 
 def tars(*files: str) -> Callable[[Path, int], None]:
-    """Writes img2dataset's shards: a picture, its caption and facts per sample."""
+    """Return a function that writes img2dataset's shards.
+
+    Each sample has an image, a caption and facts.
+    """
 
     def write(home: Path, n: int) -> None:
         dealt = list(rows(n, CLASSES, TWO))
@@ -285,4 +286,4 @@ TREES: dict[str, tuple[Callable[[Path, int], None], tuple[str, ...]]] = {
     "cc12m": (tars("00000.tar", "00001.tar"), ("cc12m",)),
     "laion400m": (tars("00000.tar", "00001.tar"), ("laion400m", "laion400m-data")),
 }
-"""What writes a tree, and its folder by torchvision's and by CoOp's conventions."""
+"""The function that writes each tree, and the folder by torchvision's and by CoOp's conventions."""

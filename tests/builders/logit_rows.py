@@ -1,4 +1,4 @@
-"""Batches with logits of one's choice."""
+"""Make batches with chosen logits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from vilu.embeddings.source import Batch
 
 
 def batch_of(logits: list[list[float]], target: list[int] | None = None) -> Batch:
-    """A batch whose logits are these:
-    the texts are the unit vectors, and the images the logits themselves.
+    """Return a batch with these logits.
+
+    The texts are the unit vectors, and the images are the logits.
     """
     image = torch.tensor(logits, dtype=torch.float32)
     wanted = torch.full((len(image),), -1) if target is None else torch.tensor(target)

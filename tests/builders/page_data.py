@@ -1,4 +1,4 @@
-"""Outcomes with known numbers for tests of the page, and pictures that their ids lead to."""
+"""Make outcomes with known numbers for page tests, and images for their ids."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ NAMES = ("ant", "bee", "cat", "dog")
 def outcomes_of(
     n: int = 400, *, seed: int = 0, method: str = "vilu_plus", noise: float = 0.25, **fields
 ) -> Outcomes:
-    """Answers of which about 40 % are wrong, and a noisy probability of it;
-    the failures are those of ``seed`` 0.
+    """Return answers and a noisy failure probability. About 40 % of the answers are wrong.
+
+    The failures are the same for every ``seed``.
     """
     rng = np.random.default_rng(0)
     failure, prediction = rng.random(n) < 0.4, rng.integers(len(NAMES), size=n)
@@ -45,7 +46,7 @@ def outcomes_of(
 
 
 def write_pictures(path: Path, n: int, damaged: frozenset[int] = frozenset()) -> Path:
-    """A Parquet file of small pictures with the keys of ``outcomes_of``."""
+    """Write a Parquet file with small images, under the keys from ``outcomes_of``."""
     content = []
     for i in range(n):
         buffer = BytesIO()

@@ -1,5 +1,6 @@
-"""Image-caption pairs on disk, written by hand:
-a sealed store of captions, and shards as others publish them.
+"""Write image-caption pairs to disk by hand.
+
+The pairs are a sealed store with captions, or shards as others publish them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SPACE = EmbeddingSpace(
 
 
 def unit_pairs(n: int, seed: int = 0, dtype: str = "<f2") -> tuple[np.ndarray, np.ndarray]:
-    """(n, DIM) unit-norm images and captions that are near to them."""
+    """Return unit-norm images and captions near to them, each (n, DIM)."""
     rng = np.random.default_rng(seed)
     image = rng.standard_normal((n, DIM))
     text = image + rng.standard_normal((n, DIM))
@@ -46,8 +47,9 @@ def write_store(
     features: np.ndarray | None = None,
     lost: Sequence[int] = (),
 ) -> list[int]:
-    """The store of a run on n captioned images of which those at ``lost`` failed;
-    returns the images that it holds.
+    """Write the store for a run on n captioned images, and return the images that it holds.
+
+    The images at ``lost`` failed.
     """
     n = len(image)
     fields = {
@@ -134,7 +136,7 @@ def write_receipt(root: Path, run: Run, part, n_ok: int) -> Receipt:
 
 
 def reseal(root: Path, name: str) -> None:
-    """Make receipt and manifest vouch for a file that was changed."""
+    """Update a changed file's receipt and the manifest, so that the seals are whole again."""
     receipts = sorted((root / "receipts").iterdir())
     documents = [read_document(path, Receipt) for path in receipts]
     for path, document in zip(receipts, documents, strict=True):
@@ -165,7 +167,7 @@ def write_shards(
     sizes: Sequence[int] | None = None,
     metadata: pa.Table | None = None,
 ) -> Path:
-    """Shards of some sizes in a layout; their metadata in the names of LAION."""
+    """Write shards in a layout, with the given sizes. The metadata files have LAION's names."""
     sizes = [len(image)] if sizes is None or "{" not in LAYOUTS[layout][0] else sizes
     start = 0
     for number, size in enumerate(sizes):

@@ -1,5 +1,6 @@
-"""Folders of small photos of a few kinds:
-of each kind the model of ``store_fakes`` always says the same.
+"""Write folders with small photos in several kinds.
+
+For a kind, the model from ``store_fakes`` always gives the same answer.
 """
 
 from __future__ import annotations
@@ -16,28 +17,31 @@ from tests.builders.store_fakes import NAMES, FakeBackbone
 from vilu.backbones.zeroshot import embed_class_names
 
 KINDS = 9
-"""Kinds of photos; of the last three the model's answer is wrong."""
+"""Number of photo kinds. For the last three, the model's answer is wrong."""
 
 SEEDS = (0, 1, 18, 39, 4, 5, 6, 7, 8)
-"""Of the kinds: those of which the model is sure, whatever moves in the photo."""
+"""A seed per kind. The model is sure about these kinds, whatever moves in the photo."""
 
 
 @cache
 def seen_directions() -> np.ndarray:
-    """(192, K) orthonormal directions of pixels that decide what the model says."""
+    """Return orthonormal pixel directions (192, K) that decide the model's answer."""
     model = FakeBackbone()
     return np.linalg.qr((model.projection @ embed_class_names(model, NAMES).T).numpy())[0]
 
 
 def unseen(pixels: np.ndarray) -> np.ndarray:
-    """(8, 8, 3) pixels that move the embedding, but no answer, of pixels (192,)."""
+    """Return pixels (8, 8, 3), without the directions that decide the answer.
+
+    The result, made from pixels (192,), moves the embedding and changes no answer.
+    """
     directions = seen_directions()
     rest = pixels - directions @ (directions.T @ pixels)
     return rest.reshape(3, 8, 8).transpose(1, 2, 0)
 
 
 def photo(kind: int, number: int, size: int = 24) -> bytes:
-    """A PNG of a kind; no two are equal, nor near copies for the model."""
+    """Return a PNG for a kind. No two are equal or near copies for the model."""
     rng = np.random.default_rng([kind, number])
     kinds = np.random.default_rng(SEEDS[kind]).integers(0, 256, (8, 8, 3))
     cells = 127.5 + 0.8 * (kinds - 127.5) + unseen(rng.normal(0, 24, 3 * 64))
@@ -49,20 +53,23 @@ def photo(kind: int, number: int, size: int = 24) -> bytes:
 
 
 def answer_to(kind: int) -> int:
-    """What the model says of a kind: the place of a name."""
+    """Return the model's answer for a kind, as the index of a name."""
     model = FakeBackbone()
     image = model.encode_images(model.preprocess(Image.open(io.BytesIO(photo(kind, 0))))[None])
     return int((image @ embed_class_names(model, NAMES).T).argmax())
 
 
 def truth_of(kind: int) -> str:
-    """Its right name, which the model misses on the last three kinds."""
+    """Return the right name for a kind. The model misses it for the last three kinds."""
     said = answer_to(kind)
     return NAMES[said if kind < KINDS - 3 else (said + 1) % len(NAMES)]
 
 
 def write_photos(folder: Path, n: int, first: int = 0) -> dict[str, str]:
-    """``n`` photos of all kinds in turn, in sub-folders that are no classes; path to right name."""
+    """Write ``n`` photos, all kinds in turn, and return the right name by path.
+
+    The sub-folders are no classes.
+    """
     torch.manual_seed(0)
     truths = [truth_of(kind) for kind in range(KINDS)]
     labels = {}

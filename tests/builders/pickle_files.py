@@ -1,4 +1,4 @@
-"""Pickles as Python 2 wrote them, by hand."""
+"""Write pickles by hand, as Python 2 wrote them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def python2_pickle(content: dict) -> bytes:
-    """As Python 2 and the numpy of 2009 wrote it: strings of bytes, flags as integers."""
+    """Return a pickle as from Python 2 and numpy in 2009: byte strings, and flags as integers."""
 
     def string(value: bytes) -> bytes:
         return b"T" + len(value).to_bytes(4, "little") + value

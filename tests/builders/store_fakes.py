@@ -1,6 +1,4 @@
-"""A tiny deterministic model,
-tiny pictures and an in-memory data set for the tests of the store.
-"""
+"""Provide a tiny deterministic model, tiny images and an in-memory data set for store tests."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ MAX_WORDS = 8
 
 
 def picture(seed: int, size: tuple[int, int] = (20, 24), image_format: str = "PNG") -> bytes:
-    """Encoded noise of (width, height)."""
+    """Return encoded noise with the size (width, height)."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, image_format)
@@ -37,7 +35,7 @@ def picture(seed: int, size: tuple[int, int] = (20, 24), image_format: str = "PN
 
 
 class FakeBackbone:
-    """A random projection of 8 x 8 pixels; counts what it is asked for."""
+    """A model that projects 8 x 8 pixels at random, and counts its calls."""
 
     def __init__(self, *, dim: int = DIM, preprocess: str = "8x8", weights: str = "w0") -> None:
         generator = torch.Generator().manual_seed(7)
@@ -146,15 +144,15 @@ class FakeDataset:
 
 @dataclass
 class FakeShards:
-    """Encoded images in memory, as shards of any length.
+    """Encoded images in memory, as shards with any length.
 
     Attributes:
-        shards: Images of each shard.
-        versions: Of each shard; part of its fingerprint.
+        shards: Images in each shard.
+        versions: A version per shard, which is part of its fingerprint.
         captions: Whether there are captions ("image K of shard S").
         deadly: Position of an image that kills the process that reads it.
-        deadly_listing: Shard whose listing does.
-        unlistable: Shard whose listing raises.
+        deadly_listing: Shard that kills the process that lists it.
+        unlistable: Shard that raises an error when it is listed.
         reads: Positions whose bytes were read.
     """
 
@@ -203,7 +201,7 @@ class FakeShards:
 
 
 def shards(*lengths: int, **settings: object) -> FakeShards:
-    """Shards of so many pictures each."""
+    """Return shards with the given numbers of images."""
     return FakeShards(
         [[picture(100 * s + k) for k in range(n)] for s, n in enumerate(lengths)], **settings
     )
@@ -212,13 +210,13 @@ def shards(*lengths: int, **settings: object) -> FakeShards:
 def dataset(
     n: int, *, bad: dict[int, bytes] | None = None, unlabelled: Sequence[int] = ()
 ) -> FakeDataset:
-    """n pictures of different sizes; some replaced by other bytes, some without label."""
+    """Return n images with different sizes. Some have other bytes, and some have no label."""
     blobs = [(bad or {}).get(i, picture(i, (16 + i % 5, 18))) for i in range(n)]
     return FakeDataset(blobs, [None if i in unlabelled else i % 3 for i in range(n)])
 
 
 def tree(root: Path) -> dict[str, str]:
-    """Hash of every file of a folder but of its locks and its log."""
+    """Return the hash of every file in a folder, without its locks and its log."""
     files = {}
     for path in sorted(root.rglob("*")):
         if path.is_file() and not path.name.startswith(".lock") and path.name != "log.jsonl":

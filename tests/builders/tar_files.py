@@ -1,4 +1,4 @@
-"""Tiny tar files, whole and hostile, made on the spot."""
+"""Make tiny tar files, whole and hostile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Entry = tuple[str, bytes | tarfile.TarInfo]
 
 
 def entry(name: str, kind: bytes, link: str = "") -> Entry:
-    """A member that is no plain file."""
+    """Return a member that is no plain file."""
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, link
     return name, info
@@ -41,7 +41,7 @@ def pair(key: str, caption: str | bytes = "a picture") -> list[Entry]:
 
 
 def raw_header(name: bytes, size: int, kind: bytes, prefix: bytes = b"ustar\0" + b"00") -> bytes:
-    """A header block by hand, with a right checksum whatever it says."""
+    """Return a hand-made header block. The checksum is right, whatever the header says."""
     head = (
         name.ljust(100, b"\0")
         + b"0000644\0"
@@ -64,8 +64,9 @@ def write_shard(folder: Path, data: bytes, name: str = "0.tar") -> Path:
 def outcomes(
     dataset: ImageDataset, start: int = 0, stop: int | None = None
 ) -> list[tuple[str, str]]:
-    """Key and caption (or label) of every record that can be used,
-    or stage and kind of what is wrong with it.
+    """Return each record's key with its caption or label.
+
+    If a record cannot be used, return its key with the stage and kind of the error.
     """
     found = []
     for record in dataset.records(start, len(dataset) if stop is None else stop):

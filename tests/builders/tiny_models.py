@@ -1,9 +1,9 @@
-"""Small models of the real architectures with random weights, in the folders of either library.
+"""Write small models with the real architectures and random weights, in either library's folders.
 
-CLIP as OpenAI trained it: QuickGELU, a causal text tower, the byte pairs that open_clip ships.
-SigLIP: timm's tower with attention pooling, a text tower that reads its padding, a logit bias, a
-SentencePiece vocabulary. Only the widths are reduced. The same kind and seed are the same weights
-in both formats.
+CLIP is as OpenAI trained it: QuickGELU, a causal text tower, and the byte pairs from open_clip.
+SigLIP has timm's tower with attention pooling, a text tower that reads its padding, a logit bias
+and a SentencePiece vocabulary. Only the widths are reduced. The same kind and seed give the same
+weights in both formats.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ IMAGE_SIZE, PATCH, LAYERS, HEADS, WIDTH = 32, 8, 2, 2, 64
 CLIP_DIM, CLIP_TEXT_WIDTH, CLIP_VOCABULARY = 32, 48, 49408
 LENGTH = {"clip": 77, "siglip": 64}
 ROOM = {"clip": 75, "siglip": 63}
-"""Tokens without start and end; SigLIP has no start."""
+"""Number of tokens without start and end. SigLIP has no start."""
 
 PIXELS: dict[str, dict[str, Any]] = {
     "clip": {
@@ -56,17 +56,17 @@ def write_tiny(
     """Save a small model with its tokenizer and preprocessing.
 
     Args:
-        folder: To be made. For SigLIP of open_clip the widths of the image tower are in ``trunk``
-            below it, which the configuration names by its absolute path.
-        kind: Which architecture.
-        fmt: "open_clip" as its ``push_to_hf_hub`` lays a folder out, "hf" as ``save_pretrained``
-            does.
-        seed: Of the weights.
-        tanh: Whether SigLIP's GELU is the tanh approximation; by default as the libraries have it
-            for the published weights: in transformers it is, in open_clip it is not.
+        folder: A new folder. For open_clip's SigLIP, the image tower's widths are in ``trunk``
+            below the folder, and the configuration names ``trunk`` by its absolute path.
+        kind: The architecture.
+        fmt: "open_clip" for a folder as from ``push_to_hf_hub``, "hf" for a folder as from
+            ``save_pretrained``.
+        seed: Seed for the weights.
+        tanh: Whether SigLIP's GELU is the tanh approximation. By default it is as in the libraries
+            for published weights: the approximation in transformers, and not in open_clip.
 
     Returns:
-        The model, of the library that ``fmt`` names.
+        The model, from the library that ``fmt`` names.
     """
     folder.mkdir(parents=True)
     if fmt == "hf":
@@ -81,14 +81,14 @@ def write_tiny(
 
 @cache
 def weights(kind: Kind, seed: int) -> dict[str, Tensor]:
-    """Random weights, under open_clip's names."""
+    """Return random weights, under open_clip's names."""
     with tempfile.TemporaryDirectory() as folder:
         model = build(config(kind, Path(folder), tanh=True))
     return draw_weights(model, open_clip.SimpleTokenizer() if kind == "clip" else siglip_ids, seed)
 
 
 def config(kind: Kind, trunk: Path, *, tanh: bool = False) -> dict[str, Any]:
-    """What open_clip builds a model from;
+    """Return open_clip's configuration for a model.
 
     SigLIP's image tower finds its widths in the folder ``trunk``.
     """
@@ -148,7 +148,7 @@ def config(kind: Kind, trunk: Path, *, tanh: bool = False) -> dict[str, Any]:
 
 
 def build(model_config: dict[str, Any]) -> nn.Module:
-    """The model of open_clip that a configuration describes."""
+    """Return open_clip's model for a configuration."""
     kind = open_clip.CustomTextCLIP if model_config.get("custom_text") else open_clip.CLIP
     with suppress_messages():
         return kind(
@@ -159,7 +159,7 @@ def build(model_config: dict[str, Any]) -> nn.Module:
 def save_open_clip(
     folder: Path, model_config: dict[str, Any], pixels: dict[str, Any], state: dict[str, Tensor]
 ) -> nn.Module:
-    """Lay a model out as ``push_to_hf_hub`` of open_clip does, but for its tokenizer."""
+    """Write a model's folder as open_clip's ``push_to_hf_hub`` does, without the tokenizer."""
     model = build(model_config)
     model.load_state_dict(state)
     (folder / CONFIG_FILE).write_text(
@@ -170,7 +170,7 @@ def save_open_clip(
 
 
 def hf_config(kind: Kind, *, tanh: bool = True) -> Any:
-    """The configuration of transformers for the same model."""
+    """Return transformers' configuration for the same model."""
     sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
     text = {**sizes, "max_position_embeddings": LENGTH[kind]}
     vision = {**sizes, "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH}

@@ -1,4 +1,4 @@
-"""The tokenizers of CLIP and SigLIP for both libraries, from vocabularies that need no hub."""
+"""Make tokenizers for CLIP and SigLIP in both libraries, with vocabularies that need no hub."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ TEXT = (
     "shirt shoe skirt"
 )
 WORDS = TEXT.split()
-"""Of which the vocabulary is made; other words are put together from letters and digits."""
+"""Words in the vocabulary. Other words are put together from letters and digits."""
 
 END = "</s>"
 
 
 def clip_tokenizer() -> Any:
-    """Of transformers, with the byte pairs of open_clip."""
+    """Return transformers' tokenizer for CLIP, with open_clip's byte pairs."""
     known = open_clip.SimpleTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {names.get(piece, piece): number for piece, number in known.encoder.items()}
@@ -41,8 +41,9 @@ def clip_tokenizer() -> Any:
 
 @cache
 def sentencepiece_model() -> bytes:
-    """A vocabulary in the layout of SigLIP's (padding 0, end 1, unknown 2),
-    trained on ``WORDS``.
+    """Return a vocabulary in SigLIP's layout, trained on ``WORDS``.
+
+    The layout has padding 0, end 1 and unknown 2.
     """
     file = io.BytesIO()
     phrases = [" ".join(WORDS[i : i + 5]) for i in range(len(WORDS))]
@@ -62,13 +63,14 @@ def sentencepiece_model() -> bytes:
 
 
 def vocabulary_size() -> int:
-    """Pieces of the vocabulary."""
+    """Return the number of pieces in the vocabulary."""
     return sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model()).vocab_size()
 
 
 def siglip_ids(texts: list[str], length: int = 64) -> Tensor:
-    """(M, length) numbers of clean texts by SentencePiece itself:
-    pieces, an end, and ends up to the length.
+    """Return the token numbers (M, length) for clean texts, from SentencePiece itself.
+
+    A row has the pieces, an end, and more ends up to the length.
     """
     pieces = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model()).encode(texts)
     return torch.tensor(
@@ -78,7 +80,10 @@ def siglip_ids(texts: list[str], length: int = 64) -> Tensor:
 
 @cache
 def siglip_tokenizer() -> Any:
-    """Of transformers; it gives no mask, as on the hub: SigLIP's text tower reads the padding."""
+    """Return transformers' tokenizer for SigLIP.
+
+    It gives no mask, as on the hub, because SigLIP's text tower reads the padding.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "spiece.model"
         file.write_bytes(sentencepiece_model())
@@ -86,8 +91,9 @@ def siglip_tokenizer() -> Any:
 
 
 def t5_tokenizer() -> Any:
-    """What open_clip wraps for SigLIP:
-    the same vocabulary, without the cleaning of texts, which open_clip does.
+    """Return the tokenizer that open_clip wraps for SigLIP.
+
+    It has the same vocabulary. It does not clean texts, because open_clip does.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 

@@ -1,6 +1,4 @@
-"""Random weights of small models,
-and the names that the same weights have in open_clip and in transformers.
-"""
+"""Draw random weights for small models, and translate names from open_clip to transformers."""
 
 from __future__ import annotations
 
@@ -16,10 +14,10 @@ from torch import Tensor, nn
 from tests.builders.tiny_tokenizers import WORDS
 
 LOGIT_SCALE, LOGIT_BIAS = 20.0, -7.5
-"""Smaller than those of trained models, whose embeddings are closer together."""
+"""Smaller than in trained models, because there the embeddings are closer together."""
 
 VALUES = {"attn.in_proj_weight": 3, "attn.qkv.weight": 3, "attn_pool.kv.weight": 2}
-"""In how many equal parts these fall, the last of which makes the values of attention."""
+"""Number of equal parts in each weight. The last part makes the attention's values."""
 
 BLOCK = {
     "ln_1": "layer_norm1",
@@ -31,7 +29,7 @@ BLOCK = {
     "attn.out_proj": "self_attn.out_proj",
     "attn.proj": "self_attn.out_proj",
 }
-"""Members of a transformer block, of open_clip's own and of timm's."""
+"""Members of a transformer block: open_clip's names and timm's, with transformers' names."""
 
 CLIP = {
     "visual.conv1": "vision_model.embeddings.patch_embedding",
@@ -73,9 +71,7 @@ TOWERS = {
 
 
 def to_transformers(state: dict[str, Tensor], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Weights of CLIP or SigLIP in open_clip under the names and in the shapes that transformers
-    has for them.
-    """
+    """Return open_clip's weights for CLIP or SigLIP, with the names and shapes in transformers."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         for new, part in _translate(name, tensor):
@@ -115,7 +111,7 @@ def _translate_block(
 
 
 def pictures(n: int, *, seed: int = 0, width: int = 32, height: int = 32) -> list[Image.Image]:
-    """Pictures of a colour each, with smooth blotches of others."""
+    """Return images, each in one colour with smooth blotches in other colours."""
     rng = np.random.default_rng(seed)
     coarse = np.round(
         255 * (0.7 * rng.random((n, 1, 1, 3)) + 0.3 * rng.random((n, 4, 4, 3)))
@@ -128,11 +124,10 @@ def pictures(n: int, *, seed: int = 0, width: int = 32, height: int = 32) -> lis
 def draw_weights(
     model: nn.Module, tokenize: Callable[[list[str]], Tensor], seed: int
 ) -> dict[str, Tensor]:
-    """Random weights of a model of open_clip,
-    under which pictures and texts have embeddings of their own.
+    """Return random weights for an open_clip model, so that embeddings differ.
 
-    Random towers give nearly the same vector for everything. So attention has large values, and the
-    mean over some pictures and texts is taken out of the last bias of each tower.
+    Random towers give nearly the same vector for all images and texts. So attention has large
+    values, and the mean over some images and texts is subtracted from each tower's last bias.
     """
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.stack(
@@ -155,8 +150,9 @@ def draw_weights(
 
 
 def _draw(name: str, weight: Tensor, generator: torch.Generator) -> None:
-    """Fill a weight:
-    maps keep the variance of what goes in, and every bias and gain is different from its default.
+    """Fill a weight.
+
+    Maps keep their input's variance. Every bias and gain differs from its default.
     """
     weight.normal_(generator=generator)
     if name.endswith(("pos_embed", "positional_embedding", "class_embedding")):

@@ -1,4 +1,4 @@
-"""An installed vilu that says that it is newer than it is."""
+"""Pretend that the installed vilu is newer than it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NEWER = "99.98.97"
 
 
 def raise_version(patch: pytest.MonkeyPatch) -> None:
-    """From here on, wherever the version is read."""
+    """Raise the version wherever it is read from now on."""
     installed = importlib.metadata.distribution
 
     def distribution(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The measurement behind docs/answers.md, on small sets with a known outcome."""
+"""Test the measurement behind docs/answers.md, on small sets with a known outcome."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ K, DIM = 4, 8
 
 
 def rows(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images near the axis of their class; the texts of two classes will be exchanged."""
+    """Return images near the axis for their class, and the classes.
+
+    ``TEXT`` exchanges the texts for two classes, so half the zero-shot answers are wrong.
+    """
     rng = np.random.default_rng(seed)
     target = np.arange(n) % K
     image = np.eye(K, DIM)[target] + 0.1 * rng.normal(size=(n, DIM))
@@ -31,7 +34,7 @@ def test_mixes_follow_the_probe_where_it_is_right() -> None:
     train = vilu.Embeddings(image, TEXT, target=target)
     weights = fit_weights(train, target, seed=0)
     assert weights.cross_fitted
-    assert weights.mix > 0.9  # half of the zero-shot answers are wrong
+    assert weights.mix > 0.9  # half the zero-shot answers are wrong
     new_image, new_target = rows(40, seed=1)
     both = experts(linear_probe().fit(train), vilu.Embeddings(new_image, TEXT))
     for judged in judged_by_mixes(both, weights, new_target).values():
@@ -49,7 +52,7 @@ def test_one_label_a_class_leaves_equal_weights() -> None:
 def test_a_run_is_taken_up_again_and_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    image, target = rows(64, seed=0)  # eight labels a class in a half: no network is trained
+    image, target = rows(64, seed=0)  # eight labels per class in a half, so no network is trained
     np.savez(tmp_path / "cifar10_b32.npz", image=image, text=TEXT, target=target)
     cells = tmp_path / "cells.jsonl"
     answers.main([str(tmp_path), str(cells), "--divisions", "1"])
@@ -72,7 +75,7 @@ def test_a_rule_is_broken_where_its_population_says_so() -> None:
     all_right = answer_guarantees.calibrate_often(right, n_rules=5, seed=0)
     assert all_right.n_broken == 0
     assert all_right.coverage > 0.98
-    # every 15th answer is wrong, so whatever is accepted breaks the rule
+    # Every 15th answer is wrong, so every rule that accepts answers is broken.
     wrong = JudgedAnswers(uncertainty, (np.arange(n) % 15 == 14).astype(np.int64))
     sure = answer_guarantees.calibrate_often(wrong, n_rules=200, seed=0)
-    assert sure.n_broken <= 20  # 5 % of 200, and three standard deviations
+    assert sure.n_broken <= 20  # 5 % among 200, and three standard deviations

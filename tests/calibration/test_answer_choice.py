@@ -1,4 +1,4 @@
-"""The choice between zero-shot answers and the own answers of a method."""
+"""Test the choice between zero-shot answers and a method's own answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ K, D = 6, 512
 
 
 def photos(n: int, noise: float, *, shift: float = 0.0, seed: int = 0) -> Embeddings:
-    """Images around their class, whose texts are ``shift`` away from the classes."""
+    """Return images around their class, whose texts are ``shift`` away from the classes."""
     rng = np.random.default_rng(seed)
     target = np.arange(n) % K
     image = np.eye(K, D)[target] + noise * rng.normal(size=(n, D)) / np.sqrt(D)
@@ -31,7 +31,8 @@ def probe(train: Embeddings) -> vilu.FailurePredictor:
 
 
 def test_answers_that_labels_mend_are_adapted() -> None:
-    train = photos(300, 1.0, shift=1.5)  # texts nearer to the next class: answers are wrong
+    # The texts are nearer to the next class, so zero-shot answers are wrong.
+    train = photos(300, 1.0, shift=1.5)
     choice = choose_answer(probe(train), train, 0.05)
     assert choice.answer == "adapted"
     assert "of 300 held-out rows, 100% of the adapted" in choice.reason
@@ -68,7 +69,7 @@ def test_the_fit_holds_out_the_rows_that_it_was_not_fitted_on() -> None:
     for kind in ("zero_shot", "adapted"):
         scores = vilu.score(predictor.judging(kind), photos(90, 2.0, shift=0.5, seed=1))
         judged = getattr(predictor.held_out_, kind)
-        # float32 logits of up to 100 leave 1e-5 of a small probability
+        # Float32 logits up to 100 leave a relative error near 1e-5 in a small probability.
         assert judged.uncertainty == pytest.approx(scores.uncertainty, rel=1e-4)
         assert judged.failure.tolist() == scores.failure.tolist()
 

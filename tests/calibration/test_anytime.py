@@ -1,5 +1,7 @@
-"""Evidence that is valid at any time:
-by hand, by brute force, and in calibrations looked at again and again.
+"""Test evidence that is valid at any time.
+
+The expected values come from hand-worked cases and brute force. Simulated calibrations are looked
+at repeatedly.
 """
 
 from __future__ import annotations
@@ -91,9 +93,8 @@ def test_what_more_would_do_does() -> None:
     looks, u = ThresholdTests(grid, RISK, DELTA), np.linspace(0, 1, 30)
     more = looks.n_more_labels_needed(u, np.zeros(30, np.int64))
     assert more is not None
-    longer = np.linspace(
-        0, 1, 30 + more + N_THRESHOLDS_UP_TO_LIMIT
-    )  # shares of whole labels are rounded down, one for each threshold
+    # Shares are rounded down to whole labels, so each threshold may need one label more.
+    longer = np.linspace(0, 1, 30 + more + N_THRESHOLDS_UP_TO_LIMIT)
     assert (
         looks.index_of_laxest_certified_threshold(longer, np.zeros(len(longer), np.int64))
         is not None
@@ -105,15 +106,15 @@ def test_what_more_would_do_does() -> None:
 
 
 def test_more_labels_go_to_thresholds_by_the_rows_they_accept() -> None:
-    # The limit has moved by 16 thresholds, each of which accepts 2 % more rows than the one before.
-    # So the first limit still accepts 1 / 1.02^16 = 73 % of all rows up to the new limit.
+    # The limit has moved by 16 thresholds. Each threshold accepts 2 % more rows than the one
+    # before. So the first limit accepts 1 / 1.02^16 = 73 % of all rows up to the new limit.
     scores = np.linspace(0.001, 1, 10_000)
     grid = threshold_grid(scores, 0.5)
     looks = ThresholdTests(
         grid, max_risk=0.05, delta=0.05, limit=float(grid[N_THRESHOLDS_UP_TO_LIMIT - 1 + 16])
     )
     none = np.zeros(0)
-    # Without a wrong answer the first limit is certified once it accepts as many labels as
+    # If no answer is wrong, the first limit is certified once it accepts as many labels as
     # ``n_labels_needed`` says.
     needed = n_labels_needed(0, 0.05, 0.7 * 0.05)
     share = 0.5 / grid[looks.last_tested_index]
@@ -136,13 +137,15 @@ RATES = {
     "rising": lambda u: 0.02 + 0.07 * u,
     "wrong at the top": lambda u: np.where(u < 0.03, 0.4, 0.045),
 }
-"""Failure rate at the quantile u; each has thresholds whose error rate is above the guarantee."""
+"""Failure rate at the quantile u. Each rate has thresholds whose error rate is above the guarantee.
+"""
 
 
 @pytest.mark.parametrize("name", RATES)
 def test_the_guarantee_holds_however_often_one_looks(name: str) -> None:
-    """The user looks after every ten labels and stops at the first certificate:
-    the worst that looking can do.
+    """The user looks after every 34 labels and stops at the first certificate.
+
+    No other way to stop breaks the guarantee more often.
     """
     rate, rng, calibrations, broken = RATES[name], np.random.default_rng(5), 2_000, 0
     dense = np.linspace(0, 1, 20_001)
@@ -160,8 +163,10 @@ def test_the_guarantee_holds_however_often_one_looks(name: str) -> None:
 
 
 def test_an_exact_test_repeated_at_every_look_breaks_it() -> None:
-    """What this is for:
-    the same looks with the binomial test at the full level certify far too often.
+    """If the exact binomial test is used at the full level at every look, it certifies far too
+    often.
+
+    So repeated looks need evidence that is valid at any time.
     """
     from vilu.calibration.thresholds import binomial_tail
 

@@ -1,6 +1,4 @@
-"""Rows that come again, labels that come again,
-and rows that lie in an order which is not one of arrival.
-"""
+"""Test rows and labels that arrive repeatedly, and rows whose order is not the order of arrival."""
 
 from __future__ import annotations
 
@@ -54,7 +52,10 @@ def save_and_resume(monitor: vilu.Monitor, calibration: vilu.Outcomes, path: Pat
 def test_rows_that_come_again_are_not_counted_again(
     calibration: vilu.Outcomes, tmp_path: Path, named: bool
 ) -> None:
-    """In any order and from a saved state; the status is that of once, to the last bit."""
+    """Repeated rows must leave the status as it was, to the last bit.
+
+    The rows arrive in two orders, and the monitor is resumed from a saved state.
+    """
     rows = draw(1, 300, named=named, labelled=True)
     monitor = monitor_of(calibration)
     once = monitor.update(rows)
@@ -71,7 +72,7 @@ def test_rows_in_part_known_are_counted_in_part(calibration: vilu.Outcomes) -> N
     whole, parts = monitor_of(calibration), monitor_of(calibration)
     expected = whole.update(rows)
     parts.update(rows.take(np.arange(180)))
-    twice = np.r_[100:300, 250:300]  # some known, and some twice in one file
+    twice = np.r_[100:300, 250:300]  # some rows are known, and some occur twice in one file
     with pytest.warns(UserWarning, match="130 of 250 rows were monitored before"):
         assert parts.update(rows.take(twice)) == expected
 
@@ -91,8 +92,10 @@ def test_another_score_or_answer_of_the_same_name_is_another_row(
 def test_names_that_come_every_day_are_other_rows_where_scores_are_tied(
     calibration: vilu.Outcomes,
 ) -> None:
-    """Half of the scores are 0:
-    a day's rows and labels all count, and of a file of old and new rows the new ones.
+    """If half the scores are 0 and names are used again every day, all new rows and labels must
+    count.
+
+    If a file has old and new rows, only the new rows must count.
     """
 
     def saturated(rows: vilu.Outcomes, ids: list[str] | None) -> vilu.Outcomes:
@@ -120,8 +123,9 @@ def test_names_that_come_every_day_are_other_rows_where_scores_are_tied(
 def test_a_grown_file_counts_once_where_every_score_is_tied(
     calibration: vilu.Outcomes, tmp_path: Path
 ) -> None:
-    """Names are unique, so that a row whose name came before is an old one:
-    rows, and labels, also from a state.
+    """If names are unique, a row with a known name is an old row.
+
+    So rows and labels must not count twice, not even after a saved state.
     """
 
     def rounded(rows: vilu.Outcomes) -> vilu.Outcomes:
@@ -150,8 +154,9 @@ def joined(one: vilu.Outcomes, other: vilu.Outcomes) -> vilu.Outcomes:
 
 
 def test_what_cannot_be_seen_is_counted(calibration: vilu.Outcomes) -> None:
-    """Without identifiers, as which row numbers count:
-    a part of a file, and scores that chance repeats.
+    """If rows have no identifiers, or only row numbers, some repeated rows cannot be recognised.
+
+    These are a part of a file, and scores that are equal by chance. The monitor must count them.
     """
     monitor = monitor_of(calibration)
     nameless = draw(1, 300, named=False)
@@ -160,7 +165,7 @@ def test_what_cannot_be_seen_is_counted(calibration: vilu.Outcomes) -> None:
     few = dataclasses.replace(nameless.take(np.arange(30)), uncertainty=np.arange(30) % 15 / 15)
     assert monitor.update(few, in_order=True).rows == monitor.update(few, in_order=True).rows - 30
     before = monitor.rows
-    for seed in (3, 4):  # other rows, that are numbered alike
+    for seed in (3, 4):  # other rows with the same numbers
         one = draw(seed, 50)
         flat = dataclasses.replace(
             one, ids=[str(row) for row in range(50)], uncertainty=np.full(50, 0.5)
@@ -170,7 +175,10 @@ def test_what_cannot_be_seen_is_counted(calibration: vilu.Outcomes) -> None:
 
 
 def test_numbers_of_rows_identify_no_labels(calibration: vilu.Outcomes) -> None:
-    """Ten rows a day are labelled, all with one score and answer, and the same places every day."""
+    """Labels at the same row numbers on different days must all count.
+
+    Every day ten rows are labelled. They have one score, one answer and the same row numbers.
+    """
     monitor, labelled = monitor_of(calibration), np.arange(100) % 10 == 3
     for seed in range(11, 16):
         rows = draw(seed, 100, labelled=True)
@@ -247,7 +255,9 @@ def test_memory_is_eight_bytes_a_row() -> None:
 def by_class(
     n: int, k: int, accuracy: float, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Targets in blocks, predictions that are right as often as stated, and uncertainties."""
+    """Return targets in blocks, predictions that are right with the given accuracy, and
+    uncertainties.
+    """
     rng = np.random.default_rng(seed)
     target = np.sort(rng.integers(k, size=n))
     prediction = np.where(rng.random(n) < accuracy, target, rng.integers(k, size=n))
@@ -272,8 +282,8 @@ def test_a_folder_of_classes_is_known_by_its_answers(n: int, k: int, accuracy: f
 
 
 def test_labels_in_blocks_are_an_order_only_where_chance_has_none() -> None:
-    assert is_in_blocks(np.repeat([1, 0], [20, 20]))  # 2 / C(40, 20)
-    assert not is_in_blocks(np.repeat([1, 0], [99, 1]))  # one time in 50
+    assert is_in_blocks(np.repeat([1, 0], [20, 20]))  # probability 2 / C(40, 20)
+    assert not is_in_blocks(np.repeat([1, 0], [99, 1]))  # probability 1 / 50
     assert not is_in_blocks(np.arange(50))
     assert not is_in_blocks(np.repeat([1, 0, 1], [20, 20, 1]))
 
@@ -290,8 +300,9 @@ def test_rows_sorted_by_their_uncertainty(reverse: int) -> None:
 
 
 def test_a_shift_is_no_order() -> None:
-    """What a monitor is for must come through:
-    a change of everything somewhere in the file, two changes, a drift.
+    """A shift must not be refused as a sorted file, because a monitor must see shifts.
+
+    The test has sudden changes at several rows, and a slow drift.
     """
     rng = np.random.default_rng(0)
     for at in (30, 250, 500, 750, 990):
@@ -309,7 +320,7 @@ def test_a_shift_is_no_order() -> None:
 
 
 def test_rows_in_random_order_pass() -> None:
-    """2,000 files of every kind, rare classes and ties among them; one in 10,000 may fail."""
+    """Rows in random order must not be refused, also with rare classes and ties."""
     rng = np.random.default_rng(0)
     for _ in range(2000):
         n, k = int(rng.integers(1, 200)), int(rng.integers(1, 40))

@@ -1,4 +1,4 @@
-"""Bounds that hold at all times, against numerical integration, brute force and simulation."""
+"""Test bounds that hold at all times, against numerical integration, brute force and simulation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PRIOR = (1.0, 19.0)
 
 
 def brute_wealth(wrong: int, n: int, rate: float) -> float:
-    """The mixture as it is written."""
+    """Return the mixture's wealth from its definition."""
     prior = stats.beta(*PRIOR)
 
     def integrand(theta: float) -> float:
@@ -34,8 +34,9 @@ def test_wealth_is_the_integral(wrong: int, n: int) -> None:
 
 
 def test_the_wealth_is_a_martingale_at_the_rate_and_shrinks_below_it() -> None:
-    """The mean over the next answer, after any past:
-    exactly M(r) where answers are wrong at the rate r.
+    """After any past, the expected wealth after the next answer must be exactly the wealth now.
+
+    This holds if answers are wrong at the rate r. At a smaller rate the wealth must shrink.
     """
     for wrong, n in ((0, 0), (2, 30), (9, 40)):
         now, after_right, after_wrong = (
@@ -60,8 +61,9 @@ def test_the_lower_bound_is_where_the_wealth_falls_below_its_limit(wrong: int, n
 
 
 def test_bounds_hold_at_all_times_together() -> None:
-    """4,000 streams of 1,000 answers, looked at after each:
-    misses are at most delta + 3 sigma, on either side.
+    """Each bound may miss in at most delta + 3 sigma of 4,000 streams.
+
+    A stream has 1,000 answers. It misses if the bound is wrong after any answer.
     """
     delta, rate, n, streams = 0.1, 0.05, 1000, 4000
     rng = np.random.default_rng(0)
@@ -109,8 +111,7 @@ def test_bounds_of_the_audit_are_ordered_and_tell_how_many_more() -> None:
     assert unseen is not None
     assert Audit(0.05, 0.01, unseen, 0).verdict == "holds so far"
     assert Audit(0.05, 0.01, unseen - 1, 0).verdict == "not enough audited answers"
-    assert (
-        Audit(0.05, 0.01, 40, 2).n_more_needed() is None
-    )  # at the guaranteed rate nothing would tell
+    # At the guaranteed rate, more answers would not decide.
+    assert Audit(0.05, 0.01, 40, 2).n_more_needed() is None
     assert Audit(0.05, 0.01, 1000, 200).n_more_needed() == 0
     assert (Audit(0.05, 0.01).lower, Audit(0.05, 0.01).upper) == (0, 1)

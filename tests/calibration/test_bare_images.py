@@ -1,4 +1,4 @@
-"""Bare image embeddings: scored with the classes of the model, on the device where they lie."""
+"""Test scores for bare image embeddings, with the model's classes, on the embeddings' device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ N = 50
 
 
 def plain(n: int, seed: int, first: int) -> vilu.Embeddings:
-    """Toy rows without columns, which bare embeddings have not either."""
+    """Return toy rows without extra columns, because bare embeddings have none either."""
     rows = toy_embeddings(n, seed=seed, ids_from=first)
     return vilu.Embeddings(
         image=rows.image,
@@ -78,7 +78,7 @@ def test_a_predictor_takes_texts(model: vilu.Selective) -> None:
     mcm = vilu.MCM().fit(new)
     expected = mcm.predict_uncertainty(new)
     assert np.array_equal(mcm.predict_uncertainty(new.image, new.text).numpy(), expected)
-    probe = model.predictor  # it keeps the texts of its classes
+    probe = model.predictor  # it keeps its classes' texts
     assert len(probe.predict_uncertainty(new.image.numpy())) == N
 
 
@@ -109,21 +109,22 @@ def test_no_embedding_leaves_its_device(name: str) -> None:
     with FakeGPU() as gpu:
         uncertainty = predictor.predict_uncertainty(on_gpu(N, text.shape[1]), text)
     assert uncertainty.device.type == DEVICE
-    # a status of every row, for methods that compare the rows with those of their fit
+    # One status per row is copied, for methods that compare the rows with their fit rows.
     assert set(gpu.shapes) <= {(N,)}
 
 
 def test_outcomes_take_a_few_numbers_of_a_row(
     model: vilu.Selective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # the mean text has no numbers there, so it is not that of the calibration
+    # The mean text has no numbers on this device, so it would differ from the calibration's mean
+    # text.
     monkeypatch.setattr("vilu.calibration.calibration.candidates_agree", lambda *_: True)
     n_classes, width = plain(N, 3, 0).text.shape
     with FakeGPU() as gpu:
         outcomes = model.predict(on_gpu(N, width))
     assert len(outcomes) == N
     assert outcomes.label_set is not None
-    # numbers of rows, the probabilities for their label sets, and the mean text
+    # Only the row numbers, the probabilities for label sets and the mean text are copied.
     assert set(gpu.shapes) <= {(N,), (N, n_classes), (width,)}
 
 

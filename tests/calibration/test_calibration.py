@@ -1,6 +1,4 @@
-"""What ``calibrate_predictor`` refuses before it computes anything,
-and captions from end to end.
-"""
+"""Test which targets ``calibrate_predictor`` refuses before it computes anything, and captions."""
 
 from __future__ import annotations
 
@@ -47,9 +45,8 @@ def test_targets_are_checked_first(target: Target, message: str, tmp_path: Path)
     vilu.MCM().save(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(UsageError, match=message):
-        calibrate_predictor(
-            tmp_path, toy_embeddings(n=5), target
-        )  # far too few rows for anything else
+        # There are too few rows for any calibration, so the refusal must come first.
+        calibrate_predictor(tmp_path, toy_embeddings(n=5), target)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -57,8 +54,9 @@ def test_targets_are_checked_first(target: Target, message: str, tmp_path: Path)
 def test_a_calibration_that_was_cut_off_is_made_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: str
 ) -> None:
-    """There is no record before all that belongs to it:
-    else the next run would find nothing to do.
+    """If a calibration is interrupted, the same command must make it again.
+
+    So the record is written last. Otherwise the next run would find nothing to do.
     """
 
     def cut(*arguments: object, **named: object) -> None:
@@ -76,7 +74,10 @@ def test_a_calibration_that_was_cut_off_is_made_again(
 
 
 def test_one_other_row_makes_another_calibration(tmp_path: Path) -> None:
-    """Rows that are in no store, as those that labels were given for are not, are all looked at."""
+    """If a single row changes, the calibration is another one.
+
+    Rows outside a store are all compared, as labelled rows without a store are.
+    """
     data, target = toy_embeddings(n=700), Target(max_risk=0.4)
     vilu.MCM().save(tmp_path)
     taken = data.take(np.arange(690))
@@ -131,8 +132,9 @@ def test_a_row_without_a_score_is_not_accepted_and_says_why(tmp_path: Path) -> N
 
 
 def with_ood(n: int, seed: int) -> vilu.Embeddings:
-    """Toy images, a fifth of them of none of the classes:
-    anywhere, and so with low similarities.
+    """Return toy images with a fifth out of distribution.
+
+    The out-of-distribution images point anywhere, so their similarities are low.
     """
     data, rng = toy_embeddings(n, seed=seed, ids_from=1000 * seed), np.random.default_rng(seed)
     image, target = data.image.numpy().copy(), data.target.numpy().copy()
@@ -151,7 +153,7 @@ def with_ood(n: int, seed: int) -> vilu.Embeddings:
 
 
 class Seeing(SeesOutside, vilu.MCM):
-    """MCM that takes an image for out of distribution where no text is near."""
+    """MCM that takes an image for out-of-distribution if no text is near."""
 
     name = "seeing"
 

@@ -1,4 +1,4 @@
-"""Guarantees about photos without a label: by brute force and in simulated folders."""
+"""Test guarantees about photos without a label, by brute force and in simulated folders."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ NO_LABEL = np.zeros(0, np.int64)
 
 
 def looks_of(photos: Floats, grid: Floats, *, max_risk: float = RISK) -> ClosedSetTests:
-    """The tests of a set of photos without labels aside."""
+    """Return the tests for photos without labels set aside."""
     closed = ClosedCounts.of(grid, photos, aside_scores=NONE, aside_failure=NO_LABEL)
     return ClosedSetTests(grid, max_risk, DELTA, closed)
 
 
 def product_of_bets(labels: list[bool], n_photos: int, total: int) -> float:
-    """Evidence against exactly ``total`` wrong answers, label after label."""
+    """Return the evidence against exactly ``total`` wrong answers, one label at a time."""
     prior_right = PRIOR_A / (PRIOR_RELATIVE_MEAN * RISK) - PRIOR_A
     wealth = 1.0
     n_wrong = 0
@@ -60,7 +60,7 @@ def test_evidence_is_the_least_product_of_bets(labels: list[bool], beyond: int) 
     wrong = sum(labels)
     total = wrong + beyond
     totals = range(total, n_photos + 1)
-    # A total is impossible if the labels show more right answers than it allows.
+    # A total is impossible if the labels show more right answers than the total allows.
     possible = [total for total in totals if total <= n_photos - (len(labels) - wrong)]
     least = min((product_of_bets(labels, n_photos, total) for total in possible), default=math.inf)
     found = float(np.exp(log_evidence(wrong, len(labels), n_photos, total, RISK)))
@@ -68,7 +68,7 @@ def test_evidence_is_the_least_product_of_bets(labels: list[bool], beyond: int) 
 
 
 def chance(wrong: int, drawn: int, n_photos: int, total: int) -> float:
-    """Hypergeometric probability of ``wrong`` wrong answers."""
+    """Return the hypergeometric probability for ``wrong`` wrong answers."""
     ways = math.comb(total, wrong) * math.comb(n_photos - total, drawn - wrong)
     return ways / math.comb(n_photos, drawn)
 
@@ -86,11 +86,12 @@ def test_the_mean_evidence_against_the_truth_is_at_most_one(total: int) -> None:
 
 
 def test_at_the_edges_evidence_is_nothing_or_certainty() -> None:
-    # without a label there is no evidence
+    # Without a label there is no evidence.
     assert log_evidence(0, 0, 50, 3, RISK) == pytest.approx(0)
-    # 3 wrong answers among 2 photos that are left: the next draw would have a mean above 1
+    # 3 wrong answers cannot be among the 2 photos that are left. The next draw would have a mean
+    # above 1.
     assert log_evidence(0, 48, 50, 3, RISK) == math.inf
-    # all of the wrong answers are among the labels: no further wrong answer was foretold
+    # All wrong answers are among the labels, so no further wrong answer was expected.
     assert log_evidence(3, 20, 50, 3, RISK) <= 0
     assert log_evidence(50, 50, 50, 50, RISK) <= 0
 
@@ -103,13 +104,16 @@ def test_the_exact_tail_counts_all_draws(drawn: int, total: int) -> None:
     for wrong in range(drawn + 1):
         share = np.mean([n_wrong <= wrong for n_wrong in draws])
         assert exact_tail(wrong, drawn, n_photos, total) == pytest.approx(share, abs=1e-12)
-    # nine wrong of eight photos cannot be
+    # Eight photos cannot have nine wrong answers.
     assert exact_tail(0, drawn, n_photos, n_photos + 1) == 0
 
 
 @pytest.mark.parametrize("max_risk", [0.2, 0.4])
 def test_no_total_breaks_the_guarantee_in_any_order(max_risk: float) -> None:
-    """One threshold, every label a look, and the exact share of all orders that are ever broken."""
+    """The exact probability that a certificate is ever false must be at most ``DELTA``.
+
+    There is one threshold, and every label is a look.
+    """
     n_photos = 30
     photos = np.zeros(n_photos)
     looks = looks_of(photos, np.zeros(N_THRESHOLDS_UP_TO_LIMIT), max_risk=max_risk)
@@ -125,10 +129,13 @@ def test_no_total_breaks_the_guarantee_in_any_order(max_risk: float) -> None:
 
 
 def _ever_broken(certified: np.ndarray, total: int, max_risk: float) -> float:
-    """Probability that a certificate is ever false, from the chances of all counts in turn."""
+    """Return the probability that a certificate is ever false.
+
+    It is computed from the probability that each number of wrong answers has after each label.
+    """
     n_photos = len(certified) - 1
     broken = 0.0
-    at = {0: 1.0}  # probability of every number of wrong answers while nothing is broken
+    at = {0: 1.0}  # probability for each number of wrong answers while no certificate was false
     for drawn in range(n_photos):
         after: dict[int, float] = {}
         for wrong, probability in at.items():
@@ -160,14 +167,14 @@ def test_a_threshold_adds_the_evidence_of_laxer_ones() -> None:
     drawn = photos[::20]
     at = looks.index_of_laxest_certified_threshold(drawn, np.zeros(100, np.int64))
     assert at == len(grid) - 1
-    # By hand: the laxest threshold has its own evidence alone.
+    # Worked by hand: the laxest threshold has only its own evidence.
     n_left = 1_900
     total = math.floor(RISK * n_left) + 1
     evidence = float(log_evidence(0, 100, 2_000, total, RISK)) + math.log(
         level_shares(N_THRESHOLDS_UP_TO_LIMIT)[-1]
     )
     assert evidence >= math.log(1 / DELTA)
-    # One wrong answer at the top: the strictest certified threshold is below it.
+    # If the answers at the top are wrong, the certified threshold is below them.
     failure = np.zeros(100, np.int64)
     failure[-12:] = 1
     lower = looks.index_of_laxest_certified_threshold(drawn, failure)
@@ -184,19 +191,19 @@ def test_labels_aside_count_but_prove_nothing() -> None:
     looks = ClosedSetTests(grid, RISK, DELTA, all_right)
     _, n_drawn = looks.count_wrong_and_accepted(drawn, right)
     assert looks.count_unlabelled(n_drawn)[-1] == 300
-    # Without a draw nothing is shown, however many photos have a label.
+    # Without a draw nothing is shown, even if many photos have a label.
     assert looks.index_of_laxest_certified_threshold(NONE, NO_LABEL) is None
-    # Fewer photos without a label may hold fewer wrong answers, so the same draw shows less.
+    # If fewer photos have no label, they may hold fewer wrong answers. So the same draw shows less.
     beside_none = looks_of(photos, grid)
     assert _most_evidence(looks, drawn, right) < _most_evidence(beside_none, drawn, right)
-    # Wrong answers among them are known, and no longer among the photos without a label.
+    # Wrong answers set aside are known, so they are no longer among the photos without a label.
     some_wrong = ClosedCounts.of(grid, photos, aside, (np.arange(100) % 10 == 0).astype(np.int64))
     of_wrong = ClosedSetTests(grid, RISK, DELTA, some_wrong)
     assert _most_evidence(of_wrong, drawn, right) > _most_evidence(looks, drawn, right)
 
 
 def _most_evidence(looks: ClosedSetTests, drawn: Floats, failure: np.ndarray) -> float:
-    """Evidence for the laxest threshold of a test."""
+    """Return a test's evidence for the laxest threshold."""
     wrong, n_drawn = looks.count_wrong_and_accepted(drawn, failure)
     n_left = looks.count_unlabelled(n_drawn)[-1]
     tolerated = wrong[-1] + looks.photo_counts.aside_wrong[-1] + math.floor(RISK * n_left)
@@ -221,9 +228,8 @@ def test_what_more_labels_would_show_is_shown() -> None:
     assert more is not None
     assert looks.index_of_laxest_certified_threshold(order[:30], right[:30]) is None
     assert not looks.can_certify(order[:30])
-    enough = order[
-        : 30 + more + N_THRESHOLDS_UP_TO_LIMIT
-    ]  # shares of whole labels are rounded down
+    # Shares are rounded down to whole labels.
+    enough = order[: 30 + more + N_THRESHOLDS_UP_TO_LIMIT]
     at = looks.index_of_laxest_certified_threshold(enough, right[: len(enough)])
     assert at is not None
     assert grid[at] <= 0.6
@@ -278,7 +284,10 @@ def test_no_world_breaks_the_guarantee_more_often_than_allowed(world: str, n_pho
 
 
 def most_expected(n: int) -> float:
-    """Mean and three standard deviations of the broken ones among n, each with chance ``DELTA``."""
+    """Return the mean broken count plus three standard deviations.
+
+    Each rule among n is broken with probability ``DELTA``.
+    """
     return DELTA * n + 3 * math.sqrt(DELTA * (1 - DELTA) * n)
 
 

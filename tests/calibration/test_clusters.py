@@ -1,4 +1,4 @@
-"""Guarantees about clusters of rows: numbers worked by hand, and what they hold against."""
+"""Test guarantees about clusters: numbers worked by hand, and simulations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def names_of(cluster: np.ndarray) -> list[str]:
 
 
 def bursts(n_clusters: int, size: int, seed: int = 0) -> tuple[Outcomes, list[str]]:
-    """Bursts of equal uncertainties, each of which is right or wrong as a whole."""
+    """Return bursts with equal uncertainties. Each burst is right or wrong as a whole."""
     random = np.random.default_rng(seed)
     cluster = np.repeat(np.arange(n_clusters), size)
     uncertainty = random.random(n_clusters)[cluster]
@@ -49,7 +49,8 @@ def test_majority_answer_of_a_cluster_and_its_score_by_hand() -> None:
     clusters = majority_outcomes(rows, ["a", "a", "a", "b", "b", "c"])
     assert clusters.ids == ("a", "b", "c")
     np.testing.assert_allclose(clusters.uncertainty, [0.3, 0.3, 0.5])
-    # a: two rows say 3. b: one row each, so the more trusted answer 2. c: no label.
+    # Cluster a: two rows answer 3. Cluster b: each answer has one row, so the more trusted answer 2
+    # is taken. Cluster c has no label.
     assert clusters.prediction is not None
     assert clusters.prediction.tolist() == [3, 2, 4]
     assert clusters.failure.tolist() == [0, 0, -1]
@@ -97,7 +98,7 @@ def test_majority_rule_accepts_all_rows_of_a_cluster_or_none() -> None:
 
 
 def aside_at(scores: np.ndarray, largest: int) -> LabelledRows:
-    """Clusters of the largest size that fix the starts, a score each."""
+    """Return clusters with the largest size and one score each, which fix the starts."""
     cluster = np.repeat(np.arange(len(scores)), largest)
     return LabelledRows(scores[cluster], np.zeros_like(cluster), cluster, largest_cluster=largest)
 
@@ -116,13 +117,14 @@ def test_clusters_of_one_row_have_the_evidence_of_single_rows(
     threshold = ratio_threshold(rows, aside_at(uncertainty[::10] + 0.5, 1), max_risk, delta)
     if threshold.threshold is None:
         return
-    # whatever is certified has the evidence of the whole level at least
+    # A certified threshold must have at least the evidence for the whole level.
     assert evidence[int(threshold.threshold)] >= -math.log(delta) - 1e-9
 
 
 def test_flawless_clusters_of_the_largest_size_count_like_rows() -> None:
-    # 72 right answers certify 5 % with the bets (``vilu.calibration.anytime``). A tenth of the
-    # clusters, rounded up, is set aside: 71 of 79 are tested, and 72 of 80.
+    # With the bets, 72 right answers certify 5 % (``vilu.calibration.anytime``). A tenth of the
+    # clusters, rounded up, is set aside. So 71 clusters are tested if there are 79, and 72 if there
+    # are 80.
     def accepted_of(n_clusters: int) -> int:
         cluster = np.repeat(np.arange(n_clusters), 3)
         outcomes = Outcomes(np.full(len(cluster), 0.5), np.zeros(len(cluster)))
@@ -134,22 +136,24 @@ def test_flawless_clusters_of_the_largest_size_count_like_rows() -> None:
 
 
 def test_wrong_rows_of_one_cluster_count_by_hand() -> None:
-    # One accepted cluster of 2 rows, both wrong, and 299 of 2 right rows, at r = 5 %, M = 2:
-    # the bet b loses 1 - b 2 (1 - r) / ((1 - r) 2) = 1 - b, and wins 1 + b r / (1 - r) each.
+    # One accepted cluster has 2 wrong rows, and 299 clusters have 2 right rows. With r = 5 % and M
+    # = 2, the bet b has the factor 1 - b 2 (1 - r) / ((1 - r) 2) = 1 - b for the wrong cluster, and
+    # 1 + b r / (1 - r) for each right cluster.
     bet, share = np.array([(0.95, 0.4), (0.8, 0.25), (0.6, 0.2), (0.35, 0.15)]).T
     wealth = (share * (1 - bet) * (1 + bet * 0.05 / 0.95) ** 299).sum()
     cluster = np.repeat(np.arange(300), 2)
     failure = (cluster == 299).astype(np.int64)
     rows = LabelledRows(np.arange(600.0), failure, cluster, largest_cluster=2)
-    # All sequences start where everything is accepted. At a level just above 1 / wealth everything
-    # is accepted, just below it nothing.
+    # All sequences start where everything is accepted. If the level is just above 1 / wealth,
+    # everything is accepted. If it is just below, nothing is accepted.
     aside = aside_at(np.full(30, 599.0), 2)
     assert ratio_threshold(rows, aside, 0.05, 1.001 / wealth).n_accepted == 600
     assert ratio_threshold(rows, aside, 0.05, 0.999 / wealth).n_accepted == 0
 
 
 def test_a_score_before_the_start_is_not_certified() -> None:
-    # 300 clusters of one row, right up to the score 250. The level is enough there, not beyond.
+    # 300 clusters have one row each, and are right up to the score 250. The level is enough there,
+    # and not beyond.
     failure = (np.arange(300) > 250).astype(np.int64)
     enough = log_evidence(0, 251, 0.05)
     not_enough = log_evidence(1, 252, 0.05)
@@ -164,8 +168,9 @@ def test_a_score_before_the_start_is_not_certified() -> None:
 
 
 def test_a_sequence_that_reaches_the_next_start_hands_on_its_level() -> None:
-    # 800 clusters of one row, the last 16 wrong, so the evidence is least at the end. Sequences
-    # start at 25, 50, 70 and 90 %, and only all levels together are enough for everything.
+    # 800 clusters have one row each, and the last 16 are wrong, so the evidence is least at the
+    # end. Sequences start at 25, 50, 70 and 90 %. Only all levels together are enough to accept
+    # everything.
     failure = (np.arange(800) >= 784).astype(np.int64)
     rows = LabelledRows(np.arange(800.0), failure, np.arange(800), largest_cluster=1)
     enough = math.exp(-float(log_evidence(16, 800, 0.05)))
@@ -190,7 +195,8 @@ def test_labels_of_the_clusters_that_fix_the_starts_do_not_matter() -> None:
 
 
 def test_clusters_of_many_rows_of_which_few_are_doubtful_are_accepted() -> None:
-    # Pages of words: nearly every cluster has an accepted row long before the evidence is enough.
+    # As in pages with many words, nearly every cluster has an accepted row long before the evidence
+    # is enough.
     random = np.random.default_rng(0)
     cluster = np.repeat(np.arange(450), random.integers(10, 31, size=450))
     uncertainty = random.random(len(cluster))
@@ -198,7 +204,7 @@ def test_clusters_of_many_rows_of_which_few_are_doubtful_are_accepted() -> None:
     rule = vilu.certify_clusters(
         Outcomes(uncertainty, failure), names_of(cluster), "ratio", max_risk=0.05, largest=30
     )
-    # 0.9 u^11 / 12 is 5 % at u = 0.963
+    # 0.9 u^11 / 12 is 5 % at u = 0.963.
     assert 0.8 < rule.coverage < 0.963
 
 
@@ -223,7 +229,7 @@ def test_clusters_above_the_bound_are_left_for_review() -> None:
 
 def test_without_a_bound_the_largest_cluster_sets_it_and_is_no_evidence() -> None:
     outcomes, names = bursts(300, size=3)
-    names[3] = names[0]  # a cluster of four rows, and one of two
+    names[3] = names[0]  # one cluster with four rows, and one with two
     rule = vilu.certify_clusters(outcomes, names, "ratio", max_risk=0.1)
     assert rule.clusters is not None
     assert (rule.clusters.largest, rule.clusters.n, rule.n) == (4, 269, 806)
@@ -289,8 +295,8 @@ def test_what_is_no_guarantee_about_clusters_is_refused() -> None:
 
 
 def test_correlation_by_hand() -> None:
-    # Means 1, 0.5, 0, 0 and 0.375: B = 2 (0.390625 + 0.015625 + 2 * 0.140625) / 3 = 0.4583,
-    # W = 0.5 / 4, n_0 = (8 - 16 / 8) / 3 = 2: (B - W) / (B + W) = 4 / 7
+    # The means are 1, 0.5, 0, 0 and 0.375 overall. B = 2 (0.390625 + 0.015625 + 2 * 0.140625) / 3 =
+    # 0.4583, W = 0.5 / 4 and n_0 = (8 - 16 / 8) / 3 = 2, so (B - W) / (B + W) = 4 / 7.
     failure = np.array([1, 1, 1, 0, 0, 0, 0, 0])
     among = correlation(failure, np.array([0, 0, 1, 1, 2, 2, 3, 3]))
     assert among.value == pytest.approx(4 / 7)
@@ -304,7 +310,7 @@ def test_correlation_of_whole_and_of_independent_clusters() -> None:
     alone = (random.random(2000) < 0.3).astype(np.int64)
     assert correlation(whole, cluster).value == pytest.approx(1.0)
     assert correlation(whole, cluster).n_effective == pytest.approx(500)
-    # the standard error for rho = 0 is sqrt(2 / (m (m - 1) k)) = 0.018 (Donner 1986)
+    # For rho = 0 the standard error is sqrt(2 / (m (m - 1) k)) = 0.018 (Donner 1986).
     assert abs(correlation(alone, cluster).value) < 4 * 0.018
 
 
@@ -335,8 +341,8 @@ def test_warning_says_what_correlated_rows_are_worth() -> None:
 
 @pytest.mark.parametrize("rho", benchmark.CORRELATIONS)
 def test_simulated_guarantees_hold_for_every_correlation(rho: float) -> None:
-    # 60 of the 500 calibrations of the benchmark. Where a guarantee is broken in 5 % of all draws,
-    # more than 9 of 60 have a probability of 0.1 %.
+    # The benchmark has 500 calibrations. Here are 60. If a guarantee is broken in 5 % of all draws,
+    # more than 9 broken ones among 60 have a probability of 0.1 %.
     world = benchmark.World("rising", n_clusters=300, fewest=5, most=5)
     simulation = benchmark.Simulation(world, rho, seed=3)
     simulation.run(60)
@@ -347,7 +353,8 @@ def test_simulated_guarantees_hold_for_every_correlation(rho: float) -> None:
 
 
 def test_simulated_ratio_where_the_risk_crosses_the_bar_three_times() -> None:
-    # 60 calibrations: as above, more than 9 broken ones have a probability of 0.1 % at most.
+    # If a guarantee is broken in 5 % of all draws, more than 9 broken ones among 60 have a
+    # probability of at most 0.1 %.
     world = benchmark.World("waves", n_clusters=1_000, fewest=3, most=3)
     random = np.random.default_rng(4)
     thresholds = []
@@ -359,4 +366,4 @@ def test_simulated_ratio_where_the_risk_crosses_the_bar_three_times() -> None:
         thresholds.append(rule.threshold or 0.0)
     broken = sum(world.risk(threshold) > 0.05 for threshold in thresholds)
     assert broken <= 9
-    assert max(thresholds) > 0.3  # the first step of the world, up to which 2 % are wrong
+    assert max(thresholds) > 0.3  # the world's first step, up to which 2 % are wrong

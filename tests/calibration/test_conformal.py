@@ -1,4 +1,4 @@
-"""Conformal p-values on line, against counting by hand and by brute force."""
+"""Test online conformal p-values, against hand-worked numbers and brute force."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vilu.calibration.monitor.martingale import ReferenceValues, count_in_earlie
 
 
 def brute(before: list[float], values: list[float], uniform: list[float]) -> list[float]:
-    """The definition, one row at a time."""
+    """Return the p-values from their definition, one row at a time."""
     seen, found = list(before), []
     for value, u in zip(values, uniform, strict=True):
         greater, equal = sum(x > value for x in seen), sum(x == value for x in seen)
@@ -20,11 +20,12 @@ def brute(before: list[float], values: list[float], uniform: list[float]) -> lis
 
 
 def test_worked_by_hand() -> None:
-    """Calibration 1, 2, 2, 4; then 2 arrives, 5, and 2 again, with U = 1/2."""
+    """The calibration values are 1, 2, 2 and 4. Then 2, 5 and 2 arrive, with U = 1/2."""
     reference = ReferenceValues.of(np.array([1.0, 2.0, 2.0, 4.0]))
     p = reference.p_values(np.array([2.0, 5.0, 2.0]), np.full(3, 0.5))
-    # one is greater and two are equal, of 4: (1 + 3/2) / 5; none is greater: (1/2) / 6;
-    # two are greater and three are equal, of 6: (2 + 4/2) / 7
+    # First value: one of 4 is greater and two are equal, so p = (1 + 3/2) / 5. Second value: none
+    # is greater, so p = (1/2) / 6. Third value: two of 6 are greater and three are equal, so p = (2
+    # + 4/2) / 7.
     assert p.tolist() == pytest.approx([2.5 / 5, 0.5 / 6, 4 / 7], abs=1e-15)
 
 
@@ -57,8 +58,8 @@ def test_counts_of_earlier_values(n: int) -> None:
 
 
 def test_sorted_runs_stay_few() -> None:
-    """A thousand additions of one value each leave about log2(1000) runs,
-    so that a look-up stays cheap.
+    """A thousand single additions must leave about log2(1000) sorted runs, so that a look-up stays
+    cheap.
     """
     reference = ReferenceValues()
     for value in np.random.default_rng(0).random(1000):
@@ -70,8 +71,9 @@ def test_sorted_runs_stay_few() -> None:
 
 
 def test_uniform_and_independent_under_exchangeability_even_with_ties() -> None:
-    """Neighbouring p-values of many short streams:
-    jointly they are two independent uniform numbers.
+    """If rows are exchangeable, two neighbouring p-values must be independent and uniform.
+
+    The p-values come from many short streams.
     """
     rng = np.random.default_rng(1)
     pairs = []
@@ -86,8 +88,9 @@ def test_uniform_and_independent_under_exchangeability_even_with_ties() -> None:
 
 
 def test_p_values_against_a_fixed_reference_are_not_independent() -> None:
-    """Why the reference grows:
-    with a fixed one of 6 rows, p-values of one stream agree with each other.
+    """If the reference has 6 fixed rows, a stream's p-values depend on each other.
+
+    So the reference must grow.
     """
     rng = np.random.default_rng(2)
     first, second = [], []

@@ -1,4 +1,4 @@
-"""Calibration rows that are near copies of fitted rows are looked for."""
+"""Test the search for calibration rows that are near copies of fit rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH = 256
 
 
 def rows(n: int, seed: int, copied: vilu.Embeddings | None = None, noise: float = 0.0) -> dict:
-    """Arrays of n rows, or of copies of the first n of a set, with noise in every coordinate."""
+    """Return arrays for n new rows, or for noisy copies of the first n rows in a set."""
     rng = np.random.default_rng(seed)
     text = np.random.default_rng(99).normal(size=(3, WIDTH)) / np.sqrt(WIDTH)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
@@ -61,14 +61,16 @@ def test_a_few_near_copies_of_fitted_rows_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train = fitted(tmp_path)
-    near = rows(4, seed=1, copied=train, noise=0.01)  # cosine about 0.987
+    near = rows(4, seed=1, copied=train, noise=0.01)  # a cosine near 0.987
     with caplog.at_level(logging.WARNING):
         calibrate_predictor(tmp_path, joined(rows(200, seed=2), near), Target(max_risk=0.9))
     assert "4 of 204 calibration rows have a cosine of at least 0.98 with a row" in caplog.text
 
 
 def test_copies_are_as_they_are_among_the_fitted_rows(tmp_path: Path) -> None:
-    """A set whose own rows stand in bursts is not refused for it."""
+    """A calibration set must not be refused if it has no more near copies than the fit rows have
+    among themselves.
+    """
     scenes = joined(rows(200, seed=0))
     bursts = [rows(200, seed=seed, copied=scenes, noise=0.002) for seed in (1, 2, 3)]
     KNNVote(k=3).fit(joined(*bursts[:2])).save(tmp_path)
@@ -86,7 +88,9 @@ def test_without_a_sample_it_is_said_that_copies_cannot_be_looked_for(
 
 
 def test_outcomes_of_fitted_rows_are_refused() -> None:
-    """In Python, too, as the command and ``predictor.calibrate_probability`` do."""
+    """``vilu.certify`` must refuse fit rows, as the command and ``predictor.calibrate_probability``
+    do.
+    """
     train, fresh = joined(rows(200, seed=0)), joined(rows(200, seed=2))
     predictor = KNNVote(k=3).fit(train)
     with pytest.warns(UserWarning, match="were used to fit"):
@@ -108,7 +112,10 @@ def test_a_few_fitted_rows_among_outcomes_are_said() -> None:
 
 
 def test_the_bounds_of_a_number_of_copies_hold() -> None:
-    """Of 60 copies each is seen with the chance of its row: both bounds miss it in 5 % at most."""
+    """Each bound may miss the copy count in at most 5 % of draws.
+
+    A copy, among 60, is found if its fit row is in the sample, with probability 0.2.
+    """
     rng, n_copies, draws = np.random.default_rng(0), 60, 2000
     found = [Copies(int(k), 1000, 0.2) for k in rng.binomial(n_copies, 0.2, size=draws)]
     allowed = 0.05 + 3 * np.sqrt(0.05 * 0.95 / draws)

@@ -1,4 +1,4 @@
-"""Error rates and shares of classes from few labels: numbers worked by hand, and refusals."""
+"""Test estimates from few labels: error rates and class shares, against hand-worked numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vilu.outcomes.outcomes import Outcomes
 
 
 def sample(n: int, n_labelled: int, seed: int = 0) -> tuple[Outcomes, float]:
-    """Rows with probabilities of failure, some labelled at random, and their true error rate."""
+    """Return rows with failure probabilities, and their true error rate. Some rows have a label."""
     random = np.random.default_rng(seed)
     probability = random.random(n) ** 3
     failure = (random.random(n) < probability).astype(np.int64)
@@ -29,7 +29,10 @@ def sample(n: int, n_labelled: int, seed: int = 0) -> tuple[Outcomes, float]:
 
 
 def with_classes(n_labelled: int) -> Outcomes:
-    """1,000 rows of three classes, half, 48 % and 2 % of them; answers are right in 90 %."""
+    """Return 1,000 rows in three classes with shares 50 %, 48 % and 2 %.
+
+    90 % of the answers are right.
+    """
     random = np.random.default_rng(1)
     target = random.choice(3, size=1_000, p=[0.5, 0.48, 0.02])
     is_wrong = random.random(1_000) < 0.1
@@ -61,8 +64,8 @@ def test_of_zeros_and_ones_the_interval_is_the_mid_p_one(
     def mid_p(limit: float) -> float:
         return float(stats.binom.cdf(k, n, limit) - stats.binom.pmf(k, n, limit) / 2)
 
-    # P[X < k] + P[X = k] / 2 is the tail at the upper limit, and 1 - tail at the lower one. The
-    # draws reach a probability up to four standard errors of 20,000 draws.
+    # At the upper limit, P[X < k] + P[X = k] / 2 is the tail. At the lower limit, it is 1 - tail.
+    # The 20,000 drawn means reach a probability up to four standard errors.
     error = 4 * math.sqrt(tail / 20_000)
     assert k == n or mid_p(high) == pytest.approx(tail, abs=error)
     assert k == 0 or mid_p(low) == pytest.approx(1 - tail, abs=error)
@@ -88,7 +91,7 @@ def test_blocks_of_draws_do_not_change_what_an_interval_is(monkeypatch: pytest.M
     whole = mean_interval(values, 0.0, 1.0, 0.95)
     monkeypatch.setattr("vilu.calibration.estimates.MAX_WEIGHTS_IN_MEMORY", 61 * 700)  # 15 blocks
     in_blocks = mean_interval(values, 0.0, 1.0, 0.95)
-    # a limit is drawn to 2 % of the half width (a quantile at 2.5 % of 20,000 draws)
+    # A limit varies by 2 % of the half width (a 2.5 % quantile among 20,000 drawn means).
     np.testing.assert_allclose(in_blocks, whole, atol=4 * 0.02 * (whole[1] - whole[0]) / 2)
 
 
@@ -96,8 +99,8 @@ def test_blocks_of_draws_do_not_change_what_an_interval_is(monkeypatch: pytest.M
     ("predicted", "weight"),
     [
         ([0.0, 1.0, 1.0, 2.0], 0.5),  # slope ((-1)(-1/2) + 1 (1/2)) / 2
-        ([2.0, 1.0, 1.0, 0.0], 0.0),  # a prediction of the opposite counts nothing
-        ([0.0, 0.1, 0.1, 0.2], 1.0),  # a slope of 5
+        ([2.0, 1.0, 1.0, 0.0], 0.0),  # opposite predictions get no weight
+        ([0.0, 0.1, 0.1, 0.2], 1.0),  # a slope of 5 is cut to 1
         ([0.3, 0.3, 0.3, 0.3], 0.0),
     ],
 )
@@ -205,7 +208,7 @@ def test_shares_of_classes_and_the_exact_interval_of_a_rare_one() -> None:
     assert cat.low <= 0.5 <= cat.high
     assert (cat.method, dog.method) == ("prediction-powered", "prediction-powered")
     assert cat.relative_width < 0.8
-    # answers say owl in about 6 % of the rows, so 13 labelled owls are expected: fewer than 15
+    # About 6 % of the answers say owl, so 13 labelled owls are expected: fewer than 15.
     assert owl.method == "exact"
     n_owls = int((outcomes.target == 2).sum())
     exact = stats.binomtest(n_owls, 200).proportion_ci(0.95, method="exact")
@@ -267,8 +270,8 @@ def test_no_label_fitted_rows_and_odd_arguments_are_refused() -> None:
 
 @pytest.mark.parametrize("name", sorted(benchmark.WORLDS))
 def test_simulated_intervals_hold_the_error_rate(name: str) -> None:
-    # Where an interval misses in 6 % of all draws, more than 12 misses of 80 have a probability
-    # of 0.1 %.
+    # If an interval misses in 6 % of all draws, more than 12 misses among 80 have the probability
+    # 0.1 %.
     world = benchmark.WORLDS[name]
     random = np.random.default_rng(5)
     held = {

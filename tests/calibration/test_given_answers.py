@@ -1,4 +1,4 @@
-"""Given answers that are better on fit rows than on calibration rows are reported."""
+"""Test the warning if given answers are better on fit rows than on calibration rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vilu import PREDICTORS
 
 
 def rows(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Images of five classes that overlap."""
+    """Return images in five classes that overlap, and the classes."""
     target = rng.integers(5, size=n)
     image = np.eye(5, 20)[target] + 0.45 * rng.normal(size=(n, 20))
     return image / np.linalg.norm(image, axis=1, keepdims=True), target
@@ -66,8 +66,8 @@ def test_few_warnings_are_false() -> None:
             warnings.simplefilter("always")
             warn_of_in_sample_answers(fitted, outcomes)
         n_warned += len(caught)
-    # one side of a normal law beyond three standard errors is 0.13 %; three standard errors of the
-    # count of 4,000 runs are 7
+    # In a normal distribution, 0.13 % lie more than three standard errors above the mean. Three
+    # standard errors of the count are 7 for 4,000 runs.
     assert n_warned <= 0.0013 * n_runs + 7
 
 

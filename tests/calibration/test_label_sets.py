@@ -1,4 +1,4 @@
-"""Label sets: the posterior, both scores by hand, and the share of sets that miss."""
+"""Test label sets: the posterior, both scores by hand, and the share of sets that miss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ MADE = {"max_miss": 0.1, "n": 10, "mean_size": 1.0, "empirical_miss": 0.0}
 
 
 def batch_of(logits: list[list[float]]) -> Batch:
-    """Images on the axes of as many texts, whose logits are these."""
+    """Return a batch with the given logits.
+
+    The texts are unit vectors, one per axis.
+    """
     rows = torch.tensor(logits, dtype=torch.float32)
     text = torch.eye(rows.shape[1])
     return Batch(rows, text, torch.zeros(len(rows), dtype=torch.long), torch.arange(len(rows)), 1.0)
@@ -45,7 +48,7 @@ def test_posterior_stays_exact_where_the_answer_is_certain() -> None:
 def test_scores_by_hand() -> None:
     batch = batch_of([np.log([0.5, 0.3, 0.2]).tolist(), np.log([0.4, 0.3, 0.3]).tolist()])
     predictor = vilu.MCM()
-    u = np.array([0.5, 0.6])  # as the posterior has it, so that q = p
+    u = np.array([0.5, 0.6])  # as in the posterior, so that q = p
     lac = nonconformity(predictor, batch, u, "lac")
     assert lac.tolist() == [
         pytest.approx([0.5, 0.7, 0.8], abs=1e-6),
@@ -53,9 +56,8 @@ def test_scores_by_hand() -> None:
     ]
     aps = nonconformity(predictor, batch, u, "aps")
     assert aps[0].tolist() == pytest.approx([0, 0.5, 0.8], abs=1e-6)
-    assert aps[1].tolist() == pytest.approx(
-        [0, 0.4, 0.4], abs=1e-6
-    )  # equal candidates come together
+    # Equal candidates are added together.
+    assert aps[1].tolist() == pytest.approx([0, 0.4, 0.4], abs=1e-6)
 
 
 @pytest.mark.parametrize("method", ["lac", "aps"])
@@ -72,7 +74,10 @@ def test_sets_grow_with_the_probability_of_failure(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["lac", "aps"])
 def test_the_share_that_misses_is_guaranteed(method: str) -> None:
-    """Marginal over calibration rows and new rows: 60 splits of one pool."""
+    """The mean share of missed labels must be at most ``max_miss``.
+
+    It is a mean over calibration rows and new rows, in 60 splits of one pool.
+    """
     data = toy_embeddings(n=4000, seed=3, ids_from=None)
     rng, misses, sizes = np.random.default_rng(0), [], []
     predictor = vilu.MCM()
@@ -88,7 +93,7 @@ def test_the_share_that_misses_is_guaranteed(method: str) -> None:
         sizes.append(sets.mean_size)
     error = np.std(misses) / np.sqrt(len(misses))
     assert np.mean(misses) <= 0.2 + 3 * error
-    if method == "lac":  # no atoms: exact up to 1 / (n + 1)
+    if method == "lac":  # the scores have no ties, so the share is exact up to 1 / (n + 1)
         assert np.mean(misses) >= 0.2 - 1 / 301 - 3 * error
     assert 0.8 <= np.mean(sizes) < 3
 
@@ -99,13 +104,14 @@ def test_the_limit_is_the_conformal_quantile() -> None:
     sets = fit_label_sets(predictor, data, max_miss=0.1, method="lac")
     ((batch, u),) = list(predictor.scored(data))
     true = nonconformity(predictor, batch, u, "lac").gather(1, batch.target[:, None])[:, 0]
-    assert sets.limit == true.sort().values[89]  # the 90th of 99: ceil(100 * 0.9)
+    assert sets.limit == true.sort().values[89]  # the 90th among 99: ceil(100 * 0.9)
     assert sets.empirical_miss == pytest.approx(9 / 99)
 
 
 def test_the_calibrator_has_no_say() -> None:
-    """It has seen the calibration rows,
-    so a score made with it would not be exchangeable with new ones.
+    """Label sets must not use the calibrator, because it was fitted on the calibration rows.
+
+    A score from the calibrator would not be exchangeable with scores for new rows.
     """
     data = toy_embeddings(n=300, seed=4, ids_from=None)
     plain = fit_label_sets(vilu.MCM(), data, max_miss=0.1, method="lac")
@@ -122,7 +128,7 @@ def test_own_posterior_of_vilu_plus(train: Embeddings, test: Embeddings) -> None
     own = learned.log_posterior(batch)
     assert own.exp().sum(dim=1).tolist() == pytest.approx([1.0] * len(rows))
     at_answer = own.gather(1, batch.prediction[:, None])[:, 0].exp()
-    assert (1 - at_answer).tolist() == pytest.approx(u.tolist(), abs=1e-6)  # of sums in float32
+    assert (1 - at_answer).tolist() == pytest.approx(u.tolist(), abs=1e-6)  # float32 sums
     sizes = []
     for predictor in (learned, vilu.MCM()):
         sets = fit_label_sets(predictor, rows, max_miss=0.1, method="lac")
@@ -132,7 +138,8 @@ def test_own_posterior_of_vilu_plus(train: Embeddings, test: Embeddings) -> None
         ]
         sizes.append(torch.cat(found).sum(dim=1).double())
         assert sizes[-1].mean().item() == pytest.approx(sets.mean_size)
-    more = sizes[0] - sizes[1]  # of the same rows, so that how hard they are cancels
+    # The difference is taken on the same rows, so the rows' difficulty cancels.
+    more = sizes[0] - sizes[1]
     assert more.mean() <= 2 * more.std() / len(more) ** 0.5
 
 

@@ -1,4 +1,4 @@
-"""Which answers are likely right: the threshold by hand, and the file beside a predictor."""
+"""Test which answers are likely right: the threshold by hand, and the file beside a predictor."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.predictors.contract.probability import Logistic
 
 AS_IT_IS = Logistic(form="temperature", weights=(1.0,), intercept=0.0, n=10, n_failures=5)
-"""The calibrator that leaves a probability as it is."""
+"""Calibrator that leaves a probability unchanged."""
 
 
 def estimate(*, max_risk: float = 0.05, widening: float = 1.0) -> LikelyRight:
-    """An estimate whose probabilities are the uncertainties."""
+    """Return an estimate whose probabilities are the uncertainties."""
     return LikelyRight(max_risk=max_risk, widening=widening, n=10, n_wrong=5, probability=AS_IT_IS)
 
 
 @pytest.mark.parametrize(
     ("uncertainty", "max_risk", "widening", "expected"),
     [
-        # the means up to each row are 0.01, 0.02, 0.04 and 0.08
+        # The means up to each row are 0.01, 0.02, 0.04 and 0.08.
         ([0.01, 0.03, 0.08, 0.2], 0.05, 1.0, 0.08),
         ([0.2, 0.08, 0.01, 0.03], 0.05, 1.0, 0.08),
         ([0.01, 0.03, 0.08, 0.2], 0.05, 1.5, 0.03),
         ([0.01, 0.03, 0.08, 0.2], 0.009, 1.0, None),
         ([0.01, 0.03, 0.08, 0.2], 0.1, 1.0, 0.2),
-        # one of the two equal rows alone would have a mean of 0.045
+        # With only one of the two equal rows, the mean would be 0.045.
         ([0.01, 0.08, 0.08], 0.05, 1.0, 0.01),
         ([0.01, float("nan"), 0.2], 0.05, 1.0, 0.01),
         ([], 0.05, 1.0, None),
@@ -72,7 +72,11 @@ def test_rows_that_cannot_be_judged_are_left_out() -> None:
 
 
 def test_drawn_labels_correct_the_cross_fitted_ones() -> None:
-    """Answers are wrong twice as often as the predictor says; only drawn labels show it."""
+    """If answers are wrong twice as often as the predictor says, drawn labels must correct the
+    estimate.
+
+    Only drawn labels show the error.
+    """
     rng = np.random.default_rng(0)
     u = rng.uniform(0.001, 0.2, size=6_000)
     chosen = (rng.random(3_000) < u[:3_000]).astype(np.int64)
@@ -82,7 +86,7 @@ def test_drawn_labels_correct_the_cross_fitted_ones() -> None:
     assert (both.n, both.n_wrong) == (alone.n, alone.n_wrong) == (3_000, chosen.sum())
     assert (both.n_drawn, both.n_drawn_wrong) == (3_000, drawn.sum())
     assert both.flags_of_new_rows(u).count(True) < 0.8 * alone.flags_of_new_rows(u).count(True)
-    # the labels of the last draw take the place of those of the draw before
+    # The labels from the last draw replace the labels from the draw before.
     nothing_drawn = JudgedAnswers(u[:0], drawn[:0])
     assert both.with_drawn_answers(nothing_drawn, u) == alone
 
@@ -100,9 +104,10 @@ def test_wrong_answers_of_a_draw_are_enough_and_skipped_ones_are_left_out() -> N
 
 
 def test_expected_and_true_error_rate_agree_where_the_scores_are_true() -> None:
-    """Failures are drawn from the scores themselves; 5,000 labels make the calibrator exact.
+    """If failures are drawn from the scores, the expected error rate must agree with the true one.
 
-    About half of 20,000 rows are likely right. The standard error of their error rate is 0.2 %.
+    5,000 labels make the calibrator nearly exact. About half the 20,000 rows are likely right, so
+    the standard error for their error rate is 0.2 %.
     """
     rng = np.random.default_rng(0)
     u = rng.uniform(0.001, 0.2, size=25_000)
@@ -112,7 +117,7 @@ def test_expected_and_true_error_rate_agree_where_the_scores_are_true() -> None:
     )
     marked = np.array(likely_right.flags_of_new_rows(u[5000:]))
     expected = 0.05 / likely_right.widening
-    # three standard errors of the rate, and 0.5 % for the calibrator
+    # The tolerance is three standard errors of the rate, and 0.5 % for the calibrator.
     assert failure[5000:][marked].mean() == pytest.approx(expected, abs=0.011)
 
 

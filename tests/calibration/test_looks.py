@@ -1,4 +1,4 @@
-"""How often rows were calibrated on for other targets is counted, and stands in the guarantee."""
+"""Test that targets on the same rows are counted, and that the guarantee states the count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bets that integrate to one, and their wealth against the sum that defines it."""
+"""Test that bets integrate to one, and their wealth against the sum that defines it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from vilu.calibration.monitor.martingale import (
 
 
 def nodes() -> tuple[np.ndarray, np.ndarray]:
-    """Points and weights of an integral over [0,
-    1] that is exact up to rounding for what the bets are.
+    """Return points and weights for an integral over [0, 1] that is exact for the bets, up to
+    rounding.
 
-    They are smooth within the cells of the histograms, with an integrable pole at either end, which
-    p = c s^8 takes away.
+    The bets are smooth within the histograms' cells. At each end they have an integrable pole,
+    which the substitution p = c s^8 removes.
     """
     cells = lcm(*(cells for cells, _ in HISTOGRAM_SETTINGS))
     x, w = np.polynomial.legendre.leggauss(24)
@@ -63,8 +63,9 @@ def test_every_histogram_bet_integrates_to_one_whatever_it_has_learnt() -> None:
 
 
 def test_a_histogram_learns_after_it_has_bet() -> None:
-    """Three rows by hand, two cells of which the first counts one p-value:
-    weight 2, one count of 1 in cell 0.
+    """Three p-values are worked by hand, with two cells and a prior weight of 2.
+
+    Cell 0 starts with one count.
     """
     bets, counts = histogram_log_densities(np.array([0.1, 0.9, 1.0]), np.array([1.0, 0.0]), 2.0)
     a = COUNT_DECAY + 1  # cell 0 after the first row
@@ -110,7 +111,10 @@ def test_wealth_is_the_sum_over_bets_and_starts() -> None:
 
 @pytest.mark.parametrize("before", [0, 1, ROWS_PER_START - 1, ROWS_PER_START, 333])
 def test_the_mean_of_the_next_wealth_is_the_wealth(before: int) -> None:
-    """The property of a martingale, exactly: the integral over the next p-value, after any past."""
+    """After any past, the expected wealth after the next p-value must be the wealth now.
+
+    The expectation is an exact integral.
+    """
     martingale = Martingale()
     wealth = (
         np.exp(martingale.update(np.random.default_rng(before).beta(0.8, 1.2, before))[-1])
@@ -136,8 +140,9 @@ def test_batches_do_not_matter_and_the_ends_are_finite() -> None:
 
 @pytest.mark.parametrize(("a", "b"), [(1, 1.6), (1.6, 1), (2, 2), (0.5, 0.5)])
 def test_a_late_change_of_any_kind_is_seen_soon(a: float, b: float) -> None:
-    """Shift up, shift down, less spread, more spread after 20,000 uniform p-values:
-    within 300 more.
+    """After 20,000 uniform p-values, a change must be seen within 300 more.
+
+    The changes are a shift up, a shift down, less spread and more spread.
     """
     rng = np.random.default_rng(4)
     p = np.concatenate([rng.random(20_000), rng.beta(a, b, 300)])

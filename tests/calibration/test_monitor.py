@@ -1,6 +1,4 @@
-"""The monitor as a whole:
-false alarms and power by simulation, verdicts, refusals, and its state.
-"""
+"""Test the monitor: simulated false alarms and power, verdicts, refusals, and its state."""
 
 from __future__ import annotations
 
@@ -24,8 +22,9 @@ NAMES = ("a", "b", "c")
 def draw(
     rng: np.random.Generator, n: int, shift: float = 0.0, *, digits: int = 16, audited: float = 0.2
 ):
-    """Answers that are wrong with probability u^2 / 2;
-    a shift moves u up, and the answers towards the last class.
+    """Return answers that are wrong with probability u^2 / 2.
+
+    A shift moves u up, and moves the answers towards the last class.
     """
     u = rng.random(n)
     u = (u ** (1 / (1 + shift))).round(digits)
@@ -55,11 +54,13 @@ def rule(calibration: vilu.Outcomes) -> vilu.Rule:
 
 @pytest.mark.parametrize("digits", few([1, 16], 1))
 def test_false_alarms_are_as_rare_as_stated(digits: int) -> None:
-    """300 streams with a calibration and a threshold of their own, with and without ties:
-    each test within its level.
+    """Each test must raise false alarms within its level, with and without ties.
 
-    Audited are answers that keep the guarantee: rules that do not are the calibration's own share
-    of failures.
+    Each of 300 streams has its own calibration and threshold.
+
+    The audited answers keep the guarantee: their error rate is at most about 1/6, and the largest
+    risk is 0.3. A rule that breaks the guarantee would be the calibration's failure, not a false
+    alarm.
     """
     level, streams = 0.4, 300
     raised: dict[str, int] = dict.fromkeys(("any", "scores", "acceptance", "answers", "audit"), 0)
@@ -85,7 +86,7 @@ def test_false_alarms_are_as_rare_as_stated(digits: int) -> None:
     for name, share in levels.items():
         allowed = share + 3 * np.sqrt(share * (1 - share) / streams)
         assert raised[name] / streams <= allowed, (name, raised)
-    assert raised["any"] > 0  # the bound is not kept by a test that never speaks
+    assert raised["any"] > 0  # so the bound is not kept only because no test ever raises an alarm
 
 
 def test_a_shift_is_seen_and_said(calibration: vilu.Outcomes, rule: vilu.Rule) -> None:
@@ -103,7 +104,7 @@ def test_a_shift_is_seen_and_said(calibration: vilu.Outcomes, rule: vilu.Rule) -
     assert raised["audit"] is None
     assert min(row for row in raised.values() if row is not None) == after.raised_at
     again = monitor.update(draw(rng, 500))
-    assert again.raised_at == after.raised_at  # an alarm is not taken back
+    assert again.raised_at == after.raised_at  # an alarm is never withdrawn
     assert str(again).startswith(f"shifted: guarantee void (since row {after.raised_at:,})")
 
 
@@ -118,8 +119,9 @@ def test_other_changes_of_the_scores_are_seen(calibration: vilu.Outcomes, change
 
 
 def test_acceptance_and_answers_are_seen_alone(calibration: vilu.Outcomes) -> None:
-    """Scores that all tie say nothing;
-    the answers, or the shares per class that are accepted, still change.
+    """If all scores are tied, only the answers can show a shift.
+
+    If a rule has a threshold per class, the accepted share shows the shift, too.
     """
     rng = np.random.default_rng(2)
     flat = dataclasses.replace(calibration, uncertainty=np.full(len(calibration), 0.5))
@@ -146,8 +148,10 @@ def test_acceptance_and_answers_are_seen_alone(calibration: vilu.Outcomes) -> No
 def test_a_broken_guarantee_is_seen_through_labels_alone(
     calibration: vilu.Outcomes, rule: vilu.Rule
 ) -> None:
-    """The same scores, but 30 % of the accepted answers are wrong;
-    first without labels, then with late ones.
+    """If the scores stay the same, only labels can show a broken guarantee.
+
+    30 % of the accepted answers are wrong. The rows first come without labels, and labels arrive
+    late.
     """
     rng = np.random.default_rng(3)
     rows = draw(rng, 1000, audited=0)
@@ -167,12 +171,13 @@ def test_a_broken_guarantee_is_seen_through_labels_alone(
 
 
 def test_late_labels_break_no_kept_guarantee_whatever_their_order() -> None:
-    """A hard class whose labels come first is no broken guarantee:
-    an order by class, by errors or none says the same.
+    """If a hard class is labelled first, the guarantee must not count as broken.
+
+    Labels ordered by class, by errors or not at all must give the same status.
     """
     rng = np.random.default_rng(0)
     target = rng.integers(20, size=3000)
-    failure = (rng.random(3000) < np.where(target == 0, 0.3, 0.012)).astype(int)  # 2.6 % of all
+    failure = (rng.random(3000) < np.where(target == 0, 0.3, 0.012)).astype(int)  # 2.6 % overall
     rows = vilu.Outcomes(
         rng.random(3000), failure, target=target, ids=[f"{row}.jpg" for row in range(3000)]
     )
@@ -256,7 +261,10 @@ def test_neither_batches_nor_a_saved_state_change_the_result(
 def test_a_monitor_and_its_copies_keep_32_bytes_a_row(
     calibration: vilu.Outcomes, rule: vilu.Rule
 ) -> None:
-    """Two hashes, the uncertainty and its count, of 8 bytes each; copies share them."""
+    """A row must take 32 bytes: two hashes, the uncertainty and its count, with 8 bytes each.
+
+    Copies must share this memory.
+    """
     n_rows = 40_000
     rows = draw(np.random.default_rng(8), n_rows, audited=0)
     rows = dataclasses.replace(rows, ids=[f"{number}.jpg" for number in range(n_rows)])
@@ -412,9 +420,8 @@ def test_calibration_rows_in_the_stream_are_told(
     monitor = vilu.Monitor(rows, rule)
     with pytest.warns(UserWarning, match="2000 of 2000 rows are calibration rows"):
         monitor.update(rows)
-    monitor.update(
-        dataclasses.replace(rows, uncertainty=rows.uncertainty / 2)
-    )  # the same keys of other data
+    # These rows have the same keys as the calibration rows, but other data, so there is no warning.
+    monitor.update(dataclasses.replace(rows, uncertainty=rows.uncertainty / 2))
 
 
 def test_without_a_rule_for_single_rows_there_is_nothing_to_audit(
@@ -442,8 +449,9 @@ def test_groups_that_the_caller_gave(calibration: vilu.Outcomes) -> None:
 
 
 def test_groups_of_rows_some_of_which_were_monitored_before(calibration: vilu.Outcomes) -> None:
-    """In an array, too;
-    and there is one for every row that is given, not for the new ones alone.
+    """If some rows were monitored before, ``groups`` must still have one group per given row.
+
+    The groups may be an array.
     """
     groups = np.array(["even" if i % 2 else "odd" for i in range(len(calibration))])
     monitor = vilu.Monitor(
@@ -460,7 +468,9 @@ def test_groups_of_rows_some_of_which_were_monitored_before(calibration: vilu.Ou
 
 
 def test_strata_are_part_of_the_fingerprint() -> None:
-    """Rules that differ only in which rows are out of distribution watch for other rates."""
+    """Rules that differ only in the out-of-distribution rows monitor other rates, so their
+    fingerprints must differ.
+    """
     u, f = np.linspace(0, 1, 400), np.r_[np.zeros(200, int), np.ones(200, int)]
     found = set()
     for outside in (np.arange(400) >= 300, np.arange(400) % 4 == 3):
@@ -473,8 +483,11 @@ def test_strata_are_part_of_the_fingerprint() -> None:
 
 
 def test_labels_below_a_limit_alone_are_compared_with_rows_below_it(tmp_path: Path) -> None:
-    """The calibration of a triage: a random sample up to a limit, in a stream of all rows;
-    then a real shift there.
+    """If all calibration labels lie below a limit, they must be compared with new rows below this
+    limit.
+
+    A triage calibrates on a random sample below a limit, and its stream has all rows. At the end a
+    real shift must raise an alarm.
     """
     level, streams, raised = 0.4, 100, 0
     for seed in range(streams):
@@ -488,7 +501,7 @@ def test_labels_below_a_limit_alone_are_compared_with_rows_below_it(tmp_path: Pa
     whole = vilu.Monitor(rows, rule.model_copy(update={"method": "ltt"})).update(
         draw(rng, 600, audited=0)
     )
-    assert whole.alarm  # taken for a sample of everything it would be void at once
+    assert whole.alarm  # as a sample from all rows, the calibration would be void at once
     monitor.save(tmp_path / "state.parquet")
     again = vilu.Monitor(rows, rule, false_alarm=level, seed=seed).resume(
         tmp_path / "state.parquet"

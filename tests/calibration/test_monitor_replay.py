@@ -1,9 +1,10 @@
-"""Replays of real scores:
-ViLU on CIFAR-10's test images, of which a fifth is also there corrupted (severity 3).
+"""Test the monitor in replays of real scores.
 
-``tests/data/cifar_shift_scores.npz`` holds uncertainty, failure and answer of ViLU (fitted on the
-training images; small offline backbone), and which clean row each corrupted one was. ``python -m
-benchmarks.monitor_replay`` made the measurement of docs/monitor.md from such scores.
+The scores are from ViLU on CIFAR-10's test images. A fifth of the images is also there corrupted
+(severity 3). ``tests/data/cifar_shift_scores.npz`` holds uncertainty, failure and answer, and the
+clean row for each corrupted row. ViLU was fitted on the training images, with a small offline
+backbone. ``python -m benchmarks.monitor_replay`` made the measurement in docs/monitor.md from such
+scores.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ REPLAYS = 25
 
 @pytest.fixture(scope="module")
 def scores() -> tuple[vilu.Outcomes, vilu.Outcomes]:
-    """Clean and shifted rows, under the same keys."""
+    """Return clean and shifted rows, under the same keys."""
     with np.load(DATA) as data:
         keys = {"clean": range(len(data["clean_failure"])), "shifted": data["shifted_row"].tolist()}
         clean, shifted = (
@@ -41,8 +42,10 @@ def scores() -> tuple[vilu.Outcomes, vilu.Outcomes]:
 def test_a_corruption_that_sets_in_is_seen_within_500_images(
     scores: tuple[vilu.Outcomes, vilu.Outcomes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of 25 replays all;
-    and of 25 undisturbed ones at most 5 % and three standard deviations raise an alarm.
+    """In all 25 replays, the corruption must raise an alarm within 500 images.
+
+    Among 25 replays without corruption, at most 5 % plus three standard deviations may raise an
+    alarm.
     """
     clean, shifted = scores
     alarms = [replay(clean, [shifted], seed) for seed in range(REPLAYS)]
@@ -59,8 +62,10 @@ def test_a_corruption_that_sets_in_is_seen_within_500_images(
 def test_the_guarantee_is_broken_by_the_corruption(
     scores: tuple[vilu.Outcomes, vilu.Outcomes],
 ) -> None:
-    """What the alarm is about:
-    clean rows keep a guarantee of 20 %, corrupted ones do not, and labels show it.
+    """Clean rows must keep a guarantee at 20 %, corrupted rows must break it, and labels must show
+    this.
+
+    So the alarm on corrupted rows is justified.
     """
     clean, shifted = scores
     rng = np.random.default_rng(0)

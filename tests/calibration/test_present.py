@@ -1,4 +1,4 @@
-"""The monitor of a guarantee for stated shares: false alarms, power, and what is kept."""
+"""Test the monitor for a guarantee at stated shares: false alarms, power, and saved state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATED = 0.2
 
 
 def stream(rng: np.random.Generator, n: int, share: float, labelled: float = 0.0) -> Outcomes:
-    """Rows in random order, a share of them out of distribution, a part of them labelled."""
+    """Return rows in random order, with the given share out of distribution, and some labelled."""
     n_outside = int(rng.binomial(n, share))
     rows = rows_of(rng, n - n_outside, n_outside).take(rng.permutation(n))
     known = rng.random(n) < labelled
@@ -37,8 +37,10 @@ def rule(calibration: Outcomes) -> vilu.Rule:
 
 @pytest.mark.parametrize("share", [0.0, 0.1, STATED])
 def test_up_to_the_stated_share_there_is_no_alarm(share: float) -> None:
-    """120 streams with a calibration of their own;
-    a quarter of the calibration rows are out of distribution.
+    """Up to the stated share, the monitor must raise an alarm no more often than its level.
+
+    Each of 120 streams has its own calibration. In each calibration, 300 among 1,200 rows
+    are out of distribution.
     """
     raised, streams, level = 0, 120, 0.2
     for seed in range(streams):

@@ -1,4 +1,4 @@
-"""Procedures that are compared on kept scores: their tests keep the level, and replays end."""
+"""Test the compared procedures on kept scores: the tests keep their level, and replays end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ N_WRONG = ALL_FAILURES.sum(axis=1)
 
 
 def probability_of_any_certificate(n_accepted: tuple[int, ...], bounds: tuple[int, ...]) -> float:
-    """Over all sequences of labels, each wrong with probability ``RISK``."""
+    """Return the probability over all label sequences. Each label is wrong with probability
+    ``RISK``.
+    """
     wrong_so_far = ALL_FAILURES.cumsum(axis=1)
     wrong_at_looks = wrong_so_far[:, np.array(n_accepted) - 1]
     is_certified = (wrong_at_looks <= np.array(bounds)).any(axis=1)
@@ -35,9 +37,9 @@ def test_planned_looks_spend_at_most_their_level(n_accepted: tuple[int, ...]) ->
     bounds = boundaries(n_accepted, levels, RISK)
     for look in range(1, len(n_accepted) + 1):
         spent = probability_of_any_certificate(n_accepted[:look], bounds[:look])
-        assert spent <= levels[look - 1] + 1e-12  # sums of float64
+        assert spent <= levels[look - 1] + 1e-12  # sums in float64
         one_more = (*bounds[: look - 1], bounds[look - 1] + 1)
-        # No bound could be larger: all of the level is used that whole numbers can use.
+        # No bound can be larger, so the whole level is used, as far as whole numbers allow.
         assert probability_of_any_certificate(n_accepted[:look], one_more) > levels[look - 1]
 
 
@@ -69,7 +71,7 @@ def test_weighted_bets_win_nothing_where_the_risk_is_as_large_as_allowed() -> No
         right = probability * (1 - rates)
         mean = (wrong @ factor_if_wrong + right @ factor_if_right + (1 - probability).sum()) / 5
         assert (mean <= largest_mean + 1e-12).all()
-    assert (mean > 1).all()  # below the risk they win
+    assert (mean > 1).all()  # below the risk the bets win
 
 
 def test_bets_with_the_constants_of_triage_certify_what_triage_does() -> None:
@@ -89,7 +91,7 @@ def test_bets_with_the_constants_of_triage_certify_what_triage_does() -> None:
 
 
 def easy_chain(tmp_path: Path) -> Path:
-    """A chain of 2,000 photos, of which the most uncertain fifth is wrong and known to be."""
+    """Write a chain with 2,000 photos. The most uncertain fifth is marked as wrong."""
     rng = np.random.default_rng(0)
     n = 2_000
     rank = np.linspace(0, 1, n)
@@ -114,7 +116,7 @@ def test_every_procedure_certifies_an_easy_set(tmp_path: Path, name: str) -> Non
     n_labels = [point.n_labels for point in curve]
     assert n_labels == sorted(n_labels)
     assert n_labels[-1] <= 800
-    assert curve[-1].coverage > 0.4  # four fifths are right, and hundreds of them labelled
+    assert curve[-1].coverage > 0.4  # four fifths are right, and hundreds of them are labelled
     assert max(point.risk for point in curve) <= 0.05
 
 
@@ -136,7 +138,7 @@ def test_chains_are_taken_up_again_and_replayed(
     procedures.main(["replay", str(out), "--names", "default", "--orders", "3"])
     shown = capsys.readouterr().out
     assert "1 sets, 3 replays" in shown
-    assert "by set" not in shown  # orders of one chain are no seeds
+    assert "by set" not in shown  # several orders for one chain are not several seeds
     forecasts.main([str(out), "--orders", "2"])
     shown = capsys.readouterr().out
     assert "without a label" in shown

@@ -1,4 +1,4 @@
-"""A calibration is believed when its rows and its target lead to it again."""
+"""Test that a calibration is accepted only if its rows and its target lead to it again."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Conformal selection:
-p-values and Benjamini-Hochberg by hand and by scipy, and the false discoveries it makes.
+"""Test conformal selection.
+
+P-values and Benjamini-Hochberg are tested by hand and against scipy. False discoveries are counted.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ def test_false_discoveries_stay_below_the_level() -> None:
 
 
 def test_a_million_of_more_rows_are_drawn_from_all_of_them() -> None:
-    """Rows that lie in the order of their classes, of which the last fifth is often wrong:
-    the first are no sample.
+    """If there are more than a million rows, a million must be drawn from all of them.
+
+    The rows are ordered by class, and the last fifth is often wrong. So the first million would be
+    a biased sample.
     """
     n = 1_250_000
     rng = np.random.default_rng(0)

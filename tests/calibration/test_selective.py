@@ -1,4 +1,4 @@
-"""A predictor and its calibration as one object, and as the folder that the commands use."""
+"""Test a predictor with its calibration, as one object and as the folder that the commands use."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fitted(train: EmbeddingSource, answer: str = "adapted") -> vilu.Selective:
 
 
 def nameless(part: EmbeddingSource) -> vilu.Embeddings:
-    """The rows of a part, whose classes have no names."""
+    """Return the rows from a part, without class names."""
     image = part.image_rows(torch.arange(len(part)))
     return vilu.Embeddings(image=image, text=part.text, target=part.target, logit_scale=20.0)
 
@@ -130,7 +130,7 @@ def test_a_fitted_predictor_is_kept(parts: tuple) -> None:
     train, calibration, _ = parts
     predictor = vilu.PREDICTORS["linear_probe"]().fit(train)
     model = vilu.Selective(predictor).calibrate(calibration, max_risk=0.3)
-    assert predictor.calibrator_ is None  # that of the caller stays as it is
+    assert predictor.calibrator_ is None  # the caller's predictor stays unchanged
     unfitted = vilu.PREDICTORS["linear_probe"]()
     vilu.Selective(unfitted).fit(train)
     assert unfitted.space_ is None
@@ -188,7 +188,7 @@ def test_every_field_of_a_target_is_an_argument(parts: tuple) -> None:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
-    """Rows whose labels nobody has given yet; the right class of a row is in its id."""
+    """Return a store without labels. Each id holds the row's right class."""
     folder = tmp_path_factory.mktemp("unlabelled")
     rows = toy_embeddings(1200, k=3, seed=5)
     np.savez(
@@ -204,7 +204,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
 
 
 def fill_in(path: Path) -> None:
-    """Write the right class into every row of a table of labels."""
+    """Write the right class into every row in a label table."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -218,7 +218,7 @@ def fill_in(path: Path) -> None:
 def label_until_calibrated(
     model: vilu.Selective, store: EmbeddingStore, target: vilu.Target, folder: Path
 ) -> list[Path]:
-    """Fill in the labels that a model asks for, until its target is met; return their files."""
+    """Fill in the labels that a model asks for, until its target is met. Return their files."""
     files: list[Path] = []
     while model.calibration is None:
         file = folder / f"{len(files)}.csv"
@@ -269,7 +269,7 @@ def test_a_changed_label_takes_the_whole_calibration_back(
 
 
 def test_predictors_that_differ_have_shares_of_their_own() -> None:
-    """Without weights only the method and its parameters tell predictors apart."""
+    """If predictors have no weights, their method and parameters must tell them apart."""
     predictors = [vilu.MCM(), vilu.PREDICTORS["entropy"](), vilu.MCM(answer="given")]
     predictors += [vilu.PREDICTORS["gen"](gamma=gamma) for gamma in (0.1, 0.5)]
     names = {fingerprint_of(predictor) for predictor in predictors}

@@ -1,6 +1,6 @@
-"""Guarantees for stated shares of out-of-distribution rows and of classes.
+"""Test guarantees for stated shares: out-of-distribution rows, and classes.
 
-Against products by hand, and over simulated calibrations.
+The expected values come from hand-worked products and from simulated calibrations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RISK, DELTA, DRAWS = 0.05, 0.1, 400
 
 
 def inside(rng: np.random.Generator, n: int):
-    """u ~ Beta(1/2, 2), an answer wrong with probability 0.9 u^2."""
+    """Draw u ~ Beta(1/2, 2). An answer is wrong with probability 0.9 u^2."""
     u = rng.beta(0.5, 2, n)
     return u, (rng.random(n) < 0.9 * u**2).astype(int)
 
@@ -46,7 +46,7 @@ def rows_of(rng: np.random.Generator, n_inside: int, n_outside: int) -> Outcomes
 
 
 def truth(share: float, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Accepted share of all, and error rate among the accepted, at thresholds."""
+    """Return the accepted share, and the error rate among accepted rows, at thresholds."""
     right = stats.beta.cdf(t, 0.5, 2)
     mean_square = stats.beta(0.5, 2).expect(lambda u: u**2)
     wrong = 0.9 * mean_square * stats.beta.cdf(t, 2.5, 2)  # E[u^2; u <= t]
@@ -56,9 +56,10 @@ def truth(share: float, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def three_binomials(u, wrong, outside, t: float, share: float, delta: float) -> float:
-    """The simple bound: three of Clopper and Pearson at delta / 3.
+    """Return the simple bound: three Clopper-Pearson bounds, at delta / 3 each.
 
-    They are of out-of-distribution rows accepted, and of wrong and of right ones inside.
+    They bound the accepted out-of-distribution rows, the wrong rows inside and the right rows
+    inside.
     """
     n_o, n_i = outside.sum(), (~outside).sum()
     foreign = upper_bound(int((outside & (u <= t)).sum()), int(n_o), delta / 3) if n_o else 1.0
@@ -104,8 +105,9 @@ def test_evidence_is_the_mean_of_products_one_row_at_a_time(seed: int) -> None:
 @pytest.mark.parametrize("share", few([0.3, 0.1, 0.5], 1))
 @pytest.mark.parametrize("drawn", few([0.2, 0.4], 1))
 def test_the_guarantee_for_a_stated_share_of_ood_images_holds(share: float, drawn: float) -> None:
-    """And accepts most of what the best threshold accepts;
-    without rows outside the same calibration breaks it.
+    """The rule must keep its level and accept at least 80 % of what the best threshold accepts.
+
+    A rule without out-of-distribution rows must break the guarantee, so the stated share is needed.
     """
     rng, n = np.random.default_rng(int(100 * share + 10 * drawn)), 2000
     grid = np.linspace(1e-4, 1, 20_000)
@@ -129,8 +131,10 @@ def test_the_guarantee_for_a_stated_share_of_ood_images_holds(share: float, draw
 
 @pytest.mark.parametrize("n_outside", few([50, 400], 1))
 def test_at_the_edge_a_stated_share_is_rarely_certified(n_outside: int) -> None:
-    """Scores that say nothing, a reweighted error rate just above the target:
-    every certificate is wrong.
+    """If scores say nothing and the reweighted error rate is just above the target, every
+    certificate is wrong.
+
+    So certificates must be as rare as delta.
     """
     rng, share, certified = np.random.default_rng(n_outside), 0.03, 0
     for _ in range(2 * DRAWS):
@@ -145,9 +149,10 @@ def test_at_the_edge_a_stated_share_is_rarely_certified(n_outside: int) -> None:
 
 
 def test_more_is_certified_than_by_three_binomials() -> None:
-    """At one threshold, chosen before:
+    """At one threshold fixed before, the test must certify more often than three binomial bounds.
 
-    500 rows inside, 50 outside, a share of 0.2; in truth 1.5 % are wrong.
+    There are 500 rows inside and 50 outside, at a share of 0.2. In truth 1.5 % of the accepted rows
+    are wrong.
     """
     rng, ours, theirs, draws = np.random.default_rng(5), 0, 0, 300
     assert truth(0.2, np.array([0.3]))[1][0] == pytest.approx(0.0148, abs=0.0001)
@@ -173,7 +178,8 @@ def test_strata_that_lack_rows_are_named() -> None:
     assert rule.thresholds[""].why == (
         f"too few rows for the stated shares: (outside) has 0 and needs {needed} at least"
     )
-    # mean over bets of exp(n bet (0.05 / 0.95) (0.8 / 0.2)) is first above 1 / (0.96 * 0.05)
+    # The mean over bets of exp(n bet (0.05 / 0.95) (0.8 / 0.2)) must first exceed 1 / (0.96 *
+    # 0.05).
     growth = [
         np.mean([math.exp(n * bet * 4 * 0.05 / 0.95) for bet in BET_SIZES])
         for n in (needed - 1, needed)
@@ -184,7 +190,7 @@ def test_strata_that_lack_rows_are_named() -> None:
 
 
 def classes_of(rng: np.random.Generator, sizes: list[int]) -> Outcomes:
-    """Three classes, of which the last is wrong in half of the cases, whatever the score says."""
+    """Return rows in three classes. The last class is wrong in half the cases, at any score."""
     target = np.repeat(np.arange(3), sizes)
     u = rng.random(len(target))
     f = rng.random(len(target)) < np.where(target == 2, 0.5, 0.01)
@@ -251,15 +257,16 @@ def test_ood_images_need_a_stated_share_beside_classes() -> None:
 
 
 def test_the_least_coverage_is_that_at_the_stated_shares() -> None:
-    """Half of the rows are out of distribution; at 30 % a quarter of them at most may be accepted.
+    """Coverage must be counted at the stated shares.
 
-    Inside all answers are.
+    Half the rows are out of distribution. If their stated share is 30 %, at most a quarter may be
+    accepted. Inside, all answers are accepted.
     """
     rng = np.random.default_rng(5)
     u = np.r_[rng.uniform(0, 0.5, 500), rng.uniform(0.5, 1, 500)]
     rows = Outcomes(u, np.r_[np.zeros(500, int), np.ones(500, int)], outside=np.arange(1000) >= 500)
     rule = vilu.certify(rows, max_risk=0.1, outside_share=0.3, min_coverage=0.69)
-    assert 0.5 <= rule.n_accepted / rule.n < 0.69  # as the calibration rows are mixed
+    assert 0.5 <= rule.n_accepted / rule.n < 0.69  # with the calibration rows as they are mixed
     accepted = 0.7 + 0.3 * np.mean(rule.accept(u)[500:])
     short = vilu.certify(rows, max_risk=0.1, outside_share=0.3, min_coverage=0.8)
     assert not short.feasible

@@ -1,4 +1,4 @@
-"""Thresholds with a stated risk, against scipy's binomial and cases worked by hand."""
+"""Test thresholds with a stated risk, against scipy's binomial and hand-worked cases."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vilu.outcomes.outcomes import Outcomes
 
 
 def counts(blocks: list[tuple[int, int]]):
-    """Tie counts of blocks of (right, wrong) answers, from the most trusted one on."""
+    """Return tie counts for blocks of (right, wrong) answers, the most trusted block first."""
     u = np.repeat(np.arange(len(blocks)), [sum(block) for block in blocks])
     f = np.concatenate([np.r_[np.zeros(right), np.ones(wrong)] for right, wrong in blocks])
     return tie_counts(u, f)
@@ -59,9 +59,8 @@ def test_accepted_needed_is_enough_and_one_less_is_not() -> None:
     for wrong, risk in ((0, 0.05), (1, 0.05), (7, 0.01), (40, 0.3)):
         m = thresholds.n_accepted_needed(wrong, risk, 0.05)
         assert stats.binom.cdf(wrong, m, risk) <= 0.05 < stats.binom.cdf(wrong, m - 1, risk)
-    assert (
-        thresholds.n_accepted_needed(1, 0.05, 0.05) == 93
-    )  # (0.95)^93 + 93 (0.05) (0.95)^92 = 0.0499
+    # (0.95)^93 + 93 (0.05) (0.95)^92 = 0.0499
+    assert thresholds.n_accepted_needed(1, 0.05, 0.05) == 93
     assert thresholds.n_accepted_needed(0, 1e-14, 0.05) is None
 
 
@@ -77,8 +76,9 @@ def test_rows_for_mean(risk: float, rows: int) -> None:
 def by_hand_beginnings(
     n: int, starts, whole: float, risk: float, level: float
 ) -> list[tuple[int, int, float]]:
-    """Rows with which sequences begin, at least and at best;
-    for enough rows to begin near every place.
+    """Return each sequence's first rows: the fewest rows, the best number, and the level.
+
+    The rows must be enough to begin near every place.
     """
 
     def most(m: int, at: float) -> int:
@@ -97,9 +97,9 @@ def by_hand_beginnings(
 def by_hand_fallback(
     labels: list[list[int]], starts, whole: float, risk: float, delta: float
 ) -> int:
-    """How many scores above a floor one threshold at a time certifies;
+    """Return how many scores above a floor are certified by one threshold at a time.
 
-    ``labels``: of the rows at each score.
+    ``labels`` has the labels of the rows at each score.
     """
     tested = {}
     ends = list(accumulate(map(len, labels)))
@@ -122,7 +122,9 @@ def by_hand_fallback(
 
 
 def by_hand_ltt(u, f, risk: float, delta: float) -> tuple[float, float] | None:
-    """The interval that accepts most, in lists; for enough rows to begin everywhere."""
+    """Return the interval that accepts most, computed with lists. The rows must be enough to begin
+    everywhere.
+    """
     scores = sorted(set(u.tolist()))
     labels = [f[u == score].astype(int).tolist() for score in scores]
     first = by_hand_fallback(labels, ((1 / 16, 0.3), (1 / 4, 0.7)), 1 / 4, risk, 0.96 * delta)
@@ -154,13 +156,12 @@ def test_learn_then_test_against_one_threshold_at_a_time(seed: int) -> None:
 
 
 def test_few_rows_have_one_sequence_at_full_level() -> None:
-    assert (
-        learn_then_test(counts([(1, 0)] * 59), 0.05, 0.05) is None
-    )  # 60 are needed: the last is no random row
+    # 60 rows are needed, because the last row is not random.
+    assert learn_then_test(counts([(1, 0)] * 59), 0.05, 0.05) is None
     assert learn_then_test(counts([(1, 0)] * 60), 0.05, 0.05).threshold == 59
     assert learn_then_test(counts([(1, 0)] * 58 + [(0, 1)] + [(1, 0)] * 6), 0.05, 0.05) is None
-    # 59 are right: below the 60th R is shown, whatever the label of that row; with it, no laxer
-    # threshold is
+    # The first 59 rows are right. So R is shown for scores below the 60th row, whatever the label
+    # there. If the 60th row is included, no laxer threshold is certified.
     last_wrong = counts([(1, 0)] * 59 + [(0, 1)] + [(1, 0)] * 5)
     assert learn_then_test(last_wrong, 0.05, 0.05).threshold == 58
     rows = Outcomes(np.arange(65), np.r_[np.zeros(59), 1, np.zeros(5)])
@@ -170,8 +171,10 @@ def test_few_rows_have_one_sequence_at_full_level() -> None:
 
 @pytest.mark.parametrize(("risk", "n"), [(0.05, 60), (0.01, 300), (0.2, 15), (0.5, 6)])
 def test_a_tied_score_is_not_certified_by_its_only_row_here(risk: float, n: int) -> None:
-    """Two scores, one right and one wrong, and all rows together just above the target:
-    exact, over all counts.
+    """If a score has a single row, that row must not certify the score.
+
+    There are two scores, one right and one wrong, and the risk over all rows is just above the
+    target. The probability over all counts is exact.
     """
     broken = 0.0
     for wrong in range(1, n):
@@ -206,24 +209,29 @@ def test_a_guarantee_in_words_is_the_guarantee() -> None:
 
 
 def test_a_good_model_is_accepted_as_a_whole_whatever_the_order() -> None:
-    # 3 % wrong, the wrong ones first: no sequence from above passes
+    # 3 % are wrong, and the wrong answers come first. So the sequences that begin at 1/16 and 1/4
+    # fail.
     assert learn_then_test(counts([(0, 1)] * 30 + [(1, 0)] * 970), 0.05, 0.05).threshold == 999
 
 
 def test_an_unlucky_beginning_ends_one_sequence_only() -> None:
-    # 5 wrong among the first 70 of 1,000: the sequence from 1/16 fails, that from 1/4 goes on
+    # 5 answers are wrong among the first 70 of 1,000. So the sequence from 1/16 fails, and the
+    # sequence from 1/4 goes on.
     c = counts([(65, 5), *[(1, 0)] * 930])
     found = learn_then_test(c, 0.05, 0.05)
     assert found.threshold == len(c.value) - 1
 
 
 def test_what_lies_above_confident_mistakes_is_accepted() -> None:
-    """Half of the 80 most trusted of 2,000 are wrong, of the next 1,200 one in a hundred,
-    of the others most.
+    """If the most trusted answers are often wrong, the answers above a floor must be accepted.
+
+    Among 2,000 rows, half the 80 most trusted are wrong, then 1 % of the next 1,200, and most
+    others.
     """
     c = counts([(1, 1)] * 40 + [(99, 1)] * 12 + [(1, 4)] * 144)
     found = learn_then_test(c, 0.05, 0.1)
-    # 1/32 of the rows are 62.5: the floor is the 32nd pair, and (8 + 12) of 1,216 above are wrong
+    # 1/32 of the rows is 62.5, so the floor is the 32nd pair. Above the floor, 8 + 12 = 20 answers
+    # among 1,216 are wrong.
     assert found.floor == 31
     assert found.threshold >= 51
     inside = slice(32, int(found.threshold) + 1)
@@ -243,7 +251,7 @@ def test_what_lies_above_confident_mistakes_is_accepted() -> None:
 
 
 def test_conformal_risk_control_by_hand() -> None:
-    # (k + 1) / (n + 1) <= 0.2 with n = 9: k <= 1
+    # (k + 1) / (n + 1) <= 0.2 with n = 9, so k <= 1.
     c = counts([(1, 0), (0, 1), (2, 0), (0, 1), (4, 0)])
     found = conformal_risk_control(c, 0.2, 0.05)
     assert (found.threshold, found.risk_bound) == (2, 0.2)
@@ -256,7 +264,7 @@ def test_coverage_first_bounds_both() -> None:
     accepted = found.n_accepted
     assert stats.binomtest(accepted, 100).proportion_ci(0.9, method="exact").low >= 0.5
     assert stats.binomtest(accepted - 1, 100).proportion_ci(0.9, method="exact").low < 0.5
-    assert found.risk_bound == pytest.approx(1 - 0.05 ** (1 / (accepted - 1)))  # none wrong
+    assert found.risk_bound == pytest.approx(1 - 0.05 ** (1 / (accepted - 1)))  # none is wrong
     assert coverage_first(c, 0.99, 0.05) is None
 
 
@@ -265,7 +273,7 @@ def test_public_selector() -> None:
     f = np.r_[np.zeros(300), np.ones(100)]
     selector = vilu.certify(Outcomes(u, f), max_risk=0.05, confidence=0.95)
     assert selector.feasible
-    assert 0.5 <= selector.threshold < 0.55  # about 5 % of the accepted may be wrong
+    assert 0.5 <= selector.threshold < 0.55  # about 5 % of the accepted answers may be wrong
     assert selector.risk_bound == 0.05
     accepted = selector.accept(
         np.array([0.1, selector.threshold, np.nextafter(selector.threshold, 1), np.nan])
@@ -278,7 +286,7 @@ def test_public_selector() -> None:
 def why(
     blocks: list[tuple[int, int]], max_risk: float, method: str = "ltt", confidence: float = 0.95
 ):
-    """Why nothing is accepted of blocks of (right, wrong) answers, and the number that is given."""
+    """Return why no answer in the (right, wrong) blocks is accepted, and the number needed."""
     c = counts(blocks)
     u, f = (
         np.repeat(c.value, c.size),
@@ -296,8 +304,9 @@ def why(
 
 
 def test_too_few_rows_say_how_many_must_be_accepted_and_right() -> None:
-    """ln 0.05 / ln 0.99 = 298.07, and one row more since the last is no random one;
-    whatever the scores.
+    """300 accepted answers are needed, whatever the scores.
+
+    ln 0.05 / ln 0.99 = 298.07, so 299 are needed, and one more because the last row is not random.
     """
     told, needed = why([(1, 0)] * 40 + [(0, 1)] * 140, 0.01)
     assert told == (
@@ -316,11 +325,15 @@ def test_so_many_rows_are_enough_where_all_are_accepted_and_right() -> None:
 
 
 def test_enough_rows_with_too_many_wrong_are_told_so() -> None:
-    """300 rows, of which nine of ten are right wherever one looks: more of them would not help."""
+    """If too many answers are wrong at every score, the text must not ask for more rows.
+
+    In the first case, 300 rows are right in nine out of ten cases at every score.
+    """
     told, needed = why([(9, 1)] * 30, 0.01)
     assert told.endswith("these scores do not single out answers with an error rate below 1.00%")
     assert needed is None
-    # 1 wrong among the 90 most trusted, then all wrong: with one wrong 93 are needed
+    # 1 answer is wrong among the 90 most trusted, and then all are wrong. With one wrong answer 93
+    # are needed.
     told, needed = why([(89, 1), *[(0, 1)] * 100], 0.05)
     assert (
         told
@@ -328,8 +341,8 @@ def test_enough_rows_with_too_many_wrong_are_told_so() -> None:
         "5.00% needs at least 93 accepted answers"
     )
     assert needed is None
-    # 60 right ones would do at level 0.05; with 1,000 rows it is divided among three thresholds to
-    # begin with
+    # At level 0.05, 60 right answers would be enough. With 1,000 rows the level is first divided
+    # among three thresholds.
     told, needed = why([(60, 0), *[(0, 1)] * 940], 0.05)
     assert (
         told
@@ -358,14 +371,14 @@ def test_a_mean_of_few_rows() -> None:
 
 
 def test_a_coverage_alone_takes_so_many_rows() -> None:
-    """0.8^n <= 0.05 / 2: n = 17."""
+    """0.8^n <= 0.05 / 2, so n = 17."""
     few = vilu.certify(Outcomes(np.arange(16), np.zeros(16)), min_coverage=0.8)
     assert few.thresholds[""].n_needed == 17
     assert vilu.certify(Outcomes(np.arange(17), np.zeros(17)), min_coverage=0.8).feasible
 
 
 def test_groups_say_what_each_takes() -> None:
-    """Two groups share delta: ln 0.025 / ln 0.95 = 71.9, and one more."""
+    """Two groups share delta: ln 0.025 / ln 0.95 = 71.9, so 72 are needed, and one more."""
     groups = ["a"] * 200 + ["b"] * 30
     found = vilu.certify(Outcomes(np.arange(230), np.zeros(230)), max_risk=0.05, groups=groups)
     assert found.thresholds["a"].threshold is not None
@@ -380,7 +393,7 @@ def test_groups_share_delta_and_the_small_are_together() -> None:
     selector = vilu.certify(Outcomes(u, f), max_risk=0.1, groups=groups.tolist())
     assert set(selector.thresholds) == {"a", "b", "(other)"}
     assert selector.thresholds["(other)"].n == 45
-    # by itself each group is certified at a third of delta
+    # By itself, each group is certified at a third of delta.
     alone = vilu.certify(Outcomes(u[:400], f[:400]), max_risk=0.1, confidence=1 - 0.05 / 3)
     assert selector.thresholds["a"].threshold == alone.threshold
     limit = {name: one.threshold for name, one in selector.thresholds.items()}
@@ -391,24 +404,26 @@ def test_groups_share_delta_and_the_small_are_together() -> None:
         _ = selector.threshold
     with pytest.raises(UsageError, match="needs the group of each"):
         selector.accept(u)
+    # A number would silently get the threshold for the other groups.
     for numbers in (
         range(len(u)),
         np.zeros(len(u), int),
-    ):  # a number would have the threshold of the others
+    ):
         with pytest.raises(DataError, match="groups must hold texts"):
             selector.accept(u, numbers)
 
 
 def test_groups_of_their_own_have_enough_rows_for_their_share_of_delta() -> None:
-    # 20 perfect classes of 90 rows: alone each would take 60 rows, with a twentieth of delta 117 +
-    # 1
+    # There are 20 classes without errors, with 90 rows each. Alone each class needs 60 rows. At a
+    # twentieth of delta it needs 117 + 1.
     groups = np.repeat([f"class {i:02d}" for i in range(20)], 90).tolist()
     rng = np.random.default_rng(0)
     selector = vilu.certify(
         Outcomes(rng.random(1800), np.zeros(1800)), max_risk=0.05, groups=groups
     )
     assert selector.coverage == 1
-    # three of their own and the others: 0.95^89 is at most 0.05 / 4, but more than 0.05 / 5
+    # Three classes have their own threshold, and the others share one: 0.95^89 is at most 0.05 / 4,
+    # but more than 0.05 / 5.
     assert sorted(one.n for one in selector.thresholds.values()) == [90, 90, 90, 1530]
 
 
@@ -465,7 +480,7 @@ def test_groups_by_prediction_are_names() -> None:
 
 @pytest.mark.parametrize(("n", "percent"), [(100, 55), (200, 56)])
 def test_a_coverage_that_is_reached_to_the_row_is_no_less(n: int, percent: int) -> None:
-    """0.55 * 100 is 55.00000000000001 in floating point."""
+    """Coverage must be compared exactly: 0.55 * 100 is 55.00000000000001 in floating point."""
     k = n * percent // 100
     right = np.arange(n) < k
     rows = Outcomes(~right, ~right)
@@ -475,7 +490,9 @@ def test_a_coverage_that_is_reached_to_the_row_is_no_less(n: int, percent: int) 
 
 
 def test_all_rows_are_all_answers_at_any_stated_shares() -> None:
-    """Weights of the rows add up to n but for rounding."""
+    """If all rows are accepted, coverage must be 1, although the weights add up to n only up to
+    rounding.
+    """
     rng = np.random.default_rng(0)
     target = rng.integers(0, 3, 1000)
     rows = Outcomes(

@@ -1,4 +1,4 @@
-"""A calibration counts pictures, each once, however many files show it."""
+"""Test that a calibration counts each picture once, even if many files show it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from vilu.predictors.persistence.storage import load_predictor
 
 
 def repeated(n: int, times: int, **columns: object) -> Outcomes:
-    """n pictures, all answered rightly, each in several files."""
+    """Return outcomes for n pictures, all answered rightly. Each picture has several files."""
     uncertainty = np.repeat(np.linspace(0, 0.5, n), times)
     picture = np.repeat(np.arange(n), times)
     return Outcomes(uncertainty, np.zeros(n * times), picture=picture, **columns)
 
 
 def test_forty_rows_ten_times_over_are_forty_rows() -> None:
-    """Sixty rows without error show 5 %; forty do not, however often they are copied."""
+    """Copies must not count: 60 rows without error show 5 %, and 40 rows do not, however often
+    copied.
+    """
     many = vilu.certify(repeated(40, 10), max_risk=0.05)
     once = vilu.certify(repeated(40, 1), max_risk=0.05)
     assert not many.feasible
@@ -78,10 +80,10 @@ def test_selection_counts_pictures() -> None:
 
 def test_a_picture_with_contradictory_labels_is_wrong_once() -> None:
     failure = np.zeros(300)
-    failure[3] = 1  # the first picture in its fourth file
+    failure[3] = 1  # the first file of the second picture
     rows_of = Outcomes(np.repeat(np.arange(100) / 100, 3), failure, picture=np.arange(300) // 3)
     assert vilu.certify(rows_of, max_risk=0.5).n_wrong == 1
-    failure[4:6] = 1  # all files of the second picture are wrong now
+    failure[4:6] = 1  # now all files for the second picture are wrong
     rows_of = Outcomes(rows_of.uncertainty, failure, picture=rows_of.picture)
     assert vilu.certify(rows_of, max_risk=0.5).n_wrong == 1
 
@@ -92,7 +94,7 @@ def test_rows_whose_picture_is_not_known_are_pictures_of_their_own() -> None:
 
 
 def files(n: int, times: int, noise: float = 0.0) -> vilu.Embeddings:
-    """n pictures in several files each, equal or with noise in every coordinate."""
+    """Return n pictures in several files each, equal or with noise in every coordinate."""
     pictures = joined(rows(n, seed=5))
     return joined(*(rows(n, seed=seed, copied=pictures, noise=noise) for seed in range(times)))
 
@@ -118,7 +120,7 @@ def test_the_probability_of_failure_is_learned_from_pictures() -> None:
     )
     assert many.calibrator_.n == once.calibrator_.n == 200
     assert many.calibrator_.n_failures == once.calibrator_.n_failures
-    # Float32 products of more rows may be rounded in another way: by 2e-7 of a logit.
+    # Float32 products with more rows may be rounded in another way, by 2e-7 in a logit.
     log_odds = np.linspace(-5, 5, 11)
     expected = pytest.approx(once.calibrator_(log_odds), abs=1e-5)
     assert many.calibrator_(log_odds) == expected
@@ -134,7 +136,8 @@ def test_near_copies_are_said_and_certify_nothing_by_their_number(
         record = calibrate_predictor(tmp_path, files(200, 2, noise=0.003), Target(max_risk=0.2))
     assert "400 pictures, 200 where near copies count once" in caplog.text
     assert "400 pictures, 200 where near copies count once" in record.guarantee_text
-    assert Calibration.load(tmp_path) == record  # what counts is verified when it is read
+    # Reading a calibration verifies which rows count.
+    assert Calibration.load(tmp_path) == record
     assert (len(record.rows), record.n, record.rule.n) == (400, 400, 200)
 
 
@@ -148,9 +151,12 @@ def test_a_record_that_leaves_out_other_rows_is_damaged(tmp_path: Path) -> None:
 
 
 def test_captions_of_one_picture_count_once() -> None:
-    """Each caption is another question; which of them counts does not depend on the answers."""
+    """A picture with several captions must count once, although each caption is another question.
+
+    Which caption counts must not depend on the answers.
+    """
     picture = np.arange(600) // 5
-    failure = (np.arange(600) % 5 == 4).astype(int)  # the last of five captions is never right
+    failure = (np.arange(600) % 5 == 4).astype(int)  # the last caption among five is always wrong
     outcomes = Outcomes(
         np.linspace(0, 1, 600), failure, picture=picture, provenance={"pool_size": 100}
     )

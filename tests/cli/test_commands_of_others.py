@@ -1,4 +1,4 @@
-"""Commands that other packages add to vilu."""
+"""Test commands that other packages add to vilu."""
 
 from __future__ import annotations
 

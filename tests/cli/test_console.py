@@ -1,4 +1,4 @@
-"""Progress, warnings and errors as people see them."""
+"""Test progress, warnings and errors as people see them."""
 
 from __future__ import annotations
 
@@ -82,8 +82,9 @@ def test_a_table_clips_and_escapes_its_cells() -> None:
 
 
 def test_a_bar_within_a_bar_is_not_drawn(capsys: pytest.CaptureFixture[str]) -> None:
-    """Rich refuses two at a time;
-    a model that embeds captions encodes texts within the task of the images.
+    """A bar within another bar must not be drawn, because Rich refuses two bars at a time.
+
+    While images are embedded, a model that embeds captions also encodes texts.
     """
     with reporting(console.BarReporter()), track("embed", 4, "images") as task:
         with track("encode texts", 2, "texts") as inner:

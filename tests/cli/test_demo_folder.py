@@ -1,4 +1,4 @@
-"""The folder that the demo sorts: what is written, and how the accepted answers are counted."""
+"""Test the demo's folder: the written files, and the count of accepted answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def labels_of(path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def asked(tmp_path: Path) -> Path:
-    """A demo whose triage asks for a photo of the demo and for one that somebody has added."""
+    """Return a demo whose triage asks for a demo photo and for a photo that somebody has added."""
     (tmp_path / "triage").mkdir()
     (tmp_path / "labels.csv").write_text("path,label\na.jpg,shoe\nb.jpg,dress\nc.jpg,shoe\n")
     (tmp_path / "triage/next_labels.csv").write_text("path,label\nb.jpg,\nmine.jpg,\n")

@@ -1,4 +1,4 @@
-"""The help of commands, and the flags that every command has before and after its name."""
+"""Test the commands' help, and the flags that every command has before and after its name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_NEEDED = 8
 
 
 def headings(text: str) -> list[str]:
-    """The headings of the groups of a help text."""
+    """Return the group headings in a help text."""
     lines = text.splitlines()
     return [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
 

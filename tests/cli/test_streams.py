@@ -1,4 +1,6 @@
-"""Standard output that is full, closed or of another encoding, and what the shell completes."""
+"""Test a standard output that is full, closed or in another encoding, signals, and shell
+completion.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ VILU = "import sys; sys.argv[0] = 'vilu'; from vilu.cli import main; main()"
 
 
 def vilu(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """The command under its own name, which completion goes by."""
+    """Run the command under its own name, because completion looks at the name."""
     words = [sys.executable, "-c", VILU, *args]
     return subprocess.run(
         words, capture_output=True, text=True, check=False, env={**os.environ, **env}
@@ -40,7 +42,7 @@ def test_a_full_disk_behind_stdout(words: list[str], unbuffered: str) -> None:
 
 
 def test_nobody_reads_stdout() -> None:
-    """As of a program that SIGPIPE ends, and in silence."""
+    """If nobody reads stdout, the command must end silently, with the exit code for SIGPIPE."""
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
@@ -54,7 +56,7 @@ def test_nobody_reads_stdout() -> None:
     ("words", "code"), [("list metrics", 0), ("-q inspect nowhere", 2), ("frobnicate", 2)]
 )
 def test_a_stream_that_is_closed(words: str, code: int) -> None:
-    """Nobody can be told what went there; all else is as ever."""
+    """If a stream is closed, its text is lost, and all else must be as usual."""
     for closed in ("2>&-", ">&-", ">&- 2>&-"):
         line = f"{shlex.join(command(*words.split()))} {closed}"
         done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)  # noqa: S602
@@ -127,9 +129,10 @@ vilu.cli.main()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_a_library_could_not_pass_on_comes_again(number: signal.Signals) -> None:
-    """In a callback of pydantic, for one:
+    """If a library's callback swallows a signal, the signal must come again.
 
-    Python would tell of it and go on, and the command with it.
+    In pydantic's callbacks, for example, Python would only report the signal and go on. The command
+    would go on, too.
     """
     words = [sys.executable, "-c", SWALLOWED, str(int(number))]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=50)

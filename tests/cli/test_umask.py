@@ -1,4 +1,4 @@
-"""Files with paths and labels are for their owner alone, unless a user says otherwise."""
+"""Test that only the owner can read files with paths and labels, unless a user says otherwise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vilu.errors import StorageError
 def usual_umask() -> Iterator[None]:
     before = os.umask(0o022)
     yield
-    assert os.umask(before) == 0o022  # a command leaves it as it was
+    assert os.umask(before) == 0o022  # a command must not change it
 
 
 def modes(folder: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""One wrong argument in every command: a sentence and an exit code of ours, never a traceback."""
+"""Test one wrong argument in every command: a sentence and vilu's exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CODES = set(range(2, 9)) | {0}
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A predictor, its scores, and a checkpoint that is none."""
+    """Return a folder with a predictor, its scores, and a file that is no real checkpoint."""
     folder = tmp_path_factory.mktemp("wrong")
     predictor, data = MCM().fit(toy_embeddings(40)), toy_embeddings(60, seed=1, ids_from=1000)
     predictor.save(folder / "pred")
@@ -58,7 +58,7 @@ SOUND = {
 
 
 def cases(name: str, line: list[str]) -> Iterator[list[str]]:
-    """The line with each of its arguments replaced, and with each other option once."""
+    """Yield the line with each argument replaced, and with each other option added once."""
     for i, word in enumerate(line):
         if not word.startswith("-"):
             yield from ([*line[:i], value, *line[i + 1 :]] for value in VALUES)
@@ -71,7 +71,7 @@ def cases(name: str, line: list[str]) -> Iterator[list[str]]:
 def test_one_wrong_argument(work: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(work)
     for line in cases(name, SOUND[name]):
-        done = command_line(name, *line)  # an exception that is no message would pass through
+        done = command_line(name, *line)  # an exception without a message would pass through
         assert done.returncode in CODES, (line, done.stderr)
         assert done.stderr.isascii() or "\x1b" not in done.stderr, line
         assert done.returncode or done.stdout or done.stderr, line
@@ -104,7 +104,7 @@ def test_one_wrong_argument(work: Path, monkeypatch: pytest.MonkeyPatch, name: s
     ],
 )
 def test_another_kind_of_thing(tmp_path: Path, line: list[str], message: str) -> None:
-    """Known by the names of files alone, before anything slow is imported."""
+    """Files must be recognised by their names alone, before a slow import."""
     for name in (
         "store/run.json",
         "pred/predictor.json",

@@ -1,4 +1,4 @@
-"""One artefact of each kind: how they are made, and the numbers that each of them gives."""
+"""Make one artefact per kind, and compute the numbers that each gives."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vilu": {"epochs": 2, "hidden": (4,)},
     "vilu_plus": {"epochs": 2, "width": 4},
 }
-"""Parameters that keep what is saved small."""
+"""Parameters that keep the saved files small."""
 
 STUDY = """
 seeds = 1
@@ -108,14 +108,14 @@ KEPT = (
 )
 
 SHOWN = {".png", ".svg", ".html", ".jsonl"}
-"""Files that are looked at, and never read back."""
+"""Files for people, which vilu never reads."""
 
 LARGE = ("triage/embeddings/", "triage/predictor/vocabulary")
-"""A store and a vocabulary of 5,000 words; small ones of both kinds are kept."""
+"""A store, and a vocabulary with 5,000 words. Small ones in both kinds are kept."""
 
 
 def make(root: Path) -> None:
-    """Every artefact, in a new folder."""
+    """Write every artefact, in a new folder."""
     model = FakeBackbone()
     _write_inputs(root)
     pairs = dataset(24, unlabelled=range(24))
@@ -136,14 +136,14 @@ def make(root: Path) -> None:
 
 
 def _likely() -> LikelyRight:
-    """An estimate of 100 answers, of which the 80 most trusted are right."""
+    """Return an estimate from 100 answers. The 80 most trusted answers are right."""
     uncertainty = np.linspace(0.01, 0.5, 100)
     failure = (np.arange(100) >= 80).astype(int)
     return LikelyRight.estimate(JudgedAnswers(uncertainty, failure), uncertainty, max_risk=0.05)
 
 
 def _serve(root: Path) -> None:
-    """The journals of a service that answered ten rows, and got the labels of five."""
+    """Write a service's journals. The service answered ten rows, and got labels for five."""
     journals = LocalJournals(root / "served", {"first": root / "calibrated"})
     ids = [f"photo-{number}" for number in range(10)]
     answers = (np.arange(10) % len(NAMES)).tolist()
@@ -178,14 +178,14 @@ def _write_inputs(root: Path) -> None:
 
 
 def run(*arguments: object, cwd: Path) -> str:
-    """Standard output of a command that succeeds, or that ends with an alarm of a monitor."""
+    """Return a command's standard output. It must succeed, or end with a monitor's alarm."""
     done = command_line(*arguments, cwd=cwd)
     assert done.returncode in {0, 8}, (arguments, done.stderr)
     return done.stdout
 
 
 def pack(root: Path) -> None:
-    """Write the artefacts to the archive, but for what is shown and what is large."""
+    """Write the artefacts to the archive, without the shown files and the large ones."""
     with zipfile.ZipFile(ARCHIVE, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name in KEPT:
             path = root / name
@@ -200,14 +200,14 @@ def pack(root: Path) -> None:
 
 
 def unpack(root: Path) -> Path:
-    """The kept artefacts, in a new folder."""
+    """Unpack the kept artefacts into a new folder, and return the folder."""
     with zipfile.ZipFile(ARCHIVE) as archive:
         archive.extractall(root)
     return root
 
 
 def numbers(root: Path) -> dict[str, Any]:
-    """What the artefacts give, as plain JSON."""
+    """Return the artefacts' numbers, as plain JSON."""
     new = vilu.EmbeddingStore(root / "new")
     found: dict[str, Any] = {
         "store": _of_source(new),
@@ -263,7 +263,7 @@ def _of_outcomes(outcomes: vilu.Outcomes) -> dict[str, Any]:
 
 
 def _of_journals(root: Path) -> list[object]:
-    """Of a copy, which is opened to be written."""
+    """Return the journals' status, from a copy, because journals are opened for writing."""
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(root / "served", Path(folder) / "served")
         journals = LocalJournals(copy, {"first": root / "calibrated"})

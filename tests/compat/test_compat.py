@@ -1,4 +1,5 @@
-"""What 0.2.0 wrote is read with its numbers; what was made before is refused in words.
+"""Test that artefacts from 0.2.0 are read with equal numbers, and that older ones are refused in
+words.
 
 ``python -m tests.compat.write`` makes the kept artefacts and their numbers.
 """
@@ -26,18 +27,18 @@ from vilu.triage.labels import LabelBook
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The artefacts, to be read."""
+    """Return the artefacts, only to be read."""
     return unpack(tmp_path_factory.mktemp("compat"))
 
 
 @pytest.fixture
 def copied(kept: Path, tmp_path: Path) -> Path:
-    """The artefacts, to be changed."""
+    """Return a copy of the artefacts, which a test may change."""
     return Path(shutil.copytree(kept, tmp_path / "copy"))
 
 
 def require_near(found: object, expected: object, where: str) -> None:
-    """The same JSON; numbers with a fraction up to rounding."""
+    """Require equal JSON. Numbers with a fraction may differ by rounding."""
     if isinstance(expected, dict):
         assert isinstance(found, dict), where
         assert found.keys() == expected.keys(), where
@@ -60,14 +61,14 @@ def test_every_artefact_gives_its_numbers(kept: Path) -> None:
 
 
 KIND = re.compile(r"""(?:"kind": |\bkind: Literal\[.*\] = |\bKIND: Final = )"([a-z ]+)\"""")
-"""How the source states the kind of a document or of a table that it writes."""
+"""Pattern for the kind in source code that writes a document or a table."""
 
 MADE_AGAIN = {"photos"}
-"""Kinds that no user keeps: the list of photos beside the embeddings of a triage."""
+"""Kinds that no user keeps: the list of photos beside a triage's embeddings."""
 
 
 def kind_of(path: Path) -> object:
-    """The kind that a document or a table states."""
+    """Return the kind that a document or a table states."""
     if path.suffix == ".json":
         return json.loads(path.read_text(encoding="utf-8")).get("kind")
     return read_table(path, ())[1].get("kind")
@@ -101,13 +102,13 @@ def test_a_kept_predictor_is_saved_as_it_was(kept: Path, tmp_path: Path) -> None
 
 
 def description_of(folder: Path) -> dict[str, object]:
-    """A predictor's document without its version of vilu and without the digest that covers it."""
+    """Return a predictor's document, without vilu's version and without the digest over it."""
     document = json.loads((folder / "predictor.json").read_text(encoding="utf-8"))
     return without_version(document, "fingerprint")
 
 
 def lower(path: Path) -> None:
-    """Give an artefact the schema number of what was made before."""
+    """Give an artefact the schema number that older artefacts have."""
     if path.suffix == ".json":
         seal = "fingerprint" if path.name == "predictor.json" else "digest"
         write_json(path, {**json.loads(path.read_text()), SCHEMA_KEY: 1}, digest_key=seal)
@@ -144,7 +145,7 @@ LOWERED: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("triage/triage.json", ("review", "triage", "-o", "tasks.json"), "`vilu triage`"),
     ("study/studies/study/study.json", ("render", "study", "--document", "x.md"), ""),
 )
-"""A file, who reads it, and what is named as the way to make it again."""
+"""A file, the command that reads it, and the named way to make it again."""
 
 
 @pytest.mark.parametrize(("file", "command", "again"), LOWERED, ids=[case[0] for case in LOWERED])
@@ -175,7 +176,11 @@ def test_a_journal_that_was_made_before_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_book_of_labels_stays_readable() -> None:
-    """Of the first code that wrote books, and of the last before 0.2.0, which noted pictures."""
+    """Books of labels from before 0.2.0 must stay readable.
+
+    One book is from the first code that wrote books. The other is from the last code before 0.2.0,
+    which noted pictures.
+    """
     for name, picture in (("first", ""), ("last", "0101010101010101")):
         book = LabelBook.load(DATA / f"labels-0.1.0-{name}.parquet")
         assert book.labels == {"a.jpg": "dress", "b.jpg": "hat"}

@@ -1,7 +1,8 @@
-"""What docs/stability.md promises to keep:
-names, arguments, results, commands and options go with notice alone.
+"""Test that docs/stability.md's promise is kept.
 
-python -m tests.compat.test_public_names >tests/compat/public_names.txt     (for a release)
+Names, arguments, results, commands and options may go only after a notice. For a release, run
+
+    python -m tests.compat.test_public_names >tests/compat/public_names.txt
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ RECORDED = Path(__file__).with_name("public_names.txt").read_text(encoding="utf-
 
 
 def commands(group: object, above: str = "vilu") -> Iterator[str]:
-    """Every command, with the words before it and its options: `vilu inspect --json --seal`."""
+    """Yield every command with its group and its options, as `vilu inspect --json --seal`."""
     for name, command in getattr(group, "commands", {}).items():
         if hasattr(command, "commands"):
             yield from commands(command, f"{above} {name}")
@@ -33,10 +34,10 @@ def commands(group: object, above: str = "vilu") -> Iterator[str]:
 
 
 def signature(name: str, thing: object) -> str:
-    """A name with its arguments and result: `vilu.score(predictor, *, split=) -> Outcomes`."""
+    """Return a name with arguments and result: `vilu.score(predictor, *, split=) -> Outcomes`."""
     try:
         shape = inspect.signature(thing)  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # not called, or by C code
+    except (TypeError, ValueError):  # not callable, or written in C
         return name
     written, keywords = [], False
     for parameter in shape.parameters.values():
@@ -59,7 +60,10 @@ def signature(name: str, thing: object) -> str:
 
 
 def methods(name: str, cls: type, *, inherited: bool) -> Iterator[str]:
-    """What a class adds to the public ones that it is made of, or has of them, too."""
+    """Yield a class's public methods.
+
+    If ``inherited`` is false, methods from its public base classes are left out.
+    """
     public = {
         getattr(vilu, one) for one in vilu.__all__ if isinstance(getattr(vilu, one), type)
     } - {cls}
@@ -72,14 +76,14 @@ def methods(name: str, cls: type, *, inherited: bool) -> Iterator[str]:
                         thing.__func__ if isinstance(thing, classmethod | staticmethod) else thing
                     )
                     if inspect.isfunction(bare) and bare.__module__.startswith("pydantic"):
-                        continue  # of pydantic, whose arguments have other names in each version
+                        continue  # pydantic's own, whose argument names differ between versions
                     if inspect.isfunction(bare) or isinstance(thing, property):
                         seen.add(method)
                         yield signature(f"{name}.{method}", bare)
 
 
 def names(*, inherited: bool) -> set[str]:
-    """All there is now."""
+    """Return all public names now."""
     found = set(commands(typer.main.get_command(app)))
     for module, at in ((vilu, "vilu"), (vilu.metrics, "vilu.metrics")):
         for name in module.__all__:
@@ -94,7 +98,7 @@ def names(*, inherited: bool) -> set[str]:
 
 
 def parts(line: str) -> tuple[list[str], list[str], str]:
-    """Arguments by place, all arguments (with = where they may be left out), and the result."""
+    """Return positional arguments, all arguments (optional ones with =), and the result."""
     inside, _, result = line.partition("(")[2].partition(")")
     arguments = [word for word in inside.split(", ") if word]
     return (
@@ -105,7 +109,7 @@ def parts(line: str) -> tuple[list[str], list[str], str]:
 
 
 def broken(old: str, new: str) -> bool:
-    """Whether a call that was right is none, or gives another thing."""
+    """Return whether a right call would now fail, or give another result."""
     if "(" not in old:
         return set(old.split()) - set(new.split()) != set()
     (places, arguments, result), (now_places, now, now_result) = parts(old), parts(new)
@@ -120,12 +124,15 @@ def broken(old: str, new: str) -> bool:
 
 
 def key(line: str) -> str:
-    """What a line is about."""
+    """Return the name that a line describes."""
     return line.partition("(")[0].partition(" --")[0]
 
 
 def test_what_was_public_is_public() -> None:
-    """A release records what there is; a line is changed by hand when its notice is over."""
+    """Every recorded public name must still work.
+
+    A release records the names. If a notice is over, a person changes the line.
+    """
     assert len(RECORDED) > 200
     today = {key(line): line for line in names(inherited=True)}
     gone = [line for line in RECORDED if key(line) not in today]

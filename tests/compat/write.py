@@ -1,8 +1,8 @@
-"""Write the kept artefacts of a release and their numbers, if they are not there yet.
+"""Write a release's kept artefacts and their numbers, if they do not exist yet.
 
     OMP_NUM_THREADS=1 python -m tests.compat.write
 
-`make compat` does it with the wheels, in an environment without this source.
+`make compat` does this with the wheels, in an environment without this source.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.compat.artefacts import ARCHIVE, NUMBERS, make, numbers, pack, unpack
 
 
 def main() -> None:
-    """Make everything, keep it, and note what the kept files give."""
+    """Make all artefacts, keep them, and record the numbers that the kept files give."""
     if ARCHIVE.exists():
         print(f"{ARCHIVE.name} is there. What a release wrote is never written again.")  # noqa: T201
         return

@@ -1,4 +1,4 @@
-"""Which answer is judged: the zero-shot one, the method's own, or one that was given."""
+"""Test which answer is judged: the zero-shot answer, the method's own, or a given one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vilu.predictors.persistence.vocabulary import Vocabulary
 QUICK = {"hidden": (16, 8), "epochs": 4, "batch_size": 64, "width": 16, "members": 2}
 WITH_POSTERIOR = [name for name, cls in PREDICTORS.items() if cls.has_posterior]
 OF_IMAGE_OR_ALL_LOGITS = ("pvu", "knn_distance", "entropy", "doctor", "energy", "gen", "kl_uniform")
-"""Scores that are no function of the answer."""
+"""Scores that do not depend on the answer."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,10 @@ def test() -> Embeddings:
 
 
 def of_the_classes(n: int, seed: int) -> Embeddings:
-    """Without everyday words, so that no method has the outcome "outside": u = 1 - q_a."""
+    """Return toy rows without everyday words.
+
+    Then no method has the outcome "outside", so u = 1 - q_a.
+    """
     data = toy_embeddings(n, seed=seed)
     names = data.columns - {"negatives"}
     return variant(data, columns={name: data.column(name, torch.arange(n)) for name in names})
@@ -88,7 +91,8 @@ def test_adapted_answers_are_better_where_texts_are_poor(
     fit_rows, new_rows = variant(train, text=text), variant(test, text=text)
     failure = vilu.score(make("linear_probe").fit(fit_rows), new_rows).failure
     adapted = make("linear_probe", answer="adapted").fit(fit_rows)
-    # 300 rows: three standard errors of a difference of shares are below 10 points
+    # Both risks are shares on the same 300 rows. Three standard errors of their difference are
+    # below 10 points.
     assert vilu.score(adapted, new_rows).failure.mean() < failure.mean() - 0.1
 
 
@@ -96,7 +100,7 @@ def test_adapted_answers_are_better_where_texts_are_poor(
 def test_given_zero_shot_answers_change_no_score(
     name: str, train: Embeddings, test: Embeddings
 ) -> None:
-    if name == "neglabel":  # it compares with the words, and these rows have none
+    if name == "neglabel":  # it compares with words, and these rows have no words
         train, test = toy_embeddings(400, seed=1), toy_embeddings(300, seed=2)
     plain = make(name).fit(train).predict_uncertainty(test)
     given = make(name, answer="given").fit(with_answers(train, zero_shot(train)))
@@ -134,7 +138,7 @@ def test_scores_of_the_logits_judge_the_given_answer(test: Embeddings) -> None:
     for name, uncertainty in expected.items():
         scores = make(name, answer="given").predict_uncertainty(data)
         assert np.allclose(scores, uncertainty, rtol=1e-4, atol=1e-6), name
-    # the logits and their logarithms differ by the same number in a row
+    # In each row, the logits and their logarithms differ by a constant.
     scores = make("max_logit", answer="given").predict_uncertainty(data)
     difference = scores + logit[rows, answer]
     assert np.allclose(
@@ -318,7 +322,7 @@ def test_rankings_of_other_answers_are_not_compared(train: Embeddings, test: Emb
 
 
 def test_a_comparison_across_answers_covers_the_truth() -> None:
-    # two independent judges of one quality: the difference of their risks is 0
+    # Two independent judges have the same quality, so the difference between their risks is 0.
     rng = np.random.default_rng(5)
     n_missed = 0
     n_sets = 200
@@ -330,5 +334,5 @@ def test_a_comparison_across_answers_covers_the_truth() -> None:
             sides.append(vilu.Outcomes(probability, failure, answer=kind))
         comparison = vilu.compare(*sides, metric="risk_at_coverage_0.8", n_resamples=200)
         n_missed += not comparison.ci_low <= 0 <= comparison.ci_high
-    # 5 % of 200 are 10; 21 or more have a probability below 0.1 %
+    # 5 % of 200 are 10. 21 or more have a probability of 0.12 %.
     assert n_missed <= 20

@@ -1,5 +1,6 @@
-"""A caller who has numpy raise for every rounding to zero:
-that is the caller's, and no error of ours.
+"""Test vilu while numpy raises an error for every rounding to zero.
+
+The caller may set numpy so. vilu must still work.
 """
 
 from __future__ import annotations

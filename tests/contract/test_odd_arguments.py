@@ -1,6 +1,4 @@
-"""Whatever is given to the public names,
-what comes back is a result or a sentence (a ``ViLUError``).
-"""
+"""Test that public names, with any argument, give a result or a sentence (a ``ViLUError``)."""
 
 from __future__ import annotations
 
@@ -25,11 +23,11 @@ from vilu.predictors.persistence.vocabulary import Vocabulary
 
 Call = tuple[Callable[..., object], dict[str, Any]]
 STEP = 3
-"""Of the odd values every argument gets each third one, neighbouring arguments different ones."""
+"""Each argument gets every third odd value. Neighbouring arguments get different values."""
 
 
 def calls_of(folder: Path) -> dict[str, Call]:
-    """Every public function and constructor with arguments that it takes."""
+    """Return every public function and constructor, with valid arguments."""
     train, test = toy_embeddings(n=120, k=3), toy_embeddings(n=120, k=3, seed=1, ids_from=5000)
     mcm, rows = vilu.MCM().fit(train), np.asarray(test.image)[:20]
     outcomes, pairs = vilu.score(mcm, test), toy_pairs(n=64)
@@ -284,7 +282,7 @@ def calls_of(folder: Path) -> dict[str, Call]:
 
 
 def refusing(folder: Path) -> dict[str, Call]:
-    """Those that need files that are not there; they refuse whatever they get."""
+    """Return the functions that need missing files, so they refuse any argument."""
     nowhere = folder / "nowhere"
     return {
         "ScoreFolder": (vilu.ScoreFolder, {"path": nowhere}),
@@ -363,7 +361,7 @@ def odd_values() -> list[object]:
 
 @pytest.fixture
 def in_time() -> Iterator[None]:
-    """Nothing hangs: a minute for all of a test."""
+    """Raise an error if a test takes more than five minutes, so that nothing hangs."""
 
     def stop(*_: object) -> None:
         raise TimeoutError("this call does not come back")
@@ -403,13 +401,13 @@ def test_nothing_but_a_sentence_comes_back(
 def outcomes(
     calls: dict[str, Call], odd_values: list[object]
 ) -> Iterator[tuple[str, Exception | None]]:
-    """What every function raises with one of its arguments odd."""
+    """Yield what each function raises if one argument is odd."""
     for name, (function, valid) in calls.items():
         for place, argument in enumerate(valid):
             for number in range(place % STEP, len(odd_values), STEP):
                 odd, key = odd_values[number], f"{name}, {argument}, {number}"
                 if argument == "metric" and callable(odd):
-                    continue  # a function of the caller's
+                    continue  # a metric may be the function that a caller wrote
                 try:
                     function(**{**valid, argument: odd})
                 except Exception as error:  # noqa: BLE001 - just that is looked for
@@ -419,10 +417,10 @@ def outcomes(
 
 
 NOT_CALLED = {
-    "AnswerTable",  # open_table makes it
-    "Estimate",  # estimate makes it
+    "AnswerTable",  # made by open_table
+    "Estimate",  # made by estimate
     "methods",
-    "tune_process",  # of a whole process; tests/test_process.py
+    "tune_process",  # changes a whole process, see tests/test_process.py
     *(
         "__version__",
         "metrics",
@@ -430,7 +428,7 @@ NOT_CALLED = {
         "PREDICTORS",
         "FailurePredictor",
         "EmbeddingSource",
-    ),  # no calls
+    ),  # not callable, or abstract
     *(
         "LVU",
         "MCM",
@@ -440,9 +438,10 @@ NOT_CALLED = {
         "MaxLogit",
         "ViLU",
         "ViLUPlus",
-    ),  # parameters: the test below
-    *("Batch", "Answer"),  # made once a batch, or an image, from what has been checked
-    # a document: built by ``certify`` or read, and pydantic's ValidationError names the field
+    ),  # parameters, see the test below
+    *("Batch", "Answer"),  # made once per batch or per image, from checked values
+    # Documents are made by ``certify`` or read from files. For wrong fields, pydantic's
+    # ValidationError names the field.
     *("Calibration", "Rule"),
 }
 
@@ -536,8 +535,9 @@ def test_a_wrong_number_of_arguments_is_pythons_own_error() -> None:
 
 @pytest.mark.parametrize("number", [np.int64, np.uint8])
 def test_numbers_of_numpy_are_numbers(number: Callable[[int], Any], tmp_path: Path) -> None:
-    """Those of a loop over an array:
-    a pool of np.int64(16) was one of 1, since that is its ``size``.
+    """numpy numbers, as from a loop over an array, must count as Python numbers.
+
+    A pool with np.int64(16) once had one candidate, because the pool size was read from ``.size``.
     """
     image, scores = (
         toy_pairs(n=64).image,
@@ -545,9 +545,8 @@ def test_numbers_of_numpy_are_numbers(number: Callable[[int], Any], tmp_path: Pa
     )
     assert vilu.Embeddings.pairs(image, image, pool_size=number(16)).n_candidates == 16
     assert vilu.PseudoCaptions([toy_pairs(n=64)], number(16)).pool_size == 16
-    space = vilu.EmbeddingSpace(
-        number(4), torch.nn.Parameter(torch.tensor(8.0))
-    )  # as a model holds it
+    # A model may hold the scale as a parameter.
+    space = vilu.EmbeddingSpace(number(4), torch.nn.Parameter(torch.tensor(8.0)))
     assert space.fingerprint == vilu.EmbeddingSpace(4, 8.0).fingerprint
     rule = vilu.certify(scores, max_risk=np.array(0.7))
     assert rule.max_risk == 0.7

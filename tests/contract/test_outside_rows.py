@@ -1,6 +1,4 @@
-"""Rows of none of the classes in the training and the validation set of every method of the
-catalogue.
-"""
+"""Test every method with out-of-distribution rows in its fit and validation rows."""
 
 from __future__ import annotations
 
@@ -38,8 +36,9 @@ def left_out_aloud() -> Iterator[None]:
 
 
 def ood_rows(data: Embeddings, seed: int, target: int = OUTSIDE) -> Embeddings:
-    """The data, and after them sharp pictures of something else:
-    away from every text, in one direction.
+    """Return the data, followed by sharp out-of-distribution images.
+
+    These images point away from every text, in one direction.
     """
     rng = np.random.default_rng(seed)
     text = data.text.numpy()
@@ -71,7 +70,7 @@ def validation() -> Embeddings:
 
 
 def assert_same_state(one: vilu.FailurePredictor, other: vilu.FailurePredictor) -> None:
-    """But for what is learned of out-of-distribution rows themselves."""
+    """Require equal tensors, except for tensors learned from out-of-distribution rows."""
     a, b = (
         {k: v for k, v in p.state().items() if not k.startswith("outside.")} for p in (one, other)
     )
@@ -105,7 +104,7 @@ def test_what_learns_failures_learns_that_they_are_wrong(
     name: str, train: Embeddings, more_train: Embeddings, test: Embeddings
 ) -> None:
     held_out = ood_rows(test, 3)
-    epochs = {"vilu_paper": 60}.get(name, 12)  # plain gradient descent of the paper is slower
+    epochs = {"vilu_paper": 60}.get(name, 12)  # the paper's plain gradient descent is slower
     enough = {"epochs": epochs} if "epochs" in parameters(PREDICTORS[name]) else {}
     taught, other = make(name, **enough).fit(more_train), make(name, **enough).fit(train)
     assert taught.notes_["n_train"] == len(train) + N_OUTSIDE
@@ -139,7 +138,7 @@ def test_what_needs_no_label_does_not_look_at_this_one(name: str, train: Embeddi
         (
             PREDICTORS["lvu"](loss="loss", hidden=(8,), epochs=2),
             600,
-        ),  # a picture of none of the classes has no finite loss
+        ),  # out-of-distribution images have no finite loss
         (PREDICTORS["lvu"](loss="mse", hidden=(8,), epochs=2), 660),
         (PREDICTORS["mcm_ts"](objective="nll"), 600),
         (PREDICTORS["mcm_ts"](objective="ece"), 660),

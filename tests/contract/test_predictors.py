@@ -1,4 +1,4 @@
-"""What holds for every entry of ``vilu.PREDICTORS``."""
+"""Test the contract for every method in ``vilu.PREDICTORS``."""
 
 from __future__ import annotations
 
@@ -106,14 +106,15 @@ def test_scores_are_float64_of_one_sign(name: str, fitted: dict, test: Embedding
     uncertainty = fitted[name].predict_uncertainty(test)
     assert uncertainty.dtype == np.float64
     assert uncertainty.shape == (len(test),)
-    # 600 rows with about 150 failures: chance has a standard error near 0.03, so 0.6 is more than
-    # three away.
+    # 600 rows have about 150 failures. By chance, the AUROC has a standard error near 0.03, so 0.6
+    # is more than three standard errors away.
     assert auroc(uncertainty, failures(test)) > 0.6
 
 
 def test_a_fit(name: str, fitted: dict, train: Embeddings, test: Embeddings) -> None:
-    """It leaves the parameters and the global generator alone,
-    and one seed gives the same bytes again and again.
+    """A fit must change neither the parameters nor the global generator.
+
+    Equal seeds must give equal bytes, each time.
     """
     predictor = make(name)
     before = {key: getattr(predictor, key) for key in parameters(predictor)}
@@ -134,8 +135,9 @@ def test_seed_matters(trained: str, fitted: dict, train: Embeddings, test: Embed
 
 
 def test_rows_are_scored_one_by_one(name: str, fitted: dict, test: Embeddings) -> None:
-    """Neither the order of the rows nor which others are there matters,
-    up to float32 sums in another order.
+    """A row's score must not depend on the row order or on other rows.
+
+    Only float32 sums in another order may differ.
     """
     whole = fitted[name].predict_uncertainty(test)
     rows = torch.randperm(len(test), generator=torch.Generator().manual_seed(3))[:37]
@@ -220,19 +222,19 @@ def test_one_candidate_has_no_uncertainty(name: str, fitted: dict, test: Embeddi
 
 @pytest.mark.parametrize("k", [2, 1000])
 def test_number_of_candidates(name: str, fitted: dict, k: int) -> None:
-    """Other candidates than in training are scored, or refused by name;
-    fitted on them, every method scores them.
+    """Other candidates than in the fit must be scored, or refused by name.
+
+    If a method is fitted on these candidates, it must score them.
     """
     data = toy_embeddings(n=50, k=k)
-    if PREDICTORS[name].closed_set and k > 5:  # the two candidates are among the five of training
+    if PREDICTORS[name].closed_set and k > 5:  # both of 2 are among the 5 fitted
         with pytest.raises(ProvenanceError, match=r"scores the 5 classes that it was fitted on"):
             fitted[name].predict_uncertainty(data)
     else:
         assert np.isfinite(fitted[name].predict_uncertainty(data)).all()
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=r"only \d+ failures"
-        )  # of two candidates, one is seldom wrong
+        # With two candidates, failures are rare.
+        warnings.filterwarnings("ignore", message=r"only \d+ failures")
         known = make(name).fit(toy_embeddings(n=300, k=k, seed=1))
     assert np.isfinite(known.predict_uncertainty(data)).all()
 
@@ -240,8 +242,9 @@ def test_number_of_candidates(name: str, fitted: dict, k: int) -> None:
 def test_half_precision_input(name: str, fitted: dict, test: Embeddings) -> None:
     half = variant(test, image=test.image.half(), text=test.text.half())
     exact, rounded = (fitted[name].predict_uncertainty(data) for data in (test, half))
-    # Rounding to float16 moves a coordinate by 2^-11 of itself, a logit by at most 20 * 2^-10 * 2 <
-    # 0.05. A score that counts neighbours may jump where two are equally near: in few rows.
+    # Rounding to float16 moves a coordinate by a relative 2^-11. So a logit moves by at most 20 *
+    # 2^-10 * 2 < 0.05. A score that counts neighbours may jump in few rows, if two neighbours are
+    # equally near.
     assert np.mean(np.abs(rounded - exact) <= 0.05 * max(1.0, exact.std())) > 0.97
 
 
@@ -271,8 +274,9 @@ def test_missing_columns_are_named(name: str, fitted: dict, train: Embeddings) -
 @pytest.mark.parametrize("n_failures", [0, 1])
 @pytest.mark.parametrize("name", [name for name in PREDICTORS if name not in LEARNED])
 def test_few_failures(name: str, train: Embeddings, test: Embeddings, n_failures: int) -> None:
-    """Methods that learn from class labels need no failure;
-    those that learn from failures say so (below).
+    """Methods that learn from class labels must work without failures.
+
+    Methods that learn from failures must say that failures are missing (below).
     """
     failure = failures(train)
     rows = np.concatenate([np.flatnonzero(failure == 0), np.flatnonzero(failure == 1)[:n_failures]])
@@ -363,8 +367,8 @@ def test_a_few_bad_or_unlabelled_rows_are_left_out_aloud(labelled: str, train: E
 def test_labels_change_nothing_where_none_are_needed(
     name: str, fitted: dict, train: Embeddings, test: Embeddings
 ) -> None:
-    """Neither which they are, nor whether a row is of none of the classes,
-    nor whether there are any.
+    """Methods that need no labels must ignore them: other labels, out-of-distribution labels, or
+    none.
     """
     expected = fitted[name].predict_uncertainty(test)
     for target in (
@@ -429,7 +433,7 @@ def test_no_saved_number_makes_loading_or_scoring_endless(
     [(wrong, UsageError, f"must be .* Got {wrong} instead") for wrong in (-0.1, 1.0, 1.5, np.nan)]
     + [
         (0.9999, DataError, "holds out 600 of 600 training rows")
-    ],  # of the failures, and of the successes, rounded
+    ],  # failures and successes are rounded separately
 )
 def test_a_share_to_hold_out_leaves_rows_to_learn_from(
     fraction: float, error: type[Exception], what: str
@@ -451,7 +455,10 @@ def test_a_share_to_hold_out_leaves_failures_to_learn_from() -> None:
 def test_embeddings_without_provenance_are_compared_by_their_cosines(
     learned: str, fitted: dict, train: Embeddings
 ) -> None:
-    """Images that point away from every class of training: closed sets know no other classes."""
+    """If images point away from every fitted class, a warning must ask for the model.
+
+    Closed-set methods have no other classes to compare with.
+    """
     away = -np.linalg.pinv(train.text.numpy()) @ np.ones(5)
     foreign = away / np.linalg.norm(away) + np.random.default_rng(0).normal(size=(300, 16)) * 0.01
     negative = Embeddings(normalised(foreign), train.text, target=None, logit_scale=20.0)
@@ -477,7 +484,7 @@ def test_damaged_files_are_refused(learned: str, fitted: dict, tmp_path) -> None
         vilu.load(tmp_path / "nowhere")
 
 
-SHAPES = {  # of a tensor that is damaged, what its sizes and numbers then are
+SHAPES = {  # the kinds of damage to a tensor
     "cut": lambda tensor: tensor[..., :-1].contiguous(),
     "empty": lambda tensor: tensor[:0],
     "half": lambda tensor: tensor.half(),
@@ -534,16 +541,19 @@ SHAPES = {  # of a tensor that is damaged, what its sizes and numbers then are
 def test_tensors_of_other_shapes_are_refused_when_they_are_read(
     method: str, tensor: str, damage: str, message: str, fitted: dict, tmp_path: Path
 ) -> None:
-    """Also where all seals are whole: whoever made the folder could seal it."""
+    """Tensors with a wrong shape must be refused, even if all seals are whole.
+
+    Whoever makes the folder can also seal it.
+    """
     fitted[method].save(tmp_path)
-    # it is bound to the weights, and would be refused before them
+    # The sample is bound to the weights. Without this line it would be refused first.
     (tmp_path / "sample.safetensors").unlink(missing_ok=True)
     weights = tmp_path / "weights.safetensors"
     record = json.loads((tmp_path / "predictor.json").read_text())
     tensors = safetensors_torch.load_file(weights)
     tensors[f"state.{tensor}"] = SHAPES[damage](tensors[f"state.{tensor}"])
     weights.write_bytes(safetensors_torch.save(tensors))
-    (tmp_path / "sample.safetensors").unlink(missing_ok=True)  # it is bound to the weights
+    (tmp_path / "sample.safetensors").unlink(missing_ok=True)  # the sample is bound to the weights
     sealed = {**record, "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
     del sealed["fingerprint"]
     write_json(tmp_path / "predictor.json", sealed, digest_key="fingerprint")
@@ -572,7 +582,7 @@ def test_weights_of_another_type_are_refused(name: str, fitted: dict) -> None:
     )
 
 
-WIDTHLESS = ("mcm_ts", "duo", "sirc")  # their tensors say nothing of the width of the embeddings
+WIDTHLESS = ("mcm_ts", "duo", "sirc")  # their tensors do not depend on the embedding width
 
 
 @pytest.mark.parametrize(
@@ -582,15 +592,17 @@ def test_tensors_of_another_width_are_refused_when_they_are_read(name: str, fitt
     other = make(name)
     other.space_ = dataclasses.replace(fitted[name].space_, embed_dim=15)
     state = fitted[name].state()
-    if name == "vilu_plus":  # as of a fit without words: of those alone the width was looked at
+    # Without words a fit has no tensors for words. Once only these tensors had their width checked.
+    if name == "vilu_plus":
         state = {key: tensor for key, tensor in state.items() if not key.startswith("outside.")}
     with pytest.raises(DataError, match=r"of shape \(.*15|do not fit"):
         other.restore(state)
 
 
 def with_twins(data: Embeddings) -> dict[str, Any]:
-    """Arguments of ``Embeddings``:
-    the classes 1 and 3 a second time, under other names, with half of their rows.
+    """Return arguments for ``Embeddings``, with the classes 1 and 3 twice.
+
+    The second copies have other names, and half the rows.
     """
     given = torch.tensor([0, 1, 2, 3, 4, 1, 3])
     target, other = data.target.clone(), torch.arange(len(data)) % 2 == 1
@@ -604,7 +616,7 @@ def with_twins(data: Embeddings) -> dict[str, Any]:
 
 @contextmanager
 def everything_set() -> Iterator[None]:
-    """A process in which somebody has set all that torch lets one set."""
+    """Change every torch setting that a caller may change, until the block ends."""
     torch.set_default_dtype(torch.float64)
     try:
         with torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
@@ -617,8 +629,9 @@ def everything_set() -> Iterator[None]:
 def test_neither_equal_texts_nor_settings_of_torch_change_a_number(
     fitted: dict[str, vilu.FailurePredictor], train: Embeddings, test: Embeddings
 ) -> None:
-    """Classes of equal texts are one class to every method;
-    and a fit does not depend on where it is called.
+    """Classes with equal texts must count as one class in every method.
+
+    A fit must not depend on torch's settings at the call.
     """
     failure = vilu.score(fitted["mcm"], test).failure
     arguments, more = with_twins(train), with_twins(test)
@@ -659,8 +672,9 @@ def test_neither_equal_texts_nor_settings_of_torch_change_a_number(
 def test_two_classes_of_one_name_and_text_are_one_answer(
     name: str, train: Embeddings, test: Embeddings
 ) -> None:
-    """ImageNet has "missile" and "sunglasses" twice:
-    whichever copy labels name, they name the same answer.
+    """If two classes share a name and a text, labels for either copy must give the same answer.
+
+    ImageNet has "missile" and "sunglasses" twice.
     """
     quick = train.take(torch.arange(300))
     with warnings.catch_warnings():
@@ -676,13 +690,14 @@ def test_two_classes_of_one_name_and_text_are_one_answer(
         assert np.array_equal(other.failure, said[0].failure)
     assert np.isfinite(said[0].uncertainty).all()
     of_two = torch.isin(test.target, torch.tensor([1, 3])).numpy()
-    assert 0 < said[0].failure[of_two].mean() < 1  # both right and wrong answers are among them
+    assert 0 < said[0].failure[of_two].mean() < 1  # these rows have right and wrong answers
     assert len({str(vilu.evaluate(outcomes, n_resamples=10)) for outcomes in said}) == 1
 
 
 def labelled_by(data: EmbeddingSource, copy_of: int) -> Embeddings:
-    """The classes 1 and 3 twice, the one before the others, too, the other one behind them;
-    labels name one copy.
+    """Return rows with the classes 1 and 3 twice. Labels name one copy.
+
+    A second class 3 stands before the other classes, and a second class 1 stands behind them.
     """
     given = [3, 0, 1, 2, 3, 4, 1]
     places = {label: [i for i, one in enumerate(given) if one == label] for label in range(5)}
@@ -720,11 +735,11 @@ def test_imagenets_equal_names_work_in_every_method_that_compares_classes(shared
     ]
     assert len(compared) > 8
     for name in compared:
-        if name == "stacking":  # all of them again, six times
+        if name == "stacking":  # it fits all methods again, six times
             continue
         quick = {"max_iter": 5} if name == "linear_probe" else {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # few steps, few rows of a class
+            warnings.simplefilter("ignore")  # few steps, and few rows per class
             outcomes = vilu.score(make(name, **quick).fit(train), test)
         assert np.isfinite(outcomes.uncertainty).all(), name
         assert vilu.evaluate(outcomes, metrics=["auroc"], n_resamples=0).rows[0].value > 0.4, name
@@ -741,20 +756,22 @@ def test_a_network_learns_in_every_mode_of_gradients(
 
 
 STEEPEST = 10
-"""Change of a score for one of a logit, relative to the largest score:
-more than that of any method on these rows.
+"""Largest score change per logit change, relative to the largest score.
+
+It is more than any method has on these rows.
 """
 
 ROUNDING = 2 * 16 * 2.0**-24 * 20
-"""Two float32 sums of D = 16 products of unit vectors, at a logit scale of 20,
-differ by no more than this.
+"""Largest difference between two float32 sums.
+
+The sums have D = 16 products between unit vectors, at a logit scale of 20.
 """
 
 
 def test_neither_threads_nor_batches_nor_order_change_a_score(
     fitted: dict[str, vilu.FailurePredictor], test: Embeddings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other blocks and other numbers of threads move a logit by rounding alone."""
+    """Other blocks and thread counts must move a logit only by rounding."""
     before, order = (
         torch.get_num_threads(),
         torch.randperm(len(test), generator=torch.Generator().manual_seed(5)),
@@ -775,8 +792,8 @@ def test_neither_threads_nor_batches_nor_order_change_a_score(
             with monkeypatch.context() as patch:
                 patch.setattr("vilu.predictors.contract.predictor.SCORING_BATCH", 7)
                 gaps["blocks"] = predictor.predict_uncertainty(test) - expected
-            # a score that counts neighbours may jump where rounding decides: in one row of a
-            # hundred at most
+            # A score that counts neighbours may jump where rounding decides, in at most one row per
+            # hundred.
             allowed = STEEPEST * ROUNDING * max(1.0, np.abs(expected).max())
             for kind, gap in gaps.items():
                 assert np.mean(np.abs(gap) > allowed) < 0.01, (name, kind, np.abs(gap).max())
@@ -800,8 +817,9 @@ def test_logit_scales_from_one_to_ten_thousand(fitted: dict) -> None:
 
 @pytest.mark.filterwarnings("ignore:only")
 def test_fifty_thousand_candidates_in_bounded_memory() -> None:
-    """The matrix of all pairs of classes, 10 GB in float32, is never there;
-    what needs it refuses in a sentence.
+    """The matrix over all class pairs takes 10 GB in float32, so no method may build it.
+
+    A method that needs this matrix must refuse in a sentence.
     """
     data = toy_embeddings(n=24, k=50_000)
     for name in ("mcm", "entropy", "gen", "mcm_ts", "vilu", "knn_vote", "mahalanobis", "bayesvlm"):

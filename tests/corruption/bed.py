@@ -1,4 +1,4 @@
-"""One artefact of every kind, small, and every command that uses it."""
+"""One small artefact for every kind, and every command that uses it."""
 
 from __future__ import annotations
 
@@ -49,39 +49,38 @@ from vilu.store.job import BackboneSpec
 from vilu_bench.studies.study import render_studies, run_studies
 
 FINE = {0, 8}
-"""Exit codes of commands that have done what they were asked:
+"""Exit codes for commands that did their work.
 
 8 is the answer "the guarantee is void".
 """
 UNSAID = {".lock", "log.jsonl", "README.md", "times.txt"}
-"""Files that hold no number that is read again:
-locks, clocks, and cards, which are the user's to edit.
-"""
+"""Files without numbers that are read again: locks, clocks, and cards, which a user may edit."""
 LIMIT = 60
-"""Seconds that a use may take, on a machine that does a lot besides."""
+"""The seconds that a use may take on a busy machine."""
 
 Use = Callable[[], object]
 
 
 class Refused(Exception):
-    """A command that ended with an error, and what it said."""
+    """The error for a command that failed, with its message."""
 
 
 @dataclass
 class Artefact:
-    """A folder below the bed, or a file; the commands that use it, some of which mend it;
-    what reads it fast.
+    """A folder or a file in the bed, with the commands that use it and a fast reader.
+
+    Some commands repair the artefact.
     """
 
     path: Path
     uses: dict[str, Use]
     read: Use
     suffixes: frozenset[str] = frozenset()
-    """Of the files that are damaged, where these are not all in the folder."""
+    """Suffixes for the files to damage. If empty, all files are damaged."""
     pristine: dict[Path, bytes] = field(default_factory=dict)
-    """The files that are damaged, as they were made."""
+    """The files to damage, with their original content."""
     whole: dict[Path, bytes] = field(default_factory=dict)
-    """All files, damaged or not, as they were made: a use may change any of them."""
+    """All files with their original content, because a use may change any file."""
 
     def files(self) -> list[Path]:
         found = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
@@ -106,7 +105,7 @@ class Artefact:
 
 @contextmanager
 def in_time() -> Iterator[None]:
-    """A block that ends with a TimeoutError when it hangs."""
+    """Raise a TimeoutError if the block hangs."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"no end after {LIMIT} seconds")
@@ -121,7 +120,7 @@ def in_time() -> Iterator[None]:
 
 
 def tree(path: Path) -> dict[str, str]:
-    """Hash of every file that holds numbers."""
+    """Return a hash for every file that holds numbers."""
     paths = sorted(path.rglob("*")) if path.is_dir() else [path]
     return {
         str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
@@ -137,18 +136,21 @@ def clear(path: Path) -> None:
 
 
 def command(*args: object, out: Path | None = None, cwd: Path) -> object:
-    """What a command prints and leaves at ``out``; Refused if it ends with an error."""
+    """Run a command, and return its exit code, its output and its files at ``out``.
+
+    If the command fails, raise Refused.
+    """
     if out is not None:
         clear(out.parent if out.suffix == ".safetensors" else out)
     done = command_line(*args, cwd=cwd)
     if done.returncode not in FINE:
         raise Refused(done.stderr)
-    printed, _, _ = done.stdout.partition("\n\nwall time")  # of which no number is like another
+    printed, _, _ = done.stdout.partition("\n\nwall time")  # times differ in every run
     return done.returncode, printed, None if out is None else tree(out)
 
 
 def build(root: Path) -> list[Artefact]:
-    """The artefacts; each keeps what it was."""
+    """Build the artefacts, which keep their original content."""
     rows = dataset(220)
     for name, first, n in (("train", 0, 80), ("calibration", 80, 90), ("new", 170, 50)):
         part = dataset(n)
@@ -239,7 +241,7 @@ def _store(root: Path, name: str, do: Do) -> Artefact:
 
 
 def columns(path: Path) -> object:
-    """Every array of a store."""
+    """Return every array in a store."""
     store = vilu.open_source(path)
     index = torch.arange(len(store))
     return {name: store.column(name, index).tolist() for name in store.columns}
@@ -346,7 +348,7 @@ def _state(root: Path, do: Do) -> Artefact:
 
 
 def _journals(root: Path) -> list[Artefact]:
-    """What `vilu serve` keeps, of a service that was killed, and of one that was stopped."""
+    """Return the state folders from `vilu serve`, one stopped and one as a kill leaves it."""
     stopped = root / "serving"
     killed = root / "serving-killed"
     scores = Outcomes.load(root / "scores.parquet")
@@ -369,7 +371,10 @@ def _journals(root: Path) -> list[Artefact]:
 
 
 def _start_journals(state: Path, predictor: Path, labels: dict[str, str]) -> object:
-    """What the monitor says at the start; Refused where the log says that files were set aside."""
+    """Return the monitor's status at the start.
+
+    If the log reports anything, for example files that were set aside, raise Refused.
+    """
     messages = queue.SimpleQueue[logging.LogRecord]()
     handler = logging.handlers.QueueHandler(messages)
     logger = logging.getLogger("vilu.service")
@@ -377,7 +382,7 @@ def _start_journals(state: Path, predictor: Path, labels: dict[str, str]) -> obj
     try:
         with closing(LocalJournals(state, {"first": predictor})) as journals:
             statuses = journals.statuses()["first"].model_dump(mode="json")
-            known = journals.label(labels)  # each has its label already
+            known = journals.label(labels)  # each row has its label already
     finally:
         logger.removeHandler(handler)
     if not messages.empty():
@@ -415,7 +420,7 @@ def _label_errors(root: Path, do: Do) -> Artefact:
 
 
 def begin_triage(root: Path, do: Do) -> None:
-    """A triage of 45 photos, of which 36 have a label, so that its predictor learns from them."""
+    """Run a triage on 45 photos, where 36 have a label, so that its predictor learns from them."""
     truth = write_photos(root / "photos", 45)
     (root / "names.txt").write_text("\n".join(NAMES))
     lines = [f"{path},{label}" for path, label in list(truth.items())[:36]]
@@ -425,7 +430,9 @@ def begin_triage(root: Path, do: Do) -> None:
 
 
 def triage(root: Path, do: Do, *more: object) -> object:
-    """What the command says, and what it has written; embeddings are read, not written."""
+    """Return the command's output and written files, without the embeddings, which are only
+    read.
+    """
     arguments = ("photos", "--classes", "names.txt", "-o", "triage", "-n", 6)
     with patch.object(BackboneSpec, "load", lambda _: FakeBackbone()):
         said = do("triage", *arguments, *more)
@@ -448,7 +455,7 @@ def _triage(root: Path, do: Do) -> list[Artefact]:
         "inspect": lambda: do("inspect", path / "predictor"),
     }
     sealed = frozenset({".json", ".parquet", ".safetensors", ".npy"})
-    for_people = frozenset({".csv", ".html"})  # without a digest: they are written anew
+    for_people = frozenset({".csv", ".html"})  # without a digest, since each run writes them anew
     return [
         Artefact(path, uses, read, suffixes=sealed),
         Artefact(path, {"again": again}, again, suffixes=for_people),
@@ -486,7 +493,7 @@ def _benchmark(root: Path, do: Do) -> Artefact:
 
 
 def resume(folder: Path, stop_after: int | None = None) -> object:
-    """Train with checkpoints: stopped after some steps, or to the end."""
+    """Train with checkpoints, and stop after some steps or at the end."""
     data: Embeddings = toy_embeddings(n=100)
     predictor = ViLU(hidden=(4,), epochs=2, batch_size=16)
     with warnings.catch_warnings():

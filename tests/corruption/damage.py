@@ -1,4 +1,4 @@
-"""Damage to files, and edits of documents, drawn from a seed."""
+"""Damage files and edit documents, as a seed decides."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 EDGE = 200
-"""Bytes of a header, and of a footer."""
+"""The number of bytes in a header or a footer."""
 
 KINDS = ("flip header", "flip data", "flip footer", "cut", "empty", "swap")
 
 
 def damage(kind: str, path: Path, others: list[Path], draw: random.Random) -> list[Path] | None:
-    """Do it;
-    returns the files that are not what they were, None where this cannot be done to this file.
+    """Damage a file and return the files that changed, or None if this damage is impossible
+    here.
     """
     content = path.read_bytes()
     if kind == "swap":
@@ -95,8 +95,9 @@ STRANGE: list[Any] = [
 
 
 def edited(document: Any, draw: random.Random) -> Any:
-    """A copy with one or two changes:
-    keys and entries deleted, renamed, added, moved, of another type or value.
+    """Return a copy with one or two changes.
+
+    A change deletes, renames, adds or moves a key or an entry, or changes its type or value.
     """
     content = json.loads(json.dumps(document))
     for _ in range(draw.choice((1, 1, 1, 2))):
@@ -135,7 +136,7 @@ def _replace(holder: Any, key: Any, draw: random.Random) -> None:
 
 
 def _retype(holder: Any, key: Any, draw: random.Random) -> None:
-    """The same in another type."""
+    """Put the same value into another type."""
     value = holder[key]
     ways: list[Callable[[Any], Any]] = [
         str,
@@ -148,7 +149,7 @@ def _retype(holder: Any, key: Any, draw: random.Random) -> None:
 
 
 def _shift(holder: Any, key: Any, draw: random.Random) -> None:
-    """A number near by or far away; a text with a letter changed; a list turned round."""
+    """Change a number, change a letter in a text, or reverse a list."""
     value = holder[key]
     if isinstance(value, bool) or value is None:
         holder[key] = not value
@@ -162,7 +163,7 @@ def _shift(holder: Any, key: Any, draw: random.Random) -> None:
     elif isinstance(value, list):
         value.reverse()
     else:
-        holder[key] = [list(pair) for pair in value.items()]  # as JSON has them, for a further edit
+        holder[key] = [list(pair) for pair in value.items()]  # JSON form, for a second edit
 
 
 def _rename(holder: Any, key: Any, draw: random.Random) -> None:

@@ -1,9 +1,9 @@
-"""Nothing damaged is believed: after any damage every use names the file or gives the same numbers;
-and no traceback.
+"""No command may trust a damaged artefact: after any damage, a command must name the file or give
+the same numbers, without a traceback.
 
-``make test-corruption`` runs more than a thousand damages to all files of all artefacts and a
-thousand edits of every document, as they are and under a digest that agrees; SEED=... draws others.
-CI runs a share of them.
+``make test-corruption`` runs more than a thousand damages on all files in all artefacts. It also
+runs a thousand edits on every document, with the old digest and with a matching digest. SEED=...
+draws others. CI runs a share.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> list[Artefact]:
 
 
 def note(*facts: object) -> None:
-    """A line of the log, at once."""
+    """Write a line to the log at once."""
     if LOG:
         Path(LOG).parent.mkdir(parents=True, exist_ok=True)
         with Path(LOG).open("a", encoding="utf-8") as handle:
@@ -49,14 +49,14 @@ def note(*facts: object) -> None:
 
 
 def said_by(use: Any) -> tuple[str, object]:
-    """How a use ends: "same" as the value to compare, "refused" with a message, or "traceback"."""
+    """Return "done" with the value, "refused" with the message, or "traceback" with the error."""
     try:
         with in_time(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return "done", use()
     except (ViLUError, Refused) as error:
         return "refused", str(error)
-    except Exception as error:  # noqa: BLE001 - just what is looked for
+    except Exception as error:  # noqa: BLE001 - the test looks for these
         where = traceback.extract_tb(error.__traceback__)[-1]
         return (
             "traceback",
@@ -65,14 +65,16 @@ def said_by(use: Any) -> tuple[str, object]:
 
 
 def names(message: object, changed: list[Path], artefact: Artefact) -> bool:
-    """Whether a message names a file that was changed."""
+    """Return whether a message names a changed file."""
     return any(path.name in str(message) for path in changed)
 
 
 def operations(
     bed: list[Artefact], n: int, draw: random.Random
 ) -> list[tuple[Artefact, Path, str]]:
-    """Every kind of damage to every file, again and again until there are n; in random order."""
+    """Return n operations: every damage on every file in random order, repeated until there are
+    n.
+    """
     every = [
         (artefact, path, kind) for artefact in bed for path in artefact.pristine for kind in KINDS
     ]
@@ -84,7 +86,9 @@ def operations(
 
 
 def undamaged(artefact: Artefact, name: str) -> tuple[str, object]:
-    """What a use gives of the artefact as it is, twice the same."""
+    """Run a use twice on the intact artefact, check that the results agree and return the
+    result.
+    """
     found = []
     for _ in range(2):
         found.append(said_by(artefact.uses[name]))
@@ -132,13 +136,13 @@ def test_no_damage_is_believed(bed: list[Artefact]) -> None:
 
 
 ALIKE = {"receipts"}
-"""Folders of documents of one kind."""
+"""Folders with documents that are all alike."""
 BOUND = {"scores", "histograms", "all", "lvu", "mcm", "head"}
-"""Folders whose tables are vouched for by a document: no edit of theirs is ever read."""
+"""Folders whose tables are covered by a document, so an edited table is never read."""
 
 
 def documents(bed: list[Artefact]) -> list[tuple[Artefact, Path]]:
-    """Every document, and every table of ours that has a digest; of receipts the first."""
+    """Return every document and every vilu table that has a digest, but only the first receipt."""
     found: dict[Path, tuple[Artefact, Path]] = {}
     for artefact in bed:
         for path in artefact.pristine:
@@ -155,15 +159,15 @@ def is_ours(path: Path) -> bool:
 
 
 def content_of(path: Path) -> Any:
-    """What a document says, or the metadata of a table."""
+    """Return a document's content, or a table's metadata."""
     return json.loads(
         path.read_text() if path.suffix == ".json" else pq.read_schema(path).metadata[METADATA_KEY]
     )
 
 
 def rewrite(path: Path, content: Any, *, sealed: bool) -> None:
-    """Put edited content into a document, or into the metadata of a table,
-    as it is or under a digest that agrees.
+    """Write edited content into a document or a table's metadata, with the old or a matching
+    digest.
     """
     seal = "fingerprint" if path.name == "predictor.json" else "digest"
     if path.suffix == ".parquet":
@@ -182,7 +186,10 @@ def rewrite(path: Path, content: Any, *, sealed: bool) -> None:
 
 
 def test_no_edit_ends_in_a_traceback(bed: list[Artefact]) -> None:
-    """Of every document, as it is and resealed, read by what reads it, cards and rules included."""
+    """If a document is edited, its reader must not end in a traceback.
+
+    Each edit is read as it is and with a matching digest. Cards and rules are included.
+    """
     draw, faults, counts = random.Random(SEED + 1), [], {"done": 0, "refused": 0}
     found = [(artefact, path, content_of(path)) for artefact, path in documents(bed)]
     for artefact in bed:

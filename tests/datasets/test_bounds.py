@@ -1,5 +1,5 @@
-"""Where the files of a data set may lie, what is known of them before anything is read,
-and how wide a table may be.
+"""Paths that a data set may use, checks before anything is read, and the largest width that a
+table may have.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ PNG = encode(picture(), "PNG")
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Twelve photos beside a folder of lists, and a secret that is in neither."""
+    """Write twelve photos, a folder for lists and a secret outside both. Return the photos'
+    folder.
+    """
     (tmp_path / "photos").mkdir()
     (tmp_path / "lists").mkdir()
     (tmp_path / "secret.txt").write_text("password: swordfish")
@@ -37,7 +39,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def table(photos: Path, pattern: str, *more: str) -> Path:
-    """A list of the photos by a pattern of paths, and of other paths."""
+    """Write a list with the photos' paths by a pattern, and with other paths."""
     file = photos.parent / "lists" / "list.csv"
     lines = [pattern.format(i=i, photos=photos) for i in range(12)] + list(more)
     file.write_text("path,label\n" + "".join(f"{path},a\n" for path in lines))
@@ -50,8 +52,9 @@ def read_all(images: ImageDataset) -> list[bytes]:
 
 @pytest.mark.parametrize("pattern", ["{photos}/{i}.png", "../photos/{i}.png", "{i}.png"])
 def test_the_folder_of_images_is_named_by_root(photos: Path, pattern: str) -> None:
-    """Absolute, climbing, and relative to somewhere else:
-    refused with the rule, and read with --root.
+    """A path out of the list's folder must be refused with the rule, and read with --root.
+
+    The paths are absolute, climb to the parent, or are relative to another folder.
     """
     source = table(photos, pattern)
     kind = "are missing below" if pattern == "{i}.png" else "paths lead out of"
@@ -91,7 +94,10 @@ def test_nothing_outside_of_root_is_read(photos: Path) -> None:
 
 
 def test_a_link_out_of_a_folder_of_images(photos: Path) -> None:
-    """It is known before anything is read; with --root it may lead there."""
+    """If a link leads out of the image folder, the check must fail before anything is read.
+
+    With --root, the link may lead there.
+    """
     farm = photos.parent / "farm"
     (farm / "a").mkdir(parents=True)
     (farm / "a" / "0.png").symlink_to(photos / "0.png")
@@ -149,7 +155,7 @@ def test_the_check_comes_before_the_model(photos: Path, monkeypatch: pytest.Monk
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """A block without the rights of root."""
+    """Run the block without root's rights."""
     if os.getuid() != 0:
         yield
         return
@@ -170,7 +176,7 @@ def test_no_permission_is_called_that(photos: Path) -> None:
     shard = photos.parent / "a.tar"
     shard.write_bytes(b"")
     for folder in takewhile(lambda folder: folder != Path(gettempdir()), [photos, *photos.parents]):
-        folder.chmod(0o755)  # pytest's own are closed to others
+        folder.chmod(0o755)  # pytest closes its own to others
     (photos / "0.png").chmod(0)
     with (
         as_nobody(),

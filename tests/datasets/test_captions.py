@@ -24,7 +24,7 @@ from vilu.errors import DataError, UsageError
 
 PICTURES = [encode(picture(size=(8, 8), seed=i), "PNG") for i in range(8)]
 CAPTIONS = [" a red\nfox ", "a\u0301", "", None, "\u200b \0", "x"]
-"""Of which the third to fifth cannot be used."""
+"""Captions, where the third to the fifth cannot be used."""
 EXPECTED = [
     "a red\nfox",
     "a\u0301",
@@ -56,7 +56,7 @@ def kind(data: bytes | None) -> str:
         (b"caf\xe9", "bad_text"),
         (b"\xed\xa0\x80", "bad_text"),  # a lone surrogate
         (b"\xff\xfea\0", "bad_text"),  # UTF-16
-        (b"\xc0\xaf", "bad_text"),  # longer than it must be
+        (b"\xc0\xaf", "bad_text"),  # an overlong encoding
         (b"x" * (MAX_CAPTION_BYTES + 1), "too_large"),
     ],
 )
@@ -78,7 +78,7 @@ def test_a_caption_at_the_limit_and_of_signs_that_are_new():
     assert decode_caption(b"x" * MAX_CAPTION_BYTES) == "x" * MAX_CAPTION_BYTES
     assert (
         decode_caption("\U0001fadf".encode()) == "\U0001fadf"
-    )  # of Unicode 16: no category in older tables
+    )  # new in Unicode 16, so older tables have no category for it
     assert decode_caption(b"a\0b") == "a\0b"
 
 
@@ -177,7 +177,7 @@ def test_labels_go_before_captions_unless_captions_are_asked_for(tmp_path):
     assert labelled.fingerprint != captioned.fingerprint
     csv = tmp_path / "set.csv"
     csv.write_text("path,label,caption\n0.png,1,x\n")
-    assert open_dataset(csv, captions=True).captioned  # the numbers need no names then
+    assert open_dataset(csv, captions=True).captioned  # the numbers then need no names
     for columns in ({"caption": ["x"]}, {"caption": ["x"], "label": pa.nulls(1)}):
         named = write_parquet(
             tmp_path, {"image": pa.array(PICTURES[:1]), **columns}, {"class_names": "a,b"}
@@ -233,8 +233,9 @@ def test_fingerprint_of_a_table_of_paths_follows_its_captions(tmp_path):
 
 
 def test_captions_stay_in_arrow(tmp_path):
-    """The listing of a million short captions costs their bytes and offsets,
-    not a Python string each.
+    """Captions must stay in Arrow, so a million short captions cost only their bytes and offsets.
+
+    A Python string for each caption would cost much more.
     """
     n = 20_000
     text = np.random.default_rng(0).bytes(10).hex()

@@ -24,7 +24,7 @@ from vilu_bench.known_datasets.cifar import read_pickle
 
 
 def cifar(root: Path, kind: int, *, encoding: str = "python3", n: int = 3) -> np.ndarray:
-    """A folder in the layout of the real archives; returns the pixels of its test split."""
+    """Write a folder in the real archives' layout, and return the pixels in its test split."""
     folder = root / {10: "cifar-10-batches-py", 100: "cifar-100-python"}[kind]
     folder.mkdir(parents=True)
     names = {10: [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], 100: ["train", "test"]}[
@@ -129,7 +129,10 @@ def test_a_pickle_can_run_nothing(tmp_path, monkeypatch, payload):
 
 
 def test_a_pickle_cannot_nest_tuples_without_end(tmp_path):
-    """As keys they would be hashed one in the other, until the stack of C ends."""
+    """A pickle with deeply nested tuples must be refused.
+
+    As a dictionary key, each tuple would hash the next one, until the C stack overflows.
+    """
     cifar(tmp_path, 100)
     (tmp_path / "cifar-100-python/test").write_bytes(b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.")
     with pytest.raises(DataError, match=r"holds 30000\d tuples"):
@@ -160,7 +163,10 @@ def test_cifar_files_with_other_content_are_refused(tmp_path, content):
 
 
 def test_a_pickle_cannot_ask_for_a_memo_of_gigabytes(tmp_path):
-    """Python makes room for every slot below one that is named: 64 GB here."""
+    """A pickle that names a huge memo slot must be refused.
+
+    Python reserves room for every slot below the named one, which is 64 GB here.
+    """
     file = tmp_path / "damaged"
     for slot in (b"r\xff\xff\xff\xff", b"p4294967295\n", b"r\x05\x00\x00\x00"):
         file.write_bytes(b"\x80\x02}" + slot + b".")
@@ -177,8 +183,9 @@ def test_a_pickle_cannot_ask_for_a_memo_of_gigabytes(tmp_path):
 )
 @pytest.mark.parametrize("action", ["error", "ignore", "always", "default", "once"])
 def test_an_escape_that_python_guesses_at_is_damage(tmp_path, found, action):
-    """Found by hypothesis:
-    pickle warns of it, and what happens then was up to the program's filter.
+    """An invalid escape sequence must be refused under every warning filter.
+
+    Hypothesis found this case. pickle only warns, so the program's filter decided the outcome.
     """
     file = tmp_path / "damaged"
     file.write_bytes(found)

@@ -118,7 +118,10 @@ def test_tables_that_cannot_be(folders, names, message):
 
 
 def test_prompt_names_may_repeat_where_labels_or_raw_names_differ(tmp_path):
-    """As in ImageNet's usual list; equal candidates are one answer (``Embeddings``)."""
+    """Prompt names may repeat, as in ImageNet's usual list.
+
+    Equal candidates are one answer (``Embeddings``).
+    """
     assert class_table(["a b", "a_b"], None).names == ("a b", "a b")
     assert class_table(FOLDERS, classes_file(tmp_path, "n01\tx\nant\tx\nred_fox\ty\n")).names == (
         "x",

@@ -1,4 +1,6 @@
-"""Every format that Pillow opens: decoded, or refused with a reason, as the documentation says."""
+"""Every format that Pillow opens must be decoded, or be refused with a reason, as the
+documentation says.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,11 @@ from vilu.datasets.images import OPENERS, BadImage, ImageFlag, decode_image, rea
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "datasets.md"
 SAVED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""Formats that are decoded and that Pillow writes."""
+"""Formats that vilu decodes and Pillow can write."""
 
 
 def rows() -> dict[str, str]:
-    """What the table of formats says, by format."""
+    """Return the documentation's text for each format."""
     _, table = DOCUMENT.read_text(encoding="utf-8").split("## Formats\n")
     found = re.findall(r"^\| ([\w ,]+) \| [^|]*\| (.*) \|$", table.split("\n## ")[0], re.MULTILINE)
     return {name: text for names, text in found for name in names.split(", ")}
@@ -71,7 +73,10 @@ def test_of_an_animation_the_first_frame_is_taken(name: str) -> None:
 
 
 def test_heic_photos_are_upright() -> None:
-    """Their decoder applies the rotation of the file, so that the tag says nothing more."""
+    """A HEIC photo must be upright.
+
+    Its decoder applies the file's rotation, so the tag must not rotate the photo again.
+    """
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.new("RGB", (64, 32), "red")
@@ -96,7 +101,7 @@ def test_without_its_extra_the_reason_names_it(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("key", "start"),
     [
-        ("a.NEF", b"MM\0*\0\0\0\x08"),  # a TIFF, as most are
+        ("a.NEF", b"MM\0*\0\0\0\x08"),  # a TIFF, as most raw files are
         ("a.dng", b"II*\0\x08\0\0\0"),
         ("a", b"II*\0\x10\0\0\0CR\x02\0"),
         ("a", b"\0\0\0\x18ftypcrx "),

@@ -209,7 +209,7 @@ def test_damaged_parquet(tmp_path):
             open_dataset(source)
     source.write_bytes(whole)
     dataset = open_dataset(source)
-    os.truncate(source, len(whole) // 3)  # while it is in use
+    os.truncate(source, len(whole) // 3)  # while the data set is open
     with pytest.raises(DataError, match="cannot be read on"):
         list(dataset.records(0, 40))
 
@@ -248,7 +248,7 @@ def test_a_row_group_is_streamed(tmp_path):
     page = 1024 * size
     assert (
         page < most < 3 * page
-    )  # one compressed, one not, a batch; read whole, the group has 8 pages
+    )  # one compressed page, one page, a batch: the whole group has 8 pages
 
 
 def test_parts_in_order_read_the_file_once(tmp_path, monkeypatch):

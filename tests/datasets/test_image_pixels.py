@@ -62,9 +62,7 @@ def test_grey_one_bit_palette_and_cmyk_become_rgb():
     assert (pixels(encode(palette, "PNG")) == [40, 50, 60]).all()
     ink = Image.new("CMYK", (8, 8), (0, 255, 0, 0))  # magenta on white paper
     assert (pixels(encode(ink, "TIFF")) == [255, 0, 255]).all()
-    assert (
-        np.abs(pixels(encode(ink, "JPEG")).astype(int) - [255, 0, 255]).max() <= 2
-    )  # JPEG's rounding
+    assert np.abs(pixels(encode(ink, "JPEG")).astype(int) - [255, 0, 255]).max() <= 2  # JPEG rounds
 
 
 def over_white(value: int, alpha: int) -> float:
@@ -99,7 +97,7 @@ def test_transparency_without_an_alpha_channel():
 @settings(max_examples=30, deadline=None)
 def test_16_bit_grey_is_divided_by_257(values):
     grid = np.array(values).reshape(8, 8)
-    expected = (grid + 128) // 257  # nearest; there are no ties, 257 being odd
+    expected = (grid + 128) // 257  # nearest: 257 is odd, so there are no ties
     for data in (deep_png(grid), encode(Image.fromarray(grid.astype(np.uint16)), "TIFF")):
         decoded = decode_image(data)
         np.testing.assert_array_equal(np.asarray(decoded.image)[..., 2], expected)
@@ -112,7 +110,7 @@ def test_16_bit_photo_is_not_saturated():
     assert np.asarray(image).mean() == pytest.approx(127.5, abs=0.5)
     assert (
         np.asarray(Image.open(io.BytesIO(deep_png(grid))).convert("RGB")).mean() > 250
-    )  # what Pillow makes of it
+    )  # Pillow alone gets this wrong
 
 
 def test_16_bit_colour_keeps_its_high_bytes():
@@ -152,7 +150,7 @@ def test_pixels_that_are_not_finite_are_refused(value):
     grid = np.zeros((8, 8), np.float32)
     grid[3, 3] = value
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as in use, where numpy's warning stops nothing
+        warnings.simplefilter("ignore")  # in use, numpy's warning stops nothing
         assert outcome(encode(Image.fromarray(grid), "TIFF")) == ("decode", "decode_error")
 
 
@@ -181,7 +179,7 @@ def test_counting_frames_has_an_end():
     assert (
         count_directories(b"II*\0" + struct.pack("<I", 8) + directories, MAX_FRAMES) == MAX_FRAMES
     )
-    assert time.perf_counter() - start < 2  # Pillow's own count of these pages would take minutes
+    assert time.perf_counter() - start < 2  # Pillow's own count would take minutes
 
 
 def test_directories_that_loop_or_leave_the_file_are_counted_once():

@@ -74,7 +74,10 @@ def test_csv_numbers_are_labels_named_by_the_classes_file(tmp_path, labels, name
 
 @pytest.mark.parametrize("names", ["1\n2\n3\n", "02\n00\n01\n"])
 def test_a_number_that_could_be_a_name_or_a_place_is_refused(tmp_path, names):
-    """Labels 1 and 2 were taken for the classes "2" and "3"."""
+    """A label that could be a name or a line number must be refused.
+
+    With the names 1, 2 and 3, the labels 1 and 2 were taken for the classes "2" and "3".
+    """
     (tmp_path / "t.csv").write_text("path,label\na.png,1\nb.png,2\n")
     (tmp_path / "c.txt").write_text(names)
     with pytest.raises(DataError, match="Is a label a name, or a line of the classes file"):
@@ -85,7 +88,7 @@ def test_a_number_that_could_be_a_name_or_a_place_is_refused(tmp_path, names):
     assert open_dataset(tmp_path / "t.csv", classes=tmp_path / "c.txt").class_names == tuple(
         names.split()
     )
-    (tmp_path / "t.csv").write_text("path,label\na.png,\nb.png,\n")  # no label, nothing to mistake
+    (tmp_path / "t.csv").write_text("path,label\na.png,\nb.png,\n")  # no label, no ambiguity
     (tmp_path / "c.txt").write_text(names)
     assert open_dataset(tmp_path / "t.csv", classes=tmp_path / "c.txt").class_names == tuple(
         names.split()
@@ -98,7 +101,10 @@ def test_csv_with_one_label_that_is_no_number_has_string_labels(tmp_path):
 
 
 def test_apostrophes_against_formulas_are_taken_away(tmp_path):
-    """``vilu labels`` and ``vilu review`` write them, so that no spreadsheet runs a name."""
+    """The apostrophes that ``vilu labels`` and ``vilu review`` write must be removed.
+
+    The apostrophes stop a spreadsheet from running a name as a formula.
+    """
     (tmp_path / "-1.png").write_bytes(png(1))
     columns = {"path": ["-1.png", "'b.png"], "label": ["=cat", "@dog"], "day": ["+1", "+1"]}
     source = tmp_path / "labels.csv"
@@ -113,7 +119,10 @@ def test_apostrophes_against_formulas_are_taken_away(tmp_path):
 
 @pytest.mark.parametrize("name", ["names.csv", "names.parquet", "numbers.csv"])
 def test_a_picture_that_nobody_can_name_has_an_unknown_label(tmp_path, name):
-    """``vilu labels`` writes (skip)."""
+    """If a picture has the label (skip), its label must be unknown.
+
+    ``vilu labels`` writes (skip) for a picture that nobody can name.
+    """
     labels = ["1", "0", " (skip)"] if name == "numbers.csv" else ["dog", "cat", " (skip)"]
     lines = [f"{i}.png,{label}\n" for i, label in enumerate(labels)]
     source, classes = (

@@ -41,7 +41,7 @@ from vilu.errors import DataError, UsageError, ViLUError
 SEEDS = seeds()
 
 
-# What is no usable image
+# Images that cannot be used
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_every_prefix_is_refused_or_has_the_whole_picture(name):
             refused += 1
         else:
             np.testing.assert_array_equal(np.asarray(image), whole)
-    assert refused >= len(data) // 3  # half of an animation is its second frame
+    assert refused >= len(data) // 3  # the second half in an animation is its second frame
 
 
 def test_truncated_files_never_pass_when_another_library_allows_them(monkeypatch):
@@ -99,7 +99,7 @@ def test_truncated_files_never_pass_when_another_library_allows_them(monkeypatch
 
 @pytest.mark.parametrize(
     "size", [(60_000, 60_000), (10_000, 10_000), (7_072, 7_072)]
-)  # error, warning, neither
+)  # an error, a warning, no message
 def test_bomb_is_told_by_its_header(size, monkeypatch):
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("decoded"))
     assert outcome(with_png_size(SEEDS["png"], *size)) == ("geometry", "bomb")
@@ -121,7 +121,7 @@ def test_bomb_by_the_canvas_of_a_webp():
     data = bytearray(SEEDS["webp"])
     assert data[12:16] == b"VP8X"
     data[24:30] = (16_382).to_bytes(3, "little") * 2
-    # before Pillow 13 its decoder compares the canvas with the frame when it opens a file
+    # Before Pillow 13, the decoder compares the canvas with the frame when it opens a file.
     assert outcome(bytes(data))[1] == (
         "bomb" if int(PIL.__version__.split(".")[0]) >= 13 else "decode_error"
     )
@@ -216,9 +216,7 @@ def test_threads_share_nothing():
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
-    """A few bytes changed, cut or put in, most of them in the header;
-    checksums of a PNG mended, to get past them.
-    """
+    """Return the data with a few bytes changed, cut or inserted, most often in the header."""
     out = bytearray(data)
     for _ in range(draw.randint(1, 4)):
         position = draw.randrange(min(len(out), 200) if draw.random() < 0.7 else len(out))

@@ -1,4 +1,4 @@
-"""What ``check`` says is there, and that it counts what it should."""
+"""The states that ``check`` reports, and its counts."""
 
 from __future__ import annotations
 

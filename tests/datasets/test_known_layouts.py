@@ -1,5 +1,5 @@
-"""Every known data set on a tiny tree in its real layout,
-against torchvision's own readers where it has one.
+"""Every known data set on a tiny tree in its real layout, compared with torchvision's reader if
+there is one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vilu.datasets.known import open_known
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder with all data sets, by torchvision's conventions."""
+    """Return one folder with all data sets, by torchvision's conventions."""
     return make_trees(tmp_path_factory.mktemp("known"))
 
 
@@ -30,7 +30,7 @@ def files_of(samples: list[tuple[str, int]], root: Path) -> dict[str, int]:
 
 
 def below(name: str, root: Path, split: str | None) -> dict[str, int | None]:
-    """Our listing, by paths below ``root``."""
+    """Return vilu's listing, by paths below ``root``."""
     dataset = open_known(name, root, split=split)
     folder = Path(dataset.source.split(" (")[0]).relative_to(root)
     return {str(folder / key): label for key, label in listed(dataset)}
@@ -66,7 +66,7 @@ def test_imagenet_against_torchvision(root: Path) -> None:
 @pytest.mark.parametrize("name", ["imagenet_v2", "imagenet_sketch"])
 def test_imagenet_variants_against_torchvision(root: Path, name: str) -> None:
     home = root / TREES[name][1][0]
-    theirs = tv.ImageFolder(str(home))  # sorts "166" before "83"
+    theirs = tv.ImageFolder(str(home))  # it sorts "166" before "83"
     expected = {
         path: theirs.classes[label] for path, label in files_of(theirs.samples, root).items()
     }
@@ -201,7 +201,7 @@ def test_caltech101_against_torchvision(root: Path) -> None:
     folder = "caltech101/101_ObjectCategories"
     pairs = zip(theirs.y, theirs.index, strict=True)
     expected = {f"{folder}/{theirs.categories[y]}/image_{index:04d}.jpg" for y, index in pairs}
-    expected = {path for path in expected if "Faces_easy" not in path}  # in no CoOp list
+    expected = {path for path in expected if "Faces_easy" not in path}  # no CoOp list has these
     ours = below("caltech101", root, None)
     assert set(ours) == expected
     assert open_known("caltech101", root).class_names[:5] == (
@@ -218,7 +218,7 @@ def test_eurosat_against_torchvision(root: Path) -> None:
     theirs = tv.EuroSAT(str(root))
     assert below("eurosat", root, None) == files_of(
         theirs.samples, root
-    )  # CoOp keeps the order of the folders
+    )  # CoOp keeps the folders' order
     assert open_known("eurosat", root).class_names[3] == "Highway or Road"
 
 

@@ -1,4 +1,4 @@
-"""The catalogue, and opening its data sets by name, on tiny trees in their real layouts."""
+"""The catalogue, and its data sets opened by name, on tiny trees in their real layouts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES += "caltech101 dtd ucf101 imagenet_v2 imagenet_sketch cc3m cc12m laion400m
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder with all data sets, by torchvision's conventions."""
+    """Return one folder with all data sets, by torchvision's conventions."""
     return make_trees(tmp_path_factory.mktemp("known"))
 
 

@@ -1,4 +1,4 @@
-"""Lists of splits: those shipped, those of users, and hostile ones."""
+"""Split lists: the shipped lists, users' lists and hostile lists."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_wnids_are_sorted_and_timms() -> None:
     assert wnids() == sorted(set(wnids())) == file.read_text().split()
 
 
-# Which list is in use
+# The list in use
 
 
 def test_without_a_list_of_the_user_the_shipped_one_is_used(tmp_path: Path) -> None:
@@ -111,8 +111,10 @@ def test_a_list_in_any_order_is_one_data_set(tmp_path: Path) -> None:
 
 
 def test_labels_are_those_of_the_list_whatever_comes_first(tmp_path: Path) -> None:
-    """The real test list of Stanford Cars begins with class 180:
-    by order of appearance labels would differ.
+    """Labels must follow the list, whatever class comes first.
+
+    The real test list for Stanford Cars begins with class 180. If labels followed the first
+    appearance, they would differ.
     """
     home = make_tree("stanford_cars", tmp_path)
     lists = json.loads((home / "split_zhou_StanfordCars.json").read_text())

@@ -1,5 +1,5 @@
-"""Images of none of the classes:
-named as folders, labels, names for prompts or numbers, in every layout.
+"""Out-of-distribution images, named by folders, labels, prompt names or numbers, in every
+layout.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def test_tars(tmp_path: Path) -> None:
         -2,
         None,
         None,
-    ]  # the last one is a bad image, since 8 is not named
+    ]  # the last image is bad, since 8 is not named
     assert images.shard_fingerprint(0, 1)
     with pytest.raises(UsageError, match="no class or label '1' for --outside"):
         open_dataset(tmp_path / "0.tar", classes=classes(tmp_path, "cat", "dog"), outside=["1"])

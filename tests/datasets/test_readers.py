@@ -109,7 +109,10 @@ def test_what_is_passed_over_is_counted_and_what_may_be_missed_is_told(tmp_path,
 
 
 def test_links_are_followed_where_that_is_asked_for(tmp_path):
-    """As in libraries that are made of links; a link that leads back is one bad row."""
+    """With ``follow_links``, links must be followed, and a link that leads back is one bad row.
+
+    Some photo libraries consist only of links.
+    """
     root = tree(tmp_path / "photos", "a/1.png")
     beside = tree(tmp_path / "beside", "2.png", "deep/3.png")
     (root / "b").symlink_to(beside)
@@ -179,13 +182,13 @@ def test_a_walk_finds_every_image_in_the_byte_order_of_its_path(tmp_path_factory
 def test_a_walk_survives_folders_deeper_than_the_stack(tmp_path, monkeypatch):
     depth = sys.getrecursionlimit() + 50
     monkeypatch.chdir(tmp_path)
-    for _ in range(depth):  # one by one, since the whole path is long
+    for _ in range(depth):  # one by one, since the whole path is too long
         os.mkdir("d")  # noqa: PTH102
         os.chdir("d")
     Path("x.png").write_bytes(PNG)
     walked = [path for path, _ in files.walk_images(tmp_path, files.Counter())]
     Path("x.png").unlink()
-    for _ in range(depth):  # nor can pytest take it away, which recurs
+    for _ in range(depth):  # pytest recurs, so it cannot remove the folders
         os.chdir("..")
         os.rmdir("d")  # noqa: PTH106
     assert walked == ["d/" * depth + "x.png"]
@@ -296,7 +299,7 @@ def test_reading_is_capped_and_only_of_files(tmp_path):
         files.read_file(big)
     assert caught.value.errno == errno.EFBIG
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="not a regular file"):  # and does not wait for a writer
+    with pytest.raises(OSError, match="not a regular file"):  # it waits for no writer
         files.read_file(tmp_path / "pipe")
 
 

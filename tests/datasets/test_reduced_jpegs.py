@@ -14,7 +14,7 @@ from vilu.datasets.images import BadImage, decode_image, read_image
 
 
 def smooth(width: int, height: int) -> Image.Image:
-    """A picture whose details are larger than a few pixels, as in a photo."""
+    """Return a picture whose details are larger than a few pixels, as in a photo."""
     return picture(size=(width, height)).filter(ImageFilter.GaussianBlur(8))
 
 
@@ -22,7 +22,7 @@ def smooth(width: int, height: int) -> Image.Image:
     ("size", "expected"),
     [
         ((527, 512), (66, 64)),  # 1/8, rounded up
-        ((511, 600), (128, 150)),  # 1/4: 1/8 would be smaller than asked
+        ((511, 600), (128, 150)),  # 1/4, since 1/8 is smaller than asked
         ((128, 999), (64, 500)),  # the shorter side decides
         ((127, 127), (127, 127)),  # less than twice as large
         ((40, 40), (40, 40)),
@@ -31,7 +31,7 @@ def smooth(width: int, height: int) -> Image.Image:
 def test_the_shorter_side_is_never_smaller_than_asked(size, expected):
     decoded = decode_image(encode(picture(size=size), "JPEG"), jpeg_side=64)
     assert decoded.image.size == expected
-    assert (decoded.width, decoded.height) == size  # facts about the file
+    assert (decoded.width, decoded.height) == size  # the file's size
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -52,7 +52,7 @@ def test_what_the_model_reads_hardly_changes():
         np.asarray(decode_image(data, jpeg_side=side).image.resize((64, 48))).astype(float)
         for side in (None, 96)
     ]
-    # each rounds to whole grey levels twice: after decoding and after resizing
+    # Each side rounds to whole grey levels twice: after decoding and after resizing.
     assert np.abs(small[0] - small[1]).mean() <= 1
 
 

@@ -1,4 +1,4 @@
-"""Damage keeps what is in a picture, is the same every time, and grows with its severity."""
+"""A damage must keep the picture's content, be the same every time, and grow with its severity."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vilu_bench.known_datasets.shift import DAMAGE_KINDS, ShiftedImages
 
 
 def smooth(seed: int, side: int = 32) -> Image.Image:
-    """A smooth picture, away from black and white."""
+    """Return a smooth picture without black or white."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(60, 150, (5, 5, 3), dtype=np.uint8))
     return coarse.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def detailed(seed: int) -> Image.Image:
-    """The same with details of a pixel."""
+    """Return the same picture with details the size of a pixel."""
     grain = np.random.default_rng(seed).integers(-20, 21, (32, 32, 3))
     return Image.fromarray(
         (np.asarray(smooth(seed), dtype=int) + grain).clip(0, 255).astype(np.uint8)
@@ -95,8 +95,10 @@ def test_low_resolution_is_32_to_16_to_32() -> None:
 
 
 def test_noise_has_its_strength() -> None:
-    """Of 40 pictures of 3,072 values each,
-    the deviation is within five standard errors of 0.07 (severity 3).
+    """The noise must have its stated strength.
+
+    Over 40 pictures with 3,072 values each, the deviation must be within five standard errors of
+    0.07 (severity 3).
     """
     whole = images(40)
     noise = (pixels(ShiftedImages(whole, ["gaussian_noise"], 3)) - pixels(whole)) / 255
@@ -106,8 +108,9 @@ def test_noise_has_its_strength() -> None:
 
 
 def test_blur_goes_with_the_size() -> None:
-    """A picture of twice the side is blurred twice as far:
-    halved, it is what the small one becomes.
+    """A picture with twice the side must be blurred twice as far.
+
+    If the large picture is halved after the blur, it must equal the small picture after its blur.
     """
     small, large = images(1), images(1, side=64)
     halved = Image.fromarray(pixels(ShiftedImages(large, ["blur"], 5))[0].astype(np.uint8)).reduce(
@@ -122,8 +125,9 @@ def test_blur_goes_with_the_size() -> None:
 
 
 def test_all_kinds_are_used() -> None:
-    """200 pictures, eight kinds:
-    each is drawn 25 times on average, and never fewer than 5 (p < 1e-5).
+    """Every kind must be drawn from 200 pictures and eight kinds.
+
+    Each kind is drawn 25 times on average. Fewer than 5 draws have p < 1e-5.
     """
     whole = FakeDataset([encoded(smooth(0))] * 200, [0] * 200)
     alone = {

@@ -1,4 +1,6 @@
-"""Damaged and hostile shards: what is whole is kept, and one record says why there is no more."""
+"""Damaged and hostile shards: intact samples must be kept, and one record must say why there are
+no more.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from vilu.datasets.tar_members import MAX_HEADER_BYTES, read_members
 
 KEYS = ("a", "b" * 150, "c")  # the second has an extension header
 WHOLE = tar_bytes(*(member for key in KEYS for member in pair(key)))
-END = len(WHOLE.rstrip(b"\0")) // 512 * 512 + 512  # of the last member's padding
+END = len(WHOLE.rstrip(b"\0")) // 512 * 512 + 512  # the end of the last padding
 
 
 def shard_outcomes(folder, data):
@@ -28,7 +30,7 @@ def shard_outcomes(folder, data):
 
 
 def ends_of_pairs() -> list[int]:
-    """Where each caption's last byte is, found by tarfile."""
+    """Return the position after each caption's last byte, as tarfile finds it."""
     with tarfile.open(fileobj=io.BytesIO(WHOLE)) as tar:
         return [member.offset_data + member.size for member in tar if member.name.endswith(".txt")]
 
@@ -49,7 +51,7 @@ def test_every_cut_keeps_what_is_whole_and_is_one_error(tmp_path_factory, cut):
         for key, end in zip(KEYS, ends_of_pairs(), strict=True)
         if end <= cut
     ]
-    broken = cut < END + 512  # one block of the end mark is enough
+    broken = cut < END + 512  # one block from the end mark is enough
     kind = "bad_shard" if 0 < cut < 512 else "truncated_shard"
     assert found == whole + [("0.tar", f"open:{kind}")] * broken
 
@@ -57,7 +59,10 @@ def test_every_cut_keeps_what_is_whole_and_is_one_error(tmp_path_factory, cut):
 @given(st.integers(0, END - 1), st.integers(1, 255))
 @settings(max_examples=150, deadline=None)
 def test_no_changed_byte_loses_a_sample_silently(tmp_path_factory, at, change):
-    """Pixels and text of a sample can differ; else a pair is kept, or an error stands for it."""
+    """If a byte changes, no sample may be lost silently.
+
+    The sample's pixels and text can differ. Otherwise the pair is kept, or an error stands for it.
+    """
     data = bytearray(WHOLE)
     data[at] ^= change
     found = shard_outcomes(tmp_path_factory.mktemp("changed"), bytes(data))
@@ -91,7 +96,7 @@ def test_a_compressed_shard_names_the_program(tmp_path):
 def test_shards_that_are_gone_or_no_files(tmp_path):
     write_shard(tmp_path, WHOLE, "0.tar")
     write_shard(tmp_path, WHOLE, "1.tar")
-    os.mkfifo(tmp_path / "2.tar")  # and nothing waits for a writer
+    os.mkfifo(tmp_path / "2.tar")  # no reader may wait for a writer
     (tmp_path / "3.tar").mkdir()
     dataset = open_dataset(str(tmp_path / "{0..3}.tar"))
     (tmp_path / "0.tar").unlink()
@@ -104,7 +109,7 @@ def test_shards_that_are_gone_or_no_files(tmp_path):
 def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path):
     data = bytearray(WHOLE)
     with tarfile.open(fileobj=io.BytesIO(WHOLE)) as tar:
-        data[tar.getmembers()[4].offset + 3] ^= 1  # the picture of the third pair
+        data[tar.getmembers()[4].offset + 3] ^= 1  # the picture in the third pair
     found = shard_outcomes(tmp_path, bytes(data))
     assert found == [
         *((f"0.tar#{key}", "a picture") for key in KEYS[:2]),
@@ -131,12 +136,15 @@ def test_a_cut_sample_is_part_of_the_cut(tmp_path):
     assert found == [("0.tar#a", "1"), ("0.tar", "open:truncated_shard")]
 
 
-# Headers that lie
+# False headers
 
 
 @pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K", b"X"])
 def test_extension_headers_are_not_read_into_memory(tmp_path, kind):
-    """A sparse file of 2 GiB that claims to be one extension header."""
+    """An extension header must not be read into memory.
+
+    A sparse file with 2 GiB claims to be one extension header.
+    """
     path = write_shard(tmp_path, tar_bytes(*pair("a")).rstrip(b"\0"))
     start = -(-path.stat().st_size // 512) * 512
     with path.open("r+b") as file:
@@ -159,7 +167,7 @@ def test_a_chain_of_extension_headers_is_no_recursion(tmp_path):
 
 
 def body(*fields: bytes) -> bytes:
-    """A pax header's records."""
+    """Return a pax header's records."""
     out = b""
     for field in fields:
         length = len(field) + 2
@@ -212,7 +220,7 @@ def test_a_size_beyond_the_file_is_a_cut(tmp_path):
     for data in (pax(huge) + raw_header(b"a.png", 0, b"0"), raw_header(b"a.png", 8**11 - 1, b"0")):
         assert shard_outcomes(tmp_path, data + bytes(1024)) == [("0.tar", "open:truncated_shard")]
     negative = bytearray(raw_header(b"a.png", 0, b"0"))
-    negative[124:136] = b"\xff" * 12  # base 256: -1
+    negative[124:136] = b"\xff" * 12  # -1 in base 256
     negative[148:156] = b" " * 8
     negative[148:156] = b"%06o\0 " % sum(negative)
     assert shard_outcomes(tmp_path, bytes(negative) + bytes(1024)) == [("0.tar", "open:bad_shard")]

@@ -25,7 +25,7 @@ def shard_outcomes(folder: Path, *entries) -> list[tuple[str, str]]:
     return outcomes(open_dataset(write_shard(folder, tar_bytes(*entries))))
 
 
-# What is read
+# Samples that are read
 
 
 def test_pairs_in_the_order_of_the_shards(tmp_path):
@@ -84,8 +84,9 @@ def test_the_rule_of_keys(name, expected):
 
 @given(st.text("ab./", max_size=12))
 def test_the_rule_of_keys_is_webdatasets(name):
-    """Its documented rule as a search:
-    the last slash, then the first dot behind it, with something between them.
+    """A key must follow webdataset's documented rule, here written as a search.
+
+    The rule is: the last slash, then the first dot after it, with a character between them.
     """
     base = name.rfind("/") + 1
     dot = name.find(".", base)
@@ -110,7 +111,7 @@ def test_labels_instead_of_captions(tmp_path, names):
     assert all(record.caption is None for record in dataset.records(0, 1))
 
 
-# What is wrong with a sample
+# Faults in a sample
 
 
 @pytest.mark.parametrize(

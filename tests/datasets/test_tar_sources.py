@@ -1,4 +1,4 @@
-"""Which tar files a folder, a name or a pattern means."""
+"""The tar files that a folder, a name or a pattern means."""
 
 from __future__ import annotations
 

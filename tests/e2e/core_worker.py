@@ -1,9 +1,10 @@
-"""What a user deploys, from photos to a service, in a process that must not find vilu_bench.
+"""Run every step that a user deploys, from photos to a service, in a process that must not import
+vilu_bench.
 
     python core_worker.py FOLDER PHOTOS
 
-PHOTOS is a table of a few photos. FOLDER is empty; the files of each step come into it, and
-``answers.json`` and ``monitor.txt`` hold what the service and the monitor said.
+PHOTOS is a table with a few photos. FOLDER is empty at first, and each step writes its files there.
+``answers.json`` holds the service's reply, and ``monitor.txt`` holds the monitor's report.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from vilu.service.limits import ClientLimits
 from vilu.service.server import HostedService
 from vilu.service.setup import Setup
 
-SECONDS = 60  # until a service is ready, or has stopped
+SECONDS = 60  # time limit for a service to be ready, or to stop
 
 
 def run_demo(folder: Path, photos: Path) -> None:
-    """The command of `make demo`, with a few photos in place of its 3,781."""
+    """Run the command from `make demo` on a few photos instead of its 3,781."""
     few = patch.object(demo.resources, "as_file", lambda _: nullcontext(photos))
     few_epochs = patch.dict(demo.TRAINING_SETTINGS, epochs=3)
     with few, few_epochs:
@@ -36,7 +37,9 @@ def run_demo(folder: Path, photos: Path) -> None:
 
 
 def run_commands(folder: Path) -> str:
-    """From the embeddings of the demo to a watched rule; returns what the monitor says."""
+    """Run each command from the demo's embeddings to a monitored rule, and return the monitor's
+    report.
+    """
     (stores,) = (folder / "demo/cache").glob("*/embeddings")
     run("fit", stores / "train", "-o", "predictor", cwd=folder)
     run("calibrate", "predictor", stores / "validation", "--max-risk", 0.5, cwd=folder)
@@ -50,7 +53,7 @@ def run_commands(folder: Path) -> str:
 
 @contextmanager
 def served(predictor: Path) -> Iterator[str]:
-    """The address of a service on a free port, as soon as it answers."""
+    """Start a service on a free port, and yield its address when it is ready."""
     messages: list[str] = []
     is_ready = threading.Event()
 
@@ -71,7 +74,7 @@ def served(predictor: Path) -> Iterator[str]:
 
 
 def main(folder: Path, photos: Path) -> None:
-    """Every step, each from what the one before left."""
+    """Run every step on the files that the step before left."""
     run_demo(folder, photos)
     (folder / "monitor.txt").write_text(run_commands(folder))
     first = min((folder / "demo/photos").iterdir())

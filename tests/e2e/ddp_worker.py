@@ -1,7 +1,6 @@
-"""Run by ``test_distributed``: one of the processes that train together.
-Writes what it ends with to OUT/RANK.npz.
+"""Train as one process in a group, for ``test_distributed``, and write the results to OUT/RANK.npz.
 
-Also run alone, with no torchrun around it, for what to compare with.
+The test also runs this file alone, without torchrun, and compares the results.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ QUICK = {"hidden": (16, 8), "epochs": 3, "freeze_epochs": 1, "batch_size": 64, "
 
 
 def repeated_pairs(direction: str) -> PairEmbeddings:
-    """Pairs of which the last third has captions of the first."""
+    """Return pairs where the last third has the captions from the first third."""
     pairs = toy_pairs(n=192, pool=64)
     text = pairs.text.clone()
     text[128:] = text[:64]
@@ -41,7 +40,7 @@ def repeated_pairs(direction: str) -> PairEmbeddings:
 
 
 def trained(predictor: HeadPredictor, data: object) -> dict[str, np.ndarray]:
-    """Weights and history of a fit."""
+    """Fit the predictor, and return its weights and history."""
     predictor.fit(data)
     history = predictor.notes_["history"]
     found = {name: tensor.numpy() for name, tensor in predictor.state().items()}
@@ -52,7 +51,10 @@ def trained(predictor: HeadPredictor, data: object) -> dict[str, np.ndarray]:
 
 
 def short_last_step() -> dict[str, np.ndarray]:
-    """65 rows in steps of 64: in the second step all processes but one have nothing."""
+    """Train on 65 rows in steps with 64 rows.
+
+    In the second step, all processes but one have no row.
+    """
     torch.manual_seed(0)
     head = FailureHead(16, (16, 8))
     config = TrainConfig(3, 64, 0.03, 0.9, 2e-3, 1.0, 1, None, "fp32", 0, torch.device("cpu"))
@@ -64,11 +66,11 @@ def short_last_step() -> dict[str, np.ndarray]:
 
 
 class Stop(Exception):
-    """Raised by ``Brake``."""
+    """The error that ``Brake`` raises."""
 
 
 class Brake:
-    """A reporter of progress that lets no more than ``steps`` steps happen."""
+    """A progress reporter that allows at most ``steps`` steps."""
 
     def __init__(self, steps: int, act: Callable[[], object]) -> None:
         self.left, self.act = steps, act
@@ -90,8 +92,8 @@ def stop() -> None:
 
 
 def resumed(folder: Path) -> dict[str, np.ndarray]:
-    """The job "classes", stopped in the third step of its second epoch,
-    and begun again by new objects.
+    """Stop the job "classes" in the third step in its second epoch, and resume it with new
+    objects.
     """
     data = toy_embeddings(n=330)
     with suppress(Stop), reporting(Brake(7, stop)), checkpointing(folder):
@@ -119,13 +121,13 @@ JOBS = {
 
 
 def run(group: World, folder: Path) -> dict[str, np.ndarray]:
-    """Results of all jobs, as "job/what", and the size of the world."""
+    """Return the results from all jobs as "job/name", and the group size."""
     jobs = {**JOBS, "resumed": lambda: resumed(folder / "checkpoints")}
     found = {f"{job}/{name}": array for job, work in jobs.items() for name, array in work().items()}
     return found | {"size": np.array(group.size)}
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # few failures are few; the tests of fit look at that
+    warnings.simplefilter("ignore")  # the fit tests check the warnings about few failures
     with world() as group:
         np.savez(Path(sys.argv[1]) / f"{group.rank}.npz", **run(group, Path(sys.argv[1])))

@@ -1,10 +1,9 @@
-"""Run by ``test_embed_kill``:
-embeds once per point of death, each time in a child that kills itself there.
+"""Embed once per death point for ``test_embed_kill``, each time in a child that kills itself there.
 
-A point that ends in "+columns" is one of a run that keeps columns beside the embeddings.
+If a point ends in "+columns", its run keeps columns beside the embeddings.
 
-One process imports torch and forks, since importing it once per point would take the time of the
-whole test. It never computes anything itself, so no thread is lost in a fork.
+One process imports torch and forks, because an import per point would take as long as the whole
+test. This process computes nothing, so a fork loses no thread.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def die() -> None:
 
 
 class Mortal(FakeBackbone):
-    """Dies in its n-th picture or n-th batch."""
+    """A backbone that kills its process in its n-th picture or its n-th batch."""
 
     def __init__(self, stage: str, n: int) -> None:
         super().__init__()
@@ -45,8 +44,9 @@ class Mortal(FakeBackbone):
 
 
 def die_in_sync(n: int) -> None:
-    """Die before the n-th sync:
-    even ones are of a file not yet renamed, odd ones of the folder after the renaming.
+    """Kill the process before the n-th sync.
+
+    An even sync is for a file before its rename. An odd sync is for the folder after the rename.
     """
     fsync, calls = os.fsync, iter(range(10**6))
 

@@ -1,4 +1,6 @@
-"""``--answer`` through the command line, and a triage of real photos against a hand computation."""
+"""``--answer`` through the command line, and a triage on real photos that is compared with a
+separate computation.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,10 @@ def test_tables_and_pages_say_which_answers_they_are_of(stores: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_a_loop_on_real_photos_is_what_one_counts_by_hand(tmp_path: Path) -> None:
-    """1,000 photos of clothes: a run without labels, then what is asked for, until a guarantee."""
+    """A triage on 1,000 clothes photos must agree with a count by hand and end with a guarantee.
+
+    The first run has no labels. Each later run gets the labels that the run before asked for.
+    """
     photos = open_dataset(PHOTOS, split="test")
     truth = {}
     (tmp_path / "photos").mkdir()
@@ -112,7 +117,9 @@ def test_a_loop_on_real_photos_is_what_one_counts_by_hand(tmp_path: Path) -> Non
 
 
 def _as_counted_by_hand(output: Path, truth: dict[str, str]) -> bool:
-    """Compare a round with a computation from the saved predictor; whether it has a guarantee."""
+    """Compare a round with a computation from the saved predictor, and return whether it has a
+    guarantee.
+    """
     scores = Outcomes.load(output / "decisions.parquet")
     parts = [
         vilu.open_source(folder.parent) for folder in output.glob("embeddings/*/manifest.json")

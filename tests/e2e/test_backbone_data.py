@@ -35,7 +35,7 @@ CLOTHES = [
     "t-shirt",
 ]
 ACCURACY = 0.571
-"""Over all 3,781 photos: 2,158 right."""
+"""The share over all 3,781 photos, where 2,158 answers are right."""
 SAMPLE = 400
 
 
@@ -55,6 +55,6 @@ def test_zero_shot_accuracy_on_clothing() -> None:
         right += int(
             ((embeddings @ text.T).argmax(dim=1).numpy() == rows["label"].to_numpy()).sum()
         )
-    # standard deviation of a sample without replacement, three of them
+    # Three standard deviations for a sample without replacement.
     spread = np.sqrt(ACCURACY * (1 - ACCURACY) / SAMPLE * (1 - SAMPLE / len(table)))
     assert right / SAMPLE == pytest.approx(ACCURACY, abs=3 * spread)

@@ -1,4 +1,4 @@
-"""A machine of which nothing is known but where the data are."""
+"""Commands on a machine where only the data's location is known."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.command import run_process
 
 @pytest.mark.slow
 def test_commands_need_no_home(tmp_path: Path) -> None:
-    """Libraries below us keep caches in the home folder: none of these commands may need one."""
+    """No command may need the home folder, although libraries below vilu keep caches there."""
     store, nowhere = make_store(tmp_path / "store", 60, 0), "/nonexistent"
     env = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME"), nowhere)
     run_process("fit", store, "--method", "mcm", "-o", tmp_path / "predictor", **env)

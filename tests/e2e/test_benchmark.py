@@ -1,5 +1,5 @@
-"""``vilu benchmark`` as people run it:
-on stores that are there, and on the photos that ship with the package.
+"""``vilu benchmark`` as users run it, on existing stores and on the photos that ship with the
+package.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_every_method_in_the_smoke_form(data: Path, tmp_path: Path) -> None:
     assert "all contests" in text
     table = (tmp_path / "out/smoke/studies/benchmark/table.txt").read_text()
     assert text.startswith(table.rstrip())
-    assert "wall time" in text.removeprefix(table.rstrip())  # which is no part of the study
+    assert "wall time" in text.removeprefix(table.rstrip())  # the time is no part of the study
     (plan,) = json.loads(
         run(config, "--data", data, "-o", tmp_path / "out", "--smoke", "--dry-run", "--json").stdout
     )
@@ -90,7 +90,7 @@ def test_tables_and_json(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     found = json.loads(run(*args, "--json").stdout)["benchmark"]
     assert [block["setting"] for block in found["blocks"]] == ["all", "unseen"]
-    # of three seeds, one test set for all labels, three for unseen classes
+    # All labels: one test set for the three seeds. Unseen classes: three test sets.
     assert [line["n_runs"] for block in found["blocks"] for line in block["lines"]] == [1, 1, 3, 3]
     assert found["n_contests"] == 6
     again = json.loads(run(tmp_path / "out", "--json", name="render").stdout)
@@ -110,8 +110,10 @@ def test_a_kept_file_stands_for_its_run(data: Path, tmp_path: Path) -> None:
 
 
 def test_shares_of_the_work_make_the_whole(data: Path, tmp_path: Path) -> None:
-    """Two shares, in any order, then the whole:
-    nothing is run again, and the tables are those of one run.
+    """After two shares, the full command must run nothing again and print the tables from a single
+    run.
+
+    The shares may come in any order.
     """
     config = write(tmp_path, STORES + "\n[methods.mcm]\n[methods.margin]\n[methods.entropy]\n")
     args = config, "--data", data
@@ -123,7 +125,7 @@ def test_shares_of_the_work_make_the_whole(data: Path, tmp_path: Path) -> None:
     assert len(cells) == 3 * 4
     text = re.sub(
         r"[\d,]+\n", "\n", run(*args, "-o", tmp_path / "shared").stdout
-    )  # rows a second differ
+    )  # the speed differs
     assert {path: path.stat().st_mtime_ns for path in cells} == cells
     assert text == re.sub(r"[\d,]+\n", "\n", run(*args, "-o", tmp_path / "alone").stdout)
 
@@ -175,8 +177,8 @@ def test_an_interrupted_benchmark_goes_on(data: Path, tmp_path: Path, jobs: int)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
-    # Python kills itself by the signal if the exception passed through the exec of a string; a
-    # shell shows 130 for both
+    # If the exception passed through the string's exec, Python kills itself with the signal. A
+    # shell shows 130 in both cases.
     assert process.returncode in {130, -signal.SIGINT}, stderr
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("seed-*.json")}
     quick = write(tmp_path, STORES + "\n[methods.mcm]\n")

@@ -1,5 +1,5 @@
-"""``vilu calibrate`` and the decisions of ``vilu score``, through the real command line,
-on stores of noise.
+"""``vilu calibrate`` and the decisions from ``vilu score``, through the real command line on
+noise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PHOTOS = Path(str(resources.files("vilu").joinpath("assets", "clothing.parquet")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores of training, calibration and new rows, and a fitted predictor."""
+    """Write stores with training, calibration and new rows, and a fitted predictor."""
     folder = tmp_path_factory.mktemp("calibrate")
     for name, first, n in (("train", 0, 90), ("calibration", 90, 120), ("new", 210, 40)):
         data = dataset(n)
@@ -47,7 +47,7 @@ def predictor(work: Path, tmp_path: Path) -> Path:
 
 
 def test_calibrated_scores_say_what_to_do(work: Path, predictor: Path) -> None:
-    target = ("--max-risk", 0.8, "--confidence", 0.9)  # noise has an error rate of two thirds
+    target = ("--max-risk", 0.8, "--confidence", 0.9)  # on noise, two answers in three are wrong
     done = run("calibrate", predictor, work / "calibration", *target)
     assert "probability: platt (log-loss in cross-validation: temperature 0." in done.stdout
     assert "with confidence 90% at most 80.00% of the accepted answers are wrong" in done.stdout
@@ -68,7 +68,7 @@ def test_calibrated_scores_say_what_to_do(work: Path, predictor: Path) -> None:
     )
     assert scores.provenance["risk"]
 
-    run("score", predictor, work / "new", "-o", predictor / "folder")  # part by part, and as text
+    run("score", predictor, work / "new", "-o", predictor / "folder")  # in parts, and as text
     run("score", predictor, work / "new", "-o", predictor / "scores.csv")
     for other in (
         vilu.ScoreFolder(predictor / "folder").outcomes(),
@@ -88,7 +88,7 @@ def test_out_of_reach_changes_nothing(work: Path, predictor: Path) -> None:
     assert "At least 2,996 calibration rows are needed" in done.stderr
     assert done.stdout == ""
     after = {path.name: path.read_bytes() for path in predictor.iterdir() if path.name != ".lock"}
-    after.pop("looks.json")  # that these rows were looked at is not forgotten
+    after.pop("looks.json")  # the earlier look at these rows is still recorded
     assert after == before
 
 
@@ -228,8 +228,11 @@ def test_wrong_arguments(work: Path, predictor: Path) -> None:
 
 
 def test_a_row_is_its_picture_and_not_its_name(tmp_path: Path) -> None:
-    """Two folders of photos with equal names: one to fit on, one to calibrate on;
-    the first again under other names.
+    """A row must be recognized by its picture, not by its name.
+
+    Two folders have photos with equal names. The predictor is fitted on one folder and calibrated
+    on the other. A third folder holds the fitted photos under other names, and its calibration must
+    be refused.
     """
     photos = pq.read_table(PHOTOS, columns=["image"])["image"].to_pylist()
     for name, first, start in (("train", 0, 0), ("calibration", 40, 0), ("renamed", 0, 500)):
@@ -260,7 +263,10 @@ def test_a_row_is_its_picture_and_not_its_name(tmp_path: Path) -> None:
 def test_a_hundredth_of_the_rows_is_left_out(
     work: Path, predictor: Path, tmp_path: Path, n_shared: int
 ) -> None:
-    """One of 120 rows is 0.8 %, two are 1.7 %."""
+    """Up to 1 % shared rows are left out, and more are refused.
+
+    One row in 120 is 0.8 %, two rows are 1.7 %.
+    """
     data = dataset(210)
     data.blobs = data.blobs[:n_shared] + data.blobs[90 + n_shared :]
     data.labels, data.keys = [i % 3 for i in range(120)], [f"new/{i}.png" for i in range(120)]
@@ -294,8 +300,10 @@ def test_a_hundredth_of_the_rows_is_left_out(
 def test_an_edited_rule_is_refused_by_all_who_use_it(
     work: Path, predictor: Path, tmp_path: Path
 ) -> None:
-    """By its digest;
-    and where a digest agrees, or an old file has none, by the calibration rows.
+    """If a rule was edited, every command that uses the rule must refuse it.
+
+    The digest shows the edit. If the digest agrees, or an old file has no digest, the calibration
+    rows show the edit.
     """
     run("score", predictor, work / "new", "-o", tmp_path / "plain.parquet")
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.8, "--confidence", 0.9)

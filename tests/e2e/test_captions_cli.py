@@ -1,5 +1,5 @@
-"""Image-caption pairs through the real command line:
-tars of photos with captions, from files to numbers.
+"""Image-caption pairs through the real command line, from tars with photos and captions to
+metrics.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def write_tar(path: Path, samples: list[tuple[str, bytes, bytes | None]]) -> Non
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tars of 32 photos with captions;
-    one photo lacks its caption, one caption is no UTF-8.
+    """Embed three tars, each with 32 photos and captions.
+
+    One photo lacks its caption, and one caption is no UTF-8.
     """
     folder = tmp_path_factory.mktemp("captions")
     table = pq.read_table(PHOTOS, columns=["image"]).slice(0, N)
@@ -73,7 +74,7 @@ def test_what_is_wrong_with_a_sample_is_counted_and_nothing_else_is_lost(work: P
         for c in pq.read_table(path)["caption"].to_pylist()
     ]
     backbone = vilu.load_backbone("compact:64", device="cpu")
-    # stored as float16, whose spacing below 1 is at most 2^-11
+    # The store holds float16, whose spacing below 1 is at most 2^-11.
     assert np.abs(backbone.encode_texts(captions).numpy() - text).max() < 2**-11
 
 
@@ -104,13 +105,13 @@ def test_fit_score_evaluate_and_pools(work: Path) -> None:
         }
         for name in ("scores.parquet", "scores")
     )
-    assert file["auroc"]["n"] == 80  # five whole pools of the 94 pairs
+    assert file["auroc"]["n"] == 80  # five full pools from the 94 pairs
     assert file["auroc"]["n_unusable"] == 14
     assert {name: row["value"] for name, row in file.items()} == {
         name: row["value"] for name, row in folder.items()
     }
     explained = run("explain", work / "plus", work / "emb", "-n", 1, *options)
-    assert "1 row explained\n" in explained.stderr  # --summary is not named
+    assert "1 row explained\n" in explained.stderr  # the message does not name --summary
     rows = json.loads(
         run(
             "pools",

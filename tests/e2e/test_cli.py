@@ -1,6 +1,4 @@
-"""The real command line on real photos (those that ship with the package),
-from images to numbers.
-"""
+"""The real command line on the photos that ship with the package, from images to metrics."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ t-shirt\tt-shirt
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores of 240 training and 160 test photos, and a quickly fitted ViLU."""
+    """Write stores with 240 training and 160 test photos, and fit a ViLU in a few epochs."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "names.txt").write_text(NAMES)
     for split, limit in (("train", 240), ("test", 160)):
@@ -193,7 +191,7 @@ def test_from_pixels_to_decisions_in_one_onnx_file(work: Path) -> None:
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """What the compact model sees: the central square."""
+    """Return the central square, which is the part that the compact model sees."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
@@ -221,8 +219,9 @@ def test_validation_store_and_zero_shot_methods(work: Path) -> None:
 
 
 def test_a_fit_on_images_without_labels(work: Path) -> None:
-    """From a folder of photos that says nothing of them, to probabilities,
-    a guarantee and reasons.
+    """A folder with unlabelled photos must be enough to fit ``vilu_zero``.
+
+    The fitted predictor must give probabilities, a guarantee and reasons.
     """
     photos = work / "unsorted"
     photos.mkdir()
@@ -268,8 +267,9 @@ def test_inspect_shows_and_verifies(work: Path) -> None:
 
 
 def test_columns_for_the_methods_that_need_them(work: Path) -> None:
-    """A store with everything that the compact model can give,
-    and the methods that look more than once.
+    """A store must keep every column that the compact model can compute.
+
+    The methods that read several views or prompts must work on this store.
     """
     embed = [
         "embed",
@@ -304,8 +304,8 @@ def test_columns_for_the_methods_that_need_them(work: Path) -> None:
     )  # the default template is first
     views, images = store.column("views", rows), store.image_rows(rows)
     own, other = ((views * photo[:, None]).sum(dim=2) for photo in (images, images.roll(1, dims=0)))
-    assert own.mean() > other.mean() + 0.2  # a view is nearer to its photo than to the next ...
-    assert own.max() < 1 - 1e-4  # ... and none of them is the photo itself
+    assert own.mean() > other.mean() + 0.2  # a view is closer to its own photo than to the next ...
+    assert own.max() < 1 - 1e-4  # ... and no view is the photo itself
     for method in ("tta", "prompt_disagreement"):
         run(
             "fit",
@@ -440,7 +440,10 @@ def test_embeddings_of_another_backbone_are_refused(work: Path) -> None:
 
 
 def test_bad_images_are_set_aside_and_counted(work: Path) -> None:
-    """A folder as users have it: a good photo, a truncated one, a web page and an empty file."""
+    """Bad images must be set aside and counted.
+
+    The folder holds good photos, a truncated photo, a web page and an empty file.
+    """
     photos = pq.read_table(PHOTOS, columns=["image"])["image"]
     folder = work / "folder"
     for name in ("dress", "hat"):
@@ -469,8 +472,10 @@ def test_bad_images_are_set_aside_and_counted(work: Path) -> None:
 def test_interrupted_and_resumed(
     work: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    """Ctrl-C or SIGTERM in the middle:
-    a clean exit code, and the second run ends with the bytes of the first store.
+    """After Ctrl-C or SIGTERM, the exit code must be clean, and a second run must complete the
+    store.
+
+    The completed store must have the same bytes as a store from one run.
     """
     args = [
         "embed",
@@ -491,7 +496,7 @@ def test_interrupted_and_resumed(
         time.sleep(0.01)
     os.kill(started.pid, number)
     _, stderr = started.communicate(timeout=60)
-    if started.returncode != 0:  # else it was done before the signal came
+    if started.returncode != 0:  # otherwise the command was done before the signal came
         assert started.returncode == code, stderr
         assert "Traceback" not in stderr
         assert "vilu: stopped: finished parts are in" in stderr

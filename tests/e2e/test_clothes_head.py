@@ -1,4 +1,6 @@
-"""The head that a release offers: fitted on the demo's photos, pushed to a folder, pulled, used."""
+"""The head that a release offers: it is fitted on the demo's photos, pushed to a folder, pulled
+and used.
+"""
 
 from __future__ import annotations
 

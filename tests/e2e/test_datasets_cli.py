@@ -1,4 +1,4 @@
-"""``vilu datasets`` and ``vilu embed --dataset`` on tiny trees in real layouts."""
+"""``vilu datasets`` and ``vilu embed --dataset`` on small trees with the real layouts."""
 
 from __future__ import annotations
 

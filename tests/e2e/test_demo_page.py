@@ -1,4 +1,6 @@
-"""docs/demo.md shows what `vilu demo` prints, up to what another processor changes."""
+"""docs/demo.md shows what `vilu demo` prints, except for differences that another processor
+causes.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,16 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 PAGE: Final = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
 METHOD: Final = re.compile(r"^\|? ?(?P<name>[a-z_-]+(?: \(seed 0\))?) +\|? ?(?P<auroc>\d+\.\d) \[")
-"""The beginning of a row of the table: in the page with bars, in the terminal without."""
+"""The start of a table row. The page has bars, and the terminal has none."""
 COUNT: Final = re.compile(r"accepted (\d+) of (\d+) without a label")
 FEW_TENTHS: Final = 0.5
-"""How far another processor moves the AUROC of trained heads, in points."""
+"""The largest change in a trained head's AUROC on another processor, in points."""
 FEW_PHOTOS: Final = 15
-"""How far it moves the number of accepted photos: the spread of the page's seeds is 15."""
+"""The largest change in the number of accepted photos. The seeds on the page differ by 15, too."""
 
 
 def auroc_of(text: str) -> dict[str, float]:
-    """AUROC by method."""
+    """Return the AUROC by method."""
     rows = {}
     for line in text.splitlines():
         if row := METHOD.match(line):
@@ -33,14 +35,14 @@ def auroc_of(text: str) -> dict[str, float]:
 
 
 def accepted(text: str) -> tuple[int, ...]:
-    """Accepted photos of the folder, and photos without a label."""
+    """Return two numbers: the accepted photos, and the photos without a label."""
     match = COUNT.search(text)
     assert match
     return tuple(int(number) for number in match.groups())
 
 
 def require_same(printed: str) -> None:
-    """Compare what a run printed with the page."""
+    """Compare a run's output with the page."""
     shown = auroc_of(PAGE)
     assert len(shown) == 10
     assert auroc_of(printed) == pytest.approx(shown, abs=FEW_TENTHS)

@@ -1,5 +1,5 @@
-"""Two models of the same photos through the real command line:
-embedded twice, fitted, calibrated and scored.
+"""Two models on the same photos, embedded, fitted, calibrated and scored through the command
+line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vilu import TwoModels, open_source
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores of photos by the compact model at two sizes, and a duo fitted on them."""
+    """Write stores from the compact model at two sizes, and fit a duo on them."""
     folder = tmp_path_factory.mktemp("duo")
     (folder / "names.txt").write_text(NAMES)
     for size in (96, 64):

@@ -1,7 +1,7 @@
-"""SIGKILL at any moment of ``embed``:
-the next run gives the bytes of an undisturbed one and does only what is missing.
+"""If SIGKILL ends ``embed`` at any moment, the next run must do only the missing work.
 
-Also a disk that is really full, and two drivers that really are two processes.
+The store must have the same bytes as after an undisturbed run. Other tests use a full disk and two
+drivers in two processes.
 """
 
 from __future__ import annotations
@@ -27,31 +27,32 @@ BAD = {4: b"", 17: b"<html>"}
 SETTINGS = {"names": NAMES, "batch_size": 4, "part_size": 10, "max_error_rate": 0.5}
 COLUMNS = {"columns": ExtraColumns(features=True, views=2, prompts=("the {}.",))}
 
-# 35 images in parts of 10, 10, 10, 5 with 9, 9, 10, 5 good ones, in 3, 3, 3, 2 batches. Syncs come
-# in pairs (file, then its folder): run.json 0, texts 2, classes.json 4, then 8 per part (vectors,
-# metadata, errors, receipt), manifest 38. With columns: texts 2, four columns 4, classes.json 12,
-# then 12 per part (features and views before the receipt).
+# The 35 images are in parts with 10, 10, 10 and 5 images. The parts have 9, 9, 10 and 5 good images
+# in 3, 3, 3 and 2 batches. Syncs come in pairs (the file, then its folder). Without columns:
+# run.json 0, texts 2, classes.json 4, then 8 per part (vectors, metadata, errors, receipt),
+# manifest 38. With columns: texts 2, four columns 4, classes.json 12, then 12 per part (features
+# and views before the receipt).
 POINTS = {
     "decode-0": 0,
-    "decode-22": None,  # decoding runs ahead of the parts, so how many are finished is open
+    "decode-22": None,  # decoding runs ahead, so the number of finished parts is open
     "encode-0": 0,
     "encode-4": 1,
     "encode-10": 3,
-    "sync-0": 0,  # run.json not there yet
+    "sync-0": 0,  # run.json is missing
     "sync-1": 0,
-    "sync-2": 0,  # texts half-written
-    "sync-5": 0,  # classes.json there, no part
-    "sync-6": 0,  # vectors of part 0 written, not renamed
-    "sync-15": 1,  # vectors of part 1 renamed ... (part 0 is 6-13)
-    "sync-17": 1,  # ... its metadata renamed
-    "sync-20": 1,  # ... its receipt written, not renamed
-    "sync-21": 2,  # ... its receipt renamed
-    "sync-38": 4,  # all parts there, not sealed
-    "encode-7+columns": 0,  # views of the last batch of part 0
-    "sync-6+columns": 0,  # second column of the classes written, not renamed
-    "sync-20+columns": 0,  # features of part 0 written, not renamed
-    "sync-35+columns": 1,  # views of part 1 renamed, its receipt not written
-    "sync-37+columns": 2,  # ... its receipt renamed
+    "sync-2": 0,  # the texts are half-written
+    "sync-5": 0,  # classes.json is there, no part is
+    "sync-6": 0,  # the vectors in part 0 are written, not renamed
+    "sync-15": 1,  # the vectors in part 1 are renamed ... (part 0 is 6-13)
+    "sync-17": 1,  # ... its metadata is renamed
+    "sync-20": 1,  # ... its receipt is written, not renamed
+    "sync-21": 2,  # ... its receipt is renamed
+    "sync-38": 4,  # all parts are there, not sealed
+    "encode-7+columns": 0,  # views from the last batch in part 0
+    "sync-6+columns": 0,  # the second class column is written, not renamed
+    "sync-20+columns": 0,  # the features in part 0 are written, not renamed
+    "sync-35+columns": 1,  # the views in part 1 are renamed, its receipt is not written
+    "sync-37+columns": 2,  # ... its receipt is renamed
 }
 GOOD = [9, 9, 10, 5]
 
@@ -66,7 +67,7 @@ IN_EVERY_RUN = (
     "encode-7+columns",
     "sync-35+columns",
 )
-"""The others are in `make test-slow`."""
+"""The moments that CI tests. `make test-slow` tests the others."""
 
 HALF_WRITTEN = {
     "sync-0",
@@ -146,7 +147,7 @@ def test_a_killed_driver_lets_go_of_the_lock(tmp_path):
         started = time.monotonic()
         with pytest.raises(BusyError):
             embed(dataset(5), FakeBackbone(), tmp_path / "s", names=NAMES)
-        assert time.monotonic() - started < 5  # at once, not after waiting
+        assert time.monotonic() - started < 5  # the refusal comes at once
         other.kill()
     assert len(embed(dataset(5), FakeBackbone(), tmp_path / "s", names=NAMES)) == 5
 
@@ -165,7 +166,12 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_is_full(small_disk, monkeypatch):
-    """Wide rows fill 256 KiB after some parts; the check beforehand is told that there is room."""
+    """If the disk is full, the finished parts must stay, and a run with more room must complete the
+    store.
+
+    Wide rows fill 256 KiB after some parts. The test replaces the check for free space, which would
+    refuse the work.
+    """
     data, backbone = dataset(64), FakeBackbone(dim=2048)
     settings = {"names": NAMES, "batch_size": 8, "part_size": 8, "templates": ("{}",)}
     with pytest.raises(StorageError, match="64 embeddings need"):

@@ -1,4 +1,4 @@
-"""``vilu explain`` through the real command line, on stores of noise that a toy model embedded."""
+"""``vilu explain`` through the real command line, on noise that a toy model embedded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vilu.store.embed import embed
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores of labelled and unlabelled noise, and a predictor."""
+    """Write stores with labelled and unlabelled noise, and a predictor."""
     folder = tmp_path_factory.mktemp("explain")
     for name, first, n, unlabelled in (
         ("train", 0, 90, []),
@@ -106,7 +106,7 @@ def test_summaries_with_and_without_labels(work: Path) -> None:
             ["{work}", "{work}/test", "--summary", "--coverage", "1.5"],
             2,
             "coverage must be in (0, 1]",
-        ),  # at once
+        ),  # refused at once
     ],
 )
 def test_errors_say_what_and_how(work: Path, args: list[str], code: int, message: str) -> None:

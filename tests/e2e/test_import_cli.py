@@ -1,4 +1,6 @@
-"""From arrays, and from folders with pictures of no class, to results: through the command line."""
+"""Import arrays and folders with out-of-distribution pictures, and evaluate them, through the
+command line.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,9 @@ def test_exit_codes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", few([signal.SIGKILL, signal.SIGINT, signal.SIGTERM], 0))
 def test_stopped_in_the_middle(tmp_path: Path, stop: signal.Signals) -> None:
-    """The same command goes on, and ends in the bytes of an undisturbed run."""
+    """If an import is stopped, the same command must complete it with the bytes from an
+    undisturbed run.
+    """
     folder = save(tmp_path / "arrays", arrays(4000))
     line = ("import", folder, "--part-size", "5", "-o")
     run(*line, tmp_path / "whole")

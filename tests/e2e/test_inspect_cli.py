@@ -1,4 +1,4 @@
-"""``vilu inspect`` on every artefact, whole and damaged."""
+"""``vilu inspect`` on every artefact, intact and damaged."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ EDITS: dict[str, Callable[[dict], None]] = {
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=list(EDITS))
 def test_a_rule_is_held_against_its_rows(edit: Callable[[dict], None], tmp_path: Path) -> None:
-    """Also where the document was sealed again."""
+    """If an edited rule does not follow from its rows, it must be refused, although its digest
+    agrees.
+    """
     path = unpack(tmp_path) / "calibrated"
     content = json.loads((path / "risk.json").read_text())
     edit(content["rule"])

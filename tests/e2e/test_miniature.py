@@ -1,9 +1,9 @@
-"""Every study of the paper in miniature, through the real command line.
+"""Every study from the paper in miniature, through the real command line.
 
-Random-weight CLIP and SigLIP models of the real architectures at reduced width, 64 images of every
-data set in the real layouts. Where that can be had by moving files or in a list, most images belong
-to the class that a random model sees in them: else it would never be right, and there would be
-nothing to learn.
+The CLIP and SigLIP models have random weights and the real architectures at a reduced width. Every
+data set has 64 images in its real layout. If files or lists allow it, most images are moved to the
+class that a random model sees in them. Without this, a model would never be right, and a method
+could learn nothing.
 """
 
 from __future__ import annotations
@@ -38,14 +38,16 @@ SMALL_REASONS = (
     ),
     *("have no row to evaluate", "both are needed"),
 )
-"""How methods refuse what is too small, or not theirs;
-what random weights get right differs between machines.
+"""The messages with which methods refuse data that are too small or do not suit the method.
+
+Random weights are right on other images on another machine, so a refusal may come or not.
 """
 
 
 def answers(name: str, data: Path, models: Path) -> tuple[list[str], list[int]]:
-    """Keys of all images of a data set, and what a model sees in each:
-    of three images CLIP in two, SigLIP in one.
+    """Return the keys for all images in a data set, and a class that a model sees in each image.
+
+    One image in four has SigLIP's answer, and the others have CLIP's answer.
     """
     images = open_known(name, data)
     records = list(images.records(0, len(images)))
@@ -54,7 +56,7 @@ def answers(name: str, data: Path, models: Path) -> tuple[list[str], list[int]]:
     for backbone in ("clip-vit-b32", "siglip-vit-b16"):
         model = load_backbone(backbone, models=models)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # random models hardly tell some names apart
+            warnings.simplefilter("ignore")  # random models hardly separate some names
             text = embed_class_names(model, images.class_names)
         pixels = torch.stack([model.preprocess(picture) for picture in pictures])
         seen.append((model.encode_images(pixels) @ text.T).argmax(dim=1).tolist())
@@ -62,7 +64,7 @@ def answers(name: str, data: Path, models: Path) -> tuple[list[str], list[int]]:
 
 
 def move_to_what_is_seen(name: str, data: Path, models: Path) -> None:
-    """Three of four images to the folder of the class that a model sees in them; one stays."""
+    """Move three images in four to the folder for the class that a model sees in them."""
     home = next(data / folder for folder in KNOWN[name].folders if (data / folder).is_dir())
     folders = [str(i) for i in range(1000)] if name == "imagenet_v2" else wnids()
     for number, (key, label) in enumerate(zip(*answers(name, data, models), strict=True)):
@@ -74,7 +76,7 @@ def move_to_what_is_seen(name: str, data: Path, models: Path) -> None:
 
 
 def list_as_what_is_seen(name: str, data: Path, models: Path) -> None:
-    """The same in the lists of a set that has one."""
+    """Change the lists in the same way, if the data set has lists."""
     homes = [data / folder for folder in KNOWN[name].folders if (data / folder).is_dir()]
     (path,) = homes[0].glob("split_zhou_*.json")
     lists = json.loads(path.read_text())
@@ -91,7 +93,7 @@ def list_as_what_is_seen(name: str, data: Path, models: Path) -> None:
 
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Data sets and models."""
+    """Write the data sets and the models, and return their folders."""
     root = tmp_path_factory.mktemp("miniature")
     for name in TABLE_7:
         write_tiny(root / "models" / name, name.partition("-")[0], "open_clip")
@@ -101,7 +103,7 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         "cc3m": 3,
         "cc12m": 2,
         "laion400m": 2,
-    }.items():  # of which the smoke form takes the first
+    }.items():  # the smoke form takes the first tar
         make_tree(name, root / "data", 64 * n_tars)
     for name in ("imagenet", "imagenet_v2", "imagenet_sketch"):
         move_to_what_is_seen(name, root / "data", root / "models")
@@ -174,7 +176,7 @@ def test_a_dry_run_knows_the_miniature(miniature: tuple[Path, Path], tmp_path: P
     assert parts["dtd", "train"]["counted"] == "listing"
     assert (
         parts["cc12m", "pairs"]["counted"] == "catalogue"
-    )  # only reading tars tells how many are in them
+    )  # without reading, the tars' sizes are unknown
     assert {part["state"] for part in parts.values()} == {"to embed"}
     assert sum(parts["dtd", role]["images"] for role in ("train", "validation", "test")) == 64
     assert not (tmp_path / "smoke").exists()

@@ -1,5 +1,5 @@
-"""A site without a network:
-named backbones from a folder, through the command line and in other processes.
+"""Named backbones from a local folder, without a network, in the command line and in other
+processes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_embedding_with_a_folder_of_models(
     outcomes = vilu.score(vilu.MCM().fit(store), store)
     assert (
         len(np.unique(outcomes.prediction)) >= 3
-    )  # random, but no constant: the folder serves for trying out
+    )  # random weights still give different answers, so users can try the folder
     assert 0 < outcomes.failure.mean() < 1
 
 

@@ -1,5 +1,5 @@
-"""``vilu monitor`` through the real command line:
-calibrated predictor, scores, state, exit codes.
+"""``vilu monitor`` through the real command line: a calibrated predictor, scores, a state and
+exit codes.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ from vilu.store.embed import embed
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibrated predictor, scores of calm rows without labels and of blurred rows,
-    and what the labels say later.
+    """Write a calibrated predictor and scores.
+
+    The calm rows have no labels, and a separate file holds their later labels. The hard rows are
+    those with an uncertainty above the median.
     """
     folder = tmp_path_factory.mktemp("monitor")
     vilu.MCM().fit(toy_embeddings()).save(folder / "mcm")
@@ -69,7 +71,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("calibrated", [False, True], ids=["not calibrated", "probabilities"])
 def test_without_a_guarantee_there_is_nothing_to_watch(tmp_path: Path, calibrated: bool) -> None:
-    """It is said before any row is read: the scores are no scores at all."""
+    """Without a guarantee, the command must refuse before it reads a row.
+
+    The scores file is unreadable, so a read would fail with another message.
+    """
     predictor, scores = tmp_path / "mcm", tmp_path / "scores.parquet"
     vilu.MCM().fit(toy_embeddings()).save(predictor)
     if calibrated:
@@ -160,7 +165,7 @@ def test_a_monitor_goes_on_from_its_state(work: Path, tmp_path: Path) -> None:
 
 
 def command(*args: object) -> None:
-    """The same command in this process."""
+    """Run the same command in this process."""
     app([str(arg) for arg in args], standalone_mode=False)
 
 
@@ -180,8 +185,9 @@ def test_usage(work: Path) -> None:
 def test_rows_in_no_order_are_shuffled_on_request(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file sorted by uncertainty is no sequence of arrivals;
-    in random order it says what it has to say.
+    """Rows sorted by uncertainty must be refused, because their order is not the arrival order.
+
+    With ``--shuffle``, the monitor must accept them.
     """
     calm = vilu.Outcomes.load(work / "calm.parquet")
     order = np.argsort(calm.uncertainty)
@@ -216,8 +222,9 @@ def test_rows_in_no_order_are_shuffled_on_request(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores of a folder of classes each, as ``vilu embed`` makes them:
-    sorted by class, eight of ten answers right.
+    """Write a store for each folder with classes, as ``vilu embed`` does.
+
+    The rows are sorted by class, and eight answers in ten are right.
     """
     root = tmp_path_factory.mktemp("folders")
     model = FakeBackbone()
@@ -242,9 +249,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_commands_of_the_readme_end_without_a_false_alarm(
     folders: Path, tmp_path: Path, labelled: bool
 ) -> None:
-    """Fit, calibrate, score and monitor three folders of classes:
-    no shift is there, and none is told.
-    """
+    """Fit, calibrate, score and monitor on three folders without a shift must report no shift."""
     predictor, scores, state = (
         tmp_path / "predictor",
         tmp_path / "scores.parquet",
@@ -263,7 +268,7 @@ def test_the_commands_of_the_readme_end_without_a_false_alarm(
     assert not state.exists()
     assert run("monitor", predictor, scores, "--in-order", code=8).stdout.startswith(
         "shifted"
-    )  # as it once was
+    )  # without the order check, this was a false alarm
     holds = run("monitor", predictor, scores, "--shuffle", "--state", state)
     assert holds.stdout.startswith("holds")
     again = run("monitor", predictor, scores, "--shuffle", "--state", state, "--json")
@@ -284,7 +289,7 @@ with locked(Path(sys.argv[1]), activity="at work in"):
 
 @contextmanager
 def held_by_another_process(folder: Path) -> Iterator[None]:
-    """The lock of a folder in a process of its own, which ends with the block."""
+    """Hold a folder's lock in another process until the block ends."""
     words = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
@@ -294,7 +299,10 @@ def held_by_another_process(folder: Path) -> Iterator[None]:
 
 
 def test_two_at_once_on_one_state_or_predictor(work: Path, folders: Path, tmp_path: Path) -> None:
-    """The second is told to wait, and nothing is lost or counted twice; after the first it runs."""
+    """While another process holds the lock, a second command must be told to wait.
+
+    After the first process ends, the command must run, and no row may be lost or counted twice.
+    """
     monitoring = (
         "monitor",
         work / "mcm",
@@ -318,8 +326,9 @@ def test_two_at_once_on_one_state_or_predictor(work: Path, folders: Path, tmp_pa
 def test_two_processes_calibrate_and_monitor_at_once(
     folders: Path, work: Path, tmp_path: Path
 ) -> None:
-    """Whoever comes second either waits its turn or is told:
-    what lies there in the end is that of one run.
+    """If two processes start at once, the second must wait or be refused with exit code 75.
+
+    The files must be those from one run.
     """
     vilu.MCM().fit(vilu.EmbeddingStore(folders / "train")).save(tmp_path / "predictor")
     state = tmp_path / "states" / "state.parquet"

@@ -1,4 +1,4 @@
-"""Every command that writes, with a version of vilu and then with a newer one: nothing differs."""
+"""Every command that writes must give the same results with a newer version of vilu."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def do(*arguments: object, cwd: Path) -> int:
 
 
 def content_of(path: Path) -> object:
-    """What a file says but for the version of vilu, and for the time when a label was asked for."""
+    """Return a file's content without vilu's version and without the times at which labels were
+    requested.
+    """
     content = re.sub(rb",\d{10}\n", b"\n", path.read_bytes())
     if path.suffix != ".json":
         return content.replace(NEWER.encode(), OLDER.encode())
@@ -143,7 +145,9 @@ def test_a_newer_version_goes_on_with_all_that_an_older_one_made(
 def test_what_a_newer_version_makes_again_is_the_same(
     work: Path, newer: pytest.MonkeyPatch
 ) -> None:
-    """A predictor that is fitted and calibrated anew, and all that was made from the one before."""
+    """If a newer version fits and calibrates again, the results from the older version must stay
+    valid.
+    """
     for arguments in COMMANDS[1:16]:
         do(*arguments, cwd=work)
     before = Calibration.load(work / "head").fingerprint

@@ -1,5 +1,5 @@
-"""``vilu report`` through the command line, and its page in headless Chromium:
-a reader sees what numpy says.
+"""``vilu report`` through the command line: its page in headless Chromium shows the numbers that
+numpy computes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     (folder / "scores").mkdir()
     one = outcomes_of(N)
-    fine = one.uncertainty + np.random.default_rng(3).uniform(
-        0, 1e-4, N
-    )  # distinct, to the last bit
+    fine = one.uncertainty + np.random.default_rng(3).uniform(0, 1e-4, N)  # the scores differ
     Outcomes(
         np.clip(fine, 0, 1),
         one.failure,
@@ -71,7 +69,7 @@ def test_errors_say_what_and_how(work: Path) -> None:
 
 
 class Visit:
-    """The page in a window of some width, with everything that it asked for and complained of."""
+    """Open the page in a window with a given width, and record its requests and errors."""
 
     def __init__(self, browser, page: Path, width: int, **options: object) -> None:
         self.requests: list[str] = []
@@ -83,7 +81,9 @@ class Visit:
         self.page.goto(page.as_uri())
 
     def close(self) -> None:
-        """Nothing but the file itself and pictures in it was asked for, and nothing went wrong."""
+        """Check that the page requested only itself and embedded pictures, and that no error
+        occurred.
+        """
         outside = [url for url in self.requests if not url.startswith("data:image/webp;base64,")]
         assert len(outside) == 1
         assert outside[0].startswith("file:")
@@ -176,8 +176,8 @@ def test_a_pointer_reads_the_curve_and_a_heading_sorts(browser, work: Path) -> N
     box = svg.bounding_box()
     order = np.argsort(one.uncertainty)
     half = one.failure[order][: N // 2].mean()
-    # where the curve is at half coverage; 400 x 300 units fill the box, and the axis ends at a
-    # round number
+    # The point on the curve at half coverage. The box is 400 x 300 units, and the axis ends at a
+    # round number.
     top = float(svg.get_attribute("data-y").split()[1])
     x, y = 46 + 342 / 2, 250 - 220 * half / top
     visit.page.mouse.move(box["x"] + box["width"] * x / 400, box["y"] + box["height"] * y / 300)
@@ -187,7 +187,7 @@ def test_a_pointer_reads_the_curve_and_a_heading_sorts(browser, work: Path) -> N
     ).groups()
     assert name == "vilu_plus"
     kept = round(float(coverage) / 100 * N)
-    assert float(coverage) == pytest.approx(50, abs=1)  # lines have 250 points at most
+    assert float(coverage) == pytest.approx(50, abs=1)  # a line has at most 250 points
     risks = [100 * one.failure[order][:m].mean() for m in (kept - 1, kept, kept + 1)]
     assert min(risks) - 0.1 <= float(errors) <= max(risks) + 0.1
 

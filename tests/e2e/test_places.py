@@ -1,6 +1,4 @@
-"""Where commands may write:
-every one of them against a place that is new, empty, theirs, or somebody else's.
-"""
+"""Every command that writes, on a path that is new, empty, its own or foreign."""
 
 from __future__ import annotations
 
@@ -47,18 +45,18 @@ kind = "labels"
 
 @dataclass(frozen=True)
 class Command:
-    """A command that writes: its words, those of other inputs, and what it writes;
-    {} is the place.
+    """A command that writes: its words, the words for other inputs, and its output path
+    (``{}``).
     """
 
     words: str
     other: str
-    place: str  # with a suffix where it is a file
-    keeps_inputs: bool = True  # CSV has no room for what it was made from
-    slow: bool = False  # made but once
+    place: str  # with a suffix if it is a file
+    keeps_inputs: bool = True  # CSV does not name its inputs
+    slow: bool = False  # its output is written once
 
     def __call__(self, place: Path, *more: str, other: bool = False, code: int = 0) -> str:
-        """Run it; what it says on stderr."""
+        """Run the command and return its messages."""
         words = shlex.split(self.other if other else self.words)
         return run(*(word.format(place) for word in words), *more, code=code).stderr
 
@@ -118,7 +116,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def work() -> Iterator[Path]:
-    """Something of everything that a command reads; another user may read it, too."""
+    """Write one example for everything that a command reads, also readable for another user."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -165,7 +163,9 @@ def here(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tree(place: Path) -> dict[str, str]:
-    """Hash of everything in a place, but for locks and for what a clock decides."""
+    """Return hashes for all files at a path, without locks and the log, which depends on the
+    clock.
+    """
     files = (
         [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
     )
@@ -193,7 +193,7 @@ def test_a_place_is_new_or_the_same_again_or_refused(name: str, here: Path, tmp_
     mine.write_bytes(MINE)
     for more in ((), ("--overwrite",)):
         assert ("holds no" if is_file else "'README.md', which is no part") in refused(*more)
-    mine.unlink()  # leaves an empty folder
+    mine.unlink()  # an empty folder is left
 
     command(place)
     first = tree(tmp_path)
@@ -202,7 +202,7 @@ def test_a_place_is_new_or_the_same_again_or_refused(name: str, here: Path, tmp_
         assert tree(tmp_path) == first
     else:
         assert "inputs that it does not name" in refused()
-    # of a store each input that differs is named: these artefacts do not fit together
+    # For a store, the message names each input that differs: these artefacts do not fit together.
     assert "--overwrite" in refused(other=True, code=6 if name in {"embed", "score-folder"} else 2)
 
     if not is_file:
@@ -246,7 +246,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_at_once(name: str, here: Pat
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o555)
         as_root = os.geteuid() == 0
-        if as_root:  # whom no mode of a folder holds back
+        if as_root:  # folder modes do not stop root
             os.seteuid(NOBODY)
         try:
             said = command(Path(folder) / command.place, code=7)
@@ -389,9 +389,9 @@ def test_the_demo_goes_on_in_its_own_folder_and_in_no_other(tmp_path: Path) -> N
         with pytest.raises(UsageError, match=r"results\.md"):
             claim_demo(tmp_path, key, overwrite=overwrite)
     (tmp_path / "cache" / key).mkdir(parents=True)
-    claim_demo(tmp_path, key, overwrite=False)  # begun
+    claim_demo(tmp_path, key, overwrite=False)  # a demo that has begun
     ResultTable().save(tmp_path / "results.json", inputs=key)
-    claim_demo(tmp_path, key, overwrite=False)  # finished
+    claim_demo(tmp_path, key, overwrite=False)  # a demo that has finished
     with pytest.raises(UsageError, match="--overwrite"):
         claim_demo(tmp_path, other, overwrite=False)
     claim_demo(tmp_path, other, overwrite=True)

@@ -1,4 +1,4 @@
-"""A method from outside of the repository, through the real command line."""
+"""A method from outside the repository, through the real command line."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Nearer(FailurePredictor):
 
 @pytest.fixture
 def run(tmp_path: Path):
-    """The command line of a user who has the module ``runner_up`` on the path."""
+    """Return the command line for a user who has the module ``runner_up`` on the path."""
     (tmp_path / "runner_up.py").write_text(METHOD)
     (tmp_path / "with_more.py").write_text(WITH_MORE)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
@@ -95,7 +95,7 @@ def test_a_method_from_outside_is_listed_fitted_and_scored(run, tmp_path: Path) 
     found = Outcomes.load(tmp_path / "scores.parquet").uncertainty
     assert found == pytest.approx(
         np.concatenate(expected), abs=1e-6
-    )  # logits of float32, of another block
+    )  # float32 logits from another block
     done = run(
         "score", tmp_path / "second", tmp_path / "data", "-o", tmp_path / "none.parquet", code=3
     )

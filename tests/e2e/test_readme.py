@@ -1,4 +1,4 @@
-"""The commands of README, as they stand there, with a CLIP of random weights in a local folder."""
+"""The commands in README, run as they stand there with a local random-weight CLIP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRIAGES = re.findall(r"^vilu (triage [^#\n]*)", README, re.MULTILINE)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What a reader has: photos, names, and the model in a folder of models."""
+    """Write the files that a reader has: photos, names, and the model in a models folder."""
     write_tiny(tmp_path / "models" / "clip-vit-b32", "clip", "open_clip")
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -1,4 +1,4 @@
-"""A guarantee for stated shares, of out-of-distribution rows and classes: by the command line."""
+"""A guarantee for stated class shares and out-of-distribution shares, through the command line."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RISK = 0.1
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores of 1,400 rows and a predictor.
+    """Write stores with 1,400 rows, and fit a predictor.
 
-    One row in seven is out of distribution, and lies between the classes.
+    One row in seven is out of distribution and lies between the classes.
     """
     root = tmp_path_factory.mktemp("shares")
     for name, seed in (("cal", 1), ("new", 2)):
@@ -50,7 +50,7 @@ def test_a_guarantee_for_stated_shares(place: Path) -> None:
     assert rule["class_shares"] == {"cat": 0.7, "dog": 0.1, "cup": 0.2, "sea": 0.0}
     assert (
         "already" in run(*asked[:-2], code=2, cwd=place).stderr
-    )  # another guarantee takes --overwrite
+    )  # another guarantee needs --overwrite
 
     run("score", "predictor", "new", "-o", "scores.parquet", cwd=place)
     scores = vilu.Outcomes.load(place / "scores.parquet")

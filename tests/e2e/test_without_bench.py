@@ -1,4 +1,4 @@
-"""What a user deploys works where the second package is not installed."""
+"""Everything that a user deploys works without the second package, vilu_bench."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vilu_bench.methods.neighbours import KNNVote
 BENCH = ROOT / "src" / "vilu_bench"
 WORKER = Path(__file__).with_name("core_worker.py")
 FEW = {"train": 120, "validation": 120, "test": 100}
-"""Photos of the demo's splits that the test takes."""
+"""The number of photos that the test takes from each demo split."""
 
 ABSENT = '''
 import sys
@@ -59,7 +59,7 @@ metadata.distributions = but_for_the_second
 
 
 def environment(folder: Path, start: str) -> dict[str, str]:
-    """Environment of processes that run ``start`` before anything else."""
+    """Return an environment whose processes run ``start`` before anything else."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(start)
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
@@ -67,19 +67,19 @@ def environment(folder: Path, start: str) -> dict[str, str]:
 
 @pytest.fixture
 def without_bench(tmp_path: Path) -> dict[str, str]:
-    """Environment of a process in which the second package is not installed."""
+    """Return an environment in which the second package is not installed."""
     return environment(tmp_path / "uninstalled", UNINSTALLED)
 
 
 @pytest.fixture
 def without_its_code(tmp_path: Path) -> dict[str, str]:
-    """The same, but its entry points are there still."""
+    """Return an environment in which the second package has entry points but no code."""
     return environment(tmp_path / "hidden", ABSENT)
 
 
 @pytest.fixture
 def voters(tmp_path: Path) -> Path:
-    """A folder with a predictor of the second package, and rows to score."""
+    """Write a folder with a predictor from the second package, and rows to score."""
     rng = np.random.default_rng(0)
     text = np.eye(4, 16)
     target = rng.integers(4, size=100)
@@ -137,11 +137,13 @@ from tests.command import command_line
 done = [command_line(*words) for words in json.loads(sys.argv[1])]
 print(json.dumps([[one.returncode, one.stdout, one.stderr] for one in done]))
 """
-"""Commands in one process: imports take longer than each of them."""
+"""Commands that run in one process, because imports take longer than a command."""
 
 
 def run_several(commands: Iterable[tuple[str, ...]], cwd: Path, path: str) -> list[list[Any]]:
-    """Exit code, output and messages of each command, in a process with this PYTHONPATH."""
+    """Run commands in a process with this PYTHONPATH, and return their exit codes, outputs and
+    messages.
+    """
     done = subprocess.run(
         [sys.executable, "-c", SEVERAL, json.dumps(list(commands))],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([path, str(ROOT / "src"), str(ROOT)])},
@@ -176,7 +178,10 @@ def test_what_has_lost_its_code_is_named(voters: Path, without_its_code: dict[st
 
 
 def test_the_core_knows_the_names_of_the_bench() -> None:
-    """All but layouts of folders: a folder does not say of itself which layout it has."""
+    """The core must know every name in the second package except the folder layouts.
+
+    A folder does not name its own layout, so the core needs no names for layouts.
+    """
     project = tomllib.loads((BENCH / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     entries = project["entry-points"]
     expected = {group: list(names) for group, names in entries.items() if group != "vilu.layouts"}

@@ -1,9 +1,8 @@
-"""Run by ``test_checkpoint``:
-trains once per point of death, each time in a child that kills itself there.
+"""Train once per death point for ``test_checkpoint``, each time in a child that kills itself there.
 
-A point is "step-N" or "sync-N" (before the N-th sync of a file or folder). One process imports
-torch and forks, since importing it once per point would take the time of the whole test; it
-computes nothing itself.
+A point is "step-N" or "sync-N" (before the N-th sync for a file or folder). One process imports
+torch and forks, because an import per point would take as long as the whole test. This process
+computes nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures that are nearly the same."""
+"""Test how pictures that are nearly the same are found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from vilu.embeddings.copies import near_copy_groups
 
 
 def rows_with_copies(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """600 rows, 200 of which have two copies with a little noise, and which row every one is of."""
+    """Return 600 rows and each row's scene.
+
+    Each of 200 scenes has one row and two copies with a little noise.
+    """
     rng = np.random.default_rng(seed)
     scene = rng.normal(size=(200, 32))
     scene /= np.linalg.norm(scene, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Classes with equal texts are one answer, wherever embeddings come from."""
+"""Test that classes with equal texts are one answer, wherever embeddings come from."""
 
 from __future__ import annotations
 
@@ -72,8 +72,9 @@ def test_two_equal_classes_are_one_candidate() -> None:
 
 
 def test_a_store_of_two_classes_of_one_name_is_one_of_one_class(tmp_path: Path) -> None:
-    """Each name is encoded once, so that the rows are equal to the last bit;
-    the columns of classes follow.
+    """Each name is encoded once, so equal names have rows that are equal to the last bit.
+
+    The columns for the classes have one row per answer too.
     """
     columns = ExtraColumns(prompts=("a {}.", "the {}."), features=True)
     embed(

@@ -1,4 +1,4 @@
-"""Logits of any classifier in place of embeddings of the candidates."""
+"""Test a classifier's logits instead of text embeddings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 
 
 def rows(n: int, seed: int) -> Rows:
-    """Rows of five classes, a fifth of which are answered wrongly."""
+    """Return rows from five classes, where a fifth of the answers are wrong."""
     fixed = np.random.default_rng(9)
     text = unit(fixed.normal(size=(5, 24)))
     centre = text + 0.7 * fixed.normal(size=(5, 24)) / 24**0.5
@@ -124,7 +124,7 @@ def test_scores_are_the_formulas_of_numpy(new: Rows) -> None:
         "doctor": 1 / (p**2).sum(axis=1) - 1,
     }
     for name, uncertainty in expected.items():
-        # float32 logits of up to 16 are exact to 1e-6
+        # float32 logits up to 16 are exact to 1e-6
         assert np.allclose(make(name).predict_uncertainty(data), uncertainty, atol=2e-5), name
 
 
@@ -144,7 +144,7 @@ def test_rounding_to_float32_changes_no_answer() -> None:
     logits[0, 2] += 1e-9  # float32 has no number between 20 and 20 + 1.9e-6
     logits[1, 3] += 1e-9
     outcomes = vilu.score(vilu.MCM(), vilu.Embeddings.from_logits(logits))
-    assert outcomes.prediction.tolist() == [2, 3, 0]  # of equal logits the first
+    assert outcomes.prediction.tolist() == [2, 3, 0]  # among equal logits the first wins
 
 
 def test_a_bias_and_a_subset_of_classes_stay(new: Rows) -> None:
@@ -195,7 +195,8 @@ def test_vilu_plus_learns_from_logits_and_features(train: Rows, new: Rows) -> No
     gained_with_texts = (
         vilu.metrics.auroc(with_texts.predict_uncertainty(new.embedded), failure) - plain
     )
-    # 31 failures of 200: the standard error of a difference of two AUROCs is about 3 points
+    # 31 failures in 200 rows: the standard error of a difference between two AUROCs is about 3
+    # points
     assert gained > 0.05
     assert gained > gained_with_texts - 0.03
 
@@ -221,7 +222,7 @@ def test_a_calibrated_model_decides_and_is_saved(new: Rows, tmp_path: Path) -> N
     outcomes = model.predict(parts.test)
     accepted = np.array(outcomes.decision) == "accept"
     assert accepted.mean() > 0.5
-    # three standard errors of the share of 160 rows are 0.07
+    # for 160 rows, three standard errors of the share are 0.07
     assert outcomes.failure[accepted].mean() <= 0.1 + 0.07
     model.save(tmp_path / "model")
     again = vilu.Selective.load(tmp_path / "model").predict(parts.test)
@@ -235,7 +236,8 @@ def test_a_fit_takes_no_other_classes(train: Rows, new: Rows) -> None:
     for data in (turned, new.featured.take(range(200), classes=[0, 1])):
         with pytest.raises(ProvenanceError, match="the same classes in the same order"):
             fitted.predict_uncertainty(data)
-    # a calibration of logits decides about no embeddings of the same names, and no other way round
+    # A calibration for logits does not decide about embeddings with the same names, or the
+    # reverse.
     for first, second in ((new.bare, new.embedded), (new.embedded, new.bare)):
         model = vilu.Selective(vilu.MCM()).calibrate(first, max_risk=0.3)
         with pytest.raises(ProvenanceError, match="not valid for them"):
@@ -243,7 +245,7 @@ def test_a_fit_takes_no_other_classes(train: Rows, new: Rows) -> None:
 
 
 def test_equal_logits_without_features_are_no_copies() -> None:
-    # a forest of ten trees has few different probabilities
+    # a forest with ten trees has few different probabilities
     p = np.random.default_rng(0).integers(1, 10, size=400) / 10
     logits = np.log(np.stack([p, 1 - p], axis=1))
     target = (np.random.default_rng(1).random(400) > p).astype(int)

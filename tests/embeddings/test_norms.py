@@ -1,4 +1,4 @@
-"""Norms that float16, float32 or float64 squares would lose."""
+"""Test norms whose squares would overflow or underflow in float16, float32 or float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNIT = ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True)
     ("factor", "kind", "rounding"),
     [
         *((factor, np.float32, 2.0**-22) for factor in (1e-30, 1e-20, 1e-13, 1e20, 1e37)),
-        (1e-40, np.float32, 1e-4),  # what is left of a number of 2^-149 steps: 1.4e-45 of 1e-41
+        (1e-40, np.float32, 1e-4),  # 1e-41 in steps of 2^-149, that is 1.4e-45
         *((factor, np.float64, 2.0**-22) for factor in (1e-300, 1e-40, 1e-20, 1e20, 1e39, 1e300)),
         *((factor, np.float16, 2.0**-10) for factor in (1e-3, 2e4)),
     ],

@@ -1,5 +1,6 @@
-"""Rows of none of the classes:
--2 where data come in, a Boolean inside, wrong whatever the answer.
+"""Test out-of-distribution rows.
+
+Their target is -2 on input and a Boolean in memory, and any answer to them is wrong.
 """
 
 import math
@@ -14,7 +15,7 @@ from vilu.predictors.nn.losses import LOSSES, FailureWeight
 
 
 def ood_rows() -> vilu.Embeddings:
-    """Four rows of two classes: right, wrong, of none, unknown."""
+    """Return four rows for two classes: right, wrong, out of distribution, and unknown."""
     return vilu.Embeddings(np.eye(3)[[0, 0, 2, 1]], np.eye(3)[:2], target=[0, 1, vilu.OUTSIDE, -1])
 
 
@@ -43,8 +44,9 @@ def test_no_other_negative_number_is_a_target() -> None:
 
 
 def test_an_ood_row_has_no_probability_of_the_truth() -> None:
-    """Two texts at a logit scale of 100:
-    the first image is at one of them, the out-of-distribution row at neither.
+    """Two texts have a logit scale of 100.
+
+    The first image equals one text, and the out-of-distribution row equals neither.
     """
     (batch,) = ood_rows().batches(8)
     assert batch.target_log_probability[[0, 2]].tolist() == [pytest.approx(0, abs=1e-6), -math.inf]
@@ -52,7 +54,10 @@ def test_an_ood_row_has_no_probability_of_the_truth() -> None:
 
 
 def test_the_released_loss_targets_one_for_pictures_of_no_class() -> None:
-    """sigmoid(0) = 1/2 against 1 - p = 0, 1 and 1, failures weighing 2: (1/4 + 2/4 + 2/4) / 3."""
+    """sigmoid(0) = 1/2 is compared with 1 - p = 0, 1 and 1.
+
+    Failures have weight 2, so the loss is (1/4 + 2/4 + 2/4) / 3.
+    """
     (batch,) = ood_rows().take([0, 1, 2]).batches(8)
     loss = LOSSES["mse"](FailureWeight("static", 2 / 3, static_weight=2.0))
     assert float(loss(batch, torch.zeros(3))) == pytest.approx(1.25 / 3, rel=1e-6)

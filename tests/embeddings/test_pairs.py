@@ -1,4 +1,4 @@
-"""Pools of captions: what is one answer, which rows make a pool, and blocks of a pool."""
+"""Test pools of captions: which captions are one answer, which rows form a pool, and blocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BOTH = pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
 def pool_of(
     pools: Pools, n: int = 96, distinct: int = 60, d: int = 16, seed: int = 0
 ) -> PairEmbeddings:
-    """Pairs in which some captions occur more than once, each time with another picture."""
+    """Return pairs where some captions occur more than once, each time with another picture."""
     rng = np.random.default_rng(seed)
     text = unit(distinct, d, seed)[torch.from_numpy(rng.integers(distinct, size=n))]
     image = noisy(text, n, seed + 1)
@@ -37,7 +37,7 @@ def pool_of(
 
 
 def greedy(rows: Tensor, cosine: float) -> list[int]:
-    """One row after the other, in float64."""
+    """Return the first similar row for every row, one row after the other, in float64."""
     similar = (rows.double() @ rows.double().T).tolist()
     kept: list[int] = []
     first = []
@@ -61,7 +61,7 @@ def test_any_image_of_an_equal_caption_is_right() -> None:
     text = torch.eye(4)[[0, 1, 0, 2]]
     image = torch.eye(4)[
         [1, 1, 0, 2]
-    ]  # the first picture shows the second caption, the third the first
+    ]  # the first picture shows the second caption, and the third picture the first caption
     (batch,) = PairEmbeddings(image, text, Pools(4, "text_to_image", seed=None)).batches(10)
     assert torch.equal(batch.image, text)
     assert torch.equal(batch.text, image)
@@ -98,7 +98,7 @@ def test_failures_by_brute_force(direction: str, near: float | None) -> None:
 @BOTH
 @pytest.mark.parametrize("n", [96, 109])
 def test_images_with_several_captions_by_brute_force(direction: str, n: int) -> None:
-    """An answer is right if a row of the pool has the picture with the caption."""
+    """An answer is right if a row in the pool has the picture with the caption."""
     rng = np.random.default_rng(3)
     shown, written = rng.integers(40, size=n), rng.integers(70, size=n)
     world = unit(70, 16, 0)
@@ -128,7 +128,10 @@ def test_images_with_several_captions_by_brute_force(direction: str, n: int) -> 
 
 @BOTH
 def test_a_shared_caption_does_not_join_two_images(direction: str) -> None:
-    """Image 0 has captions 0 and 1, image 1 captions 1 and 2: caption 2 is wrong for image 0."""
+    """Image 0 has captions 0 and 1, and image 1 has captions 1 and 2.
+
+    So caption 2 is wrong for image 0.
+    """
     image, text = torch.eye(4)[[0, 0, 1, 1]], torch.eye(4)[[0, 1, 1, 2]]
     data = PairEmbeddings(image, text, Pools(4, direction, seed=None), 2.0)  # type: ignore[arg-type]
     (batch,) = data.batches(4)
@@ -150,7 +153,7 @@ def test_a_shared_caption_does_not_join_two_images(direction: str) -> None:
 
 
 def test_alike_answers_have_an_image_in_common() -> None:
-    """Captions 0 and 1 are of one image, 1 and 2 of another, and 3 of a third."""
+    """Captions 0 and 1 belong to one image, 1 and 2 to another, and 3 to a third."""
     image, text = torch.eye(4)[[0, 0, 1, 1, 2]], torch.eye(4)[[0, 1, 1, 2, 3]]
     (batch,) = PairEmbeddings(image, text, Pools(5, seed=None)).batches(5)
     alike = batch.rows(slice(4)).alike(torch.arange(4))
@@ -158,7 +161,7 @@ def test_alike_answers_have_an_image_in_common() -> None:
 
 
 def test_log_probability_of_an_image_with_several_captions() -> None:
-    """The probabilities of all its captions are added up."""
+    """The probabilities of all its captions are added."""
     image, text = torch.eye(4)[[0, 0, 2, 3]], torch.eye(4)
     (batch,) = PairEmbeddings(image, text, Pools(4, seed=None), 2.0).batches(4)
     assert batch.failure.tolist() == [0, 0, 0, 0]
@@ -218,13 +221,16 @@ def test_hard_pools_are_a_permutation_and_alike(n: int, size: int) -> None:
 
 
 def within(rows: Tensor, order: Tensor, size: int) -> float:
-    """Mean cosine of two rows of one pool."""
+    """Return the mean cosine between two rows in one pool."""
     pools = rows[order[: len(order) // size * size]].view(-1, size, rows.shape[1])
     return float(((pools @ pools.mT).sum() / len(pools) - size) / (size * (size - 1)))
 
 
 def test_hard_pools_fail_more_often() -> None:
-    """Captions of 30 subjects: a pool of few subjects has more captions that are nearly right."""
+    """The captions have 30 subjects.
+
+    A pool with few subjects has more captions that are nearly right.
+    """
     text = torch.nn.functional.normalize(
         unit(30, 16, 0)[torch.arange(480) % 30] + 0.3 * unit(480, 16, 1), dim=1
     )
@@ -238,7 +244,7 @@ def test_hard_pools_fail_more_often() -> None:
         )
         for hard in (False, True)
     )
-    # 480 rows: the standard error of a difference of rates is below 0.033
+    # 480 rows: the standard error of a difference between rates is below 0.033
     assert hard.double().mean() > easy.double().mean() + 0.1
 
 
@@ -329,7 +335,7 @@ def test_blocks_of_a_pool_are_its_rows(direction: str, size: int) -> None:
 
 
 def test_columns_of_the_candidates_belong_to_their_texts() -> None:
-    """The features of equal captions are equal here, and the projection of features is the text."""
+    """Equal captions have equal features here, and a projection maps the features to the text."""
     for batch in pool_of(Pools(32)).batches(9, columns=("text_features",)):
         back = batch.columns["text_features"].double()
         projection = torch.linalg.lstsq(back, batch.text.double()).solution
@@ -353,9 +359,7 @@ def test_rows_of_a_batch() -> None:
 def test_every_method_that_takes_captions_scores_pictures_of_equal_ones(
     name: str, near: float | None
 ) -> None:
-    """Duplicates in both sets;
-    scores are finite and do not depend on the blocks they are made in.
-    """
+    """Both sets hold duplicates. The scores are finite and do not depend on the blocks."""
     made = make(name)
     pools = Pools(32, "text_to_image", near_duplicates=near)
     train, test = pool_of(pools, n=256, distinct=150), pool_of(pools, n=64, distinct=40, seed=5)
@@ -381,7 +385,10 @@ LOGITS = [
 @BOTH
 @pytest.mark.parametrize("equal", [0, 1, 20])
 def test_pools_together_are_the_pools_one_at_a_time(direction: str, equal: int) -> None:
-    """Bit by bit, in the same order; pools with equal captions or pictures come alone."""
+    """The results are equal bit by bit and in the same order.
+
+    A pool with equal captions or pictures comes alone.
+    """
     text, n = unit(12 * 16, 16, 0), 12 * 16
     image = noisy(text, n, 1)
     text[20 : 20 + equal], image[100 : 100 + equal] = text[19].clone(), image[99].clone()
@@ -404,7 +411,8 @@ def test_pools_together_are_the_pools_one_at_a_time(direction: str, equal: int) 
         torch.cat([batch.target_log_probability for batch in batches])
         for batches in (alone, together)
     ]
-    assert torch.allclose(*known, atol=1e-5)  # a logit is off by 2^-24 of 20, its norm by as much
+    # a logit is off by 20 * 2^-24, and its norm by as much
+    assert torch.allclose(*known, atol=1e-5)
     for method in LOGITS:
         predictor = PREDICTORS[method]()
         scores = torch.cat([predictor.score_batch(batch) for batch in alone]).double().numpy()
@@ -419,7 +427,7 @@ def test_pools_come_alone_where_more_than_logits_is_looked_at() -> None:
 
 @pytest.mark.parametrize("method", ["mcm", "entropy", "vilu"])
 def test_a_pool_of_one_caption_has_no_score(method: str) -> None:
-    """And says why; the others have theirs."""
+    """Its rows have the reason `k<2`, and the other rows have scores."""
     text, image = unit(96, 16, 0), noisy(unit(96, 16, 0), 96, 1)
     fitted = make(method)
     if method == "vilu":

@@ -1,4 +1,4 @@
-"""Classes as captions, and held-out rows that share no caption with the others."""
+"""Test classes as captions, and held-out rows that share no caption with the other rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def animals(
     names: tuple[str, ...] = ("cat", "dog", "cow"),
     text_seed: int = 1,
 ):
-    """Images of three classes; some blurred, so often missed."""
+    """Return images from classes with these names. Half are blurred, so they are often missed."""
     rng, k, d = np.random.default_rng(seed), len(names), 16
     text = np.random.default_rng(text_seed).normal(size=(k, d))
     text /= np.linalg.norm(text, axis=1, keepdims=True)
@@ -73,7 +73,7 @@ def test_a_row_is_an_image_with_the_text_of_its_class() -> None:
 
 
 def test_failures_of_a_pool_by_brute_force() -> None:
-    """The answer is the class of largest logit among those in the pool, of any source."""
+    """The answer is the class with the largest logit in the pool, from any source."""
     one, two = animals(), animals(70, seed=1, names=("car", "bus"), text_seed=2)
     both = PseudoCaptions([one, two], 32)
     text = torch.cat([one.text, two.text])
@@ -86,7 +86,7 @@ def test_failures_of_a_pool_by_brute_force() -> None:
         assert len(batch.text) == len(here)
         answer = here[(image[batch.index] @ text[here].T).argmax(dim=1)]
         assert torch.equal(batch.failure, (answer != label[batch.index]).long())
-    assert n_mixed == 5  # each pool has classes of both
+    assert n_mixed == 5  # each pool has classes from both sources
 
 
 def test_a_name_that_two_sets_have_is_one_caption() -> None:
@@ -100,7 +100,7 @@ def test_a_name_that_two_sets_have_is_one_caption() -> None:
     assert len(found.text) == 1
     assert found.target.tolist() == [0, 0]
     turned = PseudoCaptions([one, two], Pools(30, "text_to_image"))
-    assert next(turned.steps(30, rows=dogs[-30:])).failure.sum() == 0  # any dog will do
+    assert next(turned.steps(30, rows=dogs[-30:])).failure.sum() == 0  # any dog is right
 
 
 def test_one_text_under_two_names_is_one_answer() -> None:
@@ -154,8 +154,9 @@ def test_what_cannot_be_one_source_is_refused() -> None:
 
 
 def test_a_head_learned_on_several_sets_scores_another() -> None:
-    """Blur is the same everywhere:
-    what the first two sets teach holds for the third, above chance.
+    """Blur is the same everywhere.
+
+    So a head that learned it on two sets must score a third set above chance.
     """
     learned = [toy_embeddings(n=400, k=5, seed=0), animals_like_toy(seed=1)]
     third = toy_embeddings(n=400, seed=7, ids_from=9000)
@@ -163,7 +164,7 @@ def test_a_head_learned_on_several_sets_scores_another() -> None:
         PseudoCaptions(learned, 50)
     )
     failure = torch.cat([batch.failure for batch in third.batches(1024)]).numpy()
-    # about 100 failures of 400: chance has a standard error near 0.033
+    # about 100 failures in 400 rows: chance has a standard error near 0.033
     assert auroc(head.predict_uncertainty(third), failure) > 0.5 + 4 * 0.033
 
 
@@ -226,7 +227,7 @@ def test_distinct_captions_are_held_out_as_rows_are() -> None:
 
 
 def test_captions_that_recur_in_every_pool_are_classes() -> None:
-    """Fewer captions than a pool has rows: held out are images."""
+    """There are fewer captions than rows in a pool, so single images are held out."""
     groups = torch.arange(90) % 29
     part = held_out_positions(torch.zeros(90).long(), 0.1, 30, torch.Generator(), groups)
     assert torch.equal(part, held_out_positions(torch.zeros(90).long(), 0.1, 30, torch.Generator()))
@@ -234,7 +235,10 @@ def test_captions_that_recur_in_every_pool_are_classes() -> None:
 
 
 def test_classes_are_never_held_out_whole() -> None:
-    """However many there are: each image is by itself, and every class has images in both parts."""
+    """With any number of classes, each image is its own group.
+
+    So every class can have images in both parts.
+    """
     text = np.random.default_rng(3).normal(size=(60, 16))
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     source = PseudoCaptions(
@@ -258,21 +262,22 @@ def test_a_caption_too_frequent_to_be_held_out() -> None:
 
 
 def test_selection_that_would_be_blind_is_none() -> None:
-    """Rows that fail in their pools of training need not fail in those of selection,
-    and the other way round.
+    """The rows that fail differ between the training pools and the selection pools.
+
+    A selection without failures or without successes could choose nothing.
     """
     pairs = PairEmbeddings(torch.eye(16), torch.eye(16), 4)
     rows = Rows(pairs, torch.arange(16))
     assert rows_and_failures(rows.batches(4))[1].tolist() == [0] * 16
     assert [len(part) for part in rows_and_failures([])] == [0, 0]
     fit_rows, held_out = fit_and_selection(rows, torch.arange(16) % 2, None, 0.5, seed=0)
-    assert torch.equal(fit_rows.index, rows.index)  # what selects nothing is learned from
+    assert torch.equal(fit_rows.index, rows.index)  # rows that cannot select are used in the fit
     assert held_out is None
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.integers(0, 45))
 def test_whole_groups_against_a_loop(groups: list[int], room: int) -> None:
-    """First come, first served; who does not fit is passed over."""
+    """Groups are taken in order, and a group that does not fit is left out."""
     chosen: set[int] = set()
     left = room
     for group in dict.fromkeys(groups):
@@ -284,7 +289,7 @@ def test_whole_groups_against_a_loop(groups: list[int], room: int) -> None:
 
 
 def test_selection_rows_of_pairs_have_captions_of_their_own() -> None:
-    """Through ``fit``'s own split."""
+    """The split is the one that ``fit`` uses."""
     pairs = toy_pairs(n=256, pool=32)
     text = pairs.text.clone()
     text[128:] = text[:128]

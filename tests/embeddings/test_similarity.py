@@ -1,4 +1,4 @@
-"""Zero-shot answers in tiles: the dense computation, ties, block sizes, and what is empty."""
+"""Test zero-shot answers in tiles: the dense result, ties, block sizes, and empty inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def unit(n: int, d: int, seed: int) -> Tensor:
 
 
 def noisy(text: Tensor, n: int, seed: int = 7) -> Tensor:
-    """A third of the rows near their text, a third half so, a third anywhere."""
+    """Return rows whose first third is close to their text, then less close, then far away."""
     noise = unit(n, text.shape[1], seed) * torch.tensor([0.3, 2.0, 9.0])[torch.arange(n) % 3, None]
     return functional.normalize(text[torch.arange(n) % len(text)] + noise, dim=1)
 
@@ -38,13 +38,16 @@ def batch_of(image: Tensor, text: Tensor, **more: object) -> Batch:
 @pytest.mark.parametrize("cells", [1, 7, 64, 1000, 2**22])
 @pytest.mark.parametrize(("b", "k"), [(1, 1), (37, 1), (1, 53), (40, 53), (53, 40)])
 def test_tiles_of_any_size_give_the_dense_answers(cells: int, b: int, k: int) -> None:
-    """Tiles split rows, and below K cells candidates too; dense in float64."""
+    """Tiles split rows, and with fewer than K cells also candidates.
+
+    The dense reference is in float64.
+    """
     text = unit(k, 16, 0)
     image = noisy(text, b)
     logits = 30 * image.double() @ text.double().T - 5
     found = zero_shot(image, text, index_of_first_equal(text), 30.0, -5.0, max_tile_logits=cells)
     assert torch.equal(found.prediction, logits.argmax(dim=1))
-    # logits up to 35 in float32: 16 products of rounding 2^-24 each, times 30
+    # logits up to 35 in float32: 16 products with rounding 2^-24 each, times 30
     assert torch.allclose(found.max_logit.double(), logits.amax(dim=1), atol=1e-4)
     assert torch.allclose(found.log_norm.double(), logits.logsumexp(dim=1), atol=1e-4)
     assert torch.allclose(
@@ -65,8 +68,9 @@ def test_labels_of_a_large_pool_are_the_dense_ones() -> None:
 @pytest.mark.parametrize("b", [1, 2, 3, 100])
 @pytest.mark.parametrize("k", [2, 5, 7, 11, 37, 101])
 def test_of_equal_candidates_the_first_wins(b: int, k: int) -> None:
-    """Products of equal rows differ in the last bit at the edge of a block,
-    which must not decide.
+    """Products of equal rows differ in the last bit at a block's edge.
+
+    This difference must not decide the answer.
     """
     text = unit(1, 512, 0).repeat(k, 1)
     image = unit(b, 512, 1)
@@ -93,7 +97,7 @@ def test_first_equal_by_hand_and_against_unique() -> None:
     ]
     assert index_of_first_equal(torch.eye(30)).tolist() == list(
         range(30)
-    )  # most agree in all columns that make the key
+    )  # most rows agree in all columns that make the key
 
 
 def test_no_rows_and_no_candidates() -> None:
@@ -135,14 +139,15 @@ def test_blocks_of_rows_cover_all_and_stay_small() -> None:
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize(("n", "k"), [(33, 20), (4_100, 4_096)])
 def test_log_probability_of_the_target(grouped: bool, n: int, k: int) -> None:
-    """Against a softmax in float64;
-    of an answer that several candidates give, the sum of theirs. The logits of the larger batch
-    are made in two blocks.
+    """The reference is a softmax in float64.
+
+    If several candidates give an answer, their probabilities are added. The larger batch has its
+    logits in two blocks.
     """
     text = unit(k, 16, 0)
     number = torch.arange(k)
     matches = None
-    if grouped:  # candidates 0 and 3 are of one query, and so are 1 and 4
+    if grouped:  # candidates 0 and 3 belong to one query, and so do 1 and 4
         number[[3, 4]] = number[[0, 1]]
         target = torch.arange(n) % k
         matches = Matches(number, torch.arange(k), torch.arange(k), query_of_row=number[target])
@@ -173,7 +178,7 @@ def test_log_probability_of_the_target(grouped: bool, n: int, k: int) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.01, 30.0])
 @pytest.mark.parametrize("k", [2, 65, 1_000])
 def test_no_odds_vanish_however_far_the_others_are(k: int, temperature: float) -> None:
-    """Against float64, from ties to gaps that underflow in float32."""
+    """The reference is float64, from ties to gaps that underflow in float32."""
     gap = torch.tensor([0.0, 1e-3, 1.0, 20.0, 90.0, 600.0])
     logits = torch.rand(len(gap), k, generator=torch.Generator().manual_seed(k)).round(decimals=2)
     logits[:, -1] = 1.0
@@ -181,7 +186,7 @@ def test_no_odds_vanish_however_far_the_others_are(k: int, temperature: float) -
     logits[:, 0] = 1.0 + gap
     rivals = RivalWeights.from_logits(logits, temperature=temperature)
     exact = logits.double() / temperature
-    # numpy adds float64; an exponential of base two of x is off by x of a float32's rounding
+    # numpy adds in float64. An exponential 2^x in float32 is off by x times a float32 rounding.
     expected = np.logaddexp.reduce(exact[:, 1:].numpy(), axis=1) - exact[:, 0].numpy()
     assert rivals.answer.squeeze(1).tolist() == [0] * len(gap)
     assert rivals.log_odds.numpy() == pytest.approx(expected, rel=1e-6, abs=1e-6)

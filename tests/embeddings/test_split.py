@@ -1,4 +1,4 @@
-"""Rows divided into parts: no picture in two of them, every class in all."""
+"""Test the split into parts: no picture is in two parts, and every class is in all parts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_rows_of_one_picture_are_in_one_part() -> None:
 def test_a_class_of_one_picture_is_in_each_part_by_its_share() -> None:
     stratum = np.arange(3_000)
     part = part_of_each_row(np.full(3_000, -1), stratum, (0.5, 0.3, 0.2), seed=0)
-    # 3,000 draws: a share has a standard error of at most 0.92 %, and four of them are allowed
+    # with 3,000 draws, a share has a standard error of at most 0.92 %, times four
     shares = np.bincount(part, minlength=3) / 3_000
     assert np.abs(shares - [0.5, 0.3, 0.2]).max() < 4 * 0.0092
 

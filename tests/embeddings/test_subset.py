@@ -106,7 +106,7 @@ def test_pairs_have_no_subset() -> None:
 
 @pytest.mark.parametrize(
     "rows", [[1, 0, 0, 0], [True, False], [2, 3], np.ones((4, 1), bool)]
-)  # ~1 is -2: all stayed
+)  # ~1 is -2, so all rows once stayed
 def test_rows_to_leave_out_are_a_mask_of_all_of_them(rows: list[int]) -> None:
     for source in (
         Embeddings(np.eye(4), np.eye(4)),

@@ -1,4 +1,4 @@
-"""The same rows by two models: matched by what they are, whatever their order."""
+"""Test the same rows from two models, which are matched by their ids in any order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("cat", "dog", "cup", "sea")
 
 
 def model(rows: list[int], width: int, seed: int, **changes: object) -> Embeddings:
-    """What a model makes of some of 40 pictures: a picture is its number."""
+    """Return a model's embeddings for some of 40 pictures. A picture is its number."""
     rng = np.random.default_rng(seed)
     image, text = unit(rng.normal(size=(40, width))), unit(rng.normal(size=(4, width)))
     ids = [f"picture {row}" for row in rows]
@@ -133,7 +133,7 @@ def test_captions_are_refused() -> None:
 
 
 def test_another_second_model_is_another_source(both: TwoModels) -> None:
-    """Else a folder of scores would be resumed with other numbers."""
+    """If it were the same source, a folder with scores would be resumed with other numbers."""
     other = TwoModels(both.first, model(list(range(40)), 3, 9))
     prints = {
         source_fingerprint(one)

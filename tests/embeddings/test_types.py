@@ -1,4 +1,4 @@
-"""Embeddings in memory: shapes, norms, targets, pools, and what is refused."""
+"""Test embeddings in memory: shapes, norms, targets, pools, and refused inputs."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_read_only_and_reversed_arrays_are_copied() -> None:
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor])
 def test_an_array_that_is_filled_anew_changes_nothing(kind: Callable[..., Any]) -> None:
-    """As a buffer for the embeddings of one set after another."""
+    """A caller may reuse one buffer for the embeddings of several sets."""
     image, text, negatives, ids = *(kind(EYE.astype(np.float32)) for _ in range(3)), ["a", "b", "c"]
     data = Embeddings(image, text, ids=ids, columns={"negatives": negatives})
     for buffer in (image, text, negatives):

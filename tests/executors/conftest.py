@@ -1,4 +1,4 @@
-"""One Ray and one Spark for the tests of a module: starting them takes seconds."""
+"""Fixtures that start one Ray and one Spark per test module, because a start takes seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ IN_EVERY_RUN = {
     "test_a_missing_package_is_named_with_its_command[ray-ray]",
     "test_a_missing_package_is_named_with_its_command[spark-pyspark]",
 }
-"""Of the tests that are about Ray or Spark; all others start them, and are ``make test-engines``.
+"""Tests about Ray or Spark that run without ``make test-engines``. All other tests start an
+engine.
 """
 
 
@@ -30,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def engines():
-    """Starts the engine of a name, once; all are stopped at the end."""
+    """Yield a function that starts an engine by its name, once. All engines stop at the end."""
     stops = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", PYTHONPATH)
@@ -49,7 +50,7 @@ def engines():
 
 
 def require(name: str) -> None:
-    """Skip where an engine is not installed."""
+    """Skip the test if the engine is not installed."""
     package = {"ray": "ray", "spark": "pyspark"}.get(name)
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: pip install 'vilu[{name}]'")

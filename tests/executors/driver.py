@@ -1,9 +1,9 @@
-"""Drivers that run in a process of their own, since they die:
-``python -m tests.executors.driver MODE NAME ROOT LOG``.
+"""Run a driver in its own process, because the driver dies: ``python -m tests.executors.driver MODE
+NAME ROOT LOG``.
 
-``third`` embeds and kills itself after a third of the receipts; ``slowly`` embeds slowly, for
-somebody to stop it; ``ranks`` forks a rank again and again until it ends well, and prints how each
-ended: one import for all of them.
+``third`` embeds and kills itself after a third of the receipts. ``slowly`` embeds slowly, so that a
+test can stop it. ``ranks`` forks a rank until the rank ends well, and prints how each fork ended.
+All these forks share one import.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ALONE = {"RANK": "0", "WORLD_SIZE": "1"}
 
 
 class Mortal:
-    """Another executor, whose driver dies after some receipts."""
+    """An executor that wraps another executor and kills its driver after some receipts."""
 
     def __init__(self, executor, left: int) -> None:
         self.executor, self.left = executor, left
@@ -44,7 +44,7 @@ def rank_until_done(root: Path, model: Clumsy) -> list[int]:
             continue
         try:
             embed(pictures(), model, root, executor=RankExecutor(ALONE), shared=True, **SETTINGS)
-        except Exception as error:  # noqa: BLE001 - its exit code is what is looked at
+        except Exception as error:  # noqa: BLE001 - the test looks at its exit code
             os._exit(getattr(error, "exit_code", 99))
         os._exit(0)
     return ends

@@ -1,4 +1,6 @@
-"""A job without images, which workers can import: a file per part, and accidents on request."""
+"""A job without images that workers can import. It writes a file per part and has accidents on
+request.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,11 @@ def receipt(part: int) -> Receipt:
 
 @dataclass(frozen=True)
 class FileJob:
-    """Writes ``PART.txt`` and appends a line to ``PART.log`` for every call.
+    """A job that writes ``PART.txt`` and appends a line to ``PART.log`` for every call.
 
     Attributes:
-        root: Where to.
-        kill: Parts that kill their process in the first attempts, by the number of these attempts.
+        root: Folder for the files.
+        kill: Parts that kill their process, with the number of attempts in which they do so.
         fail: Parts that raise.
         slow: Seconds per part.
         broken: Whether the job cannot be unpickled.
@@ -71,7 +73,7 @@ class FileJob:
 
 
 class Stubborn(Exception):
-    """Cannot be pickled: it takes other arguments than it hands on."""
+    """An error that cannot be pickled, because it takes other arguments than it passes on."""
 
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"needs two: {one}, {two}")
@@ -83,7 +85,7 @@ def refuse() -> None:
 
 @dataclass(frozen=True)
 class EmptyJob:
-    """Does nothing, ten thousand times."""
+    """A job that does nothing, for runs with 10,000 parts."""
 
     workers: int | None = None
 

@@ -1,6 +1,4 @@
-"""A model with accidents, and pictures that tell it which part they are of;
-workers import this module.
-"""
+"""A model with accidents, and pictures whose width tells their part. Workers import this module."""
 
 from __future__ import annotations
 
@@ -13,14 +11,14 @@ from tests.builders.store_fakes import NAMES, FakeBackbone, FakeDataset, picture
 
 N_PARTS, PER_PART = 12, 5
 BAD = {7: b"", 23: b"<html>", 41: b"\x89PNG"}
-"""Five per cent of the samples."""
+"""Bad samples, which are five per cent."""
 
 SETTINGS = {"names": NAMES, "batch_size": 2, "part_size": PER_PART, "max_error_rate": 0.1}
 WIDTH = 16
 
 
 def pictures(n_parts: int = N_PARTS) -> FakeDataset:
-    """Five pictures per part, as wide as the number of their part says."""
+    """Return five pictures per part, where a picture's width tells its part."""
     n = n_parts * PER_PART
     blobs = [BAD.get(i, picture(i, (WIDTH + i // PER_PART, 18))) for i in range(n)]
     return FakeDataset(blobs, [i % 3 for i in range(n)])
@@ -31,13 +29,13 @@ def die() -> None:
 
 
 class Clumsy(FakeBackbone):
-    """Writes down its pictures, and kills its process at chosen moments.
+    """A model that logs its pictures, and kills its process at chosen moments.
 
     Args:
-        log: A folder for what it writes down.
-        accidents: Parts by the moment: "decode", "encode" or "rename" (after the vectors of the
-            part have their name and before its metadata have); "poison" is "decode" every time, the
-            others happen once.
+        log: A folder for the log.
+        accidents: Parts by the moment: "decode", "encode" or "rename" (after the part's vectors
+            have their name and before its metadata have). "poison" is "decode" every time. The
+            other accidents happen once.
         slow: Seconds per batch.
     """
 
@@ -89,7 +87,7 @@ class Clumsy(FakeBackbone):
 
 
 def pictures_seen(log: Path) -> list[tuple[int, int]]:
-    """(process, part) of every good picture that was preprocessed."""
+    """Return (process, part) for every good picture that was preprocessed."""
     path = log / "pictures"
     lines = path.read_text().splitlines() if path.exists() else []
     return [(int(process), int(part)) for process, part in map(str.split, lines)]

@@ -1,5 +1,5 @@
-"""What every executor must keep:
-the same bytes whoever dies, nothing twice in the store, nothing lost.
+"""Rules for every executor: the same bytes after any death, no part twice in the store, and no
+part lost.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ IN_SESSION = [name for name in EXECUTORS if name != "rank"]
 
 
 def run(name: str, root: Path, model: FakeBackbone, workers: int = 2, **settings: object):
-    """Embed with an executor; ranks one after the other."""
+    """Embed with an executor, where ranks run one after the other."""
     if name != "rank":
         return embed(
             pictures(), model, root, executor=make_executor(name, workers), **SETTINGS | settings
@@ -49,7 +49,7 @@ def run(name: str, root: Path, model: FakeBackbone, workers: int = 2, **settings
 
 
 def drive(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    """A driver in its own process, to its end."""
+    """Run a driver in its own process until it ends."""
     everything = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-m", "tests.executors.driver", *map(str, arguments)]
     return subprocess.run(command, env=everything, stdout=subprocess.PIPE, timeout=120, check=False)
@@ -63,7 +63,7 @@ def alive(process: int) -> bool:
 
 
 def wait_for_death(log: Path, seconds: float = 60) -> None:
-    """Wait until every worker that has done a picture is gone."""
+    """Wait until every worker that preprocessed a picture has ended."""
     end = time.monotonic() + seconds
     while left := {process for process, _ in pictures_seen(log) if alive(process)}:
         assert time.monotonic() < end, f"workers {left} outlive their driver"
@@ -72,7 +72,7 @@ def wait_for_death(log: Path, seconds: float = 60) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The store that one process makes without any executor."""
+    """Return the files in a store that one process writes without an executor."""
     root = tmp_path_factory.mktemp("undisturbed") / "s"
     embed(pictures(), FakeBackbone(), root, **SETTINGS)
     return tree(root)
@@ -94,15 +94,18 @@ def log(tmp_path):
             for n in (1, 4)
         ),
         ("spark", 2),
-    ],  # a context has its own number
+    ],  # a Spark context fixes its number
 )
 def test_the_same_bytes_for_any_number_of_workers(
     engines, tmp_path, undisturbed, capfd, name, workers
 ):
-    """Bad samples are among them: five per cent, and the same table of errors."""
+    """The store must have the same bytes for every number of workers.
+
+    Five per cent of the samples are bad, and the error table must be the same, too.
+    """
     engines(name)
     store = run(name, tmp_path / "s", FakeBackbone(), workers)
-    assert "INFO" not in capfd.readouterr().err  # Ray Data logs in threads of its own
+    assert "INFO" not in capfd.readouterr().err  # Ray Data logs in its own threads
     assert tree(tmp_path / "s") == undisturbed
     manifest = store.manifest
     assert (manifest.n_in, manifest.n_error) == (N_PARTS * PER_PART, N_BAD)
@@ -126,7 +129,7 @@ def test_workers_killed_while_they_decode_encode_and_rename(
     assert {path.name for path in log.iterdir()} == {
         "pictures",
         *accidents,
-    }  # all three have happened
+    }  # all three accidents happened
     assert tree(tmp_path / "s") == undisturbed
     assert inspect(tmp_path / "s", deep=True).problems == []
 
@@ -187,8 +190,8 @@ def test_two_ranks_at_once_both_end_well(tmp_path, log, undisturbed):
     for rank in ranks:
         rank.join()
     assert len(stores) == 2
-    assert any(store is not None for store in stores.values())  # the last one sealed it
-    assert len(pictures_seen(log)) == sum(GOOD)  # nothing was done twice
+    assert any(store is not None for store in stores.values())  # the last rank sealed it
+    assert len(pictures_seen(log)) == sum(GOOD)  # no part was done twice
     assert tree(tmp_path / "s") == undisturbed
 
 

@@ -1,5 +1,5 @@
-"""Names of executors, ranks from the environment, shares of a cluster,
-and engines begun for one run.
+"""Executor names, ranks from the environment, a cluster's shares, and engines that start for one
+run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, name, package)
 
 
 class FakeRay:
-    """Notes the options of ``init``. Finds no cluster for the address "auto"."""
+    """A fake Ray that stores the options for ``init`` and finds no cluster at the address
+    "auto".
+    """
 
     def __init__(self) -> None:
         self.options: dict[str, object] = {}
@@ -72,8 +74,8 @@ def test_ray_starts_here_unless_a_cluster_is_named(monkeypatch):
     fake.options = {}
     with pytest.raises(UsageError, match=rf"no Ray cluster answers at RAY_ADDRESS={address}"):
         start_ray(num_cpus=2)
-    assert fake.options == {}  # Ray itself would have tried for three minutes
-    monkeypatch.setenv("RAY_ADDRESS", "x..y:6379")  # no valid name of a host
+    assert fake.options == {}  # Ray itself would try for three minutes
+    monkeypatch.setenv("RAY_ADDRESS", "x..y:6379")  # an invalid host name
     with pytest.raises(UsageError, match="no Ray cluster answers"):
         start_ray()
     monkeypatch.setenv("RAY_ADDRESS", "auto")
@@ -107,7 +109,7 @@ def srun(rank: int, world: int) -> dict[str, str]:
         (array(5, 8), 5, 8),
         (array(12, 3, least=10), 2, 3),
         (array(14, 3, least=10, SLURM_ARRAY_TASK_STEP="2"), 2, 3),
-        (array(1, 3) | srun(1, 4), 5, 12),  # tasks of srun in each job of an array
+        (array(1, 3) | srun(1, 4), 5, 12),  # srun tasks in each array job
     ],
 )
 def test_rank_from_the_environment(environment, rank, world):
@@ -138,7 +140,10 @@ def test_a_contradictory_environment_is_refused(environment, message):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_ranks_that_miss_different_parts_leave_no_gap_nor_overlap(tmp_path, world):
-    """The second rank begins when some parts of the first one are done already."""
+    """If ranks start with different missing parts, every part must still be done once.
+
+    The second rank starts when the first rank has finished some parts.
+    """
     seen = []
     for rank in range(world):
         left = [part for part in range(11) if part not in seen]
@@ -158,7 +163,7 @@ def machines(*resources: tuple[int, int], alive: bool = True) -> list[dict[str, 
     ("nodes", "processes", "number", "threads", "gpus"),
     [
         (machines((8, 0), (8, 0)), None, 16, 1, None),
-        (machines((8, 0), (8, 0), (8, 0)), 4, 4, 4, None),  # two on one machine at most
+        (machines((8, 0), (8, 0), (8, 0)), 4, 4, 4, None),  # at most two on one machine
         (
             machines((16, 0), (8, 1), (8, 1)),
             None,

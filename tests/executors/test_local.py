@@ -1,4 +1,4 @@
-"""Processes of this machine: deaths, errors and signals, with a job that needs no images."""
+"""Processes on this machine: deaths, errors and signals, with a job that needs no images."""
 
 from __future__ import annotations
 
@@ -37,13 +37,16 @@ def test_a_dead_workers_part_is_done_by_another_one(tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_without_work_takes_over_from_a_dead_one(tmp_path):
-    """Part 1 is done long before the process of part 0 dies."""
+    """If a worker dies, an idle worker must take over its part.
+
+    Part 1 is done long before the process for part 0 dies.
+    """
     assert done(FileJob(tmp_path, kill={0: 1}), [0, 1]) == [0, 1]
 
 
 @pytest.mark.slow
 def test_a_part_that_kills_without_end_is_given_up_and_the_others_stay(tmp_path):
-    assert local.MAX_DEATHS > MAX_ATTEMPTS + 1  # a job has set the part aside before that
+    assert local.MAX_DEATHS > MAX_ATTEMPTS + 1  # the job sets the part aside earlier
     with pytest.raises(StorageError, match=r"2 times in part 2, last with signal SIGKILL"):
         done(FileJob(tmp_path, kill={2: 99}), range(4), processes=1, max_deaths=2)
     assert len(calls(tmp_path, 2)) == 2
@@ -55,7 +58,7 @@ def test_an_error_keeps_its_type(tmp_path, error):
     with pytest.raises(type(error), match=r"a b\w\w label|a bug") as caught:
         done(FileJob(tmp_path, fail={1: error}), range(3), processes=1)
     notes = "".join(getattr(caught.value, "__notes__", []))
-    assert ("process" in notes) == isinstance(error, KeyError)  # a bug comes with its traceback
+    assert ("process" in notes) == isinstance(error, KeyError)  # a bug has its traceback
 
 
 @pytest.mark.slow
@@ -118,7 +121,7 @@ def test_ten_thousand_parts_need_little_memory():
     ],
 )
 def test_workers_end_with_their_driver(tmp_path, kind):
-    """Long before their part would."""
+    """If the driver ends, its workers must end long before their part would."""
     environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""The simulation of a plan against cases that can be worked out by hand."""
+"""The simulation for a plan, compared with cases that can be computed by hand."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ def test_a_poison_part_costs_three_deaths_and_nothing_else():
 
 
 def test_three_deaths_set_any_part_aside():
-    """Each attempt at a part of T survives with probability q = e^(-rT):
-    (1 - q)^3 of the parts are given up.
+    """After three deaths, a part must be set aside.
+
+    An attempt at a part with length T survives with probability q = e^(-rT). The share that is set
+    aside is (1 - q)^3.
     """
     outcome = Replay(Plan(4000, 1, (3600.0,), death_hours=1.0), 0).run()
     share = (1 - math.exp(-1)) ** 3
@@ -39,12 +41,15 @@ def test_three_deaths_set_any_part_aside():
 
 
 def test_lost_work_is_what_the_exponential_law_says():
-    """A part of T with failures at rate r takes (e^(rT) - 1)/r on average, of which T is of use."""
+    """The lost work must agree with the exponential law.
+
+    A part with length T and failure rate r takes (e^(rT) - 1)/r on average, and T is useful.
+    """
     hour, rate = 3600.0, 0.5
     plan = Plan(4000, 1, (hour,), preemption_hours=1 / rate)
     outcome = Replay(plan, 1).run()
     expected = (math.exp(rate) - 1) / rate
-    sd = 1.0  # hours of one part's total, below one for these numbers
+    sd = 1.0  # hours per part: for these numbers the deviation is below one
     assert outcome.hours / 4000 == pytest.approx(expected, abs=4 * sd / math.sqrt(4000))
     assert outcome.wasted == pytest.approx(1 - 1 / expected, abs=0.03)
 
@@ -69,7 +74,7 @@ def test_times_come_from_the_log(tmp_path, capsys):
         (0, 11.0),
         (1, 30.0),
         (0, 10.0),
-    ):  # a part that was done twice: the last time counts
+    ):  # one part was done twice: the last time counts
         append_to_log(tmp_path, part=part, seconds=seconds)
     with (tmp_path / "log.jsonl").open("a") as cut:
         cut.write('{"part": 2, "sec')

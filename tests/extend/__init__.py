@@ -1,1 +1,1 @@
-"""Things from outside of the package, as a stranger writes them."""
+"""Test extensions from outside the package, as another author writes them."""

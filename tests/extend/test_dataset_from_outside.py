@@ -1,5 +1,6 @@
-"""A stranger's data sets and backbones:
-a table of TOML or an object each, and every command knows them.
+"""Test another author's data sets and backbones.
+
+Each is a TOML table or an object, and every command must know it.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def load_stranger(argument: str, device: torch.device, precision: str) -> FakeBa
 
 @pytest.fixture(autouse=True)
 def added() -> Iterator[None]:
-    """Everything is as it was afterwards."""
+    """Add the data sets and the backbone, and restore everything afterwards."""
     before = [(table, dict(table)) for table in (KNOWN, BACKBONES)]
     add_datasets(ENTRIES)
     add_backbone(
@@ -95,7 +96,7 @@ def added() -> Iterator[None]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Tiny files of both: 36 ponds and 64 meadows."""
+    """Write tiny files for both data sets, 36 ponds and 64 meadows. Return their folder."""
     for row in rows(36, 3, ("train", "test", "train", "test", "train", "val")):
         save(tmp_path / f"data/ponds/pictures/{row.split}/{PONDS[row.label]}/{row.number}.jpg", row)
     meadows = [
@@ -139,9 +140,8 @@ def test_they_are_listed_checked_and_opened(root: Path) -> None:
         "datasets", "check", root / "meadows", "ponds", code=3
     )
     train, whole = (open_known("ponds", root, split=split) for split in ("train", None))
-    assert (
-        train.class_names == whole.class_names == ("Mill pond", "duck pond", "zoo")
-    )  # by the bytes of the folders
+    # The classes are in the byte order of the folder names.
+    assert train.class_names == whole.class_names == ("Mill pond", "duck pond", "zoo")
     assert listed(train)[0] == ("train/Mill pond/1.jpg", 0)
     assert (len(train), len(whole)) == (18, 36)
     meadows = open_known("meadows", root, split="validation+test")
@@ -262,7 +262,7 @@ def test_an_entry_is_added_once_and_may_be_an_object_or_a_file(tmp_path: Path) -
 
 
 def test_of_tables_with_one_taken_name_none_is_added() -> None:
-    """Whether it stands first or last."""
+    """If one name is taken, no table must be added, even if the taken name comes last."""
     add_datasets(ENTRIES)
     new, changed = ENTRIES.replace("[ponds]", "[brooks]"), 'title = "Meadows"'
     assert changed in new

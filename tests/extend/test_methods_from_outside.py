@@ -1,5 +1,6 @@
-"""A score of ten lines and a learned method of thirty, from outside:
-registered, they do all that ours do.
+"""Test a ten-line score and a thirty-line learned method from outside.
+
+Once registered, they must do all that vilu's own methods do.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ OF_LEARNED = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the stranger's module is."""
+    """Return the folder with the other author's module."""
     found = tmp_path_factory.mktemp("outside")
     (found / "stranger.py").write_text(SOURCE)
     return found
@@ -126,7 +127,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stranger(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The module, as ``--plugin stranger`` imports it; afterwards nobody knows it."""
+    """Return the module as ``--plugin stranger`` imports it. Remove it afterwards."""
     monkeypatch.syspath_prepend(folder)
     registry.load_plugin("stranger")
     assert "stranger" in registry.plugins()
@@ -143,7 +144,7 @@ def fitted(stranger: ModuleType, train: Embeddings) -> dict[str, FailurePredicto
 
 
 def elsewhere(code: str, *paths: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Some code in a process of its own."""
+    """Run code in a new process."""
     found = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*map(str, paths), *sys.path]),
@@ -214,7 +215,7 @@ def test_a_subclass_does_not_inherit_a_graph_or_a_game(
     @vilu.register
     @dataclasses.dataclass
     class Blurred(stranger.Narrow):
-        """Another score, which looks at other things."""
+        """Another score, which looks at other inputs."""
 
         name = "blurred"
 
@@ -248,9 +249,8 @@ def test_they_are_benchmarked_and_reported(fitted, test, tmp_path: Path) -> None
         settings={"all": {"kind": "labels"}},
         seeds=1,
     )
-    found = benchmark(
-        chosen, make_stores(tmp_path / "stores"), tmp_path / "out", jobs=2
-    )  # in other processes, too
+    # The benchmark also runs in other processes.
+    found = benchmark(chosen, make_stores(tmp_path / "stores"), tmp_path / "out", jobs=2)
     for name in fitted:
         cell = Outcomes.load(tmp_path / f"out/cells/one/all/{name}/seed-0.parquet")
         (ranked,) = [line for line in found.summary.blocks[0].lines if line.method == name]
@@ -323,7 +323,7 @@ def test_what_cannot_be_registered_is_told(stranger) -> None:
     }
     whole = dataclasses.dataclass(type("Whole", (FailurePredictor,), named))
     assert vilu.register(whole) is whole
-    assert vilu.register(whole) is whole  # a module that is imported twice
+    assert vilu.register(whole) is whole  # a module may be imported twice
     del vilu.PREDICTORS["new"]
     for made, reason in [
         ("mcm", "Got 'mcm' instead"),
@@ -362,7 +362,8 @@ def test_what_cannot_be_registered_is_told(stranger) -> None:
 @dataclasses.dataclass
 class Level(vilu.FailurePredictor):
     name, summary, reference = "level", "distance to what is the same for all", "nowhere"
-    tensors = ("constant",)  # also what a method that learns from failures calls its one number
+    # Methods that learn from failures use the same name for their one number.
+    tensors = ("constant",)
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         return Learnt({"constant": train.source.image_rows(train.index).mean(dim=0)})

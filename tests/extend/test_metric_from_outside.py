@@ -1,5 +1,7 @@
-"""A metric that vilu knows nothing of: written here, added, and shown wherever ours are;
-nothing else is touched.
+"""Test a metric that vilu does not know.
+
+It is written here and added, and must be shown wherever vilu's metrics are. Nothing else is
+changed.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from vilu_bench.studies.study import run_studies
 
 
 def odds_of_half(counts: TieCounts) -> Floats:
-    """Wrong answers per right one among those that are trusted more than the median."""
+    """Return wrong answers per right one, among answers trusted more than the median."""
     kept = 2 * counts.accepted <= counts.n[..., None]
     return ratio(np.where(kept, counts.wrong, 0).sum(-1), np.where(kept, counts.correct, 0).sum(-1))
 
@@ -149,7 +151,7 @@ def test_its_code_decides_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_added() -> None:
-    vilu.register(ODDS)  # the same again is no other metric
+    vilu.register(ODDS)  # adding the same metric twice is allowed
     with pytest.raises(UsageError, match="a name of its own"):
         vilu.register(replace(ODDS, name=""))
     with pytest.raises(UsageError, match="Got 'auroc'; taken are: auroc, fpr95"):

@@ -1,4 +1,4 @@
-"""The order of a catalogue, from which tables of studies take their rows."""
+"""Test a catalogue's order, because study tables take their row order from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FROM_ENTRY_POINTS = sorted(entry.name for entry in entry_points(METHODS.group))
 
 @pytest.fixture
 def unused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The catalogue of methods as it is before the first lookup."""
+    """Set the methods' catalogue to its state before the first look-up."""
     monkeypatch.setattr(METHODS, "registered", {})
     monkeypatch.setattr(METHODS, "_has_imported_all", False)
     monkeypatch.setattr(METHODS, "_entry_names", [])

@@ -1,5 +1,6 @@
-"""The repository in examples/plugin:
-its method, its metric, its data set and its backbone are found by their entry points alone.
+"""Test the repository in examples/plugin.
+
+Its method, metric, data set and backbone must be found by their entry points alone.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LISTS = {
 
 
 def put(site: Path, entries: dict[str, dict[str, str]]) -> None:
-    """The template's package in a folder, with what an installation writes of some entry points."""
+    """Copy the template's package to a folder, with the files that an installation writes."""
     shutil.copytree(TEMPLATE / "src", site, dirs_exist_ok=True)
     info = site / f"{PROJECT['name'].replace('-', '_')}-{PROJECT['version']}.dist-info"
     info.mkdir()
@@ -54,7 +55,7 @@ def put(site: Path, entries: dict[str, dict[str, str]]) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of packages of this process, which afterwards knows nothing of what was in it."""
+    """Return a package folder for this process. Afterwards the process forgets its packages."""
     (tmp_path / "site").mkdir()
     monkeypatch.syspath_prepend(tmp_path / "site")
     for catalogue in CATALOGUES:
@@ -86,7 +87,7 @@ def store(folder: Path) -> Path:
 
 
 def photos(folder: Path, sizes: tuple[int, int, int]) -> Path:
-    """A few photos in the layout of the data set."""
+    """Write a few photos in the data set's layout, and return the folder."""
     turns = [
         split
         for split, n in zip(("train", "validation", "test"), sizes, strict=True)
@@ -98,7 +99,7 @@ def photos(folder: Path, sizes: tuple[int, int, int]) -> Path:
 
 
 def check_flow(command, tmp_path: Path) -> None:
-    """Listed, fitted, scored, evaluated, checked, with one of the ways to run a command."""
+    """Check the whole flow: list, fit, score, evaluate and embed. Run it by ``command``."""
     for name, words in LISTS.items():
         found = {row["name"]: row for row in json.loads(command(*words.split(), "--json").stdout)}
         assert name in found
@@ -115,7 +116,8 @@ def check_flow(command, tmp_path: Path) -> None:
     assert values["youden"]["value"] == max(gaps) > 0.2
     assert values["youden"]["ci_low"] < max(gaps) < values["youden"]["ci_high"]
     home = photos(tmp_path / "data", (3, 1, 2))
-    told = command("datasets", "check", home, "beans", code=3).stdout  # not whole: they are few
+    # The data set is not complete, because there are few photos.
+    told = command("datasets", "check", home, "beans", code=3).stdout
     assert (
         "train 9/9 (published 1,034) validation 3/3 (published 133) test 6/6 (published 128)"
         in told
@@ -151,7 +153,7 @@ def test_a_broken_one_is_named_and_stops_nothing_else(
         "ModuleNotFoundError: No module named 'nowhere'. Install nowhere."
     )
     said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
-    assert said == [  # once each
+    assert said == [  # each message once
         f"left out: the method {reason}",
         f"left out: the metric {reason}",
         "left out: the metric 'faulty' of vilu-example (vilu_example.faulty:METRIC) cannot be "
@@ -183,10 +185,11 @@ def test_nothing_is_imported_before_its_name_is_asked_for(site: Path) -> None:
 
 @pytest.mark.slow
 def test_installed_by_pip_it_does_the_same_and_passes_its_own_tests(tmp_path: Path) -> None:
+    # The build writes beside the source, so it gets a copy.
     site, copy = (
         tmp_path / "site",
         shutil.copytree(TEMPLATE, tmp_path / "copy"),
-    )  # the build writes beside the source
+    )
     pip = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""Commands on tiny inputs, and one trial of a fault: break, look, heal, run again, compare."""
+"""Run commands on tiny inputs with a fault: break, check, heal, run again and compare."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ deterministic = true
 params = {{ epochs = 2, hidden = [8] }}
 """
 UNBOUND = {"log.jsonl", "times.txt", FILLER}
-"""What two runs need not have in common."""
+"""Files that may differ between two runs."""
 
 ERRNOS = {
     "nospace": errno.ENOSPC,
@@ -58,8 +58,9 @@ CODES = {"sigkill": -signal.SIGKILL, "sigterm": 143, "sigint": 130}
 
 @contextmanager
 def plugged() -> Iterator[None]:
-    """What the plug-in of ``FRAME`` registers is gone afterwards,
-    and comes again where it is asked for again.
+    """Remove the plug-in's registrations after the block.
+
+    The plug-in registers again if a command asks for it again.
     """
     backbones = dict(BACKBONES)
     try:
@@ -74,13 +75,11 @@ def plugged() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Command:
-    """A command line, what must lie in the folder before, and the name of what it makes."""
+    """A command line, the inputs that must be in its folder, and its output's name."""
 
     argv: tuple[str, ...]
     output: str
-    copies: dict[str, str] = field(
-        default_factory=dict
-    )  # from the inputs, by their name in the work folder
+    copies: dict[str, str] = field(default_factory=dict)  # inputs by their name in the work folder
 
 
 def fit(method: str, *settings: str, store: str = "train") -> Command:
@@ -154,7 +153,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def make_inputs(folder: Path) -> Path:
-    """Pictures, stores, predictors, scores and a study for all commands."""
+    """Write pictures, stores, predictors, scores and a study for all commands."""
     for i in range(21):
         path = folder / "photos" / f"n{i % 3}" / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +181,7 @@ def make_inputs(folder: Path) -> Path:
 
 
 class Server:
-    """The process that forks (``tests.faults.server``)."""
+    """The process that forks the commands (``tests.faults.server``)."""
 
     def __init__(self) -> None:
         environment = {
@@ -206,12 +205,12 @@ class Server:
         return self.process.stdout.readline().strip()
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Run a command; how it ended."""
+        """Run a command and return how it ended."""
         (told,) = self.ask_all([request])
         return told
 
     def ask_all(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Run some at once."""
+        """Run several commands at once and return how they ended."""
         self.process.stdin.write(json.dumps(requests, default=str) + "\n")
         self.process.stdin.flush()
         return json.loads(self._line())
@@ -228,7 +227,7 @@ def is_lock(path: Path) -> bool:
 
 
 def contents(work: Path) -> dict[str, str]:
-    """Hash of every file but locks, logs and files in the making."""
+    """Return a hash for every file except locks, logs and temporary files."""
     return {
         path.relative_to(work).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(work.rglob("*"))
@@ -240,7 +239,7 @@ def contents(work: Path) -> dict[str, str]:
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file."""
+    """Return the size and time for every file."""
     found = {
         path: path.stat() for path in folder.rglob("*") if path.is_file() and not is_lock(path)
     }
@@ -249,19 +248,19 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What a command does when it is let alone."""
+    """The results from a command that no fault disturbs."""
 
     code: int
     files: dict[str, str]
     versions: frozenset[
         tuple[str, str]
-    ]  # every file that was renamed into place, and what was there before
+    ]  # every file that was renamed into place, and the files that were there before
     steps: int
     seconds: float
 
 
 class Broken(AssertionError):
-    """A trial that did not end as it should."""
+    """The error for a trial that did not end as it must."""
 
 
 def require(condition: object, said: str) -> None:
@@ -270,10 +269,10 @@ def require(condition: object, said: str) -> None:
 
 
 class Bed:
-    """Where trials are made.
+    """The place where trials run.
 
     Args:
-        folder: Of everything, readable by all.
+        folder: Folder for everything, readable by all users.
         log: File that gets a line per trial.
     """
 
@@ -290,14 +289,17 @@ class Bed:
         self.server.close()
 
     def prepare(self, command: Command) -> Path:
-        """A folder to work in, with things of others in it."""
+        """Make and return an empty work folder."""
         self.number += 1
         work = self.folder / f"work-{self.number}"
         work.mkdir()
         return work
 
     def fill(self, work: Path, command: Command) -> dict[str, str]:
-        """Put there what the command needs, and what it must leave alone: those files."""
+        """Copy the command's inputs into the folder, and add foreign files.
+
+        Return the foreign files, which the command must not change.
+        """
         for name, source in command.copies.items():
             copy = shutil.copytree if (self.inputs / source).is_dir() else shutil.copy2
             copy(self.inputs / source, work / name)
@@ -339,7 +341,7 @@ class Bed:
         return Undisturbed(told["code"], files, frozenset(versions), told["steps"], told["seconds"])
 
     def trial(self, name: str, fault: str, seed: int) -> dict[str, Any]:
-        """One trial; what happened is a line of the log, whether it went well or not."""
+        """Run one trial, and log its outcome, good or bad."""
         row: dict[str, Any] = {"command": name, "fault": fault, "seed": seed}
         try:
             self._trial(
@@ -398,7 +400,10 @@ class Bed:
     def _moment(
         self, fault: str, alone: Undisturbed, chance: random.Random, row: dict[str, Any]
     ) -> dict[str, Any]:
-        """A signal comes at a step or, from outside, at a time; all else at a step."""
+        """Draw the moment for the fault.
+
+        A signal comes at a step, or from outside at a time. Every other fault comes at a step.
+        """
         if fault in SIGNALS and chance.random() < 0.4:
             row["after"] = chance.uniform(0.02, 0.95) * alone.seconds
             return {"kill_after": row["after"], "signal": int(SIGNALS[fault])}
@@ -406,7 +411,7 @@ class Bed:
         return {"fault": fault, "at": row["at"], "seed": chance.randrange(2**32)}
 
     def _require_end(self, fault: str, told: dict[str, Any], said: str, alone: Undisturbed) -> None:
-        """Exit code and message."""
+        """Check the exit code and the message."""
         code = told["code"]
         require(told["seconds"] >= 0, f"it hangs: {said}")
         require("Traceback" not in said, f"traceback: {said}")
@@ -422,14 +427,14 @@ class Bed:
             why = os.strerror(ERRNOS[fault])
             places = (
                 "is not writable" if fault in {"readonly", "denied"} else why
-            )  # looked at before the work begins
+            )  # checked before the work begins
             require(
                 "vilu: error: " in said and (why in said or places in said),
                 f"the message does not say {why!r}: {said}",
             )
 
     def _require_whole(self, work: Path, alone: Undisturbed) -> None:
-        """Whatever lies under its final name is one of the files that the undisturbed run puts
+        """Check that every file under a final name is a file that the undisturbed run puts
         there.
         """
         found = {
@@ -440,7 +445,7 @@ class Bed:
 
 
 def heal(work: Path) -> None:
-    """Take the fault away."""
+    """Remove the fault."""
     mount_flags(work, MS_REMOUNT | MS_BIND)
     for folder, _, _ in os.walk(work):
         Path(folder).chmod(0o755)
@@ -452,9 +457,7 @@ CANNOT = "needs the right to mount (root on Linux)"
 
 @contextmanager
 def mounted(work: Path, fault: str) -> Iterator[None]:
-    """A small disk of its own, or a folder that can be made read-only,
-    where the fault takes one.
-    """
+    """Mount what the fault needs: a small disk, or a folder that can be made read-only."""
     if fault not in {"nospace", "readonly"}:
         yield
         return
@@ -472,7 +475,7 @@ def mounted(work: Path, fault: str) -> Iterator[None]:
 
 @cache
 def can_mount(folder: Path) -> bool:
-    """Whether this machine lets us."""
+    """Return whether this machine allows mounts."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return False
     folder.mkdir(exist_ok=True)
@@ -487,7 +490,7 @@ def can_mount(folder: Path) -> bool:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """Trials that went well of those that were made, by command and fault."""
+    """Return a table with good trials and all trials, by command and fault."""
     from vilu.text import align_columns
 
     def cell(command: str, fault: str) -> str:

@@ -1,5 +1,6 @@
-"""Looking for doctests imports every file;
-these two register a model, which is for the commands under test alone.
+"""Keep two files out of pytest's collection, because pytest imports every file to find doctests.
+
+These two files register a model that only the tested commands may see.
 """
 
 collect_ignore = ["plugin.py", "server.py"]

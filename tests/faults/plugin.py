@@ -1,4 +1,6 @@
-"""``--plugin tests.faults.plugin``: a model that is there at once, under the name ``fake``."""
+"""``--plugin tests.faults.plugin`` registers a model that loads at once, under the name
+``fake``.
+"""
 
 from __future__ import annotations
 

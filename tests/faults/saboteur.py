@@ -1,11 +1,11 @@
-"""What goes wrong in a process, and when: at a numbered step of its work.
+"""Break something in a process at a numbered step in its work.
 
 A step is a call on a file or folder below the watched roots (Python's audit events: open, rename,
-remove, mkdir, list, ...), a write to a file that is being made, an fsync, or a step of a progress
-bar. Imports open files elsewhere, so they are none.
+remove, mkdir, list, ...), a write to a temporary file, an fsync, or a step in a progress bar.
+Imports open files outside these roots, so imports are no steps.
 """
 
-# pathlib would call what is watched here, and rights are what is taken away.
+# pathlib calls the functions that are watched here, and the faults take permissions away.
 # ruff: noqa: PTH101, PTH109, PTH113, PTH118, S103
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ EVENTS = {
 }
 MS_RDONLY, MS_REMOUNT, MS_BIND = 1, 32, 4096
 FILLER = ".filler"
-"""Takes the room that is left on a small disk."""
+"""The file that fills a small disk."""
 
 
 class Saboteur:
-    """Counts the steps of this process, and breaks something before one of them.
+    """Count this process's steps, and break something before one step.
 
     Args:
-        work: Where the process writes.
-        inputs: What it reads.
-        fault: One of ``FAULTS``; None for none.
-        at: Number of the step; None for never.
-        seed: Of everything else.
-        record: Whether to keep the hash of every file that is renamed into place.
+        work: Folder that the process writes to.
+        inputs: Folder that the process reads.
+        fault: One of ``FAULTS``, or None for no fault.
+        at: Number of the step, or None for never.
+        seed: Seed for everything else.
+        record: Whether to keep the hash for every file that is renamed into place.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Saboteur:
         self.versions: set[tuple[str, str]] = set()
 
     def install(self) -> None:
-        """Begin to count; there is no way back."""
+        """Begin to count, which cannot be undone."""
         self.open, self.fsync, advance = io.open, os.fsync, console.LoggedTask.advance
         saboteur = self
 
@@ -87,7 +87,7 @@ class Saboteur:
         sys.addaudithook(self._audit)
 
     def step(self, what: str) -> None:
-        """One more; the fault strikes before it."""
+        """Count a step, and let the fault strike before it."""
         if self.busy:
             return
         self.n += 1
@@ -104,7 +104,7 @@ class Saboteur:
         elif fault == "nospace":
             fill(self.work, leave=4096 * self.random.choice((0, 0, 1, 4)))
         elif fault == "readonly":
-            # refused while a file is open for writing; then the next step
+            # If a file is open for writing, the mount is refused. Then the next step is tried.
             if not mount_flags(self.work, MS_REMOUNT | MS_BIND | MS_RDONLY):
                 self.at = self.n + 1
         elif fault == "denied":
@@ -160,7 +160,7 @@ class Saboteur:
 
 
 class _Raw(io.FileIO):
-    """A file whose writes are steps; a broken one takes half of what it is given."""
+    """A file whose writes are steps. A broken file takes half the content."""
 
     def __init__(self, saboteur: Saboteur, file, mode: str) -> None:
         super().__init__(file, mode)
@@ -175,14 +175,14 @@ class _Raw(io.FileIO):
 
 
 def fill(folder: Path, leave: int) -> None:
-    """Take all room on the disk of a folder, but for some bytes."""
+    """Fill the folder's disk and leave some bytes."""
     with io.FileIO(folder / FILLER, "w") as handle:
         free = shutil.disk_usage(folder).free
         os.posix_fallocate(handle.fileno(), 0, max(free - leave, 1))
 
 
 def mount_flags(folder: Path, flags: int) -> bool:
-    """Mount a folder again with these flags; whether that went well."""
+    """Remount a folder with these flags, and return whether that succeeded."""
     libc = ctypes.CDLL(None, use_errno=True)
     return libc.mount(None, os.fsencode(folder), None, ctypes.c_ulong(flags), None) == 0
 
@@ -191,8 +191,9 @@ CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_SETPCAP_VERSION = 1, 2, 0x20080522
 
 
 def obey_rights() -> None:
-    """Give up root's right to read and write whatever the rights of a file say;
-    for others there is nothing to do.
+    """Give up root's right to ignore file permissions.
+
+    If the user is not root, do nothing.
     """
     if os.geteuid() != 0:
         return

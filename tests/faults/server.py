@@ -1,7 +1,7 @@
-"""Runs the command line in forks of one process that has imported everything.
+"""Run the command line in forks from one process that has imported everything.
 
-Requests come as lines of JSON on stdin, answers go as lines of JSON to stdout. The process itself
-computes nothing, so no thread is lost in a fork; a run costs what its work costs.
+Requests come as JSON lines on stdin, and answers go as JSON lines to stdout. The process itself
+computes nothing, so a fork loses no thread, and a run needs no time for imports.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ALSO = (
 
 
 def import_all() -> None:
-    """All of vilu, and what it imports late."""
+    """Import every module in vilu, and the modules that vilu imports late."""
     warnings.simplefilter("ignore")
     for module in pkgutil.walk_packages(vilu.__path__, "vilu."):
         if not module.name.endswith("__main__"):
@@ -60,20 +60,20 @@ def import_all() -> None:
     for method in ("mcm", "knn_distance", "lvu"):
         facts.code_digest(
             *PREDICTORS[method]().modules
-        )  # of the study in ``bed``; code does not change between trials
+        )  # for the study in ``bed``, since code does not change between trials
     from vilu.scoring import score
 
     defaults = inspect.unwrap(score.score_parts).__kwdefaults__
-    score.SCORING_BATCH = defaults["rows_per_part"] = 64  # several parts of few rows
+    score.SCORING_BATCH = defaults["rows_per_part"] = 64  # several parts with few rows
 
 
 def child(request: dict[str, Any]) -> None:
-    """Run one command, and leave as a process of its own would."""
+    """Run one command, and exit as a process does on its own."""
     work = Path(request["work"])
     os.chdir(work)
     signal.signal(
         signal.SIGINT, signal.default_int_handler
-    )  # a background shell's children ignore it
+    )  # children in a background shell ignore it
     for stream, name in ((1, "stdout"), (2, "stderr")):
         descriptor = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, stream)
@@ -102,22 +102,23 @@ def child(request: dict[str, Any]) -> None:
     except BaseException:  # noqa: BLE001 - what the interpreter would show
         traceback.print_exc()
     saboteur.busy = True  # the work is over
-    threading._shutdown()  # as the interpreter does: threads that hang are a fault of ours
+    threading._shutdown()  # as the interpreter does, so a thread that hangs is a bug
     atexit._run_exitfuncs()
     for late in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(late, signal.SIG_IGN)  # the command has ended: only the answer is written
+        signal.signal(late, signal.SIG_IGN)  # only the answer is left to write
     sys.stdout.flush()
     told = {"steps": saboteur.n, "struck": saboteur.struck, "versions": sorted(saboteur.versions)}
     answer = Path(request["answer"])
     unfinished = answer.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(told))
-    unfinished.replace(answer)  # SIGKILL may come at any moment: the answer is whole or not there
+    unfinished.replace(answer)  # despite SIGKILL, the answer is whole or missing
     os._exit(code)
 
 
 def begin(request: dict[str, Any], gate: int) -> int:
-    """A child that waits until the gate is closed, so that several start together;
-    its process id.
+    """Fork a child that waits until the gate is closed, and return its process id.
+
+    The gate lets several children start together.
     """
     Path(request["answer"]).unlink(missing_ok=True)
     pid = os.fork()
@@ -132,7 +133,10 @@ def begin(request: dict[str, Any], gate: int) -> int:
 
 
 def serve(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Fork, wait, and say how each ended; ``kill_after`` and ``signal`` strike from outside."""
+    """Fork the children, wait, and return how each ended.
+
+    ``kill_after`` and ``signal`` kill a child from outside.
+    """
     gate, holder = os.pipe()
     pids = [begin({**request, "holder": holder}, gate) for request in requests]
     os.close(gate)

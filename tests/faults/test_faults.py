@@ -1,11 +1,11 @@
-"""The fault matrix:
-every command, broken at seeded moments of its work, ends the second time as if nothing had been.
+"""The fault matrix: if a fault breaks a command at a seeded moment, the second run must end as if
+nothing had happened.
 
-And several commands at once: what they leave is whole and right, and who has to wait is told so
-(exit 75).
+Other tests run several commands at once. Their files must be whole and right, and a command that
+must wait is told so (exit 75).
 
-Here 20 trials spread over its cells; ``make test-faults`` makes five or more of every cell, with
-new seeds.
+This file runs 20 trials over the matrix. ``make test-faults`` runs five or more trials per cell
+with new seeds.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from vilu_bench.studies import load
 
 SEED = int(os.environ.get("SEED", "0"))
 TRIALS = int(os.environ.get("TRIALS", "0"))
-"""Of each cell; 0: the twenty of CI."""
+"""Trials per cell. 0 means the twenty trials in CI."""
 
 CELLS = [(command, fault) for command in COMMANDS for fault in FAULTS]
 
 
 def chosen() -> list[tuple[str, str, int]]:
-    """Trials of CI: every command once, every fault at least once."""
+    """Return the trials for CI: every command once, every fault at least once."""
     order, commands = random.Random(7), list(COMMANDS)
     faults = [*FAULTS, *FAULTS][: len(commands)]
     order.shuffle(faults)
@@ -69,7 +69,10 @@ PLAN = [(c, f, SEED + n) for c, f in CELLS for n in range(TRIALS)] if TRIALS els
 
 @pytest.fixture(scope="module")
 def bed() -> Iterator[Bed]:
-    """Not below pytest's folder, which other users may not enter."""
+    """Return the place for trials, outside pytest's folder.
+
+    Other users may not enter pytest's folder.
+    """
     folder = Path(tempfile.mkdtemp(prefix="vilu-faults-"))
     log = Path(os.environ.get("OUT", folder / "trials.jsonl"))
     made = Bed(folder, log.absolute())
@@ -93,7 +96,7 @@ def test_the_same_command_again(bed: Bed, command: str, fault: str, seed: int) -
 
 
 def test_the_matrix_can_fail(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that ends otherwise than the undisturbed one did is seen."""
+    """If a command's files differ from the undisturbed run, the trial must fail."""
     alone = bed.undisturbed("score file")
     others = dict.fromkeys(alone.files, "0" * 64)
     monkeypatch.setattr(
@@ -162,8 +165,9 @@ def test_two_runs_of_the_other_commands(bed: Bed, name: str, tmp_path: Path) -> 
 def test_a_fit_that_was_killed_after_its_last_file(
     bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its checkpoints go when the same fit finds that there is nothing to do;
-    those of another fit stay.
+    """If a fit was killed after its last file, the same fit must remove its checkpoints.
+
+    This fit finds nothing else to do. Another fit's checkpoints must stay.
     """
     words = (
         "fit",
@@ -202,7 +206,7 @@ def test_a_study_that_cannot_be_read(
 
 
 def test_times_are_in_the_log_alone(bed: Bed) -> None:
-    """What may differ is stated: a log, the table of it, and nothing else."""
+    """Only the log and the table made from it may hold times."""
     assert {"log.jsonl", "times.txt"} <= UNBOUND
     command = COMMANDS["embed"]
     work = bed.prepare(command)
@@ -219,7 +223,9 @@ def test_times_are_in_the_log_alone(bed: Bed) -> None:
     shutil.which("faketime") is None, reason="faketime is not installed; the trials patch time.time"
 )
 def test_a_clock_that_is_days_behind(bed: Bed, tmp_path: Path) -> None:
-    """The second of two real processes lives before the first."""
+    """If the clock is three days behind, a second process must still leave the files as they
+    are.
+    """
     store = bed.inputs / "test"
     run_process("score", bed.inputs / "calibrated", store, "-o", tmp_path / "scores")
     before = contents(tmp_path)
@@ -249,11 +255,13 @@ WRITERS = (
     "benchmark",
 )
 SHORT = ("calibrate", "score folder", "fit vilu", "embed")
-"""Those of ``make test-slow``, each with 8 writers; ``make test-faults`` has all."""
+"""The commands in ``make test-slow``, each with 8 writers. ``make test-faults`` runs all
+commands.
+"""
 
 
 def together(bed: Bed, commands: list[Command]) -> tuple[Path, list[int]]:
-    """Run commands at once in one folder; the folder and the exit codes."""
+    """Run commands at once in one folder, and return the folder and the exit codes."""
     work = bed.prepare(commands[0])
     bed.fill(work, commands[0])
     told = bed.server.ask_all(
@@ -279,8 +287,9 @@ def test_eight_writers_on_one_folder(bed: Bed, name: str) -> None:
 
 
 def test_two_calibrations_of_one_predictor(bed: Bed) -> None:
-    """One of them lies there whole;
-    the other was told that it has to wait, or that a calibration is there.
+    """If two calibrations run at once, one must be there whole.
+
+    The other command is told to wait, or that a calibration exists.
     """
     first = COMMANDS["calibrate"]
     second = replace(first, argv=(*first.argv[:-1], "0.95"))
@@ -294,7 +303,7 @@ def test_two_calibrations_of_one_predictor(bed: Bed) -> None:
 
 
 def test_two_monitors_on_one_state(bed: Bed) -> None:
-    """Every row is counted that a monitor said it had taken in, and no other."""
+    """If a monitor reports success, its rows must be counted, and no other rows."""
     watch = replace(
         COMMANDS["monitor"],
         argv=tuple(w for w in COMMANDS["monitor"].argv if w not in {"-o", "told.json"}),
@@ -342,7 +351,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 @pytest.fixture
 def looking() -> Iterator[Callable[[Callable[[], object]], list[object]]]:
-    """Looks over and over in a thread, until the test ends."""
+    """Yield a function that calls ``look`` again and again in a thread until the test ends."""
     done = threading.Event()
     threads: list[threading.Thread] = []
 
@@ -391,7 +400,7 @@ def test_a_reader_sees_the_old_or_the_new_or_is_told(bed: Bed, looking, name: st
     allowed = [before, after, ViLUError]
     if (
         name == "calibrate"
-    ):  # as after `vilu calibrate` without a target: probabilities, and nothing decided yet
+    ):  # as after `vilu calibrate` without a target: probabilities, no rule yet
         allowed.append(repr((_predictor(work / place), None)))
     others = [one for one in seen if one not in allowed]
     assert not others, others[:3]

@@ -1,5 +1,5 @@
-"""What no input may make a reader do:
-run a program, ask the network, write or read elsewhere, take long or much.
+"""Limits for a reader on any input: it must not run a program, use the network, write or read
+elsewhere, or take much time or memory.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 from types import FrameType
 
 SECONDS = 30.0
-"""Of one input; a hundred times what the slowest takes."""
+"""Seconds for one input, which is a hundred times what the slowest input takes."""
 MAX_GROWTH = 512 * 2**20
-"""Bytes by which one input may make the process grow."""
+"""The number of bytes that the process may grow by on one input."""
 FORBIDDEN = {
     "os.system",
     "os.exec",
@@ -60,7 +60,10 @@ READABLE = tuple(
 
 
 class Watch:
-    """Where a case may work, and what it did that it must not; None while nothing is watched."""
+    """The folder where a case may work, and a list with forbidden actions.
+
+    If ``folder`` is None, nothing is watched.
+    """
 
     folder: str | None = None
     given: str
@@ -100,10 +103,10 @@ _hooked = False
 
 @contextmanager
 def guarded(folder: Path, given: Path) -> Iterator[None]:
-    """A block that works in ``folder`` and reads in ``given`` alone, is over in time,
-    and stays below the cap.
+    """Check that the block writes only in ``folder``, also reads ``given``, and keeps the limits
+    for time and memory.
     """
-    global _hooked  # noqa: PLW0603 - a hook cannot be taken off again
+    global _hooked  # noqa: PLW0603 - a hook cannot be removed
     if not _hooked:
         sys.addaudithook(_hook)
         _hooked = True
@@ -126,5 +129,5 @@ def guarded(folder: Path, given: Path) -> Iterator[None]:
 
 
 def _highest() -> int:
-    """Bytes that the process has taken at most so far."""
+    """Return the process's peak memory in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

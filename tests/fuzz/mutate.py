@@ -1,4 +1,4 @@
-"""Damage for bytes: what disks, networks and people who mean harm do to files."""
+"""Damage bytes as disks, networks and attackers do."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ WORDS = (
         b"cos\nsystem\n(S'touch x'\ntR.",
     ),
 )
-"""What parsers, shells, templates and spreadsheets have stumbled over."""
+"""Texts that parsers, shells, templates and spreadsheets have failed on."""
 
 NUMBERS = (
     0,
@@ -85,7 +85,7 @@ LONGEST = 1 << 16
 
 
 def damaged(seeds: Sequence[bytes], random: Random) -> bytes:
-    """One of the seeds after one to six changes; one time in sixteen, bytes of no file at all."""
+    """Return one seed after one to six changes, or in one case out of 16 random bytes."""
     if random.random() < 1 / 16:
         return random.randbytes(random.choice((0, 1, 7, 64, 600)))
     data = bytearray(random.choice(seeds))
@@ -123,7 +123,8 @@ def _change(data: bytearray, seeds: Sequence[bytes], random: Random) -> None:
 
 
 def damages(seeds: Sequence[bytes]) -> st.SearchStrategy[bytes]:
-    """The same for hypothesis:
-    the whole change hangs on one number, which is quick to draw and to repeat.
+    """Return the same as a strategy for hypothesis.
+
+    The whole change depends on one number, which is quick to draw and to repeat.
     """
     return st.integers(0, 2**64 - 1).map(lambda number: damaged(seeds, Random(number)))

@@ -1,8 +1,8 @@
-"""What reads bytes from outside, each with files that are whole.
+"""The readers that take bytes from outside, each with valid files.
 
-A case passes if a ``ViLUError`` or nothing comes of it. Whatever else is raised is a bug.
-Readers are called as the commands call them; where a hash stands in front of one, it
-is made right first, so that the parser behind it is reached.
+A case passes if the reader returns or raises a ``ViLUError``. Any other error is a bug. Readers are
+called as the commands call them. If a hash protects a reader, the hash is corrected first, so that
+the case reaches the parser.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ LIMITS = ImageLimits(max_pixels=1_000_000)
 
 @dataclass(frozen=True)
 class Fuzzed:
-    """A reader, whole files for it, and the share of a full run's cases that it gets:
-    what is slow gets fewer.
+    """A reader, valid files for it, and its share of the cases in a full run.
+
+    A slow reader gets fewer cases.
     """
 
     seeds: Callable[[], list[bytes]]
@@ -67,7 +68,7 @@ class Fuzzed:
     share: float = 1.0
 
     def case(self, folder: Path, data: bytes) -> ViLUError | None:
-        """One case; the error that the reader raised, if any."""
+        """Run one case and return the reader's error, if any."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -87,8 +88,9 @@ def put(path: Path, data: bytes) -> Path:
 
 @cache
 def kept() -> Path:
-    """Whole artefacts, made once:
-    a store, a calibrated predictor, scores, a monitor's state, checkpoints.
+    """Make valid artefacts once, and return their folder.
+
+    The artefacts are a store, predictors, scores, a monitor's state and checkpoints.
     """
     root = Path(mkdtemp(prefix="vilu-fuzz-"))
     store = make_store(root / "store", 60, 0)
@@ -110,7 +112,9 @@ def content(*names: str) -> Callable[[], list[bytes]]:
 
 
 def unsealed(*names: str) -> Callable[[], list[bytes]]:
-    """Documents without their digests, which would keep every change from the parser."""
+    """Return documents without digests, because a digest would stop every change before the
+    parser.
+    """
 
     def plain() -> list[bytes]:
         found = [json.loads((kept() / name).read_bytes()) for name in names]
@@ -123,7 +127,7 @@ def unsealed(*names: str) -> Callable[[], list[bytes]]:
 
 
 def sealed(data: bytes, seal: str = "digest") -> bytes:
-    """A document with a digest that agrees, where it is an object at all."""
+    """Return the document with a matching digest, or unchanged if it is no object."""
     try:
         content = json.loads(data)
         content = {key: value for key, value in content.items() if key not in {"digest", seal}}
@@ -133,7 +137,7 @@ def sealed(data: bytes, seal: str = "digest") -> bytes:
 
 
 def in_copy(part: str, name: str, use: Callable[[Path], object]) -> Callable[[Path, bytes], object]:
-    """A reader of an artefact of which one file is other than it was."""
+    """Return a reader for a copied artefact in which one file is replaced."""
 
     def read(folder: Path, data: bytes) -> object:
         shutil.copytree(kept() / part, folder / part)
@@ -186,7 +190,7 @@ def npy(folder: Path, data: bytes) -> object:
 
 
 def npz_seeds() -> list[bytes]:
-    """Packed or not, of any type, and with labels that are names."""
+    """Return archives that are packed or not, with several types and with names as labels."""
     made = []
     for packed, changes in (
         (False, {}),
@@ -207,14 +211,14 @@ def npz_seeds() -> list[bytes]:
 
 
 def npz(folder: Path, data: bytes) -> object:
-    """As a command would: what is kept is read back."""
+    """Import the archive as a command does, and read the store."""
     return read_store(
         import_arrays(put(folder / "a.npz", data), folder / "store", max_error_rate=1.0).path
     )
 
 
 def arrays_folder(name: str) -> Fuzzed:
-    """A folder of arrays of which one is other than it was."""
+    """Return a target for a folder with arrays in which one array is replaced."""
 
     def seeds() -> list[bytes]:
         return [_npy(array_files.arrays(6, seed=seed)[name]) for seed in range(2)]
@@ -230,7 +234,9 @@ def arrays_folder(name: str) -> Fuzzed:
 
 
 def stored_npy(folder: Path, data: bytes) -> object:
-    """Behind its hash: in the receipt, and in the manifest over the receipts."""
+    """Replace an array in a store, correct its hashes in receipt and manifest, and read the
+    store.
+    """
     store = folder / "store"
     shutil.copytree(kept() / "store", store)
     put(store / "img_emb" / "img_emb_00000.npy", data)
@@ -239,7 +245,7 @@ def stored_npy(folder: Path, data: bytes) -> object:
 
 
 def reseal(store: Path) -> None:
-    """Make receipts and manifest say what lies there."""
+    """Make receipts and manifest agree with the files."""
     hashes = []
     for path in sorted((store / "receipts").iterdir()):
         receipt = json.loads(path.read_bytes())
@@ -263,7 +269,7 @@ def safetensors(folder: Path, data: bytes) -> object:
 
 
 def predictor(folder: Path, data: bytes) -> object:
-    """``predictor.json`` with a right fingerprint, where it is an object at all."""
+    """Read ``predictor.json`` with a matching fingerprint, if the content is an object."""
     shutil.copytree(kept() / "head", folder / "head")
     put(folder / "head" / "predictor.json", sealed(data, "fingerprint"))
     return load_predictor(folder / "head").predict_uncertainty(toy_embeddings(4))
@@ -277,7 +283,7 @@ def parquet_seeds() -> list[bytes]:
 
 
 def listed(name: str) -> Callable[[Path, bytes], object]:
-    """Opened as a data set of images, every one of which is read."""
+    """Return a reader that opens the file as an image data set and reads every image."""
 
     def read(folder: Path, data: bytes) -> object:
         put(folder / "a.png", image_files.encode(image_files.picture(), "PNG"))
@@ -344,8 +350,9 @@ def checkpoint_seeds() -> list[bytes]:
 
 
 def page(_folder: Path, data: bytes) -> object:
-    """Texts from outside in a page:
-    none of them becomes a tag, an attribute or a script, and nothing is asked for.
+    """Write a page with texts from outside, and check that the page is harmless.
+
+    No text may become a tag, an attribute or a script, and the page must request nothing.
     """
     text = data.decode("utf-8", "replace")
     names = [f"{i}{text[i * 7 : i * 7 + 60]}" for i in range(4)]
@@ -367,7 +374,7 @@ def page_tags() -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 
 def tags(written: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Kinds of elements with the names of their attributes, each once."""
+    """Return the element kinds with their attribute names, each once."""
     found: set[tuple[str, tuple[str, ...]]] = set()
 
     class Parser(HTMLParser):
@@ -389,14 +396,16 @@ def require_harmless(written: str) -> str:
 
 
 HARMLESS = {"bdi", "p", "td", "th", "tr", "li", "span", "small", "b"}
-"""Whether some of these are there depends on the numbers;
-they have no attribute that asks or runs anything.
+"""Elements that a page may or may not have, as the numbers decide.
+
+They have no attribute that requests or runs anything.
 """
 
 
 def _outside(written: str) -> str:
-    """The page without what only looks like markup:
-    texts are escaped, so every ``<`` begins an element.
+    """Return only the markup in a page, because text may only look like markup.
+
+    Texts are escaped, so every ``<`` begins an element.
     """
     return " ".join(re.findall(r"<[^>]*>", written))
 
@@ -482,8 +491,9 @@ def command_seeds() -> list[bytes]:
 
 
 def command(folder: Path, data: bytes) -> object:
-    """A command line of which each byte is a word;
-    it ends with a known exit code, whatever it is.
+    """Run a command line in which each byte selects a word.
+
+    The command must not show a traceback.
     """
     for name in ("store", "predictor", "scores.parquet", "scores.csv", "state.parquet"):
         place = kept() / name
@@ -492,7 +502,7 @@ def command(folder: Path, data: bytes) -> object:
     words += [ARGUMENTS[byte % len(ARGUMENTS)] for byte in data[1:9]]
     with pytest.raises(
         AssertionError
-    ) as ended:  # -1 is the code of no command: the message is what it wrote
+    ) as ended:  # no command ends with -1, so ``run`` raises with the command's output
         run(*words, code=-1, cwd=folder)
     return ended.match(r"(?s)^(?!.*Traceback)")
 

@@ -1,5 +1,5 @@
-"""Bytes from outside, damaged:
-no reader fails otherwise than by an error of ours, or does what it must not.
+"""Damaged bytes from outside: a reader may only fail with a ``ViLUError``, and must respect its
+limits.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from tests.fuzz.targets import TARGETS, Fuzzed, kept
 
 CORPUS = Path(__file__).with_name("corpus")
 CASES = settings().max_examples
-QUICK = CASES <= 100  # the form of `make test`; `make test-fuzz` draws more
+QUICK = CASES <= 100  # as in `make test`, where `make test-fuzz` draws more
 
 
 def once(target: Fuzzed, data: bytes) -> bool:
-    """Whether the reader took it."""
-    given = kept()  # made where nothing is watched
+    """Return whether the reader accepted the bytes."""
+    given = kept()  # made before the watch begins
     with TemporaryDirectory(prefix="vilu-fuzz-") as made, guarded(Path(made), given):
         return target.case(Path(made), data) is None
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_whole_files_are_taken(name: str) -> None:
-    """Else every change of them would be refused at the door,
-    and the cases below would show nothing.
+    """Each reader must accept a valid file.
+
+    If a reader refused valid files, it would refuse every change, too, and the tests below would
+    show nothing.
     """
     target = TARGETS[name]
     assert True in {once(target, data) for data in target.seeds()}

@@ -1,4 +1,4 @@
-"""A triage to guard images with: its folder of photos, and what it has left."""
+"""Provide a finished triage to guard images with, and its folder with photos."""
 
 from tests.triage.conftest import begun, changed, fake_model, folder, guaranteed, job
 

@@ -1,4 +1,4 @@
-"""A guard compares the first photos that it sees in a low precision with float32."""
+"""Test that a guard in a low precision compares the first photos that it sees with float32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def photos(n: int, colour: tuple[int, int, int] = (200, 40, 20)) -> list[Image.I
 
 @pytest.fixture
 def predictor(tmp_path: Path) -> Path:
-    """A predictor on photos that were embedded in float32."""
+    """Return a predictor for photos that were embedded in float32."""
     space = model(0.0, "fp32").space
     folder = tmp_path / "predictor"
     vilu.MCM().save(folder)

@@ -1,4 +1,4 @@
-"""Images in, decisions out: the same as embedding and scoring them, whatever they come as."""
+"""Test that a guard decides about images as embedding and scoring do, in every image form."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vilu.scoring.score import score, score_rows
 from vilu.store.embed import embed
 
 HALF = 2.0**-10
-"""One step of float16 below 2."""
+"""One float16 step below 2."""
 
 
 @pytest.fixture
@@ -37,8 +37,9 @@ def predictor(begun: Folder) -> Path:
 
 
 def test_decisions_are_those_of_the_triage(begun: Folder, predictor: Path) -> None:
-    """Batches of another size may sum in another order:
-    probabilities are equal but for rounding, so are decisions.
+    """Batches of another size may sum in another order.
+
+    So probabilities are equal up to rounding, and so are decisions.
     """
     photos, decided = begun[0] / "photos", rows(begun[0] / "out" / "decisions.csv")
     free = [row for row in decided if row["decision"] != "labelled"]
@@ -115,7 +116,7 @@ def test_a_bad_image_is_an_answer_with_a_reason(predictor: Path, tmp_path: Path)
 
 
 def test_who_asks_in_the_midst_of_another_changes_no_answer(predictor: Path, monkeypatch) -> None:
-    """What another thread does between two lines of the first one."""
+    """A call during another call stands for a second thread between two lines of the first."""
     guard, photos = Guard(predictor, workers=1), [photo(n, n) for n in range(5)]
     expected, others = guard(photos[:3]), iter([photos[3:]])
 
@@ -130,7 +131,7 @@ def test_who_asks_in_the_midst_of_another_changes_no_answer(predictor: Path, mon
 
 
 def test_a_stream_is_answered_as_it_comes(predictor: Path) -> None:
-    """Bounded memory: what is asked of the stream is at most the batches that are decoded ahead."""
+    """Memory is bounded: the stream is read ahead by at most the batches that are being decoded."""
     taken = 0
 
     def endless() -> Iterator[bytes]:

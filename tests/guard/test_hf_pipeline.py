@@ -1,4 +1,4 @@
-"""What ``transformers.pipeline`` gives, against what the guard says of the same images."""
+"""Test ``transformers.pipeline`` against the guard on the same images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pixels in, decisions out by onnxruntime, against what the guard says of the same images."""
+"""Test that onnxruntime decides from pixels as the guard does on the same images."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ IMAGES = [photo(kind, 1000 + kind) for kind in range(9)] * 3
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory, fake_model: FakeBackbone) -> Folder:
-    """The triage of the other tests, with zero-shot answers, of which some are left for review."""
+    """Return the triage from the other tests with zero-shot answers and some photos in review."""
     home = tmp_path_factory.mktemp("zero-shot")
     return home, until_guaranteed(home, replace(job_on(home / "photos"), answer="zero_shot"))
 
 
 class Traceable(FakeBackbone):
-    """One that does not look at how many images there are."""
+    """A backbone that does not look at the number of images."""
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(pixels.flatten(1) @ self.projection, dim=1)
 
 
 class Untraceable(FakeBackbone):
-    """One that leaves torch."""
+    """A backbone that computes outside torch."""
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         rows = np.array(pixels.flatten(1).tolist(), np.float32) @ self.projection.numpy()
@@ -61,7 +61,7 @@ class Untraceable(FakeBackbone):
 def answers(
     path: Path, guard: Guard, images: list[bytes]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """What onnxruntime makes of some images, by output, and what the file says of itself."""
+    """Return onnxruntime's outputs by name for some images, and the file's metadata."""
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     pixels = torch.stack(
         [guard.backbone.preprocess(Image.open(io.BytesIO(image))) for image in images]
@@ -74,7 +74,7 @@ def answers(
 def require_same(
     path: Path, guard: Guard, images: list[bytes] = IMAGES, *, within: float = 1e-5
 ) -> set[str]:
-    """The file says what the guard says, of one image and of many; returned are the decisions."""
+    """Require that the file and the guard agree on one image and on many. Return the decisions."""
     expected: list[Answer] = guard(images)
     for n in (1, len(images)):
         found, said = answers(path, guard, images[:n])
@@ -97,9 +97,10 @@ def made(
     target: Target | None,
     words: tuple[str, ...] = (),
 ) -> Path:
-    """A predictor that was fitted, and perhaps calibrated, on photos that a model has embedded.
+    """Fit a predictor on embedded photos, and return its folder.
 
-    With everyday words the last kind of photos is of none of the classes.
+    If `target` is given, the predictor is calibrated. If there are everyday words, photos of the
+    last kind belong to no class.
     """
     truths = [NAMES.index(truth_of(kind)) for kind in range(9)]
     if words:
@@ -123,7 +124,8 @@ def test_adapted_answers_are_those_of_the_guard(tmp_path: Path) -> None:
     path = tmp_path / "guard.onnx"
     export_image_graph(folder, path, backbone=Traceable())
     guard = Guard(folder, backbone=Traceable())
-    assert any(answer.zero_shot is not None for answer in guard(IMAGES))  # the kinds differ
+    # the two kinds of answers differ
+    assert any(answer.zero_shot is not None for answer in guard(IMAGES))
     require_same(path, guard)
 
 
@@ -201,7 +203,7 @@ def test_with_the_image_towers_of_real_architectures(model: str, tmp_path: Path)
     backbone = load_backbone(f"{library}:{tmp_path / 'tiny'}", device="cpu")
     folder = made(tmp_path, backbone, vilu.MCM(), Target(min_coverage=0.5))
     export_image_graph(folder, tmp_path / "guard.onnx", backbone=backbone)
-    # a step of float16 in some of the coordinates, at the logit scale of the model
+    # a float16 step in some of the coordinates, at the model's logit scale
     require_same(tmp_path / "guard.onnx", Guard(folder, backbone=backbone), within=1e-4)
 
 
@@ -254,7 +256,7 @@ def test_a_graph_that_says_something_else_is_not_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """torch in place of onnxruntime, with one output changed."""
+    """torch replaces onnxruntime, and one output is changed."""
     graphs: list[ImageGraph] = []
 
     def answer(trial: dict[str, torch.Tensor]) -> list[np.ndarray]:

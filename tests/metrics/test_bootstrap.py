@@ -36,11 +36,11 @@ def test_value_and_interval() -> None:
 
 
 def test_the_spread_is_that_of_the_asymptotic_theory() -> None:
-    """The standard error of AUROC by its placement values (DeLong et al.
-    1988) is an independent estimate.
+    """The placement values give an independent standard error for AUROC (DeLong et al. 1988).
 
-    A standard deviation from B = 2000 resamples is within 1 / sqrt(2 B) = 1.6 % of its limit, four
-    times that is 6 %; the two estimates themselves differ by order 1 / n, below 2 % at n = 400.
+    A standard deviation from B = 2000 resamples is within 1 / sqrt(2 B) = 1.6 % of its limit. Four
+    times that is 6 %. The two estimates themselves differ by order 1 / n, which is below 2 % at n
+    = 400.
     """
     u, f = sample()
     correct, wrong = u[f == 0], u[f == 1]
@@ -64,8 +64,8 @@ def test_rows_may_come_in_any_order_up_to_resampling_noise() -> None:
     order = np.random.default_rng(1).permutation(len(u))
     a, b = bootstrap_interval("auroc", u, f), bootstrap_interval("auroc", u[order], f[order])
     assert a.value == b.value
-    # the standard error of a 2.5 % quantile from 1000 resamples is about 0.084 of a standard
-    # deviation: 5 of them
+    # The standard error of a 2.5 % quantile from 1000 resamples is about 0.084 standard
+    # deviations. Five such errors are allowed.
     assert a.ci_low == pytest.approx(
         b.ci_low, abs=0.42 * (a.ci_high - a.ci_low) / 3.92 * math.sqrt(2)
     )
@@ -83,7 +83,7 @@ def test_several_metrics_share_their_resamples() -> None:
     kernels = {name: METRICS[name].kernel for name in ("auroc", "augrc", "fpr95")}
     together = bootstrap_intervals(kernels, u, f)
     assert together == {name: bootstrap_interval(name, u, f) for name in kernels}
-    # with the accuracy fixed, AUGRC is a decreasing linear function of AUROC, resample by resample
+    # with fixed accuracy, AUGRC is a decreasing linear function of AUROC in every resample
     r = f.mean()
     ends = [
         (1 - x) * r * (1 - r) + r**2 / 2
@@ -120,7 +120,7 @@ def test_every_row_is_drawn_about_equally_often() -> None:
         [np.concatenate(rows, axis=1).ravel() for rows in draw_resamples(scores, 2000, 0)]
     )
     times = np.bincount(drawn, minlength=200)
-    # each count is Poisson with mean 2000; five standard deviations
+    # each count is Poisson with mean 2000, and five standard deviations are allowed
     assert abs(times - 2000).max() < 5 * math.sqrt(2000)
 
 
@@ -134,8 +134,9 @@ def test_one_class_has_no_interval_where_the_metric_is_undefined(failure: int) -
 
 @pytest.mark.parametrize("best", ["lowest", "highest"])
 def test_intervals_of_many_scores_stay_within_what_a_metric_can_be(best: str) -> None:
-    """A perfect order, and the worst one:
-    every metric named is a share, or an area within a unit square.
+    """The scores have a perfect order or the worst one.
+
+    Every metric named here is a share, or an area within a unit square.
     """
     failure = np.arange(20_000) >= 19_994
     uncertainty = np.arange(20_000.0) * (1 if best == "highest" else -1)
@@ -158,8 +159,9 @@ def test_intervals_of_many_scores_stay_within_what_a_metric_can_be(best: str) ->
 
 
 def test_an_interval_of_many_scores_and_few_failures_reaches_to_both_sides() -> None:
-    """A group of 122 rows holds most of the 200 failures,
-    so that the ends move by more than the resamples spread.
+    """A group with 122 rows holds most of the 200 failures.
+
+    So the ends move by more than the resamples spread.
     """
     rng = np.random.default_rng(0)
     failure = np.arange(1_000_000) < 200
@@ -174,8 +176,10 @@ def test_an_interval_of_many_scores_and_few_failures_reaches_to_both_sides() -> 
 def test_many_rows_with_few_distinct_scores_are_not_drawn_one_by_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Their counts are:
-    a time that does not grow with the rows, and the same distribution (test_histogram).
+    """The counts of distinct scores are drawn instead.
+
+    So the time does not grow with the rows. test_histogram checks that the distribution is the
+    same.
     """
     monkeypatch.delattr("vilu.metrics.bootstrap.draw_resamples")
     u, f = sample(10_000)
@@ -200,9 +204,7 @@ def test_paired_difference_is_antisymmetric() -> None:
 
 
 def test_pairing_narrows_the_interval() -> None:
-    """Two scores that share their noise:
-    the difference varies less than two independent values would.
-    """
+    """Two scores share their noise, so their difference varies less than with independent noise."""
     u, f = sample()
     v = u + 0.1 * np.random.default_rng(5).normal(size=len(u))
     _, low, high, _ = paired_bootstrap("auroc", u, v, f)
@@ -221,10 +223,10 @@ def test_a_clear_difference_has_the_smallest_p_value_there_is() -> None:
 
 
 def test_p_values_without_a_difference_are_rarely_small() -> None:
-    """300 pairs of equally good scores:
-    p < 0.1 in a share of 0.1, within four binomial standard errors (0.07).
+    """With 300 pairs of equally good scores, p < 0.1 must occur in a share near 0.1.
 
-    The percentile bootstrap is a little liberal on 150 rows, so the lower side is the looser one.
+    Four binomial standard errors are 0.07. The percentile bootstrap is a little liberal on 150
+    rows, so the lower side is the looser one.
     """
     rng = np.random.default_rng(0)
     small = 0

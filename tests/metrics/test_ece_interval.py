@@ -1,5 +1,7 @@
-"""The interval of the ECE:
-it holds the truth as often as it says, its own estimate always, and knows no order.
+"""Test the interval for the ECE.
+
+The interval must hold the truth as often as stated, must always hold its own estimate, and must
+not depend on the order of rows.
 """
 
 from __future__ import annotations
@@ -24,16 +26,20 @@ STREAMS = 200
 @pytest.mark.parametrize("n", [60, 180, 2000])
 @pytest.mark.parametrize("name", ["calibrated, mostly low", "a little too low", "far too sure"])
 def test_the_truth_is_missed_as_rarely_as_stated(name: str, n: int, binning) -> None:
-    """5 % are allowed; 200 test sets see that with three standard errors (1.5 % each) more."""
+    """5 % of misses are allowed.
+
+    With 200 test sets, three standard errors (1.5 % each) are allowed on top.
+    """
     found = coverage_of(WORLDS[name], binning, n, STREAMS, draws=300)
     assert found.above + found.below <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / STREAMS), found
     if n == 2000 and name == "far too sure":
-        assert found.width < found.truth  # and it says something
+        assert found.width < found.truth  # the interval is narrow enough to be useful
 
 
 def test_percentiles_would_miss_it() -> None:
-    """What is corrected:
-    of a calibrated predictor on 180 rows the truth, 0, is in no percentile interval.
+    """For a calibrated predictor on 180 rows, no percentile interval holds the truth, 0.
+
+    This is the error that the interval corrects.
     """
     found = coverage_of(
         WORLDS["calibrated, mostly low"], "width", 180, 20, draws=100, percentile=True
@@ -77,29 +83,32 @@ def test_rows_in_any_form_give_the_same_interval() -> None:
 
 
 def test_two_bins_by_hand() -> None:
-    """Gaps of .2 and .3 of a mean, each in half of 10,000 rows:
-    normal errors of known size around them.
+    """Two bins have gaps of .2 and .3, each with 5,000 rows, so the ECE is .25.
+
+    The errors around it are normal with known size.
     """
     p = np.repeat([0.2, 0.7], 5000)
     failure = np.concatenate([np.arange(5000) % 5 < 2, np.arange(5000) % 5 < 2]).astype(
         int
-    )  # 0.4 in both
+    )  # a failure rate of 0.4 in both bins
     low, high = BinnedError(bins=2).interval(tie_counts(p, failure), 20_000, 0.95, 0)
-    # of x = (failure - p) 1[bin]: the variance is that of the data, above the calibrated p (1 - p)
+    # For x = (failure - p) 1[bin], the variance of the data is larger than the calibrated p (1 -
+    # p).
     squares = np.array([0.4 * 0.8**2 + 0.6 * 0.2**2, 0.4 * 0.3**2 + 0.6 * 0.7**2]) / 2
     error = np.sqrt(
         (
             np.maximum(squares - np.array([0.1, 0.15]) ** 2, np.array([0.16, 0.21]) / 2) / 10_000
         ).sum()
     )
-    # a 97.5 % quantile of 20,000 draws has a standard error of 0.019 standard deviations
+    # a 97.5 % quantile from 20,000 draws has a standard error of 0.019 standard deviations
     assert [low, high] == pytest.approx([0.25 - 1.96 * error, 0.25 + 1.96 * error], abs=0.1 * error)
 
 
 @pytest.mark.parametrize(("p", "failure"), [([0.3], [1]), ([0.5], [0]), ([0.5, 0.5], [1, 1])])
 def test_the_common_result_for_one_or_two_rows_includes_zero(p, failure) -> None:
-    """Rows that are all off by the same amount have no spread of their own;
-    at calibration there is one.
+    """If all rows are off by the same amount, their errors do not spread.
+
+    A calibrated predictor's errors do spread, so the interval must reach 0.
     """
     assert BinnedError().interval(tie_counts(p, failure), 1000, 0.95, 0)[0] == 0
 
@@ -112,4 +121,4 @@ def test_a_difference_of_two_is_around_its_estimate() -> None:
     assert found.ci_low < found.difference < found.ci_high
     assert found.difference == pytest.approx(
         ece(p, failure), abs=1e-12
-    )  # the other one states the rate there is
+    )  # the other predictor states the failure rate of these rows

@@ -1,5 +1,7 @@
-"""Histograms of scores:
-exact while they can be, the same whatever the order of merging, close beyond.
+"""Test histograms of scores.
+
+They are exact while the bins suffice, do not depend on the order of merging, and stay close to
+exact beyond that.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def logistic(x: np.ndarray) -> np.ndarray:
 
 
 def made(name: str, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of one kind, and failures that they tell to some degree."""
+    """Return scores of one kind, and failures that the scores partly predict."""
     rng = np.random.default_rng(seed)
     failure = rng.random(n) < 0.3
     kinds = {
@@ -88,7 +90,7 @@ def test_few_distinct_scores_are_exact_in_every_metric(n: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_partition_in_any_order_gives_the_same(data: st.DataObject) -> None:
-    """With few bins allowed, so that levels differ between the parts."""
+    """Few bins are allowed, so the levels differ between the parts."""
     n = data.draw(st.integers(1, 60))
     u = np.array(data.draw(st.lists(scores, min_size=n, max_size=n)))
     failure = np.array(data.draw(st.lists(st.integers(0, 1), min_size=n, max_size=n)))
@@ -105,7 +107,7 @@ def test_any_partition_in_any_order_gives_the_same(data: st.DataObject) -> None:
     assert same_histogram(left, whole)
     assert (whole.n, whole.n_failures) == (n, failure.sum())
     assert len(whole.bins) <= max_bins
-    # The smallest level that will do: one bit more would be too many bins.
+    # The level is the smallest possible: with one bit more there would be too many bins.
     if whole.level:
         assert len(np.unique(codes_of_scores(u) >> (whole.level - 1))) > max_bins
 
@@ -135,16 +137,16 @@ def test_close_to_exact_beyond_the_bins(kind: str, n: int, bins: int) -> None:
         assert set(error.values()) == {0.0}
         return
     assert not found.exact
-    # Pairs of one bin count half instead of 0 or 1.
+    # Pairs in one bin count half instead of 0 or 1.
     assert error["auroc"] <= found.tied_pairs / 2 + 1e-12
     assert error["auroc"] <= 1e-6
     assert error["fpr95"] <= 1e-3
-    # Any other metric moves by at most what a bin holds, on either side of a threshold.
+    # Any other metric moves by at most a bin's content, on either side of a threshold.
     largest = (counts.size / n).max()
     for name in ("augrc", "aurc", "risk_at_coverage_0.8"):
         assert error[name] <= 2 * largest, name
     if u.min() >= 0 and u.max() <= 1:
-        # Every score moves by at most half the width of its bin: half of 2^(level - 52) of its
+        # Every score moves by at most half its bin's width. The width is 2^(level - 52) of its
         # octave.
         assert error["brier"] <= 2 * 2.0 ** (found.level - 53)
     assert f"{52 - found.level} bits" in str(found.note)
@@ -159,7 +161,7 @@ def test_the_value_of_a_bin_is_in_it_and_within_the_scores() -> None:
 
 
 def test_zero_and_one_share_no_bin_with_what_is_below() -> None:
-    """Saturated probabilities stay apart from those that are almost so, however coarse the bins."""
+    """Saturated probabilities stay apart from nearly saturated ones in bins of any width."""
     u = np.array([-1e-9, 0.0, 1e-300, 1 - 2.0**-53, 1.0])
     for level in range(53):
         bins = codes_of_scores(u) >> level
@@ -179,7 +181,7 @@ def test_intervals_are_those_of_the_bootstrap_over_rows(kind: str, groups: int) 
     for name in names:
         assert found[name].value == pytest.approx(rows[name].value, abs=1e-12)
         # The 2.5 % quantile of R normal values has standard error sigma sqrt(.025 * .975 / R) /
-        # .0584, and two such are compared; four of their standard deviations.
+        # .0584. Two such quantiles are compared, and four standard deviations are allowed.
         sigma = (rows[name].ci_high - rows[name].ci_low) / (2 * 1.96)
         tolerance = 4 * math.sqrt(2) * sigma * math.sqrt(0.025 * 0.975 / r) / 0.0584
         assert found[name].ci_low == pytest.approx(rows[name].ci_low, abs=tolerance), name
@@ -204,7 +206,7 @@ def test_resamples_keep_the_numbers_of_both_classes() -> None:
         seen.append(np.stack([np.atleast_1d(counts.n_correct), np.atleast_1d(counts.n_wrong)]))
         return np.zeros(counts.n.shape)
 
-    most = bootstrap.MAX_RESAMPLED_CELLS // 1000  # resamples that are held at a time
+    most = bootstrap.MAX_RESAMPLED_CELLS // 1000  # resamples that are held at one time
     n_resamples = 2 * most + 2
     counts = Histogram.of(u, failure)
     intervals_of(counts, {"spy": spy}, n_resamples=n_resamples, confidence=0.95, seed=0)
@@ -228,7 +230,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_aurc_of_more_rows_than_the_table_of_harmonic_numbers() -> None:
-    """Against the sum itself: mean over i of (wrong among the first i) / i."""
+    """The reference is the sum itself: the mean over i of (wrong among the first i) / i."""
     u, failure = made("entropy", 200_000)
     sorted_failure = failure[np.argsort(u)]
     i = np.arange(1, len(u) + 1)

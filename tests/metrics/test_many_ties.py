@@ -1,5 +1,6 @@
-"""A hundred million equal scores:
-as counts here, as rows with ``python -m tests.metrics.test_many_ties``.
+"""Test a hundred million equal scores as counts.
+
+``python -m tests.metrics.test_many_ties`` runs them as rows.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ N = 10**8
 EXPECTED = {"auroc": 0.5, "aurc": 0.1, "fpr95": 0.95, "aupr_success": 0.9, "aupr_failure": 0.1}
 EXPECTED["excess_aurc"] = 0.1 - (
     0.1 + 0.9 * math.log(0.9)
-)  # Geifman et al. (2019): the best curve of 10 % wrong answers
+)  # Geifman et al. (2019): the best curve with 10 % wrong answers
 
 
 def test_a_hundred_million_equal_scores_as_counts() -> None:
-    """No product of two counts leaves int64, and every tie is one operating point:
-    the curves are straight.
+    """No product of two counts may overflow int64.
+
+    All equal scores are one operating point, so the curves are straight.
     """
     few, many = (
         TieCounts(np.array([0.3]), *(np.array([n * k]) for k in (9, 1))) for n in (10_000, N // 10)

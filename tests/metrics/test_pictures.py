@@ -1,4 +1,4 @@
-"""Intervals of rows of which several show one picture."""
+"""Test intervals where several rows show one picture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vilu.metrics import bootstrap_interval, paired_bootstrap
 from vilu.metrics.bootstrap import MAX_GROUPS, bootstrap_intervals
 from vilu.metrics.catalog import METRICS
 
-# AURC averages over the orders of equal scores, so that its value itself is another for repeats
+# AURC averages over the orders of equal scores, so repeats change its value
 SHARES = (
     "auroc",
     "fpr95",
@@ -42,7 +42,7 @@ def test_a_set_that_stands_several_times_has_its_interval(n: int, times: int) ->
         n_resamples=100,
         picture=np.tile(np.arange(n), times),
     )
-    for name in SHARES:  # the same draws; what is added up is rounded otherwise
+    for name in SHARES:  # the draws are the same, but the sums round in another way
         assert several[name] == pytest.approx(once[name], abs=1e-12), name
 
 
@@ -66,9 +66,9 @@ def test_a_comparison_of_repeated_rows_is_that_of_the_rows() -> None:
 
 @pytest.mark.parametrize("n", [200, MAX_GROUPS + 500])
 def test_answers_about_one_picture_are_drawn_together(n: int) -> None:
-    """By hand: the interval of the Brier score of pairs is about that of means over pictures.
+    """By hand: the Brier interval over pairs is about the interval over picture means.
 
-    Half of the pictures have answers of both kinds, so no stratum fixes the number of wrong ones.
+    Half the pictures have right and wrong answers, so no stratum fixes the number of wrong ones.
     """
     rng = np.random.default_rng(0)
     score = rng.random((n, 2)).round(3)
@@ -81,5 +81,5 @@ def test_answers_about_one_picture_are_drawn_together(n: int) -> None:
     kinds = [failure.sum(axis=1) == number for number in range(3)]
     variance = sum(means[kind].var() * kind.sum() for kind in kinds) / n**2
     assert found.value == pytest.approx(means.mean())
-    # of 2,000 resamples a quantile at 2.5 % has a standard error of 6 %, for each of two ends
+    # with 2,000 resamples, a 2.5 % quantile has a standard error of 6 % at each end
     assert found.ci_high - found.ci_low == pytest.approx(2 * 1.96 * variance**0.5, rel=0.15)

@@ -266,7 +266,7 @@ def test_compare_refuses_other_rows() -> None:
     a = sample(ids=[f"image {i}" for i in range(200)])
     assert (
         compare(a, other_scores(a, ids=None), n_resamples=10).n == 200
-    )  # ids are checked where both have them
+    )  # ids are checked if both have them
     with pytest.raises(ProvenanceError, match="Row 0 is 'image 0' in one and 'x' in the other"):
         compare(a, other_scores(a, ids=["x", *a.ids[1:]]))
     failure = a.failure.copy()

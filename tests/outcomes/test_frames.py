@@ -1,4 +1,4 @@
-"""Outcomes as text, as tables of pyarrow and pandas, and several outcomes as one."""
+"""Test outcomes as text, as pyarrow and pandas tables, and several outcomes combined into one."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ def test_text_and_numbers_survive_both_formats(
 
 
 def test_a_csv_of_several_megabytes_may_have_line_breaks_in_its_text(tmp_path: Path) -> None:
-    # the reader cuts a file into blocks of one megabyte; a cut inside a text must not end the row
+    # The reader cuts a file into blocks of one megabyte. A cut inside a text must not end the row.
     n = 7000
     ids = ["\n".join(f"{row} {line}" for line in range(50)) for row in range(n)]
     Outcomes(np.arange(n), np.zeros(n), ids=ids).save(tmp_path / "a.csv")
@@ -291,7 +291,7 @@ def test_parquet_of_other_programs(tmp_path: Path) -> None:
 
 
 def ood_rows() -> Outcomes:
-    """Right, wrong, of none of the classes, of none and without a score, unknown."""
+    """Return five rows: right, wrong, outside the classes, outside without a score, and unknown."""
     return Outcomes(
         [0.1, 0.5, 0.9, math.nan, 0.3],
         [0, 1, 1, -1, -1],
@@ -372,7 +372,7 @@ def test_rows_are_taken_by_places_or_a_mask_and_nothing_else() -> None:
             full().take(rows)
 
 
-LARGE = 2**63 - 1  # float64 cannot tell it from the number before it
+LARGE = 2**63 - 1  # float64 cannot tell this number from the number before it
 
 
 def pictured() -> Outcomes:

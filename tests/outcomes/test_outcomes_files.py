@@ -1,6 +1,4 @@
-"""Outcomes read from files that other programs, or nobody sane, wrote:
-a sentence and the right error for each.
-"""
+"""Test that outcome files from other programs, or damaged ones, give a clear message and error."""
 
 from __future__ import annotations
 
@@ -79,7 +77,7 @@ def test_any_bytes_are_a_data_error(
 
 
 def parquet(path: Path, metadata: bytes) -> None:
-    """A table with these metadata; sealed where they are an object."""
+    """Write a table with these metadata. If the metadata are an object, add its digest."""
     table = pa.table({"uncertainty": [0.1], "failure": [1], "key": ["a"]})
     if metadata.startswith(b'{"'):
         content = json.loads(metadata)

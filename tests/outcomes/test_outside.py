@@ -1,5 +1,6 @@
-"""Three questions where some pictures are of none of the classes:
-is it, is the answer wrong within, and either.
+"""Test the three questions about failures if some pictures are out of distribution.
+
+The questions are: out of distribution, wrong within the classes, and either.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ QUESTIONS = ("auroc", "fpr95", "auroc_within", "fpr95_within", "auroc_outside", 
 
 
 def by_hand() -> Outcomes:
-    """Three right answers, one wrong one, two pictures of none of the classes,
-    one that nobody knows.
-    """
+    """Return seven rows: three right, one wrong, two out of distribution, and one unknown."""
     return Outcomes(
         [0.1, 0.2, 0.3, 0.25, 0.4, 0.15, 0.2],
         [0, 0, 0, 1, 1, 1, -1],
@@ -33,7 +32,7 @@ def by_hand() -> Outcomes:
 
 
 def many(seed: int = 0, n: int = 900, digits: int = 1) -> Outcomes:
-    """A fifth outside, a quarter of the rest wrong; the scores tie."""
+    """Return rows with tied scores. A fifth are outside, and a quarter of the others are wrong."""
     rng = np.random.default_rng(seed)
     outside = rng.random(n) < 0.2
     failure = (outside | (rng.random(n) < 0.25)).astype(int)
@@ -42,7 +41,7 @@ def many(seed: int = 0, n: int = 900, digits: int = 1) -> Outcomes:
 
 
 def test_three_questions_by_hand() -> None:
-    """Pairs in the right order: both 2 + 3 + 1 of 9, within 2 of 3, outside 4 + 1 of 8."""
+    """Pairs in the right order: both (2 + 3 + 1) / 9, within 2 / 3, outside (4 + 1) / 8."""
     with pytest.warns(UserWarning, match="only 1 wrong answers within the classes; and 1 more"):
         table = evaluate(by_hand(), n_resamples=0)
     assert table.value("auroc") == pytest.approx(6 / 9)
@@ -59,8 +58,9 @@ def test_three_questions_by_hand() -> None:
 
 
 def reference(uncertainty: NDArray[np.float64], positive: NDArray[np.int64]) -> tuple[float, float]:
-    """AUROC of the uncertainty;
-    and, with the others as positives, the share of these at 95 % of those.
+    """Return scikit-learn's AUROC and FPR95.
+
+    FPR95 counts accepted positive rows if 95 % of the others are accepted.
     """
     fpr, tpr, _ = roc_curve(1 - positive, -uncertainty, drop_intermediate=False)
     return roc_auc_score(positive, uncertainty), float(np.interp(0.95, tpr, fpr))
@@ -83,7 +83,7 @@ def test_three_questions_against_scikit_learn(digits: int) -> None:
         assert row.ci_low < row.value < row.ci_high
         assert (
             row.ci_high - row.ci_low < 0.35
-        )  # 180 pictures of none, 180 wrong ones: a standard error below 0.05
+        )  # 180 pictures outside and 180 wrong answers: a standard error below 0.05
     assert (table.rows[0].n, table.rows[0].n_outside) == (900, outside.sum())
 
 

@@ -1,5 +1,6 @@
-"""Rows that show one picture:
-told, and resampled together, in memory, in folders, in reports and in comparisons.
+"""Test rows that show one picture: they are reported, and resampled together.
+
+This holds in memory, in folders, in reports and in comparisons.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def test_repeats_are_told_and_do_not_narrow_an_interval(tmp_path: Path) -> None:
         scores = vilu.score(predictor, repeated(data, times))
         with pytest.warns(UserWarning, match=SAID.format(400 * times, "mcm", 400)):
             table = vilu.evaluate(scores, metrics=METRICS, n_resamples=200)
-        # equal but for the order in which products are summed in blocks of another size
+        # Equal up to rounding, because blocks of another size sum products in another order.
         assert ends(table) == pytest.approx(ends(once), abs=1e-6)
         row = table.rows[0]
         assert (row.n, row.n_pictures) == (400 * times, 400)
@@ -137,7 +138,8 @@ def test_a_page_counts_pictures() -> None:
     assert "These 2,000 rows show 400 pictures." in pages[1]
     assert "rows show" not in pages[0]
     intervals = [re.findall('<span class="interval">[^<]*</span>', page) for page in pages]
-    # the last are of failures of four classes, and of failures among what is accepted of them
+    # The last intervals belong to failures in four classes, and to failures among their accepted
+    # answers.
     assert intervals[1][-8:] == intervals[0][-8:]
 
 
@@ -167,7 +169,7 @@ def test_a_large_fit_tells_repeated_rows_from_a_sample(
     assert caplog.text == ""
     vilu.PREDICTORS["mcm_ts"]().fit(repeated(data, 2))
     (number,) = re.findall(rf"the {2 * n:,} training rows have only about ([\d,]+)", caplog.text)
-    # the estimate of a bottom-k sketch has a standard error of 1 / sqrt(k)
+    # the estimate from a bottom-k sketch has a standard error of 1 / sqrt(k)
     assert int(number.replace(",", "")) == pytest.approx(n, rel=5 / MAX_HASHES**0.5)
 
 

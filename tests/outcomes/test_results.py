@@ -259,7 +259,7 @@ def test_mean_over_seeds() -> None:
     mean = table().mean_over_seeds()
     row = mean.filter(method="vilu", metric="auroc").rows[0]
     assert row.value == pytest.approx(0.85)
-    sd = math.sqrt(2 * 0.05**2)  # of 0.9 and 0.8, with n - 1
+    sd = math.sqrt(2 * 0.05**2)  # the deviation between 0.9 and 0.8, with n - 1
     assert (row.ci_low, row.ci_high) == pytest.approx((0.85 - sd, 0.85 + sd))
     assert row.interval == "mean of 2 seeds, one standard deviation"
     assert row.seed is None

@@ -1,5 +1,7 @@
-"""Model cards:
-facts against the data that a predictor was fitted on, and names that try to be more than names.
+"""Test model cards.
+
+Their facts must match the data that a predictor was fitted on. Names with markup must be shown as
+text.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ EVIL = 'x`` ---\n# owned\n<script>alert(1)</script> | `` \x1b[31m {{ "a": *b }} 
 
 
 def parts(card: str) -> tuple[dict[str, object], str]:
-    """The YAML of a card, and what follows."""
+    """Return a card's YAML header and its body."""
     empty, header, body = card.split("---\n", 2)
     assert empty == ""
     return yaml.safe_load(header), body
@@ -82,8 +84,10 @@ def test_names_stay_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["plain", "`", "a``b`", "``", " ", "", "`a", "a\nb", "<b>|*_"])
 def test_a_code_span_shows_its_text(text: str) -> None:
-    """By CommonMark 6.1: a span ends at a run of as many backticks;
-    one space goes at both ends, unless all are.
+    """A code span must show its text.
+
+    In CommonMark 6.1 a span ends at a run with as many backticks as its start. One space goes at
+    both ends, unless all characters are spaces.
     """
     span = code_span(text)
     fence = re.match("`+", span).group()
@@ -131,7 +135,7 @@ def test_a_guarantee_is_told_once_it_is_there_and_not_of_another_fit(tmp_path: P
     for key in risk.keys() & GUARANTEE_FACTS.keys():
         assert f"{GUARANTEE_FACTS[key]}: {code_span(risk[key])}" in card
     assert '"a"' not in card
-    KNNVote().fit(data).save(tmp_path)  # risk.json is that of the first
+    KNNVote().fit(data).save(tmp_path)  # risk.json belongs to the first fit
     card = (tmp_path / "README.md").read_text()
     assert "at most 5" not in card
     assert "classes that it was fitted on and no others" in card

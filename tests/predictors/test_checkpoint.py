@@ -1,4 +1,4 @@
-"""Training that was interrupted, and goes on as if it had not been."""
+"""Test that interrupted training goes on as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from vilu.predictors.vilu.vilu import ViLU
 from vilu.progress import reporting
 from vilu_bench.methods.ensembles import DeepEnsemble, MCDropout
 
-STEPS = 5  # 297 of 330 rows, in batches of 64
+STEPS = 5  # 297 of 330 rows, with batch size 64
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* among")
 
@@ -57,7 +57,7 @@ CASES = {
     "patience": (lambda: ViLU(**QUICK | {"epochs": 12}, patience=1), lambda: toy_embeddings(n=330)),
     "no momentum": (lambda: ViLU(**QUICK, momentum=0.0), lambda: toy_embeddings(n=330)),
 }
-"""Predictor and data of a training run."""
+"""Each case has a function for the predictor and a function for the data."""
 
 
 def interrupted(predictor: HeadPredictor, data: object, folder: Path, steps: int) -> None:
@@ -91,16 +91,15 @@ def test_resuming_twice_and_after_the_end(case: str, tmp_path: Path) -> None:
     interrupted(make(), data, tmp_path, 6)
     with suppress(Stop), reporting(Brake(9, stop)), checkpointing(tmp_path, resume=True):
         make().fit(data)
-    for _ in range(2):  # the second time there is nothing left to do
+    for _ in range(2):  # the second time nothing is left to do
         with checkpointing(tmp_path, resume=True):
             assert_same(make().fit(data), undisturbed)
 
 
 def test_members_of_an_ensemble_are_runs_of_their_own(tmp_path: Path) -> None:
     data, values = toy_embeddings(n=330), {**QUICK, "members": 3}
-    interrupted(
-        DeepEnsemble(**values), data, tmp_path, STEPS * 3 - 1
-    )  # a reporter counts each member's steps
+    # A reporter counts each member's steps.
+    interrupted(DeepEnsemble(**values), data, tmp_path, STEPS * 3 - 1)
     with checkpointing(tmp_path, resume=True) as session:
         again = DeepEnsemble(**values).fit(data)
         assert [path.name for path in session.run_folders()] == ["run_0", "run_1", "run_2"]
@@ -109,8 +108,10 @@ def test_members_of_an_ensemble_are_runs_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """SIGKILL between steps, and between the syncs of a checkpoint:
-    tensors (0, 1) and record (2, 3), one an epoch.
+    """A killed run must resume to the same bits.
+
+    SIGKILL comes between steps, or between a checkpoint's syncs: tensors (0, 1) and record (2, 3),
+    one checkpoint per epoch.
     """
     points = [
         "step-0",
@@ -147,7 +148,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.fixture
 def stopped(tmp_path: Path) -> Path:
-    """Checkpoints of the first two epochs of the case "classes"."""
+    """Return a folder with checkpoints for the first two epochs in the case "classes"."""
     interrupted(CASES["classes"][0](), toy_embeddings(n=330), tmp_path, 2 * STEPS + 1)
     return tmp_path
 
@@ -243,7 +244,7 @@ def test_a_checkpoint_of_something_else_is_refused(
 
 @pytest.mark.parametrize("case", ["classes", "pools"])
 def test_a_checkpoint_of_other_texts_is_refused(case: str, tmp_path: Path) -> None:
-    """Texts so near that every answer stays as it is."""
+    """Changed texts must be noticed even if every answer stays as it is."""
     make, data, other = CASES[case][0], CASES[case][1](), CASES[case][1]()
     other.text = torch.nn.functional.normalize(other.text + 1e-5 * torch.eye(16)[3], dim=1)
     interrupted(make(), data, tmp_path, 7)
@@ -312,7 +313,9 @@ def small_trainer() -> HeadTrainer:
     ["missing", "shape", "dtype", "momentum", "no momentum", "epoch", "history", "nan"],
 )
 def test_tensors_that_do_not_fit_are_refused(broken: str, tmp_path: Path) -> None:
-    """Whole files of the same run, of another version of the code."""
+    """Tensors must be refused if another code version wrote them, although their files are whole
+    and the run is the same.
+    """
     trainer = small_trainer()
     saver = FolderCheckpointSaver(tmp_path, {}, World())
     trainer.saver = saver
@@ -377,7 +380,10 @@ def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
 
 
 class QueueGroup(Group):
-    """One of two processes, here threads; what the leading one broadcasts goes through a queue."""
+    """Stand for one of two processes, which are threads here.
+
+    The leader's broadcast goes through a queue.
+    """
 
     def __init__(self, rank: int, sent: Queue[bytes]) -> None:
         super().__init__(rank, 2, torch.device("cpu"))
@@ -391,7 +397,7 @@ class QueueGroup(Group):
 
 
 def test_all_processes_raise_the_error_of_the_leading_one(tmp_path: Path) -> None:
-    (tmp_path / "run").touch()  # a file where the folder of checkpoints should be
+    (tmp_path / "run").touch()  # a file where the checkpoint folder should be
     state = Checkpoint({"epoch": 1}, {})
     sent: Queue[bytes] = Queue()
 
@@ -419,7 +425,7 @@ def test_all_processes_raise_the_error_of_the_leading_one(tmp_path: Path) -> Non
 
 def test_only_the_leading_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group(1, 2, torch.device("cpu"))
-    monkeypatch.setattr(group, "broadcast", lambda data: data)  # the leading one has no error
+    monkeypatch.setattr(group, "broadcast", lambda data: data)  # the leader has no error
     saver = FolderCheckpointSaver(tmp_path / "run", {}, group)
     saver.save(lambda: pytest.fail("made what is not written"))
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Checkpoints of the reference implementation: converted, or refused without executing anything."""
+"""Test that checkpoints from the reference implementation are converted, or refused unexecuted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ DATA = Path(__file__).parents[1] / "data"
 
 
 def checkpoint(path: Path, file: str, prefix: str) -> np.lib.npyio.NpzFile:
-    """A checkpoint in the shape of a released one, numpy scalars included."""
+    """Write a checkpoint in the shape of a released one, numpy scalars included.
+
+    Return the arrays that it was made from.
+    """
     z = np.load(DATA / f"vilu_head_{file}.npz")
     state = {
         key.removeprefix(f"{prefix}/param/"): torch.tensor(z[key])
@@ -37,7 +40,7 @@ def test_logits_are_reproduced(file: str, prefix: str, tmp_path: Path) -> None:
     predictor = vilu.convert_official(tmp_path / "head.ckpt", scale, embed_dim=dim)
     data = Embeddings(z["image"], z["text"], target=z["label"], logit_scale=scale)
     expected = 1 / (1 + np.exp(z[f"{prefix}/confidence_logit"].astype(np.float64)))
-    # 1e-5 of a logit moves a probability by at most a quarter of that.
+    # An error of 1e-5 in a logit moves a probability by at most a quarter of that.
     np.testing.assert_allclose(predictor.predict_uncertainty(data), expected, atol=2.5e-6)
     predictor.save(tmp_path / "predictor")
     assert np.array_equal(
@@ -59,7 +62,10 @@ def test_kind_of_head_is_read_off_the_weights(tmp_path: Path) -> None:
 
 
 def test_projections_that_were_frozen_become_the_identity(tmp_path: Path) -> None:
-    """The reference passes embeddings by a frozen projection, while weight decay shrinks it."""
+    """The converted projections must be the identity.
+
+    The reference passes embeddings by a frozen projection, while weight decay shrinks its weights.
+    """
     z = checkpoint(tmp_path / "head.ckpt", "d24", "attention1_caption1")
     content = torch.load(tmp_path / "head.ckpt", weights_only=False)
     for name in ("in_proj_v.weight", "in_proj_t.weight"):
@@ -73,7 +79,7 @@ def test_projections_that_were_frozen_become_the_identity(tmp_path: Path) -> Non
 
 
 class Payload:
-    """What a malicious pickle does when it is opened."""
+    """Touch a file when a pickle with this object is opened, as malicious code would."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -94,7 +100,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, wrap: str) ->
         DataError, match=r"refused, nothing in it was executed: it asks for .*only tensors"
     ) as refused:
         vilu.convert_official(path)
-    assert "weights_only" not in str(refused.value)  # torch's advice on how to have it executed
+    assert "weights_only" not in str(refused.value)  # torch advises this to have the file executed
     assert "load" not in str(refused.value)
     assert not marker.exists()
     # The payload is real: an unrestricted load would run it.
@@ -134,8 +140,9 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.data
 def test_a_released_checkpoint(shared: Path) -> None:
-    """Visual-only, D = 512, hidden (512, 256, 128);
-    its logits equal a plain evaluation of its layers.
+    """The converted head must equal a plain evaluation of its layers.
+
+    The checkpoint is visual-only, with D = 512 and hidden (512, 256, 128).
     """
     path = shared / "golden" / "lvu_cifar10.ckpt"
     predictor = vilu.convert_official(path)

@@ -1,5 +1,6 @@
-"""Training by several processes:
-the same weights whatever their number, and the same on all of them.
+"""Test training by several processes.
+
+The weights must be the same for any number of processes, and on all processes.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def by_hand(folder: Path, *program: str) -> list[str]:
-    """Two processes, with the variables that torchrun would set; returns what they print."""
+    """Start two processes with the variables that torchrun would set. Return what they print."""
     port = str(free_port())
     started = [
         subprocess.Popen(
@@ -78,7 +79,7 @@ def by_hand(folder: Path, *program: str) -> list[str]:
 
 
 def by_torchrun(folder: Path) -> None:
-    """Four processes."""
+    """Start four processes with torchrun."""
     command = [
         sys.executable,
         "-m",
@@ -107,9 +108,10 @@ def by_torchrun(folder: Path) -> None:
 def test_the_number_of_processes_does_not_matter(
     size: int, start: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    """1 x 64 = 2 x 32 = 4 x 16: a few float32 roundings of weights near one, over a dozen steps.
+    """1 x 64, 2 x 32 and 4 x 16 rows a step must give the same weights.
 
-    A group that was stopped and resumed ends with the very bits of one that was not.
+    The weights are near one and differ by a few float32 roundings, over a dozen steps. A group that
+    was stopped and resumed must end with the same bits as one that was not.
     """
     alone = ddp_worker.run(World(), tmp_path / "alone")
     start(tmp_path)
@@ -120,9 +122,8 @@ def test_the_number_of_processes_does_not_matter(
         assert found.keys() == alone.keys()
         for key in found:
             np.testing.assert_allclose(found[key], alone[key], rtol=1e-6, atol=1e-6, err_msg=key)
-            assert np.array_equal(found[key], ranks[0][key]), (
-                key
-            )  # all processes hold the same bits
+            # All processes hold the same bits.
+            assert np.array_equal(found[key], ranks[0][key]), key
             assert np.array_equal(found[key], found[key.replace("resumed/", "classes/")]), key
 
 
@@ -152,12 +153,15 @@ with world(timeout=60):
 
 @pytest.mark.slow
 def test_an_error_of_the_leading_process_reaches_the_others(tmp_path: Path) -> None:
-    """They ended with "connection closed by peer", or waited until the time was over."""
+    """The other processes must fail with the same error.
+
+    Before, they ended with "connection closed by peer", or waited until the time was over.
+    """
     cannot_name = tmp_path / "0"
     (cannot_name / "fit.txt").mkdir(parents=True)
     cannot_save = tmp_path / "1"
     cannot_save.mkdir()
-    (cannot_save / "run_0").touch()  # a file where the folder of checkpoints should be
+    (cannot_save / "run_0").touch()  # a file where the checkpoint folder should be
     cannot_read = tmp_path / "2"
     (cannot_read / "run_0").mkdir(parents=True)
     (cannot_read / "run_0" / "00000001.json").write_text("{")

@@ -1,4 +1,4 @@
-"""Heads that begin from fitted weights, and a few labels of every class."""
+"""Test heads that begin from fitted weights, and draws with a few labels from every class."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ WITH_A_HEAD = [name for name, cls in vilu.PREDICTORS.items() if issubclass(cls, 
 
 @pytest.mark.parametrize("method", WITH_A_HEAD)
 def test_training_begins_with_the_fitted_weights(method: str, few) -> None:
-    """With a learning rate of nearly nothing they do not move; a new head is elsewhere."""
+    """If the learning rate is almost zero, the fitted weights must not move.
+
+    A new head starts elsewhere.
+    """
     first = fitted(method)
     again = start_from_fitted(PREDICTORS[method], first, {"learning_rate": 1e-12, "epochs": 1}).fit(
         few
@@ -44,7 +47,7 @@ def test_training_begins_with_the_fitted_weights(method: str, few) -> None:
     new = PREDICTORS[method](**{**QUICK, "learning_rate": 1e-12, "epochs": 1, "seed": 1}).fit(few)
     before, after, other = first.state(), again.state(), new.state()
     assert before.keys() == after.keys()
-    # a float32 rounding of the weight decay's step; a new head is an initialisation away
+    # The weight decay's step may round a weight in float32. A new head is an initialisation away.
     assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-6) for name in before)
     assert not all(torch.allclose(before[name], other[name], rtol=0, atol=1e-2) for name in before)
     assert first.state().keys() == before.keys()
@@ -145,8 +148,10 @@ def test_shots_are_so_many_usable_labelled_rows_of_every_class(n: int) -> None:
 
 
 def test_every_row_of_a_class_is_as_likely_as_any_other() -> None:
-    """10 rows in 2 classes, 2 of 5 each:
-    over 2,000 seeds a row comes 800 times, with a deviation of 22.
+    """Every row must be equally likely.
+
+    A draw takes 2 of 5 rows from each class. Over 2,000 seeds a row comes 800 times, with a
+    deviation of 22.
     """
     data = toy_embeddings(n=10, k=2)
     data.target[:] = torch.arange(10) % 2
@@ -156,7 +161,7 @@ def test_every_row_of_a_class_is_as_likely_as_any_other() -> None:
 
 def test_a_class_with_fewer_rows_gives_all_it_has() -> None:
     data = toy_embeddings(n=40)
-    data.target[:] = torch.arange(40) % 3  # none of 3 and 4
+    data.target[:] = torch.arange(40) % 3  # classes 3 and 4 have no rows
     data.target[39] = 3  # class 0 had 14, class 1 and 2 have 13
     with pytest.warns(
         UserWarning, match=r"2 of 5 classes have fewer than 13 labelled rows \(the fewest: 0\)"

@@ -1,4 +1,4 @@
-"""The sample of a fit's images: what is kept, where it goes, and what damage to it leads to."""
+"""Test the image sample that a fit keeps: its content, its files, and damage to it."""
 
 from __future__ import annotations
 

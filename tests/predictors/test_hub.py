@@ -1,4 +1,6 @@
-"""Push and pull: through a hub on this machine with the hub's own client, and through folders."""
+"""Test push and pull, through a hub on this machine with the hub's own client, and
+through folders.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ def names(folder: Path) -> set[str]:
 
 @pytest.fixture
 def predictor(tmp_path: Path) -> Path:
-    """A saved one, with files beside it that are nobody's business."""
+    """Return a folder with a saved predictor, and with private files that must not travel."""
     folder = tmp_path / "predictor"
     KNNVote(k=3).fit(toy_embeddings(40)).save(folder)
     (folder / "secrets.txt").write_text("mine")
@@ -68,8 +70,9 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What tells the hub's client, in this process and in others,
-    of this hub and of a cache of its own.
+    """Point the hub's client to this hub and to its own cache, here and in subprocesses.
+
+    Return the environment variables for subprocesses.
     """
     from huggingface_hub import constants
 
@@ -109,9 +112,8 @@ def test_a_predictor_goes_up_and_comes_down(
     sha, files = hub.find("lab/knn", "main")
     assert done.stdout.strip() == f"{hub.url}/lab/knn/commit/{sha}"
     made = hub.created[-1]
-    assert (
-        made["visibility"] == "private" if "visibility" in made else made["private"]
-    )  # as new or old clients say it
+    # Newer and older clients use different fields.
+    assert made["visibility"] == "private" if "visibility" in made else made["private"]
     of_calibration = {"risk.json", "calibration.parquet", "looks.json", "vocabulary.safetensors"}
     calibrated = OURS | of_calibration
     assert set(files) == calibrated | {"notes.txt", "evil.pkl"}
@@ -179,7 +181,7 @@ def test_a_folder_as_the_hub(
     assert names(tmp_path / "hub" / "knn") == OURS
     assert pull((tmp_path / "hub" / "knn").as_uri(), "here") == Path("here")
     assert vilu.load("here").k == 3
-    pull("./hub/knn", "here")  # the same again
+    pull("./hub/knn", "here")  # a second pull works, too
 
     MCM().fit(toy_embeddings(20)).save("other")
     for copy in (lambda: pull("./hub/knn", "other"), lambda: push("other", "./hub/knn")):
@@ -195,7 +197,7 @@ def test_a_folder_as_the_hub(
 
 
 def sealed(content: bytes, old: bytes, new: bytes) -> bytes:
-    """Another record, under a fingerprint that agrees."""
+    """Return a changed record whose fingerprint agrees."""
     record = json.loads(content.replace(old, new))
     del record["fingerprint"]
     return json.dumps({**record, "fingerprint": digest(record)}).encode()
@@ -268,8 +270,10 @@ def test_damaged_looks_are_not_placed(predictor: Path, tmp_path: Path) -> None:
 def test_a_failed_move_brings_the_old_one_back(
     interrupted: int | None, predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk refuses the second move,
-    or a Ctrl-C comes when the first or the second one is done.
+    """The old predictor must be there again if its replacement fails.
+
+    The disk refuses the second move, or a Ctrl-C comes after the first or second move. After the
+    second move the new predictor is there.
     """
     MCM().fit(toy_embeddings(20)).save(tmp_path / "here")
     rename, places = Path.rename, []
@@ -308,7 +312,7 @@ def test_what_kills_left_of_a_copy_goes_with_the_next_one_that_ends_well(
         (folder / "old").mkdir(parents=True)
     with pytest.raises(UsageError):
         pull(str(tmp_path / "nowhere"), tmp_path / "there" / "mine")
-    assert ours.is_dir()  # it may hold what was to be replaced
+    assert ours.is_dir()  # the folder may hold the predictor that was to be replaced
     pull(str(predictor), tmp_path / "there" / "mine")
     assert names(tmp_path / "there") == {"mine", others.name}
 
@@ -341,7 +345,7 @@ def test_a_folder_that_is_a_link_is_refused_both_ways(predictor: Path, tmp_path:
     with pytest.raises(UsageError, match=r"knn is a symbolic link.* Give the folder"):
         push(shelf / "knn", str(tmp_path / "hub"))
     assert names(tmp_path) == {"predictor", "shelf"}
-    (tmp_path / "mine").symlink_to(shelf)  # a link on the way there is the user's own
+    (tmp_path / "mine").symlink_to(shelf)  # a link higher in the path is the user's own
     (shelf / "knn").unlink()
     predictor.rename(shelf / "knn")
     assert pull(str(tmp_path / "mine" / "knn"), tmp_path / "here").is_dir()
@@ -351,7 +355,7 @@ def test_a_folder_that_is_a_link_is_refused_both_ways(predictor: Path, tmp_path:
 def test_a_link_that_is_put_there_during_the_copy_is_not_followed(
     what: str, predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the card is looked at it is a file; when it is opened a link has its place."""
+    """When the card is checked, it is a file. When it is opened, a link has replaced it."""
     other = tmp_path / "other"
     other.mkdir()
     (other / "README.md").write_text("sesame")

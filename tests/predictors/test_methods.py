@@ -1,4 +1,4 @@
-"""``vilu.methods``: every method by the name of its class, from the catalogue."""
+"""Test ``vilu.methods``: every method by its class name, from the catalogue."""
 
 from __future__ import annotations
 

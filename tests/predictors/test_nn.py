@@ -1,4 +1,4 @@
-"""Attention, losses and the training loop on their own."""
+"""Test attention, losses and the training loop on their own."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def make_head(seed: int = 0, **kwargs: object) -> FailureHead:
 @pytest.mark.parametrize("form", list(ATTENTION_CLASSES))
 @pytest.mark.parametrize("k", [3, 200])
 def test_attention_is_scaled_dot_product_attention(form: str, k: int) -> None:
-    """Against torch's own kernel, with fewer and with more candidates than rows."""
+    """Attention must equal torch's own kernel, with fewer and with more candidates than rows."""
     torch.manual_seed(0)
     module = ATTENTION_CLASSES[form](16)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_attention_is_scaled_dot_product_attention(form: str, k: int) -> None:
     expected = functional.scaled_dot_product_attention(
         batch.image @ query.T, text @ key.T, text @ value.T, scale=scale
     )
-    # float32 sums of 16 products of order one, in another order.
+    # These are float32 sums over 16 products near one, in another order.
     ours = module(batch.image, text, batch.logit_scale, torch.eye(16))
     assert torch.allclose(ours, expected, atol=2e-6)
 
@@ -98,9 +98,7 @@ def test_attention_is_scaled_dot_product_attention(form: str, k: int) -> None:
 def test_head_is_the_mlp_of_the_concatenation(
     k: int, attention: str | None, caption: bool, mcm: bool
 ) -> None:
-    """The reordered products give what the textbook form gives:
-    concatenate, then Linear and ReLU.
-    """
+    """The reordered products must give the textbook form: concatenate, then Linear and ReLU."""
     head, batch = (
         make_head(attention=attention, predicted_caption=caption, mcm=mcm),
         first_batch(k=k),
@@ -136,7 +134,7 @@ def test_official_attention_starts_as_the_zero_shot_posterior() -> None:
 
 @pytest.mark.parametrize("k", [3, 200])
 def test_a_batch_without_rows(k: int) -> None:
-    """The share of a process that has none: no logits, and gradients of zero."""
+    """If a process has no rows, its share must give no logits, and zero gradients."""
     head = make_head()
     logit = head(first_batch(k=k).rows(slice(0, 0)))
     assert logit.shape == (0,)
@@ -147,13 +145,15 @@ def test_a_batch_without_rows(k: int) -> None:
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_depth_is_configurable(depth: int) -> None:
     head = FailureHead(16, (8,) * depth)
-    assert sum(isinstance(m, torch.nn.Linear) for m in head.rest) == depth  # and the first layer
+    # The first layer is apart.
+    assert sum(isinstance(m, torch.nn.Linear) for m in head.rest) == depth
     assert head(first_batch()).shape == (64,)
 
 
 def test_published_size() -> None:
-    """951,297 parameters in the MLP at D = 512,
-    and 2 D^2 in the projections (counted in the released code).
+    """At D = 512 the MLP must have 951,297 parameters, and the projections 2 D^2.
+
+    The numbers were counted in the released code.
     """
     head = FailureHead(512)
     attention = sum(p.numel() for p in head.attention.parameters())
@@ -167,7 +167,7 @@ def test_adaptive_weight_is_finite_and_matches_the_formula_inside(rate: float) -
     assert weight + 1e-7 >= 0.05
     assert math.isfinite(weight)
     if 1e-5 < rate < 0.95:
-        # log(1 + N_s / N_f) with N_s = 1 - e, N_f = e; float32 logarithm.
+        # log(1 + N_s / N_f) has N_s = 1 - e and N_f = e. The logarithm is float32.
         assert weight == pytest.approx(math.log(1 + (1 - rate) / rate), rel=1e-5)
 
 
@@ -232,7 +232,10 @@ def trained(config: TrainConfig, head: FailureHead, data=None) -> FailureHead:
 
 
 def test_a_frozen_attention_does_not_move_at_all() -> None:
-    """No gradient, no decay, no momentum: the same bits after three epochs."""
+    """A frozen attention has no gradient, no decay and no momentum.
+
+    Its bits must be the same after three epochs.
+    """
     head = trained(dataclasses.replace(CONFIG, freeze_epochs=3), make_head())
     assert torch.equal(head.attention.image, torch.eye(16))
     assert torch.equal(head.attention.text, torch.eye(16))
@@ -263,7 +266,8 @@ def test_the_default_freeze_is_an_epoch_or_a_thousand_steps(
 
 @pytest.mark.parametrize(
     ("n_rows", "batch", "epochs"),
-    # 300 epochs at most, 1,400 steps twice, 35 epochs, 6,000 steps, ten epochs at least
+    # The limits are, in order: at most 300 epochs, 1,400 steps (twice), 35 epochs, 6,000 steps, and
+    # at least ten epochs.
     [
         (50, 32, 300),
         (640, 32, 70),
@@ -282,13 +286,15 @@ def test_default_lengths(n_rows: int, batch: int, epochs: int) -> None:
     ("steps", "epochs"), [(1, 300), (10, 30), (15, 20), (98, 20), (196, 11), (781, 10)]
 )
 def test_many_rows_need_fewer_epochs(steps: int, epochs: int) -> None:
-    """At least 300 steps and at most 2,000, but 20 epochs of few rows and 10 of many."""
+    """Training takes at least 300 steps and about 2,000 at most, but at least 20 epochs with few
+    rows and 10 with many.
+    """
     assert small_network_epochs(steps) == epochs
 
 
 @pytest.mark.slow
 def test_a_small_set_is_trained_in_small_steps() -> None:
-    """600 rows: steps of 32, for 1,400 steps."""
+    """600 rows must be trained in steps with 32 rows, for about 1,400 steps."""
     rows, config = (
         Rows(toy_embeddings(), torch.arange(600)),
         dataclasses.replace(CONFIG, epochs=None, batch_size=None),
@@ -323,7 +329,7 @@ def test_selection_keeps_the_best_epoch_and_patience_stops() -> None:
     assert aurocs[kept] >= allowed
     assert all(value < allowed for value in aurocs[kept + 1 :])
     assert len(aurocs) == 40 or len(aurocs) == kept + 4
-    # The weights are those of that epoch.
+    # The weights are from the kept epoch.
     logit = trainer.head(next(validation.batches(200))).detach().double().numpy()
     assert vilu.metrics.auroc(logit, next(validation.batches(200)).failure.numpy()) == aurocs[kept]
 
@@ -359,25 +365,26 @@ def test_answers_computed_once_are_those_of_the_rows() -> None:
             data.steps(6, rows=batch.index[3:9]),
         )
         for ours, fresh in zip(known, next(again).zero_shot, strict=True):
-            assert torch.allclose(
-                ours, fresh, atol=1e-5
-            )  # float32 sums of 16 products up to 20, in another block
+            # These are float32 sums over 16 products up to 20, in another block.
+            assert torch.allclose(ours, fresh, atol=1e-5)
+    # Another pool has another answer, so none is kept.
     assert (
         with_zero_shot_answers(Rows(toy_pairs(), torch.arange(64)), device, World()).answers is None
-    )  # another pool, another answer
+    )
 
 
 def test_standard_error_of_an_auroc() -> None:
-    """Against a simulation:
-    binormal scores whose AUROC is 0.8, with 40 failures and 60 successes.
+    """The formula must agree with a simulation.
+
+    Binormal scores have the AUROC 0.8, with 40 failures and 60 successes.
     """
     rng, shift = np.random.default_rng(0), math.sqrt(2) * 0.8416212
     failure = np.repeat([1, 0], [40, 60])
     draws = [
         vilu.metrics.auroc(rng.normal(size=100) + shift * failure, failure) for _ in range(2000)
     ]
-    # 2,000 draws know a standard deviation to 1.6 per cent; the formula's exponential model is good
-    # to about ten.
+    # 2,000 draws give a standard deviation to 1.6 per cent. The formula's exponential model is good
+    # to about ten per cent.
     assert auroc_standard_error(0.8, 40, 60) == pytest.approx(np.std(draws), rel=0.12)
     assert auroc_standard_error(1.0, 5, 5) == 0
 
@@ -391,8 +398,8 @@ def test_bf16_trains_to_about_the_same_scores() -> None:
     a, b = full(batch).detach(), half(batch).detach()
     assert a.dtype == b.dtype == torch.float32
     assert not torch.equal(a, b)
-    # bfloat16 keeps 8 bits, 0.4 % a product; over 36 steps the largest logits drift apart by a few
-    # of that.
+    # bfloat16 keeps 8 bits: 0.4 % a product. Over 36 steps the largest logits drift apart by a few
+    # times that.
     assert (a - b).abs().max() < 0.1 * a.abs().max()
     assert np.corrcoef(a, b)[0, 1] > 0.999
 
@@ -429,7 +436,10 @@ def test_too_few_rows_for_a_pool() -> None:
 
 
 def test_one_seed_gives_the_same_bytes_with_several_threads() -> None:
-    """The batches are so large that torch divides the work on them between the threads."""
+    """The bytes must be the same, although torch divides the work between threads.
+
+    Only large batches are divided.
+    """
     rng = np.random.default_rng(0)
     target = rng.integers(10, size=1500)
     image = np.eye(10, 512)[target] + 0.15 * rng.normal(size=(1500, 512))

@@ -1,5 +1,6 @@
-"""Exported graphs in onnxruntime against the predictors, on data with failures, ties,
-and any numbers of rows.
+"""Test exported graphs in onnxruntime against the predictors.
+
+The data have failures, ties and any number of rows.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ PREDICTORS = {
 
 
 def answers(path: Path, data: Embeddings, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """What onnxruntime makes of the first rows."""
+    """Return onnxruntime's answers for the first ``n`` rows."""
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     every = {
         "image": data.image,
@@ -57,7 +58,9 @@ def answers(path: Path, data: Embeddings, n: int) -> tuple[np.ndarray, np.ndarra
 
 
 def candidates(data: Embeddings) -> dict[str, torch.Tensor]:
-    """Other texts for the same images: in another order, fewer, foreign, many, twice the same."""
+    """Return other texts for the same images: in another order, fewer, foreign, many,
+    or repeated.
+    """
     foreign = torch.nn.functional.normalize(
         torch.randn(700, 16, generator=torch.Generator().manual_seed(3)), dim=1
     )
@@ -118,7 +121,10 @@ def test_onnxruntime_says_what_the_predictor_says(
 def test_the_outcome_outside_is_part_of_the_graph(
     examples: bool, tmp_path: Path, test: Embeddings
 ) -> None:
-    """Learned from everyday words, and from images of no class; scored with any number of words."""
+    """The outcome is learned from everyday words, or from out-of-distribution images.
+
+    The graph must agree with any number of words.
+    """
     data = toy_embeddings()
     if examples:
         data = variant(data, target=data.target.clone().index_fill(0, torch.arange(0, 600, 6), -2))
@@ -130,7 +136,7 @@ def test_the_outcome_outside_is_part_of_the_graph(
     features, words = (test.column(name, torch.arange(len(test))) for name in WORDS_TOO)
     without = ViLUPlus(**PLUS).fit(without_words(toy_embeddings()))
     for text in candidates(test).values():
-        for n_words in (2, 6, 10, len(words)):  # a quarter of six and of ten is rounded to even
+        for n_words in (2, 6, 10, len(words)):  # a quarter of 6 or 10 rounds to even
             columns = {"features": features, "negatives": words[:n_words]}
             new = Embeddings(test.image, text, space=predictor.space_, columns=columns)
             expected = predictor.predict_uncertainty(new)
@@ -142,7 +148,7 @@ def test_the_outcome_outside_is_part_of_the_graph(
         test.image, test.text, space=predictor.space_, columns={"features": features}
     )
     seen = predictor.predict_uncertainty(test) - without.predict_uncertainty(known)
-    assert np.abs(seen).max() > 0.01  # the outcome says something
+    assert np.abs(seen).max() > 0.01  # the outcome changes scores
 
 
 WORDS_TOO = ("features", "negatives")
@@ -156,7 +162,7 @@ def test_equal_texts_have_the_place_of_the_first() -> None:
 
 
 def test_large_logits_are_rounded_once(tmp_path: Path) -> None:
-    """A float32 just below 100 is within half an ulp, 4e-6, of the number that it stands for."""
+    """A logit just below 100 must be off by at most half a float32 ulp, 4e-6."""
     rng = np.random.default_rng(0)
     text = rng.normal(size=(200, 512)).astype(np.float32)
     text /= np.linalg.norm(text, axis=1, keepdims=True)

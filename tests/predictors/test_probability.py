@@ -1,6 +1,4 @@
-"""Probabilities of failure:
-every form against scikit-learn or a known truth, and the choice among them.
-"""
+"""Test failure probabilities: every form against scikit-learn or a known truth, and the choice."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ from vilu.predictors.contract.probability import (
 
 
 def sample(n: int, truth, seed: int = 0):
-    """Scores around zero, and failures with probability ``truth(score)``."""
+    """Return scores around zero, and failures with probability ``truth(score)``."""
     rng = np.random.default_rng(seed)
     score = rng.normal(0, 2, n)
     return score, (rng.random(n) < truth(score)).astype(np.int64)
@@ -44,9 +42,8 @@ def test_platt_is_logistic_regression_on_smoothed_targets() -> None:
     score, failure = sample(20_000, lambda s: special.expit(0.7 * s - 1))
     found = _fit("platt", score, failure)
     wrong, n = failure.sum(), len(failure)
-    target = np.where(
-        failure == 1, (wrong + 1) / (wrong + 2), 1 / (n - wrong + 2)
-    )  # each row on both sides, by its target
+    # Each row counts on both sides, by its target.
+    target = np.where(failure == 1, (wrong + 1) / (wrong + 2), 1 / (n - wrong + 2))
     plain = LogisticRegression(C=np.inf, tol=1e-10).fit(
         np.tile(score, 2)[:, None],
         np.repeat([1, 0], n),
@@ -68,7 +65,7 @@ def test_temperature_is_scikit_learns() -> None:
     score, failure = sample(20_000, lambda s: special.expit(s / 2.5))
 
     class Given(ClassifierMixin, BaseEstimator):
-        """A classifier whose log-odds are its input."""
+        """Classify with the input as log-odds."""
 
         def fit(self, X, y):
             self.classes_ = np.unique(y)
@@ -95,13 +92,14 @@ def test_beta_recovers_its_own_form() -> None:
     logs = lambda s: a * special.log_expit(s) - b * special.log_expit(-s) + c  # noqa: E731
     score, failure = sample(100_000, lambda s: special.expit(logs(s)))
     found = _fit("beta", score, failure)
-    # standard errors of the three are about 0.02 (from the Fisher information at these values)
+    # The three standard errors are about 0.02, from the Fisher information at these values.
     assert (*found.weights, found.intercept) == pytest.approx((a, b, c), abs=0.1)
 
 
 def test_beta_never_falls() -> None:
-    """A failure rate that falls again at high scores:
-    a part with a negative weight is left out, as Kull et al. do.
+    """If the failure rate falls again at high scores, the form must not fall.
+
+    A part with a negative weight is left out, as Kull et al. do.
     """
     score, failure = sample(20_000, lambda s: np.where(s < 2, special.expit(s), 0.1))
     found = _fit("beta", score, failure)
@@ -128,9 +126,10 @@ def test_isotonic_is_scikit_learns_within_its_ends() -> None:
     found = _fit("isotonic", score, failure)
     grid = np.linspace(-9, 9, 200)
     plain = IsotonicRegression(out_of_bounds="clip").fit(score, failure)
+    # The clipped ends bend the last lines.
     assert found(grid) == pytest.approx(
         plain.predict(grid).clip(1 / 3002, 1 - 1 / 3002), abs=1 / 3002
-    )  # ends bend the last lines
+    )
     assert np.isnan(found(np.array([np.nan]))[0])
 
 
@@ -141,11 +140,12 @@ def test_isotonic_is_scikit_learns_within_its_ends() -> None:
         (lambda s: special.expit(0.5 * s - 1.5), 3000, "platt"),
         (lambda s: 0.1 + 0.35 * (s > -1) + 0.5 * (s > 1), 6000, "isotonic"),
         (lambda s: 0.1 + 0.35 * (s > -1) + 0.5 * (s > 1), 600, "platt"),  # too few rows for steps
+        # Failures are so rare that there is nothing to choose by.
         (
             lambda s: special.expit(0.5 * s - 9),
             300,
             "temperature",
-        ),  # hardly a failure: nothing to choose by
+        ),
     ],
 )
 def test_the_form_follows_the_data(truth, n: int, form: str) -> None:
@@ -157,7 +157,10 @@ def test_the_form_follows_the_data(truth, n: int, form: str) -> None:
 
 
 def test_the_choice_is_by_held_out_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reported loss is that of rows left out: fits on the other nine folds, by hand."""
+    """The reported loss must come from rows left out.
+
+    The expected loss comes from fits on the other nine folds, by hand.
+    """
     score, failure = sample(400, special.expit)
     fits: list[np.ndarray] = []
     monkeypatch.setattr(
@@ -183,7 +186,7 @@ def test_separated_scores_and_one_kind_alone_stay_short_of_certainty() -> None:
     assert 0.9 < apart(np.array([3.0]))[0] < 1
     alone = fit_calibrator(score, np.zeros(100, dtype=np.int64), is_log_odds=False)
     assert alone(score).max() < 2 / 102
-    # Platt's target of a success is 1 / (N + 2), which a constant fits exactly
+    # Platt's target for a success is 1 / (N + 2). A constant fits this target exactly.
     assert alone(score) == pytest.approx(np.full(100, 1 / 102), rel=1e-2)
 
 
@@ -236,9 +239,8 @@ def test_a_score_becomes_a_probability(
         predictor.predict_failure_probability(test)
     predictor.calibrate_probability(calibration)
     probability = predictor.predict_failure_probability(test)
-    assert probability.mean() == pytest.approx(
-        vilu.score(predictor, test).failure.mean(), abs=0.06
-    )  # 3 sigma of 500 rows
+    # The tolerance is 3 sigma for 500 rows.
+    assert probability.mean() == pytest.approx(vilu.score(predictor, test).failure.mean(), abs=0.06)
     fingerprint = predictor.save(tmp_path)
     assert np.array_equal(vilu.load(tmp_path).predict_failure_probability(test), probability)
     assert vilu.Entropy().fit(train).save(tmp_path) != fingerprint
@@ -263,7 +265,8 @@ def test_the_bias_of_a_weighted_loss_is_removed(train: Embeddings, test: Embeddi
     assert regression.predict_failure_probability(test) == pytest.approx(
         regression.predict_uncertainty(test), abs=1e-12
     )
-    # as published the weight is -log e of a batch, whose e is that of the training set on average
+    # As published, the weight is -log e for each batch. On average e is the training set's failure
+    # rate.
     published = vilu.ViLU(**{**quick, "weighting": "batch"}).fit(train)
     e = published.notes_["n_failures"] / published.notes_["n_train"]
     shift = special.logit(published.predict_uncertainty(test)) - special.logit(
@@ -303,9 +306,8 @@ def test_unusable_rows_have_no_probability(calibration: Embeddings) -> None:
     assert np.flatnonzero(np.isnan(probability)).tolist() == [3]
 
 
-@pytest.mark.parametrize(
-    "failure", [[0.1, 0.3], [0.0, np.nan], [0, 2]]
-)  # scores in place of failures come first
+# The first case passes scores in place of failures.
+@pytest.mark.parametrize("failure", [[0.1, 0.3], [0.0, np.nan], [0, 2]])
 def test_failures_to_calibrate_on_are_failures(failure: list[float]) -> None:
     with pytest.raises(DataError, match="failure must hold whole numbers from -1"):
         vilu.Margin().calibrate_scores([0, 1], failure)

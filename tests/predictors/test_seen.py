@@ -1,4 +1,4 @@
-"""Rows are their pictures: what tells that a row was used to fit, from arrays and stores."""
+"""Test how a row that was used to fit is recognised by its picture, from arrays and stores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Store = Callable[..., vilu.EmbeddingSource]
 
 
 class Marked(Embeddings):
-    """Rows that are recognised by given numbers."""
+    """Hold rows that are recognised by given numbers."""
 
     def __init__(self, numbers: np.ndarray) -> None:
         n = len(numbers)
@@ -47,7 +47,7 @@ def quick(**settings: object) -> FailurePredictor:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """Embeds the pictures of some seeds, under some names."""
+    """Return a function that embeds the pictures for some seeds, under some names."""
 
     def make(folder: str, seeds: range, names: str = "{}.png", **settings: object):
         blobs = [picture(seed) for seed in seeds]
@@ -81,7 +81,7 @@ def test_the_sketch_is_a_bounded_sample_that_never_invents_a_row() -> None:
     rows = np.arange(1000)
     assert len(whole.overlap(Marked(others), "names", rows)) == 0
     found = whole.overlap(Marked(mine[:1000]), "names", rows)
-    # it can be told of those below the largest hash of the sketch, and all of them are in the set
+    # The sketch can tell rows below its largest hash, and all these rows are in the set.
     assert (
         found.n_comparable
         == len(found)
@@ -102,9 +102,10 @@ def test_the_sketch_is_a_bounded_sample_that_never_invents_a_row() -> None:
 def test_of_a_sample_the_share_is_that_of_the_rows_that_can_be_told(
     n_shared: int, refused: bool
 ) -> None:
-    """A fit on 4 x 16,384 rows; of 400 rows 100 have hashes in its reach.
+    """The share must count only rows that the sketch can tell.
 
-    One of these is 1 %, two are more.
+    The fit has 4 x 16,384 rows. Among 400 rows 100 have hashes within reach. One shared row is 1 %
+    of these 100, and two are more.
     """
     fitted = np.arange(4 * MAX_HASHES) * 10  # so the sketch reaches to 10 * (MAX_HASHES - 1)
     told = np.concatenate([np.arange(n_shared) * 10, np.arange(100 - n_shared) * 10 + 5])
@@ -139,8 +140,8 @@ def test_an_array_is_recognised_by_its_rows_in_any_float_type(train: Embeddings)
     ]
     hashes = [data.identities("embeddings") for data in same]
     assert all(np.array_equal(hashes[0], of) for of in hashes)
-    # float16 of float32 and of float64 differ where the second rounding goes the other way, about
-    # once in 2^13 numbers
+    # Float16 from float32 and from float64 differ where the second rounding goes the other way,
+    # about once in 2^13 numbers.
     wide = Embeddings(
         np.asarray(train.image, dtype=np.float64), train.text, target=None, logit_scale=20.0
     ).identities("embeddings")
@@ -175,7 +176,7 @@ def test_names_say_nothing_where_the_rows_are_known(train: Embeddings) -> None:
 
 
 def test_a_hundredth_of_the_rows_may_be_shared(train: Embeddings) -> None:
-    """By hand: 1 of 100 is 1 %, and is left out; 2 of 100 are more, and are refused."""
+    """1 of 100 rows is 1 %, and is left out. 2 of 100 rows are more, and are refused."""
     predictor = quick().fit(train)
     new = toy_embeddings(seed=1, n=100, ids_from=1000)
     one, two = (variant(new, image=torch.cat([train.image[:n], new.image[n:]])) for n in (1, 2))
@@ -200,9 +201,8 @@ def test_a_hundredth_of_the_rows_may_be_shared(train: Embeddings) -> None:
         match=r"2 of 100 validation rows are in the training set.*Training rows cannot select",
     ):
         quick().fit(train, two)
-    twice = train.take(
-        np.r_[np.arange(600), 0, 0]
-    )  # rows that one set holds twice are its own matter
+    # One set may hold a row twice.
+    twice = train.take(np.r_[np.arange(600), 0, 0])
     assert quick().fit(twice, new).notes_["n_train"] == 602
 
 
@@ -297,7 +297,7 @@ def test_rows_of_one_file_are_scored_as_one_picture(store: Store, tmp_path: Path
     assert outcomes.picture is not None
     assert outcomes.picture.tolist() == [number & (2**63 - 1) for number in expected]
     bare = vilu.score(vilu.MCM(), Embeddings(np.eye(3)[seeds], np.eye(3)[:2], target=[0] * 6))
-    assert bare.picture is not None  # of the embeddings, as there is nothing else
+    assert bare.picture is not None  # it comes from the embeddings, as there is nothing else
     first = [bare.picture.tolist().index(number) for number in bare.picture.tolist()]
     assert first == [0, 1, 0, 3, 1, 0]
     parts = vilu.score_parts(vilu.MCM(), vilu.EmbeddingStore(tmp_path / "a"), tmp_path / "scores")

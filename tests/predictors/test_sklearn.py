@@ -1,5 +1,6 @@
-"""What of scikit-learn's habits holds: parameters, clone and repr;
-and a sentence where it does not.
+"""Test which scikit-learn habits hold: parameters, clone and repr.
+
+If a habit does not hold, an error says so.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def test_what_sklearn_cannot_do_it_is_told_in_a_sentence() -> None:
 
 
 def test_a_fit_that_its_parameters_no_longer_fit_is_not_saved(tmp_path: Path) -> None:
-    """It would be written, and called damaged by whoever loads it."""
+    """Otherwise the predictor would be written, and called damaged when it is loaded."""
     predictor = (
         vilu.PREDICTORS["sirc"]().fit(toy_embeddings(n=120, k=3)).set_params(typicality="residual")
     )
@@ -71,8 +72,9 @@ def test_a_fit_that_its_parameters_no_longer_fit_is_not_saved(tmp_path: Path) ->
 
 
 def test_a_fit_is_saved_whatever_is_set_in_torch(tmp_path: Path) -> None:
-    """A network that was made anew in the caller's float64 counted as one that the parameters do
-    not fit.
+    """The caller's default type must not matter.
+
+    A network that was made anew in float64 was taken for one that the parameters do not fit.
     """
     predictor = vilu.PREDICTORS["pvu"](hidden=(4,), epochs=1).fit(toy_embeddings(n=120, k=3))
     expected = predictor.save(tmp_path / "plain")

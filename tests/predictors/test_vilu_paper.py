@@ -1,4 +1,4 @@
-"""``vilu_paper``: ViLU with the settings of its paper."""
+"""Test ``vilu_paper``: ViLU with its paper's settings."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ UNMOVED = {"learning_rate": 1e-12, "epochs": 1, "weight_decay": 0.0}
 
 
 def first_weights(method: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights that training left where they began."""
+    """Return weights that training left where they began."""
     data = toy_embeddings(n=300)
     return PREDICTORS[method](seed=seed, device="cpu", **UNMOVED).fit(data).state()
 
 
 def test_the_mlp_begins_as_a_linear_layer_of_torch_does() -> None:
-    """Uniform within 1 / sqrt(inputs), so of standard deviation 1 / sqrt(3 inputs)."""
+    """Weights must be uniform within 1 / sqrt(inputs), so their standard deviation is 1 / sqrt(3
+    inputs).
+    """
     weights = first_weights("vilu_paper")
     first = torch.cat([weights[f"first.{part}"] for part in ("image", "attended", "caption")], 1)
     layers = [first] + [weights[f"rest.{place}.weight"] for place in (1, 3, 5)]
@@ -30,9 +32,9 @@ def test_the_mlp_begins_as_a_linear_layer_of_torch_does() -> None:
     for layer in layers:
         bound = 1 / math.sqrt(layer.shape[1])
         assert layer.abs().max() <= bound
-        # 8 standard errors of a standard deviation of 128 numbers or more
+        # The tolerance is 8 standard errors for a standard deviation over 128 numbers or more.
         assert float(layer.std()) == pytest.approx(bound / math.sqrt(3), rel=0.4)
-    assert weights["first_bias"].abs().max() > 0  # those of ``vilu`` begin at zero
+    assert weights["first_bias"].abs().max() > 0  # in ``vilu`` the biases begin at zero
     assert first_weights("vilu")["first_bias"].abs().max() < 1e-6
 
 
@@ -59,7 +61,10 @@ def test_the_last_epoch_is_taken_and_no_row_is_held_out() -> None:
 
 
 def test_settings_are_those_of_the_released_run_on_cifar10() -> None:
-    """The saved configuration of that run, and A.2 of the supplement for the attention."""
+    """The settings come from that run's saved configuration.
+
+    A.2 in the supplement gives the attention.
+    """
     predictor = PREDICTORS["vilu_paper"]()
     assert (predictor.epochs, predictor.batch_size, predictor.learning_rate) == (800, 128, 0.01)
     assert (predictor.momentum, predictor.weight_decay) == (0.9, 0.0005)

@@ -1,4 +1,4 @@
-"""What a metric refuses, and that it says why."""
+"""Test which inputs a metric refuses, and that it says why."""
 
 from __future__ import annotations
 
@@ -117,7 +117,6 @@ def test_choices_that_do_not_exist(call: Callable[..., object], message: str) ->
 
 def test_risk_at_coverage_rounds_rows_up_but_keeps_whole_numbers() -> None:
     failure = [0] * 7 + [1] * 93
-    assert (
-        metrics.risk_at_coverage(range(100), failure, 0.07) == 0
-    )  # 0.07 · 100 = 7.000000000000001
+    # 0.07 · 100 = 7.000000000000001
+    assert metrics.risk_at_coverage(range(100), failure, 0.07) == 0
     assert metrics.risk_at_coverage(range(100), failure, 0.0701) == pytest.approx(1 / 8)

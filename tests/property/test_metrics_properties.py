@@ -1,5 +1,6 @@
-"""Properties that hold for every input;
-tolerance 1e-9 is far above rounding (1e-13) and far below any real effect.
+"""Test properties that hold for every input.
+
+The tolerance 1e-9 is far above rounding (1e-13) and far below any real effect.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from vilu.metrics.reliability import ece_kernel
 CLOSE = 1e-9
 RANKING = [name for name, metric in METRICS.items() if not metric.of_probability]
 
-levels = st.integers(0, 6).map(
-    lambda i: i / 6
-)  # few levels, so that ties abound; probabilities, for ece and brier
+# There are few levels, so that many scores are tied. ece and brier need probabilities.
+levels = st.integers(0, 6).map(lambda i: i / 6)
 scores = st.lists(st.tuples(levels, st.integers(0, 1)), min_size=1, max_size=25)
 
 
@@ -94,8 +94,8 @@ def test_fpr_rules_are_ordered(rows: list[tuple[float, int]]) -> None:
     curve = [metrics.fpr_at_tpr(u, f, level) for level in (0.2, 0.5, 0.95, 1.0)]
     if 0 < f.mean() < 1:
         assert np.all(np.diff(curve) >= -CLOSE)
-        # a straight line that ends in the first point at or beyond the level is below it, unless
-        # the curve is level
+        # A straight line ends in the first point at or beyond the level. It lies below this point,
+        # unless the curve is level.
         assert (
             metrics.fpr_at_tpr(u, f, 0.949, rule="interpolate")
             <= metrics.fpr_at_tpr(u, f, 0.949, rule="first") + CLOSE
@@ -114,8 +114,8 @@ def test_weighted_counts_equal_repeated_rows(
     tally = [
         np.bincount(group[f == k], weight[f == k], len(value)).astype(np.int64) for k in (0, 1)
     ]
-    # two resamples at once, the second every row once: with zero counts, and beside a resample of
-    # another size
+    # There are two resamples at once. The second has every row once. So the first has zero counts,
+    # beside a resample with another size.
     once = [np.bincount(group[f == k], minlength=len(value)) for k in (0, 1)]
     counts = TieCounts(value, *(np.stack(pair) for pair in zip(tally, once, strict=True)))
     repeated = every_metric(np.repeat(u, weight), np.repeat(f, weight))

@@ -1,6 +1,4 @@
-"""Attention over a pool without its matrix:
-against the dense form in float64, and torch's own kernel and gradient.
-"""
+"""Test pool attention that never builds its whole matrix, against the dense form in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from vilu.predictors.nn.head import ATTENTION_CLASSES, CrossAttention, FailureHe
 
 D, H, SCALE = 32, 24, 20.0
 AFTER = unit(7, D, 5)
-"""Weights of the layer that takes the average."""
+"""These are the weights for the layer that takes the average."""
 
 
 @pytest.fixture(params=list(ATTENTION_CLASSES))
@@ -32,8 +30,8 @@ def module(request: pytest.FixtureRequest) -> CrossAttention:
 
 
 def matrices(module: CrossAttention) -> tuple[list[Tensor], float]:
-    """Query, key and value matrices in float64, leaves, and the multiplier;
-    from the definitions.
+    """Return query, key and value matrices as float64 leaves, and the multiplier, from the
+    definitions.
     """
     if isinstance(module, attention.OfficialAttention):
         image, text = module.image, module.text
@@ -44,13 +42,13 @@ def matrices(module: CrossAttention) -> tuple[list[Tensor], float]:
 
 
 def run(module: CrossAttention, image: Tensor, text: Tensor, towards: Tensor) -> list[Tensor]:
-    """Result and gradients of the module's matrices."""
+    """Return the module's result and the gradients for its matrices."""
     out = module(image, text, SCALE, AFTER)
     return [out.detach(), *torch.autograd.grad(out, [*module.parameters()], towards)]
 
 
 def close(found: list[Tensor], expected: list[Tensor]) -> bool:
-    """To 1e-5 of the largest entry of each."""
+    """Return whether all tensors agree to 1e-5 times their largest entry."""
     scaled = [
         (a.double() - b.double()).abs().max() / b.abs().max()
         for a, b in zip(found, expected, strict=True)
@@ -60,16 +58,16 @@ def close(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize(("b", "k"), [(200, 200), (200, 3), (3, 200), (1, 1), (129, 301)])
 def test_both_forms_are_the_dense_one(module: CrossAttention, b: int, k: int) -> None:
-    """With fewer and with more texts than rows; the gradients too."""
+    """Results and gradients must be equal with fewer and with more texts than rows."""
     text = unit(k, D, 0)
     image, towards = noisy(text, b), torch.randn(b, len(AFTER))
     (query, key, value), scale = matrices(module)
     weights = torch.softmax(scale * (image.double() @ query.T) @ (text.double() @ key.T).T, dim=1)
     out = weights @ (text.double() @ value.T) @ AFTER.double().T
     leaves = [query, key] if key is value else [query, key, value]
-    if (
-        b * k == 1
-    ):  # one candidate has the weight one: the gradients of query and key are zero but for rounding
+    # With one candidate the weight is one, so the gradients for query and key are zero up to
+    # rounding.
+    if b * k == 1:
         assert close(run(module, image, text, towards)[:1], [out.detach()])
         return
     expected = [out.detach(), *torch.autograd.grad(out, leaves, towards.double())]
@@ -77,7 +75,7 @@ def test_both_forms_are_the_dense_one(module: CrossAttention, b: int, k: int) ->
 
 
 class Watch(TorchDispatchMode):
-    """Notes the size of the largest tensor that a kernel gives back."""
+    """Note the largest tensor size that a kernel returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,12 +94,12 @@ class Watch(TorchDispatchMode):
 def test_no_tensor_is_as_large_as_rows_times_candidates(
     monkeypatch: pytest.MonkeyPatch, training: bool
 ) -> None:
-    """Forward and backward of the whole head on a pool of 600 pairs."""
+    """Run the whole head forward and backward on a pool with 600 pairs."""
     monkeypatch.setattr("vilu.embeddings.similarity.MAX_TILE_LOGITS", 6000)
     torch.manual_seed(0)
     head, text = FailureHead(D, (H, 8)), unit(600, D, 0)
     batch = Batch(noisy(text, 600), text, torch.arange(600), torch.arange(600), SCALE)
-    assert len(batch.failure) == 600  # the zero-shot answers come before, in tiles of their own
+    assert len(batch.failure) == 600  # zero-shot answers come first, in their own tiles
     with Watch() as watch, torch.set_grad_enabled(training):
         logit = head(batch)
         if training:
@@ -112,7 +110,10 @@ def test_no_tensor_is_as_large_as_rows_times_candidates(
 
 
 def test_autocast_leaves_the_attention_alone() -> None:
-    """In float32: logits of 20 in bfloat16 would be off by 20 roundings of 2^-8."""
+    """Attention must stay in float32.
+
+    In bfloat16, logits near 20 would be off by 20 roundings (2^-8 each).
+    """
     text = unit(300, D, 0)
     image, module = noisy(text, 300), ATTENTION_CLASSES["official"](D)
     exact = module(image, text, SCALE, AFTER)

@@ -1,5 +1,5 @@
-"""The linear probe against scikit-learn, TrustVLM against loops,
-and every bank method with one image per class.
+"""Test the linear probe against scikit-learn, TrustVLM against loops, and every bank method with
+one image per class.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ def test_linear_probe(n_known: int, c: float) -> None:
         for row, t in zip(probability, answers(TEST), strict=True)
     ]
     predictor = LinearProbe(C=c).fit(with_targets(TRAIN, target))
-    # The reference goes on to the optimum; ours stops at a gradient of 1e-4, which moves a logit by
-    # about 1e-2.
+    # The reference goes on to the optimum. Ours stops at a gradient norm 1e-4, which moves a logit
+    # by about 1e-2.
     np.testing.assert_allclose(predictor.predict_failure_probability(TEST), expected, atol=5e-3)
 
 
 def test_linear_probe_stops_near_the_optimum() -> None:
-    """By strong convexity the objective is above its minimum by at most |gradient|^2 / (2 / (C
-    n)).
+    """The objective must be near its minimum.
+
+    By strong convexity it lies at most |gradient|^2 / (2 / (C n)) above the minimum.
     """
 
     def objective(weight: np.ndarray, bias: np.ndarray) -> float:
@@ -131,7 +132,7 @@ def test_features_of_another_width_are_refused() -> None:
 @pytest.mark.parametrize(("n_wrong", "d"), [(0, 64), (1, 768), (10, 64)])
 @pytest.mark.filterwarnings("ignore:.*its probabilities say little")
 def test_one_labelled_image_per_class(name: str, n_wrong: int, d: int) -> None:
-    """Ten images, of which none, one or all are answered wrongly."""
+    """With ten images, none, one or all answers are wrong. Scores must stay finite and differ."""
     test, pool = clusters(40, 10, d, seed=2, spread=0.03), clusters(60, 10, d, spread=0.03)
     first = np.unique(answers(pool), return_index=True)[1]
     target = np.arange(10)
@@ -139,9 +140,8 @@ def test_one_labelled_image_per_class(name: str, n_wrong: int, d: int) -> None:
     train = with_targets(in_memory(pool, pool.usable_rows[first]), target)
     scores = PREDICTORS[name]().fit(train).predict_uncertainty(test)
     assert np.isfinite(scores).all()
-    assert (
-        name == "knn_vote" or len(np.unique(scores)) > 1
-    )  # ten of ten neighbours vote the same for every image
+    # Ten neighbours are all ten images, so they vote the same for every image.
+    assert name == "knn_vote" or len(np.unique(scores)) > 1
 
 
 @pytest.mark.filterwarnings("ignore:.*its probabilities say little")
@@ -153,7 +153,10 @@ def test_one_labelled_image_at_all() -> None:
 
 
 def test_images_off_unit_norm_by_their_rounding_keep_their_scores() -> None:
-    """Embeddings in float16 may be off unit norm by 1e-3, and are left as they are."""
+    """Float16 embeddings may be off unit norm by 1e-3.
+
+    They stay unchanged, and scores must not move.
+    """
     stretched = Embeddings(TRAIN.image * 1.0009, TRAIN.text, target=TRAIN.target, logit_scale=20.0)
     plain = Embeddings(TRAIN.image, TRAIN.text, target=TRAIN.target, logit_scale=20.0)
     for name in ("knn_distance", "trust_score", "mahalanobis", "delta_knn"):

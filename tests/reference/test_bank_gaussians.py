@@ -1,4 +1,4 @@
-"""Gaussian scores against scikit-learn and SciPy."""
+"""Test Gaussian scores against scikit-learn and SciPy."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from vilu_bench.methods.icpe import ICPE
 from vilu_bench.methods.mahalanobis import Mahalanobis, RelativeMahalanobis, ledoit_wolf
 
 TRAIN, TEST = clusters(80), clusters(50, seed=1)
-# Both sides start from the same float32 unit vectors and go on in float64; an inverted covariance
-# is off by FLOOR = 1e-9 of its mean variance, over an eigenvalue that is here at least 1e-3 of it.
+# Both sides start from the same float32 unit vectors and compute in float64. The floor changes a
+# covariance by FLOOR = 1e-9 times its mean variance. Its smallest eigenvalue is here at least 1e-3
+# times the mean variance. So an inverted covariance has a relative error up to 1e-9 / 1e-3 = 1e-6.
 RTOL = 1e-5
 
 
@@ -35,7 +36,10 @@ def squares(rows: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.nd
 
 
 def shared(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Ledoit-Wolf around the class means, for as many degrees of freedom as they leave."""
+    """Return the Ledoit-Wolf covariance around the class means.
+
+    It has as many degrees of freedom as the class means leave.
+    """
     centred = np.concatenate(
         [rows[target == c] - rows[target == c].mean(axis=0) for c in np.unique(target)]
     )
@@ -89,8 +93,8 @@ def test_mahalanobis_to_a_class_without_images_is_to_all_images() -> None:
 def test_mahalanobis_without_spread_is_euclidean() -> None:
     train = Embeddings(np.eye(3)[:2], np.eye(3)[:2], target=[0, 1], logit_scale=10.0)
     query = Embeddings([[1.0, 0, 0], [0.6, 0, 0.8]], np.eye(3)[:2], target=None, logit_scale=10.0)
-    # Each image is (1/2, 1/2, 0) away from the mean: 1/2 in squares, so the variance is 1 / (2 - 1)
-    # / 3 a coordinate.
+    # Each image is (1/2, 1/2, 0) away from the mean: 1/2 in squares. So the variance is 1 / (2 - 1)
+    # / 3 per coordinate.
     assert Mahalanobis().fit(train).predict_uncertainty(query) == pytest.approx(
         [0, (0.16 + 0.64) * 3], abs=1e-6
     )
@@ -99,7 +103,7 @@ def test_mahalanobis_without_spread_is_euclidean() -> None:
 
 
 def log_densities(train: Embeddings, test: Embeddings, components: int, ridge: float) -> np.ndarray:
-    """(N, K) log-densities of the classes; minus infinity for a class without images."""
+    """Return the classes' log-densities (N, K). A class without images has minus infinity."""
     target = train.target.numpy()
     pca = PCA(min(components, len(train) - 1, 6)).fit(images(train))
     z, query = pca.transform(images(train)), pca.transform(images(test))
@@ -122,7 +126,9 @@ def log_odds(density: np.ndarray, answer: np.ndarray) -> np.ndarray:
 
 
 def few() -> Embeddings:
-    """One image of class 0, the others as they are: fewer images than coordinates."""
+    """Return one image from class 0 and two each from two more classes: fewer images than
+    coordinates.
+    """
     rows = TRAIN.usable_rows[:5]
     return with_targets(in_memory(TRAIN, rows), np.array([0, 1, 1, 2, 2]))
 
@@ -167,15 +173,16 @@ def test_class_gaussians_where_one_class_has_images() -> None:
         -(squares(images(TEST), z.mean(axis=0), covariance) + np.linalg.slogdet(covariance)[1]) / 2
     )
     np.testing.assert_allclose(found[own], -density[own], rtol=RTOL)
-    # Every other class has the density of all images, which are those of the one class here.
+    # Every other class has the density over all images. Here these are the images in class 0.
     np.testing.assert_allclose(found[~own], 0, atol=1e-9)
 
 
 def encoded(
     n: int, seed: int, d: int = 6, k: int = 3, scale: float = 1.0
 ) -> tuple[Embeddings, np.ndarray]:
-    """Images (n, d) of norms from 5 to 15 times the scale,
-    and their embeddings with what made these.
+    """Return embeddings and the images (n, d) that they were made from.
+
+    The image norms lie between 5 and 15 times ``scale``.
     """
     rng = np.random.default_rng(seed)
     text, projection = (
@@ -195,8 +202,9 @@ def encoded(
 def released(
     train: np.ndarray, target: np.ndarray, test: np.ndarray, answer: np.ndarray, p_max: np.ndarray
 ) -> np.ndarray:
-    """(N,) scores as the notebook defines them, by scikit-learn and SciPy,
-    higher = more certain.
+    """Return scores (N,) as the notebook defines them, by scikit-learn and SciPy.
+
+    Higher is more certain.
     """
     pca = PCA(n_components=4).fit(train)
     z = pca.transform(train)
@@ -219,8 +227,8 @@ def test_icpe_is_what_was_released(features: bool) -> None:
     rows = (raw, raw_test) if features else (images(train), images(test))
     expected = released(rows[0], train.target.numpy(), rows[1], answer, p_max)
     predictor = ICPE(components=4, features=features).fit(train)
-    # Float64 on both sides but for p_max, whose logits are float32: they are off by 20 * 6 * 2^-24
-    # < 1e-5.
+    # Both sides are float64 except for p_max. Its logits are float32, and off by 20 * 6 * 2^-24 <
+    # 1e-5.
     np.testing.assert_allclose(predictor.predict_uncertainty(test), 1 - expected, atol=1e-5)
     assert predictor.label == ("icpe" if features else "icpe (unit norm)")
     assert len(np.unique(expected.round(6))) > 50  # the densities decide something
@@ -228,14 +236,14 @@ def test_icpe_is_what_was_released(features: bool) -> None:
 
 def test_icpe_does_not_depend_on_the_scale_of_the_features() -> None:
     scores = []
-    for scale in (1.0, 2.0**14, 2.0**40):  # powers of two, so that features are rounded alike
+    for scale in (1.0, 2.0**14, 2.0**40):  # powers of two round all features alike
         train, test = (
             encoded(24, 0, d=12, k=4, scale=scale)[0],
             encoded(60, 1, d=12, k=4, scale=scale)[0],
         )
         scores.append(ICPE().fit(train).predict_uncertainty(test))
-    # Six images a class span five directions, so that the others decide, each by thousands in the
-    # log-odds.
+    # Six images per class span five directions. So the other directions decide, each by thousands
+    # in the log-odds.
     np.testing.assert_allclose(scores[1:], [scores[0]] * 2, atol=1e-5)
 
 
@@ -286,7 +294,7 @@ def test_delta_mds(margin_weight: float) -> None:
 
 def test_delta_mds_leaves_out_classes_without_wrong_images() -> None:
     target = TRAIN.target.numpy().copy()
-    target[target == 1] = answers(TRAIN)[target == 1]  # class 1 has no image answered wrongly now
+    target[target == 1] = answers(TRAIN)[target == 1]  # now class 1 has no wrong answer
     train = with_targets(TRAIN, target)
     assert not np.any((target == 1) & (answers(train) != 1))
     right, wrong = delta_terms(train, TEST)
@@ -307,7 +315,7 @@ def test_delta_mds_with_one_bank_is_the_distance_to_it(right: bool) -> None:
 
 def test_a_bank_of_one_image_takes_the_covariance_of_all() -> None:
     target = answers(TRAIN).copy()
-    target[0] = (target[0] + 1) % 4  # the one image answered wrongly
+    target[0] = (target[0] + 1) % 4  # only this image has a wrong answer
     z, train = images(TRAIN), with_targets(TRAIN, target)
     rest = np.arange(80) > 0
     means = [z[rest & (target == c)].mean(axis=0) for c in range(4)]

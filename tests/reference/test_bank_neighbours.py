@@ -1,4 +1,4 @@
-"""Scores of nearest training images against scikit-learn and against loops over all pairs."""
+"""Test scores from nearest training images against scikit-learn and loops over all pairs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vilu.embeddings.memory import Embeddings
 from vilu_bench.methods.delta import DeltaKNN, DeltaKNNMargin
 from vilu_bench.methods.neighbours import TRINE, KNNDistance, KNNVote, TrustScore
 
-# Cosines are float32 sums of six products: off by less than 6 * 2^-24 < 4e-7. Nothing below divides
-# by less than 0.1.
+# Cosines are float32 sums with six products, and off by less than 6 * 2^-24 < 4e-7. Nothing below
+# divides by less than 0.1.
 ATOL = 1e-5
 TRAIN, TEST = clusters(80), clusters(50, seed=1)
 
@@ -36,9 +36,8 @@ def test_distance_to_the_kth_neighbour(k: int) -> None:
 @pytest.mark.parametrize("k", [1, 20, 500])
 @pytest.mark.parametrize("weighting", ["uniform", "similarity"])
 def test_vote(k: int, weighting: str) -> None:
-    weights = (
-        "uniform" if weighting == "uniform" else lambda d: 1 - d**2 / 4
-    )  # (1 + cos) / 2 of unit vectors
+    # For unit vectors this is (1 + cos) / 2.
+    weights = "uniform" if weighting == "uniform" else lambda d: 1 - d**2 / 4
     model = KNeighborsClassifier(n_neighbors=min(k, len(TRAIN)), weights=weights).fit(
         images(TRAIN), TRAIN.target
     )
@@ -98,7 +97,7 @@ def test_delta_knn(k: int, margin_weight: float) -> None:
     cosines = np.sort(images(TEST) @ unit(TRAIN.text.numpy()).T, axis=1)
     expected = terms[0] - terms[1] - margin_weight * (cosines[:, -1] - cosines[:, -2])
     found = DeltaKNN(k=k, margin_weight=margin_weight).fit(TRAIN).predict_uncertainty(TEST)
-    # The nearest squared distance is above 0.005, so its logarithm is off by at most 2 * 4e-7 /
+    # The nearest squared distance is above 0.005. So its logarithm is off by at most 2 * 4e-7 /
     # 0.005 < 2e-4.
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
@@ -120,8 +119,9 @@ def test_delta_knn_with_one_bank_is_the_density_of_the_other(right: bool) -> Non
 
 
 def square() -> Embeddings:
-    """Two training images along the first axis and one along the second;
-    nothing of the third class.
+    """Return two training images along the first axis and one along the second.
+
+    The third class has none.
     """
     return Embeddings(
         [[1.0, 0, 0], [1, 0, 0], [0, 1, 0]], np.eye(3), target=[0, 0, 1], logit_scale=10.0
@@ -132,9 +132,10 @@ def test_a_class_without_images_by_hand() -> None:
     query = Embeddings(np.eye(3), np.eye(3), target=None, logit_scale=10.0)  # answered 0, 1, 2
     vote = KNNVote(k=2).fit(square()).predict_uncertainty(query)
     assert vote[[0, 2]].tolist() == [0.0, 1.0]
-    assert vote[1] == pytest.approx(0.5)  # its own image and, of the two equally near, the first
-    # Texts at right angles count half: supports of class 0 and 1 for the answer 2 are 1/2 (1 +
-    # e^-0.1) and e^-0.2 / 2.
+    # The neighbours are its own image and the first among two that are equally near.
+    assert vote[1] == pytest.approx(0.5)
+    # Texts at right angles count half. For answer 2, class 0 has the support 1/2 (1 + e^-0.1), and
+    # class 1 has e^-0.2 / 2.
     w = [1, math.exp(-0.1), math.exp(-0.2)]
     assert TRINE().fit(square()).predict_uncertainty(query)[2] == pytest.approx(
         1 + (w[0] + w[1]) / sum(w), abs=1e-6
@@ -149,25 +150,27 @@ def test_one_class_only_by_hand() -> None:
     query = Embeddings([[1.0, 0, 0], [0, 0, 1]], np.eye(3), target=None, logit_scale=10.0)
     assert KNNVote().fit(train).predict_uncertainty(query).tolist() == [0, 1]
     assert TRINE().fit(train).predict_uncertainty(query).tolist() == pytest.approx([0, 2])
-    # Of no other class: distance 2. Of class 2 there is no image, and class 0 is sqrt(2) away.
+    # A class without images has the distance 2. For the first query no other class has images. For
+    # the second query its own class 2 has none, and class 0 is sqrt(2) away.
     assert TrustScore().fit(train).predict_uncertainty(query) == pytest.approx(
         [0, math.sqrt(2)], abs=1e-6
     )
 
 
 def test_opposite_neighbours_do_not_divide_by_zero() -> None:
-    """The nearest images, or the text of their class,
-    are opposite to the image or to the text of its answer.
+    """Scores must stay finite if an image or text is exactly opposite.
+
+    Here the nearest images are opposite to the query, or their class's text is opposite to the
+    answer's text.
     """
     query = Embeddings(
         [[1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]], target=None, logit_scale=10.0
     )  # answered 0
     same = Embeddings([[1.0, 0.0]] * 3, query.text, target=[1, 1, 1], logit_scale=10.0)
     opposite = Embeddings([[-1.0, 0.0]] * 3, query.text, target=[0, 1, 1], logit_scale=10.0)
-    assert TRINE().fit(same).predict_uncertainty(query).tolist() == [
-        2
-    ]  # all support is that of class 1
-    # Images weigh alike, and texts of class 0 so much more that class 1 has 1e-6 of their support.
+    # Class 1 has all support.
+    assert TRINE().fit(same).predict_uncertainty(query).tolist() == [2]
+    # Images weigh alike. Texts give class 0 so much weight that class 1 has 1e-6 times its support.
     assert TRINE(decay=0).fit(opposite).predict_uncertainty(query) == pytest.approx([0], abs=4e-6)
     assert KNNVote(weighting="similarity").fit(opposite).predict_uncertainty(
         query

@@ -1,4 +1,4 @@
-"""The blocked search against scikit-learn and against full sorts."""
+"""Test the blocked search against scikit-learn and against full sorts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vilu.predictors.bank.search import draw_rows, k_largest, nearest_in_bank
 from vilu_bench.methods.neighbours import KNNDistance
 
 BLOCKS = {"query_rows": 5, "bank_rows": 7}
-"""They divide neither the queries nor the bank."""
+"""The block sizes divide neither the query count nor the bank's row count."""
 
 
 def unit(n: int, d: int, seed: int) -> torch.Tensor:
@@ -30,13 +30,12 @@ def test_search_finds_what_scikit_learn_finds(k: int) -> None:
     )
     distance, where = reference.kneighbors(query.double().numpy())
     assert np.array_equal(index.numpy(), where)
-    # A float32 dot product of unit vectors of width 9 is off by at most 9 * 2^-24 < 1e-6.
+    # A float32 dot product between unit vectors of width 9 is off by at most 9 * 2^-24 < 1e-6.
     np.testing.assert_allclose(similarity.numpy(), 1 - distance, rtol=0, atol=1e-6)
 
 
 def test_equal_rows_come_lowest_index_first() -> None:
-    # Coordinates are sums of few powers of two, so equal rows have equal products wherever they
-    # stand.
+    # Coordinates are sums of a few powers of two. So equal rows have equal products at any index.
     bank = torch.eye(4).repeat(6, 1)  # rows i, i + 4, i + 8, ... are equal
     _, index = nearest_in_bank(torch.eye(4), bank, 3, **BLOCKS)
     assert index.tolist() == [[i, i + 4, i + 8] for i in range(4)]

@@ -1,5 +1,5 @@
-"""BayesVLM against autograd, dense Kronecker products, Monte Carlo,
-grids and a plain NumPy version of the whole.
+"""Test BayesVLM against autograd, dense Kronecker products, Monte Carlo, grids and a plain NumPy
+version.
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ def test_cosine_moments_against_monte_carlo() -> None:
 
 
 def test_the_expected_norm_stands_in_for_the_norm() -> None:
-    """The second derivatives of a cosine in g are at most 3 / ‖g‖²,
-    which bounds the bias of the mean.
+    """The mean's bias must stay within a bound.
+
+    The second derivatives of a cosine in g are at most 3 / ‖g‖², and give this bound.
     """
     g, g_variance, h, h_variance, g_draws, h_draws = sampled(0.01)
     cosine = torch.nn.functional.cosine_similarity(g_draws, h_draws)
@@ -118,9 +119,9 @@ def siglip(logits: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "loss"), [("infonce", infonce), ("siglip", siglip)])
 def test_output_factor_against_autograd(name: str, loss) -> None:
-    """Gauss-Newton:
+    """The factor must equal the Gauss-Newton matrix.
 
-    Jacobian of the logits in g, Hessian of the loss in the logits, both by autograd.
+    Autograd computes the logits' Jacobian in g and the loss's Hessian in the logits.
     """
     g, phi, count = (
         draw(4, 5, seed=10) * 3,
@@ -138,8 +139,9 @@ def test_output_factor_against_autograd(name: str, loss) -> None:
 
 
 def test_output_factor_is_the_fisher_information() -> None:
-    """Expected outer product of the gradient under the model's own answers:
-    a softmax, or K independent coins.
+    """The factor must equal the gradient's expected outer product under the model's own answers.
+
+    The answers come from a softmax, or from K independent coins.
     """
     g = draw(5, seed=12)
     layer = Layer(g[None], g[None], torch.ones(1).double())
@@ -180,12 +182,11 @@ def test_prior_precision_against_a_grid(rank_a: int, rank_b: int) -> None:
     b = torch.linalg.eigvalsh(semidefinite(6, rank_b, 2)).clamp_min(0)
     grid = np.linspace(-30, 10, 40_001)
     values = np.array([log_evidence(x, a, b, 5.0) for x in grid[::40]])
-    assert (np.diff(values, 2) < 1e-9).all()  # concave: one maximum
+    assert (np.diff(values, 2) < 1e-9).all()  # concave, so there is one maximum
     near = grid[max(np.argmax(values) - 1, 0) * 40 : (np.argmax(values) + 1) * 40 + 1]
     best = near[np.argmax([log_evidence(x, a, b, 5.0) for x in near])]
-    assert math.log(best_prior_precision(a, b, 5.0)) == pytest.approx(
-        best, abs=2e-3
-    )  # two steps of the grid
+    # The tolerance is two grid steps.
+    assert math.log(best_prior_precision(a, b, 5.0)) == pytest.approx(best, abs=2e-3)
 
 
 def test_posterior_variance_against_the_dense_covariance() -> None:
@@ -229,7 +230,7 @@ def test_variance_shrinks_with_more_data() -> None:
 
 
 def plain(phi, g, candidates, scale, bias, siglip):
-    """Sums of the factors, row by row, as the formulas stand."""
+    """Return the sums for the input and output factors, row by row as in the formulas."""
     f, d = phi.shape[1], g.shape[1]
     inputs, outputs = np.zeros((f, f)), np.zeros((d, d))
     for x, y in zip(phi, g, strict=True):
@@ -249,8 +250,9 @@ def plain(phi, g, candidates, scale, bias, siglip):
 
 
 def plain_uncertainty(train, test, *, siglip: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(uncertainty of the VLM's own answer, answer of the posterior) of every test row,
-    in NumPy.
+    """Return two arrays over the test rows, computed in NumPy.
+
+    The first is the uncertainty of the VLM's own answer, the second the posterior's answer.
     """
     sums = {"image": [], "text": []}
     n = 0
@@ -295,7 +297,10 @@ def plain_uncertainty(train, test, *, siglip: bool) -> tuple[np.ndarray, np.ndar
 
 
 def unlike_sides(data):
-    """The same with other features for the texts than for the images, of another width."""
+    """Return the ids and columns of ``data``.
+
+    The text features have another width than the image features.
+    """
     columns = {name: data.column(name, torch.arange(len(data))) for name in FEATURES}
     wide = draw(16, 20, seed=5).float()
     columns |= {"text_projection": wide, "text_features": 4 * data.text @ torch.linalg.pinv(wide).T}
@@ -305,18 +310,17 @@ def unlike_sides(data):
 @pytest.mark.parametrize("loss", ["infonce", "siglip"])
 def test_scores_against_the_formulas_on_labelled_rows(loss: str) -> None:
     data = [toy_embeddings(n=150, seed=seed, ids_from=200 * seed) for seed in (0, 1)]
-    data[0] = in_memory(
-        data[0], (data[0].target != 4).nonzero().squeeze(1)
-    )  # a class without images
+    # Class 4 has no images.
+    data[0] = in_memory(data[0], (data[0].target != 4).nonzero().squeeze(1))
     train, test = (
         variant(d, space=EmbeddingSpace(16, 20.0, -3.0), **unlike_sides(d)) for d in data
     )
     predictor = BayesVLM(loss=loss).fit(train)
     expected, answers = plain_uncertainty(train, test, siglip=loss == "siglip")
-    # float32 logits of about 20 are off by 1e-5.
+    # Float32 logits near 20 are off by 1e-5.
     assert np.allclose(predictor.predict_uncertainty(test), expected, atol=1e-4)
     changed = answers != next(test.batches(1000)).prediction.numpy()
-    # Where the posterior answers otherwise, the VLM's answer is still what is scored.
+    # If the posterior answers otherwise, the VLM's answer is still scored.
     assert changed.any() == (loss == "infonce")
     assert (expected[changed] > 0.5).all()
 
@@ -325,7 +329,7 @@ def test_scores_against_the_formulas_on_captions() -> None:
     def pairs(seed: int) -> PairEmbeddings:
         data = toy_pairs(n=64, pool=16, seed=seed)
         text = data.text.clone()
-        text[3], text[20] = text[1], text[19]  # two captions of a pool are the same
+        text[3], text[20] = text[1], text[19]  # two captions in a pool are equal
         features = {name: data.column(name, torch.arange(64)) for name in FEATURES}
         features["text_features"] = torch.linalg.solve(features["text_projection"], text.T).T
         return PairEmbeddings(data.image, text, 16, 20.0, columns=features)
@@ -361,7 +365,8 @@ def test_chunks_change_only_which_images_compete_for_a_text(train: Embeddings) -
         assert torch.allclose(whole.learned_[name], parts.learned_[name], rtol=0.05, atol=1e-3), (
             name
         )
-    # The images' factors are sums over rows: they and their prior do not depend on the chunks.
+    # The images' factors are sums over rows. So these factors and their prior do not depend on the
+    # chunks.
     assert float(whole.learned_["image_prior"]) == pytest.approx(
         float(parts.learned_["image_prior"]), rel=1e-6
     )

@@ -1,5 +1,6 @@
-"""Test-time augmentation and prompt disagreement against their definition in SciPy,
-numbers by hand, and MCM.
+"""Test test-time augmentation and prompt disagreement.
+
+The references are the definition in SciPy, numbers by hand, and MCM.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def columns_of(data: Embeddings | PairEmbeddings) -> dict[str, np.ndarray]:
 
 
 def looks(data: Embeddings, column: str) -> list[np.ndarray]:
-    """(N, K) float64 logits of the original and of every other look."""
+    """Return float64 logits (N, K), first the original's, then one array per view or prompt."""
     image, text, more = (
         data.image.double().numpy(),
         data.text.double().numpy(),
@@ -52,8 +53,8 @@ def test_against_the_definition(column: str, scale: float) -> None:
         [1 - softmax(one, axis=1)[np.arange(len(data)), answer] for one in logits], axis=0
     )
     vote = np.mean([one.argmax(1) != answer for one in logits], axis=0)
-    # Logits are products of float32: 16 roundings of 6e-8 times the scale, of a probability that
-    # moves a quarter of it.
+    # Logits are float32 products with 16 roundings, each 6e-8 times the scale. A probability moves
+    # by at most a quarter of its logit's change.
     tolerance = 0.25 * 16 * 6e-8 * scale
     np.testing.assert_allclose(
         METHODS[column]().predict_uncertainty(data), mean, atol=tolerance, rtol=0
@@ -78,10 +79,11 @@ def test_looks_that_are_all_the_original(method: type[TTA], statistic: str) -> N
 
 
 def test_by_hand() -> None:
-    """Two classes, scale ln 2: cosines (1, 0) are odds of 2 : 1."""
+    """With two classes and the scale ln 2, cosines (1, 0) are odds 2 : 1."""
     axes = np.eye(2)
     views = np.array([[[1, 0], [0, 1], [0, 1]]])
-    prompts = np.array([[[0, 1], [1, 0]], [[1, 0], [0, 1]]])  # class 0 first worded as class 1
+    # The first prompt words class 0 as class 1.
+    prompts = np.array([[[0, 1], [1, 0]], [[1, 0], [0, 1]]])
     data = Embeddings(
         axes[:1], axes, logit_scale=np.log(2), columns={"views": views, "prompts": prompts}
     )
@@ -96,9 +98,9 @@ def test_by_hand() -> None:
 
 
 def test_doubt_keeps_its_order_where_a_softmax_rounds_to_one_or_to_nothing() -> None:
-    """1 - p of two candidates is 1 / (1 + e^g), g the gap;
+    """Sure rows must not tie.
 
-    Python's integers give e^-g exactly enough.
+    For two candidates with gap g, 1 - p is 1 / (1 + e^g), and float64 gives e^g exactly enough.
     """
     gaps = torch.tensor([-800.0, -40.0, 0.0, 37.0, 40.0, 200.0, 800.0])
     logits = torch.stack([gaps, torch.zeros_like(gaps)], dim=1)
@@ -111,7 +113,10 @@ def test_doubt_keeps_its_order_where_a_softmax_rounds_to_one_or_to_nothing() -> 
 
 @pytest.mark.parametrize("column", METHODS)
 def test_captions_of_a_pool(column: str) -> None:
-    """Each pool of 32 pairs is a problem of its own; prompts are paraphrases of the captions."""
+    """Each pool with 32 pairs must score as if it were alone.
+
+    The prompts are paraphrases of the captions.
+    """
     pairs = toy_pairs()
     more = columns_of(pairs)[column]
     found = METHODS[column]().predict_uncertainty(pairs)

@@ -1,4 +1,4 @@
-"""The asymmetric duo against SciPy on arrays, numbers by hand, and its parts alone."""
+"""Test the asymmetric duo against SciPy on arrays, numbers by hand, and its parts alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ COLUMNS = ("second_image", "second_text")
 
 
 def arrays(data: EmbeddingSource) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Both models' logits (N, K) in float64, targets and the first model's answers (N,)."""
+    """Return both models' float64 logits (N, K), the targets (N,) and the first model's answers
+    (N,).
+    """
     found = list(data.batches(10_000, columns=COLUMNS))
     large = np.concatenate([batch.logits.double().numpy() for batch in found])
     second = [batch.columns[COLUMNS[0]] @ batch.columns[COLUMNS[1]].T for batch in found]
@@ -57,8 +59,8 @@ def test_the_optimum_is_that_of_a_search_without_gradients(data: EmbeddingSource
         options=within,
     )
     assert likelihood(data, found) <= searched.fun + 1e-12
-    # Without gradients a minimum is resolved to the square root of float64's precision, about 1e-8
-    # of f / f''; the two models agree on much, so that f'' is some hundred times smaller in one
+    # A search without gradients finds a minimum up to the square root of float64's precision, about
+    # 1e-8 times f / f''. The two models agree on much. So f'' is some hundred times smaller in one
     # direction.
     assert found == pytest.approx(searched.x, abs=1e-5)
 
@@ -72,14 +74,16 @@ def test_scores_are_the_mass_off_the_first_models_answer(
     p = special.softmax(at[0] * large + at[1] * small, axis=1)
     expected = 1 - p[np.arange(len(p)), answer]
     assert duo.predict_uncertainty(test) == pytest.approx(expected, abs=1e-12)
-    assert (
-        p.argmax(axis=1) != answer
-    ).any()  # the answer stays where the two together would give another
+    # The first model's answer stays, even where both models together would answer otherwise.
+    assert (p.argmax(axis=1) != answer).any()
     assert np.array_equal(vilu.score(duo, test).prediction, answer)
 
 
 def test_by_hand() -> None:
-    """Logits ln 2, 0 and 0, ln 8 at T = 1, 1: masses 2 : 8, and the first model says 0."""
+    """Logits ln 2, 0 and 0, ln 8 with multipliers 1, 1 give masses 2 :
+
+    8. The first model answers 0.
+    """
     axes = np.eye(2)
     columns = {"second_image": [[0.0, np.log(8)]], "second_text": axes}
     data = Embeddings(axes[:1], axes, target=[1], logit_scale=np.log(2), columns=columns)
@@ -126,8 +130,9 @@ def test_a_second_model_that_contradicts_is_not_used(train: Embeddings) -> None:
 
 
 def test_a_second_model_with_other_errors_helps() -> None:
-    """Two views with noise of their own:
-    together they tell more of the first one's failures than it does.
+    """The duo must rank the first model's failures better than the first model alone.
+
+    The two models see the same image with independent noise.
     """
     rng = np.random.default_rng(5)
     text = np.eye(6)
@@ -146,8 +151,8 @@ def test_a_second_model_with_other_errors_helps() -> None:
     train, test = drawn(2000), drawn(4000)
     found = [vilu.score(model.fit(train), test) for model in (MCMTS(), Duo())]
     values = [vilu.metrics.auroc(one.uncertainty, one.failure) for one in found]
-    # Each AUROC has a standard error below 0.01 with 4,000 rows; they are paired, and the gain is
-    # some ten of those.
+    # With 4,000 rows each AUROC has a standard error below 0.01. The AUROCs are paired, and the
+    # gain is about ten standard errors.
     assert values[1] > values[0] + 0.05
 
 
@@ -180,7 +185,7 @@ def test_without_a_second_model_it_says_how_to_get_one(train: Embeddings) -> Non
 
 
 def two(data: Embeddings, second: EmbeddingSpace) -> vilu.TwoModels:
-    """The data beside half of their width as a second model."""
+    """Return ``data`` as the first model, and half its width as the second model."""
     image, text = unit(data.image[:, :8].numpy()), unit(data.text[:, :8].numpy())
     small = Embeddings(image, text, ids=data.ids, class_names=data.class_names, space=second)
     return vilu.TwoModels(data.take(range(len(data)), columns=()), small)

@@ -1,5 +1,6 @@
-"""Attributions against Shapley values over permutations,
-of coalition values computed one input at a time.
+"""Test attributions against Shapley values over all permutations.
+
+Coalition values are computed one input at a time.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def plus(train: Embeddings) -> vilu.ViLUPlus:
 
 
 def by_permutations(value, players: tuple[str, ...]) -> dict[str, float]:
-    """Mean over all orders of what a player adds to those before it."""
+    """Return what each player adds to the players before it, as a mean over all orders."""
     orders = list(itertools.permutations(players))
     parts = dict.fromkeys(players, 0.0)
     for order in orders:
@@ -58,7 +59,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def inputs_of(head, data: Embeddings) -> dict[str, np.ndarray]:
-    """The parts of z of every row, float64, as the paper defines them."""
+    """Return the parts of z for every row, in float64, as the paper defines them."""
     z, t = data.image.double().numpy(), data.text.double().numpy()
     scale = data.space.logit_scale
     p = softmax(scale * z @ t.T)
@@ -76,7 +77,7 @@ def inputs_of(head, data: Embeddings) -> dict[str, np.ndarray]:
 
 
 def logit(head, parts: dict[str, np.ndarray]) -> float:
-    """g of one z."""
+    """Return the head's logit g for one z."""
     hidden = head.first_bias.detach().double().numpy().copy()
     for name, matrix in head.first.items():
         hidden += matrix.detach().double().numpy() @ parts[name]
@@ -131,7 +132,7 @@ def test_parts_add_up_to_the_score_less_the_mean_of_the_background(
     g = log_odds(predictor.predict_uncertainty(test))
     mean = g[draw_rows(test, M, 0, torch.tensor(ROWS)).numpy()].mean()
     for row in vilu.explain(predictor, test, rows=ROWS, depth=DEPTH):
-        # float32 logits of a few units, by another order of summation
+        # These are float32 logits up to a few units, summed in another order.
         assert row.attribution.score == pytest.approx(g[row.row], abs=1e-5)
         assert row.attribution.baseline == pytest.approx(mean, abs=1e-5)
         assert sum(row.attribution.parts.values()) == pytest.approx(g[row.row] - mean, abs=1e-5)
@@ -163,8 +164,9 @@ def test_an_ensemble_shares_out_its_mean_probability(train, test) -> None:
 
 
 def plus_value(predictor, data: Embeddings, row: int, coalition: set[str]) -> float:
-    """Log-odds of failure of the answer under a softmax of the named parts of the pooled logits
-    alone.
+    """Return the answer's log-odds of failure.
+
+    The softmax sees only the named parts of the pooled logits.
     """
     experts, w = predictor.experts, predictor.learned_["pool"].numpy()
     attention = experts.attention
@@ -205,10 +207,11 @@ def plus_value(predictor, data: Embeddings, row: int, coalition: set[str]) -> fl
 
 def test_vilu_plus_against_its_parts_one_by_one(plus, test: Embeddings) -> None:
     players = ("zero-shot score", "image", "texts")
+    # Otherwise the test never reaches parts of the reference.
     assert set(plus.experts.companions) == {
         "adapter",
         "memory",
-    }  # else parts of the reference are not reached
+    }
     background = draw_rows(test, M, 0, torch.tensor(ROWS)).tolist()
 
     def shares(row: int) -> dict[str, float]:
@@ -220,8 +223,8 @@ def test_vilu_plus_against_its_parts_one_by_one(plus, test: Embeddings) -> None:
         expected = {
             name: own[name] - np.mean([other[name] for other in others]) for name in players
         }
-        # cosines in float32 at a scale of 20, and residuals of a few units: 1e-5, and a margin for
-        # 1 - p
+        # Cosines are float32 at a scale of 20, and residuals are a few units: 1e-5, with a margin
+        # for 1 - p.
         assert row.attribution.parts == pytest.approx(expected, abs=5e-5)
 
 
@@ -240,7 +243,7 @@ def test_vilu_plus_that_learned_nothing_is_its_zero_shot_score(train, test) -> N
     ):
         tensor.zero_()
     for row in vilu.explain(predictor, test, rows=ROWS, depth=DEPTH):
-        # what is left are logits of 20, rounded to float32 on their way into the residual
+        # Only logits up to 20 are left. They are rounded to float32 before they enter the residual.
         assert row.attribution.parts["image"] == pytest.approx(0, abs=1e-5)
         assert row.attribution.parts["texts"] == pytest.approx(0, abs=1e-5)
         distance = row.attribution.score - row.attribution.baseline
@@ -248,7 +251,7 @@ def test_vilu_plus_that_learned_nothing_is_its_zero_shot_score(train, test) -> N
 
 
 def test_other_candidates_than_the_training_classes(plus, test: Embeddings) -> None:
-    """A new candidate leaves the attention alone; the parts still add up."""
+    """If one candidate is no training class, the parts must still add up to the score."""
     text = torch.cat(
         [test.text, torch.nn.functional.normalize(test.text[:1] + test.text[1:2], dim=1)]
     )
@@ -285,13 +288,13 @@ def test_scores_of_one_input_are_all_of_it(train, test, name: str, player: str) 
 
 
 def test_what_is_said_to_be_of_one_input_is(train: Embeddings, test: Embeddings) -> None:
-    """Of the logits alone: the same for two images of the same logits.
+    """Methods must look at nothing else than ``looks_at`` says.
 
-    Of the image alone: whatever the texts.
+    If it says logits, two images with equal logits must score alike. If it says image, the texts
+    must not matter.
     """
-    plane = torch.linalg.qr(
-        train.text.T, mode="complete"
-    ).Q  # its last columns are orthogonal to all texts
+    # The last columns are orthogonal to all texts.
+    plane = torch.linalg.qr(train.text.T, mode="complete").Q
     off = torch.linalg.qr(torch.randn(11, 11, generator=torch.Generator().manual_seed(0))).Q
     turned = test.image @ plane
     turned[:, 5:] = turned[:, 5:] @ off

@@ -1,4 +1,4 @@
-"""Few-shot baselines and adaptation without labels, against independent computations."""
+"""Test few-shot baselines and adaptation without labels against independent computations."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def zero_shot_logits(data: Embeddings) -> np.ndarray:
 
 
 def of_answers(log_posterior: np.ndarray, data: Embeddings) -> np.ndarray:
-    """1 - q of the zero-shot answers."""
+    """Return 1 - q for the zero-shot answers."""
     answer = zero_shot_logits(data).argmax(axis=1)
     return 1 - softmax(log_posterior, axis=1)[np.arange(len(answer)), answer]
 
 
 def held_out_folds(label: np.ndarray) -> list[np.ndarray]:
-    """Masks of the rows that are held out; the only label of a class never is."""
+    """Return masks for the held-out rows. The only label in a class is never held out."""
     fold = class_folds(label, 0)
     is_only_label = np.bincount(label)[label] == 1
     masks = [(fold == number) & ~is_only_label for number in range(N_FOLDS)]
@@ -82,7 +82,7 @@ def test_one_label_a_class_takes_the_defaults() -> None:
     with pytest.warns(UserWarning, match="fitted on 4 rows"):
         notes = TipAdapter().fit(few).notes_
     assert (notes["alpha"], notes["beta"]) == (1.0, 5.5)
-    # no covariance within classes: the zero-shot posterior is left
+    # There is no covariance within classes, so only the zero-shot posterior is left.
     with pytest.warns(UserWarning, match="fitted on 4 rows"):
         gda = GDAAndZeroShot().fit(few)
     expected = of_answers(zero_shot_logits(TEST), TEST)
@@ -116,11 +116,13 @@ def test_mix_of_probe_and_zero_shot_by_hand() -> None:
 
 
 def gda_logits(image: np.ndarray, label: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """The released formula, in NumPy: the covariance and the pseudo-inverse written out."""
+    """Return the logits by the released formula in NumPy, with covariance and pseudo-inverse
+    written out.
+    """
     k = label.max() + 1
     mean = np.stack([image[label == c].mean(axis=0) for c in range(k)])
     centred = image - mean[label]
-    # the released code has ``Tensor.cov``, which subtracts the mean; it is zero here
+    # The released code calls ``Tensor.cov``, which subtracts the mean. The mean is zero here.
     covariance = np.cov(centred.T)
     n, dim = centred.shape
     precision = dim * np.linalg.pinv((n - 1) * covariance + np.trace(covariance) * np.eye(dim))
@@ -140,7 +142,7 @@ def test_gaussian_discriminants_by_the_released_formula() -> None:
             answer = (logits[mask] + alpha * g).argmax(axis=1)
             n_right[alpha] += int((answer == label[mask]).sum())
     predictor = GDAAndZeroShot().fit(TRAIN)
-    best = max(n_right, key=n_right.__getitem__)  # the first of equals
+    best = max(n_right, key=n_right.__getitem__)  # among equal counts the first alpha wins
     assert predictor.notes_["alpha"] == best
     query = TEST.image.double().numpy()
     expected = of_answers(zero_shot_logits(TEST) + best * gda_logits(image, label, query), TEST)
@@ -179,7 +181,7 @@ def test_otter_gives_every_class_an_equal_share() -> None:
 def released_stata(
     image: np.ndarray, logits: np.ndarray, text: np.ndarray, affinity: np.ndarray
 ) -> np.ndarray:
-    """The posteriors of StatA, by loops over classes, with the defaults of its code."""
+    """Return StatA's posteriors by loops over classes, with the defaults in its code."""
     k = len(text)
     y_hat = softmax(logits, axis=1)
     z = y_hat

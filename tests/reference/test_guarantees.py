@@ -1,6 +1,4 @@
-"""What is guaranteed, over 2,000 simulated calibrations each,
-and how much is accepted beside MAPIE.
-"""
+"""Test each guarantee over many simulated calibrations, and compare the coverage with MAPIE."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ DELTA = 0.1
 
 
 class Smooth:
-    """u ~ Beta(1/2, 3/2), an answer wrong with probability u."""
+    """Simulate scores u ~ Beta(1/2, 3/2), where an answer is wrong with probability u."""
 
     exact = True
 
@@ -38,8 +36,9 @@ class Smooth:
 
 
 class Steep:
-    """u uniform, an error rate of 1.5 % up to a cliff at u = 0.6:
-    what a strong predictor looks like.
+    """Simulate a strong predictor with uniform scores u.
+
+    The error rate is 1.5 % up to a cliff at u = 0.6.
     """
 
     def draw(self, rng: np.random.Generator, n: int):
@@ -58,8 +57,9 @@ class Steep:
 
 
 class Tied:
-    """Eleven scores, whose error rates rise, fall and rise:
-    ties, atoms, and a risk that is not monotone.
+    """Simulate eleven scores whose error rates rise, fall and rise.
+
+    There are ties and atoms, and the risk is not monotone.
     """
 
     value = np.arange(11) / 10
@@ -79,7 +79,7 @@ class Tied:
 
 
 class Flat:
-    """An error rate just above the target everywhere: whatever is certified is broken."""
+    """Simulate an error rate just above the target everywhere, so every certificate is wrong."""
 
     def draw(self, rng: np.random.Generator, n: int):
         return rng.random(n), (rng.random(n) < 0.1001).astype(int)
@@ -92,8 +92,10 @@ class Flat:
 
 
 class Mistakes:
-    """Half of the 4 % most trusted answers are wrong, one in a hundred of the next 60 %,
-    of the others half.
+    """Simulate confident mistakes.
+
+    Half the 4 % most trusted answers are wrong, one in a hundred in the next 60 %, and half the
+    rest.
     """
 
     edge = np.array([0.0, 0.04, 0.64, 1.0])
@@ -117,7 +119,7 @@ WORLDS = {"smooth": Smooth(), "steep": Steep(), "tied": Tied()}
 
 
 def interval(world, point) -> tuple[float, float]:
-    """Coverage and risk of the scores between the ends of a certified interval."""
+    """Return coverage and risk for the scores between both ends of a certified interval."""
     t = point.threshold
     coverage, risk = float(world.coverage(t)), float(world.risk(t))
     if point.floor is None:
@@ -128,8 +130,9 @@ def interval(world, point) -> tuple[float, float]:
 
 
 def thresholds(world, method, n: int, target: float, seed: int, n_draws: int = N_DRAWS):
-    """(3, M) coverage and risk of what is accepted in the draws that accept anything,
-    and the guaranteed bounds.
+    """Return coverage, risk and guaranteed bound, shape (3, M).
+
+    There is one column for each draw in which something is accepted.
     """
     rng = np.random.default_rng(seed)
     found = []
@@ -150,20 +153,26 @@ def test_the_guaranteed_risk_holds(name: str, n: int) -> None:
     violated = np.count_nonzero(risk > bound + 1e-12)
     assert violated / N_DRAWS <= DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / N_DRAWS)
     if n == 1000:
-        assert len(found) > 0.9 * N_DRAWS  # and not by accepting nothing
+        assert len(found) > 0.9 * N_DRAWS  # so the rule does not hold by accepting nothing
 
 
 @pytest.mark.parametrize("n", [24, 45, 150, 600])
 def test_what_cannot_be_guaranteed_is_rarely_guaranteed(n: int) -> None:
-    """At the edge of the target: every certificate is wrong, and as many as allowed are given."""
+    """At the edge of the target every certificate is wrong.
+
+    Certificates must be as rare as allowed.
+    """
     found, *_ = thresholds(Flat(), PROCEDURES["ltt"], n, 0.1, seed=n)
     assert len(found) / N_DRAWS <= DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / N_DRAWS)
-    assert len(found) > 0.02 * N_DRAWS  # so the bound above is a test
+    assert len(found) > 0.02 * N_DRAWS  # so the bound above tests something
 
 
 @pytest.mark.parametrize(("n", "draws", "least"), [(2000, 300, 0.35), (10_000, 60, 0.60)])
 def test_confident_mistakes_do_not_destroy_a_guarantee(n: int, draws: int, least: float) -> None:
-    """The best threshold accepts 65 %; a sequence that begins among the mistakes ends there."""
+    """The best threshold accepts 65 %, and must be found.
+
+    A sequence that begins among the mistakes would end there.
+    """
     world = Mistakes()
     found, risk, bound = thresholds(world, PROCEDURES["ltt"], n, 0.05, seed=n, n_draws=draws)
     assert found.sum() / draws >= least
@@ -173,8 +182,9 @@ def test_confident_mistakes_do_not_destroy_a_guarantee(n: int, draws: int, least
 
 
 def test_at_the_edge_above_a_floor_little_is_guaranteed() -> None:
-    """Behind 4 % that are all wrong the error rate is just above the target:
-    only floors could certify, wrongly.
+    """Certificates must be rare if only floors could certify, and would be wrong.
+
+    The first 4 % are all wrong, and then the error rate is just above the target.
     """
 
     class Behind(Flat):
@@ -189,8 +199,9 @@ def test_at_the_edge_above_a_floor_little_is_guaranteed() -> None:
 
 
 def test_the_guarantees_of_several_groups_hold_at_once() -> None:
-    """Two groups at the edge and a small rest,
-    with the pooling that calibrate chooses from their sizes.
+    """Check two groups at the edge and a small rest.
+
+    ``certify`` chooses the pooling from the group sizes.
     """
     rng, broken, given, draws = np.random.default_rng(3), 0, 0, 800
     sizes = {"a": 150, "b": 90, "c": 20, "d": 25}
@@ -222,16 +233,15 @@ def test_the_mean_joint_risk_is_controlled_and_used_up(name: str) -> None:
     joint[: len(found)] = risk * found
     error = joint.std() / np.sqrt(len(joint))
     assert joint.mean() <= target + 3 * error
-    if name != "tied":  # there a step of the loss is larger than what is left
-        assert (
-            joint.mean() >= target - 2 / (n + 1) - 3 * error
-        )  # the known slack of a monotone loss bounded by one
+    if name != "tied":  # in "tied" one step in the loss is larger than the slack
+        # A monotone loss with bound one has this known slack.
+        assert joint.mean() >= target - 2 / (n + 1) - 3 * error
 
 
 def certified_by_mapie(u, f, risk: float, delta: float, fwer: str):
-    """MAPIE's threshold on the confidence 1 - u, as a threshold on u;
+    """Return MAPIE's threshold on the confidence 1 - u as a threshold on u.
 
-    None where it certifies nothing.
+    Return None if MAPIE certifies nothing.
     """
     from mapie.risk_control import BinaryClassificationController
 
@@ -244,7 +254,8 @@ def certified_by_mapie(u, f, risk: float, delta: float, fwer: str):
         fwer_method=fwer,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of fixed sequences, and where it finds nothing
+        # MAPIE warns about fixed sequences, and if it finds nothing.
+        warnings.simplefilter("ignore")
         controller.calibrate(1 - u, 1 - f)
     valid = np.asarray(controller.valid_predict_params)
     return None if not len(valid) else 1 - valid.min()
@@ -254,7 +265,9 @@ def certified_by_mapie(u, f, risk: float, delta: float, fwer: str):
 @pytest.mark.parametrize("n", [150, 1000])
 @pytest.mark.parametrize("name", list(WORLDS))
 def test_as_much_is_accepted_as_by_mapie(name: str, n: int) -> None:
-    """Mean coverage, against the best of MAPIE's procedures (known afterwards, per setting)."""
+    """The mean coverage must reach MAPIE's best procedure, which is known only afterwards, per
+    setting.
+    """
     world, rng, risk, draws = WORLDS[name], np.random.default_rng(11), 0.1, 40
     ours, theirs = [], {fwer: [] for fwer in ("bonferroni", "bonferroni_holm", "fixed_sequence")}
     for _ in range(draws):

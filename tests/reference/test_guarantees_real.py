@@ -1,9 +1,10 @@
-"""Guarantees on real scores:
-200 random splits into calibration and other rows, as ``benchmarks.guarantees`` has them.
+"""Test guarantees on real scores.
 
-``tests/data/clothing_scores.npz`` holds what three methods say of the demo's 1,135 test photos, and
-``cifar_shift_scores.npz`` what ViLU says of CIFAR-10's test images (see
-``tests/calibration/test_monitor_replay.py``). All rows of a file stand for the population that the
+Each of 200 random splits has calibration rows and other rows, as in ``benchmarks.guarantees``.
+
+``tests/data/clothing_scores.npz`` holds scores from three methods for the demo's 1,135 test photos.
+``cifar_shift_scores.npz`` holds ViLU's scores for CIFAR-10's test images (see
+``tests/calibration/test_monitor_replay.py``). All rows in a file stand for the population that the
 guarantee is about.
 """
 
@@ -31,10 +32,8 @@ def test_the_risk_holds_in_at_least_95_of_100_splits(scores: tuple[str, str, str
     assert SPLITS == 200
     assert found["broken"] <= 0.05
     if uncertainty == "vilu_plus":
-        assert (
-            found["coverage"] > 0.35
-        )  # and not by accepting nothing; the best threshold in hindsight accepts 47 %
+        # The rule must accept something. In hindsight the best threshold accepts 47 %.
+        assert found["coverage"] > 0.35
     if uncertainty == "mcm":
-        assert (
-            found["nothing"] == 1
-        )  # its most trusted answers are too often wrong to show anything
+        # MCM's most trusted answers are too often wrong to show anything.
+        assert found["nothing"] == 1

@@ -1,5 +1,5 @@
-"""Monte-Carlo dropout and deep ensembles against heads that are thinned,
-fitted and averaged by hand.
+"""Test Monte-Carlo dropout and deep ensembles against heads that are thinned, fitted and averaged
+by hand.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def first_batch(data: Embeddings) -> Batch:
 
 
 def test_passes_are_thinned_heads(data, dropped: MCDropout) -> None:
-    """Dropping a unit is scaling its row of the next matrix:
-    heads with changed weights, in float64.
+    """A dropped unit has the weight zero in the next matrix.
+
+    The expected scores come from changed weights, in float64.
     """
     state = {name: tensor.double() for name, tensor in dropped.state().items()}
     batch = first_batch(data[2])
@@ -66,7 +67,7 @@ def test_passes_are_thinned_heads(data, dropped: MCDropout) -> None:
 
 
 def test_many_passes_are_the_mean_over_random_masks(data, dropped: MCDropout) -> None:
-    """Against torch's own dropout, every row with its own masks."""
+    """The reference is torch's own dropout, where every row has its own masks."""
     torch.manual_seed(0)
     batch, head = first_batch(data[2]), dropped.heads[0]
     first, draws = head.first_layer(batch).detach(), []
@@ -84,12 +85,13 @@ def test_many_passes_are_the_mean_over_random_masks(data, dropped: MCDropout) ->
     many.space_, many.network_ = dropped.space_, head
     found = torch.from_numpy(many.predict_uncertainty(data[2]))
     error = draws.std(0) * np.sqrt(2 / 400)
-    # 300 rows share the masks of one side: their largest of 300 standard deviations is below five
+    # All 300 rows share the masks on one side. The largest of 300 errors is below five standard
+    # deviations.
     assert ((found - draws.mean(0)).abs() <= 5 * error + 1e-6).all()
 
 
 def test_a_vanishing_rate_is_vilu(data) -> None:
-    """Training and scoring, weights and all: masks of ones change no bit."""
+    """If all masks are ones, fitted weights must be equal to the bit, and scores to 1e-12."""
     plain = ViLU(**QUICK).fit(data[0], data[1])
     dropout = MCDropout(**QUICK, dropout=1e-12).fit(data[0], data[1])
     assert [tensor.tolist() for _, tensor in sorted(dropout.state().items())] == [
@@ -104,7 +106,8 @@ def test_dropout_trains_other_heads_and_selects_without(data, dropped: MCDropout
     undropped = ViLU(**QUICK).fit(data[0], data[1])
     assert dropped.notes_["history"]["loss"] != undropped.notes_["history"]["loss"]
     batch = first_batch(data[1])
-    logit = dropped.heads[0](batch).detach().double().numpy()  # of the kept epoch, without masks
+    # Logits at the kept epoch, without masks.
+    logit = dropped.heads[0](batch).detach().double().numpy()
     history = dropped.notes_["history"]
     kept = history["validation_auroc"][history["kept_epoch"]]
     assert auroc(logit, batch.failure.numpy()) == kept
@@ -114,7 +117,7 @@ def test_masks_have_the_rate_and_keep_the_mean() -> None:
     layer = Dropout(0.2, seed=3)
     mask = layer.mask((400, 500), torch.Generator().manual_seed(0))
     assert set(mask.unique().tolist()) == {0.0, float(torch.tensor(1.0) / 0.8)}
-    # 200,000 Bernoulli draws: five standard errors
+    # The tolerance is five standard errors with 200,000 Bernoulli draws.
     assert float((mask == 0).float().mean()) == pytest.approx(0.2, abs=5 * np.sqrt(0.16 / 200_000))
     rows = torch.rand(6, 5)
     first, second = layer(rows), layer(rows)

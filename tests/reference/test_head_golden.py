@@ -1,7 +1,6 @@
-"""The head, its losses and gradients against numbers of the reference implementation (float32).
+"""Test the head, its losses and gradients against the reference implementation's numbers (float32).
 
-The reference's output is a confidence logit; ours is its negative, so the sign of the last layer
-turns.
+The reference's output is a confidence logit. Ours is its negative, so the last layer's sign turns.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from vilu.predictors.nn.losses import FailureWeight, weighted_bce, weighted_mse
 
 DATA = Path(__file__).parents[1] / "data"
 CASES = [(file, a, c) for file in ("d24", "k100") for a in (0, 1) for c in (0, 1)]
-RTOL = 1e-5  # what the project promises; float32 itself gives about 1e-6 here
+RTOL = 1e-5  # the project guarantees 1e-5, and float32 itself gives about 1e-6 here
 
 
 class Case:
-    """One golden head and the batch it was run on."""
+    """Load one golden head and its batch."""
 
     def __init__(self, file: str, attention: int, caption: int) -> None:
         self.arrays = np.load(DATA / f"vilu_head_{file}.npz")
@@ -80,7 +79,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def close(ours: torch.Tensor, theirs: np.ndarray, scale: float | None = None) -> None:
-    """Equal to 1e-5 of the scale, by default of the largest entry.
+    """Assert that entries agree to 1e-5 times the scale, by default the largest entry.
 
     Sums in another order make small entries relatively worse.
     """
@@ -94,8 +93,9 @@ def test_logits(case: Case) -> None:
 
 
 def test_logits_while_the_projections_are_frozen(case: Case) -> None:
-    """The reference passes embeddings through while it freezes;
-    our frozen projections are still the identity.
+    """While the reference freezes its projections, embeddings pass through.
+
+    Our frozen projections are still the identity.
     """
     if case.head.attention is not None:
         dim = case.batch.image.shape[1]
@@ -133,8 +133,8 @@ def test_gradients_of_the_weighted_bce(case: Case) -> None:
         golden = case(f"grad/{theirs}")
         scale = float(np.abs(golden).max())
         if ours == "attention.image":
-            # The gradient of a softmax is a difference: p_j (g_j - sum_i p_i g_i). It vanishes
+            # The gradient through a softmax is a difference: p_j (g_j - sum_i p_i g_i). It vanishes
             # where every p is 0 or 1. Then float32 leaves the rounding of the g, whose sum is the
-            # gradient of the texts.
+            # texts' gradient.
             scale = max(scale, float(np.abs(case("grad/in_proj_t.weight")).max()))
         close(case.sign(ours) * gradient, golden, scale)

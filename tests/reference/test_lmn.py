@@ -1,4 +1,4 @@
-"""LMN: its curve, loss and inputs by definition, and what training does to the temperatures."""
+"""Test LMN's curve, loss and inputs by definition, and its temperatures after training."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ def test_target_curve_at_its_ends() -> None:
         curve = target_curve(s, steepness)
         assert torch.allclose(curve[[0, 5, 10]], torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
         assert (curve.diff() >= 0).all()
-    assert torch.allclose(
-        target_curve(s, 1e3), s, atol=1e-6
-    )  # the diagonal of ordinary calibration
+    # This is the diagonal of ordinary calibration.
+    assert torch.allclose(target_curve(s, 1e3), s, atol=1e-6)
 
 
 @pytest.mark.parametrize("balance", [0.6, 0.0, 1.0])
@@ -71,9 +70,8 @@ def test_gaps_are_sorted_cut_and_padded() -> None:
         logit_gaps(logits, 6), torch.nn.functional.pad(expected, (0, 2), value=1.0)
     )
     more = torch.cat([logits, torch.full((2, 3), -100.0)], dim=1)
-    assert torch.equal(
-        logit_gaps(more, 6), logit_gaps(logits, 6)
-    )  # a hopeless candidate is as good as absent
+    # A hopeless candidate counts as absent.
+    assert torch.equal(logit_gaps(more, 6), logit_gaps(logits, 6))
 
 
 def test_it_starts_as_mcm() -> None:
@@ -108,7 +106,10 @@ def test_wrong_answers_get_higher_temperatures_within_the_bound() -> None:
 
 
 def test_published_size() -> None:
-    """About 17,000 parameters at D = 512 (the paper says 17,000 to 20,000, over its K)."""
+    """The network must have about 17,000 parameters at D = 512.
+
+    The paper says 17,000 to 20,000, over its K.
+    """
     network = LMN().module({}, EmbeddingSpace(512, 100.0))
     assert (
         sum(p.numel() for p in network.parameters()) == (2 * 512 + 15) * 16 + 16 + 16 + 1 == 16_657

@@ -1,4 +1,4 @@
-"""Scores of the logits alone, against SciPy and by hand."""
+"""Test scores from logits alone against SciPy and numbers by hand."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ from vilu.predictors.zero_shot import (
 )
 
 RTOL = 1e-12
-"""Both sides are float64 functions of the same float32 logits; a few roundings of 1e-16 at K = 40.
+"""Both sides are float64 functions on the same float32 logits.
+
+They differ by a few roundings (1e-16) at K = 40.
 """
 
 OF_SUMS = 2e-6
-"""Exponentials of the other candidates are of float32 differences, and summed in it:
-relative errors of 6e-8 times the size of what is subtracted, and of the sum.
+"""Exponentials for the other candidates take float32 differences and are summed in float32.
+
+The relative errors are 6e-8 times the subtracted number's size, and 6e-8 times the sum.
 """
 
 
@@ -62,8 +65,10 @@ def test_prob_margin(batch: Batch, logits: np.ndarray) -> None:
 
 
 def test_prob_margin_keeps_sure_rows_apart() -> None:
-    """With gaps g between two logits 1 - (p_1 - p_2) = 2 / (1 + e^g),
-    while p_1 - p_2 rounds to one from g = 38 on.
+    """Sure rows must not tie.
+
+    With a gap g between two logits, 1 - (p_1 - p_2) is 2 / (1 + e^g). From g = 38 on p_1 - p_2
+    rounds to one.
     """
     gaps = np.array([0.0, 1.0, 40.0, 50.0, 100.0])
     u = score(ProbMargin(), batch_of([[gap, 0.0] for gap in gaps]))
@@ -80,8 +85,9 @@ def test_energy(batch: Batch, logits: np.ndarray, temperature: float) -> None:
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
 @pytest.mark.parametrize(("k", "spread"), [(2, 1.0), (40, 0.3), (1_000, 0.1)])
 def test_scores_that_sum_in_float32(k: int, spread: float, scale: float) -> None:
-    """Against float64 of the same logits, the largest apart so that nothing cancels,
-    and where 1 - p is tiny.
+    """Scores must agree with float64 on the same logits, also where 1 - p is tiny.
+
+    The reference keeps the largest logit apart, so nothing cancels.
     """
     logits = torch.randn(300, k, generator=torch.Generator().manual_seed(k)) * spread * scale
     exact = np.sort(logits.double().numpy(), axis=1)[:, ::-1]
@@ -97,7 +103,7 @@ def test_scores_that_sum_in_float32(k: int, spread: float, scale: float) -> None
     }
     batch = batch_of(logits.tolist())
     for kind, values in expected.items():
-        # an energy may be near zero by chance
+        # An energy may be near zero by chance.
         assert np.allclose(
             score(kind(), batch), values, rtol=OF_SUMS, atol=1e-7 if kind is Energy else 0
         ), kind
@@ -108,8 +114,9 @@ def test_scores_that_sum_in_float32(k: int, spread: float, scale: float) -> None
 
 @pytest.mark.parametrize("kind", [MCM, Entropy, Doctor, ProbMargin, Energy])
 def test_a_sure_row_changes_no_bit_of_another(kind: type) -> None:
-    """Its sum of float32 exponentials vanishes, so that it is taken about another logit;
-    the others' are not.
+    """A sure row must not change how other rows are summed.
+
+    Its sum over float32 exponentials vanishes, so its sum is taken about another logit.
     """
     rows = (torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 5).tolist()
     sure = [500.0] + [float(i % 7) for i in range(39)]
@@ -132,15 +139,15 @@ def test_energy_of_a_low_temperature_is_the_largest_logit(batch: Batch) -> None:
 def test_gen(batch: Batch, logits: np.ndarray, gamma: float, largest: int) -> None:
     p = np.sort(special.softmax(logits, axis=1), axis=1)[:, ::-1][:, :largest]
     expected = (p**gamma * (1 - p) ** gamma).sum(axis=1)
-    # 1 - p loses digits where p is near one: relative error 1e-16 / (1 - p), here at most 1e-9,
-    # times gamma.
+    # 1 - p loses digits where p is near one. The relative error is 1e-16 / (1 - p), here at most
+    # 1e-9, times gamma.
     assert np.allclose(score(GEN(gamma, largest), batch), expected, rtol=1e-9)
 
 
 def test_gen_by_hand() -> None:
     u = score(GEN(), batch_of([[0.0, 0.0], [2000.0, 0.0], [400.0, 0.0]]))
-    # Two halves: 2 (1/4)^0.1. A posterior that underflows: nothing. A tail of e^-400: twice
-    # (e^-400)^0.1.
+    # Two halves give 2 (1/4)^0.1. A posterior that underflows gives nothing. A tail e^-400 gives
+    # twice (e^-400)^0.1.
     assert np.allclose(u, [2 * 0.25**0.1, 0.0, 2 * math.exp(-40)], rtol=RTOL)
 
 

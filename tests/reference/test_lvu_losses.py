@@ -1,4 +1,4 @@
-"""LVU's targets and links: by definition, at their optimum, and where the losses are large."""
+"""Test LVU's targets and links by definition, at their optimum, and where the losses are large."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_the_best_constant_is_the_mean_target(
 
     optimizer.step(closure)
     p = special.softmax(batch.logits.double().numpy(), axis=1)[np.arange(400), batch.target.numpy()]
-    # One minus the arithmetic, or the geometric, mean of the true class's probability; float32
-    # optimum of a parabola.
+    # The expected value is one minus the true class's mean probability. The mean is arithmetic for
+    # mse and geometric for loss. The tolerance is for a parabola's optimum in float32.
     expected = 1 - (p.mean() if loss == "mse" else np.exp(np.log(p).mean()))
     assert torch.sigmoid(g).item() == pytest.approx(expected, abs=1e-3)
     assert torch.sigmoid(g).item() >= 1 - p.mean() - 1e-3
@@ -59,7 +59,9 @@ def test_the_best_constant_is_the_mean_target(
 
 @pytest.mark.parametrize(("k", "scale"), [(2, 100.0), (50, 100.0), (5, 20.0)])
 def test_large_losses_do_not_break_the_training(k: int, scale: float) -> None:
-    """Two classes at CLIP's scale: losses up to tens of nats, in few rows."""
+    """Training must survive losses up to tens of nats in few rows, as two classes have at CLIP's
+    scale.
+    """
     train, test = (
         toy_embeddings(n=1000, k=k, scale=scale),
         toy_embeddings(k=k, scale=scale, seed=1, ids_from=5000),

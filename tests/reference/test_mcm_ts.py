@@ -1,5 +1,6 @@
-"""The fitted temperature of MCM, against SciPy's scalar search,
-autograd and data whose temperature is known.
+"""Test MCM's fitted temperature.
+
+The references are SciPy's scalar search, autograd, and data with a known temperature.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def likelihood(data: EmbeddingSource, log_multiplier: float) -> float:
 
 
 def known_temperature(multiplier: float, n: int = 4000) -> Embeddings:
-    """Labels drawn from the posterior at a multiplier of the logit scale."""
+    """Return rows whose labels are drawn from the posterior at ``multiplier`` times the logit
+    scale.
+    """
     data, rng = toy_embeddings(n=n, k=8), np.random.default_rng(1)
     p = special.softmax(logits_and_targets(data)[0][0] * multiplier, axis=1)
     return variant(data, target=(p.cumsum(axis=1) > rng.random((n, 1))).argmax(axis=1))
@@ -57,8 +60,8 @@ def test_likelihood_optimum_is_that_of_a_scalar_search(data: EmbeddingSource) ->
     expected = optimize.minimize_scalar(
         lambda v: likelihood(data, v), bounds=(-4, 4), options={"xatol": 1e-9}
     ).x
-    # A scalar search without gradients resolves the square root of float64's precision, about 1e-8
-    # of f / f''.
+    # A scalar search without gradients finds a minimum up to the square root of float64's
+    # precision, about 1e-8 times f / f''.
     assert float(predictor.learned_["log_multiplier"]) == pytest.approx(expected, abs=1e-6)
 
 
@@ -79,8 +82,9 @@ def test_a_known_temperature_is_found(objective: str) -> None:
     truth = 0.3
     data = known_temperature(truth)
     found = float(MCMTS(objective=objective).fit(data).learned_["log_multiplier"])
-    # Fisher information of log m is N E[Var_p(z)]; four standard errors for the likelihood. The
-    # calibration error uses less of the labels and has a flat, jagged minimum: twelve.
+    # The Fisher information on log m is N E[Var_p(z)]. The likelihood may miss by four standard
+    # errors. The calibration error uses less from the labels and has a flat, jagged minimum, so it
+    # may miss by twelve.
     z = logits_and_targets(data)[0][0] * truth
     p = special.softmax(z, axis=1)
     variance = ((p * z**2).sum(1) - (p * z).sum(1) ** 2).sum()
@@ -139,11 +143,13 @@ def test_labels_that_contradict_the_logits_end_at_the_bound() -> None:
 
 
 def test_the_temperature_changes_the_order_of_rows() -> None:
-    """One strong rival against many weak ones,
-    whose number counts for more the flatter the posterior.
+    """A temperature must be able to change the order.
+
+    One row has one strong rival, and one row has many weak rivals. Their number counts for more if
+    the posterior is flatter.
     """
     batch = batch_of([[0.0, -0.5, -9, -9, -9, -9], [0.0, -2.0, -2, -2, -2, -2]])
     order = [int(fitted.tempered_uncertainty(batch, math.log(m)).argmax()) for m in (2.0, 0.5)]
-    # 1 / u - 1 is one over the sum of exp(m l_j) of the rivals: e^-1 + 4 e^-18 > 5 e^-4 and e^-.25
-    # + 4 e^-4.5 < 5 e^-1.
+    # 1 / u - 1 is one over the rivals' sum of exp(m l_j): e^-1 + 4 e^-18 > 5 e^-4, and e^-.25 + 4
+    # e^-4.5 < 5 e^-1.
     assert order == [0, 1]

@@ -1,8 +1,9 @@
-"""The metrics against independent references:
-scikit-learn, the reference code's route, brute force, hand-worked ties.
+"""Test the metrics against independent references.
 
-Tolerance 1e-12: sums of at most a few thousand terms of at most 1, each rounded to 1e-16, stay
-below 1e-12.
+These are scikit-learn, the reference code's route, brute force and hand-worked ties.
+
+The tolerance is 1e-12. Sums have at most a few thousand terms up to 1, each rounded to 1e-16, and
+so stay below 1e-12.
 """
 
 from __future__ import annotations
@@ -94,13 +95,12 @@ def test_other_fpr_rules_equal_a_search_over_all_thresholds(
 
 
 def test_fpr_where_the_curve_runs_level_at_the_rate() -> None:
-    # 20 correct answers; after 19 of them come 3 wrong ones, all at TPR 0.95 exactly; then one
-    # correct, one wrong
+    # There are 20 right answers. After the first 19 come 3 wrong answers, all exactly at TPR 0.95.
+    # Then one right and one wrong answer follow.
     failure = np.array([0] * 19 + [1] * 3 + [0, 1])
     u = np.arange(len(failure))
-    assert metrics.fpr_at_tpr(u, failure) == pytest.approx(
-        3 / 4, abs=EXACT
-    )  # far end, as numpy.interp
+    # The far end counts, as in numpy.interp.
+    assert metrics.fpr_at_tpr(u, failure) == pytest.approx(3 / 4, abs=EXACT)
     assert metrics.fpr_at_tpr(u, failure, rule="first") == 0
     assert metrics.fpr_at_tpr(u, failure, rule="nearest") == 0
 
@@ -109,15 +109,15 @@ def test_hand_worked_ties() -> None:
     # scores    1        2          3     4
     # rows    right  right,wrong  wrong  right
     u, f = [2, 1, 4, 3, 2], [1, 0, 0, 1, 0]
-    # pairs (wrong, right): the tied wrong one beats 1, ties 1, loses 1; the other beats 2, loses 1:
-    # 3.5 of 6
+    # Pairs are (wrong, right). The tied wrong row beats 1, ties with 1 and loses to 1. The other
+    # wrong row beats 2 and loses to 1. That makes 3.5 of 6.
     assert metrics.auroc(u, f) == pytest.approx(3.5 / 6, abs=EXACT)
-    # expected wrong among the top i: 0, 1/2, 1, 2, 2
+    # The expected wrong answers among the top i are 0, 1/2, 1, 2, 2.
     risks = [0, 1 / 4, 1 / 3, 2 / 4, 2 / 5]
     assert metrics.aurc(u, f) == pytest.approx(sum(risks) / 5, abs=EXACT)
     assert metrics.risk_at_coverage(u, f, 0.4) == pytest.approx(1 / 4, abs=EXACT)
     assert metrics.risk_at_coverage(u, f, 0.41) == pytest.approx(1 / 3, abs=EXACT)
-    # thresholds keep 1, 3, 4, 5 rows with risk 0, 1/3, 2/4, 2/5
+    # Thresholds keep 1, 3, 4, 5 rows with risk 0, 1/3, 2/4, 2/5.
     coverage, risk = metrics.risk_coverage_curve(u, f)
     np.testing.assert_allclose(coverage, [0.2, 0.6, 0.8, 1.0], atol=EXACT)
     np.testing.assert_allclose(risk, [0, 1 / 3, 1 / 2, 2 / 5], atol=EXACT)
@@ -126,7 +126,7 @@ def test_hand_worked_ties() -> None:
     assert metrics.coverage_at_risk(u, f, 0.3) == pytest.approx(0.2, abs=EXACT)
     trapezoids = 0.2 * 0 + 0.4 * (1 / 3) / 2 + 0.2 * (1 / 3 + 1 / 2) / 2 + 0.2 * (1 / 2 + 2 / 5) / 2
     assert metrics.aurc(u, f, "trapezoid") == pytest.approx(trapezoids, abs=EXACT)
-    # wrong kept over 5: 0, 1, 2, 2 at coverages .2 .6 .8 1
+    # At coverages .2 .6 .8 1 the rule keeps 0, 1, 2, 2 wrong answers, over 5.
     generalised = (0.4 * 1 / 2 + 0.2 * (1 + 2) / 2 + 0.2 * 2) / 5
     assert metrics.augrc(u, f) == pytest.approx(generalised, abs=EXACT)
     fpr, tpr = metrics.roc_curve_points(u, f)
@@ -174,9 +174,10 @@ def test_selective_metrics_equal_direct_sums(u: np.ndarray, f: np.ndarray) -> No
     n, n_correct, r = len(f), int((f == 0).sum()), f.mean()
     oracle = sum(max(0, i - n_correct) / i for i in range(1, n + 1)) / n
     assert metrics.excess_aurc(u, f) == pytest.approx(metrics.aurc(u, f) - oracle, abs=EXACT)
+    # The divisor is small.
     assert metrics.naurc(u, f) == pytest.approx(
         (metrics.aurc(u, f) - oracle) / (r - oracle), abs=1e-10
-    )  # small divisor
+    )
     closed = (1 - roc_auc_score(f, u)) * r * (1 - r) + r**2 / 2
     assert metrics.augrc(u, f) == pytest.approx(closed, abs=EXACT)
     thresholds = np.unique(u)
@@ -198,8 +199,8 @@ def test_selective_metrics_equal_direct_sums(u: np.ndarray, f: np.ndarray) -> No
 
 
 def test_oracle_at_the_dossier_example() -> None:
-    # the best order of 20 answers, 4 of them wrong: (1/17 · 1 + 1/18 · 2 + 1/19 · 3 + 1/20 · 4) /
-    # 20
+    # The best order has 20 answers, 4 of them wrong: (1/17 · 1 + 1/18 · 2 + 1/19 · 3 + 1/20 · 4) /
+    # 20.
     f = [0] * 16 + [1] * 4
     assert metrics.aurc(range(20), f) == pytest.approx(
         (1 / 17 + 2 / 18 + 3 / 19 + 4 / 20) / 20, abs=EXACT
@@ -235,13 +236,13 @@ def test_calibration_equals_scikit_learn_and_a_loop(
 
 
 def test_bins_are_closed_on_the_right() -> None:
-    # 0.5 belongs to (0.25, 0.5] with 0.3; alone its bin would have another gap
+    # 0.5 and 0.3 both belong to (0.25, 0.5]. If 0.5 were alone, its bin would have another gap.
     p, f = [0.5, 0.3, 0.51, 0.0], [1, 0, 0, 0]
     assert metrics.ece(p, f, bins=4) == pytest.approx((abs(1 - 0.8) + 0.51 + 0.0) / 4, abs=EXACT)
 
 
 def test_bins_of_equal_mass() -> None:
-    # two bins of three rows; the tied 0.4 go together into the bin where they start
+    # There are two bins with three rows. The tied 0.4 go together into the bin where they start.
     p, f = np.array([0.1, 0.2, 0.4, 0.4, 0.8, 0.9]), np.array([0, 0, 1, 0, 1, 1])
     assert metrics.ece(p, f, 2, "mass") == pytest.approx(
         (abs(1 - 1.1) + abs(2 - 1.7)) / 6, abs=EXACT

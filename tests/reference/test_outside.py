@@ -1,5 +1,6 @@
-"""Everyday words and the outcome "outside", against plain numpy, cases worked by hand,
-and worlds of known answer.
+"""Test everyday words and the outcome "outside".
+
+The references are plain NumPy, cases worked by hand, and simulated data with known answers.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def arrays(data: Embeddings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_far_words_do_not_keep_their_tensors() -> None:
     words, text = torch.eye(4), torch.eye(4)[:2]
     first = far_word_indices(words, text, 0.5)
-    assert far_word_indices(words, text, 0.5) is first  # known
+    assert far_word_indices(words, text, 0.5) is first  # the result is cached
     assert far_word_indices(words, text, 0.25).tolist() == [2]
     references = [weakref.ref(words), weakref.ref(text)]
     del words, text
@@ -80,11 +81,12 @@ def test_a_word_that_is_a_class_goes_first() -> None:
     text = torch.eye(4)[:2]
     assert far_word_indices(torch.eye(4), text, 0.5).tolist() == [2, 3]
     assert far_word_indices(torch.eye(4)[[3, 0, 2, 1]], text, 0.5).tolist() == [0, 2]
+    # Among equally near words the first stays.
     assert far_word_indices(torch.eye(4), text, 0.75).tolist() == [
         0,
         2,
         3,
-    ]  # of equally near ones the first stays
+    ]
 
 
 @pytest.mark.parametrize("of", ["classes", "answer"])
@@ -97,13 +99,12 @@ def test_neglabel_is_its_formula(of: str, share: float) -> None:
     classes = posterior[:, : len(text)]
     expected = 1 - (classes.sum(axis=1) if of == "classes" else classes.max(axis=1))
     found = PREDICTORS["neglabel"](of=of, share=share).predict_uncertainty(data)
-    np.testing.assert_allclose(
-        found, expected, rtol=0, atol=1e-5
-    )  # logits in float32: 15 * 2^-23 * a few
+    # Logits are float32, and off by a few times 15 * 2^-23.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_confident_images_do_not_tie() -> None:
-    """Where 1 - u rounds to one in float64, u itself still ranks."""
+    """If 1 - u rounds to one in float64, u itself must still rank images."""
     data = world(scale=300.0)
     for of in ("classes", "answer"):
         found = PREDICTORS["neglabel"](of=of, share=1.0).predict_uncertainty(data)
@@ -165,8 +166,9 @@ def test_neglabel_tells_images_of_words_from_images_of_classes() -> None:
 def ood_rows(
     seed: int, n_inside: int, n_outside: int, k: int = 6, m: int = 80, d: int = 48
 ) -> Embeddings:
-    """Images near class texts, then images near far words, in one space;
-    targets of the first, OUTSIDE of the rest.
+    """Return images near class texts, then images near far words, in one space.
+
+    The first images have class targets, the rest have OUTSIDE.
     """
     fixed, rng = np.random.default_rng(5), np.random.default_rng(seed)
     text, words = rows(fixed, k, d), rows(fixed, m, d)
@@ -217,8 +219,9 @@ def test_the_direction_is_ridge_regression() -> None:
 
 
 def test_the_mixture_finds_what_was_drawn() -> None:
-    """2,000 values about class means, a fifth about 6:
-    estimates within four of their standard errors.
+    """The fit must find the drawn parameters within four standard errors.
+
+    There are 2,000 values around class means, and a fifth lies around 6.
     """
     rng = np.random.default_rng(0)
     answer = rng.integers(4, size=2_000)
@@ -230,9 +233,8 @@ def test_the_mixture_finds_what_was_drawn() -> None:
         torch.from_numpy(value), torch.from_numpy(answer), 4, balance, all_known_inside=False
     )
     assert found.outside_share == pytest.approx(outside.mean(), abs=4 * np.sqrt(0.2 * 0.8 / 2_000))
-    assert found.outside_mean == pytest.approx(
-        6 + 0.1, abs=0.1 + 4 * 1.2 / 20
-    )  # 100 of 500 rows believe in 6.5
+    # The prior counts as 100 of 500 rows and says 6.5.
+    assert found.outside_mean == pytest.approx(6 + 0.1, abs=0.1 + 4 * 1.2 / 20)
     assert found.variance**0.5 == pytest.approx(1.2, abs=4 * 1.2 / np.sqrt(4_000))
     np.testing.assert_allclose(found.inside_means[:4], means, atol=4 * 1.2 / 20 + 0.05)
     slope, offset = found.log_odds()
@@ -265,14 +267,13 @@ def test_words_tell_ood_apart_however_many_there_are(share: float) -> None:
     found = learn_from_words(all_rows(train), all_known_inside=False)
     odds = found.log_odds(whole(test), torch.arange(6)).numpy()
     assert auroc(odds, np.arange(600) >= 300) > 0.97
-    assert (
-        odds[:300] > 0
-    ).mean() < 0.05  # hardly anybody inside is called an out-of-distribution row
+    # Hardly any inside row is called an out-of-distribution row.
+    assert (odds[:300] > 0).mean() < 0.05
     assert found.notes["outside_share"] == pytest.approx(share, abs=0.05)
 
 
 def test_words_that_do_not_tell_are_left_alone() -> None:
-    """Words drawn as the classes were, near to every image: nothing is claimed."""
+    """Words lie around the class texts and near every image. The fit must then claim nothing."""
     rng = np.random.default_rng(2)
     text, image = rows(rng, 20, 24), rows(rng, 400, 24)
     words = text[rng.integers(20, size=200)] + rng.normal(size=(200, 24)) * 0.1
@@ -364,7 +365,7 @@ def plus(train: Embeddings, unlabelled: Embeddings | None = None) -> ViLUPlus:
 @pytest.mark.filterwarnings("ignore:.*rows are left out", "ignore:only .* failures")
 @pytest.mark.parametrize("columns", [None, "all"])
 def test_vilu_plus_learns_outside_from_examples(columns: str | None) -> None:
-    """A few examples tell out-of-distribution rows of the same kind, with and without words."""
+    """A few out-of-distribution examples must tell similar rows apart, with and without words."""
     train, test = ood_rows(9, 90, 30), ood_rows(10, 300, 100)
     if columns is None:
         train, test = variant(train, columns=None), variant(test, columns=None)
@@ -383,7 +384,7 @@ def test_vilu_plus_learns_outside_from_examples(columns: str | None) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*rows are left out", "ignore:only .* failures")
 def test_vilu_plus_without_outside_is_as_it_was() -> None:
-    """No word, no example: not a tensor more, whatever rows without labels there are."""
+    """Without words and examples no tensor may be added, even if there are rows without labels."""
     train = variant(ood_rows(11, 90, 0), columns=None)
     for fitted in (plus(train), plus(train, variant(ood_rows(12, 90, 30), columns=None))):
         assert not set(Outside.names) & fitted.state().keys()
@@ -423,7 +424,7 @@ def test_the_outcome_is_explained() -> None:
 
 
 def test_words_refuse_nothing_that_few_rows_hold() -> None:
-    """Two equal rows, and rows of one class: numbers, not errors."""
+    """Two equal rows, or rows from one class, must give numbers and no errors."""
     for n in (2, 3, 30):
         data = ood_rows(17, n, 0)
         data = data.take(torch.zeros(n, dtype=torch.long)) if n < 30 else data

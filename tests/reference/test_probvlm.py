@@ -1,4 +1,4 @@
-"""ProbVLM against SciPy's generalised normal distribution and plain loops."""
+"""Test ProbVLM against SciPy's generalised normal distribution and plain loops."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_dropout_masks_keep_the_mean() -> None:
     first, second = dropout_masks((1000, 100), 0.3, torch.Generator().manual_seed(0))
     for mask in (first, second):
         assert mask.unique().tolist() == pytest.approx([0, 1 / 0.7])
-        # The standard error of the mean of 100,000 entries is sqrt(0.3 / 0.7 / 1e5) = 0.002.
+        # The mean over 100,000 entries has the standard error sqrt(0.3 / 0.7 / 1e5) = 0.002.
         assert float(mask.mean()) == pytest.approx(1, abs=0.01)
     assert not torch.equal(first, second)
 
@@ -98,7 +98,7 @@ def fitted(train: Embeddings) -> ProbVLM:
 def distribution(
     adapter: ProbabilisticAdapter, z: torch.Tensor, masks=()
 ) -> tuple[np.ndarray, stats.gennorm]:
-    """SciPy's version of what an adapter says about rows."""
+    """Return the mean and the SciPy distribution that an adapter predicts for rows."""
     with torch.no_grad():
         mean, inverse_scale, shape = (part.double().numpy() for part in adapter(z, masks))
     return mean, stats.gennorm(shape, loc=mean, scale=1 / inverse_scale)
@@ -130,8 +130,9 @@ def test_alignment_loss_against_scipy(make) -> None:
 
 
 def test_training_explains_the_embeddings_better(train: Embeddings) -> None:
-    """Than one Gaussian of all coordinates, which takes no look at the embedding,
-    and more so than at the start.
+    """Training must explain the embeddings better than one Gaussian over all coordinates.
+
+    That Gaussian does not look at the embedding. The loss must also fall.
     """
     predictor = ProbVLM(epochs=15, width=32, learning_rate=1e-2).fit(train)
     _, image = distribution(predictor.network_.image, train.image)
@@ -148,7 +149,7 @@ def test_aleatoric_against_scipy(fitted: ProbVLM, test: Embeddings) -> None:
 
 
 def with_uncertainty(fitted: ProbVLM, uncertainty: str, tmp_path, **more: object) -> ProbVLM:
-    """The same weights, scored another way."""
+    """Return a predictor with the same weights and another ``uncertainty``."""
     fitted.save(tmp_path)
     loaded = vilu.load(tmp_path)
     loaded.uncertainty = uncertainty
@@ -177,9 +178,8 @@ def test_cross_modal_against_a_loop_over_candidates(
 ) -> None:
     data = make(seed=1)
     batch = first_batch(data)
-    monkeypatch.setattr(
-        probvlm, "MAX_BLOCK_ENTRIES", 3 * batch.image.numel()
-    )  # three candidates at a time
+    # Each block holds three candidates.
+    monkeypatch.setattr(probvlm, "MAX_BLOCK_ENTRIES", 3 * batch.image.numel())
     predictor = with_uncertainty(fitted, "cross_modal", tmp_path)
     expected = []
     for batch in data.batches(1000):

@@ -1,5 +1,6 @@
-"""Pretrained visual uncertainties and the AdamW loop:
-against torch's own loss, scheduler and optimiser.
+"""Test pretrained visual uncertainties and the AdamW loop.
+
+The references are torch's own loss, scheduler and optimiser.
 """
 
 from __future__ import annotations
@@ -41,9 +42,8 @@ def test_ranking_loss_is_the_margin_ranking_loss_of_consecutive_pairs(n: int) ->
     generator = torch.Generator().manual_seed(n)
     u = torch.randn(n, generator=generator).requires_grad_()
     losses = torch.rand(n, generator=generator, dtype=torch.float64)
-    losses[2:4] = (
-        0.5  # a pair of equal losses has no order: its term is the margin, without gradient
-    )
+    # A pair with equal losses has no order. Its term is the margin, without a gradient.
+    losses[2:4] = 0.5
     found = ranking_loss(u, losses)
     found.backward()
     first, second = torch.arange(0, n - 1, 2), torch.arange(1, n, 2)
@@ -59,7 +59,7 @@ def test_ranking_loss_is_the_margin_ranking_loss_of_consecutive_pairs(n: int) ->
 
 
 def test_published_size() -> None:
-    """Linear layers 512 -> 512 -> 512 -> 1 with biases."""
+    """The network must have linear layers 512 -> 512 -> 512 -> 1 with biases."""
     layers = PVU().module({}, EmbeddingSpace(512, 100.0))
     assert sum(p.numel() for p in layers.parameters()) == 2 * (512 * 512 + 512) + 513
 
@@ -90,8 +90,8 @@ def test_it_learns_the_losses(loss: str) -> None:
     )
     batch = next(test.batches(600))
     losses = nn.functional.cross_entropy(batch.logits, batch.target, reduction="none").numpy()
-    # Half of the images are blurred, and say so: knowing that alone gives a rank correlation of
-    # about 0.6.
+    # Half the images are blurred, and their embeddings show it. That fact alone gives a rank
+    # correlation near 0.6.
     assert stats.spearmanr(u, losses).statistic > 0.5
     if loss == "mse":
         assert np.mean(u) == pytest.approx(losses.mean(), rel=0.2)
@@ -121,7 +121,7 @@ def test_loop_is_torchs_adamw_under_a_cosine() -> None:
         expected.append(np.mean(values))
     assert history == pytest.approx(expected, rel=1e-5)
     for mine, torchs in zip(ours.parameters(), theirs.parameters(), strict=True):
-        # float32; the fused kernel rounds in another order, over 12 steps of 0.01.
+        # Both are float32. The fused kernel rounds in another order, over 12 steps with rate 0.01.
         assert torch.allclose(mine, torchs, rtol=1e-4, atol=1e-5)
 
 

@@ -1,6 +1,4 @@
-"""Rel-U's penalty, against brute-force optimisation of its objective,
-and its edge cases by hand.
-"""
+"""Test Rel-U's penalty against brute-force optimisation, and its edge cases by hand."""
 
 from __future__ import annotations
 
@@ -27,16 +25,16 @@ def posterior(data: Embeddings, temperature: float) -> tuple[np.ndarray, np.ndar
 
 
 def moment_of(p: np.ndarray, failure: np.ndarray, trade_off: float) -> np.ndarray:
-    """Sample by sample, as the definition has it."""
+    """Return the moment matrix, summed sample by sample as in the definition."""
     outer = np.einsum("ni,nj->nij", p, p)
     return trade_off * outer[failure == 1].mean(0) - (1 - trade_off) * outer[failure == 0].mean(0)
 
 
 def ascend(moment: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Projected gradient ascent of <moment,
-    D> over symmetric D >= 0 with zero diagonal in the unit ball.
+    """Return the D that maximises <moment, D>, by projected gradient ascent.
 
-    For a cone, projecting on it and then on the ball is the projection on both.
+    D is symmetric, D >= 0, has a zero diagonal and lies in the unit ball. For a cone, a projection
+    on the cone and then on the ball is the projection on both.
     """
     penalty = np.abs(rng.normal(size=moment.shape))
     for _ in range(2000):
@@ -52,14 +50,18 @@ def test_penalty_is_the_optimum_of_the_objective(k: int, trade_off: float) -> No
     data = toy_embeddings(n=200, k=k, scale=5.0)
     predictor = RelU(trade_off=trade_off, temperature=1.0).fit(data)
     moment = moment_of(*posterior(data, 1.0), trade_off)
-    # The ascent's fixed point is reached geometrically; 2,000 steps leave float64 rounding.
+    # The ascent reaches its fixed point geometrically. After 2,000 steps only float64 rounding is
+    # left.
     expected = ascend(moment, np.random.default_rng(0))
     assert np.linalg.norm(expected) == pytest.approx(1)
     assert np.allclose(predictor.learned_["penalty"].numpy(), expected, atol=1e-9)
 
 
 def test_where_nothing_is_to_be_gained_the_penalty_is_constant() -> None:
-    """The optimum is then no penalty at all, which would score all rows alike."""
+    """If no penalty gains anything, the optimum is no penalty at all.
+
+    It would score all rows alike.
+    """
     data = toy_embeddings(n=200, k=5, scale=5.0)
     moment = moment_of(*posterior(data, 1.0), 0.15)
     assert np.array_equal(ascend(moment, np.random.default_rng(0)), np.zeros((5, 5)))
@@ -84,8 +86,8 @@ def test_score_is_the_quadratic_form_of_every_row(monkeypatch: pytest.MonkeyPatc
     moment = moment_of(*posterior(data, 0.5), 0.15)
     positive = np.maximum(moment, 0)
     np.fill_diagonal(positive, 0)
-    # Products of other numbers of rows round float32 logits of 20 at 1e-6, and the temperature
-    # doubles that.
+    # Products with other row counts round float32 logits near 20 at 1e-6. The temperature doubles
+    # that.
     assert np.allclose(penalty, positive / np.linalg.norm(positive), rtol=1e-4)
 
 
@@ -98,8 +100,9 @@ def test_properties_of_the_penalty() -> None:
 
 
 def test_two_classes_by_hand() -> None:
-    """K = 2 leaves one penalty, 1 / sqrt 2 twice:
-    u = 2 p_1 p_2 / sqrt 2, whether the data speak for it or not.
+    """With K = 2 there is one penalty, 1 / sqrt 2 twice.
+
+    So u = 2 p_1 p_2 / sqrt 2, whether the data speak for it or not.
     """
     for sign in (1.0, -1.0):
         penalty = best_penalty(torch.tensor([[1.0, sign], [sign, 3.0]], dtype=torch.float64))
@@ -119,7 +122,7 @@ def test_without_failures_it_is_the_gini_impurity() -> None:
     right = data.take((next(data.batches(600)).failure == 0).nonzero().squeeze(1))
     p, _ = posterior(data, 0.5)
     gini = (p * (1 - p)).sum(axis=1)
-    # 1 - p rounds to 1e-16 absolutely.
+    # 1 - p rounds to 1e-16, an absolute error.
     assert np.allclose(
         RelU().fit(right).predict_uncertainty(data), gini / math.sqrt(20), rtol=1e-9, atol=1e-16
     )
@@ -150,7 +153,6 @@ def test_a_thousand_classes_take_no_time() -> None:
     data = toy_embeddings(n=2000, k=1000, d=64)
     start = time.process_time()
     u = RelU().fit(data).predict_uncertainty(data)
-    assert (
-        time.process_time() - start < 5
-    )  # 2,000 x 1000^2 products twice: a fraction of a second, on a busy machine too
+    # Two times 2,000 x 1000^2 products take a fraction of a second, on a busy machine too.
+    assert time.process_time() - start < 5
     assert np.isfinite(u).all()

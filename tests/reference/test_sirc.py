@@ -1,4 +1,4 @@
-"""SIRC against its published form, its subspace against an SVD."""
+"""Test SIRC against its published form, and its subspace against an SVD."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def residual(images: np.ndarray, train: np.ndarray, components: int) -> np.ndarr
 @pytest.mark.parametrize("typicality", ["norm1", "residual"])
 @pytest.mark.parametrize("confidence", list(CONFIDENCES))
 def test_published_form(confidence: str, typicality: str) -> None:
-    """Its score is -(S1_max - S1) (1 + exp(-b (S2 - a))), a confidence;
-    ours is the logarithm of minus that.
+    """SIRC must be the logarithm of minus the published score.
+
+    The published score is -(S1_max - S1) (1 + exp(-b (S2 - a))), a confidence.
     """
     train, test = toy_embeddings(scale=5.0), toy_embeddings(scale=5.0, seed=1, ids_from=1000)
     images = {data: data.image.double().numpy() for data in (train, test)}
@@ -49,16 +50,17 @@ def test_published_form(confidence: str, typicality: str) -> None:
     )
     published = -gap * (1 + np.exp(-(new - (known.mean() - 3 * known.std())) / known.std()))
     found = SIRC(confidence=confidence, typicality=typicality).fit(train).predict_uncertainty(test)
-    # Where the posterior is sure the published gap is a difference from one: 1e-16 over a gap of
-    # 1e-7 and more here.
+    # Where the posterior is sure, the published gap is a difference from one. Its relative error is
+    # 1e-16 over a gap above 1e-9, so below 1e-7.
     assert gap.min() > 1e-9
     assert np.allclose(found, np.log(-published), rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_underflows() -> None:
-    """Gaps of g nats to one rival:
+    """Sure rows must keep their order.
 
-    1 - p = e^-g, H = (1 + g) e^-g, 1 - sum p^2 = 2 e^-g, but for factors 1 + e^-g.
+    If one rival has a gap of g nats, 1 - p = e^-g, H = (1 + g) e^-g and 1 - sum p^2 = 2 e^-g, up to
+    factors 1 + e^-g.
     """
     gaps = np.array([40.0, 300.0, 600.0])
     log_p = log_posterior(batch_of([[gap, 0.0] for gap in gaps]))
@@ -80,9 +82,8 @@ def test_an_untypical_image_is_uncertain_whatever_the_posterior_says() -> None:
     predictor = SIRC().fit(train)
     image = train.image.clone()
     image[0] = train.text[0]
-    image[1] = (
-        torch.eye(16)[int(train.text[0].abs().argmax())] * train.text[0].sign()
-    )  # least 1-norm a unit vector has
+    # No unit vector has a smaller 1-norm.
+    image[1] = torch.eye(16)[int(train.text[0].abs().argmax())] * train.text[0].sign()
     u = predictor.predict_uncertainty(variant(train, image=image))
     sure = -np.expm1(log_posterior(next(variant(train, image=image).batches(600))).amax(1).numpy())
     shift, slope = float(predictor.learned_["shift"]), float(predictor.learned_["slope"])

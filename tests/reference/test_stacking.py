@@ -1,4 +1,4 @@
-"""Stacking against scikit-learn, put together by hand from methods fitted on the same folds."""
+"""Test stacking against scikit-learn, put together by hand from methods on the same folds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def failures(data: Embeddings) -> np.ndarray:
 
 
 def columns(train: Embeddings, data: Embeddings) -> np.ndarray:
-    """(N, M) of methods fitted through their public interface."""
+    """Return scores (N, M) from methods that are fitted through their public interface."""
     found = []
     for name in MEMBERS:
         score = PREDICTORS[name]().fit(train).predict_uncertainty(data)
@@ -53,7 +53,7 @@ def test_cross_fitted_by_hand() -> None:
     ):
         scores[part.index] = columns(*(train.take(rows.index) for rows in (rest, part)))
     found = Stacking(members=MEMBERS).fit(train).predict_uncertainty(test)
-    # L-BFGS stops at a gradient of 1e-6, and rounding may make it stop a step earlier.
+    # L-BFGS stops at a gradient norm 1e-6, and rounding may make it stop a step earlier.
     assert np.allclose(found, by_hand(scores, failure, columns(train, test)), atol=1e-5)
 
 
@@ -88,8 +88,10 @@ def test_of_many_rows_one_fifth_is_held_out() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*its probabilities say little")
 def test_a_handful_of_labels() -> None:
-    """Two rows, of which each fold leaves one;
-    ten rows of ten classes, so that no class is in both parts of a fold.
+    """A few labels must give finite probabilities that differ.
+
+    With two rows each fold leaves one row. With ten rows in ten classes, no class is in both parts
+    of a fold.
     """
     many = toy_embeddings(k=10)
     failure, target = failures(many), many.target.numpy()
@@ -108,7 +110,10 @@ def test_a_handful_of_labels() -> None:
 
 
 def test_a_member_that_is_the_same_everywhere_has_no_weight() -> None:
-    """Up to rounding: 0.1 has no exact mean."""
+    """A constant score varies by rounding, because 0.1 has no exact mean.
+
+    It must still have no weight.
+    """
     scores = torch.stack(
         [torch.randn(50, generator=torch.Generator().manual_seed(0)), torch.full((50,), 0.1)], dim=1
     )

@@ -1,6 +1,6 @@
-"""ViLU+ against independent solvers:
+"""Test ViLU+ against independent solvers.
 
-SciPy for the convex expert and the pool, scikit-learn for the memory.
+SciPy solves the convex expert and the pool, and scikit-learn the memory.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def test_temperature_is_the_most_probable_one(data: Embeddings) -> None:
         -log_softmax(a * logits, axis=1)[range(200), target].sum() + np.log(a) ** 2 / 0.5
         for a in grid
     ]
-    # the grid has steps of one part in a thousand
+    # The grid steps are one part in a thousand.
     assert fit_temperature(attention_of(data), rows_of(data), CPU) == pytest.approx(
         grid[np.argmin(loss)], rel=2e-3
     )
@@ -82,10 +82,10 @@ def test_temperature_is_the_most_probable_one(data: Embeddings) -> None:
 
 @pytest.mark.parametrize("n", [200, 12, 3])
 def test_attention_is_the_most_probable_one(data: Embeddings, n: int) -> None:
-    """Its dual view:
-    one weight vector per class, of prior covariance C (rho T T^T + (1 - rho) D) across classes.
+    """The attention must solve its dual problem.
 
-    D is one for classes with labels, zero for the others.
+    There each class has one weight vector. The prior covariance across classes is C (rho T T^T + (1
+    - rho) D). D is one for classes with labels, and zero for the others.
     """
     few = data.take(torch.arange(n))
     inputs = ImageInputs(8, 0)
@@ -116,31 +116,32 @@ def test_attention_is_the_most_probable_one(data: Embeddings, n: int) -> None:
     )
     expected = offset + start + n / (n + SHRINKAGE_ROWS) * (x @ found.x.reshape(4, 9).T)
     batch = next(few.batches(200))
-    # both stop when float32 sums of 200 losses no longer change: logits of size 10 to about 1e-3 of
-    # it
+    # Both sides stop when float32 sums over 200 losses no longer change. That determines logits
+    # near 10 to about 1e-3 of their size.
     assert np.allclose(attention(batch).numpy(), expected, atol=0.02)
 
 
 @pytest.mark.parametrize(
     ("target", "n_classes", "share", "seen"),
     [
-        ([0, 0, 1, 1, 1, 2], 6, 1 / 6, 3),  # one single label of six
-        ([0, 0, 1, 1], 4, 1 / 4, 2),  # none: half a label would be less than can be told
-        ([0, 1, 2], 9, 0.1, 3),  # one a class, so the labels do not tell
+        ([0, 0, 1, 1, 1, 2], 6, 1 / 6, 3),  # one of six labels is single
+        ([0, 0, 1, 1], 4, 1 / 4, 2),  # no label is single, so the share is one label's
+        ([0, 1, 2], 9, 0.1, 3),  # every class has one label, so the labels say nothing
+        # Two of four labels are single. The two classes without labels are as frequent as the three
+        # with labels.
         (
             [0, 1, 2, 2],
             5,
             2 / 4,
             3,
-        ),  # half of them single: two classes without labels are as frequent as three with
+        ),
     ],
 )
 def test_classes_without_labels_are_rarer(
     target: list[int], n_classes: int, share: float, seen: int
 ) -> None:
     prior = class_log_prior(torch.tensor(target), n_classes).exp()
-    # as frequent as the share that they have, spread over them, next to the rest, spread over the
-    # others
+    # Classes without labels divide ``share`` among them. Classes with labels divide the rest.
     each = min(share / (n_classes - seen) / ((1 - share) / seen), 1)
     assert prior.tolist() == pytest.approx([1.0 if c in target else each for c in range(n_classes)])
 
@@ -151,7 +152,7 @@ def test_no_class_is_rarer_where_all_have_labels() -> None:
 
 
 def attention_of(data: Embeddings) -> SupervisedAttention:
-    """At a temperature of one, with texts as they are."""
+    """Return an attention at temperature one, with the texts as they are."""
     inputs = ImageInputs(data.space.embed_dim, 0)
     inputs.fit(rows_of(data))
     attention = SupervisedAttention(inputs, data.space.embed_dim, len(data.text), SHARING)
@@ -173,14 +174,14 @@ def test_rows_that_are_held_say_what_streamed_ones_say(
     held_solution = held.in_attention_coordinates(held.solve())
     streamed_solution = streamed.in_attention_coordinates(streamed.solve())
     for mine, other in zip(held_solution, streamed_solution, strict=True):
-        # both stop at a loss per row that changes by 1e-9 of a penalty whose curvature is 1 / (3
-        # n): sqrt(2e-9 * 120)
+        # Both sides stop when the loss per row changes by 1e-9. The penalty's curvature is 1 / (3
+        # n), so the weights differ by up to sqrt(2e-9 * 120).
         assert torch.allclose(mine, other, atol=2e-3)
 
 
 def test_a_basis_holds_its_rows() -> None:
     rows = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    rows = torch.cat([rows, rows[:1] + rows[1:2]])  # of rank three
+    rows = torch.cat([rows, rows[:1] + rows[1:2]])  # the rank is three
     found = orthonormal_basis(rows)
     assert found.shape == (8, 4)
     assert torch.allclose(found.T @ found, torch.eye(4), atol=1e-6)
@@ -221,21 +222,21 @@ def test_the_share_that_is_kept_is_the_most_probable_one(data: Embeddings, n: in
         residual = np.eye(4)[target[~out]] - softmax(
             logits[~out] + root @ best.reshape(size, 4) @ half.T, axis=1
         )
-        learned[out] = kernel[np.ix_(out, ~out)] @ residual @ across  # where the slope is zero
+        learned[out] = kernel[np.ix_(out, ~out)] @ residual @ across  # at a zero slope
     grid = np.linspace(0, 1, 201)
     value = [
         -log_softmax(logits + w * learned, axis=1)[range(n), target].sum()
         + (w - 1) ** 2 / (2 * SHRINKAGE_SD**2)
         for w in grid
     ]
-    assert held_out_shrinkage(problem) == pytest.approx(
-        grid[np.argmin(value)], abs=0.01
-    )  # two steps of the grid
+    # The tolerance is two grid steps.
+    assert held_out_shrinkage(problem) == pytest.approx(grid[np.argmin(value)], abs=0.01)
 
 
 def simulated(seed: int, n: int, n_classes: int, n_occurring: int, spread: float) -> Embeddings:
-    """Images around their class's text,
-    off by what the class has in common (0.6 of it) and by more of their own.
+    """Return images around their class's text.
+
+    All images in a class are off by a common shift (times 0.6), and each by larger noise.
     """
     rng = np.random.default_rng(seed)
     text = rng.normal(size=(n_classes, 64)) / 8
@@ -254,8 +255,9 @@ def auroc_of(predictor, data: Embeddings) -> float:
 @pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")
 @pytest.mark.parametrize(("n_classes", "spread"), [(4, 3.0), (40, 1.5), (40, 6.0)])
 def test_more_labels_never_cost_much(n_classes: int, spread: float) -> None:
-    """Also where an image tells next to nothing of its class (spread 6),
-    and of four labels in all.
+    """More labels must not cost much, even with four labels in all.
+
+    At spread 6 an image says next to nothing about its class.
     """
     gains = []
     for seed in range(5):
@@ -282,9 +284,7 @@ def test_one_label_a_class_tells_which_classes_occur() -> None:
 @pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")
 @pytest.mark.parametrize("features", [False, True])
 def test_images_without_labels_are_where_labels_begin(*, features: bool) -> None:
-    """With nothing to learn from labels but the temperature, q is ``ViLUZero``'s posterior,
-    tempered.
-    """
+    """If labels give nothing but the temperature, q must be ``ViLUZero``'s posterior, tempered."""
     whole = simulated(3, 1_200, 8, 8, 2.0)
     if features:
         whole = variant(
@@ -304,7 +304,8 @@ def test_images_without_labels_are_where_labels_begin(*, features: bool) -> None
     temperature = grid[torch.stack(loss).argmin()]
     batch = next(test.batches(400, columns=test.columns))
     expected = (temperature * zero.pooled_parts(batch).logits).log_softmax(1)
-    # the grid's steps of one part in a thousand, of logits that differ by up to 40; float32 beside
+    # The grid steps are one part in a thousand, and logits differ by up to 40. Float32 rounding
+    # adds little.
     assert torch.allclose(plus.log_posterior(batch), expected, atol=0.05)
     other = dataclasses.replace(
         batch, text=torch.nn.functional.normalize(torch.randn_like(batch.text), dim=1)
@@ -323,8 +324,10 @@ def test_images_without_labels_are_where_labels_begin(*, features: bool) -> None
     "kind", ["another order", "two swapped", "one missing", "one other", "captions"]
 )
 def test_images_without_labels_of_other_candidates_are_refused(kind: str, data: Embeddings) -> None:
-    """The mean text of all of them is blind to their order, and of many to one of them;
-    the fit would be wrong.
+    """A wrong order would fit silently, so it must be refused.
+
+    The mean text is blind to the candidates' order. With many candidates it is also blind to one
+    exchanged candidate.
     """
     orders = {"another order": [3, 0, 1, 2], "two swapped": [0, 2, 1, 3], "one missing": [0, 1, 2]}
     text = data.text[orders.get(kind, [0, 1, 2, 3])]
@@ -398,7 +401,7 @@ def test_memory_is_kernel_ridge_regression_of_the_residual(data: Embeddings, att
     )
     ridge = KernelRidge(alpha=0.1, kernel="rbf", gamma=0.5).fit(x, residual)
     found = memory(next(data.batches(200))).numpy()
-    # float32 kernels (1e-6) against a Gram matrix of condition number up to 200 / 0.1
+    # Kernels are float32 (1e-6), and the Gram matrix has a condition number up to 200 / 0.1.
     assert np.allclose(found, 8 * ridge.predict(x), atol=0.02)
 
 
@@ -421,12 +424,10 @@ def test_pool_is_the_most_probable_one() -> None:
         ]
     )
     best = np.unravel_index(loss.argmin(), loss.shape)
-    assert np.allclose(
-        fit_pool_weights(log_p, target), [grid[i] for i in best], atol=0.006
-    )  # half a step, rounded up
-    assert np.allclose(
-        fit_pool_weights(log_p[:1], target[:1]), [1, 0], atol=0.1
-    )  # one row says next to nothing
+    # The tolerance is half a grid step, rounded up.
+    assert np.allclose(fit_pool_weights(log_p, target), [grid[i] for i in best], atol=0.006)
+    # One row says next to nothing.
+    assert np.allclose(fit_pool_weights(log_p[:1], target[:1]), [1, 0], atol=0.1)
 
 
 def test_companions_come_with_enough_labels(data: Embeddings) -> None:
@@ -476,8 +477,8 @@ def test_probabilities_are_calibrated(data: Embeddings) -> None:
     predictor = ViLUPlus(**QUICK).fit(data)
     failure = torch.cat([batch.failure for batch in test.batches(512)]).numpy()
     probability = predictor.predict_failure_probability(test)
-    # the pool was fitted on 200 rows: its standard error is that of a rate near 0.2 over them,
-    # three of which are 0.085
+    # The pool was fitted on 200 rows. A rate near 0.2 over 200 rows has a standard error of 0.028,
+    # and three of these are 0.085.
     assert probability.mean() == pytest.approx(failure.mean(), abs=0.085)
 
 
@@ -513,7 +514,8 @@ def test_validation_rows_weigh_the_pool(data: Embeddings) -> None:
     validation = toy_embeddings(n=150, k=4, d=8, seed=3, ids_from=5000)
     chosen = ViLUPlus(**QUICK).fit(data, validation)
     assert chosen.notes_["pool"] != ViLUPlus(**QUICK).fit(data).notes_["pool"]
-    assert len(chosen.seen(validation)) == len(validation)  # used, if not learned from
+    # The pool used these rows, although no weights were learned from them.
+    assert len(chosen.seen(validation)) == len(validation)
 
 
 @pytest.mark.parametrize(
@@ -525,9 +527,8 @@ def test_validation_rows_of_unknown_classes_are_refused_before_the_fit(
 ) -> None:
     monkeypatch.setattr(ViLUPlus, "_fit_experts", lambda *_: pytest.fail("it was fitted"))
     bare, new = variant(data, columns=None), toy_embeddings(n=150, k=4, d=8, seed=3, ids_from=5000)
-    text = toy_embeddings(n=1, k=7, d=8).text[
-        4 if kind == "disjoint" else 0 :
-    ]  # the first four are those of training
+    # The first four texts are the training classes.
+    text = toy_embeddings(n=1, k=7, d=8).text[4 if kind == "disjoint" else 0 :]
     validation = (
         toy_pairs(d=8)
         if kind == "captions"

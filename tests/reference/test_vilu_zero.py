@@ -1,4 +1,4 @@
-"""ViLU0 against scikit-learn and plain NumPy, and what its parts must do by hand."""
+"""Test ViLU0 against scikit-learn and plain NumPy, and its parts by hand."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ def moments_of(image: np.ndarray, posterior: np.ndarray) -> SoftMembers:
 
 
 def test_class_counts_are_the_frequencies_of_largest_posterior(data: Embeddings) -> None:
-    """EM climbs sum log sum_c pi_c exp(l_c) + 1/2 sum_c log pi_c.
+    """No frequencies near EM's result may do better.
 
-    So no frequencies near its own do better. The second term came with the pseudo-count.
+    EM climbs sum log sum_c pi_c exp(l_c) + 1/2 sum_c log pi_c. The pseudo-count brings the second
+    term.
     """
     count = pool_of(data).counts((0, 1)).numpy()
     logits = logits_of(data)
@@ -70,13 +71,14 @@ def test_class_counts_are_the_frequencies_of_largest_posterior(data: Embeddings)
     rng = np.random.default_rng(0)
     for size in (0.3, 0.1):
         others = (softmax(np.log(pi) + size * rng.normal(size=6)) for _ in range(200))
-        assert max(map(likelihood, others)) <= likelihood(pi) + 1e-3  # after EM_PASSES passes
+        assert max(map(likelihood, others)) <= likelihood(pi) + 1e-3  # after N_EM_PASSES passes
     assert N_EM_PASSES >= 20
 
 
 def test_presence_by_hand() -> None:
-    """Ninety empty classes of a hundred are absent;
-    of equal counts none is, whatever their size.
+    """If ninety classes in a hundred are empty, those are absent.
+
+    If all counts are equal, no class is absent, however small the counts are.
     """
     count = torch.tensor([100.0] * 10 + [0.0] * 90, dtype=torch.float64)
     occurs, absent = fit_presence(count)
@@ -87,9 +89,8 @@ def test_presence_by_hand() -> None:
         occurs, absent = fit_presence(torch.full((40,), one, dtype=torch.float64))
         assert absent < 0.02
         assert occurs.abs().max() < 0.1
-    tiny = torch.full(
-        (40,), ABSENT_MEAN_COUNT / 4, dtype=torch.float64
-    )  # fewer rows than classes say nothing
+    # Fewer rows than classes say nothing.
+    tiny = torch.full((40,), ABSENT_MEAN_COUNT / 4, dtype=torch.float64)
     assert fit_presence(tiny)[1] == 0.0
 
 
@@ -103,8 +104,8 @@ def test_posterior_of_presence_is_bayes_rule() -> None:
 
 
 def test_discriminants_of_known_classes_are_linear_discriminant_analysis() -> None:
-    """With hard members, many of them, and no shrinkage left to see:
-    scikit-learn's with equal priors.
+    """With many hard members, where no shrinkage is visible, the result must be scikit-learn's with
+    equal priors.
     """
     rng = np.random.default_rng(0)
     n, k, dim = 30_000, 4, 5
@@ -114,7 +115,8 @@ def test_discriminants_of_known_classes_are_linear_discriminant_analysis() -> No
     known = fit_classifier(
         moments_of(image, np.eye(k)[target]), torch.from_numpy(rng.normal(size=(k, dim)))
     )
-    # unit covariance: ridge towards a spherical one changes nothing but by the noise of 30,000 rows
+    # The covariance is the identity. So a ridge towards a spherical matrix changes nothing except
+    # the noise from 30,000 rows.
     theirs = LinearDiscriminantAnalysis(solver="lsqr", priors=np.full(k, 1 / k)).fit(image, target)
     queries = rng.normal(size=(50, dim)) * 2
     ours = known.discriminants(torch.from_numpy(queries)).numpy()
@@ -136,8 +138,8 @@ def test_means_are_anchored_at_texts_as_far_as_texts_explain_them(exact: bool) -
         moments_of(means[target] + rng.normal(size=(n, dim)), np.eye(k)[target]),
         torch.from_numpy(text),
     )
-    # the standard error of the slope: 320 numbers of residual variance up to 1, of regressors of
-    # variance 1
+    # The tolerance covers the slope's standard error: 320 numbers with residual variance up to 1,
+    # on regressors with variance 1.
     assert known.slope == pytest.approx(0.5, abs=0.25)
     assert (known.anchor > 30) if exact else (0.5 < known.anchor < 2)
 
@@ -167,7 +169,7 @@ def test_trust_is_the_temperature_of_least_cross_entropy(data: Embeddings) -> No
 
 
 def occurring(share: float, seed: int, ids_from: int) -> Embeddings:
-    """Rows of a part of forty classes, which are hard to tell apart."""
+    """Return rows from a part of forty classes that are hard to tell apart."""
     whole = toy_embeddings(n=6_000, k=40, d=24, seed=seed, scale=12.0, ids_from=ids_from)
     return whole.take(np.flatnonzero((whole.target < 40 * share).numpy()))
 
@@ -189,14 +191,17 @@ def test_classes_that_all_occur_cost_nothing() -> None:
 
 
 def unsure_world(n: int, seed: int, scale: float) -> Embeddings:
-    """Rows of 150 classes, whose texts are apart from the images and tell them badly."""
+    """Return rows from 150 classes.
+
+    The texts lie apart from the images, and tell the classes badly.
+    """
     of_classes = np.random.default_rng(99)
     mean = of_classes.normal(size=(150, 64))
     text = mean + 1.5 * of_classes.normal(size=(150, 64))
     rng = np.random.default_rng(seed)
     target = rng.integers(150, size=n)
     image = mean[target] + 1.5 * rng.normal(size=(n, 64))
-    # one coordinate that all images share and no text has: the gap of the modalities
+    # All images share one coordinate that no text has: the modality gap.
     image = np.c_[image, np.full(n, 10.0)]
     text = np.c_[text, np.zeros(150)]
     image = image / np.linalg.norm(image, axis=1, keepdims=True)
@@ -206,7 +211,7 @@ def unsure_world(n: int, seed: int, scale: float) -> Embeddings:
 
 
 def test_classes_with_few_rows_that_texts_tell_badly_are_not_absent() -> None:
-    """EM without the pseudo-count held two in five for absent here, and cost 2.5 points."""
+    """EM without the pseudo-count called two in five classes absent here, and cost 2.5 points."""
     train, test = unsure_world(800, 1, scale=15.0), unsure_world(2_000, 2, scale=15.0)
     predictor = ViLUZero().fit(variant_without_labels(train))
     assert predictor.notes_["absent"] < 0.02
@@ -216,7 +221,10 @@ def test_classes_with_few_rows_that_texts_tell_badly_are_not_absent() -> None:
 
 
 def test_unsure_members_teach_no_prototypes() -> None:
-    """The same rows by a surer and by a less sure posterior, which the logit scale makes."""
+    """If the posterior is unsure, no prototypes may be learned.
+
+    The logit scale makes the same rows more or less sure.
+    """
     notes = {}
     for scale in (20.0, 120.0):
         train = variant_without_labels(unsure_world(2_000, 1, scale))
@@ -235,14 +243,14 @@ def test_purity_is_the_mean_square_of_the_posterior(data: Embeddings) -> None:
 
 
 def test_placement_by_hand() -> None:
-    """Nothing up to a half, all from 0.7 on, by the larger of purity and slope."""
+    """The larger of purity and slope decides: 0 up to 0.5, and 1 from 0.7 on."""
     by_purity = [placement(purity, 0.2) for purity in (0.4, 0.5, 0.6, 0.7, 0.9)]
     assert by_purity == pytest.approx([0.0, 0.0, 0.5, 1.0, 1.0])
     assert placement(0.4, 0.65) == pytest.approx(0.75)
 
 
 def test_members_of_confused_classes_lie_closer_by_their_purity() -> None:
-    """Means of members differ by 2 pi - 1 times the difference of the classes."""
+    """Members' means must differ by 2 pi - 1 times the difference between the classes."""
     rng = np.random.default_rng(0)
     n, pi = 40_000, 0.8
     target = rng.integers(2, size=n)
@@ -250,7 +258,8 @@ def test_members_of_confused_classes_lie_closer_by_their_purity() -> None:
     is_right = rng.random(n) < pi
     member = np.where(is_right, target, 1 - target)
     difference = image[member == 1].mean(axis=0) - image[member == 0].mean(axis=0)
-    # four standard errors of the difference of two means of 20,000 rows of variance below 2
+    # The tolerance is four standard errors for a difference of two means. Each mean has 20,000 rows
+    # with variance below 2.
     assert difference[0] == pytest.approx((2 * pi - 1) * 2.0, abs=4 * np.sqrt(2 * 2 / 20_000))
 
 
@@ -282,9 +291,9 @@ def test_what_knows_of_no_words_is_saved(data: Embeddings, tmp_path: Path) -> No
 
 
 def test_two_rows_a_class_teach_no_prototypes() -> None:
-    """One minus two rows a class over how many there are, by hand:
+    """The factor must be one minus two rows a class over the row count.
 
-    0 of 80 rows and 40 classes, 0.6 of 200.
+    With 40 classes, 80 rows give 0 and 200 rows give 0.6.
     """
     assert [row_count_factor(n, 40) for n in (40, 80, 200)] == pytest.approx([0.0, 0.0, 0.6])
     few = toy_embeddings(n=80, k=40, d=24)
@@ -315,8 +324,10 @@ def test_the_parts_are_the_score(data: Embeddings) -> None:
 
 @pytest.mark.data
 def test_real_clip_without_a_label(shared: Path) -> None:
-    """Photos of 24 of 123 breeds, which is to be found out;
-    textures, whose classes all occur; and cars, of which the texts say little.
+    """ViLU0 must gain over MCM on two real sets, and lose almost nothing on the third.
+
+    Pets show 24 of 123 breeds, and the fit must find out which. All texture classes occur. The
+    texts say little about cars.
     """
     gains = {}
     for name in ("pets_in123_b32", "proto_dtd_b32", "cars_text_b32"):
@@ -336,5 +347,5 @@ def test_real_clip_without_a_label(shared: Path) -> None:
         assert name != "pets_in123_b32" or mine > 0.92
     assert gains["pets_in123_b32"] > 0.07
     assert gains["proto_dtd_b32"] > 0.01
-    # cars, which their texts tell badly: before the pseudo-count and ``placement`` -0.09
+    # Texts tell cars badly. Before the pseudo-count and ``placement`` this gain was -0.09.
     assert gains["cars_text_b32"] > -0.005

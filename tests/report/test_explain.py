@@ -1,5 +1,6 @@
-"""What an explanation says beside its attribution: answers, competitors, neighbours;
-and what is refused.
+"""Test what an explanation says beside its attribution, and what is refused.
+
+An explanation also names answers, competitors and neighbours.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def test_answers_are_those_of_the_scores(plus, test: Embeddings) -> None:
         assert row.answer == test.class_names[outcomes.prediction[row.row]]
         assert row.truth == test.class_names[int(test.target[row.row])]
         assert row.wrong == bool(outcomes.failure[row.row])
-        assert row.uncertainty == outcomes.uncertainty[row.row]  # one number is one number
+        # the two numbers are equal to the last bit
+        assert row.uncertainty == outcomes.uncertainty[row.row]
         assert row.posterior == pytest.approx(p[row.row].max(), abs=1e-5)
     assert found.method == outcomes.method
     assert found.is_probability
@@ -60,7 +62,7 @@ def test_answers_are_those_of_the_scores(plus, test: Embeddings) -> None:
 def test_a_few_rows_of_many_blocks_have_the_numbers_of_the_scores(
     train: Embeddings, name: str
 ) -> None:
-    """Blocks of other rows, or of another size, would round otherwise."""
+    """Blocks with other rows or another size would round in another way."""
     data = toy_embeddings(n=2 * SCORING_BATCH + 300, seed=3, ids_from=20_000)
     quick = {"vilu_plus": {"width": 16, "epochs": 2}, "vilu": {"hidden": (8,), "epochs": 2}}
     predictor = vilu.PREDICTORS[name](**quick.get(name, {})).fit(train)
@@ -70,7 +72,8 @@ def test_a_few_rows_of_many_blocks_have_the_numbers_of_the_scores(
         assert row.uncertainty == outcomes.uncertainty[row.row]
         assert row.answer == data.class_names[outcomes.prediction[row.row]]
         has_one_input = len(vars(vilu.PREDICTORS[name]).get("looks_at", ())) == 1
-        if has_one_input:  # so all of the score is attributed to it, in the scale of the score
+        # so the whole score is attributed to this input, in the scale of the score
+        if has_one_input:
             assert row.attribution.score == row.uncertainty
 
 
@@ -122,8 +125,8 @@ def test_competitors_of_vilu_plus_are_its_posterior(plus, test: Embeddings) -> N
     for row in found:
         weights = {c.name: c.weight for c in row.competitors}
         assert sum(weights.values()) == pytest.approx(1, abs=1e-9)
-        # u = 1 - q of the answer. q moves by at most half of what a logit does, here in each of two
-        # computations: a float32 sum of D + 1 products, at a scale of 20
+        # u = 1 - q of the answer. q moves by at most half the change in a logit. Each of two
+        # computations has a float32 sum over D + 1 products, at a scale of 20.
         assert 1 - weights[row.answer] == pytest.approx(row.uncertainty, abs=20 * 17 * 2**-24)
 
 
@@ -178,7 +181,7 @@ def brute_neighbours(
 def test_neighbours_are_the_nearest(
     plus, train, test: Embeddings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "SCORING_BATCH", 64)  # so that a search goes over several blocks
+    monkeypatch.setattr(search, "SCORING_BATCH", 64)  # so that a search spans several blocks
     answer = (train.image @ train.text.T).argmax(dim=1)
     for row in vilu.explain(plus, test, train, rows=[0, 8, 99], depth=Depth(neighbours=6)):
         for found, wrong in ((row.failures, True), (row.successes, False)):
@@ -207,7 +210,7 @@ def test_a_training_row_is_not_its_own_neighbour_and_is_warned_of(plus, train: E
 
 
 def test_copies_of_the_explained_picture_do_not_hide_its_neighbours(test: Embeddings) -> None:
-    """One wrong picture is there thirty times: the next failures are of other pictures."""
+    """One wrong picture occurs thirty times. The next failures must show other pictures."""
     wrong = torch.nonzero((test.image @ test.text.T).argmax(dim=1) != test.target).flatten()
     copied = torch.cat([wrong[:1].repeat(30), torch.arange(len(test))])
     train = Embeddings(test.image[copied], test.text, target=test.target[copied], logit_scale=20.0)
@@ -227,8 +230,9 @@ def test_copies_of_the_explained_picture_do_not_hide_its_neighbours(test: Embedd
 
 
 def test_rows_without_keys_are_the_same_where_their_embeddings_are(test: Embeddings) -> None:
-    """Row 0 of one array is row 1 of the other, and no neighbour of itself;
-    row 0 of the other is another row.
+    """Row 0 in one array is row 1 in the other, so it is no neighbour to itself.
+
+    Row 0 in the other array is another row.
     """
     one = Embeddings(test.image[:40], test.text, target=test.target[:40], logit_scale=20.0)
     order = torch.tensor([1, 0, *range(2, 40)])

@@ -1,4 +1,4 @@
-"""Risk maps and better texts: hand-worked cases, brute force, and planted faults."""
+"""Test risk maps and better texts by hand-worked cases, brute force and planted faults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = ("cat", "dog", "car")
 
 
 def outcomes(**changes: object) -> vilu.Outcomes:
-    """Ten answers, five of them wrong, with two ties at the threshold of eight."""
+    """Return ten answers, five of them wrong, with two ties at the threshold for eight answers."""
     values: dict[str, object] = {
         "uncertainty": [0.1, 0.2, 0.3, 0.3, 0.4, 0.5, 0.6, 0.7, 0.7, 0.9],
         "failure": [0, 1, 0, 1, 0, 0, 0, 1, 1, 1],
@@ -39,7 +39,7 @@ def test_confusions_by_hand() -> None:
     cats = rows["cat", "dog"]
     assert (cats.failures, cats.accepted, cats.share) == (2, 2, pytest.approx(2 / 5))
     assert (cats.uncertainty, cats.risk) == (pytest.approx(0.25), pytest.approx(2 / 8))
-    # seven rows are below .7 and eight are kept: each of the two tied ones counts half
+    # seven rows are below .7 and eight are kept, so each of the two tied ones counts half
     assert (rows["cat", "car"].accepted, rows["dog", "cat"].accepted) == (0.5, 0.5)
     assert (rows["car", "cat"].failures, rows["car", "cat"].accepted) == (1, 0)
     assert (found.threshold, found.failures, found.n) == (0.7, 5, 10)
@@ -121,8 +121,9 @@ def test_a_clean_sheet_has_no_confusions() -> None:
 
 
 def planted(n: int = 400, *, seed: int = 0) -> Embeddings:
-    """Images in a common direction beside that of their class;
-    the text of class 2 points elsewhere.
+    """Return images between a common direction and their class's direction.
+
+    The text for class 2 points elsewhere.
     """
     rng = np.random.default_rng(seed)
     d, k = 24, 6
@@ -137,7 +138,7 @@ def planted(n: int = 400, *, seed: int = 0) -> Embeddings:
 
 
 def brute_gains(data: Embeddings, folds: int, seed: int) -> dict[str, tuple[int, int]]:
-    """Rows saved and lost per class, one row, class and mix at a time, in float64."""
+    """Count rows saved and lost per class in float64, one row, class and mix at a time."""
     n, k = len(data), len(data.text)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
     fold = np.empty(n, dtype=int)
@@ -195,7 +196,7 @@ def test_the_planted_fault_is_found_and_no_other() -> None:
 
 
 def test_labels_that_say_nothing_gain_nothing() -> None:
-    """Fitting on what is measured would gain here: 10 classes, random labels, 60 rows."""
+    """A fit on the measured rows would gain here, with 10 classes, random labels and 60 rows."""
     rng = np.random.default_rng(0)
     gains = []
     for seed in range(5):
@@ -206,8 +207,8 @@ def test_labels_that_say_nothing_gain_nothing() -> None:
             logit_scale=20.0,
         )
         gains += [row.gain for row in vilu.prompt_gains(data, seed=seed).rows]
-    # 50 estimates of about zero, each of a few rows of 60 (standard deviation about 0.04): the mean
-    # within 3 / sqrt(50)
+    # 50 estimates near zero, each from a few rows among 60, have a standard deviation near 0.04.
+    # Three standard errors of their mean are 3 * 0.04 / sqrt(50) = 0.017.
     assert abs(np.mean(gains)) < 0.02
 
 
@@ -235,8 +236,9 @@ def test_gains_that_cannot_be_estimated_are_refused() -> None:
 
 
 def test_the_interval_covers() -> None:
-    """Of tables drawn with known shares 95 % of the intervals hold the difference,
-    within three standard errors.
+    """At least 95 % of the intervals must hold the difference, within three standard errors.
+
+    The tables are drawn with known shares.
     """
     rng = np.random.default_rng(1)
     for shares, n in (((0.1, 0.02), 200), ((0.01, 0.01), 300), ((0.3, 0.25), 100)):

@@ -1,4 +1,4 @@
-"""Figures hold every method, and the same outcomes draw the same bytes."""
+"""Test that figures show every method, and that equal outcomes draw equal bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vilu.report.style import line_styles_of
 
 @pytest.fixture(scope="module")
 def outcomes() -> list[Outcomes]:
-    """Ten methods: more than there are colours."""
+    """Return ten methods, which are more than there are colours."""
     rng = np.random.default_rng(0)
     failure = rng.integers(2, size=80)
     return [Outcomes(rng.random(80) + failure, failure, method=f"method {i}") for i in range(10)]
@@ -31,7 +31,7 @@ def test_no_method_is_left_out(draw, outcomes: list[Outcomes]) -> None:
 def test_histograms_count_every_answer(outcomes: list[Outcomes]) -> None:
     figure = figures.score_histograms({str(one.method): one for one in outcomes})
     assert len(figure.axes) == 10
-    for axes in figure.axes:  # all of the correct ones, and all of the wrong ones
+    for axes in figure.axes:  # all right answers add up to 100 %, and so do all wrong ones
         assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(200)
 
 
@@ -70,7 +70,7 @@ def test_no_two_lines_of_a_figure_look_alike() -> None:
 
 
 def test_a_figure_of_very_many_lines_is_drawn() -> None:
-    names = [f"vilu seed {number}" for number in range(100)]  # more than there are looks
+    names = [f"vilu seed {number}" for number in range(100)]  # more than there are line styles
     assert set(line_styles_of(names)) == set(names)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of none of the classes in explanations, on the page, and in label sets."""
+"""Test out-of-distribution pictures in explanations, on the page and in label sets."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from vilu.report.page.charts import histogram
 
 
 def risky() -> Outcomes:
-    """Ten answers, five of them wrong, two of these for a picture of none of the classes;
-    eight are accepted.
+    """Return ten answers, five of them wrong.
+
+    Two wrong answers are for out-of-distribution pictures. Eight answers are accepted.
     """
     return Outcomes(
         [0.1, 0.2, 0.3, 0.3, 0.4, 0.5, 0.6, 0.7, 0.7, 0.9],
@@ -34,7 +35,7 @@ def risky() -> Outcomes:
 
 
 def test_confusions_with_no_class_by_hand() -> None:
-    """Seven rows are below 0.7 and eight are kept: each of the two tied ones counts half."""
+    """Seven rows are below 0.7 and eight are kept, so each of the two tied ones counts half."""
     found = vilu.risk_map(risky())
     rows = {(row.answer, row.instead): (row.failures, row.accepted, row.risk) for row in found.rows}
     assert rows == {
@@ -69,8 +70,9 @@ def test_better_texts_are_of_the_classes_alone(test: Embeddings) -> None:
 
 
 def with_ood(**fields: object) -> Outcomes:
-    """A quarter of the wrong answers are for pictures of none of the classes,
-    and a little more uncertain.
+    """Return outcomes where some wrong answers are for out-of-distribution pictures.
+
+    These are the wrong answers in every fourth row. Their uncertainty is 0.1 higher.
     """
     plain = outcomes_of(**fields)
     outside = (plain.failure == 1) & (np.arange(len(plain)) % 4 == 0)

@@ -1,6 +1,4 @@
-"""The page of ``vilu report``:
-its numbers against numpy's, its choices, and what hostile names may do in it.
-"""
+"""Test the page from ``vilu report``: its numbers, its choices, and hostile names in it."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Reader(HTMLParser):
-    """Every element with its attributes, and the text of some."""
+    """A parser that keeps every element with its attributes, and the texts by tag."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -406,14 +404,13 @@ def test_ticks_are_round_and_lines_keep_their_ends() -> None:
     xs, ys = thin_points(x, x**2, 100)
     assert len(xs) <= 100
     assert (xs[0], ys[0], xs[-1], ys[-1]) == (0, 0, 1, 1)
-    assert (
-        np.abs(np.interp(x, xs, ys) - x**2).max() < 1e-3
-    )  # chords of a parabola over steps of 2 %
+    assert np.abs(np.interp(x, xs, ys) - x**2).max() < 1e-3  # parabola chords over steps of 2 %
 
 
 def test_a_predictor_is_no_scores(tmp_path: Path) -> None:
-    """Its calibration rows would make a page, on which its rule keeps what it guarantees:
-    it was chosen there.
+    """A page from a predictor's calibration rows would always confirm its rule.
+
+    The rule was chosen on these rows.
     """
     MCM().fit(toy_embeddings()).save(tmp_path)
     calibrate_predictor(tmp_path, toy_embeddings(seed=1, ids_from=10_000), Target(max_risk=0.5))

@@ -1,4 +1,4 @@
-"""Predictor and embeddings to outcomes, and the memory of what was fitted on."""
+"""Test how a predictor scores embeddings, and how it recognises rows that it was fitted on."""
 
 from __future__ import annotations
 
@@ -91,8 +91,9 @@ def head() -> vilu.ViLU:
 def test_candidates_without_a_fit_are_named_beside_probabilities(
     head: vilu.ViLU, test: Embeddings, tmp_path: Path
 ) -> None:
-    """Other prompts of the same names, other classes, some of the classes;
-    also of a predictor that was saved.
+    """Other prompts for the same names, other classes, and fewer classes each give a warning.
+
+    A predictor that was saved and loaded gives it too.
     """
     head.save(tmp_path)
     prompt = torch.randn(16, generator=torch.Generator().manual_seed(0)) * 0.15
@@ -115,8 +116,9 @@ def test_candidates_without_a_fit_are_named_beside_probabilities(
 
 
 def test_candidates_that_are_the_same_are_not_told(head: vilu.ViLU, test: Embeddings) -> None:
-    """Rounding of another machine, another order, other names for the same texts;
-    warnings are errors here.
+    """Other rounding, another order, or other names for the same texts are no change.
+
+    In this test a warning is an error.
     """
     noise = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)) * 1e-3
     turned = [4, 2, 0, 1, 3]
@@ -140,10 +142,10 @@ def test_what_knows_no_probability_or_no_candidates_says_nothing(
     vilu.score(vilu.PREDICTORS["sirc"]().fit(toy_embeddings()), prompts)  # no probability
     old = copy.copy(head)
     old.notes_ = {"n_train": 600, "n_failures": 200}
-    vilu.score(old, prompts)  # of older code: not known
+    vilu.score(old, prompts)  # from older code: the candidates are not known
     vilu.score(
         copy.copy(head).calibrate_probability(toy_embeddings(seed=8, ids_from=40_000)), prompts
-    )  # on what, it may be these
+    )  # its calibration may have used these candidates
 
 
 def test_a_guarantee_is_none_for_the_same_names_in_other_prompts(

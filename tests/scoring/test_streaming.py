@@ -1,4 +1,4 @@
-"""Scores of any size: parts, receipts, resuming, and evaluation from counts."""
+"""Test scores of any size: parts, receipts, resuming, and evaluation from counts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from vilu.scoring.score_folder import Counts, ScoreFolder, ScorePart, ScoreRecei
 from vilu.store.embed import embed
 
 N = 2 * SCORING_BATCH + 900
-"""Three parts of one batch of scoring each."""
+"""Rows for two full scoring batches and a smaller third one."""
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,9 @@ def assert_same_outcomes(found: Outcomes, expected: Outcomes) -> None:
 
 
 def short_pairs(n: int = 200, pool: int = 32) -> PairEmbeddings:
-    """Pairs of which some are unusable and others fill no last pool,
-    as a store of captions may hold them.
+    """Return pairs as a caption store may hold them.
+
+    Some pairs are unusable, and some are left over because they do not fill a last pool.
     """
     found = toy_pairs(n=256, pool=pool)
     found.status[[3, 40]] = 1, 2
@@ -189,7 +190,7 @@ def test_evaluation_of_a_folder_is_that_of_the_rows(data: Embeddings, done: Path
 
 
 def read_in_bins(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders are read from now on as if no more bins were allowed."""
+    """Read folders from now on as if at most `most` bins were allowed."""
     read = score_folder.read_histogram
 
     def read_coarsely(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, ...]:
@@ -516,8 +517,9 @@ def test_forged_histograms_are_refused(done: Path, tmp_path: Path) -> None:
 def test_a_folder_counts_what_is_of_none_of_the_classes(
     data: Embeddings, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in memory; in bins, within what ties can do;
-    and where there is nothing to count, nothing is written.
+    """A folder has the same values as memory. With few bins, the values differ by what ties allow.
+
+    If no row is outside the classes, the histograms have no columns for such rows.
     """
     target = data.target.clone()
     target[::7] = vilu.OUTSIDE
@@ -576,8 +578,9 @@ def test_scores_that_are_not_finite_are_refused(
 def test_answers_are_computed_once(
     test: Embeddings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A score that looks at the logits leaves them to the answer:
-    no second product, no second pass.
+    """A score that computes the logits passes them on to the answer.
+
+    A second product or a second pass would waste time.
     """
     from vilu.embeddings import source
 
@@ -616,7 +619,7 @@ def test_fingerprints_tell_what_matters(
 
 
 def test_every_method_streams_what_it_scores(train: Embeddings, tmp_path: Path) -> None:
-    """Columns, closed sets and devices go the same way in both."""
+    """Columns, closed sets and devices take the same path in both ways of scoring."""
     part = toy_embeddings(n=50, seed=1, ids_from=10_000)
     for name in ("rel_u", "knn_distance", "tta", "prompt_disagreement", "linear_probe"):
         predictor = PREDICTORS[name]().fit(train)
@@ -650,7 +653,7 @@ def test_counts_and_parts_add_up() -> None:
 
 
 def test_a_renamed_store_is_the_same_rows_under_another_label(tmp_path: Path) -> None:
-    """The label of scores is the name that somebody gave the folder; nothing else depends on it."""
+    """The dataset label is the folder's name, and nothing else depends on it."""
     embed(dataset(30), FakeBackbone(), tmp_path / "first", names=NAMES)
     vilu.MCM().save(tmp_path / "p")
     run("score", tmp_path / "p", tmp_path / "first", "-o", tmp_path / "a")

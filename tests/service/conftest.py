@@ -1,5 +1,5 @@
-"""A service on a free port of this machine, in a thread or a process of its own,
-with a model that is there at once.
+"""Fixtures that start a service on a free port, in a thread or in its own process. The model is
+a fake that loads at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vilu.store.job import BackboneSpec
 
 @dataclass
 class Running:
-    """A service that runs."""
+    """Hold the address, the messages and the process that belong to a running service."""
 
     url: str
     said: list[str] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Running:
 def hosted(
     first: Path, state: Path, *, second: Path | None = None, keep: Path | None = None, **more: Any
 ) -> Iterator[Running]:
-    """The service in a thread of this process."""
+    """Run the service in a thread inside this process until the block ends."""
     size = {name: more.pop(name) for name in ("batch_size",) if name in more}
     addresses, faults = list[str](), list[BaseException]()
     told = threading.Event()
@@ -116,7 +116,7 @@ def hosted(
 
 @contextmanager
 def served(*args: object, ready: bool = True, plugin: str | None = None) -> Iterator[Running]:
-    """``vilu serve`` with these arguments, until the block ends."""
+    """Run ``vilu serve`` with these arguments in its own process until the block ends."""
     frame = FRAME if plugin is None else (*FRAME, "--plugin", plugin)
     words = command(*frame, "serve", "--port", 0, *args)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -141,7 +141,7 @@ def served(*args: object, ready: bool = True, plugin: str | None = None) -> Iter
 
 
 def labelled(n: int, first: int) -> FakeDataset:
-    """Photos of all kinds in turn, with their right names."""
+    """Return n photos with their right labels, where the kinds take turns."""
     numbers = range(first, first + n)
     return FakeDataset(
         [photo(number % KINDS, number) for number in numbers],
@@ -153,9 +153,9 @@ def labelled(n: int, first: int) -> FakeDataset:
 
 @pytest.fixture
 def left_open(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For tests that leave journals open, as a kill does: their connections are closed at the end.
+    """Close the journals that a test leaves open, as a kill would leave them.
 
-    Python 3.13 warns of a connection that is collected without having been closed.
+    Python 3.13 warns if a connection is collected and was not closed before.
     """
     opened: list[RowFile] = []
     begin = RowFile.__init__
@@ -173,7 +173,7 @@ def left_open(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def predictors(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two calibrated predictors of one model."""
+    """Return two calibrated predictors for the same model."""
     home = tmp_path_factory.mktemp("predictors")
     embed(labelled(150, 10_000), FakeBackbone(), home / "train", names=NAMES)
     embed(labelled(300, 20_000), FakeBackbone(), home / "cal", names=NAMES)
@@ -187,12 +187,12 @@ def predictors(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def service(
     predictors: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
-    """One service for the tests that change nothing."""
+    """Return one service for the tests that change nothing."""
     with hosted(predictors[0], tmp_path_factory.mktemp("state") / "s") as running:
         yield running
 
 
 @pytest.fixture
 def photos() -> Callable[[int], list[bytes]]:
-    """Photos of all kinds."""
+    """Return a function that makes n photos, where the kinds take turns."""
     return lambda n: [photo(number % KINDS, number) for number in range(n)]

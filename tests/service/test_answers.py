@@ -1,5 +1,5 @@
-"""What is answered over HTTP is what ``Guard`` says, each row is counted once,
-and mistakes are told.
+"""The service over HTTP: it answers as ``Guard`` does, counts each row once and reports
+mistakes.
 """
 
 from __future__ import annotations
@@ -78,10 +78,11 @@ def test_answers_are_those_of_guard(service: Running, guard: Guard, photos: Phot
 
 
 def test_an_answer_does_not_wait_for_acknowledgements(service: Running) -> None:
-    """A client that keeps its connection gets the whole answer at once.
+    """If a client keeps its connection open, the client must get the whole answer at once.
 
-    After the first answers of a connection, Linux acknowledges a head 40 ms later if the client has
-    nothing to send. The quickest answer tells whether bodies wait for that, on a busy machine, too.
+    After the first answers on a connection, Linux acknowledges a head 40 ms later if the client has
+    nothing to send. A body that waits for that acknowledgement comes 40 ms late. The test looks at
+    the quickest answer, because other answers may be slow on a busy machine.
     """
     seconds = []
     with service.client() as client:
@@ -97,7 +98,7 @@ def test_embeddings_are_scored_as_their_images(
 ) -> None:
     model = FakeBackbone()
     pixels = [model.preprocess(Image.open(BytesIO(image))) for image in photos(9)]
-    rows = [3 * model.encode_images(one[None])[0] for one in pixels]  # of any length
+    rows = [3 * model.encode_images(one[None])[0] for one in pixels]  # not at unit norm
     told = service.post("/v1/scores", json={"embeddings": [row.tolist() for row in rows]}).json()[
         "answers"
     ]
@@ -106,13 +107,16 @@ def test_embeddings_are_scored_as_their_images(
     u = np.array([one["uncertainty"] for one in told])
     assert u == pytest.approx(
         np.array([one.uncertainty for one in expected]), abs=2e-3
-    )  # a step of float16
+    )  # one step in float16
 
 
 def test_what_was_never_guaranteed_is_not_said_to_hold(
     predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
 ) -> None:
-    """Probabilities alone: in the answer, in the monitor, and in what Prometheus reads."""
+    """If a predictor has only probabilities, no output may say that a guarantee holds.
+
+    The outputs are the answer, the monitor and the metrics for Prometheus.
+    """
     folder = tmp_path / "predictor"
     shutil.copytree(predictors[0], folder)
     run("calibrate", folder, predictors[0].parent / "cal", "--overwrite")
@@ -132,8 +136,9 @@ def test_what_was_never_guaranteed_is_not_said_to_hold(
 def test_every_row_is_counted_once(
     predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
 ) -> None:
-    """The same request again, and a second predictor beside: each journal has every image once;
-    labels count once.
+    """Each journal must count every image once, and every label once.
+
+    The same request is sent twice, and a second predictor keeps a journal beside the first.
     """
     with hosted(predictors[0], tmp_path / "s", second=predictors[1]) as running:
         for _ in range(2):
@@ -165,17 +170,18 @@ def test_every_row_is_counted_once(
     assert len(list((tmp_path / "s").glob("*/rows.sqlite"))) == 2
     with hosted(predictors[0], tmp_path / "s", second=predictors[1]) as running:
         after = running.get("/v1/monitor").json()["monitors"]
-        assert [one["status"]["rows"] for one in after] == [30, 30]  # the last picture was known
+        assert [one["status"]["rows"] for one in after] == [30, 30]  # the last one was known
         assert after[0]["status"]["audit"] == before[0]["status"]["audit"]
-        assert [one["answers"] for one in after] == [False, True]  # as it was left
+        assert [one["answers"] for one in after] == [False, True]  # as before the restart
 
 
 @pytest.mark.usefixtures("left_open")
 def test_a_void_guarantee_stays_void_after_a_kill_in_any_order_of_labels(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Evidence is the largest along the way:
-    the last rows, all wrong, have their labels before the others.
+    """The evidence is the largest value along the way, so later labels must not lower it.
+
+    The last 30 rows are all wrong, and they get their labels before the other rows.
     """
     journal = Journal(tmp_path / "j", predictors[0])
     kept = journal.monitor.calibration
@@ -192,10 +198,11 @@ def test_a_void_guarantee_stays_void_after_a_kill_in_any_order_of_labels(
     journal.record(
         [f"s{i}" for i in range(400)], said[rows].tolist(), kept.uncertainty[rows].tolist()
     )
-    # of the alarm, which the labels raised at row 399, not at the last one
+    # The save that the alarm started. The labels raised the alarm at row 399, which is not the last
+    # row.
     journal._latest_save.result()
     assert journal.status.raised_at == 399
-    again = Journal(tmp_path / "j", predictors[0])  # beside one that never got to save
+    again = Journal(tmp_path / "j", predictors[0])  # the first journal was never closed
     assert (again.guarantee, again.status) == ("void", journal.status)
 
 
@@ -203,9 +210,10 @@ def test_a_void_guarantee_stays_void_after_a_kill_in_any_order_of_labels(
 def test_labels_of_a_request_are_taken_in_together(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows wait for labels:
+    """The labels in one request must be audited together, with the same evidence as one by one.
 
-    256 of them held the lock for seconds. The evidence is that of one after the other.
+    Rows wait while labels are audited. When labels were audited one by one, 256 labels held the
+    lock for seconds.
     """
     together, alone = Journal(tmp_path / "a", predictors[0]), Journal(tmp_path / "b", predictors[0])
     kept, audits = together.monitor.calibration, list[int]()
@@ -236,8 +244,11 @@ def test_rows_do_not_wait_for_the_state_to_be_written_and_do_without(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It took a second at 500,000 rows;
-    and of a disk without room for it, rows that were recorded were a fault.
+    """Recording must neither wait for the state file nor fail if the disk has no room for the
+    state.
+
+    At 500,000 rows, writing the state took a second. If the disk was full, recorded rows were
+    reported as a fault.
     """
     monkeypatch.setattr("vilu.service.journal.ROWS_BETWEEN_SAVES", 10)
     journal = Journal(tmp_path / "j", predictors[0])
@@ -262,14 +273,14 @@ def test_rows_do_not_wait_for_the_state_to_be_written_and_do_without(
 
     monkeypatch.setattr(Monitor, "save", slow)
     record(0, 10)
-    record(10, 30)  # while the first ones are being written
+    record(10, 30)  # while the state with 10 rows is being written
     may_write.set()
     journal._latest_save.result()
     assert "no room. Until the state of the monitor can be saved" in caplog.text
     assert not state.exists()
     record(30, 40)
     journal._latest_save.result()
-    record(40, 45)  # a kill
+    record(40, 45)  # the journal is not closed, as after a kill
     assert written == [10, 40]
     again = Monitor.of_folder(predictors[0]).resume(state)
     assert again.rows == 40
@@ -280,8 +291,10 @@ def test_rows_do_not_wait_for_the_state_to_be_written_and_do_without(
 def test_a_fault_while_saving_is_reported_once_and_saving_goes_on(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A moment without memory, and every request after it failed until a restart,
-    though its rows were recorded.
+    """A fault during a save must be raised once, and the next save must run.
+
+    After one moment without memory, every request failed until a restart, although its rows were
+    recorded.
     """
     monkeypatch.setattr("vilu.service.journal.ROWS_BETWEEN_SAVES", 10)
     journal = Journal(tmp_path / "j", predictors[0])
@@ -577,7 +590,7 @@ def test_openapi_and_its_page_are_from_here(service: Running) -> None:
 
 
 def test_a_slow_client_waits_alone(service: Running) -> None:
-    """Half a head, and a body that does not come, hold up nobody else."""
+    """Half a head, or a body that does not come, must not delay other clients."""
     host, port = service.url.removeprefix("http://").split(":")
     with (
         socket.create_connection((host, int(port))) as one,
@@ -598,7 +611,7 @@ def test_a_slow_client_waits_alone(service: Running) -> None:
 def test_a_fault_of_ours_is_told_and_the_next_request_is_answered(
     predictors: tuple[Path, Path], tmp_path: Path, photos: Photos, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No answer leaves that is not in the journal; what went wrong stays in the log."""
+    """If the journal fails, no answer may leave the service, and the cause must stay in the log."""
 
     def broken(*_: object) -> None:
         raise OSError("the disk is on fire")
@@ -635,13 +648,17 @@ def test_images_that_nobody_waits_for_any_more_are_not_decoded(
         assert running.post("/v1/answers", files=files).status_code == 503
         gate.set()
         assert running.post("/v1/answers", files=files[:1]).status_code == 200
-    assert len(begun) == 2 + 1  # one in each of two decoders, and the last
+    assert len(begun) == 2 + 1  # one in each decoder (there are two), then the last request
 
 
 def blocked(
     monkeypatch: pytest.MonkeyPatch, picture: bytes
 ) -> tuple[threading.Event, threading.Event]:
-    """Decoders that wait at this picture: whether one waits, and what lets all of them go on."""
+    """Make decoders wait at this picture.
+
+    Return two events: the first is set when a decoder waits, and setting the second releases all
+    decoders.
+    """
     decode = Decoder.__call__
     waits = threading.Event()
     gate = threading.Event()
@@ -676,7 +693,9 @@ def test_rows_of_an_answer_that_was_given_up_do_not_count(
     monkeypatch: pytest.MonkeyPatch,
     headers: dict[str, str],
 ) -> None:
-    """Seven of the eight pictures were judged when the time was up; the retry counts all once."""
+    """Seven pictures out of eight were judged when the time was up. The retry must count all
+    eight once.
+    """
     images = photos(8)
     with hosted(predictors[0], tmp_path / "s", answer_seconds=2.0, batch_size=2) as running:
         _, gate = blocked(monkeypatch, images[-1])
@@ -695,7 +714,7 @@ def test_rows_of_an_answer_that_failed_do_not_count(
     photos: Photos,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The last of several batches fails."""
+    """If the last batch fails, the rows from earlier batches must not count."""
     with hosted(predictors[0], tmp_path / "s", batch_size=2) as running:
         with monkeypatch.context() as patch:
             embed = ImageModel.embed
@@ -739,7 +758,7 @@ def test_rows_of_a_client_that_has_gone_do_not_count(
 def test_nothing_is_answered_where_the_journal_is_gone(
     predictors: tuple[Path, Path], tmp_path: Path, photos: Photos, *, is_replaced: bool
 ) -> None:
-    """Removed, or replaced by an older copy, while the service runs."""
+    """If the journal is removed or replaced by an older copy, the service must answer 503."""
     with hosted(predictors[0], tmp_path / "s") as running:
         first = running.post("/v1/answers", files=as_files(photos(3)))
         (file,) = (tmp_path / "s").glob("*/rows.sqlite")
@@ -764,7 +783,9 @@ def test_nothing_is_answered_where_the_journal_is_gone(
 
 
 def accept_nothing(predictor: Path) -> None:
-    """Give a calibrated predictor a rule that accepts nothing, as a triage leaves it at first."""
+    """Give a calibrated predictor a rule that accepts nothing, as in a triage that has few
+    labels.
+    """
     before = Calibration.load(predictor)
     target = Target(max_risk=0.001)
     rule = certify(before.rows, max_risk=target.max_risk)
@@ -776,7 +797,9 @@ def accept_nothing(predictor: Path) -> None:
 def test_the_page_says_what_is_guaranteed_in_every_state(
     predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
 ) -> None:
-    """No rule, a rule that accepts nothing, a guarantee that holds, one that is void."""
+    """The page must name each state: no rule, a rule that accepts nothing, a valid and a void
+    guarantee.
+    """
     home = predictors[0].parent
     for name in ("no rule", "nothing"):
         shutil.copytree(predictors[0], tmp_path / name)
@@ -825,7 +848,7 @@ def test_a_service_guards_adapted_answers_and_names_the_zero_shot_ones(
         rows = {answers[i]["row"]: truth_of(i % KINDS) for i in range(len(sent))}
         assert running.post("/v1/labels", json={"labels": rows}).status_code == 200
         monitor = running.get("/v1/monitor").json()
-    # the journal judges the guarded answer, not the zero-shot one
+    # The journal judges the guarded answer, not the zero-shot answer.
     accepted = [i for i, answer in enumerate(answers) if answer["decision"] == "accept"]
     n_wrong = sum(answers[i]["label"] != truth_of(i % KINDS) for i in accepted)
     audited = json.dumps(monitor)

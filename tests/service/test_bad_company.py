@@ -1,4 +1,4 @@
-"""What strangers and pages of other sites can do to a service: its room, time and guarantee."""
+"""Hostile clients and pages from other sites must not take the room, the time or the guarantee."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def connected(url: str) -> socket.socket:
 
 
 def received(connection: socket.socket) -> bytes:
-    """All that comes until the service closes the connection."""
+    """Return all bytes that arrive until the service closes the connection."""
     parts = []
     while part := connection.recv(65_536):
         parts.append(part)
     return b"".join(parts)
 
 
-# Rows S2: room is taken at the head of a request.
+# Rows S2: the head of a request takes the room.
 
 
 def begun(url: str, path: str, length: int) -> socket.socket:
-    """A connection with the head of a request and no byte of its body."""
+    """Open a connection, send the head of a request and no byte from its body."""
     connection = connected(url)
     head = (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -64,8 +64,8 @@ def begun(url: str, path: str, length: int) -> socket.socket:
 @pytest.mark.parametrize(
     ("path", "length", "most"),
     [
-        ("/v1/answers", 4 * MB, 4),  # four times the largest body
-        ("/v1/answers", 10, 8),  # as many as images
+        ("/v1/answers", 4 * MB, 4),  # the room is four times the largest body
+        ("/v1/answers", 10, 8),  # the room is one body per queued image
         ("/v1/labels", 10, 16),
         ("/v1/scores", MB, 8),
     ],
@@ -73,7 +73,9 @@ def begun(url: str, path: str, length: int) -> socket.socket:
 def test_room_is_taken_at_the_head(
     predictors: tuple[Path, Path], tmp_path: Path, photos: Photos, path: str, length: int, most: int
 ) -> None:
-    """Bodies that have not come yet take room; when their clients go, the room is free again."""
+    """A body that has not come yet must take room. If its client leaves, the room must be free
+    again.
+    """
     with hosted(
         predictors[0], tmp_path / "s", max_queued_images=8, max_image_body_bytes=4 * MB
     ) as running:
@@ -103,7 +105,7 @@ def test_more_connections_than_the_limit_are_closed(
         assert running.get("/readyz").status_code == 200
 
 
-# Row S3: what a body holds is counted before anything is built.
+# Row S3: the values in a body are counted before anything is built.
 
 LONG = 31 * MB
 BODIES = {
@@ -139,7 +141,10 @@ print(json.dumps(sorted(seconds)))
 
 @contextmanager
 def health_watched(url: str) -> Iterator[list[float]]:
-    """Another process asks for /healthz during the block; afterwards the list holds the seconds."""
+    """Let another process ask for /healthz during the block, and yield a list.
+
+    After the block, the list holds the seconds that each answer took.
+    """
     words = [sys.executable, "-c", WATCH, url.removeprefix("http://")]
     seconds: list[float] = []
     with subprocess.Popen(
@@ -163,17 +168,19 @@ def p99(seconds: list[float]) -> float:
 def apart(
     predictors: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
-    """A service in a process of its own, which shares no lock of Python with its clients."""
+    """Return a service in its own process, which shares no interpreter lock with its clients."""
     with served(predictors[0], "--state", tmp_path_factory.mktemp("apart") / "s") as running:
         yield running
 
 
 @pytest.mark.parametrize("name", BODIES)
 def test_long_bodies_hold_up_nobody_else(apart: Running, name: str) -> None:
-    """The bar is a p99 of 250 ms, for questions of a third process.
+    """While long bodies arrive, the questions from a third process must have a p99 of at most 250
+    ms.
 
-    Where it is above 25 ms without the bodies, a tenth of the bar, the machine has other work. Then
-    it is a second, which still tells the 3.6 to 11 s of before.
+    If the p99 without these bodies is above 25 ms (a tenth of the limit), the machine is busy with
+    other work. Then the limit is one second. This limit still detects the old fault, which took 3.6
+    to 11 s.
     """
     path, body = BODIES[name]
     headers = {"Content-Type": "application/json"}
@@ -226,11 +233,11 @@ def test_numbers_and_labels_have_a_smaller_limit_than_images(
         assert running.post("/v1/answers", content=b" " * (MB + 1)).status_code == 415
 
 
-# Row S4: pixels have a budget.
+# Row S4: a request has a budget for pixels.
 
 
 def png(side: int) -> bytes:
-    """A black PNG of side x side pixels, in few bytes."""
+    """Return a small file: a black PNG with side x side pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(kind + content))
@@ -244,7 +251,10 @@ def png(side: int) -> bytes:
 
 
 def test_pixels_of_a_request_have_a_budget(predictors: tuple[Path, Path], tmp_path: Path) -> None:
-    """Pictures of 50 megapixels held both decoders for a minute; none of these is decoded."""
+    """A picture above the budget must not be decoded.
+
+    Pictures with 50 megapixels kept both decoders busy for a minute.
+    """
     assert ClientLimits().max_pixels < 50_000_000
     files = [("images", ("a", png(200)))] * 9
     with hosted(predictors[0], tmp_path / "s", max_pixels=40_000) as running:
@@ -259,7 +269,7 @@ def test_pixels_of_a_request_have_a_budget(predictors: tuple[Path, Path], tmp_pa
         assert "320,000 pixels. Found 360,000" in reply.json()["detail"]
 
 
-# Row S5: keys with scopes.
+# Row S5: keys have scopes.
 
 
 def test_a_key_does_what_its_scopes_allow(
@@ -291,11 +301,11 @@ def test_a_scope_that_there_is_not_is_refused(tmp_path: Path) -> None:
         read_keys(tmp_path / "keys")
 
 
-# Row S5: equal pictures count once, and labels that contradict one another are told.
+# Row S5: equal pictures count once, and contradicting labels are reported.
 
 
 def with_comment(picture: bytes, comment: str) -> bytes:
-    """The same pixels in another file."""
+    """Return the same pixels in a file with other bytes."""
     content = BytesIO()
     facts = PngInfo()
     facts.add_text("comment", comment)
@@ -310,7 +320,10 @@ def monitored(running: Running) -> dict[str, Any]:
 
 
 def test_equal_pictures_count_once(predictors: tuple[Path, Path], tmp_path: Path) -> None:
-    """A health check that posts one picture; 14 of them voided the guarantee."""
+    """If a client sends the same picture again, the picture must count once.
+
+    A health check posted one picture, and after 14 posts the guarantee was void.
+    """
     picture = photo(0, 0)
     with hosted(predictors[0], tmp_path / "s") as running:
         rows = []
@@ -336,7 +349,10 @@ def test_equal_pictures_count_once(predictors: tuple[Path, Path], tmp_path: Path
 def test_a_picture_with_one_other_pixel_is_another_picture(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """A camera that is stuck or covered sends near copies, and the monitor should see each."""
+    """The monitor must count near copies one by one.
+
+    A camera that is stuck or covered sends near copies, and the monitor must notice them.
+    """
     with hosted(predictors[0], tmp_path / "s") as running:
         for number in range(3):
             picture = Image.open(BytesIO(photo(0, 0)))
@@ -351,7 +367,10 @@ def test_a_picture_with_one_other_pixel_is_another_picture(
 def test_wrong_labels_are_told_and_can_be_corrected(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Wrong labels void the guarantee; the right ones restore it, and both stay in the journal."""
+    """Wrong labels make the guarantee void, and the right labels must restore it.
+
+    Both labels stay in the journal.
+    """
     images = [photo(number % KINDS, number) for number in range(60)]
     files = [("images", ("a", image)) for image in images]
     with hosted(predictors[0], tmp_path / "s") as running:
@@ -368,7 +387,7 @@ def test_wrong_labels_are_told_and_can_be_corrected(
         for words in ("'(outside)'", repr(accepted[0]["label"]), "/v1/corrections"):
             assert words in reply.json()["detail"]
         reply = running.post("/v1/labels", json={"labels": {fresh: "(outside)"}})
-        assert reply.json()["audited"][0]["new"] == 1  # nothing of the refused request was written
+        assert reply.json()["audited"][0]["new"] == 1  # the refused request wrote nothing
 
         stale = {"before": right, "after": wrong}
         assert running.post("/v1/corrections", json=stale).status_code == 409
@@ -413,7 +432,7 @@ def predictors_names(predictor: Path) -> tuple[str, ...]:
     return tuple(calibration.rows.class_names or ())
 
 
-# Row S6: the page of another port is another site.
+# Row S6: a page at another port is another site.
 
 
 @pytest.mark.parametrize(
@@ -430,7 +449,9 @@ def test_a_page_of_another_origin_is_refused(service: Running, photos: Photos, o
 def test_the_own_page_is_admitted(
     predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
 ) -> None:
-    """Also behind a proxy with TLS, where this was stated."""
+    """The service must admit its own page, also behind a proxy with TLS if ``tls_hosts`` names
+    it.
+    """
     names = {"hosts": frozenset({"127.0.0.1", "photos.example"})}
     tls = {"tls_hosts": frozenset({"photos.example"})}
     with hosted(predictors[0], tmp_path / "s", **names, **tls) as running:
@@ -445,7 +466,7 @@ def test_the_own_page_is_admitted(
         assert running.get("/readyz", headers=headers).status_code == 403
 
 
-# Row S7: a request that two readers may understand in two ways.
+# Row S7: two parsers may read one request in two ways.
 
 
 def test_nothing_after_a_request_with_two_lengths_is_answered(service: Running) -> None:
@@ -463,7 +484,7 @@ def test_nothing_after_a_request_with_two_lengths_is_answered(service: Running) 
     assert b"vilu_" not in answer
 
 
-# Row S8: a journal that cannot be written.
+# Row S8: the journal cannot be written.
 
 
 def test_a_locked_journal_is_not_ready(
@@ -489,7 +510,11 @@ def test_a_locked_journal_is_not_ready(
 def test_an_image_stays_only_if_its_row_is_written(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even where a refused request repeats one that was answered."""
+    """If the journal is locked, the new image must not stay in the folder.
+
+    The refused request repeats the id and the picture that were answered before, and adds a
+    picture.
+    """
     monkeypatch.setattr("vilu.service.rows.LOCK_WAIT_SECONDS", 0.2)
     keep = tmp_path / "kept"
     first, second = ("images", ("a", photo(0, 0))), ("images", ("a", photo(1, 1)))
@@ -511,7 +536,7 @@ def test_an_image_stays_only_if_its_row_is_written(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_full_disk_is_not_ready(predictors: tuple[Path, Path], tmp_path: Path) -> None:
-    """What was answered before and afterwards is counted; what was refused is not."""
+    """If the disk is full, answered rows must count and refused rows must not count."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], check=False)

@@ -1,4 +1,4 @@
-"""The number of values of a body, counted before anything is built."""
+"""The service counts the values in a body before it builds anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vilu.service.bodies import count_labels, count_values
 
 
 def corrections(n: int, label: str) -> bytes:
-    """A body that corrects n labels."""
+    """Return a body that corrects n labels."""
     rows = {f"{row:032x}": label for row in range(n)}
     return json.dumps({"before": rows, "after": rows}).encode()
 

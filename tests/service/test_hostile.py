@@ -1,8 +1,9 @@
-"""What no honest client sends: no 5xx, no traceback, no growth, nothing written outside;
-the next request is answered.
+"""Requests that no honest client sends must cause no status 5xx, no traceback, no growth and no
+file outside the state folder. The service must answer the next request.
 
-The long form, ``make test-hostile``, draws ``REQUESTS`` requests (10,000) from the service's
-OpenAPI with schemathesis, and as many more that no description allows.
+The long form, ``make test-hostile``, draws ``REQUESTS`` requests (10,000) with schemathesis from
+the service's OpenAPI description. The long form draws as many more requests that no description
+allows.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from tests.service.conftest import Running, hosted, served
 CLIENTS = 16
 REQUESTS = int(os.environ.get("REQUESTS", "10000"))
 GROWTH = 60 * 2**20
-"""Bytes that a process may grow by while it meets all this:
-arenas of the allocator, which are used again.
+"""The number of bytes that the process may grow by during a test.
+
+The allocator keeps its arenas and uses them again, so some growth is no leak.
 """
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG of so many pixels, all of them zero, in few bytes."""
+    """Return a small PNG with this size and only zeros."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return (
@@ -60,7 +62,7 @@ BOMBS = [
 
 
 def raw_requests() -> Iterator[bytes]:
-    """Whole requests, and pieces of such, as bytes."""
+    """Yield malformed requests as bytes, some of them cut."""
     post = b"POST /v1/answers HTTP/1.1\r\nHost: localhost\r\n"
     form = b"Content-Type: multipart/form-data; boundary=x\r\n"
     for path in (
@@ -95,16 +97,19 @@ def raw_requests() -> Iterator[bytes]:
         b'--x\r\nContent-Disposition: form-data; name="\xff\xfe"\r\n\r\na\r\n' * 300 + b"--x--\r\n",
     ):
         yield post + form + b"Content-Length: %d\r\n\r\n" % len(body) + body
-        yield post + form + b"Content-Length: %d\r\n\r\n" % (len(body) + 50) + body  # cut
+        yield post + form + b"Content-Length: %d\r\n\r\n" % (len(body) + 50) + body  # too short
     yield post + b"Content-Type: multipart/form-data\r\nContent-Length: 3\r\n\r\nabc"
     yield post + b"Transfer-Encoding: chunked\r\n\r\nffffffff\r\nabc"
     yield post + b"Content-Type: application/json; charset=\xff\r\nContent-Length: 2\r\n\r\n{}"
-    yield b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200)  # TLS
+    yield b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200)  # a TLS handshake
     yield b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 def send(url: str, content: bytes, *, hang_up: bool = True) -> bytes:
-    """What comes back within a second, if anything does; some answers need a client that stays."""
+    """Return the reply to these bytes, or b"" if no reply comes within a second.
+
+    Some answers need a client that keeps its connection open (``hang_up=False``).
+    """
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=1) as client:
         try:
@@ -194,7 +199,7 @@ FIELDS = ("images", "embeddings", "features", "labels", "before", "after", "answ
 
 
 def random_body(order: random.Random) -> tuple[str, bytes]:
-    """A content type, and bytes that may be of it."""
+    """Return a content type and a body that may be valid for it."""
     kind = "application/json"
     if order.random() < 0.5:
         fields = order.choices(FIELDS, k=order.randrange(1, 4))
@@ -210,7 +215,7 @@ def random_body(order: random.Random) -> tuple[str, bytes]:
 
 
 def random_request(order: random.Random) -> tuple[bytes, bool]:
-    """A request that is wrong in some way, and whether it may be cut or damaged, too."""
+    """Return a request with a random fault, and whether the request may also be cut or damaged."""
     kind, body = random_body(order)
     method = "POST"
     path = order.choice(POSTED)
@@ -239,7 +244,10 @@ def random_request(order: random.Random) -> tuple[bytes, bool]:
 
 
 def ask_all(url: str, requests: list[tuple[bytes, bool]]) -> Counter[str]:
-    """Statuses of requests that ``CLIENTS`` clients send at once; "none" without an answer."""
+    """Send requests from ``CLIENTS`` clients at once, and count the statuses.
+
+    A request without an answer counts as "none".
+    """
 
     def ask(request: tuple[bytes, bool]) -> str:
         content, is_broken = request
@@ -266,7 +274,7 @@ def test_requests_at_random(predictors: tuple[Path, Path], tmp_path: Path, n: in
             sizes.append(process.memory_info().rss)
             megabytes = [round(size / 2**20, 1) for size in sizes]
             print(f"{statuses.total()} requests, {dict(statuses)}; {megabytes} MiB")  # noqa: T201
-        assert sizes[-1] - sizes[0] < GROWTH  # the first tenth is to warm up
+        assert sizes[-1] - sizes[0] < GROWTH  # the first tenth is a warm-up
         assert running.get("/readyz").status_code == 200
         after = running.post("/v1/answers", files={"a": photo(1, 1)}).json()["answers"]
     for answer_before, answer_after in zip(before, after, strict=True):

@@ -1,4 +1,6 @@
-"""The journal on the disk: damage and loss are told, a kill is neither, nothing is thrown away."""
+"""The journal on disk: damage and loss must be reported, a kill is neither, and nothing is
+deleted.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,11 @@ from vilu.service.local_journals import LocalJournals
 from vilu.service.rows import RowFile
 
 N = 60
-"""Rows of the journal that is damaged."""
+"""The number of rows in the journal that is damaged."""
 
 
 def fill(journal: Journal, first: int, last: int) -> None:
-    """Record rows as they come from the calibration, in requests of ten."""
+    """Record calibration rows in their order, with ten rows a request."""
     calibration = journal.monitor.calibration
     answers = np.asarray(calibration.prediction)
     for start in range(first, last, 10):
@@ -42,7 +44,7 @@ def right_labels(journal: Journal, numbers: range) -> dict[str, str]:
 
 
 def sql(*statements: str) -> Callable[[Path], None]:
-    """An edit of the file of rows by another program."""
+    """Return an edit that another program makes to the file of rows."""
 
     def edit(folder: Path) -> None:
         with closing(sqlite3.connect(folder / "rows.sqlite")) as table:
@@ -74,7 +76,7 @@ def flipped(name: str, place: int) -> Callable[[Path], None]:
     return flip
 
 
-# how, which file is named, rows that follow, labels that follow
+# The damage, the file that the message names, the rows that are left and the labels that are left.
 DAMAGES: dict[str, tuple[Callable[[Path], None], str, int, int]] = {
     "a row edited": (
         sql("UPDATE rows SET answer = answer + 1 WHERE n = 41"),
@@ -112,7 +114,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, int, int]] = {
 
 @pytest.fixture
 def whole(predictors: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A journal of ``N`` rows with 20 labels, of a service that was stopped."""
+    """Write a journal with ``N`` rows and 20 labels, close it and return its folder."""
     journal = Journal(tmp_path / "whole", predictors[0])
     fill(journal, 0, N)
     journal.label(right_labels(journal, range(20)))
@@ -130,7 +132,11 @@ def test_damage_is_told_and_what_follows_stays(
     name: str,
     saved: bool,
 ) -> None:
-    """With the state that was saved the monitor knows all rows; without it, those that follow."""
+    """The journal must report the damage and keep the rows and labels that are still valid.
+
+    If the state was saved, the monitor must know all rows. If the state is missing, the monitor
+    must know the valid rows only.
+    """
     damage, file, n_rows, n_labels = DAMAGES[name]
     damage(whole)
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
@@ -147,9 +153,9 @@ def test_damage_is_told_and_what_follows_stays(
     there = {path.read_bytes() for path in whole.iterdir()}
     damaged = {key for key in before if key.startswith("rows")} - {"rows.sqlite-shm"}
     if name != "a damaged state":
-        assert all(before[key] in there for key in damaged)  # set aside
+        assert all(before[key] in there for key in damaged)  # the damaged files were set aside
     caplog.clear()
-    fill(journal, N, N + 20)  # and it goes on
+    fill(journal, N, N + 20)  # the journal still records
     journal.close()
     again = Journal(whole, predictors[0])
     assert again.status.rows == n_seen + 20
@@ -211,7 +217,11 @@ def test_a_kill_between_two_writes_is_no_damage(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The folder as it is before and after every statement and every write beside it."""
+    """If a kill falls between two writes, the journal must report no damage.
+
+    The test copies the folder around every SQL statement and every write to another file, and opens
+    each copy.
+    """
     monkeypatch.setattr("vilu.service.journal.ROWS_BETWEEN_SAVES", 20)
     folder = tmp_path / "j"
     copies: list[Path] = []
@@ -219,7 +229,7 @@ def test_a_kill_between_two_writes_is_no_damage(
     write = os.pwrite
 
     def copy(*_: object) -> None:
-        in_the_making = shutil.ignore_patterns("*.tmp")  # by the thread that saves the state
+        in_the_making = shutil.ignore_patterns("*.tmp")  # the saving thread writes these
         place = tmp_path / f"copy-{len(copies)}"
         copies.append(place)
         shutil.copytree(folder, place, ignore=in_the_making)
@@ -248,7 +258,7 @@ def test_a_kill_between_two_writes_is_no_damage(
     seen: list[int] = []
     for number, place in enumerate(copies):
         if number % 2:
-            (place / "rows.sqlite-shm").unlink(missing_ok=True)  # as after a start of the machine
+            (place / "rows.sqlite-shm").unlink(missing_ok=True)  # as after a reboot
         left = Journal(place, predictors[0])
         seen.append(left.status.rows)
         left.close()
@@ -261,7 +271,10 @@ def test_a_kill_between_two_writes_is_no_damage(
 def test_rows_that_a_lost_log_of_sqlite_held_are_missed(
     predictors: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After a kill, rows may lie there alone: a file without it looks whole."""
+    """If the write-ahead log is lost, the journal must report the missing rows.
+
+    After a kill, rows may be in this log alone. Without the log, the database file looks whole.
+    """
     journal = Journal(tmp_path / "j", predictors[0])
     fill(journal, 0, N)
     killed = shutil.copytree(tmp_path / "j", tmp_path / "killed")

@@ -1,5 +1,5 @@
-"""The page of the service in a real browser:
-a photo in, its answer shown, at the width of a phone and of a desk.
+"""The service's page in a real browser: a user chooses a photo and sees its answer, on a phone's
+and a desktop's width.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def test_a_photo_is_answered(
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "file"
     (tmp_path / "a.png").write_bytes(photos(1)[0])
-    page.keyboard.press("Space")  # the whole of it goes by keyboard
+    page.keyboard.press("Space")  # the keyboard alone is enough
     while not chosen:
         page.wait_for_timeout(20)
     chosen[0].set_files(tmp_path / "a.png")

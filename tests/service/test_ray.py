@@ -1,5 +1,5 @@
-"""The service under Ray Serve on this machine: the same answers, one monitor;
-of a killed replica only what it had.
+"""The service under Ray Serve on this machine: it gives the same answers and has one monitor. A
+killed replica loses only the requests that it was working on.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from vilu.guard.guard import Guard
 from vilu.service.ray_serve import parse_replicas
 
 RECOVERS = 30.0
-"""Seconds after which all replicas are there again."""
+"""The seconds within which all replicas must be back."""
 
 CLIENTS = 4
 
 
 class Asking:
-    """Clients who each send one image after another, until the block ends."""
+    """Run clients until the block ends, where each sends one image after another."""
 
     def __init__(self, running: Running, expected: list[str | None]) -> None:
         self.running, self.expected = running, expected
@@ -108,7 +108,7 @@ def test_two_replicas_and_the_death_of_one(
         assert stays in replicas(running)
         assert asking.told[200] > 100
         assert asking.wrong == 0
-        assert lost <= CLIENTS  # what was in flight there
+        assert lost <= CLIENTS  # the requests that the killed replica was working on
         (monitor,) = running.get("/v1/monitor").json()["monitors"]
         pictures = {row.partition("-")[2] for row in asking.rows}
         assert len(pictures) <= monitor["status"]["rows"] <= len(pictures) + lost
@@ -135,7 +135,7 @@ def test_a_ray_that_is_started_listens_to_this_machine_alone(
 
 
 def listened(running: Running) -> set[tuple[str, int]]:
-    """Addresses and ports at which the processes of a service listen."""
+    """Return the addresses and ports at which the service's processes listen."""
     assert running.process is not None
     parent = psutil.Process(running.process.pid)
     found = set()

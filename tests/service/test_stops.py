@@ -1,5 +1,5 @@
-"""A service that is told to stop, or is killed, under load:
-nothing taken on is lost, nothing is counted twice.
+"""If a service is stopped or killed under load, it must lose no accepted request and count none
+twice.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Answered = dict[str, list[str]]
 def ask_until(
     running: Running, ended: threading.Event, photos: list[bytes], who: int, answered: Answered
 ) -> list[str]:
-    """Send requests one after another on one connection, and return what went wrong.
+    """Send requests one after another on one connection, and return the failures.
 
-    The rows of each answer are added to ``answered``, which all connections share.
+    The rows in each answer are added to ``answered``, which all connections share.
     """
     failed: list[str] = []
     with httpx.Client(base_url=running.url, timeout=20) as client:
@@ -40,7 +40,7 @@ def ask_until(
                     "/v1/answers", files=[image, image], headers={"X-Request-Id": name}
                 )
             except httpx.ConnectError:
-                break  # it does not listen any more: nothing was taken on
+                break  # the service no longer listens, so it accepted nothing
             except httpx.TransportError as error:
                 failed.append(type(error).__name__)
                 break
@@ -64,7 +64,7 @@ def test_under_load(
     failed: list[str] = []
     settings = ("--state", tmp_path / "s", "--batch-size", 4, "--queue", 12)
     with served(predictors[0], *settings, ready=False) as running:
-        assert running.get("/healthz").status_code == 200  # at once
+        assert running.get("/healthz").status_code == 200  # before the model is loaded
         early = running.get("/readyz")
         assert (early.status_code, early.headers["retry-after"]) == (503, "1")
         running.wait_ready()
@@ -92,8 +92,9 @@ def test_under_load(
     with closing(sqlite3.connect(kept)) as table:
         there = [row for (row,) in table.execute("SELECT id FROM rows")]
     assert len(set(there)) == len(there)
-    assert set(rows) <= set(there)  # what was answered is on the disk
-    # of a connection that is closed between two requests httpx says the same as of one that breaks
+    assert set(rows) <= set(there)  # every answered row is on the disk
+    # If a connection is closed between two requests, httpx raises the same errors as for a broken
+    # one.
     assert set(failed) <= {"ReadError", "RemoteProtocolError", "WriteError"}
     if how is signal.SIGKILL:
         assert code == -signal.SIGKILL
@@ -104,7 +105,7 @@ def test_under_load(
         assert said.keys() <= {200, 429}
         assert said[200] == len(
             answered
-        )  # each that was taken on has its answer, and the client has it
+        )  # every accepted request has an answer that its client got
         assert set(rows) == set(there)
     name = next(iter(answered))
     image = ("images", ("a", images[int(name.partition("-")[2]) % len(images)]))
@@ -113,6 +114,6 @@ def test_under_load(
         assert [one["row"] for one in reply.json()["answers"]] == answered[name]
         (monitor,) = again.get("/v1/monitor").json()["monitors"]
         pictures = {row.partition("-")[2] for row in there}
-        assert monitor["status"]["rows"] == len(pictures)  # each once, the repeated request too
+        assert monitor["status"]["rows"] == len(pictures)  # each counts once
     assert "Traceback" not in "\n".join(running.said)
     assert not list((tmp_path / "s").glob("*/*.aside-*"))  # a kill is no damage

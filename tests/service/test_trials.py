@@ -1,4 +1,6 @@
-"""Trials of what a machine and its users do to a service and to commands, with their outcomes."""
+"""Faults that a machine and its users cause to a service and to commands, with the expected
+outcomes.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def test_another_user_reads_nothing_of_a_service(predictors: tuple[Path, Path]) 
 def test_a_service_that_is_stopped_for_a_while_goes_on(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """SIGSTOP and SIGCONT: all requests are answered, and each row counts once."""
+    """After SIGSTOP and SIGCONT, the service must answer all requests and count each row once."""
     statuses: list[int] = []
 
     def ask(running: Running, number: int) -> None:
@@ -86,7 +88,7 @@ del blocks
 
 
 def memory(process: int, name: str) -> int:
-    """A number of bytes in /proc: VmRSS is resident now, VmHWM was the most ever."""
+    """Return a number of bytes from /proc: VmRSS is resident now, VmHWM is the peak."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return 1024 * int(line.split()[1])
@@ -113,7 +115,10 @@ def test_a_service_returns_the_memory_of_its_largest_moment(
 
 
 def test_two_services_on_one_state(predictors: tuple[Path, Path], tmp_path: Path) -> None:
-    """The second is refused while the first lives, and goes on with its rows after its kill."""
+    """While the first service lives, the second must be refused.
+
+    After the first is killed, the second must go on with its rows.
+    """
     state = ("--state", tmp_path / "s")
     with served(predictors[0], *state) as first:
         assert first.post("/v1/answers", files={"a": photo(0, 0)}).status_code == 200
@@ -132,7 +137,10 @@ def test_two_services_on_one_state(predictors: tuple[Path, Path], tmp_path: Path
 def test_a_clock_that_is_set_back_under_a_service(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows are known by their numbers; their times are as the clock said."""
+    """If the clock is set back, the journal must still count every row.
+
+    A row is identified by its number. Its time is the clock's time.
+    """
     clock = iter(range(2_000_000_000, 0, -86_400))
     with hosted(predictors[0], tmp_path / "s") as running:
         with monkeypatch.context() as patch:
@@ -153,7 +161,7 @@ def test_a_clock_that_is_set_back_under_a_service(
 
 @contextmanager
 def few_descriptors(n: int) -> Iterator[None]:
-    """A block in which processes are started that may open n files each."""
+    """Let processes that start in this block open at most n files each."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (n, hard))
     try:
@@ -208,7 +216,9 @@ def test_a_huge_toml_file_is_not_parsed(tmp_path: Path) -> None:
 def test_a_name_of_a_hub_leads_to_no_other_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Neither as a folder beside the work folder nor as a name in the cache of the hub."""
+    """A hub name must lead neither to a folder beside the work folder nor out of the hub's
+    cache.
+    """
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     work = tmp_path / "a" / "b" / "work"
     work.mkdir(parents=True)
@@ -220,7 +230,10 @@ def test_a_name_of_a_hub_leads_to_no_other_folder(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds the address space")
 def test_too_little_memory_is_named(predictors: tuple[Path, Path], tmp_path: Path) -> None:
-    """200 MiB are too little for numpy or torch, whatever their versions."""
+    """If the memory is too small, the message must say so.
+
+    200 MiB are too small for every version of numpy and torch.
+    """
     train = predictors[0].parent / "train"
     for words in (
         ("fit", train, "-o", tmp_path / "p", "--method", "mcm"),
@@ -244,7 +257,9 @@ def test_too_little_memory_is_named(predictors: tuple[Path, Path], tmp_path: Pat
 def test_memory_that_ends_during_the_work_leaves_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parts before it stay, and the same command goes on."""
+    """If the memory ends during the work, finished parts must stay, and the same command must
+    complete.
+    """
     photos, store = tmp_path / "photos", tmp_path / "store"
     photos.mkdir()
     for number in range(24):
@@ -252,7 +267,7 @@ def test_memory_that_ends_during_the_work_leaves_nothing_half_written(
     classes = write_classes(tmp_path)
     words = (*FRAME, "embed", photos, "-o", store, *classes, "--part-size", 6)
     encode = FakeBackbone.encode_images
-    encoded: list[int] = []  # of this test alone: the model may be that of an earlier command
+    encoded: list[int] = []  # counts here, since models are reused
 
     def encode_three_parts(model: FakeBackbone, pixels: torch.Tensor) -> torch.Tensor:
         if sum(encoded) >= 18:
@@ -271,13 +286,18 @@ def test_memory_that_ends_during_the_work_leaves_nothing_half_written(
 
 
 def write_classes(folder: Path) -> tuple[object, ...]:
-    """Arguments with a file of class names, and with the model that is there at once."""
+    """Write a file with class names, and return arguments that name this file and the fake
+    model.
+    """
     (folder / "classes.txt").write_text("\n".join(NAMES))
     return ("--classes", folder / "classes.txt", "--backbone", "fake")
 
 
 def test_photos_that_change_during_a_run_with_the_same_size_and_time(tmp_path: Path) -> None:
-    """The vector and the digest of each row are those of one content, the first or the second."""
+    """If photos change during a run, the vector and the digest in a row must belong to one content.
+
+    The content may be the first or the second version. Both have the same size and time.
+    """
     n = 30
     folders = [tmp_path / "first", tmp_path / "second", tmp_path / "live"]
     for version, folder in enumerate(folders):
@@ -313,7 +333,7 @@ def test_photos_that_change_during_a_run_with_the_same_size_and_time(tmp_path: P
 
 
 def rows_of(photos: Path, store: Path) -> list[tuple[int, bytes]]:
-    """The digest of the picture and the vector of every row of a store of these photos."""
+    """Embed these photos, and return the picture's digest and the vector for every row."""
     found = embed(open_dataset(photos), FakeBackbone(), store, names=NAMES, part_size=7)
     pictures = found.identities("picture").tolist()
     vectors = found.image_rows(torch.arange(len(found))).numpy()
@@ -321,7 +341,7 @@ def rows_of(photos: Path, store: Path) -> list[tuple[int, bytes]]:
 
 
 def test_data_of_an_onnx_file_outside_of_its_folder_are_not_read(tmp_path: Path) -> None:
-    """No command reads an ONNX file, wherever it may lie; so none follows where it points."""
+    """No command may read an ONNX file, so no command may follow the path inside it."""
     onnx = pytest.importorskip("onnx")
     secret = np.arange(1000, dtype=np.float32)
     (tmp_path / "secret").write_bytes(secret.tobytes())
@@ -358,12 +378,12 @@ def test_data_of_an_onnx_file_outside_of_its_folder_are_not_read(tmp_path: Path)
 
 
 WATCHED: list[list[str]] = []
-"""Lists that get the names of all files that this process opens."""
+"""Lists that get the name of every file that this process opens."""
 
 
 @contextmanager
 def watched_files(opened: list[str]) -> Iterator[None]:
-    """A block during which ``opened`` gets the name of every file that is opened."""
+    """Add the name of every file that is opened in this block to ``opened``."""
     WATCHED.append(opened)
     try:
         yield
@@ -384,7 +404,10 @@ sys.addaudithook(note_file)
 def test_a_folder_of_a_hundred_thousand_files(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """A command lists them once; a service that keeps images there does not list them."""
+    """A folder with 100,000 files must be usable by ``vilu embed`` and by a service.
+
+    The command lists the folder once. A service that keeps images in the folder does not list it.
+    """
     many = tmp_path / "many"
     many.mkdir()
     for number in range(100_000):

@@ -1,4 +1,4 @@
-"""Stores of images with captions: rows, errors, flags, refusals."""
+"""Stores for images with captions: rows, errors, flags and refusals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def run(data, output, backbone=None, **settings):
 
 
 def by_hand(data, part, dtype):
-    """Images and captions of a part, encoded in its batches."""
+    """Return the embeddings for a part's images and captions, encoded in the same batches as in
+    ``embed``.
+    """
     backbone, images, texts = FakeBackbone(), [], []
     stop = min(len(data), 10 * part + 10)
     for start in range(10 * part, stop, 4):
@@ -101,8 +103,8 @@ def test_a_bad_caption_is_an_error_of_its_image(tmp_path, kind):
     assert (store.manifest.n_ok, store.manifest.errors) == (N - 1, {kind: 1})
     (error,) = pq.read_table(tmp_path / "errors/errors_00000.parquet").to_pylist()
     assert (error["position"], error["stage"], error["kind"]) == (5, "text", kind)
-    assert error["bytes"] == len(data.blobs[5])  # of the image, which could be read
-    assert backbone.batches[:3] == [4, 3, 2]  # its place in the batch stays empty
+    assert error["bytes"] == len(data.blobs[5])  # the image's size, since the image was read
+    assert backbone.batches[:3] == [4, 3, 2]  # a position with an error stays empty
     assert inspect(tmp_path, deep=True).problems == []
 
 
@@ -112,7 +114,7 @@ def test_a_bad_image_is_an_error_of_its_caption(tmp_path):
         FakeBackbone(),
     )
     store = run(data, tmp_path, backbone, max_error_rate=0.1)
-    assert store.manifest.errors == {"empty": 1, "truncated": 1}  # the image is looked at first
+    assert store.manifest.errors == {"empty": 1, "truncated": 1}  # the image's error comes first
     assert backbone.n_texts == N - 2
     texts = np.load(tmp_path / "text_emb/text_emb_00000.npy")
     good = FakeBackbone().encode_texts([data.captions[i] for i in range(10) if i not in {5, 6}])
@@ -144,7 +146,9 @@ def test_captions_without_direction_become_errors(tmp_path):
 
 
 def test_captions_that_are_cut_off_are_flagged(tmp_path):
-    """Also where the row before has no embedding, and beside the flags of the image."""
+    """The flag must be set also if the row before has no embedding, and beside the image's own
+    flags.
+    """
     just, long = " ".join(["word"] * MAX_WORDS), " ".join(["word"] * (MAX_WORDS + 1))
     data = captioned(10, captions={0: just, 1: long, 4: "cut short 3", 5: long})
     data.blobs[5] = rgba = picture_with_alpha()
@@ -154,7 +158,7 @@ def test_captions_that_are_cut_off_are_flagged(tmp_path):
     assert int(decode_image(rgba).flags) == ImageFlag.ALPHA
     assert {i for i, flag in flags.items() if flag} == {1, 5}
     assert (flags[1], flags[5]) == (TEXT_TRUNCATED, TEXT_TRUNCATED | ImageFlag.ALPHA)
-    assert max(ImageFlag) < TEXT_TRUNCATED < 2**31  # a bit of its own, within the column
+    assert max(ImageFlag) < TEXT_TRUNCATED < 2**31  # its own bit, within the column's type
 
 
 def picture_with_alpha():

@@ -1,5 +1,5 @@
-"""Columns beside the embeddings:
-what ``embed`` keeps, and that a store serves and guards it like the embeddings.
+"""Columns beside the embeddings: ``embed`` must keep them, and a store must serve and protect
+them like the embeddings.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from vilu.store.reader import EmbeddingStore
 N, F, V = 23, 192, 3
 BAD = {2: b"", 5: b"<html>", 14: b"x"}
 PROMPTS = ("a {}.", "the {}!")
-WORDS = ("teapot", "cloud", "cat")  # the last is a class, too
+WORDS = ("teapot", "cloud", "cat")  # the last word is also a class
 ALL = {"features": True, "views": V, "seed": 7, "prompts": PROMPTS, "negatives": WORDS}
-HALF = 2**-11  # largest relative rounding error of float16
+HALF = 2**-11  # largest relative rounding error in float16
 
 
 def run(output, backbone=None, data=None, extra=None, **settings):
@@ -77,8 +77,8 @@ def test_what_is_kept(original):
         expected = backbone.encode_images(
             torch.stack([backbone.preprocess(view) for view in views])
         )
-        # batches of three views of one image against one view of four images: 192 products in
-        # another order
+        # One side uses batches with three views from one image, the other side uses four images
+        # with a view each. The 192 products are summed in another order.
         torch.testing.assert_close(kept["views"][row], expected, rtol=1e-5, atol=1e-6)
     for k, name in enumerate(NAMES):
         assert torch.equal(
@@ -87,7 +87,7 @@ def test_what_is_kept(original):
     expected = backbone.encode_texts([f"a photo of a {word}." for word in WORDS])
     torch.testing.assert_close(
         kept["negatives"], expected, rtol=1e-6, atol=0
-    )  # brought to unit norm
+    )  # scaled to unit norm
 
 
 def test_maps_lead_from_features_to_embeddings(original):
@@ -111,7 +111,7 @@ def test_a_store_serves_columns_like_embeddings_in_memory(original):
     ):
         for name in names:
             assert torch.equal(mine.columns[name], theirs.columns[name]), name
-    index = torch.tensor([19, 0, 7, 7])  # of several parts, not in order
+    index = torch.tensor([19, 0, 7, 7])  # from several parts, not in order
     assert torch.equal(store.column("views", index), everything(store)["views"][index])
     with pytest.raises(IndexError, match="0 to 19"):
         store.column("features", torch.tensor([20]))
@@ -145,7 +145,7 @@ def test_half_precision_is_that_of_the_store(original, tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_views_do_not_depend_on_the_batches(original, tmp_path, batch_size):
     other = run(tmp_path / "s", dtype="float32", batch_size=batch_size, workers=1, extra=ALL)
-    # 192 products of numbers below one, in another order
+    # The sum has 192 products below one, in another order.
     torch.testing.assert_close(
         everything(other)["views"], everything(EmbeddingStore(original))["views"], atol=1e-5, rtol=0
     )
@@ -156,7 +156,7 @@ def test_other_seeds_are_other_views(original, tmp_path):
     same = torch.isclose(
         everything(other)["views"], everything(EmbeddingStore(original))["views"]
     ).all(dim=2)
-    assert same.float().mean() < 0.2  # pictures of 20 x 18 have few crops, so some are drawn twice
+    assert same.float().mean() < 0.2  # pictures with 20 x 18 pixels have few crops, so some repeat
 
 
 def test_no_pass_is_larger_than_the_batch(tmp_path):
@@ -259,7 +259,7 @@ def test_damage_is_found_and_mended(original, root, name, damage):
         )
     assert any(name in problem for problem in inspect(root, deep=True).problems)
     of_images = not name.startswith("columns")
-    if of_images and damage == "changed":  # its bytes are read by --deep alone
+    if of_images and damage == "changed":  # only --deep reads its bytes
         assert inspect(root).problems == []
         (root / "receipts/00001.json").unlink()
     else:
@@ -286,7 +286,7 @@ def test_numbers_that_cannot_be(root, name, value, fault):
 
 
 def change_classes(root, change):
-    """Another class table, under a hash that agrees."""
+    """Write another class table with a hash that agrees."""
     table = read_document(root / "classes.json", StoredClasses)
     forged = table.model_copy(update=change(table))
     write_document(root / "classes.json", forged.model_copy(update={"hash": forged.digest()}))
@@ -326,8 +326,8 @@ def test_no_column_leads_out_of_the_store(root):
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_no_damage_ends_in_anything_but_an_error_of_ours(original, tmp_path, data):
-    """Some bytes of one file are replaced:
-    the store is refused in a sentence, or is read in full.
+    """If bytes in one file are replaced, the store must be refused with a ``ViLUError`` or be
+    read in full.
     """
     root = tmp_path / "s"
     if not root.exists():
@@ -369,8 +369,10 @@ def test_an_interrupt_keeps_the_parts(original, tmp_path):
 
 @pytest.mark.parametrize("failing", range(0, 26, 3))
 def test_a_full_disk_keeps_the_finished_parts(original, tmp_path, monkeypatch, failing):
-    """The n-th file cannot be synced:
-    run.json, five arrays of the classes, classes.json, then six files a part.
+    """If the disk is full, the finished parts must stay and the next run must do only the rest.
+
+    The n-th file cannot be synced. The order is run.json, five class arrays, classes.json, then six
+    files a part.
     """
     fsync, calls, root = os.fsync, iter(range(10**6)), tmp_path / "s"
 
@@ -391,7 +393,7 @@ def test_a_full_disk_keeps_the_finished_parts(original, tmp_path, monkeypatch, f
 
 
 def test_leftovers_are_removed_and_overwriting_leaves_nothing(original, root):
-    nobody = f"{host_hash()}.{10**30}.0123abcd"  # no process has such a number
+    nobody = f"{host_hash()}.{10**30}.0123abcd"  # no process has this number
     leftovers = [root / f"{name}/.{name}_00000.npy.{nobody}.tmp" for name in ("features", "views")]
     leftovers.append(root / f"columns/.prompts.npy.{nobody}.tmp")
     for path in leftovers:
@@ -427,8 +429,10 @@ def test_features_beyond_the_number_format(tmp_path):
 
 
 class Dark(FakeBackbone):
-    """Gives the second pass of every batch, its first views, one embedding of zeros,
-    and every feature 0 a NaN.
+    """A backbone whose outputs cannot be used.
+
+    The second pass in every batch (the first views) starts with a zero embedding. Every feature 0
+    is NaN.
     """
 
     def encode_images(self, pixels):
@@ -488,7 +492,7 @@ def test_settings_that_cannot_be(tmp_path, asked, message):
 def test_a_repeated_word_counts_once_and_none_is_blank(tmp_path):
     store = run(tmp_path / "s", extra={"negatives": ("cloud", "teapot", "cloud")})
     assert store.manifest.negatives == ("cloud", "teapot")
-    assert store.column("negatives", torch.arange(1)).shape == (2, DIM)  # of the model, not of rows
+    assert store.column("negatives", torch.arange(1)).shape == (2, DIM)  # not by rows
     with pytest.raises(DataError, match="names must not be blank"):
         run(tmp_path / "t", extra={"negatives": ("cloud", " ")})
 

@@ -1,5 +1,5 @@
-"""Shards that are cut short or none, through the command line:
-named, counted by no one, never taken for whole.
+"""Shards that are cut short or empty, through the command line: they must be named, left out
+from every count, and never taken for complete.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def test_what_the_shards_have_lost_is_no_part_of_the_share_of_bad_images(model, 
     )
     assert "1 of 15 images (6.67%)" in embed(
         tars, "--allow-bad-shards", code=3
-    )  # of 6 + 3 + 6, and not of 16
+    )  # the shards have 6 + 3 + 6 images, so not 16
     assert "1 bad image, 1 bad shard; next:" in embed(
         tars, "--allow-bad-shards", "--max-error-rate", 0.08
     )
@@ -148,7 +148,7 @@ def test_a_shard_that_may_not_be_read_is_a_bad_one(model, tars):
 def test_samples_that_do_not_stand_together_are_counted_one_by_one(
     model, tars, members, kind, n_bad
 ):
-    """How many these are is known, so they are a matter of --max-error-rate."""
+    """The number of scattered samples is known, so ``--max-error-rate`` decides on them."""
     (tars / "0.tar").write_bytes(tar_bytes(*members))
     assert f"{n_bad} of 18 images" in (said := embed(tars, code=3))
     assert f"{kind} {n_bad}" in said

@@ -1,4 +1,6 @@
-"""``embed``: what a store holds, resuming, bad images, refusals, interruptions, bounded memory."""
+"""``embed``: the store's content, resuming, bad images, refusals, interruptions and bounded
+memory.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from vilu.store.embed import embed
 from vilu.store.parts import StoreLedger
 from vilu.store.reader import EmbeddingStore
 
-HALF = 2**-11  # largest relative rounding error of float16
+HALF = 2**-11  # largest relative rounding error in float16
 BAD = {2: b"", 5: b"<html>", 9: picture(9)[:200]}
 
 
@@ -94,7 +96,8 @@ def test_float32_keeps_every_bit(tmp_path):
     data = dataset(9)
     half, full = run(data, tmp_path / "h"), run(data, tmp_path / "f", dtype="float32")
     index = torch.arange(9)
-    # batches of 4 against batches of 1: the order of summation of 192 products may differ
+    # One side has batches with 4 images, the other has batches with 1. The 192 products may be
+    # summed in another order.
     np.testing.assert_allclose(
         full.image_rows(index).numpy(), expected_rows(data, range(9)), rtol=1e-5, atol=1e-6
     )
@@ -209,12 +212,15 @@ def test_beyond_the_error_budget_nothing_is_lost(tmp_path):
     with pytest.raises(DataError, match="not complete"):
         EmbeddingStore(tmp_path / "s")
     backbone = FakeBackbone()
-    store = run(data, tmp_path / "s", backbone, max_error_rate=0.15)  # exactly the share
+    store = run(data, tmp_path / "s", backbone, max_error_rate=0.15)  # exactly the error rate
     assert (len(store), backbone.n_images, backbone.n_texts) == (17, 0, 0)
 
 
 def test_the_suggested_rate_is_enough(tmp_path):
-    """29 of 100 at 0.29: 0.29 * 100 is less than 29 in floating point."""
+    """The suggested rate must be enough despite rounding.
+
+    29 images in 100 are bad. In floating point, 0.29 * 100 is less than 29.
+    """
     data = dataset(100, bad=dict.fromkeys(range(29), b""))
     with pytest.raises(DataError, match=r"--max-error-rate 0.29\b"):
         run(data, tmp_path / "s", part_size=100, max_error_rate=0.28)
@@ -361,7 +367,7 @@ def test_a_file_in_place_of_the_folder(tmp_path):
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     root = tmp_path / "s"
     run(dataset(5), root)
-    nobody = f"{host_hash()}.{10**30}.0123abcd"  # no process has such a number
+    nobody = f"{host_hash()}.{10**30}.0123abcd"  # no process has this number
     leftovers = [
         root / f".run.json.{nobody}.tmp",
         root / f"img_emb/.img_emb_00000.npy.{nobody}.tmp",
@@ -373,7 +379,7 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     ]
     others.append(
         root / f"img_emb/.img_emb_00000.npy.{host_hash()}.{os.getpid()}.0123abcd.tmp"
-    )  # being written
+    )  # this process still writes it
     for path in leftovers + others:
         path.write_bytes(b"half")
     run(dataset(5), root)
@@ -405,8 +411,10 @@ def test_too_little_room_is_said_before_any_work(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("failing", [0, 1, 2, 3, 4, 5, 6, 7, 10, 14, 15])
 def test_a_full_disk_keeps_the_finished_parts(tmp_path, monkeypatch, failing):
-    """The n-th file cannot be synced:
-    run.json, the texts, classes.json, three parts of four files, manifest.json.
+    """If the disk is full, the finished parts must stay and the next run must do only the rest.
+
+    The n-th file cannot be synced. The order is run.json, the texts, classes.json, three parts with
+    four files each, manifest.json.
     """
     root, fsync, calls = tmp_path / "s", os.fsync, iter(range(10**6))
 
@@ -449,8 +457,9 @@ def test_an_interrupt_stops_the_threads_and_keeps_the_parts(tmp_path):
 
 
 class Counting(FakeBackbone):
-    """Counts preprocessed images alive;
-    its forward pass is slow, so decoding runs as far ahead as it may.
+    """A backbone that counts the preprocessed images in memory.
+
+    Its forward pass is slow, so decoding runs as far ahead as it may.
     """
 
     def __init__(self):
@@ -478,7 +487,8 @@ class Counting(FakeBackbone):
 def test_images_in_flight_do_not_grow_with_the_data(tmp_path, n):
     backbone = Counting()
     run(dataset(n), tmp_path / "s", backbone, batch_size=6, workers=3)
-    # one batch in the model, one batch and one image per thread ahead, and the one handed over
+    # One batch is in the model. One batch and one image per thread are ahead. One more image is
+    # being handed over.
     assert 6 < backbone.peak <= 6 + 6 + 3 + 1
 
 
@@ -544,7 +554,7 @@ def test_progress_counts_every_image_once(tmp_path):
     )
     with reporting(second):
         run(data, tmp_path / "s", max_error_rate=0.5)
-    assert second.steps == [1, 1, 1, 23]  # parts whose bytes are looked at, and images
+    assert second.steps == [1, 1, 1, 23]  # three parts whose bytes are checked, then the images
 
 
 class Wide(FakeBackbone):

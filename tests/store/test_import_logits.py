@@ -1,4 +1,4 @@
-"""Stores of given logits and of given answers."""
+"""Stores that are made from given logits or given answers."""
 
 from __future__ import annotations
 

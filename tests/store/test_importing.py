@@ -1,5 +1,5 @@
-"""Arrays of others as a store:
-the same numbers, whatever they came in, and nothing believed unchecked.
+"""Arrays from other programs, imported as a store: the numbers must stay the same for every file
+format, and nothing is used unchecked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NO_TEXT = np.arange(0x110000, 0x110000 + 30, dtype=np.uint32).view("U1")
 
 
 def files(store: Path) -> dict[str, bytes]:
-    """Everything in a store but its lock."""
+    """Return every file in a store except its lock, as bytes by path."""
     paths = (path for path in store.rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(store)): path.read_bytes() for path in paths}
 
@@ -48,7 +48,10 @@ def imported(
 def test_names_of_one_hash_are_compared_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two equal names there may be another one of the same hash."""
+    """If names share a hash, all must be compared.
+
+    Another name with the same hash may stand between two equal names.
+    """
     monkeypatch.setattr(importing, "hash_names", lambda names: np.zeros(len([*names]), np.uint64))
     names = [f"name {row}" for row in range(30)]
     for folder in ("good", "bad"):
@@ -95,8 +98,9 @@ def test_a_store_is_the_arrays(tmp_path: Path, name: str, part_size: int) -> Non
 
 
 def test_the_same_arrays_give_the_same_bytes(tmp_path: Path) -> None:
-    """From a file, packed or not, and from a folder;
-    the name of the source is the one thing that differs.
+    """Equal arrays must give equal bytes, from a file (packed or not) and from a folder.
+
+    Only the source's name may differ.
     """
     made = []
     for place in ("one/a.npz", "two/a.npz", "three/a.npz"):
@@ -161,7 +165,11 @@ def test_what_is_not_known_stays_unknown(tmp_path: Path) -> None:
 
 
 def test_rows_that_fit_somewhere_are_known_again_by_their_numbers(tmp_path: Path) -> None:
-    """A model is not scored on what it was fitted on, though nothing but the vectors tells."""
+    """If a model is scored on its fit rows, the rows must be recognized although they have no
+    names.
+
+    Only the vectors can show that the rows are the same.
+    """
     store = imported(tmp_path, arrays(ids=None))
     seen = vilu.MCM().fit(store).predict_uncertainty(store)
     assert len(seen) == 30
@@ -251,7 +259,10 @@ def test_labels_may_be_names(tmp_path: Path) -> None:
 
 
 def test_a_class_is_outside(tmp_path: Path) -> None:
-    """Its text goes, the classes after it move up, and its rows are of none of them."""
+    """If a class is out of distribution, its text must go and its rows must have no class.
+
+    The classes after it move up by one.
+    """
     values = arrays(target=np.arange(30) % 4, prompts=np.tile(np.eye(6)[:2], (4, 1, 1)))
     store = imported(tmp_path, values, outside=["dog"])
     assert store.class_names == ("cat", "cup", "sea")
@@ -363,7 +374,7 @@ def test_labels_as_arrays_name_what_there_is(tmp_path: Path) -> None:
 
 
 def raw(shape: str, kind: str = "<f4", content: bytes = b"") -> bytes:
-    """A ``.npy`` file with any header."""
+    """Return a ``.npy`` file with this header."""
     header = (
         f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}".encode().ljust(117)
         + b"\n"
@@ -405,7 +416,7 @@ def test_a_hostile_array(tmp_path: Path, content: bytes, told: str) -> None:
 
 def test_a_hostile_file(tmp_path: Path) -> None:
     whole = save(tmp_path / "a.npz", arrays(), packed=True).read_bytes()
-    place = whole.index(b"image.npy") + 200  # within the packed rows
+    place = whole.index(b"image.npy") + 200  # inside the packed rows
     flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
     for content, told in (
         (flipped, "damaged"),
@@ -433,8 +444,9 @@ def test_a_hostile_file(tmp_path: Path) -> None:
 
 
 def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
-    """300 MB of zeros in 300 kB:
-    refused by the sizes alone, where as much of numbers would be read.
+    """A zip bomb must be refused from its sizes alone.
+
+    The bomb is 300 MB zeros in 300 kB. Embeddings that size would be read.
     """
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, values in arrays(image=None).items():
@@ -450,7 +462,7 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
 
 
 def test_a_link_or_a_name_does_not_lead_elsewhere(tmp_path: Path) -> None:
-    """Keys are names in the folder, not paths."""
+    """A key must be a name in the folder, not a path."""
     save(tmp_path / "other", arrays())
     with pytest.raises(DataError, match=r"no array '\.\./other/text'"):
         imported(tmp_path, arrays(), "folder", keys={"text": "../other/text"})
@@ -472,7 +484,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 @pytest.mark.slow
 def test_a_large_folder_is_never_in_memory(tmp_path: Path) -> None:
-    """200 MiB in parts of 4 MiB cost the labels and a few parts, not the whole."""
+    """An import must not hold a large folder in memory.
+
+    The folder has 200 MiB and parts with 4 MiB. The memory may hold the labels and a few parts.
+    """
     for name, n in (("small", 10_000), ("large", 200_000)):
         values = arrays(10, text=np.eye(4, 256, dtype=np.float32), image=None)
         folder = save(
@@ -491,7 +506,10 @@ def test_a_large_folder_is_never_in_memory(tmp_path: Path) -> None:
 
 
 def test_names_of_classes_are_read_by_blocks(tmp_path: Path) -> None:
-    """A long name makes the array of targets 8 MB, of which 64 kB are looked at together."""
+    """Class names must be read in blocks.
+
+    A long name makes the target array 8 MB, and one block is 64 kB.
+    """
     n, names = 20_000, np.array([*"abc", "z" * 100])
     target = names[np.arange(n) % 4]
     path = save(tmp_path / "a.npz", {"target": target})
@@ -505,14 +523,16 @@ def test_names_of_classes_are_read_by_blocks(tmp_path: Path) -> None:
     assert target.nbytes == 8_000_000
     assert (
         peak < 2_000_000
-    )  # 8 bytes a row, twice while they are put together, the zip's buffers, and a block
+    )  # 8 bytes a row (twice while the pieces are joined), the zip's buffers, and a block
 
 
 def test_a_few_shot_cache_is_a_store_of_splits_and_class_means(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The files as methods of Tip-Adapter's kind write them:
-    half precision, keys as columns, values one-hot.
+    """A few-shot cache from methods like Tip-Adapter must be imported with its splits and class
+    means.
+
+    The files have half precision, keys as columns and one-hot values.
     """
     draw = np.random.default_rng(0)
     unit = lambda rows: torch.nn.functional.normalize(  # noqa: E731
@@ -547,7 +567,7 @@ def test_a_few_shot_cache_is_a_store_of_splits_and_class_means(
     both = torch.cat([images["test"], images["val"]]).float()
     assert torch.allclose(
         store.image_rows(torch.arange(15)), both, atol=1e-3
-    )  # a step of float16 below 1 is 5e-4
+    )  # one step in float16 below 1 is 5e-4
     means = [keys[of == one].float().mean(dim=0) for one in range(3)]
     assert torch.allclose(
         store.text, torch.stack([mean / mean.norm() for mean in means]), atol=1e-6

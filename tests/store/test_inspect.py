@@ -1,4 +1,4 @@
-"""``inspect``: counts, and every kind of damage that it must find."""
+"""``inspect``: its counts, and every kind of damage that it must find."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def root(original, tmp_path):
 
 
 def vouch(root, name, part=0):
-    """Make the receipt of a part agree with a file that was changed; the seal then does not."""
+    """Make a part's receipt agree with a changed file, so that only the seal disagrees."""
     path = root / f"receipts/{part:05d}.json"
     receipt = json.loads(path.read_text())
     receipt["files"][name] = {

@@ -1,5 +1,5 @@
-"""Parts one by one:
-the same bytes whoever does them, parts that kill, several processes on one store.
+"""Parts one by one: the same bytes from every process, parts that kill their process, and
+several processes on one store.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LENGTHS = (3, 2, 5, 1, 4)
 
 
 def job_of(data, root, backbone=None, **settings):
-    """A job on a store that is begun, with no driver."""
+    """Return a job on a store that has begun, without a driver."""
     backbone = backbone or FakeBackbone()
     candidates = {} if data.captioned else {"names": NAMES, "templates": ("a photo of a {}.",)}
     inputs = {
@@ -71,8 +71,9 @@ def leave_marks(root, part, n):
 
 @dataclass
 class InTurn:
-    """An executor that does all parts here, from the last to the first,
-    each with a job that was pickled.
+    """An executor that does all parts in this process, from the last to the first.
+
+    Each part gets a job that was pickled and unpickled.
     """
 
     calls: int = 0
@@ -85,7 +86,7 @@ class InTurn:
 
 @dataclass
 class Rank:
-    """An executor that does its own parts."""
+    """An executor that does only its own share, as a rank does."""
 
     rank: int
     world: int
@@ -158,7 +159,7 @@ def test_a_job_leaves_the_threads_and_a_worker_has_its_share(tmp_path):
         torch.set_num_threads(3)
         job.process(0)
         assert torch.get_num_threads() == 3
-        unpack_receipt(Worker(pack_job(job, 2)).do_part(1))  # as in a process of its own
+        unpack_receipt(Worker(pack_job(job, 2)).do_part(1))  # as in its own process
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -180,7 +181,7 @@ def test_an_exception_leaves_no_mark_and_no_receipt(tmp_path):
 
 
 def in_child(function):
-    """How a forked process ends that runs ``function``."""
+    """Run ``function`` in a forked process, and return its exit code."""
     process = multiprocessing.get_context("fork").Process(target=function)
     process.start()
     process.join()
@@ -188,7 +189,7 @@ def in_child(function):
 
 
 def test_a_part_that_kills_is_given_up_after_three_deaths(tmp_path, caplog):
-    torch.set_num_threads(1)  # a fork keeps no team of threads
+    torch.set_num_threads(1)  # a fork loses the other threads
     data = shards(*LENGTHS, deadly=2 * POSITIONS_PER_SHARD + 3)
     job = job_of(data, tmp_path)
     for deaths in range(MAX_ATTEMPTS):
@@ -198,12 +199,12 @@ def test_a_part_that_kills_is_given_up_after_three_deaths(tmp_path, caplog):
         receipt = job.process(1)
     assert (receipt.n_in, receipt.n_ok, receipt.errors) == (6, 0, {"crash": 6})
     assert "part 1 was given up after 3 processes had died in it: its 6 images" in caplog.text
-    assert data.reads == []  # nothing but the listing
+    assert data.reads == []  # no read after the listing
     assert marks(tmp_path) == {}
     errors = pq.read_table(tmp_path / "errors/errors_00001.parquet").to_pydict()
     assert errors["key"] == [f"02.tar#{k}" for k in range(5)] + ["03.tar#0"]
     assert (set(errors["stage"]), set(errors["kind"])) == ({"process"}, {"crash"})
-    assert job.process(1) == receipt  # it stays so
+    assert job.process(1) == receipt  # the part is not tried again
     store = run(data, tmp_path, max_error_rate=0.5)
     assert (len(store), store.manifest.errors) == (9, {"crash": 6})
     assert inspect(tmp_path, deep=True).problems == []
@@ -246,7 +247,10 @@ def test_a_part_without_listing_is_given_up_by_shard_or_position(tmp_path, caplo
 
 
 def test_a_death_is_not_laid_at_the_door_of_the_part_before(tmp_path):
-    """Decoding runs ahead, so both have a mark; then each is tried alone."""
+    """If a process dies, the part before must not be blamed.
+
+    Decoding runs ahead, so both parts have a mark. Then each part is tried alone.
+    """
     torch.set_num_threads(1)
     job = job_of(shards(*LENGTHS, deadly=2 * POSITIONS_PER_SHARD), tmp_path)
     everything = [0, 1, 2]
@@ -305,12 +309,12 @@ def test_ranks_share_a_store(tmp_path, order, caplog):
             assert f"{12 - 4 * (done + 1)} parts are still missing" in caplog.messages[-1]
     assert sum(model.n_images for model in models) == 21
     assert all(model.n_images > 0 for model in models)
-    assert models[order[1]].n_texts == 0  # the first one made the texts of the classes
+    assert models[order[1]].n_texts == 0  # the first one encoded the class texts
     assert tree(tmp_path / "s") == tree(tmp_path / "alone")
 
 
 def test_ranks_at_work_hold_no_lock_and_lose_no_file(tmp_path):
-    """One joins, works and ends while another is in the middle of a part."""
+    """A rank that joins, works and ends must not disturb a rank that is in the middle of a part."""
     data = dataset(8)
 
     class Slow(Rank):

@@ -1,5 +1,5 @@
-"""``LaionPairs``: published layouts read as the same pairs in memory;
-what does not belong together is refused.
+"""``LaionPairs``: published layouts must give the same pairs as in memory, and files that do not
+belong together must be refused.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vilu.store.unreadable import convert_damage_errors
 N = 60
 IMAGE, TEXT = unit_pairs(N, seed=1)
 TEXT[[4, 50]] = TEXT[33]
-SIZES = [3, 9, 0, 1, 8, 2, 7, 5, 4, 6, 10, 5]  # 12 shards: the numbers need sorting as numbers
+SIZES = [3, 9, 0, 1, 8, 2, 7, 5, 4, 6, 10, 5]  # 12 shards, so 10 must sort after 9
 SCALE = 30.0
 
 
@@ -77,7 +77,7 @@ def test_number_formats_and_byte_orders(tmp_path, image_type, text_type):
 
 @pytest.fixture
 def few_files():
-    """A process that may open 100 more files than parts are kept open."""
+    """Limit this process to 100 open files more than the parts that are kept open."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ExitStack() as stack:
@@ -92,7 +92,7 @@ def few_files():
 def test_shards_may_be_many_more_than_files_may_be_open(tmp_path):
     n = 400
     image, text = unit_pairs(n)
-    shards = write_shards(tmp_path, image, text, sizes=[1] * n)  # of two arrays each
+    shards = write_shards(tmp_path, image, text, sizes=[1] * n)  # two arrays each
     source = LaionPairs(shards, Pools(100), logit_scale=SCALE)
     for mine, theirs in zip(
         source.steps(100), memory(image, text, Pools(100)).steps(100), strict=True
@@ -147,7 +147,7 @@ def test_rows_that_are_not_of_unit_norm_are_normalised_and_said_once(tmp_path):
         reference = memory(image.astype("f2"))
     for mine, theirs in zip(
         source.batches(4), reference.batches(4), strict=True
-    ):  # warnings are errors here
+    ):  # a warning would raise here
         require_equal(mine, theirs)
     assert torch.allclose(
         source.picture_rows(torch.arange(N)).norm(dim=1), torch.ones(N), atol=1e-3
@@ -374,7 +374,7 @@ def test_names_that_do_not_say_their_partner(root):
     (root / "img_emb/extra.npy").rename(root / "img_emb/img_emb_1.npy")
     refused(DataError, r"img_emb_0001.npy and .*img_emb_1.npy have the same number", root)
     (root / "img_emb/img_emb_1.npy").unlink()
-    os.mkfifo(root / "img_emb/img_emb_7.npy")  # opening it would wait for ever
+    os.mkfifo(root / "img_emb/img_emb_7.npy")  # opening it would wait forever
     refused(DataError, r"img_emb_7.npy must be a file", root)
     (root / "img_emb/img_emb_7.npy").rename(root / "img_emb/.img_emb_7.npy")
     (root / "img_emb/notes.txt").touch()
@@ -410,8 +410,8 @@ def test_nothing_is_written_into_the_folder(root):
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_no_damage_ends_in_anything_but_an_error_of_ours(tmp_path_factory, root, data):
-    """Some bytes of one file are replaced:
-    the shards are refused in a sentence, or are read in full.
+    """If bytes in one file are replaced, the shards must be refused with a ``ViLUError`` or be
+    read in full.
     """
     path = data.draw(st.sampled_from(sorted(path for path in root.rglob("*") if path.is_file())))
     whole = path.read_bytes()

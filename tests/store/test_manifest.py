@@ -1,4 +1,6 @@
-"""The documents of a store: what the fingerprint covers, and reading them as untrusted input."""
+"""A store's documents: the fields under the fingerprint, and how documents are read as untrusted
+input.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,10 @@ def test_every_input_changes_the_fingerprint_and_nothing_else_does():
 
 
 def test_how_many_images_shards_hold_is_no_input():
-    """Only reading them tells, so the run says 0 and the manifest what was counted."""
+    """The number of images in shards must not change the fingerprint.
+
+    Only reading shows this number, so the run says 0 and the manifest says the counted number.
+    """
     run, counted = make_run(shards=7, n_in=0), make_run(shards=7, n_in=1234)
     assert run.fingerprint == counted.fingerprint
     assert [(part.start, part.stop) for part in plan_parts(make_run(shards=23))] == [

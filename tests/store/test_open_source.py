@@ -1,5 +1,5 @@
-"""``open_source``:
-every kind of folder as what it is, every argument only where it means something.
+"""``open_source`` must recognize every kind of folder, and refuse an argument that has no
+meaning for it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""``CaptionStore``:
-the same batches as in memory, folds by caption, and an order that reads few blocks at a time.
+"""``CaptionStore``: the same batches as in memory, folds by caption, and an order that reads few
+blocks at a time.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ def require_equal(mine, theirs):
 
 @pytest.mark.parametrize("pools", CHOICES, ids=str)
 def test_batches_are_those_of_the_same_pairs_in_memory(root, pools):
-    """42 rows are whole pools of all these sizes."""
+    """A store must give the same batches as the same pairs in memory.
+
+    The 42 rows fill whole pools at every tested size.
+    """
     store = CaptionStore(root, pools)
     columns = {"features": FEATURES[KEPT].astype("f2")}
     memory = PairEmbeddings(IMAGE[KEPT], TEXT[KEPT], pools, space=SPACE, columns=columns)
@@ -138,7 +141,7 @@ def test_folds_are_disjoint_and_complete(root):
     ids = [set(CaptionStore(root, fold=fold).ids) for fold in ("train", "validation", "test")]
     assert sum(map(len, ids)) == len(set().union(*ids)) == len(KEPT)
     twins = [{f"{i:04d}" for i in (7, 12, 31, 40)} <= fold for fold in ids]
-    assert sum(twins) == 1  # one caption is in one fold, with or without white space
+    assert sum(twins) == 1  # equal captions are in one fold, with or without white space
 
 
 def test_the_fold_is_the_hash_of_the_caption_and_nothing_else():
@@ -188,7 +191,7 @@ def test_hard_pools_are_made_of_bounded_blocks(root, monkeypatch):
     )
     store = CaptionStore(root, Pools(6, hard=True))
     rows = store.usable_rows
-    assert max(asked) == 12  # the largest multiple of a pool
+    assert max(asked) == 12  # the largest multiple of a pool that fits
     assert sorted(rows.tolist()) == list(range(42))
     drawn = CaptionStore(root, Pools(6)).usable_rows
     for mine, plain in zip(rows.split(12), drawn.split(12), strict=True):
@@ -309,7 +312,7 @@ def test_a_pass_has_every_row_once_and_stays_among_few_blocks(n, seed, size):
 
 
 def test_a_batch_mixes_blocks():
-    for n in (450, 700):  # 9 blocks are groups of 5 and 4, 14 of 7 and 7
+    for n in (450, 700):  # 9 blocks form groups with 5 and 4, 14 blocks with 7 and 7
         found = shuffled_in_blocks(torch.arange(n), torch.Generator().manual_seed(0), 50)
         assert all(len({row // 50 for row in batch.tolist()}) >= 4 for batch in found.split(50))
         other = shuffled_in_blocks(torch.arange(n), torch.Generator().manual_seed(1), 50)
@@ -323,7 +326,7 @@ def test_stores_are_shuffled_in_blocks(tmp_path):
         store.shuffled(everyone, torch.Generator().manual_seed(2)),
         in_memory(store, everyone).shuffled(everyone, torch.Generator().manual_seed(2)),
     )
-    many = torch.arange(9 * BLOCK_ROWS)  # in five blocks and four
+    many = torch.arange(9 * BLOCK_ROWS)  # five blocks, then four
     halves = store.shuffled(many, torch.Generator().manual_seed(2)).split(5 * BLOCK_ROWS)
     blocks = [set((half // BLOCK_ROWS).unique().tolist()) for half in halves]
     assert (len(blocks[0]), len(blocks[1]), len(blocks[0] & blocks[1])) == (5, 4, 0)

@@ -1,5 +1,5 @@
-"""Sources on disk in another process:
-pickled as their path, and refused where they have changed in between.
+"""Sources on disk in another process: a source is pickled as its path, and refused if its files
+have changed since.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def source(request, tmp_path):
 
 
 def scores(source):
-    """In whatever process: all that a source is asked for."""
+    """Return all results that a source is used for, in any process."""
     found = vilu.score(vilu.MCM(), source)
     return found.uncertainty, list(found.ids), found.failure
 
@@ -108,7 +108,11 @@ def test_views_of_a_store_pickle_too(tmp_path):
 
 @pytest.mark.parametrize("make", [captions, shards])
 def test_rows_that_were_left_out_stay_out(make, tmp_path):
-    """Where it is sent to, in a copy, among others, and where more are left out."""
+    """Rows that were left out must stay out in every form.
+
+    The forms are a pickled source, a copy, a source among others, and a source that loses more
+    rows.
+    """
     store = make(tmp_path / "s")
     first, last = np.arange(len(store)) == 3, np.arange(len(store)) == 5
     fewer = store.without(first)
@@ -150,7 +154,7 @@ def test_joblib_and_loky(tmp_path):
     require_equal(scores(joblib.load(buffer)), scores(store))
     require_equal(
         scores(pickle.loads(cloudpickle.dumps(store))), scores(store)
-    )  # as it goes to workers of loky
+    )  # as loky sends it to workers
 
 
 def test_a_store_that_became_another_one_is_refused(tmp_path):

@@ -1,5 +1,5 @@
-"""The digest of a picture in the metadata:
-the same from every kind of data set, whatever the picture is called.
+"""The picture's digest in the metadata must be the same from every kind of data set, under any
+name.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def test_the_same_bytes_have_the_same_digest(
 
 
 def test_of_an_array_the_digest_is_of_its_pixels(tmp_path: Path) -> None:
-    """The PNG that they are handed over as depends on the library that packs it."""
+    """For an array, the digest must be made from the pixels.
+
+    The array is passed on as a PNG, whose bytes depend on the library that packs it.
+    """
     pixels = cifar(tmp_path, 10)
     images = open_dataset(tmp_path, split="test")
     expected = [sha256(np.ascontiguousarray(row).data).digest()[:16] for row in pixels]

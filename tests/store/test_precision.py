@@ -21,7 +21,7 @@ from vilu.store.reader import EmbeddingStore
 
 
 def model(error: float, precision: str = "bf16") -> DualEncoder:
-    """A model of mean colours, whose tower is off by ``error`` under autocast."""
+    """Return a model that embeds mean colours, where autocast adds ``error`` to blue."""
 
     def tower(pixels: torch.Tensor) -> torch.Tensor:
         means = pixels.mean(dim=(2, 3))
@@ -70,7 +70,7 @@ def test_the_comparison_stands_in_the_log_of_the_store(tmp_path: Path) -> None:
     }
     exact = embed(tmp_path / "exact", model(0.0, "fp32"))
     assert not [line for line in read_log(tmp_path / "exact") if "checked" in line]
-    store.space.require_match(exact.space, name="low", other_name="exact")  # no error
+    store.space.require_match(exact.space, name="low", other_name="exact")  # raises nothing
 
 
 def test_a_precision_that_changes_answers_stops_with_the_numbers(tmp_path: Path) -> None:
@@ -84,8 +84,8 @@ def test_a_precision_that_changes_answers_stops_with_the_numbers(tmp_path: Path)
     ("least_cosine", "equal_answers", "is_passed"),
     [
         (MIN_COSINE, MIN_EQUAL_ANSWERS, True),
-        (MIN_COSINE - 1e-4, 1.0, False),  # the answers are equal, the embeddings are not
-        (1.0, MIN_EQUAL_ANSWERS - 1e-4, False),  # the embeddings are equal, the answers are not
+        (MIN_COSINE - 1e-4, 1.0, False),  # equal answers, different embeddings
+        (1.0, MIN_EQUAL_ANSWERS - 1e-4, False),  # equal embeddings, different answers
         (MIN_COSINE - 1e-4, None, False),
         (MIN_COSINE, None, True),
     ],
@@ -98,14 +98,15 @@ def test_each_bar_alone_decides(
 
 
 def test_equal_answers_do_not_excuse_embeddings_that_differ(tmp_path: Path) -> None:
-    # blue is 0.3 too bright under autocast, which moves embeddings and leaves red ones red
+    # Under autocast, blue is 0.3 too bright. The embeddings move, and red pictures are still
+    # answered as red.
     dataset = FakeDataset([solid((255, 0, 0))] * 10, [0] * 10)
     with pytest.raises(ProvenanceError, match=r"cosine at least 0\.95.*100\.0% equal answers"):
         vilu.embed(dataset, model(0.3), tmp_path / "low", names=NAMES)
 
 
 def test_near_embeddings_do_not_excuse_answers_that_differ(tmp_path: Path) -> None:
-    # a tie of red and blue, to which the error adds a little blue
+    # Red and blue tie, and the error adds a little blue.
     dataset = FakeDataset([solid((255, 0, 255))] * 10, [0] * 10)
     with pytest.raises(ProvenanceError, match=r"cosine at least 0\.99.*0\.0% equal answers"):
         vilu.embed(dataset, model(0.05), tmp_path / "low", names=NAMES)

@@ -1,5 +1,5 @@
-"""``EmbeddingStore``:
-the same rows as in memory, refusing what does not fit, never crashing on damage.
+"""``EmbeddingStore``: the same rows as in memory, a refusal for files that do not fit, and no
+crash on damage.
 """
 
 from __future__ import annotations
@@ -128,8 +128,9 @@ def test_ids_are_a_sequence(original):
 
 
 def test_files_are_let_go_of_with_the_store(original):
-    """At once, and not when the garbage is collected:
-    the folder may be on a disk that is to be unmounted.
+    """A store's files must be closed when the store goes, without a garbage collection.
+
+    The folder may be on a disk that a user wants to unmount.
     """
     store = EmbeddingStore(original)
     assert len(store.ids[:]) == len(store)
@@ -174,8 +175,10 @@ print(len(store), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) 
 
 
 def test_opening_reads_no_vector(tmp_path):
-    """The only part is replaced by one of 1 GiB, sparse on the disk;
-    reading it would show in the peak memory.
+    """Opening a store must not read its vectors.
+
+    The only part is replaced by a sparse file with 1 GiB. If opening read it, the peak memory would
+    show it.
     """
     n, dim = 2**17, 4096
     embed(dataset(5), FakeBackbone(dim=dim), tmp_path, names=NAMES)
@@ -194,11 +197,11 @@ def test_opening_reads_no_vector(tmp_path):
     )
     n_rows, mebibytes = map(float, done.stdout.split())
     assert n_rows == n
-    assert mebibytes < 128  # targets, labels and pyarrow's code; the vectors would be 1024 more
+    assert mebibytes < 128  # targets, labels and pyarrow's code: the vectors would add 1024
 
 
 def forge(root, n):
-    """Documents of a store of one part of n images, consistent with the files that are there."""
+    """Write documents for a store with one part and n images that agree with the files on disk."""
     from vilu.artifacts.documents import read_document
     from vilu.artifacts.hashing import digest
     from vilu.store.ledger import content_hash
@@ -219,7 +222,7 @@ def forge(root, n):
     }
     info[part.metadata_file]["sha256"] = file_hash(
         root / part.metadata_file
-    )  # the only one that opening reads
+    )  # opening reads only this file
     counts = {"n_in": n, "n_ok": n, "n_error": 0, "errors": {}}
     receipt = Receipt(
         fingerprint=run.fingerprint,
@@ -280,7 +283,7 @@ def test_a_file_that_is_gone(root, name):
 
 
 def replace_array(root, array):
-    """Another array under a receipt and a seal that know of it."""
+    """Write another array, and make the receipt and the seal agree with it."""
     path = root / "img_emb/img_emb_00000.npy"
     np.save(path, array, allow_pickle=True)
     edit(
@@ -399,8 +402,8 @@ def test_other_class_texts(root):
 @given(data=st.data())
 @settings(max_examples=200, deadline=None, suppress_health_check=SHARED_FOLDER)
 def test_no_damage_ends_in_anything_but_an_error_of_ours(original, tmp_path, data):
-    """Some bytes of one file are replaced:
-    the store is refused in a sentence, or is read in full.
+    """If bytes in one file are replaced, the store must be refused with a ``ViLUError`` or be
+    read in full.
     """
     root = tmp_path / "s"
     if not root.exists():

@@ -1,4 +1,4 @@
-"""Stores of shards: counts that only reading tells, resuming, shards that were replaced."""
+"""Stores from shards: counts that only reading shows, resuming, and shards that were replaced."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_a_store_holds(tmp_path):
         2,
         4,
         3,
-    ]  # parts of 3 + 0, 5 + 1 and 7 images, in batches of 4
+    ]  # parts with 3 + 0, 5 + 1 and 7 images, in batches with 4
     assert [np.load(path).shape[0] for path in sorted((tmp_path / "img_emb").iterdir())] == [
         3,
         6,
@@ -92,7 +92,10 @@ def test_inspect_counts_them(tmp_path, captions):
 
 @pytest.mark.parametrize("lost", [0, 2, 5])
 def test_inspect_finds_an_image_that_is_not_there(tmp_path, lost):
-    """Whatever the receipt says: positions have a gap, or lack the first of a shard."""
+    """``inspect`` must find a missing image, although the receipt agrees.
+
+    A missing image leaves a gap in the positions, or a shard does not begin at its first position.
+    """
     run(shards(*LENGTHS), tmp_path)
     name = "metadata/metadata_00001.parquet"
     table = pq.read_table(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Augmented views: what they show, and that nothing but key, number and seed decides it."""
+"""Augmented views: their content, and that only the key, the number and the seed decide it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIDE = st.integers(1, 60)
 
 
 def coordinates(width: int, height: int) -> Image.Image:
-    """A picture whose pixels say where they are: red is x, green is y."""
+    """Return a picture whose colours are coordinates: red is x, green is y."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     return Image.fromarray(np.stack([x, y, np.zeros_like(x)], axis=2).astype(np.uint8))
 
@@ -31,9 +31,7 @@ def test_a_view_is_a_crop_of_the_pictures_shape(width, height, area, left, top, 
     assert (np.diff(x) == (-1 if mirror < 0.5 else 1)).all()
     assert (np.diff(y) == 1).all()
     side = np.sqrt(0.5 + 0.5 * area)
-    assert len(x) == max(
-        round(side * width), 1
-    )  # rounding to whole pixels is all that changes the shape
+    assert len(x) == max(round(side * width), 1)  # only rounding to whole pixels changes the shape
     assert len(y) == max(round(side * height), 1)
     assert (len(x) + 0.5) * (len(y) + 0.5) >= 0.5 * width * height
 
@@ -41,17 +39,17 @@ def test_a_view_is_a_crop_of_the_pictures_shape(width, height, area, left, top, 
 def test_every_place_and_every_size_is_drawn() -> None:
     draws = np.array([_uniform_numbers(0, 1, f"img/{i:05d}.png") for i in range(4000)])
     for column in draws.T:
-        # one test in a thousand fails by chance; the draws are fixed, so this one does not
+        # One test in a thousand fails by chance. The draws are fixed, so this test does not.
         assert stats.kstest(column, "uniform").pvalue > 1e-3
     off = np.corrcoef(draws.T) - np.eye(4)
     assert np.abs(off).max() < 4 / np.sqrt(
         len(draws)
-    )  # four standard errors of a correlation of zero
+    )  # four standard errors for a correlation that is zero
     corners = {
         make_view(coordinates(10, 10), 0, left, top, 0.9).getpixel((0, 0))[:2]
         for _, left, top, _ in draws
     }
-    assert corners == {(x, y) for x in range(4) for y in range(4)}  # crops of 7 x 7
+    assert corners == {(x, y) for x in range(4) for y in range(4)}  # crops with 7 x 7 pixels
 
 
 def test_views_depend_on_key_number_and_seed_alone() -> None:
@@ -69,8 +67,10 @@ def test_views_depend_on_key_number_and_seed_alone() -> None:
 
 
 def test_numbers_do_not_change_from_version_to_version() -> None:
-    """SHA-256 of "0 0 a", read by hand:
-    eight little-endian bytes a number, of which 53 bits are used.
+    """The random numbers must stay the same from version to version.
+
+    The expected value is SHA-256 for "0 0 a", read by hand: a number is eight little-endian bytes,
+    and 53 bits are used.
     """
     digest = bytes.fromhex("8679922b67376e1d")
     assert _uniform_numbers(0, 0, "a")[0] == int.from_bytes(digest, "little") // 2**11 / 2**53

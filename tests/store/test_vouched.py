@@ -1,5 +1,5 @@
-"""Bytes that are not those of the receipt:
-seen at the first reading by whatever reads them, mended by embedding.
+"""Bytes that disagree with the receipt: every reader must notice them at its first reading, and
+embedding again must repair them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def root(original, tmp_path):
 
 
 def flip(path, at=-3):
-    """One bit, under the same size."""
+    """Flip one bit and keep the file's size."""
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
@@ -115,7 +115,11 @@ def test_a_flipped_bit_in_any_file_that_is_read(root, name):
 
 
 def test_every_file_of_a_part_is_under_its_receipt_or_the_class_table(root):
-    """So that the list above has no gap but for what nothing reads."""
+    """Every array and metadata file must be covered by a receipt or by the class table.
+
+    If a file is missing in ``USED``, the tests above would not notice it. Only error tables have no
+    reader.
+    """
     read = {path.relative_to(root).as_posix() for path in root.rglob("*.npy")} | {
         path.relative_to(root).as_posix() for path in (root / "metadata").iterdir()
     }
@@ -150,7 +154,9 @@ def test_parts_whose_files_were_swapped(root, folder):
 
 @pytest.fixture(params=["flipped", "swapped"])
 def damaged(request, tmp_path):
-    """A store whose image vectors are not those that were written; all parts have 20 rows."""
+    """Return a store whose image vectors were changed after it was written. All parts have 20
+    rows.
+    """
     embed(dataset(60), FakeBackbone(), tmp_path / "d", names=NAMES, part_size=20)
     files = [tmp_path / f"d/img_emb/img_emb_0000{number}.npy" for number in (1, 2)]
     flip(files[0], 500) if request.param == "flipped" else swap(*files)
@@ -178,7 +184,11 @@ def test_whoever_uses_the_rows_is_refused(damaged, use):
     "change", [{"n_in": 21, "n_error": 2, "errors": {"empty": 2}}, {"n_error": 0, "errors": {}}]
 )
 def test_counts_of_a_receipt_that_was_written_anew(root, change):
-    """Sealed again, as by somebody who knows how: the manifest and the run say other counts."""
+    """If a receipt has other counts and a new seal, the store must be refused.
+
+    A person who knows the format can seal a receipt. The manifest and the run still have the old
+    counts.
+    """
     path = root / "receipts/00000.json"
     receipt = json.loads(path.read_text()) | change
     write_json(path, receipt | {"n_ok": receipt["n_in"] - receipt["n_error"]})
@@ -214,7 +224,7 @@ def test_captions_and_their_vectors(tmp_path):
 
 @pytest.fixture
 def hashed(monkeypatch):
-    """Names of the files whose bytes were read for their hash."""
+    """Return a list that gets the name of every file that is hashed."""
     names, lock = [], threading.Lock()
 
     def count(path):
@@ -245,9 +255,7 @@ def test_a_file_that_was_written_since_is_read_again(root, hashed):
     assert hashed == ["img_emb_00001.npy"]
     before = path.stat()
     flip(path)
-    os.utime(
-        path, ns=(before.st_atime_ns, before.st_mtime_ns)
-    )  # the system's own time of the change stays
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # ctime still shows the change
     with pytest.raises(StorageError, match=r"img_emb_00001\.npy is damaged"):
         read_all(root)
 
@@ -309,13 +317,15 @@ def test_embedding_again_mends_a_damaged_part_and_says_so(root, caplog):
         "the class texts are made again",
         "part 1 is done again",
     ]
-    assert backbone.n_images == 20 * 3  # with two views each
+    assert backbone.n_images == 20 * 3  # two views for each image
     assert tree(root) == before
 
 
 def test_of_many_drivers_none_reads_all_bytes(root, hashed):
-    """They share a store, so each would read all of it;
-    whoever uses the store still sees the damage.
+    """If many drivers share a store, none may read all bytes.
+
+    Without this rule, each driver would read the whole store. A reader must still notice the
+    damage.
     """
     flip(root / "img_emb/img_emb_00001.npy", 400)
     del hashed[:]

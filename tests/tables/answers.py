@@ -1,4 +1,4 @@
-"""Tables of answers whose truth is known, made with a seed."""
+"""Make tables of answers with known truth from a seed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import vilu
 
 
 def columns(n: int, first: int = 0, *, features: int = 0) -> dict[str, Any]:
-    """A hidden certainty h; an answer is right if h + noise > -1, and each column sees h + noise.
+    """Return columns that depend on a hidden certainty h.
 
-    ``uncertainty_b`` falls with h, and ``width`` falls with it, too, but weakly.
+    An answer is right if h + 0.5 * noise > -1. Each column sees h with its own noise.
+    ``uncertainty_b`` falls with h. ``width`` also falls with h, but weakly.
     """
     rng = np.random.default_rng([n, first, features])
     hidden = rng.normal(size=n)
@@ -36,7 +37,7 @@ def table(n: int, first: int = 0, *, features: int = 0) -> vilu.AnswerTable:
 
 
 def written(path: Path, content: dict[str, Any], only: tuple[str, ...] = ()) -> Path:
-    """A CSV file of some columns, by default of all, with the features beside it."""
+    """Write the columns `only`, or all columns, to a CSV file, and put the features beside it."""
     vectors = content.get("features")
     names = [name for name in only or content if name != "features"]
     rows = zip(*(list(content[name]) for name in names), strict=True)

@@ -1,4 +1,4 @@
-"""Clusters and estimates on the command line, on tables of answers and on stores."""
+"""Test clusters and estimates on the command line, from tables of answers and from stores."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from vilu.outcomes.outcomes import Outcomes
 
 
 def bursts(n_clusters: int, seed: int, n_labelled: int | None = None) -> dict[str, Any]:
-    """Bursts of three photos with nearly equal scores; one photo in ten dissents.
+    """Return bursts with three photos whose scores are nearly equal. One photo in ten dissents.
 
-    The answer of a burst is right or wrong, and so is the photo that agrees with it.
+    Each burst is right or wrong. A photo that agrees has the burst's result, and a dissenting
+    photo has the opposite one.
     """
     random = np.random.default_rng(seed)
     cluster = np.repeat(np.arange(n_clusters), 3)
@@ -70,7 +71,8 @@ def test_a_risk_of_clusters_from_a_table_to_decisions(
         prediction=[int(answer == "fox") for answer in data.answer or ()],
     )
     by_hand = vilu.certify_clusters(rows, data.cluster, risk, max_risk=0.2)
-    saved = vilu.Calibration.load(folder).rule  # which checks that it follows from the rows
+    # loading checks that the rule follows from the rows
+    saved = vilu.Calibration.load(folder).rule
     assert saved is not None
     assert saved.thresholds == by_hand.thresholds
     assert saved.clusters == by_hand.clusters
@@ -92,7 +94,7 @@ def test_the_majority_of_texts_answers_for_a_cluster(tables: Path) -> None:
     (outcomes,) = scores_of_columns(data)
     assert outcomes.cluster is not None
     clusters = majority_outcomes(outcomes, outcomes.cluster)
-    # burst 0 by hand: the answer of most of its three photos, and whether it is right
+    # burst 0 by hand: the most frequent answer for its three photos, and whether it is right
     answers = (data.answer or ())[:3]
     common = max(set(answers), key=answers.count)
     row = answers.index(common)
@@ -145,7 +147,8 @@ def test_intervals_of_an_evaluation_are_of_clusters(tmp_path: Path) -> None:
         return float(auroc["ci_high"] - auroc["ci_low"])
 
     content = bursts(400, seed=1)
-    content["correct"] = np.repeat(content["correct"][::3], 3).tolist()  # bursts as a whole
+    # all rows in a burst get one result
+    content["correct"] = np.repeat(content["correct"][::3], 3).tolist()
     by_clusters = written(tmp_path / "clusters.csv", content)
     del content["cluster"]
     by_rows = written(tmp_path / "rows.csv", content)
@@ -183,7 +186,7 @@ def test_estimate_refuses_labels_that_were_asked_for_to_fit_on(tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def under_another_name(tables: Path) -> Path:
-    """The calibration table whose clusters stand in a column of numbers, ``burst``."""
+    """Write the calibration table with its clusters in a numeric column ``burst``."""
     content = bursts(400, seed=1)
     content["burst"] = np.repeat(np.arange(400), 3).tolist()
     del content["cluster"]
@@ -229,13 +232,17 @@ def test_a_column_of_clusters_that_is_missing_or_useless_is_refused(
 
 
 def test_next_asks_for_whole_clusters(tables: Path, tmp_path: Path) -> None:
-    """Half of them to fit on, half a random sample of the clusters; later ones are others."""
+    """Half of the clusters are for the fit, and half are a random sample for calibration.
+
+    The second table holds other clusters than the first.
+    """
     folder = tmp_path / "calibration"
     run("calibrate", tables / "calibration.csv", "-o", folder)
     content = bursts(600, seed=5)
     truth = dict(zip(content["id"], content["correct"], strict=True))
     cluster_of = dict(zip(content["id"], content["cluster"], strict=True))
-    content["correct"] = [content["correct"][0], *[""] * 1799]  # of burst0, which is then left out
+    # burst0 has a label, so it is left out
+    content["correct"] = [content["correct"][0], *[""] * 1799]
     new = written(tmp_path / "new.csv", content)
     ask = ("next", new, "--predictor", folder, "--next", 240)
     done = run(*ask, "-o", tmp_path / "first.csv")
@@ -250,8 +257,8 @@ def test_next_asks_for_whole_clusters(tables: Path, tmp_path: Path) -> None:
         purposes = dict(zip(table.cluster, table.asked_for, strict=True))
         assert list(purposes.values()).count("calibration") == 40
         of_rows = [purposes[cluster_of[key]] for key in table.ids]
-        assert list(table.asked_for) == of_rows  # a cluster is for one purpose
-    # 80 random clusters: as many wrong as among all, within 4 errors
+        assert list(table.asked_for) == of_rows  # a cluster has one purpose
+    # 80 random clusters: as many wrong answers as in all rows, within 4 standard errors
     correct = []
     for table in (first, second):
         for key, purpose in zip(table.ids, table.asked_for, strict=True):
@@ -264,7 +271,7 @@ def test_next_asks_for_whole_clusters(tables: Path, tmp_path: Path) -> None:
 def test_estimate_says_how_many_answers_of_a_table_each_class_has(
     tables: Path, tmp_path: Path
 ) -> None:
-    """Where an answer is wrong, the other animal is right."""
+    """If an answer is wrong, the other animal is right."""
     content = bursts(500, seed=3, n_labelled=200)
     other = {"cat": "fox", "fox": "cat"}
     everything = bursts(500, seed=3)

@@ -1,4 +1,4 @@
-"""Tables of answers through the command line, from the file to decisions."""
+"""Test tables of answers through the command line, from the file to decisions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ONE_SCORE = ("id", "score_a", "correct")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tables to fit, to calibrate and to test on, and those of one column."""
+    """Write tables to fit, to calibrate and to test on, and two tables with one score column."""
     folder = tmp_path_factory.mktemp("tables")
     written(folder / "fit.csv", columns(500))
     written(folder / "calibration.csv", columns(800, 1000))
@@ -77,7 +77,7 @@ def test_several_columns_are_fitted_first(work: Path, tmp_path: Path) -> None:
 
 
 def test_features_beside_the_table_are_read_and_watched(tmp_path: Path) -> None:
-    """New features are new inputs, although the table itself is the same file."""
+    """Changed features are a changed input, even if the table file is the same."""
     content = columns(500, features=40)
     path = written(tmp_path / "fit.csv", content)
     predictor = tmp_path / "predictor"
@@ -127,7 +127,7 @@ def test_a_monitor_takes_tables_as_it_takes_scores(
 def test_answers_that_became_worse_raise_an_alarm(
     work: Path, calibrated: Path, tmp_path: Path
 ) -> None:
-    """All scores are as before, and a third of the answers is wrong."""
+    """All scores are as before, but a third of the answers are wrong."""
     content = columns(3000, 50_000)
     content["correct"] = (np.random.default_rng(0).random(3000) > 1 / 3).astype(int)
     worse = written(tmp_path / "worse.csv", content)
@@ -242,7 +242,7 @@ def test_an_explanation_names_the_columns(work: Path, calibrated: Path) -> None:
 
 
 def filled(path: Path, truth: dict[str, int]) -> Path:
-    """The table of ``vilu next`` with every label."""
+    """Fill in every label in a table from ``vilu next``, and return its path."""
     heading, *lines = path.read_text().splitlines()
     column = heading.split(",").index("correct")
     written_lines = [heading]
@@ -282,7 +282,8 @@ def test_answers_to_label_next_are_for_a_fit_and_for_a_guarantee(
     assert vilu.load(predictor).notes_["n_train"] == 200
     run("calibrate", predictor, first, "--max-risk", 0.2)
     assert vilu.Calibration.load(predictor).n == 200
-    # the rows to calibrate on are a random sample: as many wrong as among all, within 4 errors
+    # the calibration rows are a random sample: as many wrong as in all rows, within 4 standard
+    # errors
     share = 1 - np.mean(list(truth.values()))
     rows = vilu.Calibration.load(predictor).rows
     assert rows.failure.mean() == pytest.approx(share, abs=4 * (share * (1 - share) / 200) ** 0.5)

@@ -1,4 +1,4 @@
-"""Completions with log-probabilities become a table of answers."""
+"""Test that completions with log-probabilities become a table of answers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Json = dict[str, Any]
 
 
 def chat(text: str | None, *logprobs: float, finish: str = "stop") -> Json:
-    """A choice of a chat completion, as vLLM writes it."""
+    """Return a choice in a chat completion, as vLLM writes it."""
     tokens = [{"token": "t", "logprob": number, "top_logprobs": []} for number in logprobs]
     message = {"role": "assistant", "content": text}
     return {"message": message, "logprobs": {"content": tokens}, "finish_reason": finish}
 
 
 def plain(text: str, *logprobs: float | None) -> Json:
-    """A choice of a plain completion."""
+    """Return a choice in a plain completion."""
     return {"text": text, "logprobs": {"tokens": [], "token_logprobs": list(logprobs)}}
 
 
@@ -75,7 +75,7 @@ def test_agreement_is_the_share_of_the_majority(tmp_path: Path) -> None:
     columns = completion_answers(path).columns
     assert columns["answer"] == ["cat", "owl"]
     assert columns["score_agreement"] == [0.5, 1.0]
-    assert columns["score_mean_logprob"] == [-0.25, -1.0]  # of the best sample with this answer
+    assert columns["score_mean_logprob"] == [-0.25, -1.0]  # from the best sample with this answer
 
 
 def test_equal_votes_go_to_the_surest_sample(tmp_path: Path) -> None:

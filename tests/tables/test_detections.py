@@ -1,4 +1,4 @@
-"""Detections and annotations in COCO's format become a table of answers."""
+"""Test that detections and annotations in COCO's format become a table of answers."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_columns_name_the_category_and_the_image(tmp_path: Path) -> None:
 
 
 def random_boxes(random: np.random.Generator, n: int) -> list[Json]:
-    """Boxes on a coarse grid, so that equal overlaps and overlaps of exactly 0.5 occur."""
+    """Return boxes on a coarse grid, so that equal overlaps and overlaps of exactly 0.5 occur."""
     boxes = []
     for _ in range(n):
         left, top = random.integers(0, 5, size=2).tolist()
@@ -115,7 +115,7 @@ def test_verdicts_are_those_of_pycocotools(
     for entry in objects:
         entry["iscrowd"] = int(random.random() < 0.1)
         entry["ignore"] = int(random.random() < 0.1)
-        # pycocotools does not read ignore. It ignores objects of an area beyond its range.
+        # pycocotools does not read ignore. It ignores objects with an area beyond its range.
         entry["area"] = 1e11 if entry["ignore"] else 1.0
     results = random_boxes(random, 90)
     for entry in results:

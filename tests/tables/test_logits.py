@@ -1,4 +1,4 @@
-"""Logits of a classifier become a table of answers."""
+"""Test that a classifier's logits become a table of answers."""
 
 from __future__ import annotations
 

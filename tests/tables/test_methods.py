@@ -1,4 +1,4 @@
-"""The methods for tables, against scikit-learn, by hand, and as predictors."""
+"""Test the methods for tables against scikit-learn, by hand, and as predictors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_too_few_labels_for_a_cross_validation_are_named(method: type) -> None:
 def test_rows_of_a_fit_are_known_in_any_order_of_columns(method: type) -> None:
     content = columns(200, features=3)
     predictor = method().fit(content)
-    ids = [f"new{row}" for row in range(200)]  # only the content tells that the rows are the same
+    ids = [f"new{row}" for row in range(200)]  # only the content shows that the rows are the same
     turned = dict(reversed({**content, "id": ids, "score_further": np.arange(200)}.items()))
     assert predictor.seen(vilu.open_table(turned)).shared.all()
     assert not predictor.seen(table(200, 5000, features=3)).shared.any()
@@ -70,14 +70,14 @@ def test_one_score_is_turned_by_its_name() -> None:
 
 
 def test_rising_logistic_is_ridge_regression_where_all_weights_rise() -> None:
-    """scikit-learn minimises the same loss without the bound, which does not bind here."""
+    """scikit-learn minimises the same loss without the bound, and the bound does not bind here."""
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(500, 2))
     failure = (inputs.sum(axis=1) + rng.normal(size=500) > 1).astype(np.int64)
     for ridge in (1e-3, 0.1):
         ours = rising_logistic(inputs, failure, ridge)
         theirs = LogisticRegression(C=1 / (ridge * 500), tol=1e-10).fit(inputs, failure)
-        # L-BFGS stops at a gradient of 1e-5; the smallest curvature is above 0.05
+        # L-BFGS stops at a gradient of 1e-5, and the smallest curvature is above 0.05
         assert ours.weights == pytest.approx(theirs.coef_[0], abs=1e-3)
         assert ours.intercept == pytest.approx(theirs.intercept_[0], abs=1e-3)
 
@@ -99,7 +99,7 @@ def test_maps_rise_and_end_where_the_fit_ended() -> None:
         maps = make(numbers)
         assert (np.diff(maps(ordered)[:, 0]) >= 0).all()
         assert maps(beyond) == pytest.approx(maps(ordered[[0, -1]]))
-    # by hand: the standard deviation of 0, 0, 2, 2 is 1, and they are 2 of them apart
+    # by hand: the standard deviation of 0, 0, 2, 2 is 1, so 0 and 2 are 2 deviations apart
     straight = MAP_MAKERS["straight"](np.array([[0.0], [0.0], [2.0], [2.0]]))
     assert straight(np.array([[1.0], [9.0]])).tolist() == [[1.0], [2.0]]
     constant = MAP_MAKERS["ranked"](np.full((5, 1), 7.0))
@@ -111,7 +111,8 @@ def test_platt_mends_log_odds_that_are_too_sure() -> None:
     log_odds = rng.normal(size=20_000)
     failure = (rng.random(20_000) < 1 / (1 + np.exp(-log_odds))).astype(np.int64)
     slope, shift = platt_scaling(3 * log_odds + 1, failure)
-    # the truth is log_odds = (x - 1) / 3; a slope of 20,000 rows has a standard error near 0.02 / 3
+    # The truth is log_odds = (x - 1) / 3. A slope from 20,000 rows has a standard error near
+    # 0.02 / 3.
     assert slope == pytest.approx(1 / 3, abs=0.03)
     assert shift == pytest.approx(-1 / 3, abs=0.06)
     assert platt_scaling(-log_odds, failure) == (1.0, 0.0)
@@ -127,10 +128,10 @@ def test_folds_keep_clusters_together() -> None:
 
 
 def test_probabilities_are_calibrated_on_new_rows() -> None:
-    """A probe of many useless features is too sure; the held-out folds mend it."""
+    """A probe with many useless features is too sure, and the held-out folds correct this."""
     test = table(4000, 1000, features=150)
     u = AnswerProbe().fit(table(400, features=150)).predict_uncertainty(test)
-    # 4,000 rows with 18 % wrong: a standard error of 0.6 points, and one of the fit of 2 points
+    # standard errors: 0.6 points for 4,000 rows with 18 % wrong, and 2 points for the fit
     assert u.mean() == pytest.approx(test.failure.mean(), abs=0.07)
     slope, _ = platt_scaling(np.log(u) - np.log1p(-u), test.failure)
     assert 0.6 < slope < 1.6
@@ -149,13 +150,13 @@ def test_copies_in_two_clusters_join_these_clusters() -> None:
     content = {**columns(5), "features": np.eye(5)[[0, 1, 0, 2, 3]]}
     for name in ("score_a", "uncertainty_b", "width"):
         content[name] = [1.0, 2.0, 1.0, 3.0, 4.0]
-    # rows 0 and 2 are copies, so the clusters x and y are one group; z is alone
+    # rows 0 and 2 are copies, so the clusters x and y are one group, and z is alone
     data = vilu.open_table({**content, "cluster": ["x", "x", "y", "y", "z"]})
     assert data.inseparable().tolist() == [0, 0, 0, 0, 1]
 
 
 def test_the_strength_of_the_probe_is_the_best_of_a_cross_validation() -> None:
-    """Held-out log-losses of scikit-learn on the same folds, each of a fit without its fold."""
+    """The reference is scikit-learn's log-loss on each fold, from a fit without that fold."""
     data = table(400, features=40)
     inputs = np.hstack([data.matrix(list(data.numbers)), data.features])
     failure = data.failure
@@ -182,7 +183,7 @@ def test_the_strength_of_the_probe_is_the_best_of_a_cross_validation() -> None:
 
 @pytest.mark.parametrize("method", FITTED)
 def test_several_columns_beat_the_best_of_them(method: type) -> None:
-    """Each column sees the hidden certainty with noise of its own."""
+    """Each column sees the hidden certainty with its own noise."""
     test = table(4000, 1000)
     predictor = method().fit(table(1000))
     combined = auroc(predictor.predict_uncertainty(test), test.failure)
@@ -278,7 +279,7 @@ def test_rows_of_the_fit_do_not_calibrate() -> None:
 
 
 def test_rows_with_copied_features_do_not_calibrate() -> None:
-    """Other identifiers do not hide them, and near copies are found, too."""
+    """Copies are found even if they have other identifiers, and near copies are found too."""
     content = columns(600, features=40)
     predictor = AnswerProbe().fit(content)
     copied = {**content, "id": [f"copy{row}" for row in range(600)]}
@@ -291,7 +292,10 @@ def test_rows_with_copied_features_do_not_calibrate() -> None:
 
 
 def test_a_calibrated_model_keeps_its_promise_on_new_rows() -> None:
-    """At confidence 0.95, 10 calibrations of 40 rows each miss more than 3 times in 0.1 %."""
+    """At confidence 0.95, the probability that more than 3 in 10 calibrations miss is 0.1 %.
+
+    The calibrations have 800 rows each.
+    """
     predictor = AnswerScores().fit(table(1000))
     missed = 0
     for seed in range(10):

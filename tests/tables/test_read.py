@@ -1,4 +1,4 @@
-"""Reading of tables of answers: what is understood, and what is refused in words."""
+"""Test which tables of answers are read, and which are refused with a clear message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def written(folder: Path, text: str, encoding: str = "utf-8") -> Path:
 
 
 def test_a_spreadsheets_csv_is_understood(tmp_path: Path) -> None:
-    """With a byte order mark, and empty columns to the right."""
+    """A spreadsheet's CSV has a byte order mark, and empty columns on the right."""
     text = (
         "id,answer,score_p,uncertainty_h,correct,note,width,,\n"
         "7,cat,0.5,1e-3,1,mine,3,,\n"
@@ -118,7 +118,7 @@ def columns() -> dict[str, Any]:
 
 
 class Frame:
-    """A data frame as polars has it: named columns, and a stream of Arrow."""
+    """A data frame as polars has it: named columns and a stream for Arrow."""
 
     def __init__(self, table: pa.Table) -> None:
         self.columns = table.column_names
@@ -217,7 +217,8 @@ def test_time_to_read_grows_with_the_number_of_columns() -> None:
         vilu.open_table({**content, "id": ["a"]})
         return process_time() - begun
 
-    seconds(10)  # imports what is needed
+    seconds(10)  # imports the modules that it needs
     few = min(seconds(2_000) for _ in range(3))  # the least, because others share the machine
     many = min(seconds(16_000) for _ in range(3))
-    assert many < 24 * few  # 8 times as many; in squares 64 times
+    # 8 times as many columns, and 64 times if the time grew as their square
+    assert many < 24 * few

@@ -1,4 +1,4 @@
-"""``vilu serve`` with a predictor for tables: rows in, decisions out, and the audit of them."""
+"""Test ``vilu serve`` with a predictor for tables: rows in, decisions out, and their audit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def test_rows_are_decided_on_and_audited(calibration: Path, tmp_path: Path) -> N
         accepted = [answer["decision"] == "accept" for answer in answers]
         assert accepted == expected.tolist()
         assert [answer["uncertainty"] for answer in answers] == (-new["score_a"]).tolist()
-        assert service.post("/v1/scores", json=body).status_code == 200  # counts no second time
+        # the same rows do not count twice
+        assert service.post("/v1/scores", json=body).status_code == 200
         (monitor,) = service.get("/v1/monitor").json()["monitors"]
         assert monitor["status"]["rows"] == 200
         assert "error rate" in monitor["guarantee_text"] or "wrong" in monitor["guarantee_text"]

@@ -1,4 +1,4 @@
-"""``vilu tabulate``: files of other programs to a table of answers, on the command line."""
+"""Test ``vilu tabulate``, which turns files from other programs into a table of answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words that Tesseract read become a table of answers."""
+"""Test that words that Tesseract read become a table of answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEADER = [
 def row(
     text: str, left: float, conf: float = 90.0, *, top: float = 10, line: int = 1, page: int = 1
 ) -> str:
-    """A word of 40 times 12 pixels, as Tesseract writes it."""
+    """Return a word with 40 times 12 pixels, as Tesseract writes it."""
     return "\t".join(map(str, [5, page, 1, 1, line, 1, left, top, 40, 12, conf, text]))
 
 
@@ -48,7 +48,7 @@ def test_words_are_judged_in_their_places(tmp_path: Path) -> None:
     truth = {"page": [Word("cat", (0, 8, 41, 15)), Word("cat", (49, 8, 41, 15))]}
     words = word_answers([file], truth=truth)
     assert words.columns["answer"] == ["cat", "dog", "cat"]
-    assert words.columns["correct"] == [1, 0, 0]  # the third stands where no word is
+    assert words.columns["correct"] == [1, 0, 0]  # the third word stands where no true word is
     assert words.missed_share == 0
 
 

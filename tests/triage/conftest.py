@@ -1,4 +1,4 @@
-"""A model that needs no weights, and a folder of photos with some labels."""
+"""Provide a model without weights and a folder with photos and their right names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def give_labels(file: Path, truth: dict[str, str], to: Path) -> Path:
-    """What was asked for in a file, with its labels."""
+    """Write the table again with the right label in every row, and return the new path."""
     asked = rows(file)
     with to.open("w", encoding="utf-8", newline="") as out:
         writer = csv.DictWriter(out, list(asked[0]))
@@ -36,7 +36,7 @@ def give_labels(file: Path, truth: dict[str, str], to: Path) -> Path:
 
 
 def fill_in(output: Path, truth: dict[str, str], to: Path) -> Path:
-    """What a triage asked for, with its labels."""
+    """Write `next_labels.csv` again with the right label in every row, and return the new path."""
     return give_labels(output / "next_labels.csv", truth, to)
 
 
@@ -48,7 +48,7 @@ def job_on(photos: Path) -> TriageSettings:
 
 @pytest.fixture(autouse=True, scope="package")
 def fake_model() -> Iterator[FakeBackbone]:
-    """Whatever model is asked for, it is this one."""
+    """Load this fake model, whichever model a triage asks for."""
     model = FakeBackbone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BackboneSpec, "load", lambda self: model)
@@ -57,10 +57,10 @@ def fake_model() -> Iterator[FakeBackbone]:
 
 @pytest.fixture(scope="session")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A folder with 400 photos and a triage of them that was answered until something was
-    guaranteed.
+    """Return a folder with 400 photos and a triage with a guarantee, and the right names.
 
-    A fixture of the package would be made again after each file of another package.
+    The scope is the session. If it were the package, pytest would make the fixture again after
+    each file from another package.
     """
     home = tmp_path_factory.mktemp("begun")
     model = FakeBackbone()
@@ -70,7 +70,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 
 
 def until_guaranteed(home: Path, job: TriageSettings) -> dict[str, str]:
-    """Answer a triage of 400 new photos until something is guaranteed; the right names."""
+    """Answer a triage with 400 new photos until it has a guarantee, and return the right names."""
     truth, labels = write_photos(job.photos, 400), list[Path]()
     for _ in range(8):
         triage_photos(job, home / "out", labels)
@@ -78,14 +78,14 @@ def until_guaranteed(home: Path, job: TriageSettings) -> dict[str, str]:
             return truth
         if (home / "half").exists():
             shutil.rmtree(home / "half")
-        shutil.copytree(home / "out", home / "half")  # the run before the guarantee
+        shutil.copytree(home / "out", home / "half")  # keep the run before the guarantee
         labels = [fill_in(home / "out", truth, home / "filled.csv")]
     pytest.fail("nothing was guaranteed")
 
 
 @pytest.fixture
 def guaranteed(begun: tuple[Path, dict[str, str]], tmp_path: Path) -> Folder:
-    """A copy of it, photos and all."""
+    """Return a copy with the photos and the triage from `begun`, and the right names."""
     shutil.copytree(begun[0] / "photos", tmp_path / "photos", copy_function=shutil.copy2)
     shutil.copytree(begun[0] / "out", tmp_path / "out")
     return tmp_path, begun[1]
@@ -93,7 +93,7 @@ def guaranteed(begun: tuple[Path, dict[str, str]], tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    """200 photos and their right names."""
+    """Write 200 photos, and return their folder and their right names."""
     return tmp_path / "photos", write_photos(tmp_path / "photos", 200)
 
 
@@ -104,5 +104,5 @@ def job(folder: Folder) -> TriageSettings:
 
 @pytest.fixture
 def changed(job: TriageSettings) -> Callable[..., TriageSettings]:
-    """The same job with other settings."""
+    """Return a function that changes settings of `job`."""
     return lambda **settings: replace(job, **settings)

@@ -1,4 +1,4 @@
-"""A triage judges the answers that its predictor gives: what is counted, guaranteed and shown."""
+"""Test that a triage counts, guarantees and shows the answers that its predictor gives."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vilu.triage.state import STATE_FILE, TriageState
 
 
 def test_labels_bring_adapted_answers_and_are_counted_against_them(begun: Folder) -> None:
-    """Without labels zero-shot answers are judged; a third of them are wrong, none adapted."""
+    """After labels, the adapted answers are judged. A third of the zero-shot answers are wrong."""
     home, truth = begun
     output = home / "out"
     state = read_document(output / STATE_FILE, TriageState)
@@ -45,7 +45,7 @@ def test_labels_bring_adapted_answers_and_are_counted_against_them(begun: Folder
     for path, name in zip(scores.ids, zero_shot, strict=True):
         expected = "" if decided[path]["decision"] == "labelled" else name
         assert decided[path]["zero_shot"] == expected
-    # counted by hand: the labelled photos of the calibration side up to the threshold
+    # counted by hand: the labelled photos on the calibration side, up to the threshold
     calibration = Calibration.load(output / "predictor")
     counted = calibration.rows
     assert counted.answer == "adapted"
@@ -71,7 +71,7 @@ def test_labels_bring_adapted_answers_and_are_counted_against_them(begun: Folder
 
 
 def test_a_first_run_without_labels_judges_what_the_model_says(tmp_path: Path) -> None:
-    """The kind changes with the first labels; the labels are then judged against new answers."""
+    """The first labels change the kind of answer. The new answers are then judged by the labels."""
     truth = write_photos(tmp_path / "photos", 200)
     job = job_on(tmp_path / "photos")
     summary = triage_photos(job, tmp_path / "out")
@@ -150,7 +150,7 @@ def test_the_review_shows_both_answers_where_they_differ(begun: Folder, tmp_path
 
 
 def test_equal_weights_that_judge_other_answers_are_another_predictor(begun: Folder) -> None:
-    """Else a second guarantee would take no share of the level of its own."""
+    """If the two had one fingerprint, a second guarantee would take no share of the level."""
     adapted = load_predictor(begun[0] / "out" / "predictor")
     other = type(adapted)(**{**adapted.get_params(), "answer": "zero_shot"})
     other.space_ = adapted.space_

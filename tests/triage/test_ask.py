@@ -1,5 +1,6 @@
-"""The guarantee of every class of answers, by simulation:
-asked for where labels lack, and looked at every time.
+"""Test by simulation that a guarantee of every class holds.
+
+Labels are requested for classes that lack labels, and the guarantees are tested in every round.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ RISK, DELTA, ROWS, RATE = 0.1, 0.05, 900, {"kept": 0.02, "broken": 0.11}
 
 
 def store_draws(rng: np.random.Generator) -> StoreDraws:
-    """Two classes of answers, one of which is wrong too often, whatever the uncertainty."""
+    """Return draws for two classes, where one class has too many errors at any uncertainty."""
     said = rng.integers(2, size=ROWS)
     wrong = (rng.random(ROWS) < np.array([*RATE.values()])[said]).astype(np.int64)
     outcomes = Outcomes(
@@ -67,7 +68,7 @@ def test_no_class_gets_a_guarantee_that_does_not_hold() -> None:
                 at.book.request_labels(keys, "calibration", predictor="p")
                 at.book.note_labels(dict.fromkeys(keys, "any"))
                 at.split.is_labelled[rows] = at.split.is_answered[rows] = (
-                    True  # the draws share these
+                    True  # the draws share these arrays
                 )
             standings = at.progress(RISK, DELTA)
             assert not any(len(one.missing_rows) for one in standings.values())

@@ -1,4 +1,7 @@
-"""A triage goes on under other settings: its labels stay, and what was tested stays counted."""
+"""Test that a triage continues under other settings.
+
+The labels stay, and earlier tests of a guarantee stay counted.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def state_of(output: Path) -> TriageState:
 def test_a_book_is_carried_over_classes_risk_and_backbone(
     guaranteed: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of classes that go, the labels are set aside. With the classes they come back."""
+    """If a class is removed, its labels are set aside. If the class returns, its labels return."""
     (home, truth), job = guaranteed, job_on(guaranteed[0] / "photos")
     output = home / "out"
     before = LabelBook.load(output / "labels.parquet").labels
@@ -126,7 +129,11 @@ def test_a_photo_that_is_labelled_again_keeps_its_new_label(
 def test_a_random_pick_that_lost_a_class_is_none_any_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Left are labels of photos that the classes fit. Their error rate says too little."""
+    """The remaining labels become fit labels.
+
+    The remaining labels belong only to photos that show a remaining class. The error rate on such
+    photos is no estimate for all photos.
+    """
     book = LabelBook()
     book.note_labels({"a.jpg": "cat", "b.jpg": "dog", "c.jpg": "car"})
     book.save(tmp_path / "labels.parquet")

@@ -1,4 +1,4 @@
-"""A triage whose guarantee is about the photos of its folder."""
+"""Test a triage with a guarantee about the photos in its folder only (`about="folder"`)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def job_about_folder(photos: Path) -> TriageSettings:
 def closed(
     tmp_path_factory: pytest.TempPathFactory, fake_model: FakeBackbone
 ) -> tuple[Path, dict[str, str], TriageSummary]:
-    """A triage about a folder, answered until something is guaranteed; the right names."""
+    """Answer a triage about a folder until it has a guarantee.
+
+    Return its home, the right names and the last summary.
+    """
     home = tmp_path_factory.mktemp("closed")
     truth = write_photos(home / "photos", 400)
     for path in sorted(truth)[:COPIED]:
@@ -52,7 +55,7 @@ def closed(
 
 @pytest.fixture
 def copied(closed: tuple[Path, dict[str, str], TriageSummary], tmp_path: Path) -> Folder:
-    """A copy of it, photos and all."""
+    """Return a copy with the photos and the triage from `closed`, and the right names."""
     home, truth, _ = closed
     shutil.copytree(home / "photos", tmp_path / "photos", copy_function=shutil.copy2)
     shutil.copytree(home / "out", tmp_path / "out")
@@ -74,7 +77,7 @@ def test_what_is_accepted_has_no_label_and_keeps_the_risk(
     assert rule.about == "folder"
     assert rule.closed.files == len(accepted)
     assert len(rule.closed.pictures) <= rule.closed.files
-    # the same sentence on the terminal and on the page, and the rule in the state
+    # the terminal and the page show the same sentence, and the state holds the rule
     assert f"of the {rule.closed} that are accepted and that nobody had" in summary.guarantee
     assert str(rule.closed) in (home / "out" / "report.html").read_text()
     assert str(rule) in (home / "out" / STATE_FILE).read_text()
@@ -85,7 +88,7 @@ def test_photos_of_both_sides_of_the_hash_are_accepted(
 ) -> None:
     home, truth, _ = closed
     n_accepted = sum(row["decision"] == "accept" for row in rows(home / "out" / "decisions.csv"))
-    # half of the photos are on the calibration side of a guarantee about new photos
+    # for a guarantee about new photos, only half of the photos are on the calibration side
     n_labels = len(LabelBook.load(home / "out" / "labels.parquet").labels)
     assert n_accepted + n_labels > len(truth) / 2
 
@@ -123,7 +126,7 @@ def test_only_scores_of_the_covered_photos_are_decided_on(copied: Folder) -> Non
     covered = store.take(np.flatnonzero(is_covered))
     outcomes = vilu.score(predictor, covered, calibration=calibration)
     decisions = outcomes.decision or ()
-    # The threshold is the score of a photo, and in another batch this score may be rounded up.
+    # The threshold is the score of a photo, and another batch may round this score up.
     assert decisions.count("review") <= 1
     assert "not_covered" not in (outcomes.decision_reason or ())
 

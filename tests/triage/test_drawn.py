@@ -1,5 +1,6 @@
-"""Rows that are drawn up to a limit for one test: `next --for-guarantee`, `calibrate
---drawn-below`.
+"""Test rows that are drawn up to a limit for one test.
+
+The commands are `next --for-guarantee` and `calibrate --drawn-below`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ RISK = 0.1
 
 @dataclass
 class Work:
-    """A store without labels, a predictor, and the right label of every row, by path."""
+    """A store without labels, a predictor, and a map from each path to its right label."""
 
     store: Path
     predictor: Path
@@ -56,7 +57,7 @@ class Work:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Work:
-    """The further an image is from its text, the more likely its answer is wrong."""
+    """Make a store where an image far from its text is more likely answered wrongly."""
     home = tmp_path_factory.mktemp("drawn")
     rng = np.random.default_rng(0)
     target = rng.integers(len(NAMES), size=N)
@@ -83,7 +84,7 @@ def work(made: Work, tmp_path: Path) -> Work:
 
 @pytest.fixture
 def filled(work: Work, tmp_path: Path) -> Path:
-    """The table of a draw, with the right labels."""
+    """Return the table of a draw with the right labels."""
     table = tmp_path / "next.csv"
     work.next(table)
     return give_labels(table, work.truth, table)
@@ -102,7 +103,7 @@ def test_all_drawn_labels_make_a_guarantee_up_to_the_limit(work: Work, filled: P
     assert len(set(record.paths)) == N_DRAWN
     in_store_order = sorted(record.paths, key=lambda path: int(path[1:]))
     assert list(record.paths) != in_store_order
-    # The rows that the predictor was fitted on are not drawn.
+    # Rows that the predictor was fitted on are not drawn.
     assert not {f"r{row}" for row in range(N_FIT)} & set(record.paths)
     said = work.calibrate(filled)
     assert f"of {N_DRAWN} calibration rows drawn among them" in said
@@ -113,7 +114,7 @@ def test_all_drawn_labels_make_a_guarantee_up_to_the_limit(work: Work, filled: P
     assert rule.threshold is not None
     assert rule.threshold <= record.limit
     assert set(calibration.rows.ids or ()) == set(record.paths)
-    # The rule is that of learn-then-test on the drawn rows alone.
+    # The rule equals the learn-then-test rule from the drawn rows alone.
     alone = vilu.certify(calibration.rows, max_risk=RISK)
     assert rule.threshold == alone.threshold
     # The score stays the probability: rows up to the limit show nothing about the others.
@@ -136,12 +137,15 @@ def test_accepted_answers_are_right_as_often_as_guaranteed(
         [answer != work.truth[path] for path, answer in zip(scores.ids, answers, strict=True)]
     )
     assert accepted.sum() > N / 10
-    # One draw of labels breaks the guarantee with a probability of 5 %, and this seed does not.
+    # A draw may break the guarantee with a probability of 5 %, and this seed does not.
     assert is_wrong[accepted].mean() <= RISK
 
 
 def test_the_rows_of_the_draw_do_not_choose_its_limit(work: Work, tmp_path: Path) -> None:
-    """The limit is chosen by the fit side, among the rows that the predictor has not seen."""
+    """The fit side chooses the limit among the rows that the predictor has not seen.
+
+    If the drawn rows chose their own limit, the guarantee would not hold.
+    """
     work.next(tmp_path / "a.csv")
     work.next(tmp_path / "b.csv", n=N_DRAWN - 50)
     first = read_document(tmp_path / "a.draw.json", DrawRecord)
@@ -153,7 +157,7 @@ def test_the_rows_of_the_draw_do_not_choose_its_limit(work: Work, tmp_path: Path
     assert max(drawn) <= first.limit
     assert first.limit not in drawn
     assert first.limit in uncertainty.values()
-    # Fewer labels can show less, and a draw of the same seed begins with the same rows.
+    # Fewer labels can show less, and a draw with the same seed begins with the same rows.
     assert second.limit <= first.limit
     assert first.n_below > len(first.paths)
 
@@ -247,24 +251,30 @@ def test_a_monitor_compares_rows_up_to_the_limit_only(work: Work, filled: Path) 
 
 
 def test_the_limit_is_a_quarter_beyond_where_the_expected_errors_just_pass() -> None:
-    """With 200 labels 4 wrong ones show 5 % at 95 %: P[Bin(200, 0.05) <= 4] = 0.026, and 5 do not:
-    0.062. So the mean of the probabilities up to the limit rounds to 4 of 200.
+    """With 200 labels, 4 wrong ones show 5 % at 95 %, because P[Bin(200, 0.05) <= 4] = 0.026.
+
+    5 wrong ones do not, because P[Bin(200, 0.05) <= 5] = 0.062. So the limit is chosen where the
+    mean probability up to it, times 200, rounds to 4.
     """
     share = np.linspace(0, 1, 10_001)
-    # The mean up to t is t / 2 here, and 200 t / 2 rounds to 4 up to t = 0.045. A quarter more of
-    # the rows is up to 0.05625.
+    # The mean up to t is t / 2 here, and 200 t / 2 rounds to 4 up to t = 0.045. A quarter more
+    # rows reach 0.05625.
     limit, is_expected = choose_limit_of_draw(0.1 * share, 200, 0.05, 0.05)
     assert (limit, is_expected) == (pytest.approx(0.05625, abs=1e-4), True)
-    # An eighth of the rows is the least, and a quarter more are up to 0.15625.
+    # The least share is an eighth of the rows, and a quarter more rows reach 0.15625.
     limit, is_expected = choose_limit_of_draw(share, 200, 0.05, 0.05)
     assert (limit, is_expected) == (pytest.approx(0.15625, abs=1e-3), False)
-    # If a quarter more are all rows, nothing is left out.
+    # If a quarter more rows are all rows, no row is left out.
     assert choose_limit_of_draw(0.05 * share, 200, 0.05, 0.05) == (1.0, True)
 
 
 @pytest.mark.slow
 def test_guarantees_of_draws_are_broken_as_rarely_as_stated() -> None:
-    """The scores claim half of the errors, and the error rate is above the risk everywhere."""
+    """The scores claim fewer errors than occur, and the error rate exceeds the risk everywhere.
+
+    The scores are at most 0.04, the error rate is 0.0501, and the risk is 0.05. So any guarantee
+    is a broken guarantee.
+    """
     rng = np.random.default_rng(0)
     n_runs = 4_000
     level = 0.05

@@ -1,4 +1,4 @@
-"""Which labels count for a guarantee: those up to the first photo of the order without one."""
+"""Test that labels count for a guarantee up to the first photo in the order that has no label."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from vilu.triage.guarantee import N_POSITIONS, PhotoSplit
 
 UNCERTAINTY = np.array([0.1, 0.2, 0.3, 0.4, 0.1, 0.2])
 ORDER = [3, 0, 4, 1, 5, 2]
-"""The rows, in the random order."""
+"""The rows in the random order."""
 
 
 def split(
     answered: list[int], *, unasked: tuple[int, ...] = (), fit: tuple[int, ...] = ()
 ) -> PhotoSplit:
-    """Six photos, of which some have a label."""
+    """Return six photos where the named rows have a label."""
     position = np.empty(6, np.int64)
     position[ORDER] = np.arange(6) * (N_POSITIONS // 6)
     mask = {}
@@ -34,7 +34,7 @@ def split(
 
 
 def test_all_labels_count_up_to_the_first_photo_without_one() -> None:
-    # Of the order 3, 0, 4, 1, 5, 2 row 1 has no label, so rows 5 and 2 do not count.
+    # In the order 3, 0, 4, 1, 5, 2, row 1 has no label, so rows 5 and 2 do not count.
     drawn = split([3, 0, 4, 5, 2])
     assert drawn.counted_rows(UNCERTAINTY, limit=1.0).tolist() == [0, 3, 4]
     assert drawn.unanswered_rows(UNCERTAINTY, limit=1.0).tolist() == [1]

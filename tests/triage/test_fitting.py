@@ -1,4 +1,4 @@
-"""When a predictor is fitted anew, case by case, and which labels are asked for then."""
+"""Test when a predictor is fitted again, and which labels are then requested."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def trial(n_fit: int, *, likely: bool = True, level: float = 0.02) -> Trial:
 NEW = TriageState(settings={})
 WITHOUT_LABELS = TriageState(settings={}, method=METHOD_WITHOUT_LABELS)
 FITTED = TriageState(settings={}, method=METHOD_WITH_LABELS, trial=trial(40))
-"""A predictor fitted on 40 labels."""
+"""A predictor that was fitted on 40 labels."""
 
 TRIED = FITTED.model_copy(update={"n_fit_of_last_candidate": 80})
-"""A candidate was fitted on 80 labels since, and not tested."""
+"""Since then, a candidate was fitted on 80 labels and was not tested."""
 
 TESTED = FITTED.model_copy(update={"candidate": trial(80)})
-"""A candidate that was fitted on 80 labels is tested."""
+"""A candidate that was fitted on 80 labels is being tested."""
 
 GO_ON = FitCase.UP_TO_DATE
 REPLACE = FitCase.NO_GUARANTEE
@@ -41,20 +41,20 @@ COMPARE = FitCase.CANDIDATE
     [
         (NEW, 40, False, REPLACE),
         (WITHOUT_LABELS, 10, False, REPLACE),
-        # nothing is guaranteed: with half as many labels again it is fitted anew
+        # without a guarantee, a predictor is fitted again once it has half as many labels again
         (FITTED, 40, False, GO_ON),
         (FITTED, 59, False, GO_ON),
         (FITTED, 60, False, REPLACE),
-        # with a guarantee: with a quarter more labels a candidate is looked for
+        # with a guarantee, a candidate is fitted once there are a quarter more labels
         (FITTED, 49, True, GO_ON),
         (FITTED, 50, True, COMPARE),
-        # and again with a quarter more than the last one had
+        # the next candidate needs a quarter more labels than the last candidate had
         (TRIED, 99, True, GO_ON),
         (TRIED, 100, True, COMPARE),
-        # labels of a candidate that is tested are looked at: it takes half as many again
+        # the labels for a tested candidate are in use, so the next one needs half as many again
         (TESTED, 119, True, GO_ON),
         (TESTED, 120, True, COMPARE),
-        # the guarantee was taken back meanwhile
+        # the guarantee was withdrawn meanwhile
         (TESTED, 119, False, GO_ON),
         (TESTED, 120, False, REPLACE),
         (TRIED, 60, False, REPLACE),

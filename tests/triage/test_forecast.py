@@ -1,4 +1,4 @@
-"""What a folder can show: by hand, and against what simulated labels show."""
+"""Test the forecast for a folder against hand-worked numbers and simulated labels."""
 
 from __future__ import annotations
 
@@ -58,14 +58,15 @@ def test_what_is_accepted_already_can_be_accepted() -> None:
 def test_as_many_labels_as_fit_first_show_nothing() -> None:
     expected = {one.n_labels: one for one in forecast(np.full(1_000, 1e-4)).expected}
     assert list(expected) == list(LABEL_BUDGETS)
-    # 50 labels to fit on leave 50: fewer than the 80 that certify 5 % without an error
+    # If 50 labels are used to fit, 50 remain. These are fewer than the 80 that certify 5 % without
+    # an error.
     assert expected[100].highest == 0
     assert expected[200].lowest == pytest.approx(1.0)
 
 
 def test_a_guarantee_about_the_folder_is_forecast_by_its_own_test() -> None:
-    # 200 labels are enough to label all 150 photos that may be drawn. That shows 5 % of new photos,
-    # and leaves no photo that a guarantee about the folder could be about.
+    # 200 labels are enough to label all 150 photos that may be drawn. These labels show 5 % for
+    # new photos. A guarantee about the folder would then have no photo left.
     sure = np.full(150, 1e-6)
     for_new = forecast(sure, n_labels=0)
     for_folder = forecast(sure, split=FolderSplit, n_labels=0)
@@ -78,8 +79,8 @@ def test_a_guarantee_about_the_folder_is_forecast_by_its_own_test() -> None:
 
 
 def test_a_folder_shows_its_least_risk_before_all_photos_are_labelled() -> None:
-    # 400 labels are more than the 240 photos that may be drawn. The first 150 of them show 5 % of
-    # the other 90, and once all have a label there is no photo left to guarantee.
+    # 400 labels are more than the 240 photos that may be drawn. The first 150 of them show 5 % for
+    # the other 90. Once all photos have a label, no photo is left to guarantee.
     small = forecast(np.full(240, 1e-6), split=FolderSplit, n_labels=0)
     assert small.can_accept_photos
     assert small.least_risk is not None

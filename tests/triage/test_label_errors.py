@@ -1,4 +1,4 @@
-"""Wrong labels among rows that stand more than once."""
+"""Test that wrong labels are found among rows that occur more than once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ N, WRONG, CLASSES = 300, 24, 6
 
 
 def mislabelled(times: int, noise: float = 0.0) -> tuple[Embeddings, np.ndarray]:
-    """Rows of which 24 in 300 have a wrong label, all of them repeated,
-    and which labels are wrong.
+    """Return 300 rows, each repeated `times` times, and a mask for the rows with a wrong label.
+
+    24 of the 300 labels are wrong.
     """
     rng = np.random.default_rng(0)
     text = rng.normal(size=(CLASSES, 64))
@@ -37,14 +38,15 @@ def mislabelled(times: int, noise: float = 0.0) -> tuple[Embeddings, np.ndarray]
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*rows are .* pictures")
-@pytest.mark.filterwarnings("ignore:The inplace keyword")  # of cleanlab, by a new pandas
+# cleanlab triggers it under a new pandas
+@pytest.mark.filterwarnings("ignore:The inplace keyword")
 @pytest.mark.parametrize(("times", "noise"), [(1, 0.0), (2, 0.0), (5, 0.0), (5, 0.003)])
 def test_wrong_labels_are_told_however_often_they_stand(times: int, noise: float) -> None:
     data, is_wrong = mislabelled(times, noise)
     found = find_label_errors(data)
     flagged = np.array([int(key) for key in found.keys])[found.is_error]
     right = np.count_nonzero(is_wrong[flagged])
-    assert right >= 0.75 * WRONG * times  # once: 21 of 24
+    assert right >= 0.75 * WRONG * times  # without repeats: 21 of 24
     assert len(flagged) - right <= 0.02 * len(data)
 
 

@@ -1,4 +1,4 @@
-"""What we write for Label Studio, judged by its own kit."""
+"""Check the files that vilu writes for Label Studio with Label Studio's own SDK."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def test_tasks_predictions_and_answers_are_as_its_configuration_says(
     interface.validate()
     tasks = json.loads(tasks_file.read_text())
     predictions = [task["predictions"][0] for task in tasks if "predictions" in task]
-    # answers of photos that may count for the guarantee are hidden
+    # photos that may count for the guarantee have hidden answers
     assert (len(predictions), len(tasks)) == (15, 30)
-    for task in tasks:  # with predictions it calls itself without them
+    for task in tasks:  # with predictions, validate_task calls itself without them
         assert interface.validate_task({"data": task["data"]})
     answers = {task.path: task.answer or "cat" for task in review.tasks}
     for prediction in predictions:

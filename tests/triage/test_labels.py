@@ -1,4 +1,4 @@
-"""The book of labels, the files that they come in, and the two sides."""
+"""Test the book of labels, the files that labels come in, and the fit and calibration sides."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_book_keeps_what_was_asked_and_why(tmp_path: Path) -> None:
     assert [one.path for one in found.waiting_entries()] == ["b"]
     found.withdraw_requests(lambda one: one.predictor == "p1")
     assert "b" not in found.entries
-    assert "a" in found.entries  # it has a label
+    assert "a" in found.entries  # "a" has a label
     assert len(LabelBook.load(tmp_path / "none.parquet")) == 0
 
 
@@ -83,7 +83,7 @@ def test_a_damaged_book_is_refused(tmp_path: Path) -> None:
     label = table.column_names.index("label")
     pq.write_table(
         table.set_column(label, "label", pa.array(["dog"])), path
-    )  # as an editor of tables would
+    )  # as a table editor would
     with pytest.raises(DataError, match="its rows are not what its digest says"):
         LabelBook.load(path)
 
@@ -140,7 +140,10 @@ def test_files_that_cannot_be(tmp_path: Path, lines: list[str], message: str) ->
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_what_a_spreadsheet_adds_to_a_table_is_passed_over(tmp_path: Path, end: str) -> None:
-    """A byte order mark, lines without a cell, columns without a name, cells that are not there."""
+    """Spreadsheets add a byte order mark, lines without a cell, and columns without a name.
+
+    Rows may also be shorter than the header.
+    """
     lines = [
         "\ufeffpath,label,,",
         "a.jpg,cat,,",

@@ -1,4 +1,4 @@
-"""What a triage says of photos without a label, and which of their answers are likely right."""
+"""Test which answers a triage calls likely right among photos without a label."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from vilu.triage.outputs import TriageSummary, likely_in_words, triage_photos
 
 @pytest.fixture(scope="module")
 def zero_shot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TriageSummary]:
-    """A triage of 200 photos with labels of 60; a third of the zero-shot answers are wrong."""
+    """Run a triage with 200 photos and 60 labels. A third of the zero-shot answers are wrong.
+
+    Return its home and its summary.
+    """
     home = tmp_path_factory.mktemp("likely")
     truth = write_photos(home / "photos", 200)
     job = replace(job_on(home / "photos"), answer="zero_shot")
@@ -98,6 +101,6 @@ def test_labels_of_the_draw_count_for_the_estimate(begun: Folder) -> None:
     assert after_it is not None
     assert before_the_draw.n_drawn == 0
     assert after_it.n_drawn > 0
-    assert after_it.failure == before_the_draw.failure  # no label of the draw was fitted on
+    assert after_it.failure == before_the_draw.failure  # no drawn label was fitted on
     page = (home / "out" / "report.html").read_text(encoding="utf-8")
     assert f"and {after_it.n_drawn_wrong} of {after_it.n_drawn} drawn ones" in page

@@ -1,7 +1,8 @@
-r"""Photos of any name: two names are two photos in every table, and no terminal obeys one.
+r"""Test photos with any file name.
 
-A text of tables is ``portable_name`` of the path: a byte that is not UTF-8 is ``\xff``, and a name
-with these four characters in it is ``\x5cxff``.
+Two names stay two photos in every table, and no name sends control codes to a terminal. Tables
+hold ``portable_name`` of the path. A byte that is not UTF-8 becomes ``\xff``, and a name with
+these four characters becomes ``\x5cxff``.
 """
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ TEXTS = {
     r"a\x41.png": r"a\x5cx41.png",
     "caf\u00e9 \U0001f408.png": "caf\u00e9 \U0001f408.png",
 }
-"""Names of files, and their texts in tables."""
+"""File names and their texts in tables."""
 
 OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""What a terminal obeys, but for the ends of lines that every table has."""
+"""Characters that a terminal obeys, without the line ends that every table has."""
 
 TRIAGE = ("triage", "photos", "--classes", "names.txt", "-o", "out", "-n", 30)
 
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """Twenty photos, and one of every odd name."""
+    """Write twenty photos, and one photo under every odd name."""
     write_photos(tmp_path / "photos", 20)
     for number, name in enumerate(TEXTS):
         (tmp_path / "photos" / name).write_bytes(photo(number, 1000))
@@ -76,7 +77,7 @@ def decided(work: Path) -> dict[str, tuple[str, str]]:
 def test_a_text_for_every_name_and_the_name_again() -> None:
     assert {name: portable_name(name) for name in TEXTS} == TEXTS
     assert {original_path(text): text for text in TEXTS.values()} == TEXTS
-    assert original_path(r"a\x41.png") == r"a\x41.png"  # nobody's escape: A needs none
+    assert original_path(r"a\x41.png") == r"a\x41.png"  # no escape of ours: "A" needs none
     assert portable_name("half \ud83d.png") == r"half \xed\xa0\xbd.png"
 
 
@@ -145,7 +146,7 @@ def test_the_page_and_the_tools_find_the_photo_of_every_name(work: Path) -> None
     files = write_review(review, "label-studio", work / "tasks.json", prefix="/?d=")
     tasks = json.loads(files[0].read_text())
     for task in tasks:
-        del task["data"]["path"]  # so that the address alone says which photo it is
+        del task["data"]["path"]  # so that only the address says which photo it is
         choice = {"type": "choices", "value": {"choices": ["cat"]}}
         task["annotations"] = [{"result": [choice]}]
     (work / "done.json").write_text(json.dumps(tasks))

@@ -1,4 +1,4 @@
-"""The page of ``vilu review --serve`` and the pages of other sites."""
+"""Test that pages from other sites cannot use the page of ``vilu review --serve``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vilu.triage.serve import ReviewSession, serve_page
 def test_a_page_of_another_origin_writes_no_label(
     begun: Folder, tmp_path: Path, origin: str, status: int
 ) -> None:
-    """Even with the right key."""
+    """The answer is refused even if the other page knows the right key."""
     session = ReviewSession(open_review(begun[0] / "half"), tmp_path / "labels.csv")
     addresses: queue.Queue[str] = queue.Queue()
     arguments = (session, 0, addresses.put)

@@ -1,4 +1,4 @@
-"""Tasks for people and back: formats by the letter, round trips, and the page that is ours."""
+"""Test review tasks in every format, their round trips, and the page of ``vilu review --serve``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def half(begun: Folder) -> Path:
-    """A triage that asks for labels."""
+    """Return a triage that asks for labels and has no guarantee yet."""
     return begun[0] / "half"
 
 
@@ -88,7 +88,7 @@ def test_a_damaged_table_of_a_triage_is_named(
 
 
 def with_answers(folder: Path, n: int) -> Review:
-    """Photos of the fit side, whose answers are shown."""
+    """Return a review with up to `n` photos from the fit side, whose answers are shown."""
     review = open_review(folder, "review")
     return replace(review, tasks=[task for task in review.tasks if not task.is_blind][:n])
 
@@ -96,7 +96,7 @@ def with_answers(folder: Path, n: int) -> Review:
 def test_photos_that_a_guarantee_may_rest_on_are_blind_for_every_tool(
     half: Path, tmp_path: Path
 ) -> None:
-    """Not only those that were asked for: the draw may meet the others later."""
+    """All photos on the calibration side are blind, because a later draw may meet any of them."""
     review = open_review(half, "all")
     stores = PhotoStores(half / "embeddings")
     store = EmbeddingStore(stores.store_folder(1))
@@ -145,7 +145,7 @@ def test_label_studio_there_and_back(half: Path, tmp_path: Path) -> None:
     ]
     tasks[1]["annotations"] = [{"result": [], "was_cancelled": True}]
     tasks[2]["annotations"] = []
-    del tasks[3]["data"]["path"]  # then the address of the image tells
+    del tasks[3]["data"]["path"]  # then the image address names the photo
     tasks[3]["annotations"] = [{"result": answer}]
     (tmp_path / "done.json").write_text(json.dumps(tasks))
     paths = [one.path for one in review.tasks]
@@ -166,8 +166,10 @@ def test_label_studio_there_and_back(half: Path, tmp_path: Path) -> None:
 def test_photos_that_were_chosen_for_review_come_back_as_chosen(
     half: Path, tmp_path: Path, tool: Tool
 ) -> None:
-    """The most doubtful ones:
-    taken for a random pick, their labels would make a guarantee false without a word.
+    """Photos that were chosen for review keep the stream "fit".
+
+    These photos are the most doubtful ones. If their labels counted as a random pick, a guarantee
+    would be false without any message.
     """
     review = open_review(half, "review")
     asked = {row["path"] for row in rows(half / "next_labels.csv")}
@@ -297,7 +299,7 @@ def test_somebodys_work_is_never_replaced(half: Path, tmp_path: Path) -> None:
 
 
 class Client:
-    """Asks the page as a browser does."""
+    """A client that sends requests to the page as a browser does."""
 
     def __init__(self, url: str) -> None:
         self.url = urlsplit(url)
@@ -357,7 +359,8 @@ def test_every_answer_is_on_the_disk_at_once_and_can_be_taken_back(
     assert client.ask("/answer", {"index": 0, "label": SKIPPED})[0] == 200
     assert client.ask("/answer", {"index": 1, "label": None})[0] == 200
     assert [row["label"] for row in rows(kept)] == [SKIPPED]
-    again = ReviewSession(open_review(half), kept)  # it goes on where it stopped
+    # the new session continues where the first one stopped
+    again = ReviewSession(open_review(half), kept)
     assert again.labels == {tasks[0]["path"]: SKIPPED}
     kept.write_text("path,label\nelsewhere.jpg,cat\n")
     with pytest.raises(DataError, match="labels of other photos"):
@@ -365,7 +368,10 @@ def test_every_answer_is_on_the_disk_at_once_and_can_be_taken_back(
 
 
 def test_answers_that_are_not_shown_again_keep_their_stream(half: Path, tmp_path: Path) -> None:
-    """Photos that were chosen for doubt would else count as drawn at random."""
+    """A shorter review must not drop the streams of earlier answers.
+
+    Otherwise photos that were chosen for doubt would count as drawn at random.
+    """
     kept = tmp_path / "labels.csv"
     first = ReviewSession(open_review(half, "review"), kept)
     for place in range(6):
@@ -403,7 +409,7 @@ def test_the_page_is_for_this_machine_and_its_key(page: tuple[Client, ReviewSess
 
 
 def test_labels_that_were_there_before_keep_their_stream(half: Path, tmp_path: Path) -> None:
-    """A plain table of a random pick has none. Corrected on the page it is still a random pick."""
+    """A plain table of a random pick has no stream, and a correction on the page adds none."""
     review = with_answers(half, 3)
     first, second, third = (task.path for task in review.tasks)
     kept = tmp_path / "labels.csv"
@@ -417,7 +423,7 @@ def test_labels_that_were_there_before_keep_their_stream(half: Path, tmp_path: P
 
 @contextmanager
 def tab_of(browser: Browser, session: ReviewSession) -> Iterator[Page]:
-    """The page of a session in a browser, which must report no trouble."""
+    """Open the page of a session in a browser, and require that the page reports no error."""
     addresses: list[str] = []
     ready = threading.Event()
 
@@ -444,7 +450,10 @@ def wait_for(tab: Page, k: int, n: int) -> None:
 
 @pytest.mark.parametrize("n", few([30, 100], 1))
 def test_photos_by_keyboard(half: Path, browser: Browser, tmp_path: Path, n: int) -> None:
-    """Accept, another class, none of them, skip, undo, at both widths."""
+    """Test the keys for accept, another class, none of the classes, skip and undo.
+
+    The page must fit both widths.
+    """
     review = with_answers(half, n)
     with tab_of(browser, ReviewSession(review, tmp_path / "labels.csv")) as tab:
         press = tab.keyboard.press
@@ -454,7 +463,7 @@ def test_photos_by_keyboard(half: Path, browser: Browser, tmp_path: Path, n: int
             wait_for(tab, answered, n)
         press("/")
         tab.keyboard.type("ca")
-        press("Enter")  # the first class that begins so
+        press("Enter")  # the first class that begins with these letters
         wait_for(tab, 3, n)
         tab.set_viewport_size({"width": 390, "height": 844})
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
@@ -482,7 +491,7 @@ def test_photos_by_keyboard(half: Path, browser: Browser, tmp_path: Path, n: int
 def test_a_blind_photo_shows_classes_and_no_answer(
     half: Path, browser: Browser, tmp_path: Path
 ) -> None:
-    """Digits name the classes. Enter says nothing."""
+    """Digits name the classes. Enter does nothing."""
     review = open_review(half)
     review = replace(review, tasks=[task for task in review.tasks if task.is_blind][:3])
     with tab_of(browser, ReviewSession(review, tmp_path / "labels.csv")) as tab:
@@ -529,7 +538,7 @@ def test_of_many_classes_the_most_used_ones_have_digits(
     )
     with tab_of(browser, ReviewSession(review, tmp_path / "labels.csv")) as tab:
         wait_for(tab, 0, 3)
-        tab.keyboard.press("9")  # has no class yet
+        tab.keyboard.press("9")  # this digit has no class yet
         tab.keyboard.press("1")
         wait_for(tab, 1, 3)
         tab.keyboard.press("/")
@@ -576,7 +585,7 @@ def test_keys_that_are_pressed_while_an_answer_is_saved_are_kept(
 
 @contextmanager
 def reviewing(folder: Path, output: Path) -> Iterator[tuple[Client, subprocess.Popen[str]]]:
-    """``vilu review --serve`` in a process of its own, until the block ends."""
+    """Run ``vilu review --serve`` in its own process until the block ends."""
     words = command("review", folder, "--serve", "-o", output)
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -589,7 +598,7 @@ def reviewing(folder: Path, output: Path) -> Iterator[tuple[Client, subprocess.P
 
 
 def test_a_second_reviewer_of_a_file_is_refused(half: Path, tmp_path: Path) -> None:
-    """Each would overwrite the answers of the other with every one of its own."""
+    """Each session writes all its answers, so two sessions would overwrite each other's answers."""
     output = tmp_path / "labels.csv"
     with reviewing(half, output) as (client, process):
         words = command("review", half, "--serve", "-o", output)

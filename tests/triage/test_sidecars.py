@@ -1,4 +1,4 @@
-"""Accepted labels in XMP sidecars, read back by exiftool."""
+"""Test accepted labels in XMP sidecars, which exiftool reads back."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_label_that_is_no_longer_accepted_is_taken_back(photos: Path) -> None:
 
 
 def foreign(subjects: str, about: str = "") -> bytes:
-    """A sidecar as other programs write it; ``subjects`` is the XML of its subjects."""
+    """Return a sidecar as other programs write it, with the XML ``subjects`` in it."""
     return (
         "<?xpacket begin='\ufeff' id='W5M0MpCehiHzreSzNTczkc9d'?>\r\n"
         "<x:xmpmeta xmlns:x='adobe:ns:meta/' x:xmptk='XMP Core 5.5'><r:RDF "
@@ -71,7 +71,7 @@ TWO = "<d:subject><r:Bag><r:li>Ä &amp; b</r:li>\n<r:li>blue</r:li>\n</r:Bag></d
 
 
 def subjects_of(sidecar: Path) -> list[str | None]:
-    """The subjects as ElementTree reads them."""
+    """Return the subjects as ElementTree reads them."""
     dc = "{http://purl.org/dc/elements/1.1/}"
     rdf = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
     root = ElementTree.fromstring(sidecar.read_bytes())  # noqa: S314 - the files of this test
@@ -88,7 +88,7 @@ def test_a_label_goes_into_a_sidecar_and_back(
     content = foreign(subjects, about="uuid:1&amp;2")
     sidecar.write_bytes(content)
     sidecar.chmod(0o640)
-    for label in ("cat & <dog>", "car"):  # the second one takes the place of the first
+    for label in ("cat & <dog>", "car"):  # the second label replaces the first
         assert write(photos, answer("a.png", "accept", label)) == 1
         assert subjects_of(sidecar) == [*before, label]
         assert stat.S_IMODE(sidecar.stat().st_mode) == 0o640

@@ -1,5 +1,6 @@
-"""The whole job on small folders:
-it goes on, it keeps its guarantee, and no label counts that must not.
+"""Test whole triage runs on small folders.
+
+A run continues where it stopped, keeps its guarantee, and counts only labels that may count.
 """
 
 from __future__ import annotations
@@ -89,7 +90,10 @@ def test_before_the_draw_it_says_how_many_right_answers_are_needed(begun: Folder
 
 
 def test_the_most_trusted_are_guaranteed_only_where_labels_show_it() -> None:
-    """Half of the first eighth are wrong, the others right: the laxest threshold is certified."""
+    """Wrong are rows 1, 3, 5, 7 and 9, and every 16th row from 0 to 64. All others are right.
+
+    So the laxest threshold is certified, although the smallest threshold is not.
+    """
     u = (np.arange(640) + 0.5) / 640
     wrong = ((u < 1 / 8) & (np.arange(640) % 16 == 0)).astype(int) + (
         (u < 1 / 64) & (np.arange(640) % 2 == 1)
@@ -105,7 +109,7 @@ def test_the_most_trusted_are_guaranteed_only_where_labels_show_it() -> None:
 
 
 def test_of_a_scene_one_label_counts() -> None:
-    """By hand: angles of 0, 5, 20, 40, 45 and 90 degrees; cos 5 is 0.996, cos 20 is 0.940."""
+    """By hand: the angles are 0, 5, 20, 40, 45 and 90 degrees. cos 5 is 0.996, cos 20 is 0.940."""
     angles = torch.deg2rad(torch.tensor([0.0, 5, 20, 40, 45, 90]))
     photos = Embeddings(torch.stack([angles.cos(), angles.sin()], dim=1), torch.eye(2))
     alone = lambda known, rows: new_scene_mask(  # noqa: E731
@@ -117,10 +121,10 @@ def test_of_a_scene_one_label_counts() -> None:
 
 
 def test_the_page_says_how_many_labels_are_of_one_scene(tmp_path: Path) -> None:
-    """Every scene is in three sizes, and every photo has a label.
+    """Every scene has photos in three sizes, and every photo has a label.
 
-    So a label that counts is the first of its scene at most where the scene has none on the fit
-    side.
+    A scene with a label on the fit side is not new. So at most one label counts for each scene
+    without a label on the fit side.
     """
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -155,9 +159,7 @@ def test_a_page_without_bursts_says_nothing_of_scenes(begun: Folder) -> None:
 def test_no_calibration_label_is_ever_fitted_on_whoever_asked_for_it(
     folder: Folder, job: TriageSettings, tmp_path: Path
 ) -> None:
-    """Every label is given, and as chosen ones at that;
-    the predictor has seen those of one side alone.
-    """
+    """Every photo has a label with the stream "fit". The predictor has seen one side only."""
     truth, output = folder[1], tmp_path / "out"
     labels = tmp_path / "all.csv"
     labels.write_text(
@@ -181,7 +183,7 @@ def test_no_calibration_label_is_ever_fitted_on_whoever_asked_for_it(
 def test_labels_of_a_draw_count_if_labels_to_fit_on_come_with_them(
     begun: Folder, tmp_path: Path
 ) -> None:
-    """They are counted before a predictor that is fitted on the others takes the place."""
+    """The drawn labels are counted first. Then the other labels may lead to a new predictor."""
     home, truth = begun
     job = job_on(home / "photos")
     output = tmp_path / "out"
@@ -202,7 +204,7 @@ def test_labels_of_a_draw_count_if_labels_to_fit_on_come_with_them(
     assert after.guarantee
     assert after.trial is not None
     # If the first predictor accepts all photos, no other one is tested. On some processors its fit
-    # accepts a few less. Then another one is tested, too, and may take its place.
+    # accepts a few less. Then another one is also tested, and may replace the first.
     is_replaced = after.trial.n_fit != before.trial.n_fit
     assert 1 + is_replaced <= after.n_tested <= 2
 
@@ -219,7 +221,7 @@ def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(
         [(path, (home / "photos" / path).stat()) for path in sorted(truth)]
     )
     is_calibration, _ = sides_and_positions(photos.pictures, 0)
-    # only of the calibration side, so that no label leads to another fit
+    # only on the calibration side, so that no label leads to another fit
     wrong_on_purpose = {}
     for row in np.flatnonzero(is_calibration):
         path = photos.ids[row]
@@ -279,12 +281,12 @@ def test_answers_that_were_filled_in_and_not_given_are_not_lost(tmp_path: Path) 
         triage_photos(job, output)
     assert asked.read_bytes() == filled
     head, _, *others = filled.splitlines(keepends=True)
-    (job.photos / rows(asked)[0]["path"]).unlink()  # of which no answer is lost
-    asked.write_bytes(filled.replace(b"\nday", b"\n./day"))  # the same photos
+    (job.photos / rows(asked)[0]["path"]).unlink()  # its answer must not be lost
+    asked.write_bytes(filled.replace(b"\nday", b"\n./day"))  # another spelling for the same photos
     triage_photos(job, output, [asked])
     asked.write_bytes(
         head + b"".join(others)
-    )  # as a kill before the end leaves it: they are in the book
+    )  # as after a kill before the end: the labels are in the book
     triage_photos(job, output)
     asked.write_bytes(filled)
     triage_photos(job, output, overwrite=True)
@@ -303,7 +305,7 @@ def test_run_again_does_only_what_is_new(
         LabelBook, "labels", property(lambda book: gathered.append(book) or labels_of(book))
     )
     summary = triage_photos(job, output)
-    assert len(gathered) < 20  # not for each photo
+    assert len(gathered) < 20  # not once per photo
     assert summary.counts.startswith("200 photos (200 of them new)")
     n = fake_model.n_images
     files = {
@@ -340,7 +342,7 @@ def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
     fake_model: FakeBackbone,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A network drive that was away for a moment; the file itself is as it was."""
+    """A network drive was away for a moment. The file itself is unchanged."""
     read = AllowedFolders.read
 
     def fails(allowed_folders: AllowedFolders, path: str) -> bytes:
@@ -411,7 +413,8 @@ def test_an_interrupted_run_goes_on(
         triage_photos(job, output)
     assert triage_photos(job, output).counts.startswith("200 photos")
     assert PhotoStores(output / "embeddings").store_numbers() == [1]
-    (folder[0] / "day 0" / "0000.png").unlink()  # between a kill and the next run a photo may go
+    # a photo may be deleted between a kill and the next run
+    (folder[0] / "day 0" / "0000.png").unlink()
     other = tmp_path / "other"
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
@@ -430,7 +433,7 @@ def test_a_triage_that_is_killed_while_a_candidate_takes_over_goes_on(
     job, asked = job_on(home / "photos"), rows(output / "next_labels.csv")
     vouching = [
         row["path"] for row in asked if row["stream"] == "calibration"
-    ]  # with those that teach it is fitted anew
+    ]  # fit labels would cause another fit
     (home / "l.csv").write_text(
         "path,label\n" + "".join(f"{path},{truth[path]}\n" for path in vouching)
     )
@@ -438,7 +441,7 @@ def test_a_triage_that_is_killed_while_a_candidate_takes_over_goes_on(
     for name in (
         "risk.json",
         "calibration.parquet",
-    ):  # they go when another predictor is saved there
+    ):  # these files are deleted when another predictor is saved there
         (output / "predictor" / name).unlink()
     shutil.copytree(output / "predictor", output / "candidate")
     write_document(output / "triage.json", state.model_copy(update={"candidate": state.trial}))
@@ -464,7 +467,7 @@ def test_a_triage_that_is_killed_while_a_candidate_takes_over_goes_on(
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    """What a triage leaves that another run has to leave, too."""
+    """Return the files that an interrupted and an undisturbed triage must have in common."""
     names = ("triage.json", "decisions.csv", "predictor/risk.json")
     return {name: (folder / name).read_bytes() for name in names}
 
@@ -474,7 +477,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def test_a_triage_that_is_killed_between_two_steps_ends_the_same(
     begun: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, is_written: bool
 ) -> None:
-    """Before or after the state is written: at the start, with labels, with what is asked."""
+    """The kill comes before or after the state is written, at one of its first three writes."""
     (home, truth), job = begun, job_on(begun[0] / "photos")
     output = Path(shutil.copytree(home / "half", tmp_path / "out"))
     labels = [fill_in(output, truth, tmp_path / "filled.csv")]
@@ -498,7 +501,7 @@ def test_a_triage_that_is_killed_between_two_steps_ends_the_same(
     undisturbed = Path(shutil.copytree(home / "out", tmp_path / "undisturbed"))
     first = bytes_of(undisturbed)
     triage_photos(job, undisturbed, labels)
-    if bytes_of(undisturbed) == first:  # the run raised no limit, which the next one would test
+    if bytes_of(undisturbed) == first:  # the run raised no limit, so the next run has none to test
         assert resumed == first
     # On some processors it raises one. So both are run until nothing changes.
     for folder in (undisturbed, output):
@@ -537,7 +540,7 @@ def test_a_guarantee_does_not_outlive_the_labels_that_it_rests_on(
 def test_a_guarantee_holds_without_photos_of_the_calibration_side(
     guaranteed: Folder, n: int | None
 ) -> None:
-    """One new photo, or whatever is left: to be decided under the guarantee."""
+    """A guarantee still decides about one new photo, or about all photos on the fit side."""
     (home, _), output = guaranteed, guaranteed[0] / "out"
     if n is not None:
         shutil.rmtree(home / "photos")
@@ -559,8 +562,9 @@ def test_a_guarantee_holds_without_photos_of_the_calibration_side(
 def test_the_label_of_a_photo_that_has_changed_never_counts(
     folder: Folder, job: TriageSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Other bytes may put a photo that has taught on the other side,
-    as a tag that is written into it does.
+    """A tag that is written into a photo changes its bytes, which may move it to the other side.
+
+    If the label still counted, a row that was fitted on would count for the guarantee.
     """
     (tmp_path / "l.csv").write_text(
         "path,label\n" + "".join(f"{path},{name}\n" for path, name in folder[1].items())
@@ -583,7 +587,7 @@ def test_the_label_of_a_photo_that_has_changed_never_counts(
     assert f"{len(taught)} photos have changed since their labels were given" in caplog.text
     other = "cat" if folder[1]["day 0/0000.png"] != "cat" else "dog"
     book = LabelBook.load(output / "labels.parquet")
-    book.note_labels({"day 0/0000.png": other})  # a new label is of the new picture
+    book.note_labels({"day 0/0000.png": other})  # a new label belongs to the new picture
     assert book.note_pictures({"day 0/0000.png": b"now"}) == 0
 
 
@@ -604,7 +608,7 @@ def test_another_model_is_refused_before_embedding_the_first_goes_on(
 def test_photos_that_are_decoded_otherwise_are_embedded_once_more(
     guaranteed: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Labels stay, and the guarantee comes back from them."""
+    """The labels stay, and they give the guarantee again."""
     home, truth = guaranteed
     job = job_on(home / "photos")
     labels = LabelBook.load(home / "out" / "labels.parquet").labels
@@ -677,7 +681,7 @@ def test_a_state_of_another_schema_is_refused_and_its_book_goes_on(tmp_path: Pat
     triage_photos(job, tmp_path / "new", [output / "labels.parquet"])
     new_book = LabelBook.load(tmp_path / "new" / "labels.parquet")
     assert new_book.labels == book.labels
-    # what a draw of the other folder met, no draw of this one has met
+    # another folder's draw met these labels, and no draw in this folder has met them
     assert {entry.stream for entry in new_book if entry.label is not None} == {"fit"}
 
 
@@ -741,10 +745,10 @@ def test_links_and_moved_photos(guaranteed: Folder, fake_model: FakeBackbone) ->
     assert place.read_bytes() == content[accepted]
     assert not place.is_symlink()
     assert not (job.photos / accepted).exists()
-    for sort in ("move", None):  # they are still the photos of this triage, and nothing is lost
+    for sort in ("move", None):  # moved photos still belong to this triage, and no photo is lost
         assert triage_photos(job, output, sort=sort).counts.startswith("400 photos: ")
     assert fake_model.n_images == n
-    assert rows(output / "next_labels.csv") == asked  # none of them has a label yet
+    assert rows(output / "next_labels.csv") == asked  # none of these photos has a label yet
     assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(
         content.values()
     )
@@ -770,7 +774,7 @@ def test_a_library_of_links_is_triaged_and_never_moved(
 
 
 def sixty_moved(home: Path) -> tuple[TriageSettings, Path, dict[str, str]]:
-    """Photos that were moved."""
+    """Move 60 photos by a triage, and return its job, its output and the right names."""
     truth, job = write_photos(home / "photos", 60), job_on(home / "photos")
     triage_photos(job, home / "out", sort="move")
     return job, home / "out", truth
@@ -800,7 +804,7 @@ def test_no_moved_photo_is_lost_where_the_next_move_is_killed(
         None,
         "link",
         None,
-    ):  # a link to a photo that was not moved yet is no photo that was moved
+    ):  # a link to a photo that was not moved yet is not a moved photo
         assert triage_photos(job, output, sort=sort).counts.startswith("60 photos: ")
     triage_photos(job, output, sort="move")
     assert len(list((output / "sorted" / "accepted").rglob("*.png"))) == 60
@@ -810,7 +814,7 @@ def test_no_moved_photo_is_lost_where_the_next_move_is_killed(
 def test_a_class_that_is_called_as_a_word_of_the_labels_is_refused(
     word: str, tmp_path: Path
 ) -> None:
-    """Its labels were taken for those of photos of no class, and a right answer for a wrong one."""
+    """Otherwise labels with this class name would mean "no class" or "skipped"."""
     job = job_on(tmp_path)
     embedding = dataclasses.replace(job.embedding, names=("cat", word))
     job = dataclasses.replace(job, embedding=embedding)
@@ -824,7 +828,7 @@ def test_a_class_that_is_called_as_a_word_of_the_labels_is_refused(
 def test_a_move_to_another_disk_that_is_stopped_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It left half of a photo where it was to lie, and the same command refused to go on."""
+    """A stopped move once left half a photo at the target, and the same command then failed."""
     write_photos(tmp_path / "photos", 24)
     job, output, copystat, copied = (
         job_on(tmp_path / "photos"),
@@ -924,7 +928,7 @@ def test_photos_whose_flat_names_are_one_are_all_sorted(
 
 
 def test_two_photos_that_older_code_took_for_one_part_again(tmp_path: Path) -> None:
-    """It moved the first one and noted that place of both; the second one stayed."""
+    """Older code moved only the first photo, but recorded its new path for both."""
     write_photos(tmp_path / "photos", 30)
     other = tmp_path / "photos" / "day 0__0000.png"
     job, output = job_on(tmp_path / "photos"), tmp_path / "out"

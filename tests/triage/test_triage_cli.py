@@ -1,4 +1,4 @@
-"""``vilu triage`` and the commands around it, through the real command line."""
+"""Test ``vilu triage`` and the related commands through the real command line."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_loop_by_hand(work: Path) -> None:
 def test_all_labels_of_a_folder_in_one_file_that_every_command_reads(
     work: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The book as a CSV: into another triage, a fit, a calibration, an audit, and back."""
+    """A triage, a fit, a calibration and an audit read the CSV as they read the book itself."""
     arguments = ("triage", "photos", "--classes", "names.txt", "-n", 40)
     run(*arguments, "-o", "out", cwd=work)
     truth = write_photos(work / "again", 60)
@@ -148,7 +148,7 @@ def test_a_fit_that_uses_no_labels_takes_none(
 def test_a_run_says_what_its_prompts_and_its_model_are(work: Path) -> None:
     (work / "articles.txt").write_text("a cat\nthe dog\ncar")
     arguments = ("triage", "photos", "--classes", "articles.txt", "-o", "out")
-    for _ in range(2):  # on every run, not on the first alone
+    for _ in range(2):  # on every run, not only on the first
         done = run(*arguments, cwd=work)
         assert "Prompts: 'a photo of a {}.'. Warning: 'a photo of a a cat.' has two" in done.stderr
         assert "compact is a small stand-in for CLIP" in done.stderr
@@ -180,7 +180,7 @@ def test_the_predictor_of_a_triage_is_exported(
     run(*arguments, "--labels", "known.csv", cwd=work)
     predictor = load_predictor(work / "out" / "predictor")
     assert (predictor.name, predictor.outcome.columns) == ("vilu_plus", ("negatives",))
-    # the fake tower checks how many images there are, which no graph can
+    # the fake tower checks the number of images, which no graph can do
     monkeypatch.setattr(fake_model, "encode_images", partial(encode, fake_model))
     done = run("export", "out/predictor", "--onnx", "-o", "head.onnx", *more, cwd=work)
     assert done.stdout == "head.onnx\n"
@@ -250,7 +250,7 @@ def test_next_for_a_store_and_a_predictor(
 
 @pytest.fixture
 def uncalibrated(begun: Folder, tmp_path: Path, fake_model: FakeBackbone) -> Path:
-    """The predictor of a triage without its guarantee, and beside it the store of its photos."""
+    """Return a triage's predictor without its guarantee, with the store of the photos beside it."""
     home, predictor = begun[0], tmp_path / "predictor"
     shutil.copytree(home / "out" / "predictor", predictor)
     for name in ("risk.json", "calibration.parquet"):
@@ -262,7 +262,7 @@ def uncalibrated(begun: Folder, tmp_path: Path, fake_model: FakeBackbone) -> Pat
 
 @pytest.fixture
 def of_zero_shot(begun: Folder, uncalibrated: Path, tmp_path: Path) -> Path:
-    """A predictor of the zero-shot answers, fitted on the same labels."""
+    """Return a predictor for the zero-shot answers that was fitted on the same labels."""
     book = LabelBook.load(begun[0] / "out" / "labels.parquet")
     photos, _ = label_store(EmbeddingStore(tmp_path / "store"), [])
     photos.set_labels(book.labels, ())
@@ -274,7 +274,7 @@ def of_zero_shot(begun: Folder, uncalibrated: Path, tmp_path: Path) -> Path:
 
 
 def test_an_empty_cell_takes_no_label_back(tmp_path: Path, fake_model: FakeBackbone) -> None:
-    """Labels may come in a file of their own, before or after the table that asked for them."""
+    """Labels may come in a separate file, before or after the table that asked for them."""
     embed(dataset(30), fake_model, tmp_path / "store", names=NAMES)
     store = EmbeddingStore(tmp_path / "store")
     (tmp_path / "asked.csv").write_text(
@@ -289,8 +289,9 @@ def test_an_empty_cell_takes_no_label_back(tmp_path: Path, fake_model: FakeBackb
 def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
     begun: Folder, tmp_path: Path, uncalibrated: Path
 ) -> None:
-    """Asked, filled in, looked at again and again, until it is shown;
-    what was chosen to teach never counts.
+    """Labels are requested, filled in and tested again and again until the guarantee is shown.
+
+    Labels that were chosen for the fit never count.
     """
     truth, predictor = begun[1], uncalibrated
     calibrate = (
@@ -372,7 +373,7 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
 def test_a_guarantee_of_every_class_asks_first_where_labels_lack(
     begun: Folder, tmp_path: Path, of_zero_shot: Path
 ) -> None:
-    """The classes take turns. "cat" gets no more: half of its answers are wrong."""
+    """The classes take turns. "cat" gets no more labels, because half of its answers are wrong."""
     truth, predictor, given = begun[1], of_zero_shot, list[object]()
     calibrate = (
         "calibrate",
@@ -425,9 +426,9 @@ def test_a_guarantee_of_every_class_asks_first_where_labels_lack(
 def test_labels_of_a_random_pick_calibrate_a_store_without_any(
     begun: Folder, tmp_path: Path, fake_model: FakeBackbone
 ) -> None:
-    """But for those that the predictor was fitted on: more than a few of them are refused.
+    """If more than a few labelled rows were used in the fit, the labels are refused.
 
-    What is skipped is told.
+    A message tells how many rows were skipped.
     """
     home, truth = begun
     shutil.copytree(home / "out" / "predictor", tmp_path / "predictor")
@@ -454,7 +455,8 @@ def test_labels_of_a_random_pick_calibrate_a_store_without_any(
     ]
     skipped = next(path for path in truth if path not in book and path not in labels)
     (tmp_path / "some.csv").write_text("".join([*fresh, f"{skipped},{SKIPPED}\n"]))
-    done = run(*calibrate, "--overwrite")  # three colours are three scenes: too few for a guarantee
+    # three colours are three scenes: too few for a guarantee
+    done = run(*calibrate, "--overwrite")
     assert f"1 of {len(fresh)} picked rows have the label {SKIPPED} and are left out" in done.stderr
     found = Calibration.load(tmp_path / "predictor")
     assert found.n == len(fresh) - 1
@@ -552,8 +554,9 @@ def test_a_label_that_a_predictor_was_fitted_on_is_not_judged_by_it(
 def test_labels_that_are_wrong_are_found(
     tmp_path: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of ten labels that were changed on purpose most are among the 15 worst;
-    no part is read for each of its rows.
+    """Of 10 labels that were changed on purpose, at least 8 are among the 15 worst rows.
+
+    The audit must not read a whole part for each row in it.
     """
     reads: Counter[str] = Counter()
     read = SealedStore.metadata_column

@@ -1,4 +1,4 @@
-"""The plan of a predictor's test: the photos it includes, and photos without a score."""
+"""Test the plan for testing a predictor: the photos in it, and photos without a score."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_limit_that_moves_up_includes_a_larger_share() -> None:
 
 @pytest.mark.parametrize(("max_risk", "least"), [(0.05, 95), (0.1, 46), (0.2, 22)])
 def test_a_small_folder_may_leave_its_doubtful_photos_out(max_risk: float, least: int) -> None:
-    # ``least`` right answers certify the risk at the level of a limit, 0.7 x 0.025.
+    # ``least`` right answers certify the risk at the level for a limit, 0.7 x 0.025.
     doubtful = np.linspace(0.6, 0.9, 40)
 
     def planned_for(n_sure: int) -> tuple[bool, int]:

@@ -1,4 +1,4 @@
-"""The verdict of a run: what labels say about the answers, before anything else is said."""
+"""Test the verdict that begins a run: the share of right answers by the labels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_shares_and_confusions_by_hand() -> None:
 def test_both_kinds_of_answers_are_judged_by_the_same_labels() -> None:
     label = np.array([0, 0, 1, 1])
     zero_shot = np.array([0, 1, 1, 0])  # the first and the third are right
-    adapted = np.array([UNKNOWN, UNKNOWN, 1, 1])  # two photos of the calibration side
+    adapted = np.array([UNKNOWN, UNKNOWN, 1, 1])  # two photos on the calibration side
     labelled = LabelledAnswers(
         label,
         {"zero_shot": zero_shot, "adapted": adapted},
@@ -37,7 +37,7 @@ def test_both_kinds_of_answers_are_judged_by_the_same_labels() -> None:
         cross_fitted_wrong={"zero_shot": 1, "adapted": 0},
     )
     assert labelled.n_labels_for_verdict == 4
-    assert labelled.share_right("zero_shot") == 2 / 4  # 1 of 2, and 1 of 2 cross-fitted ones
+    assert labelled.share_right("zero_shot") == 2 / 4  # 1 in 2, and 1 in 2 cross-fitted ones
     assert labelled.share_right("adapted") == 4 / 4
 
 
@@ -54,7 +54,7 @@ def test_labels_of_photos_without_an_answer_give_no_shares() -> None:
 
 
 def test_a_run_begins_with_the_verdict(folder: Folder, job: TriageSettings, tmp_path: Path) -> None:
-    """Of the zero-shot answers exactly those to the labelled photos are counted."""
+    """Only zero-shot answers to labelled photos are counted."""
     truth, output = folder[1], tmp_path / "out"
     assert triage_photos(job, output).verdict == ""
     assert "answers are right, by" not in (output / "report.html").read_text()
@@ -71,7 +71,8 @@ def test_a_run_begins_with_the_verdict(folder: Folder, job: TriageSettings, tmp_
     assert f"is right in {commonest:.0%} of all {len(labelled)} labels." in summary.verdict
     adapted = re.search(r"(\d+)% of the adapted answers", summary.verdict)
     assert adapted is not None
-    assert int(adapted[1]) > 100 * share  # kinds of photos are far apart, so few labels do
+    # the kinds of photos are far apart, so a few labels suffice
+    assert int(adapted[1]) > 100 * share
     assert "all photos may do better" in summary.verdict
     page = (output / "report.html").read_text()
     assert page.index("answers are right, by") < page.index("Not guaranteed yet")

@@ -1,4 +1,4 @@
-"""A triage without labels: a rank of every answer, and no probability that nobody has checked."""
+"""Test that a triage without labels ranks the answers and states no unchecked probability."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A program of someone else, with types:
-what it gets from vilu has the types that are asserted here.
+"""Use vilu as another program does, with types.
 
-Two checkers read it (`make test-types`), and `make lint` with the rest. Lines that end in an
-``ignore`` are wrong uses: a checker that does not see one complains about the ``ignore``.
+The asserted types must be the types that vilu gives. Two type checkers read this file (`make
+test-types`), and `make lint` reads it with the rest. Lines that end in an ``ignore`` are wrong
+uses: a checker that misses one complains about the ``ignore``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vilu import methods, metrics
 
 @dataclass
 class Narrow(vilu.FailurePredictor):
-    """A method of one's own."""
+    """A user's own method."""
 
     name: ClassVar[str] = "narrow"
     summary: ClassVar[str] = "mean logit less the largest"
@@ -36,7 +36,7 @@ class Narrow(vilu.FailurePredictor):
 def numbers(
     image: NDArray[np.float32], text: NDArray[np.float32], target: NDArray[np.int64]
 ) -> float:
-    """From arrays to a threshold."""
+    """Go from arrays to a threshold."""
     data = vilu.Embeddings(
         image, text, target=target, logit_scale=100.0, class_names=["cat", "dog"]
     )
@@ -55,7 +55,7 @@ def numbers(
 
 
 def photos(folder: Path, images: list[Path]) -> list[str]:
-    """From photos to decisions."""
+    """Go from photos to decisions."""
     guard = vilu.Guard(folder)
     answers = guard(images)
     assert_type(answers, list[vilu.Answer])
@@ -68,7 +68,7 @@ def photos(folder: Path, images: list[Path]) -> list[str]:
 
 
 def wrong(data: vilu.Embeddings, outcomes: vilu.Outcomes) -> None:
-    """Every line is a mistake that a checker has to see."""
+    """Use vilu wrongly: a checker must see a mistake in every line."""
     vilu.Gard("out")  # type: ignore[attr-defined]
     vilu.Guard(3)  # type: ignore[arg-type]
     vilu.Guard("out").ask()  # type: ignore[attr-defined]
