@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.command import run
 from tests.conftest import toy_embeddings, variant
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import UsageError
+from vilu.metrics.counts import has_repeated_picture
 from vilu.predictors.contract.seen import MAX_HASHES
 from vilu.scoring import score_folder
 
@@ -117,6 +119,23 @@ def test_a_folder_of_parts_knows_repeats(
     assert (table.rows[0].n_pictures, table.rows[0].n_unlabelled) == (3600, 1200)
     whole = vilu.score_parts(vilu.MCM(), data, tmp_path / "once")
     assert isinstance(whole.tally().scores, vilu.metrics.histogram.Histogram)
+
+
+def test_the_search_for_a_repeated_picture_takes_little_memory() -> None:
+    """A folder of ten million rows is evaluated beside a program of a few hundred megabytes."""
+    n = 1_000_000
+    picture = np.random.default_rng(0).permutation(n)
+    picture[:10] = -1  # unknown pictures are no repeats
+    tracemalloc.start()
+    try:
+        assert not has_repeated_picture(picture)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # a copy to sort takes 8 bytes per row, the sort may take 4, and a mask takes 1
+    assert peak < 16 * n
+    picture[-1] = picture[20]
+    assert has_repeated_picture(picture)
 
 
 def test_the_command_tells_repeats_of_a_file_and_of_a_folder(tmp_path: Path) -> None:

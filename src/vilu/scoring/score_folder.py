@@ -21,7 +21,7 @@ from vilu.artifacts.documents import Document, FrozenModel, read_document, read_
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import parquet_bytes, read_column, read_table
 from vilu.errors import UNKNOWN, DataError, ProvenanceError, StorageError
-from vilu.metrics.counts import Floats, Ints, repeated_picture_numbers
+from vilu.metrics.counts import Floats, Ints, has_repeated_picture
 from vilu.metrics.histogram import MAX_BINS, Histogram, codes_of_scores
 from vilu.outcomes.outcomes import MISSING_VALUE, OPTIONAL_COLUMNS, Outcomes, Tally, identity_fields
 from vilu.store.ledger import (
@@ -408,8 +408,8 @@ class EvaluableRows(NamedTuple):
     picture: Ints | None  # identity of each row's picture; None: the identities are not known
 
 
-IDENTITIES_PER_PASS = 2**24
-"""Approximate number of picture identities in memory, compared at once. They take 128 MB."""
+IDENTITIES_PER_PASS = 2**23
+"""Approximate number of picture identities compared at once. Twice 8 bytes each, or 134 MB."""
 
 
 class ScoreFolder(PickledByPath):
@@ -519,14 +519,18 @@ class ScoreFolder(PickledByPath):
         for remainder in range(n_passes):
             # A pass compares the identities with one remainder on division by the pass count. Equal
             # identities have equal remainders, so a single pass compares all equal identities.
-            pictures = [np.empty(0, np.int64)]  # so that there is an array if no part has pictures
-            for rows in self._evaluable_rows_of_parts():
-                if rows.picture is not None:
-                    is_in_pass = rows.picture % n_passes == remainder
-                    pictures.append(rows.picture[is_in_pass])
-            if repeated_picture_numbers(np.concatenate(pictures)) is not None:
+            if has_repeated_picture(self._pictures_with_remainder(remainder, n_passes)):
                 return True
         return False
+
+    def _pictures_with_remainder(self, remainder: int, divisor: int) -> Ints:
+        """Return the identities of the evaluable rows that have a remainder on division."""
+        pictures = [np.empty(0, np.int64)]  # so that there is an array if no part has pictures
+        for rows in self._evaluable_rows_of_parts():
+            if rows.picture is not None:
+                has_remainder = rows.picture % divisor == remainder
+                pictures.append(rows.picture[has_remainder])
+        return np.concatenate(pictures)
 
     def _tally_of_rows(self) -> Tally:
         """Return the counts for ``vilu.evaluate``, from all evaluable rows and their pictures."""
