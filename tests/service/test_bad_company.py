@@ -409,6 +409,7 @@ def test_wrong_labels_are_told_and_can_be_corrected(
     assert (n_labels, n_corrections) == (len(accepted) + 1, len(accepted))
 
 
+@pytest.mark.usefixtures("left_open")
 def test_a_crash_during_a_correction_counts_the_right_labels(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,10 +419,10 @@ def test_a_crash_during_a_correction_counts_the_right_labels(
     journals.label({"a-1": names[1]})
     journals.close()
     journals = LocalJournals(tmp_path / "s", {"first": predictors[0]})
-    monkeypatch.setattr(Journal, "_take_in_all", lambda journal: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        journals.correct({"a-1": names[1]}, {"a-1": names[0]})
-    monkeypatch.undo()
+    with monkeypatch.context() as crash:
+        crash.setattr(Journal, "_take_in_all", lambda journal: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            journals.correct({"a-1": names[1]}, {"a-1": names[0]})
     audit = LocalJournals(tmp_path / "s", {"first": predictors[0]}).statuses()["first"].audit
     assert audit is not None
     assert audit.wrong == 0
