@@ -23,7 +23,9 @@ from vilu.calibration.anytime import (
     n_labels_needed,
     threshold_grid,
 )
+from vilu.calibration.rules import make_anytime_rule
 from vilu.errors import DataError, UsageError
+from vilu.outcomes.outcomes import Outcomes
 
 RISK, DELTA = 0.05, 0.05
 
@@ -103,6 +105,14 @@ def test_what_more_would_do_does() -> None:
     assert not looks.can_certify(u)
     assert looks.can_certify(longer)
     assert looks.n_more_labels_needed(np.linspace(0, 1, 60), np.arange(60) % 3 == 0) is None
+
+
+def test_a_rule_without_any_label_accepts_no_share() -> None:
+    tests = ThresholdTests(threshold_grid(np.linspace(0, 1, 200), 1.0), RISK, DELTA)
+    no_rows = Outcomes(np.zeros(0), np.zeros(0, np.int64))
+    rule = make_anytime_rule({"": (tests, no_rows)}, RISK, 1 - DELTA)
+    assert (rule.n, rule.coverage, rule.feasible) == (0, 0.0, False)
+    assert rule.thresholds[""].why is not None
 
 
 def test_more_labels_go_to_thresholds_by_the_rows_they_accept() -> None:

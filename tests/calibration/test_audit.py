@@ -99,6 +99,17 @@ def test_the_verdict_follows_the_bounds_and_the_path() -> None:
         assert audit.verdict == expected
 
 
+@pytest.mark.parametrize("limit", [0.001, 0.005])
+def test_nearly_all_answers_wrong_against_a_small_limit_have_bounds(limit: float) -> None:
+    # The lower bound on the rate of right answers is below the smallest rate that is searched.
+    audit = Audit(limit, delta=0.01, n_audited=3_000, n_wrong=2_999)
+    assert audit.verdict == "broken"
+    assert limit < audit.lower < 2_999 / 3_000
+    assert audit.upper == 1
+    # A few more right answers, and the bound can be found.
+    assert 0.99 < Audit(limit, delta=0.01, n_audited=3_000, n_wrong=2_990).upper < 1
+
+
 def test_bounds_of_the_audit_are_ordered_and_tell_how_many_more() -> None:
     audit = Audit(0.05, 0.01, 200, 2)
     assert 0 < audit.lower < 0.01 < audit.upper < 1

@@ -237,6 +237,18 @@ def test_what_more_labels_would_show_is_shown() -> None:
     assert looks.n_more_labels_needed(order[:60], np.ones(60, np.int64)) is None
 
 
+@pytest.mark.parametrize("n_photos", [1_000, 20_000, 500_000])
+def test_a_large_folder_needs_hardly_more_labels_than_a_small_one(n_photos: int) -> None:
+    photos = np.linspace(0, 1, n_photos)
+    looks = looks_of(photos, threshold_grid(photos, 1.0))
+    none = np.zeros(0)
+    more = looks.n_more_labels_needed(none, none.astype(np.int64))
+    assert more is not None
+    # Without an end, a likelihood ratio with all of the level needs 68 right labels. The level is
+    # shared here.
+    assert 68 <= more <= 100
+
+
 def test_a_saved_draw_gives_the_same_tests() -> None:
     photos = np.linspace(0, 1, 300)
     grid = threshold_grid(photos, 0.5)

@@ -12,6 +12,7 @@ import pytest
 import vilu
 from tests.command import run
 from tests.tables.answers import written
+from vilu.artifacts.documents import write_json
 from vilu.calibration.clusters import majority_outcomes
 from vilu.errors import UsageError
 from vilu.outcomes.outcomes import Outcomes
@@ -85,6 +86,24 @@ def test_a_risk_of_clusters_from_a_table_to_decisions(
     expected = by_hand.accept(-new.numbers["score"], clusters=new.cluster)
     assert accepted == expected.tolist()
     assert outcomes.cluster == new.cluster
+
+
+def test_a_guarantee_by_the_test_of_0_2_0_is_made_again(tables: Path, tmp_path: Path) -> None:
+    """vilu 0.2.0 left the largest cluster out of the test, and the guarantee was not valid."""
+    folder = tmp_path / "calibration"
+    command = ("calibrate", tables / "calibration.csv", "--max-risk", 0.2, "-o", folder)
+    run(*command, "--cluster-risk", "ratio")
+    path = folder / "risk.json"
+    document = json.loads(path.read_text())
+    document["vilu"] = "0.2.0"
+    document["rule"]["clusters"]["n"] -= 1
+    write_json(path, document)
+    refused = run("score", folder, tables / "new.csv", "-o", tmp_path / "s.csv", code=6)
+    assert "by vilu 0.2.0. Its test left the largest cluster out" in refused.stderr
+    assert "Run `vilu calibrate` again" in refused.stderr
+    calibration = (folder, tables / "calibration.csv", "--max-risk", 0.2)
+    run("calibrate", *calibration, "--cluster-risk", "ratio")
+    run("score", folder, tables / "new.csv", "-o", tmp_path / "s.csv")
 
 
 def test_the_majority_of_texts_answers_for_a_cluster(tables: Path) -> None:
@@ -293,6 +312,10 @@ def test_estimate_says_how_many_answers_of_a_table_each_class_has(
         assert fact["low"] <= of_class.count(fact["name"]) / 1500 <= fact["high"]
     assert sum(fact["share"] for fact in facts[1:]) == pytest.approx(1, abs=0.02)
     assert "fox: " in run("estimate", table, "--classes").stdout
+    lines = table.read_text().replace("fox", '"fo\nx"')
+    with_breaks = tmp_path / "breaks.csv"
+    with_breaks.write_text(lines)
+    assert r"  fo\nx: " in run("estimate", with_breaks, "--classes").stdout
 
     del content["answer"]
     no_answers = written(tmp_path / "no.csv", content)

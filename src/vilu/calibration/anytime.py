@@ -63,6 +63,10 @@ def log_evidence(n_wrong: ArrayLike, n_accepted: ArrayLike, max_risk: float) -> 
     Examples:
         >>> import math
         >>> from vilu.calibration.anytime import log_evidence
+        >>> # With the risk 1/2, a wrong answer has the factor 1 - b, and a right answer 1 + b. The
+        >>> # mean bet is 0.4 * 0.95 + 0.25 * 0.8 + 0.2 * 0.6 + 0.15 * 0.35 = 0.7525.
+        >>> [round(math.exp(log_evidence(k, 1, 0.5)), 6) for k in (1, 0)]  # the mean is 1
+        [0.2475, 1.7525]
         >>> # after n right answers: is the risk below 5 %, at level 1/20?
         >>> is_certified = [log_evidence(0, n, 0.05) >= math.log(20) for n in range(100)]
         >>> is_certified.index(True)
@@ -109,6 +113,11 @@ def level_of(attempt: int, delta: float) -> float:
     """Return the level for predictor number k = ``attempt`` (from 1): delta / 2^k.
 
     The levels of infinitely many predictors add up to delta.
+
+    Examples:
+        >>> from vilu.calibration.anytime import level_of
+        >>> [level_of(k, delta=0.08) for k in (1, 2, 3)]
+        [0.04, 0.02, 0.01]
     """
     # The number of predictors is not known in advance, so delta cannot be divided equally. If each
     # predictor had all of delta, the probability of any wrong certificate could exceed delta (union

@@ -147,7 +147,8 @@ class Calibration(Document):
             DataError: If there is no calibration, if the file is damaged, or if the rule does not
                 follow from the calibration rows.
             ProvenanceError: If the calibration was made for another predictor, or with another
-                schema.
+                schema, or if the guarantee is about clusters and by a test of vilu 0.2.0 that was
+                not valid.
 
         Examples:
             >>> import tempfile, vilu
@@ -170,13 +171,7 @@ class Calibration(Document):
                 "remove the file."
             )
         calibration._rows = _read_rows(Path(folder), calibration.rows_sha256)
-        # for example "it counts 30 calibration rows"
-        wrong_statement = calibration._first_wrong_statement()
-        if wrong_statement is not None:
-            raise DataError(
-                f"{path} is damaged: {wrong_statement}, which does not follow from {ROWS}. "
-                f"{RECALIBRATE_ADVICE}."
-            )
+        calibration._require_right_statements(path)
         return calibration
 
     @classmethod
@@ -371,6 +366,27 @@ class Calibration(Document):
             reasons[row] = None if outcomes.reason is None else outcomes.reason[row]
         return dataclasses.replace(outcomes, decision=decisions, decision_reason=reasons)
 
+    def _require_right_statements(self, path: Path) -> None:
+        """Raise an error about the file at ``path`` if a statement does not follow from the rows.
+
+        Raises:
+            DataError: If the file is damaged.
+            ProvenanceError: If the rule is by a test that was not valid.
+        """
+        wrong_statement = self._first_wrong_statement()
+        if wrong_statement is None:
+            return
+        if self._is_by_former_cluster_test():
+            raise ProvenanceError(
+                f"{path} has a rule about clusters by vilu 0.2.0. Its test left the largest "
+                "cluster out, so its guarantees can be broken more often than the confidence says. "
+                f"{RECALIBRATE_ADVICE}."
+            )
+        raise DataError(
+            f"{path} is damaged: {wrong_statement}, which does not follow from {ROWS}. "
+            f"{RECALIBRATE_ADVICE}."
+        )
+
     def _first_wrong_statement(self) -> str | None:
         """Return the first statement that does not follow from the calibration rows and the target.
 
@@ -396,6 +412,11 @@ class Calibration(Document):
         except ViLUError as error:
             return f"it has a rule ({error})"
         return _first_difference(self.rule, recomputed_rule)
+
+    def _is_by_former_cluster_test(self) -> bool:
+        """Return whether vilu 0.2.0 made the rule, for "ratio" without ``largest_cluster``."""
+        is_ratio = self.target.cluster_risk == "ratio"
+        return is_ratio and self.target.largest_cluster is None and self.vilu == "0.2.0"
 
     def _recompute_rule(self) -> Rule:
         """Compute the rule again from the calibration rows and the target."""

@@ -33,6 +33,7 @@ section 2, with a mixture over thresholds in place of a single threshold.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -78,7 +79,7 @@ ROUNDING_TOLERANCE: Final = 1e-9
 """Tolerance for rounding up: a float64 like 3.0000000001 is rounded to 3."""
 
 MAX_TRIED_NUMBERS: Final = 100
-"""``n_more_labels_needed`` tries at most this many label counts."""
+"""``n_more_labels_needed`` tries at most this many evenly spaced label counts."""
 
 
 def _log_falling_factorial(n: Floats, k: Floats) -> Floats:
@@ -109,7 +110,18 @@ def log_evidence(
 
     Examples:
         >>> import math
+        >>> import numpy as np
         >>> from vilu.calibration.closed_set import log_evidence
+        >>> # Are at least 2 of 4 answers wrong? With the largest error rate 1/2, the beta
+        >>> # distribution has the mean 0.05, with a = 0.5 and b = 9.5. A right first label gives
+        >>> # (1 - 0.5 / 10) / (1 - 2 / 4) = 1.9. A right second label multiplies this number by
+        >>> # (1 - 0.5 / 11) / (1 - 2 / 3).
+        >>> evidence = log_evidence(0, [1, 2], n_photos=4, min_n_wrong=2, max_risk=0.5)
+        >>> np.exp(evidence).round(4).tolist()
+        [1.9, 5.4409]
+        >>> # After a wrong first label, the likeliest number is 4: (0.5 / 10) / (4 / 4)
+        >>> round(math.exp(log_evidence(1, 1, n_photos=4, min_n_wrong=2, max_risk=0.5)), 4)
+        0.05
         >>> # 80 of 500 photos are drawn, and no answer is wrong: can 22 of all 500 be wrong?
         >>> bool(log_evidence(0, 80, 500, 22, 0.05) >= math.log(20))
         True
@@ -385,23 +397,45 @@ class ClosedSetTests:
         """
         n_wrong, n_drawn = self.count_wrong_and_accepted(uncertainty, failure)
         n_unlabelled = self.count_unlabelled(n_drawn)
-        error_rate = n_wrong / np.maximum(n_drawn, 1)
         # photos up to the limit without a label
         n_up_to_limit = int(n_unlabelled[self.last_tested_index])
+
+        def is_enough(n_more: int) -> bool:
+            return self._would_certify(n_wrong, n_drawn, n_more)
+
         # Every label takes a photo out of the guarantee, so more labels may certify less. Bisection
-        # could therefore miss the smallest number. So numbers are tried in ascending order.
+        # over all numbers could therefore end far above the smallest number. So evenly spaced
+        # numbers are tried first, in ascending order. Bisection then searches between the first
+        # number that is enough and the number before.
         evenly_spaced = np.linspace(0, n_up_to_limit, MAX_TRIED_NUMBERS, endpoint=False)
         rounded_up = np.ceil(evenly_spaced)
         distinct_numbers = np.unique(rounded_up.astype(np.int64))
         numbers_to_try: list[int] = distinct_numbers.tolist()
+        too_small = -1
         for n_more in numbers_to_try:
-            n_more_drawn = np.floor(n_more * n_unlabelled / max(n_up_to_limit, 1)).astype(np.int64)
-            n_drawn_then = n_drawn + n_more_drawn
-            # The numbers are rounded up, so that the estimate is not too small.
-            n_wrong_then = np.ceil(error_rate * n_drawn_then - ROUNDING_TOLERANCE).astype(np.int64)
-            if self._laxest_index_by_counts(n_wrong_then, n_drawn_then) is not None:
-                return n_more
+            if is_enough(n_more):
+                numbers_between = range(too_small + 1, n_more)
+                n_between_too_small = bisect_left(numbers_between, True, key=is_enough)
+                return too_small + 1 + n_between_too_small
+            too_small = n_more
         return None
+
+    def _would_certify(self, n_wrong: Ints, n_drawn: Ints, n_more: int) -> bool:
+        """Return whether more labels would certify a threshold, at the same error rates.
+
+        Args:
+            n_wrong: (G,) number of wrong answers up to each grid point.
+            n_drawn: (G,) number of labels up to each grid point.
+            n_more: Number of further labels, for photos up to the limit.
+        """
+        error_rate = n_wrong / np.maximum(n_drawn, 1)
+        n_unlabelled = self.count_unlabelled(n_drawn)
+        n_up_to_limit = int(n_unlabelled[self.last_tested_index])
+        n_more_drawn = np.floor(n_more * n_unlabelled / max(n_up_to_limit, 1)).astype(np.int64)
+        n_drawn_then = n_drawn + n_more_drawn
+        # The numbers are rounded up, so that the estimate is not too small.
+        n_wrong_then = np.ceil(error_rate * n_drawn_then - ROUNDING_TOLERANCE).astype(np.int64)
+        return self._laxest_index_by_counts(n_wrong_then, n_drawn_then) is not None
 
 
 AnyThresholdTests = ThresholdTests | ClosedSetTests

@@ -33,6 +33,21 @@ the earlier sequence's level (Wiens 2003).
 3. A level is passed on only if all H_t before the next start were rejected. So before a true H_t
    is rejected, the levels at which different t* are tested add up to at most delta.
 
+**No largest size given.** Then M is the size of the largest calibration cluster. This cluster, the
+sizing cluster, is no random draw. If several clusters have M rows, the one with the smallest name
+hash is the sizing cluster. It is tested with max(Z_c, 0) in place of Z_c, so it can lower the
+evidence, and cannot raise it. It must not be left out: of k + 1 clusters with M rows, the test
+would then see only k.
+
+Proof. A cluster of up to M rows has M rows with the probability q. Let f be the mean factor of the
+clusters with M rows, and f' this mean with max(Z_c, 0). At least one of n clusters has M rows.
+Under this condition, the mean of E(t) is at most
+
+    f' / f (1 - (1 - q f)^n) / (1 - (1 - q)^n) <= 1    where R(t) >= r,
+
+because f' <= f and f' <= 1, and (1 - (1 - q f)^n) / f falls as f rises. The mean stays at most 1
+if clusters are set aside, given how many of these have M rows.
+
 R(t) may cross r any number of times, and scores may be equal. ``benchmarks/clusters.py`` simulates
 the procedure.
 
@@ -70,6 +85,8 @@ class LabelledRows(NamedTuple):
     failure: Ints  # (N,) 1 for a wrong answer, 0 for a right answer
     cluster: Ints  # (N,) index of the cluster
     largest_cluster: int  # M, which must not depend on the labels
+    # index of the cluster that gave M, or None if M was given
+    sizing_cluster: int | None = None
 
     @property
     def n_clusters(self) -> int:
@@ -136,10 +153,27 @@ def _evidence_after_rows(rows: LabelledRows, max_risk: float) -> Floats:
     """Return the log evidence (N,) after each row, in ascending score order.
 
     A row's entry is log E(t) for a threshold t that accepts this row and all earlier rows.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.calibration.cluster_bets import LabelledRows, _evidence_after_rows
+        >>> # Two right rows in cluster 0, and between their scores a wrong row in cluster 1. With
+        >>> # r = 1/2 and M = 2, (1 - r) M is 1. Z of cluster 0 is -1/2 and then -1, and Z of
+        >>> # cluster 1 is 1/2. So a bet b has the wealth 1 + b/2, then (1 + b/2) (1 - b/2), and
+        >>> # then (1 + b) (1 - b/2). The mean of b is 0.7525, and the mean of b^2 is 0.611375.
+        >>> uncertainty, failure, cluster = np.array([[0.1, 0.2, 0.3], [0, 1, 0], [0, 1, 0]])
+        >>> rows = LabelledRows(uncertainty, failure, cluster.astype(int), largest_cluster=2)
+        >>> np.exp(_evidence_after_rows(rows, max_risk=0.5)).round(3).tolist()
+        [1.376, 0.847, 1.071]
     """
     ascending_rows = np.argsort(rows.uncertainty, kind="stable")
     is_wrong = rows.failure[ascending_rows] == 1
-    sum_before_row, sum_with_row = _cluster_sums(is_wrong - max_risk, rows.cluster[ascending_rows])
+    cluster = rows.cluster[ascending_rows]
+    sum_before_row, sum_with_row = _cluster_sums(is_wrong - max_risk, cluster)
+    # The sizing cluster is no random draw. So it may lower the evidence, and never raises it.
+    is_sizing = cluster == rows.sizing_cluster
+    sum_before_row = np.where(is_sizing, np.maximum(sum_before_row, 0), sum_before_row)
+    sum_with_row = np.where(is_sizing, np.maximum(sum_with_row, 0), sum_with_row)
     bets, wealth_shares = np.array(BETS_WITH_SHARES).T
     scaled_bets = bets[:, None] / ((1 - max_risk) * rows.largest_cluster)  # (B, 1)
     # E(t) is a product with a factor for every cluster. An additional accepted row changes only the
@@ -219,6 +253,8 @@ def _reason_for_nothing(
     # smallest number of tested clusters in the best case: every cluster has M right rows
     n_tested_needed = n_right_labels_needed(max_risk, delta)
     n_needed = math.ceil(n_tested_needed / (1 - SHARE_ASIDE))
+    if rows.sizing_cluster is not None:
+        n_needed += 1  # the sizing cluster never raises the evidence
     clusters_in_words = f"{n_clusters:,} clusters of {mean_size:.1f} labelled rows on average"
     if n_clusters < n_needed:
         return (

@@ -69,8 +69,8 @@ class Clusters(FrozenModel):
         """Return scores (N,) to compare with the threshold, from the rows' uncertainties (N,).
 
         For "majority", a row's score is the mean uncertainty in the cluster. For "ratio", a row's
-        score is the row's uncertainty, or ``SCORE_IF_TOO_LARGE``. A row without an uncertainty has
-        the score NaN.
+        score is the row's uncertainty, or ``SCORE_IF_TOO_LARGE`` in a cluster that is too large. In
+        other clusters, a row without an uncertainty has the score NaN.
         """
         _, cluster = cluster_indices(clusters, len(uncertainty))
         if self.risk == "majority":
@@ -324,18 +324,18 @@ def ratio_rows(
     """
     names, cluster = cluster_indices(clusters, len(outcomes))
     cluster_size = np.bincount(cluster)
+    sizing_cluster = None
     if largest_cluster is None:
         largest_cluster = int(cluster_size.max())
-        # The largest cluster sets the bound M. So this cluster is no random draw and is left out.
-        # Given M, the remaining clusters are random draws among clusters with at most M rows.
-        is_in_draw = cluster != int(cluster_size.argmax())
-    else:
-        is_in_draw = cluster_size[cluster] <= largest_cluster
-    is_counted = is_usable & is_in_draw
-    clusters_aside = _clusters_set_aside(np.unique(cluster[is_counted]), names)
+        clusters_of_this_size = np.flatnonzero(cluster_size == largest_cluster)
+        sizing_cluster = _sort_by_hash(clusters_of_this_size, names)[0]
+    is_counted = is_usable & (cluster_size[cluster] <= largest_cluster)
+    # The sizing cluster is always tested, because it must lower the evidence if it is wrong.
+    is_other = is_counted & (cluster != sizing_cluster)
+    clusters_aside = _clusters_set_aside(np.unique(cluster[is_other]), names)
     is_aside = np.isin(cluster, clusters_aside)
     is_tested = is_counted & ~is_aside
-    if not is_tested.any():
+    if not (is_tested & is_other).any():
         raise DataError(
             f"no cluster of up to {largest_cluster:,} rows is left to calibrate on. Give more "
             "clusters, or a larger bound (largest)."
@@ -343,7 +343,9 @@ def ratio_rows(
 
     def make_labelled_rows(is_chosen: NDArray[np.bool_]) -> LabelledRows:
         rows = outcomes.take(is_chosen)
-        return LabelledRows(rows.uncertainty, rows.failure, cluster[is_chosen], largest_cluster)
+        return LabelledRows(
+            rows.uncertainty, rows.failure, cluster[is_chosen], largest_cluster, sizing_cluster
+        )
 
     return make_labelled_rows(is_tested), make_labelled_rows(is_counted & is_aside)
 
@@ -351,17 +353,22 @@ def ratio_rows(
 def _clusters_set_aside(cluster: Ints, names: list[str]) -> list[int]:
     """Choose a random tenth of the clusters (C,), rounded up, and return the indices.
 
-    The clusters with the smallest name hashes are chosen. Hashes do not depend on scores or labels,
-    so the choice is random, and the same at every run.
-
     Args:
         cluster: Cluster indices (C,) to choose from.
         names: Names for all clusters, by index.
+    """
+    n_aside = math.ceil(SHARE_ASIDE * len(cluster))
+    return _sort_by_hash(cluster, names)[:n_aside]
+
+
+def _sort_by_hash(cluster: Ints, names: list[str]) -> list[int]:
+    """Sort cluster indices (C,) by the hashes of the names.
+
+    Hashes do not depend on scores or labels, so the order is random, and the same at every run.
     """
 
     def hash_of_name(cluster_index: int) -> bytes:
         name = names[cluster_index].encode()
         return hashlib.blake2b(name, digest_size=8).digest()
 
-    n_aside = math.ceil(SHARE_ASIDE * len(cluster))
-    return sorted(cluster.tolist(), key=hash_of_name)[:n_aside]
+    return sorted(cluster.tolist(), key=hash_of_name)

@@ -44,6 +44,16 @@ class Copies:
 
     Each fitted row is in the sample with probability f. A copy is detected only if the copied
     fitted row is in the sample. So k ~ Bin(K, f) of K copies are detected.
+
+    Examples:
+        >>> from vilu.calibration.copies import Copies
+        >>> copies = Copies(n_detected=1, n=10, sample_share=0.5)
+        >>> copies.estimated_share  # 1 / (0.5 * 10)
+        0.2
+        >>> copies.upper_n_copies  # of 7 copies, at most 1 is detected with (1 + 7) / 2^7 = 6 %
+        7
+        >>> copies.lower_n_copies
+        1
     """
 
     n_detected: int  # k, number of detected copies

@@ -150,7 +150,13 @@ def _mean_as_float64(numbers: Tensor) -> float:
 
 
 def _rank_of_limit(n: int, max_miss: float) -> int:
-    """Return the rank ceil((n + 1)(1 - max_miss)) of the limit c among the scores of n rows."""
+    """Return the rank ceil((n + 1)(1 - max_miss)) of the limit c among the scores of n rows.
+
+    Examples:
+        >>> from vilu.calibration.label_sets import _rank_of_limit
+        >>> _rank_of_limit(19, max_miss=0.1), _rank_of_limit(20, max_miss=0.1)  # 18, and 18.9
+        (18, 19)
+    """
     # The factor is n + 1, because the new row has each of n + 1 ranks among the calibration rows
     # with equal probability. With n the sets would miss more often than max_miss (Vovk et al.
     # 2005). The product is rounded to nine decimals first: in float64 a whole number may come out a

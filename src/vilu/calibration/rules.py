@@ -174,6 +174,8 @@ class Rule(FrozenModel):
     @property
     def coverage(self) -> float:
         """Share of accepted rows among the calibration rows."""
+        if not self.n:
+            return 0.0
         return self.n_accepted / self.n
 
     @property
@@ -468,7 +470,7 @@ def certify(
 
     Args:
         outcomes: Calibration rows. Rows without uncertainty or known failure are left out.
-        max_risk: Largest error rate among accepted answers ("crc": among all), in [0, 1].
+        max_risk: Largest error rate among accepted answers ("crc": among all), in (0, 1).
         confidence: 1 - delta, in (0, 1).
         min_coverage: Smallest share of answers to accept. With stated shares, the coverage is taken
             among rows with the stated shares. Together with ``max_risk``, a threshold with a
@@ -564,7 +566,7 @@ def certify_clusters(
         largest: For "ratio", the largest number of rows in a cluster under the guarantee, chosen
             without the labels. Larger clusters are left for review, and a smaller number needs
             fewer clusters. None means the size of the largest calibration cluster. This cluster
-            then does not count as evidence.
+            can then speak against a threshold, and never for it.
 
     Raises:
         UsageError: If an argument is out of range, or if ``largest`` is given for "majority".
@@ -604,6 +606,9 @@ def _make_cluster_rule(outcomes: Outcomes, target: Target) -> Rule:
         rows, start_rows = ratio_rows(outcomes, is_usable, outcomes.cluster, target.largest_cluster)
         return _make_ratio_rule(rows, start_rows, max_risk, target.confidence)
     cluster_outcomes = majority_outcomes(outcomes, outcomes.cluster)  # one outcome per cluster
+    # The fitted rows were counted above, among all rows. Among the clusters, their share would come
+    # out too large.
+    cluster_outcomes = replace(cluster_outcomes, provenance={})
     target_without_clusters = Target(max_risk=max_risk, confidence=target.confidence)
     rule = make_rule(cluster_outcomes, target_without_clusters)
     clusters = Clusters(risk="majority", n=rule.n)

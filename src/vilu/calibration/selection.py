@@ -58,6 +58,14 @@ def select_answers(p: Floats, level: float) -> NDArray[np.bool_]:
 
     ``p`` (N,) are the p-values, and ``level`` is the maximal risk. An answer without a p-value
     (NaN) is not accepted and not counted.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.calibration.selection import select_answers
+        >>> # The steps are 0.02, 0.04, 0.06 and 0.08. The third p-value is below its step. So the
+        >>> # second answer is accepted, too, although 0.05 is above the second step.
+        >>> select_answers(np.array([0.01, 0.05, 0.055, 0.5]), level=0.08).tolist()
+        [True, True, True, False]
     """
     has_p_value = np.isfinite(p)
     ascending_p = np.sort(p[has_p_value])

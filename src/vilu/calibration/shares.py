@@ -165,6 +165,14 @@ class Strata:
         """Weight (N,) for every row: v = N share_s / n_s for a row in stratum s.
 
         The mean weight is 1 if every stratum with a share above 0 has rows.
+
+        Examples:
+            >>> import vilu
+            >>> from vilu.calibration.shares import Strata
+            >>> rows = vilu.Outcomes([0.1, 0.2, 0.3, 0.9], [0, 0, 1, 1], target=[0, 0, 1, -2])
+            >>> strata = Strata(rows, outside_share=0.5, class_shares=None)
+            >>> strata.weight.round(4).tolist()  # 4 * 0.5 / 3, and 4 * 0.5 / 1 out of distribution
+            [0.6667, 0.6667, 0.6667, 2.0]
         """
         # If a stratum has a share but no rows, the mean weight is below 1, and a bound would hold
         # for another population. So callers check ``small_strata`` before searching for a
@@ -312,6 +320,17 @@ def cumulated_evidence(
         weight: Weight (N,) for every row.
         max_risk: Largest error rate, in (0, 1).
         largest_row_weight: Largest weight of any row.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.calibration.shares import BET_SIZES, cumulated_evidence
+        >>> # With the largest error rate 1/2, a row with the largest weight has the factor 1 + b if
+        >>> # the answer is right, and 1 - b if it is wrong. With half of that weight, b is halved.
+        >>> is_wrong = np.array([False, True, False])
+        >>> weight = np.array([2.0, 2.0, 1.0])
+        >>> evidence = cumulated_evidence(is_wrong, weight, max_risk=0.5, largest_row_weight=2.0)
+        >>> BET_SIZES[3], np.exp(evidence[3]).round(4).tolist()  # 1.5, 1.5 * 0.5, 0.75 * 1.25
+        (0.5, [1.5, 0.75, 0.9375])
     """
     # Every factor is positive, even for a wrong row with the largest weight, because the bets are
     # small enough. Markov's inequality needs E >= 0.

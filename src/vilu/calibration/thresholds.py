@@ -26,6 +26,13 @@ def binomial_tail(n_wrong: Ints, n_accepted: Ints, risk: float) -> Floats:
     """Return the p-value (...) of "the error rate is above ``risk``": P[Bin(m, risk) <= k].
 
     k = ``n_wrong``, m = ``n_accepted``. The p-value is 1 where nothing is accepted.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.calibration.thresholds import binomial_tail
+        >>> # three answers, each wrong with probability 1/2: at most 0 wrong, at most 1 wrong
+        >>> binomial_tail(np.array([0, 1]), np.array([3, 3]), risk=0.5).tolist()  # 1/8, (1 + 3)/8
+        [0.125, 0.5]
     """
     # imported here, because the import takes half a second and scoring does not need SciPy
     from scipy import special
@@ -46,6 +53,11 @@ def upper_bound(n_wrong: float, n_accepted: float, delta: float) -> float:
     """Return the upper Clopper-Pearson bound b on an error rate: P[Bin(m, b) <= k] = delta.
 
     k = ``n_wrong``, m = ``n_accepted``. The error rate is below b with confidence 1 - delta.
+
+    Examples:
+        >>> from vilu.calibration.thresholds import upper_bound
+        >>> round(upper_bound(0, 2, delta=0.25), 6)  # (1 - b)^2 = 1/4
+        0.5
     """
     from scipy import special
 
@@ -59,6 +71,11 @@ def lower_bound(n_hits: float, n: float, delta: float) -> float:
     """Return the lower Clopper-Pearson bound b on a rate: P[Bin(n, b) >= k] = delta.
 
     k = ``n_hits``.
+
+    Examples:
+        >>> from vilu.calibration.thresholds import lower_bound
+        >>> round(lower_bound(2, 2, delta=0.25), 6)  # b^2 = 1/4
+        0.5
     """
     from scipy import special
 
@@ -90,7 +107,15 @@ def exact_percent(confidence: float) -> str:
 
 
 def n_right_needed(risk: float, delta: float) -> int:
-    """Return the smallest m with (1 - risk)^m <= delta: m right answers certify the risk."""
+    """Return the smallest m with (1 - risk)^m <= delta: m right answers certify the risk.
+
+    Examples:
+        >>> from vilu.calibration.thresholds import n_right_needed
+        >>> n_right_needed(risk=0.5, delta=0.1)  # (1/2)^3 = 0.125, (1/2)^4 = 0.0625
+        4
+        >>> n_right_needed(risk=0.05, delta=0.05)
+        59
+    """
     if risk >= 1:
         return 1
     # In float64 a whole quotient could come out a little larger. Without the tolerance 1e-9, such a
@@ -315,6 +340,16 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
 
     Sources: Angelopoulos et al., Learn then Test (2021), Sec. 2. Wiens, A fixed sequence Bonferroni
     procedure (2003).
+
+    Examples:
+        >>> from vilu.calibration.thresholds import learn_then_test
+        >>> from vilu.metrics.counts import tie_counts
+        >>> counts = tie_counts([1, 2, 3, 4, 5, 6, 7, 8], [0, 0, 0, 0, 0, 0, 1, 1])
+        >>> # There is one sequence, at the level 0.1. It starts at the fifth row, because four
+        >>> # right answers are needed: (1/2)^4 = 0.06. With seven rows, one of them wrong, the tail
+        >>> # is (1 + 7) / 2^7 = 0.06. With eight rows it is (1 + 8 + 28) / 2^8 = 0.14.
+        >>> print(learn_then_test(counts, max_risk=0.5, delta=0.1))
+        uncertainty <= 7 accepts 87.5% (1 wrong of 7 accepted, of 8)
     """
     floor_indices = _floor_indices(counts.accepted, max_risk, delta)
     # The interval with most accepted rows is chosen after all tests. So the tests share delta
@@ -555,6 +590,11 @@ def n_admissible_wrong(n: int, max_risk: float, level: float) -> int:
     """Return the largest k with P[Bin(n, max_risk) <= k] <= level, or -1 if there is no such k.
 
     k is a number of wrong answers.
+
+    Examples:
+        >>> from vilu.calibration.thresholds import n_admissible_wrong
+        >>> n_admissible_wrong(3, max_risk=0.5, level=0.4)  # the tails are 1/8, 4/8 and 7/8
+        0
     """
 
     def tail_of(n_wrong: int) -> float:
@@ -579,6 +619,14 @@ def conformal_risk_control(
     delta.
 
     Source: Angelopoulos et al., Conformal Risk Control (2022), Eq. 4, with a loss of 0 or 1.
+
+    Examples:
+        >>> from vilu.calibration.thresholds import conformal_risk_control
+        >>> from vilu.metrics.counts import tie_counts
+        >>> counts = tie_counts([1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 0, 1, 0, 0, 1, 0, 0, 1])
+        >>> # up to the score 5, (1 + 1) / (9 + 1) = 0.2. From 6 on, (2 + 1) / (9 + 1) = 0.3
+        >>> conformal_risk_control(counts, max_risk=0.2, delta=0.05).threshold
+        5.0
     """
     # The new row is counted as accepted and wrong. With k / n, without the new row, the mean over
     # draws could exceed max_risk by up to 1 / (n + 1).
@@ -600,6 +648,15 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Thre
     risk at t is bounded by a test on a single threshold. (Scores with ties are simulated in the
     tests.) Given t, the row at t is not random, and so is no trial. But all wrong answers up to t
     are counted.
+
+    Examples:
+        >>> from vilu.calibration.thresholds import coverage_first
+        >>> from vilu.metrics.counts import tie_counts
+        >>> counts = tie_counts([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [0] * 10)
+        >>> # The lower bounds for 8 and 9 of 10 rows are 0.49 and 0.61.
+        >>> threshold = coverage_first(counts, min_coverage=0.5, delta=0.1)
+        >>> threshold.threshold, round(threshold.risk_bound, 4)  # 8 trials: 1 - 0.05^(1/8)
+        (9.0, 0.3123)
     """
     n = int(counts.n)
 

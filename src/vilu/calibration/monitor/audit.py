@@ -44,6 +44,16 @@ def log_wealth(n_wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
 
     ``rate`` is in (0, 1). ``prior`` holds the parameters a and b for the Beta distribution of
     theta.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.calibration.monitor.audit import log_wealth
+        >>> # With the rate 1/2 and the prior Beta(1, 1), half of the wealth is not bet. After one
+        >>> # wrong answer, the integral of 2 theta over theta > 1/2 is 3/4. After one right answer,
+        >>> # the integral of 2 (1 - theta) is 1/4.
+        >>> log_m = log_wealth(np.array([1, 0]), np.array([1, 1]), rate=0.5, prior=(1.0, 1.0))
+        >>> np.exp(log_m).round(6).tolist()  # 1/2 + 3/4, and 1/2 + 1/4: the mean is 1
+        [1.25, 0.75]
     """
     a, b = prior
     n_right = n - n_wrong
@@ -70,6 +80,12 @@ def anytime_lower_bound(n_wrong: int, n: int, delta: float, prior: Prior) -> flo
     """Return a lower bound on an error rate, after ``n`` answers with ``n_wrong`` wrong answers.
 
     With confidence 1 - delta, no bound after 1, 2, 3, ... answers is above the true rate.
+
+    Examples:
+        >>> from vilu.calibration.monitor.audit import anytime_lower_bound
+        >>> # After one wrong answer, M(r) = r + (1 - r^2) / (2 r). M(r) is 2 at r = 2 - sqrt(3).
+        >>> round(anytime_lower_bound(n_wrong=1, n=1, delta=0.5, prior=(1.0, 1.0)), 4)
+        0.2679
     """
     if not n_wrong:
         return 0.0
@@ -83,6 +99,10 @@ def anytime_lower_bound(n_wrong: int, n: int, delta: float, prior: Prior) -> flo
     # below 1 is 1 - 2^-53.
     smallest_rate = 1e-300
     largest_rate = min(n_wrong / n, 1 - 2**-53)
+    # M may reach 1 / delta only below the smallest rate, if the prior strongly expects another
+    # error rate. The bound is then practically 0.
+    if excess_log_wealth(smallest_rate) <= 0:
+        return 0.0
     return float(optimize.brentq(excess_log_wealth, smallest_rate, largest_rate, xtol=1e-14))
 
 

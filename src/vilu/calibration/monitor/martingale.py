@@ -77,6 +77,17 @@ def histogram_log_densities(p: Floats, counts: Floats, weight: float) -> tuple[F
         p: P-values (B,).
         counts: N_t (m,) before the first of these p-values.
         weight: Weight of the uniform prior.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.calibration.monitor.martingale import histogram_log_densities
+        >>> # Two cells, and a prior with the weight of two p-values. Without counts the density is
+        >>> # 1. After a p-value in the first cell, the densities are 2 (1 + 1) / (2 + 1) there, and
+        >>> # 2 (1 + 0) / (2 + 1) in the second cell: the mean is 1.
+        >>> first_cell_twice = np.array([0.1, 0.1])
+        >>> log_density, _ = histogram_log_densities(first_cell_twice, np.zeros(2), weight=2.0)
+        >>> np.exp(log_density).round(4).tolist()
+        [1.0, 1.3333]
     """
     m = len(counts)
     row = np.arange(len(p))
@@ -112,6 +123,12 @@ def unused_wealth_share(start: Floats) -> Floats:
     """Return the unused share of the initial wealth after start number ``start`` (from 0).
 
     The share is (start + 2)^(-1/2). Before the first start the share is 1.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.calibration.monitor.martingale import unused_wealth_share
+        >>> unused_wealth_share(np.array([2.0, 7.0])).round(4).tolist()  # 1/2, 1/3
+        [0.5, 0.3333]
     """
     return 1 / np.sqrt(start + 2)
 
@@ -301,6 +318,16 @@ class ReferenceValues:
 
         Each new value is compared with all values in the reference and with earlier new values.
         ``uniform_numbers`` (B,) are random numbers in [0, 1) for breaking ties.
+
+        Examples:
+            >>> import numpy as np
+            >>> from vilu.calibration.monitor.martingale import ReferenceValues
+            >>> reference = ReferenceValues.of(np.array([0.1, 0.2, 0.2, 0.3]))
+            >>> # 0.2: one value is greater, two are equal, so (1 + 3/2) / 5. 0.4: none is greater
+            >>> # or equal among now five values, so (0 + 1/2) / 6.
+            >>> half = np.array([0.5, 0.5])  # in place of random numbers
+            >>> reference.p_values(np.array([0.2, 0.4]), half).round(4).tolist()
+            [0.5, 0.0833]
         """
         n_greater, n_equal = count_in_earlier_values(values)
         for run in self.runs:
@@ -321,6 +348,13 @@ def count_in_earlier_values(values: Floats) -> tuple[Ints, Ints]:
     The values are divided into blocks with 1 value, then with 2 values, with 4 values, and so on.
     Blocks are numbered from 0. Every odd block is compared with the previous, even block. Over all
     block sizes, every pair of values is compared once. This takes O(B log^2 B) time for B values.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.calibration.monitor.martingale import count_in_earlier_values
+        >>> n_greater, n_equal = count_in_earlier_values(np.array([2.0, 3.0, 2.0, 1.0]))
+        >>> n_greater.tolist(), n_equal.tolist()
+        ([0, 0, 1, 3], [0, 0, 1, 0])
     """
     n = len(values)
     n_greater = np.zeros(n, np.int64)

@@ -56,7 +56,8 @@ class Monitor:
         rows: Number of monitored rows.
         unscored: Number of monitored rows without an uncertainty. The tests leave out these rows.
         accepted: Number of accepted rows among the monitored rows.
-        repeated: Number of rows and labels that were left out, because they were given before.
+        repeated: Number of rows and labels that this monitor has left out, because they were given
+            before. ``resume`` does not restore the number of an earlier monitor.
         risk: Hash of the saved calibration. None if the calibration is not saved. Scores with
             decisions by this calibration contain the same hash.
 
