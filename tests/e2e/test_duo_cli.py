@@ -63,7 +63,10 @@ def test_scores_are_the_librarys_in_a_file_and_in_a_folder(work: Path) -> None:
 
 
 def test_a_calibration_takes_both(work: Path) -> None:
-    run("calibrate", work / "duo", work / "validation96", "--second", work / "validation64")
+    second = "--second", work / "validation64"
+    done = run("calibrate", work / "duo", work / "validation96", *second)
+    next_command = f"vilu score {work / 'duo'} STORE --second SECOND_STORE -o scores.parquet"
+    assert f"next: {next_command}" in done.stderr
     run(
         "score",
         work / "duo",
@@ -77,12 +80,11 @@ def test_a_calibration_takes_both(work: Path) -> None:
 
 
 def test_an_explanation_says_that_it_has_none_of_the_score(work: Path) -> None:
-    found = json.loads(
-        run(
-            "explain", work / "duo", work / "test96", "--second", work / "test64", "-n", 2, "--json"
-        ).stdout
-    )
-    assert "no attribution is defined for duo" in json.dumps(found)
+    command = "explain", work / "duo", work / "test96", "--second", work / "test64"
+    done = run(*command, "-n", 2, "--json")
+    assert "no attribution is defined for duo" in json.dumps(json.loads(done.stdout))
+    next_command = f"vilu {' '.join(map(str, command))} --summary"
+    assert f"where the failures are: {next_command}" in done.stderr
 
 
 def test_what_is_wrong_with_the_second_store_is_told(work: Path) -> None:

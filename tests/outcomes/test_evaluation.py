@@ -252,11 +252,15 @@ def test_compare_is_the_paired_bootstrap() -> None:
     assert json.loads(json.dumps(result.to_dict()))["difference"] == result.difference
 
 
-def test_compare_leaves_out_rows_that_either_could_not_score() -> None:
+@pytest.mark.parametrize("failure_is_known", [True, False])
+def test_compare_leaves_out_rows_that_either_could_not_score(failure_is_known: bool) -> None:
+    """``vilu.score`` gives no failure in a row that it cannot score."""
     a, b = sample(), other_scores(sample())
-    u = b.uncertainty.copy()
+    u, failure = b.uncertainty.copy(), b.failure.copy()
     u[:4] = math.nan
-    b = replace(b, uncertainty=u, reason=["k<2"] * 4 + [None] * 196)
+    if not failure_is_known:
+        failure[:4] = -1
+    b = replace(b, uncertainty=u, failure=failure, reason=["k<2"] * 4 + [None] * 196)
     result = compare(a, b, n_resamples=10)
     assert result.n == 196
     assert result.value_a == metrics.auroc(a.uncertainty[4:], a.failure[4:])

@@ -20,7 +20,9 @@ import vilu
 from tests.builders.page_data import outcomes_of
 from tests.command import run
 from tests.conftest import toy_embeddings, variant
+from tests.tables.answers import columns
 from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.rows import SCORING_BATCH
 from vilu.errors import UsageError
 from vilu.metrics.counts import has_repeated_picture
 from vilu.predictors.contract.seen import MAX_HASHES
@@ -119,6 +121,31 @@ def test_a_folder_of_parts_knows_repeats(
     assert (table.rows[0].n_pictures, table.rows[0].n_unlabelled) == (3600, 1200)
     whole = vilu.score_parts(vilu.MCM(), data, tmp_path / "once")
     assert isinstance(whole.tally().scores, vilu.metrics.histogram.Histogram)
+
+
+def test_a_folder_of_parts_knows_clusters(tmp_path: Path) -> None:
+    n = 2 * SCORING_BATCH
+    cluster = [f"page {row % 400}" for row in range(n)]  # rows of a page are in both parts
+    answers = {**columns(n), "cluster": cluster}
+    answer_score = vilu.methods.AnswerScore(column="score_a")
+    source = vilu.open_table(answers)
+    folder = vilu.score_parts(answer_score, source, tmp_path / "scores", rows_per_part=1)
+    assert len(folder.run.parts) == 2
+    said = f"the {n} rows of answer_score .given. are of 400 clusters"
+    with pytest.warns(UserWarning, match=f"rows of one cluster are no independent answers: {said}"):
+        table = vilu.evaluate(folder, metrics=["auroc"], n_resamples=50)
+    with pytest.warns(UserWarning, match=said):
+        assert vilu.evaluate(folder.outcomes(), metrics=["auroc"], n_resamples=50) == table
+    assert table.rows[0].interval == "95 % stratified bootstrap, 50 resamples of clusters"
+
+
+@pytest.mark.filterwarnings("ignore:(rows of one picture|400 of 800 rows|only 18 failures)")
+def test_a_folder_of_repeats_tells_rows_of_the_fit(tmp_path: Path) -> None:
+    data = toy_embeddings(n=400)
+    predictor = vilu.LVU(epochs=1, hidden=(4,)).fit(data[:200])
+    folder = vilu.score_parts(predictor, repeated(data, 2), tmp_path / "scores")
+    with pytest.warns(UserWarning, match="at least 400 of them for lvu"):
+        vilu.evaluate(folder, metrics=["auroc"], n_resamples=10)
 
 
 def test_the_search_for_a_repeated_picture_takes_little_memory() -> None:

@@ -189,6 +189,23 @@ def test_evaluation_of_a_folder_is_that_of_the_rows(data: Embeddings, done: Path
     assert (row.n, row.n_unlabelled, row.n_unusable) == (N - 13, 10, 3)
 
 
+@pytest.mark.parametrize("method", ["mcm", "max_logit"])
+def test_a_folder_is_evaluated_by_its_calibrated_probability(
+    data: Embeddings, tmp_path: Path, method: str
+) -> None:
+    """MCM's uncertainty is a probability, and that of max_logit is none."""
+    predictor = tmp_path / "predictor"
+    PREDICTORS[method]().save(predictor)
+    calibrate_predictor(predictor, data, Target())
+    calibrated = load_predictor(predictor)
+    folder = score_parts(calibrated, data, tmp_path / "scores", rows_per_part=1)
+    assert len(folder.run.parts) == 4
+    table = vilu.evaluate(folder, n_resamples=50)
+    assert table.to_dicts() == vilu.evaluate(folder.outcomes(), n_resamples=50).to_dicts()
+    error = table.filter(metric="ece").rows[0]
+    assert error.convention.endswith("equal width; of the calibrated failure_probability")
+
+
 def read_in_bins(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read folders from now on as if at most `most` bins were allowed."""
     read = score_folder.read_histogram

@@ -13,8 +13,9 @@ import pytest
 import vilu
 from tests.command import run
 from tests.tables.answers import columns, table, written
-from vilu.methods import AnswerProbe, AnswerScores
+from vilu.methods import AnswerProbe, AnswerScore, AnswerScores
 from vilu.outcomes.outcomes import Outcomes
+from vilu.tables.explain import explain_answers
 from vilu.tables.onnx import batch_of, random_graph_inputs
 
 ONE_SCORE = ("id", "score_a", "correct")
@@ -241,6 +242,12 @@ def test_an_explanation_names_the_columns(work: Path, calibrated: Path) -> None:
     assert "Leave them out" in summary.stderr
 
 
+def test_an_explanation_escapes_an_answer_once() -> None:
+    answers = vilu.open_table({"id": ["a"], "answer": ["two\nlines"], "score": [0.5]})
+    text = str(explain_answers(AnswerScore(), answers))
+    assert r"answer 'two\nlines'" in text
+
+
 def filled(path: Path, truth: dict[str, int]) -> Path:
     """Fill in every label in a table from ``vilu next``, and return its path."""
     heading, *lines = path.read_text().splitlines()
@@ -330,6 +337,9 @@ def test_what_cannot_be_done_says_what_can(work: Path, tmp_path: Path) -> None:
     several = run("calibrate", work / "fit.csv", "--max-risk", 0.1, "-o", tmp_path / "c", code=2)
     assert "the columns score_a, uncertainty_b" in several.stderr
     assert "vilu fit TABLE" in several.stderr
+    assert "and then `vilu calibrate PREDICTOR ANOTHER_TABLE`." in several.stderr
+    estimated = run("estimate", work / "fit.csv", code=2)
+    assert f"and then `vilu estimate {work / 'fit.csv'} --predictor PREDICTOR`." in estimated.stderr
     assert "needs -o FOLDER" in run("calibrate", work / "one.csv", code=2).stderr
     flags = run("fit", work / "fit.csv", "--pool-size", 8, "-o", tmp_path / "p", code=2)
     assert "is a table of answers" in flags.stderr

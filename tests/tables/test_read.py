@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -40,6 +41,21 @@ def test_a_spreadsheets_csv_is_understood(tmp_path: Path) -> None:
     }
     assert table.roles["note"] == "not used"
     assert table.name == "answers"
+
+
+def test_a_text_with_an_underscore_is_no_number(tmp_path: Path) -> None:
+    text = "id,score_p,month\na,0.5,2024_01\nb,0.4,2024_02\n"
+    table = vilu.open_table(written(tmp_path, text))
+    assert list(table.numbers) == ["score_p"]
+    assert table.unused == ("month",)
+    with pytest.raises(DataError, match="Got '1_000' instead"):
+        vilu.open_table(written(tmp_path, text.replace("0.5", "1_000")))
+
+
+def test_decimals_of_a_database_are_numbers() -> None:
+    prices = pa.array([Decimal("1.50"), Decimal("2.25")])
+    table = vilu.open_table({"id": ["a", "b"], "score": [0.5, 0.4], "price": prices})
+    assert table.numbers["price"].tolist() == [1.5, 2.25]
 
 
 @pytest.mark.parametrize("separator", [";", "\t"])

@@ -64,6 +64,27 @@ def test_rows_are_decided_on_and_audited(calibration: Path, tmp_path: Path) -> N
         assert (status["rows"], status["audit"]["n"]) == (200, expected.sum())
 
 
+def test_an_id_that_is_used_again_for_another_answer_is_another_row(
+    calibration: Path, tmp_path: Path
+) -> None:
+    """Clients that name every row "a" must not blind the monitor."""
+    with hosted(calibration, tmp_path / "state") as service:
+        for score in (*range(-100, -50), -100):
+            body = {"id": ["a"], "numbers": {"score_a": [float(score)]}}
+            assert service.post("/v1/scores", json=body).status_code == 200
+        (monitor,) = service.get("/v1/monitor").json()["monitors"]
+    assert monitor["status"]["rows"] == 50  # the last row is the first one again
+    assert monitor["guarantee"] == "void"
+
+
+def test_commas_in_ids_are_no_numbers(calibration: Path, tmp_path: Path) -> None:
+    body = {"id": ["page 1, line 2", 'a "word", too'], "numbers": {"score_a": [0.1, 0.2]}}
+    with hosted(calibration, tmp_path / "state", max_images=2) as service:
+        assert service.post("/v1/scores", json=body).status_code == 200
+        three = {"id": ["a", "b", "c"], "numbers": {"score_a": [0.1, 0.2, 0.3]}}
+        assert service.post("/v1/scores", json=three).status_code == 413
+
+
 def test_labels_of_answers_in_clusters_are_counted(tmp_path: Path) -> None:
     content = {**columns(800), "cluster": [f"page{row // 4}" for row in range(800)]}
     path = written(tmp_path / "t.csv", content, (*ONE_SCORE, "answer", "cluster"))

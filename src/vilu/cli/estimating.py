@@ -20,7 +20,7 @@ from vilu.cli.options import (
     with_reading_flags,
 )
 from vilu.errors import UNKNOWN, UsageError
-from vilu.text import plural
+from vilu.text import escape_unprintable, plural
 
 if TYPE_CHECKING:
     from vilu.calibration.estimates import Estimate
@@ -117,11 +117,11 @@ def _find_predictor(
 
     if predictor is not None:
         return load_predictor(predictor)
+    command = console.shell_command("vilu", "estimate", data, "--predictor", "PREDICTOR")
     if isinstance(source, AnswerTable):
-        return method_of_only_score(source)
+        return method_of_only_score(source, command)
     raise UsageError(
-        f"{data} has no scores. Fit a predictor on other rows and name it: `vilu estimate {data} "
-        "--predictor PREDICTOR`."
+        f"{data} has no scores. Fit a predictor on other rows and name it: `{command}`."
     )
 
 
@@ -170,7 +170,9 @@ def _estimates_in_words(estimates: tuple[Estimate, ...], confidence: float) -> s
         f"  by the labels alone: [{low:.1%}, {high:.1%}] (Clopper-Pearson)",
     ]
     largest_shares = sorted(class_shares, key=lambda estimate: estimate.share, reverse=True)
-    lines += [f"  {estimate}" for estimate in largest_shares[:MAX_CLASSES_SHOWN]]
+    for class_share in largest_shares[:MAX_CLASSES_SHOWN]:
+        printable_share = escape_unprintable(str(class_share))
+        lines.append(f"  {printable_share}")
     n_hidden_classes = len(largest_shares) - MAX_CLASSES_SHOWN
     if n_hidden_classes > 0:
         lines.append(f"  and {plural(n_hidden_classes, 'smaller class')}: --json has them all")

@@ -146,7 +146,10 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     )
     data = reading_flags.open_with_second(store)
     loaded_predictor = load_predictor(predictor)
-    command = console.shell_command("vilu", "explain", predictor, store)
+    second_flag: list[object] = []
+    if reading_flags.second is not None:
+        second_flag = ["--second", reading_flags.second]
+    command = console.shell_command("vilu", "explain", predictor, store, *second_flag)
     chosen_rows = [*(key or ()), *(row or ())]
     rows = chosen_rows or None  # None: the n most uncertain rows
     if isinstance(data, AnswerTable):
@@ -192,7 +195,10 @@ def _answers_in_words(
 
 
 def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) -> ExplainOutput:
-    """Return the output with --summary. ``command`` is the same command without flags."""
+    """Return the output with --summary.
+
+    ``command`` is `vilu explain` with the same inputs and no other flag.
+    """
     facts: dict[str, Any] = {
         "kind": "summary",
         "risk_map": risk.to_dict(),
@@ -206,7 +212,10 @@ def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) ->
 
 
 def _rows_in_words(explanations: Explanations, command: str, *, has_summary: bool) -> ExplainOutput:
-    """Return the output without --summary. ``command`` is the same command without flags."""
+    """Return the output without --summary.
+
+    ``command`` is `vilu explain` with the same inputs and no other flag.
+    """
     closing_line = f"{plural(len(explanations), 'row')} explained"
     if has_summary:
         closing_line += f"; where the failures are: {command} --summary"

@@ -142,8 +142,8 @@ LabelFiles = Annotated[
     list[Path] | None,
     path_option(
         "Labels of rows of the store: a CSV with the columns path and label, as `vilu labels` and "
-        "`vilu next` write it, or labels.parquet of a triage. May be repeated. [the labels of the "
-        "store]",
+        "`vilu next` write it, or labels.parquet of a triage. Labels in the store count as well. "
+        "May be repeated.",
         metavar="FILE",
     ),
 ]

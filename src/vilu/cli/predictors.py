@@ -204,7 +204,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         console.print_outputs(output)
         n_train = predictor.notes_.get("n_train", len(train))
         rows_in_words = plural(n_train, "row")
-        hint = _score_hint(output, train.data_kind)
+        hint = _score_hint(output, train.data_kind, has_second=reading_flags.second is not None)
         log_next_step(f"{predictor.name} fitted on {rows_in_words}; {hint}")
 
 
@@ -246,14 +246,19 @@ def _flags_of_fit(
     return flags
 
 
-def _score_hint(predictor: Path, data_kind: DataKind = "embeddings") -> str:
-    """Return the end of a closing line: the next command, to score with the predictor."""
-    data_metavar = "STORE"
+def _score_hint(
+    predictor: Path, data_kind: DataKind = "embeddings", *, has_second: bool = False
+) -> str:
+    """Return the end of a closing line: the next command, to score with the predictor.
+
+    ``has_second`` says whether the predictor takes stores of two models.
+    """
+    data = ["STORE"]
     if data_kind == "answers":
-        data_metavar = "TABLE"
-    command = console.shell_command(
-        "vilu", "score", predictor, data_metavar, "-o", "scores.parquet"
-    )
+        data = ["TABLE"]
+    if has_second:
+        data += ["--second", "SECOND_STORE"]
+    command = console.shell_command("vilu", "score", predictor, *data, "-o", "scores.parquet")
     return f"next: {command}"
 
 
@@ -374,7 +379,7 @@ def _open_training_set(
 ) -> EmbeddingSource:
     """Open the training rows: all rows, or ``n_shots`` rows per class, drawn with the seed.
 
-    With files in ``labels``, only the rows with a label in these files are opened.
+    With files in ``labels``, only the rows with a label in these files or in the store are opened.
     """
     from vilu.embeddings.pairs import Pools, PseudoCaptions
     from vilu.predictors.contract.seen import draw_shots
@@ -640,7 +645,7 @@ Labels = Annotated[
     list[Path] | None,
     path_option(
         "CSV with the columns path and label, of randomly picked rows of the store. For anytime: "
-        "all files of `vilu next`, filled in. May be repeated. [the labels of the store]",
+        "all files of `vilu next`, filled in. Labels in the store count as well. May be repeated.",
         metavar="FILE",
     ),
 ]
@@ -818,7 +823,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
     facts = calibration.model_dump(mode="json")
     console.print_result(facts, _calibration_in_words(calibration))
-    hint = _score_hint(predictor, data.data_kind)
+    hint = _score_hint(predictor, data.data_kind, has_second=reading_flags.second is not None)
     log_next_step(f"calibrated on {plural(calibration.n, 'row')}; {hint}")
 
 
@@ -839,7 +844,7 @@ def _write_score_predictor(
     if output is None:
         raise UsageError("a table that is calibrated alone needs -o FOLDER for the result.")
     answers = open_table(table, clusters=reading_flags.cluster_column)
-    predictor = method_of_only_score(answers)
+    predictor = method_of_only_score(answers, "vilu calibrate PREDICTOR ANOTHER_TABLE")
     input_digest = storage.fit_inputs_digest(predictor, [])
     is_written = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
     if not is_written:

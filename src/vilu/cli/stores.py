@@ -49,7 +49,7 @@ Features = Annotated[
 Labels = Annotated[
     Path | None,
     path_option(
-        "Labels (the array ``target``): an .npy file, or text with one label per line.",
+        "Labels (the array target): an .npy file, or text with one class name per line.",
         metavar="FILE",
     ),
 ]

@@ -181,9 +181,13 @@ class ScoredRows:
 
     uncertainty: Floats  # (N,) scores
     failure: Ints  # (N,) 1 where the answer is wrong, else 0
-    note: str | None = None  # note to show with metrics for these rows
     # (N,) picture numbers from 0 on. If every row shows a different picture, None
     picture: Ints | None = None
+
+    @property
+    def note(self) -> None:
+        """Note on the precision of the metrics: None, because every distinct score is kept."""
+        return None
 
     @property
     def n(self) -> int:
@@ -214,7 +218,7 @@ class ScoredRows:
     def take(self, mask: NDArray[np.bool_]) -> ScoredRows:
         """Return the rows with True in the ``mask`` (N,)."""
         picture = None if self.picture is None else repeated_picture_numbers(self.picture[mask])
-        return ScoredRows(self.uncertainty[mask], self.failure[mask], self.note, picture)
+        return ScoredRows(self.uncertainty[mask], self.failure[mask], picture)
 
     def counts(self) -> TieCounts:
         """Return the counts per score, the input for every metric."""

@@ -379,15 +379,18 @@ class Resampling(NamedTuple):
     confidence: float  # interval coverage
     seed: int
 
-    def describe(self, kernel: Kernel, scores: Scores) -> str:
-        """Say how a metric's interval for these rows is made."""
+    def describe(self, kernel: Kernel, scores: Scores, *, has_clusters: bool) -> str:
+        """Say how a metric's interval for these rows is made.
+
+        ``has_clusters`` says whether clusters are resampled, and not pictures.
+        """
         percent = f"{100 * self.confidence:g} %"
         text = f"{percent} stratified bootstrap, {self.n} resamples"
         if isinstance(kernel, OwnInterval):
             text = f"{percent}, {kernel.interval_note}, {self.n} draws"
         pictures_repeat = scores.n_pictures != scores.n
         if pictures_repeat:
-            return f"{text} of pictures"
+            return f"{text} of {'clusters' if has_clusters else 'pictures'}"
         return text
 
 
@@ -431,15 +434,16 @@ def _result_rows(
             why = _why_no_value(metric, tally)
         interval_text = None
         if not math.isnan(interval.ci_low):
-            interval_text = resampling.describe(metric.kernel, scores_of_metric)
-        conventions = [text for text in (metric.convention, scores_of_metric.note) if text]
+            interval_text = resampling.describe(
+                metric.kernel, scores_of_metric, has_clusters=tally.has_clusters
+            )
         row = ResultRow(
             **common_fields,
             metric=name,
             value=_none_for_nan(interval.value),
             ci_low=_none_for_nan(interval.ci_low),
             ci_high=_none_for_nan(interval.ci_high),
-            convention="; ".join(conventions),
+            convention=tally.convention_of(metric),
             interval=interval_text,
             why=why,
         )
@@ -548,8 +552,13 @@ def require_same_rows(a: Outcomes, b: Outcomes) -> None:
 
 
 def require_same_answers(a: Outcomes, b: Outcomes) -> None:
-    """Refuse outcomes with different failures, because the judged answers differ."""
-    _require_equal(a, b, values_name="failures", values_a=a.failure, values_b=b.failure)
+    """Refuse outcomes with different failures in rows that both methods scored.
+
+    There the judged answers differ. ``vilu.score`` gives no failure in a row that it cannot score.
+    """
+    are_scored = np.isfinite(a.uncertainty) & np.isfinite(b.uncertainty)
+    failure_b = np.where(are_scored, b.failure, a.failure)
+    _require_equal(a, b, values_name="failures", values_a=a.failure, values_b=failure_b)
 
 
 def _require_equal(

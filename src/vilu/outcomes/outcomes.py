@@ -22,7 +22,7 @@ from vilu.metrics.counts import check_codes, check_pictures, real_vector, repeat
 from vilu.metrics.histogram import Histogram
 from vilu.metrics.pictures import ScoredRows
 from vilu.outcomes.decisions import ACCEPT, REVIEW
-from vilu.outcomes.row_sample import RowSample, sample_of_rows
+from vilu.outcomes.row_sample import RowSample, hash_of_text, sample_of_rows
 from vilu.validation import checked, require_mask
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ class Tally:
     answer: str = "zero_shot"  # kind of the judged answers, as in ``Outcomes``
     sample: RowSample | None = None  # ``sample_of_rows`` for the evaluable rows
     has_clusters: bool = False  # whether clusters are resampled, and not pictures
+    is_calibrated: bool = False  # whether ``probability`` is the calibrated probability
     n_seen_in_fit: int = 0  # number of rows used to fit the predictor, as far as known
 
     def rows_for(self, metric: Metric) -> Scores | None:
@@ -158,6 +159,16 @@ class Tally:
             return self.probability
         rows = {"failure": self.scores, "within": self.within, "outside": self.outside}
         return rows[metric.question]
+
+    def convention_of(self, metric: Metric) -> str:
+        """Say how a metric is defined, of which probability, and how precise the value is."""
+        texts = [metric.convention]
+        if metric.of_probability and self.is_calibrated:
+            texts.append("of the calibrated failure_probability")
+        scores = self.rows_for(metric) or self.scores
+        if scores.note is not None:
+            texts.append(scores.note)
+        return "; ".join(texts)
 
 
 def identity_fields(scores: object) -> dict[str, Any]:
@@ -713,16 +724,15 @@ class Outcomes:
     def identities(self, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
         """Return a number (M,) for the cluster, or else the picture, of each row in a mask.
 
-        Rows with equal numbers are resampled together. A row with the number -1 is resampled alone.
-        The result is None if neither clusters nor pictures are known. The mask ``rows`` is (N,).
+        Rows with equal numbers are resampled together, also rows of several outcomes. A row with
+        the number -1 is resampled alone. The result is None if neither clusters nor pictures are
+        known. The mask ``rows`` is (N,).
         """
         if self.cluster is not None:
             number_of_cluster: dict[str | None, int] = {None: UNKNOWN}
-            numbers = []
-            for name in self.cluster:
-                next_number = len(number_of_cluster)
-                number = number_of_cluster.setdefault(name, next_number)
-                numbers.append(number)
+            for name in set(self.cluster) - {None}:
+                number_of_cluster[name] = hash_of_text(str(name)) & np.iinfo(np.int64).max
+            numbers = [number_of_cluster[name] for name in self.cluster]
             return np.array(numbers, dtype=np.int64)[rows]
         if self.picture is not None:
             return self.picture[rows]
@@ -750,9 +760,8 @@ class Outcomes:
             within = scores.take(~is_outside)
         probability = scores if self.is_probability else None
         if self.failure_probability is not None:
-            note = "of the calibrated failure_probability"
             probability = ScoredRows(
-                self.failure_probability[rows], failure, note=note, picture=resampling_unit
+                self.failure_probability[rows], failure, picture=resampling_unit
             )
         n_seen_in_fit = self.provenance.get("n_seen_in_fit")
         if not isinstance(n_seen_in_fit, int):
@@ -772,6 +781,7 @@ class Outcomes:
             n_unusable=n_unusable,
             sample=sample,
             has_clusters=self.cluster is not None,
+            is_calibrated=self.failure_probability is not None,
             n_seen_in_fit=n_seen_in_fit,
             **identity,
         )

@@ -46,7 +46,7 @@ def sample_of_rows(
         sampled_pictures = _smallest_hashes(known_pictures)
         return RowSample("pictures", sampled_pictures)
     if ids:
-        hashes = np.fromiter(map(_hash, ids), np.int64, len(ids))
+        hashes = np.fromiter(map(hash_of_text, ids), np.int64, len(ids))
         sampled_hashes = _smallest_hashes(hashes)
         return RowSample("names", sampled_hashes)
     return None
@@ -57,9 +57,9 @@ def _smallest_hashes(hashes: NDArray[np.int64]) -> frozenset[int]:
     return frozenset(np.unique(hashes)[:SAMPLE_SIZE].tolist())
 
 
-def _hash(identifier: str) -> int:
-    """Hash an identifier to a whole number with 64 bits."""
-    content = identifier.encode(errors="surrogatepass")
+def hash_of_text(text: str) -> int:
+    """Hash a text, such as an identifier, to a whole number with 64 bits and a sign."""
+    content = text.encode(errors="surrogatepass")
     digest = blake2b(content, digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 

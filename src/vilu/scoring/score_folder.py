@@ -405,11 +405,21 @@ class EvaluableRows(NamedTuple):
     uncertainty: Floats
     failure: Ints
     is_ood: NDArray[np.bool_]  # whether the row is outside all classes
-    picture: Ints | None  # identity of each row's picture; None: the identities are not known
+    # identity of each row's cluster, or else of its picture. None: the identities are not known
+    identity: Ints | None
+    has_clusters: bool  # whether the identities are of clusters
+    failure_probability: Floats | None  # calibrated probability, None without a calibration
+
+    @property
+    def identity_or_unknown(self) -> Ints:
+        """The identities (N,), or -1 in every row if the identities are not known."""
+        if self.identity is None:
+            return np.full(len(self.failure), UNKNOWN)
+        return self.identity
 
 
 IDENTITIES_PER_PASS = 2**23
-"""Approximate number of picture identities compared at once. Twice 8 bytes each, or 134 MB."""
+"""Approximate number of identities compared at once. Twice 8 bytes each, or 134 MB."""
 
 
 class ScoreFolder(PickledByPath):
@@ -491,66 +501,80 @@ class ScoreFolder(PickledByPath):
     def tally(self) -> Tally:
         """Return the counts for ``vilu.evaluate``, from histograms or from rows.
 
-        The picture identities are compared, about ``IDENTITIES_PER_PASS`` at a time. If two rows
-        have the same picture, the counts come from all rows. Then all rows are read into memory,
-        about 33 bytes per row.
+        The identities of clusters or pictures are compared, about ``IDENTITIES_PER_PASS`` at a
+        time. If two rows have the same identity, the counts come from all rows. Then all rows are
+        read into memory, about 41 bytes per row.
         """
-        if self._has_repeated_pictures():
+        if self._has_repeated_identities():
             return self._tally_of_rows()
         histogram, histogram_ood = self._histograms
         histogram_within = histogram
         if histogram_ood.n:
             histogram_within = histogram.without(histogram_ood)
         histogram_outside = histogram.with_part_as_wrong(histogram_ood)
+        probability = self._histogram_of_calibrated_probability()
+        is_calibrated = probability is not None
+        if probability is None and self.run.is_probability:
+            probability = histogram
         return Tally(
             scores=histogram,
             within=histogram_within,
             outside=histogram_outside,
-            probability=histogram if self.run.is_probability else None,
+            probability=probability,
+            is_calibrated=is_calibrated,
             n_unlabelled=self.counts.n_unlabelled,
             n_unusable=self.counts.n_unscored,
             n_seen_in_fit=self.counts.n_seen,
             **identity_fields(self.run),
         )
 
-    def _has_repeated_pictures(self) -> bool:
-        """Return whether two evaluable rows show the same picture."""
+    def _histogram_of_calibrated_probability(self) -> Histogram | None:
+        """Return the histogram over the calibrated probability, or None without a calibration."""
+        parts = self._evaluable_rows_of_parts()
+        first_part = next(parts, None)
+        if first_part is None or first_part.failure_probability is None:  # all parts are alike
+            return None
+
+        # A generator, so that memory never holds all histograms at once.
+        def histograms() -> Iterator[Histogram]:
+            for rows in chain([first_part], parts):
+                if rows.failure_probability is not None:
+                    yield Histogram.of(rows.failure_probability, rows.failure)
+
+        return Histogram.total(histograms())
+
+    def _has_repeated_identities(self) -> bool:
+        """Return whether two evaluable rows are of the same cluster, or show the same picture."""
         n_passes = math.ceil(self.counts.n_scored / IDENTITIES_PER_PASS)
         for remainder in range(n_passes):
             # A pass compares the identities with one remainder on division by the pass count. Equal
             # identities have equal remainders, so a single pass compares all equal identities.
-            if has_repeated_picture(self._pictures_with_remainder(remainder, n_passes)):
+            if has_repeated_picture(self._identities_with_remainder(remainder, n_passes)):
                 return True
         return False
 
-    def _pictures_with_remainder(self, remainder: int, divisor: int) -> Ints:
+    def _identities_with_remainder(self, remainder: int, divisor: int) -> Ints:
         """Return the identities of the evaluable rows that have a remainder on division."""
-        pictures = [np.empty(0, np.int64)]  # so that there is an array if no part has pictures
+        identities = [np.empty(0, np.int64)]  # so that there is an array if no part has identities
         for rows in self._evaluable_rows_of_parts():
-            if rows.picture is not None:
-                has_remainder = rows.picture % divisor == remainder
-                pictures.append(rows.picture[has_remainder])
-        return np.concatenate(pictures)
+            if rows.identity is not None:
+                has_remainder = rows.identity % divisor == remainder
+                identities.append(rows.identity[has_remainder])
+        return np.concatenate(identities)
 
     def _tally_of_rows(self) -> Tally:
-        """Return the counts for ``vilu.evaluate``, from all evaluable rows and their pictures."""
-        uncertainties = []
-        failures = []
-        is_ood = []
-        pictures = []
-        for rows in self._evaluable_rows_of_parts():
-            picture = rows.picture
-            if picture is None:
-                picture = np.full(len(rows.failure), UNKNOWN)
-            uncertainties.append(rows.uncertainty)
-            failures.append(rows.failure)
-            is_ood.append(rows.is_ood)
-            pictures.append(picture)
+        """Return the counts for ``vilu.evaluate``, from all evaluable rows and their identities."""
+        parts = list(self._evaluable_rows_of_parts())
+        has_clusters = any(part.has_clusters for part in parts)
+        probabilities = [
+            part.failure_probability for part in parts if part.failure_probability is not None
+        ]
         outcomes = Outcomes(
-            np.concatenate(uncertainties),
-            np.concatenate(failures),
-            outside=np.concatenate(is_ood),
-            picture=np.concatenate(pictures),
+            np.concatenate([part.uncertainty for part in parts]),
+            np.concatenate([part.failure for part in parts]),
+            outside=np.concatenate([part.is_ood for part in parts]),
+            picture=np.concatenate([part.identity_or_unknown for part in parts]),
+            failure_probability=np.concatenate(probabilities) if probabilities else None,
             is_probability=self.run.is_probability,
             **identity_fields(self.run),
         )
@@ -559,6 +583,10 @@ class ScoreFolder(PickledByPath):
             tally,
             n_unlabelled=self.counts.n_unlabelled,
             n_unusable=self.counts.n_unscored,
+            n_seen_in_fit=self.counts.n_seen,
+            has_clusters=has_clusters,
+            # with clusters, the sample holds clusters, and cannot be compared with pictures
+            sample=None if has_clusters else tally.sample,
         )
 
     def _evaluable_rows_of_parts(self) -> Iterator[EvaluableRows]:
@@ -568,14 +596,16 @@ class ScoreFolder(PickledByPath):
             path = verify_file(receipt.part.scores_file)
             outcomes = Outcomes.load(path)
             is_evaluable = outcomes.evaluable
-            picture = None
-            if outcomes.picture is not None:
-                picture = outcomes.picture[is_evaluable]
+            failure_probability = None
+            if outcomes.failure_probability is not None:
+                failure_probability = outcomes.failure_probability[is_evaluable]
             yield EvaluableRows(
                 uncertainty=outcomes.uncertainty[is_evaluable],
                 failure=outcomes.failure[is_evaluable],
                 is_ood=outcomes.outside[is_evaluable],
-                picture=picture,
+                identity=outcomes.identities(is_evaluable),
+                has_clusters=outcomes.cluster is not None,
+                failure_probability=failure_probability,
             )
 
     def outcomes(self) -> Outcomes:

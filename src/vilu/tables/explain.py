@@ -35,7 +35,7 @@ class ExplainedAnswer:
     def __str__(self) -> str:
         answer = ""
         if self.answer is not None:
-            answer = f"   answer {escape_unprintable(self.answer)!r:.60}"
+            answer = f"   answer {self.answer!r:.60}"
         key = escape_unprintable(self.key)
         head = f"row {self.row}  {key}{answer}   uncertainty {self.uncertainty:.4g}"
         if self.correct in WORD_OF_CORRECT:

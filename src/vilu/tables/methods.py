@@ -254,8 +254,12 @@ class AnswerScore(AnswerMethod):
         return terms.squeeze(1)
 
 
-def method_of_only_score(table: AnswerTable) -> AnswerScore:
+def method_of_only_score(table: AnswerTable, command_after_fit: str = "") -> AnswerScore:
     """Return the method for the only table column with a sign in its name.
+
+    Args:
+        table: The table.
+        command_after_fit: What to run with a fitted predictor instead, for the error message.
 
     Raises:
         UsageError: If there is no such column, or several.
@@ -274,9 +278,12 @@ def method_of_only_score(table: AnswerTable) -> AnswerScore:
     problem = "This table has no column that begins with score or uncertainty. Rename one column"
     if signed_columns:
         problem = f"This table has the columns {', '.join(signed_columns)}. Keep only one of them"
+    then = ""
+    if command_after_fit:
+        then = f", and then `{command_after_fit}`"
     raise UsageError(
         f"without a fit, one column decides: score_... or uncertainty_.... {problem}, or fit a "
-        "method: `vilu fit TABLE -o predictor`, and then `vilu calibrate predictor ANOTHER_TABLE`."
+        f"method: `vilu fit TABLE -o PREDICTOR`{then}."
     )
 
 

@@ -441,7 +441,7 @@ def _has_numbers(column: pa.ChunkedArray) -> bool:
     import pyarrow as pa
 
     data_type = column.type
-    checks = [pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean]
+    checks = [pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean]
     is_numeric = any(check(data_type) for check in checks)
     if is_numeric:
         return True
@@ -460,6 +460,8 @@ def _is_text(data_type: pa.DataType) -> bool:
 
 def _parse_number(cell: str) -> float | None:
     """Return the number in a cell, or None if the cell is no number."""
+    if "_" in cell:  # a text such as 2024_01, which Python would read as the number 202401
+        return None
     try:
         return float(cell)
     except ValueError:
