@@ -146,6 +146,27 @@ def test_scores_of_the_logits_judge_the_given_answer(test: Embeddings) -> None:
     )
 
 
+def test_an_answer_far_below_the_largest_logit_is_wrong() -> None:
+    """exp(1000) is infinite, but the probability of the answer is 0."""
+    data = Embeddings.from_logits([[1000.0, 0.0, 0.0], [0.0, 2.0, 1.0]], answer=[1, 1])
+    expected = {"mcm": 1.0, "prob_margin": 2.0, "margin": 1000.0}
+    for name, uncertainty in expected.items():
+        scores = make(name, answer="given").predict_uncertainty(data)
+        assert scores[0] == uncertainty
+        assert np.isfinite(scores).all()
+
+
+def test_answers_follow_candidates_that_are_taken(test: Embeddings) -> None:
+    data = with_answers(test, zero_shot(test))
+    turned = data.take(np.arange(len(data)), classes=[4, 3, 2, 1, 0])
+    scores = [vilu.score(make("mcm", answer="given"), rows) for rows in (data, turned)]
+    assert np.array_equal(scores[0].failure, scores[1].failure)
+    assert np.allclose(scores[0].uncertainty, scores[1].uncertainty, atol=1e-6)
+    fewer = data.take(np.arange(len(data)), classes=[0, 1])
+    with pytest.raises(DataError, match=r"some answers are classes that take\("):
+        vilu.score(make("mcm", answer="given"), fewer)
+
+
 @pytest.mark.parametrize("name", OF_IMAGE_OR_ALL_LOGITS)
 def test_a_score_that_knows_no_answer_stays(name: str, train: Embeddings, test: Embeddings) -> None:
     if name in ("pvu", "knn_distance"):

@@ -28,6 +28,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.metrics import auroc
 from vilu.predictors.contract.parameters import build_predictor, parameters
+from vilu.predictors.persistence.fit_sample import FitSample
 from vilu_bench.methods.ensembles import DeepEnsemble
 
 QUICK = {"hidden": (16, 8), "epochs": 6, "batch_size": 64, "width": 16}
@@ -316,6 +317,30 @@ def test_one_failure_is_enough_to_fit(learned: str, train: Embeddings, test: Emb
     with pytest.warns(UserWarning, match="only 1 failures"):
         predictor = make(learned).fit(train.take(rows))
     assert np.isfinite(predictor.predict_uncertainty(test)).all()
+
+
+def test_an_interrupted_fit_changes_nothing(
+    labelled: str,
+    fitted: dict,
+    train: Embeddings,
+    test: Embeddings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Scores, calibration and known rows must stay those of one fit."""
+    predictor = copy.copy(fitted[labelled]).calibrate_scores([-1.0, 0.0, 1.0] * 20, [0, 0, 1] * 20)
+    before = predictor.predict_uncertainty(test)
+    notes, calibrator = predictor.notes_, predictor.calibrator_
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FitSample, "draw", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        predictor.fit(train.take(torch.arange(0, len(train), 2)))
+    assert np.array_equal(predictor.predict_uncertainty(test), before, equal_nan=True)
+    assert predictor.calibrator_ is calibrator
+    assert predictor.notes_ is notes
+    assert predictor.seen(train).shared.all()
 
 
 def test_constant_survives_saving(
@@ -623,6 +648,18 @@ def everything_set() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_settings_of_torch_change_no_score_of_bare_embeddings(
+    fitted: dict[str, vilu.FailurePredictor], test: Embeddings
+) -> None:
+    predictor = fitted["mcm"]
+    expected = predictor.predict_uncertainty(test.image, test.text)
+    with everything_set():
+        found = predictor.predict_uncertainty(test.image, test.text)
+        found_of_array = predictor.predict_uncertainty(test.image.numpy(), test.text.numpy())
+    assert torch.equal(found, expected)
+    assert np.array_equal(found_of_array, expected.numpy())
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import dataclasses
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import yaml
@@ -160,6 +161,7 @@ def test_the_description_is_still_written_last(
 
 def test_pools_and_a_missing_space() -> None:
     method = SimpleNamespace(
+        answer="zero_shot",
         summary="s",
         reference="r",
         is_probability=False,
@@ -185,3 +187,15 @@ def test_pools_and_a_missing_space() -> None:
     assert "--backbone 'a b; rm -rf ~' --features\n" in model_card(
         {**record, "space": space}, method
     )
+
+
+@pytest.mark.parametrize(
+    ("answer", "noun"),
+    [("zero_shot", "the zero-shot answer is wrong"), ("given", "given with the image is wrong")],
+)
+def test_the_judged_answer_is_named(
+    answer: Literal["zero_shot", "given"], noun: str, tmp_path: Path
+) -> None:
+    MCM(answer=answer).save(tmp_path)
+    _, body = parts((tmp_path / "README.md").read_text())
+    assert noun in body

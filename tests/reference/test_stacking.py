@@ -150,6 +150,13 @@ def test_held_out_rows_of_one_kind_are_refused() -> None:
         Stacking(members=("mcm",)).fit(train, right)
 
 
+def test_rows_of_one_picture_are_refused() -> None:
+    image, text = np.tile([1.0, 0.0], (80, 1)), np.eye(2)
+    data = Embeddings(image, text, target=[0, 0, 0, 1] * 20)
+    with pytest.raises(DataError, match="all 80 training rows show one picture"):
+        Stacking(members=("mcm", "linear_probe")).fit(data)
+
+
 def test_restore_refuses_other_tensors() -> None:
     train = toy_embeddings(n=200)
     state = Stacking(members=MEMBERS).fit(train).state()

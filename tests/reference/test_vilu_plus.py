@@ -439,6 +439,30 @@ def test_companions_come_with_enough_labels(data: Embeddings) -> None:
     assert len(many.notes_["pool"]) == 3
 
 
+@pytest.mark.parametrize("ruled_out", [-1e12, -3e38])
+def test_a_candidate_ruled_out_by_a_large_logit_is_refused(
+    data: Embeddings, ruled_out: float
+) -> None:
+    logits = np.column_stack([zero_shot(data), np.full(len(data), ruled_out)])
+    target = data.target.numpy()
+    rows = Embeddings.from_logits(logits, data.image, target)
+    with pytest.raises(DataError, match="rule a candidate out"):
+        ViLUPlus(**QUICK).fit(rows)
+    logits[:, -1] = logits[:, :-1].min() - 50
+    rows = Embeddings.from_logits(logits, data.image, target)
+    assert np.isfinite(ViLUPlus(**QUICK).fit(rows).predict_uncertainty(rows)).all()
+
+
+def test_rows_of_one_picture_have_the_attention_alone() -> None:
+    """No row can be held out, because the rows of a picture are in the same fold."""
+    image, text = np.tile([1.0, 0.0], (40, 1)), np.eye(2)
+    data = Embeddings(image, text, target=[0, 0, 0, 1] * 10)
+    predictor = ViLUPlus(**QUICK).fit(data)
+    assert predictor.notes_["pool"] == [1.0]
+    assert predictor.held_out_ is None
+    assert len(set(predictor.predict_uncertainty(data).tolist())) == 1
+
+
 @pytest.mark.parametrize(
     ("n", "fits"), [(200, [160] * 5 + [200]), (1_000, [800] * 2 + [1_000]), (1_400, [1_120, 1_400])]
 )

@@ -94,6 +94,16 @@ def test_presence_by_hand() -> None:
     assert fit_presence(tiny)[1] == 0.0
 
 
+def test_presence_of_a_count_far_above_the_mean() -> None:
+    """If all images show one of 2,000 classes, both densities of the count round to zero."""
+    count = torch.zeros(2_000, dtype=torch.float64)
+    count[0] = 20_000.0
+    occurs, absent = fit_presence(count)
+    assert occurs[0] == 0.0
+    assert (occurs[1:] < -3).all()
+    assert 0.9 < absent < 1.0
+
+
 def test_posterior_of_presence_is_bayes_rule() -> None:
     count = torch.tensor([0.0, 0.2, 1.0, 30.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     occurs, rho = fit_presence(count)

@@ -183,9 +183,17 @@ class RivalWeights:
         return self.logit_gap + self.total_weight.log()
 
     @cached_property
+    def ratio(self) -> Tensor:
+        """Largest probability of a rival, divided by the answer's probability: (B,) float64.
+
+        The ratio is at most exp(``MAX_LOGIT_GAP``). An infinite ratio would give 1 - p = NaN.
+        """
+        return self.logit_gap.clamp(max=MAX_LOGIT_GAP).exp()
+
+    @cached_property
     def odds(self) -> Tensor:
         """Odds (1 - p) / p (B,) float64 against the answer."""
-        return self.logit_gap.exp() * self.total_weight
+        return self.ratio * self.total_weight
 
     @property
     def total_probability(self) -> Tensor:
@@ -205,6 +213,12 @@ class RivalWeights:
         prediction = first_equal_index[self.answer.squeeze(1)]
         return ZeroShot(prediction, max_logit=self.answer_logit, log_norm=log_norm)
 
+
+MAX_LOGIT_GAP = 600.0
+"""Largest gap whose exponential is computed, 1e260. Then 1 - p rounds to 1 in any case.
+
+Gaps are positive if another answer is judged than the zero-shot answer.
+"""
 
 NEGLIGIBLE_LOGIT = torch.finfo(torch.float32).min / 2
 """A logit below all other logits.

@@ -1104,9 +1104,9 @@ class RowSubset(EmbeddingSource):
         If a row's class is removed, the row gets an unknown target.
         """
         # An entry per candidate, and a last entry for unknown targets: -1 indexes the last entry.
-        new_target_of = classes.new_full((len(self.text) + 1,), UNKNOWN)
-        new_target_of[classes] = torch.arange(len(classes), device="cpu")
-        self.target = new_target_of[self.target]
+        self._new_index_of = classes.new_full((len(self.text) + 1,), UNKNOWN)
+        self._new_index_of[classes] = torch.arange(len(classes), device="cpu")
+        self.target = self._new_index_of[self.target]
         self.text = self.text[classes]
         if self.class_names:
             self.class_names = tuple(self.class_names[i] for i in classes.tolist())
@@ -1141,12 +1141,29 @@ class RowSubset(EmbeddingSource):
         if name == LOGITS:
             logits = self._source.column(name, self._rows[index])
             return logits if self._classes is None else logits[:, self._classes]
+        if name == ANSWER and self._classes is not None:
+            return self._new_answers(index)
         if name in ROW_COLUMNS:
             return self._source.column(name, self._rows[index])
         all_entries = self._source.column(name, index)
         if self._classes is not None and name in TEXT_COLUMNS:
             return all_entries[self._classes]
         return all_entries
+
+    def _new_answers(self, index: Tensor) -> Tensor:
+        """Return the rows' given answers (B,), numbered by the kept candidates.
+
+        Raises:
+            DataError: If an answer is a class that was not kept.
+        """
+        answers = self._source.column(ANSWER, self._rows[index])
+        new_answers = self._new_index_of[answers]
+        if (new_answers == UNKNOWN).any():
+            raise DataError(
+                "some answers are classes that take(classes=...) left out, so they cannot be "
+                "judged. Keep these classes, or leave these rows out."
+            )
+        return new_answers
 
 
 class SubsetIds(Identifiers):

@@ -138,10 +138,7 @@ class Stacking(WithSecondModel):
     @property
     def columns_to_score(self) -> tuple[str, ...]:
         """Names of the columns used by the members in scoring."""
-        columns: list[str] = []
-        for member in self.members_.values():
-            columns += member.columns_to_score
-        return tuple(dict.fromkeys(columns))
+        return columns_of_members(self.members_)
 
     def _new_members(self) -> dict[str, FailurePredictor]:
         """Make the members by name, without a fit."""
@@ -175,6 +172,13 @@ class Stacking(WithSecondModel):
         scores = []
         failures = []
         folds = cross_fit_splits(train, failure, validation, self.seed, self.needs)
+        rows_of_first_fold, _ = folds[0]
+        if not len(rows_of_first_fold.index):  # the rows of a picture are held out together
+            raise DataError(
+                f"{self.name} fits its members on other pictures than its weights, and all "
+                f"{len(train.index)} training rows show one picture. Add rows of other pictures, "
+                "or give validation rows."
+            )
         for rows_to_fit, held_out_rows in folds:
             members = self._fit_members(rows_to_fit)
             with torch.no_grad():
@@ -185,10 +189,9 @@ class Stacking(WithSecondModel):
         regression = self._regress(torch.cat(scores), torch.cat(failures))
         coefficients = regression["coefficients"].tolist()
         notes = {"coefficients": dict(zip(self.members, coefficients, strict=True))}
-        # ``second_notes`` reads the columns of the fitted members
-        self.members_ = self._fit_members(train)
-        tensors = regression | member_tensors(self.members_)
-        second_notes = self.second_notes(train.source)
+        members = self._fit_members(train)
+        tensors = regression | member_tensors(members)
+        second_notes = self.second_notes(train.source, columns_of_members(members))
         return Learnt(tensors, notes | second_notes)
 
     def _fit_members(self, rows: Rows) -> dict[str, FailurePredictor]:
@@ -283,6 +286,14 @@ class Stacking(WithSecondModel):
     def state(self) -> dict[str, Tensor]:
         """Return the tensors of the regression and the members, by name."""
         return super().state() | member_tensors(self.members_)
+
+
+def columns_of_members(members: dict[str, FailurePredictor]) -> tuple[str, ...]:
+    """Return the names of the columns used by members in scoring."""
+    columns: list[str] = []
+    for member in members.values():
+        columns += member.columns_to_score
+    return tuple(dict.fromkeys(columns))
 
 
 def tensor_prefix(member: str) -> str:

@@ -295,9 +295,12 @@ class WithSecondModel(FailurePredictor):
     different space is refused.
     """
 
-    def second_notes(self, source: EmbeddingSource) -> dict[str, Any]:
-        """Make notes with the second model's space. Empty if the scores do not use this model."""
-        if source.second is None or SECOND_MODEL_COLUMNS.isdisjoint(self.columns_to_score):
+    def second_notes(self, source: EmbeddingSource, columns: Sequence[str]) -> dict[str, Any]:
+        """Make notes with the second model's space. Empty if the scores do not use this model.
+
+        ``columns`` are the columns used by the scores.
+        """
+        if source.second is None or SECOND_MODEL_COLUMNS.isdisjoint(columns):
             return {}
         return {"second": dataclasses.asdict(source.second.space)}
 
@@ -396,7 +399,7 @@ class Duo(WithSecondModel):
         notes = {
             "large": large_multiplier,
             "small": small_multiplier,
-            **self.second_notes(train.source),
+            **self.second_notes(train.source, self.columns_to_score),
         }
         return Learnt(tensors, notes)
 

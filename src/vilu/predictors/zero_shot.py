@@ -191,11 +191,14 @@ class Margin(FailurePredictor):
 
 @dataclass
 class ProbMargin(FailurePredictor):
-    """One minus the gap between the two largest probabilities: u = 1 - (p_(1) - p_(2)), in [0, 1].
+    """One minus the gap between the two largest probabilities: u = 1 - (p_(1) - p_(2)).
 
     p_(1) is the answer's probability, and p_(2) is the largest probability among the remaining
-    candidates. For confident rows all gaps round to one. The values of u still differ, because u is
-    computed as (1 - p_(1)) + p_(2).
+    candidates. For the zero-shot answer, u is in [0, 1]. For a given answer, p_(2) may exceed
+    p_(1), and u is in [0, 2].
+
+    For confident rows all gaps round to one. The values of u still differ, because u is computed as
+    (1 - p_(1)) + p_(2).
 
     Source: best-versus-second-best, Joshi et al., CVPR 2009.
 
@@ -219,9 +222,8 @@ class ProbMargin(FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         rivals = batch.judged_rivals
-        # 1 - p_(1) = odds / (1 + odds), and p_(2) = ratio / (1 + odds)
-        ratio = rivals.logit_gap.exp()  # p_(2) / p_(1)
-        return (ratio + rivals.odds) / (1 + rivals.odds)
+        # with ratio = p_(2) / p_(1): 1 - p_(1) = odds / (1 + odds), and p_(2) = ratio / (1 + odds)
+        return (rivals.ratio + rivals.odds) / (1 + rivals.odds)
 
 
 @dataclass

@@ -549,18 +549,23 @@ class FailurePredictor(ABC):
         sketches = seen.make_sketches(source)
         seen.warn_of_repeats(source, sketches)
         learnt = self.learn(dataclasses.replace(train, index=rows), failure, validation)
-        self.take(learnt.tensors, source.space)
         for further_source in sources[1:]:
             sketches = seen.join_sketches(sketches, seen.make_sketches(further_source))
-        self.seen_ = sketches
-        self.sample_ = FitSample.draw(sources, getattr(self, "seed", 0))
-        self.similarity_ = seen.similarity_statistics(source)
+        sample = FitSample.draw(sources, getattr(self, "seed", 0))
+        similarity = seen.similarity_statistics(source)
         counts = {"n_train": len(failure), "n_failures": int((failure == 1).sum())}
-        self.notes_ = {**counts, **seen.describe_candidates(source), **learnt.notes}
-        self.held_out_ = learnt.held_out
+        notes = {**counts, **seen.describe_candidates(source), **learnt.notes}
         if self.answer == "given":
             has_class = ~source.outside[rows]
-            self.notes_["given_answers"] = labelled.count_right_answers(failure[has_class])
+            notes["given_answers"] = labelled.count_right_answers(failure[has_class])
+        # All results are stored at the end. If a fit is interrupted, for example by Ctrl-C, the
+        # predictor stays as before.
+        self.take(learnt.tensors, source.space)
+        self.seen_ = sketches
+        self.sample_ = sample
+        self.similarity_ = similarity
+        self.notes_ = notes
+        self.held_out_ = learnt.held_out
 
     def learn(
         self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None
@@ -725,6 +730,7 @@ class FailurePredictor(ABC):
             all_scores[rows] = scores
         return all_scores
 
+    @torch_defaults()
     def _new_images(self, image: RowsLike, text: RowsLike | None) -> NewImages:
         """Make a source from bare image embeddings in the space of the fit."""
         from vilu.embeddings.new_images import NewImages

@@ -14,6 +14,7 @@ from torch.nn import functional
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import MAX_BATCH_LOGITS, nearest_rows
 from vilu.embeddings.source import SAME_TEXT_COSINE, Batch, LogitBatch
+from vilu.errors import DataError
 
 LOG_TEMPERATURE_SD = 0.5
 """Standard deviation of the normal prior on log a, where a is the zero-shot temperature.
@@ -60,6 +61,9 @@ FEATURES = "features"
 
 MIN_VARIANCE = 1e-6
 """Smallest variance above the rounding error."""
+
+MAX_LOGIT_VARIANCE = 1e18
+"""Largest variance of a row's logits. With more, float32 rounding changes the learned logits."""
 
 
 class Moments:
@@ -806,7 +810,11 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
 
 
 def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
-    """Compute a row's variance of tempered zero-shot logits, averaged over ``sample_rows``."""
+    """Compute a row's variance of tempered zero-shot logits, averaged over ``sample_rows``.
+
+    Raises:
+        DataError: If the variance is too large for a fit in float32.
+    """
     sum_of_variances = 0.0
     n_rows = 0
     sampled_rows = sample_rows(rows)
@@ -815,7 +823,15 @@ def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch
         variance_of_row = tempered_logits.var(dim=1, correction=0)
         sum_of_variances += float(variance_of_row.double().sum())
         n_rows += len(batch.index)
-    return max(sum_of_variances / n_rows, MIN_VARIANCE)
+    variance = max(sum_of_variances / n_rows, MIN_VARIANCE)
+    if variance > MAX_LOGIT_VARIANCE:
+        raise DataError(
+            f"the logits of a training row have a variance of {variance:.2g} over the candidates "
+            f"on average, and at most {MAX_LOGIT_VARIANCE:.0e} can be learned from. If a large "
+            "negative logit rules a candidate out, write the row's smallest other logit minus 50 "
+            "in its place, or leave the candidate out."
+        )
+    return variance
 
 
 def sample_rows(rows: Rows) -> Rows:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from vilu.backbones.catalog import named_backbones
-from vilu.embeddings.columns import DataKind
+from vilu.embeddings.columns import AnswerKind, DataKind
 from vilu.embeddings.space import REDUCED_JPEGS_SUFFIX
 from vilu.text import escape_unprintable
 
@@ -73,6 +73,12 @@ TABLE_LIMIT_LINES = [
     "- You must state the licence.",
 ]
 """Lines on the limits of a predictor for tables."""
+JUDGED_ANSWERS: dict[AnswerKind, str] = {
+    "zero_shot": "the zero-shot answer",
+    "adapted": "the adapted answer, which was learned from labels,",
+    "given": "the answer given with the image",
+}
+"""Maps the kind of the judged answers to the noun in the card."""
 GUARANTEE_FACTS = {
     "guarantee_text": "guarantee",
     "n": "calibration rows",
@@ -91,6 +97,7 @@ class DescribedPredictor(Protocol):
     closed_set: ClassVar[bool]
     needs_fit: ClassVar[bool]
     takes: ClassVar[DataKind]
+    answer: AnswerKind
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
@@ -124,8 +131,8 @@ def _card_of_image_predictor(
     sections = [
         yaml_header(space.get("backbone"), name),
         f"# {name}, a failure predictor",
-        "For every image it says how likely the zero-shot answer of the frozen model below is "
-        "wrong (higher = more likely wrong), from the embeddings alone. "
+        f"For every image it says how likely {JUDGED_ANSWERS[predictor.answer]} is wrong (higher = "
+        "more likely wrong), from the embeddings of the frozen model below alone. "
         f"{MADE_WITH}{code_span(description['vilu'])}.",
         method_paragraph(name, predictor),
         section("Embedding space", space_facts),

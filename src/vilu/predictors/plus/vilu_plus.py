@@ -139,10 +139,11 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     are fitted on different rows (cross-fitting, or ``validation``). Therefore q is a calibrated
     probability. The prior mean of w gives weight to the attention alone.
 
-    The attention is the only expert in three cases: if there are fewer than ten labels per class on
-    average, if the data are image-caption pairs, and if a candidate to be scored is no training
-    class. The fewer labels there are, the closer the attention stays to the zero-shot posterior.
-    With rows without labels, the attention stays close to the posterior from ``ViLUZero`` instead.
+    The attention is the only expert in four cases: if there are fewer than ten labels per class on
+    average, if the data are image-caption pairs, if all training rows show one picture, and if a
+    candidate to be scored is no training class. The fewer labels there are, the closer the
+    attention stays to the zero-shot posterior. With rows without labels, the attention stays close
+    to the posterior from ``ViLUZero`` instead.
 
     With examples of images that show none of the classes, or with everyday words (the column
     "negatives"), there is a further outcome, "outside" (``vilu.predictors.plus.ood``). Then
@@ -252,9 +253,11 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         weights = torch.ones(1, dtype=torch.float64)
         companion_kinds = self._companion_kinds(train)
-        if companion_kinds and validation is not None:
-            class_text = class_texts(train)
-            require_known_classes(validation, class_text)
+        folds: list[tuple[Rows, Rows]] = []
+        if companion_kinds:
+            folds = self._folds(train, failure, validation)
+        if not folds:
+            companion_kinds = ()
         learned_classes = self._learn_classes(train)
         start_logits = None
         if learned_classes is not None:
@@ -264,10 +267,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         experts = None
         rows_of_experts = None  # the rows that fitted ``experts``
         held_out_answers = None
-        if companion_kinds:
+        if folds:
             # The pool and the experts are fitted on different rows. On the same rows the memory
             # would get all the weight, since the memory contains those rows' labels.
-            folds = cross_fit_splits(train, failure, validation, self.seed)
             _, first_held_out = folds[0]  # all folds hold out about the same number of rows
             n_folds = math.ceil(ENOUGH_HELD_OUT_ROWS / len(first_held_out.index))
             posteriors_of_batches = []
@@ -294,6 +296,23 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         if learned_classes is not None:
             notes["unlabelled"] = learned_classes.notes
         return Learnt(tensors, {**notes, **outside.notes}, held_out_answers)
+
+    def _folds(
+        self, train: Rows, failure: Tensor, validation: EmbeddingSource | None
+    ) -> list[tuple[Rows, Rows]]:
+        """Return pairs: rows to fit the experts on, and held-out rows to fit the pool on.
+
+        All rows of a picture are in the same fold. If all rows show one picture, no row is left to
+        fit on, and there are no pairs.
+        """
+        if validation is not None:
+            class_text = class_texts(train)
+            require_known_classes(validation, class_text)
+        folds = cross_fit_splits(train, failure, validation, self.seed)
+        rows_to_fit, _ = folds[0]
+        if not len(rows_to_fit.index):
+            return []
+        return folds
 
     def _learn_classes(self, train: Rows) -> LearnedClasses | None:
         """Learn about the classes from rows without labels. If there are none, return None."""

@@ -680,16 +680,17 @@ def fit_presence(count: Tensor) -> tuple[Tensor, float]:
     k = len(count)
     absent_share = 0.5
     p_absent = torch.zeros_like(count)
-    absent_density = torch.exp(-count / ABSENT_MEAN_COUNT) / ABSENT_MEAN_COUNT  # f(s)
     for _ in range(200):  # EM passes
         mean = n / (k * (1 - absent_share))
         if mean <= ABSENT_MEAN_COUNT:
             return torch.zeros_like(count), 0.0
+        # Both densities may round to 0, so Bayes' rule takes their ratio.
+        exponent = count * (1 / ABSENT_MEAN_COUNT - 1 / mean)
+        density_ratio = torch.exp(exponent) * ABSENT_MEAN_COUNT / mean  # f(m) / f(s)
         # without MISCOUNTED_SHARE, classes overlooked by the zero-shot model would count as absent
-        usual_density = (1 - MISCOUNTED_SHARE) * torch.exp(-count / mean) / mean  # 0.9 f(m)
-        mass_occurring = (1 - absent_share) * (usual_density + MISCOUNTED_SHARE * absent_density)
-        mass_absent = absent_share * absent_density
-        p_absent = mass_absent / (mass_absent + mass_occurring)  # Bayes' rule
+        usual_ratio = (1 - MISCOUNTED_SHARE) * density_ratio  # 0.9 f(m) / f(s)
+        mass_occurring = (1 - absent_share) * (usual_ratio + MISCOUNTED_SHARE)
+        p_absent = absent_share / (absent_share + mass_occurring)  # Bayes' rule, divided by f(s)
         # the share stays below 1, because ``mean`` is divided by 1 - absent_share
         absent_share = min(float(p_absent.sum()) / (k + PRIOR_OCCURRING_CLASSES), 0.99)
     return torch.log1p(-p_absent), absent_share
