@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,7 @@ from tests.builders.image_files import (
 )
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import read_image
-from vilu.errors import DataError
+from vilu.errors import DataError, StorageError
 
 
 def png(i: int) -> bytes:
@@ -207,10 +209,43 @@ def test_damaged_parquet(tmp_path):
         source.write_bytes(damaged)
         with pytest.raises(DataError, match="cannot be read"):
             open_dataset(source)
-    source.write_bytes(whole)
-    dataset = open_dataset(source)
-    os.truncate(source, len(whole) // 3)  # while the data set is open
+    source.write_bytes(whole[:4] + bytes(60) + whole[64:])  # the first page of images
     with pytest.raises(DataError, match="cannot be read on"):
+        list(open_dataset(source).records(0, 40))
+
+
+@pytest.mark.parametrize("change", ["shorter", "other images", "other images meanwhile"])
+def test_a_file_that_changed_since_it_was_opened_gives_no_images(tmp_path, change):
+    """Labels and keys of one file must not get the images of another file."""
+    settings = {"row_group_size": 10, "compression": "none", "use_dictionary": False}
+    source = write_parquet(tmp_path, columns(40), NAMES, **settings)
+    n_bytes = source.stat().st_size
+    dataset = open_dataset(source)
+    assert len(list(dataset.records(0, 10))) == 10
+    records = dataset.records(10, 20)
+    if change == "other images meanwhile":
+        next(records)
+    if change == "shorter":
+        os.truncate(source, n_bytes // 3)
+    else:
+        images = pa.array([png(39 - i) for i in range(40)])
+        write_parquet(tmp_path, columns(40) | {"image": images}, NAMES, **settings)
+    with pytest.raises(DataError, match=r"set\.parquet changed while it was read.*--overwrite"):
+        list(records)
+
+
+def test_a_disk_that_goes_away_is_an_error_of_ours(tmp_path, monkeypatch):
+    source = write_parquet(tmp_path, columns(40), NAMES)
+    dataset = open_dataset(source)
+    stat = Path.stat
+
+    def refuse(path, **options):
+        if path == source:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(StorageError, match=r"cannot read .*set\.parquet: Stale file handle"):
         list(dataset.records(0, 40))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +13,9 @@ from tests.builders.image_files import (
     picture,
 )
 from vilu.artifacts.tables import csv_bytes
-from vilu.datasets.base import MISSING_FILE, READABLE
+from vilu.datasets.base import MISSING_FILE, READABLE, require_files
 from vilu.datasets.catalog import open_dataset
+from vilu.datasets.folder import PhotoFiles, list_photos
 from vilu.datasets.images import BadImage, read_image
 from vilu.errors import DataError, UsageError
 
@@ -158,7 +160,7 @@ def test_labels_out_of_range_name_their_row(tmp_path, bad):
         ("path,label,label\na,x,y\n", "Repeated: label. The first row has 'x' and 'y' there"),
         ("path,Path\na,b\n", "'path' occurs 2 times"),
         ("path,label\na,x\nb,x,y\n", "Expected 2 columns, got 3: b,x,y"),
-        ("path\na.png\na.png\n", "'a.png' occurs more than once"),
+        ("path\na.png\na.png\n", "'a.png' occurs more than once. .* in a column 'key'"),
         ("path,key\na.png,1\nb.png,1\n", "'1' occurs more than once"),
     ],
 )
@@ -168,9 +170,13 @@ def test_malformed_csv(tmp_path, text, message):
 
 
 def test_csv_that_is_not_utf8(tmp_path):
-    for text in (b"path,label\na.png,caf\xe9\n", b"path,caf\xe9\na.png,1\n"):
+    for text, message in (
+        (b"path,label\na.png,caf\xe9\n", "cannot be read as a table"),
+        (b"path,caf\xe9\na.png,1\n", "Save it as UTF-8"),
+        ("path\na.png\n".encode("utf-16"), "Save it as UTF-8"),
+    ):
         (tmp_path / "list.csv").write_bytes(text)
-        with pytest.raises(DataError, match="cannot be read as a table"):
+        with pytest.raises(DataError, match=message):
             open_dataset(tmp_path / "list.csv")
 
 
@@ -215,6 +221,26 @@ def test_paths_that_leave_the_folder_or_lead_nowhere_are_read_errors(tmp_path, p
         read_image(bad)
     assert (caught.value.stage, caught.value.kind) == ("open", "read_error")
     assert good.read() == png(1)
+
+
+@pytest.mark.parametrize("path", ["", "x\0y"])
+def test_a_path_that_no_file_can_have_is_missing_and_leads_nowhere(tmp_path, path):
+    """An empty cell must not be called a path out of the folder, with a folder for ``--root``."""
+    (tmp_path / "a.png").write_bytes(png(0))
+    pq.write_table(pa.table({"path": [path, "a.png"], "key": ["0", "1"]}), tmp_path / "l.parquet")
+    with pytest.raises(DataError, match="1 files are missing") as caught:
+        require_files(open_dataset(tmp_path / "l.parquet"), 0.0)
+    assert "--root" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="on Windows, these are paths out of the folder")
+@pytest.mark.parametrize("name", ["c:d.png", "\\a.png", "a\\..\\b.png"])
+def test_a_name_that_is_a_path_only_on_windows_is_a_name(tmp_path, name):
+    (tmp_path / name).write_bytes(png(3))
+    (record,) = open_dataset(write_csv(tmp_path, f"path\n{name}\n")).records(0, 1)
+    assert record.read() == png(3)
+    photos = PhotoFiles(tmp_path, list_photos(tmp_path), ["cat"])
+    assert [record.read() for record in photos.records(0, len(photos))] == [png(3)]
 
 
 def test_fingerprint_of_a_table_of_paths_follows_the_files(tmp_path):

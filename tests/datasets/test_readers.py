@@ -97,7 +97,10 @@ def test_what_is_passed_over_is_counted_and_what_may_be_missed_is_told(tmp_path,
         "outside_class": 1,
     }
     found = ", ".join(f"{n} {reason}" for reason, n in dataset.ignored_counts.items())
-    advice = "Give --follow-links to read what links lead to. Put images into class folders."
+    no_files = "not_a_file: a link to nothing, a pipe or a device."
+    advice = (
+        "Give --follow-links to read what links lead to. Put images into class folders. " + no_files
+    )
     assert f"{root}: left out {found}. {advice}" in caplog.text
     assert dataset.class_names == ("a", "b")
     caplog.clear()
@@ -105,7 +108,7 @@ def test_what_is_passed_over_is_counted_and_what_may_be_missed_is_told(tmp_path,
     with pytest.raises(UsageError, match=r"beside\.png is no folder"):
         list_photos(root / "beside.png")
     assert "2 linked_folder" in caplog.text
-    assert caplog.text.endswith("Give --follow-links to read what links lead to.\n")
+    assert caplog.text.endswith(f"Give --follow-links to read what links lead to. {no_files}\n")
 
 
 def test_links_are_followed_where_that_is_asked_for(tmp_path):
@@ -350,3 +353,21 @@ def test_the_catalogue_is_light_and_complete():
         ).stdout
         == "False\n"
     )
+
+
+def test_images_beside_empty_sub_folders_are_not_called_missing(tmp_path):
+    tree(tmp_path, "1.png", "2.png", "thumbs/notes.txt")
+    with pytest.raises(DataError, match=r"2 images beside the sub-folder 'thumbs'.*Move"):
+        open_dataset(tmp_path)
+    (tmp_path / "2.png").unlink()
+    (tmp_path / "thumbs/linked").symlink_to(tmp_path)
+    with pytest.raises(DataError, match=r"1 image beside.*Found: .*1 linked_folder"):
+        open_dataset(tmp_path)
+
+
+def test_a_link_to_nothing_is_not_read_by_following_links(tmp_path, caplog):
+    tree(tmp_path, "a/1.png")
+    (tmp_path / "a/gone.png").symlink_to("nowhere.png")
+    open_dataset(tmp_path)
+    assert "left out 1 not_a_file." in caplog.text
+    assert "--follow-links" not in caplog.text

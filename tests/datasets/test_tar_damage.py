@@ -124,6 +124,24 @@ def test_what_was_appended_by_cat_is_not_lost_silently(tmp_path):
     assert len(shard_outcomes(tmp_path, WHOLE + bytes(30_000))) == 3
 
 
+@pytest.mark.parametrize("n_pairs", [0, 2, 3])
+def test_a_download_that_reserved_its_file_is_a_cut(tmp_path, n_pairs):
+    """A download program may reserve a whole file as zeros, and stop before the end."""
+    whole = tar_bytes(*(member for key in KEYS[:n_pairs] for member in pair(key)))
+    members = whole[: len(whole.rstrip(b"\0")) // 512 * 512 + 512 if n_pairs else 0]
+    kept = [(f"0.tar#{key}", "a picture") for key in KEYS[:n_pairs]]
+    assert shard_outcomes(tmp_path, members + bytes(2**20)) == kept  # padding for a tape
+    found = shard_outcomes(tmp_path, members + bytes(2**20 + 512))
+    assert found == [*kept, ("0.tar", "open:truncated_shard")]
+
+
+def test_a_cut_names_the_byte_where_the_file_ends(tmp_path):
+    dataset = open_dataset(write_shard(tmp_path, WHOLE[: END - 7]))
+    *_, cut = dataset.records(0, 1)
+    with pytest.raises(BadImage, match=f"ends at byte {END - 7};"):
+        cut.read()
+
+
 def test_a_cut_sample_is_part_of_the_cut(tmp_path):
     for key, kind in (("a.png", "image"), ("a.txt", "caption")):
         data = tar_bytes((key, b"x" * 100), ("z.json", b"x"))[: 512 + 512 + 512]

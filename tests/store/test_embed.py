@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -30,7 +31,7 @@ from vilu.progress import reporting
 from vilu.store import ledger
 from vilu.store.embed import embed
 from vilu.store.parts import StoreLedger
-from vilu.store.reader import EmbeddingStore
+from vilu.store.reader import EmbeddingStore, open_source
 
 HALF = 2**-11  # largest relative rounding error in float16
 BAD = {2: b"", 5: b"<html>", 9: picture(9)[:200]}
@@ -328,10 +329,13 @@ def test_other_inputs_are_refused_and_nothing_is_touched(tmp_path, change, field
 
 def test_overwrite_replaces_the_store_and_nothing_else(tmp_path):
     run(dataset(23), tmp_path / "s")
-    for mine in (tmp_path / "s/notes.txt", tmp_path / "s/errors/notes.txt"):
+    names = ("notes.txt", "errors/notes.txt", "img_emb/mean.npy", "metadata/mine_00001.parquet")
+    for name in (*names, "columns/mine.npy", "text_emb/mine.npy"):
+        mine = tmp_path / "s" / name
+        mine.parent.mkdir(exist_ok=True)
         mine.write_text("mine")
         before = tree(tmp_path / "s")
-        with pytest.raises(UsageError, match=r"notes\.txt"):
+        with pytest.raises(UsageError, match=re.escape(name)):
             run(dataset(5), tmp_path / "s", overwrite=True, dtype="float32")
         assert tree(tmp_path / "s") == before
         mine.unlink()
@@ -624,3 +628,103 @@ def test_decoding_threads_keep_to_one_core_and_the_model_does_not(tmp_path):
         assert (Asking.decoding, Asking.forward, torch.get_num_threads()) == ({(1, False)}, {3}, 3)
     finally:
         torch.set_num_threads(before)
+
+
+def png_folder(root, *names):
+    for seed, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(picture(seed))
+    return root
+
+
+CLASS_FOLDERS = ("a/1.png", "b/2.png")
+SPLIT_FOLDERS = ("train/a/1.png", "train/b/2.png", "test/a/3.png")
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "places"),
+    [
+        (CLASS_FOLDERS, None, ("store", "new/store", "a/../store")),
+        (("1.png", "2.png"), None, ("store", "a/b/store")),
+        (SPLIT_FOLDERS, "train", ("train/store", "test/store", "train/new/store")),
+        (SPLIT_FOLDERS, "train", ("val", "val/store")),
+    ],
+)
+def test_a_store_among_the_images_is_refused(tmp_path, names, split, places):
+    """In the next run, a store in the folder of images would be a class."""
+    images = png_folder(tmp_path / "images", *names)
+    for data in (open_dataset(images, split=split), open_dataset(images, split=split, limit=1)):
+        settings = {"names": data.class_names or NAMES}
+        for place in places:
+            with pytest.raises(UsageError, match=r"would change .*images.* outside .*images"):
+                run(data, images / place, **settings)
+            assert not (images / place).exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "place"),
+    [
+        (CLASS_FOLDERS, None, ".store"),
+        (CLASS_FOLDERS, None, "a/store"),
+        (CLASS_FOLDERS, None, "a/deep/store"),
+        (SPLIT_FOLDERS, "train", "emb/train"),
+        (SPLIT_FOLDERS, "train", "store"),
+        (SPLIT_FOLDERS, "train", "train/a/store"),
+    ],
+)
+def test_a_store_that_leaves_the_listing_as_it_is_may_lie_below_the_images(
+    tmp_path, names, split, place
+):
+    images = png_folder(tmp_path / "images", *names)
+    data = open_dataset(images, split=split)
+    store = run(data, images / place, names=data.class_names)
+    listed_again = open_dataset(images, split=split)
+    assert (listed_again.fingerprint, len(store)) == (data.fingerprint, 2)
+    assert len(run(listed_again, images / place, names=data.class_names)) == 2
+
+
+def test_a_folder_that_may_not_be_searched_is_an_error_of_ours(tmp_path, monkeypatch):
+    run(dataset(5), tmp_path / "s")
+    is_file = Path.is_file
+
+    def refuse(path):
+        if "img_emb" in path.parts or path.name == "run.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(StorageError, match=r"cannot read .*run\.json: Permission denied"):
+        EmbeddingStore(tmp_path / "s")
+    with pytest.raises(StorageError, match=r"cannot read .*run\.json: Permission denied"):
+        open_source(tmp_path / "s")
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name == "run.json" or refuse(path))
+    with pytest.raises(StorageError, match=r"cannot read .*img_emb.*: Permission denied"):
+        EmbeddingStore(tmp_path / "s")
+    monkeypatch.setattr(Path, "is_file", is_file)
+    exists = Path.exists
+
+    def refuse_receipts(path):
+        if "receipts" in path.parts:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refuse_receipts)
+    with pytest.raises(StorageError, match=r"cannot read .*Permission denied.*receipts"):
+        run(dataset(5), tmp_path / "s")
+
+
+def test_a_damaged_run_is_repaired_as_its_message_says(tmp_path):
+    run(dataset(23), tmp_path / "s")
+    before = tree(tmp_path / "s")
+    document = tmp_path / "s/run.json"
+    document.write_text(document.read_text().replace('"cat"', '"cow"'))
+    with pytest.raises(StorageError, match=r"again with --overwrite to repair it"):
+        run(dataset(23), tmp_path / "s")
+    run(dataset(23), tmp_path / "s", overwrite=True)
+    assert tree(tmp_path / "s") == before
+    manifest = tmp_path / "s/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"cat"', '"cow"'))
+    with pytest.raises(StorageError, match=r"again to repair it"):
+        EmbeddingStore(tmp_path / "s")
+    run(dataset(23), tmp_path / "s")
+    assert tree(tmp_path / "s") == before

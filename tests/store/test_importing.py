@@ -4,6 +4,7 @@ format, and nothing is used unchecked.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -21,7 +22,7 @@ from benchmarks import clip_cache
 import vilu
 from tests.builders.array_files import NAMES, arrays, save
 from vilu.embeddings.columns import IMAGE_COLUMNS
-from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.store import importing
 from vilu.store.arrays import ArrayFiles
 from vilu.store.importing import _read_targets, import_arrays
@@ -149,6 +150,85 @@ def test_a_part_that_is_lost_is_done_again(tmp_path: Path) -> None:
         file.write(b"\x07")
     imported(tmp_path, arrays(), part_size=7)
     assert files(store.path) == whole
+
+
+@pytest.mark.parametrize("name", ["a.npz", "folder"])
+def test_arrays_that_change_while_they_are_read_give_no_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The fingerprint must not be of other numbers than the rows."""
+    source = save(tmp_path / name, arrays())
+    begin_run = importing.begin_run
+
+    def begin_and_change(*args: object, **settings: object) -> object:
+        run = begin_run(*args, **settings)
+        changed = source if source.is_file() else source / "image.npy"
+        os.utime(changed, ns=(0, 0))
+        return run
+
+    with monkeypatch.context() as patched:
+        patched.setattr(importing, "begin_run", begin_and_change)
+        with pytest.raises(DataError, match=r"changed while it was read.*--overwrite"):
+            import_arrays(source, tmp_path / "store", part_size=7)
+    assert not list((tmp_path / "store/receipts").iterdir())
+    assert len(import_arrays(source, tmp_path / "store", part_size=7)) == 30
+
+
+def test_a_store_may_lie_in_the_folder_of_its_arrays(tmp_path: Path) -> None:
+    """Making the store's folder changes the time of the arrays' folder, but no array."""
+    source = save(tmp_path / "folder", arrays())
+    os.utime(source, ns=(0, 0))
+    assert len(import_arrays(source, source / "store", part_size=7)) == 30
+
+
+def test_a_file_whose_status_cannot_be_read_is_an_error_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save(tmp_path / "a.npz", arrays(target=None))
+    too_long = tmp_path / f"{'x' * 300}.npy"
+    with pytest.raises(StorageError, match=r"cannot read .*: File name too long"):
+        import_arrays(source, tmp_path / "store", files={"target": too_long})
+    stat = Path.stat
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if path == source and list((tmp_path / "store/receipts").glob("*")):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(StorageError, match=r"cannot read .*a\.npz: Stale file handle"):
+        import_arrays(source, tmp_path / "store", part_size=7)
+
+
+def test_text_files_say_what_is_wrong_with_them(tmp_path: Path) -> None:
+    source = save(tmp_path / "a.npz", arrays(target=None))
+
+    def refused(content: bytes, error: type[Exception] = DataError) -> str:
+        (tmp_path / "labels.txt").write_bytes(content)
+        with pytest.raises(error) as caught:
+            import_arrays(source, tmp_path / "store", files={"target": tmp_path / "labels.txt"})
+        return str(caught.value)
+
+    assert "Save it as UTF-8, with an entry per line" in refused(b"caf\xe9\n" * 30)
+    assert "Save numbers of classes as whole numbers in an .npy file" in refused(b"0\n" * 30)
+    assert "Save numbers" not in refused(b"chair\n" * 30)
+    assert "Got shape (0,)" in refused(b"")
+    for place in (tmp_path, tmp_path / "nowhere.txt", source / "below.npy", "nul\0.npy"):
+        with pytest.raises(UsageError, match="is no file"):
+            import_arrays(source, tmp_path / "store", files={"target": place})
+
+
+def test_a_file_that_may_not_be_read_is_not_called_another_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save(tmp_path / "a.npz", arrays())
+
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(StorageError, match=r"cannot read .*a\.npz: Permission denied"):
+        import_arrays(source, tmp_path / "store")
 
 
 def test_what_is_not_known_stays_unknown(tmp_path: Path) -> None:

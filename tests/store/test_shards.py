@@ -153,6 +153,24 @@ def test_a_shard_that_was_replaced_costs_its_part(tmp_path, caplog):
     }
 
 
+def test_a_shard_that_changes_while_it_is_read_seals_no_mixture(tmp_path):
+    data = shards(*LENGTHS)
+
+    class Meanwhile(FakeBackbone):
+        def encode_images(self, pixels):
+            if len(self.batches) == 2:  # the second part, whose first batch is read
+                data.versions[2] = 1
+            return super().encode_images(pixels)
+
+    with pytest.raises(DataError, match="shards of part 1 changed while they were read"):
+        run(data, tmp_path, Meanwhile())
+    assert sorted(path.name for path in (tmp_path / "receipts").iterdir()) == ["00000.json"]
+    assert not (tmp_path / "manifest.json").exists()
+    store = run(data, tmp_path)
+    assert len(store) == 16
+    assert inspect(tmp_path, deep=True).problems == []
+
+
 def test_other_shards_are_other_inputs(tmp_path):
     run(shards(*LENGTHS), tmp_path)
     with pytest.raises(ProvenanceError, match="shards was 5 and is now 6"):

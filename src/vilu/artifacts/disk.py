@@ -66,6 +66,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     temporary_path = target.with_name(f".{final_name}.{unique_part}.tmp")
     hint = "Give a folder that exists, is writable and has room."
     with convert_os_errors(f"cannot write {target}", hint=hint):
+        if target.is_dir():
+            raise StorageError(f"cannot write {target}: a folder is there. Move it away.")
         _remove_leftovers(target.parent, final_name)
         try:
             with temporary_path.open("xb") as handle:

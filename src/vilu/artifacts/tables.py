@@ -456,7 +456,12 @@ def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
         if len(set(names)) < len(names):
             first_cells = next(reader, [])
             require_distinct_columns(f"{path} line 1", names, first_cells)
-    "".join(names).encode()  # raises a ValueError if the names are no valid UTF-8
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as error:  # an escaped byte
+        raise DataError(
+            f"{path} must be UTF-8 text, and the names of its columns are not. Save it as UTF-8."
+        ) from error
     return names
 
 

@@ -212,6 +212,36 @@ def require_files(images: ImageDataset, max_share: float) -> None:
         faults.check(images.source, max_share)
 
 
+def require_outside_listing(images: ImageDataset, output: Path) -> None:
+    """Raise UsageError if an output folder would change the listing of the images.
+
+    A data set may have the attribute ``listed_folders``. In these folders every sub-folder is a
+    class (folders of images), or an error (a folder of tar files).
+    """
+    listed_folders: tuple[Path, ...] = getattr(images, "listed_folders", ())
+    output_folder = output.resolve()
+    for folder in listed_folders:
+        if _is_new_in_listing(output_folder, folder.resolve()):
+            raise UsageError(
+                f"{output} would change what the next run reads in {folder}, a folder of images. "
+                f"Give an output folder outside {folder}."
+            )
+
+
+def _is_new_in_listing(output: Path, listed_folder: Path) -> bool:
+    """Return whether a store in ``output`` would be new in the next listing of a folder.
+
+    Hidden folders are not listed. If ``output`` lies deeper, in a sub-folder that is there already,
+    the listing stays the same, because a store has no image files.
+    """
+    if not output.is_relative_to(listed_folder):
+        return False
+    names = output.relative_to(listed_folder).parts
+    is_hidden = any(name.startswith(".") for name in names)
+    is_in_subfolder = len(names) > 1 and (listed_folder / names[0]).is_dir()
+    return not is_hidden and not is_in_subfolder
+
+
 class ChosenImages:
     """Some of a data set's images, or its first shards.
 
@@ -235,6 +265,7 @@ class ChosenImages:
         if isinstance(images, ShardedDataset):
             self.shard_fingerprint = images.shard_fingerprint
         self.outside: tuple[str, ...] = getattr(images, "outside", ())
+        self.listed_folders: tuple[Path, ...] = getattr(images, "listed_folders", ())
 
     @property
     def faults(self) -> Faults | None:
@@ -307,6 +338,7 @@ class ImagesWithOutside:
             names_to_keep = tuple(data_names[i] for i in labels_to_keep)
             self.classes = replace(table, data_names=names_to_keep, names=self.class_names)
         self.fingerprint = images.fingerprint
+        self.listed_folders: tuple[Path, ...] = getattr(images, "listed_folders", ())
         self.outside = tuple(sorted(set(outside)))
         self._images = images
         self._new_label_of = {old: new for new, old in enumerate(labels_to_keep)}

@@ -11,7 +11,7 @@ import struct
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Final, NamedTuple
 
 from vilu.artifacts.disk import convert_os_errors
@@ -53,6 +53,19 @@ def read_file(path: str | Path) -> bytes:
         raise OSError(errno.EFBIG, reason, str(path))
     with open(path, "rb") as file:  # noqa: PTH123  for speed
         return file.read(MAX_FILE_BYTES)
+
+
+def size_and_time(path: Path) -> tuple[int, int] | None:
+    """Return a file's size in bytes and modification time in ns. Without the file, return None.
+
+    Raise StorageError if the file system gives no answer.
+    """
+    with convert_os_errors(f"cannot read {path}"):
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return status.st_size, status.st_mtime_ns
 
 
 def read_below(folder: Path, path: str) -> bytes:
@@ -127,6 +140,7 @@ class AllowedFolders:
         """Return a file's full path.
 
         Raises:
+            FileNotFoundError: If no file can have this path.
             ForbiddenPathError: If the path, or a link on it, leads out of the allowed folders.
         """
         full_path = self._full_path(path)
@@ -147,12 +161,23 @@ class AllowedFolders:
 
         There is an exception if ``table_folder`` is not None: a path with ".." starts from
         ``table_folder``, and an absolute path is used unchanged.
+
+        Raises:
+            FileNotFoundError: If no file can have this path.
+            ForbiddenPathError: If the path is absolute or contains "..", and ``table_folder`` is
+                None.
         """
-        if self._table_folder is None or is_relative_without_dotdot(path):
-            return resolve_below(self.folder, path)
         if not _can_be_path(path):
-            # raises ForbiddenPathError, because the path is empty or has NUL
-            return resolve_below(self.folder, path)
+            raise FileNotFoundError(errno.ENOENT, "an empty path, or one with NUL", path)
+        # by the rules of this system: "c:1.png" and "a\\b.png" are file names on POSIX
+        parsed = PurePath(path)
+        leads_out = parsed.anchor != "" or ".." in parsed.parts
+        if not leads_out:
+            return os.path.join(self.folder, path)  # noqa: PTH118  for speed
+        if self._table_folder is None:
+            raise ForbiddenPathError(
+                errno.EACCES, "the path must be relative and stay below its folder", path
+            )
         return os.path.normpath(os.path.join(self._table_folder, path))  # noqa: PTH118  for speed
 
     def is_forbidden_link(self, full_path: str) -> bool:

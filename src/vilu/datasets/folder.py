@@ -29,6 +29,7 @@ from vilu.datasets.files import (
 )
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.progress import Task, track
+from vilu.text import plural
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ class FolderDataset(ListedFiles):
         follow_links: Whether links may lead anywhere, also to folders.
 
     Attributes:
+        listed_folders: The folder, or its split folders. In these folders, each new sub-folder
+            would be a class in the next listing.
         ignored_counts: Reason -> number of files and folders skipped for this reason. The reasons
             are those in ``files.walk_images``, and "outside_class" for images outside the class
             folders.
@@ -143,12 +146,24 @@ class FolderDataset(ListedFiles):
         self.captioned = False
         self.ignored_counts: Counter[str] = Counter()
         chosen_splits, all_splits = _split_folders(root, split)
+        self.listed_folders: tuple[Path, ...] = (root,)
+        if split is not None:
+            # a usual split folder that is made later is listed, too
+            self.listed_folders = tuple(root / name for name in SPLIT_FOLDERS.union(all_splits))
         folders = _class_folders(root, all_splits, follow_links=follow_links)
         self.classes: ClassTable | None = class_table(folders or None, classes, outside=outside)
         self.class_names: tuple[str, ...] | None = None
         if self.classes is not None:
             self.class_names = self.classes.names
         self.fingerprint = self._list_splits(chosen_splits, folders)
+        n_beside_folders = self.ignored_counts["outside_class"]
+        if not self._paths and n_beside_folders:
+            raise DataError(
+                f"{root} has {plural(n_beside_folders, 'image')} beside the sub-folder "
+                f"{folders[0]!r}. So its sub-folders are classes, and no image was found in them. "
+                "Move the sub-folders away, or the images into sub-folders. "
+                f"Found: {_list_counts(self.ignored_counts)}."
+            )
         if not self._paths:
             _refuse_empty(
                 self.ignored_counts, root, expected="images, or one folder of images per class"
@@ -241,11 +256,15 @@ def _warn_of_ignored(ignored_counts: Counter[str], root: Path) -> None:
     unexpected_reasons = ignored_counts.keys() - {"hidden", "not_image"}
     if not unexpected_reasons:
         return
-    advice = "Give --follow-links to read what links lead to."
+    advice = ""
+    if ignored_counts["linked_folder"]:
+        advice = " Give --follow-links to read what links lead to."
     if ignored_counts["outside_class"]:
         advice = f"{advice} Put images into class folders."
+    if ignored_counts["not_a_file"]:
+        advice = f"{advice} not_a_file: a link to nothing, a pipe or a device."
     listed_counts = _list_counts(ignored_counts)
-    logger.warning("%s: left out %s. %s", root, listed_counts, advice)
+    logger.warning("%s: left out %s.%s", root, listed_counts, advice)
 
 
 def _list_counts(ignored_counts: Counter[str]) -> str:

@@ -503,12 +503,12 @@ def decode_image(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides damaged files. Switch it off."
         )
     format_name = _require_format(data, limits)
-    with _convert_pillow_errors("open", f"damaged {format_name} header"):
+    with convert_pillow_errors("open", f"damaged {format_name} header"):
         file = OPENERS[format_name](BytesIO(data))
     with file as opened_image:
         _require_geometry(*opened_image.size, limits)
         size_in_file = opened_image.size
-        with _convert_pillow_errors("decode", "damaged pixels"):
+        with convert_pillow_errors("decode", "damaged pixels"):
             if format_name == "TIFF":
                 # Pillow rotates a TIFF's pixels by the orientation tag. So the tag is removed.
                 opened_image.getexif().pop(ORIENTATION_TAG, None)
@@ -528,7 +528,7 @@ def decode_image(
                 stage="decode",
                 kind="unsupported",
             )
-        with _convert_pillow_errors("decode", f"cannot convert {opened_image.mode} to RGB"):
+        with convert_pillow_errors("decode", f"cannot convert {opened_image.mode} to RGB"):
             image, conversion_flags = to_rgb(opened_image)
     # A JPEG may be decoded at a reduced size, so the full size is taken from the header. A TIFF's
     # header may state the size after rotation, so the size is taken from the pixels.
@@ -595,7 +595,7 @@ def n_pixels_in_header(data: bytes) -> int:
     if opener is None:
         return 0
     try:
-        with _convert_pillow_errors("open", "damaged header"):
+        with convert_pillow_errors("open", "damaged header"):
             file = opener(BytesIO(data))
     except BadImage:
         return 0
@@ -605,7 +605,7 @@ def n_pixels_in_header(data: bytes) -> int:
 
 
 @contextmanager
-def _convert_pillow_errors(stage: ReadingStage, message: str) -> Iterator[None]:
+def convert_pillow_errors(stage: ReadingStage, message: str) -> Iterator[None]:
     """Turn Pillow's exceptions for a damaged file into ``BadImage``.
 
     The error says "MESSAGE: REASON". REASON is Pillow's exception.

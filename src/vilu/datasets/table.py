@@ -33,7 +33,7 @@ from vilu.datasets.base import (
     is_bytes_type,
 )
 from vilu.datasets.classes import ClassTable, class_table, refuse_numbers_as_names
-from vilu.datasets.files import AllowedFolders, ListingHash, portable_name
+from vilu.datasets.files import AllowedFolders, ListingHash, portable_name, size_and_time
 from vilu.datasets.images import caption_readers
 from vilu.errors import NO_NAME, OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
 from vilu.progress import track
@@ -373,7 +373,9 @@ def _read_keys(table: pa.Table, name: str, source: str) -> pa.Array:
         repeated_keys = counts.filter(is_repeated)
         first_repeated = repeated_keys[0]["values"].as_py()
         raise DataError(
-            f"{source}: column {name!r} must be unique. {first_repeated!r} occurs more than once."
+            f"{source}: column {name!r} must be unique. {first_repeated!r} occurs more than once. "
+            "Keep one of these rows, or give every row its own name in a column "
+            f"{KEY_ALIASES[0]!r}."
         )
     return _escape_keys(keys)
 
@@ -452,12 +454,12 @@ class ParquetDataset(_ImagesOfTable):
             raise UsageError(
                 f"{source}: rows cannot be chosen by their images. Give --where another column."
             )
+        status = source.stat()
         with pq.ParquetFile(source) as file:
             self._metadata = file.metadata
             schema = file.schema_arrow
             table = file.read(columns=columns_to_read(schema, selection, str(source)))
         table_rows = select_table_rows(table, str(source), selection)
-        status = source.stat()
         super().__init__(source, table_rows)
         facts = {
             "bytes": status.st_size,
@@ -471,6 +473,7 @@ class ParquetDataset(_ImagesOfTable):
             facts["captions"] = True
         self.fingerprint = digest(facts)
         self._path = source
+        self._size_and_time = (status.st_size, status.st_mtime_ns)
         self._allowed_folders = selection.allowed_folders(source)
         self._row_positions = table_rows.positions
         n_groups = self._metadata.num_row_groups
@@ -493,6 +496,7 @@ class ParquetDataset(_ImagesOfTable):
             for cell in islice(image_cells, n_rows)
         )
         yield from self._records(start, n_rows, readers)
+        self._require_unchanged()
         self._open_image_cells = {start + n_rows: image_cells}
 
     def __getstate__(self) -> dict[str, object]:
@@ -502,6 +506,7 @@ class ParquetDataset(_ImagesOfTable):
     def _image_cells(self, first: int) -> Iterator[pa.Scalar]:
         """Yield all selected rows' image cells from the position ``first`` on."""
         rows = self._row_positions[first:]
+        self._require_unchanged()
         # ``rows`` are ascending, so a row group's rows are consecutive: rows[begin:end]
         borders = np.searchsorted(rows, self._group_starts)
         group_borders = pairwise(borders)
@@ -513,7 +518,17 @@ class ParquetDataset(_ImagesOfTable):
                         rows_in_group = rows[begin:end] - self._group_starts[group]
                         yield from _image_cells_of_group(file, group, rows_in_group)
         except (pa.ArrowException, OSError) as error:
+            self._require_unchanged()
             raise DataError(f"{self._path} cannot be read on: {error}. Write it again.") from error
+
+    def _require_unchanged(self) -> None:
+        """Raise DataError if the file has changed since the data set was opened."""
+        # keys and labels were read at the opening, and do not belong to another file's images
+        if size_and_time(self._path) != self._size_and_time:
+            raise DataError(
+                f"{self._path} changed while it was read. When nothing writes to it any more, give "
+                "another output folder, or --overwrite to replace this one."
+            )
 
 
 def _image_cells_of_group(

@@ -265,6 +265,10 @@ class TarShards:
         outside: Sequence[str] = (),
     ) -> None:
         self.source = source
+        # the folder with the shards. A folder with shards may have no sub-folder. Empty if shards
+        # are named.
+        is_folder = os.path.isdir(source)  # noqa: PTH112  Path raises an error for a long pattern
+        self.listed_folders: tuple[Path, ...] = (Path(source),) if is_folder else ()
         self.classes = class_table(data_names=None, file=classes, numeric_labels=True)
         self.class_names: tuple[str, ...] | None = None
         context = ["tar"]

@@ -17,6 +17,9 @@ from vilu.datasets.images import BadImage
 BLOCK_BYTES: Final = tarfile.BLOCKSIZE  # a tar file consists of blocks with this number of bytes
 # Larger extension headers are errors. A normal header holds only a name and a few timestamps.
 MAX_HEADER_BYTES: Final = 2**20
+# Maximum number of zeros at the end, with the end mark. Tar programs write at most about 10 KB, or
+# 1 MiB for tapes.
+MAX_PADDING_BYTES: Final = 2**20
 MAX_NAME_LENGTH: Final = 1024
 MAX_MEMBERS: Final = 500_000  # a shard's member list is in memory: about 400 bytes per member
 # types for plain files
@@ -65,13 +68,15 @@ def read_members(
     Raises:
         BadImage: After the last whole member. Kind "truncated_shard" means that the file ends too
             early. A file without an end mark counts as truncated, because only the end mark shows
-            that no member is missing. Kind "bad_shard" means any other damage.
+            that no member is missing. A file with very many zeros at the end counts as truncated,
+            too: a download program may reserve the file as zeros, and stop before the end. Kind
+            "bad_shard" means any other damage.
     """
     position = 0
     n_members = 0
     extension_fields: dict[bytes, bytes] = {}  # the next member's fields, from extension headers
     while True:  # each pass reads a header
-        header = _read_header(file, position)
+        header = _read_header(file, position, file_size)
         if header is None:
             return
         header_start = position
@@ -108,7 +113,7 @@ def _bad_shard(message: str) -> BadImage:
 _TRUNCATION_HINT: Final = "members before the break are kept. Write or download it again"
 
 
-def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
+def _read_header(file: BinaryIO, position: int, file_size: int) -> tarfile.TarInfo | None:
     """Return the header at a position, or None at the end mark."""
     file.seek(position)
     block = file.read(BLOCK_BYTES)
@@ -117,21 +122,37 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
         _refuse_compressed(block)
     is_end_mark = block == bytes(BLOCK_BYTES)  # a block of zeros
     if is_end_mark:
-        # Most readers ignore members behind the end mark. `cat a.tar b.tar` writes such members.
-        has_more = any(file.read(MAX_HEADER_BYTES))  # a byte other than 0
-        if has_more:
-            raise _bad_shard("more bytes follow the end mark. Join shards with `tar -A`, not `cat`")
+        _require_end(file, position, file_size)
         return None
     # An empty file is a truncated shard. A file with some bytes, but fewer than a block, is no tar
     # file, and _parse_header reports the error.
     may_be_truncated = not is_first or block == b""
     if len(block) < BLOCK_BYTES and may_be_truncated:
         raise BadImage(
-            f"the shard ends at byte {position + len(block)}; {_TRUNCATION_HINT}",
+            f"the shard ends at byte {file_size}; {_TRUNCATION_HINT}",
             stage="open",
             kind="truncated_shard",
         )
     return _parse_header(block, position)
+
+
+def _require_end(file: BinaryIO, end_mark: int, file_size: int) -> None:
+    """Raise BadImage if anything but padding follows the end mark at a position.
+
+    The block of the end mark has just been read from ``file``.
+    """
+    # Most readers ignore members behind the end mark. `cat a.tar b.tar` writes such members.
+    has_more = any(file.read(MAX_PADDING_BYTES))  # a byte other than 0
+    if has_more:
+        raise _bad_shard("more bytes follow the end mark. Join shards with `tar -A`, not `cat`")
+    n_bytes = file_size - end_mark
+    if n_bytes > MAX_PADDING_BYTES:
+        raise BadImage(
+            f"the last {n_bytes} bytes are no members, as after a download that was not finished; "
+            f"{_TRUNCATION_HINT}",
+            stage="open",
+            kind="truncated_shard",
+        )
 
 
 def _refuse_compressed(block: bytes) -> None:

@@ -22,6 +22,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vilu.artifacts.disk import convert_os_errors
+from vilu.datasets.files import size_and_time
 from vilu.errors import DataError, UsageError
 from vilu.store.unreadable import NPY_READING_ERRORS, convert_damage_errors
 
@@ -239,6 +241,8 @@ class ArrayFiles(ExitStack):
         self.block_bytes = block_bytes
         self._member_of_array: dict[str, Path | zipfile.ZipInfo] = {}
         self._zip: zipfile.ZipFile | None = None
+        # each opened file's size and modification time, at the opening
+        self._state_of_file: dict[Path, tuple[int, int] | None] = {}
         path_of_name = {name: Path(file) for name, file in (files or {}).items()}
         if path is None and not path_of_name:
             raise UsageError("there are no arrays: give a source, or files of arrays.")
@@ -254,9 +258,10 @@ class ArrayFiles(ExitStack):
         """Find the arrays in the file or folder."""
         if self.path.is_dir():
             self._member_of_array = _find_files(self.path)
-        else:
-            self._member_of_array = _find_members(self.path)
-            self._zip = self.enter_context(zipfile.ZipFile(self.path))
+            return
+        self._state_of_file[self.path] = size_and_time(self.path)
+        self._member_of_array = _find_members(self.path)
+        self._zip = self.enter_context(zipfile.ZipFile(self.path))
 
     @property
     def names(self) -> list[str]:
@@ -271,10 +276,15 @@ class ArrayFiles(ExitStack):
         return self._open_member(member, f"{self.path}, array {name!r}")
 
     def _open_file(self, file: Path, location: str) -> StoredArray:
+        with convert_os_errors(f"cannot read {file}"):
+            is_file = file.is_file()
+        if not is_file:
+            raise UsageError(f"{file} is no file. Give an .npy file, or a text file.")
+        self._state_of_file[file] = size_and_time(file)
+        if file.suffix in TEXT_SUFFIXES:
+            content = _lines_to_npy(file)
+            return StoredArray(location, BytesIO(content), len(content), self.block_bytes)
         with convert_reading_errors(location):
-            if file.suffix in TEXT_SUFFIXES:
-                content = _lines_to_npy(file)
-                return StoredArray(location, BytesIO(content), len(content), self.block_bytes)
             handle = self.enter_context(file.open("rb"))
             n_bytes = file.stat().st_size
             return StoredArray(location, handle, n_bytes, self.block_bytes)
@@ -287,6 +297,15 @@ class ArrayFiles(ExitStack):
         with convert_reading_errors(location):
             handle = self.enter_context(self._zip.open(member))
             return StoredArray(location, handle, member.file_size, self.block_bytes)
+
+    def require_unchanged(self) -> None:
+        """Raise DataError if a file has changed since it was opened."""
+        for path, state in self._state_of_file.items():
+            if size_and_time(path) != state:
+                raise DataError(
+                    f"{path} changed while it was read. When nothing writes to it any more, give "
+                    "another output folder, or --overwrite to replace this one."
+                )
 
     def refuse_zip_bomb(self, name: str) -> None:
         """Raise DataError if an array is far larger than the compressed array: a zip bomb."""
@@ -307,9 +326,18 @@ def _lines_to_npy(file: Path) -> bytes:
 
     Empty lines at the end of the text file are left out.
     """
-    lines = file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    with convert_damage_errors(
+        file,
+        hint="Save it as UTF-8, with an entry per line.",
+        exceptions=NPZ_READING_ERRORS,
+        error_class=DataError,
+        condition="no text",
+    ):
+        text = file.read_text(encoding="utf-8-sig").rstrip("\n")
+        lines = text.split("\n") if text else []
+        entries = np.array(lines, dtype=np.str_)
     buffer = BytesIO()
-    np.save(buffer, np.array(lines, dtype=np.str_), allow_pickle=False)
+    np.save(buffer, entries, allow_pickle=False)
     return buffer.getvalue()
 
 
@@ -338,7 +366,9 @@ def _find_members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
         raise UsageError(
             f"{path} is no file and no folder. Give an .npz file, or a folder of .npy files."
         )
-    if not zipfile.is_zipfile(path):
+    with path.open("rb") as handle:  # is_zipfile(path) returns False if the file cannot be opened
+        is_zip_file = zipfile.is_zipfile(handle)
+    if not is_zip_file:
         raise DataError(
             f"{path} is no .npz file. Give one that numpy.savez wrote, or a folder of .npy files."
         )

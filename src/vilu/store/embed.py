@@ -23,7 +23,12 @@ from vilu.artifacts.hashing import digest
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import TEMPLATES, embed_class_names
 from vilu.callers import warn_caller
-from vilu.datasets.base import ImageDataset, ShardedDataset, require_files
+from vilu.datasets.base import (
+    ImageDataset,
+    ShardedDataset,
+    require_files,
+    require_outside_listing,
+)
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits, ShardErrorKind
 from vilu.device import torch_defaults
 from vilu.embeddings.checks import check_class_names, require_usable_rows
@@ -162,7 +167,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         The store, or None if the store is shared and some processes have not finished their parts.
 
     Raises:
-        UsageError: If an argument is invalid, or ``output`` holds something else than a store.
+        UsageError: If an argument is invalid, or ``output`` is no place for a store.
         ProvenanceError: If ``output`` holds a store with different inputs. The message names them.
         DataError: If the data do not fit the names, or too many images failed, or a shard is bad.
         StorageError: If reading or writing a file fails. Finished parts are intact.
@@ -200,7 +205,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     root = Path(output)
     strict = on_error == "raise"
     loss_budget = LossBudget(0.0 if strict else max_error_rate, accepts_bad_shards=allow_bad_shards)
-    StoreLedger.check_folder(root, overwrite=overwrite)
+    _check_folder(dataset, root, overwrite=overwrite)
     require_files(dataset, loss_budget.max_error_rate)
     model = backbone.load() if isinstance(backbone, BackboneSpec) else backbone
     settings: dict[str, Any] = {"limits": asdict(limits), "dtype": dtype, "split": split}
@@ -222,6 +227,12 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     elif not _embed_shared(job, model, executor, loss_budget):
         return None  # other processes are still at work
     return CaptionStore(root) if run.captions else EmbeddingStore(root)
+
+
+def _check_folder(dataset: ImageDataset, root: Path, *, overwrite: bool) -> None:
+    """Raise UsageError if a folder holds something else, or lies among the images."""
+    StoreLedger.check_folder(root, overwrite=overwrite)
+    require_outside_listing(dataset, root)
 
 
 def _image_column_settings(model: Backbone, columns: ExtraColumns) -> dict[str, object]:

@@ -207,6 +207,7 @@ class SourceArrays:
     ``read_part`` reads and checks a part's rows.
     """
 
+    array_files: ArrayFiles  # the files with the arrays
     # All used arrays. The keys are names in ``ARRAY_NAMES``.
     opened_arrays: dict[str, StoredArray]
     target: NDArray[np.int64]  # (N,) label for each row: -1 is unknown, -2 is outside all classes
@@ -327,7 +328,10 @@ class SourceArrays:
             return digest(hash_of_array)
 
     def read_part(self, part: Part) -> PartContent:
-        """Read a part's rows, and return the usable rows and the errors."""
+        """Read a part's rows, and return the usable rows and the errors.
+
+        If a file with arrays has changed since it was opened, raise DataError.
+        """
         status = np.full(len(part), VALID, np.uint8)
         rows_of_array: dict[str, Tensor] = {}
         for name in part.array_names:
@@ -341,6 +345,8 @@ class SourceArrays:
             # have any norm, so there is no warning about features.
             if LOGITS not in self.opened_arrays:
                 self.norm_summary += norm_summary
+        # the run's fingerprint is of the arrays as they were before the first part
+        self.array_files.require_unchanged()
         content = self._metadata_and_errors(part, status)
         is_usable = torch.from_numpy(status == VALID)
         for name, rows in rows_of_array.items():
@@ -454,6 +460,7 @@ def _read_source(
     answer_array = opened_arrays.get(ANSWER)
     answer = _read_answers(answer_array, n_rows, source_names, store_classes.names)
     return SourceArrays(
+        array_files=array_files,
         opened_arrays=opened_arrays,
         target=store_classes.target,
         class_names=store_classes.names,
@@ -889,11 +896,14 @@ def _indices_of_names(
     """
     index_of_value = {"": UNKNOWN, **index_of_name, **dict.fromkeys(labels_outside, OUTSIDE)}
     for value in values:
-        if value not in index_of_value:
-            raise DataError(
-                f"target has the label {value!r:.80}, which is no class. Add it to class_names and "
-                "text, or say with --outside that it is none of the classes."
-            )
+        if value in index_of_value:
+            continue
+        advice = (
+            "Add it to class_names and text, or say with --outside that it is none of the classes."
+        )
+        if value.removeprefix("-").isdecimal():
+            advice += " A text is a name. Save numbers of classes as whole numbers in an .npy file."
+        raise DataError(f"target has the label {value!r:.80}, which is no class. {advice}")
     return np.array([index_of_value[value] for value in values], dtype=np.int64)
 
 

@@ -378,8 +378,8 @@ class EmbedJob:
         """
         for part in parts:
             marks.add(part)
-            # The fingerprint is computed before the shards are read. So if a shard changes during
-            # the reading, the next run notices the change.
+            # The fingerprint is computed before the shards are read. So ``write_part`` notices if a
+            # shard changes during the reading.
             shard_fingerprints[part.number] = self.ledger.shard_fingerprint(part)
             yield from records_with_positions(self.run, part, self.dataset)
             yield END_OF_PART

@@ -58,6 +58,14 @@ RUN_FILE_PATTERN = re.compile(
 A receipt's name is digits and ``.json``. The name of a ``Part.attempts_file`` is digits alone.
 """
 
+PART_FILE_PATTERN = re.compile(
+    r"(\w+?)s?/\1_\d+\.(npy|parquet)|receipts/\d+\.json|attempts/\d+", re.ASCII
+)
+"""Paths of a part's files in a run's folder, such as "img_emb/img_emb_00000.npy".
+
+A file has the folder's name, perhaps without the last "s", and the part's number.
+"""
+
 RECEIPTS_FOLDER = "receipts"  # name of the folder with the receipts
 NO_RECEIPT = "it is not there"  # what ``receipt_or_reason`` returns for a part without a receipt
 
@@ -119,6 +127,8 @@ class Ledger(ABC, Generic[P, R]):
         LOG_FILE,
     )  # files directly in the folder
     folders: ClassVar[tuple[str, ...]]  # all possible sub-folders in a run
+    # paths of all possible files in the sub-folders, other than the parts' files
+    further_files: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, root: Path, fingerprint: str, parts: Sequence[P], receipt_type: type[R]
@@ -156,7 +166,7 @@ class Ledger(ABC, Generic[P, R]):
         # another process could begin a run in between. Then this new run's files would be refused.
         is_empty = not root.is_dir() or not folder_entries(root)
         may_be_used = is_empty or cls.has_begun(root)
-        if not may_be_used and (root / RUN_FILE).is_file():
+        if not may_be_used and has_file(root / RUN_FILE):
             raise UsageError(
                 f"{root / RUN_FILE} is of no {cls.folder_kind}, so nothing there is touched. Give "
                 "a new folder."
@@ -176,7 +186,7 @@ class Ledger(ABC, Generic[P, R]):
     @classmethod
     def has_begun(cls, root: Path) -> bool:
         """Return whether a folder has a ``run.json`` of this kind, or a damaged ``run.json``."""
-        if not (root / RUN_FILE).is_file():
+        if not has_file(root / RUN_FILE):
             return False
         try:
             document = read_bounded(root / RUN_FILE, "Give another folder", DataError)
@@ -194,7 +204,9 @@ class Ledger(ABC, Generic[P, R]):
         for path in folder_entries(root):
             if path.name in folder_names and path.is_dir():
                 for file in folder_entries(path):
-                    if not RUN_FILE_PATTERN.fullmatch(file.name):
+                    name = f"{path.name}/{file.name}"
+                    is_part_file = PART_FILE_PATTERN.fullmatch(name) is not None
+                    if not is_part_file and name not in cls.further_files:
                         yield file
             elif path.name not in cls.documents:
                 yield path
@@ -202,7 +214,7 @@ class Ledger(ABC, Generic[P, R]):
     @classmethod
     def require_begun(cls, root: Path) -> None:
         """Raise DataError if a folder has no ``run.json``."""
-        if not (root / RUN_FILE).is_file():
+        if not has_file(root / RUN_FILE):
             raise DataError(
                 f"{root} is no {cls.folder_kind} (it has no {RUN_FILE}). Make one with "
                 f"`{cls.command}`."
@@ -213,7 +225,7 @@ class Ledger(ABC, Generic[P, R]):
         """Raise DataError if a folder has no ``run.json``, or is not complete."""
         cls.require_begun(root)
         # The manifest is written after the last part, so a manifest shows that all parts are done.
-        if not (root / MANIFEST_FILE).is_file():
+        if not has_file(root / MANIFEST_FILE):
             raise DataError(
                 f"{root} is not complete. Run the same `{cls.command_of(root)}` again: it goes on "
                 "where it stopped."
@@ -228,7 +240,7 @@ class Ledger(ABC, Generic[P, R]):
         """Write ``run.json`` if missing, make the sub-folders, and remove temporary files."""
         # run.json is written first, because a folder with parts and without run.json is refused. An
         # existing run.json is never replaced, because run.json describes the parts in the folder.
-        if not (self.root / RUN_FILE).is_file():
+        if not has_file(self.root / RUN_FILE):
             write_document(self.root / RUN_FILE, run)
         with convert_os_errors(f"cannot prepare {self.root}"):
             for name in folders:
@@ -316,7 +328,7 @@ class Ledger(ABC, Generic[P, R]):
         # The whole file was written before the receipt. But the folder may be an incomplete copy,
         # or someone may have changed or removed the file later.
         path = self.root / name
-        if not path.is_file():
+        if not has_file(path):
             state = "is missing"
         else:
             n_bytes_on_disk = path.stat().st_size
@@ -334,8 +346,9 @@ class Ledger(ABC, Generic[P, R]):
         With ``check_hashes``, the part's files are also compared with their hashes.
         """
         # the receipt is written last, so a part without a receipt is not done
-        if not (self.root / part.receipt_file).exists():
-            return NO_RECEIPT
+        with convert_os_errors(f"cannot read {self.root}"):
+            if not (self.root / part.receipt_file).exists():
+                return NO_RECEIPT
         try:
             receipt = self.receipt(part)
             if check_hashes:
@@ -369,7 +382,8 @@ class Ledger(ABC, Generic[P, R]):
 
     def _checking_progress(self, *, check_hashes: bool) -> AbstractContextManager[Task]:
         """Return a progress bar if the check will read files, otherwise a silent substitute."""
-        has_receipts = any((self.root / part.receipt_file).exists() for part in self.parts)
+        with convert_os_errors(f"cannot read {self.root}"):
+            has_receipts = any((self.root / part.receipt_file).exists() for part in self.parts)
         if check_hashes and has_receipts:
             return track("Checking parts", len(self.parts), "parts")
         return nullcontext(SilentProgress())
@@ -406,6 +420,12 @@ class Ledger(ABC, Generic[P, R]):
         receipt = make_receipt(info_of_file)
         write_document(self.root / part.receipt_file, receipt)
         return receipt
+
+
+def has_file(path: Path) -> bool:
+    """Return whether a path is a file. Raise StorageError if the folder may not be read."""
+    with convert_os_errors(f"cannot read {path}"):
+        return path.is_file()
 
 
 def _remove_leftovers(folder: Path) -> None:

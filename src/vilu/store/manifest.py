@@ -282,6 +282,9 @@ class StoreInputs(StoreDocument):
 class Run(StoreInputs):
     """``run.json``, the first file of a store."""
 
+    # A damaged run.json cannot be resumed. Only a new run repairs it.
+    remedy = f"{StoreDocument.remedy} with --overwrite"
+
     fingerprint: str  # hash of the inputs
     dataset: str  # the data set's short name, for reports: the last part of the source's path
     vilu: str  # vilu's version at the beginning of the run
@@ -389,6 +392,8 @@ class Manifest(CountedDocument, Run):
 
     The manifest is written only if the store's losses are within the budget.
     """
+
+    remedy = StoreDocument.remedy
 
     parts: Count  # number of parts
     classes: str  # hash of the class table, empty if captions are the candidates

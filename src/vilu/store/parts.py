@@ -148,6 +148,7 @@ class StoreLedger(Ledger[Part, Receipt]):
     # sub-folders in every store
     required_folders = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
     folders = (*required_folders, *get_args(ImageColumn), "columns")
+    further_files = (TEXT_FILE, *(f"columns/{name}.npy" for name in get_args(ClassColumn)))
 
     def __init__(self, root: Path, run: Run, dataset: ImageDataset | None = None) -> None:
         parts = plan_parts(run)
@@ -200,12 +201,12 @@ class StoreLedger(Ledger[Part, Receipt]):
         ``batch_size`` counts images per forward pass. ``shard_fingerprint`` is what the method
         ``shard_fingerprint`` returned before the shards were read.
         """
+        self._require_unchanged_shards(part, shard_fingerprint)
         n_ok = len(content.metadata)
         n_error = len(content.errors)
         n_errors_of_kind = Counter(error.kind for error in content.errors)
 
         def make_receipt(files: dict[str, FileInfo]) -> Receipt:
-            sorted_errors = sorted(n_errors_of_kind.items())
             return Receipt(
                 fingerprint=self.run.fingerprint,
                 part=part.number,
@@ -214,7 +215,7 @@ class StoreLedger(Ledger[Part, Receipt]):
                 n_in=n_ok + n_error,
                 n_ok=n_ok,
                 n_error=n_error,
-                errors=dict(sorted_errors),
+                errors=dict(sorted(n_errors_of_kind.items())),
                 files=files,
                 batch_size=batch_size,
                 source=shard_fingerprint,
@@ -222,6 +223,15 @@ class StoreLedger(Ledger[Part, Receipt]):
 
         payloads = self._payloads(part, content)
         return self.write_files(part, payloads, make_receipt)
+
+    def _require_unchanged_shards(self, part: Part, shard_fingerprint: str) -> None:
+        """Raise DataError if a part's shards do not have a fingerprint any more."""
+        # of a changed shard, some rows would be of the old file and some of the new file
+        if self.shard_fingerprint(part) != shard_fingerprint:
+            raise DataError(
+                f"shards of part {part.number} changed while they were read. When nothing writes "
+                "to them any more, run the same command again: finished parts are kept."
+            )
 
     def _payloads(self, part: Part, content: PartContent) -> dict[str, bytes]:
         """Map each file name in a part to the file's bytes."""

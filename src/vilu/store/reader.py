@@ -26,7 +26,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, ProvenanceError, StorageError, UsageError
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
-from vilu.store.ledger import FileVerifier, PickledByPath, content_hash
+from vilu.store.ledger import FileVerifier, PickledByPath, content_hash, has_file
 from vilu.store.manifest import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
 from vilu.store.mapped import (
     ListedNumbers,
@@ -87,7 +87,7 @@ def open_source(
         ('cat', 'dog')
     """
     root = Path(path)
-    if not (root / RUN_FILE).is_file():
+    if not has_file(root / RUN_FILE):
         if logit_scale is None:
             find_shards(root)  # raises DataError if the folder has no known layout
             raise UsageError(
