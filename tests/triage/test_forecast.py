@@ -13,6 +13,7 @@ from vilu.triage.forecast import LABEL_BUDGETS, Forecast, is_enough_to_fit
 from vilu.triage.guarantee import PhotoSplit
 from vilu.triage.outputs import why_nothing_is_asked
 from vilu.triage.run import TriageResult
+from vilu.triage.state import TriageSettings
 from vilu.triage.trial import Trial
 
 
@@ -119,12 +120,18 @@ def test_another_risk_is_named_if_it_can_be_shown() -> None:
 def test_a_run_that_asks_for_nothing_names_the_next_command() -> None:
     doubtful = forecast(np.full(1_000, 0.06))
     assert doubtful.least_risk is not None
-    nothing_shown = cast("TriageResult", SimpleNamespace(rule=None, forecast=doubtful))
-    text = why_nothing_is_asked(nothing_shown)
+    settings = cast("TriageSettings", SimpleNamespace(n_next=50))
+    fitted = SimpleNamespace(needs_labels=True)
+
+    def result(made: Forecast) -> TriageResult:
+        facts = SimpleNamespace(rule=None, predictor=fitted, forecast=made)
+        return cast("TriageResult", facts)
+
+    text = why_nothing_is_asked(result(doubtful), settings)
     assert f"Run the same command with --max-risk {doubtful.least_risk}" in text
     hopeless = forecast(np.full(1_000, 0.4))
-    nothing_shown = cast("TriageResult", SimpleNamespace(rule=None, forecast=hopeless))
-    assert "with a larger --max-risk, or add photos" in why_nothing_is_asked(nothing_shown)
+    text = why_nothing_is_asked(result(hopeless), settings)
+    assert "with a larger --max-risk, or add photos" in text
 
 
 @pytest.mark.parametrize(

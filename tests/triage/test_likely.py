@@ -10,9 +10,12 @@ import pytest
 from tests.builders.photo_folders import write_photos
 from tests.builders.store_fakes import FakeBackbone
 from tests.triage.conftest import Folder, fill_in, job_on, rows
+from vilu.artifacts.documents import read_document
+from vilu.calibration.calibration import Calibration
 from vilu.calibration.likely import LikelyRight
 from vilu.guard.guard import Guard
 from vilu.triage.outputs import TriageSummary, likely_in_words, triage_photos
+from vilu.triage.state import STATE_FILE, TriageState
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +107,22 @@ def test_labels_of_the_draw_count_for_the_estimate(begun: Folder) -> None:
     assert after_it.failure == before_the_draw.failure  # no drawn label was fitted on
     page = (home / "out" / "report.html").read_text(encoding="utf-8")
     assert f"and {after_it.n_drawn_wrong} of {after_it.n_drawn} drawn ones" in page
+
+
+@pytest.mark.slow
+def test_labels_of_the_guarantee_count_after_the_limit_was_raised(tmp_path: Path) -> None:
+    """In the third run a guarantee is shown, and the limit of the draw is raised."""
+    job = replace(job_on(tmp_path / "photos"), answer="zero_shot", max_risk=0.2)
+    truth, output = write_photos(job.photos, 250), tmp_path / "out"
+    triage_photos(job, output)
+    for _ in range(2):
+        triage_photos(job, output, [fill_in(output, truth, tmp_path / "labels.csv")])
+    rule = Calibration.load(output / "predictor").rule
+    state = read_document(output / STATE_FILE, TriageState)
+    likely_right = LikelyRight.find(output / "predictor")
+    assert rule is not None
+    assert state.trial is not None
+    assert likely_right is not None
+    assert rule.threshold is not None
+    assert state.trial.limit > rule.threshold
+    assert likely_right.n_drawn >= rule.n_accepted

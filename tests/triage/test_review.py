@@ -22,12 +22,13 @@ import pytest
 
 from tests.command import command, command_line, run
 from tests.conftest import few
-from tests.triage.conftest import Folder, rows
+from tests.triage.conftest import Folder, job_on, rows
 from vilu.errors import DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.label_files import write_labels
 from vilu.triage.labels import SKIPPED, LabelBook, read_labels, sides_and_positions
+from vilu.triage.outputs import triage_photos
 from vilu.triage.photos import Photos, PhotoStores
 from vilu.triage.review import Review, open_review
 from vilu.triage.review_files import Tool, read_finished_tasks, write_review
@@ -41,6 +42,18 @@ if TYPE_CHECKING:
 def half(begun: Folder) -> Path:
     """Return a triage that asks for labels and has no guarantee yet."""
     return begun[0] / "half"
+
+
+def test_moved_photos_are_shown_and_found(guaranteed: Folder) -> None:
+    home, _ = guaranteed
+    triage_photos(job_on(home / "photos"), home / "out", sort="move")
+    review = open_review(home / "out", "all", 3)
+    session = ReviewSession(review, home / "labels.csv")
+    assert session.webp_photo(0)[8:12] == b"WEBP"
+    _, samples_file = write_review(review, "fiftyone", home / "tasks")
+    for sample in json.loads(samples_file.read_text())["samples"]:
+        assert (home / "photos" / sample["filepath"]).is_file()
+        assert sample["path"] in {task.path for task in review.tasks}
 
 
 def test_a_triage_says_what_it_asks_for_and_what_is_to_be_reviewed(

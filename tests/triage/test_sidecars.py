@@ -219,8 +219,8 @@ def test_a_sidecar_moves_with_its_photo(photos: Path) -> None:
         "b.png.xmp",
     ]
     assert not list(photos.glob("*.xmp"))
-    answers = [answer("a.png", "accept", "bus"), answer("b.png", "review")]
+    answers = [answer("a.png", "accept", "cat"), answer("b.png", "review")]
     write(photos, *answers)
     sort_photos(out, list_folder(photos, out), answers, job_on(photos), "move")
-    assert subjects_of(out / "sorted" / "accepted" / "bus" / "a.png.xmp") == ["bus"]
+    assert subjects_of(out / "sorted" / "accepted" / "cat" / "a.png.xmp") == ["cat"]
     assert (out / "sorted" / "review" / "b.png.xmp").read_bytes() == foreign(TWO)

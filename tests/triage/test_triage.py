@@ -48,8 +48,8 @@ from vilu.triage.label_files import label_columns
 from vilu.triage.labels import SKIPPED, LabelBook, sides_and_positions
 from vilu.triage.outputs import threshold_rows, triage_photos
 from vilu.triage.photos import PhotoStores
-from vilu.triage.sorting import moved_photos
-from vilu.triage.state import TriageSettings, TriageState
+from vilu.triage.sorting import class_folders
+from vilu.triage.state import TriageSettings, TriageState, moved_photos
 
 
 def test_from_photos_to_a_guarantee_that_holds(begun: Folder) -> None:
@@ -106,6 +106,21 @@ def test_the_most_trusted_are_guaranteed_only_where_labels_show_it() -> None:
     is_shown = [level.risk_bound is not None and level.risk_bound <= 0.05 for level in levels]
     assert [level.is_certified for level in levels] == is_shown
     assert [levels[0].is_certified, levels[-1].is_certified] == [False, True]
+
+
+def test_labels_show_no_bound_for_photos_that_are_not_drawn() -> None:
+    """All labels are of photos up to the limit, so they say nothing about photos beyond it."""
+    grid = np.arange(1, 81) / 80
+    uncertainty = (np.arange(640) + 0.5) / 640
+    is_drawn = uncertainty <= 0.5
+    outcomes = Outcomes(uncertainty[is_drawn], np.zeros(int(is_drawn.sum()), int))
+    rows = np.flatnonzero(is_drawn)
+    tests = ThresholdTests(grid, 0.05, 0.05, limit=0.5)
+    progress = GuaranteeProgress(tests, rows, outcomes, rows[:0], 39, 0, 0)
+    levels = threshold_rows(uncertainty, progress, threshold_in_force=0.5)
+    has_bound = [level.risk_bound is not None for level in levels]
+    assert has_bound == [level.threshold <= 0.5 for level in levels]
+    assert not all(has_bound)
 
 
 def test_of_a_scene_one_label_counts() -> None:
@@ -291,6 +306,117 @@ def test_answers_that_were_filled_in_and_not_given_are_not_lost(tmp_path: Path) 
     asked.write_bytes(filled)
     triage_photos(job, output, overwrite=True)
     assert not LabelBook.load(output / "labels.parquet").labels
+
+
+def test_answers_that_are_filled_in_during_a_run_are_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth, job, output = (
+        write_photos(tmp_path / "photos", 60),
+        job_on(tmp_path / "photos"),
+        tmp_path / "out",
+    )
+    triage_photos(job, output)
+    asked = output / "next_labels.csv"
+    embed_new_photos = PhotoStores.embed_new_photos
+
+    def fill_in_meanwhile(*arguments: Any) -> int:
+        fill_in(output, truth, tmp_path / "filled.csv").rename(asked)
+        return embed_new_photos(*arguments)
+
+    monkeypatch.setattr(PhotoStores, "embed_new_photos", fill_in_meanwhile)
+    with pytest.raises(UsageError, match=r"next_labels.csv holds \d+ answers that no run has read"):
+        triage_photos(job, output)
+    monkeypatch.undo()
+    n_answers = len(rows(asked))
+    assert all(row["label"] for row in rows(asked))
+    triage_photos(job, output, [asked])
+    assert len(LabelBook.load(output / "labels.parquet").labels) == n_answers
+
+
+def test_answers_of_a_former_class_are_kept_by_a_run_with_the_former_classes(
+    tmp_path: Path, changed: Callable[..., TriageSettings]
+) -> None:
+    job = changed()
+    truth, output = write_photos(job.photos, 200), tmp_path / "out"
+    fewer = changed(embedding=dataclasses.replace(job.embedding, names=job.embedding.names[:2]))
+    triage_photos(job, output)
+    triage_photos(job, output, [fill_in(output, truth, tmp_path / "filled.csv")])
+    asked = fill_in(output, truth, tmp_path / "filled.csv").rename(output / "next_labels.csv")
+    assert "car" in {row["label"] for row in rows(asked)}
+    with pytest.raises(UsageError, match=r"'car' no longer exists.*with the former --classes"):
+        triage_photos(fewer, output, [asked])
+    triage_photos(job, output, [asked])
+    triage_photos(fewer, output)
+    former = LabelBook.load(output / "former_labels.parquet")
+    assert set(former.labels.values()) == {"car"}
+
+
+def test_photos_that_are_gone_are_asked_for_no_more(tmp_path: Path) -> None:
+    truth, job, output = (
+        write_photos(tmp_path / "photos", 120),
+        job_on(tmp_path / "photos"),
+        tmp_path / "out",
+    )
+    triage_photos(job, output)
+    gone = [row["path"] for row in rows(output / "next_labels.csv")][:-2]
+    for path in gone:
+        (job.photos / path).unlink()
+    triage_photos(job, output)
+    asked = [row["path"] for row in rows(output / "next_labels.csv")]
+    assert asked
+    assert not set(asked) & set(gone)
+    labels = [fill_in(output, truth, tmp_path / "filled.csv")]
+    summary = triage_photos(job, output, labels)
+    for path in asked:
+        (job.photos / path).unlink()
+    summary = triage_photos(job, output)
+    assert "; 0 have a label" in summary.counts
+    assert "with 0 labels" in summary.guarantee
+
+
+def test_a_label_of_one_copy_is_the_label_of_the_picture(tmp_path: Path) -> None:
+    """Labels are given of the copies that come later in the folder."""
+    truth, job = write_photos(tmp_path / "photos", 60), job_on(tmp_path / "photos")
+    (tmp_path / "labels.csv").write_text(
+        "path,label\n" + "".join(f"z {path},{label}\n" for path, label in truth.items())
+    )
+    for path in truth:
+        copy = job.photos / f"z {path}"
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(job.photos / path, copy)
+    summary = triage_photos(job, tmp_path / "out", [tmp_path / "labels.csv"])
+    state = read_document(tmp_path / "out" / "triage.json", TriageState)
+    assert state.trial is not None
+    assert 0 < state.trial.n_fit < 60
+    n_for_guarantee = 60 - state.trial.n_fit
+    assert f"of {n_for_guarantee} labelled answers that count are wrong" in summary.guarantee
+    assert not rows(tmp_path / "out" / "next_labels.csv")
+
+
+def test_the_reason_why_nothing_is_asked_is_true(tmp_path: Path) -> None:
+    truth = write_photos(tmp_path / "photos", 24)
+    job, output = job_on(tmp_path / "photos"), tmp_path / "out"
+    none_wanted = triage_photos(dataclasses.replace(job, n_next=0), output)
+    assert none_wanted.no_request_reason == "No label is asked for: -n is 0."
+    triage_photos(job, output)
+    no_class = dict.fromkeys(truth, OUTSIDE_NAME)
+    too_few = triage_photos(job, output, [fill_in(output, no_class, tmp_path / "filled.csv")])
+    assert "at least 10 labels that name a class. Add photos." in too_few.no_request_reason
+
+
+def test_no_other_predictor_is_tested_while_every_photo_is_accepted(guaranteed: Folder) -> None:
+    """A candidate takes over only if it accepts more, so its labels would be asked for in vain.
+
+    The predictor accepts all photos of the calibration side.
+    """
+    (home, truth), output = guaranteed, guaranteed[0] / "out"
+    job = job_on(home / "photos")
+    triage_photos(job, output, [fill_in(output, truth, home / "filled.csv")])
+    state = read_document(output / "triage.json", TriageState)
+    assert state.n_fit_of_last_candidate > 0
+    assert state.candidate is None
+    assert state.n_tested == 1
 
 
 def test_run_again_does_only_what_is_new(
@@ -925,6 +1051,33 @@ def test_photos_whose_flat_names_are_one_are_all_sorted(
     assert triage_photos(job_on(tmp_path / "photos"), tmp_path / "out").counts.startswith(
         "31 photos: "
     )
+
+
+def test_every_class_has_its_own_folder() -> None:
+    folders = class_folders(("C++", "C#", "C&", "C_", "sea", "\u00e9" * 200, "..", "sea"))
+    assert folders["C++"] == "C++"
+    assert folders["sea"] == "sea"
+    assert folders[".."] == "_"
+    assert len(set(folders.values())) == len(folders)
+    assert max(len(folder.encode()) for folder in folders.values()) <= 255
+
+
+def test_photos_of_classes_with_like_names_are_sorted_apart(
+    tmp_path: Path, changed: Callable[..., TriageSettings]
+) -> None:
+    job = changed()
+    truth = write_photos(job.photos, 60)
+    name_of = {"cat": "c/t", "dog": "c&t", "car": "car"}
+    names = tuple(name_of[name] for name in job.embedding.names)
+    job = changed(embedding=dataclasses.replace(job.embedding, names=names))
+    few = {path: name_of[truth[path]] for path in truth}
+    (tmp_path / "labels.csv").write_text(
+        "path,label\n" + "".join(f"{path},{label}\n" for path, label in few.items())
+    )
+    triage_photos(job, tmp_path / "out", [tmp_path / "labels.csv"], sort="link")
+    for folder in (tmp_path / "out" / "sorted" / "accepted").iterdir():
+        labels = {few[link.name.replace("__", "/")] for link in folder.iterdir()}
+        assert len(labels) == 1
 
 
 def test_two_photos_that_older_code_took_for_one_part_again(tmp_path: Path) -> None:

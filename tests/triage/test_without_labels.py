@@ -38,7 +38,7 @@ def test_tables_and_page_rank_and_state_no_probability(output: Path) -> None:
     assert "likely wrong" not in page
     assert "expected errors" not in page
     assert "of the photos that are at most as doubtful" in page
-    assert "more doubtful than" in page
+    assert "at least as doubtful as 100.0&nbsp;% of the photos" in page
 
 
 def test_a_guard_places_a_new_photo_among_those_of_the_fit(

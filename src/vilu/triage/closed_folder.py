@@ -26,7 +26,7 @@ from vilu.calibration.closed_set import ClosedCounts, ClosedPhotos, ClosedSetTes
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.triage.guarantee import Mask, PhotoSplit
+from vilu.triage.guarantee import Mask, PhotoSplit, one_row_per_picture
 from vilu.triage.labels import LabelBook
 from vilu.triage.photos import Photos
 from vilu.triage.state import GuaranteePopulation
@@ -36,20 +36,14 @@ from vilu.triage.trial import Trial
 class FolderSplit(PhotoSplit):
     """Like ``PhotoSplit``, for a guarantee about the photos in the folder.
 
-    A photo is on the calibration side until the photo is picked to fit on. Among several photos
-    with equal pictures, only one is usable: the first photo with a label, or else the first photo.
+    A photo is on the calibration side until the photo is picked to fit on.
     """
 
     @classmethod
     def of(cls, photos: Photos, book: LabelBook, seed: int) -> Self:
         """Split photos by their label book."""
         split = super().of(photos, book, seed)
-        # Equal pictures have equal positions. ``np.unique`` finds the first row at every position.
-        # Rows with a label are put first, so ``np.unique`` prefers a row with a label.
-        rows_labelled_first = np.argsort(~split.is_answered, kind="stable")
-        _, first_indices = np.unique(split.random_position[rows_labelled_first], return_index=True)
-        is_first = np.zeros(len(photos), np.bool_)
-        is_first[rows_labelled_first[first_indices]] = True
+        is_first = one_row_per_picture(split.random_position, split.is_answered)
         is_readable = np.zeros(len(photos), np.bool_)
         is_readable[photos.usable_rows.numpy()] = True
         # If a photo is picked, all photos with the same picture count as picked.

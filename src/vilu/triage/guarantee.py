@@ -41,7 +41,8 @@ class PhotoSplit:
 
     Attributes:
         is_usable: (N,) bool, True for photos that may be used in fits or for a guarantee. If
-            several photos have equal pictures, only one of these photos is usable.
+            several photos have equal pictures, only one of these photos is usable: the first photo
+            that was labelled or skipped with this picture, or else the first photo.
         is_calibration: (N,) bool, True on the calibration side, False on the fit side.
         random_position: (N,) int64 position in the random order.
         is_labelled: (N,) bool, True for photos with a label: a class, or "none of the classes".
@@ -65,17 +66,12 @@ class PhotoSplit:
     def of(cls, photos: Photos, book: LabelBook, seed: int) -> Self:
         """Split photos by their label book.
 
-        If several photos have equal pictures, only the first photo is usable. The picture decides
-        the side. If a photo's picture has changed since the photo was labelled, the photo may have
-        been on the fit side before. So this photo is not used for calibration.
+        The picture decides the side. If a photo's picture has changed since the photo was labelled,
+        the photo may have been on the fit side before. So this photo is not used for calibration.
         """
         pictures = photos.pictures
         is_calibration, unsigned_position = sides_and_positions(pictures, seed)
         n = len(photos)
-        is_first = np.zeros(n, np.bool_)
-        # Equal pictures have equal positions. So this finds the first row with every picture.
-        _, first_rows = np.unique(unsigned_position, return_index=True)
-        is_first[first_rows] = True
         is_usable = np.zeros(n, np.bool_)
         is_usable[photos.usable_rows.numpy()] = True
         is_answered = np.zeros(n, np.bool_)
@@ -94,6 +90,7 @@ class PhotoSplit:
         # The unsigned positions are below 2^64. Half of such a position is below
         # ``N_POSITIONS``, and fits into int64.
         random_position = (unsigned_position >> np.uint64(1)).astype(np.int64)
+        is_first = one_row_per_picture(random_position, is_answered & ~has_changed)
         return cls(
             is_usable=is_usable & is_first & ~(is_calibration & has_changed),
             is_calibration=is_calibration,
@@ -205,6 +202,21 @@ class PhotoSplit:
     ) -> ClosedPhotos | None:
         """Return the photos covered up to a threshold. None for a guarantee about new photos."""
         return None
+
+
+def one_row_per_picture(random_position: Ints, is_preferred: Mask) -> Mask:
+    """Return a mask (N,) with one row of every picture: the first preferred row, or the first row.
+
+    Args:
+        random_position: (N,) positions in the random order. Equal pictures have equal positions.
+        is_preferred: (N,) bool, True for preferred rows.
+    """
+    rows_preferred_first = np.argsort(~is_preferred, kind="stable")
+    # ``np.unique`` finds the first row at every position.
+    _, first_indices = np.unique(random_position[rows_preferred_first], return_index=True)
+    is_chosen = np.zeros(len(random_position), np.bool_)
+    is_chosen[rows_preferred_first[first_indices]] = True
+    return is_chosen
 
 
 def draw_probability(last_position: int) -> float:

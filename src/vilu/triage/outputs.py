@@ -34,9 +34,16 @@ from vilu.triage.answers import (
     write_next,
 )
 from vilu.triage.carrying import all_labels, former_class_names, without_former_labels
-from vilu.triage.fitting import refuse_given_answers
+from vilu.triage.fitting import MIN_LABELS_TO_FIT, refuse_given_answers
+from vilu.triage.forecast import Forecast
 from vilu.triage.guarantee import GuaranteeProgress
-from vilu.triage.labels import SKIPPED, match_photos, names_of_labels, read_labels
+from vilu.triage.labels import (
+    SKIPPED,
+    match_photos,
+    meant_name,
+    names_of_labels,
+    read_labels,
+)
 from vilu.triage.photos import PhotoFolder
 from vilu.triage.run import TriageResult, run_triage
 from vilu.triage.sidecars import write_sidecars
@@ -140,7 +147,7 @@ def triage_photos(
     photo_folder = list_folder(settings.photos, output, follow_links=settings.follow_links)
     labels_by_path, streams = _labels_by_path(files, photo_folder)
     if not overwrite:
-        _require_no_lost_answers(output, files, labels_by_path)
+        _require_no_lost_answers(output, files, labels_by_path, former_classes)
     with locked(make_folder(output), activity="sorting into", holder_kind="triage"):
         # ``run_triage`` reads the state again. Another run may have changed the state while this
         # run waited for the lock.
@@ -156,6 +163,8 @@ def triage_photos(
         )
         write_decisions(output, result.outcomes, answers)
         answer_of_path = {answer.key: answer for answer in answers}
+        # Somebody may have filled in the table while this run was embedding photos.
+        _require_no_lost_answers(output, files, labels_by_path, former_classes)
         write_next(
             output / NEXT_LABELS_CSV,
             result.entries_to_label,
@@ -236,7 +245,9 @@ def _labels_by_path(
     return labels_by_path, streams_by_path
 
 
-def _require_no_lost_answers(output: Path, files: LabelFiles, paths: Collection[str]) -> None:
+def _require_no_lost_answers(
+    output: Path, files: LabelFiles, paths: Collection[str], former_classes: Collection[str]
+) -> None:
     """Raise UsageError if answers in ``next_labels.csv`` would be lost.
 
     The run replaces this file. An answer would be lost if it is neither in the book nor in the
@@ -246,6 +257,7 @@ def _require_no_lost_answers(output: Path, files: LabelFiles, paths: Collection[
         output: The triage folder.
         files: The label files of this run.
         paths: Paths of photos with a label in these files.
+        former_classes: Names of the triage's former classes.
     """
     if not (output / NEXT_LABELS_CSV).is_file():
         return
@@ -256,11 +268,26 @@ def _require_no_lost_answers(output: Path, files: LabelFiles, paths: Collection[
     table = output / NEXT_LABELS_CSV
     filled_in_labels, _ = read_labels(table)
     lost_paths = filled_in_labels.keys() - in_files - in_book
-    if lost_paths:
-        raise UsageError(
-            f"{table} holds {plural(len(lost_paths), 'answer')} that no run has read, such as that "
-            f"about {min(lost_paths)!r}. They would be lost. Give them: --labels {table}."
-        )
+    if not lost_paths:
+        return
+    first_path = min(lost_paths)
+    remedy = _remedy_for_answers(table, filled_in_labels[first_path], former_classes)
+    raise UsageError(
+        f"{table} holds {plural(len(lost_paths), 'answer')} that no run has read, such as that "
+        f"about {first_path!r}. They would be lost. {remedy} Or move this file away, if they are "
+        "not needed."
+    )
+
+
+def _remedy_for_answers(table: Path, label: str, former_classes: Collection[str]) -> str:
+    """Say how a run reads an answer in ``next_labels.csv``, such as ``label``."""
+    if meant_name(label, former_classes) is None:
+        return f"Give them: --labels {table}."
+    # Such answers are left out of given files, too (``without_former_labels``).
+    return (
+        f"The class {label!r} no longer exists. Correct such answers, or run once with the former "
+        f"--classes and with --labels {table}, which keeps them."
+    )
 
 
 def summary_of(
@@ -286,7 +313,7 @@ def summary_of(
         prompts=_prompts_text(settings),
         sidecars=sidecars,
         n_asked=len(result.entries_to_label),
-        no_request_reason="" if result.entries_to_label else why_nothing_is_asked(result),
+        no_request_reason="" if result.entries_to_label else why_nothing_is_asked(result, settings),
     )
 
 
@@ -357,7 +384,7 @@ class ThresholdRow:
         n_accepted: How many accepted photos have a counted label.
         n_wrong: How many accepted photos with a counted label have a wrong answer.
         risk_bound: Upper bound on the error rate from the labels, if only this threshold is tested.
-            None if the labels show no bound.
+            None if the labels show no bound, or if photos up to this threshold are not drawn.
         expected_risk: Mean failure probability of the accepted photos without a label.
         is_certified: Whether the guarantee in force covers this threshold.
     """
@@ -416,7 +443,8 @@ def _rows_of_test(
         has_evidence = has_bounds and bool(evidence[index] >= -math.log(tests.delta))
         is_within = threshold_in_force is not None and threshold <= threshold_in_force
         risk_bound = None
-        if has_bounds:
+        # No photo beyond the limit is drawn. So beyond the limit, the labels are no random sample.
+        if has_bounds and index <= tests.last_tested_index:
             risk_bound = lowest_shown_bound(
                 int(n_wrong[index]), int(n_accepted[index]), tests.delta
             )
@@ -520,8 +548,9 @@ def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
             f"{scenes_in_words(result)}"
         )
     if result.progress is None:
+        n_labels = len(result.book.labels.keys() & set(result.photos.ids))
         return (
-            f"Nothing is guaranteed ({target}) with {plural(len(result.book.labels), 'label')}. "
+            f"Nothing is guaranteed ({target}) with {plural(n_labels, 'label')}. "
             "The photos are ranked without labels, by the model alone."
         )
     return f"Not guaranteed yet ({target}): {_lacking_in_words(result.progress)}"
@@ -598,8 +627,10 @@ def _out_of_reach_in_words(progress: GuaranteeProgress, n_counted: int) -> str:
     )
 
 
-def why_nothing_is_asked(result: TriageResult) -> str:
+def why_nothing_is_asked(result: TriageResult, settings: TriageSettings) -> str:
     """Say why no label is asked for, and what the next step is."""
+    if not settings.n_next:
+        return "No label is asked for: -n is 0."
     nothing_left = (
         "No label is asked for: no photo is left from which a predictor or the guarantee could "
         "gain."
@@ -614,15 +645,24 @@ def why_nothing_is_asked(result: TriageResult) -> str:
             f"{nothing_left} Use the predictor on new photos (`vilu embed`, then `vilu score`), or "
             "add photos to the folder and run the same command."
         )
-    larger_risk = "a larger --max-risk"
-    least_risk = result.forecast.least_risk
-    if least_risk is not None and least_risk > result.forecast.max_risk:
-        larger_risk = f"--max-risk {least_risk}"
+    if not result.predictor.needs_labels:
+        return (
+            "No label is asked for: all photos to fit on have labels or were skipped, but a "
+            f"predictor is fitted on at least {MIN_LABELS_TO_FIT} labels that name a class. Add "
+            "photos."
+        )
     return (
         "No label is asked for: all photos to fit on have labels, and no number of further labels "
-        f"of these photos would show the risk. Run the same command with {larger_risk}, or add "
-        "photos."
+        "of these photos would show the risk. Run the same command with "
+        f"{_larger_risk(result.forecast)}, or add photos."
     )
+
+
+def _larger_risk(forecast: Forecast) -> str:
+    """Return the option for a larger risk, with the least risk that could be shown if known."""
+    if forecast.least_risk is not None and forecast.least_risk > forecast.max_risk:
+        return f"--max-risk {forecast.least_risk}"
+    return "a larger --max-risk"
 
 
 def scenes_in_words(result: TriageResult) -> str:

@@ -20,7 +20,13 @@ from vilu.triage.answers import failure_probability
 from vilu.triage.carrying import all_labels
 from vilu.triage.labels import sides_and_positions
 from vilu.triage.photos import EMBEDDINGS_FOLDER, Photos, PhotoStores
-from vilu.triage.state import DECISIONS_CSV, NEXT_LABELS_CSV, STATE_FILE, TriageState
+from vilu.triage.state import (
+    DECISIONS_CSV,
+    NEXT_LABELS_CSV,
+    STATE_FILE,
+    TriageState,
+    moved_photos,
+)
 
 DEFAULT_STREAM: Final = "fit"
 """Stream for a photo without a request. The label counts for no guarantee."""
@@ -89,6 +95,8 @@ class Review:
         model: Name of the model or method that gave the answers.
         answer: The answers' kind.
         follow_links: Whether links in the photo folder may lead anywhere.
+        moved_photos: Maps the path of each photo moved by ``vilu triage --move`` to the present
+            location.
         labels: Maps photo paths to the labels so far, as tables write them.
         scores: Score file, for a review of rows. None for a triage.
     """
@@ -99,6 +107,7 @@ class Review:
     model: str
     answer: str = "zero_shot"
     follow_links: bool = False
+    moved_photos: Mapping[str, Path] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     scores: Path | None = None
 
@@ -144,6 +153,7 @@ def _review_of_triage(folder: Path, selection: PhotoSelection) -> Review:
         names=_names_to_choose_from(state.settings),
         photos=Path(state.photos),
         follow_links=state.follow_links,
+        moved_photos=moved_photos(folder),
         model="vilu triage",
         answer=state.answer.answer,
         labels=labels,

@@ -175,7 +175,13 @@ def _write_fiftyone(review: Review, output: Path) -> list[Path]:
     samples_file = output / "samples.json"
     metadata_content = plain_json(metadata, indent=1)
     write_new_file(metadata_file, metadata_content)
-    samples = [_fiftyone_sample(task) for task in review.tasks]
+    samples = []
+    for task in review.tasks:
+        # FiftyOne takes a relative path as a path below the photo folder, and an absolute path as
+        # it is. A moved photo lies elsewhere.
+        moved_to = review.moved_photos.get(task.path)
+        file_path = task.path if moved_to is None else portable_name(str(moved_to.absolute()))
+        samples.append(_fiftyone_sample(task, file_path))
     samples_content = plain_json({"samples": samples}, indent=1)
     write_new_file(samples_file, samples_content)
     return [metadata_file, samples_file]
@@ -193,8 +199,11 @@ def _fiftyone_field(name: str) -> dict[str, object]:
     }
 
 
-def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
-    """Make one photo's entry for ``samples.json``."""
+def _fiftyone_sample(task: ReviewTask, file_path: str) -> dict[str, Any]:
+    """Make one photo's entry for ``samples.json``.
+
+    ``file_path`` is the location of the photo's file, as tables write paths.
+    """
     classification: dict[str, object] | None = None
     if task.answer is not None:
         classification = {
@@ -205,15 +214,13 @@ def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
             "confidence": _confidence(task),
         }
     identifier = _object_id(task.path)
-    # FiftyOne draws random samples by this number in [0, 1), made from the first 32 bits.
-    rand = int(identifier["$oid"][:8], 16) / 2**32
     return {
         "_id": identifier,
-        "filepath": _text_of_path(task.path),
+        "filepath": _text_of_path(file_path),
         "tags": [task.stream] if task.stream else [],
         "metadata": None,
         "_media_type": "image",
-        "_rand": rand,
+        "_rand": _random_number(identifier["$oid"]),
         MODEL_FIELD: classification,
         TRUTH_FIELD: None,
         "uncertainty": task.failure_probability,
@@ -221,6 +228,11 @@ def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
         "zero_shot": task.zero_shot,
         "path": task.path,
     }
+
+
+def _random_number(object_id: str) -> float:
+    """Make a number in [0, 1) from the first 32 bits. FiftyOne draws random samples by it."""
+    return int(object_id[:8], 16) / 2**32
 
 
 def _text_of_path(portable: str) -> str:

@@ -406,12 +406,30 @@ def likely_right_by_drawn_labels(
     lacks_answers = len(likely_right.failure) != likely_right.n
     if lacks_answers:  # an earlier vilu version did not save the answers
         return likely_right
-    split = run.split.for_predictor(predictor, run.photos)
-    rows = split.counted_rows(outcomes.uncertainty, state.trial.limit)
+    rows = _drawn_rows(run, state.trial, predictor, outcomes.uncertainty)
     drawn_answers = JudgedAnswers(outcomes.uncertainty[rows], outcomes.failure[rows])
     likely_right = likely_right.with_drawn_answers(drawn_answers, outcomes.uncertainty)
     likely_right.save(run.present_folder)
     return likely_right
+
+
+def _drawn_rows(
+    run: TriageRun, trial: Trial, predictor: FailurePredictor, uncertainty: Floats
+) -> Ints:
+    """Return the calibration rows (M,) with a drawn label, up to the limit or the rule's threshold.
+
+    ``uncertainty`` (N,) are the predictor's uncertainties for all photos.
+    """
+    split = run.split.for_predictor(predictor, run.photos)
+    rows = split.counted_rows(uncertainty, trial.limit)
+    rule = rule_in_force(run.present_folder)
+    if rule is None or rule.threshold is None:
+        return rows
+    # After the limit was raised, photos without a label lie below it. Only the labels before the
+    # first of them, in the random order, count up to the new limit. So the labels up to the rule's
+    # threshold are added.
+    rows_of_rule = split.counted_rows(uncertainty, rule.threshold)
+    return np.union1d(rows, rows_of_rule)
 
 
 def _number_of_fit_labels(run: TriageRun, state: TriageState, predictor: FailurePredictor) -> int:
@@ -435,7 +453,7 @@ def forecast_of(run: TriageRun, state: TriageState, tested_outcomes: Outcomes) -
         n_classes=len(settings.embedding.names),
         n_fit_labels=0 if trial is None else trial.n_fit,
         most_fit_labels=len(run.split.fit_rows) + n_photos_to_pick,
-        n_labels=len(run.book.labels),
+        n_labels=int(run.split.is_labelled.sum()),
         max_risk=settings.max_risk,
         level=level,
         make_tests=run.split.tests_before_labels,
@@ -573,10 +591,12 @@ def _begin_trial(
     and the tested predictor: the new predictor, or the predictor tested before.
     """
     n_labels = len(run.split.fit_rows)
-    least_share = min(CANDIDATE_COVERAGE_FACTOR * share_accepted(run), 1.0)
+    present_share = share_accepted(run)
+    least_share = min(CANDIDATE_COVERAGE_FACTOR * present_share, 1.0)
     candidate = plan_trial(run, state, scores, least_share=least_share)
     next_state = state.model_copy(update={"n_fit_of_last_candidate": n_labels})
-    if not is_worth_testing(candidate, state, n_labels):
+    accepts_all = present_share == 1.0
+    if accepts_all or not is_worth_testing(candidate, state, n_labels):
         next_state = run.write(next_state)
         tested_folder = run.tested_folder(state)
         return next_state, load_uncalibrated(tested_folder)
@@ -842,7 +862,7 @@ def _paths_of(run: TriageRun, rows: Ints) -> list[str]:
 
 
 def _withdraw_requests(run: TriageRun, fingerprint: str, missing_paths: list[str]) -> None:
-    """Withdraw label requests for earlier predictors.
+    """Withdraw requests for earlier predictors, for missing photos, and for labelled pictures.
 
     Label requests for ``missing_paths`` always stay. If ``missing_paths`` is not empty and
     nothing is guaranteed, all requests outside ``missing_paths`` are withdrawn.
@@ -853,10 +873,14 @@ def _withdraw_requests(run: TriageRun, fingerprint: str, missing_paths: list[str
         missing_paths: Paths of the photos with a missing label in the draw.
     """
     only_missing = bool(missing_paths) and rule_in_force(run.present_folder) is None
+    usable_rows = np.flatnonzero(run.split.is_usable)
+    usable_paths = set(_paths_of(run, usable_rows))
 
     def is_withdrawn(entry: Entry) -> bool:
         if entry.path in missing_paths:
             return False
+        if entry.path not in usable_paths:
+            return True
         return only_missing or entry.predictor != fingerprint
 
     run.book.withdraw_requests(is_withdrawn)

@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from vilu.artifacts.disk import convert_os_errors, write_bytes
 from vilu.artifacts.tables import csv_bytes
-from vilu.datasets.files import AllowedFolders, original_path
+from vilu.datasets.files import AllowedFolders, original_path, read_file
 from vilu.datasets.images import BadImage, decode_image
 from vilu.errors import BusyError, DataError, StorageError, UsageError
 from vilu.text import render_page
@@ -152,12 +152,23 @@ class ReviewSession:
             BadImage: If the file cannot be decoded as a picture.
             OSError: If the file cannot be read.
         """
-        path = original_path(self.review.tasks[index].path)
-        image = decode_image(self.allowed_folders.read(path)).image
+        content_of_file = self._read_photo(self.review.tasks[index].path)
+        image = decode_image(content_of_file).image
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         content = BytesIO()
         image.save(content, "WEBP", quality=85, method=2)
         return content.getvalue()
+
+    def _read_photo(self, path: str) -> bytes:
+        """Return the bytes in a photo's file, wherever ``vilu triage --move`` has moved the file.
+
+        Raises:
+            OSError: If the file cannot be read.
+        """
+        present_location = self.review.moved_photos.get(path)
+        if present_location is None:
+            return self.allowed_folders.read(original_path(path))
+        return read_file(present_location)
 
     def page_data(self) -> dict[str, Any]:
         """Return the page's data for JSON: the names to choose from, and the photos."""

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from vilu.artifacts.disk import atomic_write, convert_os_errors, make_folder
 from vilu.artifacts.hashing import bytes_hash
-from vilu.artifacts.tables import read_table, write_table
+from vilu.artifacts.tables import write_table
 from vilu.datasets.files import original_path, portable_name
 from vilu.datasets.folder import ListedPhoto, list_photos
 from vilu.errors import DataError
@@ -23,13 +23,16 @@ from vilu.outcomes.decisions import ACCEPT, OUTSIDE_REASON
 from vilu.triage.answers import LABELLED
 from vilu.triage.photos import PhotoFolder
 from vilu.triage.sidecars import SIDECAR_SUFFIX, sidecar_of
-from vilu.triage.state import MOVED_TABLE, SORTED_FOLDER, TriageSettings
+from vilu.triage.state import MOVED_TABLE, SORTED_FOLDER, TriageSettings, moved_photos
 
 REPLACED_CHARACTERS: Final = re.compile(r"[^\w .()+-]")
 """Characters to replace by "_" in a folder name."""
 
 MAX_NAME_BYTES: Final = 255 - len(SIDECAR_SUFFIX)
 """Maximum length of a photo's file name in bytes, with room for the suffix of a sidecar."""
+
+ACCEPTED_GROUP: Final = "accepted"
+"""Folder below ``sorted`` for accepted and labelled photos. It has a folder for each class."""
 
 HASH_DIGITS: Final = 16
 """How many hexadecimal digits the hash in front of a name has (``hashed_name``)."""
@@ -71,23 +74,6 @@ def _without_output(
         return listed_photos
     start = f"{root.relative_to(photos).as_posix()}/"
     return [(path, status) for path, status in listed_photos if not path.startswith(start)]
-
-
-def moved_photos(root: Path) -> dict[str, Path]:
-    """Map every moved photo's path, in the photo folder, to the present location.
-
-    Moved photos are left out if they were deleted since or replaced by a link.
-    """
-    if not (root / MOVED_TABLE).exists():
-        return {}
-    table, _ = read_table(root / MOVED_TABLE, ())
-    moved = {}
-    for name, place in zip(table["path"].to_pylist(), table["place"].to_pylist(), strict=True):
-        target = root / place
-        if target.is_file() and not target.is_symlink():
-            path = original_path(name)
-            moved[portable_name(path)] = target
-    return moved
 
 
 def sort_photos(
@@ -150,8 +136,7 @@ def accepted_labels(
         photo = sources[answer.key]
         if not lies_inside(photo, photo_folder.root, root):
             continue
-        folder = folder_of(answer, settings.outside_labels)
-        is_accepted = folder.startswith("accepted/")
+        is_accepted = group_of(answer, settings.outside_labels) == ACCEPTED_GROUP
         labels[photo] = answer.label if is_accepted else None
     return labels
 
@@ -170,23 +155,50 @@ def _new_locations(
 ) -> dict[str, Path]:
     """Map every photo's path to its new path below ``sorted_folder``."""
     n_photos_with_name = Counter(flat_name(answer.key) for answer in answers)
+    folder_of_class = class_folders(settings.embedding.names)
     targets = {}
     for answer in answers:
         name = flat_name(answer.key)
         if n_photos_with_name[name] > 1:
             name = hashed_name(answer.key)
-        targets[answer.key] = sorted_folder / folder_of(answer, settings.outside_labels) / name
+        group = group_of(answer, settings.outside_labels)
+        folder = sorted_folder / group
+        if group == ACCEPTED_GROUP and answer.label is not None:
+            folder /= folder_of_class[answer.label]
+        targets[answer.key] = folder / name
     return targets
 
 
-def folder_of(answer: Answer, outside_labels: Collection[str]) -> str:
-    """Return the folder below ``sorted`` for an answer's photo."""
+def group_of(answer: Answer, outside_labels: Collection[str]) -> str:
+    """Return the folder below ``sorted`` for a photo. "accepted" has a folder for each class."""
     if answer.reason == OUTSIDE_REASON or answer.label in outside_labels:
         return "outside"
     if answer.decision in {ACCEPT, LABELLED} and answer.label is not None:
-        name = REPLACED_CHARACTERS.sub("_", answer.label).strip(". ")
-        return f"accepted/{name or '_'}"  # "_" if the name is empty now
+        return ACCEPTED_GROUP
     return "review"
+
+
+def class_folders(class_names: Collection[str]) -> dict[str, str]:
+    """Map every class name to the name of a folder, different for every class.
+
+    If several classes would have the same folder, each of these folders begins with a hash. A
+    folder name that is too long begins with a hash, too, and ends with the end of the class name.
+    """
+    n_classes_with_folder = Counter(_readable_folder(name) for name in set(class_names))
+    folder_of_class = {}
+    for class_name in class_names:
+        folder = _readable_folder(class_name)
+        is_too_long = len(folder.encode()) > MAX_NAME_BYTES
+        if is_too_long or n_classes_with_folder[folder] > 1:
+            folder = _hash_and_end(class_name, folder)
+        folder_of_class[class_name] = folder
+    return folder_of_class
+
+
+def _readable_folder(class_name: str) -> str:
+    """Return a class name with "_" in place of characters that are unusual in folder names."""
+    name = REPLACED_CHARACTERS.sub("_", class_name).strip(". ")
+    return name or "_"
 
 
 def flat_name(path: str) -> str:
@@ -203,10 +215,14 @@ def hashed_name(path: str) -> str:
     Without the hash, ``a/b.jpg`` and ``a__b.jpg`` would have the same name. Two long paths with the
     same end would also have the same name.
     """
-    prefix = f"{bytes_hash(path.encode())[:HASH_DIGITS]}__"
-    encoded_name = path.replace("/", "__").encode()
+    return _hash_and_end(path, path.replace("/", "__"))
+
+
+def _hash_and_end(hashed_text: str, name: str) -> str:
+    """Return a hash of a text, then a name. A long name loses its start."""
+    prefix = f"{bytes_hash(hashed_text.encode())[:HASH_DIGITS]}__"
     n_bytes_left = MAX_NAME_BYTES - len(prefix)
-    return prefix + encoded_name[-n_bytes_left:].decode(errors="ignore")
+    return prefix + name.encode()[-n_bytes_left:].decode(errors="ignore")
 
 
 def _is_behind_link(photo: Path, *folders: Path) -> bool:

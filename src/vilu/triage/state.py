@@ -11,7 +11,9 @@ from pydantic import Field
 
 from vilu.artifacts.documents import Document, read_document
 from vilu.artifacts.paths import claim_folder
+from vilu.artifacts.tables import read_table
 from vilu.calibration.answer_choice import AnswerChoice
+from vilu.datasets.files import original_path, portable_name
 from vilu.embeddings.columns import AnswerKind
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.triage.labels import SKIPPED
@@ -227,3 +229,20 @@ def _require_same_split(
             f"{root} was begun with a guarantee about {recorded_about!r}, now {settings.about!r}. "
             f"{FIXED_SETTING_REASON} {BEGIN_ANEW_ADVICE}"
         )
+
+
+def moved_photos(root: Path) -> dict[str, Path]:
+    """Map every moved photo's path, in the photo folder, to the present location.
+
+    Moved photos are left out if they were deleted since or replaced by a link.
+    """
+    if not (root / MOVED_TABLE).exists():
+        return {}
+    table, _ = read_table(root / MOVED_TABLE, ())
+    moved = {}
+    for name, place in zip(table["path"].to_pylist(), table["place"].to_pylist(), strict=True):
+        target = root / place
+        if target.is_file() and not target.is_symlink():
+            path = original_path(name)
+            moved[portable_name(path)] = target
+    return moved

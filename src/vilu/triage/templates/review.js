@@ -94,7 +94,7 @@ const show = () => {
   at("said").replaceChildren(said(task));
   if (task.blind) at("said").append(small("This label may count for a guarantee. So the model's answer is not shown."));
   if (task.p !== null) at("said").append(small(percent(task.p)));
-  else if (task.quantile !== null) at("said").append(small(`More doubtful than ${(100 * task.quantile).toFixed(0)} % of the photos`));
+  else if (task.quantile !== null) at("said").append(small(`At least as doubtful as ${(100 * task.quantile).toFixed(0)} % of the photos`));
   document.body.classList.toggle("blind", task.blind);
   at("accept").hidden = task.blind;
   at("accept").disabled = task.answer === null;
