@@ -171,6 +171,31 @@ def test_what_does_not_belong_together_is_refused(
         Guard(predictor)([7])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("kind", ["<f4", "<i4", ">u2", "<u2"])
+def test_a_deep_picture_of_pillow_is_answered_as_its_file(predictor: Path, kind: str) -> None:
+    """Pillow would clip these numbers: nearly all of the picture would be white or black."""
+    ramp = np.linspace(0, 1, 40)[:, None] * np.linspace(0.2, 1, 50)
+    most = 1 if kind == "<f4" else 65_535
+    picture = Image.fromarray((ramp * most).astype(kind))
+    file = io.BytesIO()
+    picture.save(file, "TIFF")
+    in_memory, on_disk = Guard(predictor)([picture, file.getvalue()])
+    assert in_memory.uncertainty == on_disk.uncertainty
+
+
+def test_a_bad_picture_of_pillow_is_an_answer_with_a_reason(predictor: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    content = file.getvalue()
+    place = content.rindex(b"IDAT")  # the second block of pixels, so the header can be read
+    damaged = Image.open(io.BytesIO(content[:place] + b"\0\0\0\0" + content[place + 4 :]))
+    first, last = (Image.open(io.BytesIO(photo(0, 1))) for _ in range(2))
+    answers = Guard(predictor)([first, Image.new("RGB", (0, 5)), damaged, last])
+    assert [answer.reason for answer in answers[1:3]] == ["bad_geometry", "decode_error"]
+    assert answers[0].label == answers[3].label is not None
+
+
 def test_without_a_rule_there_is_a_probability_and_no_decision(
     tmp_path: Path, fake_model: FakeBackbone, begun: Folder
 ) -> None:

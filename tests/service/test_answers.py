@@ -429,7 +429,7 @@ MISTAKES = {
     "too few numbers": (
         ("POST", "/v1/scores", {"json": {"embeddings": [[1.0]]}}),
         422,
-        "1 row of 16 numbers. Found 1 row of 1 to 1",
+        "embeddings must be 1 row of 16 numbers. Found 1 row of 1 to 1",
     ),
     "not finite": (("POST", "/v1/scores", {"content": b'{"embeddings": [[NaN]]}'}), 422, "finite"),
     "no direction": (
@@ -443,6 +443,11 @@ MISTAKES = {
         "the body",
     ),
     "no class": (("POST", "/v1/labels", {"json": {"labels": {"a": "cow"}}}), 422, "cow"),
+    "two labels for a row": (
+        ("POST", "/v1/labels", {"content": b'{"labels": {"a": "(outside)", "a": "dress"}}'}),
+        422,
+        "'a' occurs 2 times",
+    ),
     "another host": (
         ("GET", "/healthz", {"headers": {"Host": "evil.example"}}),
         421,

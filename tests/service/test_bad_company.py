@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import struct
@@ -25,8 +26,9 @@ from PIL.PngImagePlugin import PngInfo
 from tests.builders.photo_folders import KINDS, photo
 from tests.service.conftest import Running, hosted, served
 from vilu.calibration.calibration import Calibration
-from vilu.errors import UsageError
+from vilu.errors import DataError, StorageError, UsageError
 from vilu.service.journal import Journal
+from vilu.service.journals import ContradictionError
 from vilu.service.limits import ClientLimits, read_keys
 from vilu.service.local_journals import LocalJournals
 
@@ -426,6 +428,131 @@ def test_a_crash_during_a_correction_counts_the_right_labels(
     audit = LocalJournals(tmp_path / "s", {"first": predictors[0]}).statuses()["first"].audit
     assert audit is not None
     assert audit.wrong == 0
+
+
+def test_a_row_that_is_older_than_the_second_predictor_can_be_corrected(
+    predictors: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The second journal has never seen the row, and must not stop the correction halfway."""
+    first, second = predictors
+    dress, hat, *_ = predictors_names(first)
+    journals = LocalJournals(tmp_path / "s", {"first": first})
+    journals.record(["a-1"], {"first": ([0], [0.1])})
+    journals.label({"a-1": hat})
+    journals.close()
+    journals = LocalJournals(tmp_path / "s", {"first": first, "second": second})
+    rows = {name: ([0], [0.2]) for name in ("first", "second")}
+    journals.record(["b-2"], rows)
+    journals.label({"b-2": hat})
+    journals.correct({"a-1": hat, "b-2": hat}, {"a-1": dress, "b-2": dress})
+    audits = {name: status.audit for name, status in journals.statuses().items()}
+    with pytest.raises(ContradictionError, match=f"has the label {dress!r}, and {hat!r} was sent"):
+        journals.correct({"a-1": hat}, {"a-1": dress})
+    with pytest.raises(DataError, match="no label that could be corrected"):
+        journals.correct({"a-1": dress, "c-3": hat}, {"a-1": hat, "c-3": dress})
+    assert {name: status.audit for name, status in journals.statuses().items()} == audits
+    journals.close()
+    assert {name: (audit.n, audit.wrong) for name, audit in audits.items() if audit} == {
+        "first": (2, 0),
+        "second": (1, 0),
+    }
+
+
+def test_a_correction_that_ended_between_two_journals_can_be_repeated(
+    predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dress, hat, *_ = predictors_names(predictors[0])
+    journals = LocalJournals(
+        tmp_path / "s", dict(zip(("first", "second"), predictors, strict=True))
+    )
+    journals.record(["a-1"], {name: ([0], [0.1]) for name in ("first", "second")})
+    journals.label({"a-1": hat})
+    correct = Journal.correct
+
+    def correct_only_first(journal: Journal, labels: dict[str, str]) -> None:
+        if journal is journals._journals["second"]:
+            raise StorageError("the second journal is locked.")
+        correct(journal, labels)
+
+    with monkeypatch.context() as lock:
+        lock.setattr(Journal, "correct", correct_only_first)
+        with pytest.raises(StorageError):
+            journals.correct({"a-1": hat}, {"a-1": dress})
+    journals.correct({"a-1": hat}, {"a-1": dress})
+    audits = [status.audit for status in journals.statuses().values()]
+    journals.close()
+    assert [audit.wrong for audit in audits if audit] == [0, 0]
+
+
+def correct_only_first(journals: LocalJournals, label_before: str, label_after: str) -> None:
+    """Send a correction of all rows that ends after the first journal."""
+    first = journals._journals["first"]
+    row_ids = first.labels_of(["a-1", "b-2"])
+    assert set(row_ids.values()) == {label_before}
+    first.correct(dict.fromkeys(row_ids, label_after))
+
+
+def test_an_interrupted_correction_with_a_row_of_one_journal_can_be_repeated(
+    predictors: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The row a-1 is older than the second predictor, so the first journal alone has it."""
+    first, second = predictors
+    dress, hat, *_ = predictors_names(first)
+    journals = LocalJournals(tmp_path / "s", {"first": first})
+    journals.record(["a-1"], {"first": ([0], [0.1])})
+    journals.label({"a-1": hat})
+    journals.close()
+    journals = LocalJournals(tmp_path / "s", {"first": first, "second": second})
+    journals.record(["b-2"], {name: ([0], [0.2]) for name in ("first", "second")})
+    journals.label({"b-2": hat})
+    correct_only_first(journals, hat, dress)
+    before = {"a-1": hat, "b-2": hat}
+    journals.correct(before, dict.fromkeys(before, dress))
+    with pytest.raises(ContradictionError, match=f"a-1 has the label {dress!r}, and {hat!r} was"):
+        journals.correct(before, dict.fromkeys(before, dress))
+    audits = [status.audit for status in journals.statuses().values()]
+    journals.close()
+    assert [(audit.n, audit.wrong) for audit in audits if audit] == [(2, 0), (1, 0)]
+
+
+def test_the_refusal_after_an_interrupted_correction_says_what_to_send(
+    predictors: tuple[Path, Path], tmp_path: Path
+) -> None:
+    dress, hat, skirt, *_ = predictors_names(predictors[0])
+    journals = LocalJournals(
+        tmp_path / "s", dict(zip(("first", "second"), predictors, strict=True))
+    )
+    journals.record(["a-1"], {name: ([0], [0.1]) for name in ("first", "second")})
+    journals.label({"a-1": hat})
+    correct_only_first(journals, hat, dress)
+    for label_before in (dress, hat):
+        with pytest.raises(ContradictionError, match="from one of these labels to the other"):
+            journals.correct({"a-1": label_before}, {"a-1": skirt})
+    journals.correct({"a-1": hat}, {"a-1": dress})
+    journals.correct({"a-1": dress}, {"a-1": skirt})
+    labels = [journal.labels_of(["a-1"]) for journal in journals._journals.values()]
+    journals.close()
+    assert labels == [{"a-1": skirt}] * 2
+
+
+def test_a_correction_counts_under_the_calibration_of_the_start(
+    predictors: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The folder is removed under the service, as a new fit does. The decisions stay the old ones,
+    and so does the monitor.
+    """
+    predictor = tmp_path / "predictor"
+    shutil.copytree(predictors[0], predictor)
+    dress, hat, *_ = predictors_names(predictor)
+    journals = LocalJournals(tmp_path / "s", {"first": predictor})
+    journals.record(["a-1"], {"first": ([0], [0.1])})
+    journals.label({"a-1": hat})
+    shutil.rmtree(predictor)
+    journals.correct({"a-1": hat}, {"a-1": dress})
+    audit = journals.statuses()["first"].audit
+    journals.close()
+    assert audit is not None
+    assert (audit.n, audit.wrong) == (1, 0)
 
 
 def predictors_names(predictor: Path) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vilu.service.bodies import count_labels, count_values
+from vilu.service.bodies import count_values, count_values_outside_texts
 
 
 def corrections(n: int, label: str) -> bytes:
@@ -17,14 +17,14 @@ def corrections(n: int, label: str) -> bytes:
 
 @pytest.mark.parametrize("label", ["dog", "dog, small", 'a "dog", small', "dog\\"])
 def test_commas_in_permitted_corrections_do_not_count(label: str) -> None:
-    assert count_labels(corrections(256, label), limit=512) == 512
+    assert count_values_outside_texts(corrections(256, label), limit=512) == 512
 
 
 def test_more_labels_than_the_limit_are_counted() -> None:
-    assert count_labels(corrections(257, "dog"), limit=512) > 512
+    assert count_values_outside_texts(corrections(257, "dog"), limit=512) > 512
 
 
 def test_texts_without_commas_are_counted_where_there_are_too_many() -> None:
     body = b'{"labels":{' + b'"a":"b"' * 1_000 + b"}}"
     assert count_values(body) == 1
-    assert count_labels(body, limit=100) > 100
+    assert count_values_outside_texts(body, limit=100) > 100

@@ -5,6 +5,7 @@ twice.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sqlite3
 import threading
@@ -17,8 +18,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.command import PYTHONPATH
 from tests.conftest import few
 from tests.service.conftest import Running, hosted, served
+from vilu.service.limits import ClientLimits
+from vilu.service.server import HostedService
+from vilu.service.setup import Setup
 
 Answered = dict[str, list[str]]
 
@@ -117,3 +122,63 @@ def test_under_load(
         assert monitor["status"]["rows"] == len(pictures)  # each counts once
     assert "Traceback" not in "\n".join(running.said)
     assert not list((tmp_path / "s").glob("*/*.aside-*"))  # a kill is no damage
+
+
+SLOW_DECODERS = """
+import threading
+import time
+
+from vilu.store.pipeline import Decoder
+
+decode = Decoder.__call__
+
+
+def slow(decoder, image):
+    if threading.current_thread().name.startswith("vilu-decode"):
+        time.sleep(3)
+    return decode(decoder, image)
+
+
+Decoder.__call__ = slow
+"""
+
+
+def test_a_second_interrupt_drops_no_request(
+    predictors: tuple[Path, Path],
+    tmp_path: Path,
+    photos: Callable[[int], list[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A form that cannot be read comes first: it must leave nothing of itself in the log."""
+    (tmp_path / "slow_decoders.py").write_text(SLOW_DECODERS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), PYTHONPATH]))
+    replies: list[httpx.Response] = []
+    with served(predictors[0], "--state", tmp_path / "s", plugin="slow_decoders") as running:
+        form = {"Content-Type": "multipart/form-data; boundary=a"}
+        assert running.post("/v1/answers", content=b"--x", headers=form).status_code == 400
+        files = {"a": photos(1)[0]}
+        asker = threading.Thread(
+            target=lambda: replies.append(running.post("/v1/answers", files=files))
+        )
+        asker.start()
+        while "vilu_images_under_way 1.0" not in running.get("/metrics").text:
+            time.sleep(0.05)
+        assert running.process is not None
+        running.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert running.stop(signal.SIGINT) == 130
+        asker.join(30)
+    assert [reply.status_code for reply in replies] == [200]
+    of_people = [line for line in running.said if not line.startswith("{")]
+    assert all(line.startswith("vilu: ") for line in of_people if line.strip())
+
+
+def test_a_stop_waits_as_long_as_a_request_may_take(
+    predictors: tuple[Path, Path], tmp_path: Path
+) -> None:
+    limits = ClientLimits(upload_seconds=30, answer_seconds=300)
+    setup = Setup(predictors[0], None, tmp_path / "s", limits, None)
+    host = HostedService(setup, "127.0.0.1", 0, announce=lambda _: None)
+    host.bound_socket.close()
+    assert host.server.config.timeout_graceful_shutdown is not None
+    assert host.server.config.timeout_graceful_shutdown > 330

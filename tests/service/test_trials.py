@@ -26,12 +26,19 @@ import torch
 from tests.builders.photo_folders import KINDS, photo
 from tests.builders.store_fakes import NAMES, FakeBackbone, picture
 from tests.command import PYTHONPATH, command, command_line
-from tests.faults.bed import FRAME
+from tests.faults.bed import FRAME, plugged
 from tests.service.conftest import Running, hosted, served
 from tests.service.test_bad_company import MB, connected, monitored
 from vilu.datasets.catalog import open_dataset
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore
+
+
+@pytest.fixture(autouse=True)
+def _plugged() -> Iterator[None]:
+    """Remove the fake model after each test, so that other tests find no such model."""
+    with plugged():
+        yield
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

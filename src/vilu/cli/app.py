@@ -239,8 +239,8 @@ def _stop_message(command: Callable[..., None], values: dict[str, Any]) -> str:
         return f"finished parts are in {output}; the same command goes on with the rest."
     if name == "serve":
         return (
-            "every accepted request is answered, and the state is saved; the same command goes on "
-            "with it."
+            "every accepted request is answered, and the journals are on the disk; the same "
+            "command goes on with them."
         )
     if name == "review" and values.get("serve"):
         return f"every answer is in {output}; the same command goes on with the rest."

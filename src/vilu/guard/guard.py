@@ -22,7 +22,14 @@ from vilu.calibration.calibration import Calibration, require_new_row_guarantee
 from vilu.calibration.likely import LikelyFlags, LikelyRight
 from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import read_file
-from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
+from vilu.datasets.images import (
+    CONVERTIBLE_MODES,
+    DEFAULT_LIMITS,
+    BadImage,
+    ImageLimits,
+    convert_pillow_errors,
+    to_rgb,
+)
 from vilu.device import torch_defaults
 from vilu.embeddings.columns import ROW_COLUMNS
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
@@ -605,9 +612,27 @@ def make_record(index: int, image: ImageLike) -> ImageRecord:
 
 
 def _png_bytes(image: Image.Image) -> bytes:
-    """Encode a Pillow image as PNG, so that it is decoded and checked like all images."""
-    if image.mode not in PNG_MODES:
-        image = image.convert("RGB")
+    """Encode a Pillow image as PNG, so that it is decoded and checked like all images.
+
+    Raises:
+        BadImage: If the image is damaged, or has no pixels.
+    """
+    if 0 in image.size:
+        raise BadImage(
+            f"{image.width} x {image.height} pixels", stage="geometry", kind="bad_geometry"
+        )
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=0)
+    with convert_pillow_errors("decode", "damaged pixels"):
+        image.load()  # Pillow may have read only the header so far
+        if image.mode not in PNG_MODES:
+            image = _in_rgb(image)
+        image.save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded Pillow image to RGB. Modes of image files are converted as in files."""
+    if image.mode not in CONVERTIBLE_MODES:
+        return image.convert("RGB")
+    rgb_image, _ = to_rgb(image)
+    return rgb_image

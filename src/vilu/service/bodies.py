@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, ClassVar, Final, TypeVar
@@ -122,6 +124,10 @@ class CorrectionsIn(BaseModel):
     ]
 
 
+BODIES_WITH_TEXTS: Final[frozenset[type[BaseModel]]] = frozenset({RowsIn, LabelsIn, CorrectionsIn})
+"""Models for bodies with texts from the client, which may have commas."""
+
+
 class ChoiceIn(BaseModel):
     """The choice of the answering predictor."""
 
@@ -198,11 +204,12 @@ def count_values(content: bytes) -> int:
     return content.count(b",") + 1
 
 
-def count_labels(content: bytes, limit: int) -> int:
-    """Count the labels in a JSON document. Unlike ``count_values``, leave out commas in texts.
+def count_values_outside_texts(content: bytes, limit: int) -> int:
+    """Count the values in a JSON document. Unlike ``count_values``, leave out commas in texts.
 
-    A document with more texts than ``limit`` labels can have will be refused in any case. For such
-    a document, half the number of texts is returned, because counting texts is faster.
+    ``limit`` labels have at most 2 * ``limit`` + 2 texts. A document with more texts will be
+    refused in any case. So half the number of its texts is returned, because counting texts is
+    faster.
     """
     unescaped = content.replace(rb"\\", b"").replace(rb"\"", b"")
     n_texts = unescaped.count(b'"') // 2
@@ -224,7 +231,8 @@ async def read_json(request: Request, body_model: type[Body], *, limit: int, nou
         noun: The noun for these values in a refusal, in the plural.
 
     Raises:
-        Refused: 415 for a different content type, 413 for too many values, 422 for invalid content.
+        Refused: 415 for a different content type, 413 for too many values, 422 for invalid content,
+            such as two labels for a row.
     """
     found_type = content_type(request)
     if found_type != JSON_TYPE:
@@ -237,16 +245,40 @@ async def read_json(request: Request, body_model: type[Body], *, limit: int, nou
         )
     content = await request.body()
     n_values = count_values(content)
-    if n_values > limit and body_model in {LabelsIn, CorrectionsIn}:
-        n_values = await asyncio.to_thread(count_labels, content, limit)
+    if n_values > limit and body_model in BODIES_WITH_TEXTS:
+        n_values = await asyncio.to_thread(count_values_outside_texts, content, limit)
     require_at_most(n_values, limit, noun=noun)
+    return await asyncio.to_thread(_parse, content, body_model)
+
+
+def _parse(content: bytes, body_model: type[Body]) -> Body:
+    """Parse and check a JSON body. Raise Refused (422) if it is not valid."""
     try:
-        return await asyncio.to_thread(body_model.model_validate_json, content)
+        body = body_model.model_validate_json(content)
     except ValidationError as error:
         first_error, *_ = error.errors(include_input=False, include_url=False)
         field = ".".join(map(str, first_error["loc"])) or "the body"
         detail = f"{field:.100}: {first_error['msg']:.200}."
         raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from None
+    if body_model in BODIES_WITH_TEXTS:
+        _require_distinct_names(content)
+    return body
+
+
+def _require_distinct_names(content: bytes) -> None:
+    """Refuse a valid JSON document if a name, such as a row's, occurs twice in an object.
+
+    Only the last of its values would be taken, so a label or a number would be lost.
+    """
+
+    def check_object(pairs: list[tuple[str, Any]]) -> None:
+        counts = Counter(name for name, _ in pairs)
+        for name, count in counts.items():
+            if count > 1:
+                detail = f"{name!r:.60} occurs {count} times in one object. Give it one value."
+                raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
+
+    json.loads(content, object_pairs_hook=check_object)
 
 
 async def read_images(request: Request, limit: int) -> list[bytes]:

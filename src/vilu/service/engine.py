@@ -232,7 +232,8 @@ class Engine:
         arrays: dict[str, Tensor] = {}
         for name, width in self.guard.model.widths.items():
             rows = client_arrays[name]
-            _require_shape(name, rows, n_rows=len(embeddings), width=width)
+            field = "embeddings" if name == IMAGE else name
+            _require_shape(field, rows, n_rows=len(embeddings), width=width)
             array = torch.tensor(rows, dtype=torch.float32)
             if name == IMAGE:
                 array = _unit_rows(array)

@@ -10,10 +10,9 @@ import logging
 import math
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +23,7 @@ from vilu.calibration.monitor.monitor import Monitor
 from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, StorageError, ViLUError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.process import return_freed_memory
-from vilu.service.journals import ContradictionError, GuaranteeState, LabelCounts
+from vilu.service.journals import GuaranteeState, LabelCounts
 from vilu.service.rows import ROWS_FILE, AnsweredRow, AuditedRow, RowFile, set_aside
 
 logger = logging.getLogger(__name__)
@@ -70,7 +69,9 @@ class Journal:
     def __init__(self, folder: Path, predictor: Path, *, false_alarm: float = 0.05) -> None:
         self.folder = make_folder(folder)
         self._lock = threading.Lock()
-        self._make_monitor = partial(Monitor.of_folder, predictor, false_alarm=false_alarm)
+        # The predictor's folder may change while the service runs. So every new monitor is a copy
+        # of this monitor, which has the calibration of the start.
+        self._unused_monitor = Monitor.of_folder(predictor, false_alarm=false_alarm)
         self.monitor = self._load_monitor()
         self._row_file = RowFile(folder, self.monitor.fingerprint)
         self._save_thread = ThreadPoolExecutor(1, thread_name_prefix="vilu-save")
@@ -166,22 +167,29 @@ class Journal:
             self._update_status()
         return LabelCounts(len(new_labels), unknown_row_ids)
 
-    def require_same_labels(self, labels: Mapping[str, str]) -> None:
-        """Raise ContradictionError if a row's label differs. Rows without labels are allowed."""
-        codes = self._codes_of(labels)
-        name_of_code = {code: name for name, code in self._code_of_label.items()}
+    def labels_of(self, row_ids: Iterable[str]) -> dict[str, str]:
+        """Map each row id with a label to the present label. Other row ids are left out."""
+        label_of_code = {code: label for label, code in self._code_of_label.items()}
+        labels: dict[str, str] = {}
         with self._lock:
-            for row_id, code in codes.items():
+            for row_id in row_ids:
                 row_number = self._row_file.row_number(row_id)
-                present_code = None if row_number is None else self._row_file.label_of(row_number)
-                if present_code is None or present_code == code:
-                    continue
-                raise ContradictionError(
-                    f"the row {row_id:.60} has the label {name_of_code[present_code]!r:.60}, and "
-                    f"{labels[row_id]!r:.60} was sent. No label of this request is written. To "
-                    "replace a wrong label, POST its present and its right value to "
-                    "/v1/corrections."
-                )
+                code = None if row_number is None else self._row_file.label_of(row_number)
+                if code is not None:
+                    labels[row_id] = label_of_code[code]
+        return labels
+
+    def require_known_labels(self, labels: Iterable[str]) -> None:
+        """Raise DataError if a label is neither a class nor "(outside)"."""
+        known_labels = self._code_of_label
+        unknown_labels = sorted(set(labels) - known_labels.keys())
+        if not unknown_labels:
+            return
+        first_labels = f"{', '.join(unknown_labels[:5])!r:.200}"
+        fault = f"neither a class nor {OUTSIDE_NAME}"
+        if known_labels is CODE_OF_TABLE_LABEL:
+            fault = "neither 1 (right) nor 0 (wrong)"
+        raise DataError(f"{len(unknown_labels)} labels are {fault}: {first_labels}.")
 
     def correct(self, labels: Mapping[str, str]) -> None:
         """Replace the labels of labelled rows. The file keeps the replaced labels, too.
@@ -207,7 +215,7 @@ class Journal:
                 (self.folder / STATE_FILE).unlink(missing_ok=True)
             self._row_file.add_corrections(corrections)
             logger.warning("%d labels of %s were corrected.", len(corrections), self.folder)
-            self.monitor = self._make_monitor()
+            self.monitor = _copy_of(self._unused_monitor)
             self._last_seen_row = 0
             self._take_in_all()
             self.status = self.monitor.status
@@ -224,14 +232,8 @@ class Journal:
 
     def _codes_of(self, labels: Mapping[str, str]) -> dict[str, int]:
         """Map each row id to the label's code."""
+        self.require_known_labels(labels.values())
         codes = self._code_of_label
-        unknown_labels = sorted(set(labels.values()) - codes.keys())
-        if unknown_labels:
-            first_labels = f"{', '.join(unknown_labels[:5])!r:.200}"
-            fault = f"neither a class nor {OUTSIDE_NAME}"
-            if codes is CODE_OF_TABLE_LABEL:
-                fault = "neither 1 (right) nor 0 (wrong)"
-            raise DataError(f"{len(unknown_labels)} labels are {fault}: {first_labels}.")
         return {row_id: codes[label] for row_id, label in labels.items()}
 
     @property
@@ -270,10 +272,7 @@ class Journal:
     def _save_in_background(self) -> None:
         """Save a copy of the monitor in the save thread, so answers do not wait for the save."""
         self._n_rows_saved = self.monitor.rows
-        calibration = self.monitor.calibration
-        # The copy shares the calibration, because a calibration never changes. deepcopy does not
-        # copy objects in ``memo``.
-        monitor_copy = copy.deepcopy(self.monitor, memo={id(calibration): calibration})
+        monitor_copy = _copy_of(self.monitor)
         previous_save = self._latest_save
         self._latest_save = self._save_thread.submit(self._save_monitor, monitor_copy)
         # result() raises an exception from the previous save. The exception is never a ViLUError,
@@ -303,7 +302,7 @@ class Journal:
         If the state is missing or damaged, the monitor is new. A damaged state is set aside.
         """
         path = self.folder / STATE_FILE
-        monitor = self._make_monitor()
+        monitor = _copy_of(self._unused_monitor)
         if not path.exists():
             return monitor
         try:
@@ -313,7 +312,8 @@ class Journal:
             logger.warning(
                 "%s It is set aside as %s, and all rows are read again.", error, new_name
             )
-        return self._make_monitor()  # the failed ``resume`` may have changed the first monitor
+        # the failed ``resume`` may have changed the first copy
+        return _copy_of(self._unused_monitor)
 
     def _compare_row_counts(self) -> None:
         """Give new rows numbers after all rows seen by the monitor. Warn if rows are missing."""
@@ -376,3 +376,10 @@ class Journal:
             method=calibration.method,
             answer=calibration.answer,
         )
+
+
+def _copy_of(monitor: Monitor) -> Monitor:
+    """Copy a monitor. The copy shares the calibration, because a calibration never changes."""
+    calibration = monitor.calibration
+    # deepcopy does not copy objects in ``memo``
+    return copy.deepcopy(monitor, memo={id(calibration): calibration})

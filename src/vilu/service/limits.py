@@ -59,6 +59,9 @@ TOTAL_BODY_FACTOR: Final = 4
 MAX_CONNECTIONS: Final = 512
 """Maximum number of open connections."""
 
+SENDING_SECONDS: Final = 10.0
+"""Seconds for writing a request's rows and sending the answer, after all rows are judged."""
+
 RETRY_HEADER: Final = {"Retry-After": "1"}
 """Header in a refusal: the same request may be sent again after a second."""
 
@@ -124,6 +127,14 @@ class ClientLimits:
     upload_seconds: float = 30.0
     answer_seconds: float = 60.0
 
+    @property
+    def max_request_seconds(self) -> float:
+        """Maximum seconds for a request with images or rows.
+
+        A service that has to stop waits as long.
+        """
+        return self.upload_seconds + self.answer_seconds + SENDING_SECONDS
+
     def max_body_bytes(self, path: str) -> int:
         """Return the maximum body length in bytes for a request to this path."""
         if path == IMAGES_PATH:
@@ -137,6 +148,9 @@ def log_access() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     access_logger.handlers[:] = [handler]
     access_logger.propagate = False
+    # This library logs characters of a form that cannot be read, and nothing that a client sends
+    # may be logged.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 def read_keys(path: Path) -> frozenset[ClientKey]:

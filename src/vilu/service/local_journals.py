@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -17,6 +17,7 @@ from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.service.journal import Journal
 from vilu.service.journals import (
     PREDICTOR_NAMES,
+    ContradictionError,
     GuaranteeState,
     LabelCounts,
     ScoreColumns,
@@ -130,7 +131,10 @@ class LocalJournals:
         # Between the check and the write, no other request may label the same rows.
         with self._lock:
             for journal in self._journals.values():
-                journal.require_same_labels(labels)
+                journal.require_known_labels(labels.values())
+                for row_id, label in journal.labels_of(labels).items():
+                    if label != labels[row_id]:
+                        raise _contradiction(row_id, label, labels[row_id])
             return {name: journal.label(labels) for name, journal in self._journals.items()}
 
     def correct(
@@ -138,16 +142,30 @@ class LocalJournals:
     ) -> ServiceState:
         """Replace ``labels_before`` by ``labels_after``. Both map each row id to a label.
 
+        A journal without a label for a row is left as it is: the row may have been answered before
+        the journal's predictor was served. A journal with the new label is left as it is, too: an
+        earlier correction may have ended after the first journal.
+
         Raises:
-            ContradictionError: If a row's label differs from the row's label in
-                ``labels_before``. No label is replaced.
-            DataError: As ``Journal.correct``.
+            ContradictionError: If a row's label is in neither mapping, or if every row has the new
+                label already. No label is replaced.
+            DataError: If a label is neither a class nor "(outside)", or if no journal has a label
+                for a row. No label is replaced.
         """
         with self._lock:
             for journal in self._journals.values():
-                journal.require_same_labels(labels_before)
-            for journal in self._journals.values():
-                journal.correct(labels_after)
+                journal.require_known_labels([*labels_before.values(), *labels_after.values()])
+            labels_now = {
+                name: journal.labels_of(labels_after) for name, journal in self._journals.items()
+            }
+            _require_correctable(labels_now.values(), labels_before, labels_after)
+            for name, journal in self._journals.items():
+                corrections = {}
+                for row_id, label in labels_now[name].items():
+                    if label == labels_before[row_id]:
+                        corrections[row_id] = labels_after[row_id]
+                if corrections:
+                    journal.correct(corrections)
         return self.state()
 
     def statuses(self) -> dict[str, Status]:
@@ -190,3 +208,52 @@ def _fingerprints(predictors: Mapping[str, Path]) -> dict[str, str]:
         folders = " and ".join(map(str, predictors.values()))
         raise UsageError(f"{folders} are the same predictor. Give another predictor to --second.")
     return fingerprints
+
+
+def _require_correctable(
+    labels_of_journals: Collection[Mapping[str, str]],
+    labels_before: Mapping[str, str],
+    labels_after: Mapping[str, str],
+) -> None:
+    """Raise an error if a row's label cannot be replaced, or if every row has the new label.
+
+    A correction that ended after the first journal may be sent again. Some of its rows may have the
+    new label everywhere, because the second journal has never seen them.
+
+    ``labels_of_journals`` has each journal's present labels. All mappings are from row ids to
+    labels.
+    """
+    has_old_label = False
+    for row_id, label_after in labels_after.items():
+        label_before = labels_before[row_id]
+        labels_now = {labels[row_id] for labels in labels_of_journals if row_id in labels}
+        if not labels_now:
+            raise DataError(f"the row {row_id:.60} has no label that could be corrected.")
+        other_labels = labels_now - {label_before, label_after}
+        if other_labels and len(labels_now) > 1:
+            raise _interrupted_correction(row_id, labels_now)
+        if other_labels:
+            raise _contradiction(row_id, other_labels.pop(), label_before)
+        has_old_label |= label_before in labels_now
+    if not has_old_label:
+        row_id, label_after = next(iter(labels_after.items()))
+        raise _contradiction(row_id, label_after, labels_before[row_id])
+
+
+def _interrupted_correction(row_id: str, labels_now: Collection[str]) -> ContradictionError:
+    """Return the error for a row whose labels differ between the journals."""
+    labels = " and ".join(f"{label!r:.60}" for label in sorted(labels_now))
+    return ContradictionError(
+        f"the row {row_id:.60} has the labels {labels}, because an earlier correction was "
+        "interrupted. No label of this request is written. POST a correction from one of these "
+        "labels to the other to /v1/corrections first."
+    )
+
+
+def _contradiction(row_id: str, label_now: str, sent_label: str) -> ContradictionError:
+    """Return the error for a label that differs from the row's present label."""
+    return ContradictionError(
+        f"the row {row_id:.60} has the label {label_now!r:.60}, and {sent_label!r:.60} was sent. "
+        "No label of this request is written. To replace a wrong label, POST its present and its "
+        "right value to /v1/corrections."
+    )

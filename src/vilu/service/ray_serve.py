@@ -24,9 +24,6 @@ from vilu.service.setup import Setup, load_engine
 APPLICATION_NAME: Final = "vilu"
 """The application's name in Ray Serve."""
 
-DRAIN_SECONDS: Final = 60.0
-"""Seconds for finishing the requests in progress when a replica has to stop."""
-
 HEALTH_SECONDS: Final = 5.0
 """Time between two health checks of a replica, and time limit of each check, in seconds."""
 
@@ -190,7 +187,7 @@ def _deployment_options(setup: Setup, replicas: Replicas) -> dict[str, Any]:
     return {
         "name": APPLICATION_NAME,
         "max_ongoing_requests": 4 * setup.limits.max_queued_images,
-        "graceful_shutdown_timeout_s": DRAIN_SECONDS,
+        "graceful_shutdown_timeout_s": setup.limits.max_request_seconds,
         "health_check_period_s": HEALTH_SECONDS,
         "health_check_timeout_s": HEALTH_SECONDS,
         **_replica_options(replicas),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http import HTTPStatus
+from types import FrameType
 from typing import Final, cast
 
 import uvicorn
@@ -26,9 +28,6 @@ MAX_HEAD_BYTES: Final = 16 * 2**10
 
 IDLE_SECONDS: Final = 10
 """Seconds until a connection without a complete request head is closed."""
-
-STOP_SECONDS: Final = 60
-"""Seconds for finishing the requests in progress when the service has to stop."""
 
 MEMORY_RETURN_SECONDS: Final = 60
 """Freed memory is returned to the operating system every ``MEMORY_RETURN_SECONDS`` seconds."""
@@ -121,7 +120,7 @@ def connection_limit() -> int:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that calls a function as soon as the server listens."""
+    """A uvicorn server that calls a function as soon as it listens, and lets requests finish."""
 
     def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
         super().__init__(config)
@@ -132,6 +131,14 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._on_listening()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop at the first signal. Ignore further signals.
+
+        At a second Ctrl-C, uvicorn would drop the requests in progress.
+        """
+        if not self.should_exit:
+            super().handle_exit(sig, frame)
 
 
 class HostedService:
@@ -163,7 +170,7 @@ class HostedService:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=STOP_SECONDS,
+            timeout_graceful_shutdown=math.ceil(setup.limits.max_request_seconds),
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
         self.server = Server(config, lambda: announce(_url(self.bound_socket)))

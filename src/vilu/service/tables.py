@@ -18,7 +18,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.storage import load_predictor
 from vilu.progress import SilentProgress
 from vilu.scoring.score import provenance_of, require_streaming, score_rows
-from vilu.service.engine import ClientRows, Engine
+from vilu.service.engine import ClientRows, Engine, bytes_of_rows
 from vilu.service.journals import Journals
 from vilu.tables.methods import AnswerMethod
 from vilu.tables.read import open_table
@@ -108,6 +108,10 @@ class TableEngine(Engine):
         """
         table = open_table(columns)
         arrays = self.guard.predictor.inputs(table)
-        # Two answers may have equal numbers and be different answers. So rows belong to the same
-        # answer only if the identifiers are equal.
-        return ClientRows(arrays, picture_keys=[key.encode() for key in table.ids])
+        # Two answers may have equal numbers, and a client may give an identifier to a second
+        # answer. So rows belong to the same answer only if identifiers and numbers are equal.
+        bytes_of_numbers = bytes_of_rows(arrays)
+        picture_keys = []
+        for name, number_bytes in zip(table.ids, bytes_of_numbers, strict=True):
+            picture_keys.append(name.encode() + number_bytes)
+        return ClientRows(arrays, picture_keys)

@@ -27,7 +27,7 @@ function show(answer) {
   byId("zero-shot-row").hidden = answer.zero_shot === null;
   byId("zero-shot").textContent = answer.zero_shot || "";
   byId("probability").textContent =
-    answer.quantile === null ? percent(answer.failure_probability) : `more doubtful than ${percent(answer.quantile)} of the photos`;
+    answer.quantile === null ? percent(answer.failure_probability) : `at least as doubtful as ${percent(answer.quantile)} of the photos`;
   byId("meter").value = answer.failure_probability || 0;
   byId("meter").hidden = answer.failure_probability === null;
   byId("likely").hidden = answer.likely !== true;
