@@ -121,6 +121,20 @@ def test_there_must_be_something_to_run(empty: str) -> None:
         parse_config(tables(**{empty: {}}))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": {"none": {"kind": "labels", "budget": "none"}}, "methods": {"lvu": {}}},
+        {"settings": {"moved": {"kind": "transfer", "source": "one", "data": ["one"]}}},
+        {"methods": {"mcm": {"data": []}}},
+        {"methods": {"lvu": {}}, "trained": {"settings": []}},
+    ],
+)
+def test_a_study_in_which_no_method_runs_is_refused(changes: dict) -> None:
+    with pytest.raises(UsageError, match="no method runs on any data set"):
+        parse_config(tables(**changes))
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read"):
         load_config(tmp_path / "none.toml")

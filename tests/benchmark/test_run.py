@@ -22,7 +22,7 @@ from tests.conftest import toy_embeddings
 from vilu.artifacts.disk import host_hash
 from vilu.artifacts.documents import read_log
 from vilu.embeddings.source import Batch
-from vilu.errors import BusyError, ProvenanceError, StorageError, UsageError
+from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
 from vilu.outcomes.results import ResultTable
 from vilu.predictors import PREDICTORS
 from vilu.predictors.zero_shot import MCM
@@ -142,6 +142,30 @@ def test_what_is_damaged_is_run_again(output: Path, data: Path, suffix: str) -> 
     benchmark(config(), data, output)
     assert ran(output, before) == {"two/few/lvu/seed-1.json"}
     assert contents(output) == files
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        (".json", "is damaged"),
+        (".npy", "is not the file of its cell"),
+        (".parquet", "is gone"),
+    ],
+)
+def test_what_is_damaged_is_said_and_only_a_run_says_that_it_runs_again(
+    output: Path, data: Path, suffix: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = (output / "cells/two/few/lvu/seed-1").with_suffix(suffix)
+    path.write_bytes(b"{")
+    if suffix == ".parquet":
+        path.unlink()
+    with pytest.raises(DataError, match=r"Run its `vilu benchmark` again"):
+        render_studies(output)
+    assert f"{path} {damage}" in caplog.text
+    assert "run again" not in caplog.text
+    with caplog.at_level("INFO", logger="vilu"):
+        benchmark(config(), data, output)
+    assert "1 cells are of older code, other data or other parameters, or damaged" in caplog.text
 
 
 def test_a_changed_parameter_runs_its_method_again(output: Path, data: Path) -> None:

@@ -29,6 +29,7 @@ from vilu_bench.studies.cells import Cell, fit_inputs_of, group_by_fit, needed_p
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.data import StudyData, divide_rows, draw_share, held_out_mask
 from vilu_bench.studies.facts import deciding_facts
+from vilu_bench.studies.parts import Data, StorePaths
 from vilu_bench.studies.run import run_all
 from vilu_bench.studies.stores import find_stores
 
@@ -122,6 +123,34 @@ def test_validation_rows_are_a_store_or_a_share(data: Path) -> None:
     )
     assert bench_of(tiny, data).validation_set(origins["two"]) is None
     bench.check()
+
+
+@pytest.mark.parametrize("named", [{}, {"validation": "validation"}])
+def test_a_store_of_validation_rows_needs_no_further_key(named: dict, data: Path) -> None:
+    stores = {name: f"one-{name}" for name in ("train", "validation", "test")}
+    settings = {"all": {"kind": "labels"}, "chosen": {"kind": "labels", "test_on": "validation"}}
+    chosen = made(data={"one": {"stores": stores, **named}}, settings=settings)
+    bench = bench_of(chosen, data)
+    fit_inputs = fit_inputs_of(chosen, Cell("lvu", "one", "all", 0))
+    assert len(bench.validation_set(fit_inputs)) == 40
+    assert len(bench.test_set(Cell("mcm", "one", "chosen", 0), ())) == 40
+
+
+def test_a_store_of_validation_rows_counts_in_python_too() -> None:
+    stores = StorePaths(train="a", test="b", validation="c")
+    assert Data(stores=stores).validation == "validation"
+    assert Data(stores=StorePaths(train="a", test="b")).validation is None
+    assert Data(source="x").validation is None
+
+
+def test_a_share_counts_beside_a_store_of_validation_rows(data: Path) -> None:
+    """A study of 0.2.0 may name both, and is still read."""
+    stores = {name: f"one-{name}" for name in ("train", "validation", "test")}
+    chosen = made(data={"one": {"stores": stores, "validation": 0.25}}, settings=ALL)
+    bench = bench_of(chosen, data)
+    fit_inputs = fit_inputs_of(chosen, Cell("lvu", "one", "all", 0))
+    n_validation = len(bench.validation_set(fit_inputs))
+    assert n_validation + len(bench.train_set(fit_inputs, ())) == 120  # the rows of "one-train"
 
 
 def test_selection_sees_the_validation_rows(data: Path, tmp_path: Path) -> None:

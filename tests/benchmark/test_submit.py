@@ -259,6 +259,14 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]]
         lambda _, s: claim(s, train=s["result"]["decided_by"]["train"] | {"rows": ["0" * 32]}),
         "it was fitted on rows that no method of the study was",
     ),
+    "more rows to select on": (
+        lambda _, s: claim(s, train=s["result"]["decided_by"]["train"] | {"validation": "0" * 32}),
+        "it was selected on validation rows that no method of the study saw",
+    ),
+    "an earlier fit": (
+        lambda _, s: claim(s, train=s["result"]["decided_by"]["train"] | {"start": {"rows": []}}),
+        "its first fit was on rows that no method of the study saw",
+    ),
     "another cell": (
         lambda _, s: s["result"].update(seed=0),
         "one, few, seed 0, and its scores are of another",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -254,7 +255,23 @@ class Config(Section):
         require_known("method (deterministic)", self.deterministic, self.method_entries)
         for name in self.settings:
             self._check_setting(name)
+        self._require_cells()
         return self
+
+    def _require_cells(self) -> None:
+        """Refuse a benchmark in which no method runs."""
+        for setting, data in itertools.product(self.settings, self.data):
+            if not self.is_tested_on(setting, data):
+                continue
+            for label, method in self.method_entries.items():
+                is_run_on_data = method.data is None or data in method.data
+                if is_run_on_data and self.is_run_in(label, setting):
+                    return
+        raise ValueError(
+            "no method runs on any data set. A setting with the budget "
+            "'none' runs only methods that need no labels. A transfer is not tested on its source. "
+            "Add a setting, a data set or a method."
+        )
 
     @property
     def judges_adapted_answers(self) -> bool:

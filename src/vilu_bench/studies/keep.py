@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 RESAMPLES: Final = 200
 """Number of resamples that are kept for each cell.
 
-A 95 % interval goes from the fifth smallest to the fifth largest of 200 values.
+A 95 % interval goes from about the sixth smallest to about the sixth largest of 200 values.
 """
 
 ROUNDING_STEP: Final = 1e-4

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from vilu.datasets.known import KNOWN
 from vilu.errors import did_you_mean
@@ -113,9 +120,10 @@ class Data(Section):
     shift: Shift | None = None  # damage done to every picture before it is embedded
     train: str = "train"  # split to fit on, where ``+`` joins several splits
     # Split on which methods select, for example, the number of epochs. A number instead of a name
-    # is the share of training rows to hold out for selection. A hash of the picture decides which
-    # rows. None: a method that selects holds out training rows itself.
-    validation: str | Share | None = None
+    # is the share of training rows to hold out for selection, even if ``stores`` names validation
+    # rows. A hash of the picture decides which rows. None: the validation store, if ``stores``
+    # names one. Otherwise a method that selects holds out training rows itself.
+    validation: Annotated[str | Share | None, Field(validate_default=True)] = None
     test: str = "test"  # split to test on
     # Only if train and test are the same set of rows: the share of these rows to fit on. The seed
     # draws the rows to fit on, and all remaining rows are tested on.
@@ -135,6 +143,18 @@ class Data(Section):
     # The data set's name in publications, to show published numbers beside ours. By default
     # ``dataset``.
     published: str | None = None
+
+    @field_validator("validation")
+    @classmethod
+    def _use_validation_store(
+        cls, validation: str | float | None, info: ValidationInfo
+    ) -> str | float | None:
+        """Use the validation store if ``stores`` names one, and ``validation`` is not set."""
+        # ``info.data`` lacks ``stores`` if ``stores`` is invalid
+        stores: StorePaths | None = info.data.get("stores")
+        if validation is not None or stores is None or stores.validation is None:
+            return validation
+        return "validation"
 
     @model_validator(mode="after")
     def _check_origin(self) -> Self:

@@ -116,20 +116,20 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
         result = CellResult.model_validate(document)
     except ValidationError as error:
         damage = first_error(error)
-        logger.warning("%s is damaged: %s. %s is run again.", path, damage, cell)
+        logger.warning("%s is damaged: %s", path, damage)
         return None
     except DataError as error:
-        logger.warning("%s %s is run again.", error, cell)
+        logger.warning("%s", error)
         return None
     if result.fingerprint != fingerprint:
         return None
     for suffix, sha256 in result.files.items():
         file_beside = path.with_suffix(suffix)
         if not file_beside.exists():
-            logger.warning("%s is gone: %s is run again", file_beside, cell)
+            logger.warning("%s is gone", file_beside)
             return None
         if file_hash(file_beside) != sha256:
-            logger.warning("%s is not the file of its cell: %s is run again", file_beside, cell)
+            logger.warning("%s is not the file of its cell", file_beside)
             return None
     return result
 

@@ -458,7 +458,8 @@ class _OpenBenchmark:
         n_stale = sum((output / cell.path).is_file() for cell in missing_cells)
         if n_stale:
             logger.info(
-                "%s: %d cells are of older code, other data or other parameters and are run again",
+                "%s: %d cells are of older code, other data or other parameters, or damaged, and "
+                "are run again",
                 config.name,
                 n_stale,
             )

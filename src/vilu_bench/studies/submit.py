@@ -35,6 +35,12 @@ EQUAL_DATA_KEYS = ("test", "halves_seed", "fit_share", "division_seed", "metrics
 # Keys in ``decided_by["train"]`` that must have the same values as in one of the study's fits. The
 # budget is left out: a submitted fit may have the budget "none" in place of the study's budget.
 EQUAL_FIT_KEYS = ("rows", "halves_seed", "fit_share", "division_seed", "pool_size")
+# Keys in ``decided_by["train"]`` for further rows that a fit saw, with the texts in messages. A
+# submitted fit may have no such rows, or the rows of one of the study's fits.
+FURTHER_ROWS = {
+    "validation": "it was selected on validation rows",
+    "start": "its first fit was on rows",
+}
 
 
 class Submission(Section):
@@ -330,8 +336,16 @@ def _fault_of_facts(board: Board, result: CellResult, cell: Cell) -> str | None:
     submitted_fit = facts.get("train")
     if not submitted_fit:  # the method is not fitted, so there is nothing more to compare
         return None
-    if not any(_is_same_fit(submitted_fit, our_fit) for our_fit in _fits_of_study(board, cell)):
+    our_fits = list(_fits_of_study(board, cell))
+    if not any(_is_same_fit(submitted_fit, our_fit) for our_fit in our_fits):
         return "it was fitted on rows that no method of the study was fitted on"
+    for key, use in FURTHER_ROWS.items():
+        our_rows = [our_fit.get(key) for our_fit in our_fits]
+        if submitted_fit.get(key) not in [None, *our_rows]:
+            return (
+                f"{use} that no method of the study saw. Run the study again if it is of an older "
+                "version, or submit without these rows"
+            )
     budget = board.config.settings[cell.setting].budget
     submitted_budget = submitted_fit.get("budget")
     if submitted_budget not in {budget, "none"}:
