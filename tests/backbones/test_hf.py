@@ -124,7 +124,9 @@ def test_texts_are_cut_off_where_start_words_and_end_do_not_fit(
     assert backbone.truncates([]) == []
     rows = backbone.encode_texts(["a " * n for n in range(ROOM[kind] - 1, ROOM[kind] + 3)])
     # The part that is cut off changes nothing. Once all room is taken, longer texts are the same.
-    assert [torch.equal(rows[i], rows[i + 1]) for i in range(3)] == [False, True, True]
+    # Equal rows of a product may differ by rounding.
+    differences = [float((rows[i] - rows[i + 1]).abs().max()) for i in range(3)]
+    assert [difference < 1e-6 for difference in differences] == [False, True, True]
 
 
 def test_space(clip: tuple[Path, Any], siglip: tuple[Path, Any]) -> None:

@@ -17,7 +17,7 @@ from filelock import FileLock
 import vilu
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import run
-from tests.conftest import same_histogram, toy_embeddings, toy_pairs, variant
+from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu.artifacts.disk import host_hash
 from vilu.artifacts.documents import read_document, write_json
 from vilu.calibration.procedure import calibrate_predictor
@@ -46,6 +46,9 @@ from vilu.store.embed import embed
 
 N = 2 * SCORING_BATCH + 900
 """Rows for two full scoring batches and a smaller third one."""
+
+ROUNDING = 2e-6
+"""A float32 logit of 20 is rounded by 1e-6, which changes a probability by as large a share."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def assert_same_outcomes(found: Outcomes, expected: Outcomes) -> None:
-    for name in ("uncertainty", "failure", "prediction", "target"):
+    """Require the same outcomes, and uncertainties up to the rounding of float32 logits.
+
+    With another number of rows, some processors round a product differently.
+    """
+    np.testing.assert_allclose(found.uncertainty, expected.uncertainty, rtol=ROUNDING)
+    for name in ("failure", "prediction", "target"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
     for name in (
         "ids",
@@ -121,8 +129,9 @@ def test_a_part_is_a_file_of_outcomes(data: Embeddings, done: Path, tmp_path: Pa
     vilu.score(vilu.MCM(), data).save(tmp_path / "all.parquet")
     assert table.schema.equals(pq.read_table(tmp_path / "all.parquet").schema)
     whole = pq.read_table(tmp_path / "all.parquet").take(table["row_id"])
-    for name in set(table.column_names) - {"score_name"}:
+    for name in set(table.column_names) - {"score_name", "uncertainty"}:
         assert table[name].equals(whole[name]), name
+    np.testing.assert_allclose(table["uncertainty"], whole["uncertainty"], rtol=ROUNDING)
     assert len(Outcomes.load(done / "scores" / "scores_00003.parquet")) == 3
 
 
@@ -174,15 +183,16 @@ def test_values_do_not_depend_on_the_size_of_a_part(
     one = score_parts(vilu.MCM(), data, tmp_path / "s", dataset="toy", split="test")
     assert len(one.run.parts) == 2
     assert_same_outcomes(one.outcomes(), ScoreFolder(done).outcomes())
-    assert same_histogram(one.histogram, ScoreFolder(done).histogram)
+    tables = [vilu.evaluate(folder, n_resamples=0) for folder in (one, ScoreFolder(done))]
+    values = [[row.value for row in table.rows] for table in tables]
+    np.testing.assert_allclose(*values, rtol=ROUNDING)
 
 
-def test_evaluation_of_a_folder_is_that_of_the_rows(data: Embeddings, done: Path) -> None:
+def test_evaluation_of_a_folder_is_that_of_the_rows(done: Path) -> None:
     metrics = list(METRICS)
-    exact = vilu.evaluate(
-        vilu.score(vilu.MCM(), data, dataset="toy", split="test"), metrics=metrics, n_resamples=0
-    ).to_dicts()
-    assert vilu.evaluate(ScoreFolder(done), metrics=metrics, n_resamples=0).to_dicts() == exact
+    folder = ScoreFolder(done)
+    exact = vilu.evaluate(folder.outcomes(), metrics=metrics, n_resamples=0).to_dicts()
+    assert vilu.evaluate(folder, metrics=metrics, n_resamples=0).to_dicts() == exact
     row = vilu.evaluate([ScoreFolder(done)], metrics=["auroc"], n_resamples=50).rows[0]
     assert row.ci_low < row.value < row.ci_high
     assert row.interval == "95 % stratified bootstrap, 50 resamples"
@@ -543,7 +553,7 @@ def test_a_folder_counts_what_is_of_none_of_the_classes(
     strange = variant(data, target=target, class_names=data.class_names)
     folder = score_parts(vilu.MCM(), strange, tmp_path / "s", rows_per_part=1)
     assert len(folder.run.parts) == 4
-    outcomes = vilu.score(vilu.MCM(), strange)
+    outcomes = folder.outcomes()
     metrics = list(METRICS)
     exact = vilu.evaluate(outcomes, metrics=metrics, n_resamples=0).to_dicts()
     assert vilu.evaluate(folder, metrics=metrics, n_resamples=0).to_dicts() == exact
