@@ -180,6 +180,15 @@ def test_an_exception_leaves_no_mark_and_no_receipt(tmp_path):
     assert not list((tmp_path / "receipts").iterdir())
 
 
+@pytest.fixture
+def one_thread():
+    """Let torch use one thread during a test, because a fork loses the other threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def in_child(function):
     """Run ``function`` in a forked process, and return its exit code."""
     process = multiprocessing.get_context("fork").Process(target=function)
@@ -188,8 +197,8 @@ def in_child(function):
     return process.exitcode
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_part_that_kills_is_given_up_after_three_deaths(tmp_path, caplog):
-    torch.set_num_threads(1)  # a fork loses the other threads
     data = shards(*LENGTHS, deadly=2 * POSITIONS_PER_SHARD + 3)
     job = job_of(data, tmp_path)
     for deaths in range(MAX_ATTEMPTS):
@@ -210,8 +219,8 @@ def test_a_part_that_kills_is_given_up_after_three_deaths(tmp_path, caplog):
     assert inspect(tmp_path, deep=True).problems == []
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_part_whose_listing_kills_is_given_up_by_shard(tmp_path):
-    torch.set_num_threads(1)
     data = shards(*LENGTHS, deadly_listing=2)
     job = job_of(data, tmp_path)
     leave_marks(tmp_path, 1, MAX_ATTEMPTS)
@@ -246,12 +255,12 @@ def test_a_part_without_listing_is_given_up_by_shard_or_position(tmp_path, caplo
     ]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_death_is_not_laid_at_the_door_of_the_part_before(tmp_path):
     """If a process dies, the part before must not be blamed.
 
     Decoding runs ahead, so both parts have a mark. Then each part is tried alone.
     """
-    torch.set_num_threads(1)
     job = job_of(shards(*LENGTHS, deadly=2 * POSITIONS_PER_SHARD), tmp_path)
     everything = [0, 1, 2]
     deaths = [in_child(lambda: list(job.process_all(everything))) for _ in range(MAX_ATTEMPTS)]
