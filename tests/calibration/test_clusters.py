@@ -95,7 +95,7 @@ def test_majority_rule_accepts_all_rows_of_a_cluster_or_none() -> None:
     assert accepted.tolist() == [True, True, False, False, False]
 
 
-def test_rows_of_the_fit_are_compared_with_the_rows_and_not_with_the_clusters() -> None:
+def test_rows_of_the_fit_are_compared_with_rows_not_with_clusters() -> None:
     outcomes, names = bursts(300, size=4)
     # 5 of 1,200 rows are few. 5 of 300 clusters would be more than 1 %.
     outcomes = replace(outcomes, provenance={"n_seen_in_fit": 5})
@@ -278,7 +278,7 @@ def test_without_a_bound_the_order_of_rows_does_not_matter() -> None:
     assert len(rules) == 1
 
 
-def test_simulated_ratio_where_the_largest_clusters_are_wrong_and_set_the_bound() -> None:
+def test_simulated_ratio_where_wrong_clusters_set_the_bound() -> None:
     # 86 clusters have 19 or 20 rows. Only the rows in the larger clusters are wrong, 5.02 % of all
     # rows. So a threshold is wrongly certified for clusters of up to 20 rows. If a guarantee is
     # broken in 5 % of all draws, more than 16 broken ones among 150 have a probability of 0.1 %.

@@ -19,7 +19,7 @@ HOSTILE = {
     "empty file": (b"", "not a readable csv"),
     "binary": (b"\x00\x01\x02\xff" * 50, "a.csv"),
     "not utf-8": (b"uncertainty,failure,key\n0.5,1,\xff\xfe\n", "not a readable csv"),
-    "header not utf-8": (b"\x80\r", "not a readable csv"),
+    "header not utf-8": (b"\x80\r", "names of its columns are not"),
     "older decision": (
         b"uncertainty,failure,decision\n0.5,1,abstain\n",
         "accept or review .* Got 'abstain' .* `vilu score`",

@@ -446,7 +446,7 @@ def test_a_candidate_ruled_out_by_a_large_logit_is_refused(
     logits = np.column_stack([zero_shot(data), np.full(len(data), ruled_out)])
     target = data.target.numpy()
     rows = Embeddings.from_logits(logits, data.image, target)
-    with pytest.raises(DataError, match="rule a candidate out"):
+    with pytest.raises(DataError, match="rules a candidate out"):
         ViLUPlus(**QUICK).fit(rows)
     logits[:, -1] = logits[:, :-1].min() - 50
     rows = Embeddings.from_logits(logits, data.image, target)

@@ -492,7 +492,7 @@ def correct_only_first(journals: LocalJournals, label_before: str, label_after: 
     first.correct(dict.fromkeys(row_ids, label_after))
 
 
-def test_an_interrupted_correction_with_a_row_of_one_journal_can_be_repeated(
+def test_an_interrupted_correction_of_rows_of_one_journal_is_repeated(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """The row a-1 is older than the second predictor, so the first journal alone has it."""

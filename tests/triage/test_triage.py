@@ -334,7 +334,7 @@ def test_answers_that_are_filled_in_during_a_run_are_not_lost(
     assert len(LabelBook.load(output / "labels.parquet").labels) == n_answers
 
 
-def test_answers_of_a_former_class_are_kept_by_a_run_with_the_former_classes(
+def test_answers_of_a_former_class_are_kept_by_the_former_classes(
     tmp_path: Path, changed: Callable[..., TriageSettings]
 ) -> None:
     job = changed()
