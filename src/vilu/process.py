@@ -90,10 +90,10 @@ def ray_cluster() -> str | None:
 
 
 def keep_ray_on_this_machine() -> None:
-    """Let Ray, if started by this process, listen at 127.0.0.1 alone.
+    """Set the environment variable by which a new Ray listens only at 127.0.0.1.
 
     Call this before ray is imported. Nothing is changed if there is a cluster to join, or if the
-    user has set the environment variable.
+    user has set the variable (``RAY_CLUSTERS``).
     """
     if ray_cluster() is None:
         os.environ.setdefault(RAY_CLUSTERS, "0")

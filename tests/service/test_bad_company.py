@@ -430,20 +430,29 @@ def test_a_crash_during_a_correction_counts_the_right_labels(
     assert audit.wrong == 0
 
 
+def journals_of_two(folder: Path, predictors: tuple[Path, Path], label: str) -> LocalJournals:
+    """Return the journals of two predictors, with two rows of this label.
+
+    The row a-1 is older than the second predictor, so the first journal alone has it. Both journals
+    have the row b-2.
+    """
+    first, second = predictors
+    journals = LocalJournals(folder, {"first": first})
+    journals.record(["a-1"], {"first": ([0], [0.1])})
+    journals.label({"a-1": label})
+    journals.close()
+    journals = LocalJournals(folder, {"first": first, "second": second})
+    journals.record(["b-2"], {name: ([0], [0.2]) for name in ("first", "second")})
+    journals.label({"b-2": label})
+    return journals
+
+
 def test_a_row_that_is_older_than_the_second_predictor_can_be_corrected(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """The second journal has never seen the row, and must not stop the correction halfway."""
-    first, second = predictors
-    dress, hat, *_ = predictors_names(first)
-    journals = LocalJournals(tmp_path / "s", {"first": first})
-    journals.record(["a-1"], {"first": ([0], [0.1])})
-    journals.label({"a-1": hat})
-    journals.close()
-    journals = LocalJournals(tmp_path / "s", {"first": first, "second": second})
-    rows = {name: ([0], [0.2]) for name in ("first", "second")}
-    journals.record(["b-2"], rows)
-    journals.label({"b-2": hat})
+    dress, hat, *_ = predictors_names(predictors[0])
+    journals = journals_of_two(tmp_path / "s", predictors, hat)
     journals.correct({"a-1": hat, "b-2": hat}, {"a-1": dress, "b-2": dress})
     audits = {name: status.audit for name, status in journals.statuses().items()}
     with pytest.raises(ContradictionError, match=f"has the label {dress!r}, and {hat!r} was sent"):
@@ -495,16 +504,8 @@ def correct_only_first(journals: LocalJournals, label_before: str, label_after: 
 def test_an_interrupted_correction_of_rows_of_one_journal_is_repeated(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The row a-1 is older than the second predictor, so the first journal alone has it."""
-    first, second = predictors
-    dress, hat, *_ = predictors_names(first)
-    journals = LocalJournals(tmp_path / "s", {"first": first})
-    journals.record(["a-1"], {"first": ([0], [0.1])})
-    journals.label({"a-1": hat})
-    journals.close()
-    journals = LocalJournals(tmp_path / "s", {"first": first, "second": second})
-    journals.record(["b-2"], {name: ([0], [0.2]) for name in ("first", "second")})
-    journals.label({"b-2": hat})
+    dress, hat, *_ = predictors_names(predictors[0])
+    journals = journals_of_two(tmp_path / "s", predictors, hat)
     correct_only_first(journals, hat, dress)
     before = {"a-1": hat, "b-2": hat}
     journals.correct(before, dict.fromkeys(before, dress))

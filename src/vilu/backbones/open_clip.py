@@ -213,7 +213,7 @@ def find_model(open_clip: ModuleType, argument: str) -> ModelLocation:
 def _hub_location(open_clip: ModuleType, argument: str) -> ModelLocation:
     """Return a hub model's location, hf-hub:ORG/NAME. The configuration is on the hub, too."""
     hub_id = argument.removeprefix("hf-hub:")
-    repository = require_hub_id(hub_id)
+    repository = require_hub_id(hub_id)  # ORG/NAME, checked
     hub = open_clip.pretrained
 
     def download_weights() -> None:

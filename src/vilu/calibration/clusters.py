@@ -182,14 +182,15 @@ def _majority_answer(cluster: Ints, answer: Ints, uncertainty: Floats) -> Ints:
     pairs, pair_of_row = np.unique(cluster_and_answer, axis=1, return_inverse=True)
     pair_of_row = pair_of_row.reshape(-1)  # some versions of NumPy return two dimensions
     cluster_of_pair, answer_of_pair = pairs
-    n_rows = np.bincount(pair_of_row)
+    n_rows_of_pair = np.bincount(pair_of_row)
     mean_uncertainty = _mean_per_group(uncertainty, pair_of_row)
     # Pairs are sorted by cluster, then from most to fewest rows, then by uncertainty. So a
     # cluster's first pair has the majority answer. (``lexsort`` sorts by the last key first.)
-    pair_order = np.lexsort((mean_uncertainty, -n_rows, cluster_of_pair))
-    _, first_pair_of_cluster = np.unique(cluster_of_pair[pair_order], return_index=True)
-    majority_answer: Ints = answer_of_pair[pair_order[first_pair_of_cluster]]
-    return majority_answer
+    pair_order = np.lexsort((mean_uncertainty, -n_rows_of_pair, cluster_of_pair))
+    sorted_clusters = cluster_of_pair[pair_order]
+    sorted_answers: Ints = answer_of_pair[pair_order]
+    _, first_position_of_cluster = np.unique(sorted_clusters, return_index=True)
+    return sorted_answers[first_position_of_cluster]
 
 
 class Correlation(NamedTuple):

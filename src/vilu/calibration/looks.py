@@ -71,7 +71,8 @@ def record_target(folder: Path, picture: Ints, target: dict[str, object]) -> int
         picture: Identities (N,) of the rows' pictures. The identities are hashes.
         target: The target's fields.
     """
-    smallest_hashes = np.unique(picture[picture >= 0])[:SKETCH_SIZE]
+    known_hashes = picture[picture >= 0]  # -1 stands for an unknown picture
+    smallest_hashes = np.unique(known_hashes)[:SKETCH_SIZE]  # ``unique`` sorts
     if not len(smallest_hashes):
         return 1  # without known pictures the rows cannot be recognised, so nothing is recorded
     hashes = tuple(smallest_hashes.tolist())

@@ -49,7 +49,8 @@ Features = Annotated[
 Labels = Annotated[
     Path | None,
     path_option(
-        "Labels (the array target): an .npy file, or text with one class name per line.",
+        "Labels for the rows, as the array target: an .npy file, or text with one class name per "
+        "line.",
         metavar="FILE",
     ),
 ]

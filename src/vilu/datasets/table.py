@@ -318,8 +318,8 @@ def _require_valid_labels(numbers: pa.Array, n_classes: int, source: str) -> Non
         raise DataError(
             f"{source} row {row} (counting from 0) has label {numbers[row]}; the class table has "
             f"{n_classes} names, so labels are 0 to {n_classes - 1}, -2 for none of the classes, "
-            "or null where unknown. If other numbers mean none of the classes, give them with "
-            "--outside."
+            "or null where unknown. If your table has another number for none of the classes, "
+            "give the number with --outside."
         )
 
 

@@ -45,7 +45,7 @@ CAPTION_EXTENSION: Final = "txt"
 MAX_LISTED: Final = 5  # maximum number of extensions in a message
 # error in the member order -> message
 ORDER_ERRORS: Final = {
-    "interleaved": "members of other samples are between its members. Sort the shard by name",
+    "interleaved": "members of other samples are between those of this one. Sort the shard by name",
     "duplicate": "two members have the same name and extension. Write the shard again",
 }
 

@@ -218,7 +218,7 @@ def require_usable_rows(values: ArrayLike | Tensor, name: str) -> Tensor:
     rows, status = unit_rows(values, name)
     if not len(rows):
         raise DataError(f"{name} must have at least one row. Got none.")
-    bad_rows = np.flatnonzero(status)
+    bad_rows = np.flatnonzero(status != VALID)
     if len(bad_rows):
         first = int(bad_rows[0])
         raise DataError(

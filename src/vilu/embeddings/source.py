@@ -217,18 +217,15 @@ class Batch:
             return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
 
     def log_likelihood(self, logits: Tensor) -> Tensor:
-        """Compute the target's log-probability (B,) under softmax(logits (B, K)).
+        """Compute the target's log-probability (B,) under the softmax of ``logits`` (B, K).
 
         If several candidates of a row are right, the result is the log of their summed
         probabilities.
 
         Examples:
             >>> import torch, vilu
-            >>> image, target, index = (
-            ...     torch.tensor([[0.6, 0.8]]),
-            ...     torch.tensor([1]),
-            ...     torch.arange(1),
-            ... )
+            >>> image = torch.tensor([[0.6, 0.8]])
+            >>> target, index = torch.tensor([1]), torch.tensor([0])
             >>> batch = vilu.Batch(image, torch.eye(2), target, index, logit_scale=10.0)
             >>> # the logits are 6 and 8: candidate 1 has the probability 1 / (1 + exp(6 - 8))
             >>> probability = batch.log_likelihood(batch.logits).exp()
@@ -884,9 +881,11 @@ class EmbeddingSource(ABC):
                 "captions cannot be split row by row, since their pools would change. Make one "
                 "source for each part."
             )
-        # rows outside all classes, and rows without a label, are two further strata
+        # A class is a stratum. Rows outside all classes have the stratum -2. Rows without a label
+        # have the target -1, and so the stratum -1.
         stratum = np.where(self.outside.numpy(), OUTSIDE, self.target.numpy())
-        part = part_of_each_row(self.inseparable(), stratum, shares, seed)
+        group_of_row = self.inseparable()  # rows of a group are in the same part
+        part = part_of_each_row(group_of_row, stratum, shares, seed)
         sources = [self.take(np.flatnonzero(part == number)) for number in range(len(shares))]
         return SplitParts(*sources)
 

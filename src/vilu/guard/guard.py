@@ -445,7 +445,10 @@ class Guard:
             >>> answers[0].label, outcomes.uncertainty.round(4).tolist()
             ('green', [0.0001])
         """
-        columns = {name: arrays[name].float().to(self.predictor.device_) for name in self.arrays}
+        columns = {}
+        for name in self.arrays:
+            array = arrays[name].float()
+            columns[name] = array.to(self.predictor.device_)
         image = columns.pop(IMAGE)  # the remaining arrays stay in ``columns``
         source = self.vocabulary.new_images(image, columns=columns, ids=keys)
         origin_fields = {

@@ -118,10 +118,11 @@ class MCMTS(FailurePredictor):
 
 
 def tempered_uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
-    """Compute 1 minus the answer's probability (B,) float64, with m = exp(``log_multiplier``)."""
+    """Compute 1 minus the answer's probability (B,) float64, for logits times a multiplier."""
     answer_column = batch.prediction[:, None].to(batch.logits.device)
     temperature = math.exp(-log_multiplier)
-    return RivalWeights.from_logits(batch.logits, answer_column, temperature).total_probability
+    rivals = RivalWeights.from_logits(batch.logits, answer_column, temperature)
+    return rivals.total_probability
 
 
 def most_likely_log_multiplier(train: Rows, n_rows: int, device: torch.device) -> float:

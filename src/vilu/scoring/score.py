@@ -626,7 +626,9 @@ def _score_missing_parts(
                 scored_rows=scored_rows,
                 task=task,
             )
-            ledger.write_part(part, rows, outcomes, int(is_seen[rows].sum()))
+            n_seen = int(is_seen[rows].sum())  # rows used in the fit
+            ledger.write_part(part, rows, outcomes, n_seen)
+            # ``score_rows`` has reported the scored rows
             task.advance(len(part) - len(scored_rows))
 
 

@@ -681,6 +681,7 @@ def _open_to_read(path: Path) -> sqlite3.Connection:
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
     """Return whether an error means damage to the file's content."""
+    # an error of Python's module, without a code, counts as damage
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     primary_code = code & 0xFF  # the higher bits say more about the same kind of error
     return primary_code not in HARMLESS_ERROR_CODES

@@ -345,8 +345,8 @@ def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.float
     expected_facts = (shape, little_endian, True, rows.nbytes)
     if stored_facts != expected_facts:
         raise StorageError(
-            f"{path} has (shape, dtype, C order, bytes of data) {stored_facts}, the documents of "
-            f"the store say {expected_facts}. {REDO_HINT}"
+            f"{path} has (shape, dtype, C order, bytes of data) {stored_facts}. By the documents "
+            f"of the store, it must have {expected_facts}. {REDO_HINT}"
         )
     return rows
 

@@ -48,7 +48,7 @@ LOG_OFFSET = 1e-6  # is added to squared distances before the logarithm, as in t
 
 @dataclasses.dataclass
 class DeltaKNN(ClosedSet):
-    """Delta-KNN: log-distance to rightly answered minus log-distance to wrongly answered images.
+    """Delta-KNN: log-distance to images with right answers, minus log-distance to the others.
 
     u = mean_{i <= k} log(d_i^2 + 1e-6) - mean_{j <= k} log(e_j^2 + 1e-6)
         - margin_weight * (cos_(1) - cos_(2))

@@ -382,10 +382,10 @@ def _value_text(name: str, value: float | None, interval: Interval | None = None
 def _standings_table(summary: Summary, metric: str) -> str:
     """Make a table with wins, mean ranks, and ``metric``'s mean on every data set and setting."""
     heading = ["method", "wins", "mean rank", "contests"]
-    values_of_blocks = []  # for every block, a dict from each method to the ranking metric
+    value_of_method_by_block = []  # for every block, a dict from each method to the metric's value
     for block in summary.blocks:
         heading.append(f"{block.data}/{block.setting}")
-        values_of_blocks.append({line.method: line.values[metric] for line in block.lines})
+        value_of_method_by_block.append({line.method: line.values[metric] for line in block.lines})
     rows = [heading]
     for standing in summary.standings:
         row = [
@@ -394,7 +394,7 @@ def _standings_table(summary: Summary, metric: str) -> str:
             f"{standing.mean_rank:.1f}",
             f"{standing.contests} of {summary.n_contests}",
         ]
-        for value_of_method in values_of_blocks:
+        for value_of_method in value_of_method_by_block:
             value = value_of_method.get(standing.method)
             row.append(_value_text(metric, value))
         rows.append(row)

@@ -225,12 +225,14 @@ def _covariance_within_classes(scatters: Tensor, count: Tensor, variance: Tensor
 
 
 def average_with_zero_shot(batch: Batch, log_odds: Tensor) -> Tensor:
-    """Average the uncertainties by zero-shot probability and by density: u (B,) float64.
+    """Return the mean u (B,) float64 of two uncertainties: zero-shot, and by class densities.
 
-    u = ((1 - p) + (1 - s_d)) / 2
+    Let p be the answer's zero-shot probability. Let s_d be the answer's class density, divided by
+    the sum of all class densities. Then
 
-    p is the zero-shot probability of the answer a. s_d = N_a / sum_c N_c is the answer's share in
-    the density. ``log_odds`` (B,) is log((1 - s_d) / s_d).
+        u = ((1 - p) + (1 - s_d)) / 2
+
+    ``log_odds`` (B,) is log((1 - s_d) / s_d).
     """
     doubt_of_zero_shot = batch.judged_rivals.total_probability.to(log_odds.device)
     doubt_of_density = torch.sigmoid(log_odds)

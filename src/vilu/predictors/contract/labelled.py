@@ -276,7 +276,7 @@ def _held_out_mask(train: Rows, failure: Tensor, fraction: float, seed: int) -> 
     if isinstance(train.source, PairSource):
         groups = caption_groups(train.source, train.index)
     else:
-        _, groups = train.pictures()
+        _, groups = train.pictures()  # every row's picture
     positions = held_out_positions(failure, fraction, pool_size, generator, groups)
     is_held_out = torch.zeros(len(train.index), dtype=torch.bool)
     is_held_out[positions] = True

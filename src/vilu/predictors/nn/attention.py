@@ -708,7 +708,7 @@ class Problem:
 def orthonormal_basis(rows: Tensor) -> Tensor:
     """Compute an orthonormal basis (P, R) for a space with all rows (N, P), R = min(N, P)."""
     n_rows, width = rows.shape
-    if n_rows >= width:
+    if n_rows >= width:  # then R = P, and the unit vectors are a basis
         return torch.eye(width, dtype=rows.dtype, device=rows.device)
     spanning_columns = rows.cpu().double().T
     columns: Tensor = torch.linalg.qr(spanning_columns).Q

@@ -396,15 +396,16 @@ def fit_classifier(member_sums: SoftMembers, text: Tensor) -> Classifier:
     1. W is the covariance within classes, divided by N minus the means' degrees of freedom,
        sum_c sum_i p_ic^2 / n_c.
     2. a is the slope in the weighted least-squares regression, at least 0.
-    3. 1 / kappa is estimated from the mean square of the residuals. kappa is at most
+    3. kappa is estimated by its inverse, from the mean square of the residuals, and is at most
        ``MAX_ANCHOR_ROWS``.
-    4. ``separation`` is the variance between the class means: the mean square of m_c - m,
-       minus the sampling noise.
+    4. The result's ``separation`` is the variance between the class means. It is the mean square of
+       m_c - m without the share of the sampling noise.
     """
     count = member_sums.counts.clamp(min=1e-9)  # a divisor, so never 0
     n = float(member_sums.counts.sum())
     mean = member_sums.image_sums.sum(0) / n
-    centred_means = member_sums.image_sums / count[:, None] - mean
+    class_means = member_sums.image_sums / count[:, None]
+    centred_means = class_means - mean
     scatter = member_sums.image_products - n * torch.outer(mean, mean)
     scatter_within = scatter - (centred_means.T * member_sums.counts) @ centred_means
     # division by N would treat the means as known, and underestimate variance in small classes

@@ -70,7 +70,7 @@ def logit_answers(
         "correct": [None] * n,
     }
     if target is not None:
-        columns["correct"] = _correct_cells(answer, _class_numbers(target, names), n_classes)
+        columns["correct"] = _is_right_per_row(answer, _class_numbers(target, names), n_classes)
     for start in range(0, n, BLOCK_ROWS):
         block = np.asarray(logit_rows[start : start + BLOCK_ROWS], dtype=np.float64)
         _require_finite(block, start)
@@ -128,7 +128,7 @@ def _class_numbers(target: ArrayLike, names: Sequence[str]) -> Ints:
     return np.array([number_of_name[text] for text in texts], dtype=np.int64)
 
 
-def _correct_cells(answer: Ints, labels: Ints, n_classes: int) -> list[int | None]:
+def _is_right_per_row(answer: Ints, labels: Ints, n_classes: int) -> list[int | None]:
     """Return whether each answer is right: 1, 0, or None where the true class is not known."""
     if labels.shape != answer.shape or labels.dtype.kind not in "iu":
         raise DataError(
