@@ -15,6 +15,7 @@ from vilu.errors import DataError, UsageError
 from vilu.triage.label_files import label_columns
 from vilu.triage.labels import (
     SKIPPED,
+    Entry,
     LabelBook,
     match_photos,
     names_of_labels,
@@ -210,3 +211,35 @@ def test_sides_are_of_the_picture_and_of_even_size() -> None:
     assert same.tolist() == [order[5]] * 2
     assert (sides_and_positions(pictures, 1)[0] != vouches).any()
     assert abs(np.corrcoef(vouches, order.astype(float))[0, 1]) < 4 / np.sqrt(4_000)
+
+
+def test_no_label_is_lost_when_labels_go_with_pictures() -> None:
+    book = LabelBook()
+    book.note_labels({"a": "cat", "b": "dog", "c": "dog", "new": "cow"})
+    book.note_pictures({"a": b"cat", "b": b"dog", "c": b"dog"})
+    # The photo "a" has the name "b" now. A copy of the old "b" is still there, as "c".
+    assert book.follow_pictures({"b": b"cat", "c": b"dog"}) == 2
+    assert book.labels == {"b": "cat", "b (646f67)": "dog", "c": "dog", "new": "cow"}
+    assert book.follow_pictures({"b": b"cat", "c": b"dog"}) == 0
+    # It has the name "c" now, and no photo has the picture of a dog.
+    assert book.follow_pictures({"c": b"cat"}) == 2
+    assert book.labels == {"b (646f67)": "dog", "c": "cat", "c (646f67)": "dog", "new": "cow"}
+    # Both copies are back. The path "new" has a label for a picture that is not known.
+    assert book.follow_pictures({"new": b"dog", "x": b"dog", "y": b"dog", "c": b"cat"}) == 2
+    assert book.labels == {"c": "cat", "new": "cow", "x": "dog", "y": "dog"}
+
+
+def test_copies_with_different_labels_keep_them_when_renamed() -> None:
+    book = LabelBook()
+    book.note_labels({"a/1": "cat", "a/2": "dog", "a/3": "cow"})
+    book.note_pictures({"a/1": b"same", "a/2": b"same", "a/3": b"same"})
+    assert book.follow_pictures({"a/3": b"same", "b/1": b"same", "b/2": b"same"}) == 2
+    assert book.labels == {"a/3": "cow", "b/1": "cat", "b/2": "dog"}
+
+
+def test_a_label_for_another_picture_stays_beside_a_former_label() -> None:
+    book = LabelBook()
+    book.add_label(Entry("a", "dog", "fit", picture="0a" * 8))
+    book.add_label(Entry("a", "cat", "fit", picture="0b" * 8))
+    book.add_label(Entry("a", "cow", "fit", picture="0b" * 8))
+    assert book.labels == {"a": "cow", "a (0a0a0a0a)": "dog"}

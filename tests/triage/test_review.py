@@ -14,15 +14,18 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.command import command, command_line, run
 from tests.conftest import few
 from tests.triage.conftest import Folder, job_on, rows
+from vilu.artifacts.tables import write_table
+from vilu.datasets.files import ForbiddenPathError
 from vilu.errors import DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.store.reader import EmbeddingStore
@@ -33,6 +36,7 @@ from vilu.triage.photos import Photos, PhotoStores
 from vilu.triage.review import Review, open_review
 from vilu.triage.review_files import Tool, read_finished_tasks, write_review
 from vilu.triage.serve import ReviewSession, serve_page
+from vilu.triage.state import moved_photos
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -54,6 +58,41 @@ def test_moved_photos_are_shown_and_found(guaranteed: Folder) -> None:
     for sample in json.loads(samples_file.read_text())["samples"]:
         assert (home / "photos" / sample["filepath"]).is_file()
         assert sample["path"] in {task.path for task in review.tasks}
+
+
+def test_label_studio_gets_the_present_address_of_a_moved_photo(guaranteed: Folder) -> None:
+    home, _ = guaranteed
+    triage_photos(job_on(home / "photos"), home / "out", sort="move")
+    review = open_review(home / "out", "all", 3)
+    file, _ = write_review(
+        review, "label-studio", home / "tasks.json", prefix="http://here/photos/"
+    )
+    for task in json.loads(file.read_text()):
+        address = urljoin("http://here/photos/", task["data"]["image"])
+        assert (home / unquote(address.removeprefix("http://here/"))).is_file()
+
+
+def test_a_moved_photo_behind_a_link_to_elsewhere_is_not_shown(guaranteed: Folder) -> None:
+    home, _ = guaranteed
+    triage_photos(job_on(home / "photos"), home / "out", sort="move")
+    (home / "out" / "sorted").rename(home / "elsewhere")
+    (home / "out" / "sorted").mkdir()
+    for group in (home / "elsewhere").iterdir():
+        (home / "out" / "sorted" / group.name).symlink_to(group)
+    session = ReviewSession(open_review(home / "out", "all", 1), home / "labels.csv")
+    with pytest.raises(ForbiddenPathError, match="links included"):
+        session.webp_photo(0)
+    review = replace(session.review, follow_links=True)
+    session = ReviewSession(review, home / "more.csv")
+    assert session.webp_photo(0)
+
+
+@pytest.mark.parametrize("place", ["/etc/hosts", "sorted/../../photos/a.png", "b.png"])
+def test_a_place_outside_the_sorted_photos_is_refused(tmp_path: Path, place: str) -> None:
+    columns = {"path": pa.array(["a.png"]), "place": pa.array([place])}
+    write_table(tmp_path / "moved.parquet", columns, {"kind": "moved"})
+    with pytest.raises(DataError, match="not below sorted"):
+        moved_photos(tmp_path)
 
 
 def test_a_triage_says_what_it_asks_for_and_what_is_to_be_reviewed(

@@ -45,11 +45,16 @@ from vilu.text import plural
 from vilu.triage import outputs, run
 from vilu.triage.guarantee import GuaranteeProgress, new_scene_mask
 from vilu.triage.label_files import label_columns
-from vilu.triage.labels import SKIPPED, LabelBook, sides_and_positions
+from vilu.triage.labels import SKIPPED, LabelBook, read_labels, sides_and_positions
 from vilu.triage.outputs import threshold_rows, triage_photos
 from vilu.triage.photos import PhotoStores
 from vilu.triage.sorting import class_folders
 from vilu.triage.state import TriageSettings, TriageState, moved_photos
+
+
+def label_file(file: Path, labels: dict[str, str]) -> None:
+    lines = ["path,label", *(f"{path},{label}" for path, label in labels.items())]
+    file.write_text("\n".join(lines) + "\n")
 
 
 def test_from_photos_to_a_guarantee_that_holds(begun: Folder) -> None:
@@ -222,6 +227,40 @@ def test_labels_of_a_draw_count_if_labels_to_fit_on_come_with_them(
     # accepts a few less. Then another one is also tested, and may replace the first.
     is_replaced = after.trial.n_fit != before.trial.n_fit
     assert 1 + is_replaced <= after.n_tested <= 2
+
+
+def test_the_page_shows_the_labels_of_the_guarantee_beside_new_photos(guaranteed: Folder) -> None:
+    """Some new photos come before labelled ones in the random order. The guarantee stays."""
+    home, output = guaranteed[0], guaranteed[0] / "out"
+    job = job_on(home / "photos")
+    triage_photos(job, output)  # tests the limit, if it was raised
+    rule = Calibration.load(output / "predictor").rule
+    assert rule is not None
+    assert f"{rule.n} for the guarantee" in (output / "report.html").read_text()
+    for number in range(9000, 9030):
+        (home / "photos" / f"{number}.png").write_bytes(photo(number % KINDS, number))
+    triage_photos(job, output)
+    page = (output / "report.html").read_text()
+    assert Calibration.load(output / "predictor").rule == rule
+    assert f"{rule.n_wrong} of {rule.n_accepted} labelled answers up to the threshold" in page
+    assert f"{rule.n} for the guarantee" in page
+    assert "<td>yes</td>" in page
+
+
+def test_the_page_counts_the_labels_of_the_rule_beside_a_candidate(guaranteed: Folder) -> None:
+    """Fewer labels count for the candidate than for the guarantee of the present predictor."""
+    home, output = guaranteed[0], guaranteed[0] / "out"
+    rule = Calibration.load(output / "predictor").rule
+    state = read_document(output / "triage.json", TriageState)
+    assert rule is not None
+    assert state.trial is not None
+    shutil.copytree(output / "predictor", output / "candidate")
+    strict = state.trial.model_copy(update={"limit": state.trial.grid[0]})
+    write_document(output / "triage.json", state.model_copy(update={"candidate": strict}))
+    triage_photos(job_on(home / "photos"), output)
+    page = (output / "report.html").read_text()
+    assert "These lines are of a new predictor" in page
+    assert f"{rule.n} for the guarantee" in page
 
 
 def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(
@@ -715,6 +754,87 @@ def test_the_label_of_a_photo_that_has_changed_never_counts(
     book = LabelBook.load(output / "labels.parquet")
     book.note_labels({"day 0/0000.png": other})  # a new label belongs to the new picture
     assert book.note_pictures({"day 0/0000.png": b"now"}) == 0
+
+
+def test_labels_go_with_their_pictures_to_new_paths(
+    folder: Folder, job: TriageSettings, tmp_path: Path
+) -> None:
+    photos, truth = folder
+    label_file(tmp_path / "l.csv", truth)
+    output = tmp_path / "out"
+    before = triage_photos(job, output, [tmp_path / "l.csv"])
+    (photos / "day 0").rename(photos / "sunday")
+    first, second = photos / "day 1" / "0001.png", photos / "day 1" / "0005.png"
+    first.rename(photos / "third.png")
+    second.rename(first)
+    (photos / "third.png").rename(second)
+    after = triage_photos(job, output)
+    now = {path.replace("day 0", "sunday"): label for path, label in truth.items()}
+    one, other = "day 1/0001.png", "day 1/0005.png"
+    assert truth[one] != truth[other]
+    now[one], now[other] = truth[other], truth[one]
+    assert LabelBook.load(output / "labels.parquet").labels == now
+    assert "; 200 have a label" in after.counts
+    assert after.guarantee == before.guarantee
+    triage_photos(job, tmp_path / "new", [output / "labels.parquet"])
+    assert LabelBook.load(tmp_path / "new" / "labels.parquet").labels == now
+
+
+def test_a_book_gives_labels_to_its_pictures_alone(
+    folder: Folder, job: TriageSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos, truth = folder
+    label_file(tmp_path / "l.csv", truth)
+    triage_photos(job, tmp_path / "old", [tmp_path / "l.csv"])
+    book = tmp_path / "old" / "labels.parquet"
+    (photos / "day 0").rename(photos / "sunday")
+    shutil.copy(photos / "sunday" / "0000.png", photos / "copy.png")
+    (photos / "day 1" / "0001.png").write_bytes(photo(4, 7000))
+    (photos / "day 1" / "0003.png").unlink()
+    triage_photos(job, tmp_path / "new", [book])
+    expected = {path.replace("day 0", "sunday"): label for path, label in truth.items()}
+    expected["copy.png"] = expected.pop("sunday/0000.png")  # the first of the two copies
+    del expected["day 1/0001.png"]
+    del expected["day 1/0003.png"]
+    assert LabelBook.load(tmp_path / "new" / "labels.parquet").labels == expected
+    assert "2 labels left out, since no readable photo in" in caplog.text
+    write_photos(tmp_path / "others", 20, first=500)
+    with pytest.raises(DataError, match=r"200 labels left out, .* has the picture"):
+        triage_photos(job_on(tmp_path / "others"), tmp_path / "other", [book])
+
+
+def test_answers_in_the_book_are_not_lost_by_a_rename(
+    folder: Folder, job: TriageSettings, tmp_path: Path
+) -> None:
+    photos, truth = folder
+    output = tmp_path / "out"
+    triage_photos(job, output)
+    table = output / "next_labels.csv"
+    answers, _ = read_labels(fill_in(output, truth, table))
+    # A run that was killed has saved the answers, but has not written the table again.
+    book = LabelBook.load(output / "labels.parquet")
+    book.note_labels(answers)
+    book.note_pictures(dict(PhotoStores(output / "embeddings").seen_pictures()))
+    book.save(output / "labels.parquet")
+    (photos / "day 0").rename(photos / "sunday")
+    triage_photos(job, output)
+    expected = {path.replace("day 0", "sunday"): label for path, label in answers.items()}
+    assert LabelBook.load(output / "labels.parquet").labels == expected
+
+
+def test_a_guarantee_does_not_outlive_labels_of_renamed_photos(guaranteed: Folder) -> None:
+    (home, truth), output = guaranteed, guaranteed[0] / "out"
+    counted = pq.read_table(output / "predictor" / "calibration.parquet")["key"].to_pylist()
+    (home / "photos" / "day 0").rename(home / "photos" / "sunday")
+    assert triage_photos(job_on(home / "photos"), output).guarantee.startswith("Guaranteed")
+    wrong = {}
+    for path in counted:
+        if path.startswith("day 0"):
+            wrong[path.replace("day 0", "sunday")] = "cat" if truth[path] != "cat" else "dog"
+    assert len(wrong) > 20
+    label_file(home / "l.csv", wrong)
+    summary = triage_photos(job_on(home / "photos"), output, [home / "l.csv"])
+    assert summary.guarantee.startswith("Not guaranteed yet")
 
 
 def test_another_model_is_refused_before_embedding_the_first_goes_on(

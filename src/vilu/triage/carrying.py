@@ -158,7 +158,7 @@ def move_former_labels(root: Path, known_labels: set[str], about: GuaranteePopul
     if not removed_entries and not returning_entries:
         return
     for entry in removed_entries:
-        former_book.entries[entry.path] = entry
+        former_book.add_label(entry)
         del book.entries[entry.path]
     for entry in returning_entries:
         book.entries[entry.path] = entry

@@ -89,6 +89,11 @@ class Entry:
         """
         return self.picture not in {"", picture.hex()}
 
+    @property
+    def path_of_picture(self) -> str:
+        """A path for this entry in a book where the photo's path has another label."""
+        return f"{self.path} ({self.picture[:8]})"
+
 
 COLUMNS: Final = (
     "path",
@@ -120,6 +125,24 @@ def columns_of(rows: Sequence[object], names: Iterable[str]) -> dict[str, pa.Arr
         column_type = NUMBER_TYPES.get(name, pa.string())
         columns[name] = pa.array(values, column_type, from_pandas=True)
     return columns
+
+
+@dataclass(frozen=True)
+class GivenFile:
+    """The labels in a file given to a run.
+
+    Attributes:
+        labels: Maps photo paths to labels.
+        streams: Maps photo paths to the streams of these labels, as named in the file.
+        names: The photo names in the file that were searched among the paths.
+        labelled_pictures: Labels of known pictures, if the file is a book. Such a label belongs to
+            the picture, at whatever path.
+    """
+
+    labels: dict[str, str]
+    streams: dict[str, str]
+    names: list[str]
+    labelled_pictures: list[Entry] = field(default_factory=list)
 
 
 @dataclass
@@ -220,6 +243,42 @@ class LabelBook:
             n_photos_changed += entry.was_another_picture(picture)
         return n_photos_changed
 
+    def add_label(self, entry: Entry) -> None:
+        """Add an entry with a label. A label of the path for another picture stays in the book."""
+        present = self.entries.get(entry.path)
+        if present is not None and present.picture not in {"", entry.picture}:
+            self.entries[present.path_of_picture] = replace(present, path=present.path_of_picture)
+        self.entries[entry.path] = entry
+
+    def follow_pictures(self, picture_of_path: Mapping[str, bytes]) -> int:
+        """Move every label to a photo that has the labelled picture now (``places_of_labels``).
+
+        A label of a picture that no photo has now stays at its path. If another label has come to
+        this path, the label stays in the book under a path of its own.
+
+        ``picture_of_path`` maps the paths of all photos to picture digests. Returns how many labels
+        have got another path.
+        """
+        labelled_entries = []
+        reserved_paths = set()  # a label without a known picture stays at its path
+        for entry in self:
+            if entry.label is not None and entry.picture:
+                labelled_entries.append(entry)
+            elif entry.label is not None:
+                reserved_paths.add(entry.path)
+        place_of_path = places_of_labels(labelled_entries, picture_of_path, reserved_paths)
+        places = {*place_of_path.values(), *reserved_paths}
+        for entry in labelled_entries:
+            if entry.path not in place_of_path:
+                is_free = entry.path not in places
+                place_of_path[entry.path] = entry.path if is_free else entry.path_of_picture
+        moved_entries = {}
+        for path, place in place_of_path.items():
+            if place != path:
+                moved_entries[place] = replace(self.entries.pop(path), path=place)
+        self.entries.update(moved_entries)
+        return len(moved_entries)
+
     def withdraw_requests(self, is_to_withdraw: Callable[[Entry], bool]) -> None:
         """Remove entries for which ``is_to_withdraw`` is True. Entries with a label always stay."""
         remaining_entries = {}
@@ -282,6 +341,45 @@ class LabelBook:
                 facts["stream"] = "calibration"
             entries[row["path"]] = Entry(**facts)
         return cls(entries)
+
+
+def places_of_labels(
+    entries: Iterable[Entry],
+    picture_of_path: Mapping[str, bytes],
+    reserved_paths: Collection[str] = (),
+) -> dict[str, str]:
+    """Find for every labelled picture a photo that has this picture now.
+
+    No photo gets two labels. An entry whose path still has the picture keeps the path. Each other
+    entry gets the first path that has the picture and has no label yet. An entry is left out if
+    there is no such path.
+
+    Args:
+        entries: Entries with a label and a known picture, each with another path.
+        picture_of_path: Maps the paths of all photos to picture digests.
+        reserved_paths: Paths that no entry may get.
+
+    Returns:
+        Maps the paths of the entries to the present paths.
+    """
+    paths_of_picture: dict[str, list[str]] = {}
+    for path, picture in picture_of_path.items():
+        paths_of_picture.setdefault(picture.hex(), []).append(path)
+    places = {}
+    entries_elsewhere = []
+    for entry in entries:
+        if entry.path in paths_of_picture.get(entry.picture, ()):
+            places[entry.path] = entry.path
+        else:
+            entries_elsewhere.append(entry)
+    taken_paths = {*places, *reserved_paths}
+    for entry in entries_elsewhere:
+        for path in paths_of_picture.get(entry.picture, ()):
+            if path not in taken_paths:
+                places[entry.path] = path
+                taken_paths.add(path)
+                break
+    return places
 
 
 def _unasked_stream(path: str, streams: Mapping[str, str]) -> Stream:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -39,6 +39,9 @@ from vilu.triage.forecast import Forecast
 from vilu.triage.guarantee import GuaranteeProgress
 from vilu.triage.labels import (
     SKIPPED,
+    Entry,
+    GivenFile,
+    LabelBook,
     match_photos,
     meant_name,
     names_of_labels,
@@ -145,15 +148,14 @@ def triage_photos(
     files = _read_label_files(labels, settings, former_classes)
     open_state(output, settings, overwrite=overwrite)  # fails here if the folder is no triage
     photo_folder = list_folder(settings.photos, output, follow_links=settings.follow_links)
-    labels_by_path, streams = _labels_by_path(files, photo_folder)
+    given_files = [_given_file(file, *labels, photo_folder) for file, labels in files.items()]
+    read_answers: dict[str, str] = {}
     if not overwrite:
-        _require_no_lost_answers(output, files, labels_by_path, former_classes)
+        read_answers = _require_no_lost_answers(output, given_files, former_classes, {})
     with locked(make_folder(output), activity="sorting into", holder_kind="triage"):
         # ``run_triage`` reads the state again. Another run may have changed the state while this
         # run waited for the lock.
-        result = run_triage(
-            output, settings, photo_folder, labels_by_path, streams, overwrite=overwrite
-        )
+        result = run_triage(output, settings, photo_folder, given_files, overwrite=overwrite)
         answers = answers_of(
             result.photos,
             result.predictor,
@@ -164,7 +166,7 @@ def triage_photos(
         write_decisions(output, result.outcomes, answers)
         answer_of_path = {answer.key: answer for answer in answers}
         # Somebody may have filled in the table while this run was embedding photos.
-        _require_no_lost_answers(output, files, labels_by_path, former_classes)
+        _require_no_lost_answers(output, given_files, former_classes, read_answers)
         write_next(
             output / NEXT_LABELS_CSV,
             result.entries_to_label,
@@ -230,24 +232,55 @@ def check_settings(settings: TriageSettings) -> None:
         )
 
 
-def _labels_by_path(
-    files: LabelFiles, photo_folder: PhotoFolder
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Map photo paths to the labels in all files, and to the streams of these labels."""
-    labels_by_path: dict[str, str] = {}
-    streams_by_path: dict[str, str] = {}
-    for file, (labels, streams) in files.items():
-        path_of_name = match_photos(labels, photo_folder.paths, photo_folder.root, source=file)
-        for name, path in path_of_name.items():
-            labels_by_path[path] = labels[name]
-            if name in streams:
-                streams_by_path[path] = streams[name]
-    return labels_by_path, streams_by_path
+def _given_file(
+    file: Path, labels: Mapping[str, str], streams: Mapping[str, str], photo_folder: PhotoFolder
+) -> GivenFile:
+    """Match the labels in a file with photos. Labels of known pictures are matched later.
+
+    ``labels`` and ``streams`` map the photo names in the file to labels and to streams.
+    """
+    labelled_pictures = _labelled_pictures(file, labels, photo_folder)
+    names_in_book = {entry.path for entry in labelled_pictures}
+    names = [name for name in labels if name not in names_in_book]
+    labels_by_name = {name: labels[name] for name in names}
+    paths = match_photos(labels_by_name, photo_folder.paths, photo_folder.root, source=file)
+    given_file = GivenFile({}, {}, names, labelled_pictures)
+    for name, path in paths.items():
+        given_file.labels[path] = labels[name]
+        if name in streams:
+            given_file.streams[path] = streams[name]
+    return given_file
+
+
+def _labelled_pictures(
+    file: Path, labels: Mapping[str, str], photo_folder: PhotoFolder
+) -> list[Entry]:
+    """Return a book's entries with a label that are to be matched by picture.
+
+    These are the entries with a known picture, and the entries about photos that could not be read
+    and are gone. [] for other label files, and for books of version 0.1.0.
+
+    ``labels`` are the labels in the file that may be used, as class names.
+    """
+    if file.suffix.lower() != ".parquet":
+        return []
+    entries = [entry for entry in LabelBook.load(file) if entry.path in labels]
+    if not any(entry.picture for entry in entries):
+        return []
+    paths = set(photo_folder.paths)
+    labelled_pictures = []
+    for entry in entries:
+        if entry.picture or entry.path not in paths:
+            labelled_pictures.append(replace(entry, label=labels[entry.path]))
+    return labelled_pictures
 
 
 def _require_no_lost_answers(
-    output: Path, files: LabelFiles, paths: Collection[str], former_classes: Collection[str]
-) -> None:
+    output: Path,
+    given_files: Sequence[GivenFile],
+    former_classes: Collection[str],
+    read_answers: Mapping[str, str],
+) -> dict[str, str]:
     """Raise UsageError if answers in ``next_labels.csv`` would be lost.
 
     The run replaces this file. An answer would be lost if it is neither in the book nor in the
@@ -255,28 +288,33 @@ def _require_no_lost_answers(
 
     Args:
         output: The triage folder.
-        files: The label files of this run.
-        paths: Paths of photos with a label in these files.
+        given_files: The label files of this run.
         former_classes: Names of the triage's former classes.
+        read_answers: The answers that an earlier check has found, by photo. They are not lost.
+
+    Returns:
+        The answers in ``next_labels.csv``, by photo.
     """
-    if not (output / NEXT_LABELS_CSV).is_file():
-        return
-    in_files = set(paths)  # photo paths. The photo names in the files are added below.
-    for labels_by_name, _ in files.values():
-        in_files |= labels_by_name.keys()
-    in_book = {entry.path for entry in all_labels(output) if entry.label is not None}
     table = output / NEXT_LABELS_CSV
-    filled_in_labels, _ = read_labels(table)
-    lost_paths = filled_in_labels.keys() - in_files - in_book
-    if not lost_paths:
-        return
-    first_path = min(lost_paths)
-    remedy = _remedy_for_answers(table, filled_in_labels[first_path], former_classes)
-    raise UsageError(
-        f"{table} holds {plural(len(lost_paths), 'answer')} that no run has read, such as that "
-        f"about {first_path!r}. They would be lost. {remedy} Or move this file away, if they are "
-        "not needed."
-    )
+    if not table.is_file():
+        return {}
+    known_paths = {entry.path for entry in all_labels(output) if entry.label is not None}
+    for file in given_files:
+        known_paths |= {*file.labels, *file.names}
+    answers, _ = read_labels(table)
+    lost_paths = []
+    for path, answer in answers.items():
+        if path not in known_paths and read_answers.get(path) != answer:
+            lost_paths.append(path)
+    if lost_paths:
+        first_path = min(lost_paths)
+        remedy = _remedy_for_answers(table, answers[first_path], former_classes)
+        raise UsageError(
+            f"{table} holds {plural(len(lost_paths), 'answer')} that no run has read, such as that "
+            f"about {first_path!r}. They would be lost. {remedy} Or move this file away, if they "
+            "are not needed."
+        )
+    return answers
 
 
 def _remedy_for_answers(table: Path, label: str, former_classes: Collection[str]) -> str:
@@ -727,10 +765,20 @@ def write_page(
         n_bad=len(result.photos.fault_of_path),
         backbone=settings.embedding.backbone.name,
         result=result,
-        n_calibration=0 if result.progress is None else len(result.progress.counted_rows),
+        n_calibration=_number_of_guarantee_labels(result),
         max_risk=settings.max_risk,
     )
     write_text(root / REPORT_FILE, page)
+
+
+def _number_of_guarantee_labels(result: TriageResult) -> int:
+    """Count the labels for the present predictor's guarantee."""
+    n_counted = 0 if result.progress is None else len(result.progress.counted_rows)
+    if result.rule is None:
+        return n_counted
+    if result.has_candidate:  # the progress is the candidate's
+        return result.rule.n
+    return max(result.rule.n, n_counted)
 
 
 def _sections(answers: Sequence[Answer], asked: Collection[str]) -> dict[str, list[Answer]]:

@@ -297,6 +297,19 @@ class PhotoStores:
                 shutil.rmtree(folder)
             self._photo_list_file(number).unlink()
 
+    def seen_pictures(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the path and the picture digest of every row in every complete store, oldest first.
+
+        A path of an earlier run is included, even if no photo has this path now.
+        """
+        for number in self.store_numbers():
+            if self.is_complete(number):
+                folder = self.store_folder(number)
+                store = EmbeddingStore(folder)
+                all_rows = np.arange(len(store))
+                photos = Photos([(store, all_rows)], fault_of_path={})
+                yield from zip(photos.ids, photos.pictures, strict=True)
+
     def open_photos(self, listed_photos: Sequence[ListedPhoto]) -> Photos:
         """Open the listed photos, each from the newest store with the present version."""
         present_versions = file_versions(listed_photos)
@@ -386,9 +399,24 @@ class Photos(EmbeddingSource):
 
     @property
     def pictures(self) -> list[bytes]:
-        """(N,) picture digest of every row."""
+        """(N,) picture digest of every row.
+
+        Raises:
+            DataError: If nothing identifies the rows, as in a store of imported logits without ids.
+        """
+        if not self.identified_by:
+            raise DataError(
+                f"nothing identifies the rows of {self.first_store.path}: they have no picture, no "
+                "embedding and no name, so a label could not be matched with its row. Import them "
+                "again with the array ids (a name for each row)."
+            )
         best_identity = self.identified_by[0]  # "pictures", unless the rows were imported
         return [value.tobytes() for value in self.identities(best_identity)]
+
+    @property
+    def picture_of_path(self) -> dict[str, bytes]:
+        """Map the path of every row to the picture digest."""
+        return dict(zip(self.ids, self.pictures, strict=True))
 
     def image_rows(self, index: Tensor) -> Tensor:
         """Return the embeddings (B, D) float32 for the rows ``index`` (B,), from the stores."""

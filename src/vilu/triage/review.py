@@ -15,14 +15,14 @@ from vilu.datasets.files import portable_name
 from vilu.errors import OUTSIDE_NAME, UNKNOWN, DataError
 from vilu.outcomes.decisions import ACCEPT, REVIEW
 from vilu.outcomes.outcomes import Outcomes
-from vilu.store.reader import EmbeddingStore
 from vilu.triage.answers import failure_probability
 from vilu.triage.carrying import all_labels
 from vilu.triage.labels import sides_and_positions
-from vilu.triage.photos import EMBEDDINGS_FOLDER, Photos, PhotoStores
+from vilu.triage.photos import EMBEDDINGS_FOLDER, PhotoStores
 from vilu.triage.state import (
     DECISIONS_CSV,
     NEXT_LABELS_CSV,
+    SORTED_FOLDER,
     STATE_FILE,
     TriageState,
     moved_photos,
@@ -97,6 +97,7 @@ class Review:
         follow_links: Whether links in the photo folder may lead anywhere.
         moved_photos: Maps the path of each photo moved by ``vilu triage --move`` to the present
             location.
+        sorted_folder: The folder that contains the moved photos.
         labels: Maps photo paths to the labels so far, as tables write them.
         scores: Score file, for a review of rows. None for a triage.
     """
@@ -108,6 +109,7 @@ class Review:
     answer: str = "zero_shot"
     follow_links: bool = False
     moved_photos: Mapping[str, Path] = field(default_factory=dict)
+    sorted_folder: Path = Path(SORTED_FOLDER)
     labels: Mapping[str, str] = field(default_factory=dict)
     scores: Path | None = None
 
@@ -154,6 +156,7 @@ def _review_of_triage(folder: Path, selection: PhotoSelection) -> Review:
         photos=Path(state.photos),
         follow_links=state.follow_links,
         moved_photos=moved_photos(folder),
+        sorted_folder=folder / SORTED_FOLDER,
         model="vilu triage",
         answer=state.answer.answer,
         labels=labels,
@@ -187,16 +190,9 @@ def _tasks_in_order(folder: Path, selection: PhotoSelection) -> list[ReviewTask]
 
 def _calibration_side(folder: Path, state: TriageState) -> set[str]:
     """Return the paths of all calibration-side photos."""
-    picture_of_path: dict[str, bytes] = {}
     stores = PhotoStores(folder / EMBEDDINGS_FOLDER)
-    for number in stores.store_numbers():
-        if stores.is_complete(number):
-            store_folder = stores.store_folder(number)
-            store = EmbeddingStore(store_folder)
-            all_rows = np.arange(len(store))
-            photos = Photos([(store, all_rows)], fault_of_path={})
-            # If an older store contains the same photo, the newer store replaces it.
-            picture_of_path.update(zip(photos.ids, photos.pictures, strict=True))
+    # If an older store contains the same photo, the newer store replaces it.
+    picture_of_path = dict(stores.seen_pictures())
     seed = int(str(state.settings.get("seed", 0)))
     is_calibration, _ = sides_and_positions(picture_of_path.values(), seed)
     paths_and_sides = zip(picture_of_path, is_calibration.tolist(), strict=True)

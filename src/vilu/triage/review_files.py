@@ -63,8 +63,8 @@ def write_review(review: Review, tool: Tool, output: Path, *, prefix: str = "") 
         review: Photos to look at.
         tool: The labelling tool.
         output: The file, .json or .csv. For FiftyOne a folder.
-        prefix: For Label Studio: start of every image address, before the photo's path.
-            An example is "/data/local-files/?d=photos/".
+        prefix: For Label Studio: start of every image address, before the photo's path below the
+            photo folder. An example is "/data/local-files/?d=photos/".
 
     Returns:
         The written paths.
@@ -80,7 +80,10 @@ def _write_label_studio(review: Review, output: Path, prefix: str) -> list[Path]
     """Write the tasks, and a file with the labelling configuration. Return both paths."""
     require_suffix(output, ".json")
     config = output.with_suffix(".xml")
-    tasks = [_label_studio_task(task, review.model, prefix) for task in review.tasks]
+    tasks = []
+    for task in review.tasks:
+        address = prefix + _relative_address(task, review)
+        tasks.append(_label_studio_task(task, review.model, address))
     tasks_content = json.dumps(tasks, indent=1).encode()
     write_new_file(output, tasks_content)
     config_content = label_config(review.names).encode()
@@ -88,11 +91,24 @@ def _write_label_studio(review: Review, output: Path, prefix: str) -> list[Path]
     return [output, config]
 
 
-def _label_studio_task(task: ReviewTask, model: str, prefix: str) -> dict[str, Any]:
-    """Make one photo's task, with the answer by ``model`` as a prediction."""
-    path_bytes = os.fsencode(original_path(task.path))
+def _relative_address(task: ReviewTask, review: Review) -> str:
+    """Return the address of a photo's file, relative to the photo folder's address.
+
+    The address of a moved photo may begin with "..". Browsers resolve that in a path, but not in a
+    query such as "?d=photos/".
+    """
+    path = original_path(task.path)
+    moved_to = review.moved_photos.get(task.path)
+    if moved_to is not None and review.photos is not None:
+        path = os.path.relpath(moved_to, review.photos)
+    path_bytes = os.fsencode(path)
+    return quote(path_bytes)
+
+
+def _label_studio_task(task: ReviewTask, model: str, address: str) -> dict[str, Any]:
+    """Make the task for a photo at ``address``, with the answer by ``model`` as a prediction."""
     data = {
-        IMAGE: prefix + quote(path_bytes),
+        IMAGE: address,
         "path": task.path,
         "vilu_uncertainty": task.failure_probability,
         "vilu_runner_up": task.runner_up,

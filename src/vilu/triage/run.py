@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -62,11 +62,12 @@ from vilu.triage.guarantee import (
     progress_of,
     rule_of,
 )
-from vilu.triage.labels import Entry, LabelBook
+from vilu.triage.labels import Entry, GivenFile, LabelBook, places_of_labels
 from vilu.triage.photos import EMBEDDINGS_FOLDER, PhotoFolder, Photos, PhotoStores
 from vilu.triage.state import (
     BOOK_FILE,
     CANDIDATE_FOLDER,
+    FORMER_BOOK_FILE,
     NO_ANSWER_CHOICE,
     PREDICTOR_FOLDER,
     RESULT_FILES,
@@ -152,8 +153,8 @@ class TriageResult:
         likely_right: Estimate for the present predictor: which answers are likely right. None if an
             earlier vilu version fitted this predictor.
         rule: The present predictor's guarantee, or None if nothing is certified.
-        progress: Progress of the tested predictor's guarantee. None if the tested predictor needs
-            no labels, or if there is no calibration photo.
+        progress: Progress of the tested predictor's guarantee (``progress_to_show``). None if the
+            tested predictor needs no labels, or if there is no calibration photo.
         tested_outcomes: Outcomes for all photos by the tested predictor.
         has_candidate: Whether the tested predictor is a candidate, not the present predictor.
         is_calibration: (N,) bool, True for photos that may count for a guarantee.
@@ -189,8 +190,7 @@ def run_triage(
     root: Path,
     settings: TriageSettings,
     photo_folder: PhotoFolder,
-    labels: Mapping[str, str],
-    streams: Mapping[str, str],
+    given_files: Sequence[GivenFile],
     *,
     overwrite: bool = False,
 ) -> TriageResult:
@@ -200,8 +200,7 @@ def run_triage(
         root: The triage folder.
         settings: The run's settings.
         photo_folder: The photos.
-        labels: Maps paths to the labels given to this run.
-        streams: Maps paths to the streams of these labels, as named in the label files.
+        given_files: The labels given to this run. A later file replaces labels of an earlier one.
         overwrite: Whether to begin anew, and remove earlier results.
     """
     state = begin_run(root, settings, overwrite=overwrite)
@@ -209,12 +208,65 @@ def run_triage(
     n_new = stores.embed_new_photos(photo_folder, settings.embedding)
     photos = stores.open_photos(photo_folder.listed_photos)
     _require_photos(photos, settings.photos)
+    labels, streams = _given_labels(given_files, photos, settings.photos)
     has_drawn = _has_drawn(root, state)
     split_class = SPLIT_CLASSES[settings.about]
-    streams = split_class.streams_of_unasked_labels(labels, streams, has_drawn=has_drawn)
-    book = note_labels(root, photos, photo_folder.paths, labels, streams)
+    streams_here = split_class.streams_of_unasked_labels(labels, streams, has_drawn=has_drawn)
+    book = note_labels(root, photos, photo_folder.paths, labels, streams_here)
     _, result = advance(root, settings, state, photos, book)
     return dataclasses.replace(result, n_new=n_new)
+
+
+def _given_labels(
+    given_files: Sequence[GivenFile], photos: Photos, folder: Path
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Map the photo paths to the given labels, and to the streams of these labels.
+
+    A label of a known picture goes to a photo that has this picture now. If no photo in ``folder``
+    has the picture, the label is left out, with a warning.
+
+    Raises:
+        DataError: If all given labels are left out.
+    """
+    labels: dict[str, str] = {}
+    streams: dict[str, str] = {}
+    n_missing = 0
+    pictures = {picture.hex() for picture in photos.pictures}
+    for file in given_files:
+        for path, label in file.labels.items():
+            _give_label(path, label, file.streams.get(path), labels, streams)
+        places = places_of_labels(file.labelled_pictures, photos.picture_of_path)
+        for entry in file.labelled_pictures:
+            if entry.path in places:
+                place = places[entry.path]
+                _give_label(place, str(entry.label), entry.stream, labels, streams)
+            n_missing += entry.picture not in pictures
+    if n_missing:
+        text = _missing_pictures_in_words(n_missing, folder)
+        if not labels:
+            raise DataError(text)
+        logger.warning("%s", text)
+    return labels, streams
+
+
+def _give_label(
+    path: str, label: str, stream: str | None, labels: dict[str, str], streams: dict[str, str]
+) -> None:
+    """Set a photo's label and stream. A stream of an earlier file goes if the file has none."""
+    labels[path] = label
+    streams.pop(path, None)
+    if stream is not None:
+        streams[path] = stream
+
+
+def _missing_pictures_in_words(n_missing: int, folder: Path) -> str:
+    """Write a text on labels in a given book whose pictures are not in the photo folder."""
+    labels_in_words = plural(n_missing, "label")
+    return (
+        f"{labels_in_words} left out, since no readable photo in {folder} has the picture "
+        "that was labelled. If these photos were only edited, and their paths are the same, give "
+        "the labels by path: `vilu labels OLD_FOLDER -o labels.csv`, then --labels labels.csv."
+    )
 
 
 def _has_drawn(root: Path, state: TriageState) -> bool:
@@ -267,16 +319,17 @@ def note_labels(
     ``labels`` maps paths to the labels given to this run, and ``streams`` maps paths to the streams
     of these labels. ``paths`` are the paths of all photos.
     """
+    _follow_pictures(root, photos)
     book = LabelBook.load(root / BOOK_FILE)
     book.rename_paths(text_of_version_0_1, paths)
     # The guarantee is removed before the book is saved. Otherwise, if the run is killed in between,
     # a guarantee with changed labels could stay.
-    remove_outdated_calibration(root / PREDICTOR_FOLDER, _paths_to_relabel(book, labels))
+    changed_paths = _paths_to_relabel(root, book, labels)
+    remove_outdated_calibration(root / PREDICTOR_FOLDER, changed_paths)
     n_noted = book.note_labels(labels, streams)
     if n_noted:
         logger.info("%d labels are new or changed; %d in all", n_noted, len(book.labels))
-    picture_of_path = dict(zip(photos.ids, photos.pictures, strict=True))
-    n_photos_changed = book.note_pictures(picture_of_path)
+    n_photos_changed = book.note_pictures(photos.picture_of_path)
     if n_photos_changed:
         logger.warning(
             "%d photos have changed since their labels were given, so no guarantee rests on them",
@@ -288,15 +341,35 @@ def note_labels(
     return book
 
 
-def _paths_to_relabel(book: LabelBook, labels: Mapping[str, str]) -> set[str]:
-    """Return paths of photos for which ``labels`` changes a label in the book."""
+def _follow_pictures(root: Path, photos: Photos) -> None:
+    """Save both books with the present paths of the labelled pictures, if a path has changed."""
+    for name in (FORMER_BOOK_FILE, BOOK_FILE):
+        book = LabelBook.load(root / name)
+        n_moved = book.follow_pictures(photos.picture_of_path)
+        if n_moved:
+            labels_in_words = plural(n_moved, "label")
+            logger.info("%s: %s went with the pictures to new paths", name, labels_in_words)
+            book.save(root / name)
+
+
+def _paths_to_relabel(root: Path, book: LabelBook, labels: Mapping[str, str]) -> set[str]:
+    """Return paths of photos for which ``labels`` changes a label in the book.
+
+    Earlier paths of these photos are included.
+    """
     paths = set()
+    pictures = set()
     for path, label in labels.items():
         entry = book.entries.get(path)
         if entry is None or entry.label is None:
             continue  # there is no label to replace
         if entry.label != label:
             paths.add(path)
+            pictures.add(entry.picture)
+    if paths:
+        for path, picture in PhotoStores(root / EMBEDDINGS_FOLDER).seen_pictures():
+            if picture.hex() in pictures:
+                paths.add(path)
     return paths
 
 
@@ -317,6 +390,7 @@ def advance(
     tested_outcomes = run.score(predictor)
     state, progress = test_predictor(run, state, predictor, tested_outcomes)
     state = ask_for_labels(run, state, tested_outcomes.uncertainty, progress)
+    progress = progress_to_show(run, state, progress)
     result = _result(run, state, tested_outcomes, progress)
     guarantee = "" if result.rule is None else str(result.rule)
     next_state = state.model_copy(update={"guarantee": guarantee})
@@ -343,6 +417,33 @@ def bind_to_pictures(state: TriageState, pictures: str | None, *, has_drawn: boo
             "with --labels and the labels.parquet of this folder."
         )
     return state.model_copy(update={"pictures": pictures, "has_drawn": has_drawn})
+
+
+def progress_to_show(
+    run: TriageRun, state: TriageState, progress: GuaranteeProgress | None
+) -> GuaranteeProgress | None:
+    """Return the progress that certified the rule in force if ``progress`` certifies less.
+
+    New photos, or a higher limit, add photos without a label. Labels after the first of these, in
+    the random order, stop counting. The rule in force stays certified. If photos behind the rule
+    are missing or have other paths, ``progress`` is returned.
+    """
+    calibration = Calibration.find(run.present_folder)
+    rule = rule_in_force(run.present_folder)
+    if progress is None or state.candidate is not None or calibration is None or rule is None:
+        return progress
+    if calibration.draws is None or progress.threshold >= (rule.threshold or 0.0):
+        return progress
+    row_of_path = {path: row for row, path in enumerate(run.photos.ids)}
+    rows = [row_of_path.get(path) for path in calibration.rows.ids or ()]
+    if None in rows:
+        return progress
+    return dataclasses.replace(
+        progress,
+        tests=calibration.draws[ALL_ROWS_GROUP].tests(run.settings.max_risk),
+        counted_rows=np.array(rows, np.int64),
+        counted_outcomes=calibration.rows,
+    )
 
 
 def _result(

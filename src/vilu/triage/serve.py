@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from vilu.artifacts.disk import convert_os_errors, write_bytes
 from vilu.artifacts.tables import csv_bytes
-from vilu.datasets.files import AllowedFolders, original_path, read_file
+from vilu.datasets.files import AllowedFolders, original_path
 from vilu.datasets.images import BadImage, decode_image
 from vilu.errors import BusyError, DataError, StorageError, UsageError
 from vilu.text import render_page
@@ -60,6 +60,7 @@ class ReviewSession:
             there was no file.
         lock: Held while an answer is saved.
         allowed_folders: Reads files in the photo folder only.
+        sorted_files: Reads moved photos, in the folder of sorted photos only.
 
     Raises:
         UsageError: If there is no photo to look at, or the photo folder is not known.
@@ -84,6 +85,9 @@ class ReviewSession:
             raise UsageError("there is no photo to look at.")
         self.allowed_folders = AllowedFolders(
             self.review.photos, follow_links=self.review.follow_links
+        )
+        self.sorted_files = AllowedFolders(
+            self.review.sorted_folder, follow_links=self.review.follow_links
         )
         self.last_content = self._content_on_disk()
         if self.last_content is not None:
@@ -168,7 +172,8 @@ class ReviewSession:
         present_location = self.review.moved_photos.get(path)
         if present_location is None:
             return self.allowed_folders.read(original_path(path))
-        return read_file(present_location)
+        path_in_folder = present_location.relative_to(self.review.sorted_folder)
+        return self.sorted_files.read(str(path_in_folder))
 
     def page_data(self) -> dict[str, Any]:
         """Return the page's data for JSON: the names to choose from, and the photos."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final, Literal
 
 from pydantic import Field
@@ -235,12 +235,22 @@ def moved_photos(root: Path) -> dict[str, Path]:
     """Map every moved photo's path, in the photo folder, to the present location.
 
     Moved photos are left out if they were deleted since or replaced by a link.
+
+    Raises:
+        DataError: If a location in the table is not below the folder of sorted photos.
     """
     if not (root / MOVED_TABLE).exists():
         return {}
     table, _ = read_table(root / MOVED_TABLE, ())
     moved = {}
     for name, place in zip(table["path"].to_pylist(), table["place"].to_pylist(), strict=True):
+        parts = PurePath(place).parts
+        if parts[:1] != (SORTED_FOLDER,) or ".." in parts:
+            raise DataError(
+                f"{root / MOVED_TABLE} is damaged: it says that {name!r} was moved to {place!r}, "
+                f"which is not below {SORTED_FOLDER}. Take the file from a backup, or remove it "
+                "and move the photos back."
+            )
         target = root / place
         if target.is_file() and not target.is_symlink():
             path = original_path(name)
