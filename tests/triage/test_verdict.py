@@ -41,6 +41,21 @@ def test_both_kinds_of_answers_are_judged_by_the_same_labels() -> None:
     assert labelled.share_right("adapted") == 4 / 4
 
 
+def test_confusions_say_by_which_labels_they_are_counted() -> None:
+    """Two of three wrong adapted answers are cross-fitted, and only their number is known."""
+    label = np.array([0, 0, 0, 1, 1])
+    labelled = LabelledAnswers(
+        label,
+        {"zero_shot": label, "adapted": np.array([UNKNOWN, UNKNOWN, UNKNOWN, 1, 0])},
+        n_cross_fitted=3,
+        cross_fitted_wrong={"zero_shot": 0, "adapted": 2},
+    )
+    outcomes = Outcomes(np.zeros(5), np.zeros(5, int), class_names=("cat", "dog"), answer="adapted")
+    verdict = verdict_in_words(labelled, outcomes, has_doubtful=False)
+    assert "are right, by 5 labels" in verdict
+    assert "confusions by the 2 labels of the calibration side: 'cat' for 'dog' (1)." in verdict
+
+
 def test_none_of_the_classes_can_be_the_commonest_label() -> None:
     labelled = LabelledAnswers(np.array([OUTSIDE]), {"zero_shot": np.array([1])})
     assert labelled.most_frequent_label() == (OUTSIDE, 1.0)

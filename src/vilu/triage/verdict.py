@@ -74,6 +74,10 @@ class LabelledAnswers:
         """Number of labels that judge answers."""
         return int(self.has_every_answer.sum()) + self.n_cross_fitted
 
+    def n_with_answer(self, kind: AnswerKind) -> int:
+        """Count the photos with an answer of an answer kind."""
+        return int((self.answers[kind] != UNKNOWN).sum())
+
     def share_right(self, kind: AnswerKind) -> float:
         """Compute the share of right answers among the judged answers, for an answer kind."""
         is_right = (self.answers[kind] == self.label) & self.has_every_answer
@@ -208,14 +212,29 @@ def _judgement(labelled_answers: LabelledAnswers, outcomes: Outcomes) -> list[st
     ]
     if labelled_answers.share_right(judged_kind) <= share_of_most_frequent:
         sentences.append("So the answers are worth no more than that one word.")
-    confusion_texts = []
-    for label, answer, n in labelled_answers.confusions(judged_kind):
+    confusions_text = _confusions_in_words(labelled_answers, outcomes, judged_kind)
+    if confusions_text:
+        sentences.append(confusions_text)
+    return sentences
+
+
+def _confusions_in_words(
+    labelled_answers: LabelledAnswers, outcomes: Outcomes, kind: AnswerKind
+) -> str:
+    """Write a sentence on the most frequent confusions of an answer kind, or "" without one."""
+    texts = []
+    for label, answer, n in labelled_answers.confusions(kind):
         answer_name = _class_name(outcomes, answer)
         label_name = _class_name(outcomes, label)
-        confusion_texts.append(f"{answer_name!r} for {label_name!r} ({n})")
-    if confusion_texts:
-        sentences.append(f"The most frequent confusions: {', '.join(confusion_texts)}.")
-    return sentences
+        texts.append(f"{answer_name!r} for {label_name!r} ({n})")
+    if not texts:
+        return ""
+    # Cross-fitted answers are counted, but not saved one by one.
+    labels_behind = ""
+    if labelled_answers.n_cross_fitted:
+        n = labelled_answers.n_with_answer(kind)
+        labels_behind = f" by the {plural(n, 'label')} of the calibration side"
+    return f"The most frequent confusions{labels_behind}: {', '.join(texts)}."
 
 
 def _class_name(outcomes: Outcomes, index: int) -> str:
