@@ -85,7 +85,7 @@ class Calibration(Document):
         inputs: Digest of all calibration inputs. None for the method "anytime".
         near_copies: Indices of near copies among the calibration rows. The rule leaves out these
             rows.
-        looks: Number of targets that were tried on these rows. None means only this target.
+        looks: Number of looks at these rows (``vilu.calibration.looks``). None means a single look.
 
     Examples:
         >>> import numpy as np, tempfile, vilu

@@ -1,10 +1,13 @@
-"""``looks.json``: all targets that were tried for a predictor on the same rows.
+"""``looks.json``: all looks at the same rows, for a predictor.
 
-Each tried target is a look at the rows.
+A look is a target that was tried on the rows. The same target on changed rows is another look. An
+exact test that is repeated until enough rows were added breaks its guarantee more often than a
+single test.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Final, Literal
 
@@ -21,8 +24,8 @@ from vilu.predictors.persistence.files import LOOKS, PREDICTOR
 SKETCH_SIZE: Final = 64
 """Number of saved hashes for a row set. The smallest hashes are saved, to recognise the set."""
 
-MIN_JACCARD_SIMILARITY: Final = 0.5
-"""Two row sets A and B count as the same if |A and B| / |A or B| is at least this number."""
+MIN_COMMON_SHARE: Final = 0.5
+"""Two row sets count as the same if they share at least this part of the smaller set."""
 
 ORDINALS: Final = (
     *("first", "second", "third", "fourth", "fifth"),
@@ -32,24 +35,33 @@ ORDINALS: Final = (
 
 
 class RowsWithTargets(FrozenModel):
-    """A row set, with all targets that were tried on these rows."""
+    """A row set, with all looks at these rows."""
 
-    # the smallest hashes of the rows
+    # the smallest hashes of the rows, ascending
     hashes: tuple[int, ...] = Field(min_length=1, max_length=SKETCH_SIZE)
-    targets: tuple[str, ...]  # target digests, the earliest first
+    # A digest for every look, the earliest first. It is of the target and of all pictures. Digests
+    # by vilu 0.2.0 are of the target alone.
+    targets: tuple[str, ...]
 
     def is_same_set(self, hashes: tuple[int, ...]) -> bool:
         """Return whether rows with these smallest hashes are the same set.
 
-        The similarity of the two sets must be at least ``MIN_JACCARD_SIMILARITY``.
+        The sets must share at least the part ``MIN_COMMON_SHARE`` of the smaller set. The share is
+        estimated from the saved hashes. If one set has more than about ten times as many rows as
+        the other, few hashes can be compared or none, and the same set may go unnoticed.
         """
-        # The 64 smallest hashes of the union are a random sample from it. The share of common
-        # hashes in this sample estimates |A and B| / |A or B| (Broder 1997). All saved hashes of
-        # both sets together would not be a random sample of the union: the 64 smallest hashes of a
-        # small set reach up to larger numbers than the 64 smallest hashes of a large set.
-        sample_of_union = sorted({*self.hashes, *hashes})[:SKETCH_SIZE]
-        common_hashes = set(self.hashes) & set(hashes) & set(sample_of_union)
-        return len(common_hashes) >= MIN_JACCARD_SIMILARITY * len(sample_of_union)
+        # Up to this hash, all hashes of both sets are saved. They are a random sample of the rows.
+        last_hash = min(_last_comparable_hash(self.hashes), _last_comparable_hash(hashes))
+        known_hashes = {saved_hash for saved_hash in self.hashes if saved_hash <= last_hash}
+        new_hashes = {new_hash for new_hash in hashes if new_hash <= last_hash}
+        n_common = len(known_hashes & new_hashes)
+        n_smaller = min(len(known_hashes), len(new_hashes))
+        return n_common > 0 and n_common >= MIN_COMMON_SHARE * n_smaller
+
+
+def _last_comparable_hash(hashes: tuple[int, ...]) -> float:
+    """Return the hash up to which all hashes of a set are saved, in ``hashes``."""
+    return hashes[-1] if len(hashes) == SKETCH_SIZE else math.inf
 
 
 class LookRecord(Document):
@@ -64,34 +76,53 @@ class LookRecord(Document):
 
 
 def record_target(folder: Path, picture: Ints, target: dict[str, object]) -> int:
-    """Record a new target for rows. Return the number of tried targets, including this target.
+    """Record a look at rows. Return the number of looks at these rows, including this look.
+
+    The same target on the same rows is no new look.
 
     Args:
         folder: The predictor's folder.
         picture: Identities (N,) of the rows' pictures. The identities are hashes.
         target: The target's fields.
     """
-    known_hashes = picture[picture >= 0]  # -1 stands for an unknown picture
-    smallest_hashes = np.unique(known_hashes)[:SKETCH_SIZE]  # ``unique`` sorts
-    if not len(smallest_hashes):
+    pictures = np.unique(picture[picture >= 0])  # sorted; -1 stands for an unknown picture
+    if not len(pictures):
         return 1  # without known pictures the rows cannot be recognised, so nothing is recorded
-    hashes = tuple(smallest_hashes.tolist())
+    hashes = tuple(pictures[:SKETCH_SIZE].tolist())
     record = _load_record(folder)
-    unchanged_sets = []
-    target_digests: tuple[str, ...] = (digest(target),)
-    for recorded_set in record.rows:
-        if not recorded_set.is_same_set(hashes):
-            unchanged_sets.append(recorded_set)
-            continue
-        # Recorded sets with mostly the same rows become a single set with all targets. If such sets
-        # were counted separately, a few new rows would reset the count. Then the best of many
-        # targets would be reported as the first.
-        new_digests = [text for text in target_digests if text not in recorded_set.targets]
-        target_digests = (*recorded_set.targets, *new_digests)
-    updated_sets = (*unchanged_sets, RowsWithTargets(hashes=hashes, targets=target_digests))
-    updated_record = record.model_copy(update={"rows": updated_sets})
+    same_sets = [known_set for known_set in record.rows if known_set.is_same_set(hashes)]
+    other_sets = [known_set for known_set in record.rows if known_set not in same_sets]
+    # Sets with mostly the same rows become a single set with all rows and all looks. If they were
+    # counted separately, new rows would reset the count. Then the best of many looks would be
+    # reported as the first.
+    looks = _looks_at(same_sets, pictures, target)
+    # The smallest hashes of all rows are among the smallest hashes of the single sets.
+    all_hashes = set(hashes).union(*(known_set.hashes for known_set in same_sets))
+    smallest_hashes = tuple(sorted(all_hashes)[:SKETCH_SIZE])
+    merged_set = RowsWithTargets(hashes=smallest_hashes, targets=looks)
+    updated_record = record.model_copy(update={"rows": (*other_sets, merged_set)})
     write_document(folder / LOOKS, updated_record)
-    return len(target_digests)
+    return len(looks)
+
+
+def _looks_at(
+    same_sets: list[RowsWithTargets], pictures: Ints, target: dict[str, object]
+) -> tuple[str, ...]:
+    """Return the digests of all looks at rows with these pictures, with this look.
+
+    ``same_sets`` are the recorded sets with mostly the same rows.
+    """
+    look = digest({"target": target, "pictures": digest(pictures.tolist())})
+    looks = [known_look for known_set in same_sets for known_look in known_set.targets]
+    if look in looks:
+        return tuple(looks)
+    look_without_rows = digest(target)  # as vilu 0.2.0 recorded it
+    hashes = tuple(pictures[:SKETCH_SIZE].tolist())
+    for known_set in same_sets:
+        if known_set.hashes == hashes and look_without_rows in known_set.targets:
+            looks[looks.index(look_without_rows)] = look
+            return tuple(looks)
+    return (*looks, look)
 
 
 def _load_record(folder: Path) -> LookRecord:
@@ -105,14 +136,15 @@ def _load_record(folder: Path) -> LookRecord:
     return LookRecord(weights_sha256=weights_sha256)
 
 
-def tried_targets_in_words(n_tried_targets: int) -> str:
-    """Say how many targets were tried, and the consequence. "" for the first target."""
-    if n_tried_targets == 1:
+def looks_in_words(n_looks: int) -> str:
+    """Say how many looks there were, and the consequence. "" for the first look."""
+    if n_looks == 1:
         return ""
-    look_in_words = f"look number {n_tried_targets}"
-    if n_tried_targets <= len(ORDINALS):
-        look_in_words = f"{ORDINALS[n_tried_targets - 1]} look"
+    look_in_words = f"look number {n_looks}"
+    if n_looks <= len(ORDINALS):
+        look_in_words = f"{ORDINALS[n_looks - 1]} look"
     return (
-        f" ({look_in_words} at these rows: {n_tried_targets} targets were tried on them, and the "
-        "confidence is that of a target which is chosen before the first look)"
+        f" ({look_in_words} at these rows: they were tested before, with other targets or with "
+        "other rows, and the confidence holds only if target and rows were chosen before the first "
+        "look)"
     )

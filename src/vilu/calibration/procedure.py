@@ -18,7 +18,7 @@ from vilu.calibration.closed_set import AnySavedTests
 from vilu.calibration.copies import check_copies
 from vilu.calibration.given_answers import warn_of_in_sample_answers
 from vilu.calibration.label_sets import LabelSets, check_label_sets, fit_label_sets
-from vilu.calibration.looks import record_target, tried_targets_in_words
+from vilu.calibration.looks import looks_in_words, record_target
 from vilu.calibration.rules import (
     Rule,
     cluster_warning,
@@ -212,11 +212,11 @@ def _calibrate(
     outcomes = score_unseen(predictor, data, is_unseen, dataset=dataset, split=split)
     if drawn_below is not None:
         _require_below_limit(outcomes, drawn_below)
-    n_tried_targets = 1
+    n_looks = 1
     if outcomes.picture is not None and target.has_rule:
         pictures = outcomes.picture[outcomes.evaluable]
         target_facts = target.facts()
-        n_tried_targets = record_target(folder, pictures, target_facts)
+        n_looks = record_target(folder, pictures, target_facts)
     rows_and_rule = _choose_rows_and_rule(target, outcomes, data, index_in_data)
     rule = rows_and_rule.rule
     if rule is not None:
@@ -242,7 +242,7 @@ def _calibrate(
         label_sets=label_sets,
         inputs=inputs_digest,
         near_copies=tuple(rows_and_rule.near_copies.tolist()),
-        n_tried_targets=n_tried_targets,
+        n_looks=n_looks,
     )
     write_card(folder)  # the last file of a calibration
     return calibration
@@ -361,9 +361,12 @@ def _is_first_of_near_copies(data: EmbeddingSource, rows: Ints) -> NDArray[np.bo
     """Return the mask (M,), True for the first picture in each group of near copies.
 
     ``rows`` (M,) holds for each picture a row index in ``data``. If there are too many pictures to
-    compare, a warning is logged and the mask is True everywhere.
+    compare, a warning is logged and the mask is True everywhere. Without vectors nothing can be
+    compared, so the mask is True everywhere, too.
     """
     n_pictures = len(rows)
+    if not data.has_vectors:
+        return np.ones(n_pictures, np.bool_)
     if n_pictures <= MAX_COMPARED_PICTURES:
         return first_copy_mask(data, rows, NEAR_COPY_COSINE)
     logger.warning(
@@ -434,7 +437,7 @@ def save_calibrated_predictor(  # noqa: PLR0913 - one argument per part of a cal
     draws: Mapping[str, AnySavedTests] | None = None,
     inputs: str | None = None,
     near_copies: tuple[int, ...] = (),
-    n_tried_targets: int = 1,
+    n_looks: int = 1,
 ) -> Calibration:
     """Write a calibrated predictor, the calibration rows, and then the calibration.
 
@@ -451,7 +454,7 @@ def save_calibrated_predictor(  # noqa: PLR0913 - one argument per part of a cal
         draws: As in ``Calibration``.
         inputs: As in ``Calibration``.
         near_copies: As in ``Calibration``.
-        n_tried_targets: Number of targets that were tried on these rows.
+        n_looks: Number of looks at these rows (``vilu.calibration.looks``).
     """
     probability = predictor.failure_probability(rows.uncertainty)
     rows = dataclasses.replace(rows, failure_probability=probability)
@@ -463,7 +466,7 @@ def save_calibrated_predictor(  # noqa: PLR0913 - one argument per part of a cal
     dataset, split = dataset_and_split
     guarantee_text = None
     if rule is not None:
-        guarantee_text = f"{rule}{tried_targets_in_words(n_tried_targets)}"
+        guarantee_text = f"{rule}{looks_in_words(n_looks)}"
     return save_calibration(
         folder,
         rows,
@@ -479,7 +482,7 @@ def save_calibrated_predictor(  # noqa: PLR0913 - one argument per part of a cal
         draws=draws,
         inputs=inputs,
         near_copies=near_copies,
-        looks=n_tried_targets if n_tried_targets > 1 else None,
+        looks=n_looks if n_looks > 1 else None,
     )
 
 
@@ -553,5 +556,6 @@ def _infeasible_message(rule: Rule) -> str:
         f"{exact_percent(rule.confidence)}: "
         f"{' '.join(reasons)} No rule was written, and looks.json counts the look at these rows. "
         "Add calibration rows, ask for less (a larger --max-risk, a lower --confidence or "
-        "--min-coverage), or take a predictor that ranks better."
+        "--min-coverage), or take a predictor that ranks better. If you test some of these rows "
+        "again, that is another look."
     )

@@ -645,9 +645,12 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Thre
 
     t is the smallest score where the lower Clopper-Pearson bound on the acceptance rate reaches
     ``min_coverage``. Without ties the rank of t depends on n only and not on wrong answers. So the
-    risk at t is bounded by a test on a single threshold. (Scores with ties are simulated in the
-    tests.) Given t, the row at t is not random, and so is no trial. But all wrong answers up to t
-    are counted.
+    risk at t is bounded by a test on a single threshold. Given t, the row at t is not random, and
+    so is no trial. But all wrong answers up to t are counted.
+
+    With ties there is no proof. Which score is t then depends on how many rows have each score, and
+    so does the number of wrong answers. In a simulated world with four scores, coverage or bound
+    was broken in 6.4 % of the draws at delta = 5 %, the bound alone in about 4 %.
 
     Examples:
         >>> from vilu.calibration.thresholds import coverage_first
