@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Self, overload
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,7 +25,7 @@ from vilu.calibration.target import Target
 from vilu.embeddings.columns import AnswerKind
 from vilu.embeddings.new_images import NewImages
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import NotFittedError, UsageError, ViLUError
+from vilu.errors import NotFittedError, StorageError, UsageError, ViLUError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor, RowsLike
 from vilu.predictors.persistence.files import LIKELY, LOOKS, RISK, ROWS, VOCABULARY
@@ -105,6 +106,8 @@ class Selective(DecidingModel):
         self._fit_data: tuple[EmbeddingSource, EmbeddingSource | None] | None = None
         self.vocabulary: Vocabulary | None = None
         self._folder: Path | None = None
+        # The calibration files of the object that this one was copied from, until they are written.
+        self._files_of_original: Mapping[str, bytes] = {}
 
     @property
     def decides_by(self) -> Calibration | None:
@@ -116,6 +119,18 @@ class Selective(DecidingModel):
         if self.calibration is not None:
             state = self.calibration.guarantee_text or "calibrated, without a rule"
         return f"Selective({self.predictor!r}, {state})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes and the calibration files, for a copy or a pickle.
+
+        The folder is left out. It belongs to this object, and is removed together with it.
+        """
+        files = self._calibration_files()
+        return {**self.__dict__, "_folder": None, "_files_of_original": files}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"_files_of_original": {}, **state})
+        self.predictor = copy.copy(self.predictor)  # a fit must not change the original's object
 
     @checked
     def fit(
@@ -141,7 +156,7 @@ class Selective(DecidingModel):
         self.choice = None
         self._fit_data = (train, unlabelled) if self._chooses_answer else None
         self.vocabulary = None
-        self._folder = None
+        self._leave_folder()
         return self
 
     @checked
@@ -460,7 +475,7 @@ class Selective(DecidingModel):
 
         Raises:
             UsageError: If the model is not calibrated, or if the folder holds something else.
-            StorageError: If a file cannot be written.
+            StorageError: If a file cannot be written, or if the temporary folder was removed.
 
         Examples:
             >>> import numpy as np, tempfile, vilu
@@ -477,9 +492,10 @@ class Selective(DecidingModel):
             True
         """
         self._require_calibrated()
+        files = self._calibration_files()
         path = Path(folder)
         fingerprint = self.predictor.save(path)
-        _copy_calibration(self.folder, path)
+        _write_calibration(files, path)
         return fingerprint
 
     @classmethod
@@ -504,7 +520,8 @@ class Selective(DecidingModel):
         predictor = load_predictor(folder)
         model = cls(predictor)
         Calibration.load(folder)  # an error about a damaged calibration names this folder
-        _copy_calibration(Path(folder), model.folder)
+        files = _read_calibration(Path(folder))
+        _write_calibration(files, model.folder)
         model._read_folder(model.folder)
         return model
 
@@ -515,7 +532,7 @@ class Selective(DecidingModel):
         train, unlabelled = self._fit_data
         self.choice = choose_answer(self.predictor, train, max_risk, unlabelled=unlabelled)
         self.predictor = self.predictor.judging(self.choice.answer)
-        self._folder = None  # an earlier folder holds the predictor before the choice
+        self._leave_folder()  # it holds the predictor before the choice
         self._fit_data = None  # a second calibration keeps the choice
 
     def _require_calibrated(self) -> Calibration:
@@ -526,6 +543,23 @@ class Selective(DecidingModel):
             )
         return self.calibration
 
+    def _calibration_files(self) -> Mapping[str, bytes]:
+        """Return the content of the calibration's files in the folder, by name."""
+        if self._folder is None:
+            return self._files_of_original
+        files = _read_calibration(self._folder)
+        if self.calibration is not None and RISK not in files:
+            raise StorageError(
+                f"{self._folder} holds no calibration any more, so this model can be neither saved "
+                "nor copied. Load it again, or fit and calibrate it again."
+            )
+        return files
+
+    def _leave_folder(self) -> None:
+        """Begin a new folder at the next use, without a calibration."""
+        self._folder = None
+        self._files_of_original = {}
+
     @property
     def folder(self) -> Path:
         """Temporary folder with predictor, calibration, and the number of looks at the rows."""
@@ -534,8 +568,10 @@ class Selective(DecidingModel):
         if self._folder is None:
             self._folder = Path(mkdtemp(prefix="vilu-selective-"))
             # The folder is removed together with this object.
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            weakref.finalize(self, _remove_folder, self._folder, os.getpid())
             self.predictor.save(self._folder)
+            if self._files_of_original:
+                _write_calibration(self._files_of_original, self._folder)
         return self._folder
 
 
@@ -552,14 +588,27 @@ def _refuse_unused_arguments(method: Method, *, has_labels: bool, has_name: bool
         )
 
 
-def _copy_calibration(source: Path, destination: Path) -> None:
-    """Copy a calibration's files between folders, in the order of ``CALIBRATION_FILES``."""
+def _remove_folder(folder: Path, owner: int) -> None:
+    """Remove a temporary folder, unless this process is a fork of the process ``owner``."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_calibration(folder: Path) -> dict[str, bytes]:
+    """Return the content of a calibration's files, by name, in the order of CALIBRATION_FILES."""
+    files: dict[str, bytes] = {}
     for name in CALIBRATION_FILES:
-        if (source / name).is_file():
-            with convert_os_errors(f"cannot read {source / name}"):
-                content = (source / name).read_bytes()
-            write_bytes(destination / name, content)
-    write_card(destination)
+        if (folder / name).is_file():
+            with convert_os_errors(f"cannot read {folder / name}"):
+                files[name] = (folder / name).read_bytes()
+    return files
+
+
+def _write_calibration(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write a calibration's files into a predictor's folder, and the predictor's card."""
+    for name, content in files.items():
+        write_bytes(folder / name, content)
+    write_card(folder)
 
 
 @checked

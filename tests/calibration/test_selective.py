@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
+import gc
 import inspect
+import os
+import pickle
+import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +28,7 @@ from vilu.errors import (
     InfeasibleError,
     NotFittedError,
     ProvenanceError,
+    StorageError,
     UsageError,
     ViLUError,
 )
@@ -107,6 +114,63 @@ def test_looks_at_the_same_rows_are_counted(tmp_path: Path, parts: tuple) -> Non
     model.save(tmp_path / "model")
     again = vilu.Selective.load(tmp_path / "model").calibrate(calibration, max_risk=0.22)
     assert again.calibration.looks == 4
+
+
+def unpickled(model: vilu.Selective) -> vilu.Selective:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, unpickled])
+def test_a_copy_has_a_calibration_of_its_own(
+    copied: Callable[[vilu.Selective], vilu.Selective], tmp_path: Path, parts: tuple
+) -> None:
+    train, calibration, _ = parts
+    model = fitted(train).calibrate(calibration, max_risk=0.3)
+    expected = model.calibration
+    second = copied(model).calibrate(calibration, max_risk=0.2)
+    assert second.calibration.looks == 2
+    model.save(tmp_path / "model")
+    assert vilu.load(tmp_path / "model").calibration == expected
+    uncertainty = model.predict(calibration).uncertainty
+    copied(model).fit(calibration)
+    assert (model.predict(calibration).uncertainty == uncertainty).all()
+    third = copied(model)
+    del model
+    gc.collect()
+    third.save(tmp_path / "third")
+    assert vilu.load(tmp_path / "third").calibration == expected
+
+
+def test_a_copy_knows_of_looks_that_gave_no_rule(parts: tuple) -> None:
+    train, calibration, _ = parts
+    model = fitted(train)
+    with pytest.raises(InfeasibleError):
+        model.calibrate(calibration, max_risk=0.001)
+    second = copy.deepcopy(model).calibrate(calibration, max_risk=0.3)
+    assert second.calibration.looks == 2
+
+
+def test_a_model_without_its_folder_is_not_saved(tmp_path: Path, parts: tuple) -> None:
+    train, calibration, _ = parts
+    model = fitted(train).calibrate(calibration, max_risk=0.3)
+    shutil.rmtree(model.folder)
+    with pytest.raises(StorageError, match="holds no calibration any more"):
+        model.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_fork_leaves_the_folder_to_its_parent(
+    parts: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process id stands for a forked child, in which the object is collected."""
+    model = vilu.Selective(vilu.MCM()).calibrate(parts[1], max_risk=0.5)
+    folder = model.folder
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: 0)
+        del model
+        gc.collect()
+    assert (folder / "risk.json").is_file()
+    shutil.rmtree(folder)
 
 
 def test_a_new_fit_drops_the_calibration(parts: tuple) -> None:
@@ -320,6 +384,7 @@ def test_it_stands_in_place_of_its_folder(tmp_path: Path, parts: tuple) -> None:
     assert model.calibration.guarantee_text in (tmp_path / "shelf" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", few(["adapted", "zero_shot"], 1))
 def test_its_score_is_exported(answer: str, tmp_path: Path, parts: tuple) -> None:
     pytest.importorskip("onnxscript")
@@ -327,6 +392,15 @@ def test_its_score_is_exported(answer: str, tmp_path: Path, parts: tuple) -> Non
     model = vilu.Selective(vilu.ViLUPlus(), answer=answer).fit(data[0])
     model.calibrate(data[1], max_risk=0.3)
     assert export_onnx(model, tmp_path / "head.onnx") < 1e-4
+
+
+def test_a_model_without_a_name_is_exported(tmp_path: Path, parts: tuple) -> None:
+    """No variable holds the model, so the export alone keeps its folder."""
+    pytest.importorskip("onnxscript")
+    model = vilu.Selective(vilu.MCM()).fit(parts[0]).calibrate(parts[1], max_risk=0.3)
+    model.save(tmp_path / "model")
+    difference = export_onnx(vilu.load(tmp_path / "model"), tmp_path / "head.onnx")
+    assert difference < 1e-4
 
 
 def test_a_guard_takes_it_or_says_what_is_missing(parts: tuple) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 import vilu
@@ -77,7 +79,7 @@ def methods(name: str, cls: type, *, inherited: bool) -> Iterator[str]:
                     )
                     if inspect.isfunction(bare) and bare.__module__.startswith("pydantic"):
                         continue  # pydantic's own, whose argument names differ between versions
-                    if inspect.isfunction(bare) or isinstance(thing, property):
+                    if inspect.isfunction(bare) or isinstance(thing, property | cached_property):
                         seen.add(method)
                         yield signature(f"{name}.{method}", bare)
 
@@ -157,6 +159,13 @@ def test_what_breaks_a_call(now: str, breaks: bool) -> None:
     assert broken("f(a, b=, *, c=) -> int", now) is breaks
     assert broken("vilu fit --seed --set", "vilu fit --new --seed --set") is False
     assert broken("vilu fit --seed --set", "vilu fit --set") is True
+
+
+def test_a_former_name_of_0_2_0_works_with_a_warning() -> None:
+    text = torch.eye(2)[[0, 1, 0]]
+    batch = vilu.Batch(torch.eye(2), text, torch.tensor([0, 1]), torch.arange(2), logit_scale=1)
+    with pytest.deprecated_call(match="first_equal_index"):
+        assert batch.first_equal.tolist() == [0, 1, 0]
 
 
 if __name__ == "__main__":

@@ -169,6 +169,14 @@ def test_rows_that_are_not_finite_have_no_score() -> None:
     assert np.isnan(outcomes.uncertainty).tolist() == [True, True, False]
 
 
+def test_targets_of_logits_may_be_names() -> None:
+    names = ["cat", "dog"]
+    target = ["dog", "cat", "", "(outside)"]
+    data = vilu.Embeddings.from_logits(np.eye(2)[[0, 1, 0, 1]], None, target, names)
+    assert data.target.tolist() == [1, 0, -1, -1]
+    assert data.outside.tolist() == [False, False, False, True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -176,6 +184,7 @@ def test_rows_that_are_not_finite_have_no_score() -> None:
         ({"logits": [["a", "b"]]}, "logits must hold real numbers"),
         ({"features": [[1.0]]}, r"one row per row of logits \(2\). Got 1"),
         ({"target": [0, 3]}, "target must be a row of text, 0 to 1"),
+        ({"target": ["cow", "cat"], "class_names": ["cat", "dog"]}, "'cow'"),
         ({"class_names": ["cat"]}, "one name per text row"),
         ({"class_names": ["cat", "cat"]}, "must have different names.*'cat'"),
         ({"answer": ["cow", "cat"], "class_names": ["cat", "dog"]}, "'cow'"),

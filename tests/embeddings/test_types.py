@@ -304,6 +304,7 @@ def test_names_of_merged_classes_are_one_target() -> None:
         ),
         (["cat", "dog", "cat"], None, "target holds names, and the candidates have none"),
         (["cat", 1, None], ["cat", "dog", "cup"], "whole numbers .* or names of classes"),
+        (["cat", np.nan, "dog"], ["cat", "dog", "cup"], '"" where unknown'),
     ],
 )
 def test_names_that_are_no_targets(

@@ -106,10 +106,12 @@ def test_a_path_bytes_and_a_picture_are_one_image(predictor: Path, tmp_path: Pat
 def test_a_bad_image_is_an_answer_with_a_reason(predictor: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(photo(1, 1)[:60])
     images = [b"no picture", tmp_path / "gone.png", photo(1, 1), tmp_path / "cut.png", b""]
+    images += ["a\0b.png", "\ud800.png"]  # no file can have these names
     answers = Guard(predictor)(images)
     assert [answer.reason for answer in answers if answer.label is None] == [
         *("unidentified", "read_error"),
         *("truncated", "empty"),
+        *("read_error", "read_error"),
     ]
     assert answers[2].label is not None
     assert {answer.decision for answer in answers if answer.label is None} == {"review"}
@@ -241,3 +243,19 @@ def test_a_guard_for_vectors_alone_needs_no_model(predictor: Path) -> None:
     assert [answer.key for answer in answers] == list(outcomes.ids or ()) == keys
     with pytest.raises(UsageError, match="opened with vectors_only"):
         vectors([photo(1, 1)])
+
+
+def test_a_row_without_a_direction_changes_no_other_answer(predictor: Path) -> None:
+    guard = Guard(predictor, vectors_only=True)
+    widths = Guard(predictor).model.widths
+    rows = {name: torch.eye(2, width) for name, width in widths.items()}
+    expected, _ = guard.answer(rows, ["a", "b"])
+    more_rows = {}
+    for name, width in widths.items():
+        more_rows[name] = torch.cat([torch.full((1, width), torch.nan), torch.zeros(1, width)])
+        more_rows[name] = torch.cat([more_rows[name], rows[name]])
+    answers, _ = guard.answer(more_rows, ["nan", "zero", "a", "b"])
+    first, second, *others = answers
+    assert (first.label, first.reason, first.runners_up) == (None, "nonfinite", ())
+    assert (second.label, second.reason, second.runners_up) == (None, "zero_norm", ())
+    assert [answer.runners_up for answer in others] == [answer.runners_up for answer in expected]

@@ -440,6 +440,13 @@ def test_folders_have_no_revisions(predictor: Path, tmp_path: Path) -> None:
     assert folders.MAX_FILE_SIZES.keys() >= OURS
 
 
+def test_a_predictor_is_not_pushed_onto_itself(predictor: Path) -> None:
+    files = sorted(path.name for path in predictor.iterdir())
+    with pytest.raises(UsageError, match="is the predictor itself"):
+        push(predictor, f"{predictor}/", overwrite=True)
+    assert sorted(path.name for path in predictor.iterdir()) == files
+
+
 def test_the_commands(predictor: Path, tmp_path: Path) -> None:
     MCM().fit(toy_embeddings(20)).save(tmp_path / "mcm")
     file = tmp_path / "head.onnx"

@@ -42,10 +42,13 @@ def read_file(path: str | Path) -> bytes:
     """Return the bytes in a regular file.
 
     Raises:
-        OSError: If the file is not regular or has more than ``MAX_FILE_BYTES``.
+        OSError: If the file is not regular, has more than ``MAX_FILE_BYTES``, or cannot be read.
     """
     # os.stat is faster than Path.stat, and there may be a million calls
-    status = os.stat(path)  # noqa: PTH116
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except ValueError as error:  # the path has a NUL, or half of a surrogate pair
+        raise OSError(errno.EINVAL, "no file can have this name", str(path)) from error
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait without end
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     if status.st_size > MAX_FILE_BYTES:

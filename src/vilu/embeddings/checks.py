@@ -255,8 +255,8 @@ def check_targets(
         array = _indices_of_names(names, "target", class_names, special_codes)
     if array.size and array.dtype.kind not in INTEGER_KINDS:
         raise DataError(
-            "target must hold whole numbers (rows of text), or names of classes. "
-            f"Got dtype {array.dtype} instead."
+            "target must hold whole numbers (rows of text, -1 where unknown), or names of classes "
+            f'("" where unknown). Got dtype {array.dtype} instead.'
         )
     if array.size and (array.min() < OUTSIDE or array.max() >= n_candidates):
         raise DataError(

@@ -44,8 +44,9 @@ class LogitEmbeddings(EmbeddingSource):
             the answer is the candidate with the largest logit in the array.
         features: (N, D) a vector for each row, for example the inputs to the classifier's last
             layer. The vectors are normalised to unit norm. None: the rows have no vector.
-        target: (N,) candidate indices, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures outside
-            all classes. None if no label is known.
+        target: (N,) candidate indices, or names in ``class_names``. An unknown target is -1 or "".
+            A picture outside all classes has the target -2 (``vilu.OUTSIDE``) or "(outside)". None
+            if no label is known.
         class_names: K different names.
         ids: N row identifiers. By default the row numbers. Without ``features`` rows can be
             recognised by identifier only.
@@ -88,9 +89,9 @@ class LogitEmbeddings(EmbeddingSource):
         self.status[~is_finite.numpy()] = NONFINITE
         self.space = logit_space(self.image.shape[1])
         self.text = zero_texts(n_candidates, self.space)
-        self.target, self.outside = check_targets(target, n_rows, n_candidates)
         self.class_names = check_class_names(class_names, n_candidates)
         require_distinct_names(self.class_names)
+        self.target, self.outside = check_targets(target, n_rows, n_candidates, self.class_names)
         self.ids = check_ids(ids, n_rows)
         self._columns = {LOGITS: float32_logits}
         if answer is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -155,6 +156,17 @@ class Batch:
     def first_equal_index(self) -> Tensor:
         """Index (K,) int64 of the first candidate with the same embedding, for every candidate."""
         return index_of_first_equal(self.text)
+
+    @property
+    def first_equal(self) -> Tensor:
+        """Former name of ``first_equal_index``."""
+        warnings.warn(
+            "Batch.first_equal is Batch.first_equal_index now. The former name will be removed in "
+            "0.4.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.first_equal_index
 
     @property
     def prediction(self) -> Tensor:

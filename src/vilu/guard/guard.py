@@ -472,10 +472,13 @@ class Guard:
     def _runners_up(self, source: EmbeddingSource, n_rows: int) -> list[RunnersUp]:
         """Return the runners-up for each row in a source with ``n_rows`` rows."""
         device = self.predictor.device_
-        runners_up: list[RunnersUp] = []
-        # ``batches`` yields a single batch, because a batch may have as many rows as the source
+        runners_up: list[RunnersUp] = [()] * n_rows
+        # The batches have only the usable rows. Any other row has no runner-up.
         for batch in source.batches(n_rows, columns=self.predictor.columns_to_score):
-            runners_up += runners_up_of(self.predictor, batch.to(device), self.names)
+            runners_up_of_batch = runners_up_of(self.predictor, batch.to(device), self.names)
+            rows_of_batch = batch.index.tolist()
+            for row, runners_up_of_row in zip(rows_of_batch, runners_up_of_batch, strict=True):
+                runners_up[row] = runners_up_of_row
         return runners_up
 
     def _likely_flags(self, outcomes: Outcomes) -> LikelyFlags:

@@ -79,12 +79,14 @@ def export_answers(folder: str | Path | SavedModel, path: str | Path) -> float:
     for module in ("onnx", "onnxscript"):  # torch needs these modules for an export
         import_extra(module, "onnx")
     claim_file(path, "ONNX export", overwrite=True)
-    folder = folder_of(folder)
-    predictor = load_predictor(folder)
+    predictor_folder = folder_of(folder)
+    predictor = load_predictor(predictor_folder)
     if not isinstance(predictor, AnswerMethod):
-        raise DataError(f"{folder} holds a {predictor.name}, which is no method for tables.")
+        raise DataError(
+            f"{predictor_folder} holds a {predictor.name}, which is no method for tables."
+        )
     random_inputs = random_graph_inputs(predictor)
-    fingerprint = fit_fingerprint(folder)
+    fingerprint = fit_fingerprint(predictor_folder)
     metadata = _metadata(predictor, fingerprint)
     graph = TableGraph(predictor).eval()
     content = write_graph(graph, random_inputs, ("uncertainty",), metadata)

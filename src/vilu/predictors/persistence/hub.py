@@ -360,14 +360,20 @@ def push(
             replaced, but earlier revisions stay available.
         with_sample: Also copy the sample of the fit's images. Without the sample, near copies
             of fitted images among calibration rows cannot be detected.
+
+    Raises:
+        UsageError: If ``repository`` is the folder of the predictor itself.
     """
     target_folder = local_folder(repository, revision)
     excluded_names: frozenset[str] = frozenset()
     if not with_sample:
         excluded_names = frozenset({SAMPLE})
     if target_folder is not None:
+        source = folder_of(folder)
+        if target_folder.resolve() == source.resolve():
+            raise UsageError(f"{target_folder} is the predictor itself. Give another folder.")
         copied_folder = _copy_to_folder(
-            folder_of(folder), target_folder, overwrite=overwrite, excluded_names=excluded_names
+            source, target_folder, overwrite=overwrite, excluded_names=excluded_names
         )
         return str(copied_folder)
     with tempfile.TemporaryDirectory() as staged_folder:

@@ -263,9 +263,9 @@ def export_onnx(folder: str | Path | SavedModel, path: str | Path) -> float:
     for module in ("onnx", "onnxscript"):  # torch needs these modules for an export
         import_extra(module, "onnx")
     claim_file(path, "ONNX export", overwrite=True)
-    folder = folder_of(folder)
-    predictor = load_predictor(folder)
-    content = to_onnx(predictor, fit_fingerprint(folder))
+    predictor_folder = folder_of(folder)
+    predictor = load_predictor(predictor_folder)
+    content = to_onnx(predictor, fit_fingerprint(predictor_folder))
     run_onnx = onnx_function(content)
     results = []
     for inputs in trial_inputs(predictor, TRIAL_SIZES):
