@@ -10,7 +10,6 @@ import sqlite3
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from tests.builders.photo_folders import KINDS, photo
 from tests.service.conftest import Running, hosted, served
 from vilu.calibration.calibration import Calibration
 from vilu.errors import DataError, StorageError, UsageError
+from vilu.service.bodies import ImagesIn
 from vilu.service.journal import Journal
 from vilu.service.journals import ContradictionError
 from vilu.service.limits import ClientLimits, read_keys
@@ -162,8 +162,12 @@ def health_watched(url: str) -> Iterator[list[float]]:
         seconds += json.loads(told)
 
 
-def p99(seconds: list[float]) -> float:
-    return seconds[int(0.99 * (len(seconds) - 1))]
+def seconds_to_parse_one_text() -> float:
+    """Measure how long a body of one long text takes here. The service has to parse it, too."""
+    _, body = BODIES["escapes"]
+    began = time.perf_counter()
+    ImagesIn.model_validate_json(body)
+    return time.perf_counter() - began
 
 
 @pytest.fixture(scope="module")
@@ -177,26 +181,23 @@ def apart(
 
 @pytest.mark.parametrize("name", BODIES)
 def test_long_bodies_hold_up_nobody_else(apart: Running, name: str) -> None:
-    """While long bodies arrive, the questions from a third process must have a p99 of at most 250
-    ms.
+    """While long bodies arrive, every question from a third process must be answered soon.
 
-    If the p99 without these bodies is above 25 ms (a tenth of the limit), the machine is busy with
-    other work. Then the limit is one second. This limit still detects the old fault, which took 3.6
-    to 11 s.
+    The limit is eight times the time to parse one long text, measured before and after, because a
+    busy machine is slower at both. The old fault built all values of a body. For the bodies "lists"
+    and "zeros" this takes 100 times as long as one text.
     """
     path, body = BODIES[name]
     headers = {"Content-Type": "application/json"}
-    with health_watched(apart.url) as before:
-        threading.Event().wait(1)
+    before = seconds_to_parse_one_text()
     began = time.monotonic()
     with health_watched(apart.url) as seconds:
         while time.monotonic() - began < 1:
             reply = apart.post(path, content=body, headers=headers)
             assert reply.status_code in {413, 422}
-    is_quiet = p99(before) <= 0.025
-    most = 0.25 if is_quiet else 1.0
-    print(f"{name}: p99 {p99(seconds):.3f} s of {len(seconds)}, {p99(before):.3f} before")  # noqa: T201
-    assert p99(seconds) <= most
+    after = seconds_to_parse_one_text()
+    print(f"{name}: {max(seconds):.3f} s at most, {before:.3f} and {after:.3f} for a text")  # noqa: T201
+    assert max(seconds) <= 8 * max(before, after)
 
 
 @pytest.mark.parametrize(
@@ -493,6 +494,29 @@ def test_a_correction_that_ended_between_two_journals_can_be_repeated(
     assert [audit.wrong for audit in audits if audit] == [0, 0]
 
 
+def test_only_replaced_labels_are_counted_as_corrected(
+    predictors: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A row that keeps its label is no corrected row, and adds nothing to the journal."""
+    dress, hat, *_ = predictors_names(predictors[0])
+    files = [("images", ("a", photo(0, number))) for number in range(2)]
+    with hosted(predictors[0], tmp_path / "s") as running:
+        answers = running.post("/v1/answers", files=files).json()["answers"]
+        wrong, right = (answer["row"] for answer in answers)
+        labels = {wrong: hat, right: dress}
+        assert running.post("/v1/labels", json={"labels": labels}).status_code == 200
+        corrections = {"before": labels, "after": {wrong: dress, right: dress}}
+        reply = running.post("/v1/corrections", json=corrections)
+        assert reply.json()["corrected"] == 1
+        unchanged = {"before": {right: dress}, "after": {right: dress}}
+        reply = running.post("/v1/corrections", json=unchanged)
+        assert (reply.status_code, reply.json()["corrected"]) == (200, 0)
+    (file,) = (tmp_path / "s").glob("*/rows.sqlite")
+    with closing(sqlite3.connect(file)) as table:
+        (n_corrections,) = table.execute("SELECT count(*) FROM corrections").fetchone()
+    assert n_corrections == 1
+
+
 def correct_only_first(journals: LocalJournals, label_before: str, label_after: str) -> None:
     """Send a correction of all rows that ends after the first journal."""
     first = journals._journals["first"]
@@ -508,7 +532,8 @@ def test_an_interrupted_correction_of_rows_of_one_journal_is_repeated(
     journals = journals_of_two(tmp_path / "s", predictors, hat)
     correct_only_first(journals, hat, dress)
     before = {"a-1": hat, "b-2": hat}
-    journals.correct(before, dict.fromkeys(before, dress))
+    n_corrected = journals.correct(before, dict.fromkeys(before, dress))
+    assert n_corrected == 1  # the second journal has b-2 alone
     with pytest.raises(ContradictionError, match=f"a-1 has the label {dress!r}, and {hat!r} was"):
         journals.correct(before, dict.fromkeys(before, dress))
     audits = [status.audit for status in journals.statuses().values()]

@@ -321,7 +321,10 @@ class Service:
         return _json_response({"audited": audits})
 
     async def corrections(self, request: Request) -> Response:
-        """Replace wrong labels. The journal keeps old and new labels; the monitor counts again."""
+        """Replace wrong labels. The journal keeps old and new labels; the monitor counts again.
+
+        The reply's field "corrected" is the number of rows whose label was replaced.
+        """
         engine = self.loaded_engine
         # a correction has two labels: the present label and the right label
         max_labels = 2 * self.limits.max_images
@@ -330,12 +333,13 @@ class Service:
             detail = "before and after must name the same rows."
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
         try:
-            state = await asyncio.to_thread(engine.journals.correct, body.before, body.after)
+            n_corrected = await asyncio.to_thread(engine.journals.correct, body.before, body.after)
         except ContradictionError as error:
             raise Refused(HTTPStatus.CONFLICT, str(error)) from error
         except DataError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
-        return _json_response({"corrected": len(body.after), "guarantees": state.guarantees})
+        state = await asyncio.to_thread(engine.journals.state)
+        return _json_response({"corrected": n_corrected, "guarantees": state.guarantees})
 
     async def monitor(self) -> Response:
         """Return the state of every guarantee, and the monitor's evidence."""

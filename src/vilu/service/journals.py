@@ -85,10 +85,11 @@ class Journals(Protocol):
         ``labels`` maps each row id to a label. The result maps each predictor name to counts.
         """
 
-    def correct(
-        self, labels_before: Mapping[str, str], labels_after: Mapping[str, str]
-    ) -> ServiceState:
-        """Replace ``labels_before`` by ``labels_after``. Both map each row id to a label."""
+    def correct(self, labels_before: Mapping[str, str], labels_after: Mapping[str, str]) -> int:
+        """Replace ``labels_before`` by ``labels_after``. Both map each row id to a label.
+
+        The result is the number of rows whose label was replaced.
+        """
 
     def statuses(self) -> dict[str, Status]:
         """Map the name of every predictor with a monitor to the monitor's status."""

@@ -137,18 +137,19 @@ class LocalJournals:
                         raise _contradiction(row_id, label, labels[row_id])
             return {name: journal.label(labels) for name, journal in self._journals.items()}
 
-    def correct(
-        self, labels_before: Mapping[str, str], labels_after: Mapping[str, str]
-    ) -> ServiceState:
+    def correct(self, labels_before: Mapping[str, str], labels_after: Mapping[str, str]) -> int:
         """Replace ``labels_before`` by ``labels_after``. Both map each row id to a label.
 
         A journal without a label for a row is left as it is: the row may have been answered before
         the journal's predictor was served. A journal with the new label is left as it is, too: an
         earlier correction may have ended after the first journal.
 
+        Returns:
+            The number of rows whose label was replaced in any journal.
+
         Raises:
-            ContradictionError: If a row's label is in neither mapping, or if every row has the new
-                label already. No label is replaced.
+            ContradictionError: If a row's label is in neither mapping, or if no row has its label
+                in ``labels_before``. No label is replaced.
             DataError: If a label is neither a class nor "(outside)", or if no journal has a label
                 for a row. No label is replaced.
         """
@@ -159,14 +160,13 @@ class LocalJournals:
                 name: journal.labels_of(labels_after) for name, journal in self._journals.items()
             }
             _require_correctable(labels_now.values(), labels_before, labels_after)
+            corrected_row_ids: set[str] = set()
             for name, journal in self._journals.items():
-                corrections = {}
-                for row_id, label in labels_now[name].items():
-                    if label == labels_before[row_id]:
-                        corrections[row_id] = labels_after[row_id]
+                corrections = _differing_labels(labels_now[name], labels_after)
                 if corrections:
                     journal.correct(corrections)
-        return self.state()
+                    corrected_row_ids.update(corrections)
+        return len(corrected_row_ids)
 
     def statuses(self) -> dict[str, Status]:
         """Map the name of every predictor with a monitor to the monitor's status."""
@@ -210,12 +210,23 @@ def _fingerprints(predictors: Mapping[str, Path]) -> dict[str, str]:
     return fingerprints
 
 
+def _differing_labels(
+    labels_now: Mapping[str, str], labels_after: Mapping[str, str]
+) -> dict[str, str]:
+    """Map each row id in ``labels_now`` to the label in ``labels_after`` if the two differ."""
+    return {
+        row_id: labels_after[row_id]
+        for row_id, label in labels_now.items()
+        if label != labels_after[row_id]
+    }
+
+
 def _require_correctable(
     labels_of_journals: Collection[Mapping[str, str]],
     labels_before: Mapping[str, str],
     labels_after: Mapping[str, str],
 ) -> None:
-    """Raise an error if a row's label cannot be replaced, or if every row has the new label.
+    """Raise an error if a row's label cannot be replaced, or if no row has the old label.
 
     A correction that ended after the first journal may be sent again. Some of its rows may have the
     new label everywhere, because the second journal has never seen them.

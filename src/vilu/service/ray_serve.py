@@ -69,12 +69,10 @@ class RemoteJournals:
         state: ServiceState = self._call("check_writable")
         return state
 
-    def correct(
-        self, labels_before: Mapping[str, str], labels_after: Mapping[str, str]
-    ) -> ServiceState:
+    def correct(self, labels_before: Mapping[str, str], labels_after: Mapping[str, str]) -> int:
         """Call ``LocalJournals.correct``."""
-        state: ServiceState = self._call("correct", labels_before, labels_after)
-        return state
+        n_corrected: int = self._call("correct", labels_before, labels_after)
+        return n_corrected
 
     def statuses(self) -> dict[str, Status]:
         """Call ``LocalJournals.statuses``."""
