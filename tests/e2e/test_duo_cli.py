@@ -67,6 +67,10 @@ def test_a_calibration_takes_both(work: Path) -> None:
     done = run("calibrate", work / "duo", work / "validation96", *second)
     next_command = f"vilu score {work / 'duo'} STORE --second SECOND_STORE -o scores.parquet"
     assert f"next: {next_command}" in done.stderr
+    run("push", work / "duo", work / "shelf")
+    pulled = run("pull", work / "shelf", "-o", work / "pulled").stderr
+    pulled_command = f"vilu score {work / 'pulled'} STORE --second SECOND_STORE -o scores.parquet"
+    assert f"next: {pulled_command}" in pulled
     run(
         "score",
         work / "duo",

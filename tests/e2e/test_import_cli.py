@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -63,6 +64,59 @@ def test_arrays_to_results(tmp_path: Path) -> None:
     labels = json.loads(run("inspect", "test", "--json", cwd=tmp_path).stdout)["labels"]
     assert labels == {"inside": int((target >= 0).sum()), "outside": int((target == -2).sum()),
                       "unknown": int((target == -1).sum())}  # fmt: skip
+
+
+def said_next(cwd: Path, *words: object) -> list[str]:
+    """Run a command that makes a store, and return the command that it says is next."""
+    said = run(*words, cwd=cwd).stderr
+    _, _, command_line = said.strip().rpartition("; next: vilu ")
+    return shlex.split(command_line)
+
+
+@pytest.mark.parametrize(("kind", "method"), [("texts", "vilu_zero"), ("logits", "mcm")])
+def test_the_next_command_without_labels_runs(tmp_path: Path, kind: str, method: str) -> None:
+    values = arrays(120)
+    (tmp_path / "names.txt").write_text("\n".join(values["class_names"]))
+    words: tuple[str, ...] = ("import", "--logits", "logits.npy", "--classes", "names.txt")
+    np.save(tmp_path / "logits.npy", values["image"] @ values["text"].T)
+    if kind == "texts":
+        words = ("import", "a.npz", *GIVEN)
+        del values["target"]
+        save(tmp_path / "a.npz", values)
+    fit = said_next(tmp_path, *words, "-o", "store")
+    assert fit == ["fit", "store", "--method", method, "-o", "predictor"]
+    assert run(*fit, cwd=tmp_path).stdout == "predictor\n"
+
+
+def test_photos_to_calibrate_on_without_labels_are_labelled_first(tmp_path: Path) -> None:
+    for name, seed in (("train", 0), ("calibration", 1)):
+        values = arrays(120, seed=seed, text=arrays()["text"])
+        del values["target"]
+        save(tmp_path / f"{name}.npz", values)
+    run(*said_next(tmp_path, "import", "train.npz", *GIVEN, "-o", "train"), cwd=tmp_path)
+    ask = said_next(tmp_path, "import", "calibration.npz", *GIVEN, "-o", "calibration")
+    assert ask[:4] == ["next", "calibration", "--predictor", "PREDICTOR"]
+    ask[3] = "predictor"
+    assert run(*ask, cwd=tmp_path).stdout == "next.csv\n"
+
+
+@pytest.mark.parametrize("has_names", [True, False])
+def test_next_says_what_it_needs_of_logits_alone(tmp_path: Path, has_names: bool) -> None:
+    values = arrays(120)
+    logits = {"class_names": values["class_names"], "logits": values["image"] @ values["text"].T}
+    if has_names:
+        logits["ids"] = np.array([f"row {i}" for i in range(120)])
+    save(tmp_path / "a.npz", logits)
+    run("import", "a.npz", "-o", "calibration", cwd=tmp_path)
+    run("fit", "calibration", "--method", "mcm", "-o", "predictor", cwd=tmp_path)
+    words = ("next", "calibration", "--predictor", "predictor", "-o", "next.csv")
+    assert "has logits alone" in run(*words, code=2, cwd=tmp_path).stderr
+    ask = (*words, "--for-guarantee", "-n", "60", "--max-risk", "0.2")
+    if has_names:
+        assert run(*ask, cwd=tmp_path).stdout == "next.csv\n"
+        return
+    refused = run(*ask, code=3, cwd=tmp_path).stderr
+    assert "Import them again with the array ids" in refused
 
 
 def test_what_it_says_when_the_scale_is_missing(tmp_path: Path) -> None:

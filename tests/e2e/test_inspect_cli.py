@@ -76,6 +76,12 @@ def test_what_is_none_of_ours(tmp_path: Path) -> None:
     assert "cannot be checked by itself" in run("inspect", tmp_path / "notes.txt", code=3).stderr
 
 
+def test_a_table_of_answers_with_the_columns_of_a_list_is_shown(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("id,path,stream,label,score_a\na,a.png,x,cat,0.5\n")
+    assert "table of answers, 1 row" in run("inspect", table).stdout
+
+
 @pytest.mark.parametrize("kind", [False, -1e300, [[]], None])
 def test_a_kind_that_is_no_text_is_refused(kind: object, tmp_path: Path) -> None:
     write_json(tmp_path / "why.json", {"schema_version": 2, "kind": kind})

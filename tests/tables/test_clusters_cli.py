@@ -218,7 +218,9 @@ def test_another_column_names_the_clusters(
     alike = ("--max-risk", 0.2, "--cluster-risk", "majority", "-o")
     run("calibrate", tables / "calibration.csv", *alike, tmp_path / "first")
     named = ("--clusters", "burst")
-    run("calibrate", under_another_name, *alike, tmp_path / "second", *named)
+    calibrated = run("calibrate", under_another_name, *alike, tmp_path / "second", *named)
+    hint = f"next: vilu score {tmp_path / 'second'} TABLE --clusters burst -o scores.parquet"
+    assert hint in calibrated.stderr
     first, second = (vilu.Calibration.load(tmp_path / name) for name in ("first", "second"))
     assert first.rule.thresholds == second.rule.thresholds
 

@@ -269,7 +269,9 @@ def test_answers_to_label_next_are_for_a_fit_and_for_a_guarantee(
     new = written(tmp_path / "new.csv", content)
     ask = ("next", new, "--predictor", calibrated, "--next", 400)
     first = tmp_path / "first.csv"
-    run(*ask, "-o", first)
+    hints = run(*ask, "-o", first).stderr
+    assert f"`vilu fit {first} -o better`" in hints
+    assert f"`vilu calibrate better {first} --max-risk 0.05`" in hints
     asked = vilu.open_table(first)
     assert asked.asked_for.count("calibration") == asked.asked_for.count("fit") == 200
     missing = run("calibrate", calibrated, first, "--max-risk", 0.2, code=3)
@@ -294,6 +296,29 @@ def test_answers_to_label_next_are_for_a_fit_and_for_a_guarantee(
     share = 1 - np.mean(list(truth.values()))
     rows = vilu.Calibration.load(predictor).rows
     assert rows.failure.mean() == pytest.approx(share, abs=4 * (share * (1 - share) / 200) ** 0.5)
+
+
+def test_near_copies_are_mentioned_only_where_vectors_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vilu.calibration.procedure.MAX_COMPARED_PICTURES", 50)
+    bare = written(tmp_path / "bare.csv", columns(500), only=("id", "score_a", "correct"))
+    said = run("calibrate", bare, "--max-risk", 0.4, "-o", tmp_path / "bare").stderr
+    assert "near copies" not in said
+
+    path = written(tmp_path / "table.csv", columns(500, features=40))
+    predictor = tmp_path / "predictor"
+    run("fit", written(tmp_path / "fit.csv", columns(500, 500, features=40)), "-o", predictor)
+    said = run("calibrate", predictor, path, "--max-risk", 0.4).stderr
+    assert "near copies are searched among at most 50 pictures" in said
+
+
+def test_a_pulled_predictor_of_tables_is_said_to_take_a_table(
+    work: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    run("push", calibrated, tmp_path / "shelf")
+    hint = run("pull", tmp_path / "shelf", "-o", tmp_path / "rows").stderr
+    assert f"next: vilu score {tmp_path / 'rows'} TABLE -o scores.parquet" in hint
 
 
 def test_questions_of_a_table_take_no_risk_that_would_change_nothing(

@@ -28,7 +28,7 @@ from vilu.cli.options import (
     complete_datasets,
     path_option,
 )
-from vilu.errors import UsageError
+from vilu.errors import UNKNOWN, UsageError
 from vilu.text import plural
 
 if TYPE_CHECKING:
@@ -364,7 +364,12 @@ def store_in_words(
     counts = [plural(manifest.n_ok, "embedding"), plural(n_bad_images, noun)]
     if n_bad_shards:
         counts.append(plural(n_bad_shards, "bad shard"))
-    return f"{', '.join(counts)}; next: {next_command(output, split, source)}"
+    has_labels = bool(manifest.captions) or bool((store.target != UNKNOWN).any())
+    if has_labels:
+        command = next_command(output, split, source)
+    else:
+        command = _next_command_without_labels(output, split, source, store)
+    return f"{', '.join(counts)}; next: {command}"
 
 
 COMMAND_OF_PREFIX = {"test": "score", "val": "calibrate", "calib": "calibrate"}
@@ -372,22 +377,41 @@ COMMAND_OF_PREFIX = {"test": "score", "val": "calibrate", "calib": "calibrate"}
 
 
 def next_command(output: Path, split: str | None, source: str) -> str:
-    """Return the next command after making a store.
+    """Return the next command after making a store with labels.
 
     The hints are the names of the split, the source and the folder, in this order. The first name
     with a beginning in ``COMMAND_OF_PREFIX`` decides.
     """
-    command = "fit"
-    for name in (split, source, output.name):
-        suggested_command = _suggested_command(name)
-        if suggested_command is not None:
-            command = suggested_command
-            break
+    command = _first_suggestion(split, source, output.name)
     if command == "score":
         return console.shell_command("vilu", "score", "PREDICTOR", output, "-o", "scores.parquet")
     if command == "calibrate":
         return console.shell_command("vilu", "calibrate", "PREDICTOR", output, "--max-risk", "0.05")
     return console.shell_command("vilu", "fit", output, "-o", "predictor")
+
+
+def _next_command_without_labels(
+    output: Path, split: str | None, source: str, store: EmbeddingStore | CaptionStore
+) -> str:
+    """Return the next command after making a store without any label, like ``next_command``."""
+    command = _first_suggestion(split, source, output.name)
+    if command == "score":
+        return next_command(output, split, source)
+    if command == "calibrate" and store.identified_by:
+        # A calibration needs labels. 200 are enough to show 5 % if few of the answers are wrong.
+        flags = ["--predictor", "PREDICTOR", "--for-guarantee", "-n", "200", "-o", "next.csv"]
+        return console.shell_command("vilu", "next", output, *flags)
+    method = "vilu_zero" if store.has_texts else "mcm"
+    return console.shell_command("vilu", "fit", output, "--method", method, "-o", "predictor")
+
+
+def _first_suggestion(*names: str | None) -> str:
+    """Return the command that the first telling name suggests, or "fit"."""
+    for name in names:
+        suggested_command = _suggested_command(name)
+        if suggested_command is not None:
+            return suggested_command
+    return "fit"
 
 
 def _suggested_command(name: str | None) -> str | None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from vilu.artifacts.disk import RUN_FILE
 from vilu.artifacts.documents import first_error, read_json
-from vilu.artifacts.tables import read_table
+from vilu.artifacts.tables import csv_names, read_table
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.watch import State
 from vilu.errors import DataError, StorageError
@@ -24,6 +24,8 @@ from vilu.store.inspect import StoreReport
 from vilu.store.inspect import inspect as inspect_store
 from vilu.store.parts import StoreLedger
 from vilu.text import plural
+from vilu.triage.review import DECISION_COLUMNS, NEXT_COLUMNS
+from vilu.triage.state import DECISIONS_PARQUET
 
 ARTEFACT_GROUP: Final = "vilu.artefacts"
 """Entry-point group for recognising artefacts from other packages."""
@@ -102,6 +104,30 @@ def check_file(path: Path) -> Artefact:
         f"{path} cannot be checked by itself: only .json, .parquet and .csv files can. Give its "
         "folder."
     )
+
+
+def refuse_list_for_people(path: Path) -> None:
+    """Raise DataError for a CSV file that a triage or `vilu next` wrote for people.
+
+    Such a file has no digest.
+    """
+    if path.suffix.lower() != ".csv":
+        return
+    names = set(csv_names(path))
+    if "id" in names:
+        return  # a table of answers may have these columns, too
+    if names.issuperset(DECISION_COLUMNS):
+        raise DataError(
+            f"{path} is a list for people: the decisions of `vilu triage`. It has no digest, so it "
+            f"cannot be checked. {DECISIONS_PARQUET} of the triage has the same decisions and a "
+            "digest. Inspect that file, or the folder of the triage."
+        )
+    if names.issuperset({*NEXT_COLUMNS, "label"}):
+        raise DataError(
+            f"{path} is a list for people: photos to label, of `vilu triage` or `vilu next`. It "
+            "has no digest, so it cannot be checked. Fill in the column label, and give the file "
+            "to the next command with --labels."
+        )
 
 
 def _check_document(path: Path) -> Artefact:

@@ -247,17 +247,24 @@ def _flags_of_fit(
 
 
 def _score_hint(
-    predictor: Path, data_kind: DataKind = "embeddings", *, has_second: bool = False
+    predictor: Path,
+    data_kind: DataKind = "embeddings",
+    *,
+    has_second: bool = False,
+    cluster_column: str | None = None,
 ) -> str:
     """Return the end of a closing line: the next command, to score with the predictor.
 
-    ``has_second`` says whether the predictor takes stores of two models.
+    ``has_second`` says whether the predictor takes stores of two models. ``cluster_column`` is the
+    table column with the clusters. It is None if the column has the usual name.
     """
     data = ["STORE"]
     if data_kind == "answers":
         data = ["TABLE"]
     if has_second:
         data += ["--second", "SECOND_STORE"]
+    if cluster_column is not None:
+        data += ["--clusters", cluster_column]
     command = console.shell_command("vilu", "score", predictor, *data, "-o", "scores.parquet")
     return f"next: {command}"
 
@@ -823,7 +830,9 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
     facts = calibration.model_dump(mode="json")
     console.print_result(facts, _calibration_in_words(calibration))
-    hint = _score_hint(predictor, data.data_kind, has_second=reading_flags.second is not None)
+    has_second = reading_flags.second is not None
+    column = reading_flags.cluster_column
+    hint = _score_hint(predictor, data.data_kind, has_second=has_second, cluster_column=column)
     log_next_step(f"calibrated on {plural(calibration.n, 'row')}; {hint}")
 
 
@@ -1070,8 +1079,13 @@ def pull(
 
     Prints the folder of the predictor.
     """
+    from vilu.embeddings.columns import SECOND_MODEL_COLUMNS
     from vilu.predictors.persistence.hub import pull as pull_predictor
+    from vilu.predictors.persistence.storage import load_predictor
 
     folder = pull_predictor(repository, output, revision=revision, overwrite=overwrite)
     console.print_outputs(folder)
-    log_next_step(_score_hint(output))
+    predictor = load_predictor(folder)
+    has_second = not SECOND_MODEL_COLUMNS.isdisjoint(predictor.columns_to_score)
+    hint = _score_hint(output, predictor.takes, has_second=has_second)
+    log_next_step(hint)

@@ -246,8 +246,10 @@ def _inspect_store(path: Path, *, deep: bool) -> None:
 
 def _inspect_table(path: Path) -> None:
     """Print an answer table's row counts, and the role of each column."""
+    from vilu.cli.inspecting import refuse_list_for_people
     from vilu.tables.read import open_table
 
+    refuse_list_for_people(path)
     table = open_table(path)
     n_right = int((table.correct == 1).sum())
     n_wrong = int((table.correct == 0).sum())

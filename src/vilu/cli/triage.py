@@ -432,10 +432,14 @@ def _labelling_advice(questions: AnswerTable, output: Path) -> str:
     clusters_text = ""
     if questions.cluster is not None:
         clusters_text = f" of {plural(len(set(questions.cluster)), 'whole cluster')}"
+    fit_command = console.shell_command("vilu", "fit", output, "-o", "better")
+    calibrate_command = console.shell_command(
+        "vilu", "calibrate", "better", output, "--max-risk", "0.05"
+    )
     return (
         f"{plural(len(questions), 'answer')}{clusters_text} to label: write 1 or 0 into the column "
-        f"correct. `vilu fit {output}` takes the rows to fit on, and `vilu calibrate PREDICTOR "
-        f"{output}` takes the rows to calibrate on."
+        f"correct. `{fit_command}` takes the rows to fit on, and `{calibrate_command}` takes the "
+        "rows to calibrate on."
     )
 
 

@@ -288,7 +288,11 @@ def choose_rows_to_label(
 
     Returns:
         The entries for the chosen rows, rows to fit on first, and the answers by path.
+
+    Raises:
+        UsageError: If the rows have no embedding, because varied rows cannot be chosen then.
     """
+    _require_embeddings(store)
     store_draws = StoreDraws.of(store, predictor, files, seed, max_risk, per_class=per_class)
     paths = store_draws.photos.ids
     book = store_draws.book
@@ -314,6 +318,15 @@ def choose_rows_to_label(
     rows = [*fit_rows.tolist(), *calibration_rows]
     answers = {paths[row]: answer_of(store_draws.outcomes, row) for row in rows}
     return [book.entries[paths[row]] for row in rows], answers
+
+
+def _require_embeddings(store: EmbeddingStore) -> None:
+    """Raise UsageError if the store has logits alone."""
+    if not store.has_vectors:
+        raise UsageError(
+            f"{store.path} has logits alone. Rows to fit on are chosen by their embeddings. To "
+            "draw rows for a guarantee, which needs no embedding, give --for-guarantee."
+        )
 
 
 @checked
