@@ -286,6 +286,7 @@ print(pages() / (40 * 2**20 // resource.getpagesize()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed")
 def test_in_a_tuned_process_pages_of_a_large_block_are_made_once() -> None:
     """The test makes three blocks with 40 MiB, one after the other.

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 import vilu
 from tests.builders.bench_fakes import Report, benchmark, config, make_stores
+from tests.builders.interrupted_children import interrupted_children
 from tests.conftest import toy_embeddings
 from vilu.artifacts.disk import host_hash
 from vilu.artifacts.documents import read_log
@@ -284,7 +285,10 @@ def test_cells_of_older_code_are_shown_and_counted(
 def test_two_jobs_give_the_files_of_one(
     first: tuple[Path, Report], data: Path, tmp_path: Path
 ) -> None:
-    report = benchmark(config(), data, tmp_path, jobs=2)
+    # Ctrl-C is for this process. It must not end a worker that starts.
+    with interrupted_children() as interrupted:
+        report = benchmark(config(), data, tmp_path, jobs=2)
+    assert interrupted
     assert contents(tmp_path) == contents(first[0])
     assert plain(report) == plain(first[1])
     assert multiprocessing.active_children() == []

@@ -141,6 +141,7 @@ def test_a_newer_version_goes_on_with_all_that_an_older_one_made(
     assert [name for name in before if after[name] != before[name]] == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_what_a_newer_version_makes_again_is_the_same(
     work: Path, newer: pytest.MonkeyPatch

@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 
+from tests.builders.interrupted_children import interrupted_children
 from tests.command import PYTHONPATH
 from tests.executors.fake_job import EmptyJob, FileJob, calls
 from tests.executors.test_acceptance import wait_for_death
@@ -110,6 +111,19 @@ def test_ten_thousand_parts_need_little_memory():
         f"{1e3 * (time.perf_counter() - started) / n:.2f} ms per part, "
         f"{(most - before) / 1e6:.1f} MB\n"
     )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a single process there")
+def test_ctrl_c_while_workers_start_reaches_the_driver_only(tmp_path, capfd, caplog):
+    """Ctrl-C must not end a worker, from the worker's first moment to its last import.
+
+    Each worker gets SIGINT every few milliseconds, and the run must go on as if nothing happened.
+    """
+    with interrupted_children() as interrupted:
+        assert done(FileJob(tmp_path), range(4)) == list(range(4))
+    assert len(interrupted) == 2
+    assert "Traceback" not in capfd.readouterr().err
+    assert caplog.messages == []  # no worker has died
 
 
 @pytest.mark.slow

@@ -118,6 +118,7 @@ def made(
     return folder / "predictor"
 
 
+@pytest.mark.slow
 def test_adapted_answers_are_those_of_the_guard(tmp_path: Path) -> None:
     predictor = vilu.ViLUPlus(answer="adapted", width=8, epochs=2)
     folder = made(tmp_path, Traceable(), predictor, Target(max_risk=0.2))
@@ -181,6 +182,7 @@ def test_of_every_kind_of_predictor_and_rule(
         assert calibration.rule.grouped_by == "prediction"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_outcome_outside_is_part_of_the_file(tmp_path: Path) -> None:
     words = tuple(f"word {number}" for number in range(50))

@@ -435,6 +435,7 @@ def test_too_few_rows_for_a_pool() -> None:
         trainer.run(Rows(pairs, torch.arange(31)), None)
 
 
+@pytest.mark.slow
 def test_one_seed_gives_the_same_bytes_with_several_threads() -> None:
     """The bytes must be the same, although torch divides the work between threads.
 

@@ -116,6 +116,7 @@ def test_onnxruntime_says_what_the_predictor_says(
     assert found["vilu.version"] == vilu.__version__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", few([False, True], 1), ids=["words", "examples"])
 @pytest.mark.filterwarnings("ignore")
 def test_the_outcome_outside_is_part_of_the_graph(

@@ -34,6 +34,7 @@ def state_of(output: Path) -> TriageState:
     return read_document(output / "triage.json", TriageState)
 
 
+@pytest.mark.slow
 def test_a_book_is_carried_over_classes_risk_and_backbone(
     guaranteed: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,7 +17,7 @@ import torch
 from tests.builders.photo_folders import write_photos
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import command_line, run
-from tests.conftest import toy_embeddings
+from tests.conftest import few, toy_embeddings
 from tests.triage.conftest import Folder, fill_in, give_labels, rows
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.rules import Rule
@@ -51,6 +51,13 @@ def test_the_loop_by_hand(work: Path) -> None:
     assert done.stdout == "out\n"
     assert "60 photos (60 of them new): accepted 0 of 60 without a label" in done.stderr
     assert "next: fill in the column label of out/next_labels.csv (12 photos;" in done.stderr
+    for name, words in (
+        ("decisions.csv", "decisions.parquet of the triage has the same decisions"),
+        ("next_labels.csv", "Fill in the column label, and give the file to the next command"),
+    ):
+        refused = run("inspect", work / "out" / name, code=3).stderr
+        assert f"{name} is a list for people" in refused
+        assert words in refused
     truth = write_photos(work / "again", 60)
     fill_in(work / "out", truth, work / "filled.csv")
     done = run(*arguments, "--labels", "filled.csv", "--link", cwd=work)
@@ -166,7 +173,7 @@ def test_sidecars_without_a_label_are_explained(work: Path) -> None:
     assert "--xmp has written no label" in run(*arguments, cwd=work).stderr
 
 
-@pytest.mark.parametrize("more", [(), ("--with-backbone",)], ids=["head", "from pixels"])
+@pytest.mark.parametrize("more", few([(), ("--with-backbone",)], 1), ids=["head", "from pixels"])
 def test_the_predictor_of_a_triage_is_exported(
     work: Path, more: tuple[str, ...], fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,9 +268,9 @@ class Config(Section):
                 if is_run_on_data and self.is_run_in(label, setting):
                     return
         raise ValueError(
-            "no method runs on any data set. A setting with the budget "
-            "'none' runs only methods that need no labels. A transfer is not tested on its source. "
-            "Add a setting, a data set or a method."
+            "no method runs on any data set. A setting with the budget 'none' runs only methods "
+            "that need no labels. A transfer is not tested on its source. Add a setting, a data "
+            "set or a method."
         )
 
     @property

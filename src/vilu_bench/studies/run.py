@@ -33,7 +33,7 @@ from vilu.process import keep_freed_memory
 from vilu.progress import SilentProgress, reporting, track
 from vilu.registry import load_plugin, plugins
 from vilu.scoring.score import score
-from vilu.store.executors.local import end_with_driver
+from vilu.store.executors.local import ctrl_c_blocked, end_with_driver
 from vilu.validation import require_at_least
 from vilu_bench.studies.board import Board
 from vilu_bench.studies.cells import (
@@ -290,7 +290,10 @@ class CellRunner:
             for cells in groups:
                 yield from run_group(self._data_of_studies[study_index], cells, root)
             return
-        futures = [self._pool.submit(_run_in_worker, study_index, cells, root) for cells in groups]
+        with ctrl_c_blocked():  # the workers start with the first cells
+            futures = [
+                self._pool.submit(_run_in_worker, study_index, cells, root) for cells in groups
+            ]
         for future in concurrent.futures.as_completed(futures):
             yield from future.result()
 

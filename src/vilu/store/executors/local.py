@@ -11,8 +11,9 @@ import threading
 import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
@@ -184,6 +185,27 @@ class LocalExecutor:
             worker_pool.stop()
 
 
+@contextmanager
+def ctrl_c_blocked() -> Iterator[None]:
+    """Block Ctrl-C for processes that start in this block, from their first moment.
+
+    Ctrl-C reaches all processes in the terminal. Without the block, Ctrl-C would end a process
+    during the imports, with a traceback. Only the calling thread is blocked. It gets a Ctrl-C after
+    the block. Windows has no such block.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # The start of the first process also starts this helper of multiprocessing, and then Python
+    # 3.11 unblocks Ctrl-C too early. So the helper is started before.
+    resource_tracker.ensure_running()
+    mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
+
+
 class _WorkerProcess:
     """A worker process as the driver sees the process: the pipe, and the current part.
 
@@ -200,7 +222,8 @@ class _WorkerProcess:
             target=_run_worker, args=(worker_end, number), daemon=True
         )
         try:
-            self.process.start()
+            with ctrl_c_blocked():
+                self.process.start()
         finally:
             # The pipe signals the worker's death only when all copies of the worker's pipe end are
             # closed. So the driver closes this copy.
@@ -351,7 +374,7 @@ def _run_worker(pipe: Connection, worker_number: int) -> None:
     ``worker_number`` is the worker's number.
     """
     # Ctrl-C reaches all processes in the terminal. A worker ignores Ctrl-C, because the driver ends
-    # the worker.
+    # the worker. Until here, Ctrl-C was blocked (``ctrl_c_blocked``).
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # sys.exit runs the ``finally`` blocks, and these blocks remove temporary files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
