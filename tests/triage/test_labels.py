@@ -237,9 +237,31 @@ def test_copies_with_different_labels_keep_them_when_renamed() -> None:
     assert book.labels == {"a/3": "cow", "b/1": "cat", "b/2": "dog"}
 
 
-def test_a_label_for_another_picture_stays_beside_a_former_label() -> None:
+def test_the_latest_label_of_a_picture_goes_to_the_new_path() -> None:
     book = LabelBook()
-    book.add_label(Entry("a", "dog", "fit", picture="0a" * 8))
-    book.add_label(Entry("a", "cat", "fit", picture="0b" * 8))
-    book.add_label(Entry("a", "cow", "fit", picture="0b" * 8))
-    assert book.labels == {"a": "cow", "a (0a0a0a0a)": "dog"}
+    book.add_label(Entry("copy", "dog", "given", answered=1, picture=b"same".hex()))
+    book.add_label(Entry("b", "cat", "fit", answered=2, picture=b"same".hex()))
+    assert book.follow_pictures({"c": b"same"}) == 1
+    assert book.labels == {"copy": "dog", "c": "cat"}
+    assert book.entries["c"].stream == "fit"
+
+
+def test_requests_go_with_pictures_but_not_to_labelled_photos() -> None:
+    book = LabelBook()
+    book.request_labels(["a", "b"], "calibration", predictor="p", probability=0.5)
+    book.note_labels({"x": "cat"})
+    assert book.note_pictures({"a": b"cow", "b": b"dog", "x": b"cat"}) == 0
+    assert book.follow_pictures({"c": b"cow", "b": b"cat"}) == 3
+    assert book.labels == {"b": "cat"}
+    assert [(entry.path, entry.probability) for entry in book.waiting_entries()] == [("c", 0.5)]
+
+
+def test_a_label_for_another_picture_stays_beside_a_new_one() -> None:
+    book = LabelBook()
+    for picture, label in (("0a0a", "dog"), ("0b0b", "cat"), ("0b0b", "cow"), ("0a0a", "pig")):
+        book.add_label(Entry("a", label, "fit", picture=picture * 4))
+    assert book.labels == {"a": "pig", "a (0a0a0a0a)": "dog", "a (0b0b0b0b)": "cow"}
+    book.set_aside_other_pictures({"a": "pig", "unknown": "cow"}, {"a": b"new"})
+    assert book.labels["a"] == "pig"
+    book.set_aside_other_pictures({"a": "cow"}, {"a": b"new"})
+    assert book.labels == {"a (0a0a0a0a)": "dog", "a (0b0b0b0b)": "cow", "a (0a0a0a0a)'": "pig"}

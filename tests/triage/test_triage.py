@@ -822,6 +822,21 @@ def test_answers_in_the_book_are_not_lost_by_a_rename(
     assert LabelBook.load(output / "labels.parquet").labels == expected
 
 
+def test_answers_count_though_some_photos_were_renamed(
+    folder: Folder, job: TriageSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos, truth = folder
+    output = tmp_path / "out"
+    triage_photos(job, output)
+    table = output / "next_labels.csv"
+    answers, _ = read_labels(fill_in(output, truth, table))
+    (photos / "day 0").rename(photos / "sunday")
+    triage_photos(job, output, [table])
+    expected = {path.replace("day 0", "sunday"): label for path, label in answers.items()}
+    assert LabelBook.load(output / "labels.parquet").labels == expected
+    assert "left out" not in caplog.text
+
+
 def test_a_guarantee_does_not_outlive_labels_of_renamed_photos(guaranteed: Folder) -> None:
     (home, truth), output = guaranteed, guaranteed[0] / "out"
     counted = pq.read_table(output / "predictor" / "calibration.parquet")["key"].to_pylist()

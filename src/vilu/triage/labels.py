@@ -89,11 +89,6 @@ class Entry:
         """
         return self.picture not in {"", picture.hex()}
 
-    @property
-    def path_of_picture(self) -> str:
-        """A path for this entry in a book where the photo's path has another label."""
-        return f"{self.path} ({self.picture[:8]})"
-
 
 COLUMNS: Final = (
     "path",
@@ -134,13 +129,15 @@ class GivenFile:
     Attributes:
         labels: Maps photo paths to labels.
         streams: Maps photo paths to the streams of these labels, as named in the file.
-        names: The photo names in the file that were searched among the paths.
+        answers: Answers to open requests whose photos have other paths now, by the former path.
+        names: The photo names in the file, whether a photo was found or not.
         labelled_pictures: Labels of known pictures, if the file is a book. Such a label belongs to
             the picture, at whatever path.
     """
 
     labels: dict[str, str]
     streams: dict[str, str]
+    answers: dict[str, str]
     names: list[str]
     labelled_pictures: list[Entry] = field(default_factory=list)
 
@@ -227,7 +224,7 @@ class LabelBook:
         return n_noted
 
     def note_pictures(self, pictures: Mapping[str, bytes]) -> int:
-        """Note the pictures of the new labels.
+        """Note the pictures of new requests and of new labels.
 
         ``pictures`` maps paths to picture digests. Returns how many photos have a picture that has
         changed since the label was given.
@@ -237,47 +234,80 @@ class LabelBook:
             entry = self.entries.get(path)
             if entry is None:
                 continue
-            if entry.label is not None and not entry.picture:
-                entry = replace(entry, picture=picture.hex())
-                self.entries[path] = entry
-            n_photos_changed += entry.was_another_picture(picture)
+            if not entry.picture:
+                self.entries[path] = replace(entry, picture=picture.hex())
+            elif entry.label is not None:
+                n_photos_changed += entry.was_another_picture(picture)
         return n_photos_changed
 
     def add_label(self, entry: Entry) -> None:
-        """Add an entry with a label. A label of the path for another picture stays in the book."""
+        """Add an entry with a label. If the path has a label of another picture, keep that, too."""
         present = self.entries.get(entry.path)
         if present is not None and present.picture not in {"", entry.picture}:
-            self.entries[present.path_of_picture] = replace(present, path=present.path_of_picture)
+            self._set_aside(present)
         self.entries[entry.path] = entry
 
-    def follow_pictures(self, picture_of_path: Mapping[str, bytes]) -> int:
-        """Move every label to a photo that has the labelled picture now (``places_of_labels``).
+    def answer_requests(self, answers: Mapping[str, str]) -> None:
+        """Note answers to open requests. The picture stays that of the request."""
+        now = int(time.time())
+        for path, label in answers.items():
+            entry = self.entries.get(path)
+            if entry is not None and entry.label is None:
+                self.entries[path] = replace(entry, label=label, answered=now)
 
-        A label of a picture that no photo has now stays at its path. If another label has come to
-        this path, the label stays in the book under a path of its own.
+    def set_aside_other_pictures(
+        self, labels: Mapping[str, str], picture_of_path: Mapping[str, bytes]
+    ) -> None:
+        """Set labels aside that differ from ``labels`` because of another picture at the path.
 
-        ``picture_of_path`` maps the paths of all photos to picture digests. Returns how many labels
-        have got another path.
+        So a new label of such a photo replaces no label of another picture.
         """
-        labelled_entries = []
-        reserved_paths = set()  # a label without a known picture stays at its path
-        for entry in self:
-            if entry.label is not None and entry.picture:
-                labelled_entries.append(entry)
-            elif entry.label is not None:
-                reserved_paths.add(entry.path)
-        place_of_path = places_of_labels(labelled_entries, picture_of_path, reserved_paths)
-        places = {*place_of_path.values(), *reserved_paths}
-        for entry in labelled_entries:
-            if entry.path not in place_of_path:
-                is_free = entry.path not in places
-                place_of_path[entry.path] = entry.path if is_free else entry.path_of_picture
-        moved_entries = {}
-        for path, place in place_of_path.items():
-            if place != path:
-                moved_entries[place] = replace(self.entries.pop(path), path=place)
-        self.entries.update(moved_entries)
-        return len(moved_entries)
+        for path, label in labels.items():
+            entry = self.entries.get(path)
+            if entry is None or entry.label in {None, label} or path not in picture_of_path:
+                continue
+            if entry.was_another_picture(picture_of_path[path]):
+                del self.entries[path]
+                self._set_aside(entry)
+
+    def _set_aside(self, entry: Entry) -> None:
+        """Keep an entry whose path another label takes, under a path that no photo has."""
+        path = f"{entry.path} ({entry.picture[:8]})"
+        while path in self.entries:
+            path += "'"
+        self.entries[path] = replace(entry, path=path)
+
+    def follow_pictures(self, picture_of_path: Mapping[str, bytes]) -> int:
+        """Move every entry to a photo that has the entry's picture now (``places_of_entries``).
+
+        An entry whose picture no photo has now stays at its path. If another label has come to this
+        path, a label is set aside, and a request is removed.
+
+        ``picture_of_path`` maps the paths of all photos to picture digests. Returns how many
+        entries have lost their path.
+        """
+        entries = [entry for entry in self if entry.picture]
+        # a label without a known picture stays at its path
+        reserved_paths = {entry.path for entry in self if entry.label and not entry.picture}
+        places = places_of_entries(entries, picture_of_path, reserved_paths)
+        taken_paths = {*places.values(), *reserved_paths}
+        moved_entries = []
+        displaced_entries = []
+        for entry in entries:
+            place = places.get(entry.path)
+            if place is None and entry.path in taken_paths:
+                displaced_entries.append(entry)
+            elif place not in {None, entry.path}:
+                moved_entries.append(entry)
+        for entry in (*moved_entries, *displaced_entries):
+            del self.entries[entry.path]
+        for entry in moved_entries:
+            path = places[entry.path]
+            self.entries[path] = replace(entry, path=path)
+        for entry in displaced_entries:
+            if entry.label is not None:
+                self._set_aside(entry)
+        return len(moved_entries) + len(displaced_entries)
 
     def withdraw_requests(self, is_to_withdraw: Callable[[Entry], bool]) -> None:
         """Remove entries for which ``is_to_withdraw`` is True. Entries with a label always stay."""
@@ -343,19 +373,19 @@ class LabelBook:
         return cls(entries)
 
 
-def places_of_labels(
+def places_of_entries(
     entries: Iterable[Entry],
     picture_of_path: Mapping[str, bytes],
     reserved_paths: Collection[str] = (),
 ) -> dict[str, str]:
-    """Find for every labelled picture a photo that has this picture now.
+    """Find for every entry a photo that has the entry's picture now.
 
-    No photo gets two labels. An entry whose path still has the picture keeps the path. Each other
-    entry gets the first path that has the picture and has no label yet. An entry is left out if
-    there is no such path.
+    No photo gets two entries. An entry whose path still has the picture keeps the path. Each other
+    entry gets the first path that has the picture and no entry yet. Labels come before requests,
+    and a later label before an earlier one. An entry is left out if there is no such path.
 
     Args:
-        entries: Entries with a label and a known picture, each with another path.
+        entries: Entries with a known picture, each with another path.
         picture_of_path: Maps the paths of all photos to picture digests.
         reserved_paths: Paths that no entry may get.
 
@@ -372,6 +402,7 @@ def places_of_labels(
             places[entry.path] = entry.path
         else:
             entries_elsewhere.append(entry)
+    entries_elsewhere.sort(key=_latest_label_first)
     taken_paths = {*places, *reserved_paths}
     for entry in entries_elsewhere:
         for path in paths_of_picture.get(entry.picture, ()):
@@ -380,6 +411,11 @@ def places_of_labels(
                 taken_paths.add(path)
                 break
     return places
+
+
+def _latest_label_first(entry: Entry) -> tuple[bool, int]:
+    """Return a sort key: labels before requests, and later labels before earlier labels."""
+    return entry.label is None, -entry.answered
 
 
 def _unasked_stream(path: str, streams: Mapping[str, str]) -> Stream:

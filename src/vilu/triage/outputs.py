@@ -51,7 +51,13 @@ from vilu.triage.photos import PhotoFolder
 from vilu.triage.run import TriageResult, run_triage
 from vilu.triage.sidecars import write_sidecars
 from vilu.triage.sorting import accepted_labels, list_folder, sort_photos
-from vilu.triage.state import NEXT_LABELS_CSV, REPORT_FILE, TriageSettings, open_state
+from vilu.triage.state import (
+    BOOK_FILE,
+    NEXT_LABELS_CSV,
+    REPORT_FILE,
+    TriageSettings,
+    open_state,
+)
 from vilu.triage.verdict import collect_labelled_answers, verdict_in_words
 from vilu.validation import checked, require_between
 
@@ -148,7 +154,9 @@ def triage_photos(
     files = _read_label_files(labels, settings, former_classes)
     open_state(output, settings, overwrite=overwrite)  # fails here if the folder is no triage
     photo_folder = list_folder(settings.photos, output, follow_links=settings.follow_links)
-    given_files = [_given_file(file, *labels, photo_folder) for file, labels in files.items()]
+    given_files = []
+    for file, (file_labels, streams) in files.items():
+        given_files.append(_given_file(file, file_labels, streams, photo_folder, output))
     read_answers: dict[str, str] = {}
     if not overwrite:
         read_answers = _require_no_lost_answers(output, given_files, former_classes, {})
@@ -233,18 +241,29 @@ def check_settings(settings: TriageSettings) -> None:
 
 
 def _given_file(
-    file: Path, labels: Mapping[str, str], streams: Mapping[str, str], photo_folder: PhotoFolder
+    file: Path,
+    labels: Mapping[str, str],
+    streams: Mapping[str, str],
+    photo_folder: PhotoFolder,
+    output: Path,
 ) -> GivenFile:
     """Match the labels in a file with photos. Labels of known pictures are matched later.
 
-    ``labels`` and ``streams`` map the photo names in the file to labels and to streams.
+    Args:
+        file: The file.
+        labels: Maps the photo names in the file to labels.
+        streams: Maps the photo names in the file to streams.
+        photo_folder: The photos.
+        output: The triage folder.
     """
     labelled_pictures = _labelled_pictures(file, labels, photo_folder)
-    names_in_book = {entry.path for entry in labelled_pictures}
-    names = [name for name in labels if name not in names_in_book]
-    labels_by_name = {name: labels[name] for name in names}
+    paths_in_book = {entry.path for entry in labelled_pictures}
+    requested_paths = _requests_without_photo(output, photo_folder)
+    answers = {path: labels[path] for path in requested_paths if path in labels}
+    names = [name for name in labels if name not in paths_in_book]
+    labels_by_name = {name: labels[name] for name in names if name not in answers}
     paths = match_photos(labels_by_name, photo_folder.paths, photo_folder.root, source=file)
-    given_file = GivenFile({}, {}, names, labelled_pictures)
+    given_file = GivenFile({}, {}, answers, names, labelled_pictures)
     for name, path in paths.items():
         given_file.labels[path] = labels[name]
         if name in streams:
@@ -252,13 +271,20 @@ def _given_file(
     return given_file
 
 
+def _requests_without_photo(output: Path, photo_folder: PhotoFolder) -> list[str]:
+    """Return the paths of open requests that no photo has now. The pictures are known."""
+    paths = set(photo_folder.paths)
+    requests = LabelBook.load(output / BOOK_FILE).waiting_entries()
+    return [entry.path for entry in requests if entry.picture and entry.path not in paths]
+
+
 def _labelled_pictures(
     file: Path, labels: Mapping[str, str], photo_folder: PhotoFolder
 ) -> list[Entry]:
     """Return a book's entries with a label that are to be matched by picture.
 
-    These are the entries with a known picture, and the entries about photos that could not be read
-    and are gone. [] for other label files, and for books of version 0.1.0.
+    These are the entries with a known picture, and the entries without one whose path is not in the
+    folder. [] for other label files, and for books of version 0.1.0.
 
     ``labels`` are the labels in the file that may be used, as class names.
     """
@@ -290,7 +316,7 @@ def _require_no_lost_answers(
         output: The triage folder.
         given_files: The label files of this run.
         former_classes: Names of the triage's former classes.
-        read_answers: The answers that an earlier check has found, by photo. They are not lost.
+        read_answers: Answers that this run may replace, by photo. An earlier check has passed them.
 
     Returns:
         The answers in ``next_labels.csv``, by photo.

@@ -62,7 +62,7 @@ from vilu.triage.guarantee import (
     progress_of,
     rule_of,
 )
-from vilu.triage.labels import Entry, GivenFile, LabelBook, places_of_labels
+from vilu.triage.labels import Entry, GivenFile, LabelBook, places_of_entries
 from vilu.triage.photos import EMBEDDINGS_FOLDER, PhotoFolder, Photos, PhotoStores
 from vilu.triage.state import (
     BOOK_FILE,
@@ -212,6 +212,7 @@ def run_triage(
     has_drawn = _has_drawn(root, state)
     split_class = SPLIT_CLASSES[settings.about]
     streams_here = split_class.streams_of_unasked_labels(labels, streams, has_drawn=has_drawn)
+    _answer_requests(root, given_files)
     book = note_labels(root, photos, photo_folder.paths, labels, streams_here)
     _, result = advance(root, settings, state, photos, book)
     return dataclasses.replace(result, n_new=n_new)
@@ -235,7 +236,7 @@ def _given_labels(
     for file in given_files:
         for path, label in file.labels.items():
             _give_label(path, label, file.streams.get(path), labels, streams)
-        places = places_of_labels(file.labelled_pictures, photos.picture_of_path)
+        places = places_of_entries(file.labelled_pictures, photos.picture_of_path)
         for entry in file.labelled_pictures:
             if entry.path in places:
                 place = places[entry.path]
@@ -252,11 +253,25 @@ def _given_labels(
 def _give_label(
     path: str, label: str, stream: str | None, labels: dict[str, str], streams: dict[str, str]
 ) -> None:
-    """Set a photo's label and stream. A stream of an earlier file goes if the file has none."""
+    """Set a photo's label and stream. Without a stream, that of an earlier file is removed."""
     labels[path] = label
     streams.pop(path, None)
     if stream is not None:
         streams[path] = stream
+
+
+def _answer_requests(root: Path, given_files: Sequence[GivenFile]) -> None:
+    """Save the answers to requests whose photos have other paths now.
+
+    The labels go with the pictures afterwards.
+    """
+    answers: dict[str, str] = {}
+    for file in given_files:
+        answers |= file.answers
+    if answers:
+        book = LabelBook.load(root / BOOK_FILE)
+        book.answer_requests(answers)
+        book.save(root / BOOK_FILE)
 
 
 def _missing_pictures_in_words(n_missing: int, folder: Path) -> str:
@@ -326,6 +341,7 @@ def note_labels(
     # a guarantee with changed labels could stay.
     changed_paths = _paths_to_relabel(root, book, labels)
     remove_outdated_calibration(root / PREDICTOR_FOLDER, changed_paths)
+    book.set_aside_other_pictures(labels, photos.picture_of_path)
     n_noted = book.note_labels(labels, streams)
     if n_noted:
         logger.info("%d labels are new or changed; %d in all", n_noted, len(book.labels))
@@ -347,8 +363,7 @@ def _follow_pictures(root: Path, photos: Photos) -> None:
         book = LabelBook.load(root / name)
         n_moved = book.follow_pictures(photos.picture_of_path)
         if n_moved:
-            labels_in_words = plural(n_moved, "label")
-            logger.info("%s: %s went with the pictures to new paths", name, labels_in_words)
+            logger.info("%s: %d labels and requests went with the pictures", name, n_moved)
             book.save(root / name)
 
 
@@ -422,7 +437,7 @@ def bind_to_pictures(state: TriageState, pictures: str | None, *, has_drawn: boo
 def progress_to_show(
     run: TriageRun, state: TriageState, progress: GuaranteeProgress | None
 ) -> GuaranteeProgress | None:
-    """Return the progress that certified the rule in force if ``progress`` certifies less.
+    """Return the progress behind the rule in force, or ``progress`` if it certifies as much.
 
     New photos, or a higher limit, add photos without a label. Labels after the first of these, in
     the random order, stop counting. The rule in force stays certified. If photos behind the rule
@@ -900,6 +915,7 @@ def ask_for_labels(
     # The state comes first. If the run is killed in between, the next run asks for the same labels.
     # In the reverse order, a raised limit would be lost.
     state = run.write(state)
+    run.book.note_pictures(run.photos.picture_of_path)  # so that requests go with the pictures
     run.book.save(run.root / BOOK_FILE)
     return state
 
