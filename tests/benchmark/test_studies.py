@@ -533,25 +533,6 @@ def test_slopes_are_compared_on_the_seeds_that_both_have() -> None:
     assert (verdict.ruling, verdict.reason) == ("not tested", "the methods have no seed in common")
 
 
-@pytest.mark.parametrize(
-    ("method", "entry", "is_said"),
-    [
-        ("mcm", {"train": "a", "test": "a"}, True),
-        ("vilu", {"train": "a", "test": "a"}, False),  # the seed also sets the first weights
-        ("mcm", {"train": "a", "test": "b"}, False),  # one result stands for both seeds
-    ],
-)
-def test_a_table_says_that_seeds_only_draw_rows(method: str, entry: dict, is_said: bool) -> None:
-    data = {"stores": entry} | ({"fit_share": 0.5} if entry["train"] == entry["test"] else {})
-    chosen = made(data={"one": data}, methods={method: {}}, seeds=2)
-    cells = plan_cells(chosen)
-    results = {cell: result(cell, (0.7, 0.5)) for cell in cells if cell.same_as is None}
-    rigged = Board(chosen, cells, results, lambda cell: np.full((2, B), 0.7))
-    notes = " ".join(table_sheet(rigged, view(metrics=("auroc",))).notes)
-    assert f"Seeds (different results behind a mean): {len(results)} for all." in notes
-    assert ("For methods without randomness, a seed only draws the rows." in notes) == is_said
-
-
 def test_a_claim_says_which_seeds_decide() -> None:
     """The claim must use seed 0, which both methods have.
 

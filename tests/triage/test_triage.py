@@ -322,6 +322,21 @@ def test_what_is_missing_holds_it_up_and_what_is_skipped_counts_as_wrong(
     assert [failures[path] for path in awaited] == [1, 1, 1]
 
 
+def test_the_same_run_again_asks_for_the_same_photos(tmp_path: Path) -> None:
+    """Here fewer photos are left to fit on than are asked for at a time."""
+    truth = write_photos(tmp_path / "photos", 100)
+    job, output = job_on(tmp_path / "photos"), tmp_path / "out"
+    triage_photos(job, output)
+    asked = rows(output / "next_labels.csv")
+    first_labels = {row["path"]: truth[row["path"]] for row in asked[:30]}
+    label_file(tmp_path / "l.csv", first_labels)
+    triage_photos(job, output, [tmp_path / "l.csv"])
+    asked = rows(output / "next_labels.csv")
+    assert {row["stream"] for row in asked} == {"fit"}
+    triage_photos(job, output)
+    assert rows(output / "next_labels.csv") == asked
+
+
 def test_answers_that_were_filled_in_and_not_given_are_not_lost(tmp_path: Path) -> None:
     truth, job, output = (
         write_photos(tmp_path / "photos", 60),

@@ -330,7 +330,7 @@ def add_missing_bench_commands() -> None:
 
 
 def refuse_bench_command(context: typer.Context) -> None:
-    """Raise the error for a vilu-bench command."""
+    """Say how to install this command, which comes with the package vilu-bench."""
     refuse_name_of_bench(COMMAND_GROUP, str(context.info_name))
 
 

@@ -965,9 +965,11 @@ def is_ready_to_draw(run: TriageRun, trial: Trial) -> bool:
     """Return whether the run asks for calibration labels, for a predictor without a guarantee.
 
     A guarantee must be likely, and there must be enough labels to fit on (``is_enough_to_fit``). If
-    no photo is left to fit on, nothing is gained by waiting, so the result is True.
+    no photo is left to fit on, and no label to fit on is asked for, nothing is gained by waiting.
+    So the result is True.
     """
-    if not len(run.split.rows_to_pick(run.photos, run.book)):
+    is_waiting_to_fit = any(entry.stream == "fit" for entry in run.book.waiting_entries())
+    if not is_waiting_to_fit and not len(run.split.rows_to_pick(run.photos, run.book)):
         return True
     n_classes = len(run.settings.embedding.names)
     return trial.likely and is_enough_to_fit(trial, len(run.split.fit_rows), n_classes)

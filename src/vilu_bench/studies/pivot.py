@@ -35,8 +35,7 @@ def notes_of(
     entrants = list(entrant_of_case.values())
     notes = [_interval_note(board.config, view)]
     if any(entrant.results for entrant in entrants):
-        seeds_note = _seeds_note(entrants) + _draws_sentence(board.config, entrants)
-        notes += [_rows_note(board, entrants), seeds_note]
+        notes += [_rows_note(board, entrants), _seeds_note(entrants)]
     notes.append(_conventions_note(view))
     if not set(view.metrics) <= set(board.config.ranking_metrics):
         titles = [METRICS[name].title for name in board.config.ranking_metrics]
@@ -115,14 +114,6 @@ def _seeds_note(entrants: Sequence[Entrant]) -> str:
             exceptions.append(f"{n_runs} for {methods}")
     parts = "; ".join([*exceptions, f"{usual_n_runs} for the others"])
     return f"{intro} {parts}. Methods are compared on the seeds that both have."
-
-
-def _draws_sentence(config: Config, entrants: Iterable[Entrant]) -> str:
-    """Say that a seed only draws rows, if a mean is over seeds of a method without randomness."""
-    for entrant in entrants:
-        if entrant.n_runs > 1 and not config.depends_on_seed(entrant.method):
-            return " For methods without randomness, a seed only draws the rows."
-    return ""
 
 
 def _methods_in_words(entrants: Sequence[Entrant], all_entrants: Sequence[Entrant]) -> str:
