@@ -258,9 +258,9 @@ def _given_file(
     """
     labelled_pictures = _labelled_pictures(file, labels, photo_folder)
     paths_in_book = {entry.path for entry in labelled_pictures}
-    requested_paths = _requests_without_photo(output, photo_folder)
-    answers = {path: labels[path] for path in requested_paths if path in labels}
     names = [name for name in labels if name not in paths_in_book]
+    requested_paths = _requests_without_photo(output, photo_folder)
+    answers = {name: labels[name] for name in names if name in requested_paths}
     labels_by_name = {name: labels[name] for name in names if name not in answers}
     paths = match_photos(labels_by_name, photo_folder.paths, photo_folder.root, source=file)
     given_file = GivenFile({}, {}, answers, names, labelled_pictures)
@@ -271,11 +271,11 @@ def _given_file(
     return given_file
 
 
-def _requests_without_photo(output: Path, photo_folder: PhotoFolder) -> list[str]:
+def _requests_without_photo(output: Path, photo_folder: PhotoFolder) -> set[str]:
     """Return the paths of open requests that no photo has now. The pictures are known."""
     paths = set(photo_folder.paths)
     requests = LabelBook.load(output / BOOK_FILE).waiting_entries()
-    return [entry.path for entry in requests if entry.picture and entry.path not in paths]
+    return {entry.path for entry in requests if entry.picture and entry.path not in paths}
 
 
 def _labelled_pictures(
