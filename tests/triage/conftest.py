@@ -40,6 +40,12 @@ def fill_in(output: Path, truth: dict[str, str], to: Path) -> Path:
     return give_labels(output / "next_labels.csv", truth, to)
 
 
+def label_file(file: Path, labels: dict[str, str]) -> None:
+    """Write a file of labels."""
+    lines = ["path,label", *(f"{path},{label}" for path, label in labels.items())]
+    file.write_text("\n".join(lines) + "\n")
+
+
 def job_on(photos: Path) -> TriageSettings:
     return TriageSettings(
         photos, EmbeddingSettings(BackboneSpec("fake"), NAMES, None, ()), max_risk=0.1, n_next=60

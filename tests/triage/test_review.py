@@ -708,7 +708,7 @@ def test_a_port_that_is_taken_is_one_sentence(half: Path, tmp_path: Path) -> Non
     ("number", "code", "words"),
     [
         (signal.SIGTERM, 143, "stopped: every answer is in"),
-        (signal.SIGINT, 0, "1 answer in"),
+        pytest.param(signal.SIGINT, 0, "1 answer in", marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_review_goes_on_and_says_so(

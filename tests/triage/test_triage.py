@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,7 @@ from PIL import Image
 
 from tests.builders.photo_folders import KINDS, photo, truth_of, write_photos
 from tests.builders.store_fakes import FakeBackbone
-from tests.triage.conftest import Folder, fill_in, job_on, rows
+from tests.triage.conftest import Folder, fill_in, job_on, label_file, rows
 from vilu.artifacts.documents import read_document, write_document, write_json
 from vilu.artifacts.tables import csv_bytes, write_table
 from vilu.calibration.anytime import ThresholdTests
@@ -45,16 +45,10 @@ from vilu.text import plural
 from vilu.triage import outputs, run
 from vilu.triage.guarantee import GuaranteeProgress, new_scene_mask
 from vilu.triage.label_files import label_columns
-from vilu.triage.labels import SKIPPED, LabelBook, read_labels, sides_and_positions
+from vilu.triage.labels import SKIPPED, LabelBook, sides_and_positions
 from vilu.triage.outputs import threshold_rows, triage_photos
 from vilu.triage.photos import PhotoStores
-from vilu.triage.sorting import class_folders
-from vilu.triage.state import TriageSettings, TriageState, moved_photos
-
-
-def label_file(file: Path, labels: dict[str, str]) -> None:
-    lines = ["path,label", *(f"{path},{label}" for path, label in labels.items())]
-    file.write_text("\n".join(lines) + "\n")
+from vilu.triage.state import TriageSettings, TriageState
 
 
 def test_from_photos_to_a_guarantee_that_holds(begun: Folder) -> None:
@@ -388,6 +382,7 @@ def test_answers_that_are_filled_in_during_a_run_are_not_lost(
     assert len(LabelBook.load(output / "labels.parquet").labels) == n_answers
 
 
+@pytest.mark.slow
 def test_answers_of_a_former_class_are_kept_by_the_former_classes(
     tmp_path: Path, changed: Callable[..., TriageSettings]
 ) -> None:
@@ -771,102 +766,6 @@ def test_the_label_of_a_photo_that_has_changed_never_counts(
     assert book.note_pictures({"day 0/0000.png": b"now"}) == 0
 
 
-def test_labels_go_with_their_pictures_to_new_paths(
-    folder: Folder, job: TriageSettings, tmp_path: Path
-) -> None:
-    photos, truth = folder
-    label_file(tmp_path / "l.csv", truth)
-    output = tmp_path / "out"
-    before = triage_photos(job, output, [tmp_path / "l.csv"])
-    (photos / "day 0").rename(photos / "sunday")
-    first, second = photos / "day 1" / "0001.png", photos / "day 1" / "0005.png"
-    first.rename(photos / "third.png")
-    second.rename(first)
-    (photos / "third.png").rename(second)
-    after = triage_photos(job, output)
-    now = {path.replace("day 0", "sunday"): label for path, label in truth.items()}
-    one, other = "day 1/0001.png", "day 1/0005.png"
-    assert truth[one] != truth[other]
-    now[one], now[other] = truth[other], truth[one]
-    assert LabelBook.load(output / "labels.parquet").labels == now
-    assert "; 200 have a label" in after.counts
-    assert after.guarantee == before.guarantee
-    triage_photos(job, tmp_path / "new", [output / "labels.parquet"])
-    assert LabelBook.load(tmp_path / "new" / "labels.parquet").labels == now
-
-
-def test_a_book_gives_labels_to_its_pictures_alone(
-    folder: Folder, job: TriageSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    photos, truth = folder
-    label_file(tmp_path / "l.csv", truth)
-    triage_photos(job, tmp_path / "old", [tmp_path / "l.csv"])
-    book = tmp_path / "old" / "labels.parquet"
-    (photos / "day 0").rename(photos / "sunday")
-    shutil.copy(photos / "sunday" / "0000.png", photos / "copy.png")
-    (photos / "day 1" / "0001.png").write_bytes(photo(4, 7000))
-    (photos / "day 1" / "0003.png").unlink()
-    triage_photos(job, tmp_path / "new", [book])
-    expected = {path.replace("day 0", "sunday"): label for path, label in truth.items()}
-    expected["copy.png"] = expected.pop("sunday/0000.png")  # the first of the two copies
-    del expected["day 1/0001.png"]
-    del expected["day 1/0003.png"]
-    assert LabelBook.load(tmp_path / "new" / "labels.parquet").labels == expected
-    assert "2 labels left out, since no readable photo in" in caplog.text
-    write_photos(tmp_path / "others", 20, first=500)
-    with pytest.raises(DataError, match=r"200 labels left out, .* has the picture"):
-        triage_photos(job_on(tmp_path / "others"), tmp_path / "other", [book])
-
-
-def test_answers_in_the_book_are_not_lost_by_a_rename(
-    folder: Folder, job: TriageSettings, tmp_path: Path
-) -> None:
-    photos, truth = folder
-    output = tmp_path / "out"
-    triage_photos(job, output)
-    table = output / "next_labels.csv"
-    answers, _ = read_labels(fill_in(output, truth, table))
-    # A run that was killed has saved the answers, but has not written the table again.
-    book = LabelBook.load(output / "labels.parquet")
-    book.note_labels(answers)
-    book.note_pictures(dict(PhotoStores(output / "embeddings").seen_pictures()))
-    book.save(output / "labels.parquet")
-    (photos / "day 0").rename(photos / "sunday")
-    triage_photos(job, output)
-    expected = {path.replace("day 0", "sunday"): label for path, label in answers.items()}
-    assert LabelBook.load(output / "labels.parquet").labels == expected
-
-
-def test_answers_count_though_some_photos_were_renamed(
-    folder: Folder, job: TriageSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    photos, truth = folder
-    output = tmp_path / "out"
-    triage_photos(job, output)
-    table = output / "next_labels.csv"
-    answers, _ = read_labels(fill_in(output, truth, table))
-    (photos / "day 0").rename(photos / "sunday")
-    triage_photos(job, output, [table])
-    expected = {path.replace("day 0", "sunday"): label for path, label in answers.items()}
-    assert LabelBook.load(output / "labels.parquet").labels == expected
-    assert "left out" not in caplog.text
-
-
-def test_a_guarantee_does_not_outlive_labels_of_renamed_photos(guaranteed: Folder) -> None:
-    (home, truth), output = guaranteed, guaranteed[0] / "out"
-    counted = pq.read_table(output / "predictor" / "calibration.parquet")["key"].to_pylist()
-    (home / "photos" / "day 0").rename(home / "photos" / "sunday")
-    assert triage_photos(job_on(home / "photos"), output).guarantee.startswith("Guaranteed")
-    wrong = {}
-    for path in counted:
-        if path.startswith("day 0"):
-            wrong[path.replace("day 0", "sunday")] = "cat" if truth[path] != "cat" else "dog"
-    assert len(wrong) > 20
-    label_file(home / "l.csv", wrong)
-    summary = triage_photos(job_on(home / "photos"), output, [home / "l.csv"])
-    assert summary.guarantee.startswith("Not guaranteed yet")
-
-
 def test_another_model_is_refused_before_embedding_the_first_goes_on(
     job: TriageSettings, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1000,92 +899,6 @@ def test_pictures_of_no_class_are_wrong_answers(
     assert {path.replace("/", "__") for path in (*names[:40], names[50])} <= placed
 
 
-def test_links_and_moved_photos(guaranteed: Folder, fake_model: FakeBackbone) -> None:
-    (home, truth), output = guaranteed, guaranteed[0] / "out"
-    job, asked = job_on(home / "photos"), rows(output / "next_labels.csv")
-    assert {row["stream"] for row in asked} == {"fit", "calibration"}
-    triage_photos(job, output, sort="link")
-    placed = list((output / "sorted").rglob("*.png"))
-    assert len(placed) == 400
-    assert all(path.is_symlink() and path.exists() for path in placed)
-    decided = {row["path"]: row for row in rows(output / "decisions.csv")}
-    accepted = next(path for path, row in decided.items() if row["decision"] == "accept")
-    place = (
-        output / "sorted" / "accepted" / decided[accepted]["answer"] / accepted.replace("/", "__")
-    )
-    assert place.resolve() == (job.photos / accepted).resolve()
-
-    content = {path: (job.photos / path).read_bytes() for path in truth}
-    n = fake_model.n_images
-    triage_photos(job, output, sort="move")
-    assert place.read_bytes() == content[accepted]
-    assert not place.is_symlink()
-    assert not (job.photos / accepted).exists()
-    for sort in ("move", None):  # moved photos still belong to this triage, and no photo is lost
-        assert triage_photos(job, output, sort=sort).counts.startswith("400 photos: ")
-    assert fake_model.n_images == n
-    assert rows(output / "next_labels.csv") == asked  # none of these photos has a label yet
-    assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(
-        content.values()
-    )
-    triage_photos(job, output, overwrite=True)
-    assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(
-        content.values()
-    )
-
-
-def test_a_library_of_links_is_triaged_and_never_moved(
-    tmp_path: Path, fake_model: FakeBackbone
-) -> None:
-    truth = write_photos(tmp_path / "library", 60)
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "album").symlink_to(tmp_path / "library")
-    write_photos(tmp_path / "photos", 40, 60)
-    job = job_on(tmp_path / "photos")
-    assert triage_photos(job, tmp_path / "in").counts.startswith("40 photos")
-    job = dataclasses.replace(job, follow_links=True)
-    assert triage_photos(job, tmp_path / "out", sort="move").counts.startswith("100 photos")
-    assert all((tmp_path / "library" / name).is_file() for name in truth)
-    assert len(moved_photos(tmp_path / "out")) == 40
-
-
-def sixty_moved(home: Path) -> tuple[TriageSettings, Path, dict[str, str]]:
-    """Move 60 photos by a triage, and return its job, its output and the right names."""
-    truth, job = write_photos(home / "photos", 60), job_on(home / "photos")
-    triage_photos(job, home / "out", sort="move")
-    return job, home / "out", truth
-
-
-def test_no_moved_photo_is_lost_where_the_next_move_is_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job, output, truth = sixty_moved(tmp_path)
-    labels = tmp_path / "l.csv"
-    labels.write_text(
-        "path,label\n" + "".join(f"{path},{name}\n" for path, name in truth.items()),
-        encoding="utf-8",
-    )
-    move, moves = shutil.move, list[Path]()
-
-    def stop_later(source: Path, target: Path, copy: Callable[..., None]) -> None:
-        moves.append(target)
-        if len(moves) == 3:
-            raise KeyboardInterrupt
-        move(source, target, copy)
-
-    monkeypatch.setattr(shutil, "move", stop_later)
-    with pytest.raises(KeyboardInterrupt):
-        triage_photos(job, output, [labels], sort="move")
-    for sort in (
-        None,
-        "link",
-        None,
-    ):  # a link to a photo that was not moved yet is not a moved photo
-        assert triage_photos(job, output, sort=sort).counts.startswith("60 photos: ")
-    triage_photos(job, output, sort="move")
-    assert len(list((output / "sorted" / "accepted").rglob("*.png"))) == 60
-
-
 @pytest.mark.parametrize("word", [OUTSIDE_NAME, SKIPPED])
 def test_a_class_that_is_called_as_a_word_of_the_labels_is_refused(
     word: str, tmp_path: Path
@@ -1099,135 +912,6 @@ def test_a_class_that_is_called_as_a_word_of_the_labels_is_refused(
         match="is the name of a class, and also the label of photos that are of no class",
     ):
         triage_photos(job, tmp_path / "out")
-
-
-def test_a_move_to_another_disk_that_is_stopped_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stopped move once left half a photo at the target, and the same command then failed."""
-    write_photos(tmp_path / "photos", 24)
-    job, output, copystat, copied = (
-        job_on(tmp_path / "photos"),
-        tmp_path / "out",
-        shutil.copystat,
-        list[str](),
-    )
-    sizes = {
-        path: (path.stat().st_size, path.stat().st_mtime_ns) for path in job.photos.rglob("*.png")
-    }
-
-    def other_disk(*_: object) -> None:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    def stop_later(source: str, target: str, **more: bool) -> None:
-        copied.append(source)
-        if len(copied) == 3:
-            raise KeyboardInterrupt
-        copystat(source, target, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", other_disk)
-        patch.setattr(shutil, "copystat", stop_later)
-        with pytest.raises(KeyboardInterrupt):
-            triage_photos(job, output, sort="move")
-        assert len([path for path in (output / "sorted").rglob("*") if path.is_file()]) == 2
-        assert triage_photos(job, output, sort="move").counts.startswith("24 photos: ")
-    moved = [
-        (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in (output / "sorted").rglob("*.png")
-    ]
-    assert sorted(moved) == sorted(sizes.values())
-
-
-def test_a_new_photo_with_the_name_of_a_moved_one_is_not_passed_over(tmp_path: Path) -> None:
-    job, output, _ = sixty_moved(tmp_path)
-    again = job.photos / "day 0" / "0000.png"
-    again.write_bytes(photo(5, 999))
-    with pytest.raises(DataError, match=r"'day 0/0000.png' was moved to .* Rename the new photo"):
-        triage_photos(job, output)
-    again.rename(again.with_name("new.png"))
-    assert triage_photos(job, output).counts.startswith("61 photos (1 of them new): ")
-
-
-def test_a_moved_photo_is_not_lost_where_another_file_has_its_next_place(tmp_path: Path) -> None:
-    job, output, truth = sixty_moved(tmp_path)
-    path = "day 0/0000.png"
-    before = moved_photos(output)[path]
-    other = output / "sorted" / "accepted" / truth[path] / before.name
-    other.parent.mkdir(parents=True, exist_ok=True)
-    other.write_bytes(photo(1, 777))
-    (tmp_path / "l.csv").write_text(f"path,label\n{path},{truth[path]}\n")
-    for labels in ([tmp_path / "l.csv"], []):
-        assert triage_photos(job, output, labels, sort="move").counts.startswith("60 photos: ")
-        assert moved_photos(output)[path] == before
-    assert other.read_bytes() == photo(1, 777)
-
-
-@pytest.mark.parametrize("sort", ["link", "move"])
-def test_photos_whose_names_are_no_utf8_are_sorted_as_all_others(
-    tmp_path: Path, sort: Literal["link", "move"]
-) -> None:
-    write_photos(tmp_path / "photos", 20)
-    (tmp_path / "photos" / os.fsdecode(b"\xff.png")).write_bytes(photo(1, 5000))
-    job, output, link = (
-        job_on(tmp_path / "photos"),
-        tmp_path / "out",
-        tmp_path / "photos" / "link.png",
-    )
-    link.symlink_to(tmp_path / "elsewhere.png")
-    (tmp_path / "elsewhere.png").write_bytes(photo(1, 5001))
-    triage_photos(job, output, sort=sort)
-    assert [path.read_bytes() for path in (output / "sorted").rglob(r"\xff.png")] == [
-        photo(1, 5000)
-    ]
-    for _ in range(2):
-        assert triage_photos(job, output, sort=sort).counts.startswith("22 photos: ")
-    assert link.is_symlink(), "a link among the photos is none that may go"
-
-
-@pytest.mark.parametrize("sort", ["link", "move"])
-def test_photos_whose_flat_names_are_one_are_all_sorted(
-    tmp_path: Path, sort: Literal["link", "move"]
-) -> None:
-    write_photos(tmp_path / "photos", 30)
-    (tmp_path / "photos" / "day 0__0000.png").write_bytes(photo(1, 5000))
-    content = sorted(path.read_bytes() for path in (tmp_path / "photos").rglob("*.png"))
-    for _ in range(2):
-        triage_photos(job_on(tmp_path / "photos"), tmp_path / "out", sort=sort)
-        assert (
-            sorted(path.read_bytes() for path in (tmp_path / "out" / "sorted").rglob("*.png"))
-            == content
-        )
-    assert triage_photos(job_on(tmp_path / "photos"), tmp_path / "out").counts.startswith(
-        "31 photos: "
-    )
-
-
-def test_every_class_has_its_own_folder() -> None:
-    folders = class_folders(("C++", "C#", "C&", "C_", "sea", "\u00e9" * 200, "..", "sea"))
-    assert folders["C++"] == "C++"
-    assert folders["sea"] == "sea"
-    assert folders[".."] == "_"
-    assert len(set(folders.values())) == len(folders)
-    assert max(len(folder.encode()) for folder in folders.values()) <= 255
-
-
-def test_photos_of_classes_with_like_names_are_sorted_apart(
-    tmp_path: Path, changed: Callable[..., TriageSettings]
-) -> None:
-    job = changed()
-    truth = write_photos(job.photos, 60)
-    name_of = {"cat": "c/t", "dog": "c&t", "car": "car"}
-    names = tuple(name_of[name] for name in job.embedding.names)
-    job = changed(embedding=dataclasses.replace(job.embedding, names=names))
-    few = {path: name_of[truth[path]] for path in truth}
-    (tmp_path / "labels.csv").write_text(
-        "path,label\n" + "".join(f"{path},{label}\n" for path, label in few.items())
-    )
-    triage_photos(job, tmp_path / "out", [tmp_path / "labels.csv"], sort="link")
-    for folder in (tmp_path / "out" / "sorted" / "accepted").iterdir():
-        labels = {few[link.name.replace("__", "/")] for link in folder.iterdir()}
-        assert len(labels) == 1
 
 
 def test_two_photos_that_older_code_took_for_one_part_again(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from tests.builders.photo_folders import write_photos
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import command_line, run
-from tests.conftest import few, toy_embeddings
+from tests.conftest import toy_embeddings
 from tests.triage.conftest import Folder, fill_in, give_labels, rows
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.rules import Rule
@@ -173,7 +173,8 @@ def test_sidecars_without_a_label_are_explained(work: Path) -> None:
     assert "--xmp has written no label" in run(*arguments, cwd=work).stderr
 
 
-@pytest.mark.parametrize("more", few([(), ("--with-backbone",)], 1), ids=["head", "from pixels"])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--with-backbone",)], ids=["head", "from pixels"])
 def test_the_predictor_of_a_triage_is_exported(
     work: Path, more: tuple[str, ...], fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,114 @@
+"""Test that labels go with their pictures when photos are renamed, swapped or copied."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.builders.photo_folders import photo, write_photos
+from tests.triage.conftest import Folder, fill_in, job_on, label_file
+from vilu.errors import DataError
+from vilu.triage.labels import LabelBook, read_labels
+from vilu.triage.outputs import triage_photos
+from vilu.triage.photos import PhotoStores
+from vilu.triage.state import TriageSettings
+
+
+def test_labels_go_with_their_pictures_to_new_paths(
+    folder: Folder, job: TriageSettings, tmp_path: Path
+) -> None:
+    photos, truth = folder
+    label_file(tmp_path / "l.csv", truth)
+    output = tmp_path / "out"
+    before = triage_photos(job, output, [tmp_path / "l.csv"])
+    (photos / "day 0").rename(photos / "sunday")
+    first, second = photos / "day 1" / "0001.png", photos / "day 1" / "0005.png"
+    first.rename(photos / "third.png")
+    second.rename(first)
+    (photos / "third.png").rename(second)
+    after = triage_photos(job, output)
+    now = {path.replace("day 0", "sunday"): label for path, label in truth.items()}
+    one, other = "day 1/0001.png", "day 1/0005.png"
+    assert truth[one] != truth[other]
+    now[one], now[other] = truth[other], truth[one]
+    assert LabelBook.load(output / "labels.parquet").labels == now
+    assert "; 200 have a label" in after.counts
+    assert after.guarantee == before.guarantee
+    triage_photos(job, tmp_path / "new", [output / "labels.parquet"])
+    assert LabelBook.load(tmp_path / "new" / "labels.parquet").labels == now
+
+
+@pytest.mark.slow
+def test_a_book_gives_labels_to_its_pictures_alone(
+    folder: Folder, job: TriageSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos, truth = folder
+    label_file(tmp_path / "l.csv", truth)
+    triage_photos(job, tmp_path / "old", [tmp_path / "l.csv"])
+    book = tmp_path / "old" / "labels.parquet"
+    (photos / "day 0").rename(photos / "sunday")
+    shutil.copy(photos / "sunday" / "0000.png", photos / "copy.png")
+    (photos / "day 1" / "0001.png").write_bytes(photo(4, 7000))
+    (photos / "day 1" / "0003.png").unlink()
+    triage_photos(job, tmp_path / "new", [book])
+    expected = {path.replace("day 0", "sunday"): label for path, label in truth.items()}
+    expected["copy.png"] = expected.pop("sunday/0000.png")  # the first of the two copies
+    del expected["day 1/0001.png"]
+    del expected["day 1/0003.png"]
+    assert LabelBook.load(tmp_path / "new" / "labels.parquet").labels == expected
+    assert "2 labels left out, since no readable photo in" in caplog.text
+    write_photos(tmp_path / "others", 20, first=500)
+    with pytest.raises(DataError, match=r"200 labels left out, .* has the picture"):
+        triage_photos(job_on(tmp_path / "others"), tmp_path / "other", [book])
+
+
+def test_answers_in_the_book_are_not_lost_by_a_rename(
+    folder: Folder, job: TriageSettings, tmp_path: Path
+) -> None:
+    photos, truth = folder
+    output = tmp_path / "out"
+    triage_photos(job, output)
+    table = output / "next_labels.csv"
+    answers, _ = read_labels(fill_in(output, truth, table))
+    # A run that was killed has saved the answers, but has not written the table again.
+    book = LabelBook.load(output / "labels.parquet")
+    book.note_labels(answers)
+    book.note_pictures(dict(PhotoStores(output / "embeddings").seen_pictures()))
+    book.save(output / "labels.parquet")
+    (photos / "day 0").rename(photos / "sunday")
+    triage_photos(job, output)
+    expected = {path.replace("day 0", "sunday"): label for path, label in answers.items()}
+    assert LabelBook.load(output / "labels.parquet").labels == expected
+
+
+def test_answers_count_though_some_photos_were_renamed(
+    folder: Folder, job: TriageSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos, truth = folder
+    output = tmp_path / "out"
+    triage_photos(job, output)
+    table = output / "next_labels.csv"
+    answers, _ = read_labels(fill_in(output, truth, table))
+    (photos / "day 0").rename(photos / "sunday")
+    triage_photos(job, output, [table])
+    expected = {path.replace("day 0", "sunday"): label for path, label in answers.items()}
+    assert LabelBook.load(output / "labels.parquet").labels == expected
+    assert "left out" not in caplog.text
+
+
+def test_a_guarantee_does_not_outlive_labels_of_renamed_photos(guaranteed: Folder) -> None:
+    (home, truth), output = guaranteed, guaranteed[0] / "out"
+    counted = pq.read_table(output / "predictor" / "calibration.parquet")["key"].to_pylist()
+    (home / "photos" / "day 0").rename(home / "photos" / "sunday")
+    assert triage_photos(job_on(home / "photos"), output).guarantee.startswith("Guaranteed")
+    wrong = {}
+    for path in counted:
+        if path.startswith("day 0"):
+            wrong[path.replace("day 0", "sunday")] = "cat" if truth[path] != "cat" else "dog"
+    assert len(wrong) > 20
+    label_file(home / "l.csv", wrong)
+    summary = triage_photos(job_on(home / "photos"), output, [home / "l.csv"])
+    assert summary.guarantee.startswith("Not guaranteed yet")
