@@ -182,7 +182,8 @@ release: .venv/.release
 	build/release/installed/bin/python -m pip install --quiet --disable-pip-version-check dist/vilu-*.whl
 	$(SBOM) --pyproject pyproject.toml --output-file dist/vilu-sbom.json build/release/installed
 	build/release/installed/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
-	$(SBOM) --pyproject $(BENCH)/pyproject.toml --output-file dist/vilu-bench-sbom.json build/release/installed
+	$(SBOM) --pyproject $(BENCH)/pyproject.toml --output-file build/release/vilu-bench-sbom.json build/release/installed
+	sed 's#file://[^"]*/dist/##' build/release/vilu-bench-sbom.json >dist/vilu-bench-sbom.json  # no path of this machine
 	cd dist && sha256sum *.whl *.tar.gz *.json >SHA256SUMS
 
 clean:
