@@ -99,6 +99,22 @@ def test_answers_count_though_some_photos_were_renamed(
     assert "left out" not in caplog.text
 
 
+def test_answers_to_renamed_photos_are_named_if_the_book_is_removed(
+    folder: Folder, job: TriageSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos, truth = folder
+    output = tmp_path / "out"
+    triage_photos(job, output)
+    filled_in = fill_in(output, truth, tmp_path / "filled_in.csv")
+    answers, _ = read_labels(filled_in)
+    (photos / "day 0").rename(photos / "sunday")
+    triage_photos(job, output, [filled_in], overwrite=True)
+    expected = {path: label for path, label in answers.items() if path.startswith("day 1/")}
+    assert 0 < len(expected) < len(answers)
+    assert LabelBook.load(output / "labels.parquet").labels == expected
+    assert f"{len(answers) - len(expected)} labels left out, since no photo in" in caplog.text
+
+
 def test_a_guarantee_does_not_outlive_labels_of_renamed_photos(guaranteed: Folder) -> None:
     (home, truth), output = guaranteed, guaranteed[0] / "out"
     counted = pq.read_table(output / "predictor" / "calibration.parquet")["key"].to_pylist()

@@ -154,9 +154,11 @@ def triage_photos(
     files = _read_label_files(labels, settings, former_classes)
     open_state(output, settings, overwrite=overwrite)  # fails here if the folder is no triage
     photo_folder = list_folder(settings.photos, output, follow_links=settings.follow_links)
+    # With ``overwrite`` the book is removed, so no request is left that could be answered.
+    requested_paths = set() if overwrite else _requests_without_photo(output, photo_folder)
     given_files = []
     for file, (file_labels, streams) in files.items():
-        given_files.append(_given_file(file, file_labels, streams, photo_folder, output))
+        given_files.append(_given_file(file, file_labels, streams, photo_folder, requested_paths))
     read_answers: dict[str, str] = {}
     if not overwrite:
         read_answers = _require_no_lost_answers(output, given_files, former_classes, {})
@@ -245,7 +247,7 @@ def _given_file(
     labels: Mapping[str, str],
     streams: Mapping[str, str],
     photo_folder: PhotoFolder,
-    output: Path,
+    requested_paths: Collection[str],
 ) -> GivenFile:
     """Match the labels in a file with photos. Labels of known pictures are matched later.
 
@@ -254,12 +256,11 @@ def _given_file(
         labels: Maps the photo names in the file to labels.
         streams: Maps the photo names in the file to streams.
         photo_folder: The photos.
-        output: The triage folder.
+        requested_paths: Paths of open requests that no photo has now.
     """
     labelled_pictures = _labelled_pictures(file, labels, photo_folder)
     paths_in_book = {entry.path for entry in labelled_pictures}
     names = [name for name in labels if name not in paths_in_book]
-    requested_paths = _requests_without_photo(output, photo_folder)
     answers = {name: labels[name] for name in names if name in requested_paths}
     labels_by_name = {name: labels[name] for name in names if name not in answers}
     paths = match_photos(labels_by_name, photo_folder.paths, photo_folder.root, source=file)
