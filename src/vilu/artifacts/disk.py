@@ -289,8 +289,9 @@ def locked(
         yield
     finally:
         # The holder file is removed before the lock is released, because the next lock holder
-        # writes a new holder file. If the file names another process, the lock did not exclude that
-        # process. The process may still be at work, so the file stays.
+        # writes a new holder file. On some file systems the lock does not exclude other machines.
+        # So another process may have written the file by now, and may still be at work. Then the
+        # file stays.
         holder = _read_holder(holder_file)
         if holder and holder.group() == this_process:
             with suppress(OSError):

@@ -50,15 +50,19 @@ logger = logging.getLogger(__name__)
 class ClosedFormHead(nn.Module):
     """Two maps from image features f to the sentence space, both in closed form.
 
-    The first map is a convex combination of class embeddings (Norouzi et al., ICLR 2014):
+    W and b are a classifier's weights and bias. The rows of T are the class prompts' embeddings,
+    and Tc = T - mean(T). The first map weighs Tc's rows by the class probabilities p (Norouzi et
+    al., ICLR 2014):
 
-        a = normalise(softmax(W f + b) (T - mean(T)))
+        p = softmax(W f + b)
+        a = normalise(p Tc)
 
-    The second map is a ridge regression from class weights to class embeddings:
+    The second map is linear, with a matrix P. A ridge regression from the rows of Wc to the rows of
+    Tc gives P, where I is the identity:
 
-        r  = normalise((f - mean_feature) P)
-        P  = (Wc^T Wc + ridge I)^-1 Wc^T (T - mean(T))
         Wc = W - mean(W)
+        P  = (Wc^T Wc + ridge * I)^-1 Wc^T Tc
+        r  = normalise((f - mean_feature) P)
 
     The image embedding is (a, r), and a text t has the embedding (t, t). Therefore the two
     embeddings' cosine is the mean of cos(a, t) and cos(r, t).

@@ -312,11 +312,14 @@ class ReadingFlags:
             )
         fold = self.fold
         if fold is not None and role is not None:
-            fold = role
+            fold = role  # the role, such as "train", decides which fold is read
         return open_source(store, pools=pools, fold=fold, logit_scale=self.logit_scale)
 
     def split_of(self, data: EmbeddingSource) -> str | None:
-        """Return the fold or split to read. None if the store does not state a split."""
+        """Return the name of the split that is read: the fold, or else the store's own split.
+
+        None if there is no fold, and the store does not state a split.
+        """
         from vilu.embeddings.two_models import TwoModels
         from vilu.store.reader import CaptionStore, EmbeddingStore
 

@@ -121,12 +121,13 @@ def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
         f"cannot hold (largest numbers {largest_of_scaled.min():.3g} to "
         f"{largest_of_scaled.max():.3g}). These rows were scaled, which changes no cosine."
     )
-    # A row is divided by a power of two, to bring its largest number into [1/2, 1). A power of two
-    # changes only the exponents of the numbers, so no digit is lost.
+    # A row is divided by 2^e, to bring its largest number into [1/2, 1). A power of two changes
+    # only the exponents of the numbers, so no digit is lost.
     _, exponents = np.frexp(largest_of_scaled)
     exponent_column = exponents[:, None]
+    scaled_rows = np.ldexp(array[needs_scaling], -exponent_column)
     array = array.copy()
-    array[needs_scaling] = np.ldexp(array[needs_scaling], -exponent_column)
+    array[needs_scaling] = scaled_rows
     return array
 
 

@@ -170,14 +170,17 @@ def _join_key(number: Ints, group: Ints, wrong: NDArray[np.bool_], n_groups: int
 
 
 def _split_key(key: Ints, n_groups: int) -> tuple[Ints, Ints, NDArray[np.bool_]]:
-    """Compute number (E,), group (E,) and correctness (E,) from the keys of ``_join_key``."""
+    """Compute number (E,), group (E,) and wrong (E,) from the keys of ``_join_key``."""
     number_and_group = key // 2
-    return number_and_group // n_groups, number_and_group % n_groups, key % 2 == 1
+    number = number_and_group // n_groups
+    group = number_and_group % n_groups
+    wrong = key % 2 == 1
+    return number, group, wrong
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """Uncertainties for rows with known failures."""
+    """Uncertainties for rows whose answers are known to be right or wrong."""
 
     uncertainty: Floats  # (N,) scores
     failure: Ints  # (N,) 1 where the answer is wrong, else 0

@@ -107,7 +107,7 @@ def evaluate(
     if fitted_rows_sentences:
         warn_caller(
             "the predictor was fitted on some of the rows that were scored: "
-            f"{_join_sentences(fitted_rows_sentences)}. Numbers of such rows are too good."
+            f"{_join_sentences(fitted_rows_sentences)}. Numbers of such rows can be too good."
         )
     if few_answers_sentences:
         consequence = "intervals are wide" if n_resamples else "numbers rest on few answers"

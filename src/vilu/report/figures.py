@@ -172,12 +172,16 @@ class Photo:
 
 
 def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
-    """Draw the most and the least trusted photos. Each photo has the answer and the verdict."""
+    """Draw the most trusted photos, and below them the least trusted photos.
+
+    Under each photo are the answer and, if the right answer is known, whether the answer is wrong.
+    """
     columns = max(len(trusted), len(doubted), 1)
     figure = new_figure(width=1.7 * columns, height=5.2)
-    panels = figure.subfigures(nrows=2, ncols=1, squeeze=False).ravel()
-    sections = {"Most trusted": trusted, "Least trusted": doubted}
-    for panel, (title, photos) in zip(panels, sections.items(), strict=True):
+    panels = figure.subfigures(nrows=2, ncols=1, squeeze=False)
+    top_panel, bottom_panel = panels[:, 0]
+    sections = [(top_panel, "Most trusted", trusted), (bottom_panel, "Least trusted", doubted)]
+    for panel, title, photos in sections:
         panel.suptitle(title, fontsize=11, x=0.01, ha="left")
         for number, photo in enumerate(photos):
             axes = panel.add_subplot(1, columns, number + 1)

@@ -585,7 +585,8 @@ class ScoreFolder(PickledByPath):
             n_unusable=self.counts.n_unscored,
             n_seen_in_fit=self.counts.n_seen,
             has_clusters=has_clusters,
-            # with clusters, the sample holds clusters, and cannot be compared with pictures
+            # If rows have clusters, the tally's sample consists of clusters. Other tallies' samples
+            # consist of pictures, so the two could not be compared.
             sample=None if has_clusters else tally.sample,
         )
 

@@ -314,7 +314,10 @@ class SourceArrays:
         return float(user_value)
 
     def fingerprint(self) -> str:
-        """Return a hash of all arrays except scale and bias, which are in the space."""
+        """Return a hash of all arrays except scale and bias.
+
+        The fingerprint of the embedding space has scale and bias already.
+        """
         hashed_arrays = {
             name: array for name, array in self.opened_arrays.items() if name not in SPACE_ARRAYS
         }

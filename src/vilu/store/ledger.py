@@ -372,12 +372,13 @@ class Ledger(ABC, Generic[P, R]):
             for part in self.parts:
                 receipt_or_reason = self.receipt_or_reason(part, check_hashes=check_hashes)
                 task.advance(1)
-                if not isinstance(receipt_or_reason, str):
+                if isinstance(receipt_or_reason, self._receipt_type):
                     receipts.append(receipt_or_reason)
                     continue
+                reason = receipt_or_reason
                 missing_parts.append(part)
-                if receipt_or_reason != NO_RECEIPT:
-                    logger.warning("part %d is done again: %s", part.number, receipt_or_reason)
+                if reason != NO_RECEIPT:
+                    logger.warning("part %d is done again: %s", part.number, reason)
         return missing_parts, receipts
 
     def _checking_progress(self, *, check_hashes: bool) -> AbstractContextManager[Task]:

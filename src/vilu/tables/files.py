@@ -34,15 +34,18 @@ def is_answer_table(path: Path) -> bool:
             names = pyarrow.parquet.read_schema(path).names
     except (pa.ArrowException, ValueError, OSError):
         return False  # another reader will read the file and report the error
-    score_columns = {"uncertainty", "failure"} & set(names)
-    is_score_file = len(score_columns) == 2  # files of `vilu score` have both columns
+    has_uncertainty = "uncertainty" in names
+    has_failure = "failure" in names
     if "id" in names:
+        is_score_file = has_uncertainty and has_failure  # files of `vilu score` have both columns
         return not is_score_file
-    return table_suffix(path) == ".csv" and not score_columns
+    if has_uncertainty or has_failure:
+        return False  # scores without ids
+    return table_suffix(path) == ".csv"
 
 
 def with_features_files(*paths: Path) -> list[Path]:
-    """Return the paths, and after each table the file with its features, if this file exists."""
+    """Return the paths. If a table has a file with features, this file follows the table."""
     files = []
     for path in paths:
         files.append(path)

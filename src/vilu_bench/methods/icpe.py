@@ -36,10 +36,10 @@ class ICPE(ClassDensity):
     ICPE, and the label in the results says so.
 
     Args:
-        features: Whether to use the two columns if the data have them.
+        features: Whether to compute x from the two columns, if the data have both.
         components: Maximum number of principal components. The image count is a limit, too.
-        ridge: Added to the diagonal of every covariance. A ridge below 1e-11 of the largest mean
-            variance is raised to this bound.
+        ridge: Added to the diagonal of every covariance. The smallest ridge used is the largest
+            mean variance times 1e-11.
 
     Source: "ICPE", WACV 2026, and its notebook (zhenxianglin/ICPE): PCA with 128 components, ridge
     1e-8, float64 densities. This implementation also defines cases that the notebook leaves

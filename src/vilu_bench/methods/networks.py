@@ -259,13 +259,13 @@ class LMN(NetworkPredictor):
         >>> vilu.MCM().predict_uncertainty(new).round(2)  # both are 8 degrees from the boundary
         array([0.12, 0.12])
         >>> method = vilu.PREDICTORS["lmn"](epochs=20, learning_rate=0.01)
-        >>> method.fit(train).predict_uncertainty(new).round(1)  # wrong answers are near the second
+        >>> method.fit(train).predict_uncertainty(new).round(1)  # image 2 is near wrong answers
         array([0. , 0.3])
     """
 
     name: ClassVar[str] = "lmn"
     summary: ClassVar[str] = (
-        "MCM at a temperature that a small network gives each image (LMN, ICLR 2026)"
+        "MCM, and a small network predicts the temperature of each image (LMN, ICLR 2026)"
     )
     reference: ClassVar[str] = "Huang et al., ICLR 2026"
     cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of a small MLP; score: 40 kFLOP per row"

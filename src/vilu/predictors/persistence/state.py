@@ -62,11 +62,15 @@ class StateLayout(NamedTuple):
         expectation = f"{self.method_name} has no weights"
         if self.names:
             expectation = f"a {self.method_name} holds {', '.join(self.names)}"
-        return f"{expectation}. The file has {', '.join(sorted(tensors)[:MAX_SHOWN_NAMES])}."
+        shown_names = sorted(tensors)[:MAX_SHOWN_NAMES]
+        return f"{expectation}. The file has {', '.join(shown_names)}."
 
 
 FORM_PATTERN = re.compile(r"(\S+):([fdi?])(\w*)<?(\w?)")
-"""Form of a tensor: name, type, a letter for each size, and the size that bounds the values."""
+"""Form of a tensor: name, type, a letter for each size, and the size that bounds the values.
+
+``require_forms`` shows an example.
+"""
 
 TYPE_OF_LETTER = {"f": torch.float32, "d": torch.float64, "i": torch.int64, "?": torch.bool}
 """Tensor types by letter in a form."""

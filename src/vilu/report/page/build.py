@@ -99,7 +99,7 @@ def report_page(
 
     The page shows how often the model is wrong, and how well the methods predict this. The page has
     curves with a movable operating point, tables of metrics and classes, and an answer gallery. The
-    page loads nothing, and works offline and in print. Equal input gives equal bytes.
+    page needs no other file and no network, and it can be printed. Equal input gives equal bytes.
 
     Args:
         outcomes: Scores from every method on the same rows. Every method has a distinct name, and

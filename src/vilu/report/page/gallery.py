@@ -38,7 +38,7 @@ class Card:
     """The model's answer to one picture in the gallery. Unknown values are None."""
 
     key: str  # row identifier
-    answer: str | None  # name of the judged class
+    answer: str | None  # name of the class that the model answered
     true_class: str | None  # name of the true class, or "none of the classes"
     is_wrong: bool | None  # whether the answer is wrong
     uncertainty: float

@@ -227,7 +227,9 @@ def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
                     f"{', '.join(missing_columns)}. Make it with: tesseract PAGE.png PAGE tsv"
                 )
             for cells in table:
-                if None in cells.values() or None in cells:
+                has_too_few_cells = None in cells.values()
+                has_too_many_cells = None in cells  # the key of the cells beyond the header
+                if has_too_few_cells or has_too_many_cells:
                     raise DataError(
                         f"{file} line {table.line_num} must have {len(table.fieldnames or ())} "
                         "cells. The line is cut off or damaged. Read the page again."
