@@ -229,6 +229,17 @@ def test_no_label_is_lost_when_labels_go_with_pictures() -> None:
     assert book.labels == {"c": "cat", "new": "cow", "x": "dog", "y": "dog"}
 
 
+def test_a_label_of_a_copy_leaves_the_photo_that_replaced_the_copy() -> None:
+    book = LabelBook()
+    book.note_labels({"a": "cat", "copy": "cat", "edited": "cow"})
+    book.request_labels(["second copy"], "fit", predictor="p")
+    book.note_pictures({"a": b"cat", "copy": b"cat", "second copy": b"cat", "edited": b"cow"})
+    pictures = {"a": b"cat", "copy": b"dog", "second copy": b"dog", "edited": b"new"}
+    assert book.follow_pictures(pictures) == 2
+    assert book.labels == {"a": "cat", "edited": "cow", "copy (636174)": "cat"}
+    assert not book.waiting_entries()
+
+
 def test_copies_with_different_labels_keep_them_when_renamed() -> None:
     book = LabelBook()
     book.note_labels({"a/1": "cat", "a/2": "dog", "a/3": "cow"})

@@ -280,8 +280,8 @@ class LabelBook:
     def follow_pictures(self, picture_of_path: Mapping[str, bytes]) -> int:
         """Move every entry to a photo that has the entry's picture now (``places_of_entries``).
 
-        An entry whose picture no photo has now stays at its path. If another label has come to this
-        path, a label is set aside, and a request is removed.
+        An entry that is not moved stays at its path, or is displaced (``_displaced_entries``). Then
+        a label is set aside, and a request is removed.
 
         ``picture_of_path`` maps the paths of all photos to picture digests. Returns how many
         entries have lost their path.
@@ -291,14 +291,10 @@ class LabelBook:
         reserved_paths = {entry.path for entry in self if entry.label and not entry.picture}
         places = places_of_entries(entries, picture_of_path, reserved_paths)
         taken_paths = {*places.values(), *reserved_paths}
-        moved_entries = []
-        displaced_entries = []
-        for entry in entries:
-            place = places.get(entry.path)
-            if place is None and entry.path in taken_paths:
-                displaced_entries.append(entry)
-            elif place not in {None, entry.path}:
-                moved_entries.append(entry)
+        moved_entries = [
+            entry for entry in entries if places.get(entry.path, entry.path) != entry.path
+        ]
+        displaced_entries = _displaced_entries(entries, places, taken_paths, picture_of_path)
         for entry in (*moved_entries, *displaced_entries):
             del self.entries[entry.path]
         for entry in moved_entries:
@@ -411,6 +407,27 @@ def places_of_entries(
                 taken_paths.add(path)
                 break
     return places
+
+
+def _displaced_entries(
+    entries: Iterable[Entry],
+    places: Mapping[str, str],
+    taken_paths: Collection[str],
+    picture_of_path: Mapping[str, bytes],
+) -> list[Entry]:
+    """Return the entries that have no place and lose their path.
+
+    They lose it to the entry of another photo, or because the path has another picture now, and the
+    photos with the former picture have entries already. If no photo has the former picture, the
+    photo may only have been edited, and the entry stays.
+    """
+    present_pictures = {picture.hex() for picture in picture_of_path.values()}
+    displaced_entries = []
+    for entry in entries:
+        is_elsewhere = entry.picture in present_pictures and entry.path in picture_of_path
+        if entry.path not in places and (is_elsewhere or entry.path in taken_paths):
+            displaced_entries.append(entry)
+    return displaced_entries
 
 
 def _latest_label_first(entry: Entry) -> tuple[bool, int]:

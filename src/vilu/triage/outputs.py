@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -47,7 +47,7 @@ from vilu.triage.labels import (
     names_of_labels,
     read_labels,
 )
-from vilu.triage.photos import PhotoFolder
+from vilu.triage.photos import EMBEDDINGS_FOLDER, PhotoFolder, PhotoStores
 from vilu.triage.run import TriageResult, run_triage
 from vilu.triage.sidecars import write_sidecars
 from vilu.triage.sorting import accepted_labels, list_folder, sort_photos
@@ -154,14 +154,14 @@ def triage_photos(
     files = _read_label_files(labels, settings, former_classes)
     open_state(output, settings, overwrite=overwrite)  # fails here if the folder is no triage
     photo_folder = list_folder(settings.photos, output, follow_links=settings.follow_links)
-    # With ``overwrite`` the book is removed, so no request is left that could be answered.
-    requested_paths = set() if overwrite else _requests_without_photo(output, photo_folder)
+    # With ``overwrite`` the book is removed, so nothing is left of earlier paths.
+    earlier = EarlierPaths() if overwrite else _earlier_paths(output, photo_folder)
     given_files = []
     for file, (file_labels, streams) in files.items():
-        given_files.append(_given_file(file, file_labels, streams, photo_folder, requested_paths))
+        given_files.append(_given_file(file, file_labels, streams, photo_folder, earlier))
     read_answers: dict[str, str] = {}
     if not overwrite:
-        read_answers = _require_no_lost_answers(output, given_files, former_classes, {})
+        read_answers = _require_no_lost_answers(output, given_files, former_classes, earlier.labels)
     with locked(make_folder(output), activity="sorting into", holder_kind="triage"):
         # ``run_triage`` reads the state again. Another run may have changed the state while this
         # run waited for the lock.
@@ -242,12 +242,39 @@ def check_settings(settings: TriageSettings) -> None:
         )
 
 
+@dataclass(frozen=True)
+class EarlierPaths:
+    """Paths of earlier runs that no photo has now, for photos that were renamed since.
+
+    Attributes:
+        requests: Paths of open requests for known pictures.
+        labels: Maps other paths to the labels that the book has for these pictures.
+    """
+
+    requests: Collection[str] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def _earlier_paths(output: Path, photo_folder: PhotoFolder) -> EarlierPaths:
+    """Read the earlier paths from a triage's book and from the stores of the embedded photos."""
+    present_paths = set(photo_folder.paths)
+    book = LabelBook.load(output / BOOK_FILE)
+    requests = {entry.path for entry in book.waiting_entries() if entry.picture} - present_paths
+    label_of_picture = {entry.picture: entry.label for entry in book if entry.picture}
+    labels = {}
+    for path, picture in PhotoStores(output / EMBEDDINGS_FOLDER).seen_pictures():
+        label = label_of_picture.get(picture.hex())
+        if label is not None and path not in present_paths:
+            labels[path] = label  # a later picture at this path replaces an earlier one
+    return EarlierPaths(requests, labels)
+
+
 def _given_file(
     file: Path,
     labels: Mapping[str, str],
     streams: Mapping[str, str],
     photo_folder: PhotoFolder,
-    requested_paths: Collection[str],
+    earlier: EarlierPaths,
 ) -> GivenFile:
     """Match the labels in a file with photos. Labels of known pictures are matched later.
 
@@ -256,13 +283,14 @@ def _given_file(
         labels: Maps the photo names in the file to labels.
         streams: Maps the photo names in the file to streams.
         photo_folder: The photos.
-        requested_paths: Paths of open requests that no photo has now.
+        earlier: Earlier paths. Labels that the book has for them already are left out.
     """
     labelled_pictures = _labelled_pictures(file, labels, photo_folder)
     paths_in_book = {entry.path for entry in labelled_pictures}
     names = [name for name in labels if name not in paths_in_book]
-    answers = {name: labels[name] for name in names if name in requested_paths}
-    labels_by_name = {name: labels[name] for name in names if name not in answers}
+    answers = {name: labels[name] for name in names if name in earlier.requests}
+    new_names = [name for name in names if earlier.labels.get(name) != labels[name]]
+    labels_by_name = {name: labels[name] for name in new_names if name not in answers}
     paths = match_photos(labels_by_name, photo_folder.paths, photo_folder.root, source=file)
     given_file = GivenFile({}, {}, answers, names, labelled_pictures)
     for name, path in paths.items():
@@ -270,13 +298,6 @@ def _given_file(
         if name in streams:
             given_file.streams[path] = streams[name]
     return given_file
-
-
-def _requests_without_photo(output: Path, photo_folder: PhotoFolder) -> set[str]:
-    """Return the paths of open requests that no photo has now. The pictures are known."""
-    paths = set(photo_folder.paths)
-    requests = LabelBook.load(output / BOOK_FILE).waiting_entries()
-    return {entry.path for entry in requests if entry.picture and entry.path not in paths}
 
 
 def _labelled_pictures(

@@ -395,6 +395,7 @@ def advance(
     photos.set_labels(book.labels, settings.outside_labels)
     split = SPLIT_CLASSES[settings.about].of(photos, book, settings.seed)
     run = TriageRun(root, settings, photos, book, split)
+    _withdraw_outdated_guarantee(run)
     has_drawn = state.has_drawn or book.has_drawn
     pictures_digest = split.pictures_digest(photos)
     state = bind_to_pictures(state, pictures_digest, has_drawn=has_drawn)
@@ -411,6 +412,39 @@ def advance(
     next_state = state.model_copy(update={"guarantee": guarantee})
     state = run.write(next_state)
     return state, result
+
+
+def _withdraw_outdated_guarantee(run: TriageRun) -> None:
+    """Remove the guarantee if a picture behind it has another label now.
+
+    Copies of a picture may have different labels. If a copy is added, renamed or deleted, another
+    of these labels may count for the picture.
+    """
+    calibration = Calibration.find(run.present_folder)
+    if calibration is None:
+        return
+    rows = calibration.rows
+    if rows.ids is None or rows.picture is None or rows.target is None:
+        return  # `vilu calibrate` has made this calibration, for rows that have no picture
+    present_labels = _labels_of_pictures(run)
+    changed_keys = set()
+    for index, key in enumerate(rows.ids):
+        label = (int(rows.target[index]), bool(rows.outside[index]))
+        if present_labels.get(int(rows.picture[index]), label) != label:
+            changed_keys.add(key)
+    remove_outdated_calibration(run.present_folder, changed_keys)
+
+
+def _labels_of_pictures(run: TriageRun) -> dict[int, tuple[int, bool]]:
+    """Map the pictures with an answer to the labels that count: the class, and "of no class".
+
+    The class is -1 for a picture of no class, and for a skipped picture.
+    """
+    answered_rows = np.flatnonzero(run.split.is_usable & run.split.is_answered)
+    pictures = run.photos.picture_identities(answered_rows).tolist()
+    targets = run.photos.target[answered_rows].tolist()
+    are_outside = run.photos.outside[answered_rows].tolist()
+    return dict(zip(pictures, zip(targets, are_outside, strict=True), strict=True))
 
 
 def bind_to_pictures(state: TriageState, pictures: str | None, *, has_drawn: bool) -> TriageState:
@@ -440,8 +474,8 @@ def progress_to_show(
     """Return the progress behind the rule in force, or ``progress`` if it certifies as much.
 
     New photos, or a higher limit, add photos without a label. Labels after the first of these, in
-    the random order, stop counting. The rule in force stays certified. If photos behind the rule
-    are missing or have other paths, ``progress`` is returned.
+    the random order, stop counting. The rule in force stays certified. If a picture behind the rule
+    is missing, ``progress`` is returned.
     """
     calibration = Calibration.find(run.present_folder)
     rule = rule_in_force(run.present_folder)
@@ -449,8 +483,11 @@ def progress_to_show(
         return progress
     if calibration.draws is None or progress.threshold >= (rule.threshold or 0.0):
         return progress
-    row_of_path = {path: row for row, path in enumerate(run.photos.ids)}
-    rows = [row_of_path.get(path) for path in calibration.rows.ids or ()]
+    if calibration.rows.picture is None:
+        return progress
+    pictures = run.photos.picture_identities().tolist()
+    row_of_picture = {picture: row for row, picture in enumerate(pictures)}
+    rows = [row_of_picture.get(picture) for picture in calibration.rows.picture.tolist()]
     if None in rows:
         return progress
     return dataclasses.replace(
