@@ -27,14 +27,14 @@ Added = TypeVar("Added")
 logger = logging.getLogger(__name__)
 
 REGISTER_FUNCTIONS: dict[str, Callable[[object], bool]] = {}
-"""Maps an object kind's description to the function for registering such an object.
+"""Maps an object kind's description to the function for registering objects of this kind.
 
-If the object is not of this kind, the function returns False. Every subpackage with a catalogue
-adds a function here.
+For any other object, the function returns False. Every subpackage with a catalogue adds a function
+here.
 """
 
 FUNCTION_OF_SECTION = {"backbones": "vilu.backbones.catalog:add_tables"}
-"""Maps a section in TOML files to "module:function", the function that registers the tables.
+"""Maps a section in TOML files to "module:function", which registers the section's tables.
 
 Entry points in the group ``SECTION_GROUP`` add further sections.
 """
@@ -89,10 +89,15 @@ def register(thing: Added) -> Added:
     """
     if isinstance(thing, str | os.PathLike) and Path(thing).suffix == ".toml":
         _register_file(Path(thing))
-    elif not any(register_if_kind(thing) for register_if_kind in REGISTER_FUNCTIONS.values()):
+    elif not _register_object(thing):
         kinds = ", or ".join(["the path of a TOML file", *REGISTER_FUNCTIONS])
         raise UsageError(f"register takes {kinds}. Got {thing!r} instead.")
     return thing
+
+
+def _register_object(new_object: object) -> bool:
+    """Register an object with the function for its kind. Return False if there is no such kind."""
+    return any(register_if_kind(new_object) for register_if_kind in REGISTER_FUNCTIONS.values())
 
 
 def _register_file(path: Path) -> None:
@@ -101,9 +106,11 @@ def _register_file(path: Path) -> None:
     function_of_section = dict(FUNCTION_OF_SECTION)
     for entry in entry_points(SECTION_GROUP):
         function_of_section[entry.name] = entry.value
+    # no table is registered if the name of any section is wrong
     for section in tables_by_section:
         if section not in function_of_section:
             refuse_name_of_bench(SECTION_GROUP, section)
+            # in reverse order, [datasets.NAME] comes before [backbones.NAME]
             known_sections = ", ".join(
                 f"[{name}.NAME]" for name in sorted(function_of_section, reverse=True)
             )
@@ -115,7 +122,7 @@ def _register_file(path: Path) -> None:
 
 
 def read_toml_text(path: Path) -> str:
-    """Read a TOML file. Raise UsageError over ``MAX_TOML_BYTES``, because parsing would be slow."""
+    """Read a TOML file. Raise UsageError for a large file, because parsing would be slow."""
     with path.open("rb") as file:
         content = file.read(MAX_TOML_BYTES + 1)
     if len(content) > MAX_TOML_BYTES:
@@ -173,7 +180,7 @@ class Catalogue(MutableMapping[str, Added]):
 
     def _in_order(self, entry_names: Sequence[str]) -> list[str]:
         """Return this package's names, then registered names, then names of entry points."""
-        # after a lookup, an entry point is in ``registered``, too
+        # after a lookup, an entry point's name is in ``registered``, too
         registered_names = [name for name in self.registered if name not in entry_names]
         return list(dict.fromkeys([*self.addresses, *registered_names, *entry_names]))
 
@@ -207,6 +214,7 @@ class Catalogue(MutableMapping[str, Added]):
         if not self._has_imported_all:
             self._has_imported_all = True
             self._import_all()
+        # entry points that failed to import are not in ``registered``
         return iter([name for name in self._in_order(self._entry_names) if name in self.registered])
 
     def _import_all(self) -> None:
@@ -220,7 +228,7 @@ class Catalogue(MutableMapping[str, Added]):
                 self._import_entry(entry)
             except ViLUError as error:
                 reasons.append(str(error))
-        for reason in dict.fromkeys(reasons):
+        for reason in dict.fromkeys(reasons):  # each reason once
             logger.warning("left out: %s", reason)
         self._entry_names = sorted(entry.name for entry in self._entries())
 
@@ -239,10 +247,10 @@ class Catalogue(MutableMapping[str, Added]):
     def _import_entry(self, entry: EntryPoint) -> None:
         """Import an entry point's object, and register the object."""
         imported_object = register_entry(entry, self.kind)
-        # If the entry point is a TOML file's path, the object with this name was made from a table
-        # in the file. So this object cannot equal ``imported_object``.
-        is_file = isinstance(imported_object, str | os.PathLike)
         object_of_name = self.registered.get(entry.name)
+        # The entry point may be the path of a TOML file. Then the object with this name was made
+        # from a table in the file, and cannot equal ``imported_object``.
+        is_file = isinstance(imported_object, str | os.PathLike)
         is_same = is_file or object_of_name == imported_object
         if object_of_name is None or not is_same:
             described_entry = _entry_in_words(entry, self.kind)
@@ -334,7 +342,7 @@ def load_plugin(module: str) -> None:
     # The import runs code from outside vilu, and may raise any exception. A new error repeats the
     # exception in a sentence with the plugin's name.
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
         raise UsageError(f"the plugin {module!r} failed at its import: {reason:.300}.") from error
     if module not in IMPORTED_PLUGINS:
         IMPORTED_PLUGINS.append(module)

@@ -17,6 +17,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 import vilu
@@ -394,3 +395,144 @@ def test_a_learned_tensor_that_is_not_declared_is_told(train: Embeddings) -> Non
     )
     with pytest.raises(DataError, match=r"a odd holds other\. The file has shift, slope"):
         odd().fit(train)
+
+
+def method(name: str, score: object, **body: object) -> type[FailurePredictor]:
+    """Make a method of this module that is not registered."""
+    named = {"name": name, "summary": "a score", "reference": "nobody", "_score": score, **body}
+    return dataclasses.dataclass(
+        type("Odd", (FailurePredictor,), {"__module__": __name__, **named})
+    )
+
+
+@pytest.mark.parametrize("name", ["entropy", "answer_probe"])
+def test_a_name_of_vilu_is_taken_before_its_method_is_imported(name: str) -> None:
+    code = (
+        "import dataclasses, vilu\n"
+        "@vilu.register\n"
+        "@dataclasses.dataclass\n"
+        "class Odd(vilu.FailurePredictor):\n"
+        f"    name, summary, reference = {name!r}, 'a score', 'nobody'\n"
+        "    def _score(self, batch): return batch.logits[:, 0]\n"
+    )
+    found = elsewhere(code, VILU_PLUGINS="")
+    assert f"there is a method '{name}' already" in found.stderr
+    assert "Rename __main__.Odd." in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("score", "reason"),
+    [
+        (lambda _, batch: batch.logits.mean(), r"one number for each row.* Got the shape \(\)"),
+        (lambda _, batch: batch.logits[:, :1], r"shape \(200,\). Got the shape \(200, 1\) instead"),
+        (lambda _, batch: batch.logits[1:, 0], r"Got the shape \(199,\) instead"),
+        (
+            lambda _, batch: batch.logits[:, 0].numpy(),
+            r"must return a tensor\. Got ndarray instead",
+        ),
+        (lambda _, batch: None, r"_score of odd must return a tensor\. Got NoneType instead"),
+    ],
+)
+def test_a_score_of_another_shape_is_told(score, reason: str, test: Embeddings) -> None:
+    few_rows = test.take(range(200))
+    with pytest.raises(UsageError, match=reason):
+        method("odd", score)().predict_uncertainty(few_rows)
+    with pytest.raises(UsageError, match=reason):
+        vilu.score(method("odd", score)(), few_rows)
+
+
+def test_a_score_that_is_not_finite_is_blamed_on_its_cause(
+    train: Embeddings, test: Embeddings
+) -> None:
+    def nan_score(_: object, batch: Batch) -> Tensor:
+        return batch.logits[:, 0] * float("nan")
+
+    def learn(*_: object) -> Learnt:
+        return Learnt({"weight": torch.ones(1)})
+
+    for odd in (
+        method("odd", nan_score)(),
+        method("odd", nan_score, tensors=("weight",), _learn=learn)().fit(train),
+    ):
+        with pytest.raises(DataError, match="not finite, and its weights are not the reason"):
+            odd.predict_uncertainty(test)
+    odd.learned_["weight"].fill_(torch.nan)
+    with pytest.raises(DataError, match=r"its weights are damaged\. Fit it again"):
+        odd.predict_uncertainty(test)
+
+
+def test_a_predictor_read_by_another_method_of_its_name_warns(
+    fitted: dict[str, FailurePredictor],
+    train: Embeddings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fitted["narrow"].save(tmp_path / "narrow")
+    vilu.load(tmp_path / "narrow")
+    vilu.MCM().fit(train).save(tmp_path / "mcm")
+    vilu.load(tmp_path / "mcm")
+    assert not caplog.messages
+    monkeypatch.setattr(type(fitted["narrow"]), "__module__", "other.methods")
+    vilu.load(tmp_path / "narrow")
+    (message,) = caplog.messages
+    assert "is for the method 'narrow' of stranger, and is read by" in message
+    assert "in other.methods: its scores may differ" in message
+
+
+def test_a_method_of_a_script_is_to_be_moved_to_a_module(train: Embeddings, tmp_path: Path) -> None:
+    odd = method("odd", lambda _, batch: batch.logits[:, 0], __module__="__main__")
+    odd().fit(train).save(tmp_path)
+    with pytest.raises(DataError) as caught:
+        vilu.load(tmp_path)
+    assert "move the class to a module, and give --plugin MODULE" in str(caught.value)
+    assert "--plugin __main__" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_score_in_float32_is_exported(train: Embeddings, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def float32_score(self: FailurePredictor, batch: Batch) -> Tensor:
+        return self.factor * (batch.image @ self.tensor("weight", batch.image.device))
+
+    def learn(_: object, rows: Rows, *__: object) -> Learnt:
+        return Learnt({"weight": rows.source.image_rows(rows.index).float().mean(dim=0)})
+
+    odd = method(
+        "odd",
+        float32_score,
+        tensors=("weight",),
+        _learn=learn,
+        graph=own_graph,
+        __annotations__={"factor": float},
+        factor=1.0,
+    )
+    vilu.register(odd)
+    try:
+        odd().fit(train).save(tmp_path / "p")
+        assert export_onnx(tmp_path / "p", tmp_path / "p.onnx") < 1e-6
+        odd(factor=1e4).fit(train).save(tmp_path / "large")
+        with pytest.raises(DataError, match=r"_score does not compute in float64: .* dtype"):
+            export_onnx(tmp_path / "large", tmp_path / "large.onnx")
+    finally:
+        del vilu.PREDICTORS["odd"]
+
+
+@pytest.mark.slow
+def test_a_score_that_branches_on_values_is_not_exported(train: Embeddings, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def branching_score(_: object, batch: Batch) -> Tensor:
+        logits = batch.logits.amax(dim=1)
+        return logits if logits.max() > 3 else -logits
+
+    odd = vilu.register(method("odd", branching_score, graph=own_graph))
+    try:
+        odd().fit(train).save(tmp_path / "p")
+        with pytest.raises(
+            UsageError, match=r"odd cannot be written as ONNX.* branch on no values"
+        ):
+            export_onnx(tmp_path / "p", tmp_path / "p.onnx")
+    finally:
+        del vilu.PREDICTORS["odd"]

@@ -38,11 +38,7 @@ def add_predictor(cls: object) -> bool:
             f"the method {class_path} has no {' and no '.join(missing_attributes)}. "
             "Set it as a class attribute."
         )
-    if PREDICTORS.registered.get(cls.name, cls) is not cls:
-        raise UsageError(
-            f"there is a method {cls.name!r} already, {PREDICTORS[cls.name].__name__}. "
-            f"Rename {class_path}."
-        )
+    _require_free_name(cls)
     if "__dataclass_params__" not in vars(cls):
         raise UsageError(
             f"the method {class_path} must be a dataclass, so that its parameters are known. "
@@ -66,6 +62,26 @@ def add_predictor(cls: object) -> bool:
         )
     PREDICTORS[cls.name] = cls
     return True
+
+
+def _require_free_name(cls: type[FailurePredictor]) -> None:
+    """Raise UsageError if another method has the name of ``cls``."""
+    class_address = f"{cls.__module__}:{cls.__qualname__}"
+    # a method of this package keeps its name even if its module is not imported yet
+    own_addresses = {**PREDICTORS.addresses, **METHODS_OF_TABLES}
+    # if nobody has the name, the two results are the address of ``cls``, and ``cls``
+    own_address = own_addresses.get(cls.name, class_address)
+    registered_class = PREDICTORS.registered.get(cls.name, cls)
+    if own_address != class_address:
+        _, _, owner = own_address.partition(":")
+    elif registered_class is not cls:
+        owner = registered_class.__name__
+    else:
+        return
+    raise UsageError(
+        f"there is a method {cls.name!r} already, {owner}. "
+        f"Rename {cls.__module__}.{cls.__qualname__}."
+    )
 
 
 REGISTER_FUNCTIONS["a subclass of vilu.FailurePredictor"] = add_predictor

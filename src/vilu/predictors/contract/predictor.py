@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from vilu.predictors.contract.seen import Overlap, Sketches
     from vilu.predictors.persistence.fit_sample import FitSample
 
-# Functions import the modules needed only for a fit, a file or an explanation. A program that only
-# computes scores from logits then imports a third of the modules.
+# Modules needed only for a fit, a file or an explanation are imported inside functions. A program
+# that only computes scores from logits then imports a third of the modules.
 
 CONSTANT = "constant"
 """Name of a constant fit's only tensor: the score for all rows, if nothing can be learned."""
@@ -87,8 +87,8 @@ class FailurePredictor(ABC):
     the judged answer:
 
     - "zero_shot", the default: the candidate with the largest logit.
-    - "adapted": argmax_j q_j, where q is the method's posterior (``log_posterior``). Only methods
-      with ``has_posterior`` have a posterior.
+    - "adapted": argmax_j q_j, where q is the method's posterior (``log_posterior``). This is only
+      possible for methods with ``has_posterior``.
     - "given": the answer in the data column "answer".
 
     A subclass is a dataclass with the hyper-parameters as fields. ``get_params``, ``set_params``
@@ -103,9 +103,9 @@ class FailurePredictor(ABC):
 
     - ``seed`` decides everything random in ``fit``.
     - ``device`` is "auto", "cpu", "cuda", "cuda:N" or "mps". The device is not saved.
-    - ``allow_degenerate`` is for methods that learn from failures. If all training rows or no
-      training rows are failures, the fit is then a constant. Without ``allow_degenerate`` such
-      training rows are refused.
+    - ``allow_degenerate`` is for methods that learn from failures. It says what happens if all
+      training rows or no training rows are failures: True makes the fit a constant, and False
+      refuses the rows.
     - ``max_bank`` is the maximum number of training images to keep. A larger set is sampled with
       ``seed``.
 
@@ -223,8 +223,8 @@ class FailurePredictor(ABC):
             cls.tensors = tuple(form.split(":")[0] for form in forms)
         # __repr__ is set here, because the dataclass decorator would otherwise add a __repr__. A
         # __repr__ defined in the class itself is kept. mypy does not allow to assign a method.
-        own_repr = vars(cls).get("__repr__", parameters.constructor_call)
-        cls.__repr__ = own_repr  # type: ignore[method-assign]
+        repr_of_class = vars(cls).get("__repr__", parameters.constructor_call)
+        cls.__repr__ = repr_of_class  # type: ignore[method-assign]
 
     get_params = parameters.get_params
     set_params = parameters.set_params
@@ -285,7 +285,7 @@ class FailurePredictor(ABC):
     def graph(self) -> nn.Module:
         """Make a module that computes scores (N,) float64 from a batch, for export as ONNX.
 
-        A method whose ``_score`` can be exported as it is has the line ``graph = own_graph``.
+        If ``_score`` can be exported as it is, the method has the line ``graph = own_graph``.
 
         Examples:
             >>> import numpy as np, vilu
@@ -315,7 +315,7 @@ class FailurePredictor(ABC):
             SingleCoalitions,
         )
 
-        looks_at = vars(type(self)).get("looks_at", frozenset())
+        looks_at = vars(type(self)).get("looks_at", frozenset())  # not inherited inputs
         if len(looks_at) != 1:
             raise NoAttribution(f"no attribution is defined for {self.name}")
         (kind_of_input,) = looks_at
@@ -476,19 +476,15 @@ class FailurePredictor(ABC):
         Raises:
             UsageError: If a hyper-parameter is out of range, the method does not work on
                 image-caption pairs, or the method cannot use unlabelled rows.
-            DataError: If nothing can be learned from the rows (no rows, a single candidate, over
-                1 % unusable rows, or no labels), if over 1 % of the validation rows are training
-                rows, or if a required column is missing.
+            DataError: If nothing can be learned from the rows: no rows, a single candidate, over
+                1 % unusable rows, or no labels. Or if over 1 % of the validation rows are training
+                rows, or a required column is missing.
             ProvenanceError: If the row sets come from different embedding spaces.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> image = [
-            ...     [1.0, 0.0],
-            ...     [0.8, 0.6],
-            ...     [0.6, 0.8],
-            ...     [0.0, 1.0],
-            ... ]  # the answers are 0, 0, 1, 1
+            >>> # the answers are 0, 0, 1, 1
+            >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]
             >>> data = vilu.Embeddings(image, np.eye(2), target=[0, 1, 1, 1])
             >>> predictor = vilu.PREDICTORS["knn_vote"](k=2).fit(data)
             >>> predictor.notes_["n_train"], predictor.notes_["n_failures"]
@@ -570,7 +566,11 @@ class FailurePredictor(ABC):
     def learn(
         self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None
     ) -> Learnt:
-        """Learn as ``_learn``, but a constant if failures are learned and all or no rows fail."""
+        """Learn by ``_learn``, or learn a constant from failures that are all equal.
+
+        Only a method with ``learns_failure`` learns a constant, and only if it may
+        (``allow_degenerate``).
+        """
         from vilu.predictors.contract.labelled import degenerate_rate, warn_of_few_rows
 
         if self.learns_failure:
@@ -620,7 +620,7 @@ class FailurePredictor(ABC):
             ...     np.eye(2)[[0] * 40], np.eye(2), target=target, logit_scale=1.0
             ... )
             >>> state = vilu.PREDICTORS["mcm_ts"]().fit(data).state()
-            >>> # the logits are (1, 0), and the softmax of (log 3, 0) is (3/4, 1/4): log 3 = 1.1
+            >>> # The logits are (1, 0). With the factor log 3 = 1.1, their softmax is (3/4, 1/4).
             >>> {name: round(tensor.exp().item(), 2) for name, tensor in state.items()}
             {'log_multiplier': 1.1}
         """
@@ -817,8 +817,8 @@ class FailurePredictor(ABC):
         read_blocks = data.batches
         block_rows = SCORING_BATCH
         if self.looks_at == {"logits"}:
-            # For such scores most time goes into reading memory. Blocks are therefore faster if the
-            # logits stay in the processor's cache.
+            # Such scores spend most time on reading memory. Small blocks are therefore faster,
+            # because their logits stay in the processor's cache.
             read_blocks = data.many
             block_rows = n_rows_in_cache(data.n_candidates)
         columns = (*self.columns_to_score, *self.answer_columns)
@@ -831,16 +831,35 @@ class FailurePredictor(ABC):
                 continue
             judged_batch = self.judged(batch)
             with torch.no_grad():
-                scores = float64(self.score_batch(judged_batch))
-            yield judged_batch, scores
+                scores = self.score_batch(judged_batch)
+            self._require_score_per_row(scores, len(batch.index))
+            yield judged_batch, float64(scores)
+
+    def _require_score_per_row(self, scores: object, n_rows: int) -> None:
+        """Refuse a result of ``_score`` that is not one number for each row."""
+        if not isinstance(scores, Tensor):
+            raise UsageError(
+                f"_score of {self.name} must return a tensor. Got {type(scores).__name__} instead."
+            )
+        if scores.shape != (n_rows,):
+            raise UsageError(
+                f"_score of {self.name} must return one number for each row, here a tensor of "
+                f"shape ({n_rows},). Got the shape {tuple(scores.shape)} instead."
+            )
 
     def _require_finite(self, n_broken: int) -> None:
-        """Refuse scores if ``n_broken`` is not zero."""
-        if n_broken:
-            raise DataError(
-                f"{self.name} gave {n_broken} scores that are not finite: "
-                "its weights are damaged. Fit it again."
-            )
+        """Raise DataError if ``n_broken`` is not 0. It counts the scores that are not finite."""
+        if n_broken == 0:
+            return
+        problem = f"{self.name} gave {n_broken} scores that are not finite"
+        learned_tensors = self.state().values()
+        is_intact = all(bool(tensor.isfinite().all()) for tensor in learned_tensors)
+        if not is_intact:
+            raise DataError(f"{problem}: its weights are damaged. Fit it again.")
+        raise DataError(
+            f"{problem}, and its weights are not the reason. Its _score must return a finite "
+            "number for each row."
+        )
 
     def score_batch(self, batch: Batch) -> Tensor:
         """Return the uncertainty (B,): by ``_score``, or ``constant_`` if the fit is a constant.
@@ -957,7 +976,7 @@ class FailurePredictor(ABC):
             raise self._no_posterior_error()
 
     def _no_posterior_error(self) -> UsageError:
-        """Make the error for adapted answers if the method has no posterior."""
+        """Return the error for adapted answers if the method has no posterior."""
         from vilu.registry import METHODS
 
         names = [name for name in METHODS.names() if METHODS[name].has_posterior]
@@ -995,7 +1014,7 @@ class FailurePredictor(ABC):
     # Probabilities.
 
     def predict_failure_probability(self, data: EmbeddingSource) -> NDArray[np.float64]:
-        """Compute P(failure) (N,) float64 of every row: ``failure_probability`` at its uncertainty.
+        """Compute P(failure) (N,) float64 of every row, by ``failure_probability``.
 
         Raises:
             UsageError: If the method's uncertainty is not a probability, and the predictor was not
@@ -1059,8 +1078,9 @@ class FailurePredictor(ABC):
     def calibrate_probability(self, calibration: EmbeddingSource) -> Self:
         """Learn the probability of failure from labelled rows.
 
-        Rows used to fit are left out with a warning. All rows of a picture count as one row: a
-        failure if any of the rows is one. For image-caption pairs, a picture's first row counts.
+        Rows used to fit are left out with a warning. All rows of a picture count as one row. This
+        row is a failure if any row of the picture is a failure. For image-caption pairs, a
+        picture's first row counts.
 
         Raises:
             DataError: If more than 1 % of the rows were used to fit, or no row has an uncertainty
@@ -1068,7 +1088,7 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> angle = np.arange(40)  # 40 different pictures, with the cosines 0.71 and 0
+            >>> angle = np.arange(40)  # 40 pictures, each with the cosines 0.71 and 0
             >>> image = np.c_[np.ones(40), np.zeros(40), np.cos(angle), np.sin(angle)] / 2**0.5
             >>> target = [0, 0, 0, 1] * 10  # 3 of 4 answers are right
             >>> data = vilu.Embeddings(image, np.eye(2, 4), target=target)

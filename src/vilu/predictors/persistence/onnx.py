@@ -35,7 +35,7 @@ from vilu.predictors.plus.ood import NEGATIVES
 
 
 class GraphBatch(Batch):
-    """A batch for an exported graph. No property depends on values or sizes in Python.
+    """A batch for an exported graph. No property branches in Python on values or sizes.
 
     All (N, K) logits are computed at once.
     """
@@ -79,9 +79,9 @@ class GraphBatch(Batch):
 
 
 class Float32Batch(GraphBatch):
-    """A ``GraphBatch`` with logits computed in float32, as in predictors.
+    """A ``GraphBatch`` with logits computed in float32, as predictors compute them.
 
-    Serves to measure how far rounding changes scores.
+    It is used to measure how much rounding changes the scores.
     """
 
     logits = Batch.logits
@@ -139,7 +139,7 @@ class ScoreGraph(nn.Module):
 class AdaptedGraph(ScoreGraph):
     """A ``ScoreGraph`` for adapted answers. Its ``score`` has a method ``log_posterior``.
 
-    The score computes the posterior once more. onnxruntime merges equal parts of a graph.
+    The score computes the posterior a second time, but onnxruntime merges equal parts of a graph.
     """
 
     def judged(self, batch: GraphBatch) -> Batch:
@@ -151,7 +151,9 @@ class AdaptedGraph(ScoreGraph):
 
 
 def score_graph(predictor: FailurePredictor) -> ScoreGraph:
-    """Make a predictor's score a module of images (N, D) and texts (K, D), for any N and K.
+    """Make a module that computes a predictor's scores from images (N, D) and texts (K, D).
+
+    The module works for any N and K.
 
     Raises:
         NotExportable: If the method has no graph, was fitted on given logits, or judges given
@@ -176,7 +178,7 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
 
 
 def _require_exportable(predictor: FailurePredictor) -> None:
-    """Refuse a predictor whose score is no graph of image and text."""
+    """Refuse a predictor whose score cannot be a graph with image and text as inputs."""
     if is_of_given_logits(predictor.notes_):
         raise NotExportable(
             f"this {predictor.name} was fitted on given logits, and a graph takes image and text. "
@@ -206,10 +208,10 @@ The rounding is the difference between the torch scores in float32 and in float6
 """
 
 MIN_COSINE_GAP = 1e-4
-"""If the two largest cosines have at least this relative gap, a zero-shot answer is clear.
+"""A zero-shot answer is clear if the relative gap between the two largest cosines is above this.
 
-The gap is divided by the largest cosine. With a smaller gap, rounding may change the
-zero-shot answer.
+The relative gap is the difference divided by the largest cosine. With a smaller gap, rounding may
+change the zero-shot answer.
 """
 
 MIN_POSTERIOR_GAP = 1e-2
@@ -285,7 +287,15 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
     example_sizes = ((3, 5),)  # three images and five texts
     example = next(trial_inputs(predictor, example_sizes))
     facts = file_metadata(predictor, graph.space, fingerprint)
-    return write_graph(graph, example, OUTPUT_NAMES, facts)
+    try:
+        return write_graph(graph, example, OUTPUT_NAMES, facts)
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        reason, *_ = str(cause).strip().split("\n")  # the first line
+        raise NotExportable(
+            f"{predictor.name} cannot be written as ONNX: {reason} Its _score must branch on no "
+            "values and no sizes, and compute by torch alone."
+        ) from error
 
 
 def write_graph(
@@ -362,7 +372,7 @@ def file_metadata(
 
 
 def onnx_function(content: bytes) -> Callable[[GraphInputs], Any]:
-    """Return a function that runs an ONNX file by onnxruntime, from inputs to a list of outputs."""
+    """Return a function that runs an ONNX file on inputs. It returns a list of the outputs."""
     onnxruntime = import_extra("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
@@ -388,11 +398,8 @@ def largest_difference(
     Raises:
         DataError: If answers differ, or uncertainties differ by more than the allowed rounding.
     """
-    float32_graph = score_graph(predictor)
-    float64_graph = copy.deepcopy(float32_graph).double()
-    float32_graph.batch_class = Float32Batch
     differences = []
-    roundings = []
+    inputs_and_clear_rows = []
     for inputs, uncertainty, answer in results:
         expected_uncertainty, expected_answer, is_clear = reference_scores(predictor, inputs)
         is_different = answer != expected_answer
@@ -400,21 +407,48 @@ def largest_difference(
             raise DataError(
                 f"the exported {predictor.name} gives other answers. Nothing was written."
             )
-        float64_inputs = {name: rows.double() for name, rows in inputs.items()}
-        with torch.no_grad():
-            float32_score, _ = float32_graph(**inputs)
-            float64_score, _ = float64_graph(**float64_inputs)
-        rounding = (float32_score - float64_score).numpy()
         differences.append(largest_absolute(uncertainty - expected_uncertainty, is_clear))
-        roundings.append(largest_absolute(rounding, is_clear))
+        inputs_and_clear_rows.append((inputs, is_clear))
     difference = float(np.max(differences))
-    allowed_difference = max(MAX_DIFFERENCE, MAX_ROUNDINGS * max(roundings))
+    if difference <= MAX_DIFFERENCE:
+        return difference
+    rounding = largest_rounding(predictor, inputs_and_clear_rows)
+    allowed_difference = max(MAX_DIFFERENCE, MAX_ROUNDINGS * rounding)
     if not difference <= allowed_difference:  # true also if the difference is NaN
         raise DataError(
             f"the exported {predictor.name} differs by {difference:.2g} from the predictor, "
             f"and rounding explains {allowed_difference:.2g} of it. Nothing was written."
         )
     return difference
+
+
+def largest_rounding(
+    predictor: FailurePredictor, inputs_and_clear_rows: Iterable[tuple[GraphInputs, NDArray[Any]]]
+) -> float:
+    """Return the largest difference between torch's scores in float32 and in float64.
+
+    Only rows with a clear answer count. If a score is NaN, the result is NaN. Raise DataError if
+    the score cannot be computed in float64.
+    """
+    float32_graph = score_graph(predictor)
+    float64_graph = copy.deepcopy(float32_graph).double()
+    float32_graph.batch_class = Float32Batch
+    roundings = []
+    for inputs, is_clear in inputs_and_clear_rows:
+        float64_inputs = {name: rows.double() for name, rows in inputs.items()}
+        try:
+            with torch.no_grad():
+                float32_score, _ = float32_graph(**inputs)
+                float64_score, _ = float64_graph(**float64_inputs)
+        except RuntimeError as error:  # torch refuses products of float32 and float64
+            raise DataError(
+                f"the exported {predictor.name} differs from the predictor by more than "
+                f"{MAX_DIFFERENCE}, and how much of that is rounding is not known, because its "
+                f"_score does not compute in float64: {error}. Nothing was written."
+            ) from error
+        rounding = (float32_score - float64_score).numpy()
+        roundings.append(largest_absolute(rounding, is_clear))
+    return float(np.max(roundings))
 
 
 def largest_absolute(differences: NDArray[np.float64], is_counted: NDArray[np.bool_]) -> float:
@@ -462,9 +496,9 @@ def trial_inputs(
 ) -> Iterator[GraphInputs]:
     """Yield random inputs with unit norm, one for each of the ``sizes`` (images, candidates).
 
-    Some graphs treat the texts of their ``classes`` differently from other texts. For such graphs
-    there are also inputs with the class texts: in the original order, shuffled, only two
-    class texts, and together with other texts.
+    Some graphs treat the texts of their ``classes`` differently from other texts. For such graphs,
+    further inputs have these texts as candidates: in the original order, shuffled, only two of
+    them, and all together with other texts.
     """
     space = predictor.fitted_space
     score = score_graph(predictor).score

@@ -159,13 +159,13 @@ def claim_output_folder(folder: Path, fit_digest: str, *, overwrite: bool) -> bo
     saved_description = description.read_fit_description(folder / PREDICTOR)
     if saved_description is not None:
         notes = saved_description.get("notes")
-    is_same = isinstance(notes, dict) and notes.get("inputs") == fit_digest
-    if is_same and not overwrite:
+    has_same_inputs = isinstance(notes, dict) and notes.get("inputs") == fit_digest
+    if has_same_inputs and not overwrite:
         try:
             load_predictor(folder)
         except ViLUError as error:
             logger.warning("%s is made again: %s", folder, error)
-            is_same = False
+            has_same_inputs = False
             overwrite = True
     # The description is written last. A missing description means a new folder, or an interrupted
     # save.
@@ -174,7 +174,7 @@ def claim_output_folder(folder: Path, fit_digest: str, *, overwrite: bool) -> bo
         folder,
         "predictor",
         description.is_predictor_file,
-        has_same_inputs=is_same,
+        has_same_inputs=has_same_inputs,
         overwrite=overwrite or is_incomplete,
     )
 
@@ -190,7 +190,9 @@ def saved_method_class(saved_description: dict[str, Any], path: Path) -> type[Fa
     name = saved_description["method"]
     home = saved_description.get("home")  # package and module if the method is outside vilu
     if name in method_names():
-        return find_method(name)
+        method_class = find_method(name)
+        _warn_of_other_home(method_class, home, path)
+        return method_class
     if not isinstance(home, dict) or str(home.get("module")).startswith("vilu_bench."):
         # ``refuse_name_of_bench`` does nothing for names outside vilu-bench.
         refuse_name_of_bench(PREDICTORS.group, name)
@@ -199,9 +201,35 @@ def saved_method_class(saved_description: dict[str, Any], path: Path) -> type[Fa
         raise DataError(f"{path} is for the method {name!r}. Known: {known_names}.")
     module = home.get("module")
     remedy = f"Give --plugin {module}."
-    if home.get("distribution"):
+    if module == SCRIPT:
+        remedy = "That was a script: move the class to a module, and give --plugin MODULE."
+    elif home.get("distribution"):
         remedy = f"Install {home['distribution']}, or give --plugin {module}."
     raise DataError(f"{path} is for the method {name!r} of {module}, which is not here. {remedy}")
+
+
+SCRIPT = "__main__"
+"""Module name of a class in a script or a notebook. Another process cannot import it."""
+
+
+def _warn_of_other_home(
+    method_class: type[FailurePredictor], home: dict[str, Any] | None, path: Path
+) -> None:
+    """Warn if a saved predictor's method came from another package than ``method_class``."""
+    # the description names no home for vilu's own methods
+    saved_module = "vilu" if home is None else home["module"]
+    modules = (saved_module, method_class.__module__)
+    # vilu's methods may move between its two packages, and a script has no name of its own
+    packages = {module.partition(".")[0] for module in modules}
+    if len(packages) == 1 or packages == {"vilu", "vilu_bench"} or SCRIPT in packages:
+        return
+    logger.warning(
+        "%s is for the method %r of %s, and is read by the method of this name in %s: "
+        "its scores may differ",
+        path,
+        method_class.name,
+        *modules,
+    )
 
 
 def write_card(folder: str | Path) -> None:
