@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import vilu
-from tests.conftest import few
+from tests.conftest import few, toy_embeddings
 from vilu.artifacts.tables import read_table, write_table
 from vilu.errors import DataError, InfeasibleError, ProvenanceError, StorageError, UsageError
 
@@ -434,6 +434,16 @@ def test_without_a_rule_for_single_rows_there_is_nothing_to_audit(
     assert status.audit is None
     with pytest.raises(UsageError, match="no guarantee to audit"):
         monitor.audit(draw(np.random.default_rng(12), 1))
+
+
+def test_label_sets_have_no_error_rate_to_audit(tmp_path: Path) -> None:
+    vilu.MCM().save(tmp_path)
+    target = vilu.Target(label_sets="lac")
+    vilu.calibrate_predictor(tmp_path, toy_embeddings(200), target)
+    monitor = vilu.Monitor.of_folder(tmp_path)
+    rows = vilu.score(vilu.load(tmp_path), toy_embeddings(50, seed=1, ids_from=1000))
+    with pytest.raises(UsageError, match=r"only label sets\. Leave the labels out"):
+        monitor.audit(rows)
 
 
 def test_groups_that_the_caller_gave(calibration: vilu.Outcomes) -> None:

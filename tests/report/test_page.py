@@ -274,6 +274,22 @@ def test_competitors_are_the_zero_shot_posterior() -> None:
         report_page(
             [dataclasses.replace(one, prediction=(one.prediction + 1) % 5)], embeddings=data
         )
+    with pytest.raises(ProvenanceError, match="none of the rows that are shown, such as '"):
+        report_page([one], embeddings=toy_embeddings(300, seed=3, ids_from=5000))
+
+
+def test_a_page_of_calibration_rows_says_so(tmp_path: Path) -> None:
+    MCM().fit(toy_embeddings()).save(tmp_path)
+    data = toy_embeddings(seed=4, ids_from=5000)
+    calibrate_predictor(tmp_path, data, Target(max_risk=0.3))
+    calibrated = read_calibrated(tmp_path)
+    rows = score(load(tmp_path), data)
+    with pytest.warns(UserWarning, match=f"{len(rows)} of {len(rows)} rows are calibration rows"):
+        page = report_page([rows], calibrated=calibrated)
+    assert f"Calibrated on {len(rows)} of these rows" in page
+    assert "Calibrated on other rows" not in page
+    others = score(load(tmp_path), toy_embeddings(seed=6, ids_from=9000))
+    assert "Calibrated on other rows" in report_page([others], calibrated=calibrated)
 
 
 def test_the_rule_beside_a_predictor_is_read_and_bound_to_its_scores(tmp_path: Path) -> None:

@@ -152,9 +152,9 @@ def evaluable_scores(outcomes: Outcomes) -> tuple[Floats, Ints]:
 
 
 def failure_probability_of(outcomes: Outcomes) -> Floats | None:
-    """Return calibrated failure probabilities (N,), or else uncertainties that are probabilities.
+    """Return the calibrated failure probabilities (N,), or else uncertainties as probabilities.
 
-    None if the outcomes are not calibrated and the uncertainties are not probabilities.
+    If the outcomes are not calibrated and the uncertainties are no probabilities, return None.
     """
     if outcomes.failure_probability is not None:
         return outcomes.failure_probability
@@ -191,7 +191,7 @@ def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
 
 def draw_photo(axes: Axes, photo: Photo) -> None:
     """Draw a picture with a caption and a frame. The frame's colour marks a wrong answer."""
-    # values for a picture if the right answer is unknown, or equal to the model's answer
+    # if the right answer is not known, there is no verdict, and the frame is that of a right answer
     verdict = ""
     colour = CORRECT_COLOUR
     linewidth = 1
@@ -249,8 +249,8 @@ def draw_curves(
         x_label: Label for the horizontal axes.
         title: Title for the figure.
         log: Whether the horizontal axes are logarithmic.
-        names: Maps a tick number on the horizontal axes, as text (``"{:g}"``), to a name. The name
-            is written in place of the number.
+        names: Names to write in place of numbers at the ticks of the horizontal axes. A key is the
+            number as text (``"{:g}"``).
     """
 
     def draw(axis: Axes, panel: Panel, line_styles: Mapping[str, LineStyle]) -> None:
@@ -265,7 +265,8 @@ def draw_curves(
             axis.set_xscale("log")
         numbers = [f"{tick:g}" for tick in sorted(ticks)]
         labels = [names.get(number, number) for number in numbers]
-        axis.set_xticks(sorted(ticks), labels, rotation=45 if len(ticks) > 6 else 0)
+        rotation = 45 if len(ticks) > 6 else 0  # in degrees. Many level labels would overlap
+        axis.set_xticks(sorted(ticks), labels, rotation=rotation)
         axis.minorticks_off()
         last_values = {line.label: line.y[int(np.argmax(line.x))] for line in panel.lines}
         _write_line_labels(axis, last_values, line_styles)
@@ -279,7 +280,8 @@ def draw_curves(
 def draw_scatter(panels: Sequence[Panel], x_label: str, *, title: str = "") -> Figure:
     """Draw every series as points with intervals, and a least-squares line per series.
 
-    A series' label is at the end of the least-squares line, or else beside the last point.
+    The label of a series is at the end of the line. Without a line, the label is beside the point
+    with the largest x.
     """
 
     def draw(axis: Axes, panel: Panel, line_styles: Mapping[str, LineStyle]) -> None:
@@ -348,7 +350,7 @@ def _write_line_labels(
     ``last_values`` maps a label to the line's last value, as a fraction. Overlapping labels are
     moved apart.
     """
-    bottom, top = axis.get_ylim()
+    bottom, top = axis.get_ylim()  # in percent
     axis.set_ylim(bottom, top)  # matplotlib must not change the limits any more
     heights = {}
     for label, value in last_values.items():
@@ -373,9 +375,9 @@ LABEL_HEIGHT = 0.065
 def _spaced_heights(heights: Mapping[str, float], gap: float) -> dict[str, float]:
     """Move the label heights apart, to distances of at least ``gap``.
 
-    Heights and gap are shares of the plot height. Labels that are too close form a group. A group
-    is centred on the mean height in the group. Then overlapping groups are joined. The result has
-    the lowest label first.
+    Heights and gap are shares of the plot height. Labels that are too close form a group, with the
+    distance ``gap`` between labels. A group is centred on the mean height of the labels. If two
+    groups are then too close, both are joined. The result has the lowest label first.
     """
     groups: list[list[str]] = []  # labels in each group. Groups and labels go from low to high
     for label in sorted(heights, key=lambda label: heights[label]):
@@ -406,7 +408,7 @@ def _lowest_height(group: Sequence[str], heights: Mapping[str, float], gap: floa
 def _are_too_close(
     lower: Sequence[str], upper: Sequence[str], heights: Mapping[str, float], gap: float
 ) -> bool:
-    """Return whether the distance between ``lower`` and ``upper`` is less than ``gap``."""
+    """Return whether the groups ``lower`` and ``upper`` are less than ``gap`` apart."""
     top_of_lower = _lowest_height(lower, heights, gap) + gap * (len(lower) - 1)
     bottom_of_upper = _lowest_height(upper, heights, gap)
     return bottom_of_upper - top_of_lower < gap
@@ -466,7 +468,8 @@ class Grid:
     title: str
     rows: Sequence[str]  # row labels, from the top
     columns: Sequence[str]  # column labels, from the left
-    # fraction in each cell (row, column), counted from 0. Cells without a fraction stay white.
+    # The fraction in each cell (row, column). Rows and columns are counted from 0. Cells without a
+    # fraction stay white.
     values: Mapping[tuple[int, int], float]
     chosen: tuple[int, int] | None  # (row, column) of a cell with a frame
 
@@ -490,14 +493,15 @@ def _draw_grid(axis: Axes, panel: Grid) -> None:
     low = float(np.nanmin(fractions))
     high = float(np.nanmax(fractions))
     spread = high - low
-    # The grey range is wider than the value range. So no cell is white, and no cell is too dark for
-    # a readable number.
+    # The range of greys is wider than the range of values. So no cell is white, and no cell is so
+    # dark that the number cannot be read.
     axis.imshow(fractions, cmap="Greys", vmin=low - spread / 4, vmax=high + spread, aspect="auto")
     for (row, column), value in panel.values.items():
         axis.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8)
     if panel.chosen is not None:
         y, x = panel.chosen
-        # the frame goes through the cell's four corners and back to the first corner
+        # The frame goes through four corners and back to the first corner. A cell has the side 1,
+        # so the frame is just inside the cell.
         across = [x - 0.48, x + 0.48, x + 0.48, x - 0.48, x - 0.48]
         down = [y - 0.48, y - 0.48, y + 0.48, y + 0.48, y - 0.48]
         axis.plot(across, down, color=WRONG_COLOUR, linewidth=2)

@@ -54,9 +54,9 @@ DARK_RULE = (
 Light and dark colours are swapped. Hues do not change.
 """
 LEFT_OUT_METADATA: dict[str, Any] = {".svg": {"Date": None}, ".png": {"Software": None}}
-"""Maps the suffix of a file to the metadata to leave out.
+"""Metadata that a file does not get, by the suffix of the file.
 
-Therefore equal figures have equal bytes.
+With a date or a version, equal figures would not have equal bytes.
 """
 MATPLOTLIB_SETTINGS: Any = {  # settings of matplotlib for every figure
     "svg.hashsalt": "vilu",  # without a fixed salt, identifiers in an SVG are random
@@ -74,7 +74,7 @@ def require_matplotlib() -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make an empty figure. No screen is needed. Width and height are in inches."""
+    """Make an empty figure, without a screen. Width and height are in inches."""
     figure_module = import_extra("matplotlib.figure", extra="report")
     figure: Figure = figure_module.Figure(figsize=(width, height), layout="constrained")
     return figure
@@ -105,9 +105,9 @@ def line_styles_of(labels: Iterable[str]) -> dict[str, LineStyle]:
     """Map the label of every line in a figure to a line style.
 
     The style depends on the label, so a method looks the same in every figure. Each method in
-    ``MAIN_METHODS`` has a separate colour and a solid line. A label may begin with such a name, for
-    example "vilu + MCM input". Then the label has the method's colour and a different dash. Two
-    lines in a figure have the same style only if no possible style is free.
+    ``MAIN_METHODS`` has a separate colour and a solid line. If a label only begins with such a
+    name, for example "vilu + MCM input", it has the method's colour and a dashed line. Two lines in
+    a figure have the same style only if no possible style is free.
     """
     line_styles: dict[str, LineStyle] = {}
     taken_styles: set[LineStyle] = set()
@@ -131,8 +131,9 @@ def _possible_styles(label: str) -> list[LineStyle]:
         if label == method:
             preferred_style = LineStyle(COLOURS[index], DASHES[0], MARKERS[index])
             line_styles.append(preferred_style)
-    # A label's possible styles are numbered, and the label's hash is the first number. With each
-    # next number, colours, dashes and markers change at different rates.
+    # Styles are numbered. The label's hash is the number of its first style, and the next numbers
+    # are its further styles. From number to number, colours, dashes and markers change at different
+    # rates.
     label_bytes = label.encode("utf-8", "backslashreplace")
     first_number = zlib.crc32(label_bytes)
     n_numbers = 3 * len(colours) * len(DASHES) * len(MARKERS)  # after these, the styles repeat
@@ -148,6 +149,8 @@ def _possible_styles(label: str) -> list[LineStyle]:
 
 def _main_method(label: str) -> str | None:
     """Return the main method that a label names at its beginning. None if there is none."""
+    # "vilu_plus + MCM" begins with "vilu" and "vilu_plus", and the longer name counts. A letter
+    # after the name makes another word: "marginal" does not begin with "margin".
     methods_at_start = [method for method in MAIN_METHODS if re.match(rf"{method}(?![a-z])", label)]
     return max(methods_at_start, key=len, default=None)
 

@@ -29,7 +29,7 @@ A batch with fewer distinct uncertainties could occur again by chance, and alway
 
 
 class SeenRows:
-    """Set of rows and row names, saved as 64-bit hashes in sorted arrays, the runs.
+    """Set of rows and row names, saved as 64-bit hashes in sorted arrays called runs.
 
     A hash takes 8 bytes. The probability that any two of n rows and names have the same hash is
     about n^2 / 2^64: 1 in 2,000 for 10^8 rows.
@@ -57,9 +57,9 @@ class SeenRows:
         run = np.unique(hashes[~is_known])
         if not len(run):
             return
-        # The last runs are merged into the new run, back to a longer run. So every run is shorter
-        # than the previous run, and there are few runs to search. Long runs are never merged,
-        # because a merge takes several times the merged runs' memory.
+        # The new run takes in the last run, then the run before, and so on, until it meets a longer
+        # run. So there are few runs to search. Runs above LONGEST_MERGED_RUN are not taken in,
+        # because a merge takes several times the memory of the merged runs.
         while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST_MERGED_RUN):
             run = np.concatenate([self.runs.pop(), run])
             run.sort(kind="stable")  # fast, because both parts are sorted, and no hash is in both
@@ -159,10 +159,11 @@ def _is_known_by_chance(
     _, index, n_equal_rows = np.unique(
         identifying_numbers, axis=0, return_inverse=True, return_counts=True
     )
-    is_tied = n_equal_rows[index.ravel()] > 1
+    index = index.ravel()  # some versions of NumPy return two dimensions
+    is_tied = n_equal_rows[index] > 1
     # Both arrays have two entries: for the untied rows, and for the tied rows. No divisor is 0.
     n_rows = np.bincount(is_tied, minlength=2).clip(1)
-    n_known = np.bincount(is_tied, is_known, minlength=2)
+    n_known = np.bincount(is_tied, weights=is_known, minlength=2)
     known_share_of_untied, known_share_of_tied = n_known / n_rows
     if 10 * known_share_of_untied >= known_share_of_tied:
         return np.zeros(len(is_known), np.bool_)
@@ -177,7 +178,7 @@ def _are_row_numbers(ids: Sequence[str]) -> bool:
 
 
 def refuse_sorted(outcomes: Outcomes) -> None:
-    """Refuse sorted rows, because rows in random order are not sorted."""
+    """Refuse sorted rows, because the tests would take the sorting for a shift."""
     quantity = _sorting_quantity(outcomes)
     if quantity is None:
         return
@@ -215,7 +216,7 @@ def admit_rows(outcomes: Outcomes, calibration: Outcomes, calibration_hash: str 
         calibration_hash: Hash of the saved calibration. None if the calibration is not saved.
     """
     _require_same_predictor(outcomes, calibration, calibration_hash)
-    n_calibration_rows = _n_calibration_rows(outcomes, calibration)
+    n_calibration_rows = count_calibration_rows(outcomes, calibration)
     if n_calibration_rows:
         warn_caller(
             f"{n_calibration_rows} of {len(outcomes)} rows are calibration rows, which say nothing "
@@ -263,15 +264,15 @@ def _differs(expected: object, actual: object) -> bool:
     return expected != actual
 
 
-def _n_calibration_rows(outcomes: Outcomes, calibration: Outcomes) -> int:
-    """Return how many rows have the key and the uncertainty of a calibration row.
+def count_calibration_rows(outcomes: Outcomes, calibration: Outcomes) -> int:
+    """Count the rows with the key and the uncertainty of a calibration row.
 
     Equal keys alone are not enough, because a row in another data set may have the same key.
     """
     if outcomes.ids is None or calibration.ids is None:
         return 0
-    # Uncertainties are compared first, because this is fast, and a small batch shares only few
-    # uncertainties with calibration rows.
+    # Uncertainties are compared first, because this is fast. A small batch shares only few
+    # uncertainties with the calibration rows, so few pairs are left to compare.
     has_uncertainty_of_batch = np.isin(calibration.uncertainty, outcomes.uncertainty)
     calibration_pairs = {
         (calibration.ids[row], calibration.uncertainty[row])

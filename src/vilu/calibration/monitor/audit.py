@@ -1,14 +1,14 @@
 """Anytime-valid bounds on the error rate among labelled accepted answers.
 
-Let k of m answers be wrong. The wealth of bets against "the error rate is at most r" is
+Let k of m answers be wrong, and let theta be an error rate drawn from the distribution Beta(a, b).
+The wealth of bets against "the error rate is at most r" is
 
     M(r) = P[theta <= r] + integral over theta > r of (theta/r)^k ((1 - theta)/(1 - r))^(m - k),
-    theta ~ Beta(a, b).
 
-This is a mixture of bets on all rates theta above r. The part P[theta <= r] of the wealth is not
-bet. If every answer, given the answers before it, has an error rate of at most r, then the
-probability that M(r) ever reaches 1/delta is at most delta (Ville 1939). So the bounds may be
-looked at after every label.
+where the integral is taken over the distribution of theta. This is a mixture of bets on all rates
+theta above r. The part P[theta <= r] of the wealth is not bet. Suppose that every answer, given the
+answers before it, is wrong with a probability of at most r. Then the probability that M(r) ever
+reaches 1/delta is at most delta (Ville 1939). So the bounds may be looked at after every label.
 
 As r rises from 0 to k/m, M(r) decreases. For all r above k/m, M(r) is at most 1. So M(r) falls
 below 1/delta at a single rate. This rate is the lower bound on the error rate. The upper bound

@@ -1,4 +1,7 @@
-"""Conformal test martingales: bets against p-values that are uniform as long as nothing changes.
+"""Conformal test martingales: bets that detect a change in the rows.
+
+Every row has a p-value. As long as nothing changes, p-values are uniform, and the bets win nothing
+on average. After a change, the p-values are no longer uniform, and bets that fit them win.
 
 Rows must come in the order of arrival. ``is_grouped``, ``is_rising`` and ``is_in_blocks`` recognise
 sorted rows.
@@ -66,12 +69,13 @@ def histogram_log_densities(p: Floats, counts: Floats, weight: float) -> tuple[F
     """Return a histogram bet's log densities (B,) at p-values (B,), and updated counts (m,).
 
     The bet is a histogram over the last few hundred p-values in m equal cells, with a uniform
-    prior. The prior has the weight of ``weight`` p-values:
+    prior. The prior has the weight of ``weight`` p-values. For each cell, N_t counts the p-values
+    before row t. The counts are multiplied by ``COUNT_DECAY`` at every row. The density for the
+    p-value p in row t is
 
         f_t(p) = m (weight/m + N_t[cell of p]) / (weight + sum N_t).
 
-    N_t counts the p-values before t in every cell. The counts are multiplied by ``COUNT_DECAY``
-    at every row. (Plug-in martingale: Fedorova et al., ICML 2012.)
+    (Plug-in martingale: Fedorova et al., ICML 2012.)
 
     Args:
         p: P-values (B,).
@@ -91,12 +95,11 @@ def histogram_log_densities(p: Floats, counts: Floats, weight: float) -> tuple[F
     """
     m = len(counts)
     row = np.arange(len(p))
-    cell = np.minimum((p * m).astype(np.int64), m - 1)
+    cell = np.minimum((p * m).astype(np.int64), m - 1)  # the last cell includes p = 1
     counts_after = _counts_after_rows(counts, cell)
-    # The density for a row depends only on earlier rows. A density that also depends on the row's
-    # own p-value would win even when nothing changes.
-    # (B, m) N_t: the counts before a row are the counts after the previous row
-    counts_before = np.concatenate([counts[None], counts_after[:-1]])
+    # The counts before a row are the counts after the previous row. A density that also depends on
+    # the row's own p-value would win even when nothing changes.
+    counts_before = np.concatenate([counts[None], counts_after[:-1]])  # (B, m), N_t for each row
     prior_and_count = weight / m + counts_before[row, cell]
     total_weight = weight + counts_before.sum(axis=1)
     density = m * prior_and_count / total_weight
@@ -111,7 +114,8 @@ def _counts_after_rows(counts: Floats, cell: Ints) -> Floats:
     """
     is_in_cell = np.zeros((len(cell), len(counts)))
     is_in_cell[np.arange(len(cell)), cell] = 1
-    # A recursive filter computes N_{t+1} = COUNT_DECAY N_t + is_in_cell for all rows at once.
+    # A recursive filter computes N_{t+1} = COUNT_DECAY N_t + is_in_cell for all rows at once. The
+    # filter starts from ``zi``, the term COUNT_DECAY N_t for the first row.
     counts_after: Floats
     counts_after, _ = signal.lfilter(
         [1.0], [1.0, -COUNT_DECAY], is_in_cell, axis=0, zi=COUNT_DECAY * counts[None]
@@ -299,9 +303,9 @@ class ReferenceValues:
         if counts is None:
             counts = np.ones(len(values), np.int64)
         run = SortedRun.of(values, counts)
-        # The last runs are merged into the new run, back to a longer run. So every run is shorter
-        # than the previous run, and there are few runs to search. Long runs are never merged,
-        # because a merge takes several times the merged runs' memory.
+        # The new run takes in the last run, then the run before, and so on, until it meets a longer
+        # run. So there are few runs to search. Runs above LONGEST_MERGED_RUN are not taken in,
+        # because a merge takes several times the memory of the merged runs.
         while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST_MERGED_RUN):
             run = SortedRun.merge([self.runs.pop(), run])
         self.runs.append(run)
@@ -508,9 +512,8 @@ def _is_sorted_in_halves(
             return False
     mean_shuffled_order = shuffled_order.mean(axis=0)
     excess = order_of_half - mean_shuffled_order
-    largest_excess = (
-        np.array([measure_largest_order(half) for half in halves]) - mean_shuffled_order
-    )
+    largest_order_of_half = np.array([measure_largest_order(half) for half in halves])
+    largest_excess = largest_order_of_half - mean_shuffled_order
     is_half_sorted = (excess > 0) & (excess >= min_excess_share * largest_excess)
     shuffled_total = shuffled_order.sum(axis=1)
     total_excess = total_order - shuffled_total.mean()

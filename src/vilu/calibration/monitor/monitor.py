@@ -119,7 +119,8 @@ class Monitor:
         self.seen_rows = SeenRows()
         self.seen_labels = SeenRows()
         self.comparison_limit = self._find_comparison_limit()
-        values = self._values_by_test(calibration, self._is_accepted(calibration, groups))
+        is_accepted = self._is_accepted(calibration, groups)
+        values = self._values_by_test(calibration, is_accepted)
         self._coverage: float | None = None
         if self.rule is not None and not self._is_partial:
             self._coverage = float(1 - values["acceptance"].mean())  # the value is 0 if accepted
@@ -141,8 +142,9 @@ class Monitor:
         names: list[TestName] = list(values)
         if guaranteed_risk is not None:
             names.append("audit")
-        # Only the audits' names are needed here. The audits' levels are computed below.
-        names += list(make_rate_audits(self.rule, self.calibration, level=self.false_alarm))
+        # Only the names of these audits are needed here. Their levels are computed below.
+        rate_audits = make_rate_audits(self.rule, self.calibration, level=self.false_alarm)
+        names += rate_audits.keys()
         # Every test can raise a false alarm. So the tests share the level: with the whole level for
         # each, the probability of any false alarm could exceed ``false_alarm`` (union bound).
         total_parts = sum(LEVEL_PARTS[name] for name in names)
@@ -177,7 +179,8 @@ class Monitor:
         distinct_scores = np.unique(scores[is_finite])
         # With the method "anytime", or with rows drawn below a limit, the labelled rows are a
         # random sample only up to the limit. Labelled rows beyond the limit were chosen by
-        # somebody, so new rows are not like them.
+        # somebody, so new rows are not like them. With a single distinct score, no row would be
+        # below the limit, so there is no limit.
         if self._is_partial and len(distinct_scores) > 1:
             return float(distinct_scores[-1])
         return np.inf
@@ -312,8 +315,9 @@ class Monitor:
         """
         if self.error_audit is None:
             raise UsageError(
-                "there is no guarantee to audit: the rule accepts nothing, judges whole batches, "
-                "or bounds a mean (crc)."
+                "there is no guarantee to audit: the rule judges whole batches, bounds a mean "
+                "(crc), or allows every error rate, or there are only label sets. Leave "
+                "the labels out."
             )
         outcomes = admit_rows(outcomes, self.calibration, self.risk)
         # An alarm is reported at the last monitored row.
@@ -652,7 +656,7 @@ class Monitor:
         labelled_outcomes = outcomes.take(labelled_rows)
         hashes, is_new = self.seen_labels.find_new(labelled_outcomes, compare_failures=True)
         n_repeated = int(np.count_nonzero(~is_new))
-        if not is_new.all():
+        if n_repeated:
             warn_caller(
                 f"{n_repeated} of {len(is_new)} labels were given before and are "
                 "not counted again.",
@@ -725,7 +729,7 @@ class Monitor:
 
 
 def _load_guarantee(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
-    """Load a predictor's calibration and guarantee. InfeasibleError without a guarantee."""
+    """Load a predictor's calibration and guarantee. A missing guarantee is an InfeasibleError."""
     command = f"vilu calibrate {shlex.quote(str(folder))} STORE --max-risk 0.05"
     calibration = Calibration.find(folder)
     if calibration is None:

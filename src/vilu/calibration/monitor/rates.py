@@ -1,4 +1,4 @@
-"""Rates with an upper limit, as long as a guarantee for stated shares holds.
+"""Rates that stay below an upper limit as long as a guarantee for stated shares holds.
 
 Each rate is monitored by an ``Audit``, like the error rate among accepted answers.
 """
@@ -37,8 +37,8 @@ def make_rate_audits(
           (1 - p') d_in + p' d_out.
 
       The limit is the maximum over all p' from 0 to the stated share, computed with upper
-      Clopper-Pearson bounds on the rates in all strata. These bounds together take half of the
-      level, and the audit takes the second half.
+      Clopper-Pearson bounds on the rates in all strata. These bounds together take one half of the
+      level, and the audit takes the other half.
     """
     if rule is None or not rule.reweighted or not rule.feasible:
         return {}
@@ -68,12 +68,11 @@ def _largest_review_share(rule: Rule, rows: Outcomes, delta: float) -> float:
         bounds.append(bound)
     *class_bounds, ood_bound = bounds  # out-of-distribution rows are the last stratum
     ood_share = float(strata.share[-1])
-    class_shares = strata.share[:-1]
+    class_shares = strata.share[:-1]  # these shares add up to 1 - ood_share
     inside_bound = float(class_shares @ np.array(class_bounds)) / (1 - ood_share)
     # The true out-of-distribution share may be any number from 0 to the stated share. The
-    # rate is linear in this share, so the maximum is at 0 or at the stated share. Suppose only the
-    # rate at the stated share were the limit. Then fewer such images than stated could raise a
-    # false alarm.
+    # rate is linear in this share, so the maximum is at 0 or at the stated share. If only the rate
+    # at the stated share were the limit, fewer such images than stated could raise a false alarm.
     bound_at_stated_share = (1 - ood_share) * inside_bound + ood_share * ood_bound
     return max(inside_bound, bound_at_stated_share)
 

@@ -15,9 +15,10 @@ from vilu.report.explain.rows import draw_rows, scored_rows
 
 
 def shapley(values: Tensor) -> Tensor:
-    """Return the players' Shapley values (G, B) (Shapley 1953).
+    """Return the Shapley values (G, B) of G players (Shapley 1953).
 
-    The Shapley value of a player is the mean increase in v when the player joins a coalition:
+    Every coalition S of players has a value v(S). The Shapley value phi_g of player g is the mean
+    increase in v when the player joins a coalition:
 
         phi_g = sum_S |S|! (G - |S| - 1)! / G! [v(S + g) - v(S)]
 
@@ -26,8 +27,8 @@ def shapley(values: Tensor) -> Tensor:
     equal values.
 
     Args:
-        values: (2^G, B) float64 value v(S) for every coalition S. The index of S in the first
-            dimension has bit g set if player g is a member of S.
+        values: (2^G, B) float64 value v(S) for every coalition S. If player g is a member of S, bit
+            g is set in the index of S.
 
     Examples:
         >>> import torch
@@ -47,7 +48,7 @@ def shapley(values: Tensor) -> Tensor:
             is_member = bool(coalition & bit)
             if is_member:
                 continue
-            # |S|! (G - |S| - 1)! / G!
+            # |S|! (G - |S| - 1)! / G! with a binomial coefficient: 1 / (G (G - 1 choose |S|))
             weight = 1 / (n_players * math.comb(n_players - 1, coalition.bit_count()))
             shapley_values[player] += weight * (values[coalition | bit] - values[coalition])
     return shapley_values
@@ -90,7 +91,7 @@ class Attributor:
         background: Source from which background rows are drawn.
         n_rows: Number of background rows to draw.
         seed: Seed for the draw.
-        rows_to_leave_out: Positions of rows to leave out of the draw.
+        rows_to_leave_out: Positions of rows that must not be drawn.
 
     Raises:
         NoAttribution: If the predictor allows no attribution.

@@ -1,4 +1,4 @@
-"""The competitors of an answer, and the labelled training images nearest to a row."""
+"""Find the competitors of an answer, and the labelled training images nearest to a row."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ class Weights(NamedTuple):
 
 
 def weights_of(predictor: FailurePredictor) -> Weights:
-    """Choose the weights for comparing a method's candidates.
+    """Choose by which weights a method's candidates are compared.
 
-    - A method with a trained attention: alpha_j = softmax_j(scale (W_Q z_v) . (W_K z_tj)),
-      averaged over the members of an ensemble.
-    - ``vilu_plus``: the posterior q from the pooled experts.
-    - Any further method with adapted answers: the method's posterior q.
-    - All remaining methods: the zero-shot posterior p.
+    - A method with a trained attention: the attention weights, averaged over the members of an
+      ensemble. With the image z_v and the text z_tj of candidate j, the weight is
+      alpha_j = softmax_j(scale (W_Q z_v) . (W_K z_tj)).
+    - ``vilu_plus``: the posterior from the pooled experts.
+    - Any other method with adapted answers: the method's own posterior.
+    - All remaining methods: the zero-shot posterior.
     """
     attentions = _attentions(predictor)
     if attentions:
@@ -97,7 +98,7 @@ def _attention_weights(attentions: list[CrossAttention], batch: Batch) -> Tensor
 
 
 def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> NDArray[np.int64]:
-    """Return the candidate (N,) with the largest weight among all candidates but the judged answer.
+    """Return for each row (N,) the candidate with the largest weight, except the judged answer.
 
     Rows without a score have the value -1.
     """
@@ -117,7 +118,7 @@ def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> 
             group = batch.first_equal_index
             group_of_answer = group[batch.prediction].unsqueeze(1)
             has_text_of_answer = group == group_of_answer
-            # weights are at least 0, so a candidate with weight -1 never has the largest weight
+            # weights are at least 0, so a candidate with the weight -1 is never the largest
             weight_of_others = weight.masked_fill(has_text_of_answer.to(weight.device), -1.0)
             best_candidate = weight_of_others.argmax(dim=1)
             rows = batch.index.numpy(force=True)
@@ -138,7 +139,7 @@ class Neighbour:
 class RowsToSkip(NamedTuple):
     """The explained rows, which the search must skip if they are training rows, too."""
 
-    kind: IdentityKind  # kind of identity, such as the picture
+    kind: IdentityKind  # what identifies a row, such as its picture
     hashes: NDArray[np.uint64]  # (B,) identity of each explained row
 
 
@@ -174,7 +175,7 @@ class TrainingRows:
         rows.
 
         Returns:
-            For every image, the nearest failures and the nearest successes, the nearest first.
+            For every image, two lists: the failures and the successes, both the nearest first.
         """
         failures = self._search(image, to_skip, self.failures, n)
         successes = self._search(image, to_skip, self.successes, n)
@@ -207,8 +208,9 @@ class TrainingRows:
         self, image: Tensor, to_skip: RowsToSkip | None, rows: Tensor, n: int
     ) -> list[list[NearRow]]:
         """Return the ``n`` nearest of ``rows`` to each image, without rows of the image itself."""
-        # Some nearest rows may be the image itself and are left out. So more than n rows are
-        # searched for, until every image has n neighbours or all rows have been found.
+        # Some nearest rows may be the image itself and are left out. So the search asks for more
+        # than n rows, and then for still more, until every image has n neighbours or all rows have
+        # been found.
         n_spare = 1
         while True:
             near_rows = self._near_other_rows(image, to_skip, rows, n + n_spare)
@@ -241,7 +243,7 @@ class TrainingRows:
         return near_rows
 
     def _answers_and_truths(self, rows: set[int]) -> dict[int, AnswerAndTruth]:
-        """Map each training row to the names of the answer and the truth."""
+        """Map each training row to the names of the zero-shot answer and the right answer."""
         names = CandidateNames(self.train)
         answers = {}
         sorted_rows = torch.tensor(sorted(rows), dtype=torch.int64)
@@ -258,8 +260,8 @@ class TrainingRows:
 def nearest_rows(image: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     """Find the k nearest rows for every image (B, D), the nearest first.
 
-    The search is exact, with a single block of rows in memory. Equally similar rows keep their
-    order in ``rows``. If there are fewer than k rows, all rows are returned.
+    The search is exact, although only a single block of rows is in memory at a time. Equally
+    similar rows keep their order in ``rows``. If there are fewer than k rows, all are returned.
 
     Returns:
         Cosines (B, k) float32 in descending order, and indices (B, k) int64 into ``rows``.

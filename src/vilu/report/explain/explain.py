@@ -33,7 +33,7 @@ MAX_ROWS_SHOWN = 15  # maximum number of rows in a printed table. Further rows a
 
 
 def require_json(path: str | Path) -> None:
-    """Raise UsageError if a file's suffix is not ``.json``."""
+    """Raise UsageError if the suffix of a path is not ``.json``."""
     if Path(path).suffix.lower() != ".json":
         raise UsageError(
             f"explanations are nested, so they go to a .json file. Got {Path(path).name!r} instead."
@@ -102,7 +102,7 @@ class Explanation:
     failures: tuple[Neighbour, ...] | None
     # nearest training rows with a right answer. None if no training rows were given.
     successes: tuple[Neighbour, ...] | None
-    attribution: Attribution | None  # input shares in the score. None if not available
+    attribution: Attribution | None  # every input's share in the score. None if not available
     zero_shot: str | None = None  # zero-shot answer if different from ``answer``
 
 
@@ -112,15 +112,16 @@ class Explanations(Findings):
 
     kind: ClassVar[str] = "explanations"
 
-    # in the order of the chosen rows. If no rows were chosen, the most uncertain row comes first.
+    # In the order in which the caller named the rows. If no rows were named, the most uncertain row
+    # comes first.
     rows: tuple[Explanation, ...]
     method: str  # the predictor's label
     is_probability: bool  # whether the uncertainty is a failure probability
     weights: str  # meaning of the competitors' weights
-    unit: str | None  # quantity split by the attribution. None if there is no attribution
+    unit: str | None  # the quantity that an attribution splits. None if there is no attribution
     attribution: str  # definition of the attribution, or the reason why there is none
     neighbours: str  # which rows were searched for neighbours, or why no rows were searched
-    n_seen: int  # number of explained rows that are known to be fit rows
+    n_seen: int  # how many explained rows are known to have been used to fit the predictor
     answer: str = "zero_shot"  # kind of judged answers, as in ``vilu.Outcomes``
 
     def __len__(self) -> int:
@@ -232,9 +233,9 @@ def explain(
     Args:
         predictor: A predictor after ``fit``, or a predictor that needs no ``fit``.
         data: Source that has the rows.
-        train: Labelled training rows, for the neighbours. If ``data`` has fewer than
-            ``depth.background`` rows apart from the explained rows, the background rows of the
-            attribution are drawn from ``train``, although the predictor was fitted on ``train``.
+        train: Labelled training rows, for the neighbours. An attribution compares with
+            ``depth.background`` rows. If ``data`` has fewer rows apart from the explained rows, the
+            rows to compare with are drawn from ``train``, on which the predictor was fitted.
         rows: Row numbers or keys. None for the ``n`` most uncertain rows.
         n: Number of rows to explain if ``rows`` is None.
         depth: Numbers of competitors, neighbours and background rows.
@@ -273,15 +274,15 @@ def explain(
         chosen_rows = most_uncertain(predictor, data, n)
     else:
         chosen_rows = find_rows(data, rows)
-    neighbours = "left out: no training rows given"
+    neighbours_text = "left out: no training rows given"
     if train is not None:
         data.space.require_match(
             train.space, name="the data to explain", other_name="the training set"
         )
-        neighbours = f"of {len(train)} training rows"
+        neighbours_text = f"of {len(train)} training rows"
         if predictor.answer != "zero_shot":
-            neighbours += ", right or wrong by their zero-shot answers"
-    attributor, attribution = _make_attributor(predictor, data, train, chosen_rows, depth)
+            neighbours_text += ", right or wrong by their zero-shot answers"
+    attributor, attribution_text = _make_attributor(predictor, data, train, chosen_rows, depth)
     explained_rows = _explain_without_neighbours(predictor, data, chosen_rows, depth, attributor)
     return Explanations(
         rows=tuple(_with_neighbours(explained_rows, data, train, depth)),
@@ -289,8 +290,8 @@ def explain(
         is_probability=predictor.is_probability,
         weights=weights_of(predictor).meaning,
         unit=None if attributor is None else attributor.coalitions.unit,
-        attribution=attribution,
-        neighbours=neighbours,
+        attribution=attribution_text,
+        neighbours=neighbours_text,
         n_seen=_count_fitted_rows(predictor, data, chosen_rows),
         answer=predictor.answer,
     )
@@ -303,7 +304,7 @@ def _make_attributor(
     chosen_rows: Tensor,
     depth: Depth,
 ) -> tuple[Attributor | None, str]:
-    """Return the attributor with a text on it, or None with the reason for its absence."""
+    """Return the attributor and a text that describes it, or None and the reason why."""
     source = data
     rows_to_leave_out = chosen_rows
     kind_of_rows = "other"
@@ -355,7 +356,7 @@ def _explain_without_neighbours(
     depth: Depth,
     attributor: Attributor | None,
 ) -> list[_ExplainedRow]:
-    """Explain rows without neighbours, in the order of ``rows``."""
+    """Explain rows in the order of ``rows``, but leave the neighbours out."""
     explained_of_row: dict[int, _ExplainedRow] = {}
     names = CandidateNames(data)
     weights = weights_of(predictor)
@@ -411,7 +412,7 @@ def _explain_batch(
 def _competitors(
     row: int, names: CandidateNames, top_candidates: Tensor, top_weights: Tensor, posterior: Tensor
 ) -> tuple[Competitor, ...]:
-    """Return the names, weights and posteriors of a row's candidates with the largest weights.
+    """Return the competitors in a row: the L candidates with the largest weights.
 
     Args:
         row: The row's position.

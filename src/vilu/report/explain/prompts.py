@@ -30,7 +30,7 @@ MIXES = tuple(itertools.product(STEP_SIZES, SHARES_OF_MEAN))
 """All pairs (m, kappa) to try."""
 
 FOLDS = 5  # default fold count
-MIN_FOLDS = 3  # a fold to measure on, a fold to choose the mix on, a fold to fit the means on
+MIN_FOLDS = 3  # a fold to measure on, a fold to choose the mix on, a fold to compute means from
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
@@ -89,25 +89,26 @@ class PromptGains(Findings):
 def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) -> PromptGains:
     """Estimate by cross-validation how many failures a better text for each class would save.
 
-    One class c at a time gets a new text. The text t_c is replaced by the unit-norm vector along
+    The labelled images of class c have the mean embedding mu_c. mu is the mean over all mu_c, and
+    delta_c = mu_c - mu. One class c at a time gets a new text: t_c is replaced by the unit-norm
+    vector along
 
-        t_c + m (delta_c + kappa mu),    delta_c = mu_c - mu,
+        t_c + m (delta_c + kappa mu)
 
-    where mu_c is the mean embedding over the class's labelled images and mu is the mean over all
-    mu_c. The function then counts the rows whose answer becomes right, and the rows whose answer
-    becomes wrong.
+    The step m and the share kappa are chosen from a few values. The function then counts the rows
+    whose answer becomes right, and the rows whose answer becomes wrong.
 
     With kappa = 1 the text would move towards mu_c. However, mu is common to all images and absent
     from all texts. So a text with much of mu attracts images from every class. Therefore kappa is 0
     or 0.1. The step m is 0.5, 1, 2, 4 or 8. If no (m, kappa) gains anything, the class's text is
     not changed.
 
-    No text is measured on the rows from which it was made, nor on further rows with the same
-    pictures:
+    A text is measured only on rows that were not used to make the text. Rows with the same pictures
+    were not used, either:
 
     1. The result on fold f is measured with the means over all folds except f.
-    2. The (m, kappa) for fold f is the pair with the largest gain on all folds except f. To choose
-       the pair, each such fold g is measured with the means over all folds except f and g.
+    2. The pair (m, kappa) for fold f is the pair with the largest gain on all other folds. Each
+       other fold g is measured with the means over all folds except f and g.
 
     The interval is Agresti and Min's for a difference of paired proportions (Statistics in Medicine
     2005), with half a row added to each cell. The interval accounts for the sampling of the
@@ -155,9 +156,9 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
 
 
 def _assign_folds(data: EmbeddingSource, rows: Tensor, folds: int, seed: int) -> Tensor:
-    """Return the fold number (len(data),) of each of ``rows``. A picture has all rows in one fold.
+    """Return the fold numbers (len(data),). All rows that show a picture are in the same fold.
 
-    For all remaining rows in ``data`` the number has no meaning.
+    Only the numbers of ``rows`` have a meaning.
     """
     labelled_rows = Rows(data, rows)
     first_row_of_picture, picture_of_row = labelled_rows.pictures()
@@ -165,6 +166,7 @@ def _assign_folds(data: EmbeddingSource, rows: Tensor, folds: int, seed: int) ->
     generator = torch.Generator().manual_seed(int(seed))
     order = torch.randperm(n_pictures, generator=generator)
     fold_of_picture = torch.empty(n_pictures, dtype=torch.int64)
+    # the shuffled pictures get the folds 0, 1, ... in turn, so the folds have about equal sizes
     fold_of_picture[order] = torch.arange(n_pictures) % folds
     fold = torch.empty(len(data), dtype=torch.int64)
     fold[rows] = fold_of_picture[picture_of_row]
@@ -172,7 +174,7 @@ def _assign_folds(data: EmbeddingSource, rows: Tensor, folds: int, seed: int) ->
 
 
 def _labelled_rows(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the labelled usable rows (N,), and row and failure counts (K,) per class."""
+    """Return the labelled usable rows (N,), and each class's row count and failure count (K,)."""
     if data.pool_size is not None:
         raise UsageError("captions have no classes whose texts could be improved. Give class data.")
     require_at_least("folds", folds, MIN_FOLDS)
@@ -194,7 +196,7 @@ def _labelled_rows(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, T
 
 
 class _ClassMeans:
-    """Sums over the images in each fold and class, for class means over some of the folds.
+    """Class means over some of the folds, computed from the sums in each fold and class.
 
     Args:
         data: Source with the rows.
@@ -220,9 +222,10 @@ class _ClassMeans:
         self.n_images = n_images.view(folds, k)
 
     def better_texts(self, text: Tensor, left_out: set[int]) -> Tensor:
-        """Make texts (mixes, K, D), float32 and unit-norm, from the folds not in ``left_out``.
+        """Make a new text for every mix and class: (mixes, K, D), float32 and unit-norm.
 
-        A class without images in these folds keeps the current text.
+        The means are over all folds that are not in ``left_out``. A class without images in these
+        folds keeps the current text.
         """
         folds = [fold for fold in range(len(self.n_images)) if fold not in left_out]
         n_images = self.n_images[folds].sum(dim=0).unsqueeze(1)  # (K, 1)
@@ -239,11 +242,11 @@ class _ClassMeans:
 
 
 class Rivals(NamedTuple):
-    """For each row and class, the strongest other class.
+    """For each row and class, the strongest other class, which is called the rival.
 
-    A class with a new text becomes a row's answer if the new logit beats the rival. For most
-    classes the rival is the row's current answer. For the current answer itself, the rival is the
-    runner-up.
+    A class with a new text becomes a row's answer if the new logit is larger than the rival's. For
+    most classes the rival is the row's current answer. For the current answer itself, the rival is
+    the runner-up.
     """
 
     class_index: Tensor  # (B, K) int64 class index of the rival
@@ -266,14 +269,14 @@ class Rivals(NamedTuple):
         return cls(class_index=class_index, logit=logit, answer_is_right=answer_is_right)
 
     def changes(self, batch: Batch, new_texts: Tensor) -> Tensor:
-        """Count the rows whose answer becomes right or wrong if one class gets its new text.
+        """Count the rows whose answer becomes right or wrong, if one class alone gets a new text.
 
         Args:
             batch: The batch that these rivals belong to.
             new_texts: (K, D) new text for every class.
 
         Returns:
-            (2, K) for each class the number of saved rows, and the number of lost rows.
+            (2, K) for each class, the number of saved rows and the number of lost rows.
         """
         classes = torch.arange(len(new_texts))
         logits = (batch.image @ new_texts.T) * batch.logit_scale + batch.logit_bias
@@ -300,7 +303,7 @@ def _count_changes(
         task: Progress of the whole run.
 
     Returns:
-        (folds, mixes, 2, K) number of saved rows, and number of lost rows.
+        (folds, mixes, 2, K) the number of saved rows, and the number of lost rows.
     """
     changes = torch.zeros(
         len(texts_without_fold), len(MIXES), 2, data.n_candidates, dtype=torch.int64
@@ -315,11 +318,11 @@ def _count_changes(
 
 
 def _changes_at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
-    """Count the rows saved (K,) and the rows lost (K,), with the best mix per fold and class.
+    """Return how many rows each class saves (K,) and loses (K,), with its best mix in each fold.
 
-    A mix is a pair (m, kappa). For fold g, a class's best mix is the mix with the largest gain
-    (saved minus lost rows) on all folds except g. If this gain is not above 0, the class keeps the
-    current text in fold g, so no row is saved or lost.
+    A mix is a pair (m, kappa). A gain is the number of saved rows minus the number of lost rows.
+    For fold g, a class's best mix is the mix with the largest gain on all folds except g. If this
+    gain is not above 0, the class keeps the current text in fold g, so no row is saved or lost.
 
     Args:
         changes: (folds, folds, mixes, 2, K) counts of saved and lost rows. Entry [f, g] counts the
@@ -334,7 +337,8 @@ def _changes_at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
     mix_index = best_mix.unsqueeze(2)  # (folds, 1, 1, K)
     changes_at_best = own_changes.take_along_dim(mix_index, dim=1)  # (folds, 1, 2, K)
     gains_anything = (best_gain > 0).unsqueeze(2)  # (folds, 1, 1, K)
-    saved, lost = (changes_at_best * gains_anything).sum(dim=(0, 1))
+    changes_of_folds = changes_at_best * gains_anything
+    saved, lost = changes_of_folds.sum(dim=(0, 1))  # (K,) each
     return saved, lost
 
 
@@ -372,8 +376,8 @@ def _gains_in_order(
 def paired_interval(saved: int, lost: int, n: int) -> tuple[float, float]:
     """Compute Agresti and Min's 95 % interval of (saved - lost) / n.
 
-    Half a row is added to each cell in the paired table. The four cells are: right before and
-    after, wrong before and after, saved, and lost.
+    The paired table has four cells: rows that are right before and after, rows that are wrong
+    before and after, saved rows, and lost rows. Half a row is added to each cell.
     """
     saved_plus_half = saved + 0.5
     lost_plus_half = lost + 0.5

@@ -28,9 +28,10 @@ class Confusion:
 
     answer: str  # name of the answered class
     instead: str  # name of the true class, or "none of the classes"
-    failures: float  # failure count. Without labels the sum of the failure probabilities
+    failures: float  # failure count. Without labels, the sum of the failure probabilities
     share: float  # ``failures`` divided by the failures in all confusions
-    # mean uncertainty of the failures. Without labels, the weights are the failure probabilities.
+    # mean uncertainty of the failures. Without labels, the mean over all rows of the confusion,
+    # weighted by the failure probabilities.
     uncertainty: float
     # failure count among the accepted answers. For ties at the threshold, an expected count.
     accepted: float
@@ -60,7 +61,7 @@ class RiskMap(Findings):
     coverage: float  # share of accepted answers, which are the least uncertain answers
     threshold: float  # largest uncertainty of an accepted answer
     n: int  # number of counted rows
-    failures: float  # failures in all counted rows. Without labels the sum of the probabilities
+    failures: float  # failures in all counted rows. Without labels, the sum of the probabilities
     risk: float  # selective risk at this coverage, equal to the sum of ``risk`` over ``rows``
     # True: the failures were counted. False: failures are expected numbers, sums of probabilities.
     labelled: bool
@@ -101,15 +102,18 @@ def risk_map(
 ) -> RiskMap:
     """Find the confusions that add most to the risk among the accepted answers.
 
-    The ceil(coverage N) least uncertain answers are accepted, as in
-    ``vilu.metrics.risk_at_coverage``. The confusion of answer j with truth k adds
+    Of N answers, the ceil(coverage * N) least uncertain answers are accepted, as in
+    ``vilu.metrics.risk_at_coverage``. Every row i has a weight w_i and an acceptance a_i:
+
+    - w_i is 1 for a failure and 0 for a success.
+    - a_i is 1 for an accepted row and 0 for a rejected row. If a row's uncertainty equals the
+      threshold, a_i is between 0 and 1, such that sum_i a_i = ceil(coverage * N).
+
+    The confusion of answer j with truth k adds to the selective risk
 
         sum_i w_i a_i / sum_i a_i
 
-    to the selective risk. The first sum is over the rows i with answer j and truth k, the second
-    sum is over all rows. The weight w_i is 1 for a failure and 0 for a success. The acceptance a_i
-    is 1 for an accepted row and 0 for a rejected row. If a row's uncertainty equals the threshold,
-    a_i is between 0 and 1, such that sum_i a_i = ceil(coverage N).
+    The first sum is over the rows i with answer j and truth k. The second sum is over all rows.
 
     If no row has a label, w_i is the failure probability, and ``competitor`` replaces the truth.
 
@@ -121,8 +125,8 @@ def risk_map(
 
     Raises:
         UsageError: If the outcomes are from captions, because captions have no classes. If
-            ``coverage`` is not in (0, 1]. If there are no labels and either the uncertainty is no
-            probability or ``competitor`` is None.
+            ``coverage`` is not in (0, 1]. If there are no labels, and ``competitor`` is None or the
+            outcomes have no failure probabilities.
         DataError: If no row has a score and an answer.
 
     Examples:
@@ -233,12 +237,12 @@ def _true_or_competing_class(
 
 
 def acceptance(uncertainty: Floats, coverage: float) -> tuple[Floats, float]:
-    """Compute each row's acceptance (N,) between 0 and 1, and the threshold.
+    """Compute each row's acceptance (N,) between 0 and 1. Also return the threshold.
 
     Rows below the threshold have acceptance 1, and rows above the threshold have acceptance 0. Rows
-    at the threshold have equal acceptances, such that all acceptances sum up to ceil(coverage N).
+    at the threshold have equal acceptances, such that all acceptances sum up to ceil(coverage * N).
     """
-    # Round before taking the ceiling, because 0.07 · 100 is a little more than 7 in floating point.
+    # The product is rounded before the ceiling: in floating point, 0.07 · 100 is a little above 7.
     n_covered = np.round(len(uncertainty) * coverage, 9)
     n_accepted = int(np.ceil(n_covered))
     last_accepted = n_accepted - 1  # index in ascending order of uncertainty
@@ -258,7 +262,7 @@ def _confusions(
     accepted: Floats,
     names: Sequence[str] | None,
 ) -> list[Confusion]:
-    """Make one confusion for each pair of an answer and a right class that has a failure.
+    """Make a confusion for each pair of an answered class and a right class with a failure.
 
     Args:
         answer_of_row: (N,) answered class.

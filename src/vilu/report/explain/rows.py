@@ -1,7 +1,7 @@
-"""Chosen rows of a source with their candidates, and candidate names.
+"""Read chosen rows of a source with their candidates, and name the candidates.
 
-A caption row's candidates are the captions in the whole pool. So a caption row is read together
-with the pool's rows.
+The candidates of a caption row are all captions in the row's pool. So a caption row is read
+together with all rows in the pool.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def scored_rows(
 
     The rows come in the source's order, or in the order of the pools.
 
-    ``vilu.score`` scores rows in blocks. Here, a block that contains a wanted row is scored as a
-    whole, because a matrix product's rounding depends on the number of rows in the product. So
-    answers and uncertainties equal the results of ``vilu.score`` in every digit.
+    ``vilu.score`` scores rows in blocks, and the rounding in a matrix product depends on the number
+    of rows. Therefore a block that contains a wanted row is scored here as a whole. So answers and
+    uncertainties equal the results of ``vilu.score`` in every digit.
 
     Args:
         predictor: A predictor after ``fit``, or a predictor that needs no ``fit``.
@@ -58,7 +58,7 @@ def scored_rows(
 
 def unscored_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
     """Yield batches of the wanted rows like ``scored_rows``, but without uncertainties."""
-    # with class data these are the wanted rows, with captions all rows of the pools
+    # for class data, these are the wanted rows. For captions, these are all rows in the pools
     rows_to_read = rows_of_whole_blocks(data, rows, block_size=1)
     for batch in data.batches(BATCH_ROWS, rows=rows_to_read):
         is_wanted = torch.isin(batch.index, rows)
@@ -72,7 +72,7 @@ def select_rows(batch: Batch, indices: Tensor) -> Batch:
 
     The rows keep the zero-shot answers from the whole batch.
     """
-    _ = batch.zero_shot  # compute and cache the answers. ``batch.rows`` then copies the answers
+    _ = batch.zero_shot  # this computes and caches the answers, so that ``batch.rows`` copies them
     return batch.rows(indices)
 
 
@@ -81,14 +81,15 @@ def rows_of_whole_blocks(data: EmbeddingSource, rows: Tensor, block_size: int) -
 
     A block is a pool of image-caption pairs, or ``block_size`` usable rows from class data.
     """
-    block_of_row = torch.arange(len(data.usable_rows)) // (data.pool_size or block_size)
+    rows_per_block = data.pool_size or block_size
+    block_of_row = torch.arange(len(data.usable_rows)) // rows_per_block
     wanted_blocks = block_of_row[torch.isin(data.usable_rows, rows)]
     return data.usable_rows[torch.isin(block_of_row, wanted_blocks)]
 
 
 def _rows_of_pool(data: EmbeddingSource, number: int) -> Tensor:
-    """Return the row positions in pool ``number``."""
-    size = data.pool_size or 0
+    """Return the positions of the rows in pool ``number``. Pools are successive usable rows."""
+    size = data.pool_size or 0  # callers have pools, and the 0 only satisfies the type checker
     return data.usable_rows[number * size : (number + 1) * size]
 
 
@@ -116,7 +117,9 @@ def draw_rows(data: EmbeddingSource, n_rows: int, seed: int, rows_to_leave_out: 
 
 
 def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
-    """Find the positions (M,) for the numbers or keys in ``wanted``, in order, without repeats.
+    """Find the positions (M,) of the wanted rows, in the wanted order, without repeats.
+
+    A wanted row is given by number or by key. Several rows may have the same key.
 
     Raises:
         DataError: If a row does not exist or has no score.
@@ -149,7 +152,7 @@ def _rows_by_key(data: EmbeddingSource, keys: set[str]) -> dict[str, list[int]]:
     """Map each key to the positions of the rows with this key."""
     rows_by_key: dict[str, list[int]] = {}
     if not keys:
-        return rows_by_key  # early, because reading the identifiers of a store takes long
+        return rows_by_key  # reading the identifiers of a store takes long, and is not needed
     for row, key in enumerate(data.ids):
         if key in keys:
             rows_by_key.setdefault(key, []).append(row)
@@ -187,7 +190,7 @@ class CandidateNames:
 
     def __init__(self, data: EmbeddingSource) -> None:
         self.data = data
-        self._pool: frozenset[int] = frozenset()  # rows in the pool that was read last
+        self._pool: frozenset[int] = frozenset()  # positions of the rows in the pool read last
         # for each candidate in this pool, the row that the candidate belongs to
         self._row_of_candidate = torch.empty(0, dtype=torch.int64)
 
@@ -201,7 +204,8 @@ class CandidateNames:
         """Find the rows that the candidates of ``row`` belong to. The last pool is cached."""
         if row not in self._pool:
             index_in_usable = int((self.data.usable_rows == row).nonzero())
-            pool = _rows_of_pool(self.data, index_in_usable // (self.data.pool_size or 1))
+            number_of_pool = index_in_usable // (self.data.pool_size or 1)
+            pool = _rows_of_pool(self.data, number_of_pool)
             row_of_candidate = self.data.candidates(pool).row_of_candidate
             if row_of_candidate is None:
                 raise DataError(

@@ -78,8 +78,9 @@ Metrics without a value are left out. Metrics from add-on packages are in ``THRE
 """
 
 MAX_RISK = 0.05  # target for the error rate, if no rule was calibrated
-MAX_POINTS = 500  # maximum number of operating points in a page, for any row count
+MAX_POINTS = 500  # maximum number of thresholds that the page's slider can select
 MAX_COMPETITORS = 3  # maximum number of likeliest classes on a card, including the answer
+COMPETITOR_BATCH_ROWS = 256  # rows read at the same time to find the likeliest classes
 
 
 @checked
@@ -109,11 +110,10 @@ def report_page(
         calibrated: The rule for accepting answers (``vilu.report.page.choice.read_calibrated``).
         max_risk: Largest error rate among the accepted answers. Only used without a rule, to choose
             a threshold on these rows. Such a threshold guarantees nothing.
-        images: Data set for thumbnails. The record keys are the outcome ids.
+        images: Data set for thumbnails. A row's id is the key of its image in the data set.
         embeddings: The scored embeddings, for an answer's likeliest classes.
         title: The page title.
-        table: The metrics of these outcomes from ``vilu.evaluate``. By default the function
-            computes the metrics.
+        table: The metrics of these outcomes from ``vilu.evaluate``, computed here if None.
 
     Raises:
         UsageError: If a method's name or another argument is invalid.
@@ -141,7 +141,7 @@ def report_page(
         if method_outcomes is not main_outcomes:
             methods.append(method_outcomes)
     if table is None:
-        # Evaluate before making the charts: ``evaluate`` raises DataError if no row can be used.
+        # This comes before the charts, because ``evaluate`` refuses outcomes without usable rows.
         table = evaluate(methods)
     if calibrated is None:
         operating_point = choose_by_hindsight(main_outcomes, max_risk)
@@ -196,7 +196,7 @@ def _histograms(methods: Sequence[Outcomes], points: SliderPoints) -> list[Chart
 
 
 def render_page(template: Template, *, script: str = "", **values: object) -> str:
-    """Render a page with one style and one script. The security policy forbids all others."""
+    """Render a page with one style and one script. A security policy forbids all others."""
     style = read_asset("page.css")
     style_hash = csp_hash(style)
     script_hash = csp_hash(script)
@@ -213,7 +213,7 @@ def render_page(template: Template, *, script: str = "", **values: object) -> st
 
 @cache
 def find_template(name: str) -> Template:
-    """Load a template and filters. Raise MissingModelError without the extra ``report``."""
+    """Load a template with all filters. Raise MissingModelError without the extra ``report``."""
     jinja2 = import_extra("jinja2", "report")
     loader = jinja2.PackageLoader("vilu.report.page")
     environment = jinja2.Environment(
@@ -248,7 +248,7 @@ def _default_title(outcomes: Outcomes) -> str:
 def _page_numbers(
     outcomes: Outcomes, operating_point: OperatingPoint, max_risk: float
 ) -> dict[str, Any]:
-    """Collect the numbers in the page text."""
+    """Collect the numbers that the page's text shows."""
     is_evaluable = outcomes.evaluable
     failure = outcomes.failure[is_evaluable]
     accepted = operating_point.accepted[is_evaluable]
@@ -270,7 +270,7 @@ def _page_numbers(
         "accepted": Rate(n_accepted, len(failure), design_effect),
         "wrong": Rate(n_accepted_failures, n_accepted, design_effect),
         "target": target,
-        # the share of answers that could be accepted if the threshold were chosen with hindsight
+        # the share of answers that a threshold chosen by hindsight would accept
         "reachable": float(hindsight_point.accepted[is_evaluable].mean()),
         "n_unlabelled": int(np.count_nonzero(has_score & ~is_evaluable)),
         "n_unusable": int(np.count_nonzero(~has_score)),
@@ -340,7 +340,8 @@ def likeliest_classes(
 
     Raises:
         UsageError: If the outcomes or the source have no class names.
-        ProvenanceError: If the source and the outcomes have different classes or answers.
+        ProvenanceError: If the source and the outcomes have different classes or answers, or if
+            all rows are missing in the source.
     """
     names = outcomes.class_names
     ids = outcomes.ids
@@ -354,15 +355,16 @@ def likeliest_classes(
         raise ProvenanceError(
             "the store has other classes than the scores. Give the store that was scored."
         )
-    row_of_position = _map_positions_to_rows(ids, rows, source)
+    row_of_position = _map_positions_to_rows(ids, list(rows), source)
     classes_by_row: dict[int, list[tuple[str, float]]] = {}
     positions = torch.tensor(sorted(row_of_position), dtype=torch.int64)
-    for batch in source.batches(256, rows=positions):
+    for batch in source.batches(COMPETITOR_BATCH_ROWS, rows=positions):
         probability = batch.logits.double().softmax(dim=1).numpy()
         columns = (batch.index.tolist(), batch.prediction.tolist(), probability)
         for position, answer, probabilities in zip(*columns, strict=True):
             row = row_of_position[position]
-            if scored_answer[row] not in {UNKNOWN, answer}:
+            is_same_answer = scored_answer[row] in {UNKNOWN, answer}  # as far as known
+            if not is_same_answer:
                 raise ProvenanceError(
                     f"the store answers {names[answer]!r} where the scores say "
                     f"{names[scored_answer[row]]!r} ({ids[row]!r}). Give the store that was scored."
@@ -373,15 +375,23 @@ def likeliest_classes(
 
 
 def _map_positions_to_rows(
-    ids: Sequence[str], rows: Iterable[int], source: EmbeddingSource
+    ids: Sequence[str], rows: Sequence[int], source: EmbeddingSource
 ) -> dict[int, int]:
-    """Map positions in the source to the ``rows`` with the same ids. Leave missing rows out."""
+    """Map positions in the source to the ``rows`` with the same ids.
+
+    Rows missing in the source are left out. If all rows are missing, ProvenanceError is raised.
+    """
     position_of_key = {key: position for position, key in enumerate(source.ids)}
     row_of_position = {}
     for row in map(int, rows):
         position = position_of_key.get(ids[row])
         if position is not None:
             row_of_position[position] = row
+    if rows and not row_of_position:
+        raise ProvenanceError(
+            f"the store has none of the rows that are shown, such as {ids[rows[0]]!r}. Give the "
+            "store that was scored."
+        )
     return row_of_position
 
 
@@ -392,8 +402,8 @@ class SliderPoints:
     threshold: Floats  # (P,) ascending, the first is -inf
     n_accepted: Ints  # (P,) number of accepted rows at each threshold
     n_wrong: Ints  # (P,) number of wrong rows among the accepted rows
-    # index of the chosen threshold. If the rule is not a single threshold, index of the threshold
-    # with about the same number of accepted rows.
+    # Index of the threshold that the slider shows first. This is the chosen threshold, or if the
+    # rule is not a single threshold, the threshold that accepts about as many rows as the rule.
     start_index: int
 
 
@@ -411,8 +421,8 @@ def slider_points(
         failure: (N,) 1 for a wrong answer, 0 for a right answer.
         chosen_threshold: Threshold that is always included. None if no single threshold decides
             which rows are accepted.
-        n_accepted: Number of accepted rows. If ``chosen_threshold`` is None, the slider starts at
-            the threshold with about as many accepted rows.
+        n_accepted: Number of rows that the rule accepts. If ``chosen_threshold`` is None, the
+            slider starts at the threshold that accepts about as many rows.
         limit: Maximum number of thresholds.
     """
     scores, wrong = check_scores_and_failures(uncertainty, failure)
@@ -429,13 +439,17 @@ def slider_points(
     if chosen_threshold is not None:
         thresholds = np.union1d(thresholds, [chosen_threshold])
     thresholds = np.concatenate([[-np.inf], thresholds])
-    n_below = np.searchsorted(ascending_scores, thresholds, side="right")
+    # "right" also counts the scores equal to a threshold, which are accepted
+    accepted_counts = np.searchsorted(ascending_scores, thresholds, side="right")
     if chosen_threshold is None:
-        start_index = int(np.argmin(np.abs(n_below - n_accepted)))
+        start_index = int(np.argmin(np.abs(accepted_counts - n_accepted)))
     else:
         start_index = int(np.searchsorted(thresholds, chosen_threshold))
     return SliderPoints(
-        thresholds, n_accepted=n_below, n_wrong=n_wrong_of_first[n_below], start_index=start_index
+        threshold=thresholds,
+        n_accepted=accepted_counts,
+        n_wrong=n_wrong_of_first[accepted_counts],
+        start_index=start_index,
     )
 
 
@@ -478,7 +492,8 @@ def _provenance(outcomes: Outcomes) -> dict[str, Any]:
 def escape_harmful(text: str) -> str:
     r"""Escape a text's control characters and direction marks, as in ``\u202e``."""
     safe = ""
-    # No more characters are ever shown. The extra character tells ``shorten_name`` to cut the text.
+    # A page never shows more than this maximum. A single character above the maximum makes
+    # ``shorten_name`` cut the text.
     for character in text[: MAX_TOOLTIP_CHARACTERS + 1]:
         is_harmful = (
             character in DIRECTION_MARKS or unicodedata.category(character) in HARMFUL_CATEGORIES

@@ -52,7 +52,7 @@ class Line:
     label: str
     x: Floats  # (P,)
     y: Floats  # (P,)
-    style_index: int  # number for colour and dashes. A method has the same number in every chart
+    style_index: int  # selects colour and dashes. A method has the same number in every chart
     is_filled: bool = False  # whether the area below the line is filled
     low: Floats | None = None  # (P,) lower ends of the y intervals
     high: Floats | None = None  # (P,) upper ends of the y intervals
@@ -68,20 +68,22 @@ class Chart:
     x: Axis
     y: Axis
     lines: tuple[Line, ...]  # the last line is drawn on top
-    # (x, y) of the operating point, or (x, None) for a vertical line. None: nothing is marked.
+    # what marks the operating point: a point (x, y), a vertical line (x, None), or nothing (None)
     marker: tuple[float, float | None] | None = None
-    # ends (x0, y0, x1, y1) of a reference line, and the text beside the line
+    # a reference line: the two ends (x0, y0, x1, y1), and the text beside the line
     guide: tuple[tuple[float, float, float, float], str] | None = None
 
     def px(self, value: float) -> str:
         """Convert a value to a horizontal coordinate in the SVG."""
+        width = RIGHT - LEFT
         range_of_values = self.x.high - self.x.low
-        return _coordinate(LEFT + (RIGHT - LEFT) * (value - self.x.low) / range_of_values)
+        return _coordinate(LEFT + width * (value - self.x.low) / range_of_values)
 
     def py(self, value: float) -> str:
-        """Convert a value to a vertical coordinate in the SVG."""
+        """Convert a value to a vertical coordinate in the SVG. The coordinate grows downwards."""
+        height = BOTTOM - TOP
         range_of_values = self.y.high - self.y.low
-        return _coordinate(BOTTOM - (BOTTOM - TOP) * (value - self.y.low) / range_of_values)
+        return _coordinate(BOTTOM - height * (value - self.y.low) / range_of_values)
 
     def points(self, line: Line) -> str:
         """Format a line's points, for ``<polyline points>``."""
@@ -98,11 +100,12 @@ class Chart:
 
 
 def round_percent(value: float) -> str:
-    """Format a round fraction in percent, without the percent sign."""
+    """Format a fraction such as 0.05 in percent, with as few digits as possible: "5"."""
     return f"{round(100 * value, 9):g}"
 
 
 def _coordinate(value: float) -> str:
+    """Format a coordinate with at most two decimals: 46.0 as "46", and 46.5 as "46.5"."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
@@ -114,6 +117,7 @@ def round_ticks(low: float, high: float, n_wanted: int = 5) -> list[float]:
     exact_step = (high - low) / n_wanted
     power = 10.0 ** math.floor(math.log10(exact_step))
     round_steps = [factor * power for factor in (1, 2, 5, 10)]
+    # A step may be smaller than the exact step by a quarter. This gives only a few more ticks.
     step = next(step for step in round_steps if step >= 0.75 * exact_step)
     # the tolerance keeps ticks at both range ends in spite of rounding
     first = math.ceil(low / step - 1e-9)
@@ -130,11 +134,13 @@ def thin_points(x: ArrayLike, y: ArrayLike, max_points: int) -> tuple[Floats, Fl
     x_steps = np.diff(xs)
     y_steps = np.diff(ys)
     segment_lengths = np.hypot(x_steps, y_steps)
-    length_up_to_next = np.cumsum(segment_lengths)
-    length_up_to_point = np.concatenate([[0.0], length_up_to_next])
+    # the line's length up to the second point, the third point, and so on
+    length_up_to_later = np.cumsum(segment_lengths)
+    length_up_to_point = np.concatenate([[0.0], length_up_to_later])
     even_lengths = np.linspace(0, length_up_to_point[-1], max_points)
     indices_at_lengths = np.searchsorted(length_up_to_point, even_lengths)
     indices = np.unique(indices_at_lengths)
+    # if several points at the end are equal, the search does not reach the last point
     inner_indices = indices[1:-1]
     with_ends = np.union1d(inner_indices, [0, len(xs) - 1])
     return xs[with_ends], ys[with_ends]
@@ -146,11 +152,11 @@ ERROR_PER_SIDE = 0.025  # error probability on each side of a 95 % interval
 
 @dataclass(frozen=True)
 class Rate:
-    """The share k / n, with a 95 % Clopper-Pearson interval."""
+    """The share k / n of some rows, with a 95 % Clopper-Pearson interval."""
 
     k: int
     n: int
-    # number of rows that count as one independent row. 1 if all rows are independent.
+    # how many rows count as one independent row. 1 if all rows are independent.
     design_effect: float = 1.0
 
     @property
@@ -186,7 +192,7 @@ class ClassRow:
 
 
 def class_rows(outcomes: Outcomes, operating_point: OperatingPoint) -> tuple[list[ClassRow], int]:
-    """Make the table of answered classes, and count the classes left out of the table.
+    """Make the table of answered classes. Also return how many classes the table leaves out.
 
     The class with most wrong answers comes first. As in every metric, rows without a known failure
     or without an uncertainty are not counted. The table is empty if there are no class names.
@@ -199,7 +205,7 @@ def class_rows(outcomes: Outcomes, operating_point: OperatingPoint) -> tuple[lis
     is_wrong = outcomes.failure == 1
 
     def count_per_class(mask: NDArray[np.bool_]) -> list[int]:
-        """Count, for each class, the counted rows in the mask with this class as the answer."""
+        """Count, for each class, how many of the rows in the mask are answers with this class."""
         counts: list[int] = np.bincount(answer[is_counted & mask], minlength=len(names)).tolist()
         return counts
 
@@ -248,7 +254,7 @@ def _svg_dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (off
     """Convert a matplotlib line style to an SVG dash pattern."""
     if isinstance(style, str):
         return DASHES[style]
-    _, lengths = style
+    _, lengths = style  # in multiples of the line width, which is about 2 on the page
     return " ".join(str(2 * length) for length in lengths)
 
 
@@ -293,7 +299,7 @@ def _largest_risk(coverage: Floats, risk: Floats) -> float:
 def roc(methods: Sequence[Outcomes], operating_point: OperatingPoint) -> Chart | None:
     """Chart the share of right answers accepted against the share of wrong answers accepted.
 
-    None if all answers are right, or all are wrong.
+    If all answers are right, or all are wrong, return None.
     """
     main, *_ = methods
     _, failure = evaluable_scores(main)
@@ -384,7 +390,7 @@ def _uncertainty_range(outcomes: Outcomes) -> tuple[float, float]:
 
 
 def _styles_of_answers(outcomes: Outcomes) -> Ints:
-    """Return ``style_index`` values (M,), for rows with an uncertainty and a known failure."""
+    """Return the ``style_index`` (M,) of each row with an uncertainty and a known failure."""
     _, failure = evaluable_scores(outcomes)
     is_outside = outcomes.outside[outcomes.evaluable]
     style_within_classes = np.where(failure, WRONG_STYLE, RIGHT_STYLE)
@@ -423,14 +429,15 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
 
 
 def _reliability_line(outcomes: Outcomes, stated_probability: Floats, style_index: int) -> Line:
-    """Make a line through the ECE bins with at least one row. A bin includes the upper end.
+    """Make a line through the bins of the ECE with at least one row.
 
     The main method's line (``style_index`` 0) has an interval at each bin.
     """
     rows = outcomes.evaluable
     counts = tie_counts(stated_probability[rows], outcomes.failure[rows])
-    edges = np.arange(1, RELIABILITY_BINS) / RELIABILITY_BINS
-    bin_of_value = np.searchsorted(edges, counts.value, side="left")
+    inner_edges = np.arange(1, RELIABILITY_BINS) / RELIABILITY_BINS
+    # "left": a value on an edge belongs to the bin below the edge
+    bin_of_value = np.searchsorted(inner_edges, counts.value, side="left")
     n_rows = np.bincount(bin_of_value, counts.size, RELIABILITY_BINS)
     n_wrong = np.bincount(bin_of_value, counts.wrong, RELIABILITY_BINS)
     sum_of_values = np.bincount(bin_of_value, counts.value * counts.size, RELIABILITY_BINS)
@@ -455,7 +462,7 @@ def _reliability_line(outcomes: Outcomes, stated_probability: Floats, style_inde
 def _thin_lines(
     methods: Sequence[Outcomes], curves: Sequence[tuple[Floats, Floats]]
 ) -> tuple[Line, ...]:
-    """Make one line per method, with few points. The main method's line is last, drawn on top."""
+    """Make one line per method, with few points. The main method's line is last, and so on top."""
     max_points = int(np.clip(MAX_POINTS_PER_CHART // len(methods), 40, 250))  # points per line
     lines = []
     for style_index, (method_outcomes, curve) in enumerate(zip(methods, curves, strict=True)):

@@ -1,4 +1,4 @@
-"""How a threshold is chosen, and the scores for the page."""
+"""Choose which answers a page accepts, and read the scores that a page shows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from vilu.artifacts.disk import RUN_FILE
 from vilu.calibration.calibration import Calibration
+from vilu.calibration.monitor.arrivals import count_calibration_rows
 from vilu.calibration.rules import Rule, group_names
 from vilu.calibration.thresholds import Threshold
+from vilu.callers import warn_caller
 from vilu.errors import DataError, ProvenanceError, UsageError, did_you_mean
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.evaluate import require_same_answers, require_same_rows
@@ -38,15 +40,17 @@ class CalibratedRule:
     fingerprint: str | None = None
     # recorded facts about the calibration: fingerprints, data set, version
     facts: Mapping[str, Any] = field(default_factory=dict)
+    # the calibration rows. None if unknown.
+    rows: Outcomes | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
 class OperatingPoint:
-    """A page's operating point."""
+    """The choice that a page shows: which rows are accepted."""
 
     accepted: NDArray[np.bool_] = field(repr=False)  # (N,) whether each row is accepted
-    # rows with at most this uncertainty are accepted. None if the rule is not a single threshold,
-    # or if nothing is accepted.
+    # Rows with at most this uncertainty are accepted. None if no single threshold accepts the same
+    # rows as the rule, or if nothing is accepted.
     threshold: float | None
     max_risk: float | None  # target for the error rate. None if the target was another quantity
     # sentence about the guarantee for later answers. None if there is no guarantee.
@@ -54,12 +58,13 @@ class OperatingPoint:
     # maps a row group to the group's threshold. Empty for a rule without thresholds.
     thresholds: Mapping[str, Threshold] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # recorded facts about the calibration
+    n_calibration_rows: int = 0  # number of the page's rows on which the rule was chosen
 
 
 def choose_by_hindsight(outcomes: Outcomes, max_risk: float) -> OperatingPoint:
-    """Choose a threshold from the failures of the same rows, so the threshold guarantees nothing.
+    """Choose a threshold by looking at failures in the same rows. The threshold guarantees nothing.
 
-    The threshold is the largest uncertainty t of a row with
+    The threshold is the largest uncertainty t, among the uncertainties u of the rows, with
 
         (number of wrong rows with u <= t) / (number of rows with u <= t) <= max_risk.
     """
@@ -98,10 +103,11 @@ def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> OperatingP
         )
     groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
     accepted = rule.accept(outcomes.uncertainty, groups, outcomes.cluster)
-    first_line, *_ = str(rule).splitlines()
+    first_line, *_ = str(rule).splitlines()  # what a feasible rule guarantees
+    n_calibration_rows = _warn_of_calibration_rows(outcomes, calibrated)
     if rule.needs_batch:
-        # Conformal selection has no fixed threshold. In a single batch, a threshold at the
-        # largest accepted uncertainty would accept the same rows.
+        # Conformal selection has no fixed threshold. For this batch of rows, a threshold at the
+        # largest accepted uncertainty accepts the same rows.
         threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
         return OperatingPoint(
             accepted,
@@ -109,6 +115,7 @@ def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> OperatingP
             max_risk=rule.max_risk,
             guarantee=first_line,
             facts=calibrated.facts,
+            n_calibration_rows=n_calibration_rows,
         )
     is_one_threshold = rule.grouped_by is None and rule.floor is None
     return OperatingPoint(
@@ -118,11 +125,25 @@ def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> OperatingP
         guarantee=first_line if rule.feasible else None,
         thresholds=rule.thresholds,
         facts=calibrated.facts,
+        n_calibration_rows=n_calibration_rows,
     )
 
 
+def _warn_of_calibration_rows(outcomes: Outcomes, calibrated: CalibratedRule) -> int:
+    """Count the rows on which the rule was chosen, and warn if there are any."""
+    if calibrated.rows is None:
+        return 0
+    n_calibration_rows = count_calibration_rows(outcomes, calibrated.rows)
+    if n_calibration_rows:
+        warn_caller(
+            f"{n_calibration_rows} of {len(outcomes)} rows are calibration rows, on which the rule "
+            "was chosen. Their errors say little about new rows: give scores of other rows.",
+        )
+    return n_calibration_rows
+
+
 def _require_equal(rule_value: object, scores_value: object, message: str) -> None:
-    """Raise ProvenanceError if a fact about the rule is not the fact about the scores.
+    """Raise ProvenanceError if the rule and the scores have different values for the same fact.
 
     Args:
         rule_value: The fact about the rule, such as the method's name. None if unknown.
@@ -148,19 +169,20 @@ def read_calibrated(folder: str | Path) -> CalibratedRule:
             "Run `vilu calibrate` with --max-risk, or leave --predictor out."
         )
     facts = calibration.model_dump(mode="json", exclude={"rule", "probability", "label_sets"})
-    return CalibratedRule(calibration.rule, calibration.rows.method, calibration.fingerprint, facts)
+    rows = calibration.rows
+    return CalibratedRule(calibration.rule, rows.method, calibration.fingerprint, facts, rows)
 
 
 PREFERRED_METHODS = ("vilu_plus", "vilu")
-"""Prefixes of method names. Such a method is preferred as a page's main method."""
+"""A method whose name begins with such a prefix is preferred as a page's main method."""
 
 
 def read_scores(path: str | Path) -> list[Outcomes]:
-    """Read the scores from one method or several methods.
+    """Read the scores of one method or several methods.
 
     The path is a folder with ``*.parquet`` files (one file per method), a single file, or a folder
-    with scores in parts. A method without a name gets the file name. If several files have the same
-    method, the file names are appended.
+    with one method's scores in parts. A method without a name gets the file name. If several files
+    have the same method, the file name is appended to the method's name.
     """
     root = Path(path)
     if (root / PREDICTOR).is_file():
@@ -183,11 +205,7 @@ def read_scores(path: str | Path) -> list[Outcomes]:
 
 
 def _with_distinct_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
-    """Give the methods in files distinct names.
-
-    A method without a name gets the file name. If several files have the same method, the file name
-    is appended to the method's name.
-    """
+    """Return the outcomes of all files, with distinct method names (see ``read_scores``)."""
     counts = Counter(outcomes.method for _, outcomes in files)
     named_outcomes = []
     for path, outcomes in files:
@@ -204,8 +222,9 @@ def _with_distinct_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcome
 def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
     """Choose a page's main method.
 
-    The main method is ``main``. If ``main`` is None, the main method is the first method with one
-    of ``PREFERRED_METHODS`` at the beginning of the name, or else the first method.
+    The main method is the method named ``main``. If ``main`` is None, the first prefix in
+    ``PREFERRED_METHODS`` with which a name begins decides. Without such a name, the first method is
+    chosen.
     """
     names = [method_outcomes.method or "" for method_outcomes in outcomes]
     if not names:

@@ -49,11 +49,13 @@ class Card:
 
 
 def pick_rows(outcomes: Outcomes, operating_point: OperatingPoint) -> dict[str, Ints]:
-    """Pick rows for each section, at most ``MAX_CARDS_PER_SECTION``. All have an uncertainty.
+    """Pick the rows for each gallery section, at most ``MAX_CARDS_PER_SECTION``.
+
+    Only rows with an uncertainty are picked. The sections are:
 
     - "suspicious": the answers with the largest uncertainty.
     - "confident": the wrong answers with the smallest uncertainty.
-    - "nearest": the answers with the smallest uncertainty that are not accepted.
+    - "nearest": the answers that are not accepted, with the smallest uncertainty among these.
     """
     has_score = np.isfinite(outcomes.uncertainty)
     n_scored = np.count_nonzero(has_score)
@@ -97,7 +99,7 @@ def make_card(
 
 
 def _class_name(outcomes: Outcomes, codes: Ints | None, row: int) -> str | None:
-    """Name a row's class in ``codes`` (class indices of all rows). None if unknown."""
+    """Return a row's class name, or None if unknown. ``codes`` has every row's class index."""
     if codes is None or outcomes.class_names is None:
         return None
     if codes[row] == UNKNOWN:
@@ -108,7 +110,7 @@ def _class_name(outcomes: Outcomes, codes: Ints | None, row: int) -> str | None:
 def thumbnails(
     outcomes: Outcomes, rows: Iterable[int], images: ImageDataset
 ) -> dict[int, Thumbnail]:
-    """Make a thumbnail for each row. The row's id is the key of an image in the data set."""
+    """Make a thumbnail for each row. A row's id is the key of the image in the data set."""
     if outcomes.ids is None:
         raise DataError(
             "these scores do not say which images they are about (they have no keys). "
@@ -123,7 +125,7 @@ def thumbnails(
 
 
 def find_pictures(images: ImageDataset, wanted_keys: Collection[str]) -> Iterator[ImageRecord]:
-    """Yield a data set's images with these keys, each once. DataError if all are missing."""
+    """Yield a data set's images with these keys, each once. Raise DataError if all are missing."""
     missing_keys = {*wanted_keys}
     with track("looking for pictures", len(missing_keys), "images") as task:
         for record in images.records(0, len(images)):
@@ -133,7 +135,8 @@ def find_pictures(images: ImageDataset, wanted_keys: Collection[str]) -> Iterato
                 task.advance(1)
             if not missing_keys:
                 return
-    if missing_keys and len(missing_keys) == len(wanted_keys):
+    are_all_missing = len(missing_keys) == len(wanted_keys)
+    if missing_keys and are_all_missing:
         raise DataError(
             f"{images.source} has none of the images that are shown, such as "
             f"{min(missing_keys)!r}. Give the data set and the split that were embedded."
