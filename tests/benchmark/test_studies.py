@@ -703,6 +703,14 @@ def test_a_document_of_all_studies(run: Path, tmp_path: Path) -> None:
         assert (document.parent / link).is_file()
 
 
+def test_a_document_without_figures_has_no_folder(tmp_path: Path) -> None:
+    run_studies([config(name="plain")], make_stores(tmp_path / "stores"), tmp_path / "run")
+    document = tmp_path / "docs" / "results.md"
+    document.parent.mkdir()
+    render_studies(tmp_path / "run", document)
+    assert list(document.parent.iterdir()) == [document]
+
+
 def test_a_document_shows_a_written_part_first(run: Path, tmp_path: Path) -> None:
     document, first = tmp_path / "results.md", tmp_path / "first.txt"
     first.write_text("Read this.\n", encoding="utf-8")

@@ -218,14 +218,14 @@ def claims_in_markdown(verdicts: Iterable[Sequence[Verdict]]) -> str:
 
 def _claims_section(heading: str, verdicts: Iterable[Verdict]) -> str:
     """Write a heading, followed by a Markdown list of claims, grouped by ruling."""
-    by_ruling: dict[str, list[str]] = {ruling: [] for ruling in RULING_TEXTS}
+    lines_by_ruling: dict[str, list[str]] = {ruling: [] for ruling in RULING_TEXTS}
     for verdict in verdicts:
         claim_text = escape_markdown(verdict.claim.says)
         source = "" if verdict.claim.is_ours else f" ({escape_markdown(verdict.claim.source)})"
-        by_ruling[verdict.ruling].append(f"- {claim_text}{source}")
+        lines_by_ruling[verdict.ruling].append(f"- {claim_text}{source}")
     parts = [heading]
     for ruling, (_, text_in_heading) in RULING_TEXTS.items():
-        lines = by_ruling[ruling]
+        lines = lines_by_ruling[ruling]
         if lines:
             parts.append("\n".join([f"{text_in_heading} ({len(lines)}):", "", *lines]))
     return "\n\n".join([*parts, ""])
@@ -290,7 +290,8 @@ def render_study(board: Board, output: Path) -> Rendered:
     """
     config = board.config
     folder = output / STUDIES / config.name
-    exhibits = tuple(make_exhibit(board, view, output) for view in config.views or [DEFAULT_VIEW])
+    views = config.views or (DEFAULT_VIEW,)
+    exhibits = tuple(make_exhibit(board, view, output) for view in views)
     verdicts = tuple(decide(board, claim) for claim in config.claims)
     text = _terminal_text(exhibits, verdicts)
     time_of_cell = load_times(output, board.results)
@@ -301,7 +302,8 @@ def render_study(board: Board, output: Path) -> Rendered:
     write_text(folder / "table.txt", text + "\n")
     if times:
         write_text(folder / "times.txt", times + "\n")
-    page = study_page(config, exhibits, verdicts, "figures/{}.svg".format)
+    figure_path = "figures/{}.svg".format  # maps a view's name to the figure's path
+    page = study_page(config, exhibits, verdicts, figure_path)
     write_text(folder / "README.md", page)
     return Rendered(board, exhibits, verdicts, text, times)
 
@@ -328,25 +330,36 @@ def write_document(
     intro: str,
     inputs: str = "",
 ) -> None:
-    """Write several studies below ``output`` as one Markdown file and a figure folder."""
-    figures = make_folder(document.with_suffix(""))
+    """Write several studies below ``output`` as one Markdown file.
+
+    The figures are copied to the folder with the file's name, without suffix. Without figures
+    there is no folder.
+    """
+    figures = document.with_suffix("")
     parts = [f"# {title}", ""]
     if intro:
         parts += [intro, ""]
     claims = claims_in_markdown([study.verdicts for study in studies])
     parts.append(claims)
     for study in studies:
+        _copy_figures(study, output, figures)
         name = study.board.config.name
-        for exhibit in study.exhibits:
-            if exhibit.draw is not None:
-                figure_file = output / STUDIES / name / "figures" / f"{exhibit.name}.svg"
-                write_bytes(figures / f"{name}-{figure_file.name}", figure_file.read_bytes())
-        # the text's method ``format`` maps a view's name to the figure's path
+        # maps a view's name to the figure's path
         figure_path = f"{figures.name}/{name}-{{}}.svg".format
         page = study_page(study.board.config, study.exhibits, study.verdicts, figure_path)
         parts.append(page)
     text = "\n".join(parts) + "\n" + text_mark("study", inputs)
     write_text(document, text)
+
+
+def _copy_figures(study: Rendered, output: Path, folder: Path) -> None:
+    """Copy a study's figures to ``folder``, as ``STUDY-VIEW.svg``."""
+    name = study.board.config.name
+    for exhibit in study.exhibits:
+        if exhibit.draw is not None:
+            figure_file = output / STUDIES / name / "figures" / f"{exhibit.name}.svg"
+            make_folder(folder)
+            write_bytes(folder / f"{name}-{figure_file.name}", figure_file.read_bytes())
 
 
 def _write_results(board: Board, folder: Path) -> None:
